@@ -1,0 +1,1 @@
+"""Post-training quantisation: ranges, smoothing, Q/DQ graphs. Nothing is here yet."""

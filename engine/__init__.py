@@ -1,0 +1,1 @@
+"""TensorRT engines: builder, profiles, fingerprint. Nothing is here yet."""

@@ -1,0 +1,1 @@
+"""The captioner in torch: vision encoder, Q-Former, projection, language model, checkpoint."""

@@ -1,0 +1,1 @@
+"""What runs on the device: numpy, Pillow, tokenizers and one backend; never torch."""

@@ -1,0 +1,1 @@
+"""Training the bridge: data, losses, the loop, evaluation."""
