@@ -1,0 +1,43 @@
+# The commands of README.md under short names. PYTHON chooses the interpreter, VENV the environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help venv install check format test demo clean
+
+help:
+	@echo "make demo      install into $(VENV) and run the demo"
+	@echo "make test      install into $(VENV) and run the tests"
+	@echo "make check     ruff, mypy --strict, import-linter"
+	@echo "make format    let ruff mend what it can"
+	@echo "make install   install everything for development into $(VENV)"
+	@echo "make clean     remove $(VENV) and the caches"
+
+# A finished install leaves a stamp, newer than the two files that decide what is installed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+venv install: $(VENV)/.installed
+
+demo:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[demo]'
+	$(BIN)/blip2edge demo
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
