@@ -1,1 +1,1 @@
-"""The captioner in torch: vision encoder, Q-Former, projection, language model, checkpoint."""
+"""The torch side: one module an architectural block, and the checkpoints they are read from."""

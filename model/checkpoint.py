@@ -1,0 +1,231 @@
+"""Checkpoint directories of transformers: read without loading them, and written back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blip2edge.errors import CheckpointError
+from blip2edge.model.captioner import CaptionerConfig, CaptionerModel
+from blip2edge.model.weights import WeightMap
+
+SIDE_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+"""What belongs to a checkpoint beside its config and weights."""
+
+INDEX = "model.safetensors.index.json"
+
+
+def find_checkpoint(checkpoint: str | Path) -> Path:
+    """A local directory, or a hub name that is fetched into the hub's cache.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is a file, but a checkpoint is a directory with config.json and *.safetensors",
+            "give the directory that holds it",
+        )
+    name = str(checkpoint)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no directory {name}", "give a checkpoint directory, or a hub name as owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name} is no local directory and could not be fetched from the hub ({reason})",
+            "check the name and the network, or give a local directory",
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: Not there, not readable, no JSON, or no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}",
+            "give a directory written by transformers' save_pretrained",
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+class TensorFiles:
+    """The tensors of a directory's safetensors files, mapped into memory and read one by one.
+
+    Raises:
+        CheckpointError: No weights, a shard missing, or a truncated file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = ExitStack()
+        self._of: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in _shards(directory):
+            try:
+                file = self._files.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file ({error})", "copy or download it again"
+                ) from error
+            for name in file.keys():
+                self._of[name] = file
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def read(self, names: Iterable[str]) -> Tensor:
+        """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file where it can be."""
+        parts = [self._of[name].get_tensor(name) for name in names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of a tensor's dtype, such as ``F16``."""
+        return str(self._of[name].get_slice(name).get_dtype())
+
+    def close(self) -> None:
+        """Unmaps the files."""
+        self._of.clear()
+        self._files.close()
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, Mapping):
+            raise CheckpointError(f"{index} has no weight_map", "copy or download it again")
+        shards = [directory / name for name in sorted(set(weight_map.values()))]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise CheckpointError(f"{directory} lacks {', '.join(missing)}", "copy or download the missing shards")
+        return shards
+    hint = "give a directory written by transformers' save_pretrained"
+    if any(directory.glob("*.bin")):
+        hint = "its weights are pickled: load and save it once with transformers, which writes safetensors"
+    raise CheckpointError(f"{directory} has no model.safetensors and no {INDEX}", hint)
+
+
+class Checkpoint:
+    """A directory, opened and checked: its config, its map and its tensors, none of them loaded yet.
+
+    Raises:
+        CheckpointError: What is there does not fit together.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = CaptionerConfig.from_hf(read_json(directory / "config.json"))
+        self.files = TensorFiles(directory)
+        self.map: WeightMap = self.config.weight_map
+        with torch.device("meta"):
+            self.shapes = CaptionerModel(self.config).shapes()
+        self.map.check(self.shapes, self.files.shapes)
+
+    def read(self, ours: str) -> Tensor:
+        """Our parameter ``ours``, in the checkpoint's dtype."""
+        return self.files.read(self.map.sources(ours))
+
+    def num_bytes(self) -> int:
+        """Size of all safetensors files."""
+        return sum(path.stat().st_size for path in _shards(self.directory))
+
+
+def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -> CaptionerModel:
+    """Reads a directory (or hub name) into a model in eval mode.
+
+    Args:
+        directory: A checkpoint of ``Blip2ForConditionalGeneration``.
+        dtype: dtype of all weights.
+
+    Raises:
+        CheckpointError: See :class:`Checkpoint`.
+    """
+    checkpoint = Checkpoint(find_checkpoint(directory))
+    with torch.device("meta"):
+        model = CaptionerModel(checkpoint.config)
+    tensors: dict[str, Tensor] = {}
+    for name in checkpoint.shapes:
+        if name == "language.head.weight" and checkpoint.config.language.tie_embeddings:
+            continue
+        tensors[name] = checkpoint.read(name).to(dtype, copy=True)
+    checkpoint.files.close()
+    if checkpoint.config.language.tie_embeddings:
+        tensors["language.head.weight"] = tensors["language.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def to_hf_tensors(model: CaptionerModel) -> dict[str, Tensor]:
+    """The state of a model under transformers' names; a tied head is left out."""
+    weight_map = model.config.weight_map
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        sources = weight_map.sources(name)
+        parts = tensor.detach().chunk(len(sources)) if len(sources) > 1 else [tensor.detach()]
+        for source, part in zip(sources, parts, strict=True):
+            tensors[source] = part.contiguous().cpu()
+    return tensors
+
+
+def save_checkpoint(
+    model: CaptionerModel, directory: str | Path, *, like: str | Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Writes a directory that ``transformers.Blip2ForConditionalGeneration.from_pretrained`` loads.
+
+    Args:
+        model: What to save.
+        directory: Where; made if it is not there.
+        like: A checkpoint whose tokenizer and processor files are copied along.
+        dtype: dtype of the saved weights; None keeps theirs.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = to_hf_tensors(model)
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    config = model.config.to_hf() | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in SIDE_FILES if like is not None else ():
+        source = Path(like or ".") / name
+        if source.is_file() and source.resolve() != (target / name).resolve():
+            shutil.copyfile(source, target / name)

@@ -1,0 +1,110 @@
+"""What every block of the family is made of: heads, scores, masks, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KeyValue = tuple[Tensor, Tensor]
+
+MASKED = -3.0e4
+"""Score added where a query may not look.
+
+Finite in fp16 (largest 65504), so that a row with nothing to look at (padding) stays finite; and far enough
+down that its weight is exactly 0 in fp32: exp(x) underflows below x = -104.
+"""
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 x)``, the approximation that CLIP was trained with (openai/CLIP, model.py)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, S, heads * d]`` to ``[B, heads, S, d]``."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """``[B, heads, S, d]`` to ``[B, S, heads * d]``."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, equation 1).
+
+    Args:
+        query: ``[B, H, S, d]``; its batch may be 1 where ``key`` has B, and is then shared by all rows.
+        key: ``[B, H, T, d]``.
+        value: ``[B, H, T, d]``.
+        bias: Added to the scores, broadcastable to ``[B, H, S, T]``; :data:`MASKED` hides a key.
+        scale: Factor on the scores.
+
+    Returns:
+        ``[B, H, S, d]``.
+    """
+    if not torch.compiler.is_exporting():
+        query = query.expand(key.shape[0], -1, -1, -1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    if scale != 1.0:
+        query = query * scale  # the smaller operand: S * d products instead of S * T
+    scores = query @ key.transpose(-1, -2)  # [B, H, S, T]
+    if bias is not None:
+        scores = scores + bias
+    return torch.softmax(scores, dim=-1) @ value
+
+
+def key_mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bias that hides padded keys.
+
+    Args:
+        mask: int64 ``[B, T]``, 1 where a key is valid.
+        dtype: dtype of the scores.
+
+    Returns:
+        ``[B, 1, 1, T]``.
+    """
+    return ((1 - mask).to(dtype) * MASKED)[:, None, None, :]
+
+
+def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Bias of a decoder: a slot sees itself and the valid slots before it.
+
+    Args:
+        mask: int64 ``[B, P + S]``, 1 where a slot is valid.
+        steps: S, how many of the last slots ask.
+        dtype: dtype of the scores.
+
+    Returns:
+        ``[B, 1, S, P + S]``.
+    """
+    total = mask.shape[1]
+    slots = torch.arange(total, device=mask.device)
+    # Not slots[total - steps:]: a slice makes the exporter fix the length.
+    asking = torch.arange(steps, device=mask.device) + (total - steps)
+    future = slots[None, :] > asking[:, None]  # [S, P + S]
+    hidden = future[None] | (mask == 0)[:, None, :]  # [B, S, P + S]
+    return (hidden.to(dtype) * MASKED)[:, None]
+
+
+def gather_positions(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows ``indices`` (int64 ``[B, K]``) along the sequence of ``x`` (``[B, S, D]``): ``[B, K, D]``."""
+    return torch.gather(x, 1, indices[:, :, None].expand(-1, -1, x.shape[-1]))

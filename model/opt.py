@@ -1,0 +1,215 @@
+"""OPT with explicit keys and values (Zhang et al., arXiv 2205.01068).
+
+One forward serves prefill, decoding and verification: the cache is an argument, not a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.model.config import Fields, check_heads
+from blip2edge.model.layers import (
+    ACTIVATIONS,
+    KeyValue,
+    attend,
+    causal_bias,
+    gather_positions,
+    merge_heads,
+    split_heads,
+)
+
+POSITION_OFFSET = 2
+"""OPT's table of positions starts with two rows that no position uses (metaseq's padding_idx + 1)."""
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """Sizes and variants: 350m has its norm after the block and a narrower token table."""
+
+    vocab_size: int
+    hidden_size: int
+    ffn_dim: int
+    num_layers: int
+    num_heads: int
+    max_positions: int = 2048
+    embed_dim: int = 0
+    activation: str = "relu"
+    norm_before: bool = True
+    final_norm: bool = True
+    bias: bool = True
+    norm_affine: bool = True
+    tie_embeddings: bool = True
+    dropout: float = 0.1
+
+    kind = "opt"
+
+    def __post_init__(self) -> None:
+        check_heads("text_config", self.hidden_size, self.num_heads)
+        if self.embed_dim == 0:
+            object.__setattr__(self, "embed_dim", self.hidden_size)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of the cache."""
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_hf(cls, values: Any) -> OPTConfig:
+        """Reads an OPT ``config.json`` or ``text_config``."""
+        f = Fields("text_config", values)
+        hidden = f.integer("hidden_size", 768)
+        before = f.flag("do_layer_norm_before", True)
+        return cls(
+            vocab_size=f.integer("vocab_size", 50272),
+            hidden_size=hidden,
+            ffn_dim=f.integer("ffn_dim", 3072),
+            num_layers=f.integer("num_hidden_layers", 12),
+            num_heads=f.integer("num_attention_heads", 12),
+            max_positions=f.integer("max_position_embeddings", 2048),
+            embed_dim=f.integer("word_embed_proj_dim", hidden),
+            activation=f.activation("activation_function", "relu"),
+            norm_before=before,
+            final_norm=before and not f.flag("_remove_final_layer_norm", False),
+            bias=f.flag("enable_bias", True),
+            norm_affine=f.flag("layer_norm_elementwise_affine", True),
+            tie_embeddings=f.flag("tie_word_embeddings", True),
+            dropout=f.number("dropout", 0.1),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``text_config`` that :meth:`from_hf` reads."""
+        return {
+            "model_type": "opt",
+            "architectures": ["OPTForCausalLM"],
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "ffn_dim": self.ffn_dim,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "max_position_embeddings": self.max_positions,
+            "word_embed_proj_dim": self.embed_dim,
+            "activation_function": self.activation,
+            "do_layer_norm_before": self.norm_before,
+            "_remove_final_layer_norm": self.norm_before and not self.final_norm,
+            "enable_bias": self.bias,
+            "layer_norm_elementwise_affine": self.norm_affine,
+            "tie_word_embeddings": self.tie_embeddings,
+            "dropout": self.dropout,
+        }
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the cache and the new slots."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.scale = config.head_dim**-0.5
+        self.query = nn.Linear(width, width, bias=config.bias)
+        self.key = nn.Linear(width, width, bias=config.bias)
+        self.value = nn.Linear(width, width, bias=config.bias)
+        self.out = nn.Linear(width, width, bias=config.bias)
+
+    def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """``x [B, S, D]``, ``bias [B, 1, S, P + S]``, ``past`` two of ``[B, H, P, d]``."""
+        query = split_heads(self.query(x), self.heads)
+        key = split_heads(self.key(x), self.heads)
+        value = split_heads(self.value(x), self.heads)
+        if past is not None:
+            key = torch.cat([past[0], key], dim=2)
+            value = torch.cat([past[1], value], dim=2)
+        return self.out(merge_heads(attend(query, key, value, bias, self.scale))), (key, value)
+
+
+class Layer(nn.Module):
+    """A decoder layer with its norms before (most sizes) or after (350m) its two halves."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        width, affine = config.hidden_size, config.norm_affine
+        self.norm_before = config.norm_before
+        self.activation = ACTIVATIONS[config.activation]
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(width, elementwise_affine=affine)
+        self.fc1 = nn.Linear(width, config.ffn_dim, bias=config.bias)
+        self.fc2 = nn.Linear(config.ffn_dim, width, bias=config.bias)
+        self.final_norm = nn.LayerNorm(width, elementwise_affine=affine)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values."""
+        before = self.norm_before
+        out, present = self.attention(self.attention_norm(x) if before else x, bias, past)
+        x = x + self.dropout(out)
+        x = x if before else self.attention_norm(x)
+        out = self.fc2(self.activation(self.fc1(self.final_norm(x) if before else x)))
+        x = x + self.dropout(out)
+        return x if before else self.final_norm(x), present
+
+
+class OPTDecoder(nn.Module):
+    """Embeddings in, logits and the grown cache out."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        width, narrow = config.hidden_size, config.embed_dim
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, narrow)
+        self.embed_positions = nn.Embedding(config.max_positions + POSITION_OFFSET, width)
+        self.project_in = nn.Linear(narrow, width, bias=False) if narrow != width else None
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(width, elementwise_affine=config.norm_affine) if config.final_norm else None
+        self.project_out = nn.Linear(width, narrow, bias=False) if narrow != width else None
+        self.head = nn.Linear(narrow, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed_tokens.weight
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 ``[B, S]`` to ``[B, S, D]``."""
+        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_indices: Tensor | None = None,
+        past: Sequence[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """The decoder contract.
+
+        Args:
+            inputs_embeds: ``[B, S, D]``.
+            attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
+            position_ids: int64 ``[B, S]``, counted from 0.
+            logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
+            past: A pair of ``[B, H, P, d]`` a layer; None for an empty cache.
+
+        Returns:
+            ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` a layer.
+        """
+        x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
+        x = x + self.embed_positions(position_ids + POSITION_OFFSET)
+        bias = causal_bias(attention_mask, inputs_embeds.shape[1], x.dtype)
+        presents: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            x, present = layer(x, bias, None if past is None else past[index])
+            presents.append(present)
+        if logits_indices is not None:
+            x = gather_positions(x, logits_indices)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return self.head(x), presents

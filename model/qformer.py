@@ -1,0 +1,134 @@
+"""The Q-Former: a few learned queries that read the picture (Li et al., arXiv 2301.12597, section 3.1).
+
+Post-norm layers as in BERT (arXiv 1810.04805). Queries have a feed-forward of their own; every
+``cross_attention_frequency``-th layer, from the first, also attends to the picture.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.errors import CheckpointError
+from blip2edge.model.config import QFormerConfig
+from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads
+
+
+class Attention(nn.Module):
+    """Attention with BERT's residual and norm after it."""
+
+    def __init__(self, config: QFormerConfig, context_width: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.scale = (width // config.num_heads) ** -0.5
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context_width, width)
+        self.value = nn.Linear(context_width, width)
+        self.dense = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [B, S, D]`` looks at ``context [B, T, C]``; a batch of 1 in ``x`` is shared by all rows."""
+        query = split_heads(self.query(x), self.heads)
+        key = split_heads(self.key(context), self.heads)
+        value = split_heads(self.value(context), self.heads)
+        out = self.dense(merge_heads(attend(query, key, value, bias, self.scale)))
+        return self.norm(self.dropout(out) + x)  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """BERT's intermediate and output layers."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, S, D]`` to ``[B, S, D]``."""
+        return self.norm(self.dropout(self.down(self.activation(self.up(x)))) + x)  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """Self-attention, attention to the picture where this layer has it, feed-forward."""
+
+    def __init__(self, config: QFormerConfig, index: int) -> None:
+        super().__init__()
+        self.self_attention = Attention(config, config.hidden_size)
+        self.cross_attention: Attention | None = None
+        if index % config.cross_attention_frequency == 0:
+            self.cross_attention = Attention(config, config.encoder_hidden_size)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, queries: Tensor, image_embeds: Tensor) -> Tensor:
+        """``queries [B or 1, Q, D]`` and ``image_embeds [B, P, Dv]`` to ``[B, Q, D]``."""
+        queries = self.self_attention(queries, queries)
+        if self.cross_attention is not None:
+            queries = self.cross_attention(queries, image_embeds)
+        return self.feed_forward(queries)  # type: ignore[no-any-return]
+
+
+class QFormer(nn.Module):
+    """``image_embeds [B, P, Dv]`` to ``[B, Q, D]``."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """The queries after they have read the picture.
+
+        Until the first look at the picture the queries are the same for every row, so they stay ``[1, Q, D]``
+        and an optimiser can fold that part into a constant. Dropout wants a draw a row: in training they are
+        spread first.
+        """
+        queries = self.query_tokens
+        if self.training:
+            queries = queries.expand(image_embeds.shape[0], -1, -1)
+        queries = self.dropout(self.norm(queries))
+        for layer in self.layers:
+            queries = layer(queries, image_embeds)
+        return queries
+
+
+class QFormerBridge(nn.Module):
+    """Q-Former and the projection to the language model.
+
+    The projection is as wide as the language model inside (``hidden_size``). Where its token table is narrower
+    (OPT-350m), transformers fills the Q slots from the front of the flattened projection; so does this module,
+    picture by picture, so that a checkpoint answers the same in both. (transformers fills a whole batch at
+    once, and there every picture but the first gets a shifted share.)
+    """
+
+    def __init__(self, config: QFormerConfig, hidden_size: int, embed_dim: int) -> None:
+        super().__init__()
+        if embed_dim > hidden_size:
+            raise CheckpointError(
+                f"config.json: text_config: a token table of width {embed_dim} is wider than the model ({hidden_size}), "
+                "so that a picture's projection cannot fill its slots"
+            )
+        self.embed_dim = embed_dim
+        self.qformer = QFormer(config)
+        self.projection = nn.Linear(config.hidden_size, hidden_size)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """How many tokens a picture becomes."""
+        return self.qformer.config.num_query_tokens
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
+        x = self.projection(self.qformer(image_embeds))  # [B, Q, hidden]
+        if self.projection.out_features == self.embed_dim:
+            return x  # type: ignore[no-any-return]
+        filled = x.flatten(1)[:, : self.num_visual_tokens * self.embed_dim]
+        return filled.unflatten(1, (self.num_visual_tokens, self.embed_dim))  # type: ignore[no-any-return]

@@ -1,0 +1,83 @@
+"""The frozen picture encoder: a ViT with EVA-CLIP's qkv bias and a norm at the end.
+
+Dosovitskiy et al., arXiv 2010.11929; the bias without a key part is from BEiT (arXiv 2106.08254) by way of
+EVA (arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.model.config import VisionConfig
+from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads
+
+
+class Attention(nn.Module):
+    """Self-attention over patches; one matrix makes queries, keys and values."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.scale = (width // config.num_heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)  # [B, P, D] -> [B, P, 3D]
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, P, D]`` to ``[B, P, D]``."""
+        query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return self.projection(merge_heads(attend(query, key, value, scale=self.scale)))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, P, D]`` to ``[B, P, D]``."""
+        return self.fc2(self.activation(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, P, D]`` to ``[B, P, D]``."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+
+class VisionTransformer(nn.Module):
+    """Pixels to one embedding a patch, the class token first."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_positions, width))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.post_norm = nn.LayerNorm(width, eps=config.norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``, ``P = 1 + (H / patch)²``."""
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, P - 1, D]
+        classes = self.class_embedding.expand(patches.shape[0], -1, -1)
+        x = torch.cat([classes, patches], dim=1) + self.position_embedding
+        for block in self.layers:
+            x = block(x)
+        return self.post_norm(x)  # type: ignore[no-any-return]

@@ -1,0 +1,165 @@
+"""Which tensor of a checkpoint each of our parameters is: tables, and how they are read.
+
+A :class:`Rule` renames a module path. ``*`` stands for one path component (a layer's number). The longest rule
+that matches wins; what follows the matched part is kept. A rule may name several tensors of the checkpoint:
+they are stacked along dimension 0 (a fused matrix of ours, separate ones there).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from blip2edge.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Our module path, and theirs."""
+
+    ours: str
+    theirs: str | tuple[str, ...]
+
+    def sources(self) -> tuple[str, ...]:
+        """Their paths, one or several."""
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+
+def under(ours: str, theirs: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The same rules below a prefix on either side."""
+    return tuple(Rule(ours + rule.ours, tuple(theirs + path for path in rule.sources())) for rule in rules)
+
+
+class WeightMap:
+    """Rules, compiled.
+
+    Args:
+        rules: How names translate.
+        left_out: Regular expressions of tensors that a checkpoint may hold and nobody needs.
+    """
+
+    def __init__(self, rules: Sequence[Rule], left_out: Sequence[str] = ()) -> None:
+        ordered = sorted(rules, key=lambda rule: len(rule.ours.split(".")), reverse=True)
+        self._rules = [(_compile(rule.ours), rule.sources()) for rule in ordered]
+        self._left_out = [re.compile(pattern) for pattern in left_out]
+
+    def sources(self, ours: str) -> tuple[str, ...]:
+        """The tensors of the checkpoint that make up our parameter ``ours``.
+
+        Raises:
+            KeyError: No rule covers it; a hole in a table, not a user's mistake.
+        """
+        for pattern, paths in self._rules:
+            match = pattern.match(ours)
+            if match:
+                rest = ours[match.end() :]
+                return tuple(_fill(path, match.groups()) + rest for path in paths)
+        raise KeyError(f"no rule of the weight map covers {ours}")
+
+    def is_left_out(self, theirs: str) -> bool:
+        """Whether a tensor of the checkpoint is one that nobody needs."""
+        return any(pattern.fullmatch(theirs) for pattern in self._left_out)
+
+    def check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        found: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Compares names and shapes before any weight is read.
+
+        Args:
+            expected: Our parameters and their shapes.
+            found: The checkpoint's tensors and their shapes.
+
+        Raises:
+            CheckpointError: Tensors are missing, unknown or misshapen; the first few are named.
+        """
+        wanted = {ours: self.sources(ours) for ours in expected}
+        used = {name for names in wanted.values() for name in names}
+        missing = sorted(used - found.keys())
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {_some(missing)}",
+                "save it whole with transformers' save_pretrained, or merge it with the frozen parts first",
+            )
+        unknown = sorted(name for name in found.keys() - used if not self.is_left_out(name))
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint holds tensors that its config does not describe: {_some(unknown)}",
+                "check that config.json belongs to these weights",
+            )
+        for ours, names in wanted.items():
+            shapes = [found[name] for name in names]
+            stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+            if stacked != expected[ours]:
+                raise CheckpointError(
+                    f"{names[0]} has shape {list(stacked)}, but config.json asks for {list(expected[ours])}",
+                    "check that config.json belongs to these weights",
+                )
+
+
+def _compile(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(r"\*", r"([^.]+)") + r"(?=\.|$)")
+
+
+def _fill(path: str, groups: Sequence[str]) -> str:
+    parts = iter(groups)
+    return re.sub(r"\*", lambda _: next(parts), path)
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+OPT = (
+    Rule("embed_tokens", "model.decoder.embed_tokens"),
+    Rule("embed_positions", "model.decoder.embed_positions"),
+    Rule("project_in", "model.decoder.project_in"),
+    Rule("project_out", "model.decoder.project_out"),
+    Rule("final_norm", "model.decoder.final_layer_norm"),
+    Rule("head", "lm_head"),
+    Rule("layers.*", "model.decoder.layers.*"),
+    Rule("layers.*.final_norm", "model.decoder.layers.*.final_layer_norm"),
+    Rule("layers.*.attention_norm", "model.decoder.layers.*.self_attn_layer_norm"),
+    Rule("layers.*.attention.query", "model.decoder.layers.*.self_attn.q_proj"),
+    Rule("layers.*.attention.key", "model.decoder.layers.*.self_attn.k_proj"),
+    Rule("layers.*.attention.value", "model.decoder.layers.*.self_attn.v_proj"),
+    Rule("layers.*.attention.out", "model.decoder.layers.*.self_attn.out_proj"),
+)
+
+BLIP2_VISION = (
+    Rule("class_embedding", "embeddings.class_embedding"),
+    Rule("position_embedding", "embeddings.position_embedding"),
+    Rule("patch_embedding", "embeddings.patch_embedding"),
+    Rule("post_norm", "post_layernorm"),
+    Rule("layers.*.norm1", "encoder.layers.*.layer_norm1"),
+    Rule("layers.*.norm2", "encoder.layers.*.layer_norm2"),
+    Rule("layers.*.attention", "encoder.layers.*.self_attn"),
+    Rule("layers.*.mlp", "encoder.layers.*.mlp"),
+)
+
+QFORMER_ATTENTION = (
+    Rule("query", "attention.query"),
+    Rule("key", "attention.key"),
+    Rule("value", "attention.value"),
+    Rule("dense", "output.dense"),
+    Rule("norm", "output.LayerNorm"),
+)
+
+BLIP2_QFORMER = (
+    Rule("norm", "layernorm"),
+    *under("layers.*.self_attention.", "encoder.layer.*.attention.", QFORMER_ATTENTION),
+    *under("layers.*.cross_attention.", "encoder.layer.*.crossattention.", QFORMER_ATTENTION),
+    Rule("layers.*.feed_forward.up", "encoder.layer.*.intermediate_query.dense"),
+    Rule("layers.*.feed_forward.down", "encoder.layer.*.output_query.dense"),
+    Rule("layers.*.feed_forward.norm", "encoder.layer.*.output_query.LayerNorm"),
+)
+
+BLIP2 = (
+    *under("vision.", "vision_model.", BLIP2_VISION),
+    Rule("bridge.qformer.query_tokens", "query_tokens"),
+    *under("bridge.qformer.", "qformer.", BLIP2_QFORMER),
+    Rule("bridge.projection", "language_projection"),
+)
