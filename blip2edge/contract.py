@@ -1,0 +1,197 @@
+"""What the halves of the project agree on: tensors, graphs, and the names of a bundle's parts.
+
+Nothing here imports more than the standard library: the exporter writes by it, engines are profiled by it, the
+runtime runs by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+VISION = "vision_encoder"
+BRIDGE = "bridge"
+DECODER = "decoder"
+EMBEDDINGS_FILE = "embed_tokens.safetensors"
+EMBEDDINGS_TENSOR = "embed_tokens"
+TOKENIZER_FILE = "tokenizer.json"
+
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension that varies, and the range that engines and checks are made for.
+
+    ``name`` may be a sum of two others (``past + steps``); its range is then the sum of theirs.
+    """
+
+    name: str
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"axis {self.name}: {self.min} <= {self.opt} <= {self.max} does not hold")
+
+    def __add__(self, other: Axis) -> Axis:
+        return Axis(
+            f"{self.name} + {other.name}", self.min + other.min, self.opt + other.opt, self.max + other.max
+        )
+
+    def value(self, sizes: Mapping[str, int]) -> int:
+        """Its length where the elementary axes have the lengths ``sizes``."""
+        return sum(sizes[part] for part in self.name.split(" + "))
+
+
+Dim = int | Axis
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output."""
+
+    name: str
+    dtype: str
+    dims: tuple[Dim, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"tensor {self.name}: dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where the elementary axes have the lengths ``sizes``."""
+        return tuple(dim if isinstance(dim, int) else dim.value(sizes) for dim in self.dims)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``bundle.json``."""
+        axes: list[dict[str, Any]] = []
+        for dim in self.dims:
+            if isinstance(dim, int):
+                axes.append({"size": dim})
+            else:
+                axes.append({"name": dim.name, "min": dim.min, "opt": dim.opt, "max": dim.max})
+        return {"name": self.name, "dtype": self.dtype, "axes": axes}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TensorSpec:
+        """The inverse of :meth:`to_json`."""
+        dims: list[Dim] = []
+        for axis in values["axes"]:
+            if "size" in axis:
+                dims.append(int(axis["size"]))
+            else:
+                dims.append(Axis(axis["name"], axis["min"], axis["opt"], axis["max"]))
+        return cls(values["name"], values["dtype"], tuple(dims))
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph's name and its tensors, in order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def file(self) -> str:
+        """Its file in a bundle."""
+        return f"{self.name}.onnx"
+
+    def axes(self) -> dict[str, Axis]:
+        """The elementary axes of its inputs."""
+        found: dict[str, Axis] = {}
+        for spec in self.inputs:
+            for dim in spec.dims:
+                if isinstance(dim, Axis) and "+" not in dim.name:
+                    found.setdefault(dim.name, dim)
+        return found
+
+    def with_float(self, dtype: str) -> GraphSpec:
+        """The same graph with its floating-point tensors in ``dtype``; logits stay float32, as sampling wants."""
+
+        def cast(spec: TensorSpec) -> TensorSpec:
+            if spec.dtype != "float32" or spec.name == "logits":
+                return spec
+            return TensorSpec(spec.name, dtype, spec.dims)
+
+        return GraphSpec(self.name, tuple(map(cast, self.inputs)), tuple(map(cast, self.outputs)))
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The keys and values that a decoder carries from step to step."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+    def past_names(self) -> list[str]:
+        """Inputs, layer by layer, key before value."""
+        return [f"past_key_values.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
+
+    def present_names(self) -> list[str]:
+        """Outputs, in the order of :meth:`past_names`."""
+        return [f"present.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """How a picture and a text become the language model's input.
+
+    Attributes:
+        template: Text with one ``{image}`` a picture and one ``{prompt}``. Special tokens are added to the first
+            part of it that is not empty: for BLIP-2 to the text behind the picture.
+        question: What ``ask`` puts in place of ``{prompt}``, with one ``{question}``.
+        visual_tokens: Slots of a picture.
+        bos_token_id: Stands alone where there is no prompt.
+        image_token_id: What transformers writes into ``input_ids`` for a slot (the repetition penalty sees it).
+    """
+
+    template: str
+    question: str
+    visual_tokens: int
+    bos_token_id: int | None
+    image_token_id: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``bundle.json``."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PromptSpec:
+        """The inverse of :meth:`to_json`."""
+        return cls(**{key: values[key] for key in cls.__dataclass_fields__ if key in values})
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an output is from torch, and how far it may be.
+
+    Attributes:
+        output: Its name.
+        max_difference: Largest absolute difference over the cases that were run.
+        relative: The same, divided by the largest absolute value of the reference.
+        tolerance: Bound on ``relative``.
+        cases: Shapes that were run, as text.
+        sample: Empty where the whole graph was run; else which part was.
+    """
+
+    output: str
+    max_difference: float
+    relative: float
+    tolerance: float
+    cases: Sequence[str] = field(default_factory=tuple)
+    sample: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``bundle.json``."""
+        return {**vars(self), "cases": list(self.cases)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Parity:
+        """The inverse of :meth:`to_json`."""
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        return cls(**{**known, "cases": tuple(known.get("cases", ()))})
