@@ -1,0 +1,103 @@
+"""The command line: parse, run one command, turn every failure into one line and an exit status.
+
+Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 any error, 2 wrong
+usage, 130 interrupted, 141 when the reader of our output has gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from blip2edge.cli.parser import build_parser
+from blip2edge.errors import Blip2EdgeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+INTERRUPTED = 130  # 128 + SIGINT
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+# Optional package -> the extra that brings it.
+_EXTRAS = {
+    "huggingface_hub": "export",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxscript": "export",
+    "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "safetensors": "export",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    "torch": "export",
+    "transformers": "dev",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The words after the program's name; by default those of this process.
+
+    Returns:
+        The exit status.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        options = build_parser().parse_args(words)
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except SystemExit as request:  # argparse: --help, --version, wrong usage
+        return request.code if isinstance(request.code, int) else 1
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        _forget_stdout()
+        return BROKEN_PIPE
+    except Exception as error:  # noqa: BLE001 - the last door: whatever went wrong is told in one line
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {explain(error)}")
+        return error.exit_status if isinstance(error, Blip2EdgeError) else 1
+
+
+def explain(error: Exception) -> str:
+    """Tell in one line what went wrong and what mends it."""
+    if isinstance(error, Blip2EdgeError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in _EXTRAS:
+            return f"the package {package!r} is not installed; pip install 'blip2edge[{_EXTRAS[package]}]'"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; make room and run the command again"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "the memory is not enough for this; try a smaller --batch-size or a smaller model"
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text}; run the command with --debug for the traceback"
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _forget_stdout() -> None:
+    """Point standard output at nothing, so that Python's own flush at exit stays quiet as well."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # a test's stream has none
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)

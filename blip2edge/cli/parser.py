@@ -1,0 +1,220 @@
+"""The flags of every command, and nothing else: `--help` must not wait for numpy."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from blip2edge import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "rtx")
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors read like all others: usage, then one line `error: …`, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line with exit status 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def non_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"a number is expected, not {text!r}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text}")
+    return value
+
+
+def non_negative_number(text: str) -> float:
+    """A finite number of at least 0."""
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 and at most 1 is expected, not {text}")
+    return value
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"a whole number of at least {least} is expected, not {text!r}")
+    return value
+
+
+def _command(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    """The function of a command, imported only when the command runs."""
+
+    def run(options: argparse.Namespace) -> int:
+        status: int = getattr(importlib.import_module(f"blip2edge.cli.{module}"), function)(options)
+        return status
+
+    return run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Every parsed result has `run`, the command's function."""
+    parser = Parser(
+        prog="blip2edge",
+        description="From a trained BLIP-2-style captioner to captions on an edge device.",
+        epilog="exit status: 0 done, 1 an error (told in one line), 2 wrong usage",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"blip2edge {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
+    )
+    for add in (_export, _caption, _ask, _inspect, _doctor, _demo, _train, _eval):
+        add(commands)
+    return parser
+
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[Parser]
+
+
+def _add(commands: Commands, name: str, help: str, module: str, function: str) -> Parser:  # noqa: A002
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:], allow_abbrev=False)
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser.set_defaults(run=_command(module, function))
+    return parser
+
+
+def _export(commands: Commands) -> None:
+    parser = _add(commands, "export", "a checkpoint to a verified ONNX bundle", "export", "export")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a local directory or a hub name")
+    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the weights (fp32)")
+    parser.add_argument(
+        "--verify",
+        choices=("full", "sample"),
+        help="compare everything with torch, or a stated sample of layers and shapes (default: by the model's size)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
+
+
+def _bundle(parser: Parser) -> None:
+    parser.add_argument("-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help="what `export` wrote")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="where to run (auto)")
+    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (all cores)")
+
+
+def _generation(parser: Parser) -> None:
+    """The flags of GenerationOptions; one that is not given leaves the bundle's own default."""
+    group = parser.add_argument_group("generation", "what is not given is as the bundle says")
+    group.add_argument("--max-new-tokens", metavar="N", type=positive_int, help="stop after N tokens")
+    group.add_argument("--min-new-tokens", metavar="N", type=non_negative_int, help="no end before N tokens")
+    group.add_argument("--num-beams", metavar="K", type=positive_int, help="beam search with K beams")
+    group.add_argument("--length-penalty", metavar="X", type=number, help="exponent of the length, for beams")
+    group.add_argument("--repetition-penalty", metavar="X", type=positive_number, help="above 1: repeat less")
+    group.add_argument(
+        "--temperature", metavar="T", type=non_negative_number, help="draw tokens; 0 is greedy"
+    )
+    group.add_argument("--top-p", metavar="P", type=share, help="draw from the likeliest tokens, P together")
+    group.add_argument("--top-k", metavar="K", type=positive_int, help="draw from the K likeliest tokens")
+    group.add_argument("--seed", metavar="S", type=non_negative_int, help="of the random numbers")
+
+
+def _output(parser: Parser) -> None:
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--stream", action="store_true", help="write the words as they come")
+    how.add_argument("--json", action="store_true", help="one JSON object a line and picture")
+
+
+def _caption(commands: Commands) -> None:
+    parser = _add(commands, "caption", "pictures to captions", "caption", "caption")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture file")
+    parser.add_argument(
+        "--prompt", metavar="P", action="append", help="how the caption begins: one for all pictures, or one each"
+    )
+    parser.add_argument("--batch-size", metavar="N", type=positive_int, default=1, help="pictures at once (1)")
+    _bundle(parser)
+    _output(parser)
+    _generation(parser)
+
+
+def _ask(commands: Commands) -> None:
+    parser = _add(commands, "ask", "a question about a picture", "caption", "ask")
+    parser.add_argument("image", metavar="IMAGE", help="a picture file")
+    parser.add_argument("question", metavar="QUESTION")
+    _bundle(parser)
+    _output(parser)
+    _generation(parser)
+
+
+def _inspect(commands: Commands) -> None:
+    parser = _add(commands, "inspect", "what is inside a bundle", "inspect", "inspect")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument("--verify", action="store_true", help="hash every file again")
+
+
+def _doctor(commands: Commands) -> None:
+    _add(commands, "doctor", "what this machine can really run", "doctor", "doctor")
+
+
+def _demo(commands: Commands) -> None:
+    parser = _add(commands, "demo", "the whole way on the checkpoint that ships", "demo", "demo")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="keep the bundle in DIR (default: the user's cache directory)"
+    )
+
+
+def _train(commands: Commands) -> None:
+    parser = _add(commands, "train", "train the bridge on a frozen language model", "train", "train")
+    parser.add_argument("stage", choices=("stage2",), help="stage2: generative learning")
+    parser.add_argument("-c", "--config", metavar="FILE", type=Path, required=True, help="a configuration file")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, required=True, help="where the checkpoint is written"
+    )
+    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
+
+
+def _eval(commands: Commands) -> None:
+    parser = _add(commands, "eval", "the exact-match rate on generated held-out scenes", "train", "evaluate")
+    parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path)
+    parser.add_argument("--scenes", metavar="N", type=positive_int, default=1000, help="how many (1000)")
+    parser.add_argument("--batch-size", metavar="N", type=positive_int, default=16, help="pictures at once (16)")
+    parser.add_argument("--json", action="store_true", help="the figures as one JSON object")

@@ -1,0 +1,107 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere.
+
+Work reports by calling ``progress(stage, done, total)``; it need not know who listens.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+REDRAW_SECONDS = 0.1  # at most ten drawings a second: a terminal over ssh keeps up
+LINE_SECONDS = 10.0  # without a terminal: one line in ten seconds of silence is enough for a log
+BAR_WIDTH = 24  # characters between the brackets
+
+
+class ProgressCallback(Protocol):
+    """What long work calls: `done` of `total` units of `stage` are finished (total 0: not known)."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report that `done` of `total` units of `stage` are finished."""
+
+
+class Progress:
+    """Draws progress on a text stream, standard error unless another is given.
+
+    A new stage name ends the line of the one before. Use it as a context manager, so that the last line is ended
+    whatever happens:
+
+        with Progress() as progress:
+            export_checkpoint(source, target, progress=progress)
+
+    Args:
+        stream: Where to draw.
+        terminal: Whether to draw a bar in place; by default, whether `stream` is a terminal.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, terminal: bool | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty() if terminal is None else terminal
+        self._stage: str | None = None
+        self._state = (0, 0)  # done, total
+        self._started = 0.0  # s, of the stage
+        self._drawn = 0.0  # s, last drawing
+        self._shown: tuple[int, int] | None = None  # the state last written
+
+    def __enter__(self) -> Progress:
+        """Return the reporter itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the last line."""
+        self.close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report that `done` of `total` units of `stage` are finished (total 0: not known)."""
+        now = time.monotonic()
+        fresh = stage != self._stage
+        if fresh:
+            self.close()
+            self._stage, self._started = stage, now
+        self._state = (done, total)
+        complete = 0 < total <= done
+        wait = REDRAW_SECONDS if self._terminal else LINE_SECONDS
+        if fresh or complete or now - self._drawn >= wait:
+            self._draw(now)
+
+    def close(self) -> None:
+        """Write the last state if it is not yet shown, and end the line; harmless when called twice."""
+        if self._stage is None:
+            return
+        if self._shown != self._state:
+            self._draw(time.monotonic())
+        if self._terminal:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._stage, self._shown = None, None
+
+    def _draw(self, now: float) -> None:
+        if self._shown == self._state:
+            return
+        self._shown, self._drawn = self._state, now
+        text = self._text(now - self._started)
+        if self._terminal:
+            columns = shutil.get_terminal_size().columns
+            self._stream.write(f"\r{text[: columns - 1]}\x1b[K")
+        else:
+            self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def _text(self, seconds: float) -> str:
+        """One line for the present state: name, bar or count, seconds since the stage began."""
+        done, total = self._state
+        if total <= 0:
+            return f"{self._stage}: {done}" if done else f"{self._stage} …"
+        share = min(max(done / total, 0.0), 1.0)
+        tail = f"{done}/{total}  {seconds:.1f} s"
+        if not self._terminal:
+            return f"{self._stage}: {tail}" if done else f"{self._stage}: 0/{total}"
+        filled = round(share * BAR_WIDTH)
+        return f"{self._stage}  [{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {tail}"
