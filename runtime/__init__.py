@@ -1,1 +1,1 @@
-"""What runs on the device: numpy, Pillow, tokenizers and one backend; never torch."""
+"""What runs on the device: numpy, pillow and tokenizers; a backend is an extra."""

@@ -1,0 +1,178 @@
+"""What all ways of generating share: the decoder's protocol, options, results, when a text is over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.errors import UsageError
+
+Stopped = Callable[[Sequence[int]], bool]
+
+
+class DecodeState(Protocol):
+    """A decoder and its cache, for some rows that all advance by one token a step."""
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows B."""
+        ...
+
+    def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token [B] to each row; returns the logits [B,V] of the next position."""
+        ...
+
+    def select(self, rows: NDArray[np.int64]) -> None:
+        """Let row i continue old row `rows[i]`; rows may repeat, change places or be dropped."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to generate. Sampling is on as soon as a temperature, top_p or top_k is given (temperature 0: off).
+
+    Attributes:
+        max_new_tokens: At most this many tokens, the end token included.
+        min_new_tokens: No end token before this many.
+        num_beams: 1, or the width of beam search.
+        length_penalty: Beam scores are divided by length ** length_penalty.
+        repetition_penalty: Above 1 discourages tokens of the prompt and of the text so far.
+        temperature: Divides the logits before sampling.
+        top_p: Sample from the fewest tokens whose probabilities reach this sum.
+        top_k: Sample from this many tokens; 0: from all.
+        seed: Of the random streams, one a row; None: another text every time.
+        early_stopping: Beam search ends as soon as num_beams texts have ended.
+        eos_token_ids: Any of these ends a text.
+        stop: Strings that end a text; the caller looks for them and passes `stopped`.
+
+    Raises:
+        UsageError: A value is outside its range, or two contradict each other.
+    """
+
+    max_new_tokens: int = 20
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    early_stopping: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("num_beams", 1)):
+            _check_integer(name, getattr(self, name), least)
+        for name in ("top_k", "seed"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 0)
+        _check_number("length_penalty", self.length_penalty, -10.0, 10.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        if self.temperature is not None:
+            _check_number("temperature", self.temperature, 0.0, math.inf)
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p, 0.0, 1.0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UsageError(
+                f"expected --min-new-tokens of at most {self.max_new_tokens}, got {self.min_new_tokens}",
+                "raise --max-new-tokens",
+            )
+        for token_id in self.eos_token_ids:
+            _check_integer("eos_token_ids", token_id, 0)
+        if not all(self.stop):
+            raise UsageError(f"expected --stop to be text that is not empty, got {list(self.stop)!r}")
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if self.num_beams > 1 and self.sampling:
+            raise UsageError(
+                f"expected either --num-beams or sampling, got {self.num_beams} beams and a temperature, "
+                "--top-p or --top-k",
+                "leave one of them out",
+            )
+
+    @property
+    def sampling(self) -> bool:
+        """Whether tokens are drawn at random."""
+        given = self.temperature is not None or self.top_p is not None or self.top_k is not None
+        return given and self.temperature != 0.0
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise UsageError(f"expected {_flag(name)} to be a whole number of at least {least}, got {value!r}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    number = float(value) if real else math.nan
+    if math.isfinite(number) and low <= number <= high and not (above and number == low):
+        return
+    expected = "a finite number"
+    if math.isfinite(low):
+        expected = f"a number {'above' if above else 'from'} {low:g}"
+        expected += f" to {high:g}" if math.isfinite(high) else ("" if above else " upwards")
+    raise UsageError(f"expected {_flag(name)} to be {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One row's outcome.
+
+    Attributes:
+        tokens: The generated ids, the end token included, without padding; preceded by `initial`.
+        finish_reason: "eos", "length" or "stop".
+        score: The length-penalised log-probability of the best beam; None without beam search.
+    """
+
+    tokens: tuple[int, ...]
+    finish_reason: str
+    score: float | None
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One new token of one row; `finish_reason` is set on the row's last one."""
+
+    row: int
+    token: int
+    finish_reason: str | None
+
+
+def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
+    """The end tokens that the model can generate, int64."""
+    return np.array([token for token in options.eos_token_ids if token < vocabulary], np.int64)
+
+
+def finish_reason(
+    generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
+) -> str | None:
+    """Why a text of `length` generated tokens is over: "eos", "stop", "length"; None where it is not."""
+    if generated[-1] in options.eos_token_ids:
+        return "eos"
+    if stopped is not None and stopped(generated):
+        return "stop"
+    return "length" if length >= options.max_new_tokens else None
+
+
+def check_rows(
+    first_logits: NDArray[np.float32], state: DecodeState, prompt_ids: Sequence[Sequence[int]]
+) -> None:
+    """Raise ValueError where logits, state and prompts are not for the same number of rows, at least one."""
+    sizes = (len(first_logits), state.batch_size, len(prompt_ids))
+    if first_logits.ndim != 2 or len(set(sizes)) != 1 or sizes[0] < 1:
+        raise ValueError(
+            f"expected logits [B,V], a state of B rows and B prompts, got logits {list(first_logits.shape)}, "
+            f"{sizes[1]} rows and {sizes[2]} prompts"
+        )

@@ -1,0 +1,370 @@
+"""From a picture to the vision encoder's pixel values, on numpy and Pillow alone.
+
+Two steps, each bit-equal to its counterpart in transformers 5.23:
+
+- `load_image` (`transformers.image_utils.load_image`): decode, turn upright by the EXIF orientation, RGB;
+- `Preprocessing` (`BlipImageProcessorPil`, `CLIPImageProcessorPil`): resize, centre crop, rescale, normalise.
+
+Rescaling and normalising an 8-bit value has 256 outcomes per channel, so both are one table look-up.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from blip2edge.errors import BundleError, CheckpointError, ImageError
+
+MAX_PIXELS = 89_478_485
+"""Largest picture that is decoded, in pixels: 256 MiB as RGB; above it Pillow warns of a bomb."""
+
+BICUBIC = 3
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = 1  # EXIF orientation of a picture that needs no turning
+_RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box, hamming
+_warning_filters = threading.Lock()
+
+ImageSource = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Decode a picture, turn it upright and convert it to RGB; transparency is dropped, not blended.
+
+    Args:
+        source: A path, the bytes of a picture file, a Pillow image, or a uint8 array [H,W], [H,W,1], [H,W,3]
+            (RGB) or [H,W,4] (RGBA).
+
+    Returns:
+        The picture in mode RGB; a Pillow image that already is upright RGB is returned itself.
+
+    Raises:
+        ImageError: The file is missing, empty, broken, truncated or no picture; the picture has no pixel or
+            more than `MAX_PIXELS`; the array has another shape or dtype.
+    """
+    if isinstance(source, np.ndarray):
+        return _upright_rgb(_from_array(source), "the array passed in")
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source, "the picture passed in")
+    if isinstance(source, (bytes, bytearray)):
+        return _decode(io.BytesIO(source), len(source), "the picture passed in")
+    if not isinstance(source, (str, os.PathLike)):
+        raise ImageError(f"expected a path, bytes, a Pillow image or an array, got {type(source).__name__}")
+    name = os.fspath(source)
+    _check_file(name)
+    try:
+        with open(name, "rb") as file:
+            return _decode(file, os.fstat(file.fileno()).st_size, name)
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be opened ({error.strerror or error})") from error
+
+
+def _check_file(name: str) -> None:
+    if name.startswith(("http://", "https://")):
+        raise ImageError(f"{name}: expected a file, got a web address", "download the picture first")
+    try:
+        path = Path(name)
+        if path.is_file():
+            return
+        exists, is_directory = path.exists(), path.is_dir()
+    except (OSError, ValueError) as error:  # a name too long for the system, or one with a NUL in it
+        raise ImageError(f"{name[:80]!r}: not a usable file name ({error})") from error
+    if is_directory:
+        raise ImageError(f"{name}: expected a picture, got a directory", "name the pictures inside it")
+    if exists:
+        raise ImageError(f"{name}: expected a picture, got something that is not a regular file")
+    raise ImageError(f"{name}: no such file")
+
+
+def _decode(file: Any, size: int, name: str) -> Image.Image:
+    if size == 0:
+        raise ImageError(f"{name}: the file is empty")
+    with _opened(file, name) as image:
+        return _upright_rgb(image, name)
+
+
+def _opened(file: Any, name: str) -> Image.Image:
+    """Read a picture's header; Pillow's own bomb warning is made an error, as the limits are the same."""
+    try:
+        with _warning_filters, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(file)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"{name}: expected at most {MAX_PIXELS} pixels, got more", "scale it down"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name}: not a picture in a format that Pillow reads", "convert it to PNG"
+        ) from error
+    except Exception as error:  # the format plug-ins raise whatever a broken header leads them to
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> ImageError:
+    reason = str(error) or type(error).__name__
+    return ImageError(f"{name}: the picture is broken ({reason})", "save or copy it again")
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Apply the EXIF orientation and convert to RGB, after a check of the size and before decoding."""
+    _check_pixels(image.width, image.height, name)
+    try:
+        image.load()
+        if image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB":
+            return image
+        if isinstance(image.info.get("transparency"), bytes):
+            image = image.convert("RGBA")  # per-colour alpha: the same colours without Pillow's warning
+        return image.convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
+        raise _broken(name, error) from error
+
+
+def _check_pixels(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: expected a picture with at least one pixel, got {width}×{height}")
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name}: expected at most {MAX_PIXELS} pixels, got {width}×{height}", "scale the picture down"
+        )
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ImageError(
+            f"expected a uint8 array [H,W], [H,W,3] or [H,W,4], got {array.dtype} {list(array.shape)}",
+            "scale it to 0…255, put the channels last and convert it with .astype('uint8')",
+        )
+    _check_pixels(array.shape[1], array.shape[0], "the array passed in")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _blend_on_white(image: Image.Image) -> Image.Image:
+    """RGB as transformers' image processors make it of a picture that was not loaded by `load_image`."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(
+            "RGB"
+        )
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to a picture between decoding and the vision encoder; the defaults are BLIP's.
+
+    Attributes:
+        resize: Whether to resize to `size`.
+        size: {"height", "width"}, or {"shortest_edge"} which keeps the aspect ratio; pixels.
+        crop: {"height", "width"} of the centre crop (zero-padded where the picture is smaller), or None.
+        resample: Pillow's code of the resampling filter (3: bicubic).
+        do_rescale: Whether to multiply by `rescale_factor`.
+        rescale_factor: Usually 1/255.
+        do_normalize: Whether to subtract `mean` and divide by `std`, per channel.
+        mean: One value per channel, R, G, B.
+        std: One value per channel, R, G, B.
+
+    Raises:
+        ValueError: A field is outside its range.
+    """
+
+    resize: bool = True
+    size: Mapping[str, int] = field(default_factory=lambda: {"height": 384, "width": 384})
+    crop: Mapping[str, int] | None = None
+    resample: int = BICUBIC
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    mean: tuple[float, float, float] = OPENAI_CLIP_MEAN
+    std: tuple[float, float, float] = OPENAI_CLIP_STD
+
+    def __post_init__(self) -> None:
+        for name in ("size", "crop"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _checked_size(name, value))
+        if self.resample not in _RESAMPLING_CODES:
+            raise ValueError(f"resample: expected a Pillow code 0…5, got {self.resample!r}")
+        if not np.isfinite(self.rescale_factor):
+            raise ValueError(f"rescale_factor: expected a finite number, got {self.rescale_factor!r}")
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != 3 or not np.isfinite(values).all() or (name == "std" and 0.0 in values):
+                raise ValueError(f"{name}: expected three finite numbers (std: not 0), got {list(values)}")
+            object.__setattr__(self, name, values)
+        object.__setattr__(self, "_table", self._lookup_table())
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """Height and width of what comes out, pixels; None where they depend on the picture."""
+        fixed = self.crop if self.crop is not None else (self.size if self.resize else {})
+        return (fixed["height"], fixed["width"]) if "height" in fixed else None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """Read a `preprocessor_config.json`, or the `image_processor` part of a `processor_config.json`.
+
+        Args:
+            config: The parsed JSON; keys that are absent take the defaults of `BlipImageProcessor`, or of
+                `CLIPImageProcessor` where `image_processor_type` names a CLIP processor.
+
+        Raises:
+            CheckpointError: A value is outside its range, or asks for a step that is not supported.
+        """
+        part = config.get("image_processor")
+        if isinstance(part, Mapping):
+            config = part
+        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+        clip = kind.startswith("CLIP")
+        if config.get("do_pad"):
+            raise CheckpointError("preprocessor_config.json: expected do_pad to be false, got true")
+        try:
+            return cls(
+                resize=bool(config.get("do_resize", True)),
+                size=_hf_size(config.get("size"), 224 if clip else 384, square=not clip),
+                crop=_hf_size(config.get("crop_size"), 224, square=True)
+                if config.get("do_center_crop", clip)
+                else None,
+                resample=int(config.get("resample", BICUBIC)),
+                do_rescale=bool(config.get("do_rescale", True)),
+                rescale_factor=float(config.get("rescale_factor", 1 / 255)),
+                do_normalize=bool(config.get("do_normalize", True)),
+                mean=_hf_channels(config.get("image_mean", OPENAI_CLIP_MEAN)),
+                std=_hf_channels(config.get("image_std", OPENAI_CLIP_STD)),
+            )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"preprocessor_config.json: {error}") from error
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """Read what `to_json` wrote.
+
+        Raises:
+            BundleError: A key is unknown, or a value outside its range.
+        """
+        try:
+            return cls(**config)
+        except (TypeError, ValueError) as error:
+            raise BundleError(
+                f"bundle.json, preprocessing: {error}", "export the checkpoint again"
+            ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    def __call__(self, image: Image.Image | NDArray[Any] | str | os.PathLike[str]) -> NDArray[np.float32]:
+        """Pixel values of one picture.
+
+        Args:
+            image: A Pillow image, processed as transformers' processor does it (no EXIF turning; where it
+                has transparency, blended onto white); anything else goes through `load_image` first.
+
+        Returns:
+            float32 [3,H,W].
+
+        Raises:
+            ImageError: The picture cannot be read, or is so thin that its resized form would exceed
+                `MAX_PIXELS`.
+        """
+        if not isinstance(image, Image.Image):
+            image = load_image(image)
+        _check_pixels(image.width, image.height, "the picture passed in")
+        image = _blend_on_white(image)
+        if self.resize:
+            image = image.resize(self._resized(image.width, image.height), resample=self.resample)
+        if self.crop is not None:
+            width, height = self.crop["width"], self.crop["height"]
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        values = np.asarray(image)  # [H,W,3] uint8
+        table: NDArray[np.float32] = getattr(self, "_table")  # noqa: B009 - set past the frozen fields
+        pixels = np.empty((3, *values.shape[:2]), np.float32)
+        for channel in range(3):
+            np.take(table[channel], values[:, :, channel], out=pixels[channel], mode="clip")
+        return pixels
+
+    def batch(
+        self, images: Sequence[Image.Image | NDArray[Any] | str | os.PathLike[str]]
+    ) -> NDArray[np.float32]:
+        """Pixel values of several pictures, float32 [B,3,H,W].
+
+        Raises:
+            ImageError: As for one picture; or there is none, or their processed sizes differ.
+        """
+        pixels = [self(image) for image in images]
+        if not pixels:
+            raise ImageError("expected at least one picture, got none")
+        shapes = {array.shape for array in pixels}
+        if len(shapes) > 1:
+            sizes = ", ".join(sorted(f"{width}×{height}" for _, height, width in shapes))
+            raise ImageError(f"expected pictures of one processed size, got {sizes}", "process them singly")
+        return np.stack(pixels)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after resizing (`get_resize_output_image_size` in transformers)."""
+        if "height" in self.size:
+            return self.size["width"], self.size["height"]
+        short = self.size["shortest_edge"]
+        long = int(short * max(width, height) / min(width, height))
+        if short * long > MAX_PIXELS:
+            raise ImageError(f"the picture passed in: {width}×{height} is too thin to be resized", "crop it")
+        return (short, long) if width <= height else (long, short)
+
+    def _lookup_table(self) -> NDArray[np.float32]:
+        """Float32 [3,256]: the outcome for each channel and 8-bit value, rounded as transformers rounds."""
+        values = np.arange(256, dtype=np.float64)
+        if self.do_rescale:
+            values = values * self.rescale_factor
+        table = np.tile(values.astype(np.float32), (3, 1))
+        if self.do_normalize:
+            table = (table - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[
+                :, None
+            ]
+        return table
+
+
+def _checked_size(name: str, size: Any) -> dict[str, int]:
+    allowed = [{"height", "width"}] + ([{"shortest_edge"}] if name == "size" else [])
+    if not isinstance(size, Mapping) or set(size) not in allowed:
+        raise ValueError(f"{name}: expected the keys height and width, or shortest_edge, got {size!r}")
+    checked = {key: int(value) for key, value in size.items()}
+    if min(checked.values()) < 1 or np.prod([float(value) for value in checked.values()]) > MAX_PIXELS:
+        raise ValueError(f"{name}: expected 1…{MAX_PIXELS} pixels, got {checked}")
+    return checked
+
+
+def _hf_size(value: Any, default: int, square: bool) -> dict[str, int]:
+    """Transformers' forms of a size (a dict, a number, or height and width) as a dict."""
+    value = default if value is None else value
+    if isinstance(value, Mapping):
+        return {key: edge for key, edge in value.items() if edge is not None}
+    if isinstance(value, (list, tuple)):
+        height, width = value
+        return {"height": height, "width": width}
+    return {"height": value, "width": value} if square else {"shortest_edge": value}
+
+
+def _hf_channels(value: Any) -> tuple[float, float, float]:
+    if isinstance(value, (int, float)):
+        return (float(value),) * 3
+    red, green, blue = (float(channel) for channel in value)
+    return red, green, blue

@@ -1,0 +1,182 @@
+"""From one step's logits to one token: penalties, filters and the draw, a row at a time.
+
+The order and the arithmetic (float32) are those of transformers 5.23: repetition penalty, minimal length,
+temperature, top-k, top-p (`generation/logits_process.py`). Nothing here loops over the vocabulary in Python
+or sorts all of it where a part will do.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.errors import BackendError
+
+_CHUNK = 128  # values per chunk when the largest k of many are looked for
+_NUCLEUS = 512  # tokens that top-p looks at first; a nucleus is rarely larger
+
+
+def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Indices of the k largest values, largest first; of equal values the lower index comes first.
+
+    The k-th largest of the chunk maxima is a lower bound of the k-th largest value, so that one fast
+    reduction leaves only a handful of candidates to sort.
+
+    Args:
+        values: [N] without NaN.
+        k: 1 … N.
+
+    Returns:
+        int64 [k].
+    """
+    chunks = len(values) // _CHUNK
+    if chunks >= 4 * k:
+        maxima = values[: chunks * _CHUNK].reshape(chunks, _CHUNK).max(axis=1)
+        bound = np.partition(maxima, chunks - k)[chunks - k]
+    else:
+        bound = np.partition(values, len(values) - k)[len(values) - k]
+    candidates = np.flatnonzero(values >= bound)
+    order = np.argsort(-values[candidates], kind="stable")[:k]
+    return candidates[order].astype(np.int64, copy=False)
+
+
+def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> None:
+    """Divide the positive and multiply the negative scores of seen tokens (CTRL, arXiv 1909.05858), in place.
+
+    Args:
+        scores: [V]: logits, or log-probabilities in beam search.
+        seen: Ids in the prompt and generated so far, repeated or not, each in 0 … V-1.
+        penalty: Above 1 discourages repetition, below 1 encourages it.
+    """
+    values = scores[seen]
+    scores[seen] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+
+
+def filter_scores(
+    scores: NDArray[np.float32], temperature: float | None, top_k: int | None, top_p: float | None
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
+    """Apply temperature, top-k and top-p.
+
+    Args:
+        scores: [V].
+        temperature: Above 0; None or 1: as they are.
+        top_k: Keep the k largest, and what equals the k-th; None or 0: keep all.
+        top_p: Keep the fewest most probable tokens whose probabilities reach this sum, at least one; None
+            or 1: keep all.
+
+    Returns:
+        The ids kept, ascending (None: the whole vocabulary), and their scores after the temperature.
+    """
+    if temperature is not None and temperature != 1.0:
+        scores = scores / np.float32(temperature)
+    kept: NDArray[np.int64] | None = None
+    if top_k and top_k < len(scores):
+        smallest = scores[top_k_indices(scores, top_k)[-1]]
+        kept = np.flatnonzero(scores >= smallest)
+        scores = scores[kept]
+    if top_p is not None and top_p < 1.0:
+        nucleus = _nucleus(scores, top_p)
+        kept = nucleus if kept is None else kept[nucleus]
+        scores = scores[nucleus]
+    return kept, scores
+
+
+def _nucleus(scores: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
+    """Positions that top-p keeps, ascending (Holtzman et al., arXiv 1904.09751).
+
+    A token goes where the mass of itself and everything less probable is at most 1 - p; that is, it stays
+    where the mass before it, in falling order, is below p. The likeliest always stays.
+    """
+    weights = np.exp((scores - scores.max()).astype(np.float64))
+    limit = np.float32(1.0 - top_p)
+    total = weights.sum()
+    size = min(_NUCLEUS, len(scores))
+    while True:
+        order = top_k_indices(scores, size)
+        mass = np.cumsum(weights[order]) / total
+        stays = (1.0 - np.concatenate(([0.0], mass[:-1]))).astype(np.float32) > limit
+        stays[0] = True
+        count = int(np.count_nonzero(stays))
+        if count < size or size == len(scores):
+            return np.sort(order[:count])
+        size = min(size * 16, len(scores))
+
+
+def draw(
+    scores: NDArray[np.float32],
+    rng: np.random.Generator,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> int:
+    """Draw one token from the softmax over the filtered scores, with one uniform number.
+
+    Args:
+        scores: [V].
+        rng: The row's own random stream.
+        temperature: See `filter_scores`.
+        top_k: See `filter_scores`.
+        top_p: See `filter_scores`.
+
+    Returns:
+        The token id.
+
+    Raises:
+        BackendError: The scores hold NaN or infinity.
+    """
+    if not np.isfinite(scores.max()):
+        raise broken_logits()
+    kept, scores = filter_scores(scores, temperature, top_k, top_p)
+    mass = np.cumsum(np.exp((scores - scores.max()).astype(np.float64)))
+    position = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
+    position = min(position, len(mass) - 1)
+    return position if kept is None else int(kept[position])
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log-probabilities along the last axis, float32, a new array of the same shape.
+
+    Raises:
+        BackendError: The logits hold NaN.
+    """
+    shifted: NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
+    norm = np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    if np.isnan(norm).any():
+        raise broken_logits()
+    shifted -= norm
+    return shifted
+
+
+def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The likeliest token of each row, the lowest id of equals.
+
+    Args:
+        logits: [B,V].
+
+    Returns:
+        int64 [B].
+
+    Raises:
+        BackendError: The logits hold NaN.
+    """
+    tokens: NDArray[np.int64] = logits.argmax(axis=-1)  # NaN counts as the largest
+    if np.isnan(logits[np.arange(len(tokens)), tokens]).any():
+        raise broken_logits()
+    return tokens
+
+
+def broken_logits() -> BackendError:
+    """The error for a decoder whose numbers have broken down."""
+    return BackendError(
+        "the decoder returned NaN or infinity instead of logits, as half precision does when it overflows",
+        "export with --precision fp32, or choose another --backend",
+    )
+
+
+def row_streams(seed: int | None, rows: Sequence[int]) -> list[np.random.Generator]:
+    """One independent random stream a row: `default_rng([seed, row])`, from fresh entropy without a seed."""
+    entropy = secrets.randbits(128) if seed is None else int(seed)
+    return [np.random.default_rng([entropy, row]) for row in rows]

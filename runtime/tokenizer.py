@@ -1,0 +1,185 @@
+"""Text to token ids and back, on the `tokenizers` package alone, and text that grows token by token."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from blip2edge.errors import BundleError
+
+_REPLACEMENT = "\ufffd"  # what decoders put where bytes are no valid UTF-8
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+# The end of a text that a later character could still change under _CLEAN_UP: spaces and apostrophes, then
+# perhaps the first letter of n't, 've or 're.
+_UNSETTLED = re.compile(r"[ ']+[nvr]?[ ']*\Z")
+_TRIM_AT = 16  # tokens that a stream decodes again at most before it lets go of the settled ones
+
+
+class Tokenizer:
+    """A `tokenizer.json`, answering as transformers' `PreTrainedTokenizerFast` over the same file.
+
+    Args:
+        backend: The tokenizer; truncation and padding that were saved with it are switched off.
+        clean_up_tokenization_spaces: The setting of that name in `tokenizer_config.json` (transformers 5:
+            false unless written there). As in transformers it has no effect on BPE models.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, clean_up_tokenization_spaces: bool = False) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.clean_up = clean_up_tokenization_spaces and type(backend.model).__name__ != "BPE"
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        decoder = backend.decoder
+        self.byte_fallback = decoder is not None and _has_byte_fallback(json.loads(decoder.__getstate__()))
+
+    @classmethod
+    def from_file(
+        cls, path: str | os.PathLike[str], *, clean_up_tokenization_spaces: bool = False
+    ) -> Tokenizer:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            BundleError: The file is missing, or is no tokenizer.
+        """
+        if not Path(path).is_file():
+            raise BundleError(f"{os.fspath(path)}: no such file", "export the checkpoint again")
+        try:
+            backend = tokenizers.Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the package raises bare Exception for every fault of the file
+            raise BundleError(f"{os.fspath(path)}: not a tokenizer.json ({error})") from error
+        return cls(backend, clean_up_tokenization_spaces=clean_up_tokenization_spaces)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the added ones included (`len(tokenizer)` in transformers)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token, or None where the vocabulary lacks it."""
+        return self._backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token of an id, or None where the vocabulary lacks it."""
+        return self._backend.id_to_token(token_id) if token_id >= 0 else None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with what the tokenizer's template puts around it unless told otherwise."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids, as transformers' `batch_decode` gives it; ids without a token are left out."""
+        text = self.decode_raw(ids, skip_special_tokens)
+        return clean_up_spaces(text) if self.clean_up else text
+
+    def decode_raw(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids before the clean-up of spaces."""
+        kept = [int(token_id) for token_id in ids if token_id >= 0]
+        return self._backend.decode(kept, skip_special_tokens=skip_special_tokens)
+
+
+def _has_byte_fallback(decoder: dict[str, object]) -> bool:
+    parts = decoder.get("decoders", [])
+    inner = parts if isinstance(parts, list) else []
+    return decoder.get("type") == "ByteFallback" or any(_has_byte_fallback(part) for part in inner)
+
+
+def clean_up_spaces(text: str) -> str:
+    """Remove spaces before punctuation and English contractions (`clean_up_tokenization` of transformers)."""
+    for spaced, joined in _CLEAN_UP:
+        text = text.replace(spaced, joined)
+    return text
+
+
+class TextStream:
+    """Turns tokens into text as they come; what was handed out never changes afterwards.
+
+    The pieces of `push` and the rest from `flush`, joined, equal `tokenizer.decode(all ids)`. Held back are:
+    bytes that are not yet a whole UTF-8 character; with byte-fallback tokenizers (Llama) a run of byte
+    tokens until another token ends it, because one invalid byte turns the whole run into U+FFFD; with the
+    clean-up of spaces, an ending that the next character could change.
+
+    Each push decodes a short window of the latest tokens, never the whole text, so its cost is constant.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        skip_special_tokens: As in `Tokenizer.decode`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._window: list[int] = []  # the latest tokens, from a character boundary on
+        self._taken = 0  # characters of the window's text that are already taken
+        self._boundary = 0  # tokens of the window at the last push after which everything was taken
+        self._unsettled = ""  # taken, but the clean-up of spaces may still change it
+
+    def push(self, token_id: int) -> str:
+        """Take one token.
+
+        Args:
+            token_id: The next generated id; one without a token adds nothing.
+
+        Returns:
+            The text that has become final, often the token's own; "" while nothing has.
+        """
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._skipped:
+            return ""
+        self._window.append(int(token_id))
+        if self._tokenizer.byte_fallback and _BYTE_TOKEN.match(token):
+            return ""
+        text = self._decode_window()
+        settled = text.rstrip(_REPLACEMENT)
+        fresh = settled[self._taken :]
+        self._taken = max(self._taken, len(settled))
+        if self._taken == len(text):
+            self._let_go()
+        return self._settle(fresh)
+
+    def flush(self) -> str:
+        """End the text: whatever was held back, incomplete characters as U+FFFD; the stream starts anew."""
+        rest = self._decode_window()[self._taken :]
+        final = self._clean(self._unsettled + rest)
+        self._window, self._taken, self._boundary, self._unsettled = [], 0, 0, ""
+        return final
+
+    def _decode_window(self) -> str:
+        return self._tokenizer.decode_raw(self._window, skip_special_tokens=False)
+
+    def _let_go(self) -> None:
+        """Shorten a long window; some tokens stay, as decoders treat a text's first token differently."""
+        if len(self._window) >= _TRIM_AT:
+            self._window = self._window[self._boundary :]
+            self._taken = len(self._decode_window())
+        self._boundary = len(self._window)
+
+    def _settle(self, fresh: str) -> str:
+        if not self._tokenizer.clean_up:
+            return fresh
+        text = self._unsettled + fresh
+        tail = _UNSETTLED.search(text)
+        cut = tail.start() if tail else len(text)
+        self._unsettled = text[cut:]
+        return self._clean(text[:cut])
+
+    def _clean(self, text: str) -> str:
+        return clean_up_spaces(text) if self._tokenizer.clean_up else text
