@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 TERMINATED = 128 + signal.SIGTERM
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     """On SIGTERM leave by an exception, so that half-written directories are removed on the way out."""
     raise SystemExit(TERMINATED)
 

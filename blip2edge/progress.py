@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from types import TracebackType
+    from typing import Self
 
 REDRAW_SECONDS = 0.1  # at most ten drawings a second: a terminal over ssh keeps up
 LINE_SECONDS = 10.0  # without a terminal: one line in ten seconds of silence is enough for a log
@@ -28,8 +29,8 @@ class ProgressCallback(Protocol):
 class Progress:
     """Draws progress on a text stream, standard error unless another is given.
 
-    A new stage name ends the line of the one before. Use it as a context manager, so that the last line is ended
-    whatever happens:
+    A new stage name ends the line of the one before. Use it as a context manager, so that the last line is
+    ended whatever happens:
 
         with Progress() as progress:
             export_checkpoint(source, target, progress=progress)
@@ -48,7 +49,7 @@ class Progress:
         self._drawn = 0.0  # s, last drawing
         self._shown: tuple[int, int] | None = None  # the state last written
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         """Return the reporter itself."""
         return self
 

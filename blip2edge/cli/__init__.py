@@ -1,7 +1,7 @@
 """The command line: parse, run one command, turn every failure into one line and an exit status.
 
-Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 any error, 2 wrong
-usage, 130 interrupted, 141 when the reader of our output has gone.
+Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 any error, 2
+wrong usage, 130 interrupted, 141 when the reader of our output has gone.
 """
 
 from __future__ import annotations

@@ -126,18 +126,22 @@ def _add(commands: Commands, name: str, help: str, module: str, function: str) -
 def _export(commands: Commands) -> None:
     parser = _add(commands, "export", "a checkpoint to a verified ONNX bundle", "export", "export")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a local directory or a hub name")
-    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write")
+    parser.add_argument(
+        "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the weights (fp32)")
     parser.add_argument(
         "--verify",
         choices=("full", "sample"),
-        help="compare everything with torch, or a stated sample of layers and shapes (default: by the model's size)",
+        help="compare all of it with torch, or a stated sample of layers and shapes (default: by its size)",
     )
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
 
 
 def _bundle(parser: Parser) -> None:
-    parser.add_argument("-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help="what `export` wrote")
+    parser.add_argument(
+        "-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help="what `export` wrote"
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="where to run (auto)")
     parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (all cores)")
 
@@ -168,9 +172,14 @@ def _caption(commands: Commands) -> None:
     parser = _add(commands, "caption", "pictures to captions", "caption", "caption")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture file")
     parser.add_argument(
-        "--prompt", metavar="P", action="append", help="how the caption begins: one for all pictures, or one each"
+        "--prompt",
+        metavar="P",
+        action="append",
+        help="how the caption begins: one for all pictures, or one each",
     )
-    parser.add_argument("--batch-size", metavar="N", type=positive_int, default=1, help="pictures at once (1)")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=positive_int, default=1, help="pictures at once (1)"
+    )
     _bundle(parser)
     _output(parser)
     _generation(parser)
@@ -205,7 +214,9 @@ def _demo(commands: Commands) -> None:
 def _train(commands: Commands) -> None:
     parser = _add(commands, "train", "train the bridge on a frozen language model", "train", "train")
     parser.add_argument("stage", choices=("stage2",), help="stage2: generative learning")
-    parser.add_argument("-c", "--config", metavar="FILE", type=Path, required=True, help="a configuration file")
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", type=Path, required=True, help="a configuration file"
+    )
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, required=True, help="where the checkpoint is written"
     )
@@ -216,5 +227,7 @@ def _eval(commands: Commands) -> None:
     parser = _add(commands, "eval", "the exact-match rate on generated held-out scenes", "train", "evaluate")
     parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path)
     parser.add_argument("--scenes", metavar="N", type=positive_int, default=1000, help="how many (1000)")
-    parser.add_argument("--batch-size", metavar="N", type=positive_int, default=16, help="pictures at once (16)")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=positive_int, default=16, help="pictures at once (16)"
+    )
     parser.add_argument("--json", action="store_true", help="the figures as one JSON object")

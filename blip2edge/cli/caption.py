@@ -1,0 +1,122 @@
+"""``blip2edge caption`` and ``blip2edge ask``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from blip2edge.errors import UsageError
+from blip2edge.manifest import Bundle
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable
+
+    from blip2edge.runtime.captioner import Captioner, CaptionResult
+
+# The flags that are handed to the captioner as they are; one that is not given keeps the bundle's default.
+GENERATION_FLAGS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "num_beams",
+    "length_penalty",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+)
+
+
+def caption(options: argparse.Namespace) -> int:
+    """Caption every picture, in the order given."""
+    images: list[str] = options.images
+    prompts = _prompts(options.prompt, len(images))
+    _check(options)
+    captioner = _load(options)
+    flags = generation_flags(options)
+    if options.stream:
+        for image, prompt in zip(images, prompts or [None] * len(images), strict=True):
+            label = f"{image}: " if len(images) > 1 else ""
+            _write(label, captioner.stream(image, prompt=prompt, **flags))
+        return 0
+    results = captioner.caption_many(images, prompts=prompts, batch_size=options.batch_size, **flags)
+    for image, result in zip(images, results, strict=True):
+        show(result, as_json=options.json, label=f"{image}: " if len(images) > 1 else "")
+    return 0
+
+
+def ask(options: argparse.Namespace) -> int:
+    """Answer one question about one picture."""
+    _check(options)
+    captioner = _load(options)
+    flags = generation_flags(options)
+    if options.stream:
+        template = Bundle.open(options.bundle).manifest.prompt.question
+        prompt = template.replace("{question}", options.question)
+        _write("", captioner.stream(options.image, prompt=prompt, **flags))
+        return 0
+    show(captioner.ask(options.image, options.question, **flags), as_json=options.json, label="")
+    return 0
+
+
+def generation_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """The generation flags that were given, under the names of GenerationOptions."""
+    given = {name: getattr(options, name) for name in GENERATION_FLAGS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def show(result: CaptionResult, *, as_json: bool, label: str) -> None:
+    """Print one result at once, so that a reader down the pipe gets it."""
+    print(json.dumps(result.to_json()) if as_json else f"{label}{result.text.strip()}", flush=True)
+
+
+def _prompts(given: list[str] | None, count: int) -> list[str] | None:
+    """One prompt a picture, or None for the bundle's own.
+
+    Raises:
+        UsageError: The number of prompts is neither one nor that of the pictures.
+    """
+    if given is None:
+        return None
+    if len(given) == 1:
+        return given * count
+    if len(given) != count:
+        raise UsageError(
+            f"--prompt: one for all pictures or one each is expected, not {len(given)} for {count} pictures",
+            "repeat --prompt once a picture",
+        )
+    return given
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot go together before anything is loaded.
+
+    Raises:
+        UsageError: Beams and streaming, or beams and sampling.
+    """
+    beams = options.num_beams is not None and options.num_beams > 1
+    if options.stream and beams:
+        raise UsageError(
+            "--stream and --num-beams: beams choose the words at the end", "leave one of the two out"
+        )
+    least, most = options.min_new_tokens, options.max_new_tokens
+    if least is not None and most is not None and least > most:
+        raise UsageError(f"--min-new-tokens {least} is more than --max-new-tokens {most}")
+
+
+def _load(options: argparse.Namespace) -> Captioner:
+    from blip2edge.runtime.captioner import Captioner
+
+    return Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
+
+
+def _write(label: str, pieces: Iterable[str]) -> None:
+    """Print the pieces of one caption as they come, without the space before the first word."""
+    print(label, end="", flush=True)
+    begun = False
+    for piece in pieces:
+        text = piece if begun else piece.lstrip()
+        begun = begun or bool(text)
+        print(text, end="", flush=True)
+    print(flush=True)

@@ -1,0 +1,122 @@
+"""``blip2edge demo``: the whole way on the checkpoint that ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import blip2edge
+from blip2edge.cli.export import report_table
+from blip2edge.cli.inspect import bundle_bytes
+from blip2edge.cli.table import difference, size, table
+from blip2edge.errors import BackendError, OutputError
+from blip2edge.manifest import MANIFEST, Bundle, cache_directory
+from blip2edge.progress import Progress
+
+if TYPE_CHECKING:
+    import argparse
+
+    from blip2edge.export.pipeline import ExportReport
+    from blip2edge.runtime.captioner import CaptionResult
+
+EXAMPLES = Path(blip2edge.__file__).parent / "examples"
+CHECKPOINT = EXAMPLES / "checkpoint"
+PICTURES = EXAMPLES / "pictures"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")
+STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Export the miniature checkpoint, verify it, caption the pictures, print the figures."""
+    started = time.monotonic()
+    _check_installed()
+    target = _target(options.out)
+    from blip2edge.export.pipeline import export_checkpoint
+    from blip2edge.runtime.captioner import Captioner
+
+    with Progress() as progress:
+        report = export_checkpoint(CHECKPOINT, target, force=True, progress=progress)
+    pictures = sorted(path for path in PICTURES.iterdir() if path.suffix in PICTURE_SUFFIXES)
+    captioner = Captioner.load(report.bundle, backend="cpu")
+    captioner.caption(pictures[0])  # the first run also allocates: it is not measured
+    results = list(captioner.caption_many(pictures))
+    print(report_table(report))
+    print()
+    print(_captions(pictures, results))
+    print()
+    print("\n".join(_closing(report)))
+    print(
+        f"\nThe whole demo took {time.monotonic() - started:.1f} s. Now caption a picture of your own scenes:"
+    )
+    print(f"  blip2edge caption {PICTURES / pictures[0].name} -b {report.bundle}")
+    return 0
+
+
+def _check_installed() -> None:
+    """Find the packages of the way before it begins, without importing them.
+
+    Raises:
+        BackendError: One is missing, or the checkpoint is.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendError(
+            f"the demo exports and runs, and needs {', '.join(missing)}", "pip install 'blip2edge[demo]'"
+        )
+    if not (CHECKPOINT / "config.json").is_file():
+        raise BackendError(
+            f"the checkpoint that ships is not at {CHECKPOINT}",
+            "install blip2edge again, from a complete wheel",
+        )
+
+
+def _target(out: Path | None) -> Path:
+    """Where the bundle goes: the user's cache, or `out`, which may be absent, empty or an earlier bundle.
+
+    Raises:
+        OutputError: `out` holds something else.
+    """
+    if out is None:
+        directory = cache_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory / "demo"
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists and is not a bundle", "give --out a new or an empty directory")
+    return out
+
+
+def _captions(pictures: list[Path], results: list[CaptionResult]) -> str:
+    rows = []
+    for picture, result in zip(pictures, results, strict=True):
+        times = [f"{result.timings_ms[stage]:.1f}" for stage in STAGES]
+        rows.append([picture.name, result.text.strip(), *times])
+    header = ["picture", "caption", *STAGES]
+    header[-1] = "total ms"
+    return table(header, rows, right=range(2, len(header)))
+
+
+def _closing(report: ExportReport) -> list[str]:
+    """Size of the bundle, largest difference to torch, and what was not run."""
+    manifest = Bundle.open(report.bundle).manifest
+    differences = [graph.max_difference for graph in report.graphs if graph.max_difference is not None]
+    worst = difference(max(differences, default=None))
+    return [
+        f"bundle size               {size(bundle_bytes(manifest))}",
+        f"max difference to torch   {worst}",
+        f"TensorRT                  not run: {_tensorrt()}",
+    ]
+
+
+def _tensorrt() -> str:
+    """Why no TensorRT engine was built or run."""
+    from blip2edge.runtime.doctor import diagnose
+
+    found = {check.name: check for check in diagnose()}
+    why = "this version of blip2edge has no TensorRT backend yet"
+    for name in ("NVIDIA driver", "TensorRT"):
+        if not found[name].ok:
+            why += f"; {name} on this machine: {found[name].detail}"
+    return why

@@ -1,0 +1,22 @@
+"""``blip2edge doctor``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def doctor(_options: argparse.Namespace) -> int:
+    """Print what this machine can run; status 1 when it cannot caption at all."""
+    from blip2edge.runtime.doctor import diagnose
+
+    checks = diagnose()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark = "ok" if check.ok else ("FAIL" if check.required else "no")
+        print(f"{mark:4}  {check.name.ljust(width)}  {check.detail}")
+        if check.fix is not None and not check.ok:
+            print(f"      {' ' * width}  -> {check.fix}")
+    return 1 if any(check.required and not check.ok for check in checks) else 0

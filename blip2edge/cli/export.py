@@ -1,0 +1,47 @@
+"""``blip2edge export``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blip2edge.cli.table import difference, size, table
+from blip2edge.progress import Progress
+
+if TYPE_CHECKING:
+    import argparse
+
+    from blip2edge.export.pipeline import ExportReport
+
+
+def export(options: argparse.Namespace) -> int:
+    """Export a checkpoint and print what came out."""
+    from blip2edge.export.pipeline import export_checkpoint
+
+    with Progress() as progress:
+        report = export_checkpoint(
+            options.checkpoint,
+            options.output,
+            precision=options.precision,
+            verify=options.verify,
+            force=options.force,
+            progress=progress,
+        )
+    print(report_table(report))
+    return 0
+
+
+def report_table(report: ExportReport) -> str:
+    """Graph, size, seconds, largest difference to torch and tolerance, and a line for the whole."""
+    rows = [
+        [
+            graph.name,
+            size(graph.bytes),
+            f"{graph.seconds:.1f}",
+            difference(graph.max_difference),
+            difference(graph.tolerance),
+        ]
+        for graph in report.graphs
+    ]
+    text = table(["graph", "size", "seconds", "max difference", "tolerance"], rows, right=(1, 2, 3, 4))
+    peak = f", peak memory {size(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
+    return f"{text}\n\n{report.bundle}: verified, {report.seconds:.1f} s{peak}"

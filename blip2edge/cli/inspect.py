@@ -1,0 +1,111 @@
+"""``blip2edge inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blip2edge.cli.table import difference, size, table
+from blip2edge.contract import Axis
+from blip2edge.manifest import Bundle
+from blip2edge.progress import Progress
+
+if TYPE_CHECKING:
+    import argparse
+
+    from blip2edge.contract import TensorSpec
+    from blip2edge.manifest import GraphRecord, Manifest
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print what a bundle holds; with --verify hash all of it first."""
+    bundle = Bundle.open(options.bundle)
+    if options.verify:
+        with Progress() as progress:
+            bundle.verify(progress)
+    manifest = bundle.manifest
+    print("\n".join(_head(manifest)))
+    for name, graph in manifest.graphs.items():
+        print()
+        print("\n".join(_graph(name, graph, manifest)))
+    print()
+    print("\n".join(_files(manifest)))
+    if options.verify:
+        print(f"\nverified: every one of the {len(manifest.files)} files has the recorded SHA-256")
+    return 0
+
+
+def bundle_bytes(manifest: Manifest) -> int:
+    """The size of all files that the manifest seals."""
+    return sum(record.size for record in manifest.files.values())
+
+
+def _head(manifest: Manifest) -> list[str]:
+    source = ", ".join(f"{key} {value}" for key, value in manifest.source.items())
+    cache = manifest.cache
+    prompt = manifest.prompt
+    facts = {
+        "family": manifest.family,
+        "source": source,
+        "precision": manifest.precision,
+        "verified": f"{manifest.verify}, against torch",
+        "vocabulary": f"{manifest.vocab_size} tokens",
+        "context": f"{manifest.max_positions} positions",
+        "visual tokens": str(prompt.visual_tokens),
+        "prompt": f"{prompt.template!r}, question {prompt.question!r}",
+        "cache": f"{cache.num_layers} layers x {cache.num_heads} heads x {cache.head_dim}",
+        "generation": _pairs(manifest.generation),
+        "preprocessing": _pairs(manifest.preprocessing),
+        "made by": _pairs(manifest.versions),
+    }
+    width = max(map(len, facts))
+    return [f"{key.ljust(width)}  {value}" for key, value in facts.items()]
+
+
+def _pairs(values: object) -> str:
+    if not isinstance(values, dict):
+        return str(values)
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _graph(name: str, graph: GraphRecord, manifest: Manifest) -> list[str]:
+    names = [graph.spec.file, *graph.data_files]
+    count = sum(manifest.files[file].size for file in names if file in manifest.files)
+    lines = [f"{name}  ({', '.join(names)}; {graph.precision}, {size(count)})"]
+    lines += [f"  in   {text}" for text in _tensors(graph.spec.inputs)]
+    lines += [f"  out  {text}" for text in _tensors(graph.spec.outputs)]
+    if graph.fp32_exceptions:
+        lines.append(f"  kept in fp32: {', '.join(graph.fp32_exceptions)}")
+    for parity in graph.parity:
+        part = f", sample: {parity.sample}" if parity.sample else ""
+        lines.append(
+            f"  parity {parity.output}: max difference {difference(parity.max_difference)}, relative "
+            f"{difference(parity.relative)} (tolerance {difference(parity.tolerance)}), "
+            f"{len(parity.cases)} cases{part}"
+        )
+    return lines
+
+
+def _tensors(specs: tuple[TensorSpec, ...]) -> list[str]:
+    """One line a tensor; the layers of the cache are folded into their first."""
+    lines = []
+    folded: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        parts = spec.name.split(".")
+        if len(parts) == 3 and parts[1].isdigit():
+            folded.setdefault(f"{parts[0]}.*.{parts[2]}", []).append(spec)
+        else:
+            lines.append(f"{spec.name}  {_shape(spec)}")
+    for name, layers in folded.items():
+        lines.append(f"{name}  {_shape(layers[0])}  x {len(layers)} layers")
+    return lines
+
+
+def _shape(spec: TensorSpec) -> str:
+    sizes = [f"{dim.name} {dim.min}..{dim.max}" if isinstance(dim, Axis) else str(dim) for dim in spec.dims]
+    return f"{spec.dtype} [{', '.join(sizes)}]"
+
+
+def _files(manifest: Manifest) -> list[str]:
+    rows = [[name, size(record.size), record.sha256[:16]] for name, record in manifest.files.items()]
+    rows.append(["total", size(bundle_bytes(manifest)), ""])
+    return table(["file", "size", "sha256"], rows, right=(1,)).splitlines()

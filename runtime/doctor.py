@@ -1,0 +1,310 @@
+"""What this machine can really run.
+
+A list of execution providers is a promise: a wheel names CUDA and fails at the first kernel, or falls back to
+the CPU in silence. So every provider multiplies two matrices here, with the fallback switched off, and the
+product is compared with NumPy's. Nothing is imported that could be missing, and torch never is.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# One MatMul, c[m,m] = a[m,m] · b[m,m] in float32, IR version 8, opset 17, 101 bytes. Made with onnx 1.23:
+#   value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["m", "m"])
+#   graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "k", [value("a"), value("b")],
+#                             [value("c")])
+#   helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+MATMUL_MODEL = base64.b64decode(
+    "CAg6WwoRCgFhCgFiEgFjIgZNYXRNdWwSAWtaFQoBYRIQCg4IARIKCgMSAW0KAxIBbVoVCgFiEhAKDggBEgoKAxIBbQoDEgFtYhUKAWMS"
+    "EAoOCAESCgoDEgFtCgMSAW1CBAoAEBE="
+)
+MATMUL_WIDTH = 64  # rows and columns of the trial
+MATMUL_TOLERANCE = 2e-2  # relative; a GPU may multiply in TF32, with 10 bits of mantissa
+
+MEASURED_PACKAGES = ("numpy", "pillow", "tokenizers", "safetensors", "huggingface-hub", "onnx", "onnxscript")
+TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-dispatch")
+RTX_PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
+# What decides the speed of small matrices, under the kernel's names: x86 first, then Arm.
+CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+SKIPPED_PROVIDERS = ("AzureExecutionProvider",)  # calls a remote service; runs no kernel here
+LEAST_PYTHON = (3, 10)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: What was looked at.
+        ok: Whether it is there and works.
+        detail: What was found, in one line.
+        fix: What brings it, where something does.
+        required: Whether captions are impossible without it.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str | None = None
+    required: bool = False
+
+
+def diagnose() -> list[Check]:
+    """Look at the machine and at what is installed; takes about a second.
+
+    Returns:
+        The findings, from the interpreter to the accelerators. Nothing is raised for what is missing: that
+        is a finding too.
+    """
+    driver = _driver()
+    return [
+        _python(),
+        _platform(),
+        _processor(),
+        _memory(),
+        _packages(),
+        *_onnxruntime(),
+        _optional("openvino", ("openvino",), "pip install 'blip2edge[openvino]'"),
+        driver,
+        _tensorrt("TensorRT", "tensorrt", TENSORRT_PACKAGES, "tensorrt", driver),
+        _tensorrt("TensorRT-RTX", "tensorrt_rtx", RTX_PACKAGES, "rtx", driver),
+        _optional(
+            "torch", ("torch",), "only export and training need it: pip install 'blip2edge[cpu,export]'"
+        ),
+    ]
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    ok = sys.version_info[:2] >= LEAST_PYTHON
+    detail = f"{platform.python_implementation()} {version}, {sys.executable}"
+    export = "" if sys.version_info >= (3, 11) else "; export and training need 3.11 or newer"
+    return Check("Python", ok, detail + export, None if ok else "install Python 3.10 or newer", required=True)
+
+
+def _platform() -> Check:
+    board = _read("/proc/device-tree/model").strip("\0 \n")
+    jetpack = _read("/etc/nv_tegra_release").split("\n")[0].lstrip("# ")
+    parts = [platform.platform(), platform.machine(), board, jetpack]
+    return Check("platform", True, ", ".join(part for part in parts if part))
+
+
+def _processor() -> Check:
+    name, features = "", set[str]()
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key in ("model name", "Model") and not name:
+            name = value
+        elif key in ("flags", "Features"):
+            features.update(value.split())
+    found = [feature for feature in CPU_FEATURES if feature in features]
+    cores = _cores()
+    detail = f"{name or platform.processor() or platform.machine()}, {cores} core{'s' if cores != 1 else ''}"
+    return Check("CPU", True, f"{detail}; {' '.join(found) if found else 'features not known'}")
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> Check:
+    figures = {}  # name -> KiB
+    for line in _read("/proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        if value.split()[:1] and value.split()[0].isdigit():
+            figures[name] = int(value.split()[0])
+    if "MemTotal" not in figures:
+        return Check("memory", True, "not known on this platform")
+    total = figures["MemTotal"] * 1024 / 1e9
+    free = figures.get("MemAvailable", 0) * 1024 / 1e9
+    detail = f"{total:.1f} GB, {free:.1f} GB available"
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdigit() and int(limit) / 1e9 < total:
+        detail += f", limited to {int(limit) / 1e9:.1f} GB"
+    return Check("memory", True, detail)
+
+
+def _packages() -> Check:
+    found = [f"{name} {version}" for name in MEASURED_PACKAGES if (version := _version(name)) is not None]
+    missing = [name for name in ("numpy", "pillow", "tokenizers") if _version(name) is None]
+    if missing:
+        return Check(
+            "packages", False, f"{', '.join(missing)} missing", "pip install blip2edge", required=True
+        )
+    return Check("packages", True, ", ".join(found))
+
+
+def _onnxruntime() -> list[Check]:
+    """The package itself, then each provider that it names, proven by a product of two matrices."""
+    fix = "pip install 'blip2edge[cpu]'; on a Jetson, NVIDIA's own wheel of onnxruntime-gpu"
+    if importlib.util.find_spec("onnxruntime") is None:
+        return [Check("ONNX Runtime", False, "not installed", fix, required=True)]
+    try:
+        ort: Any = importlib.import_module("onnxruntime")
+        names = [str(name) for name in ort.get_available_providers()]
+    except (
+        ImportError,
+        AttributeError,
+        OSError,
+    ) as error:  # a broken install, or an empty folder of that name
+        return [Check("ONNX Runtime", False, f"does not import: {_line(error)}", fix, required=True)]
+    checks = [Check("ONNX Runtime", True, f"{ort.__version__}, names {', '.join(names)}", required=True)]
+    checks.extend(_provider(ort, name) for name in names if name not in SKIPPED_PROVIDERS)
+    return checks
+
+
+def _provider(ort: ModuleType, name: str) -> Check:
+    """Run one MatMul on one provider, with the fallback to the CPU switched off."""
+    options: Any = ort.SessionOptions()
+    options.log_severity_level = 4  # fatal only: the reason of a failure is in the exception
+    options.intra_op_num_threads = 1
+    required = name == "CPUExecutionProvider"
+    if not required:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session: Any = ort.InferenceSession(MATMUL_MODEL, options, providers=[name])
+        if session.get_providers()[0] != name:
+            return Check(
+                name, False, "named, but not there: the session fell back", _provider_fix(name), required
+            )
+        generator = np.random.default_rng(0)
+        left = generator.standard_normal((MATMUL_WIDTH, MATMUL_WIDTH), dtype=np.float32)
+        right = generator.standard_normal((MATMUL_WIDTH, MATMUL_WIDTH), dtype=np.float32)
+        product = session.run(None, {"a": left, "b": right})[0]
+    except Exception as error:  # noqa: BLE001 - its classes differ by version; any is a finding
+        return Check(name, False, f"named, but fails: {_line(error)}", _provider_fix(name), required)
+    wanted = left @ right
+    error_size = float(np.abs(product - wanted).max() / np.abs(wanted).max())
+    if not error_size <= MATMUL_TOLERANCE:  # NaN fails as well
+        return Check(
+            name, False, f"runs, but is wrong by {error_size:.1e} of the largest value", None, required
+        )
+    agreement = f"within {error_size:.0e} of NumPy's" if error_size else "equal to NumPy's"
+    detail = f"multiplied two {MATMUL_WIDTH} x {MATMUL_WIDTH} matrices, {agreement}"
+    return Check(name, True, detail, None, required)
+
+
+def _provider_fix(name: str) -> str | None:
+    if name in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
+        return "install the NVIDIA driver and the CUDA version that this onnxruntime-gpu was built for"
+    return None
+
+
+def _optional(module: str, packages: tuple[str, ...], fix: str) -> Check:
+    """Presence and version of a package, without importing it."""
+    if _spec(module) is None:
+        return Check(module, False, "not installed", fix)
+    versions = [version for package in packages if (version := _version(package)) is not None]
+    return Check(module, True, versions[0] if versions else "installed, version not recorded")
+
+
+def _driver() -> Check:
+    """The NVIDIA driver and its devices, asked through libcuda itself."""
+    fix = "install NVIDIA's driver; without an NVIDIA GPU use the CPU or OpenVINO"
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Check("NVIDIA driver", False, "none: libcuda.so.1 is not there", fix)
+    status = cuda.cuInit(0)
+    if status != 0:
+        return Check("NVIDIA driver", False, f"libcuda.so.1 is there, but cuInit fails with {status}", fix)
+    version, count = ctypes.c_int(0), ctypes.c_int(0)
+    if cuda.cuDriverGetVersion(ctypes.byref(version)) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return Check("NVIDIA driver", False, "libcuda.so.1 does not answer", fix)
+    devices = [_device(cuda, index) for index in range(count.value)]
+    supports = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    if not devices:
+        return Check("NVIDIA driver", False, f"for {supports}, no GPU", fix)
+    return Check("NVIDIA driver", True, f"for {supports}; {', '.join(devices)}")
+
+
+def _device(cuda: ctypes.CDLL, index: int) -> str:
+    """Name and compute capability of one GPU, as `NVIDIA L4 (sm_89)`."""
+    capability_major, capability_minor = (
+        75,
+        76,
+    )  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}, cuda.h
+    handle, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+    name = ctypes.create_string_buffer(128)
+    failed = (
+        cuda.cuDeviceGet(ctypes.byref(handle), index)
+        or cuda.cuDeviceGetName(name, len(name), handle)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), capability_major, handle)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), capability_minor, handle)
+    )
+    if failed:
+        return f"GPU {index} does not answer ({failed})"
+    return f"{name.value.decode(errors='replace')} (sm_{major.value}{minor.value})"
+
+
+def _tensorrt(name: str, module: str, packages: tuple[str, ...], extra: str, driver: Check) -> Check:
+    """Presence and version of a TensorRT, without importing it: without a driver that can end the process."""
+    fix = f"with an NVIDIA GPU: pip install 'blip2edge[{extra}]'"
+    if extra == "tensorrt":
+        fix += "; on a Jetson it comes with JetPack, make the environment with --system-site-packages"
+    versions = [version for package in packages if (version := _version(package)) is not None]
+    if _spec(module) is None:
+        return Check(name, False, "not installed", fix)
+    version = versions[0] if versions else "version not recorded"
+    if not driver.ok:
+        return Check(name, False, f"{version} is installed, but cannot run: no working driver", driver.fix)
+    return Check(name, True, f"{version}; no engine was run")
+
+
+def _spec(module: str) -> object | None:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a half-removed package: its __spec__ is None
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    """A small system file, or nothing where it does not exist or may not be read."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _line(error: BaseException) -> str:
+    """The message of an error in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"
