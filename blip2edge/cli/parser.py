@@ -224,10 +224,17 @@ def _train(commands: Commands) -> None:
 
 
 def _eval(commands: Commands) -> None:
-    parser = _add(commands, "eval", "the exact-match rate on generated held-out scenes", "train", "evaluate")
+    parser = _add(commands, "eval", "how often the captions are right", "train", "evaluate")
     parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path)
-    parser.add_argument("--scenes", metavar="N", type=positive_int, default=1000, help="how many (1000)")
     parser.add_argument(
-        "--batch-size", metavar="N", type=positive_int, default=16, help="pictures at once (16)"
+        "--data", choices=("scenes",), default="scenes", help="scenes: generated as they are needed (scenes)"
     )
+    parser.add_argument(
+        "--split",
+        choices=("heldout", "train"),
+        default="heldout",
+        help="object pairs that training never showed, or those that it did (heldout)",
+    )
+    parser.add_argument("--count", metavar="N", type=positive_int, default=1000, help="pictures (1000)")
+    parser.add_argument("--batch-size", metavar="N", type=positive_int, default=16, help="at once (16)")
     parser.add_argument("--json", action="store_true", help="the figures as one JSON object")

@@ -1,0 +1,327 @@
+"""The command line: flags, exit statuses, one line an error, JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from blip2edge import __version__
+from blip2edge.cli import explain, main
+from blip2edge.cli.table import difference, size, table
+from blip2edge.errors import BundleError, UsageError
+
+COMMANDS = ("export", "caption", "ask", "inspect", "doctor", "demo", "train", "eval")
+LATER = ("calibrate", "optimize", "build", "match", "embed", "watch", "serve", "bench", "plan")
+JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]
+
+
+@dataclass
+class FakeResult:
+    """Looks like a CaptionResult."""
+
+    image: str
+    prompt: str | None
+    text: str = " a red circle"
+
+    def to_json(self) -> dict[str, Any]:
+        values = (self.image, self.prompt, self.text, [5, 2], "eos", {"total": 1.0}, 2.0)
+        return dict(zip(JSON_KEYS, values, strict=True))
+
+
+@dataclass
+class FakeCaptioner:
+    """Records what the command line asks for."""
+
+    loaded: list[tuple[str, str, int | None]] = field(default_factory=list)
+    options: list[dict[str, Any]] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def load(self, bundle: Path, *, backend: str = "auto", threads: int | None = None) -> FakeCaptioner:
+        if self.error is not None:
+            raise self.error
+        self.loaded.append((str(bundle), backend, threads))
+        return self
+
+    def caption_many(
+        self,
+        images: Sequence[str],
+        *,
+        prompts: Sequence[str] | None = None,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> Iterator[FakeResult]:
+        self.options.append({"batch_size": batch_size, **options})
+        for index, image in enumerate(images):
+            yield FakeResult(image, None if prompts is None else prompts[index])
+
+    def ask(self, image: str, question: str, **options: Any) -> FakeResult:
+        self.options.append(options)
+        return FakeResult(image, question, "yes")
+
+    def stream(self, image: str, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
+        self.options.append(options)
+        yield from (" a", " red", " circle")
+
+
+@pytest.fixture
+def captioner(monkeypatch: pytest.MonkeyPatch) -> FakeCaptioner:
+    fake = FakeCaptioner()
+    module = ModuleType("blip2edge.runtime.captioner")
+    module.Captioner = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "blip2edge.runtime.captioner", module)
+    return fake
+
+
+def one_error_line(text: str) -> str:
+    lines = text.splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"usage: blip2edge {command}" in capsys.readouterr().out
+
+
+def test_help_lists_what_works_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    words = capsys.readouterr().out.split()
+    assert set(COMMANDS) <= set(words)
+    assert not set(LATER) & set(words)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"blip2edge {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["bake"],
+        ["export", "checkpoint"],
+        ["export", "checkpoint", "-o", "b", "--precision", "fp8"],
+        ["caption", "-b", "bundle"],
+        ["caption", "a.png"],
+        ["caption", "a.png", "-b", "b", "--max-new-tokens", "0"],
+        ["caption", "a.png", "-b", "b", "--max-new-tokens", "many"],
+        ["caption", "a.png", "-b", "b", "--top-p", "1.5"],
+        ["caption", "a.png", "-b", "b", "--temperature", "nan"],
+        ["caption", "a.png", "-b", "b", "--temperature", "-1"],
+        ["caption", "a.png", "-b", "b", "--repetition-penalty", "0"],
+        ["caption", "a.png", "-b", "b", "--backend", "tpu"],
+        ["caption", "a.png", "-b", "b", "--json", "--stream"],
+        ["caption", "a.png", "-b", "b", "--num-beam", "3"],
+        ["caption", "a.png", "-b", "b", "--stream", "--num-beams", "3"],
+        ["caption", "a.png", "-b", "b", "--min-new-tokens", "9", "--max-new-tokens", "3"],
+        ["caption", "a.png", "b.png", "c.png", "-b", "b", "--prompt", "x", "--prompt", "y"],
+        ["ask", "a.png", "-b", "b"],
+        ["train", "stage9", "-c", "f", "-o", "d"],
+        ["eval", "somewhere", "--count", "1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.splitlines()[-1].startswith("error: ")
+
+
+def test_caption_prints_text_and_passes_only_the_flags_given(
+    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["caption", "a.png", "-b", "bundle"]) == 0
+    assert main(["caption", "a.png", "b.png", "-b", "bundle", "--backend", "cpu", "--threads", "2"]) == 0
+    flags = "--max-new-tokens 9 --min-new-tokens 1 --num-beams 3 --length-penalty -1 --repetition-penalty 1.2"
+    more = "--temperature 0.5 --top-p 0.9 --top-k 5 --seed 0 --batch-size 4"
+    assert main(["caption", "a.png", "-b", "bundle", *flags.split(), *more.split()]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "a red circle",
+        "a.png: a red circle",
+        "b.png: a red circle",
+        "a red circle",
+    ]
+    assert captioner.loaded[:2] == [("bundle", "auto", None), ("bundle", "cpu", 2)]
+    assert captioner.options == [
+        {"batch_size": 1},
+        {"batch_size": 1},
+        {
+            "batch_size": 4,
+            "max_new_tokens": 9,
+            "min_new_tokens": 1,
+            "num_beams": 3,
+            "length_penalty": -1.0,
+            "repetition_penalty": 1.2,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 5,
+            "seed": 0,
+        },
+    ]
+
+
+def test_caption_json_is_one_object_a_line(
+    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["caption", "a.png", "b.png", "-b", "x", "--json", "--prompt", "one", "--prompt", "two"]) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [list(each) for each in objects] == [JSON_KEYS, JSON_KEYS]
+    assert [each["prompt"] for each in objects] == ["one", "two"]
+
+
+def test_one_prompt_serves_all_pictures(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["caption", "a.png", "b.png", "-b", "x", "--json", "--prompt", "one"]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["one", "one"]
+
+
+def test_stream_writes_the_pieces_of_a_caption(
+    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["caption", "a.png", "b.png", "-b", "x", "--stream", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == "a.png: a red circle\nb.png: a red circle\n"
+    assert captioner.options == [{"seed": 3}, {"seed": 3}]
+
+
+def test_ask(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "a.png", "is it red?", "-b", "x", "--num-beams", "2"]) == 0
+    assert capsys.readouterr().out == "yes\n"
+    assert captioner.options == [{"num_beams": 2}]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (BundleError("x is no bundle", "export it"), 1, "error: x is no bundle; export it"),
+        (UsageError("top_p is 2"), 2, "error: top_p is 2"),
+        (KeyError("a\nb"), 1, r"error: unexpected KeyError: 'a\nb'; run the command with --debug"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/decoder.onnx"), 1, "error: the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "error: out: Permission denied"),
+        (ModuleNotFoundError("no", name="onnxruntime"), 1, "pip install 'blip2edge[cpu]'"),
+        (MemoryError(), 1, "error: the memory is not enough"),
+    ],
+)
+def test_errors_are_one_line(
+    error: Exception, status: int, told: str, captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captioner.error = error
+    assert main(["caption", "a.png", "-b", "x"]) == status
+    assert told in one_error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", [["--debug", "caption"], ["caption", "--debug"]])
+def test_debug_shows_the_traceback(
+    words: list[str], captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captioner.error = BundleError("x is no bundle")
+    assert main([*words, "a.png", "-b", "x"]) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert shown.splitlines()[-1] == "error: x is no bundle"
+
+
+def test_interrupt_is_one_line_and_130(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+    captioner.error = KeyboardInterrupt()
+    assert main(["caption", "a.png", "-b", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_inspect_of_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / "none")]) == 1
+    one_error_line(capsys.readouterr().err)
+    assert main(["eval", str(tmp_path)]) == 1
+    assert "neither a bundle" in one_error_line(capsys.readouterr().err)
+
+
+def test_broken_pipe_is_quiet() -> None:
+    reader = "import sys; sys.exit(0)"  # goes away without reading a byte
+    command = f"{sys.executable} -m blip2edge doctor; echo status $? >&2"
+    done = subprocess.run(
+        ["bash", "-c", f"( {command} ) | {sys.executable} -c '{reader}'"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == "status 141\n"
+
+
+def test_process_status_and_streams(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "blip2edge", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in one_error_line(done.stderr)
+
+
+def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def export_checkpoint(checkpoint: str, output: Path, **options: Any) -> SimpleNamespace:
+        calls.append({"checkpoint": checkpoint, "output": output, **options})
+        options["progress"]("decoder", 1, 1)
+        graph = SimpleNamespace(
+            name="decoder", bytes=1_500_000, seconds=1.25, max_difference=1.5e-5, tolerance=1e-4
+        )
+        return SimpleNamespace(bundle=output, graphs=[graph], seconds=2.0, peak_memory_bytes=400_000_000)
+
+    module = ModuleType("blip2edge.export.pipeline")
+    module.export_checkpoint = export_checkpoint  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "blip2edge.export.pipeline", module)
+    assert (
+        main(["export", "some/name", "-o", "out", "--precision", "fp16", "--verify", "sample", "--force"])
+        == 0
+    )
+    output = capsys.readouterr()
+    assert output.out.splitlines()[2].split() == ["decoder", "1.5", "MB", "1.2", "1.5e-05", "1.0e-04"]
+    assert output.out.splitlines()[-1] == "out: verified, 2.0 s, peak memory 400.0 MB"
+    assert output.err.startswith("decoder: 1/1")
+    assert {**calls[0], "progress": None} == {
+        "checkpoint": "some/name",
+        "output": Path("out"),
+        "precision": "fp16",
+        "verify": "sample",
+        "force": True,
+        "progress": None,
+    }
+
+
+def test_demo_refuses_a_directory_with_other_things(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    one_error_line(capsys.readouterr().err)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_explain_names_the_extra() -> None:
+    told = explain(ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
+    assert told == "the package 'torch' is not installed; pip install 'blip2edge[export]'"
+
+
+def test_units_and_tables() -> None:
+    assert [size(count) for count in (0, 999, 1500, 7_400_000_000)] == ["0 B", "999 B", "1.5 KB", "7.4 GB"]
+    assert [difference(value) for value in (None, 0.0, 1.234e-5)] == ["-", "0", "1.2e-05"]
+    assert table(["a", "n"], [["x", "1"], ["long", "23"]], right=(1,)).splitlines() == [
+        "a      n",
+        "----  --",
+        "x      1",
+        "long  23",
+    ]

@@ -1,0 +1,55 @@
+"""The progress reporter on a terminal and in a log."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from blip2edge.progress import Progress
+
+
+def test_log_gets_a_line_at_the_start_and_at_the_end_of_a_stage() -> None:
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        for done in range(101):
+            progress("vision_encoder", done, 100)
+        progress("decoder", 1, 1)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "vision_encoder: 0/100"
+    assert lines[1].startswith("vision_encoder: 100/100  ")
+    assert lines[2].startswith("decoder: 1/1  ")
+    assert len(lines) == 3
+    assert "\r" not in stream.getvalue()
+
+
+def test_terminal_gets_a_bar_in_place() -> None:
+    stream = io.StringIO()
+    with Progress(stream, terminal=True) as progress:
+        progress("decoder", 0, 4)
+        progress("decoder", 4, 4)
+    assert "[........................] 0/4" in stream.getvalue()
+    assert "[########################] 4/4" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_last_state_is_shown_when_the_work_stops_early() -> None:
+    stream = io.StringIO()
+
+    def work() -> None:
+        with Progress(stream) as progress:
+            progress("decoder", 0, 4)
+            progress("decoder", 2, 4)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        work()
+    assert stream.getvalue().splitlines()[-1].startswith("decoder: 2/4")
+
+
+def test_unknown_total_counts_without_a_bar() -> None:
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress("reading", 0, 0)
+        progress("reading", 7, 0)
+    assert stream.getvalue().splitlines() == ["reading …", "reading: 7"]
