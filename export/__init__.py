@@ -1,1 +1,1 @@
-"""From a checkpoint to a verified ONNX bundle."""
+"""From a torch checkpoint to a verified bundle of ONNX graphs."""

@@ -1,0 +1,268 @@
+"""``blip2edge export``: a checkpoint in, a verified bundle out, or nothing.
+
+1. Open: config, tensors, tokenizer and preprocessing are checked before anything is written.
+2. Write: each graph is traced without weights, cast, and its weights are streamed beside it.
+3. Verify: each graph answers as torch does; every written weight is compared with the checkpoint's.
+4. Publish: the manifest seals the files, and the staging directory is renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+
+import blip2edge
+from blip2edge.contract import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE, Parity
+from blip2edge.errors import OutputError
+from blip2edge.export import verify
+from blip2edge.export.graphs import GRAPHS, cache_of
+from blip2edge.export.precision import PRECISIONS, convert
+from blip2edge.export.side_files import SideFiles
+from blip2edge.export.to_onnx import trace
+from blip2edge.export.weights import Weights, check_hashes, output_error, write_weights
+from blip2edge.manifest import FileRecord, GraphRecord, Manifest, sha256_of
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from blip2edge.runtime.meter import MemoryMeter
+
+FULL_UP_TO = 1 << 30  # bytes of checkpoint that are verified whole unless told otherwise: about 4 GiB in fp32
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What became of a graph: file size in bytes, seconds to trace and write it, and its worst output."""
+
+    name: str
+    bytes: int
+    seconds: float
+    max_difference: float
+    relative: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made.
+
+    Attributes:
+        bundle: The published directory.
+        verify: ``full`` or ``sample``.
+        seconds: From start to end.
+        peak_memory_bytes: Largest anonymous and shared memory of this process; 0 where it cannot be told.
+    """
+
+    bundle: Path
+    graphs: list[GraphReport]
+    verify: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass
+class _Written:
+    """A graph in the staging directory."""
+
+    record: GraphRecord
+    weights: Weights
+    traced: Any
+    seconds: float
+    parity: list[Parity] = field(default_factory=list)
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    precision: str = "fp32",
+    verify: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Exports a checkpoint to a bundle.
+
+    Args:
+        checkpoint: A directory in transformers' format, or a hub name.
+        output: The bundle to make.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
+        verify: ``full`` runs the whole model against torch; ``sample`` runs single layers on the written weights,
+            with the memory of one layer. None chooses by the checkpoint's size.
+        force: Replace what is at ``output``.
+        progress: Called with a stage's name, steps done and steps in all.
+
+    Raises:
+        CheckpointError: The checkpoint does not fit together, or is of no supported kind.
+        ExportError: A graph could not be made, or does not answer as torch does (ParityError).
+        OutputError: ``output`` exists, or cannot be written.
+    """
+    start = time.perf_counter()
+    report = progress or (lambda stage, done, total: None)
+    target = Path(output)
+    with MemoryMeter() as meter:
+        source = Checkpoint(find_checkpoint(checkpoint))
+        side = SideFiles.read(source.directory, source.config)
+        mode = verify or ("full" if source.num_bytes() <= FULL_UP_TO else "sample")
+        with _staging(target, force) as staging:
+            written = _write_graphs(source, staging, precision, report)
+            _write_embeddings(source, staging, PRECISIONS[precision])
+            side.write(staging)
+            _verify(source, written, precision, mode, report)
+            _seal(source, side, staging, written, precision, mode, report)
+        source.files.close()
+    graphs = [_graph_report(name, item) for name, item in written.items()]
+    return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak)
+
+
+@contextmanager
+def _staging(target: Path, force: bool) -> Iterator[Path]:
+    """A sibling of ``target`` that takes its place when the block ends well, and vanishes when it does not."""
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file, and a bundle is a directory", "give another -o")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise output_error(target, error) from error
+    try:
+        staging.chmod(0o755)
+        yield staging
+        _publish(staging, target)
+    except OSError as error:
+        raise output_error(target, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "replaced"
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Progress) -> dict[str, _Written]:
+    written: dict[str, _Written] = {}
+    for name, definition in GRAPHS.items():
+        start = time.perf_counter()
+        report(f"{name}: trace", 0, 1)
+        with torch.device("meta"):
+            module = definition.wrap(CaptionerModel(source.config).eval())
+        traced = trace(module, definition.spec(source.config))
+        exceptions = convert(traced, precision)
+        data = staging / f"{name}.onnx.data"
+        weights = write_weights(
+            traced, source.read, data, _dtype(precision), lambda done, total, stage=name: report(f"{stage}: write", done, total)
+        )
+        ir.save(traced.model, staging / traced.spec.file)
+        record = GraphRecord(traced.spec, precision, fp32_exceptions=exceptions, data_files=(data.name,))
+        written[name] = _Written(record, weights, traced, time.perf_counter() - start)
+    return written
+
+
+def _write_embeddings(source: Checkpoint, staging: Path, dtype: str) -> None:
+    table = source.read("language.embed_tokens.weight").to(getattr(torch, dtype)).contiguous()
+    path = staging / EMBEDDINGS_FILE
+    save_file({EMBEDDINGS_TENSOR: table}, path)
+    path.chmod(0o644)  # save_file leaves it to its owner alone
+
+
+def _verify(
+    source: Checkpoint, written: Mapping[str, _Written], precision: str, mode: str, report: Progress
+) -> None:
+    model = load_checkpoint(source.directory) if mode == "full" else None
+    for done, (name, item) in enumerate(written.items()):
+        report("verify", done, len(written))
+        check_hashes(item.weights, source.read, item.traced, _dtype(precision))
+        if model is not None:
+            item.parity = verify.compare_whole(name, model, item.weights.file.parent, item.traced, precision)
+        else:
+            item.parity = verify.compare_sample(name, source.config, source.read, item.weights, precision)
+    report("verify", len(written), len(written))
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return getattr(torch, PRECISIONS[precision])  # type: ignore[no-any-return]
+
+
+def _seal(
+    source: Checkpoint,
+    side: SideFiles,
+    staging: Path,
+    written: Mapping[str, _Written],
+    precision: str,
+    mode: str,
+    report: Progress,
+) -> None:
+    sealed = {item.weights.file.name: item.weights.record for item in written.values()}
+    for path in sorted(staging.iterdir()):
+        if path.name not in sealed:
+            sealed[path.name] = FileRecord.of(path)
+    config = source.config
+    graphs = {
+        name: GraphRecord(
+            item.record.spec, precision, tuple(item.parity), item.record.fp32_exceptions, item.record.data_files
+        )
+        for name, item in written.items()
+    }
+    Manifest(
+        family=config.family,
+        source={"checkpoint": str(source.directory), "sha256": _hash_of(source.directory, report)},
+        precision=precision,
+        verify=mode,
+        graphs=graphs,
+        cache=cache_of(config),
+        max_positions=config.language.max_positions,
+        vocab_size=config.language.vocab_size,
+        preprocessing=side.preprocessing.to_json(),
+        prompt=side.prompt,
+        generation=side.generation,
+        files=sealed,
+        versions=_versions(),
+    ).write(staging)
+
+
+def _hash_of(directory: Path, report: Progress) -> str:
+    """One hash over the names and hashes of a checkpoint's files."""
+    digest = hashlib.sha256()
+    paths = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".model"))
+    for done, path in enumerate(paths):
+        report("hash the source", done, len(paths))
+        digest.update(f"{sha256_of(path)}  {path.name}\n".encode())
+    report("hash the source", len(paths), len(paths))
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "tokenizers", "numpy")
+    found = {name: version(name) for name in packages}
+    return {"blip2edge": blip2edge.__version__, "python": platform.python_version(), **found}
+
+
+def _graph_report(name: str, item: _Written) -> GraphReport:
+    worst = max(item.parity, key=lambda parity: parity.relative)
+    size = item.weights.record.size
+    return GraphReport(name, size, item.seconds, worst.max_difference, worst.relative, worst.tolerance)

@@ -1,0 +1,219 @@
+"""Tracing: a module on the meta device and a spec in, an ONNX graph without weights out.
+
+Nothing here holds a weight. Initializers are named after the checkpoint's parameters and carry a shape only; the
+bytes are streamed into the file beside the graph later (``weights.py`` of this folder).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+from torch import nn
+
+from blip2edge.contract import Axis, GraphSpec, TensorSpec
+from blip2edge.errors import ExportError
+
+OPSET = 18
+"""The newest that TensorRT 10.3 (JetPack 6.2) takes without exception and that has LayerNormalization."""
+
+TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2}
+"""Lengths while tracing: none is 0 or 1, which torch.export would fix, and no two sums meet."""
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """An initializer: the parameter that fills it, and how its axes are turned on the way."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass
+class Traced:
+    """A graph without weights.
+
+    Attributes:
+        model: The graph.
+        spec: Its tensors.
+        slots: What fills each initializer, by the initializer's name.
+    """
+
+    model: ir.Model
+    spec: GraphSpec
+    slots: dict[str, WeightSlot]
+
+
+def trace(module: nn.Module, spec: GraphSpec) -> Traced:
+    """Traces a module whose parameters are on the meta device.
+
+    Args:
+        module: Takes and gives tensors in the order of ``spec``.
+        spec: Names, dtypes and axes.
+
+    Raises:
+        ExportError: torch could not trace or convert it.
+    """
+    with torch.device("meta"):
+        args = tuple(_empty(tensor) for tensor in spec.inputs)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(module.eval(), args, dynamic_shapes=_dynamic(module, spec), strict=False)
+            onnx_program = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+    except Exception as error:  # torch.export and the exporter raise a dozen kinds
+        reason = str(error).strip().splitlines()
+        raise ExportError(f"the graph {spec.name} could not be traced ({reason[0] if reason else type(error).__name__})") from error
+    if onnx_program is None:
+        raise ExportError(f"the graph {spec.name} could not be converted to ONNX")
+    model = onnx_program.model
+    _name_tensors(model.graph, spec)
+    slots = _empty_initializers(model.graph)
+    _turn_transposed_weights(model.graph, slots)
+    with _quiet():
+        _simplify(model)
+    for name in set(slots) - set(model.graph.initializers):
+        del slots[name]
+    return Traced(model, spec, slots)
+
+
+def _empty(spec: TensorSpec) -> torch.Tensor:
+    return torch.empty(spec.shape(TRACE_SIZES), dtype=getattr(torch, spec.dtype))
+
+
+def _dynamic(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
+    """Every axis of the spec as dynamic; the arguments beyond the module's named ones are gathered in ``*past``."""
+    named = [
+        {index: torch.export.Dim.AUTO for index, dim in enumerate(tensor.dims) if isinstance(dim, Axis)}
+        for tensor in spec.inputs
+    ]
+    code = module.forward.__code__
+    has_rest = bool(code.co_flags & 0x04)  # CO_VARARGS
+    if not has_rest:
+        return tuple(named)
+    fixed = code.co_argcount - 1  # without self
+    return (*named[:fixed], tuple(named[fixed:]))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Mutes the exporter's notes on packages that it could use and torch's own deprecations."""
+    names = (
+        "torch.onnx._internal.exporter._registration",
+        "torch._export.non_strict_utils",
+        "onnx_ir.passes.common.initializer_deduplication",
+    )
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _name_tensors(graph: ir.Graph, spec: GraphSpec) -> None:
+    """Gives inputs and outputs the spec's names, and torch's symbols the names of its axes."""
+    names: dict[str, str] = {}
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        if len(values) != len(tensors):
+            raise ExportError(f"the graph {spec.name} has {len(values)} tensors where its spec has {len(tensors)}")
+        for value, tensor in zip(values, tensors, strict=True):
+            for size, dim in zip(value.shape or (), tensor.dims, strict=True):
+                if isinstance(size, ir.SymbolicDim) and isinstance(dim, Axis) and size.value is not None:
+                    names.setdefault(str(size.value), dim.name)
+            value.name = tensor.name
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+    for value, tensor in zip(graph.outputs, spec.outputs, strict=True):
+        value.shape = ir.Shape([dim if isinstance(dim, int) else dim.name for dim in tensor.dims])
+
+
+def _renamed(size: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
+    return size if isinstance(size, int) else names.get(str(size.value), size.value)
+
+
+def _empty_initializers(graph: ir.Graph) -> dict[str, WeightSlot]:
+    """Takes the meta tensors out, so that no pass can ask for their values."""
+    slots = {}
+    for name, value in graph.initializers.items():
+        shape = tuple(int(size) for size in value.shape or ())
+        slots[name] = WeightSlot(name, shape)
+        value.const_value = None
+    return slots
+
+
+def _turn_transposed_weights(graph: ir.Graph, slots: dict[str, WeightSlot]) -> None:
+    """Replaces ``Transpose(weight)`` by a weight that is stored transposed, as MatMul reads it."""
+    for node in list(graph):
+        if node.op_type != "Transpose" or node.inputs[0] is None or node.inputs[0].name not in slots:
+            continue
+        source = node.inputs[0]
+        slot = slots[str(source.name)]
+        permutation = node.attributes.get("perm")
+        if len(slot.shape) != 2 or (permutation is not None and list(permutation.as_ints()) != [1, 0]):
+            continue
+        name = f"{slot.parameter}.T"
+        turned = graph.initializers.get(name)
+        if turned is None:
+            shape = slot.shape[::-1]
+            turned = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+            graph.initializers[name] = turned
+            slots[name] = WeightSlot(slot.parameter, shape, transposed=True)
+        ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+        graph.remove(node, safe=True)
+        if not source.uses():
+            del graph.initializers[str(source.name)]
+
+
+def _simplify(model: ir.Model) -> None:
+    """Folds constants and shapes, merges what is computed twice, drops what nobody reads."""
+    optimizer.optimize_ir(model, num_iterations=2)
+    _constant_reshapes(model.graph)  # last: the optimiser takes the 0 of a reshape for an empty axis
+    passes.IdentityEliminationPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.NameFixPass()(model)
+    for node in model.graph:
+        node.metadata_props.clear()
+    model.producer_name = "blip2edge"
+
+
+def _constant_reshapes(graph: ir.Graph) -> None:
+    """Writes a reshape's target as constants where at most one length cannot be copied or counted.
+
+    ONNX copies a length written 0 from the same axis of the input and works out one written -1, so that
+    ``[B, S, D]`` to ``[B, S, H, d]`` needs no arithmetic on shapes.
+    """
+    for node in list(graph):
+        if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:
+            continue
+        source, target = node.inputs[0], node.outputs[0]
+        if source is None or source.shape is None or target.shape is None:
+            continue
+        dims: list[int] = []
+        for axis, size in enumerate(target.shape):
+            if isinstance(size, int):
+                dims.append(size)
+            elif axis < len(source.shape) and source.shape[axis] == size:
+                dims.append(0)
+            else:
+                dims.append(-1)
+        if dims.count(-1) > 1:
+            continue
+        constant = ir.node("Constant", [], attributes={"value": ir.tensor(dims, dtype=ir.DataType.INT64)})
+        constant.outputs[0].name = f"{target.name}_shape"
+        graph.insert_before(node, constant)
+        node.replace_input_with(1, constant.outputs[0])
+        node.attributes.pop("allowzero", None)  # with it, a 0 would mean an empty axis

@@ -1,0 +1,297 @@
+"""Parity: the exported graph and torch, on the same random inputs, through the session that ships."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from blip2edge.contract import GraphSpec, Parity
+from blip2edge.errors import ParityError
+from blip2edge.export.graphs import GRAPHS
+from blip2edge.export.precision import convert
+from blip2edge.export.to_onnx import Traced, trace
+from blip2edge.export.weights import Weights, point_at, write_weights
+from blip2edge.model.captioner import CaptionerConfig, CaptionerModel
+from blip2edge.runtime.session import OnnxRuntimeSession
+
+Array = NDArray[Any]
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 3e-1}
+"""Largest allowed difference, as a share of the output's largest absolute value, by precision."""
+
+CASES: tuple[dict[str, int], ...] = (
+    {"batch": 1, "past": 0, "steps": 7, "asked": 1},
+    {"batch": 1, "past": 6, "steps": 1, "asked": 1},
+    {"batch": 3, "past": 0, "steps": 5, "asked": 2},
+    {"batch": 2, "past": 4, "steps": 3, "asked": 3},
+)
+"""Prefill, decode, a ragged batch, and the verification of a draft."""
+
+SEED = 20230130  # the day BLIP-2 appeared on arXiv
+
+
+def _ragged_mask(rng: np.random.Generator, shape: Sequence[int], _: Mapping[str, Array]) -> Array:
+    """Ones, with another number of padded slots on the left of every row but the first."""
+    mask = np.ones(shape, np.int64)
+    for row in range(1, shape[0]):
+        mask[row, : min(row, shape[1] - 1)] = 0
+    return mask
+
+
+def _positions(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
+    """Counted over the valid slots, as the runtime does."""
+    positions = np.maximum(drawn["attention_mask"].cumsum(axis=1) - 1, 0)
+    return positions[:, -shape[1] :]
+
+
+def _asked(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
+    """The last slots, the very last among them."""
+    steps = drawn["position_ids"].shape[1]
+    return np.broadcast_to(np.arange(steps - min(shape[1], steps), steps), (shape[0], min(shape[1], steps))).copy()
+
+
+DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array]], Array]] = {
+    "attention_mask": _ragged_mask,
+    "position_ids": _positions,
+    "logits_indices": _asked,
+}
+"""How an input is drawn; any other is standard normal."""
+
+
+def draw_inputs(spec: GraphSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, Array]:
+    """Random inputs of a graph, floating ones in float32."""
+    drawn: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        shape = tensor.shape(sizes)
+        draw = DRAW.get(tensor.name)
+        drawn[tensor.name] = draw(rng, shape, drawn) if draw else rng.standard_normal(shape, dtype=np.float32)
+    return drawn
+
+
+def cases_of(spec: GraphSpec) -> Iterator[dict[str, int]]:
+    """The cases that differ for a graph, within its axes' ranges."""
+    axes = spec.axes()
+    seen: list[dict[str, int]] = []
+    for case in CASES:
+        sizes = {name: min(max(case[name], axis.min), axis.max) for name, axis in axes.items()}
+        if sizes not in seen:
+            seen.append(sizes)
+            yield sizes
+
+
+def compare(module: nn.Module, graph: Path, spec: GraphSpec, precision: str, sample: str = "") -> list[Parity]:
+    """Runs a module and its graph on the same inputs.
+
+    Args:
+        module: In float32, with the checkpoint's weights.
+        graph: The ``.onnx`` file.
+        spec: Its tensors, in its precision.
+        precision: Chooses the tolerance.
+        sample: What part of the model this is; empty for the whole.
+
+    Returns:
+        One result an output; the keys and values of all layers count as one output each.
+
+    Raises:
+        ParityError: An output is further from torch than its tolerance, or not finite.
+    """
+    cases = list(cases_of(spec))
+    references = [_reference(module, spec, sizes, index) for index, sizes in enumerate(cases)]
+    session = OnnxRuntimeSession(graph)
+    worst: dict[str, tuple[float, float]] = {}
+    for inputs, wanted in references:
+        typed = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in spec.inputs}
+        got = session.run(typed)
+        for name, reference in wanted.items():
+            difference = float(np.abs(got[name].astype(np.float32) - reference).max(initial=0.0))
+            relative = difference / max(float(np.abs(reference).max(initial=0.0)), 1e-12)
+            group = _group(name)
+            before = worst.get(group, (0.0, 0.0))
+            worst[group] = (max(before[0], difference), max(before[1], relative)) if relative == relative else (
+                float("inf"), float("inf"))  # fmt: skip
+    shapes = tuple(", ".join(f"{name} {size}" for name, size in sizes.items()) for sizes in cases)
+    results = [
+        Parity(name, difference, relative, TOLERANCES[precision], shapes, sample)
+        for name, (difference, relative) in worst.items()
+    ]
+    for result in results:
+        if not result.relative <= result.tolerance:
+            raise ParityError(
+                f"{spec.name}: {result.output} is off by {result.relative:.1e} of its largest value, more than the "
+                f"{result.tolerance:.0e} that {precision} may be",
+                "nothing was written; export with --precision fp32, or report it with the checkpoint's config.json",
+            )
+    return results
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    return f"present.{parts[-1]}" if parts[0] == "present" else name
+
+
+def _reference(
+    module: nn.Module, spec: GraphSpec, sizes: Mapping[str, int], index: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    inputs = draw_inputs(spec, sizes, np.random.default_rng([SEED, index]))
+    with torch.no_grad():
+        outputs = module(*(torch.from_numpy(array) for array in inputs.values()))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return inputs, {
+        tensor.name: output.float().numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)
+    }
+
+
+def sampled_layers(count: int) -> list[int]:
+    """First, middle and last of ``count`` layers."""
+    return sorted({0, count // 2, count - 1})
+
+
+def compare_whole(
+    name: str, model: CaptionerModel, directory: Path, traced: Traced, precision: str
+) -> list[Parity]:
+    """Parity of a whole graph.
+
+    Args:
+        name: The graph.
+        model: The checkpoint in float32.
+        directory: Where the graph was written.
+        traced: The graph.
+        precision: Of the graph.
+
+    Raises:
+        ParityError: See :func:`compare`.
+    """
+    module = GRAPHS[name].wrap(model)
+    if precision != "bf16":
+        return compare(module, directory / traced.spec.file, traced.spec, precision)
+    state = module.state_dict()
+    twin = trace(GRAPHS[name].wrap(_meta_model(model.config)), GRAPHS[name].spec(model.config))
+    with _bf16_twin(twin, lambda parameter: state[parameter], directory) as graph:
+        return compare(module, graph, twin.spec, precision, BF16_SAMPLE)
+
+
+BF16_SAMPLE = "weights rounded to bf16, computed in fp32"
+
+
+@contextmanager
+def _bf16_twin(traced: Traced, read: Callable[[str], Tensor], directory: Path) -> Iterator[Path]:
+    """An FP32 graph with the rounded weights: ONNX Runtime's CPU kernels know no bf16."""
+    data, graph = directory / ".twin.data", directory / ".twin.onnx"
+    try:
+        write_weights(traced, lambda name: read(name).to(torch.bfloat16), data, torch.float32)
+        ir.save(traced.model, graph)
+        yield graph
+    finally:
+        data.unlink(missing_ok=True)
+        graph.unlink(missing_ok=True)
+
+
+def compare_sample(
+    name: str, config: CaptionerConfig, read: Callable[[str], Tensor], weights: Weights, precision: str
+) -> list[Parity]:
+    """Parity of single layers, with all that stands before and after them, on the *published* weights.
+
+    The same module, traced by the same code, with one layer of the stack: its initializers point into the file
+    that was written for the whole graph, so that what is run are the bytes that ship. Memory holds one layer.
+
+    Args:
+        name: The graph.
+        config: The captioner.
+        read: Gives a parameter of the checkpoint by our name.
+        weights: The file beside the published graph, and where its tensors lie.
+        precision: Of the published graph.
+
+    Raises:
+        ParityError: See :func:`compare`.
+    """
+    results: list[Parity] = []
+    depth = len(_stack(name, _meta_model(config)))
+    for layer in sampled_layers(depth):
+        label = f"layer {layer} of {depth}"
+
+        def original(parameter: str, layer: int = layer) -> str:
+            return parameter.replace(".layers.0.", f".layers.{layer}.")
+
+        module = _one_layer(name, config, layer, lambda parameter: read(original(parameter)))
+        traced = trace(_cut(name, _meta_model(config), layer), _one_layer_spec(name, config))
+        if precision == "bf16":
+            label = f"{label}, {BF16_SAMPLE}"
+            with _bf16_twin(traced, lambda parameter: read(original(parameter)), weights.file.parent) as graph:
+                results += compare(module, graph, traced.spec, precision, label)
+        else:
+            convert(traced, precision)
+            point_at(traced, weights.file, {slot: weights.placed[original(slot)] for slot in traced.slots})
+            graph = weights.file.with_name(".sample.onnx")
+            try:
+                ir.save(traced.model, graph)
+                results += compare(module, graph, traced.spec, precision, label)
+            finally:
+                graph.unlink(missing_ok=True)
+        del module
+        release_memory()
+    return results
+
+
+def _meta_model(config: CaptionerConfig) -> CaptionerModel:
+    with torch.device("meta"):
+        return CaptionerModel(config).eval()
+
+
+def _stack(name: str, model: CaptionerModel) -> nn.ModuleList:
+    """The layers that a graph repeats."""
+    wrapped = GRAPHS[name].wrap(model)
+    return next(
+        module for path, module in wrapped.named_modules() if path.endswith("layers") and isinstance(module, nn.ModuleList)
+    )
+
+
+def _cut(name: str, model: CaptionerModel, layer: int) -> nn.Module:
+    """The graph's module with one layer left."""
+    stack = _stack(name, model)
+    kept = stack[layer]
+    while len(stack):
+        del stack[0]
+    stack.append(kept)
+    return GRAPHS[name].wrap(model)
+
+
+def _one_layer_spec(name: str, config: CaptionerConfig) -> GraphSpec:
+    whole = GRAPHS[name].spec(config)
+    return GraphSpec(name, _first_layer(whole.inputs), _first_layer(whole.outputs))
+
+
+def _first_layer(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Without the cache of any layer but the first."""
+    return tuple(
+        tensor for tensor in tensors if not (tensor.name.startswith(("past_key_values.", "present."))
+                                             and tensor.name.split(".")[1] != "0")
+    )  # fmt: skip
+
+
+def _one_layer(name: str, config: CaptionerConfig, layer: int, read: Callable[[str], Tensor]) -> nn.Module:
+    """The graph's module with one layer, in float32."""
+    module = _cut(name, _meta_model(config), layer)
+    state = {key: read(key).float() for key in module.state_dict() if key != TOKEN_TABLE}
+    module.load_state_dict(state, assign=True, strict=False)
+    return module
+
+
+TOKEN_TABLE = "language.embed_tokens.weight"
+"""A file of its own in the bundle, and no part of the decoder graph."""
+
+
+def release_memory() -> None:
+    """Gives freed memory back to the system, where the C library can."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc: freed pages stay with the process
+        return

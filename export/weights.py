@@ -1,0 +1,156 @@
+"""Weights on their way from the checkpoint to the file beside a graph, one tensor at a time.
+
+Memory holds one tensor, whatever the model's size: it is read from the mapped checkpoint, turned, cast, hashed
+and written, and then forgotten.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from blip2edge.errors import ExportError, OutputError
+from blip2edge.export.to_onnx import Traced, WeightSlot
+from blip2edge.manifest import FileRecord
+
+PAGE = 4096  # bytes: a large tensor starts on one, so that a runtime can map it
+LINE = 64  # bytes: a small one starts on a cache line
+LARGE = 1 << 20  # bytes
+
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a tensor lies in the file beside a graph."""
+
+    offset: int  # bytes
+    length: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A graph's written weights."""
+
+    file: Path
+    record: FileRecord
+    placed: Mapping[str, Placed]
+
+
+def write_weights(
+    traced: Traced,
+    read: Callable[[str], Tensor],
+    file: Path,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """Writes every weight of a graph to ``file`` and points the graph there.
+
+    Args:
+        traced: A graph whose weights are still empty.
+        read: Gives a parameter of the checkpoint by our name.
+        file: The file beside the graph.
+        dtype: dtype of the floating weights.
+        progress: Called with tensors done and tensors in all.
+
+    Raises:
+        ExportError: A weight is not finite, or does not fit the dtype.
+        OutputError: The disk is full.
+    """
+    whole = hashlib.sha256()
+    placed: dict[str, Placed] = {}
+    offset = 0
+    try:
+        with file.open("wb") as out:
+            for done, (name, slot) in enumerate(traced.slots.items()):
+                data = memoryview(to_bytes(read(slot.parameter), slot, dtype)).cast("B")
+                padding = bytes(-offset % (PAGE if len(data) >= LARGE else LINE))
+                for piece in (padding, data):
+                    out.write(piece)
+                    whole.update(piece)
+                offset += len(padding)
+                placed[name] = Placed(offset, len(data), hashlib.sha256(data).hexdigest())
+                offset += len(data)
+                if progress is not None:
+                    progress(done + 1, len(traced.slots))
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise output_error(file, error) from error
+    point_at(traced, file, placed)
+    return Weights(file, FileRecord(whole.hexdigest(), offset), placed)
+
+
+def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> np.ndarray:
+    """A weight as its graph reads it: turned, cast, contiguous; bf16 as its 16-bit patterns.
+
+    Raises:
+        ExportError: It holds values that are not finite, or that the dtype cannot hold.
+    """
+    turned = (tensor.t() if slot.transposed else tensor).to(dtype).contiguous()
+    if tensor.is_floating_point() and not bool(torch.isfinite(turned.sum(dtype=torch.float32))):
+        _explain_not_finite(tensor, slot, dtype)
+    return turned.view(torch.int16).numpy() if dtype == torch.bfloat16 else turned.numpy()
+
+
+def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> None:
+    """A sum may overflow where no element does, so that only now every element is looked at."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ExportError(
+            f"the weight {slot.parameter} holds values that are not finite", "mend the checkpoint: training diverged"
+        )
+    largest = float(tensor.abs().max())
+    if dtype == torch.float16 and largest > FP16_MAX:
+        raise ExportError(
+            f"the weight {slot.parameter} reaches {largest:.0f}, beyond the 65504 of fp16",
+            "export with --precision bf16 or fp32",
+        )
+
+
+def point_at(traced: Traced, file: Path, placed: Mapping[str, Placed]) -> None:
+    """Makes the initializers of a graph refer to their places in ``file``."""
+    for name in traced.slots:
+        value = traced.model.graph.initializers[name]
+        if value.dtype is None or value.shape is None:
+            raise ExportError(f"the initializer {name} has no type")
+        value.const_value = ir.ExternalTensor(
+            file.name, placed[name].offset, placed[name].length, value.dtype, shape=value.shape, name=name,
+            base_dir=file.parent,
+        )  # fmt: skip
+
+
+def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced, dtype: torch.dtype) -> int:
+    """Reads every written weight back and compares it with the checkpoint's.
+
+    Returns:
+        How many were compared.
+
+    Raises:
+        ExportError: One differs.
+    """
+    with weights.file.open("rb") as file:
+        for name, slot in traced.slots.items():
+            place = weights.placed[name]
+            file.seek(place.offset)
+            written = hashlib.sha256(file.read(place.length)).hexdigest()
+            wanted = hashlib.sha256(memoryview(to_bytes(read(slot.parameter), slot, dtype)).cast("B")).hexdigest()
+            if written != wanted:
+                raise ExportError(f"{weights.file} does not hold the weight {name} as the checkpoint has it")
+    return len(traced.slots)
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """An operating system's refusal to write, in one line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full: {path} could not be written", "free space, or give another -o")
+    return OutputError(f"{path} could not be written ({error.strerror or error})", "check the path and its permissions")
