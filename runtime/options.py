@@ -86,8 +86,7 @@ class GenerationOptions:
             )
         for token_id in self.eos_token_ids:
             _check_integer("eos_token_ids", token_id, 0)
-        if not all(self.stop):
-            raise UsageError(f"expected --stop to be text that is not empty, got {list(self.stop)!r}")
+        _check_texts("stop", self.stop)
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.num_beams > 1 and self.sampling:
@@ -112,6 +111,11 @@ def _check_integer(name: str, value: Any, least: int) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise UsageError(f"expected {_flag(name)} to be a whole number of at least {least}, got {value!r}")
+
+
+def _check_texts(name: str, value: Any) -> None:
+    if isinstance(value, str) or not all(isinstance(text, str) and text for text in value):
+        raise UsageError(f"expected {_flag(name)} to be texts that are not empty, got {value!r}")
 
 
 def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
