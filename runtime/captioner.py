@@ -1,0 +1,320 @@
+"""Pictures in, captions out: the whole runtime in one place.
+
+    picture --preprocess--> pixel_values --vision--> image_embeds --bridge--> visual_tokens
+    prompt  --tokenise---> token rows   ----------------------------------> inputs_embeds --prefill--> logits, cache
+                                                                            token by token --decode--> ids --> text
+
+Neither torch nor transformers is imported here or below.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2edge.contract import BRIDGE, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE, VISION
+from blip2edge.errors import BackendError, UsageError
+from blip2edge.manifest import Bundle
+from blip2edge.runtime.decoder import Decoder
+from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.generate import Generated, GenerationOptions, generate, stream
+from blip2edge.runtime.preprocess import ImageSource, Preprocessing
+from blip2edge.runtime.prompt import Prompt, Prompter
+from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, open_session
+from blip2edge.runtime.tokenizer import TextStream, Tokenizer
+
+STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """A picture's caption.
+
+    Attributes:
+        image: Its path; None where a picture was given as an object.
+        prompt: The prompt as given; None for none.
+        text: The caption, without special tokens and surrounding spaces.
+        tokens: Generated ids, the end token included.
+        finish_reason: ``eos``, ``length`` or ``stop``.
+        timings_ms: Milliseconds of each of :data:`STAGES` and ``total``. Pictures of one batch share its time
+            equally, so that the sum over pictures is the time that went by.
+        tokens_per_s: Generated tokens over the seconds of prefill and decode.
+    """
+
+    image: str | None
+    prompt: str | None
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    timings_ms: dict[str, float]
+    tokens_per_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the attributes as keys."""
+        return {**vars(self), "tokens": list(self.tokens)}
+
+
+@dataclass
+class _Encoded:
+    """A batch whose pictures have become visual tokens ``[B, Q, D]``."""
+
+    images: list[ImageSource]
+    texts: list[str | None]
+    prompts: list[Prompt]
+    visual_tokens: Array
+    clock: _Clock
+
+
+class _Clock:
+    """Milliseconds by stage."""
+
+    def __init__(self) -> None:
+        self.ms = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[stage] += (time.perf_counter() - start) * 1e3
+
+    def share(self, pictures: int) -> dict[str, float]:
+        """The share of one of ``pictures``, with the total."""
+        shared = {stage: ms / pictures for stage, ms in self.ms.items()}
+        return {**shared, "total": sum(shared.values())}
+
+
+class Captioner:
+    """A loaded bundle. Make one with :meth:`load`."""
+
+    def __init__(self, bundle: Bundle, backend: str = "auto", threads: int | None = None) -> None:
+        manifest = bundle.manifest
+        if manifest.precision == "bf16" and backend in ("auto", "cpu"):
+            raise BackendError(
+                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels", "export with --precision fp32 or fp16"
+            )
+
+        def session(graph: str) -> Session:
+            return open_session(bundle.file(bundle.graph(graph).spec.file), backend, threads)
+
+        decoder = bundle.graph(DECODER).spec
+        self.bundle = bundle
+        self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
+        table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, decoder.inputs[0].dtype)
+        self.prompter = Prompter(manifest.prompt, self.tokenizer, manifest.max_positions, table.num_rows)
+        self.vision = session(VISION)
+        self.bridge = session(BRIDGE)
+        self.decoder = Decoder(session(DECODER), decoder, manifest.cache, table)
+        self._pixels_dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
+
+    @classmethod
+    def load(cls, bundle: str | Path, *, backend: str = "auto", threads: int | None = None) -> Captioner:
+        """Opens a bundle and loads its graphs.
+
+        Args:
+            bundle: The directory that ``blip2edge export`` made.
+            backend: ``auto``, or a backend by name.
+            threads: CPU threads within an operator; None for as many as there are cores.
+
+        Raises:
+            BundleError: No bundle, a newer one, or one whose files were changed.
+            BackendError: The backend is not there.
+            UsageError: ``threads`` is below 1.
+        """
+        if threads is not None and threads < 1:
+            raise UsageError(f"--threads must be at least 1, not {threads}")
+        return cls(Bundle.open(bundle), backend, threads)
+
+    def caption(self, image: ImageSource, *, prompt: str | None = None, **options: Any) -> CaptionResult:
+        """Captions one picture.
+
+        Args:
+            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8.
+            prompt: Text that the caption goes on from; None for none.
+            **options: Fields of :class:`GenerationOptions`; what is left out is the bundle's default.
+
+        Raises:
+            ImageError: The picture cannot be read.
+            PromptError: The prompt does not fit.
+            UsageError: An option is outside its range.
+        """
+        return next(self.caption_many([image], prompts=[prompt], **options))
+
+    def ask(self, image: ImageSource, question: str, **options: Any) -> CaptionResult:
+        """Answers a question on a picture, by the family's question template; arguments as :meth:`caption`."""
+        return self.caption(image, prompt=self.prompter.question(question), **options)
+
+    def caption_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        prompts: Sequence[str | None] | None = None,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> Iterator[CaptionResult]:
+        """Captions pictures in order, those of the next batch being encoded while this one is decoded.
+
+        Args:
+            images: As in :meth:`caption`.
+            prompts: One a picture; None for none at all.
+            batch_size: Pictures decoded together; a result does not depend on it.
+            **options: As in :meth:`caption`.
+
+        Yields:
+            A result a picture.
+
+        Raises:
+            ImageError, PromptError, UsageError: As in :meth:`caption`; results before it have been given.
+        """
+        pictures = list(images)
+        texts = [None] * len(pictures) if prompts is None else list(prompts)
+        if len(texts) != len(pictures):
+            raise UsageError(f"there are {len(texts)} prompts for {len(pictures)} pictures", "give one prompt a picture")
+        if batch_size < 1:
+            raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+        generation = self.options(**options)
+        starts = range(0, len(pictures), batch_size)
+        return self._in_batches(
+            [(pictures[at : at + batch_size], texts[at : at + batch_size]) for at in starts], generation
+        )
+
+    def stream(self, image: ImageSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
+        """The pieces of one picture's caption as they are decided; joined, they are its text.
+
+        Arguments and errors as in :meth:`caption`; beams cannot be streamed.
+        """
+        generation = self.options(**options)
+        if generation.num_beams > 1:
+            raise UsageError("--stream and --num-beams above 1 exclude each other: beams choose the words at the end")
+        batch = self._encode([image], [prompt])
+        return self._pieces(batch, generation)
+
+    def options(self, **options: Any) -> GenerationOptions:
+        """The bundle's defaults with some fields replaced.
+
+        Raises:
+            UsageError: An unknown field, or a value outside its range.
+        """
+        defaults = self.bundle.manifest.generation
+        known = GenerationOptions.__dataclass_fields__
+        unknown = sorted(options.keys() - known.keys())
+        if unknown:
+            raise UsageError(f"there is no option {unknown[0]}", f"options are {', '.join(known)}")
+        merged = {
+            "eos_token_ids": tuple(defaults["eos_token_ids"]),
+            "max_new_tokens": max(defaults["max_new_tokens"], options.get("min_new_tokens", 0)),
+            **options,
+        }
+        return GenerationOptions(**merged)
+
+    def _in_batches(
+        self, batches: list[tuple[list[ImageSource], list[str | None]]], options: GenerationOptions
+    ) -> Iterator[CaptionResult]:
+        if len(batches) == 1 or (os.cpu_count() or 1) == 1:
+            done = 0
+            for images, texts in batches:
+                yield from self._decode(self._encode(images, texts), options, done)
+                done += len(images)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="blip2edge-vision") as ahead:
+            done = 0
+            coming = ahead.submit(self._encode, *batches[0])
+            for following in [*batches[1:], None]:
+                batch = coming.result()
+                if following is not None:
+                    coming = ahead.submit(self._encode, *following)
+                yield from self._decode(batch, options, done)
+                done += len(batch.images)
+
+    def _encode(self, images: list[ImageSource], texts: list[str | None]) -> _Encoded:
+        clock = _Clock()
+        with clock("preprocess"):
+            prompts = [self.prompter(text) for text in texts]
+            pixels = self.preprocessing.batch(images).astype(self._pixels_dtype, copy=False)
+        with clock("vision"):
+            embeds = self.vision.run({"pixel_values": pixels})["image_embeds"]
+        with clock("bridge"):
+            visual = self.bridge.run({"image_embeds": embeds})["visual_tokens"]
+        return _Encoded(images, texts, prompts, visual, clock)
+
+    def _prefill(self, batch: _Encoded, options: GenerationOptions) -> tuple[Array, Any, GenerationOptions]:
+        table = self.decoder.table
+        embedded = [prompt.embed(table, visual) for prompt, visual in zip(batch.prompts, batch.visual_tokens, strict=True)]
+        logits, state = self.decoder.prefill(embedded)
+        return logits, state, self._fit(batch, options)
+
+    def _fit(self, batch: _Encoded, options: GenerationOptions) -> GenerationOptions:
+        """Ends a caption where the context does; the last token is generated and not read."""
+        longest = max(prompt.length for prompt in batch.prompts)
+        room = self.prompter.max_positions - longest + 1
+        if options.max_new_tokens <= room:
+            return options
+        return GenerationOptions(
+            **{**vars(options), "max_new_tokens": room, "min_new_tokens": min(options.min_new_tokens, room)}
+        )
+
+    def _decode(self, batch: _Encoded, options: GenerationOptions, first: int) -> list[CaptionResult]:
+        with batch.clock("prefill"):
+            logits, state, fitted = self._prefill(batch, options)
+        with batch.clock("decode"):
+            texts = generate(
+                logits,
+                state,
+                [prompt.ids for prompt in batch.prompts],
+                fitted,
+                stopped=self._stopped(fitted),
+                row_ids=range(first, first + len(batch.images)),
+            )
+        timings = batch.clock.share(len(batch.images))
+        return [
+            self._result(image, text, generated, fitted, timings)
+            for image, text, generated in zip(batch.images, batch.texts, texts, strict=True)
+        ]
+
+    def _result(
+        self,
+        image: ImageSource,
+        prompt: str | None,
+        generated: Generated,
+        options: GenerationOptions,
+        timings: dict[str, float],
+    ) -> CaptionResult:
+        text = self.tokenizer.decode(generated.tokens)
+        for stop in options.stop:
+            text = text.split(stop)[0]
+        seconds = (timings["prefill"] + timings["decode"]) / 1e3
+        return CaptionResult(
+            image=os.fspath(image) if isinstance(image, (str, os.PathLike)) else None,
+            prompt=prompt,
+            text=text.strip(),
+            tokens=generated.tokens,
+            finish_reason=generated.finish_reason,
+            timings_ms={stage: round(ms, 3) for stage, ms in timings.items()},
+            tokens_per_s=round(len(generated.tokens) / seconds, 1) if seconds > 0 else 0.0,
+        )
+
+    def _stopped(self, options: GenerationOptions) -> Any:
+        if not options.stop:
+            return None
+        return lambda ids: any(stop in self.tokenizer.decode(ids) for stop in options.stop)
+
+    def _pieces(self, batch: _Encoded, options: GenerationOptions) -> Iterator[str]:
+        logits, state, fitted = self._prefill(batch, options)
+        text = TextStream(self.tokenizer)
+        ids = [prompt.ids for prompt in batch.prompts]
+        for event in stream(logits, state, ids, fitted, stopped=self._stopped(fitted)):
+            piece = text.push(event.token)
+            if piece:
+                yield piece
+        rest = text.flush()
+        if rest:
+            yield rest
+

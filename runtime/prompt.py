@@ -1,0 +1,113 @@
+"""From text to the language model's input: where the picture stands, and which tokens stand around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from blip2edge.contract import PromptSpec
+from blip2edge.errors import PromptError
+from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.session import Array
+from blip2edge.runtime.tokenizer import Tokenizer
+
+IMAGE = "{image}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt: runs of token ids, with a picture between any two.
+
+    Attributes:
+        runs: One more than there are pictures.
+        visual_tokens: Slots of a picture.
+        image_token_id: What stands for a slot in :attr:`ids`.
+    """
+
+    runs: tuple[tuple[int, ...], ...]
+    visual_tokens: int
+    image_token_id: int | None
+
+    @property
+    def length(self) -> int:
+        """Slots in all."""
+        return sum(map(len, self.runs)) + (len(self.runs) - 1) * self.visual_tokens
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids as transformers' ``input_ids`` hold them: what the repetition penalty sees."""
+        slots = [] if self.image_token_id is None else [self.image_token_id] * self.visual_tokens
+        ids = list(self.runs[0])
+        for run in self.runs[1:]:
+            ids += [*slots, *run]
+        return ids
+
+    def embed(self, table: TokenTable, visual_tokens: Array) -> Array:
+        """``visual_tokens [Q, D]`` and the table's rows, in order: ``[S, D]``."""
+        parts = [table.rows(self.runs[0])]
+        for run in self.runs[1:]:
+            parts += [visual_tokens, table.rows(run)]
+        return np.concatenate([part.astype(visual_tokens.dtype, copy=False) for part in parts])
+
+
+class Prompter:
+    """Makes prompts by a family's template.
+
+    Args:
+        spec: The template and its ids.
+        tokenizer: The language model's.
+        max_positions: Longest context.
+        vocab_size: Rows of the token table.
+    """
+
+    def __init__(self, spec: PromptSpec, tokenizer: Tokenizer, max_positions: int, vocab_size: int) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.max_positions = max_positions
+        self.vocab_size = vocab_size
+
+    def question(self, question: str) -> str:
+        """The prompt that asks ``question``."""
+        return self.spec.question.replace("{question}", question)
+
+    def __call__(self, text: str | None) -> Prompt:
+        """Tokenises a prompt.
+
+        Args:
+            text: What stands in place of ``{prompt}``; None for the family's empty prompt (a lone BOS).
+
+        Raises:
+            PromptError: It is longer than the context, or has a token that the model lacks.
+        """
+        filled = self.spec.template.replace("{prompt}", text or "")
+        runs: list[tuple[int, ...]] = []
+        special = True
+        for template, run in zip(self.spec.template.split(IMAGE), filled.split(IMAGE), strict=False):
+            runs.append(tuple(self._tokens(run, special, text is None)) if template else ())
+            special = special and not template
+        prompt = Prompt(tuple(runs), self.spec.visual_tokens, self.spec.image_token_id)
+        self._check(prompt)
+        return prompt
+
+    def _tokens(self, run: str, special: bool, is_default: bool) -> list[int]:
+        if is_default and not run and self.spec.bos_token_id is not None:
+            return [self.spec.bos_token_id]
+        return self.tokenizer.encode(run, add_special_tokens=special)
+
+    def _check(self, prompt: Prompt) -> None:
+        if prompt.length > self.max_positions:
+            raise PromptError(
+                f"the prompt takes {prompt.length} slots ({self.spec.visual_tokens} of them for the picture), but the "
+                f"language model's context has {self.max_positions}",
+                "shorten the prompt",
+            )
+        if prompt.length == 0:
+            raise PromptError("the prompt is empty, and this model begins no text by itself", "give a --prompt")
+        largest = max((token for run in prompt.runs for token in run), default=0)
+        if largest >= self.vocab_size:
+            raise PromptError(
+                f"the prompt holds the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), which the language "
+                f"model with its {self.vocab_size} tokens does not know",
+                "leave it out",
+            )
