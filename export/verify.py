@@ -88,11 +88,13 @@ def cases_of(spec: GraphSpec) -> Iterator[dict[str, int]]:
             yield sizes
 
 
-def compare(module: nn.Module, graph: Path, spec: GraphSpec, precision: str, sample: str = "") -> list[Parity]:
-    """Runs a module and its graph on the same inputs.
+def compare(
+    make_module: Callable[[], nn.Module], graph: Path, spec: GraphSpec, precision: str, sample: str = ""
+) -> list[Parity]:
+    """Runs a module and its graph on the same inputs, one after the other, so that memory holds one of them.
 
     Args:
-        module: In float32, with the checkpoint's weights.
+        make_module: Gives it in float32, with the checkpoint's weights.
         graph: The ``.onnx`` file.
         spec: Its tensors, in its precision.
         precision: Chooses the tolerance.
@@ -105,8 +107,9 @@ def compare(module: nn.Module, graph: Path, spec: GraphSpec, precision: str, sam
         ParityError: An output is further from torch than its tolerance, or not finite.
     """
     cases = list(cases_of(spec))
-    references = [_reference(module, spec, sizes, index) for index, sizes in enumerate(cases)]
-    session = OnnxRuntimeSession(graph)
+    references = _references(make_module(), spec, cases)
+    release_memory()
+    session = OnnxRuntimeSession(graph, lean=bool(sample))
     worst: dict[str, tuple[float, float]] = {}
     for inputs, wanted in references:
         typed = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in spec.inputs}
@@ -138,16 +141,19 @@ def _group(name: str) -> str:
     return f"present.{parts[-1]}" if parts[0] == "present" else name
 
 
-def _reference(
-    module: nn.Module, spec: GraphSpec, sizes: Mapping[str, int], index: int
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    inputs = draw_inputs(spec, sizes, np.random.default_rng([SEED, index]))
-    with torch.no_grad():
-        outputs = module(*(torch.from_numpy(array) for array in inputs.values()))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return inputs, {
-        tensor.name: output.float().numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)
-    }
+def _references(
+    module: nn.Module, spec: GraphSpec, cases: Sequence[Mapping[str, int]]
+) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+    """Inputs and torch's outputs of every case."""
+    references = []
+    for index, sizes in enumerate(cases):
+        inputs = draw_inputs(spec, sizes, np.random.default_rng([SEED, index]))
+        with torch.no_grad():
+            outputs = module(*(torch.from_numpy(array) for array in inputs.values()))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        named = zip(spec.outputs, outputs, strict=True)
+        references.append((inputs, {tensor.name: output.float().numpy() for tensor, output in named}))
+    return references
 
 
 def sampled_layers(count: int) -> list[int]:
@@ -172,11 +178,11 @@ def compare_whole(
     """
     module = GRAPHS[name].wrap(model)
     if precision != "bf16":
-        return compare(module, directory / traced.spec.file, traced.spec, precision)
+        return compare(lambda: module, directory / traced.spec.file, traced.spec, precision)
     state = module.state_dict()
     twin = trace(GRAPHS[name].wrap(_meta_model(model.config)), GRAPHS[name].spec(model.config))
     with _bf16_twin(twin, lambda parameter: state[parameter], directory) as graph:
-        return compare(module, graph, twin.spec, precision, BF16_SAMPLE)
+        return compare(lambda: module, graph, twin.spec, precision, BF16_SAMPLE)
 
 
 BF16_SAMPLE = "weights rounded to bf16, computed in fp32"
@@ -221,7 +227,9 @@ def compare_sample(
         def original(parameter: str, layer: int = layer) -> str:
             return parameter.replace(".layers.0.", f".layers.{layer}.")
 
-        module = _one_layer(name, config, layer, lambda parameter: read(original(parameter)))
+        def module(original: Callable[[str], str] = original, layer: int = layer) -> nn.Module:
+            return _one_layer(name, config, layer, lambda parameter: read(original(parameter)))
+
         traced = trace(_cut(name, _meta_model(config), layer), _one_layer_spec(name, config))
         if precision == "bf16":
             label = f"{label}, {BF16_SAMPLE}"
@@ -236,7 +244,6 @@ def compare_sample(
                 results += compare(module, graph, traced.spec, precision, label)
             finally:
                 graph.unlink(missing_ok=True)
-        del module
         release_memory()
     return results
 

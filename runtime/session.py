@@ -44,13 +44,15 @@ class OnnxRuntimeSession:
     Args:
         path: The ``.onnx`` file; its weights may lie beside it.
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
+        lean: Run the graph as it is written, with as little memory as that takes: no folded constants, no
+            repacked weights, no arena. Slow; for checking a graph that is larger than the memory.
 
     Raises:
         BackendError: onnxruntime is not installed.
         BundleError: The file is no graph that it can run.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, *, lean: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -64,6 +66,10 @@ class OnnxRuntimeSession:
             options.intra_op_num_threads = threads
         # An idle pool that spins takes the cores from the session that runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if lean:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
