@@ -13,6 +13,8 @@ from typing import Any
 VISION = "vision_encoder"
 BRIDGE = "bridge"
 DECODER = "decoder"
+TEXT_ENCODER = "text_encoder"
+CROSS_KV = "cross_kv"
 EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"
 TOKENIZER_FILE = "tokenizer.json"
@@ -135,6 +137,29 @@ class CacheSpec:
     def present_names(self) -> list[str]:
         """Outputs, in the order of :meth:`past_names`."""
         return [f"present.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
+
+
+@dataclass(frozen=True)
+class CrossSpec:
+    """Keys and values of what a decoder looks at beside its own text; computed once a request.
+
+    Attributes:
+        num_layers: Layers that look.
+        num_heads: Heads.
+        head_dim: Width of a head.
+        source_dim: Width of what they are computed from: encoder states, patches or visual tokens.
+        masked: Whether the decoder takes a ``cross_attention_mask`` int64 ``[B, E]``.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    source_dim: int
+    masked: bool = False
+
+    def names(self) -> list[str]:
+        """Outputs of the ``cross_kv`` graph and inputs of the decoder, key before value."""
+        return [f"cross.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from blip2edge.contract import BRIDGE, DECODER, VISION, Axis, CacheSpec, GraphSpec, TensorSpec
-from blip2edge.model.captioner import CaptionerConfig, CaptionerModel
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.config import CaptionerConfig
 
 MAX_BATCH = 8
 MAX_ASKED = 16  # slots that get logits at once: drafts of up to 15 tokens
@@ -96,7 +97,7 @@ def image_embeds(config: CaptionerConfig) -> TensorSpec:
 
 def bridge_spec(config: CaptionerConfig) -> GraphSpec:
     """Tensors of the bridge."""
-    dims = (batch_axis(), config.qformer.num_query_tokens, config.language.embed_dim)
+    dims = (batch_axis(), config.bridge.num_visual_tokens, config.language.embed_dim)
     return GraphSpec(BRIDGE, (image_embeds(config),), (TensorSpec("visual_tokens", "float32", dims),))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from blip2edge.contract import TOKENIZER_FILE, PromptSpec
 from blip2edge.errors import BundleError, CheckpointError
-from blip2edge.model.captioner import CaptionerConfig
+from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.checkpoint import read_json
 from blip2edge.runtime.preprocess import Preprocessing
 from blip2edge.runtime.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ class SideFiles:
         prompt = PromptSpec(
             template=TEMPLATE,
             question=QUESTION,
-            visual_tokens=config.qformer.num_query_tokens,
+            visual_tokens=config.bridge.num_visual_tokens,
             bos_token_id=config.bos_token_id,
             image_token_id=config.image_token_id,
         )

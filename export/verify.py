@@ -20,7 +20,8 @@ from blip2edge.export.graphs import GRAPHS
 from blip2edge.export.precision import convert
 from blip2edge.export.to_onnx import Traced, trace
 from blip2edge.export.weights import Weights, point_at, write_weights
-from blip2edge.model.captioner import CaptionerConfig, CaptionerModel
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.config import CaptionerConfig
 from blip2edge.runtime.session import OnnxRuntimeSession
 
 Array = NDArray[Any]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2edge.errors import CheckpointError
-from blip2edge.model.captioner import CaptionerConfig, CaptionerModel
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.families import head_names, read_config, weight_map, write_config
 from blip2edge.model.weights import WeightMap
 
 SIDE_FILES = (
@@ -152,9 +154,14 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = CaptionerConfig.from_hf(read_json(directory / "config.json"))
+        config = read_config(read_json(directory / "config.json"))
         self.files = TensorFiles(directory)
-        self.map: WeightMap = self.config.weight_map
+        if config.language.tie_embeddings and head_names(config)["head"] in self.files.shapes:
+            # As in transformers: a head that the file holds is the head, whatever the config says of tying.
+            language: Any = config.language
+            config = replace(config, language=replace(language, tie_embeddings=False))
+        self.config = config
+        self.map: WeightMap = weight_map(config)
         with torch.device("meta"):
             self.shapes = CaptionerModel(self.config).shapes()
         self.map.check(self.shapes, self.files.shapes)
@@ -195,10 +202,10 @@ def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -
 
 def to_hf_tensors(model: CaptionerModel) -> dict[str, Tensor]:
     """The state of a model under transformers' names; a tied head is left out."""
-    weight_map = model.config.weight_map
+    names = weight_map(model.config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        sources = weight_map.sources(name)
+        sources = names.sources(name)
         parts = tensor.detach().chunk(len(sources)) if len(sources) > 1 else [tensor.detach()]
         for source, part in zip(sources, parts, strict=True):
             tensors[source] = part.contiguous().cpu()
@@ -222,7 +229,7 @@ def save_checkpoint(
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
-    config = model.config.to_hf() | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    config = write_config(model.config) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in SIDE_FILES if like is not None else ():

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from blip2edge.contract import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.layers import ACTIVATIONS
 
@@ -151,6 +152,13 @@ class QFormerConfig:
     norm_eps: float = 1e-12
     dropout: float = 0.1
 
+    kind = "qformer"
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """How many tokens a picture becomes."""
+        return self.num_query_tokens
+
     def __post_init__(self) -> None:
         check_heads("qformer_config", self.hidden_size, self.num_heads)
 
@@ -186,6 +194,21 @@ class QFormerConfig:
             "hidden_dropout_prob": self.dropout,
             "attention_probs_dropout_prob": self.dropout,
         }
+
+
+class BridgeConfig(Protocol):
+    """What the rest of the project asks of any bridge's config."""
+
+    @property
+    def kind(self) -> str:
+        """The row of ``bridges.py``."""
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """How many tokens a picture becomes."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Its section of a ``config.json``."""
 
 
 class LanguageConfig(Protocol):
@@ -227,5 +250,36 @@ class LanguageConfig(Protocol):
     def tie_embeddings(self) -> bool:
         """Whether the head is the token table."""
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the prompt goes to an encoder."""
+
+    @property
+    def cross(self) -> CrossSpec | None:
+        """What the decoder looks at beside its own text."""
+
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` of a ``config.json``."""
+
+
+@dataclass(frozen=True)
+class CaptionerConfig:
+    """A captioner of any family: its three parts and its special tokens.
+
+    Attributes:
+        bos_token_id: Begins every text after the visual tokens.
+        eos_token_ids: Any of them ends a caption.
+        image_token_id: Stands for a visual token in transformers' ``input_ids``; the repetition penalty sees it.
+        decoder_start_token_id: What the decoder of an encoder-decoder model begins with.
+        family: ``model_type`` of its checkpoints.
+    """
+
+    vision: VisionConfig
+    bridge: BridgeConfig
+    language: LanguageConfig
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    image_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    family: str = "blip-2"

@@ -9,22 +9,38 @@ from typing import Any
 from torch import nn
 
 from blip2edge.errors import UnsupportedModelError
-from blip2edge.model import weights
+from blip2edge.model import weight_tables as tables
 from blip2edge.model.config import LanguageConfig
 from blip2edge.model.opt import OPTConfig, OPTDecoder
+from blip2edge.model.t5 import T5, T5Config
+from blip2edge.model.weights import Rule
 
 
 @dataclass(frozen=True)
 class Language:
-    """How a language model is read and built."""
+    """How a language model is read and built.
+
+    Attributes:
+        read_config: Makes its config of a ``text_config``.
+        build: Makes the module of a config.
+        rules: Its table of weights; some depend on the config.
+        left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
+    """
 
     read_config: Callable[[Any], LanguageConfig]
     build: Callable[[Any], nn.Module]
-    rules: tuple[weights.Rule, ...]
+    rules: Callable[[Any], tuple[Rule, ...]]
+    left_out: tuple[str, ...] = ()
 
 
 LANGUAGES: dict[str, Language] = {
-    "opt": Language(OPTConfig.from_hf, OPTDecoder, weights.OPT),
+    "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: tables.OPT),
+    "t5": Language(
+        T5Config.from_hf,
+        T5,
+        lambda config: tables.t5(config.gated),
+        left_out=(r"(encoder|decoder)\.embed_tokens\.weight", r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative.*"),
+    ),
 }
 
 

@@ -47,6 +47,8 @@ class OPTConfig:
     dropout: float = 0.1
 
     kind = "opt"
+    is_encoder_decoder = False
+    cross = None
 
     def __post_init__(self) -> None:
         check_heads("text_config", self.hidden_size, self.num_heads)

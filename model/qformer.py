@@ -120,15 +120,10 @@ class QFormerBridge(nn.Module):
         self.qformer = QFormer(config)
         self.projection = nn.Linear(config.hidden_size, hidden_size)
 
-    @property
-    def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
-        return self.qformer.config.num_query_tokens
-
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
         x = self.projection(self.qformer(image_embeds))  # [B, Q, hidden]
         if self.projection.out_features == self.embed_dim:
             return x  # type: ignore[no-any-return]
-        filled = x.flatten(1)[:, : self.num_visual_tokens * self.embed_dim]
-        return filled.unflatten(1, (self.num_visual_tokens, self.embed_dim))  # type: ignore[no-any-return]
+        queries = x.shape[1]
+        return x.flatten(1)[:, : queries * self.embed_dim].unflatten(1, (queries, self.embed_dim))  # type: ignore[no-any-return]

@@ -1,0 +1,20 @@
+"""The bridges from picture to language model: one row a kind of config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from blip2edge.model.config import BridgeConfig, LanguageConfig
+from blip2edge.model.qformer import QFormerBridge
+
+BRIDGES: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
+    "qformer": lambda config, language: QFormerBridge(config, language.hidden_size, language.embed_dim),
+}
+
+
+def build_bridge(config: BridgeConfig, language: LanguageConfig) -> nn.Module:
+    """The module of a bridge's config: ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
+    return BRIDGES[config.kind](config, language)

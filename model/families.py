@@ -1,0 +1,162 @@
+"""The families of checkpoints: one row a ``model_type``, what is particular to each standing in its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blip2edge.errors import UnsupportedModelError
+from blip2edge.model import weight_tables as tables
+from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
+from blip2edge.model.language import LANGUAGES, language_of
+from blip2edge.model.weights import Rule, WeightMap, under
+
+VQA_QUESTION = "Question: {question} Short answer:"
+"""BLIP-2's prompt for visual questions (LAVIS, configuration of its VQA task)."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a kind of checkpoint is read, named and prompted.
+
+    Attributes:
+        title: Its name in tables.
+        read: Makes the config of a ``config.json``.
+        write: The inverse.
+        rules: Vision encoder and bridge, in names of the checkpoint.
+        language_prefix: Where the language model's tensors stand.
+        template: Where picture and prompt stand in the text.
+        question: What ``ask`` fills in for the prompt.
+        left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
+    """
+
+    title: str
+    read: Callable[[Fields], CaptionerConfig]
+    write: Callable[[CaptionerConfig], dict[str, Any]]
+    rules: tuple[Rule, ...]
+    language_prefix: str = "language_model."
+    template: str = "{image}{prompt}"
+    question: str = VQA_QUESTION
+    left_out: tuple[str, ...] = ()
+
+
+def read_tokens(text: Fields) -> dict[str, Any]:
+    """The special ids of a ``text_config``, as fields of :class:`CaptionerConfig`."""
+    defaults = LANGUAGE_DEFAULTS.get(str(text.values.get("model_type", "opt")), {})
+    eos = text.values.get("eos_token_id", defaults.get("eos"))
+    return {
+        "bos_token_id": text.token_id("bos_token_id", defaults.get("bos")),
+        "eos_token_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,)),
+        "pad_token_id": text.token_id("pad_token_id", defaults.get("pad")),
+        "decoder_start_token_id": text.token_id("decoder_start_token_id", defaults.get("decoder_start")),
+    }
+
+
+LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
+    "opt": {"bos": 2, "eos": 2, "pad": 1},
+    "t5": {"eos": 1, "pad": 0, "decoder_start": 0},
+}
+"""Special ids where ``text_config`` leaves them out: the defaults of transformers' configs."""
+
+
+def read_blip2(f: Fields) -> CaptionerConfig:
+    """``Blip2ForConditionalGeneration``."""
+    vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
+    bridge = QFormerConfig.from_hf(
+        f.values.get("qformer_config", {}),
+        num_query_tokens=f.integer("num_query_tokens", 32),
+        encoder_hidden_size=vision.hidden_size,
+    )
+    text = Fields("text_config", f.values.get("text_config", {}))
+    return CaptionerConfig(
+        family="blip-2",
+        vision=vision,
+        bridge=bridge,
+        language=language_of(text.values.get("model_type", "opt")).read_config(text.values),
+        image_token_id=f.token_id("image_token_id", f.token_id("image_token_index", None)),
+        **read_tokens(text),
+    )
+
+
+def write_blip2(config: CaptionerConfig) -> dict[str, Any]:
+    """The ``config.json`` that :func:`read_blip2` and transformers read."""
+    return {
+        "model_type": "blip-2",
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "num_query_tokens": config.bridge.num_visual_tokens,
+        "image_token_index": config.image_token_id,
+        "tie_word_embeddings": config.language.tie_embeddings,
+        "use_decoder_only_language_model": not config.language.is_encoder_decoder,
+        "vision_config": config.vision.to_hf(),
+        "qformer_config": config.bridge.to_hf(),
+        "text_config": config.language.to_hf() | write_tokens(config),
+    }
+
+
+def write_tokens(config: CaptionerConfig) -> dict[str, Any]:
+    """The special ids of a ``text_config``."""
+    eos: int | list[int] | None = list(config.eos_token_ids)
+    if len(config.eos_token_ids) < 2:
+        eos = config.eos_token_ids[0] if config.eos_token_ids else None
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
+    if config.decoder_start_token_id is not None:
+        ids["decoder_start_token_id"] = config.decoder_start_token_id
+    return ids
+
+
+FAMILIES: dict[str, Family] = {
+    "blip-2": Family(
+        title="BLIP-2",
+        read=read_blip2,
+        write=write_blip2,
+        rules=tables.BLIP2,
+        left_out=(r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids"),
+    ),
+}
+
+
+def read_config(config: Any) -> CaptionerConfig:
+    """Reads a ``config.json``.
+
+    Raises:
+        UnsupportedModelError: A ``model_type`` or a language model without a row.
+        CheckpointError: A key is missing or has a wrong value.
+    """
+    f = Fields("the top level", config)
+    model_type = f.values.get("model_type")
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"the checkpoint's model_type is {model_type!r}, which is not supported",
+            f"supported: {', '.join(FAMILIES)} with a language model of type {', '.join(sorted(LANGUAGES))}",
+        )
+    return FAMILIES[model_type].read(f)
+
+
+def write_config(config: CaptionerConfig) -> dict[str, Any]:
+    """The ``config.json`` that :func:`read_config` and transformers read."""
+    return FAMILIES[config.family].write(config)
+
+
+def weight_map(config: CaptionerConfig) -> WeightMap:
+    """Our parameters and the checkpoint's tensors."""
+    family = FAMILIES[config.family]
+    language = language_of(config.language.kind)
+    rules = _language_rules(config)
+    left_out = [*family.left_out, *(family.language_prefix.replace(".", r"\.") + name for name in language.left_out)]
+    if config.language.tie_embeddings:
+        table = WeightMap(rules).sources("language.embed_tokens")
+        rules = (*(rule for rule in rules if rule.ours != "language.head"), Rule("language.head", table))
+    return WeightMap((*family.rules, *rules), left_out)
+
+
+def head_names(config: CaptionerConfig) -> Mapping[str, str]:
+    """The checkpoint's name of the head's weight, and of the token table's."""
+    untied = WeightMap(_language_rules(config))
+    (head,), (table,) = untied.sources("language.head.weight"), untied.sources("language.embed_tokens.weight")
+    return {"head": head, "table": table}
+
+
+def _language_rules(config: CaptionerConfig) -> tuple[Rule, ...]:
+    rules = language_of(config.language.kind).rules(config.language)
+    return under("language.", FAMILIES[config.family].language_prefix, rules)
