@@ -44,6 +44,9 @@ class FakeCaptioner:
     loaded: list[tuple[str, str, int | None]] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
     error: BaseException | None = None
+    prompter: Any = field(
+        default_factory=lambda: SimpleNamespace(question=lambda question: f"Question: {question} Answer:")
+    )
 
     def load(self, bundle: Path, *, backend: str = "auto", threads: int | None = None) -> FakeCaptioner:
         if self.error is not None:
@@ -70,6 +73,7 @@ class FakeCaptioner:
     def stream(self, image: str, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
         self.options.append(options)
         yield from (" a", " red", " circle")
+        yield "" if prompt is None else f" ({prompt})"
 
 
 @pytest.fixture
@@ -201,6 +205,13 @@ def test_ask(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> No
     assert captioner.options == [{"num_beams": 2}]
 
 
+def test_ask_streams_with_the_question_template(
+    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "a.png", "is it red?", "-b", "x", "--stream"]) == 0
+    assert capsys.readouterr().out == "a red circle (Question: is it red? Answer:)\n"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
@@ -277,9 +288,16 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         calls.append({"checkpoint": checkpoint, "output": output, **options})
         options["progress"]("decoder", 1, 1)
         graph = SimpleNamespace(
-            name="decoder", bytes=1_500_000, seconds=1.25, max_difference=1.5e-5, tolerance=1e-4
+            name="decoder",
+            bytes=1_500_000,
+            seconds=1.25,
+            max_difference=1.5e-5,
+            relative=2e-6,
+            tolerance=1e-4,
         )
-        return SimpleNamespace(bundle=output, graphs=[graph], seconds=2.0, peak_memory_bytes=400_000_000)
+        return SimpleNamespace(
+            bundle=output, graphs=[graph], verify="full", seconds=2.0, peak_memory_bytes=400_000_000
+        )
 
     module = ModuleType("blip2edge.export.pipeline")
     module.export_checkpoint = export_checkpoint  # type: ignore[attr-defined]
@@ -289,8 +307,16 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         == 0
     )
     output = capsys.readouterr()
-    assert output.out.splitlines()[2].split() == ["decoder", "1.5", "MB", "1.2", "1.5e-05", "1.0e-04"]
-    assert output.out.splitlines()[-1] == "out: verified, 2.0 s, peak memory 400.0 MB"
+    assert output.out.splitlines()[2].split() == [
+        "decoder",
+        "1.5",
+        "MB",
+        "1.2",
+        "1.5e-05",
+        "2.0e-06",
+        "1.0e-04",
+    ]
+    assert output.out.splitlines()[-1] == "out: verified (full) against torch, 2.0 s, peak memory 400.0 MB"
     assert output.err.startswith("decoder: 1/1")
     assert {**calls[0], "progress": None} == {
         "checkpoint": "some/name",
@@ -318,7 +344,7 @@ def test_explain_names_the_extra() -> None:
 
 def test_units_and_tables() -> None:
     assert [size(count) for count in (0, 999, 1500, 7_400_000_000)] == ["0 B", "999 B", "1.5 KB", "7.4 GB"]
-    assert [difference(value) for value in (None, 0.0, 1.234e-5)] == ["-", "0", "1.2e-05"]
+    assert [difference(value) for value in (0.0, 1.234e-5)] == ["0", "1.2e-05"]
     assert table(["a", "n"], [["x", "1"], ["long", "23"]], right=(1,)).splitlines() == [
         "a      n",
         "----  --",

@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.errors import UsageError
-from blip2edge.manifest import Bundle
 
 if TYPE_CHECKING:
     import argparse
@@ -36,8 +35,9 @@ def caption(options: argparse.Namespace) -> int:
     captioner = _load(options)
     flags = generation_flags(options)
     if options.stream:
-        for image, prompt in zip(images, prompts or [None] * len(images), strict=True):
+        for index, image in enumerate(images):
             label = f"{image}: " if len(images) > 1 else ""
+            prompt = None if prompts is None else prompts[index]
             _write(label, captioner.stream(image, prompt=prompt, **flags))
         return 0
     results = captioner.caption_many(images, prompts=prompts, batch_size=options.batch_size, **flags)
@@ -52,8 +52,7 @@ def ask(options: argparse.Namespace) -> int:
     captioner = _load(options)
     flags = generation_flags(options)
     if options.stream:
-        template = Bundle.open(options.bundle).manifest.prompt.question
-        prompt = template.replace("{question}", options.question)
+        prompt = captioner.prompter.question(options.question)
         _write("", captioner.stream(options.image, prompt=prompt, **flags))
         return 0
     show(captioner.ask(options.image, options.question, **flags), as_json=options.json, label="")

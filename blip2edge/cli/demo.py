@@ -101,8 +101,7 @@ def _captions(pictures: list[Path], results: list[CaptionResult]) -> str:
 def _closing(report: ExportReport) -> list[str]:
     """Size of the bundle, largest difference to torch, and what was not run."""
     manifest = Bundle.open(report.bundle).manifest
-    differences = [graph.max_difference for graph in report.graphs if graph.max_difference is not None]
-    worst = difference(max(differences, default=None))
+    worst = difference(max(graph.max_difference for graph in report.graphs))
     return [
         f"bundle size               {size(bundle_bytes(manifest))}",
         f"max difference to torch   {worst}",

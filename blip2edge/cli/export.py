@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from blip2edge.export.pipeline import ExportReport
 
+HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")
+
 
 def export(options: argparse.Namespace) -> int:
     """Export a checkpoint and print what came out."""
@@ -31,17 +33,24 @@ def export(options: argparse.Namespace) -> int:
 
 
 def report_table(report: ExportReport) -> str:
-    """Graph, size, seconds, largest difference to torch and tolerance, and a line for the whole."""
+    """A line a graph, and one for the whole.
+
+    The largest difference to torch stands as it is, and relative to the largest value of the output, which is
+    what the tolerance bounds.
+    """
     rows = [
         [
             graph.name,
             size(graph.bytes),
             f"{graph.seconds:.1f}",
             difference(graph.max_difference),
+            difference(graph.relative),
             difference(graph.tolerance),
         ]
         for graph in report.graphs
     ]
-    text = table(["graph", "size", "seconds", "max difference", "tolerance"], rows, right=(1, 2, 3, 4))
+    text = table(HEADER, rows, right=range(1, len(HEADER)))
     peak = f", peak memory {size(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
-    return f"{text}\n\n{report.bundle}: verified, {report.seconds:.1f} s{peak}"
+    return (
+        f"{text}\n\n{report.bundle}: verified ({report.verify}) against torch, {report.seconds:.1f} s{peak}"
+    )

@@ -44,8 +44,6 @@ def size(count: int) -> str:
     return f"{value / 1000.0:.1f} TB"
 
 
-def difference(value: float | None) -> str:
-    """A numerical difference: 1.2e-05, 0, or a dash where none was measured."""
-    if value is None:
-        return "-"
+def difference(value: float) -> str:
+    """A numerical difference: 1.2e-05, or 0 where there is none."""
     return "0" if value == 0.0 else f"{value:.1e}"

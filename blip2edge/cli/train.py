@@ -58,9 +58,9 @@ def _captioner(model: Path, batch_size: int) -> CaptionMany:
             result.text for result in captioner.caption_many(pictures, batch_size=batch_size)
         ]
     if (model / "config.json").is_file():
-        from blip2edge.training.loop import checkpoint_captioner
+        from blip2edge.training.captioning import CheckpointCaptioner
 
-        return checkpoint_captioner(model, batch_size=batch_size)
+        return CheckpointCaptioner.load(model)
     raise BundleError(
         f"{model} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json)",
         "make a bundle with: blip2edge export CHECKPOINT -o BUNDLE",
