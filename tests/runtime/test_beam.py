@@ -63,6 +63,15 @@ def test_likely_end_tokens_fill_the_candidates(opt_oracle: Any, seed: int, beams
     check(oracle, replace(PLAIN, eos_token_ids=ends, num_beams=beams, min_new_tokens=1, early_stopping=True))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_enough_unfinished_candidates_stay_among_many_ended(opt_oracle: Any, seed: int) -> None:
+    oracle = opt_oracle(seed, (4, 4))
+    first, _, _ = oracle.start()
+    ends = tuple(np.argsort(-first[0])[1:9].tolist())  # behind the likeliest token, eight that end
+    for penalty in (-1.0, 1.0, 3.0):
+        check(oracle, replace(PLAIN, eos_token_ids=ends, num_beams=4, length_penalty=penalty))
+
+
 def test_pictures_of_a_batch_are_as_each_alone_and_leave_when_they_end(opt_oracle: Any) -> None:
     oracle = opt_oracle(6, LENGTHS)
     options = replace(PLAIN, eos_token_ids=ends_of(oracle), early_stopping=True)
