@@ -109,7 +109,9 @@ def write_checkpoint(directory: Path, config: dict[str, Any]) -> int:
         json.dumps({"image_processor_type": "BlipImageProcessor", "size": {"height": size, "width": size}})
     )
     words = ["<s>", "<pad>", "</s>", "<unk>", "a", "photo", "of"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])  # type: ignore[assignment]
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -160,9 +162,13 @@ def main() -> None:
     """Writes, exports, and prints one line a depth."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("size", choices=SIZES)
-    parser.add_argument("--depth", type=float, action="append", help="share of the layers; may be repeated (1.0 and 0.5)")
+    parser.add_argument(
+        "--depth", type=float, action="append", help="share of the layers; may be repeated (1.0 and 0.5)"
+    )
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--work", type=Path, help="where checkpoint and bundle are written, about 4 times the weights")
+    parser.add_argument(
+        "--work", type=Path, help="where checkpoint and bundle are written, about 4 times the weights"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args()
     results = []
@@ -179,7 +185,11 @@ def main() -> None:
         )
     if options.json:
         packages = ("torch", "onnx", "onnxruntime", "onnxscript")
-        machine = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()}
+        machine = {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
         document = {
             "command": "python benchmarks/export_memory.py " + " ".join(sys.argv[1:]),
             "machine": machine | {name: version(name) for name in packages},

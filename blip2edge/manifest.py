@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import CacheSpec, GraphSpec, Parity, PromptSpec, TensorSpec
+from blip2edge.contract import CacheSpec, CrossSpec, GraphSpec, Parity, PromptSpec, TensorSpec
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError
 
 MANIFEST = "bundle.json"
@@ -94,6 +94,7 @@ class Manifest:
         generation: Defaults: ``eos_token_ids``, ``pad_token_id``, ``max_new_tokens``.
         files: Seal of every file of the bundle but ``bundle.json`` itself.
         versions: What made it.
+        cross: What the decoder looks at beside its own text; None for nothing.
     """
 
     family: str
@@ -109,6 +110,7 @@ class Manifest:
     generation: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
+    cross: CrossSpec | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``bundle.json``."""
@@ -120,6 +122,7 @@ class Manifest:
             "verify": self.verify,
             "graphs": {name: graph.to_json() for name, graph in self.graphs.items()},
             "cache": dict(vars(self.cache)),
+            "cross": None if self.cross is None else dict(vars(self.cross)),
             "max_positions": self.max_positions,
             "vocab_size": self.vocab_size,
             "preprocessing": dict(self.preprocessing),
@@ -139,6 +142,7 @@ class Manifest:
             verify=values["verify"],
             graphs={name: GraphRecord.from_json(name, graph) for name, graph in values["graphs"].items()},
             cache=CacheSpec(**values["cache"]),
+            cross=CrossSpec(**values["cross"]) if values.get("cross") else None,
             max_positions=int(values["max_positions"]),
             vocab_size=int(values["vocab_size"]),
             preprocessing=values["preprocessing"],
@@ -219,10 +223,13 @@ class Bundle:
                 status = path.stat()
             except OSError as error:
                 raise BundleIntegrityError(
-                    f"{path} is missing, though bundle.json lists it", "export the checkpoint again with --force"
+                    f"{path} is missing, though bundle.json lists it",
+                    "export the checkpoint again with --force",
                 ) from error
             stamp = [status.st_size, status.st_mtime_ns, record.sha256]
-            if status.st_size != record.size or (stamps.get(name) != stamp and sha256_of(path) != record.sha256):
+            if status.st_size != record.size or (
+                stamps.get(name) != stamp and sha256_of(path) != record.sha256
+            ):
                 raise BundleIntegrityError(
                     f"{path} is not the file that was exported (its hash differs from bundle.json)",
                     "copy the bundle again, or export the checkpoint again with --force",
@@ -238,7 +245,8 @@ def _read(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not directory.is_dir():
         raise BundleError(
-            f"{directory} is not a directory, and a bundle is one", "make it with: blip2edge export CHECKPOINT -o BUNDLE"
+            f"{directory} is not a directory, and a bundle is one",
+            "make it with: blip2edge export CHECKPOINT -o BUNDLE",
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -246,7 +254,9 @@ def _read(directory: Path) -> Manifest:
         hint = "make a bundle of it with: blip2edge export CHECKPOINT -o BUNDLE"
         raise BundleError(f"{directory} has no {MANIFEST}, so it is not a bundle", hint) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path} cannot be read as JSON ({error})", "export the checkpoint again with --force") from error
+        raise BundleError(
+            f"{path} cannot be read as JSON ({error})", "export the checkpoint again with --force"
+        ) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):
         raise BundleError(f"{path} has no schema_version", "export the checkpoint again with --force")
@@ -280,7 +290,10 @@ def _read_stamps(directory: Path) -> Mapping[str, Any]:
     for path in _stamp_paths(directory):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # no stamp, or a broken one: everything is hashed, which is always right
+        except (
+            OSError,
+            ValueError,
+        ):  # no stamp, or a broken one: everything is hashed, which is always right
             continue
         if isinstance(values, dict):
             return values

@@ -6,14 +6,27 @@ called as the parameter of the checkpoint that fills it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from blip2edge.contract import BRIDGE, DECODER, VISION, Axis, CacheSpec, GraphSpec, TensorSpec
+from blip2edge.contract import (
+    BRIDGE,
+    CROSS_KV,
+    DECODER,
+    TEXT_ENCODER,
+    VISION,
+    Axis,
+    CacheSpec,
+    CrossSpec,
+    GraphSpec,
+    TensorSpec,
+)
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.layers import KeyValue
 
 MAX_BATCH = 8
 MAX_ASKED = 16  # slots that get logits at once: drafts of up to 15 tokens
@@ -43,12 +56,38 @@ class BridgeGraph(nn.Module):
         return self.bridge(image_embeds)  # type: ignore[no-any-return]
 
 
-class DecoderGraph(nn.Module):
-    """The decoder contract, the cache as a flat list of tensors."""
+class TextEncoderGraph(nn.Module):
+    """inputs_embeds, attention_mask → encoder_states."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
         self.language = model.language
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """``[B, E, D]`` and int64 ``[B, E]`` to ``[B, E, D]``."""
+        return self.language.encode(inputs_embeds, attention_mask)  # type: ignore[no-any-return,operator]
+
+
+class CrossKeyValueGraph(nn.Module):
+    """What the decoder looks at → its keys and values, layer by layer."""
+
+    def __init__(self, model: CaptionerModel) -> None:
+        super().__init__()
+        self.language = model.language
+
+    def forward(self, source: Tensor) -> tuple[Tensor, ...]:
+        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` a layer."""
+        pairs: Sequence[KeyValue] = self.language.cross_key_values(source)  # type: ignore[operator]
+        return tuple(tensor for pair in pairs for tensor in pair)
+
+
+class DecoderGraph(nn.Module):
+    """The decoder contract, the caches as a flat list of tensors."""
+
+    def __init__(self, model: CaptionerModel) -> None:
+        super().__init__()
+        self.language = model.language
+        self.cross = model.config.language.cross
 
     def forward(
         self,
@@ -56,20 +95,50 @@ class DecoderGraph(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         logits_indices: Tensor,
-        *past: Tensor,
+        *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        """See the contract: logits first, then keys and values layer by layer."""
-        pairs = list(zip(past[::2], past[1::2], strict=True))
-        logits, presents = self.language(inputs_embeds, attention_mask, position_ids, logits_indices, pairs)
+        """See the contract: logits first, then keys and values layer by layer.
+
+        Args:
+            inputs_embeds: ``[B, S, D]``.
+            attention_mask: int64 ``[B, P + S]``.
+            position_ids: int64 ``[B, S]``.
+            logits_indices: int64 ``[B, K]``.
+            *rest: The cache; where the decoder looks at more than its text, then those keys and values, and
+                their mask where there is one.
+        """
+        split = 2 * len(self.language.layers)  # type: ignore[arg-type]
+        past, more = _pairs(rest[:split]), rest[split:]
+        extra: dict[str, Any] = {}
+        if self.cross is not None and self.cross.masked:
+            extra["cross_attention_mask"], more = more[-1], more[:-1]
+        if self.cross is not None:
+            extra["cross"] = _pairs(more)
+        logits, presents = self.language(
+            inputs_embeds, attention_mask, position_ids, logits_indices, past, **extra
+        )
         return (logits, *(tensor for pair in presents for tensor in pair))
+
+
+def _pairs(tensors: Sequence[Tensor]) -> list[KeyValue]:
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
 @dataclass(frozen=True)
 class GraphDefinition:
-    """A graph: the module that computes it and the tensors it takes and gives."""
+    """A graph of the bundle.
+
+    Attributes:
+        wrap: The module that computes it.
+        spec: The tensors it takes and gives.
+        stacks: Where its repeated layers can stand; the first that is there.
+        belongs: Whether a captioner has it.
+    """
 
     wrap: Callable[[CaptionerModel], nn.Module]
     spec: Callable[[CaptionerConfig], GraphSpec]
+    stacks: tuple[str, ...]
+    belongs: Callable[[CaptionerConfig], bool] = lambda config: True
 
 
 def batch_axis() -> Axis:
@@ -92,13 +161,47 @@ def vision_spec(config: CaptionerConfig) -> GraphSpec:
 
 def image_embeds(config: CaptionerConfig) -> TensorSpec:
     """What the vision encoder hands to the bridge."""
-    return TensorSpec("image_embeds", "float32", (batch_axis(), config.vision.num_positions, config.vision.hidden_size))
+    return TensorSpec(
+        "image_embeds", "float32", (batch_axis(), config.vision.num_positions, config.vision.hidden_size)
+    )
 
 
 def bridge_spec(config: CaptionerConfig) -> GraphSpec:
     """Tensors of the bridge."""
     dims = (batch_axis(), config.bridge.num_visual_tokens, config.language.embed_dim)
     return GraphSpec(BRIDGE, (image_embeds(config),), (TensorSpec("visual_tokens", "float32", dims),))
+
+
+def source_axis(config: CaptionerConfig) -> Axis:
+    """Slots of what a decoder looks at: visual tokens and prompt."""
+    visual, longest = config.bridge.num_visual_tokens, config.language.max_positions
+    return Axis("source", 1, min(visual + 8, longest), max(visual + 8, longest))
+
+
+def text_encoder_spec(config: CaptionerConfig) -> GraphSpec:
+    """Tensors of an encoder-decoder model's encoder."""
+    batch, source, width = batch_axis(), source_axis(config), config.language.embed_dim
+    inputs = (
+        TensorSpec("inputs_embeds", "float32", (batch, source, width)),
+        TensorSpec("attention_mask", "int64", (batch, source)),
+    )
+    states = TensorSpec("encoder_states", "float32", (batch, source, config.language.hidden_size))
+    return GraphSpec(TEXT_ENCODER, inputs, (states,))
+
+
+def cross_tensors(config: CaptionerConfig, cross: CrossSpec) -> list[TensorSpec]:
+    """Keys and values of what a decoder looks at."""
+    dims = (batch_axis(), cross.num_heads, source_axis(config), cross.head_dim)
+    return [TensorSpec(name, "float32", dims) for name in cross.names()]
+
+
+def cross_kv_spec(config: CaptionerConfig) -> GraphSpec:
+    """Tensors of the graph that computes those keys and values."""
+    cross = config.language.cross
+    if cross is None:
+        raise ValueError(f"a decoder of kind {config.language.kind} looks at nothing but its text")
+    source = TensorSpec("encoder_states", "float32", (batch_axis(), source_axis(config), cross.source_dim))
+    return GraphSpec(CROSS_KV, (source,), tuple(cross_tensors(config, cross)))
 
 
 def decoder_spec(config: CaptionerConfig) -> GraphSpec:
@@ -116,13 +219,36 @@ def decoder_spec(config: CaptionerConfig) -> GraphSpec:
         TensorSpec("logits_indices", "int64", (batch, asked)),
     ]
     inputs += [TensorSpec(name, "float32", (batch, heads[0], past, heads[1])) for name in cache.past_names()]
+    if language.cross is not None:
+        inputs += cross_tensors(config, language.cross)
+        if language.cross.masked:
+            inputs.append(TensorSpec("cross_attention_mask", "int64", (batch, source_axis(config))))
     outputs = [TensorSpec("logits", "float32", (batch, asked, language.vocab_size))]
-    outputs += [TensorSpec(name, "float32", (batch, heads[0], total, heads[1])) for name in cache.present_names()]
+    outputs += [
+        TensorSpec(name, "float32", (batch, heads[0], total, heads[1])) for name in cache.present_names()
+    ]
     return GraphSpec(DECODER, tuple(inputs), tuple(outputs))
 
 
 GRAPHS: dict[str, GraphDefinition] = {
-    VISION: GraphDefinition(VisionGraph, vision_spec),
-    BRIDGE: GraphDefinition(BridgeGraph, bridge_spec),
-    DECODER: GraphDefinition(DecoderGraph, decoder_spec),
+    VISION: GraphDefinition(VisionGraph, vision_spec, ("vision.layers",)),
+    BRIDGE: GraphDefinition(BridgeGraph, bridge_spec, ("bridge.qformer.layers", "bridge.layers")),
+    TEXT_ENCODER: GraphDefinition(
+        TextEncoderGraph,
+        text_encoder_spec,
+        ("language.encoder.layers",),
+        lambda config: config.language.is_encoder_decoder,
+    ),
+    CROSS_KV: GraphDefinition(
+        CrossKeyValueGraph,
+        cross_kv_spec,
+        ("language.layers",),
+        lambda config: config.language.cross is not None,
+    ),
+    DECODER: GraphDefinition(DecoderGraph, decoder_spec, ("language.layers",)),
 }
+
+
+def graphs_of(config: CaptionerConfig) -> dict[str, GraphDefinition]:
+    """The graphs of a captioner, in the order in which they run."""
+    return {name: graph for name, graph in GRAPHS.items() if graph.belongs(config)}

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ import torch
 from safetensors.torch import save_file
 
 import blip2edge
-from blip2edge.contract import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE, Parity
+from blip2edge.contract import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, Parity
 from blip2edge.errors import OutputError
 from blip2edge.export import verify
-from blip2edge.export.graphs import GRAPHS, cache_of
-from blip2edge.export.precision import PRECISIONS, convert
+from blip2edge.export.graphs import cache_of, graphs_of
+from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
 from blip2edge.export.weights import Weights, check_hashes, output_error, write_weights
@@ -166,16 +167,20 @@ def _publish(staging: Path, target: Path) -> None:
 
 def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Progress) -> dict[str, _Written]:
     written: dict[str, _Written] = {}
-    for name, definition in GRAPHS.items():
+    for name, definition in graphs_of(source.config).items():
         start = time.perf_counter()
         report(f"{name}: trace", 0, 1)
         with torch.device("meta"):
             module = definition.wrap(CaptionerModel(source.config).eval())
         traced = trace(module, definition.spec(source.config))
-        exceptions = convert(traced, precision)
+        exceptions = convert(traced, precision, exceptions_of(source.config))
         data = staging / f"{name}.onnx.data"
         weights = write_weights(
-            traced, source.read, data, _dtype(precision), lambda done, total, stage=name: report(f"{stage}: write", done, total)
+            traced,
+            source.read,
+            data,
+            _dtype(precision),
+            partial(report, f"{name}: write"),
         )
         ir.save(traced.model, staging / traced.spec.file)
         record = GraphRecord(traced.spec, precision, fp32_exceptions=exceptions, data_files=(data.name,))
@@ -224,7 +229,11 @@ def _seal(
     config = source.config
     graphs = {
         name: GraphRecord(
-            item.record.spec, precision, tuple(item.parity), item.record.fp32_exceptions, item.record.data_files
+            item.record.spec,
+            precision,
+            tuple(item.parity),
+            item.record.fp32_exceptions,
+            item.record.data_files,
         )
         for name, item in written.items()
     }
@@ -235,6 +244,7 @@ def _seal(
         verify=mode,
         graphs=graphs,
         cache=cache_of(config),
+        cross=config.language.cross,
         max_positions=config.language.max_positions,
         vocab_size=config.language.vocab_size,
         preprocessing=side.preprocessing.to_json(),
@@ -248,7 +258,9 @@ def _seal(
 def _hash_of(directory: Path, report: Progress) -> str:
     """One hash over the names and hashes of a checkpoint's files."""
     digest = hashlib.sha256()
-    paths = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".model"))
+    paths = sorted(
+        path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".model")
+    )
     for done, path in enumerate(paths):
         report("hash the source", done, len(paths))
         digest.update(f"{sha256_of(path)}  {path.name}\n".encode())

@@ -6,17 +6,27 @@ they keep FP32 weights and get a cast on either side. The rules that fired stand
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
 
 from blip2edge.contract import GraphSpec
 from blip2edge.export.to_onnx import Traced
+from blip2edge.model.config import CaptionerConfig
 
 PRECISIONS: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Names on the command line, and the dtype of the graphs' floating tensors."""
+
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter notes the module path of a node."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +34,64 @@ class Fp32Exception:
     """Nodes that stay in FP32.
 
     Attributes:
-        op_type: The kind of node.
-        reason: Why, as the manifest tells it.
+        name: What the manifest calls it.
+        path: Regular expression, searched in the path of the module that the node comes from.
+        op_type: Regular expression that its kind must match whole.
+        reason: Why.
     """
 
+    name: str
+    path: str
     op_type: str
     reason: str
 
+    def fits(self, node: ir.Node) -> bool:
+        """Whether a node is one of them."""
+        return bool(re.fullmatch(self.op_type, node.op_type) and re.search(self.path, module_path(node)))
+
 
 EXCEPTIONS: tuple[Fp32Exception, ...] = (
-    Fp32Exception("Softmax", "sums of exponentials lose small weights in 11 bits of mantissa"),
+    Fp32Exception("softmax", "", "Softmax", "sums of exponentials lose small weights in 11 bits of mantissa"),
+    Fp32Exception(
+        "RMSNorm", r"norm\d?$", "(?!LayerNormalization).*", "squares overflow: 256 squared is beyond 65504"
+    ),
+    Fp32Exception(
+        "rotary positions", r"rotary$", ".*", "an angle of 2000 has no digits left behind the point"
+    ),
 )
+"""For every model."""
+
+BY_LANGUAGE: dict[str, tuple[Fp32Exception, ...]] = {
+    "t5": (
+        Fp32Exception(
+            "T5 feed-forward output",
+            r"^language\..*feed_forward\.down$",
+            "MatMul",
+            "reaches 66246 in Flan-T5 (transformers#5651)",
+        ),
+        Fp32Exception(
+            "T5 residual",
+            r"^language\..*layers\.\d+$",
+            "Add",
+            "carries the feed-forward output from layer to layer",
+        ),
+    ),
+}
+"""For one language model, by its ``model_type``."""
 
 
-def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception] = EXCEPTIONS) -> tuple[str, ...]:
+def module_path(node: ir.Node) -> str:
+    """The dotted path of the module that a node was traced in; empty where none is noted."""
+    scopes = node.metadata_props.get(SCOPES)
+    return str(ast.literal_eval(scopes)[-2]) if scopes and len(ast.literal_eval(scopes)) > 1 else ""
+
+
+def exceptions_of(config: CaptionerConfig) -> tuple[Fp32Exception, ...]:
+    """What stays in FP32 in a captioner."""
+    return (*EXCEPTIONS, *BY_LANGUAGE.get(config.language.kind, ()))
+
+
+def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception]) -> tuple[str, ...]:
     """Casts a traced graph in place.
 
     Args:
@@ -48,27 +102,36 @@ def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception] 
     Returns:
         The exceptions that fired, one sentence each.
     """
-    if precision == "fp32":
-        return ()
-    dtype = PRECISIONS[precision]
-    target = ir.DataType[dtype.upper()]
     graph = traced.model.graph
-    spec = traced.spec.with_float(dtype)
-    reasons = {exception.op_type: exception.reason for exception in exceptions}
-    fired = {node.op_type for node in graph if node.op_type in reasons}
+    fired: dict[str, str] = {}
+    if precision != "fp32":
+        dtype = PRECISIONS[precision]
+        target = ir.DataType[dtype.upper()]
+        kept = [(node, rule) for node in graph for rule in exceptions if rule.fits(node)]
+        fired = {rule.name: f"{rule.name}: {rule.reason}" for _, rule in kept}
+        spec = traced.spec.with_float(dtype)
+        _retype(graph, target)
+        for node in dict.fromkeys(node for node, _ in kept):
+            _keep_fp32(graph, node, target)
+        _keep_fp32_outputs(graph, spec, target)
+        passes.RemoveUnusedNodesPass()(traced.model)
+        traced.spec = spec
+    for node in graph:
+        node.metadata_props.clear()
+    return tuple(fired[name] for name in sorted(fired))
+
+
+def _retype(graph: ir.Graph, target: ir.DataType) -> None:
+    """Gives every floating tensor the target type."""
     for node in graph:
         _retype_attributes(node, target)
     for value in _values(graph):
         if value.dtype == ir.DataType.FLOAT:
             value.dtype = target
             if value.const_value is not None:
-                value.const_value = ir.tensor(_cast(value.const_value.numpy(), target), dtype=target, name=value.name)
-    for node in list(graph):
-        if node.op_type in reasons:
-            _keep_fp32(graph, node, target)
-    _keep_fp32_outputs(graph, spec, target)
-    traced.spec = spec
-    return tuple(f"{kind}: {reasons[kind]}" for kind in sorted(fired))
+                value.const_value = ir.tensor(
+                    _cast(value.const_value.numpy(), target), dtype=target, name=value.name
+                )
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
@@ -76,9 +139,10 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
     return [*graph.inputs, *graph.initializers.values(), *inner]
 
 
-def _cast(array: np.ndarray, target: ir.DataType) -> np.ndarray:
+def _cast(array: NDArray[Any], target: ir.DataType) -> NDArray[Any]:
     limit = 65504.0 if target == ir.DataType.FLOAT16 else 3.3895e38
-    return np.clip(array, -limit, limit).astype(target.numpy())
+    cast: NDArray[Any] = np.clip(array, -limit, limit).astype(target.numpy())
+    return cast
 
 
 def _retype_attributes(node: ir.Node, target: ir.DataType) -> None:
@@ -89,23 +153,37 @@ def _retype_attributes(node: ir.Node, target: ir.DataType) -> None:
     if node.op_type in ("Constant", "ConstantOfShape") and value is not None:
         tensor = value.as_tensor()
         if tensor.dtype == ir.DataType.FLOAT:
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_cast(tensor.numpy(), target), dtype=target))
+            node.attributes["value"] = ir.AttrTensor(
+                "value", ir.tensor(_cast(tensor.numpy(), target), dtype=target)
+            )
 
 
 def _keep_fp32(graph: ir.Graph, node: ir.Node, target: ir.DataType) -> None:
+    """Casts around a node; between two that stay in FP32 nothing is cast."""
     for index, value in enumerate(node.inputs):
-        if value is not None and value.dtype == target:
-            cast = _cast_node(value, ir.DataType.FLOAT, f"{value.name}_fp32")
-            graph.insert_before(node, cast)
-            node.replace_input_with(index, cast.outputs[0])
+        if value is None or value.dtype != target:
+            continue
+        producer = value.producer()
+        uncast = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
+        if uncast is not None and uncast.dtype == ir.DataType.FLOAT:
+            node.replace_input_with(index, uncast)
+            continue
+        cast = _cast_node(value, ir.DataType.FLOAT, f"{value.name}_fp32_{node.name}_{index}")
+        graph.insert_before(node, cast)
+        node.replace_input_with(index, cast.outputs[0])
     for output in node.outputs:
-        if output.dtype == target:
-            output.dtype = ir.DataType.FLOAT
-            cast = _cast_node(output, target, f"{output.name}_cast")
-            graph.insert_after(node, cast)
-            users = [(user, index) for user, index in output.uses() if user is not cast]
-            for user, index in users:
+        if output.dtype != target:
+            continue
+        output.dtype = ir.DataType.FLOAT
+        cast = _cast_node(output, target, f"{output.name}_{target.name.lower()}")
+        graph.insert_after(node, cast)
+        for user, index in list(output.uses()):
+            if user is not cast:
                 user.replace_input_with(index, cast.outputs[0])
+        for index, value in enumerate(list(graph.outputs)):
+            if value is output:
+                graph.outputs[index] = cast.outputs[0]
+                output.name, cast.outputs[0].name = f"{output.name}_fp32", output.name
 
 
 def _keep_fp32_outputs(graph: ir.Graph, spec: GraphSpec, target: ir.DataType) -> None:

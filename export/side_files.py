@@ -10,17 +10,14 @@ from typing import Any
 
 from blip2edge.contract import TOKENIZER_FILE, PromptSpec
 from blip2edge.errors import BundleError, CheckpointError
-from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.checkpoint import read_json
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.families import FAMILIES
 from blip2edge.runtime.preprocess import Preprocessing
 from blip2edge.runtime.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 30
 """Default length of a caption: the longest that BLIP-2's own evaluation on COCO allows."""
-
-TEMPLATE = "{image}{prompt}"
-QUESTION = "Question: {question} Short answer:"
-"""BLIP-2's prompt for VQA (LAVIS, configs of the VQA task)."""
 
 SAVE_PROCESSOR = "save the processor too: Blip2Processor(...).save_pretrained(DIRECTORY)"
 
@@ -43,9 +40,10 @@ class SideFiles:
         """
         content = _tokenizer(directory)
         _check_tokenizer(content, directory, config)
+        family = FAMILIES[config.family]
         prompt = PromptSpec(
-            template=TEMPLATE,
-            question=QUESTION,
+            template=family.template,
+            question=family.question,
             visual_tokens=config.bridge.num_visual_tokens,
             bos_token_id=config.bos_token_id,
             image_token_id=config.image_token_id,
@@ -53,6 +51,7 @@ class SideFiles:
         generation = {
             "eos_token_ids": list(config.eos_token_ids),
             "pad_token_id": config.pad_token_id,
+            "decoder_start_token_id": config.decoder_start_token_id,
             "max_new_tokens": MAX_NEW_TOKENS,
         }
         return cls(_preprocessing(directory, config), prompt, generation, content)
@@ -66,7 +65,10 @@ def _tokenizer(directory: Path) -> bytes:
     path = directory / TOKENIZER_FILE
     if path.is_file():
         return path.read_bytes()
-    if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")):
+    if not any(
+        (directory / name).is_file()
+        for name in ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
+    ):
         raise CheckpointError(f"{directory} has no {TOKENIZER_FILE}", SAVE_PROCESSOR)
     from transformers import AutoTokenizer
 
@@ -87,7 +89,9 @@ def _check_tokenizer(content: bytes, directory: Path, config: CaptionerConfig) -
         try:
             tokenizer = Tokenizer.from_file(path)
         except BundleError as error:
-            raise CheckpointError(f"{directory / TOKENIZER_FILE} is no tokenizer.json", SAVE_PROCESSOR) from error
+            raise CheckpointError(
+                f"{directory / TOKENIZER_FILE} is no tokenizer.json", SAVE_PROCESSOR
+            ) from error
     ids = tokenizer.encode("a photo of two cats", add_special_tokens=True)
     if max(ids, default=0) >= config.language.vocab_size:
         raise CheckpointError(
@@ -116,4 +120,3 @@ def _preprocessing(directory: Path, config: CaptionerConfig) -> Preprocessing:
             "put the processor there that the model was trained with",
         )
     return preprocessing
-

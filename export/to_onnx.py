@@ -24,7 +24,7 @@ from blip2edge.errors import ExportError
 OPSET = 18
 """The newest that TensorRT 10.3 (JetPack 6.2) takes without exception and that has LayerNormalization."""
 
-TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2}
+TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2, "source": 7}
 """Lengths while tracing: none is 0 or 1, which torch.export would fix, and no two sums meet."""
 
 
@@ -66,11 +66,17 @@ def trace(module: nn.Module, spec: GraphSpec) -> Traced:
         args = tuple(_empty(tensor) for tensor in spec.inputs)
     try:
         with _quiet(), torch.no_grad():
-            program = torch.export.export(module.eval(), args, dynamic_shapes=_dynamic(module, spec), strict=False)
-            onnx_program = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+            program = torch.export.export(
+                module.eval(), args, dynamic_shapes=_dynamic(module, spec), strict=False
+            )
+            onnx_program = torch.onnx.export(
+                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+            )
     except Exception as error:  # torch.export and the exporter raise a dozen kinds
         reason = str(error).strip().splitlines()
-        raise ExportError(f"the graph {spec.name} could not be traced ({reason[0] if reason else type(error).__name__})") from error
+        raise ExportError(
+            f"the graph {spec.name} could not be traced ({reason[0] if reason else type(error).__name__})"
+        ) from error
     if onnx_program is None:
         raise ExportError(f"the graph {spec.name} could not be converted to ONNX")
     model = onnx_program.model
@@ -127,7 +133,9 @@ def _name_tensors(graph: ir.Graph, spec: GraphSpec) -> None:
     names: dict[str, str] = {}
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         if len(values) != len(tensors):
-            raise ExportError(f"the graph {spec.name} has {len(values)} tensors where its spec has {len(tensors)}")
+            raise ExportError(
+                f"the graph {spec.name} has {len(values)} tensors where its spec has {len(tensors)}"
+            )
         for value, tensor in zip(values, tensors, strict=True):
             for size, dim in zip(value.shape or (), tensor.dims, strict=True):
                 if isinstance(size, ir.SymbolicDim) and isinstance(dim, Axis) and size.value is not None:
@@ -148,7 +156,7 @@ def _empty_initializers(graph: ir.Graph) -> dict[str, WeightSlot]:
     """Takes the meta tensors out, so that no pass can ask for their values."""
     slots = {}
     for name, value in graph.initializers.items():
-        shape = tuple(int(size) for size in value.shape or ())
+        shape = tuple(value.shape.numpy()) if value.shape is not None else ()
         slots[name] = WeightSlot(name, shape)
         value.const_value = None
     return slots
@@ -185,8 +193,6 @@ def _simplify(model: ir.Model) -> None:
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.NameFixPass()(model)
-    for node in model.graph:
-        node.metadata_props.clear()
     model.producer_name = "blip2edge"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from blip2edge.contract import GraphSpec, Parity
+from blip2edge.contract import GraphSpec, Parity, TensorSpec
 from blip2edge.errors import ParityError
 from blip2edge.export.graphs import GRAPHS
-from blip2edge.export.precision import convert
+from blip2edge.export.precision import convert, exceptions_of
 from blip2edge.export.to_onnx import Traced, trace
 from blip2edge.export.weights import Weights, point_at, write_weights
 from blip2edge.model.captioner import CaptionerModel
@@ -30,17 +31,17 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 3e-1}
 """Largest allowed difference, as a share of the output's largest absolute value, by precision."""
 
 CASES: tuple[dict[str, int], ...] = (
-    {"batch": 1, "past": 0, "steps": 7, "asked": 1},
-    {"batch": 1, "past": 6, "steps": 1, "asked": 1},
-    {"batch": 3, "past": 0, "steps": 5, "asked": 2},
-    {"batch": 2, "past": 4, "steps": 3, "asked": 3},
+    {"batch": 1, "past": 0, "steps": 7, "asked": 1, "source": 9},
+    {"batch": 1, "past": 6, "steps": 1, "asked": 1, "source": 5},
+    {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8},
+    {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6},
 )
 """Prefill, decode, a ragged batch, and the verification of a draft."""
 
 SEED = 20230130  # the day BLIP-2 appeared on arXiv
 
 
-def _ragged_mask(rng: np.random.Generator, shape: Sequence[int], _: Mapping[str, Array]) -> Array:
+def _ragged_mask(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, Array]) -> Array:
     """Ones, with another number of padded slots on the left of every row but the first."""
     mask = np.ones(shape, np.int64)
     for row in range(1, shape[0]):
@@ -48,20 +49,23 @@ def _ragged_mask(rng: np.random.Generator, shape: Sequence[int], _: Mapping[str,
     return mask
 
 
-def _positions(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
+def _positions(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
     """Counted over the valid slots, as the runtime does."""
-    positions = np.maximum(drawn["attention_mask"].cumsum(axis=1) - 1, 0)
+    positions: Array = np.maximum(drawn["attention_mask"].cumsum(axis=1) - 1, 0)
     return positions[:, -shape[1] :]
 
 
-def _asked(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
+def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
     """The last slots, the very last among them."""
     steps = drawn["position_ids"].shape[1]
-    return np.broadcast_to(np.arange(steps - min(shape[1], steps), steps), (shape[0], min(shape[1], steps))).copy()
+    return np.broadcast_to(
+        np.arange(steps - min(shape[1], steps), steps), (shape[0], min(shape[1], steps))
+    ).copy()
 
 
 DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array]], Array]] = {
     "attention_mask": _ragged_mask,
+    "cross_attention_mask": _ragged_mask,
     "position_ids": _positions,
     "logits_indices": _asked,
 }
@@ -158,8 +162,8 @@ def _references(
 
 
 def sampled_layers(count: int) -> list[int]:
-    """First, middle and last of ``count`` layers."""
-    return sorted({0, count // 2, count - 1})
+    """First, middle and last of ``count`` layers; 0 alone where nothing is repeated."""
+    return sorted({0, count // 2, max(count - 1, 0)})
 
 
 def compare_whole(
@@ -221,23 +225,29 @@ def compare_sample(
         ParityError: See :func:`compare`.
     """
     results: list[Parity] = []
-    depth = len(_stack(name, _meta_model(config)))
+    depth = len(_stack(name, _meta_model(config)) or ())
     for layer in sampled_layers(depth):
         label = f"layer {layer} of {depth}"
 
         def original(parameter: str, layer: int = layer) -> str:
             return parameter.replace(".layers.0.", f".layers.{layer}.")
 
-        def module(original: Callable[[str], str] = original, layer: int = layer) -> nn.Module:
-            return _one_layer(name, config, layer, lambda parameter: read(original(parameter)))
-
         traced = trace(_cut(name, _meta_model(config), layer), _one_layer_spec(name, config))
+        needed = sorted({slot.parameter for slot in traced.slots.values()})
+
+        def module(
+            original: Callable[[str], str] = original, layer: int = layer, needed: Sequence[str] = needed
+        ) -> nn.Module:
+            return _one_layer(name, config, layer, {key: read(original(key)).float() for key in needed})
+
         if precision == "bf16":
             label = f"{label}, {BF16_SAMPLE}"
-            with _bf16_twin(traced, lambda parameter: read(original(parameter)), weights.file.parent) as graph:
+            with _bf16_twin(
+                traced, lambda parameter: read(original(parameter)), weights.file.parent
+            ) as graph:
                 results += compare(module, graph, traced.spec, precision, label)
         else:
-            convert(traced, precision)
+            convert(traced, precision, exceptions_of(config))
             point_at(traced, weights.file, {slot: weights.placed[original(slot)] for slot in traced.slots})
             graph = weights.file.with_name(".sample.onnx")
             try:
@@ -254,21 +264,21 @@ def _meta_model(config: CaptionerConfig) -> CaptionerModel:
         return CaptionerModel(config).eval()
 
 
-def _stack(name: str, model: CaptionerModel) -> nn.ModuleList:
-    """The layers that a graph repeats."""
-    wrapped = GRAPHS[name].wrap(model)
-    return next(
-        module for path, module in wrapped.named_modules() if path.endswith("layers") and isinstance(module, nn.ModuleList)
-    )
+def _stack(name: str, model: CaptionerModel) -> nn.ModuleList | None:
+    """The layers that a graph repeats; None where it repeats none."""
+    modules = dict(GRAPHS[name].wrap(model).named_modules())
+    found = next((modules[path] for path in GRAPHS[name].stacks if path in modules), None)
+    return found if isinstance(found, nn.ModuleList) else None
 
 
 def _cut(name: str, model: CaptionerModel, layer: int) -> nn.Module:
     """The graph's module with one layer left."""
     stack = _stack(name, model)
-    kept = stack[layer]
-    while len(stack):
-        del stack[0]
-    stack.append(kept)
+    if stack is not None:
+        kept = stack[layer]
+        while len(stack):
+            del stack[0]
+        stack.append(kept)
     return GRAPHS[name].wrap(model)
 
 
@@ -277,24 +287,19 @@ def _one_layer_spec(name: str, config: CaptionerConfig) -> GraphSpec:
     return GraphSpec(name, _first_layer(whole.inputs), _first_layer(whole.outputs))
 
 
-def _first_layer(tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """Without the cache of any layer but the first."""
-    return tuple(
-        tensor for tensor in tensors if not (tensor.name.startswith(("past_key_values.", "present."))
-                                             and tensor.name.split(".")[1] != "0")
-    )  # fmt: skip
+def _first_layer(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Without the keys and values of any layer but the first."""
+    return tuple(tensor for tensor in tensors if not LATER_LAYER.match(tensor.name))
 
 
-def _one_layer(name: str, config: CaptionerConfig, layer: int, read: Callable[[str], Tensor]) -> nn.Module:
-    """The graph's module with one layer, in float32."""
+LATER_LAYER = re.compile(r"(past_key_values|present|cross)\.[1-9]\d*\.")
+
+
+def _one_layer(name: str, config: CaptionerConfig, layer: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """The graph's module with one layer; what the graph does not need stays without weights."""
     module = _cut(name, _meta_model(config), layer)
-    state = {key: read(key).float() for key in module.state_dict() if key != TOKEN_TABLE}
     module.load_state_dict(state, assign=True, strict=False)
     return module
-
-
-TOKEN_TABLE = "language.embed_tokens.weight"
-"""A file of its own in the bundle, and no part of the decoder graph."""
 
 
 def release_memory() -> None:

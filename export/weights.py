@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ def write_weights(
     try:
         with file.open("wb") as out:
             for done, (name, slot) in enumerate(traced.slots.items()):
-                data = memoryview(to_bytes(read(slot.parameter), slot, dtype)).cast("B")
+                data = to_bytes(read(slot.parameter), slot, dtype)
                 padding = bytes(-offset % (PAGE if len(data) >= LARGE else LINE))
                 for piece in (padding, data):
                     out.write(piece)
@@ -91,8 +90,8 @@ def write_weights(
     return Weights(file, FileRecord(whole.hexdigest(), offset), placed)
 
 
-def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> np.ndarray:
-    """A weight as its graph reads it: turned, cast, contiguous; bf16 as its 16-bit patterns.
+def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> memoryview:
+    """The bytes of a weight as its graph reads it: turned, cast, contiguous; bf16 as its 16-bit patterns.
 
     Raises:
         ExportError: It holds values that are not finite, or that the dtype cannot hold.
@@ -100,14 +99,15 @@ def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> np.ndarray
     turned = (tensor.t() if slot.transposed else tensor).to(dtype).contiguous()
     if tensor.is_floating_point() and not bool(torch.isfinite(turned.sum(dtype=torch.float32))):
         _explain_not_finite(tensor, slot, dtype)
-    return turned.view(torch.int16).numpy() if dtype == torch.bfloat16 else turned.numpy()
+    return (turned.view(torch.int16) if dtype == torch.bfloat16 else turned).numpy().data.cast("B")
 
 
 def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> None:
     """A sum may overflow where no element does, so that only now every element is looked at."""
     if not bool(torch.isfinite(tensor).all()):
         raise ExportError(
-            f"the weight {slot.parameter} holds values that are not finite", "mend the checkpoint: training diverged"
+            f"the weight {slot.parameter} holds values that are not finite",
+            "mend the checkpoint: training diverged",
         )
     largest = float(tensor.abs().max())
     if dtype == torch.float16 and largest > FP16_MAX:
@@ -143,7 +143,7 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
             place = weights.placed[name]
             file.seek(place.offset)
             written = hashlib.sha256(file.read(place.length)).hexdigest()
-            wanted = hashlib.sha256(memoryview(to_bytes(read(slot.parameter), slot, dtype)).cast("B")).hexdigest()
+            wanted = hashlib.sha256(to_bytes(read(slot.parameter), slot, dtype)).hexdigest()
             if written != wanted:
                 raise ExportError(f"{weights.file} does not hold the weight {name} as the checkpoint has it")
     return len(traced.slots)
@@ -153,4 +153,6 @@ def output_error(path: Path, error: OSError) -> OutputError:
     """An operating system's refusal to write, in one line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full: {path} could not be written", "free space, or give another -o")
-    return OutputError(f"{path} could not be written ({error.strerror or error})", "check the path and its permissions")
+    return OutputError(
+        f"{path} could not be written ({error.strerror or error})", "check the path and its permissions"
+    )

@@ -12,6 +12,7 @@ from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.language import language_of
 from blip2edge.model.vit import VisionTransformer
 
+
 class CaptionerModel(nn.Module):
     """Vision encoder, bridge and language model."""
 
@@ -38,7 +39,7 @@ class CaptionerModel(nn.Module):
             ``[B, S, V]``: logits after each token of the text.
         """
         batch, queries = visual_tokens.shape[:2]
-        embeds = torch.cat([visual_tokens, self.language.embed(token_ids)], dim=1)
+        embeds = torch.cat([visual_tokens, self.language.embed(token_ids)], dim=1)  # type: ignore[operator]
         text = torch.ones_like(token_ids) if token_mask is None else token_mask
         mask = torch.cat([text.new_ones(batch, queries), text], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

@@ -54,7 +54,9 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
         )
     name = str(checkpoint)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no directory {name}", "give a checkpoint directory, or a hub name as owner/name")
+        raise CheckpointError(
+            f"there is no directory {name}", "give a checkpoint directory, or a hub name as owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -106,7 +108,7 @@ class TensorFiles:
                 raise CheckpointError(
                     f"{path} is not a whole safetensors file ({error})", "copy or download it again"
                 ) from error
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  (a safe_open handle, which does not iterate)
                 self._of[name] = file
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
@@ -137,7 +139,9 @@ def _shards(directory: Path) -> list[Path]:
         shards = [directory / name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
-            raise CheckpointError(f"{directory} lacks {', '.join(missing)}", "copy or download the missing shards")
+            raise CheckpointError(
+                f"{directory} lacks {', '.join(missing)}", "copy or download the missing shards"
+            )
         return shards
     hint = "give a directory written by transformers' save_pretrained"
     if any(directory.glob("*.bin")):
@@ -213,7 +217,11 @@ def to_hf_tensors(model: CaptionerModel) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    model: CaptionerModel, directory: str | Path, *, like: str | Path | None = None, dtype: torch.dtype | None = None
+    model: CaptionerModel,
+    directory: str | Path,
+    *,
+    like: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a directory that ``transformers.Blip2ForConditionalGeneration.from_pretrained`` loads.
 

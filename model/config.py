@@ -33,7 +33,9 @@ class Fields:
         if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a positive integer, not {value!r}")
+            raise CheckpointError(
+                f"config.json: {self.section}.{key} must be a positive integer, not {value!r}"
+            )
         return value
 
     def number(self, key: str, default: float | None) -> float:
@@ -97,7 +99,7 @@ class VisionConfig:
         check_heads("vision_config", self.hidden_size, self.num_heads)
         if self.patch_size > self.image_size:
             raise CheckpointError(
-                f"config.json: vision_config: a patch of {self.patch_size} is larger than the picture of {self.image_size}"
+                f"config.json: vision_config: a patch of {self.patch_size} exceeds the picture of {self.image_size}"
             )
 
     @property

@@ -143,7 +143,10 @@ def weight_map(config: CaptionerConfig) -> WeightMap:
     family = FAMILIES[config.family]
     language = language_of(config.language.kind)
     rules = _language_rules(config)
-    left_out = [*family.left_out, *(family.language_prefix.replace(".", r"\.") + name for name in language.left_out)]
+    left_out = [
+        *family.left_out,
+        *(family.language_prefix.replace(".", r"\.") + name for name in language.left_out),
+    ]
     if config.language.tie_embeddings:
         table = WeightMap(rules).sources("language.embed_tokens")
         rules = (*(rule for rule in rules if rule.ours != "language.head"), Rule("language.head", table))

@@ -39,7 +39,10 @@ LANGUAGES: dict[str, Language] = {
         T5Config.from_hf,
         T5,
         lambda config: tables.t5(config.gated),
-        left_out=(r"(encoder|decoder)\.embed_tokens\.weight", r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative.*"),
+        left_out=(
+            r"(encoder|decoder)\.embed_tokens\.weight",
+            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative.*",
+        ),
     ),
 }
 

@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """``[B, S, heads * d]`` to ``[B, heads, S, d]``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -61,7 +61,9 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
     """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, equation 1).
 
     Args:
@@ -82,7 +84,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     scores = query @ key.transpose(-1, -2)  # [B, H, S, T]
     if bias is not None:
         scores = scores + bias
-    return torch.softmax(scores, dim=-1) @ value
+    weights = torch.softmax(scores, dim=-1)
+    return weights @ value
 
 
 def key_mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -91,7 +91,7 @@ class QFormer(nn.Module):
         and an optimiser can fold that part into a constant. Dropout wants a draw a row: in training they are
         spread first.
         """
-        queries = self.query_tokens
+        queries: Tensor = self.query_tokens
         if self.training:
             queries = queries.expand(image_embeds.shape[0], -1, -1)
         queries = self.dropout(self.norm(queries))
@@ -113,7 +113,7 @@ class QFormerBridge(nn.Module):
         super().__init__()
         if embed_dim > hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: a token table of width {embed_dim} is wider than the model ({hidden_size}), "
+                f"config.json: text_config: a token table of width {embed_dim} exceeds the model's {hidden_size}, "
                 "so that a picture's projection cannot fill its slots"
             )
         self.embed_dim = embed_dim

@@ -29,6 +29,9 @@ from blip2edge.model.layers import (
     split_heads,
 )
 
+LONGEST = 2048
+"""Slots that engines and checks are made for; the relative positions themselves have no end."""
+
 
 @dataclass(frozen=True)
 class T5Config:
@@ -48,7 +51,7 @@ class T5Config:
     norm_eps: float = 1e-6
     scale_outputs: bool = False
     tie_embeddings: bool = True
-    max_positions: int = 512
+    max_positions: int = LONGEST
     dropout: float = 0.1
 
     kind = "t5"
@@ -77,10 +80,14 @@ class T5Config:
         kind = f.values.get("feed_forward_proj", "relu")
         gated, _, activation = str(kind).rpartition("-")
         if gated not in ("", "gated"):
-            raise CheckpointError(f"config.json: text_config.feed_forward_proj is {kind!r}, not an activation or gated-…")
+            raise CheckpointError(
+                f"config.json: text_config.feed_forward_proj is {kind!r}, not an activation or gated-…"
+            )
         activation = "gelu_new" if kind == "gated-gelu" else activation
         if activation not in ACTIVATIONS:
-            raise CheckpointError(f"config.json: text_config.feed_forward_proj names the unknown activation {activation!r}")
+            raise CheckpointError(
+                f"config.json: text_config.feed_forward_proj names the unknown activation {activation!r}"
+            )
         untied = f.values.get("tie_word_embeddings") is False
         return cls(
             vocab_size=f.integer("vocab_size", 32128),
@@ -96,7 +103,6 @@ class T5Config:
             max_distance=f.integer("relative_attention_max_distance", 128),
             norm_eps=f.number("layer_norm_epsilon", 1e-6),
             scale_outputs=f.flag("scale_decoder_outputs", not untied),
-            max_positions=f.integer("n_positions", 512),
             dropout=f.number("dropout_rate", 0.1),
         )
 
@@ -120,7 +126,6 @@ class T5Config:
             "layer_norm_epsilon": self.norm_eps,
             "scale_decoder_outputs": self.scale_outputs,
             "tie_word_embeddings": self.scale_outputs,
-            "n_positions": self.max_positions,
             "dropout_rate": self.dropout,
         }
 
@@ -133,10 +138,13 @@ def bucket_thresholds(buckets: int, max_distance: int) -> list[int]:
     every precision.
     """
     exact = buckets // 2
-    distances = torch.arange(max_distance + 1, dtype=torch.float32)
+    distances = torch.arange(max_distance + 1, dtype=torch.float32, device="cpu")
     far = exact + (torch.log(distances / exact) / math.log(max_distance / exact) * (buckets - exact)).floor()
     bucket = torch.where(distances < exact, distances, far.clamp(max=buckets - 1)).long().tolist()
-    return [next(distance for distance, found in enumerate(bucket) if found >= wanted) for wanted in range(1, bucket[-1] + 1)]
+    return [
+        next(distance for distance, found in enumerate(bucket) if found >= wanted)
+        for wanted in range(1, bucket[-1] + 1)
+    ]
 
 
 class RelativeBias(nn.Module):
@@ -290,7 +298,7 @@ class T5(nn.Module):
 
     def cross_key_values(self, states: Tensor) -> list[KeyValue]:
         """``[B, E, D]`` to two of ``[B, H, E, d]`` a layer."""
-        return [layer.cross_attention.key_value(states) for layer in self.layers]
+        return [layer.cross_attention.key_value(states) for layer in self.layers]  # type: ignore[operator,union-attr]
 
     def forward(
         self,
@@ -302,11 +310,19 @@ class T5(nn.Module):
         cross: Sequence[KeyValue] = (),
         cross_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract, as in ``opt.py``, and:
+        """The decoder contract.
 
         Args:
+            inputs_embeds: ``[B, S, D]``.
+            attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
+            position_ids: int64 ``[B, S]``, counted from 0.
+            logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
+            past: A pair of ``[B, H, P, d]`` a layer; None for an empty cache.
             cross: Two of ``[B, H, E, d]`` a layer, from :meth:`cross_key_values`.
             cross_attention_mask: int64 ``[B, E]``, 1 where a state is valid; None for all.
+
+        Returns:
+            ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` a layer.
         """
         x = self.dropout(inputs_embeds)
         # Positions of the keys count a row's valid slots, so that rows of a batch may be ragged.

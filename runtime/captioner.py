@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import BRIDGE, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE, VISION
+from blip2edge.contract import BRIDGE, TOKENIZER_FILE, VISION
 from blip2edge.errors import BackendError, UsageError
 from blip2edge.manifest import Bundle
-from blip2edge.runtime.decoder import Decoder
-from blip2edge.runtime.embeddings import TokenTable
 from blip2edge.runtime.generate import Generated, GenerationOptions, generate, stream
+from blip2edge.runtime.language import load_language_model
 from blip2edge.runtime.preprocess import ImageSource, Preprocessing
 from blip2edge.runtime.prompt import Prompt, Prompter
 from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, open_session
@@ -98,21 +97,21 @@ class Captioner:
         manifest = bundle.manifest
         if manifest.precision == "bf16" and backend in ("auto", "cpu"):
             raise BackendError(
-                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels", "export with --precision fp32 or fp16"
+                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
+                "export with --precision fp32 or fp16",
             )
 
         def session(graph: str) -> Session:
             return open_session(bundle.file(bundle.graph(graph).spec.file), backend, threads)
 
-        decoder = bundle.graph(DECODER).spec
         self.bundle = bundle
         self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
-        table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, decoder.inputs[0].dtype)
-        self.prompter = Prompter(manifest.prompt, self.tokenizer, manifest.max_positions, table.num_rows)
         self.vision = session(VISION)
         self.bridge = session(BRIDGE)
-        self.decoder = Decoder(session(DECODER), decoder, manifest.cache, table)
+        self.language = load_language_model(bundle, session)
+        rows = self.language.table.num_rows
+        self.prompter = Prompter(manifest.prompt, self.tokenizer, manifest.max_positions, rows)
         self._pixels_dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
 
     @classmethod
@@ -175,9 +174,11 @@ class Captioner:
             ImageError, PromptError, UsageError: As in :meth:`caption`; results before it have been given.
         """
         pictures = list(images)
-        texts = [None] * len(pictures) if prompts is None else list(prompts)
+        texts: list[str | None] = [None] * len(pictures) if prompts is None else list(prompts)
         if len(texts) != len(pictures):
-            raise UsageError(f"there are {len(texts)} prompts for {len(pictures)} pictures", "give one prompt a picture")
+            raise UsageError(
+                f"there are {len(texts)} prompts for {len(pictures)} pictures", "give one prompt a picture"
+            )
         if batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
         generation = self.options(**options)
@@ -193,7 +194,9 @@ class Captioner:
         """
         generation = self.options(**options)
         if generation.num_beams > 1:
-            raise UsageError("--stream and --num-beams above 1 exclude each other: beams choose the words at the end")
+            raise UsageError(
+                "--stream and --num-beams above 1 exclude each other: beams choose the words at the end"
+            )
         batch = self._encode([image], [prompt])
         return self._pieces(batch, generation)
 
@@ -246,14 +249,21 @@ class Captioner:
         return _Encoded(images, texts, prompts, visual, clock)
 
     def _prefill(self, batch: _Encoded, options: GenerationOptions) -> tuple[Array, Any, GenerationOptions]:
-        table = self.decoder.table
-        embedded = [prompt.embed(table, visual) for prompt, visual in zip(batch.prompts, batch.visual_tokens, strict=True)]
-        logits, state = self.decoder.prefill(embedded)
+        table = self.language.table
+        embedded = [
+            prompt.embed(table, visual)
+            for prompt, visual in zip(batch.prompts, batch.visual_tokens, strict=True)
+        ]
+        logits, state = self.language.prefill(embedded)
         return logits, state, self._fit(batch, options)
+
+    def _seen(self, batch: _Encoded) -> list[list[int]]:
+        """Per row the prompt's ids as the decoder has seen them: none where an encoder reads the prompt."""
+        return [[] if self.language.initial else prompt.ids for prompt in batch.prompts]
 
     def _fit(self, batch: _Encoded, options: GenerationOptions) -> GenerationOptions:
         """Ends a caption where the context does; the last token is generated and not read."""
-        longest = max(prompt.length for prompt in batch.prompts)
+        longest = len(self.language.initial) or max(prompt.length for prompt in batch.prompts)
         room = self.prompter.max_positions - longest + 1
         if options.max_new_tokens <= room:
             return options
@@ -268,8 +278,9 @@ class Captioner:
             texts = generate(
                 logits,
                 state,
-                [prompt.ids for prompt in batch.prompts],
+                self._seen(batch),
                 fitted,
+                initial=self.language.initial,
                 stopped=self._stopped(fitted),
                 row_ids=range(first, first + len(batch.images)),
             )
@@ -309,12 +320,17 @@ class Captioner:
     def _pieces(self, batch: _Encoded, options: GenerationOptions) -> Iterator[str]:
         logits, state, fitted = self._prefill(batch, options)
         text = TextStream(self.tokenizer)
-        ids = [prompt.ids for prompt in batch.prompts]
-        for event in stream(logits, state, ids, fitted, stopped=self._stopped(fitted)):
+        for event in stream(
+            logits,
+            state,
+            self._seen(batch),
+            fitted,
+            initial=self.language.initial,
+            stopped=self._stopped(fitted),
+        ):
             piece = text.push(event.token)
             if piece:
                 yield piece
         rest = text.flush()
         if rest:
             yield rest
-

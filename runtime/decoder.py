@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ class Decoder:
         table: The token table.
     """
 
+    initial: tuple[int, ...] = ()  # a caption goes on from its prompt
+
     def __init__(self, session: Session, spec: GraphSpec, cache: CacheSpec, table: TokenTable) -> None:
         self.session = session
         self.cache = cache
@@ -30,11 +32,15 @@ class Decoder:
         self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
         self.cache_dtype = NUMPY_DTYPES[dtypes[cache.past_names()[0]]]
 
-    def prefill(self, prompts: Sequence[Array]) -> tuple[NDArray[np.float32], DecoderState]:
+    def prefill(
+        self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
+    ) -> tuple[NDArray[np.float32], DecoderState]:
         """Reads whole prompts.
 
         Args:
             prompts: A ``[S_i, D]`` a row; lengths may differ.
+            context: Further inputs that stay the same from step to step, row by row: keys and values of what
+                the decoder looks at beside its text, and their mask.
 
         Returns:
             The logits ``[B, V]`` behind each prompt, and the state to go on from.
@@ -48,7 +54,7 @@ class Decoder:
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
         empty = np.zeros((batch, self.cache.num_heads, 0, self.cache.head_dim), self.cache_dtype)
         past = dict.fromkeys(self.cache.past_names(), empty)
-        state = DecoderState(self, past, mask[:, :0], positions[:, -1])
+        state = DecoderState(self, past, mask[:, :0], positions[:, -1], dict(context or {}))
         return state.advance(embeds, mask, positions), state
 
 
@@ -59,9 +65,15 @@ class DecoderState:
     """
 
     def __init__(
-        self, decoder: Decoder, past: dict[str, Array], mask: NDArray[np.int64], positions: NDArray[np.int64]
+        self,
+        decoder: Decoder,
+        past: dict[str, Array],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        context: dict[str, Array],
     ) -> None:
         self._decoder = decoder
+        self._context = context
         self._past = past
         self._mask = mask
         self._positions = positions
@@ -83,6 +95,7 @@ class DecoderState:
             return
         self._mask, self._positions = self._mask[rows], self._positions[rows]
         self._past = {name: array[rows] for name, array in self._past.items()}
+        self._context = {name: array[rows] for name, array in self._context.items()}
 
     def advance(
         self, embeds: Array, mask: NDArray[np.int64], positions: NDArray[np.int64]
@@ -106,6 +119,7 @@ class DecoderState:
                 "position_ids": positions,
                 "logits_indices": np.full((batch, 1), steps - 1, np.int64),
                 **self._past,
+                **self._context,
             }
         )
         cache = self._decoder.cache

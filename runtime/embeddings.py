@@ -6,6 +6,7 @@ import json
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from blip2edge.errors import BundleError
 from blip2edge.runtime.session import NUMPY_DTYPES, Array
 
 HEADER_LENGTH = 8  # bytes: a little-endian unsigned integer, the length of the JSON header behind it
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 class TokenTable:
@@ -47,7 +48,8 @@ class TokenTable:
             self._table: Array = table.reshape(rows, width)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError(
-                f"{path} is not a safetensors file with a float tensor {tensor} ({error})", "export the checkpoint again"
+                f"{path} is not a safetensors file with a float tensor {tensor} ({error})",
+                "export the checkpoint again",
             ) from error
         self._is_bf16 = entry["dtype"] == "BF16"
 

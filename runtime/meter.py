@@ -28,7 +28,7 @@ class MemoryMeter:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> MemoryMeter:
+    def __enter__(self) -> MemoryMeter:  # noqa: PYI034  (typing.Self is not in Python 3.10)
         self._thread.start()
         return self
 

@@ -271,7 +271,7 @@ class Preprocessing:
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
-    def __call__(self, image: Image.Image | NDArray[Any] | str | os.PathLike[str]) -> NDArray[np.float32]:
+    def __call__(self, image: ImageSource) -> NDArray[np.float32]:
         """Pixel values of one picture.
 
         Args:
@@ -302,9 +302,7 @@ class Preprocessing:
             np.take(table[channel], values[:, :, channel], out=pixels[channel], mode="clip")
         return pixels
 
-    def batch(
-        self, images: Sequence[Image.Image | NDArray[Any] | str | os.PathLike[str]]
-    ) -> NDArray[np.float32]:
+    def batch(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
         """Pixel values of several pictures, float32 [B,3,H,W].
 
         Raises:

@@ -103,11 +103,13 @@ class Prompter:
                 "shorten the prompt",
             )
         if prompt.length == 0:
-            raise PromptError("the prompt is empty, and this model begins no text by itself", "give a --prompt")
+            raise PromptError(
+                "the prompt is empty, and this model begins no text by itself", "give a --prompt"
+            )
         largest = max((token for run in prompt.runs for token in run), default=0)
         if largest >= self.vocab_size:
             raise PromptError(
-                f"the prompt holds the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), which the language "
-                f"model with its {self.vocab_size} tokens does not know",
+                f"the prompt holds the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), which the "
+                f"language model with its {self.vocab_size} tokens does not know",
                 "leave it out",
             )

@@ -57,7 +57,8 @@ class OnnxRuntimeSession:
             import onnxruntime
         except ImportError as error:
             raise BackendError(
-                "the cpu backend needs onnxruntime, which is not installed", 'install it: pip install "blip2edge[cpu]"'
+                "the cpu backend needs onnxruntime, which is not installed",
+                'install it: pip install "blip2edge[cpu]"',
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: a warning is no news for who captions
@@ -71,10 +72,14 @@ class OnnxRuntimeSession:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             reason = str(error).strip().splitlines()[0]
-            raise BundleError(f"ONNX Runtime cannot load {path} ({reason})", "export the checkpoint again") from error
+            raise BundleError(
+                f"ONNX Runtime cannot load {path} ({reason})", "export the checkpoint again"
+            ) from error
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -96,6 +101,7 @@ def open_session(path: Path, backend: str = "auto", threads: int | None = None) 
     name = next(iter(BACKENDS)) if backend == "auto" else backend
     if name not in BACKENDS:
         raise BackendError(
-            f"the backend {name} is not part of this version", f"use --backend auto or {' or '.join(BACKENDS)}"
+            f"the backend {name} is not part of this version",
+            f"use --backend auto or {' or '.join(BACKENDS)}",
         )
     return BACKENDS[name](path, threads)
