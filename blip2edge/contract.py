@@ -15,11 +15,23 @@ BRIDGE = "bridge"
 DECODER = "decoder"
 TEXT_ENCODER = "text_encoder"
 CROSS_KV = "cross_kv"
+IMAGE_FEATURES = "image_features"
+TEXT_EMBEDS = "text_embeds"
+MATCH = "match"
 EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"
 TOKENIZER_FILE = "tokenizer.json"
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
+
+
+SCORES = ("logits", "match_logits", "probability")
+"""Outputs that are float32 in every precision, as sampling and ranking want them."""
+
+
+CROSS_MASKS = ("none", "keys", "steps")
+"""What a decoder is told of the keys that it looks at beside its text: nothing; which are valid, int64 ``[B, E]``;
+which each of its slots looks at, int64 ``[B, S, E]`` (a slot that looks at none gets nothing)."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +124,10 @@ class GraphSpec:
         return found
 
     def with_float(self, dtype: str) -> GraphSpec:
-        """The same graph with its floating-point tensors in ``dtype``; logits stay float32, as sampling wants."""
+        """The same graph with its floating-point tensors in ``dtype``; :data:`SCORES` stay float32."""
 
         def cast(spec: TensorSpec) -> TensorSpec:
-            if spec.dtype != "float32" or spec.name == "logits":
+            if spec.dtype != "float32" or spec.name in SCORES:
                 return spec
             return TensorSpec(spec.name, dtype, spec.dims)
 
@@ -148,14 +160,20 @@ class CrossSpec:
         num_heads: Heads.
         head_dim: Width of a head.
         source_dim: Width of what they are computed from: encoder states, patches or visual tokens.
-        masked: Whether the decoder takes a ``cross_attention_mask`` int64 ``[B, E]``.
+        mask: The decoder's ``cross_attention_mask``, one of :data:`CROSS_MASKS`.
+        source: The tensor that they are computed from, by its name.
     """
 
     num_layers: int
     num_heads: int
     head_dim: int
     source_dim: int
-    masked: bool = False
+    mask: str = "none"
+    source: str = "encoder_states"
+
+    def __post_init__(self) -> None:
+        if self.mask not in CROSS_MASKS:
+            raise ValueError(f"cross mask {self.mask} is not one of {', '.join(CROSS_MASKS)}")
 
     def names(self) -> list[str]:
         """Outputs of the ``cross_kv`` graph and inputs of the decoder, key before value."""
@@ -169,10 +187,13 @@ class PromptSpec:
     Attributes:
         template: Text with one ``{image}`` a picture and one ``{prompt}``. Special tokens are added to the first
             part of it that is not empty: for BLIP-2 to the text behind the picture.
-        question: What ``ask`` puts in place of ``{prompt}``, with one ``{question}``.
+        question: What ``ask`` puts in place of ``{prompt}``, with one ``{question}``; empty where the model
+            answers no questions.
         visual_tokens: Slots of a picture.
         bos_token_id: Stands alone where there is no prompt.
         image_token_id: What transformers writes into ``input_ids`` for a slot (the repetition penalty sees it).
+        framed: Whether the tokenizer's special tokens frame the text; else it stands behind the BOS alone.
+        required: Whether there is no captioning without a prompt.
     """
 
     template: str
@@ -180,6 +201,8 @@ class PromptSpec:
     visual_tokens: int
     bos_token_id: int | None
     image_token_id: int | None = None
+    framed: bool = True
+    required: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``bundle.json``."""

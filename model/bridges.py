@@ -11,6 +11,7 @@ from blip2edge.model.config import BridgeConfig, LanguageConfig
 from blip2edge.model.qformer import QFormerBridge
 
 BRIDGES: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
+    "none": lambda config, language: nn.Identity(),
     "qformer": lambda config, language: QFormerBridge(config, language.hidden_size, language.embed_dim),
 }
 

@@ -213,6 +213,18 @@ class BridgeConfig(Protocol):
         """Its section of a ``config.json``."""
 
 
+@dataclass(frozen=True)
+class NoBridge:
+    """The decoder looks at the patches themselves (BLIP); a picture takes no slots among the text's."""
+
+    kind = "none"
+    num_visual_tokens = 0
+
+    def to_hf(self) -> dict[str, Any]:
+        """Nothing to write."""
+        return {}
+
+
 class LanguageConfig(Protocol):
     """What the rest of the project asks of any language model's config."""
 
@@ -273,7 +285,7 @@ class CaptionerConfig:
         eos_token_ids: Any of them ends a caption.
         image_token_id: Stands for a visual token in transformers' ``input_ids``; the repetition penalty sees it.
         decoder_start_token_id: What the decoder of an encoder-decoder model begins with.
-        family: ``model_type`` of its checkpoints.
+        family: Its row of ``families.py``.
     """
 
     vision: VisionConfig
@@ -285,3 +297,8 @@ class CaptionerConfig:
     image_token_id: int | None = None
     decoder_start_token_id: int | None = None
     family: str = "blip-2"
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the head is the token table."""
+        return self.language.tie_embeddings
