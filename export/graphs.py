@@ -21,11 +21,13 @@ from blip2edge.contract import (
     Axis,
     CacheSpec,
     CrossSpec,
+    Dim,
     GraphSpec,
     TensorSpec,
 )
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.language import language_of
 from blip2edge.model.layers import KeyValue
 
 MAX_BATCH = 8
@@ -57,15 +59,15 @@ class BridgeGraph(nn.Module):
 
 
 class TextEncoderGraph(nn.Module):
-    """inputs_embeds, attention_mask → encoder_states."""
+    """What the encoder reads (``Language.encoder_inputs``) → encoder_states."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
         self.language = model.language
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """``[B, E, D]`` and int64 ``[B, E]`` to ``[B, E, D]``."""
-        return self.language.encode(inputs_embeds, attention_mask)  # type: ignore[no-any-return,operator]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """``[B, E, D]`` or ids ``[B, E]``, their mask, and perhaps ``image_embeds``, to ``[B, E, D]``."""
+        return self.language.encode(*inputs)  # type: ignore[no-any-return,operator]
 
 
 class CrossKeyValueGraph(nn.Module):
@@ -110,7 +112,7 @@ class DecoderGraph(nn.Module):
         split = 2 * len(self.language.layers)  # type: ignore[arg-type]
         past, more = _pairs(rest[:split]), rest[split:]
         extra: dict[str, Any] = {}
-        if self.cross is not None and self.cross.masked:
+        if self.cross is not None and self.cross.mask != "none":
             extra["cross_attention_mask"], more = more[-1], more[:-1]
         if self.cross is not None:
             extra["cross"] = _pairs(more)
@@ -178,20 +180,28 @@ def source_axis(config: CaptionerConfig) -> Axis:
     return Axis("source", 1, min(visual + 8, longest), max(visual + 8, longest))
 
 
+def source_dim(config: CaptionerConfig, cross: CrossSpec) -> Dim:
+    """The same where they are patches: always as many."""
+    return config.vision.num_positions if cross.source == "image_embeds" else source_axis(config)
+
+
 def text_encoder_spec(config: CaptionerConfig) -> GraphSpec:
     """Tensors of an encoder-decoder model's encoder."""
-    batch, source, width = batch_axis(), source_axis(config), config.language.embed_dim
-    inputs = (
-        TensorSpec("inputs_embeds", "float32", (batch, source, width)),
-        TensorSpec("attention_mask", "int64", (batch, source)),
-    )
+    batch, source = batch_axis(), source_axis(config)
+    known = {
+        "inputs_embeds": TensorSpec("inputs_embeds", "float32", (batch, source, config.language.embed_dim)),
+        "input_ids": TensorSpec("input_ids", "int64", (batch, source)),
+        "attention_mask": TensorSpec("attention_mask", "int64", (batch, source)),
+        "image_embeds": image_embeds(config),
+    }
+    inputs = tuple(known[name] for name in language_of(config.language.kind).encoder_inputs)
     states = TensorSpec("encoder_states", "float32", (batch, source, config.language.hidden_size))
     return GraphSpec(TEXT_ENCODER, inputs, (states,))
 
 
 def cross_tensors(config: CaptionerConfig, cross: CrossSpec) -> list[TensorSpec]:
     """Keys and values of what a decoder looks at."""
-    dims = (batch_axis(), cross.num_heads, source_axis(config), cross.head_dim)
+    dims = (batch_axis(), cross.num_heads, source_dim(config, cross), cross.head_dim)
     return [TensorSpec(name, "float32", dims) for name in cross.names()]
 
 
@@ -200,7 +210,8 @@ def cross_kv_spec(config: CaptionerConfig) -> GraphSpec:
     cross = config.language.cross
     if cross is None:
         raise ValueError(f"a decoder of kind {config.language.kind} looks at nothing but its text")
-    source = TensorSpec("encoder_states", "float32", (batch_axis(), source_axis(config), cross.source_dim))
+    dims = (batch_axis(), source_dim(config, cross), cross.source_dim)
+    source = TensorSpec(cross.source, "float32", dims)
     return GraphSpec(CROSS_KV, (source,), tuple(cross_tensors(config, cross)))
 
 
@@ -221,8 +232,11 @@ def decoder_spec(config: CaptionerConfig) -> GraphSpec:
     inputs += [TensorSpec(name, "float32", (batch, heads[0], past, heads[1])) for name in cache.past_names()]
     if language.cross is not None:
         inputs += cross_tensors(config, language.cross)
-        if language.cross.masked:
-            inputs.append(TensorSpec("cross_attention_mask", "int64", (batch, source_axis(config))))
+        source = source_axis(config)
+        masks: dict[str, tuple[Axis, ...]] = {"keys": (batch, source), "steps": (batch, steps, source)}
+        dims = masks.get(language.cross.mask)
+        if dims is not None:
+            inputs.append(TensorSpec("cross_attention_mask", "int64", dims))
     outputs = [TensorSpec("logits", "float32", (batch, asked, language.vocab_size))]
     outputs += [
         TensorSpec(name, "float32", (batch, heads[0], total, heads[1])) for name in cache.present_names()
@@ -232,7 +246,12 @@ def decoder_spec(config: CaptionerConfig) -> GraphSpec:
 
 GRAPHS: dict[str, GraphDefinition] = {
     VISION: GraphDefinition(VisionGraph, vision_spec, ("vision.layers",)),
-    BRIDGE: GraphDefinition(BridgeGraph, bridge_spec, ("bridge.qformer.layers", "bridge.layers")),
+    BRIDGE: GraphDefinition(
+        BridgeGraph,
+        bridge_spec,
+        ("bridge.qformer.layers", "bridge.layers"),
+        lambda config: config.bridge.kind != "none",
+    ),
     TEXT_ENCODER: GraphDefinition(
         TextEncoderGraph,
         text_encoder_spec,

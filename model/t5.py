@@ -70,7 +70,7 @@ class T5Config:
     @property
     def cross(self) -> CrossSpec:
         """Every layer looks at the encoder's states."""
-        return CrossSpec(self.num_layers, self.num_heads, self.head_dim, self.hidden_size, masked=True)
+        return CrossSpec(self.num_layers, self.num_heads, self.head_dim, self.hidden_size, mask="keys")
 
     @classmethod
     def from_hf(cls, values: Any) -> T5Config:
