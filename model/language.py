@@ -24,12 +24,14 @@ class Language:
         read_config: Makes its config of a ``text_config``.
         build: Makes the module of a config.
         rules: Its table of weights; some depend on the config.
+        encoder_inputs: What its encoder reads, by name; for encoder-decoder models.
         left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
     """
 
     read_config: Callable[[Any], LanguageConfig]
     build: Callable[[Any], nn.Module]
     rules: Callable[[Any], tuple[Rule, ...]]
+    encoder_inputs: tuple[str, ...] = ("inputs_embeds", "attention_mask")
     left_out: tuple[str, ...] = ()
 
 
