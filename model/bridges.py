@@ -8,14 +8,21 @@ from typing import Any
 from torch import nn
 
 from blip2edge.model.config import BridgeConfig, LanguageConfig
+from blip2edge.model.instruct import InstructedBridge
 from blip2edge.model.qformer import QFormerBridge
 
 BRIDGES: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
     "none": lambda config, language: nn.Identity(),
     "qformer": lambda config, language: QFormerBridge(config, language.hidden_size, language.embed_dim),
+    "instructed-qformer": lambda config, language: InstructedBridge(
+        config, language.hidden_size, language.embed_dim
+    ),
 }
 
 
 def build_bridge(config: BridgeConfig, language: LanguageConfig) -> nn.Module:
-    """The module of a bridge's config: ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
+    """The module of a bridge's config: ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+
+    Where an instruction enters the bridge, it also takes ``instruction_ids`` and ``instruction_mask`` ``[B, T]``.
+    """
     return BRIDGES[config.kind](config, language)

@@ -100,8 +100,8 @@ class QFormer(nn.Module):
         return queries
 
 
-class QFormerBridge(nn.Module):
-    """Q-Former and the projection to the language model.
+class Projection(nn.Linear):
+    """From the bridge's width to the language model's.
 
     The projection is as wide as the language model inside (``hidden_size``). Where its token table is narrower
     (OPT-350m), transformers fills the Q slots from the front of the flattened projection; so does this module,
@@ -109,21 +109,32 @@ class QFormerBridge(nn.Module):
     once, and there every picture but the first gets a shifted share.)
     """
 
-    def __init__(self, config: QFormerConfig, hidden_size: int, embed_dim: int) -> None:
-        super().__init__()
+    def __init__(self, width: int, hidden_size: int, embed_dim: int) -> None:
         if embed_dim > hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: a token table of width {embed_dim} exceeds the model's {hidden_size}, "
+                f"config.json: text_config: a token table of width {embed_dim} is wider than the model ({hidden_size}), "
                 "so that a picture's projection cannot fill its slots"
             )
+        super().__init__(width, hidden_size)
         self.embed_dim = embed_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, Q, width]`` to ``[B, Q, embed_dim]``."""
+        x = super().forward(x)  # [B, Q, hidden]
+        if self.out_features == self.embed_dim:
+            return x
+        queries = x.shape[1]
+        return x.flatten(1)[:, : queries * self.embed_dim].unflatten(1, (queries, self.embed_dim))  # type: ignore[no-any-return]
+
+
+class QFormerBridge(nn.Module):
+    """Q-Former and the projection to the language model."""
+
+    def __init__(self, config: QFormerConfig, hidden_size: int, embed_dim: int) -> None:
+        super().__init__()
         self.qformer = QFormer(config)
-        self.projection = nn.Linear(config.hidden_size, hidden_size)
+        self.projection = Projection(config.hidden_size, hidden_size, embed_dim)
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
-        x = self.projection(self.qformer(image_embeds))  # [B, Q, hidden]
-        if self.projection.out_features == self.embed_dim:
-            return x  # type: ignore[no-any-return]
-        queries = x.shape[1]
-        return x.flatten(1)[:, : queries * self.embed_dim].unflatten(1, (queries, self.embed_dim))  # type: ignore[no-any-return]
+        return self.projection(self.qformer(image_embeds))  # type: ignore[no-any-return]
