@@ -286,6 +286,7 @@ class CaptionerConfig:
         image_token_id: Stands for a visual token in transformers' ``input_ids``; the repetition penalty sees it.
         decoder_start_token_id: What the decoder of an encoder-decoder model begins with.
         family: Its row of ``families.py``.
+        frames: Pictures an item: 1, or the frames of a video.
     """
 
     vision: VisionConfig
@@ -297,6 +298,12 @@ class CaptionerConfig:
     image_token_id: int | None = None
     decoder_start_token_id: int | None = None
     family: str = "blip-2"
+    frames: int = 1
+
+    @property
+    def instruction_positions(self) -> int:
+        """The longest instruction that enters the bridge; 0 where none does."""
+        return int(getattr(self.bridge, "instruction_positions", 0))
 
     @property
     def ties_head(self) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model import weight_tables as tables
 from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
+from blip2edge.model.instruct import InstructedQFormerConfig
 from blip2edge.model.language import LANGUAGES, language_of
 from blip2edge.model.weights import Rule, WeightMap, under
 
@@ -27,6 +29,7 @@ class Family:
         rules: Vision encoder and bridge, in names of the checkpoint.
         language_prefix: Where the language model's tensors stand.
         template: Where picture and prompt stand in the text.
+        default_prompt: What ``caption`` fills in where no prompt is given; None for nothing.
         question: What ``ask`` fills in for the prompt.
         left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
     """
@@ -37,6 +40,7 @@ class Family:
     rules: tuple[Rule, ...]
     language_prefix: str = "language_model."
     template: str = "{image}{prompt}"
+    default_prompt: str | None = None
     question: str = VQA_QUESTION
     left_out: tuple[str, ...] = ()
 
@@ -60,36 +64,53 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
 """Special ids where ``text_config`` leaves them out: the defaults of transformers' configs."""
 
 
-def read_blip2(f: Fields) -> CaptionerConfig:
-    """``Blip2ForConditionalGeneration``."""
+def read_blip2(
+    f: Fields,
+    family: str = "blip-2",
+    bridge_config: type[QFormerConfig] = QFormerConfig,
+    slot: str = "image_token",
+    frames: int = 1,
+) -> CaptionerConfig:
+    """``Blip2ForConditionalGeneration`` and its descendants.
+
+    Args:
+        f: Its ``config.json``.
+        family: Its row.
+        bridge_config: Reads ``qformer_config``.
+        slot: What the id that stands for a visual token is called by.
+        frames: Pictures an item.
+    """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
-    bridge = QFormerConfig.from_hf(
+    bridge = bridge_config.from_hf(
         f.values.get("qformer_config", {}),
         num_query_tokens=f.integer("num_query_tokens", 32),
         encoder_hidden_size=vision.hidden_size,
     )
     text = Fields("text_config", f.values.get("text_config", {}))
     return CaptionerConfig(
-        family="blip-2",
+        family=family,
+        frames=frames,
         vision=vision,
         bridge=bridge,
         language=language_of(text.values.get("model_type", "opt")).read_config(text.values),
-        image_token_id=f.token_id("image_token_id", f.token_id("image_token_index", None)),
+        image_token_id=f.token_id(f"{slot}_id", f.token_id(f"{slot}_index", None)),
         **read_tokens(text),
     )
 
 
-def write_blip2(config: CaptionerConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_blip2` and transformers read."""
+def write_blip2(
+    config: CaptionerConfig, architecture: str = "Blip2", slot: str = "image_token", part: str = "blip_2"
+) -> dict[str, Any]:
+    """The ``config.json`` that :func:`read_blip2` and transformers read; ``part`` begins its sections' types."""
     return {
-        "model_type": "blip-2",
-        "architectures": ["Blip2ForConditionalGeneration"],
+        "model_type": config.family,
+        "architectures": [f"{architecture}ForConditionalGeneration"],
         "num_query_tokens": config.bridge.num_visual_tokens,
-        "image_token_index": config.image_token_id,
+        f"{slot}_index": config.image_token_id,
         "tie_word_embeddings": config.language.tie_embeddings,
         "use_decoder_only_language_model": not config.language.is_encoder_decoder,
-        "vision_config": config.vision.to_hf(),
-        "qformer_config": config.bridge.to_hf(),
+        "vision_config": config.vision.to_hf() | {"model_type": f"{part}_vision_model"},
+        "qformer_config": config.bridge.to_hf() | {"model_type": f"{part}_qformer"},
         "text_config": config.language.to_hf() | write_tokens(config),
     }
 
@@ -105,13 +126,43 @@ def write_tokens(config: CaptionerConfig) -> dict[str, Any]:
     return ids
 
 
+POSITION_IDS = (r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids")
+"""Buffers of older checkpoints: whole numbers counted up."""
+
+VIDEO_FRAMES = 4
+"""Frames of a video: transformers' InstructBlipVideoProcessor writes the slots of four, whatever it is given."""
+
 FAMILIES: dict[str, Family] = {
     "blip-2": Family(
         title="BLIP-2",
         read=read_blip2,
         write=write_blip2,
         rules=tables.BLIP2,
-        left_out=(r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids"),
+        left_out=POSITION_IDS,
+    ),
+    "instructblip": Family(
+        title="InstructBLIP",
+        read=partial(read_blip2, family="instructblip", bridge_config=InstructedQFormerConfig),
+        write=partial(write_blip2, architecture="InstructBlip", part="instructblip"),
+        rules=tables.INSTRUCTBLIP,
+        default_prompt="A short image caption.",
+        left_out=POSITION_IDS,
+    ),
+    "instructblipvideo": Family(
+        title="InstructBlipVideo",
+        read=partial(
+            read_blip2,
+            family="instructblipvideo",
+            bridge_config=InstructedQFormerConfig,
+            slot="video_token",
+            frames=VIDEO_FRAMES,
+        ),
+        write=partial(
+            write_blip2, architecture="InstructBlipVideo", slot="video_token", part="instructblipvideo"
+        ),
+        rules=tables.INSTRUCTBLIP,
+        default_prompt="A short video caption.",
+        left_out=POSITION_IDS,
     ),
 }
 

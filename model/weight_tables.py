@@ -74,9 +74,26 @@ BLIP2_QFORMER = (
     Rule("layers.*.feed_forward.norm", "encoder.layer.*.output_query.LayerNorm"),
 )
 
+INSTRUCTBLIP_QFORMER = (
+    *(rule for rule in BLIP2_QFORMER if rule.ours != "norm"),
+    Rule("norm", "embeddings.layernorm"),
+    Rule("word_embeddings", "embeddings.word_embeddings"),
+    Rule("position_embeddings", "embeddings.position_embeddings"),
+    Rule("layers.*.text_feed_forward.up", "encoder.layer.*.intermediate.dense"),
+    Rule("layers.*.text_feed_forward.down", "encoder.layer.*.output.dense"),
+    Rule("layers.*.text_feed_forward.norm", "encoder.layer.*.output.LayerNorm"),
+)
+
 BLIP2 = (
     *under("vision.", "vision_model.", BLIP2_VISION),
     Rule("bridge.qformer.query_tokens", "query_tokens"),
     *under("bridge.qformer.", "qformer.", BLIP2_QFORMER),
+    Rule("bridge.projection", "language_projection"),
+)
+
+INSTRUCTBLIP = (
+    *under("vision.", "vision_model.", BLIP2_VISION),
+    Rule("bridge.qformer.query_tokens", "query_tokens"),
+    *under("bridge.qformer.", "qformer.", INSTRUCTBLIP_QFORMER),
     Rule("bridge.projection", "language_projection"),
 )
