@@ -61,12 +61,12 @@ class CaptionResult:
 
 @dataclass
 class _Encoded:
-    """A batch whose pictures have become visual tokens ``[B, Q, D]``."""
+    """A batch whose pictures have been looked at: the outputs of the graphs before the language model, by name."""
 
     images: list[ImageSource]
     texts: list[str | None]
     prompts: list[Prompt]
-    visual_tokens: Array
+    pictures: dict[str, Array]
     clock: _Clock
 
 
@@ -108,7 +108,7 @@ class Captioner:
         self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
         self.vision = session(VISION)
-        self.bridge = session(BRIDGE)
+        self.bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
         self.language = load_language_model(bundle, session)
         rows = self.language.table.num_rows
         self.prompter = Prompter(manifest.prompt, self.tokenizer, manifest.max_positions, rows)
@@ -243,18 +243,14 @@ class Captioner:
             prompts = [self.prompter(text) for text in texts]
             pixels = self.preprocessing.batch(images).astype(self._pixels_dtype, copy=False)
         with clock("vision"):
-            embeds = self.vision.run({"pixel_values": pixels})["image_embeds"]
-        with clock("bridge"):
-            visual = self.bridge.run({"image_embeds": embeds})["visual_tokens"]
-        return _Encoded(images, texts, prompts, visual, clock)
+            pictures = self.vision.run({"pixel_values": pixels})
+        if self.bridge is not None:
+            with clock("bridge"):
+                pictures |= self.bridge.run({"image_embeds": pictures["image_embeds"]})
+        return _Encoded(images, texts, prompts, pictures, clock)
 
     def _prefill(self, batch: _Encoded, options: GenerationOptions) -> tuple[Array, Any, GenerationOptions]:
-        table = self.language.table
-        embedded = [
-            prompt.embed(table, visual)
-            for prompt, visual in zip(batch.prompts, batch.visual_tokens, strict=True)
-        ]
-        logits, state = self.language.prefill(embedded)
+        logits, state = self.language.prefill(batch.prompts, batch.pictures)
         return logits, state, self._fit(batch, options)
 
     def _seen(self, batch: _Encoded) -> list[list[int]]:

@@ -22,8 +22,6 @@ class Decoder:
         table: The token table.
     """
 
-    initial: tuple[int, ...] = ()  # a caption goes on from its prompt
-
     def __init__(self, session: Session, spec: GraphSpec, cache: CacheSpec, table: TokenTable) -> None:
         self.session = session
         self.cache = cache
@@ -74,6 +72,7 @@ class DecoderState:
     ) -> None:
         self._decoder = decoder
         self._context = context
+        self._origin = np.arange(len(positions))  # the row of the first batch that each row's context is of
         self._past = past
         self._mask = mask
         self._positions = positions
@@ -95,7 +94,10 @@ class DecoderState:
             return
         self._mask, self._positions = self._mask[rows], self._positions[rows]
         self._past = {name: array[rows] for name, array in self._past.items()}
-        self._context = {name: array[rows] for name, array in self._context.items()}
+        origin = self._origin[rows]
+        if not np.array_equal(origin, self._origin):  # beams of one picture share what they look at
+            self._context = {name: array[rows] for name, array in self._context.items()}
+        self._origin = origin
 
     def advance(
         self, embeds: Array, mask: NDArray[np.int64], positions: NDArray[np.int64]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from blip2edge.contract import CROSS_KV, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TE
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.decoder import Decoder, DecoderState
 from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.prompt import Prompt
 from blip2edge.runtime.session import Array, Session
 
 
@@ -28,8 +29,19 @@ class LanguageModel(Protocol):
         """Ids that every caption begins with; empty where it goes on from the prompt."""
         ...
 
-    def prefill(self, prompts: Sequence[Array]) -> tuple[NDArray[np.float32], DecoderState]:
-        """Reads prompts ``[S_i, D]``; logits ``[B, V]`` of the first token, and the state."""
+    def prefill(
+        self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
+    ) -> tuple[NDArray[np.float32], DecoderState]:
+        """Reads a batch.
+
+        Args:
+            prompts: One a row.
+            pictures: What the graphs before it made of the pictures, by the name of the output:
+                ``image_embeds [B, P, Dv]``, and ``visual_tokens [B, Q, D]`` where there is a bridge.
+
+        Returns:
+            Logits ``[B, V]`` of the first token, and the state.
+        """
         ...
 
 
@@ -44,10 +56,42 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
     spec = bundle.graph(DECODER).spec
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
     decoder = Decoder(open_graph(DECODER), spec, manifest.cache, table)
-    if TEXT_ENCODER not in manifest.graphs:
-        return decoder
+    cross_kv = open_graph(CROSS_KV) if CROSS_KV in manifest.graphs else None
+    if TEXT_ENCODER not in manifest.graphs or cross_kv is None:
+        source = bundle.graph(CROSS_KV).spec.inputs[0].name if cross_kv is not None else ""
+        return Continuation(decoder, cross_kv, source)
     start = manifest.generation["decoder_start_token_id"]
-    return EncoderDecoder(decoder, open_graph(TEXT_ENCODER), open_graph(CROSS_KV), start)
+    takes = tuple(tensor.name for tensor in bundle.graph(TEXT_ENCODER).spec.inputs)
+    return EncoderDecoder(decoder, open_graph(TEXT_ENCODER), takes, cross_kv, start)
+
+
+class Continuation:
+    """A decoder that goes on from its prompt; it may also look at the picture (BLIP).
+
+    Args:
+        decoder: The decoder.
+        cross_kv: The loaded ``cross_kv`` graph; None where the decoder looks at its text alone.
+        source: What that graph reads, a key of ``pictures``.
+    """
+
+    initial: tuple[int, ...] = ()
+
+    def __init__(self, decoder: Decoder, cross_kv: Session | None, source: str) -> None:
+        self.decoder = decoder
+        self.cross_kv = cross_kv
+        self.source = source
+
+    @property
+    def table(self) -> TokenTable:
+        """The token table."""
+        return self.decoder.table
+
+    def prefill(
+        self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
+    ) -> tuple[NDArray[np.float32], DecoderState]:
+        """See :class:`LanguageModel`."""
+        context = self.cross_kv.run({self.source: pictures[self.source]}) if self.cross_kv is not None else {}
+        return self.decoder.prefill(_embedded(self.table, prompts, pictures), context)
 
 
 class EncoderDecoder:
@@ -56,30 +100,53 @@ class EncoderDecoder:
     Args:
         decoder: The decoder, which looks at the encoder's states.
         encoder: The loaded ``text_encoder`` graph.
+        takes: Its inputs' names: ``inputs_embeds``, or ``input_ids`` where it has a token table of its own; with
+            ``image_embeds`` where it looks at the picture.
         cross_kv: The loaded ``cross_kv`` graph.
         start_token_id: What every caption begins with.
     """
 
-    def __init__(self, decoder: Decoder, encoder: Session, cross_kv: Session, start_token_id: int) -> None:
+    def __init__(
+        self, decoder: Decoder, encoder: Session, takes: Sequence[str], cross_kv: Session, start_token_id: int
+    ) -> None:
         self.decoder = decoder
         self.encoder = encoder
+        self.takes = takes
         self.cross_kv = cross_kv
         self.initial = (start_token_id,)
 
     @property
     def table(self) -> TokenTable:
-        """The token table, the same for prompt and caption."""
+        """The decoder's token table, and the encoder's where that takes embeddings."""
         return self.decoder.table
 
-    def prefill(self, prompts: Sequence[Array]) -> tuple[NDArray[np.float32], DecoderState]:
-        """See :meth:`Decoder.prefill`; the logits are those behind the start token."""
-        batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
-        embeds = np.zeros((batch, longest, self.table.width), self.decoder.embeds_dtype)
+    def prefill(
+        self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
+    ) -> tuple[NDArray[np.float32], DecoderState]:
+        """See :class:`LanguageModel`; the logits are those behind the start token."""
+        batch = len(prompts)
+        rows = (
+            [np.array(prompt.ids, np.int64) for prompt in prompts]
+            if "input_ids" in self.takes
+            else _embedded(self.table, prompts, pictures)
+        )
+        longest = max(map(len, rows))
+        dtype = np.dtype(np.int64) if "input_ids" in self.takes else self.decoder.embeds_dtype
+        padded = np.zeros((batch, longest, *rows[0].shape[1:]), dtype)
         mask = np.zeros((batch, longest), np.int64)
-        for row, prompt in enumerate(prompts):  # padded on the right: the encoder's slots are positions
-            embeds[row, : len(prompt)] = prompt
-            mask[row, : len(prompt)] = 1
-        states = self.encoder.run({"inputs_embeds": embeds, "attention_mask": mask})["encoder_states"]
+        for row, values in enumerate(rows):  # padded on the right: the encoder's slots are positions
+            padded[row, : len(values)] = values
+            mask[row, : len(values)] = 1
+        given = {"inputs_embeds": padded, "input_ids": padded, "attention_mask": mask, **pictures}
+        states = self.encoder.run({name: given[name] for name in self.takes})["encoder_states"]
         context = {**self.cross_kv.run({"encoder_states": states}), "cross_attention_mask": mask}
         start = self.table.rows(self.initial)
         return self.decoder.prefill([start] * batch, context)
+
+
+def _embedded(table: TokenTable, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> list[Array]:
+    """A ``[S_i, D]`` a row: the table's rows, and the visual tokens where the prompt has a picture."""
+    visual = pictures.get("visual_tokens")
+    return [
+        prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)
+    ]

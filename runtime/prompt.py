@@ -43,12 +43,13 @@ class Prompt:
             ids += [*slots, *run]
         return ids
 
-    def embed(self, table: TokenTable, visual_tokens: Array) -> Array:
-        """``visual_tokens [Q, D]`` and the table's rows, in order: ``[S, D]``."""
+    def embed(self, table: TokenTable, visual_tokens: Array | None) -> Array:
+        """``visual_tokens [Q, D]`` and the table's rows, in order: ``[S, D]``; None where they take no slots."""
         parts = [table.rows(self.runs[0])]
         for run in self.runs[1:]:
-            parts += [visual_tokens, table.rows(run)]
-        return np.concatenate([part.astype(visual_tokens.dtype, copy=False) for part in parts])
+            parts += [table.rows(run)] if visual_tokens is None else [visual_tokens, table.rows(run)]
+        dtype = parts[0].dtype if visual_tokens is None else visual_tokens.dtype
+        return np.concatenate([part.astype(dtype, copy=False) for part in parts])
 
 
 class Prompter:
