@@ -328,6 +328,28 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     }
 
 
+def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def train_stage2(config: Path, out: Path, **options: Any) -> dict[str, Any]:
+        calls.append({"config": config, "out": out, "force": options["force"]})
+        options["progress"]("vision", 3, 3)
+        return {"parameters": 7, "seconds": 2.0, "heldout": {"n": 10, "exact_match": 0.9}}
+
+    module = ModuleType("blip2edge.training.loop")
+    module.train_stage2 = train_stage2  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "blip2edge.training.loop", module)
+    assert main(["train", "stage2", "-c", "recipe.toml", "-o", "out"]) == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [
+        "out: 7 parameters, trained in 2 s",
+        "10 held-out scenes: 90.00% right to the last letter",
+        "next: blip2edge export out -o BUNDLE",
+    ]
+    assert output.err.startswith("vision: 3/3")
+    assert calls == [{"config": Path("recipe.toml"), "out": Path("out"), "force": False}]
+
+
 def test_demo_refuses_a_directory_with_other_things(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

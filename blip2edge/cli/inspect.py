@@ -21,7 +21,7 @@ def inspect(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     if options.verify:
         with Progress() as progress:
-            bundle.verify(progress)
+            bundle.verify(lambda _, done, total: progress("hashing", done, total))
     manifest = bundle.manifest
     print("\n".join(_head(manifest)))
     for name, graph in manifest.graphs.items():

@@ -21,8 +21,12 @@ def train(options: argparse.Namespace) -> int:
     from blip2edge.training.loop import train_stage2
 
     with Progress() as progress:
-        train_stage2(options.config, options.output, force=options.force, progress=progress)
-    print(f"{options.output}: a checkpoint; blip2edge export {options.output} -o BUNDLE")
+        record = train_stage2(options.config, options.output, force=options.force, progress=progress)
+    print(f"{options.output}: {record['parameters']} parameters, trained in {record['seconds']:.0f} s")
+    scores = record.get("heldout")
+    if scores:
+        print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} right to the last letter")
+    print(f"next: blip2edge export {options.output} -o BUNDLE")
     return 0
 
 
@@ -58,9 +62,9 @@ def _captioner(model: Path, batch_size: int) -> CaptionMany:
             result.text for result in captioner.caption_many(pictures, batch_size=batch_size)
         ]
     if (model / "config.json").is_file():
-        from blip2edge.training.captioning import CheckpointCaptioner
+        from blip2edge.training.loop import checkpoint_captioner
 
-        return CheckpointCaptioner.load(model)
+        return checkpoint_captioner(model, batch_size=batch_size)
     raise BundleError(
         f"{model} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json)",
         "make a bundle with: blip2edge export CHECKPOINT -o BUNDLE",
