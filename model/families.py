@@ -59,6 +59,8 @@ def read_tokens(text: Fields) -> dict[str, Any]:
 
 LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
     "opt": {"bos": 2, "eos": 2, "pad": 1},
+    "llama": {"bos": 1, "eos": 2},
+    "mistral": {"bos": 1, "eos": 2},
     "t5": {"eos": 1, "pad": 0, "decoder_start": 0},
 }
 """Special ids where ``text_config`` leaves them out: the defaults of transformers' configs."""

@@ -11,6 +11,7 @@ from torch import nn
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model import weight_tables as tables
 from blip2edge.model.config import LanguageConfig
+from blip2edge.model.llama import LlamaConfig, LlamaDecoder
 from blip2edge.model.opt import OPTConfig, OPTDecoder
 from blip2edge.model.t5 import T5, T5Config
 from blip2edge.model.weights import Rule
@@ -37,6 +38,15 @@ class Language:
 
 LANGUAGES: dict[str, Language] = {
     "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: tables.OPT),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2"),
+        Language(
+            LlamaConfig.from_hf,
+            LlamaDecoder,
+            lambda config: tables.LLAMA,
+            left_out=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        ),
+    ),
     "t5": Language(
         T5Config.from_hf,
         T5,

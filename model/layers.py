@@ -101,13 +101,14 @@ def key_mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return ((1 - mask).to(dtype) * MASKED)[:, None, None, :]
 
 
-def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """Bias of a decoder: a slot sees itself and the valid slots before it.
 
     Args:
         mask: int64 ``[B, P + S]``, 1 where a slot is valid.
         steps: S, how many of the last slots ask.
         dtype: dtype of the scores.
+        window: How many slots a slot sees, its own included; None for all.
 
     Returns:
         ``[B, 1, S, P + S]``.
@@ -116,8 +117,10 @@ def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     slots = torch.arange(total, device=mask.device)
     # Not slots[total - steps:]: a slice makes the exporter fix the length.
     asking = torch.arange(steps, device=mask.device) + (total - steps)
-    future = slots[None, :] > asking[:, None]  # [S, P + S]
-    hidden = future[None] | (mask == 0)[:, None, :]  # [B, S, P + S]
+    out = slots[None, :] > asking[:, None]  # [S, P + S]
+    if window is not None:
+        out = out | (slots[None, :] <= asking[:, None] - window)
+    hidden = out[None] | (mask == 0)[:, None, :]  # [B, S, P + S]
     return (hidden.to(dtype) * MASKED)[:, None]
 
 

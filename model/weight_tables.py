@@ -20,6 +20,25 @@ OPT = (
     Rule("layers.*.attention.out", "model.decoder.layers.*.self_attn.out_proj"),
 )
 
+LLAMA_LAYER = (
+    Rule("attention_norm", "input_layernorm"),
+    Rule("attention.query", "self_attn.q_proj"),
+    Rule("attention.key", "self_attn.k_proj"),
+    Rule("attention.value", "self_attn.v_proj"),
+    Rule("attention.out", "self_attn.o_proj"),
+    Rule("feed_forward_norm", "post_attention_layernorm"),
+    Rule("feed_forward.gate", "mlp.gate_proj"),
+    Rule("feed_forward.up", "mlp.up_proj"),
+    Rule("feed_forward.down", "mlp.down_proj"),
+)
+
+LLAMA = (
+    Rule("embed_tokens", "model.embed_tokens"),
+    *under("layers.*.", "model.layers.*.", LLAMA_LAYER),
+    Rule("final_norm", "model.norm"),
+    Rule("head", "lm_head"),
+)
+
 T5_ATTENTION = (Rule("query", "q"), Rule("key", "k"), Rule("value", "v"), Rule("out", "o"))
 
 
