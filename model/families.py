@@ -9,7 +9,9 @@ from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model import weight_tables as tables
+from blip2edge.model import weight_tables_blip as blip_tables
 from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
+from blip2edge.model.family_blip import read_blip, write_blip
 from blip2edge.model.instruct import InstructedQFormerConfig
 from blip2edge.model.language import LANGUAGES, language_of
 from blip2edge.model.weights import Rule, WeightMap, under
@@ -31,6 +33,10 @@ class Family:
         template: Where picture and prompt stand in the text.
         default_prompt: What ``caption`` fills in where no prompt is given; None for nothing.
         question: What ``ask`` fills in for the prompt.
+        framed: Whether the tokenizer's special tokens frame a prompt; else it stands behind the BOS alone.
+        prompt_required: Whether there is no captioning without a prompt.
+        model_type: Of its ``config.json``; empty where it is the row's name.
+        architectures: Classes of transformers that are read so; empty for any of the ``model_type``.
         left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
     """
 
@@ -42,6 +48,10 @@ class Family:
     template: str = "{image}{prompt}"
     default_prompt: str | None = None
     question: str = VQA_QUESTION
+    framed: bool = True
+    prompt_required: bool = False
+    model_type: str = ""
+    architectures: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
@@ -131,6 +141,12 @@ def write_tokens(config: CaptionerConfig) -> dict[str, Any]:
 POSITION_IDS = (r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids")
 """Buffers of older checkpoints: whole numbers counted up."""
 
+BLIP_LEFT_OUT = (
+    r"(vision_model|text_decoder\.bert|text_encoder)\.embeddings\.position_ids",
+    r"text_decoder\.cls\.predictions\.decoder\.bias",  # the same as predictions.bias
+)
+"""Buffers of older checkpoints, and what is held twice."""
+
 VIDEO_FRAMES = 4
 """Frames of a video: transformers' InstructBlipVideoProcessor writes the slots of four, whatever it is given."""
 
@@ -141,6 +157,31 @@ FAMILIES: dict[str, Family] = {
         write=write_blip2,
         rules=tables.BLIP2,
         left_out=POSITION_IDS,
+    ),
+    "blip": Family(
+        title="BLIP captioning",
+        read=read_blip,
+        write=write_blip,
+        rules=blip_tables.BLIP_VISION,
+        language_prefix="",
+        template="{prompt}",
+        question="",
+        framed=False,
+        architectures=("BlipForConditionalGeneration",),
+        left_out=BLIP_LEFT_OUT,
+    ),
+    "blip-vqa": Family(
+        title="BLIP VQA",
+        read=partial(read_blip, family="blip-vqa", reads_question=True),
+        write=partial(write_blip, architecture="BlipForQuestionAnswering"),
+        rules=blip_tables.BLIP_VISION,
+        language_prefix="",
+        template="{prompt}",
+        question="{question}",
+        prompt_required=True,
+        model_type="blip",
+        architectures=("BlipForQuestionAnswering",),
+        left_out=BLIP_LEFT_OUT,
     ),
     "instructblip": Family(
         title="InstructBLIP",
@@ -177,13 +218,31 @@ def read_config(config: Any) -> CaptionerConfig:
         CheckpointError: A key is missing or has a wrong value.
     """
     f = Fields("the top level", config)
+    return _family_of(f).read(f)
+
+
+def _family_of(f: Fields) -> Family:
+    """The row of a ``model_type``, and of an architecture where several classes share that.
+
+    Raises:
+        UnsupportedModelError: No such row.
+    """
     model_type = f.values.get("model_type")
-    if model_type not in FAMILIES:
+    rows = [family for name, family in FAMILIES.items() if (family.model_type or name) == model_type]
+    if not rows:
+        types = dict.fromkeys(family.model_type or name for name, family in FAMILIES.items())
         raise UnsupportedModelError(
             f"the checkpoint's model_type is {model_type!r}, which is not supported",
-            f"supported: {', '.join(FAMILIES)} with a language model of type {', '.join(sorted(LANGUAGES))}",
+            f"supported: {', '.join(types)} with a language model of type {', '.join(sorted(LANGUAGES))}",
         )
-    return FAMILIES[model_type].read(f)
+    classes = f.values.get("architectures") or []
+    for row in rows if classes else rows[:1]:
+        if not classes or not row.architectures or set(classes) & set(row.architectures):
+            return row
+    raise UnsupportedModelError(
+        f"the checkpoint is of the class {classes[0]}, which is not supported",
+        f"supported of model_type {model_type}: {', '.join(name for row in rows for name in row.architectures)}",
+    )
 
 
 def write_config(config: CaptionerConfig) -> dict[str, Any]:

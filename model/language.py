@@ -10,6 +10,8 @@ from torch import nn
 
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model import weight_tables as tables
+from blip2edge.model import weight_tables_blip as blip_tables
+from blip2edge.model.bert import BertConfig, BertDecoder
 from blip2edge.model.config import LanguageConfig
 from blip2edge.model.llama import LlamaConfig, LlamaDecoder
 from blip2edge.model.opt import OPTConfig, OPTDecoder
@@ -46,6 +48,12 @@ LANGUAGES: dict[str, Language] = {
             lambda config: tables.LLAMA,
             left_out=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
         ),
+    ),
+    "blip_text_model": Language(
+        BertConfig.from_hf,
+        BertDecoder,
+        lambda config: blip_tables.BLIP_DECODER,
+        encoder_inputs=("input_ids", "attention_mask", "image_embeds"),
     ),
     "t5": Language(
         T5Config.from_hf,
