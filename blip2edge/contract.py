@@ -18,9 +18,13 @@ CROSS_KV = "cross_kv"
 IMAGE_FEATURES = "image_features"
 TEXT_EMBEDS = "text_embeds"
 MATCH = "match"
+INSTRUCTION = ("instruction_ids", "instruction_mask")
+"""Inputs of a bridge that an instruction enters: int64 ``[B, T]``, padded on the right."""
+
 EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"
 TOKENIZER_FILE = "tokenizer.json"
+QFORMER_TOKENIZER_FILE = "qformer_tokenizer.json"
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 
@@ -189,11 +193,15 @@ class PromptSpec:
             part of it that is not empty: for BLIP-2 to the text behind the picture.
         question: What ``ask`` puts in place of ``{prompt}``, with one ``{question}``; empty where the model
             answers no questions.
-        visual_tokens: Slots of a picture.
+        visual_tokens: Slots of a picture, or of a video's frames together.
         bos_token_id: Stands alone where there is no prompt.
         image_token_id: What transformers writes into ``input_ids`` for a slot (the repetition penalty sees it).
         framed: Whether the tokenizer's special tokens frame the text; else it stands behind the BOS alone.
         required: Whether there is no captioning without a prompt.
+        default: What ``caption`` puts in place of ``{prompt}`` where none is given; None for nothing.
+        frames: Pictures an item: 1, or the frames of a video.
+        instruction_positions: The longest instruction that enters the bridge, in tokens of
+            ``qformer_tokenizer.json``; 0 where none does.
     """
 
     template: str
@@ -203,6 +211,9 @@ class PromptSpec:
     image_token_id: int | None = None
     framed: bool = True
     required: bool = False
+    default: str | None = None
+    frames: int = 1
+    instruction_positions: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``bundle.json``."""

@@ -16,6 +16,7 @@ from blip2edge.contract import (
     BRIDGE,
     CROSS_KV,
     DECODER,
+    INSTRUCTION,
     TEXT_ENCODER,
     VISION,
     Axis,
@@ -47,15 +48,15 @@ class VisionGraph(nn.Module):
 
 
 class BridgeGraph(nn.Module):
-    """image_embeds → visual_tokens."""
+    """image_embeds (and the instruction, where it enters the bridge) → visual_tokens."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
         self.bridge = model.bridge
 
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to ``[B, Q, D]``."""
-        return self.bridge(image_embeds)  # type: ignore[no-any-return]
+    def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor:
+        """``[B, P, Dv]`` to ``[B, Q, D]``; ``instruction`` is its ids and its mask, int64 ``[B, T]``."""
+        return self.bridge(image_embeds, *instruction)  # type: ignore[no-any-return]
 
 
 class TextEncoderGraph(nn.Module):
@@ -144,8 +145,13 @@ class GraphDefinition:
 
 
 def batch_axis() -> Axis:
-    """Pictures at once."""
+    """Items at once."""
     return Axis("batch", 1, 1, MAX_BATCH)
+
+
+def pictures_axis(config: CaptionerConfig) -> Axis:
+    """Pictures at once: the frames of videos stand one after the other in the batch."""
+    return Axis("batch", 1, config.frames, MAX_BATCH * config.frames)
 
 
 def cache_of(config: CaptionerConfig) -> CacheSpec:
@@ -156,7 +162,7 @@ def cache_of(config: CaptionerConfig) -> CacheSpec:
 
 def vision_spec(config: CaptionerConfig) -> GraphSpec:
     """Tensors of the vision encoder."""
-    vision, batch = config.vision, batch_axis()
+    vision, batch = config.vision, pictures_axis(config)
     pixels = TensorSpec("pixel_values", "float32", (batch, 3, vision.image_size, vision.image_size))
     return GraphSpec(VISION, (pixels,), (image_embeds(config),))
 
@@ -164,19 +170,24 @@ def vision_spec(config: CaptionerConfig) -> GraphSpec:
 def image_embeds(config: CaptionerConfig) -> TensorSpec:
     """What the vision encoder hands to the bridge."""
     return TensorSpec(
-        "image_embeds", "float32", (batch_axis(), config.vision.num_positions, config.vision.hidden_size)
+        "image_embeds", "float32", (pictures_axis(config), config.vision.num_positions, config.vision.hidden_size)
     )
 
 
 def bridge_spec(config: CaptionerConfig) -> GraphSpec:
     """Tensors of the bridge."""
-    dims = (batch_axis(), config.bridge.num_visual_tokens, config.language.embed_dim)
-    return GraphSpec(BRIDGE, (image_embeds(config),), (TensorSpec("visual_tokens", "float32", dims),))
+    batch, longest = pictures_axis(config), config.instruction_positions
+    inputs = [image_embeds(config)]
+    if longest:
+        tokens = Axis("instruction", 1, min(16, longest), longest)
+        inputs += [TensorSpec(name, "int64", (batch, tokens)) for name in INSTRUCTION]
+    dims = (batch, config.bridge.num_visual_tokens, config.language.embed_dim)
+    return GraphSpec(BRIDGE, tuple(inputs), (TensorSpec("visual_tokens", "float32", dims),))
 
 
 def source_axis(config: CaptionerConfig) -> Axis:
     """Slots of what a decoder looks at: visual tokens and prompt."""
-    visual, longest = config.bridge.num_visual_tokens, config.language.max_positions
+    visual, longest = config.frames * config.bridge.num_visual_tokens, config.language.max_positions
     return Axis("source", 1, min(visual + 8, longest), max(visual + 8, longest))
 
 

@@ -258,9 +258,8 @@ def _seal(
 def _hash_of(directory: Path, report: Progress) -> str:
     """One hash over the names and hashes of a checkpoint's files."""
     digest = hashlib.sha256()
-    paths = sorted(
-        path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".model")
-    )
+    files = [*directory.iterdir(), *directory.glob("qformer_tokenizer/*")]
+    paths = sorted(path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model"))
     for done, path in enumerate(paths):
         report("hash the source", done, len(paths))
         digest.update(f"{sha256_of(path)}  {path.name}\n".encode())

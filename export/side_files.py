@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import TOKENIZER_FILE, PromptSpec
+from blip2edge.contract import QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
 from blip2edge.errors import BundleError, CheckpointError
 from blip2edge.model.checkpoint import read_json
 from blip2edge.model.config import CaptionerConfig
@@ -18,6 +18,14 @@ from blip2edge.runtime.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 30
 """Default length of a caption: the longest that BLIP-2's own evaluation on COCO allows."""
+
+PROCESSOR_FILES = (
+    ("preprocessor_config.json", ""),
+    ("processor_config.json", "image_processor"),
+    ("processor_config.json", "video_processor"),
+    ("video_preprocessor_config.json", ""),
+)
+"""Where a checkpoint says how pictures become pixel values: a file, and the part of it; the first that is there."""
 
 SAVE_PROCESSOR = "save the processor too: Blip2Processor(...).save_pretrained(DIRECTORY)"
 
@@ -30,6 +38,7 @@ class SideFiles:
     prompt: PromptSpec
     generation: Mapping[str, Any]
     tokenizer: bytes
+    qformer_tokenizer: bytes | None = None
 
     @classmethod
     def read(cls, directory: Path, config: CaptionerConfig) -> SideFiles:
@@ -39,13 +48,23 @@ class SideFiles:
             CheckpointError: It has none, or one that does not fit the model.
         """
         content = _tokenizer(directory)
-        _check_tokenizer(content, directory, config)
+        _check_tokenizer(content, directory, config.language.vocab_size, "the language model")
+        instruction = None
+        if config.instruction_positions:
+            folder = directory / "qformer_tokenizer"
+            instruction = _tokenizer(folder)
+            _check_tokenizer(instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former")
         family = FAMILIES[config.family]
         prompt = PromptSpec(
             template=family.template,
             question=family.question,
-            visual_tokens=config.bridge.num_visual_tokens,
+            default=family.default_prompt,
+            frames=config.frames,
+            instruction_positions=config.instruction_positions,
+            visual_tokens=config.frames * config.bridge.num_visual_tokens,
             bos_token_id=config.bos_token_id,
+            framed=family.framed,
+            required=family.prompt_required,
             image_token_id=config.image_token_id,
         )
         generation = {
@@ -54,11 +73,13 @@ class SideFiles:
             "decoder_start_token_id": config.decoder_start_token_id,
             "max_new_tokens": MAX_NEW_TOKENS,
         }
-        return cls(_preprocessing(directory, config), prompt, generation, content)
+        return cls(_preprocessing(directory, config), prompt, generation, content, instruction)
 
     def write(self, bundle: Path) -> None:
-        """Puts the tokenizer into a bundle; the rest stands in its manifest."""
+        """Puts the tokenizers into a bundle; the rest stands in its manifest."""
         (bundle / TOKENIZER_FILE).write_bytes(self.tokenizer)
+        if self.qformer_tokenizer is not None:
+            (bundle / QFORMER_TOKENIZER_FILE).write_bytes(self.qformer_tokenizer)
 
 
 def _tokenizer(directory: Path) -> bytes:
@@ -82,7 +103,7 @@ def _tokenizer(directory: Path) -> bytes:
     return str(backend.to_str()).encode()
 
 
-def _check_tokenizer(content: bytes, directory: Path, config: CaptionerConfig) -> None:
+def _check_tokenizer(content: bytes, directory: Path, vocab_size: int, reader: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / TOKENIZER_FILE
         path.write_bytes(content)
@@ -93,23 +114,21 @@ def _check_tokenizer(content: bytes, directory: Path, config: CaptionerConfig) -
                 f"{directory / TOKENIZER_FILE} is no tokenizer.json", SAVE_PROCESSOR
             ) from error
     ids = tokenizer.encode("a photo of two cats", add_special_tokens=True)
-    if max(ids, default=0) >= config.language.vocab_size:
+    if max(ids, default=0) >= vocab_size:
         raise CheckpointError(
-            f"{directory / TOKENIZER_FILE} gives the id {max(ids)}, but the language model has "
-            f"{config.language.vocab_size} tokens",
-            "put the tokenizer there that the language model was trained with",
+            f"{directory / TOKENIZER_FILE} gives the id {max(ids)}, but {reader} has {vocab_size} tokens",
+            f"put the tokenizer there that {reader} was trained with",
         )
 
 
 def _preprocessing(directory: Path, config: CaptionerConfig) -> Preprocessing:
-    path = directory / "preprocessor_config.json"
-    if path.is_file():
-        values = read_json(path)
-    elif (directory / "processor_config.json").is_file():
-        values = read_json(directory / "processor_config.json").get("image_processor", {})
+    for name, part in PROCESSOR_FILES:
+        path = directory / name
+        values = read_json(path) if path.is_file() else {}
+        values = values.get(part, {}) if part else values
+        if values:
+            break
     else:
-        values = {}
-    if not values:
         raise CheckpointError(f"{directory} has no preprocessor_config.json", SAVE_PROCESSOR)
     preprocessing = Preprocessing.from_hf(values)
     wanted = (config.vision.image_size, config.vision.image_size)

@@ -31,10 +31,10 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 3e-1}
 """Largest allowed difference, as a share of the output's largest absolute value, by precision."""
 
 CASES: tuple[dict[str, int], ...] = (
-    {"batch": 1, "past": 0, "steps": 7, "asked": 1, "source": 9},
-    {"batch": 1, "past": 6, "steps": 1, "asked": 1, "source": 5},
-    {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8},
-    {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6},
+    {"batch": 1, "past": 0, "steps": 7, "asked": 1, "source": 9, "instruction": 6},
+    {"batch": 1, "past": 6, "steps": 1, "asked": 1, "source": 5, "instruction": 1},
+    {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8, "instruction": 9},
+    {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6, "instruction": 4},
 )
 """Prefill, decode, a ragged batch, and the verification of a draft."""
 
@@ -63,11 +63,18 @@ def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Arr
     ).copy()
 
 
+def _tokens(rng: np.random.Generator, shape: Sequence[int], _: Mapping[str, Array]) -> Array:
+    """Token ids that every vocabulary has."""
+    return rng.integers(0, 16, shape)
+
+
 DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array]], Array]] = {
     "attention_mask": _ragged_mask,
     "cross_attention_mask": _ragged_mask,
     "position_ids": _positions,
     "logits_indices": _asked,
+    "instruction_ids": _tokens,
+    "instruction_mask": _ragged_mask,
 }
 """How an input is drawn; any other is standard normal."""
 

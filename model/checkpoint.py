@@ -32,6 +32,8 @@ SIDE_FILES = (
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
+    "qformer_tokenizer/tokenizer.json",
+    "qformer_tokenizer/tokenizer_config.json",
 )
 """What belongs to a checkpoint beside its config and weights."""
 
@@ -243,4 +245,5 @@ def save_checkpoint(
     for name in SIDE_FILES if like is not None else ():
         source = Path(like or ".") / name
         if source.is_file() and source.resolve() != (target / name).resolve():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target / name)

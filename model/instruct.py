@@ -110,7 +110,7 @@ class InstructedQFormer(nn.Module):
         bias = key_mask_bias(torch.cat([seen, instruction_mask], dim=1), text.dtype)
         for layer in self.layers:
             queries, text = layer(queries, text, bias, image_embeds)
-        return queries
+        return queries  # type: ignore[no-any-return]
 
 
 class InstructedBridge(nn.Module):

@@ -112,8 +112,8 @@ class Projection(nn.Linear):
     def __init__(self, width: int, hidden_size: int, embed_dim: int) -> None:
         if embed_dim > hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: a token table of width {embed_dim} is wider than the model ({hidden_size}), "
-                "so that a picture's projection cannot fill its slots"
+                f"config.json: text_config: a token table of width {embed_dim} is wider than the model "
+                f"({hidden_size}), so that a picture's projection cannot fill its slots"
             )
         super().__init__(width, hidden_size)
         self.embed_dim = embed_dim
@@ -124,7 +124,7 @@ class Projection(nn.Linear):
         if self.out_features == self.embed_dim:
             return x
         queries = x.shape[1]
-        return x.flatten(1)[:, : queries * self.embed_dim].unflatten(1, (queries, self.embed_dim))  # type: ignore[no-any-return]
+        return x.flatten(1)[:, : queries * self.embed_dim].reshape(-1, queries, self.embed_dim)
 
 
 class QFormerBridge(nn.Module):
