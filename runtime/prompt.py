@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blip2edge.contract import PromptSpec
-from blip2edge.errors import PromptError
+from blip2edge.errors import PromptError, UsageError
 from blip2edge.runtime.embeddings import TokenTable
 from blip2edge.runtime.session import Array
 from blip2edge.runtime.tokenizer import Tokenizer
@@ -69,7 +69,16 @@ class Prompter:
         self.vocab_size = vocab_size
 
     def question(self, question: str) -> str:
-        """The prompt that asks ``question``."""
+        """The prompt that asks ``question``.
+
+        Raises:
+            UsageError: The model answers none.
+        """
+        if not self.spec.question:
+            raise UsageError(
+                "this bundle captions pictures and answers no questions",
+                "use blip2edge caption, or export a checkpoint that was trained for questions",
+            )
         return self.spec.question.replace("{question}", question)
 
     def __call__(self, text: str | None) -> Prompt:
@@ -81,6 +90,10 @@ class Prompter:
         Raises:
             PromptError: It is longer than the context, or has a token that the model lacks.
         """
+        if text is None and self.spec.required:
+            raise UsageError(
+                "this bundle answers questions, and none was given", "use: blip2edge ask IMAGE QUESTION -b BUNDLE"
+            )
         filled = self.spec.template.replace("{prompt}", text or "")
         runs: list[tuple[int, ...]] = []
         special = True
@@ -94,6 +107,8 @@ class Prompter:
     def _tokens(self, run: str, special: bool, is_default: bool) -> list[int]:
         if is_default and not run and self.spec.bos_token_id is not None:
             return [self.spec.bos_token_id]
+        if not self.spec.framed and self.spec.bos_token_id is not None:
+            return [self.spec.bos_token_id, *self.tokenizer.encode(run, add_special_tokens=False)]
         return self.tokenizer.encode(run, add_special_tokens=special)
 
     def _check(self, prompt: Prompt) -> None:
