@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception])
         kept = [(node, rule) for node in graph for rule in exceptions if rule.fits(node)]
         fired = {rule.name: f"{rule.name}: {rule.reason}" for _, rule in kept}
         spec = traced.spec.with_float(dtype)
-        _retype(graph, target)
+        _retype(graph, target, {node for node, _ in kept})
         for node in dict.fromkeys(node for node, _ in kept):
             _keep_fp32(graph, node, target)
         _keep_fp32_outputs(graph, spec, target)
@@ -121,17 +121,29 @@ def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception])
     return tuple(fired[name] for name in sorted(fired))
 
 
-def _retype(graph: ir.Graph, target: ir.DataType) -> None:
-    """Gives every floating tensor the target type."""
+def _retype(graph: ir.Graph, target: ir.DataType, kept: Container[ir.Node]) -> None:
+    """Gives every floating tensor the target type, but for constants that only nodes in FP32 read."""
     for node in graph:
-        _retype_attributes(node, target)
+        if node not in kept and not (node.op_type == "Constant" and _only_for(node.outputs[0], kept)):
+            _retype_attributes(node, target)
     for value in _values(graph):
-        if value.dtype == ir.DataType.FLOAT:
+        is_constant = value.const_value is not None or _is_constant(value)
+        if value.dtype == ir.DataType.FLOAT and not (is_constant and _only_for(value, kept)):
             value.dtype = target
             if value.const_value is not None:
                 value.const_value = ir.tensor(
                     _cast(value.const_value.numpy(), target), dtype=target, name=value.name
                 )
+
+
+def _is_constant(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Constant"
+
+
+def _only_for(value: ir.Value, nodes: Container[ir.Node]) -> bool:
+    """Whether all that read a value are among ``nodes``."""
+    return all(user in nodes for user, _ in value.uses()) and not value.is_graph_output()
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -145,6 +145,10 @@ class LlamaConfig:
         """Width of the token table."""
         return self.hidden_size
 
+    def window_of(self, layer: int) -> int | None:
+        """The window of one layer."""
+        return self.window if layer in self.window_layers else None
+
     @classmethod
     def from_hf(cls, values: Any) -> LlamaConfig:
         """Reads a ``config.json`` or ``text_config`` of Llama, Mistral or Qwen2, with each one's defaults."""
@@ -331,7 +335,7 @@ class Attention(nn.Module):
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
             return attend(query, key, value, bias, self.scale)
         # In the graph a further dimension, so that the shared keys and values are never copied.
-        query = query.unflatten(1, (self.kv_heads, groups))  # [B, Hkv, G, S, d]
+        query = query.reshape(query.shape[0], self.kv_heads, groups, *query.shape[2:])  # [B, Hkv, G, S, d]
         out = attend(query, key[:, :, None], value[:, :, None], bias[:, :, None], self.scale)
         return out.flatten(1, 2)
 
@@ -352,10 +356,16 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention and feed-forward, each behind a norm."""
+    """Self-attention and feed-forward, each behind a norm.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    Args:
+        config: Sizes.
+        window: What ``bias`` is to be made for; the layer itself does not use it.
+    """
+
+    def __init__(self, config: LlamaConfig, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -378,7 +388,9 @@ class LlamaDecoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = Rotary(config.head_dim, config.rope)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, config.window_of(index)) for index in range(config.num_layers)
+        )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -411,14 +423,11 @@ class LlamaDecoder(nn.Module):
         x, steps = inputs_embeds, inputs_embeds.shape[1]
         cos, sin = self.rotary(position_ids)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))
-        windowed = set(self.config.window_layers)
-        full = near = causal_bias(attention_mask, steps, x.dtype)
-        if windowed:
-            near = causal_bias(attention_mask, steps, x.dtype, self.config.window)
+        windows: set[int | None] = {layer.window for layer in self.layers}  # type: ignore[misc]
+        bias = {window: causal_bias(attention_mask, steps, x.dtype, window) for window in windows}
         presents: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
-            bias = near if index in windowed else full
-            x, present = layer(x, rotation, bias, None if past is None else past[index])
+            x, present = layer(x, rotation, bias[layer.window], None if past is None else past[index])  # type: ignore[index]
             presents.append(present)
         if logits_indices is not None:
             x = gather_positions(x, logits_indices)
