@@ -162,7 +162,7 @@ class Checkpoint:
         self.directory = directory
         config = read_config(read_json(directory / "config.json"))
         self.files = TensorFiles(directory)
-        if config.language.tie_embeddings and head_names(config)["head"] in self.files.shapes:
+        if config.language.tie_embeddings and head_names(config)["head"] <= self.files.shapes.keys():
             # As in transformers: a head that the file holds is the head, whatever the config says of tying.
             language: Any = config.language
             config = replace(config, language=replace(language, tie_embeddings=False))
@@ -211,9 +211,7 @@ def to_hf_tensors(model: CaptionerModel) -> dict[str, Tensor]:
     names = weight_map(model.config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        sources = names.sources(name)
-        parts = tensor.detach().chunk(len(sources)) if len(sources) > 1 else [tensor.detach()]
-        for source, part in zip(sources, parts, strict=True):
+        for source, part in names.split(name, tensor.detach()).items():
             tensors[source] = part.contiguous().cpu()
     return tensors
 

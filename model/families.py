@@ -260,16 +260,17 @@ def weight_map(config: CaptionerConfig) -> WeightMap:
         *(family.language_prefix.replace(".", r"\.") + name for name in language.left_out),
     ]
     if config.language.tie_embeddings:
-        table = WeightMap(rules).sources("language.embed_tokens")
-        rules = (*(rule for rule in rules if rule.ours != "language.head"), Rule("language.head", table))
+        table = WeightMap(rules)
+        tied = Rule("language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens"))
+        rules = (*(rule for rule in rules if rule.ours != "language.head"), tied)
     return WeightMap((*family.rules, *rules), left_out)
 
 
-def head_names(config: CaptionerConfig) -> Mapping[str, str]:
-    """The checkpoint's name of the head's weight, and of the token table's."""
+def head_names(config: CaptionerConfig) -> Mapping[str, frozenset[str]]:
+    """The checkpoint's names of the head's weight, and of the token table's."""
     untied = WeightMap(_language_rules(config))
-    (head,), (table,) = untied.sources("language.head.weight"), untied.sources("language.embed_tokens.weight")
-    return {"head": head, "table": table}
+    parts = {"head": "language.head.weight", "table": "language.embed_tokens.weight"}
+    return {part: frozenset(untied.sources(name)) for part, name in parts.items()}
 
 
 def _language_rules(config: CaptionerConfig) -> tuple[Rule, ...]:

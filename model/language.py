@@ -13,9 +13,11 @@ from blip2edge.model import weight_tables as tables
 from blip2edge.model import weight_tables_blip as blip_tables
 from blip2edge.model.bert import BertConfig, BertDecoder
 from blip2edge.model.config import LanguageConfig
+from blip2edge.model.flamingo import Flamingo, FlamingoConfig
 from blip2edge.model.llama import LlamaConfig, LlamaDecoder
 from blip2edge.model.opt import OPTConfig, OPTDecoder
 from blip2edge.model.t5 import T5, T5Config
+from blip2edge.model.weight_tables_idefics import flamingo
 from blip2edge.model.weights import Rule
 
 
@@ -54,6 +56,12 @@ LANGUAGES: dict[str, Language] = {
         BertDecoder,
         lambda config: blip_tables.BLIP_DECODER,
         encoder_inputs=("input_ids", "attention_mask", "image_embeds"),
+    ),
+    "idefics": Language(
+        FlamingoConfig.from_hf,
+        Flamingo,
+        lambda config: flamingo(config.base_vocab_size, config.vocab_size - config.base_vocab_size),
+        left_out=(r"model\.(layers|gated_cross_attn_layers)\.\d+\.\w+\.rotary_emb\.inv_freq",),
     ),
     "t5": Language(
         T5Config.from_hf,

@@ -2,7 +2,8 @@
 
 A :class:`Rule` renames a module path. ``*`` stands for one path component (a layer's number). The longest rule
 that matches wins; what follows the matched part is kept. A rule may name several tensors of the checkpoint:
-they are stacked along dimension 0 (a fused matrix of ours, separate ones there).
+they are stacked along dimension 0 (a fused matrix of ours, separate ones there), in equal parts unless it says how
+many rows each has.
 """
 
 from __future__ import annotations
@@ -11,15 +12,24 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from blip2edge.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Our module path, and theirs."""
+    """Our module path, and theirs.
+
+    Attributes:
+        ours: A path with ``*`` for any one component.
+        theirs: The same in the checkpoint; several are stacked.
+        rows: How many rows each of several has; empty where they have as many.
+    """
 
     ours: str
     theirs: str | tuple[str, ...]
+    rows: tuple[int, ...] = ()
 
     def sources(self) -> tuple[str, ...]:
         """Their paths, one or several."""
@@ -28,7 +38,9 @@ class Rule:
 
 def under(ours: str, theirs: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """The same rules below a prefix on either side."""
-    return tuple(Rule(ours + rule.ours, tuple(theirs + path for path in rule.sources())) for rule in rules)
+    return tuple(
+        Rule(ours + rule.ours, tuple(theirs + path for path in rule.sources()), rule.rows) for rule in rules
+    )
 
 
 class WeightMap:
@@ -41,7 +53,7 @@ class WeightMap:
 
     def __init__(self, rules: Sequence[Rule], left_out: Sequence[str] = ()) -> None:
         ordered = sorted(rules, key=lambda rule: len(rule.ours.split(".")), reverse=True)
-        self._rules = [(_compile(rule.ours), rule.sources()) for rule in ordered]
+        self._rules = [(_compile(rule.ours), rule.sources(), rule.rows) for rule in ordered]
         self._left_out = [re.compile(pattern) for pattern in left_out]
 
     def sources(self, ours: str) -> tuple[str, ...]:
@@ -50,11 +62,27 @@ class WeightMap:
         Raises:
             KeyError: No rule covers it; a hole in a table, not a user's mistake.
         """
-        for pattern, paths in self._rules:
+        match, paths, _ = self._rule(ours)
+        rest = ours[match.end() :]
+        return tuple(_fill(path, match.groups()) + rest for path in paths)
+
+    def split(self, ours: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The inverse of stacking: our parameter as the tensors of the checkpoint, by name."""
+        names = self.sources(ours)
+        if len(names) == 1:
+            return {names[0]: tensor}
+        parts = tensor.split(list(self.rows(ours))) if self.rows(ours) else tensor.chunk(len(names))
+        return dict(zip(names, parts, strict=True))
+
+    def rows(self, ours: str) -> tuple[int, ...]:
+        """How many rows each source of ``ours`` has; empty where they have as many."""
+        return self._rule(ours)[2]
+
+    def _rule(self, ours: str) -> tuple[re.Match[str], tuple[str, ...], tuple[int, ...]]:
+        for pattern, paths, rows in self._rules:
             match = pattern.match(ours)
             if match:
-                rest = ours[match.end() :]
-                return tuple(_fill(path, match.groups()) + rest for path in paths)
+                return match, paths, rows
         raise KeyError(f"no rule of the weight map covers {ours}")
 
     def is_left_out(self, theirs: str) -> bool:

@@ -1,0 +1,135 @@
+"""The perceiver resampler: learned latents that read a picture of any length (Alayrac et al., arXiv 2204.14198, 3.1).
+
+Flamingo's form of the Perceiver (arXiv 2103.03206): in every layer the latents look at the picture and at
+themselves, then pass a feed-forward. The output is as wide as the picture's embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.model.config import Fields
+from blip2edge.model.layers import attend, merge_heads, split_heads
+
+
+@dataclass(frozen=True)
+class PerceiverConfig:
+    """Sizes of the resampler; ``width`` is that of the picture's embeddings and of the latents."""
+
+    width: int
+    num_latents: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    qk_norms: bool = False
+
+    kind = "perceiver"
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """How many tokens a picture becomes."""
+        return self.num_latents
+
+    @classmethod
+    def from_hf(cls, values: Any, *, width: int) -> PerceiverConfig:
+        """Reads ``perceiver_config`` of an Idefics ``config.json``."""
+        f = Fields("perceiver_config", values)
+        return cls(
+            width=width,
+            num_latents=f.integer("resampler_n_latents", 64),
+            num_layers=f.integer("resampler_depth", 6),
+            num_heads=f.integer("resampler_n_heads", 16),
+            head_dim=f.integer("resampler_head_dim", 96),
+            qk_norms=f.flag("qk_layer_norms_perceiver", False),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The section that :meth:`from_hf` reads."""
+        return {
+            "model_type": "idefics_perciever",  # transformers' own spelling
+            "use_resampler": True,
+            "resampler_n_latents": self.num_latents,
+            "resampler_depth": self.num_layers,
+            "resampler_n_heads": self.num_heads,
+            "resampler_head_dim": self.head_dim,
+            "qk_layer_norms_perceiver": self.qk_norms,
+        }
+
+
+class Attention(nn.Module):
+    """Latents look at the picture and at themselves; no bias in the matrices."""
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.head_dim
+        self.heads = config.num_heads
+        self.scale = config.head_dim**-0.5
+        self.context_norm = nn.LayerNorm(config.width)
+        self.latents_norm = nn.LayerNorm(config.width)
+        self.query_norm = nn.LayerNorm(config.head_dim) if config.qk_norms else None
+        self.key_norm = nn.LayerNorm(config.head_dim) if config.qk_norms else None
+        self.query = nn.Linear(config.width, inner, bias=False)
+        self.key = nn.Linear(config.width, inner, bias=False)
+        self.value = nn.Linear(config.width, inner, bias=False)
+        self.out = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, context: Tensor, latents: Tensor) -> Tensor:
+        """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
+        latents = self.latents_norm(latents)
+        seen = torch.cat([self.context_norm(context), latents], dim=1)  # [B, P + Q, D]
+        query = split_heads(self.query(latents), self.heads)
+        key = split_heads(self.key(seen), self.heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        value = split_heads(self.value(seen), self.heads)
+        return self.out(merge_heads(attend(query, key, value, scale=self.scale)))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """A norm, and two matrices without bias around a ReLU (the paper's squared ReLU is plain in Idefics)."""
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, Q, D]`` to ``[B, Q, D]``."""
+        return self.down(torch.relu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each added to the latents."""
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, context: Tensor, latents: Tensor) -> Tensor:
+        """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
+        latents = latents + self.attention(context, latents)
+        return latents + self.feed_forward(latents)  # type: ignore[no-any-return]
+
+
+class PerceiverResampler(nn.Module):
+    """``image_embeds [B, P, D]`` to ``visual_tokens [B, Q, D]``."""
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.latents = nn.Parameter(torch.zeros(config.num_latents, config.width))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """The latents after they have read the picture."""
+        latents = self.latents.expand(image_embeds.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(image_embeds, latents)
+        return self.norm(latents)  # type: ignore[no-any-return]
