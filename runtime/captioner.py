@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import BRIDGE, TOKENIZER_FILE, VISION
+from blip2edge.contract import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
 from blip2edge.errors import BackendError, UsageError
 from blip2edge.manifest import Bundle
+from blip2edge.runtime.frames import ItemSource, pictures_of
 from blip2edge.runtime.generate import Generated, GenerationOptions, generate, stream
+from blip2edge.runtime.instruction import Instructor
 from blip2edge.runtime.language import load_language_model
-from blip2edge.runtime.preprocess import ImageSource, Preprocessing
+from blip2edge.runtime.preprocess import Preprocessing
 from blip2edge.runtime.prompt import Prompt, Prompter
 from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, open_session
 from blip2edge.runtime.tokenizer import TextStream, Tokenizer
@@ -63,7 +65,7 @@ class CaptionResult:
 class _Encoded:
     """A batch whose pictures have been looked at: the outputs of the graphs before the language model, by name."""
 
-    images: list[ImageSource]
+    images: list[ItemSource]
     texts: list[str | None]
     prompts: list[Prompt]
     pictures: dict[str, Array]
@@ -112,6 +114,11 @@ class Captioner:
         self.language = load_language_model(bundle, session)
         rows = self.language.table.num_rows
         self.prompter = Prompter(manifest.prompt, self.tokenizer, manifest.max_positions, rows)
+        self.instructor: Instructor | None = None
+        if manifest.prompt.instruction_positions:
+            tokenizer = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
+            spec = manifest.prompt
+            self.instructor = Instructor(tokenizer, spec.instruction_positions, spec.frames)
         self._pixels_dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
 
     @classmethod
@@ -132,12 +139,13 @@ class Captioner:
             raise UsageError(f"--threads must be at least 1, not {threads}")
         return cls(Bundle.open(bundle), backend, threads)
 
-    def caption(self, image: ImageSource, *, prompt: str | None = None, **options: Any) -> CaptionResult:
+    def caption(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> CaptionResult:
         """Captions one picture.
 
         Args:
-            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8.
-            prompt: Text that the caption goes on from; None for none.
+            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. Where the model takes videos: a list
+                of those, an array ``[F, H, W, 3]``, a folder of frames or a video file.
+            prompt: Text that the caption goes on from, or the instruction; None for the bundle's default.
             **options: Fields of :class:`GenerationOptions`; what is left out is the bundle's default.
 
         Raises:
@@ -147,13 +155,13 @@ class Captioner:
         """
         return next(self.caption_many([image], prompts=[prompt], **options))
 
-    def ask(self, image: ImageSource, question: str, **options: Any) -> CaptionResult:
+    def ask(self, image: ItemSource, question: str, **options: Any) -> CaptionResult:
         """Answers a question on a picture, by the family's question template; arguments as :meth:`caption`."""
         return self.caption(image, prompt=self.prompter.question(question), **options)
 
     def caption_many(
         self,
-        images: Iterable[ImageSource],
+        images: Iterable[ItemSource],
         *,
         prompts: Sequence[str | None] | None = None,
         batch_size: int = 1,
@@ -187,7 +195,7 @@ class Captioner:
             [(pictures[at : at + batch_size], texts[at : at + batch_size]) for at in starts], generation
         )
 
-    def stream(self, image: ImageSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
+    def stream(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
         """The pieces of one picture's caption as they are decided; joined, they are its text.
 
         Arguments and errors as in :meth:`caption`; beams cannot be streamed.
@@ -219,7 +227,7 @@ class Captioner:
         return GenerationOptions(**merged)
 
     def _in_batches(
-        self, batches: list[tuple[list[ImageSource], list[str | None]]], options: GenerationOptions
+        self, batches: list[tuple[list[ItemSource], list[str | None]]], options: GenerationOptions
     ) -> Iterator[CaptionResult]:
         if len(batches) == 1 or (os.cpu_count() or 1) == 1:
             done = 0
@@ -237,16 +245,25 @@ class Captioner:
                 yield from self._decode(batch, options, done)
                 done += len(batch.images)
 
-    def _encode(self, images: list[ImageSource], texts: list[str | None]) -> _Encoded:
+    def _encode(self, images: list[ItemSource], texts: list[str | None]) -> _Encoded:
         clock = _Clock()
+        frames = self.prompter.spec.frames
         with clock("preprocess"):
-            prompts = [self.prompter(text) for text in texts]
-            pixels = self.preprocessing.batch(images).astype(self._pixels_dtype, copy=False)
+            filled = [self.prompter.filled(text) for text in texts]
+            instruction = self.instructor(filled) if self.instructor is not None else {}
+            prompts = [self.prompter(text) for text in filled]
+            pixels = self.preprocessing.batch(pictures_of(images, frames)).astype(
+                self._pixels_dtype, copy=False
+            )
         with clock("vision"):
             pictures = self.vision.run({"pixel_values": pixels})
         if self.bridge is not None:
             with clock("bridge"):
-                pictures |= self.bridge.run({"image_embeds": pictures["image_embeds"]})
+                pictures |= self.bridge.run({"image_embeds": pictures["image_embeds"], **instruction})
+        if frames > 1:  # [B * F, Q, D] to [B, F * Q, D]
+            pictures = {
+                name: array.reshape(len(images), -1, array.shape[-1]) for name, array in pictures.items()
+            }
         return _Encoded(images, texts, prompts, pictures, clock)
 
     def _prefill(self, batch: _Encoded, options: GenerationOptions) -> tuple[Array, Any, GenerationOptions]:
@@ -288,7 +305,7 @@ class Captioner:
 
     def _result(
         self,
-        image: ImageSource,
+        image: ItemSource,
         prompt: str | None,
         generated: Generated,
         options: GenerationOptions,

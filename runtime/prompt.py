@@ -81,6 +81,10 @@ class Prompter:
             )
         return self.spec.question.replace("{question}", question)
 
+    def filled(self, text: str | None) -> str | None:
+        """The prompt, or the bundle's default where none is given."""
+        return self.spec.default if text is None else text
+
     def __call__(self, text: str | None) -> Prompt:
         """Tokenises a prompt.
 
@@ -92,7 +96,8 @@ class Prompter:
         """
         if text is None and self.spec.required:
             raise UsageError(
-                "this bundle answers questions, and none was given", "use: blip2edge ask IMAGE QUESTION -b BUNDLE"
+                "this bundle answers questions, and none was given",
+                "use: blip2edge ask IMAGE QUESTION -b BUNDLE",
             )
         filled = self.spec.template.replace("{prompt}", text or "")
         runs: list[tuple[int, ...]] = []
