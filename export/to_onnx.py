@@ -102,9 +102,9 @@ def _dynamic(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
     ]
     code = module.forward.__code__
     has_rest = bool(code.co_flags & 0x04)  # CO_VARARGS
-    if not has_rest:
-        return tuple(named)
     fixed = code.co_argcount - 1  # without self
+    if not has_rest or len(named) == fixed:  # torch leaves an empty rest out
+        return tuple(named)
     return (*named[:fixed], tuple(named[fixed:]))
 
 
