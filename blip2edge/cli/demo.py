@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ CHECKPOINT = EXAMPLES / "checkpoint"
 PICTURES = EXAMPLES / "pictures"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")
+EXPORT_PYTHON = (3, 11)  # what transformers and the newest ONNX Runtime ask for
 STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
 
 
@@ -48,10 +51,8 @@ def demo(options: argparse.Namespace) -> int:
     print(_captions(pictures, results))
     print()
     print("\n".join(_closing(report)))
-    print(
-        f"\nThe whole demo took {time.monotonic() - started:.1f} s. Now caption a picture of your own scenes:"
-    )
-    print(f"  blip2edge caption {PICTURES / pictures[0].name} -b {report.bundle}")
+    print(f"\nThe whole demo took {time.monotonic() - started:.1f} s. One picture again:")
+    print(f"  blip2edge caption {pictures[0]} -b {report.bundle}")
     return 0
 
 
@@ -63,9 +64,10 @@ def _check_installed() -> None:
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise BackendError(
-            f"the demo exports and runs, and needs {', '.join(missing)}", "pip install 'blip2edge[demo]'"
-        )
+        fix = "pip install 'blip2edge[demo]'"
+        if sys.version_info < EXPORT_PYTHON:
+            fix = f"on Python 3.11 or newer, not {platform.python_version()}: {fix}"
+        raise BackendError(f"the demo exports and runs, and needs {', '.join(missing)}", fix)
     if not (CHECKPOINT / "config.json").is_file():
         raise BackendError(
             f"the checkpoint that ships is not at {CHECKPOINT}",
@@ -92,7 +94,7 @@ def _captions(pictures: list[Path], results: list[CaptionResult]) -> str:
     rows = []
     for picture, result in zip(pictures, results, strict=True):
         times = [f"{result.timings_ms[stage]:.1f}" for stage in STAGES]
-        rows.append([picture.name, result.text.strip(), *times])
+        rows.append([picture.name, " ".join(result.text.split()), *times])
     header = ["picture", "caption", *STAGES]
     header[-1] = "total ms"
     return table(header, rows, right=range(2, len(header)))
