@@ -32,6 +32,7 @@ from blip2edge.model.language import language_of
 from blip2edge.model.layers import KeyValue
 
 MAX_BATCH = 8
+MAX_PICTURES = 8  # in a prompt, where the text looks at them from between its tokens
 MAX_ASKED = 16  # slots that get logits at once: drafts of up to 15 tokens
 
 
@@ -181,7 +182,9 @@ def bridge_spec(config: CaptionerConfig) -> GraphSpec:
     if longest:
         tokens = Axis("instruction", 1, min(16, longest), longest)
         inputs += [TensorSpec(name, "int64", (batch, tokens)) for name in INSTRUCTION]
-    dims = (batch, config.bridge.num_visual_tokens, config.language.embed_dim)
+    cross = config.language.cross
+    width = cross.source_dim if cross is not None and cross.source == "visual_tokens" else config.language.embed_dim
+    dims = (batch, config.bridge.num_visual_tokens, width)
     return GraphSpec(BRIDGE, tuple(inputs), (TensorSpec("visual_tokens", "float32", dims),))
 
 
@@ -192,7 +195,10 @@ def source_axis(config: CaptionerConfig) -> Axis:
 
 
 def source_dim(config: CaptionerConfig, cross: CrossSpec) -> Dim:
-    """The same where they are patches: always as many."""
+    """The same where they are those of several pictures (Flamingo), or patches of one (BLIP), always as many."""
+    if cross.mask == "steps":
+        each = config.bridge.num_visual_tokens or config.vision.num_positions
+        return Axis("source", each, each, each * MAX_PICTURES)
     return config.vision.num_positions if cross.source == "image_embeds" else source_axis(config)
 
 
@@ -243,8 +249,8 @@ def decoder_spec(config: CaptionerConfig) -> GraphSpec:
     inputs += [TensorSpec(name, "float32", (batch, heads[0], past, heads[1])) for name in cache.past_names()]
     if language.cross is not None:
         inputs += cross_tensors(config, language.cross)
-        source = source_axis(config)
-        masks: dict[str, tuple[Axis, ...]] = {"keys": (batch, source), "steps": (batch, steps, source)}
+        source = source_dim(config, language.cross)
+        masks: dict[str, tuple[Dim, ...]] = {"keys": (batch, source), "steps": (batch, steps, source)}
         dims = masks.get(language.cross.mask)
         if dims is not None:
             inputs.append(TensorSpec("cross_attention_mask", "int64", dims))
@@ -272,7 +278,7 @@ GRAPHS: dict[str, GraphDefinition] = {
     CROSS_KV: GraphDefinition(
         CrossKeyValueGraph,
         cross_kv_spec,
-        ("language.layers",),
+        ("language.cross_layers", "language.layers"),
         lambda config: config.language.cross is not None,
     ),
     DECODER: GraphDefinition(DecoderGraph, decoder_spec, ("language.layers",)),

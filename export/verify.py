@@ -63,6 +63,16 @@ def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Arr
     ).copy()
 
 
+def _cross_mask(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
+    """Keys ``[B, E]`` as padded texts are; or ``[B, S, E]``, what each slot looks at: at first nothing, then any."""
+    if len(shape) == 2:
+        return _ragged_mask(rng, shape, drawn)
+    mask = rng.integers(0, 2, shape)
+    if shape[1] > 1:
+        mask[:, 0] = 0
+    return mask
+
+
 def _tokens(rng: np.random.Generator, shape: Sequence[int], _: Mapping[str, Array]) -> Array:
     """Token ids that every vocabulary has."""
     return rng.integers(0, 16, shape)
@@ -70,7 +80,7 @@ def _tokens(rng: np.random.Generator, shape: Sequence[int], _: Mapping[str, Arra
 
 DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array]], Array]] = {
     "attention_mask": _ragged_mask,
-    "cross_attention_mask": _ragged_mask,
+    "cross_attention_mask": _cross_mask,
     "position_ids": _positions,
     "logits_indices": _asked,
     "instruction_ids": _tokens,
@@ -232,12 +242,13 @@ def compare_sample(
         ParityError: See :func:`compare`.
     """
     results: list[Parity] = []
-    depth = len(_stack(name, _meta_model(config)) or ())
+    path, stack = _stack(name, _meta_model(config))
+    depth = len(stack)
     for layer in sampled_layers(depth):
         label = f"layer {layer} of {depth}"
 
         def original(parameter: str, layer: int = layer) -> str:
-            return parameter.replace(".layers.0.", f".layers.{layer}.")
+            return parameter.replace(f"{path}.0.", f"{path}.{layer}.")
 
         traced = trace(_cut(name, _meta_model(config), layer), _one_layer_spec(name, config))
         needed = sorted({slot.parameter for slot in traced.slots.values()})
@@ -271,17 +282,20 @@ def _meta_model(config: CaptionerConfig) -> CaptionerModel:
         return CaptionerModel(config).eval()
 
 
-def _stack(name: str, model: CaptionerModel) -> nn.ModuleList | None:
-    """The layers that a graph repeats; None where it repeats none."""
+def _stack(name: str, model: CaptionerModel) -> tuple[str, nn.ModuleList]:
+    """The layers that a graph repeats, and where they stand; none where it repeats none."""
     modules = dict(GRAPHS[name].wrap(model).named_modules())
-    found = next((modules[path] for path in GRAPHS[name].stacks if path in modules), None)
-    return found if isinstance(found, nn.ModuleList) else None
+    for path in GRAPHS[name].stacks:
+        found = modules.get(path)
+        if isinstance(found, nn.ModuleList):
+            return path, found
+    return "", nn.ModuleList()
 
 
 def _cut(name: str, model: CaptionerModel, layer: int) -> nn.Module:
     """The graph's module with one layer left."""
-    stack = _stack(name, model)
-    if stack is not None:
+    _, stack = _stack(name, model)
+    if len(stack):
         kept = stack[layer]
         while len(stack):
             del stack[0]
