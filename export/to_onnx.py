@@ -24,7 +24,7 @@ from blip2edge.errors import ExportError
 OPSET = 18
 """The newest that TensorRT 10.3 (JetPack 6.2) takes without exception and that has LayerNormalization."""
 
-TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2, "source": 7, "instruction": 11}
+TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2, "source": 7, "instruction": 11, "text": 13}
 """Lengths while tracing: none is 0 or 1, which torch.export would fix, and no two sums meet."""
 
 

@@ -31,10 +31,10 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 3e-1}
 """Largest allowed difference, as a share of the output's largest absolute value, by precision."""
 
 CASES: tuple[dict[str, int], ...] = (
-    {"batch": 1, "past": 0, "steps": 7, "asked": 1, "source": 9, "instruction": 6},
-    {"batch": 1, "past": 6, "steps": 1, "asked": 1, "source": 5, "instruction": 1},
-    {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8, "instruction": 9},
-    {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6, "instruction": 4},
+    {"batch": 1, "past": 0, "steps": 7, "asked": 1, "source": 9, "instruction": 6, "text": 7},
+    {"batch": 1, "past": 6, "steps": 1, "asked": 1, "source": 5, "instruction": 1, "text": 2},
+    {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8, "instruction": 9, "text": 5},
+    {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6, "instruction": 4, "text": 9},
 )
 """Prefill, decode, a ragged batch, and the verification of a draft."""
 
@@ -83,6 +83,7 @@ DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array
     "cross_attention_mask": _cross_mask,
     "position_ids": _positions,
     "logits_indices": _asked,
+    "input_ids": _tokens,
     "instruction_ids": _tokens,
     "instruction_mask": _ragged_mask,
 }
