@@ -1,0 +1,163 @@
+"""Models that compare a picture with a text: BLIP and BLIP-2 with their two heads, CLIP with one.
+
+Image-text contrast (ITC) compares two vectors of one space; image-text matching (ITM) reads the text with the
+picture in view and says how likely they belong together (Li et al., arXiv 2107.07651, section 3.2; arXiv 2301.12597,
+section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip2edge.model.bert import BertEncoder
+from blip2edge.model.config import VisionConfig
+from blip2edge.model.instruct import InstructedQFormer
+from blip2edge.model.layers import key_mask_bias
+from blip2edge.model.vit import VisionTransformer
+
+
+class TextConfig(Protocol):
+    """What a text side's config must tell; its kind is a row of :data:`MATCHERS`."""
+
+    @property
+    def kind(self) -> str:
+        """The row of :data:`MATCHERS`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its token table."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Its section of a ``config.json``."""
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """A model that compares pictures with texts.
+
+    Attributes:
+        text: What reads the text.
+        embed_dim: Width F of the space that both sides are projected to.
+        max_positions: Longest text, in tokens.
+        num_features: Vectors of a picture: one a query in BLIP-2, else one.
+        has_match: Whether it has an ITM head.
+        family: Its row of ``families.py``.
+    """
+
+    vision: VisionConfig
+    text: TextConfig
+    embed_dim: int
+    max_positions: int
+    num_features: int = 1
+    has_match: bool = True
+    family: str = "blip-itm"
+
+
+class Unit(nn.Module):
+    """Scales vectors to length 1; a module of its own so that fp16 leaves it in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., F]`` to ``[..., F]``."""
+        return F.normalize(x, dim=-1)
+
+
+class BlipMatcher(nn.Module):
+    """BLIP: the class token, and a BERT that reads the text with or without the patches in view."""
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        super().__init__()
+        text: Any = config.text
+        self.encoder = BertEncoder(text)
+        self.image_projection = nn.Linear(config.vision.hidden_size, config.embed_dim)
+        self.text_projection = nn.Linear(text.hidden_size, config.embed_dim)
+        self.match_head = nn.Linear(text.hidden_size, 2)
+        self.unit = Unit()
+
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """``[B, P, Dv]`` to ``[B, 1, F]`` of length 1."""
+        return self.unit(self.image_projection(image_embeds[:, :1]))  # type: ignore[no-any-return]
+
+    def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
+        return self.unit(self.text_projection(self.encoder(input_ids, attention_mask)[:, 0]))  # type: ignore[no-any-return]
+
+    def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``[B, 2]``: apart, together."""
+        return self.match_head(self.encoder(input_ids, attention_mask, image_embeds)[:, 0])  # type: ignore[no-any-return]
+
+
+class RetrievalQFormer(InstructedQFormer):
+    """The Q-Former of BLIP-2's first stage: it reads a picture, a text, or a text with the picture in view."""
+
+    def read_image(self, image_embeds: Tensor) -> Tensor:
+        """``[B, P, Dv]`` to the queries ``[B, Q, D]``, which stay ``[1, Q, D]`` until they first see the picture."""
+        queries: Tensor = self.norm(self.query_tokens)
+        for layer in self.layers:
+            queries = layer.self_attention(queries, queries)  # type: ignore[operator]
+            if layer.cross_attention is not None:
+                queries = layer.cross_attention(queries, image_embeds)  # type: ignore[operator]
+            queries = layer.feed_forward(queries)  # type: ignore[operator]
+        return queries
+
+    def read_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, S, D]``."""
+        slots = torch.arange(input_ids.shape[1], device=input_ids.device)
+        text: Tensor = self.norm(self.word_embeddings(input_ids) + self.position_embeddings(slots))
+        bias = key_mask_bias(attention_mask, text.dtype)
+        for layer in self.layers:
+            text = layer.text_feed_forward(layer.self_attention(text, text, bias))  # type: ignore[operator]
+        return text
+
+
+class Blip2Matcher(nn.Module):
+    """BLIP-2: a vector a query, of which the nearest to the text counts; matching is the mean over the queries."""
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        super().__init__()
+        text: Any = config.text
+        self.qformer = RetrievalQFormer(text)
+        self.image_projection = nn.Linear(text.hidden_size, config.embed_dim)
+        self.text_projection = nn.Linear(text.hidden_size, config.embed_dim)
+        self.match_head = nn.Linear(text.hidden_size, 2)
+        self.unit = Unit()
+
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """``[B, P, Dv]`` to ``[B, Q, F]`` of length 1."""
+        return self.unit(self.image_projection(self.qformer.read_image(image_embeds)))  # type: ignore[no-any-return]
+
+    def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
+        states = self.qformer.read_text(input_ids, attention_mask)
+        return self.unit(self.text_projection(states[:, 0]))  # type: ignore[no-any-return]
+
+    def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``[B, 2]``: apart, together."""
+        queries = self.qformer(image_embeds, input_ids, attention_mask)  # [B, Q, D]
+        return self.match_head(queries).mean(dim=1)  # type: ignore[no-any-return]
+
+
+MATCHERS: dict[str, Callable[[RetrievalConfig], nn.Module]] = {
+    "blip_text_model": BlipMatcher,
+    "instructed-qformer": Blip2Matcher,
+}
+"""How picture and text are compared, by the kind of the text side's config."""
+
+
+class RetrievalModel(nn.Module):
+    """Vision encoder and what compares its picture with a text."""
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config.vision)
+        self.matcher = MATCHERS[config.text.kind](config)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every parameter's name and shape; works on the meta device too."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
