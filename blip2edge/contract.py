@@ -33,6 +33,7 @@ SCORES = ("logits", "match_logits", "probability")
 """Outputs that are float32 in every precision, as sampling and ranking want them."""
 
 
+CROSS_MASK = "cross_attention_mask"
 CROSS_MASKS = ("none", "keys", "steps")
 """What a decoder is told of the keys that it looks at beside its text: nothing; which are valid, int64 ``[B, E]``;
 which each of its slots looks at, int64 ``[B, S, E]`` (a slot that looks at none gets nothing)."""
@@ -184,6 +185,10 @@ class CrossSpec:
         return [f"cross.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 
+MARKERS = ("{image}", "<image>")
+"""What stands for a picture in a prompt that holds several, and in a template."""
+
+
 @dataclass(frozen=True)
 class PromptSpec:
     """How a picture and a text become the language model's input.
@@ -202,6 +207,10 @@ class PromptSpec:
         frames: Pictures an item: 1, or the frames of a video.
         instruction_positions: The longest instruction that enters the bridge, in tokens of
             ``qformer_tokenizer.json``; 0 where none does.
+        picture_token: What stands for a picture that takes no slots, because the decoder looks at it from between
+            its layers; a prompt may then hold several. Empty where pictures take slots.
+        around_picture: The token before and behind that one; two pictures in a row share it.
+        end_token_id: What ends a document: tokens behind it look at no picture before it.
     """
 
     template: str
@@ -214,6 +223,9 @@ class PromptSpec:
     default: str | None = None
     frames: int = 1
     instruction_positions: int = 0
+    picture_token: str = ""
+    around_picture: str = ""
+    end_token_id: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``bundle.json``."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2edge.contract import CrossSpec
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.config import Fields
 from blip2edge.model.layers import (
@@ -128,7 +129,6 @@ class LlamaConfig:
     kind: str = "llama"
 
     is_encoder_decoder = False
-    cross = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -144,6 +144,11 @@ class LlamaConfig:
     def embed_dim(self) -> int:
         """Width of the token table."""
         return self.hidden_size
+
+    @property
+    def cross(self) -> CrossSpec | None:
+        """It looks at nothing but its text."""
+        return None
 
     def window_of(self, layer: int) -> int | None:
         """The window of one layer."""

@@ -24,6 +24,7 @@ from blip2edge.manifest import Bundle
 from blip2edge.runtime.frames import ItemSource, pictures_of
 from blip2edge.runtime.generate import Generated, GenerationOptions, generate, stream
 from blip2edge.runtime.instruction import Instructor
+from blip2edge.runtime.interleave import pack, separate
 from blip2edge.runtime.language import load_language_model
 from blip2edge.runtime.preprocess import Preprocessing
 from blip2edge.runtime.prompt import Prompt, Prompter
@@ -38,7 +39,7 @@ class CaptionResult:
     """A picture's caption.
 
     Attributes:
-        image: Its path; None where a picture was given as an object.
+        image: Its path; None where a picture was given as an object. Of several pictures a list of those.
         prompt: The prompt as given; None for none.
         text: The caption, without special tokens and surrounding spaces.
         tokens: Generated ids, the end token included.
@@ -48,7 +49,7 @@ class CaptionResult:
         tokens_per_s: Generated tokens over the seconds of prefill and decode.
     """
 
-    image: str | None
+    image: str | list[str | None] | None
     prompt: str | None
     text: str
     tokens: tuple[int, ...]
@@ -144,8 +145,11 @@ class Captioner:
 
         Args:
             image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. Where the model takes videos: a list
-                of those, an array ``[F, H, W, 3]``, a folder of frames or a video file.
-            prompt: Text that the caption goes on from, or the instruction; None for the bundle's default.
+                of those, an array ``[F, H, W, 3]``, a folder of frames or a video file. Where it reads pictures
+                between texts (Flamingo): one, or a list.
+            prompt: Text that the caption goes on from, or the instruction; None for the bundle's default. Of
+                several pictures each stands where ``<image>`` does: ``"<image>A cat.<image>A"``; without it all
+                stand before the text.
             **options: Fields of :class:`GenerationOptions`; what is left out is the bundle's default.
 
         Raises:
@@ -247,23 +251,26 @@ class Captioner:
 
     def _encode(self, images: list[ItemSource], texts: list[str | None]) -> _Encoded:
         clock = _Clock()
-        frames = self.prompter.spec.frames
+        spec = self.prompter.spec
         with clock("preprocess"):
+            groups = separate(images) if spec.picture_token else None
+            counts = [spec.frames] * len(images) if groups is None else list(map(len, groups))
+            given = (
+                pictures_of(images, spec.frames)
+                if groups is None
+                else [one for group in groups for one in group]
+            )
             filled = [self.prompter.filled(text) for text in texts]
             instruction = self.instructor(filled) if self.instructor is not None else {}
-            prompts = [self.prompter(text) for text in filled]
-            pixels = self.preprocessing.batch(pictures_of(images, frames)).astype(
-                self._pixels_dtype, copy=False
-            )
+            prompts = [self.prompter(text, count) for text, count in zip(filled, counts, strict=True)]
+            pixels = self.preprocessing.batch(given).astype(self._pixels_dtype, copy=False)
         with clock("vision"):
             pictures = self.vision.run({"pixel_values": pixels})
         if self.bridge is not None:
             with clock("bridge"):
                 pictures |= self.bridge.run({"image_embeds": pictures["image_embeds"], **instruction})
-        if frames > 1:  # [B * F, Q, D] to [B, F * Q, D]
-            pictures = {
-                name: array.reshape(len(images), -1, array.shape[-1]) for name, array in pictures.items()
-            }
+        if max(counts) > 1:
+            pictures = {name: pack(array, counts) for name, array in pictures.items()}
         return _Encoded(images, texts, prompts, pictures, clock)
 
     def _prefill(self, batch: _Encoded, options: GenerationOptions) -> tuple[Array, Any, GenerationOptions]:
@@ -316,7 +323,7 @@ class Captioner:
             text = text.split(stop)[0]
         seconds = (timings["prefill"] + timings["decode"]) / 1e3
         return CaptionResult(
-            image=os.fspath(image) if isinstance(image, (str, os.PathLike)) else None,
+            image=_path(image),
             prompt=prompt,
             text=text.strip(),
             tokens=generated.tokens,
@@ -347,3 +354,9 @@ class Captioner:
         rest = text.flush()
         if rest:
             yield rest
+
+
+def _path(image: ItemSource) -> str | list[str | None] | None:
+    if isinstance(image, (list, tuple)):
+        return [os.fspath(one) if isinstance(one, (str, os.PathLike)) else None for one in image]
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.contract import CacheSpec, GraphSpec
+from blip2edge.contract import CROSS_MASK, CacheSpec, GraphSpec
 from blip2edge.runtime.embeddings import TokenTable
 from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session
 
@@ -38,7 +38,8 @@ class Decoder:
         Args:
             prompts: A ``[S_i, D]`` a row; lengths may differ.
             context: Further inputs that stay the same from step to step, row by row: keys and values of what
-                the decoder looks at beside its text, and their mask.
+                the decoder looks at beside its text, and their mask; of a mask ``[B, S, E]`` the last slot's row
+                goes on.
 
         Returns:
             The logits ``[B, V]`` behind each prompt, and the state to go on from.
@@ -124,6 +125,9 @@ class DecoderState:
                 **self._context,
             }
         )
+        looks = self._context.get(CROSS_MASK)
+        if looks is not None and looks.ndim == 3:  # what comes looks where the last slot did
+            self._context[CROSS_MASK] = looks[:, -1:]
         cache = self._decoder.cache
         names = zip(cache.past_names(), cache.present_names(), strict=True)
         self._past = {past: outputs[present] for past, present in names}

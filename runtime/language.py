@@ -8,10 +8,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.contract import CROSS_KV, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TEXT_ENCODER
+from blip2edge.contract import CROSS_KV, CROSS_MASK, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TEXT_ENCODER
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.decoder import Decoder, DecoderState
 from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.interleave import look_mask
 from blip2edge.runtime.prompt import Prompt
 from blip2edge.runtime.session import Array, Session
 
@@ -66,7 +67,7 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
 
 
 class Continuation:
-    """A decoder that goes on from its prompt; it may also look at the picture (BLIP).
+    """A decoder that goes on from its prompt; it may also look at the picture (BLIP), or at several (Flamingo).
 
     Args:
         decoder: The decoder.
@@ -91,6 +92,10 @@ class Continuation:
     ) -> tuple[NDArray[np.float32], DecoderState]:
         """See :class:`LanguageModel`."""
         context = self.cross_kv.run({self.source: pictures[self.source]}) if self.cross_kv is not None else {}
+        if prompts[0].looks:
+            most = max(prompt.pictures for prompt in prompts)
+            keys = pictures[self.source].shape[1]
+            context[CROSS_MASK] = look_mask([prompt.looks for prompt in prompts], most, keys)
         return self.decoder.prefill(_embedded(self.table, prompts, pictures), context)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from blip2edge.contract import PromptSpec
 from blip2edge.errors import PromptError, UsageError
 from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.interleave import NONE, looks_at, weave
 from blip2edge.runtime.session import Array
 from blip2edge.runtime.tokenizer import Tokenizer
 
@@ -23,11 +24,15 @@ class Prompt:
         runs: One more than there are pictures.
         visual_tokens: Slots of a picture.
         image_token_id: What stands for a slot in :attr:`ids`.
+        pictures: How many there are.
+        looks: Where pictures take no slots: which of them each token looks at, -1 for none.
     """
 
     runs: tuple[tuple[int, ...], ...]
     visual_tokens: int
     image_token_id: int | None
+    pictures: int = 1
+    looks: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -85,11 +90,12 @@ class Prompter:
         """The prompt, or the bundle's default where none is given."""
         return self.spec.default if text is None else text
 
-    def __call__(self, text: str | None) -> Prompt:
+    def __call__(self, text: str | None, pictures: int = 1) -> Prompt:
         """Tokenises a prompt.
 
         Args:
             text: What stands in place of ``{prompt}``; None for the family's empty prompt (a lone BOS).
+            pictures: How many pictures it holds.
 
         Raises:
             PromptError: It is longer than the context, or has a token that the model lacks.
@@ -99,6 +105,8 @@ class Prompter:
                 "this bundle answers questions, and none was given",
                 "use: blip2edge ask IMAGE QUESTION -b BUNDLE",
             )
+        if self.spec.picture_token:
+            return self._interleaved(text or "", pictures)
         filled = self.spec.template.replace("{prompt}", text or "")
         runs: list[tuple[int, ...]] = []
         special = True
@@ -106,6 +114,17 @@ class Prompter:
             runs.append(tuple(self._tokens(run, special, text is None)) if template else ())
             special = special and not template
         prompt = Prompt(tuple(runs), self.spec.visual_tokens, self.spec.image_token_id)
+        self._check(prompt)
+        return prompt
+
+    def _interleaved(self, text: str, pictures: int) -> Prompt:
+        """One run of tokens, markers among them: the text is tokenised whole, as transformers does it."""
+        bos, end = self.spec.bos_token_id, self.spec.end_token_id
+        start = (self.tokenizer.id_to_token(bos) if bos is not None else None) or ""
+        ids = self.tokenizer.encode(start + weave(self.spec, text, pictures), add_special_tokens=False)
+        marker = self.tokenizer.token_to_id(self.spec.picture_token)
+        looks = looks_at(ids, NONE if marker is None else marker, end)
+        prompt = Prompt((tuple(ids),), 0, None, pictures, looks)
         self._check(prompt)
         return prompt
 
