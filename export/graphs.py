@@ -171,7 +171,7 @@ def vision_spec(config: CaptionerConfig) -> GraphSpec:
 def image_embeds(config: CaptionerConfig) -> TensorSpec:
     """What the vision encoder hands to the bridge."""
     return TensorSpec(
-        "image_embeds", "float32", (pictures_axis(config), config.vision.num_positions, config.vision.hidden_size)
+        "image_embeds", "float32", (pictures_axis(config), config.vision.num_embeds, config.vision.hidden_size)
     )
 
 
@@ -197,9 +197,9 @@ def source_axis(config: CaptionerConfig) -> Axis:
 def source_dim(config: CaptionerConfig, cross: CrossSpec) -> Dim:
     """The same where they are those of several pictures (Flamingo), or patches of one (BLIP), always as many."""
     if cross.mask == "steps":
-        each = config.bridge.num_visual_tokens or config.vision.num_positions
+        each = config.bridge.num_visual_tokens or config.vision.num_embeds
         return Axis("source", each, each, each * MAX_PICTURES)
-    return config.vision.num_positions if cross.source == "image_embeds" else source_axis(config)
+    return config.vision.num_embeds if cross.source == "image_embeds" else source_axis(config)
 
 
 def text_encoder_spec(config: CaptionerConfig) -> GraphSpec:

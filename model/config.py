@@ -83,7 +83,15 @@ def check_heads(section: str, width: int, heads: int) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A ViT with a class token, pre-norm blocks and a final norm (EVA-CLIP as BLIP-2 holds it)."""
+    """A ViT with a class token and pre-norm blocks.
+
+    Attributes:
+        qkv_bias: Queries, keys and values have biases.
+        clip: As OpenAI's CLIP: a norm before the blocks, patches without a bias, and class token and positions as
+            ``[D]`` and ``[P, D]``. Else EVA-CLIP as BLIP-2 holds it.
+        post_norm: A norm behind the blocks.
+        keep_class: The class token is handed on, before the patches.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -94,6 +102,9 @@ class VisionConfig:
     activation: str = "gelu"
     norm_eps: float = 1e-6
     qkv_bias: bool = True
+    clip: bool = False
+    post_norm: bool = True
+    keep_class: bool = True
 
     def __post_init__(self) -> None:
         check_heads("vision_config", self.hidden_size, self.num_heads)
@@ -106,6 +117,28 @@ class VisionConfig:
     def num_positions(self) -> int:
         """Patches and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def num_embeds(self) -> int:
+        """What is handed on: patches, and the class token where it is kept."""
+        return self.num_positions - (not self.keep_class)
+
+    @classmethod
+    def from_clip(cls, values: Any) -> VisionConfig:
+        """Reads a CLIP ``vision_config``; all its blocks, no norm behind them."""
+        f = Fields("vision_config", values)
+        return cls(
+            hidden_size=f.integer("hidden_size", 768),
+            intermediate_size=f.integer("intermediate_size", 3072),
+            num_layers=f.integer("num_hidden_layers", 12),
+            num_heads=f.integer("num_attention_heads", 12),
+            image_size=f.integer("image_size", 224),
+            patch_size=f.integer("patch_size", 32),
+            activation=f.activation("hidden_act", "quick_gelu"),
+            norm_eps=f.number("layer_norm_eps", 1e-5),
+            clip=True,
+            post_norm=False,
+        )
 
     @classmethod
     def from_hf(cls, values: Any) -> VisionConfig:
@@ -126,7 +159,7 @@ class VisionConfig:
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
         return {
-            "model_type": "blip_2_vision_model",
+            "model_type": "clip_vision_model" if self.clip else "blip_2_vision_model",
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_layers,

@@ -14,6 +14,9 @@ from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, Visio
 from blip2edge.model.family_blip import read_blip, write_blip
 from blip2edge.model.instruct import InstructedQFormerConfig
 from blip2edge.model.language import LANGUAGES, language_of
+from blip2edge.model.tokens import read_tokens, write_tokens
+from blip2edge.model.models import Config
+from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.model.weights import Rule, WeightMap, under
 
 VQA_QUESTION = "Question: {question} Short answer:"
@@ -41,8 +44,8 @@ class Family:
     """
 
     title: str
-    read: Callable[[Fields], CaptionerConfig]
-    write: Callable[[CaptionerConfig], dict[str, Any]]
+    read: Callable[[Fields], Config]
+    write: Callable[[Any], dict[str, Any]]
     rules: tuple[Rule, ...]
     language_prefix: str = "language_model."
     template: str = "{image}{prompt}"
@@ -53,27 +56,6 @@ class Family:
     model_type: str = ""
     architectures: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-
-
-def read_tokens(text: Fields) -> dict[str, Any]:
-    """The special ids of a ``text_config``, as fields of :class:`CaptionerConfig`."""
-    defaults = LANGUAGE_DEFAULTS.get(str(text.values.get("model_type", "opt")), {})
-    eos = text.values.get("eos_token_id", defaults.get("eos"))
-    return {
-        "bos_token_id": text.token_id("bos_token_id", defaults.get("bos")),
-        "eos_token_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,)),
-        "pad_token_id": text.token_id("pad_token_id", defaults.get("pad")),
-        "decoder_start_token_id": text.token_id("decoder_start_token_id", defaults.get("decoder_start")),
-    }
-
-
-LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
-    "opt": {"bos": 2, "eos": 2, "pad": 1},
-    "llama": {"bos": 1, "eos": 2},
-    "mistral": {"bos": 1, "eos": 2},
-    "t5": {"eos": 1, "pad": 0, "decoder_start": 0},
-}
-"""Special ids where ``text_config`` leaves them out: the defaults of transformers' configs."""
 
 
 def read_blip2(
@@ -125,17 +107,6 @@ def write_blip2(
         "qformer_config": config.bridge.to_hf() | {"model_type": f"{part}_qformer"},
         "text_config": config.language.to_hf() | write_tokens(config),
     }
-
-
-def write_tokens(config: CaptionerConfig) -> dict[str, Any]:
-    """The special ids of a ``text_config``."""
-    eos: int | list[int] | None = list(config.eos_token_ids)
-    if len(config.eos_token_ids) < 2:
-        eos = config.eos_token_ids[0] if config.eos_token_ids else None
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
-    if config.decoder_start_token_id is not None:
-        ids["decoder_start_token_id"] = config.decoder_start_token_id
-    return ids
 
 
 POSITION_IDS = (r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids")
@@ -210,7 +181,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def read_config(config: Any) -> CaptionerConfig:
+def read_config(config: Any) -> Config:
     """Reads a ``config.json``.
 
     Raises:
@@ -245,14 +216,16 @@ def _family_of(f: Fields) -> Family:
     )
 
 
-def write_config(config: CaptionerConfig) -> dict[str, Any]:
+def write_config(config: Config) -> dict[str, Any]:
     """The ``config.json`` that :func:`read_config` and transformers read."""
     return FAMILIES[config.family].write(config)
 
 
-def weight_map(config: CaptionerConfig) -> WeightMap:
+def weight_map(config: Config) -> WeightMap:
     """Our parameters and the checkpoint's tensors."""
     family = FAMILIES[config.family]
+    if isinstance(config, RetrievalConfig):
+        return WeightMap(family.rules, family.left_out)
     language = language_of(config.language.kind)
     rules = _language_rules(config)
     left_out = [

@@ -1,4 +1,4 @@
-"""The frozen picture encoder: a ViT with EVA-CLIP's qkv bias and a norm at the end.
+"""The frozen picture encoder: a ViT with EVA-CLIP's qkv bias and a norm at the end, or OpenAI's CLIP.
 
 Dosovitskiy et al., arXiv 2010.11929; the bias without a key part is from BEiT (arXiv 2106.08254) by way of
 EVA (arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
@@ -61,23 +61,32 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pixels to one embedding a patch, the class token first."""
+    """Pixels to one embedding a patch, the class token first where it is kept."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
         self.config = config
-        self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
-        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_positions, width))
-        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.class_embedding = nn.Parameter(torch.zeros(width if config.clip else (1, 1, width)))
+        positions = (config.num_positions, width)
+        self.position_embedding = nn.Parameter(torch.zeros(positions if config.clip else (1, *positions)))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not config.clip)
+        self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.clip else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.post_norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.post_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.post_norm else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``, ``P = 1 + (H / patch)²``."""
+        """``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``.
+
+        ``P = 1 + (H / patch)²``, or one less where the class token is not handed on.
+        """
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, P - 1, D]
-        classes = self.class_embedding.expand(patches.shape[0], -1, -1)
+        classes = self.class_embedding.expand(patches.shape[0], 1, -1)
         x = torch.cat([classes, patches], dim=1) + self.position_embedding
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
         for block in self.layers:
             x = block(x)
-        return self.post_norm(x)  # type: ignore[no-any-return]
+        if self.post_norm is not None:
+            x = self.post_norm(x)
+        return x if self.config.keep_class else x[:, 1:]

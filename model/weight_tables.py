@@ -76,6 +76,28 @@ BLIP2_VISION = (
     Rule("layers.*.mlp", "encoder.layers.*.mlp"),
 )
 
+CLIP_VISION = (
+    Rule("class_embedding", "embeddings.class_embedding"),
+    Rule("position_embedding", "embeddings.position_embedding.weight"),
+    Rule("patch_embedding", "embeddings.patch_embedding"),
+    Rule("pre_norm", "pre_layrnorm"),
+    Rule("post_norm", "post_layernorm"),
+    Rule("layers.*.norm1", "encoder.layers.*.layer_norm1"),
+    Rule("layers.*.norm2", "encoder.layers.*.layer_norm2"),
+    Rule(
+        "layers.*.attention.qkv",
+        tuple(f"encoder.layers.*.self_attn.{part}_proj" for part in ("q", "k", "v")),
+    ),
+    Rule("layers.*.attention.projection", "encoder.layers.*.self_attn.out_proj"),
+    Rule("layers.*.mlp", "encoder.layers.*.mlp"),
+)
+
+LLAVA = (
+    *under("vision.", "vision_tower.", CLIP_VISION),
+    Rule("bridge.fc1", "multi_modal_projector.linear_1"),
+    Rule("bridge.fc2", "multi_modal_projector.linear_2"),
+)
+
 QFORMER_ATTENTION = (
     Rule("query", "attention.query"),
     Rule("key", "attention.key"),

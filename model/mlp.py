@@ -1,0 +1,56 @@
+"""LLaVA's bridge: each patch by itself through two linear layers (Liu et al., arXiv 2310.03744, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from blip2edge.model.layers import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """A bridge that keeps every patch.
+
+    Attributes:
+        input_size: Width of a patch.
+        hidden_size: Width between the layers and behind them: the language model's.
+        num_patches: Patches of a picture, and so its visual tokens.
+    """
+
+    input_size: int
+    hidden_size: int
+    num_patches: int
+    activation: str = "gelu"
+    bias: bool = True
+
+    kind = "mlp"
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """How many tokens a picture becomes."""
+        return self.num_patches
+
+    def to_hf(self) -> dict[str, Any]:
+        """The keys of a LLaVA ``config.json`` that describe it."""
+        return {
+            "projector_hidden_act": self.activation,
+            "multimodal_projector_bias": self.bias,
+            "image_seq_length": self.num_patches,
+        }
+
+
+class MLPBridge(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: MLPConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.input_size, config.hidden_size, bias=config.bias)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """``[B, P, Dv]`` to ``[B, P, D]``."""
+        return self.fc2(self.activation(self.fc1(image_embeds)))  # type: ignore[no-any-return]

@@ -1,0 +1,38 @@
+"""Special token ids as ``config.json`` holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blip2edge.model.config import CaptionerConfig, Fields
+
+LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
+    "opt": {"bos": 2, "eos": 2, "pad": 1},
+    "llama": {"bos": 1, "eos": 2},
+    "mistral": {"bos": 1, "eos": 2},
+    "t5": {"eos": 1, "pad": 0, "decoder_start": 0},
+}
+"""Special ids where ``text_config`` leaves them out: the defaults of transformers' configs."""
+
+
+def read_tokens(text: Fields) -> dict[str, Any]:
+    """The special ids of a ``text_config``, as fields of :class:`CaptionerConfig`."""
+    defaults = LANGUAGE_DEFAULTS.get(str(text.values.get("model_type", "opt")), {})
+    eos = text.values.get("eos_token_id", defaults.get("eos"))
+    return {
+        "bos_token_id": text.token_id("bos_token_id", defaults.get("bos")),
+        "eos_token_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,)),
+        "pad_token_id": text.token_id("pad_token_id", defaults.get("pad")),
+        "decoder_start_token_id": text.token_id("decoder_start_token_id", defaults.get("decoder_start")),
+    }
+
+
+def write_tokens(config: CaptionerConfig) -> dict[str, Any]:
+    """The special ids of a ``text_config``."""
+    eos: int | list[int] | None = list(config.eos_token_ids)
+    if len(config.eos_token_ids) < 2:
+        eos = config.eos_token_ids[0] if config.eos_token_ids else None
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
+    if config.decoder_start_token_id is not None:
+        ids["decoder_start_token_id"] = config.decoder_start_token_id
+    return ids
