@@ -1,1 +1,1 @@
-"""TensorRT engines: builder, profiles, fingerprint. Nothing is here yet."""
+"""TensorRT engines of a bundle's graphs: profiles, the builder, fingerprints. Imports no torch."""

@@ -1,0 +1,129 @@
+"""What an engine is tied to: the GPU, TensorRT, the driver, and the bundle it was made from."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import EngineError
+from blip2edge.manifest import MANIFEST, sha256_of
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Where an engine runs.
+
+    Attributes:
+        target: ``tensorrt`` or ``rtx``.
+        tensorrt: Its version.
+        gpus: Compute capabilities, as ``sm86``; for ``tensorrt`` that of the GPU it was built on.
+        gpu: The GPU's name; empty where the engine was built without one.
+        driver: Version of the CUDA driver; empty without one.
+        machine: ``x86_64`` or ``aarch64``.
+        bundle_sha256: Hash of ``bundle.json``, which seals all source files.
+    """
+
+    target: str
+    tensorrt: str
+    gpus: tuple[str, ...]
+    gpu: str
+    driver: str
+    machine: str
+    bundle_sha256: str
+
+    @property
+    def name(self) -> str:
+        """The folder below ``engines/``."""
+        parts = (self.target, self.tensorrt, *self.gpus, self.machine)
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part))
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``engine.json``."""
+        return {**asdict(self), "gpus": list(self.gpus)}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as the driver tells it."""
+
+    name: str
+    compute_capability: int
+    driver: str
+
+
+def find_gpu() -> Gpu | None:
+    """The first GPU, asked of the CUDA driver itself; None where there is no driver or no GPU."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, version = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    name = ctypes.create_string_buffer(128)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # COMPUTE_CAPABILITY_MAJOR
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)  # COMPUTE_CAPABILITY_MINOR
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return Gpu(name.value.decode(), 10 * major.value + minor.value, driver)
+
+
+def fingerprint(target: str, version: str, bundle: Path, compute_capabilities: Sequence[int]) -> Fingerprint:
+    """The fingerprint of engines that would be built now.
+
+    Args:
+        target: ``tensorrt`` or ``rtx``.
+        version: Of TensorRT.
+        bundle: The bundle's directory.
+        compute_capabilities: Those asked for; empty for the GPU of this machine.
+
+    Raises:
+        EngineError: None was asked for, and there is no GPU.
+    """
+    gpu = None if compute_capabilities else find_gpu()
+    if gpu is None and not compute_capabilities:
+        raise EngineError(
+            "there is no NVIDIA GPU or no driver here, and an engine is built for a GPU",
+            "build on the board itself, or for a GPU elsewhere with: --target rtx --sm 86",
+        )
+    numbers = compute_capabilities or ([gpu.compute_capability] if gpu else [])
+    return Fingerprint(
+        target=target,
+        tensorrt=version,
+        gpus=tuple(f"sm{number}" for number in numbers),
+        gpu=gpu.name if gpu else "",
+        driver=gpu.driver if gpu else "",
+        machine=platform.machine(),
+        bundle_sha256=sha256_of(bundle / MANIFEST),
+    )
+
+
+def check_fingerprint(found: dict[str, Any], wanted: Fingerprint, engines: Path) -> None:
+    """Refuses engines that were made for something else.
+
+    Args:
+        found: ``fingerprint`` of an ``engine.json``.
+        wanted: That of this machine.
+        engines: Their folder.
+
+    Raises:
+        EngineError: They differ; the first difference is named, with the command that builds again.
+    """
+    here = wanted.to_json()
+    for key in ("bundle_sha256", "target", "tensorrt", "machine", "gpus", "gpu"):
+        if found.get(key) == here[key]:
+            continue
+        if key in ("gpus", "gpu") and found.get("target") == "rtx":
+            if key == "gpu" or set(here["gpus"]) <= set(found.get("gpus", ())):
+                continue
+        raise EngineError(
+            f"the engines in {engines} were built for {key} {found.get(key)!r}, but here it is {here[key]!r}",
+            f"build them again: blip2edge build {engines.parent.parent} --target {wanted.target}",
+        )
