@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from blip2edge.errors import CheckpointError
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.families import head_names, read_config, weight_map, write_config
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.families import canonical_name, head_names, read_config, weight_map, write_config
+from blip2edge.model.models import Config, Model, build_model
 from blip2edge.model.weights import WeightMap
 
 SIDE_FILES = (
@@ -94,14 +97,18 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorFiles:
     """The tensors of a directory's safetensors files, mapped into memory and read one by one.
 
+    Args:
+        directory: Where they are.
+        rename: Gives a tensor's name in the tables of weights.
+
     Raises:
         CheckpointError: No weights, a shard missing, or a truncated file.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, rename: Callable[[str], str] = str) -> None:
         self.directory = directory
         self._files = ExitStack()
-        self._of: dict[str, Any] = {}
+        self._of: dict[str, tuple[Any, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in _shards(directory):
             try:
@@ -111,17 +118,18 @@ class TensorFiles:
                     f"{path} is not a whole safetensors file ({error})", "copy or download it again"
                 ) from error
             for name in file.keys():  # noqa: SIM118  (a safe_open handle, which does not iterate)
-                self._of[name] = file
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                self._of[rename(name)] = (file, name)
+                self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
 
     def read(self, names: Iterable[str]) -> Tensor:
         """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file where it can be."""
-        parts = [self._of[name].get_tensor(name) for name in names]
+        parts = [file.get_tensor(name) for file, name in (self._of[name] for name in names)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def dtype(self, name: str) -> str:
         """safetensors' name of a tensor's dtype, such as ``F16``."""
-        return str(self._of[name].get_slice(name).get_dtype())
+        file, stored = self._of[name]
+        return str(file.get_slice(stored).get_dtype())
 
     def close(self) -> None:
         """Unmaps the files."""
@@ -161,15 +169,15 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         config = read_config(read_json(directory / "config.json"))
-        self.files = TensorFiles(directory)
-        if config.language.tie_embeddings and head_names(config)["head"] <= self.files.shapes.keys():
+        self.files = TensorFiles(directory, partial(canonical_name, config))
+        if ties_head(config) and head_names(config)["head"] <= self.files.shapes.keys():
             # As in transformers: a head that the file holds is the head, whatever the config says of tying.
             language: Any = config.language
             config = replace(config, language=replace(language, tie_embeddings=False))
         self.config = config
         self.map: WeightMap = weight_map(config)
         with torch.device("meta"):
-            self.shapes = CaptionerModel(self.config).shapes()
+            self.shapes = build_model(self.config).shapes()
         self.map.check(self.shapes, self.files.shapes)
 
     def read(self, ours: str) -> Tensor:
@@ -181,11 +189,16 @@ class Checkpoint:
         return sum(path.stat().st_size for path in _shards(self.directory))
 
 
-def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -> CaptionerModel:
+def ties_head(config: Config) -> TypeGuard[CaptionerConfig]:
+    """Whether a model has a head that is its token table."""
+    return isinstance(config, CaptionerConfig) and config.language.tie_embeddings
+
+
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Model:
     """Reads a directory (or hub name) into a model in eval mode.
 
     Args:
-        directory: A checkpoint of ``Blip2ForConditionalGeneration``.
+        directory: A checkpoint of any family.
         dtype: dtype of all weights.
 
     Raises:
@@ -193,20 +206,35 @@ def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -
     """
     checkpoint = Checkpoint(find_checkpoint(directory))
     with torch.device("meta"):
-        model = CaptionerModel(checkpoint.config)
+        model = build_model(checkpoint.config)
+    tied = ties_head(checkpoint.config)
     tensors: dict[str, Tensor] = {}
     for name in checkpoint.shapes:
-        if name == "language.head.weight" and checkpoint.config.language.tie_embeddings:
+        if name == "language.head.weight" and tied:
             continue
         tensors[name] = checkpoint.read(name).to(dtype, copy=True)
     checkpoint.files.close()
-    if checkpoint.config.language.tie_embeddings:
+    if tied:
         tensors["language.head.weight"] = tensors["language.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def to_hf_tensors(model: CaptionerModel) -> dict[str, Tensor]:
+def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -> CaptionerModel:
+    """Reads a captioner; arguments and errors as :func:`load_model`.
+
+    Raises:
+        CheckpointError: It compares pictures with texts and generates nothing, besides those.
+    """
+    model = load_model(directory, dtype)
+    if not isinstance(model, CaptionerModel):
+        raise CheckpointError(
+            f"{directory} compares pictures with texts and generates none", "give a captioner's checkpoint"
+        )
+    return model
+
+
+def to_hf_tensors(model: Model) -> dict[str, Tensor]:
     """The state of a model under transformers' names; a tied head is left out."""
     names = weight_map(model.config)
     tensors: dict[str, Tensor] = {}
@@ -217,7 +245,7 @@ def to_hf_tensors(model: CaptionerModel) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    model: CaptionerModel,
+    model: Model,
     directory: str | Path,
     *,
     like: str | Path | None = None,

@@ -337,8 +337,3 @@ class CaptionerConfig:
     def instruction_positions(self) -> int:
         """The longest instruction that enters the bridge; 0 where none does."""
         return int(getattr(self.bridge, "instruction_positions", 0))
-
-    @property
-    def ties_head(self) -> bool:
-        """Whether the head is the token table."""
-        return self.language.tie_embeddings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,10 @@ from blip2edge.model import weight_tables as tables
 from blip2edge.model import weight_tables_blip as blip_tables
 from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
 from blip2edge.model.family_blip import read_blip, write_blip
+from blip2edge.model import family_idefics as idefics
+from blip2edge.model.family_llava import LEFT_OUT as LLAVA_LEFT_OUT
+from blip2edge.model.family_llava import RENAMED as LLAVA_RENAMED
+from blip2edge.model.family_llava import read_llava, write_llava
 from blip2edge.model.instruct import InstructedQFormerConfig
 from blip2edge.model.language import LANGUAGES, language_of
 from blip2edge.model.tokens import read_tokens, write_tokens
@@ -40,7 +45,13 @@ class Family:
         prompt_required: Whether there is no captioning without a prompt.
         model_type: Of its ``config.json``; empty where it is the row's name.
         architectures: Classes of transformers that are read so; empty for any of the ``model_type``.
+        image_token: The token of the tokenizer that stands for a picture in its text; empty where there is none.
+        around_image: The token before and behind that one, where a text may hold several pictures that take no
+            slots: the decoder looks at them from between its layers.
+        generation: Whether ``generation_config.json`` says what ends a text (else the language model's config).
         left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
+        renamed: Names of other versions of transformers and their replacement, as in ``re.sub``, matched at a
+            name's start one after the other.
     """
 
     title: str
@@ -55,7 +66,11 @@ class Family:
     prompt_required: bool = False
     model_type: str = ""
     architectures: tuple[str, ...] = ()
+    image_token: str = ""
+    around_image: str = ""
+    generation: bool = False
     left_out: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 def read_blip2(
@@ -178,6 +193,40 @@ FAMILIES: dict[str, Family] = {
         default_prompt="A short video caption.",
         left_out=POSITION_IDS,
     ),
+    "minigpt4": Family(
+        title="MiniGPT-4",
+        read=partial(read_blip2, family="minigpt4"),
+        write=partial(write_blip2, architecture="MiniGPT4"),
+        rules=tables.BLIP2,
+        template="###Human: <Img>{image}</Img> {prompt}###Assistant:",
+        default_prompt="Describe this image in detail.",
+        question="{question}",
+        left_out=POSITION_IDS,
+    ),
+    "llava": Family(
+        title="LLaVA",
+        read=read_llava,
+        write=write_llava,
+        rules=tables.LLAVA,
+        template="USER: {image}\n{prompt} ASSISTANT:",
+        default_prompt="Describe the image concisely.",
+        question="{question}",
+        image_token="<image>",
+        generation=True,
+        left_out=LLAVA_LEFT_OUT,
+        renamed=LLAVA_RENAMED,
+    ),
+    "idefics": Family(
+        title="Flamingo (Idefics)",
+        read=idefics.read_idefics,
+        write=idefics.write_idefics,
+        rules=idefics.RULES,
+        language_prefix="",
+        question="Question: {question} Answer:",
+        image_token="<image>",
+        around_image="<fake_token_around_image>",
+        left_out=idefics.LEFT_OUT,
+    ),
 }
 
 
@@ -214,6 +263,13 @@ def _family_of(f: Fields) -> Family:
         f"the checkpoint is of the class {classes[0]}, which is not supported",
         f"supported of model_type {model_type}: {', '.join(name for row in rows for name in row.architectures)}",
     )
+
+
+def canonical_name(config: Any, name: str) -> str:
+    """What a tensor of a checkpoint is called in the family's table of weights."""
+    for pattern, replacement in FAMILIES[config.family].renamed:
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
 
 
 def write_config(config: Config) -> dict[str, Any]:
