@@ -109,6 +109,7 @@ class TensorFiles:
         self.directory = directory
         self._files = ExitStack()
         self._of: dict[str, tuple[Any, str]] = {}
+        self._laid: dict[str, Tensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in _shards(directory):
             try:
@@ -123,8 +124,17 @@ class TensorFiles:
 
     def read(self, names: Iterable[str]) -> Tensor:
         """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file where it can be."""
-        parts = [file.get_tensor(name) for file, name in (self._of[name] for name in names)]
+        parts = [self._laid[name] if name in self._laid else self._stored(name) for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _stored(self, name: str) -> Tensor:
+        file, stored = self._of[name]
+        return file.get_tensor(stored)  # type: ignore[no-any-return]
+
+    def lay_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts other tensors in the place of the files'."""
+        self._laid |= tensors
+        self.shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def dtype(self, name: str) -> str:
         """safetensors' name of a tensor's dtype, such as ``F16``."""
@@ -134,6 +144,7 @@ class TensorFiles:
     def close(self) -> None:
         """Unmaps the files."""
         self._of.clear()
+        self._laid.clear()
         self._files.close()
 
 
@@ -144,8 +155,12 @@ def _shards(directory: Path) -> list[Path]:
         return [single]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, Mapping):
-            raise CheckpointError(f"{index} has no weight_map", "copy or download it again")
+        if not isinstance(weight_map, Mapping) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise CheckpointError(
+                f"{index} has no weight_map from tensors to files", "copy or download it again"
+            )
         shards = [directory / name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
@@ -168,6 +183,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.laid_over: Path | None = None
         config = read_config(read_json(directory / "config.json"))
         self.files = TensorFiles(directory, partial(canonical_name, config))
         if ties_head(config) and head_names(config)["head"] <= self.files.shapes.keys():
@@ -184,6 +200,26 @@ class Checkpoint:
         """Our parameter ``ours``, in the checkpoint's dtype."""
         return self.files.read(self.map.sources(ours))
 
+    def lay_over(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Puts trained parts from a file of their own in the place of the directory's.
+
+        Args:
+            tensors: By the directory's names.
+            path: The file.
+
+        Raises:
+            CheckpointError: A shape differs.
+        """
+        self.files.lay_over(tensors)
+        self.map.check(self.shapes, self.files.shapes)
+        self.laid_over = path
+
+    def paths(self) -> list[Path]:
+        """Every file that decides how it answers."""
+        files = [*self.directory.iterdir(), *self.directory.glob("qformer_tokenizer/*")]
+        paths = sorted(path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model"))
+        return paths if self.laid_over is None else [*paths, self.laid_over]
+
     def num_bytes(self) -> int:
         """Size of all safetensors files."""
         return sum(path.stat().st_size for path in _shards(self.directory))
@@ -194,17 +230,17 @@ def ties_head(config: Config) -> TypeGuard[CaptionerConfig]:
     return isinstance(config, CaptionerConfig) and config.language.tie_embeddings
 
 
-def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Model:
+def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> Model:
     """Reads a directory (or hub name) into a model in eval mode.
 
     Args:
-        directory: A checkpoint of any family.
+        source: A checkpoint of any family; one that is open already stays open.
         dtype: dtype of all weights.
 
     Raises:
         CheckpointError: See :class:`Checkpoint`.
     """
-    checkpoint = Checkpoint(find_checkpoint(directory))
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(find_checkpoint(source))
     with torch.device("meta"):
         model = build_model(checkpoint.config)
     tied = ties_head(checkpoint.config)
@@ -213,7 +249,8 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Mod
         if name == "language.head.weight" and tied:
             continue
         tensors[name] = checkpoint.read(name).to(dtype, copy=True)
-    checkpoint.files.close()
+    if checkpoint is not source:
+        checkpoint.files.close()
     if tied:
         tensors["language.head.weight"] = tensors["language.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)

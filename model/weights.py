@@ -108,13 +108,13 @@ class WeightMap:
         missing = sorted(used - found.keys())
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {_some(missing)}",
+                f"the checkpoint lacks {some(missing)}",
                 "save it whole with transformers' save_pretrained, or merge it with the frozen parts first",
             )
         unknown = sorted(name for name in found.keys() - used if not self.is_left_out(name))
         if unknown:
             raise CheckpointError(
-                f"the checkpoint holds tensors that its config does not describe: {_some(unknown)}",
+                f"the checkpoint holds tensors that its config does not describe: {some(unknown)}",
                 "check that config.json belongs to these weights",
             )
         for ours, names in wanted.items():
@@ -136,6 +136,7 @@ def _fill(path: str, groups: Sequence[str]) -> str:
     return re.sub(r"\*", lambda _: next(parts), path)
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first few of some names, and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
