@@ -6,6 +6,7 @@ defaults of transformers' ``config.json``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,8 +42,8 @@ class Fields:
     def number(self, key: str, default: float | None) -> float:
         """A finite number."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CheckpointError(f"config.json: {self.section}.{key} must be a finite number, not {value!r}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -62,9 +63,19 @@ class Fields:
         return str(value)
 
     def token_id(self, key: str, default: int | None) -> int | None:
-        """A token id, or None."""
+        """A token id; None where there is none, which some configs write as a negative number."""
+        ids = self.token_ids(key, default)
+        if len(ids) > 1:
+            raise CheckpointError(f"config.json: {self.section}.{key} must be one token id, not {len(ids)}")
+        return ids[0] if ids else None
+
+    def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
+        """One token id or a list of them."""
         value = self.values.get(key, default)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        ids = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            raise CheckpointError(f"config.json: {self.section}.{key} must be a token id, not {value!r}")
+        return tuple(token for token in ids if token >= 0)
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key, default)

@@ -81,7 +81,7 @@ def language_of(model_type: Any) -> Language:
     Raises:
         UnsupportedModelError: No such row.
     """
-    if model_type not in LANGUAGES:
+    if not isinstance(model_type, str) or model_type not in LANGUAGES:
         raise UnsupportedModelError(
             f"the language model is of type {model_type!r}, which is not supported",
             f"supported: {', '.join(sorted(LANGUAGES))}",

@@ -18,10 +18,9 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
 def read_tokens(text: Fields) -> dict[str, Any]:
     """The special ids of a ``text_config``, as fields of :class:`CaptionerConfig`."""
     defaults = LANGUAGE_DEFAULTS.get(str(text.values.get("model_type", "opt")), {})
-    eos = text.values.get("eos_token_id", defaults.get("eos"))
     return {
         "bos_token_id": text.token_id("bos_token_id", defaults.get("bos")),
-        "eos_token_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,)),
+        "eos_token_ids": text.token_ids("eos_token_id", defaults.get("eos")),
         "pad_token_id": text.token_id("pad_token_id", defaults.get("pad")),
         "decoder_start_token_id": text.token_id("decoder_start_token_id", defaults.get("decoder_start")),
     }

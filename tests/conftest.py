@@ -11,6 +11,8 @@ import pytest
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.drawing import Drawn
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -27,3 +29,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Keep tests away from the user's cache directory."""
     cache: Path = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """A random tiny BLIP-2 checkpoint with its processor, saved by transformers; not to be changed."""
+    pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
+    from tests import drawing
+
+    return drawing.save(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of that checkpoint in fp32; not to be changed."""
+    from blip2edge.export.pipeline import export_checkpoint
+
+    output = tmp_path_factory.mktemp("exported") / "bundle"
+    return export_checkpoint(tiny_checkpoint.directory, output).bundle
