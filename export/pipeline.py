@@ -35,8 +35,11 @@ from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
 from blip2edge.export.weights import Weights, check_hashes, output_error, write_weights
 from blip2edge.manifest import FileRecord, GraphRecord, Manifest, sha256_of
-from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from blip2edge.model.checkpoint import Checkpoint, load_model
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.lavis import open_checkpoint
+from blip2edge.model.models import build_model
+from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.runtime.meter import MemoryMeter
 
 FULL_UP_TO = 1 << 30  # bytes of checkpoint that are verified whole unless told otherwise: about 4 GiB in fp32
@@ -91,17 +94,19 @@ def export_checkpoint(
     *,
     precision: str = "fp32",
     verify: str | None = None,
+    base: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Exports a checkpoint to a bundle.
 
     Args:
-        checkpoint: A directory in transformers' format, or a hub name.
+        checkpoint: A directory in transformers' format, a hub name, or a ``.pth`` of LAVIS.
         output: The bundle to make.
         precision: ``fp32``, ``fp16`` or ``bf16``.
         verify: ``full`` runs the whole model against torch; ``sample`` runs single layers on the written weights,
             with the memory of one layer. None chooses by the checkpoint's size.
+        base: The directory or hub name that gives a ``.pth`` its frozen parts.
         force: Replace what is at ``output``.
         progress: Called with a stage's name, steps done and steps in all.
 
@@ -114,12 +119,13 @@ def export_checkpoint(
     report = progress or (lambda stage, done, total: None)
     target = Path(output)
     with MemoryMeter() as meter:
-        source = Checkpoint(find_checkpoint(checkpoint))
+        source = open_checkpoint(checkpoint, base)
         side = SideFiles.read(source.directory, source.config)
         mode = verify or ("full" if source.num_bytes() <= FULL_UP_TO else "sample")
         with _staging(target, force) as staging:
             written = _write_graphs(source, staging, precision, report)
-            _write_embeddings(source, staging, PRECISIONS[precision])
+            if isinstance(source.config, CaptionerConfig):
+                _write_embeddings(source, staging, PRECISIONS[precision])
             side.write(staging)
             _verify(source, written, precision, mode, report)
             _seal(source, side, staging, written, precision, mode, report)
@@ -171,7 +177,7 @@ def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Pro
         start = time.perf_counter()
         report(f"{name}: trace", 0, 1)
         with torch.device("meta"):
-            module = definition.wrap(CaptionerModel(source.config).eval())
+            module = definition.wrap(build_model(source.config).eval())
         traced = trace(module, definition.spec(source.config))
         exceptions = convert(traced, precision, exceptions_of(source.config))
         data = staging / f"{name}.onnx.data"
@@ -198,7 +204,7 @@ def _write_embeddings(source: Checkpoint, staging: Path, dtype: str) -> None:
 def _verify(
     source: Checkpoint, written: Mapping[str, _Written], precision: str, mode: str, report: Progress
 ) -> None:
-    model = load_checkpoint(source.directory) if mode == "full" else None
+    model = load_model(source) if mode == "full" else None
     for done, (name, item) in enumerate(written.items()):
         report("verify", done, len(written))
         check_hashes(item.weights, source.read, item.traced, _dtype(precision))
@@ -227,6 +233,7 @@ def _seal(
         if path.name not in sealed:
             sealed[path.name] = FileRecord.of(path)
     config = source.config
+    text: Any = config if isinstance(config, RetrievalConfig) else config.language
     graphs = {
         name: GraphRecord(
             item.record.spec,
@@ -239,14 +246,14 @@ def _seal(
     }
     Manifest(
         family=config.family,
-        source={"checkpoint": str(source.directory), "sha256": _hash_of(source.directory, report)},
+        source=_source_of(source, report),
         precision=precision,
         verify=mode,
         graphs=graphs,
-        cache=cache_of(config),
-        cross=config.language.cross,
-        max_positions=config.language.max_positions,
-        vocab_size=config.language.vocab_size,
+        cache=None if isinstance(config, RetrievalConfig) else cache_of(config),
+        cross=None if isinstance(config, RetrievalConfig) else config.language.cross,
+        max_positions=text.max_positions,
+        vocab_size=text.vocab_size,
         preprocessing=side.preprocessing.to_json(),
         prompt=side.prompt,
         generation=side.generation,
@@ -255,16 +262,18 @@ def _seal(
     ).write(staging)
 
 
-def _hash_of(directory: Path, report: Progress) -> str:
-    """One hash over the names and hashes of a checkpoint's files."""
+def _source_of(source: Checkpoint, report: Progress) -> dict[str, str]:
+    """Where a checkpoint lay, and one hash over the names and hashes of its files."""
     digest = hashlib.sha256()
-    files = [*directory.iterdir(), *directory.glob("qformer_tokenizer/*")]
-    paths = sorted(path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model"))
+    paths = source.paths()
     for done, path in enumerate(paths):
         report("hash the source", done, len(paths))
         digest.update(f"{sha256_of(path)}  {path.name}\n".encode())
     report("hash the source", len(paths), len(paths))
-    return digest.hexdigest()
+    where = {"checkpoint": str(source.directory)}
+    if source.laid_over is not None:
+        where = {"checkpoint": str(source.laid_over), "base": str(source.directory)}
+    return {**where, "sha256": digest.hexdigest()}
 
 
 def _versions() -> dict[str, str]:

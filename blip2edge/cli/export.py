@@ -25,6 +25,7 @@ def export(options: argparse.Namespace) -> int:
             options.output,
             precision=options.precision,
             verify=options.verify,
+            base=options.base,
             force=options.force,
             progress=progress,
         )

@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
     )
-    for add in (_export, _caption, _ask, _inspect, _doctor, _demo, _train, _eval):
+    for add in (_export, _caption, _ask, _inspect, _build, _doctor, _demo, _train, _eval):
         add(commands)
     return parser
 
@@ -125,9 +125,14 @@ def _add(commands: Commands, name: str, help: str, module: str, function: str) -
 
 def _export(commands: Commands) -> None:
     parser = _add(commands, "export", "a checkpoint to a verified ONNX bundle", "export", "export")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a local directory or a hub name")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a local directory, a hub name or a .pth of LAVIS"
+    )
     parser.add_argument(
         "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write"
+    )
+    parser.add_argument(
+        "--base", metavar="DIRECTORY", help="the checkpoint that gives a .pth of LAVIS its frozen parts"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the weights (fp32)")
     parser.add_argument(
@@ -170,7 +175,9 @@ def _output(parser: Parser) -> None:
 
 def _caption(commands: Commands) -> None:
     parser = _add(commands, "caption", "pictures to captions", "caption", "caption")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture file")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="a picture; for video models a video or a folder of frames"
+    )
     parser.add_argument(
         "--prompt",
         metavar="P",
@@ -198,6 +205,28 @@ def _inspect(commands: Commands) -> None:
     parser = _add(commands, "inspect", "what is inside a bundle", "inspect", "inspect")
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument("--verify", action="store_true", help="hash every file again")
+
+
+def _build(commands: Commands) -> None:
+    parser = _add(commands, "build", "TensorRT engines of a bundle", "build", "build")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument(
+        "--target",
+        choices=("tensorrt", "rtx"),
+        default="tensorrt",
+        help="tensorrt, on the machine that runs them, or rtx, anywhere (tensorrt)",
+    )
+    parser.add_argument(
+        "--sm",
+        metavar="CC",
+        type=positive_int,
+        action="append",
+        default=[],
+        help="a compute capability, as 86 for 8.6, to build for without that GPU; rtx only, may be repeated",
+    )
+    parser.add_argument(
+        "--workspace", metavar="MiB", type=positive_int, help="bound on the builder's scratch memory"
+    )
 
 
 def _doctor(commands: Commands) -> None:
