@@ -201,6 +201,8 @@ class PromptSpec:
         visual_tokens: Slots of a picture, or of a video's frames together.
         bos_token_id: Stands alone where there is no prompt.
         image_token_id: What transformers writes into ``input_ids`` for a slot (the repetition penalty sees it).
+        image_token: What the tokenizer itself has for a picture; the text is then tokenised whole, with one in
+            each picture's place. Empty where the parts around a picture are tokenised one by one.
         framed: Whether the tokenizer's special tokens frame the text; else it stands behind the BOS alone.
         required: Whether there is no captioning without a prompt.
         default: What ``caption`` puts in place of ``{prompt}`` where none is given; None for nothing.
@@ -226,6 +228,7 @@ class PromptSpec:
     picture_token: str = ""
     around_picture: str = ""
     end_token_id: int | None = None
+    image_token: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``bundle.json``."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blip2edge.contract import QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
 from blip2edge.errors import BundleError, CheckpointError
+from blip2edge.export.chat import prompt_template
 from blip2edge.model.checkpoint import read_json
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families import FAMILIES
+from blip2edge.model.models import Config
+from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.runtime.preprocess import Preprocessing
 from blip2edge.runtime.tokenizer import Tokenizer
 
@@ -35,40 +38,50 @@ class SideFiles:
     """Read and checked before anything is written."""
 
     preprocessing: Preprocessing
-    prompt: PromptSpec
+    prompt: PromptSpec | None
     generation: Mapping[str, Any]
     tokenizer: bytes
     qformer_tokenizer: bytes | None = None
 
     @classmethod
-    def read(cls, directory: Path, config: CaptionerConfig) -> SideFiles:
+    def read(cls, directory: Path, config: Config) -> SideFiles:
         """Reads a checkpoint's processor.
 
         Raises:
             CheckpointError: It has none, or one that does not fit the model.
         """
         content = _tokenizer(directory)
-        _check_tokenizer(content, directory, config.language.vocab_size, "the language model")
+        if isinstance(config, RetrievalConfig):
+            _check_tokenizer(content, directory, config.text.vocab_size, "the text side")
+            return cls(_preprocessing(directory, config), None, {}, content)
+        family = FAMILIES[config.family]
+        slot = "" if family.around_image else family.image_token
+        picture = (slot, config.image_token_id) if slot else None
+        _check_tokenizer(content, directory, config.language.vocab_size, "the language model", picture)
         instruction = None
         if config.instruction_positions:
             folder = directory / "qformer_tokenizer"
             instruction = _tokenizer(folder)
             _check_tokenizer(instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former")
-        family = FAMILIES[config.family]
         prompt = PromptSpec(
-            template=family.template,
+            template=prompt_template(directory, slot, family.template) if slot else family.template,
+            image_token=slot,
             question=family.question,
             default=family.default_prompt,
             frames=config.frames,
             instruction_positions=config.instruction_positions,
-            visual_tokens=config.frames * config.bridge.num_visual_tokens,
+            visual_tokens=0 if family.around_image else config.frames * config.bridge.num_visual_tokens,
             bos_token_id=config.bos_token_id,
             framed=family.framed,
             required=family.prompt_required,
             image_token_id=config.image_token_id,
+            picture_token=family.image_token if family.around_image else "",
+            around_picture=family.around_image,
+            end_token_id=next(iter(config.eos_token_ids), None),
         )
         generation = {
-            "eos_token_ids": list(config.eos_token_ids),
+            "eos_token_ids": _eos(directory, config.eos_token_ids) if family.generation else list(config.eos_token_ids),
+            "stop": list(family.stop),
             "pad_token_id": config.pad_token_id,
             "decoder_start_token_id": config.decoder_start_token_id,
             "max_new_tokens": MAX_NEW_TOKENS,
@@ -80,6 +93,15 @@ class SideFiles:
         (bundle / TOKENIZER_FILE).write_bytes(self.tokenizer)
         if self.qformer_tokenizer is not None:
             (bundle / QFORMER_TOKENIZER_FILE).write_bytes(self.qformer_tokenizer)
+
+
+def _eos(directory: Path, otherwise: Sequence[int]) -> list[int]:
+    """What ends a text by ``generation_config.json``; ``otherwise`` where that says nothing."""
+    path = directory / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    if found is None:
+        return list(otherwise)
+    return list(found) if isinstance(found, list) else [found]
 
 
 def _tokenizer(directory: Path) -> bytes:
@@ -103,7 +125,13 @@ def _tokenizer(directory: Path) -> bytes:
     return str(backend.to_str()).encode()
 
 
-def _check_tokenizer(content: bytes, directory: Path, vocab_size: int, reader: str) -> None:
+def _check_tokenizer(
+    content: bytes,
+    directory: Path,
+    vocab_size: int,
+    reader: str,
+    image_token: tuple[str, int | None] | None = None,
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / TOKENIZER_FILE
         path.write_bytes(content)
@@ -113,6 +141,12 @@ def _check_tokenizer(content: bytes, directory: Path, vocab_size: int, reader: s
             raise CheckpointError(
                 f"{directory / TOKENIZER_FILE} is no tokenizer.json", SAVE_PROCESSOR
             ) from error
+    if image_token is not None and tokenizer.token_to_id(image_token[0]) != image_token[1]:
+        raise CheckpointError(
+            f"{directory / TOKENIZER_FILE} gives {image_token[0]} the id {tokenizer.token_to_id(image_token[0])}, but "
+            f"config.json says image_token_index {image_token[1]}",
+            "put the tokenizer there that the model was trained with",
+        )
     ids = tokenizer.encode("a photo of two cats", add_special_tokens=True)
     if max(ids, default=0) >= vocab_size:
         raise CheckpointError(
@@ -121,7 +155,7 @@ def _check_tokenizer(content: bytes, directory: Path, vocab_size: int, reader: s
         )
 
 
-def _preprocessing(directory: Path, config: CaptionerConfig) -> Preprocessing:
+def _preprocessing(directory: Path, config: Config) -> Preprocessing:
     for name, part in PROCESSOR_FILES:
         path = directory / name
         values = read_json(path) if path.is_file() else {}

@@ -49,6 +49,7 @@ class Family:
         around_image: The token before and behind that one, where a text may hold several pictures that take no
             slots: the decoder looks at them from between its layers.
         generation: Whether ``generation_config.json`` says what ends a text (else the language model's config).
+        stop: Text that ends a caption, where the language model was trained to write it instead of an end token.
         left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
         renamed: Names of other versions of transformers and their replacement, as in ``re.sub``, matched at a
             name's start one after the other.
@@ -69,6 +70,7 @@ class Family:
     image_token: str = ""
     around_image: str = ""
     generation: bool = False
+    stop: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
@@ -201,6 +203,7 @@ FAMILIES: dict[str, Family] = {
         template="###Human: <Img>{image}</Img> {prompt}###Assistant:",
         default_prompt="Describe this image in detail.",
         question="{question}",
+        stop=("###",),
         left_out=POSITION_IDS,
     ),
     "llava": Family(

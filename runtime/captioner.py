@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.contract import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
-from blip2edge.errors import BackendError, UsageError
+from blip2edge.errors import BackendError, BundleError, UsageError
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.frames import ItemSource, pictures_of
 from blip2edge.runtime.generate import Generated, GenerationOptions, generate, stream
@@ -98,6 +98,11 @@ class Captioner:
 
     def __init__(self, bundle: Bundle, backend: str = "auto", threads: int | None = None) -> None:
         manifest = bundle.manifest
+        if manifest.prompt is None:
+            raise BundleError(
+                f"{bundle.path} compares pictures with texts and captions none",
+                "use blip2edge match or blip2edge embed",
+            )
         if manifest.precision == "bf16" and backend in ("auto", "cpu"):
             raise BackendError(
                 "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
@@ -225,6 +230,7 @@ class Captioner:
             raise UsageError(f"there is no option {unknown[0]}", f"options are {', '.join(known)}")
         merged = {
             "eos_token_ids": tuple(defaults["eos_token_ids"]),
+            "stop": tuple(defaults.get("stop", ())),
             "max_new_tokens": max(defaults["max_new_tokens"], options.get("min_new_tokens", 0)),
             **options,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,13 +108,16 @@ class Prompter:
             )
         if self.spec.picture_token:
             return self._interleaved(text or "", pictures)
-        filled = self.spec.template.replace("{prompt}", text or "")
-        runs: list[tuple[int, ...]] = []
-        special = True
-        for template, run in zip(self.spec.template.split(IMAGE), filled.split(IMAGE), strict=False):
-            runs.append(tuple(self._tokens(run, special, text is None)) if template else ())
-            special = special and not template
-        prompt = Prompt(tuple(runs), self.spec.visual_tokens, self.spec.image_token_id)
+        templates = self.spec.template.split(IMAGE)
+        parts = [template.replace("{prompt}", text or "") for template in templates]
+        if self.spec.image_token:
+            runs = self._around_tokens(parts)
+        else:
+            runs, special = [], True
+            for template, part in zip(templates, parts, strict=True):
+                runs.append(self._tokens(part, special, text is None) if template else [])
+                special = special and not template
+        prompt = Prompt(tuple(map(tuple, runs)), self.spec.visual_tokens, self.spec.image_token_id)
         self._check(prompt)
         return prompt
 
@@ -127,6 +131,19 @@ class Prompter:
         prompt = Prompt((tuple(ids),), 0, None, pictures, looks)
         self._check(prompt)
         return prompt
+
+    def _around_tokens(self, parts: Sequence[str]) -> list[list[int]]:
+        """The runs between the pictures' own tokens, the text being tokenised whole, as the processor does it."""
+        token = self.spec.image_token
+        runs: list[list[int]] = [[]]
+        for token_id in self.tokenizer.encode(token.join(parts)):
+            if token_id == self.spec.image_token_id:
+                runs.append([])
+            else:
+                runs[-1].append(token_id)
+        if len(runs) != len(parts):
+            raise PromptError(f"the prompt holds {token}, which stands for a picture", "leave it out")
+        return runs
 
     def _tokens(self, run: str, special: bool, is_default: bool) -> list[int]:
         if is_default and not run and self.spec.bos_token_id is not None:

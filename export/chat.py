@@ -1,0 +1,52 @@
+"""The prompt template that a checkpoint's own chat template amounts to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import CheckpointError
+
+FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
+"""Where a checkpoint may hold one."""
+
+TURN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{prompt}"}]}]
+"""One question on one picture."""
+
+
+def prompt_template(directory: Path, image_token: str, otherwise: str) -> str:
+    """Renders a checkpoint's chat template once, with placeholders for picture and prompt.
+
+    Args:
+        directory: The checkpoint.
+        image_token: What its template writes for a picture.
+        otherwise: The template of its family, for a checkpoint that has none, or one for text alone.
+
+    Returns:
+        Text with one ``{image}`` and one ``{prompt}``, without the BOS that the tokenizer adds by itself.
+
+    Raises:
+        CheckpointError: It has one that cannot be rendered.
+    """
+    if not any(_mentions_template(directory / name) for name in FILES):
+        return otherwise
+    from transformers import AutoProcessor
+
+    try:
+        processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]
+        text = str(processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # jinja2 and transformers raise a dozen kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"the chat template of {directory} could not be rendered ({reason})",
+            "save the processor again, or take its chat template out",
+        ) from error
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    if bos and processor.tokenizer("")["input_ids"][:1] == [processor.tokenizer.bos_token_id]:
+        text = text.removeprefix(bos)
+    fits = text.count(image_token) == 1 and text.count("{prompt}") == 1
+    return text.replace(image_token, "{image}") if fits else otherwise
+
+
+def _mentions_template(path: Path) -> bool:
+    return path.is_file() and (path.suffix == ".jinja" or "chat_template" in path.read_text(encoding="utf-8"))
