@@ -12,7 +12,6 @@ from blip2edge.contract import QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpe
 from blip2edge.errors import BundleError, CheckpointError
 from blip2edge.export.chat import prompt_template
 from blip2edge.model.checkpoint import read_json
-from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families import FAMILIES
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
