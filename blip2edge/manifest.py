@@ -89,9 +89,10 @@ class Manifest:
         source: ``checkpoint`` (where it lay) and ``sha256`` (over names and hashes of its files).
         precision: ``fp32``, ``fp16`` or ``bf16``.
         verify: How it was checked: ``full`` or ``sample``.
-        max_positions: Longest context of the language model.
-        vocab_size: Logits.
-        generation: Defaults: ``eos_token_ids``, ``pad_token_id``, ``max_new_tokens``.
+        max_positions: Longest context of the language model, or longest text of a model that compares.
+        vocab_size: Logits, or tokens that a text can have.
+        cache, prompt: None where nothing is generated.
+        generation: Defaults: ``eos_token_ids``, ``pad_token_id``, ``max_new_tokens``; empty where there is no such.
         files: Seal of every file of the bundle but ``bundle.json`` itself.
         versions: What made it.
         cross: What the decoder looks at beside its own text; None for nothing.
@@ -102,11 +103,11 @@ class Manifest:
     precision: str
     verify: str
     graphs: Mapping[str, GraphRecord]
-    cache: CacheSpec
+    cache: CacheSpec | None
     max_positions: int
     vocab_size: int
     preprocessing: Mapping[str, Any]
-    prompt: PromptSpec
+    prompt: PromptSpec | None
     generation: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
@@ -121,12 +122,12 @@ class Manifest:
             "precision": self.precision,
             "verify": self.verify,
             "graphs": {name: graph.to_json() for name, graph in self.graphs.items()},
-            "cache": dict(vars(self.cache)),
+            "cache": None if self.cache is None else dict(vars(self.cache)),
             "cross": None if self.cross is None else dict(vars(self.cross)),
             "max_positions": self.max_positions,
             "vocab_size": self.vocab_size,
             "preprocessing": dict(self.preprocessing),
-            "prompt": self.prompt.to_json(),
+            "prompt": None if self.prompt is None else self.prompt.to_json(),
             "generation": dict(self.generation),
             "files": {name: dict(vars(record)) for name, record in sorted(self.files.items())},
             "versions": dict(self.versions),
@@ -141,12 +142,12 @@ class Manifest:
             precision=values["precision"],
             verify=values["verify"],
             graphs={name: GraphRecord.from_json(name, graph) for name, graph in values["graphs"].items()},
-            cache=CacheSpec(**values["cache"]),
+            cache=CacheSpec(**values["cache"]) if values["cache"] else None,
             cross=CrossSpec(**values["cross"]) if values.get("cross") else None,
             max_positions=int(values["max_positions"]),
             vocab_size=int(values["vocab_size"]),
             preprocessing=values["preprocessing"],
-            prompt=PromptSpec.from_json(values["prompt"]),
+            prompt=PromptSpec.from_json(values["prompt"]) if values["prompt"] else None,
             generation=values["generation"],
             files={name: FileRecord(**record) for name, record in values["files"].items()},
             versions=values["versions"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from blip2edge.contract import (
     BRIDGE,
     CROSS_KV,
     DECODER,
+    IMAGE_FEATURES,
     INSTRUCTION,
+    MATCH,
+    TEXT_EMBEDS,
     TEXT_ENCODER,
     VISION,
     Axis,
@@ -26,10 +30,13 @@ from blip2edge.contract import (
     GraphSpec,
     TensorSpec,
 )
+from blip2edge.export import retrieval_graphs as retrieval
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.language import language_of
 from blip2edge.model.layers import KeyValue
+from blip2edge.model.models import Config, Model
+from blip2edge.model.retrieval import RetrievalConfig
 
 MAX_BATCH = 8
 MAX_PICTURES = 8  # in a prompt, where the text looks at them from between its tokens
@@ -39,7 +46,7 @@ MAX_ASKED = 16  # slots that get logits at once: drafts of up to 15 tokens
 class VisionGraph(nn.Module):
     """pixel_values → image_embeds."""
 
-    def __init__(self, model: CaptionerModel) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.vision = model.vision
 
@@ -136,13 +143,15 @@ class GraphDefinition:
         wrap: The module that computes it.
         spec: The tensors it takes and gives.
         stacks: Where its repeated layers can stand; the first that is there.
-        belongs: Whether a captioner has it.
+        belongs: Whether a model has it.
+        of: The kind of config whose models can have it.
     """
 
-    wrap: Callable[[CaptionerModel], nn.Module]
-    spec: Callable[[CaptionerConfig], GraphSpec]
+    wrap: Callable[[Any], nn.Module]
+    spec: Callable[[Any], GraphSpec]
     stacks: tuple[str, ...]
-    belongs: Callable[[CaptionerConfig], bool] = lambda config: True
+    belongs: Callable[[Any], bool] = lambda config: True
+    of: type | UnionType = CaptionerConfig
 
 
 def batch_axis() -> Axis:
@@ -150,7 +159,7 @@ def batch_axis() -> Axis:
     return Axis("batch", 1, 1, MAX_BATCH)
 
 
-def pictures_axis(config: CaptionerConfig) -> Axis:
+def pictures_axis(config: Config) -> Axis:
     """Pictures at once: the frames of videos stand one after the other in the batch."""
     return Axis("batch", 1, config.frames, MAX_BATCH * config.frames)
 
@@ -161,14 +170,14 @@ def cache_of(config: CaptionerConfig) -> CacheSpec:
     return CacheSpec(language.num_layers, language.num_kv_heads, language.head_dim)
 
 
-def vision_spec(config: CaptionerConfig) -> GraphSpec:
+def vision_spec(config: Config) -> GraphSpec:
     """Tensors of the vision encoder."""
     vision, batch = config.vision, pictures_axis(config)
     pixels = TensorSpec("pixel_values", "float32", (batch, 3, vision.image_size, vision.image_size))
     return GraphSpec(VISION, (pixels,), (image_embeds(config),))
 
 
-def image_embeds(config: CaptionerConfig) -> TensorSpec:
+def image_embeds(config: Config) -> TensorSpec:
     """What the vision encoder hands to the bridge."""
     return TensorSpec(
         "image_embeds", "float32", (pictures_axis(config), config.vision.num_embeds, config.vision.hidden_size)
@@ -262,7 +271,7 @@ def decoder_spec(config: CaptionerConfig) -> GraphSpec:
 
 
 GRAPHS: dict[str, GraphDefinition] = {
-    VISION: GraphDefinition(VisionGraph, vision_spec, ("vision.layers",)),
+    VISION: GraphDefinition(VisionGraph, vision_spec, ("vision.layers",), of=Config),
     BRIDGE: GraphDefinition(
         BridgeGraph,
         bridge_spec,
@@ -282,9 +291,29 @@ GRAPHS: dict[str, GraphDefinition] = {
         lambda config: config.language.cross is not None,
     ),
     DECODER: GraphDefinition(DecoderGraph, decoder_spec, ("language.layers",)),
+    IMAGE_FEATURES: GraphDefinition(
+        retrieval.ImageFeaturesGraph,
+        retrieval.image_features_spec,
+        ("matcher.qformer.layers",),
+        of=RetrievalConfig,
+    ),
+    TEXT_EMBEDS: GraphDefinition(
+        retrieval.TextEmbedsGraph, retrieval.text_embeds_spec, retrieval.TEXT_STACKS, of=RetrievalConfig
+    ),
+    MATCH: GraphDefinition(
+        retrieval.MatchGraph,
+        retrieval.match_spec,
+        retrieval.TEXT_STACKS,
+        lambda config: config.has_match,
+        of=RetrievalConfig,
+    ),
 }
 
 
-def graphs_of(config: CaptionerConfig) -> dict[str, GraphDefinition]:
-    """The graphs of a captioner, in the order in which they run."""
-    return {name: graph for name, graph in GRAPHS.items() if graph.belongs(config)}
+def graphs_of(config: Config) -> dict[str, GraphDefinition]:
+    """The graphs of a model, in the order in which they run."""
+    return {
+        name: graph
+        for name, graph in GRAPHS.items()
+        if isinstance(config, graph.of) and graph.belongs(config)
+    }

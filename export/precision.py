@@ -19,7 +19,8 @@ from onnx_ir.passes import common as passes
 
 from blip2edge.contract import GraphSpec
 from blip2edge.export.to_onnx import Traced
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.models import Config
+from blip2edge.model.retrieval import RetrievalConfig
 
 PRECISIONS: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Names on the command line, and the dtype of the graphs' floating tensors."""
@@ -55,6 +56,7 @@ EXCEPTIONS: tuple[Fp32Exception, ...] = (
     Fp32Exception(
         "RMSNorm", r"norm\d?$", "(?!LayerNormalization).*", "squares overflow: 256 squared is beyond 65504"
     ),
+    Fp32Exception("unit length", r"unit$", ".*", "a sum of squares overflows beyond 65504"),
     Fp32Exception(
         "rotary positions", r"rotary$", ".*", "an angle of 2000 has no digits left behind the point"
     ),
@@ -86,9 +88,10 @@ def module_path(node: ir.Node) -> str:
     return str(ast.literal_eval(scopes)[-2]) if scopes and len(ast.literal_eval(scopes)) > 1 else ""
 
 
-def exceptions_of(config: CaptionerConfig) -> tuple[Fp32Exception, ...]:
-    """What stays in FP32 in a captioner."""
-    return (*EXCEPTIONS, *BY_LANGUAGE.get(config.language.kind, ()))
+def exceptions_of(config: Config) -> tuple[Fp32Exception, ...]:
+    """What stays in FP32 in a model."""
+    kind = config.text.kind if isinstance(config, RetrievalConfig) else config.language.kind
+    return (*EXCEPTIONS, *BY_LANGUAGE.get(kind, ()))
 
 
 def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception]) -> tuple[str, ...]:

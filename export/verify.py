@@ -21,8 +21,7 @@ from blip2edge.export.graphs import GRAPHS
 from blip2edge.export.precision import convert, exceptions_of
 from blip2edge.export.to_onnx import Traced, trace
 from blip2edge.export.weights import Weights, point_at, write_weights
-from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.models import Config, Model, build_model
 from blip2edge.runtime.session import OnnxRuntimeSession
 
 Array = NDArray[Any]
@@ -185,7 +184,7 @@ def sampled_layers(count: int) -> list[int]:
 
 
 def compare_whole(
-    name: str, model: CaptionerModel, directory: Path, traced: Traced, precision: str
+    name: str, model: Model, directory: Path, traced: Traced, precision: str
 ) -> list[Parity]:
     """Parity of a whole graph.
 
@@ -225,7 +224,7 @@ def _bf16_twin(traced: Traced, read: Callable[[str], Tensor], directory: Path) -
 
 
 def compare_sample(
-    name: str, config: CaptionerConfig, read: Callable[[str], Tensor], weights: Weights, precision: str
+    name: str, config: Config, read: Callable[[str], Tensor], weights: Weights, precision: str
 ) -> list[Parity]:
     """Parity of single layers, with all that stands before and after them, on the *published* weights.
 
@@ -278,12 +277,12 @@ def compare_sample(
     return results
 
 
-def _meta_model(config: CaptionerConfig) -> CaptionerModel:
+def _meta_model(config: Config) -> Model:
     with torch.device("meta"):
-        return CaptionerModel(config).eval()
+        return build_model(config).eval()
 
 
-def _stack(name: str, model: CaptionerModel) -> tuple[str, nn.ModuleList]:
+def _stack(name: str, model: Model) -> tuple[str, nn.ModuleList]:
     """The layers that a graph repeats, and where they stand; none where it repeats none."""
     modules = dict(GRAPHS[name].wrap(model).named_modules())
     for path in GRAPHS[name].stacks:
@@ -293,7 +292,7 @@ def _stack(name: str, model: CaptionerModel) -> tuple[str, nn.ModuleList]:
     return "", nn.ModuleList()
 
 
-def _cut(name: str, model: CaptionerModel, layer: int) -> nn.Module:
+def _cut(name: str, model: Model, layer: int) -> nn.Module:
     """The graph's module with one layer left."""
     _, stack = _stack(name, model)
     if len(stack):
@@ -304,7 +303,7 @@ def _cut(name: str, model: CaptionerModel, layer: int) -> nn.Module:
     return GRAPHS[name].wrap(model)
 
 
-def _one_layer_spec(name: str, config: CaptionerConfig) -> GraphSpec:
+def _one_layer_spec(name: str, config: Config) -> GraphSpec:
     whole = GRAPHS[name].spec(config)
     return GraphSpec(name, _first_layer(whole.inputs), _first_layer(whole.outputs))
 
@@ -317,7 +316,7 @@ def _first_layer(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 LATER_LAYER = re.compile(r"(past_key_values|present|cross)\.[1-9]\d*\.")
 
 
-def _one_layer(name: str, config: CaptionerConfig, layer: int, state: Mapping[str, Tensor]) -> nn.Module:
+def _one_layer(name: str, config: Config, layer: int, state: Mapping[str, Tensor]) -> nn.Module:
     """The graph's module with one layer; what the graph does not need stays without weights."""
     module = _cut(name, _meta_model(config), layer)
     module.load_state_dict(state, assign=True, strict=False)

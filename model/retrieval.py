@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,13 @@ class RetrievalConfig:
     num_features: int = 1
     has_match: bool = True
     family: str = "blip-itm"
+
+    frames: ClassVar[int] = 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that a text can have."""
+        return self.text.vocab_size
 
 
 class Unit(nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.contract import CROSS_KV, CROSS_MASK, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TEXT_ENCODER
+from blip2edge.errors import BundleError
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.decoder import Decoder, DecoderState
 from blip2edge.runtime.embeddings import TokenTable
@@ -54,6 +55,8 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
         open_graph: Loads a graph by name.
     """
     manifest = bundle.manifest
+    if manifest.cache is None:
+        raise BundleError(f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again")
     spec = bundle.graph(DECODER).spec
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
     decoder = Decoder(open_graph(DECODER), spec, manifest.cache, table)

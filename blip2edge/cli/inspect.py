@@ -41,8 +41,6 @@ def bundle_bytes(manifest: Manifest) -> int:
 
 def _head(manifest: Manifest) -> list[str]:
     source = ", ".join(f"{key} {value}" for key, value in manifest.source.items())
-    cache = manifest.cache
-    prompt = manifest.prompt
     facts = {
         "family": manifest.family,
         "source": source,
@@ -50,13 +48,16 @@ def _head(manifest: Manifest) -> list[str]:
         "verified": f"{manifest.verify}, against torch",
         "vocabulary": f"{manifest.vocab_size} tokens",
         "context": f"{manifest.max_positions} positions",
-        "visual tokens": str(prompt.visual_tokens),
-        "prompt": f"{prompt.template!r}, question {prompt.question!r}",
-        "cache": f"{cache.num_layers} layers x {cache.num_heads} heads x {cache.head_dim}",
-        "generation": _pairs(manifest.generation),
-        "preprocessing": _pairs(manifest.preprocessing),
-        "made by": _pairs(manifest.versions),
     }
+    if manifest.prompt is not None and manifest.cache is not None:
+        prompt, cache = manifest.prompt, manifest.cache
+        facts |= {
+            "visual tokens": str(prompt.visual_tokens),
+            "prompt": f"{prompt.template!r}, question {prompt.question!r}",
+            "cache": f"{cache.num_layers} layers x {cache.num_heads} heads x {cache.head_dim}",
+            "generation": _pairs(manifest.generation),
+        }
+    facts |= {"preprocessing": _pairs(manifest.preprocessing), "made by": _pairs(manifest.versions)}
     width = max(map(len, facts))
     return [f"{key.ljust(width)}  {value}" for key, value in facts.items()]
 

@@ -1,0 +1,97 @@
+"""The graphs of a model that compares pictures with texts: their tensors, and a thin torch module for each.
+
+    image_embeds [B,P,Dv]                                → image_features [B,K,F], of length 1
+    input_ids, attention_mask [B,S]                      → text_embeds [B,F], of length 1
+    image_embeds, input_ids, attention_mask              → probability [B], match_logits [B,2]: apart, together
+
+The cosine of picture and text is the largest product of ``text_embeds`` with one of the K ``image_features``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from blip2edge.contract import IMAGE_FEATURES, MATCH, TEXT_EMBEDS, Axis, GraphSpec, TensorSpec
+from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
+
+MAX_BATCH = 8
+TEXT_STACKS = ("matcher.encoder.layers", "matcher.qformer.layers")
+"""Where the layers that read a text stand."""
+
+
+class ImageFeaturesGraph(nn.Module):
+    """image_embeds → image_features."""
+
+    def __init__(self, model: RetrievalModel) -> None:
+        super().__init__()
+        self.matcher = model.matcher
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """``[B, P, Dv]`` to ``[B, K, F]``."""
+        return self.matcher.image_features(image_embeds)  # type: ignore[no-any-return,operator]
+
+
+class TextEmbedsGraph(nn.Module):
+    """input_ids, attention_mask → text_embeds."""
+
+    def __init__(self, model: RetrievalModel) -> None:
+        super().__init__()
+        self.matcher = model.matcher
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Int64 ``[B, S]`` twice to ``[B, F]``."""
+        return self.matcher.text_embeds(input_ids, attention_mask)  # type: ignore[no-any-return,operator]
+
+
+class MatchGraph(nn.Module):
+    """image_embeds, input_ids, attention_mask → probability, match_logits."""
+
+    def __init__(self, model: RetrievalModel) -> None:
+        super().__init__()
+        self.matcher = model.matcher
+
+    def forward(
+        self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``[B, P, Dv]`` and int64 ``[B, S]`` twice to ``[B]`` and ``[B, 2]``."""
+        logits: Tensor = self.matcher.match(image_embeds, input_ids, attention_mask)  # type: ignore[operator]
+        return logits.softmax(dim=-1)[:, 1], logits
+
+
+def batch_axis() -> Axis:
+    """Pictures or texts at once."""
+    return Axis("batch", 1, 1, MAX_BATCH)
+
+
+def text_tensors(config: RetrievalConfig) -> tuple[TensorSpec, TensorSpec]:
+    """A text's ids and their mask; every text begins with a special token and has one more."""
+    longest = config.max_positions
+    dims = (batch_axis(), Axis("text", 1, min(16, longest), longest))
+    return TensorSpec("input_ids", "int64", dims), TensorSpec("attention_mask", "int64", dims)
+
+
+def image_embeds(config: RetrievalConfig) -> TensorSpec:
+    """What the vision encoder hands on."""
+    dims = (batch_axis(), config.vision.num_embeds, config.vision.hidden_size)
+    return TensorSpec("image_embeds", "float32", dims)
+
+
+def image_features_spec(config: RetrievalConfig) -> GraphSpec:
+    """Tensors of the picture's side of the contrast."""
+    features = TensorSpec("image_features", "float32", (batch_axis(), config.num_features, config.embed_dim))
+    return GraphSpec(IMAGE_FEATURES, (image_embeds(config),), (features,))
+
+
+def text_embeds_spec(config: RetrievalConfig) -> GraphSpec:
+    """Tensors of the text's side of the contrast."""
+    embeds = TensorSpec("text_embeds", "float32", (batch_axis(), config.embed_dim))
+    return GraphSpec(TEXT_EMBEDS, text_tensors(config), (embeds,))
+
+
+def match_spec(config: RetrievalConfig) -> GraphSpec:
+    """Tensors of the matching head."""
+    scores = (
+        TensorSpec("probability", "float32", (batch_axis(),)),
+        TensorSpec("match_logits", "float32", (batch_axis(), 2)),
+    )
+    return GraphSpec(MATCH, (image_embeds(config), *text_tensors(config)), scores)
