@@ -120,9 +120,10 @@ def check_fingerprint(found: dict[str, Any], wanted: Fingerprint, engines: Path)
     for key in ("bundle_sha256", "target", "tensorrt", "machine", "gpus", "gpu"):
         if found.get(key) == here[key]:
             continue
-        if key in ("gpus", "gpu") and found.get("target") == "rtx":
-            if key == "gpu" or set(here["gpus"]) <= set(found.get("gpus", ())):
-                continue
+        if found.get("target") == "rtx" and key == "gpu":
+            continue  # such engines are made for compute capabilities
+        if found.get("target") == "rtx" and key == "gpus" and set(here[key]) <= set(found.get(key, ())):
+            continue
         raise EngineError(
             f"the engines in {engines} were built for {key} {found.get(key)!r}, but here it is {here[key]!r}",
             f"build them again: blip2edge build {engines.parent.parent} --target {wanted.target}",
