@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
+from blip2edge.model import family_idefics as idefics
 from blip2edge.model import weight_tables as tables
 from blip2edge.model import weight_tables_blip as blip_tables
 from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
 from blip2edge.model.family_blip import read_blip, write_blip
-from blip2edge.model import family_idefics as idefics
 from blip2edge.model.family_llava import LEFT_OUT as LLAVA_LEFT_OUT
 from blip2edge.model.family_llava import RENAMED as LLAVA_RENAMED
 from blip2edge.model.family_llava import read_llava, write_llava

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from blip2edge.errors import CheckpointError
@@ -71,7 +72,8 @@ class WeightMap:
         names = self.sources(ours)
         if len(names) == 1:
             return {names[0]: tensor}
-        parts = tensor.split(list(self.rows(ours))) if self.rows(ours) else tensor.chunk(len(names))
+        rows = list(self.rows(ours))
+        parts = torch.split(tensor, rows) if rows else tensor.chunk(len(names))
         return dict(zip(names, parts, strict=True))
 
     def rows(self, ours: str) -> tuple[int, ...]:
