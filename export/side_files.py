@@ -61,7 +61,9 @@ class SideFiles:
         if config.instruction_positions:
             folder = directory / "qformer_tokenizer"
             instruction = _tokenizer(folder)
-            _check_tokenizer(instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former")
+            _check_tokenizer(
+                instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True
+            )
         prompt = PromptSpec(
             template=prompt_template(directory, slot, family.template) if slot else family.template,
             image_token=slot,
@@ -79,7 +81,9 @@ class SideFiles:
             end_token_id=next(iter(config.eos_token_ids), None),
         )
         generation = {
-            "eos_token_ids": _eos(directory, config.eos_token_ids) if family.generation else list(config.eos_token_ids),
+            "eos_token_ids": _eos(directory, config.eos_token_ids)
+            if family.generation
+            else list(config.eos_token_ids),
             "stop": list(family.stop),
             "pad_token_id": config.pad_token_id,
             "decoder_start_token_id": config.decoder_start_token_id,
@@ -130,7 +134,9 @@ def _check_tokenizer(
     vocab_size: int,
     reader: str,
     image_token: tuple[str, int | None] | None = None,
+    whole: bool = False,
 ) -> None:
+    """Raises CheckpointError where a text, or with ``whole`` any token, has an id that the reader lacks."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / TOKENIZER_FILE
         path.write_bytes(content)
@@ -146,7 +152,11 @@ def _check_tokenizer(
             f"config.json says image_token_index {image_token[1]}",
             "put the tokenizer there that the model was trained with",
         )
-    ids = tokenizer.encode("a photo of two cats", add_special_tokens=True)
+    ids = (
+        [tokenizer.vocab_size - 1]
+        if whole
+        else tokenizer.encode("a photo of two cats", add_special_tokens=True)
+    )
     if max(ids, default=0) >= vocab_size:
         raise CheckpointError(
             f"{directory / TOKENIZER_FILE} gives the id {max(ids)}, but {reader} has {vocab_size} tokens",

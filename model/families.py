@@ -17,6 +17,14 @@ from blip2edge.model.family_blip import read_blip, write_blip
 from blip2edge.model.family_llava import LEFT_OUT as LLAVA_LEFT_OUT
 from blip2edge.model.family_llava import RENAMED as LLAVA_RENAMED
 from blip2edge.model.family_llava import read_llava, write_llava
+from blip2edge.model.family_retrieval import (
+    read_blip2_itm,
+    read_blip_itm,
+    read_clip,
+    write_blip2_itm,
+    write_blip_itm,
+    write_clip,
+)
 from blip2edge.model.instruct import InstructedQFormerConfig
 from blip2edge.model.language import LANGUAGES, language_of
 from blip2edge.model.tokens import read_tokens, write_tokens
@@ -144,6 +152,7 @@ FAMILIES: dict[str, Family] = {
         read=read_blip2,
         write=write_blip2,
         rules=tables.BLIP2,
+        architectures=("Blip2ForConditionalGeneration",),
         left_out=POSITION_IDS,
     ),
     "blip": Family(
@@ -170,6 +179,32 @@ FAMILIES: dict[str, Family] = {
         model_type="blip",
         architectures=("BlipForQuestionAnswering",),
         left_out=BLIP_LEFT_OUT,
+    ),
+    "blip-itm": Family(
+        title="BLIP ITM and ITC",
+        read=read_blip_itm,
+        write=write_blip_itm,
+        rules=blip_tables.BLIP_ITM,
+        model_type="blip",
+        architectures=("BlipForImageTextRetrieval",),
+        left_out=BLIP_LEFT_OUT,
+    ),
+    "blip-2-itm": Family(
+        title="BLIP-2 ITM and ITC",
+        read=read_blip2_itm,
+        write=write_blip2_itm,
+        rules=blip_tables.BLIP2_ITM,
+        model_type="blip-2",
+        architectures=("Blip2ForImageTextRetrieval",),
+        left_out=(*POSITION_IDS, r"embeddings\.position_ids"),
+    ),
+    "clip": Family(
+        title="CLIP",
+        read=read_clip,
+        write=write_clip,
+        rules=blip_tables.CLIP,
+        architectures=("CLIPModel",),
+        left_out=(r"(vision|text)_model\.embeddings\.position_ids", "logit_scale"),
     ),
     "instructblip": Family(
         title="InstructBLIP",
@@ -228,6 +263,7 @@ FAMILIES: dict[str, Family] = {
         question="Question: {question} Answer:",
         image_token="<image>",
         around_image="<fake_token_around_image>",
+        generation=True,
         left_out=idefics.LEFT_OUT,
     ),
 }

@@ -222,7 +222,7 @@ class Preprocessing:
 
         Args:
             config: The parsed JSON; keys that are absent take the defaults of `BlipImageProcessor`, or of
-                `CLIPImageProcessor` where `image_processor_type` names a CLIP processor.
+                `CLIPImageProcessor` or `IdeficsImageProcessor` where `image_processor_type` names one of those.
 
         Raises:
             CheckpointError: A value is outside its range, or asks for a step that is not supported.
@@ -232,12 +232,13 @@ class Preprocessing:
             config = part
         kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
         clip = kind.startswith("CLIP")
+        edge = 224 if kind.startswith(("CLIP", "Idefics")) else 384
         if config.get("do_pad"):
             raise CheckpointError("preprocessor_config.json: expected do_pad to be false, got true")
         try:
             return cls(
                 resize=bool(config.get("do_resize", True)),
-                size=_hf_size(config.get("size"), 224 if clip else 384, square=not clip),
+                size=_hf_size(config.get("size", config.get("image_size")), edge, square=not clip),
                 crop=_hf_size(config.get("crop_size"), 224, square=True)
                 if config.get("do_center_crop", clip)
                 else None,
