@@ -15,7 +15,7 @@ from blip2edge.contract import IMAGE_FEATURES, MATCH, TEXT_EMBEDS, Axis, GraphSp
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
 
 MAX_BATCH = 8
-TEXT_STACKS = ("matcher.encoder.layers", "matcher.qformer.layers")
+TEXT_STACKS = ("matcher.encoder.layers", "matcher.qformer.layers", "matcher.text.layers")
 """Where the layers that read a text stand."""
 
 

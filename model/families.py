@@ -10,6 +10,7 @@ from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model import family_idefics as idefics
+from blip2edge.model import family_retrieval as retrieval
 from blip2edge.model import weight_tables as tables
 from blip2edge.model import weight_tables_blip as blip_tables
 from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
@@ -17,19 +18,11 @@ from blip2edge.model.family_blip import read_blip, write_blip
 from blip2edge.model.family_llava import LEFT_OUT as LLAVA_LEFT_OUT
 from blip2edge.model.family_llava import RENAMED as LLAVA_RENAMED
 from blip2edge.model.family_llava import read_llava, write_llava
-from blip2edge.model.family_retrieval import (
-    read_blip2_itm,
-    read_blip_itm,
-    read_clip,
-    write_blip2_itm,
-    write_blip_itm,
-    write_clip,
-)
 from blip2edge.model.instruct import InstructedQFormerConfig
 from blip2edge.model.language import LANGUAGES, language_of
-from blip2edge.model.tokens import read_tokens, write_tokens
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.model.tokens import read_tokens, write_tokens
 from blip2edge.model.weights import Rule, WeightMap, under
 
 VQA_QUESTION = "Question: {question} Short answer:"
@@ -182,8 +175,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "blip-itm": Family(
         title="BLIP ITM and ITC",
-        read=read_blip_itm,
-        write=write_blip_itm,
+        read=retrieval.read_blip_itm,
+        write=retrieval.write_blip_itm,
         rules=blip_tables.BLIP_ITM,
         model_type="blip",
         architectures=("BlipForImageTextRetrieval",),
@@ -191,8 +184,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "blip-2-itm": Family(
         title="BLIP-2 ITM and ITC",
-        read=read_blip2_itm,
-        write=write_blip2_itm,
+        read=retrieval.read_blip2_itm,
+        write=retrieval.write_blip2_itm,
         rules=blip_tables.BLIP2_ITM,
         model_type="blip-2",
         architectures=("Blip2ForImageTextRetrieval",),
@@ -200,8 +193,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "clip": Family(
         title="CLIP",
-        read=read_clip,
-        write=write_clip,
+        read=retrieval.read_clip,
+        write=retrieval.write_clip,
         rules=blip_tables.CLIP,
         architectures=("CLIPModel",),
         left_out=(r"(vision|text)_model\.embeddings\.position_ids", "logit_scale"),

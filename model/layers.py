@@ -51,6 +51,14 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+class Unit(nn.Module):
+    """Scales vectors to length 1; a module of its own so that fp16 leaves it in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., F]`` to ``[..., F]``."""
+        return F.normalize(x, dim=-1)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """``[B, S, heads * d]`` to ``[B, heads, S, d]``."""
     return x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2)

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blip2edge.model.bert import BertEncoder
+from blip2edge.model.clip import ClipMatcher
 from blip2edge.model.config import VisionConfig
 from blip2edge.model.instruct import InstructedQFormer
-from blip2edge.model.layers import key_mask_bias
+from blip2edge.model.layers import Unit, key_mask_bias
 from blip2edge.model.vit import VisionTransformer
 
 
@@ -64,14 +64,6 @@ class RetrievalConfig:
     def vocab_size(self) -> int:
         """Tokens that a text can have."""
         return self.text.vocab_size
-
-
-class Unit(nn.Module):
-    """Scales vectors to length 1; a module of its own so that fp16 leaves it in fp32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., F]`` to ``[..., F]``."""
-        return F.normalize(x, dim=-1)
 
 
 class BlipMatcher(nn.Module):
@@ -151,6 +143,7 @@ class Blip2Matcher(nn.Module):
 
 MATCHERS: dict[str, Callable[[RetrievalConfig], nn.Module]] = {
     "blip_text_model": BlipMatcher,
+    "clip_text_model": ClipMatcher,
     "instructed-qformer": Blip2Matcher,
 }
 """How picture and text are compared, by the kind of the text side's config."""

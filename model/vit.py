@@ -6,6 +6,8 @@ EVA (arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +15,38 @@ from blip2edge.model.config import VisionConfig
 from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads
 
 
+class BlockConfig(Protocol):
+    """What a block asks of a config."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the MLP."""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the attention."""
+
+    @property
+    def activation(self) -> str:
+        """Of the MLP."""
+
+    @property
+    def norm_eps(self) -> float:
+        """Of both norms."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+
+
 class Attention(nn.Module):
     """Self-attention over patches; one matrix makes queries, keys and values."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_heads
@@ -24,16 +54,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)  # [B, P, D] -> [B, P, 3D]
         self.projection = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, P, D]`` to ``[B, P, D]``."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[B, P, D]`` to ``[B, P, D]``; ``bias`` broadcasts to ``[B, H, P, P]``."""
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return self.projection(merge_heads(attend(query, key, value, scale=self.scale)))  # type: ignore[no-any-return]
+        return self.projection(merge_heads(attend(query, key, value, bias, self.scale)))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -47,16 +77,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, P, D]`` to ``[B, P, D]``."""
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[B, P, D]`` to ``[B, P, D]``; ``bias`` hides what a slot may not see."""
+        x = x + self.attention(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 

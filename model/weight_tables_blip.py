@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blip2edge.model.weight_tables import BLIP2_VISION, QFORMER_ATTENTION
+from blip2edge.model.weight_tables import BLIP2_VISION, CLIP_VISION, INSTRUCTBLIP_QFORMER, QFORMER_ATTENTION
 from blip2edge.model.weights import Rule, under
 
 BERT_ATTENTION = tuple(
@@ -33,3 +33,33 @@ BLIP_DECODER = (
 """The decoder of captions, or of answers behind the encoder of questions."""
 
 BLIP_VISION = under("vision.", "vision_model.", BLIP2_VISION)
+
+BLIP_ITM = (
+    *BLIP_VISION,
+    *under("matcher.encoder.", "text_encoder.", BERT),
+    Rule("matcher.image_projection", "vision_proj"),
+    Rule("matcher.text_projection", "text_proj"),
+    Rule("matcher.match_head", "itm_head"),
+)
+
+BLIP2_ITM = (
+    *BLIP_VISION,
+    Rule("matcher.qformer.query_tokens", "query_tokens"),
+    *under("matcher.qformer.", "qformer.", (rule for rule in INSTRUCTBLIP_QFORMER if "layers" in rule.ours)),
+    Rule("matcher.qformer.norm", "qformer.layernorm"),
+    Rule("matcher.qformer.word_embeddings", "embeddings.word_embeddings"),
+    Rule("matcher.qformer.position_embeddings", "embeddings.position_embeddings"),
+    Rule("matcher.image_projection", "vision_projection"),
+    Rule("matcher.text_projection", "text_projection"),
+    Rule("matcher.match_head", "itm_head"),
+)
+
+CLIP = (
+    *under("vision.", "vision_model.", CLIP_VISION),
+    Rule("matcher.text.embed_tokens", "text_model.embeddings.token_embedding"),
+    Rule("matcher.text.positions", "text_model.embeddings.position_embedding"),
+    Rule("matcher.text.final_norm", "text_model.final_layer_norm"),
+    *under("matcher.text.", "text_model.", (rule for rule in CLIP_VISION if rule.ours.startswith("layers"))),
+    Rule("matcher.image_projection", "visual_projection"),
+    Rule("matcher.text_projection", "text_projection"),
+)
