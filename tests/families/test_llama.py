@@ -1,0 +1,116 @@
+"""Llama, Mistral, Qwen2 and SmolLM as language models of BLIP-2, against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blip2edge import Captioner
+from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.model.language import language_of
+from blip2edge.model.weights import WeightMap
+from tests.families import drawing_llama as drawing
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.5}
+
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    ("llama", {"tie_word_embeddings": True, "rope_parameters": LINEAR}),
+    ("llama", {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
+    ("mistral", {"sliding_window": 5}),
+    ("mistral", {"sliding_window": None, "head_dim": 12}),
+    ("qwen2", {}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+)
+
+
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_decoder_equals_transformers(variant: int) -> None:
+    """A ragged batch in one go, and again with a cache between its halves."""
+    from transformers import AutoModelForCausalLM
+
+    kind, changes = VARIANTS[variant]
+    theirs = AutoModelForCausalLM.from_config(drawing.text_config(kind, **changes)).eval()
+    drawing.draw_weights(theirs, variant)
+    row, state = language_of(kind), theirs.state_dict()
+    config: Any = row.read_config(theirs.config.to_dict())
+    assert row.read_config(config.to_hf()) == config
+    ours = row.build(config).eval()
+    names = WeightMap(row.rules(config))
+    ours.load_state_dict({name: state[names.sources(name)[0]] for name in ours.state_dict()})
+    ids = torch.randint(0, drawing.VOCAB, (2, 14), generator=torch.Generator().manual_seed(variant))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        embeds = ours.embed(ids)  # type: ignore[operator]
+        whole, _ = ours(embeds, mask, positions)
+        _, past = ours(embeds[:, :8], mask[:, :8], positions[:, :8])
+        rest, _ = ours(embeds[:, 8:], mask, positions[:, 8:], None, past)
+    valid = mask.bool()
+    torch.testing.assert_close(whole[valid], expected[valid], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rest, expected[:, 8:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("seed", "variant"), [(0, 0), (1, 2), (2, 4), (3, 6)], ids=["llama", "smollm", "mistral", "qwen2"]
+)
+def test_captions_equal_transformers(seed: int, variant: int, tmp_path: Path) -> None:
+    """Exported in float32: greedy and beams, batched and single."""
+    kind, changes = VARIANTS[variant]
+    model, processor = drawing.draw_blip2(tmp_path / "checkpoint", seed, kind, **changes)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
+    captioner = Captioner.load(tmp_path / "bundle", threads=1)
+
+    def reference(image: Any, prompt: str | None, **options: Any) -> list[int]:
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        ids = model.generate(**inputs, **options)[0]
+        start = inputs["input_ids"].shape[1] if prompt else model.config.num_query_tokens + 1
+        return drawing.without_padding(ids[start:])
+
+    drawing.assert_same_ids(captioner, reference, [None, "a photo of", "what is red : dog ?"], seed)
+
+
+def test_fp16_keeps_positions_in_fp32(tmp_path: Path) -> None:
+    """A theta beyond fp16's range, and angles, stay as they are."""
+    drawing.draw_blip2(tmp_path / "checkpoint", 0, "llama", rope_parameters=LINEAR)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16")
+    captioner = Captioner.load(tmp_path / "bundle", threads=1)
+    record = captioner.bundle.manifest.graphs["decoder"]
+    assert any(reason.startswith("rotary positions:") for reason in record.fp32_exceptions)
+    logits = next(parity for parity in record.parity if parity.output == "logits")
+    assert logits.relative < 1e-2
+    assert captioner.caption(drawing.pictures(0)[0], prompt="a photo", max_new_tokens=3).tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary positions of kind 'yarn'"),
+        ({"partial_rotary_factor": 0.5}, "over a part of each head"),
+        ({"num_key_value_heads": 3}, "3 key/value heads do not divide 4 heads"),
+        ({"head_dim": 7}, "even head_dim"),
+        ({"hidden_act": "xielu"}, "text_config.hidden_act is 'xielu'"),
+    ],
+)
+def test_what_is_not_supported_is_one_line(changes: dict[str, Any], message: str) -> None:
+    """The key that is wrong stands in the message."""
+    values = drawing.text_config("llama").to_dict() | changes
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=message) as caught:
+        language_of("llama").read_config(values)
+    assert "\n" not in str(caught.value)
