@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class SideFiles:
         slot = "" if family.around_image else family.image_token
         picture = (slot, config.image_token_id) if slot else None
         _check_tokenizer(content, directory, config.language.vocab_size, "the language model", picture)
+        if family.around_image:
+            _check_markers(content, directory, (family.image_token, family.around_image))
         instruction = None
         if config.instruction_positions:
             folder = directory / "qformer_tokenizer"
@@ -126,6 +129,17 @@ def _tokenizer(directory: Path) -> bytes:
             f"the slow tokenizer of {directory} could not be converted ({reason})", SAVE_PROCESSOR
         ) from error
     return str(backend.to_str()).encode()
+
+
+def _check_markers(content: bytes, directory: Path, markers: Sequence[str]) -> None:
+    """Raises CheckpointError where the tokenizer lacks a token that stands beside a picture."""
+    known = {token["content"] for token in json.loads(content).get("added_tokens", ())}
+    missing = [marker for marker in markers if marker not in known]
+    if missing:
+        raise CheckpointError(
+            f"{directory / TOKENIZER_FILE} has no token {missing[0]}, by which this model's texts hold pictures",
+            "put the tokenizer there that the model was trained with",
+        )
 
 
 def _check_tokenizer(

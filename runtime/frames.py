@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from blip2edge.errors import ImageError
+from blip2edge.errors import ImageError, UsageError
 from blip2edge.runtime.preprocess import ImageSource
 
 ItemSource = ImageSource | Sequence[ImageSource]
@@ -36,8 +36,12 @@ def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
 
     Raises:
         ImageError: As in :func:`load_frames`.
+        UsageError: Several pictures where one is taken.
     """
     if frames == 1:
+        for item in items:
+            if isinstance(item, (list, tuple)):
+                raise UsageError(f"expected one picture a prompt, which is what this model takes, got {len(item)}")
         return list(items)  # type: ignore[arg-type]  # preprocessing refuses what is no picture
     return [picture for item in items for picture in load_frames(item, frames)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.contract import MARKERS
 from blip2edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,20 +30,18 @@ GENERATION_FLAGS = (
 
 def caption(options: argparse.Namespace) -> int:
     """Caption every picture, in the order given."""
-    images: list[str] = options.images
-    prompts = _prompts(options.prompt, len(images))
+    items, prompts = _items(options.images, options.prompt)
     _check(options)
     captioner = _load(options)
     flags = generation_flags(options)
     if options.stream:
-        for index, image in enumerate(images):
-            label = f"{image}: " if len(images) > 1 else ""
+        for index, item in enumerate(items):
             prompt = None if prompts is None else prompts[index]
-            _write(label, captioner.stream(image, prompt=prompt, **flags))
+            _write(_label(item, len(items)), captioner.stream(item, prompt=prompt, **flags))
         return 0
-    results = captioner.caption_many(images, prompts=prompts, batch_size=options.batch_size, **flags)
-    for image, result in zip(images, results, strict=True):
-        show(result, as_json=options.json, label=f"{image}: " if len(images) > 1 else "")
+    results = captioner.caption_many(items, prompts=prompts, batch_size=options.batch_size, **flags)
+    for item, result in zip(items, results, strict=True):
+        show(result, as_json=options.json, label=_label(item, len(items)))
     return 0
 
 
@@ -68,6 +67,38 @@ def generation_flags(options: argparse.Namespace) -> dict[str, Any]:
 def show(result: CaptionResult, *, as_json: bool, label: str) -> None:
     """Print one result at once, so that a reader down the pipe gets it."""
     print(json.dumps(result.to_json()) if as_json else f"{label}{result.text.strip()}", flush=True)
+
+
+def _label(item: str | list[str], count: int) -> str:
+    """What stands before a caption where there are several."""
+    if count == 1:
+        return ""
+    return f"{item if isinstance(item, str) else ' '.join(item)}: "
+
+
+def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[str]], list[str] | None]:
+    """What each caption is of, and its prompt: a picture, or as many as the prompt has places for.
+
+    Raises:
+        UsageError: The prompts have places for more or fewer pictures than there are.
+    """
+    places = [sum(prompt.count(marker) for marker in MARKERS) for prompt in given or ()]
+    if given is None or not any(places):
+        return list(images), _prompts(given, len(images))
+    if len(given) == 1:  # the same prompt over and over, each time with the next pictures
+        times = max(1, len(images) // places[0])
+        given, places = given * times, places * times
+    taken = [max(1, count) for count in places]
+    if sum(taken) != len(images):
+        raise UsageError(
+            f"--prompt: there are places for {sum(taken)} pictures, but {len(images)} are given",
+            f"write {MARKERS[1]} once for each picture",
+        )
+    items: list[str | list[str]] = []
+    for count in taken:
+        items.append(images[0] if count == 1 else images[:count])
+        images = images[count:]
+    return items, given
 
 
 def _prompts(given: list[str] | None, count: int) -> list[str] | None:

@@ -182,7 +182,8 @@ def _caption(commands: Commands) -> None:
         "--prompt",
         metavar="P",
         action="append",
-        help="how the caption begins: one for all pictures, or one each",
+        help="how the caption begins: one for all pictures, or one each; with <image> in it (models that read "
+        "several pictures), it takes that many of them",
     )
     parser.add_argument(
         "--batch-size", metavar="N", type=positive_int, default=1, help="pictures at once (1)"
