@@ -11,11 +11,13 @@ from blip2edge.model.config import BridgeConfig, LanguageConfig
 from blip2edge.model.instruct import InstructedBridge
 from blip2edge.model.mlp import MLPBridge
 from blip2edge.model.perceiver import PerceiverResampler
+from blip2edge.model.pool import AttentionPoolBridge
 from blip2edge.model.qformer import QFormerBridge
 
 BRIDGES: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
     "none": lambda config, language: nn.Identity(),
     "mlp": lambda config, language: MLPBridge(config),
+    "pool": lambda config, language: AttentionPoolBridge(config, language.embed_dim),
     "perceiver": lambda config, language: PerceiverResampler(config),
     "qformer": lambda config, language: QFormerBridge(config, language.hidden_size, language.embed_dim),
     "instructed-qformer": lambda config, language: InstructedBridge(

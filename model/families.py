@@ -10,6 +10,7 @@ from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model import family_idefics as idefics
+from blip2edge.model import family_own
 from blip2edge.model import family_retrieval as retrieval
 from blip2edge.model import weight_tables as tables
 from blip2edge.model import weight_tables_blip as blip_tables
@@ -222,6 +223,12 @@ FAMILIES: dict[str, Family] = {
         rules=tables.INSTRUCTBLIP,
         default_prompt="A short video caption.",
         left_out=POSITION_IDS,
+    ),
+    "blip2edge": Family(
+        title="Attention pool",
+        read=family_own.read_own,
+        write=family_own.write_own,
+        rules=family_own.RULES,
     ),
     "minigpt4": Family(
         title="MiniGPT-4",

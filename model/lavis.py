@@ -89,7 +89,8 @@ def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> C
         return Checkpoint(find_checkpoint(checkpoint))
     if base is None:
         raise UsageError(
-            f"{path} holds the trained parts alone", "give the directory that has the others: --base DIRECTORY"
+            f"{path} holds the trained parts alone",
+            "give the directory that has the others: --base DIRECTORY",
         )
     source = Checkpoint(find_checkpoint(base))
     source.lay_over(translate(read_lavis(path), source.files.shapes, path), path)
@@ -114,7 +115,8 @@ def read_lavis(path: Path) -> dict[str, Tensor]:
     state = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
-            f'{path} is no checkpoint of LAVIS: expected {{"model": tensors by name}}', "give a .pth that LAVIS wrote"
+            f'{path} is no checkpoint of LAVIS: expected {{"model": tensors by name}}',
+            "give a .pth that LAVIS wrote",
         )
     return {str(name): value for name, value in state.items()}
 
@@ -176,7 +178,9 @@ def _touched(found: Mapping[str, Tensor]) -> set[str]:
 
 def _with_whole_biases(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """``q_bias`` and ``v_bias`` as one ``qkv_bias``: (q, 0, v), as keys have none (BEiT, arXiv 2106.08254)."""
-    whole = {name: tensor for name, tensor in state.items() if not name.endswith(("attn.q_bias", "attn.v_bias"))}
+    whole = {
+        name: tensor for name, tensor in state.items() if not name.endswith(("attn.q_bias", "attn.v_bias"))
+    }
     stems = sorted({name[: -len("q_bias")] for name in state.keys() - whole.keys()})
     for stem in stems:
         query, value = state.get(f"{stem}q_bias"), state.get(f"{stem}v_bias")

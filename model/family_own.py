@@ -1,0 +1,74 @@
+"""This project's own checkpoints: any bridge between BLIP-2's vision encoder and any language model.
+
+A directory with ``model.safetensors``, the processor's files and this ``config.json``::
+
+    {
+      "model_type": "blip2edge",
+      "image_token_index": 50265,
+      "vision_config": {…},     as BLIP-2's (blip_2_vision_model)
+      "bridge_config": {
+        "kind": "pool",         a key of BRIDGE_CONFIGS
+        "num_query_tokens": 32, "hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-6
+      },
+      "text_config": {…}        any language model's, with its model_type
+    }
+
+Tensors: ``vision_model.…`` as in BLIP-2, ``bridge.…`` as our modules name them, ``language_model.…`` as
+transformers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from blip2edge.errors import UnsupportedModelError
+from blip2edge.model.config import BridgeConfig, CaptionerConfig, Fields, VisionConfig
+from blip2edge.model.language import language_of
+from blip2edge.model.pool import AttentionPoolConfig
+from blip2edge.model.tokens import read_tokens, write_tokens
+from blip2edge.model.weight_tables import BLIP2_VISION
+from blip2edge.model.weights import Rule, under
+
+BRIDGE_CONFIGS: dict[str, Callable[..., BridgeConfig]] = {"pool": AttentionPoolConfig.from_hf}
+"""Readers of ``bridge_config``; each is told the width of a patch as ``encoder_hidden_size``."""
+
+RULES = (*under("vision.", "vision_model.", BLIP2_VISION), Rule("bridge", "bridge"))
+
+
+def read_own(f: Fields) -> CaptionerConfig:
+    """Reads the ``config.json`` above.
+
+    Raises:
+        UnsupportedModelError: A bridge or a language model without a row.
+        CheckpointError: A key is missing or has a wrong value.
+    """
+    vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
+    section = Fields("bridge_config", f.values.get("bridge_config", {}))
+    kind = section.values.get("kind")
+    if kind not in BRIDGE_CONFIGS:
+        raise UnsupportedModelError(
+            f"the bridge is of kind {kind!r}, which is not supported",
+            f"supported: {', '.join(BRIDGE_CONFIGS)}",
+        )
+    text = Fields("text_config", f.values.get("text_config", {}))
+    return CaptionerConfig(
+        family="blip2edge",
+        vision=vision,
+        bridge=BRIDGE_CONFIGS[kind](section.values, encoder_hidden_size=vision.hidden_size),
+        language=language_of(text.values.get("model_type", "opt")).read_config(text.values),
+        image_token_id=f.token_id("image_token_id", f.token_id("image_token_index", None)),
+        **read_tokens(text),
+    )
+
+
+def write_own(config: CaptionerConfig) -> dict[str, Any]:
+    """The ``config.json`` that :func:`read_own` reads."""
+    return {
+        "model_type": config.family,
+        "image_token_index": config.image_token_id,
+        "tie_word_embeddings": config.language.tie_embeddings,
+        "vision_config": config.vision.to_hf(),
+        "bridge_config": config.bridge.to_hf(),
+        "text_config": config.language.to_hf() | write_tokens(config),
+    }

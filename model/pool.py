@@ -1,0 +1,107 @@
+"""An attention pool: learned queries that look at the patches once.
+
+The attentional pooler of CoCa (Yu et al., arXiv 2205.01917, section 3.2): one layer of multi-head attention between
+a norm on the patches and one on the queries. CLIP's attention pool (arXiv 2103.00020) and the pooling bridges
+of VILA (arXiv 2312.07533) are of this kind: a few tokens a picture for the price of one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.model.config import Fields, check_heads
+from blip2edge.model.layers import attend, merge_heads, split_heads
+
+
+@dataclass(frozen=True)
+class AttentionPoolConfig:
+    """Sizes of an attention pool.
+
+    Attributes:
+        hidden_size: Width of a query.
+        num_heads: Heads.
+        num_query_tokens: Queries, and so visual tokens.
+        encoder_hidden_size: Width of a patch.
+        norm_eps: Of both norms.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_query_tokens: int
+    encoder_hidden_size: int
+    norm_eps: float = 1e-6
+
+    kind = "pool"
+
+    def __post_init__(self) -> None:
+        check_heads("bridge_config", self.hidden_size, self.num_heads)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """How many tokens a picture becomes."""
+        return self.num_query_tokens
+
+    @classmethod
+    def from_hf(cls, values: Any, *, encoder_hidden_size: int) -> AttentionPoolConfig:
+        """Reads the ``bridge_config`` of this project's own ``config.json`` (``family_own.py``)."""
+        f = Fields("bridge_config", values)
+        return cls(
+            hidden_size=f.integer("hidden_size", 768),
+            num_heads=f.integer("num_attention_heads", 12),
+            num_query_tokens=f.integer("num_query_tokens", 32),
+            encoder_hidden_size=encoder_hidden_size,
+            norm_eps=f.number("layer_norm_eps", 1e-6),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The section that :meth:`from_hf` reads."""
+        return {
+            "kind": self.kind,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_heads,
+            "num_query_tokens": self.num_query_tokens,
+            "layer_norm_eps": self.norm_eps,
+        }
+
+
+class Pooling(nn.Module):
+    """Queries look at patches."""
+
+    def __init__(self, config: AttentionPoolConfig) -> None:
+        super().__init__()
+        width, context = config.hidden_size, config.encoder_hidden_size
+        self.heads = config.num_heads
+        self.scale = (width // config.num_heads) ** -0.5
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context, width)
+        self.value = nn.Linear(context, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        """``queries [1, Q, D]`` and ``patches [B, P, Dv]`` to ``[B, Q, D]``."""
+        query, key, value = (
+            split_heads(part, self.heads)
+            for part in (self.query(queries), self.key(patches), self.value(patches))
+        )
+        return self.out(merge_heads(attend(query, key, value, scale=self.scale)))  # type: ignore[no-any-return]
+
+
+class AttentionPoolBridge(nn.Module):
+    """Norms, attention and the projection to the language model."""
+
+    def __init__(self, config: AttentionPoolConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
+        self.query_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.patch_norm = nn.LayerNorm(config.encoder_hidden_size, eps=config.norm_eps)
+        self.attention = Pooling(config)
+        self.projection = nn.Linear(config.hidden_size, embed_dim)
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
+        queries = self.query_norm(self.query_tokens)  # [1, Q, D]: the same for every picture
+        return self.projection(self.attention(queries, self.patch_norm(image_embeds)))  # type: ignore[no-any-return]
