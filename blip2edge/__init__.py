@@ -17,16 +17,27 @@ if TYPE_CHECKING:
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.runtime.captioner import Captioner, CaptionResult
     from blip2edge.runtime.generate import GenerationOptions
+    from blip2edge.runtime.matcher import Matcher, MatchResult
 
 __version__ = "0.1.0"
 
-__all__ = ["CaptionResult", "Captioner", "GenerationOptions", "__version__", "export_checkpoint"]
+__all__ = [
+    "CaptionResult",
+    "Captioner",
+    "GenerationOptions",
+    "MatchResult",
+    "Matcher",
+    "__version__",
+    "export_checkpoint",
+]
 
 # Public name -> the module that defines it.
 _HOMES = {
     "CaptionResult": "blip2edge.runtime.captioner",
     "Captioner": "blip2edge.runtime.captioner",
     "GenerationOptions": "blip2edge.runtime.generate",
+    "MatchResult": "blip2edge.runtime.matcher",
+    "Matcher": "blip2edge.runtime.matcher",
     "export_checkpoint": "blip2edge.export.pipeline",
 }
 

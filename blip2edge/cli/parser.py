@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
     )
-    for add in (_export, _caption, _ask, _inspect, _build, _doctor, _demo, _train, _eval):
+    for add in (_export, _caption, _ask, _match, _embed, _inspect, _build, _doctor, _demo, _train, _eval):
         add(commands)
     return parser
 
@@ -200,6 +200,34 @@ def _ask(commands: Commands) -> None:
     _bundle(parser)
     _output(parser)
     _generation(parser)
+
+
+def _match(commands: Commands) -> None:
+    parser = _add(commands, "match", "how well pictures and texts go together", "match", "match")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture file")
+    parser.add_argument(
+        "--text", metavar="T", action="append", required=True, help="what they may show; repeat for more"
+    )
+    _pictures_at_once(parser)
+    _bundle(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, picture and text")
+
+
+def _embed(commands: Commands) -> None:
+    parser = _add(commands, "embed", "the vectors of pictures or of texts", "match", "embed")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="a picture file")
+    parser.add_argument("--text", metavar="T", action="append", help="a text in place of pictures; repeat for more")
+    _pictures_at_once(parser)
+    _bundle(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON object a line (the default)")
+    how.add_argument("--output", metavar="FILE", type=Path, help="write one array to FILE, as .npy")
+
+
+def _pictures_at_once(parser: Parser) -> None:
+    parser.add_argument(
+        "--batch-size", metavar="N", type=positive_int, default=1, help="pictures at once (1)"
+    )
 
 
 def _inspect(commands: Commands) -> None:
