@@ -131,11 +131,11 @@ def write_blip2(
 POSITION_IDS = (r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids")
 """Buffers of older checkpoints: whole numbers counted up."""
 
-BLIP_LEFT_OUT = (
-    r"(vision_model|text_decoder\.bert|text_encoder)\.embeddings\.position_ids",
-    r"text_decoder\.cls\.predictions\.decoder\.bias",  # the same as predictions.bias
-)
-"""Buffers of older checkpoints, and what is held twice."""
+BLIP_LEFT_OUT = (r"(vision_model|text_decoder\.bert|text_encoder)\.embeddings\.position_ids",)
+"""Buffers of older checkpoints."""
+
+BLIP_RENAMED = ((r"text_decoder\.cls\.predictions\.decoder\.bias$", "text_decoder.cls.predictions.bias"),)
+"""The head's bias has two names, of which a file holds either or both."""
 
 VIDEO_FRAMES = 4
 """Frames of a video: transformers' InstructBlipVideoProcessor writes the slots of four, whatever it is given."""
@@ -160,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         framed=False,
         architectures=("BlipForConditionalGeneration",),
         left_out=BLIP_LEFT_OUT,
+        renamed=BLIP_RENAMED,
     ),
     "blip-vqa": Family(
         title="BLIP VQA",
@@ -173,6 +174,7 @@ FAMILIES: dict[str, Family] = {
         model_type="blip",
         architectures=("BlipForQuestionAnswering",),
         left_out=BLIP_LEFT_OUT,
+        renamed=BLIP_RENAMED,
     ),
     "blip-itm": Family(
         title="BLIP ITM and ITC",
