@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from blip2edge.runtime.language import load_language_model
 from blip2edge.runtime.preprocess import Preprocessing
 from blip2edge.runtime.prompt import Prompt, Prompter
 from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, open_session
-from blip2edge.runtime.tokenizer import TextStream, Tokenizer
+from blip2edge.runtime.tokenizer import StopText, TextStream, Tokenizer
 
 STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 
@@ -71,6 +71,13 @@ class _Encoded:
     prompts: list[Prompt]
     pictures: dict[str, Array]
     clock: _Clock
+
+    def part(self, rows: range) -> tuple[list[Prompt], dict[str, Array]]:
+        """Prompts and pictures of some rows."""
+        if len(rows) == len(self.prompts):
+            return self.prompts, self.pictures
+        pictures = {name: array[rows.start : rows.stop] for name, array in self.pictures.items()}
+        return self.prompts[rows.start : rows.stop], pictures
 
 
 class _Clock:
@@ -279,40 +286,40 @@ class Captioner:
             pictures = {name: pack(array, counts) for name, array in pictures.items()}
         return _Encoded(images, texts, prompts, pictures, clock)
 
-    def _prefill(self, batch: _Encoded, options: GenerationOptions) -> tuple[Array, Any, GenerationOptions]:
-        logits, state = self.language.prefill(batch.prompts, batch.pictures)
-        return logits, state, self._fit(batch, options)
+    def _seen(self, prompt: Prompt) -> list[int]:
+        """A prompt's ids as the decoder has seen them: none where an encoder reads the prompt."""
+        return [] if self.language.initial else prompt.ids
 
-    def _seen(self, batch: _Encoded) -> list[list[int]]:
-        """Per row the prompt's ids as the decoder has seen them: none where an encoder reads the prompt."""
-        return [[] if self.language.initial else prompt.ids for prompt in batch.prompts]
-
-    def _fit(self, batch: _Encoded, options: GenerationOptions) -> GenerationOptions:
+    def _fit(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
         """Ends a caption where the context does; the last token is generated and not read."""
-        longest = len(self.language.initial) or max(prompt.length for prompt in batch.prompts)
-        room = self.prompter.max_positions - longest + 1
+        room = self.prompter.max_positions - (len(self.language.initial) or prompt.length) + 1
         if options.max_new_tokens <= room:
             return options
-        return GenerationOptions(
-            **{**vars(options), "max_new_tokens": room, "min_new_tokens": min(options.min_new_tokens, room)}
-        )
+        least = min(options.min_new_tokens, room)
+        return replace(options, max_new_tokens=room, min_new_tokens=least)
 
     def _decode(self, batch: _Encoded, options: GenerationOptions, first: int) -> list[CaptionResult]:
-        with batch.clock("prefill"):
-            logits, state, fitted = self._prefill(batch, options)
-        with batch.clock("decode"):
-            texts = generate(
-                logits,
-                state,
-                self._seen(batch),
-                fitted,
-                initial=self.language.initial,
-                stopped=self._stopped(fitted),
-                row_ids=range(first, first + len(batch.images)),
-            )
+        """Captions of an encoded batch; rows that the context ends at different lengths go one by one."""
+        fitted = [self._fit(prompt, options) for prompt in batch.prompts]
+        rows = range(len(batch.prompts))
+        together = [rows] if len(set(fitted)) == 1 else [range(row, row + 1) for row in rows]
+        texts: list[Generated] = []
+        for part in together:
+            with batch.clock("prefill"):
+                logits, state = self.language.prefill(*batch.part(part))
+            with batch.clock("decode"):
+                texts += generate(
+                    logits,
+                    state,
+                    [self._seen(batch.prompts[row]) for row in part],
+                    fitted[part[0]],
+                    initial=self.language.initial,
+                    stopped=self._stopped(options),
+                    row_ids=[first + row for row in part],
+                )
         timings = batch.clock.share(len(batch.images))
         return [
-            self._result(image, text, generated, fitted, timings)
+            self._result(image, text, generated, options, timings)
             for image, text, generated in zip(batch.images, batch.texts, texts, strict=True)
         ]
 
@@ -326,7 +333,7 @@ class Captioner:
     ) -> CaptionResult:
         text = self.tokenizer.decode(generated.tokens)
         for stop in options.stop:
-            text = text.split(stop)[0]
+            text = text.partition(stop)[0]
         seconds = (timings["prefill"] + timings["decode"]) / 1e3
         return CaptionResult(
             image=_path(image),
@@ -344,20 +351,20 @@ class Captioner:
         return lambda ids: any(stop in self.tokenizer.decode(ids) for stop in options.stop)
 
     def _pieces(self, batch: _Encoded, options: GenerationOptions) -> Iterator[str]:
-        logits, state, fitted = self._prefill(batch, options)
-        text = TextStream(self.tokenizer)
+        logits, state = self.language.prefill(batch.prompts, batch.pictures)
+        text, stops = TextStream(self.tokenizer), StopText(options.stop)
         for event in stream(
             logits,
             state,
-            self._seen(batch),
-            fitted,
+            [self._seen(batch.prompts[0])],
+            self._fit(batch.prompts[0], options),
             initial=self.language.initial,
-            stopped=self._stopped(fitted),
+            stopped=self._stopped(options),
         ):
-            piece = text.push(event.token)
+            piece = stops.push(text.push(event.token))
             if piece:
                 yield piece
-        rest = text.flush()
+        rest = stops.push(text.flush()) + stops.flush()
         if rest:
             yield rest
 

@@ -183,3 +183,39 @@ class TextStream:
 
     def _clean(self, text: str) -> str:
         return clean_up_spaces(text) if self._tokenizer.clean_up else text
+
+
+class StopText:
+    """Lets a growing text through up to the first of some strings; what may yet become one is held back.
+
+    Args:
+        stops: The strings; none lets everything through at once.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self._over = False
+
+    def push(self, text: str) -> str:
+        """Take more text; returns what is now known to stand before any stop."""
+        if self._over:
+            return ""
+        held = self._held + text
+        ends = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
+        if ends:
+            self._over = True
+            return held[: min(ends)]
+        kept = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - kept :]
+        return held[: len(held) - kept]
+
+    def flush(self) -> str:
+        """What was held back when the text is over."""
+        return "" if self._over else self._held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` are the first of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

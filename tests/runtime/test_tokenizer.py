@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from blip2edge.errors import BundleError
-from blip2edge.runtime.tokenizer import TextStream, Tokenizer, clean_up_spaces
+from blip2edge.runtime.tokenizer import StopText, TextStream, Tokenizer, clean_up_spaces
 
 TEXTS = [
     "a photo of a dog, sitting on the grass .",
@@ -270,3 +270,22 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BundleError, match=r"not a tokenizer\.json"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    ("text", "stops", "wanted"),
+    [
+        ("a cat ## on a mat ### Human", ("###",), "a cat ## on a mat "),
+        ("a cat ##", ("###",), "a cat ##"),
+        ("ababac", ("abac",), "ab"),
+        ("one.two;three", (";", "."), "one"),
+        ("no stop at all", (), "no stop at all"),
+    ],
+)
+def test_stop_text_is_the_text_before_the_first_stop(
+    text: str, stops: tuple[str, ...], wanted: str, cuts: int
+) -> None:
+    stream = StopText(stops)
+    pieces = [stream.push(text[at : at + cuts]) for at in range(0, len(text), cuts)]
+    assert "".join([*pieces, stream.flush()]) == wanted
