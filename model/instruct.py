@@ -70,14 +70,17 @@ class InstructedLayer(nn.Module):
     def forward(
         self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, Q, D]`` and text ``[B, T, D]`` to the same; ``bias [B, 1, 1, Q + T]`` hides padding."""
+        """Queries ``[B, Q, D]`` and text ``[B, T, D]`` to the same; ``bias [B, 1, 1, Q + T]`` hides padding.
+
+        The text is what comes out of self-attention: its feed-forward is left to who goes on from it.
+        """
         count = queries.shape[1]
         both = torch.cat([queries, text], dim=1)  # [B, Q + T, D]
         both = self.self_attention(both, both, bias)
         queries, text = both[:, :count], both[:, count:]
         if self.cross_attention is not None:
             queries = self.cross_attention(queries, image_embeds)
-        return self.feed_forward(queries), self.text_feed_forward(text)
+        return self.feed_forward(queries), text
 
 
 class InstructedQFormer(nn.Module):
@@ -108,8 +111,10 @@ class InstructedQFormer(nn.Module):
         queries = self.dropout(queries)
         seen = instruction_mask.new_ones(instruction_mask.shape[0], queries.shape[1])
         bias = key_mask_bias(torch.cat([seen, instruction_mask], dim=1), text.dtype)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             queries, text = layer(queries, text, bias, image_embeds)
+            if index + 1 < len(self.layers):  # nobody reads the text behind the last layer
+                text = layer.text_feed_forward(text)  # type: ignore[operator]
         return queries  # type: ignore[no-any-return]
 
 

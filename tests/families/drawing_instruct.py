@@ -1,7 +1,4 @@
-"""Random tiny checkpoints of InstructBLIP and InstructBlipVideo, with their two tokenizers.
-
-Weights are drawn large, so that captions differ from picture to picture and no two logits are close.
-"""
+"""Random tiny checkpoints of InstructBLIP and InstructBlipVideo, with their two tokenizers."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.drawing import randomize
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -30,7 +29,8 @@ BERT_VOCAB = 60
 QUERIES = 5
 FRAMES = 4
 SIZE = 32
-WORDS = "a an short image video caption photo of two cats red dog what is it doing Question answer Short : . ?".split()
+WORDS = ("a", "an", "short", "image", "video", "caption", "photo", "of", "two", "cats", "red", "dog", "what", "is",
+         "it", "doing", "Question", "answer", "Short", ":", ".", "?")  # fmt: skip
 TEXT: dict[str, dict[str, Any]] = {
     "t5": {
         "vocab_size": VOCAB,
@@ -88,7 +88,7 @@ def tokenizer(kind: str, slot: str) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
-    fast.add_special_tokens({"additional_special_tokens": [slot]})
+    fast.add_special_tokens({"additional_special_tokens": [slot, "<start>"]})
     assert fast.convert_tokens_to_ids(slot) == SLOT
     return fast
 
@@ -111,21 +111,6 @@ def qformer_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.add_special_tokens({"bos_token": "[DEC]"})
     return fast
-
-
-def draw_weights(model: torch.nn.Module, seed: int) -> None:
-    """Fills every parameter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed" in name or "shared" in name or name == "query_tokens":
-                parameter.normal_(0, 0.7, generator=generator)
-            elif parameter.ndim >= 2:
-                parameter.normal_(0, 2.2 / parameter[0].numel() ** 0.5, generator=generator)
-            elif "norm" in name.lower() and name.endswith("weight"):
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0, 0.3, generator=generator)
 
 
 def draw_config(config_class: Any, kind: str, slot: str, qformer: dict[str, Any]) -> Any:
@@ -162,8 +147,9 @@ def draw_instructblip(
 ) -> tuple[InstructBlipForConditionalGeneration, InstructBlipProcessor]:
     """An InstructBLIP with a language model of a kind, saved; the model and its processor."""
     config = draw_config(InstructBlipConfig, kind, "image", qformer)
+    torch.manual_seed(seed)
     model = InstructBlipForConditionalGeneration(config).eval()
-    draw_weights(model, seed)
+    randomize(model)
     model.save_pretrained(directory)
     processor = InstructBlipProcessor(
         BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}),
@@ -190,9 +176,7 @@ class VideoOracle:
         qformer = self.qformer_tokenizer(text, return_token_type_ids=False)
         slots = self.tokenizer("<video>" * QUERIES * FRAMES, add_special_tokens=False)
         language = self.tokenizer(text, return_token_type_ids=False)
-        pixels = torch.stack(
-            [self.images(frame, return_tensors="pt")["pixel_values"][0] for frame in images]
-        )
+        pixels = torch.stack([self.images(frame, return_tensors="pt")["pixel_values"][0] for frame in images])
         return {
             "pixel_values": pixels[None],
             "qformer_input_ids": torch.tensor([qformer["input_ids"]]),
@@ -220,8 +204,9 @@ def draw_instructblipvideo(
 ) -> tuple[InstructBlipVideoForConditionalGeneration, VideoOracle]:
     """An InstructBlipVideo with a language model of a kind, saved; the model and its processor."""
     config = draw_config(InstructBlipVideoConfig, kind, "video", qformer)
+    torch.manual_seed(seed)
     model = InstructBlipVideoForConditionalGeneration(config).eval()
-    draw_weights(model, seed)
+    randomize(model)
     model.save_pretrained(directory)
     oracle = VideoOracle(kind)
     oracle.save_pretrained(directory)
