@@ -19,8 +19,8 @@ from blip2edge.cli import explain, main
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BundleError, UsageError
 
-COMMANDS = ("export", "caption", "ask", "inspect", "doctor", "demo", "train", "eval")
-LATER = ("calibrate", "optimize", "build", "match", "embed", "watch", "serve", "bench", "plan")
+COMMANDS = ("export", "caption", "ask", "match", "embed", "inspect", "doctor", "demo", "train", "eval")
+LATER = ("calibrate", "optimize", "build", "watch", "serve", "bench", "plan")
 JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]
 
 
