@@ -35,6 +35,14 @@ WORDS = (
 VOCABULARY = 90
 SPECIAL = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 IMAGE_SIZE = 32
+TINY_VISION = {
+    "embed_dim": 24,
+    "image_size": IMAGE_SIZE,
+    "intermediate_size": 40,
+    "patch_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+}
 
 
 def draw_tokenizer() -> PreTrainedTokenizerFast:
@@ -79,14 +87,7 @@ def draw_config(**overrides: Any) -> IdeficsConfig:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "vision_config": {
-            "embed_dim": 24,
-            "image_size": IMAGE_SIZE,
-            "intermediate_size": 40,
-            "patch_size": 8,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-        },
+        "vision_config": TINY_VISION,
         **overrides,
     }
     return IdeficsConfig(**values, perceiver_config=perceiver)

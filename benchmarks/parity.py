@@ -1,0 +1,76 @@
+"""Which precisions hold parity, family by family: ``python benchmarks/parity.py``.
+
+Shrinks every configuration of ``benchmarks/configs``, gives it random weights (matrices of gain 2, so that signals
+keep their size), exports it in every precision with whole verification, and writes the largest relative difference
+of each graph to ``benchmarks/results/parity.json``. ``docs/models.md`` is made of it by ``models_table.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_checkpoint import CONFIGS, published, shrunk, write_checkpoint
+
+from blip2edge.errors import Blip2EdgeError
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.export.precision import PRECISIONS
+
+RESULTS = Path(__file__).parent / "results" / "parity.json"
+GAIN = 2.0
+
+
+def measure(name: str, precision: str, folder: Path) -> dict[str, Any]:
+    """One export: the graphs' largest relative differences, or why there is none."""
+    checkpoint = folder / name
+    if not checkpoint.exists():
+        write_checkpoint(checkpoint, shrunk(published(name)), torch.float32, GAIN)
+    try:
+        report = export_checkpoint(
+            checkpoint, folder / f"{name}-{precision}", precision=precision, verify="full"
+        )
+    except Blip2EdgeError as error:
+        return {"passes": False, "reason": error.problem}
+    graphs = {
+        graph.name: {"relative": float(f"{graph.relative:.2e}"), "tolerance": graph.tolerance}
+        for graph in report.graphs
+    }
+    return {"passes": True, "graphs": graphs}
+
+
+def main() -> None:
+    """Measures and writes after every export, so that a broken run is not lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", action="append", help="a configuration by name; may be repeated (all)")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = options.only or sorted(path.stem for path in CONFIGS.glob("*.json"))
+    document: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    results: dict[str, Any] = document.get("results", {})
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            for precision in PRECISIONS:
+                found = measure(name, precision, Path(folder))
+                results.setdefault(name, {})[precision] = found
+                worst = max((graph["relative"] for graph in found.get("graphs", {}).values()), default=None)
+                print(name, precision, found.get("reason", f"{worst}"), flush=True)
+        document = {
+            "command": "python benchmarks/parity.py",
+            "versions": {key: version(key) for key in ("torch", "onnx", "onnxruntime", "onnxscript")},
+            "results": dict(sorted(results.items())),
+        }
+        options.json.parent.mkdir(exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    if not all(found["passes"] for name in names for found in results[name].values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Checkpoints with random weights, of any family: at true size in little memory, or shrunk to a few layers.
+
+A configuration is the ``config.json`` of a published checkpoint, as in ``benchmarks/configs``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from blip2edge.model.families import read_config, weight_map
+from blip2edge.model.models import Config, build_model
+
+CONFIGS = Path(__file__).parent / "configs"
+SHARD = 1 << 30  # bytes
+NOISE = (1 << 20) + 7  # random numbers that all tensors share, each from another offset on
+TINY_VOCABULARY = 96
+TINY: dict[str, int] = {
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "d_model": 32,
+    "word_embed_proj_dim": 32,
+    "encoder_hidden_size": 32,
+    "intermediate_size": 64,
+    "ffn_dim": 64,
+    "d_ff": 64,
+    "d_kv": 8,
+    "projection_dim": 16,
+    "image_text_hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_heads": 4,
+    "max_position_embeddings": 64,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_query_tokens": 5,
+    "vocab_size": TINY_VOCABULARY,
+    "image_token_index": TINY_VOCABULARY - 1,
+    "cross_layer_interval": 2,
+    "resampler_n_latents": 3,
+    "resampler_depth": 2,
+    "resampler_n_heads": 2,
+    "resampler_head_dim": 8,
+}
+"""Sizes of a tiny model, by their names in ``config.json``."""
+
+
+def published(name: str) -> dict[str, Any]:
+    """The configuration of that name."""
+    return dict(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The same model with the sizes of :data:`TINY`; kinds and flags stay."""
+    small: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            small[key] = shrunk(value)
+        elif key.endswith("_token_id") and isinstance(value, int):
+            small[key] = min(value, TINY_VOCABULARY - 2)
+        else:
+            small[key] = TINY.get(key, value) if value is not None else None
+    return small
+
+
+def scaled(config: dict[str, Any], depth: float) -> dict[str, Any]:
+    """The same widths with ``depth`` times the layers."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            out[key] = scaled(value, depth)
+        elif key in ("num_hidden_layers", "num_layers", "num_decoder_layers", "resampler_depth"):
+            out[key] = max(1, round(value * depth))
+        else:
+            out[key] = value
+    return out
+
+
+def random_tensors(config: Config, dtype: torch.dtype, gain: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors, one at a time, from one block of random numbers that is read at moving offsets."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
+    names, seen, offset = weight_map(config), set(), 0
+    for ours, shape in shapes.items():
+        fused = names.sources(ours)
+        if fused[0] in seen:
+            continue
+        seen.update(fused)
+        count = int(torch.Size(shape).numel())
+        scale = gain * (max(1, count // shape[0]) ** -0.5 if len(shape) > 1 else 0.1)
+        offset = (offset + 7919) % NOISE
+        values = (noise.roll(-offset) * scale).to(dtype).repeat(count // NOISE + 1)[:count].reshape(shape)
+        if "norm" in ours.lower() and ours.endswith("weight"):
+            values = values + 1
+        if ours.endswith("_gate"):  # where a gate is 0 nothing behind it counts
+            values = values / scale
+        yield from names.split(ours, values).items()
+
+
+def write_checkpoint(
+    directory: Path, config: dict[str, Any], dtype: torch.dtype = torch.float16, gain: float = 1.0
+) -> int:
+    """Writes sharded safetensors, config, tokenizers and preprocessing; returns the bytes of the weights."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    shard: dict[str, torch.Tensor] = {}
+    index: dict[str, str] = {}
+    held = total = number = 0
+
+    def flush() -> None:
+        nonlocal shard, held, number
+        number += 1
+        file = f"model-{number:05d}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+        shard, held = {}, 0
+
+    read = read_config(config)
+    for name, tensor in random_tensors(read, dtype, gain):
+        shard[name] = tensor.contiguous()
+        held += tensor.nbytes
+        total += tensor.nbytes
+        if held > SHARD:
+            flush()
+    flush()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    size = read.vision.image_size
+    (directory / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "BlipImageProcessor", "size": {"height": size, "width": size}})
+    )
+    _write_tokenizers(directory, config)
+    return total
+
+
+def _write_tokenizers(directory: Path, config: dict[str, Any]) -> None:
+    """A few words, and the tokens that stand for a picture or beside it."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "photo", "of", "<fake_token_around_image>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary["<image>"] = config.get("image_token_index") or len(words)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["<image>", "<fake_token_around_image>"])
+    (directory / "qformer_tokenizer").mkdir()
+    for folder in (directory, directory / "qformer_tokenizer"):
+        tokenizer.save(str(folder / "tokenizer.json"))
