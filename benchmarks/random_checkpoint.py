@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def scaled(config: dict[str, Any], depth: float) -> dict[str, Any]:
     return out
 
 
+def opened(values: dict[str, Any]) -> Config:
+    """A configuration as a checkpoint of it is opened: a head of its own where the published files hold one."""
+    config: Any = read_config(values)
+    if values.get("text_config", {}).get("tie_word_embeddings") is False and config.language.tie_embeddings:
+        config = replace(config, language=replace(config.language, tie_embeddings=False))
+    return config  # type: ignore[no-any-return]
+
+
 def random_tensors(config: Config, dtype: torch.dtype, gain: float) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's tensors, one at a time, from one block of random numbers that is read at moving offsets."""
     with torch.device("meta"):
@@ -125,7 +134,7 @@ def write_checkpoint(
         index.update(dict.fromkeys(shard, file))
         shard, held = {}, 0
 
-    read = read_config(config)
+    read = opened(config)
     for name, tensor in random_tensors(read, dtype, gain):
         shard[name] = tensor.contiguous()
         held += tensor.nbytes
