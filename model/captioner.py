@@ -23,9 +23,12 @@ class CaptionerModel(nn.Module):
         self.bridge = build_bridge(config.bridge, config.language)
         self.language = language_of(config.language.kind).build(config.language)
 
-    def visual_tokens(self, pixel_values: Tensor) -> Tensor:
-        """``pixel_values [B, 3, H, W]`` to ``[B, Q, D]``."""
-        return self.bridge(self.vision(pixel_values))  # type: ignore[no-any-return]
+    def visual_tokens(self, pixel_values: Tensor, *instruction: Tensor) -> Tensor:
+        """``pixel_values [B, 3, H, W]`` to ``[B, Q, D]``.
+
+        Where an instruction enters the bridge, its ids and its mask follow, int64 ``[B, T]`` each.
+        """
+        return self.bridge(self.vision(pixel_values), *instruction)  # type: ignore[no-any-return]
 
     def forward(self, visual_tokens: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Logits of a text behind its visual tokens (teacher forcing).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ pytest.importorskip("onnxruntime", reason="bundles run on ONNX Runtime")
 import torch
 from PIL import Image
 
+from blip2edge.cli import main
 from blip2edge.errors import ImageError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioner import Captioner
@@ -77,12 +79,27 @@ def test_single_and_batched_ids_are_transformers(exported: Exported, search: str
         assert list(exported.captioner.caption(video, prompt=prompt, **options).tokens) == ids
 
 
-def test_frames_come_from_anything_that_holds_them(exported: Exported, tmp_path: Path) -> None:
+def test_frames_come_from_anything_that_holds_them(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     video = draw_video(1)
     wanted = exported.captioner.caption(video, max_new_tokens=6).tokens
     for index, frame in enumerate(video):
         frame.save(tmp_path / f"frame{index * 5}.png")  # 0, 5, 10, 15: in the order of the numbers
     assert exported.captioner.caption(tmp_path, max_new_tokens=6).tokens == wanted
+    capsys.readouterr()
+    command = [
+        "caption",
+        str(tmp_path),
+        "-b",
+        str(exported.captioner.bundle.path),
+        "--json",
+        "--threads",
+        "1",
+    ]
+    assert main([*command, "--max-new-tokens", "6"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (tuple(line["tokens"]), line["image"]) == (wanted, str(tmp_path))
     stacked = np.stack([np.asarray(frame) for frame in video])
     assert exported.captioner.caption(stacked, max_new_tokens=6).tokens == wanted
 
