@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.drawing import randomize
+
 VOCABULARY = 90
 BOS, SEP, PAD = 88, 3, 0
 WORDS = (
@@ -72,20 +74,6 @@ def bert_tokenizer(size: int = BOS) -> PreTrainedTokenizerFast:
     )
 
 
-def randomize(model: torch.nn.Module) -> None:
-    """Weights that make every part of a model matter."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed" in name.lower() or name == "query_tokens":
-                parameter.normal_(0, 0.7)
-            elif parameter.ndim >= 2:
-                parameter.normal_(0, 2.2 / parameter[0].numel() ** 0.5)
-            elif "norm" in name.lower() and name.endswith("weight"):
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(0, 0.3)
-
-
 def blip_config(**text: Any) -> BlipConfig:
     """A tiny configuration; the text width differs from the picture's where nothing forbids it."""
     vision = {
@@ -100,7 +88,7 @@ def blip_config(**text: Any) -> BlipConfig:
         "vocab_size": VOCABULARY,
         "hidden_size": 24,
         "intermediate_size": 40,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 3,
         "max_position_embeddings": 40,
         "bos_token_id": BOS,
@@ -128,7 +116,8 @@ def save_blip(directory: Path, kind: str, seed: int, **text: Any) -> tuple[Any, 
 def save_blip2(directory: Path, seed: int) -> tuple[Blip2ForImageTextRetrieval, Blip2Processor]:
     """Draws a BLIP-2 of the first stage, saves it with its processor, and gives both."""
     torch.manual_seed(seed)
-    vision = blip_config().vision_config.to_dict() | {"model_type": "blip_2_vision_model"}
+    drawn: Any = blip_config().vision_config
+    vision = drawn.to_dict() | {"model_type": "blip_2_vision_model"}
     qformer = {
         "vocab_size": VOCABULARY,
         "hidden_size": 24,

@@ -1,0 +1,169 @@
+"""BLIP-2, BLIP and CLIP for retrieval: scores and vectors equal transformers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from blip2edge import Captioner, Matcher
+from blip2edge.cli import main
+from blip2edge.errors import BundleError, CheckpointError, PromptError, UsageError
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from tests.drawing import draw_pictures
+from tests.families import drawing_blip as drawing
+
+TEXTS = ["a photo of two cats", "Red dog", "what is the dog where it is"]
+WITHIN = 1e-4
+
+
+def save(kind: str, directory: Path, seed: int) -> tuple[Any, Any]:
+    """Draws a checkpoint of a kind; every second CLIP has the older configs' end token."""
+    if kind == "blip-itm":
+        return drawing.save_blip(directory, "retrieval", seed)
+    if kind == "blip-2-itm":
+        return drawing.save_blip2(directory, seed)
+    return drawing.save_clip(directory, seed, eos=2 if seed == 1 else drawing.SEP)
+
+
+def scores(kind: str, model: Any, processor: Any, image: Any, text: str) -> tuple[float | None, float]:
+    """Probability and cosine of one picture and one text in transformers."""
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    with torch.no_grad():
+        if kind == "clip":
+            out = model(**inputs)
+            return None, float(out.image_embeds @ out.text_embeds.T)
+        if kind == "blip-itm":
+            match = model(**inputs, use_itm_head=True).itm_score
+            return float(match.softmax(dim=1)[0, 1]), float(model(**inputs, use_itm_head=False).itm_score)
+        match = model(**inputs, use_image_text_matching_head=True).logits_per_image
+        contrast = model(**inputs, use_image_text_matching_head=False).logits_per_image
+        return float(match.softmax(dim=1)[0, 1]), float(contrast)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["blip-2-itm", "blip-itm", "clip"])
+def test_scores_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
+    model, processor = save(kind, tmp_path / "checkpoint", seed)
+    verify = "sample" if seed == 2 else "full"
+    report = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", verify=verify)
+    match = [] if kind == "clip" else ["match"]
+    assert [graph.name for graph in report.graphs] == [
+        "vision_encoder",
+        "image_features",
+        "text_embeds",
+        *match,
+    ]
+    matcher = Matcher.load(tmp_path / "bundle", threads=1)
+    pictures = draw_pictures(3, seed)
+    together = list(matcher.match_many(pictures, TEXTS, batch_size=3))
+    alone = [matcher.match(picture, text) for picture in pictures for text in TEXTS]
+    wanted = [scores(kind, model, processor, picture, text) for picture in pictures for text in TEXTS]
+    for one, other, (probability, cosine) in zip(alone, together, wanted, strict=True):
+        for result in (one, other):
+            assert result.cosine == pytest.approx(cosine, abs=WITHIN)
+            if probability is None:
+                assert result.probability is None
+            else:
+                assert result.probability == pytest.approx(probability, abs=WITHIN)
+    assert np.std([cosine for _, cosine in wanted]) > 0.02  # the scores depend on picture and text
+    features, texts = matcher.embed_images(pictures, batch_size=2), matcher.embed_texts(TEXTS, batch_size=3)
+    features = features.reshape(3, -1, texts.shape[1])  # [N, K, F]
+    cosines = (features @ texts.T).max(axis=1).reshape(-1)
+    np.testing.assert_allclose(cosines, [cosine for _, cosine in wanted], atol=WITHIN)
+
+
+@pytest.fixture(scope="module")
+def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of BLIP-2's first stage."""
+    directory: Path = tmp_path_factory.mktemp("blip2") / "checkpoint"
+    drawing.save_blip2(directory, 5)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def half(blip2: Path) -> Path:
+    """Its bundle in fp16."""
+    output = blip2.parent / "half"
+    export_checkpoint(blip2, output, precision="fp16")
+    return output
+
+
+def test_the_command_line_compares(
+    half: Path, blip2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for index, picture in enumerate(draw_pictures(2)):
+        paths.append(str(tmp_path / f"{index}.png"))
+        picture.save(paths[-1])
+    assert main(["match", *paths, "--text", "a red dog", "-b", str(half), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == paths
+    assert all(set(line) == {"image", "text", "probability", "cosine"} for line in lines)
+    from transformers import Blip2ForImageTextRetrieval, Blip2Processor
+
+    model = Blip2ForImageTextRetrieval.from_pretrained(blip2)
+    processor = Blip2Processor.from_pretrained(blip2, backend="pil")
+    probability, cosine = scores("blip-2-itm", model, processor, draw_pictures(2)[1], "a red dog")
+    assert lines[1]["probability"] == pytest.approx(probability, abs=0.02)
+    assert lines[1]["cosine"] == pytest.approx(cosine, abs=0.02)
+    assert main(["match", paths[0], "--text", "a red dog", "-b", str(half)]) == 0
+    assert capsys.readouterr().out.startswith("probability 0.")
+
+
+def test_the_command_line_embeds(half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = str(tmp_path / "picture.png")
+    draw_pictures(1)[0].save(picture)
+    assert main(["embed", picture, "-b", str(half), "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["image"] == picture
+    assert np.shape(line["embedding"]) == (5, 20)
+    target = tmp_path / "texts.npy"
+    texts = ["--text", "a dog", "--text", "two cats"]
+    assert main(["embed", *texts, "-b", str(half), "--output", str(target)]) == 0
+    vectors = np.load(target)
+    assert vectors.shape == (2, 20)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+    assert main(["embed", "-b", str(half)]) == 2
+    assert main(["embed", picture, "--text", "a", "-b", str(half)]) == 2
+    assert main(["inspect", str(half)]) == 0
+    assert "match_logits" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_told_in_a_line(half: Path) -> None:
+    matcher, picture = Matcher.load(half, threads=1), draw_pictures(1)[0]
+    with pytest.raises(PromptError, match="43 tokens, but the model reads up to 40"):
+        matcher.match(picture, "a " * 41)
+    with pytest.raises(PromptError, match="the text is empty"):
+        matcher.match(picture, " ")
+    with pytest.raises(UsageError, match="--batch-size"):
+        list(matcher.match_many([picture], ["a"], batch_size=0))
+    with pytest.raises(BundleError, match="captions none; use blip2edge match or blip2edge embed"):
+        Captioner.load(half)
+
+
+@pytest.mark.parametrize("kind", ["blip-2-itm", "blip-itm", "clip"])
+def test_a_checkpoint_is_written_as_it_was_read(kind: str, tmp_path: Path) -> None:
+    save(kind, tmp_path / "checkpoint", 0)
+    model = load_model(tmp_path / "checkpoint")
+    save_checkpoint(model, tmp_path / "copy", like=tmp_path / "checkpoint")
+    copy = load_model(tmp_path / "copy")
+    assert copy.config == model.config
+    theirs, ours = model.state_dict(), copy.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(CheckpointError, match="generates none"):
+        load_checkpoint(tmp_path / "copy")
+
+
+def test_a_qformer_that_reads_no_text(blip2: Path, tmp_path: Path) -> None:
+    values = json.loads((blip2 / "config.json").read_text())
+    values["qformer_config"]["use_qformer_text_input"] = False
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="use_qformer_text_input is false"):
+        load_model(tmp_path)
