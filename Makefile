@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check format test demo clean
+.PHONY: help venv install check docs format test demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
 	@echo "make test      install into $(VENV) and run the tests"
 	@echo "make check     ruff, mypy --strict, import-linter"
+	@echo "make docs      write docs/models.md from the registries"
 	@echo "make format    let ruff mend what it can"
 	@echo "make install   install everything for development into $(VENV)"
 	@echo "make clean     remove $(VENV) and the caches"
@@ -34,6 +35,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed
+	$(BIN)/python benchmarks/models_table.py --write docs/models.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,183 @@
+"""Writes ``docs/models.md``: ``python benchmarks/models_table.py --write docs/models.md`` (or ``make docs``).
+
+The rows come from the registries (families, bridges, language models), the figures from the configurations of
+published checkpoints in ``benchmarks/configs`` built without weights, the precisions from
+``benchmarks/results/parity.json`` (``python benchmarks/parity.py``), the notes from ``benchmarks/models_notes.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_checkpoint import CONFIGS, opened, published
+
+from blip2edge.export.graphs import graphs_of
+from blip2edge.export.precision import PRECISIONS
+from blip2edge.model.bridges import BRIDGES
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.families import FAMILIES
+from blip2edge.model.language import LANGUAGES
+from blip2edge.model.models import Config, build_model
+from blip2edge.model.retrieval import RetrievalConfig
+
+HERE = Path(__file__).parent
+PARITY = HERE / "results" / "parity.json"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
+NOTES = HERE / "models_notes.md"
+INTRODUCTION = """\
+<!-- Made by `make docs` of the registries, of benchmarks/configs and of benchmarks/models_notes.md. -->
+
+# Supported models
+
+Any checkpoint in transformers' format whose `config.json` has one of the types below. `blip2edge export` compares its
+tensors with the configuration, name by name and shape by shape, before anything is written.
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A table in Markdown; the columns ``right`` are aligned there."""
+    rule = ["--:" if column in right else "---" for column in range(len(head))]
+    lines = [head, rule, *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def code(text: str) -> str:
+    """As code, in a cell; empty stays empty."""
+    escaped = text.replace("|", "\\|").replace("\n", "\\n")
+    return f"`{escaped}`" if text else "–"
+
+
+def families() -> str:
+    """A row a family, as the registry has it."""
+    comparing = {
+        config.family for config in map(opened, map(published, NAMES)) if isinstance(config, RetrievalConfig)
+    }
+    rows = []
+    for name, family in FAMILIES.items():
+        reads = f"{code(family.model_type or name)}"
+        if family.architectures:
+            reads += f" ({', '.join(family.architectures)})"
+        compares = name in comparing
+        prompt = "–" if compares else code(family.template)
+        question = "–" if compares or not family.question else code(family.question)
+        default = code(family.default_prompt or "")
+        rows.append([family.title, reads, prompt, default, question])
+    head = ["family", "`model_type`", "prompt", "without a prompt", "`ask`"]
+    return table(head, rows)
+
+
+def count(parameters: int) -> str:
+    """In millions."""
+    return f"{parameters / 1e6:,.0f}" if parameters >= 1e7 else f"{parameters / 1e6:.1f}"
+
+
+def parts(config: Config) -> dict[str, int]:
+    """Parameters by part, a shared one counted once."""
+    with torch.device("meta"):
+        model = build_model(config)
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():  # a tied one comes once
+        part = name.split(".")[0]
+        found[part] = found.get(part, 0) + parameter.numel()
+    return found
+
+
+def visual_tokens(config: Config) -> str:
+    """What a picture becomes."""
+    if not isinstance(config, CaptionerConfig):
+        vectors = config.num_features
+        return f"{vectors} vector{'s' if vectors > 1 else ''}"
+    each = config.bridge.num_visual_tokens
+    if config.frames > 1:
+        return f"{config.frames} × {each}"
+    cross = config.language.cross
+    if config.bridge.kind == "none":
+        return f"{config.vision.num_positions}, looked at"
+    return f"{each}, looked at" if cross is not None and cross.source == "visual_tokens" else str(each)
+
+
+def passing(name: str, parity: dict[str, Any]) -> str:
+    """The precisions that hold parity, each with its largest relative difference."""
+    found = parity.get(name, {})
+    held = []
+    for precision in PRECISIONS:
+        graphs = found.get(precision, {}).get("graphs", {})
+        if found.get(precision, {}).get("passes") and graphs:
+            held.append(f"{precision} {max(graph['relative'] for graph in graphs.values()):.0e}")
+    return ", ".join(held) or "not measured"
+
+
+def checkpoints() -> str:
+    """A row a published configuration."""
+    parity = json.loads(PARITY.read_text())["results"] if PARITY.is_file() else {}
+    rows = []
+    for name in NAMES:
+        config = opened(published(name))
+        size = parts(config)
+        kind = config.language.kind if isinstance(config, CaptionerConfig) else config.text.kind
+        bridge = config.bridge.kind if isinstance(config, CaptionerConfig) else "–"
+        rest = sum(size.values()) - size["vision"] - size.get("bridge", 0)
+        rows.append(
+            [
+                name,
+                FAMILIES[config.family].title,
+                bridge,
+                kind,
+                count(size["vision"]),
+                count(size["bridge"]) if "bridge" in size else "–",
+                count(rest),
+                count(sum(size.values())),
+                visual_tokens(config),
+                f"{config.language.max_positions if isinstance(config, CaptionerConfig) else config.max_positions:,}",
+                ", ".join(graphs_of(config)),
+                passing(name, parity),
+            ]
+        )
+    head = ["checkpoint", "family", "bridge", "text", "vision, M", "bridge, M", "text, M", "all, M"]
+    head += ["a picture", "context", "graphs", "parity"]
+    return table(head, rows, right=(4, 5, 6, 7, 9))
+
+
+EXPLANATION = """\
+Parameters in millions, a shared table counted once. *A picture*: slots of the language model's input, or what its
+layers look at beside their text. *Parity*: the largest difference from torch in any output of any graph, as a share of
+that output's largest value, measured on the same architecture shrunk to a few random layers
+(`python benchmarks/parity.py`); the bounds are 1e-4 (fp32), 5e-2 (fp16) and 3e-1 (bf16).
+"""
+
+
+def document() -> str:
+    """The whole page."""
+    bridges = ", ".join(code(name) for name in BRIDGES if name != "none")
+    models = ", ".join(code(name) for name in LANGUAGES)
+    rows = f"Bridges: {bridges}. Language models, by their `model_type`: {models}.\n"
+    head = [INTRODUCTION, "## Families\n", families(), rows]
+    return "\n".join([*head, "## Published checkpoints\n", EXPLANATION, checkpoints(), NOTES.read_text()])
+
+
+def main() -> None:
+    """Writes the page, prints it, or compares it with the one that is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--write", type=Path, metavar="FILE", help="write the page there")
+    how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless that is the page")
+    options = parser.parse_args()
+    page = document()
+    if options.write is not None:
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        options.write.write_text(page, encoding="utf-8")
+    elif options.check is not None:
+        if not options.check.is_file() or options.check.read_text(encoding="utf-8") != page:
+            sys.exit(f"{options.check} is not what the registries say; run: make docs")
+    else:
+        print(page, end="")
+
+
+if __name__ == "__main__":
+    main()
