@@ -107,14 +107,15 @@ def draw_blip2(directory: Path, seed: int, model_type: str = "llama", **changes:
         hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=3, vocab_size=50
     )
     text = text_config(model_type, **changes)
-    config = Blip2Config(
-        vision_config=vision.to_dict(),
-        qformer_config=qformer.to_dict(),
-        text_config=text.to_dict(),
-        num_query_tokens=5,
-        image_token_index=IMAGE_ID,
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
+    fields: dict[str, Any] = {
+        "vision_config": vision.to_dict(),
+        "qformer_config": qformer.to_dict(),
+        "text_config": text.to_dict(),
+        "num_query_tokens": 5,
+        "image_token_index": IMAGE_ID,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
+    config = Blip2Config(**fields)
     model = Blip2ForConditionalGeneration(config).eval()
     draw_weights(model, seed)
     model.save_pretrained(directory)
