@@ -27,7 +27,8 @@ from blip2edge.model.layers import (
     merge_heads,
     split_heads,
 )
-from blip2edge.model.llama import FeedForward, LlamaConfig, LlamaDecoder
+from blip2edge.model.llama import FeedForward, LlamaDecoder
+from blip2edge.model.llama_config import LlamaConfig
 
 GATES = ("float", "vector")
 """``alpha_type``: a gate a layer, or one a channel."""

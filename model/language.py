@@ -14,7 +14,8 @@ from blip2edge.model import weight_tables_blip as blip_tables
 from blip2edge.model.bert import BertConfig, BertDecoder
 from blip2edge.model.config import LanguageConfig
 from blip2edge.model.flamingo import Flamingo, FlamingoConfig
-from blip2edge.model.llama import LlamaConfig, LlamaDecoder
+from blip2edge.model.llama import LlamaDecoder
+from blip2edge.model.llama_config import LlamaConfig
 from blip2edge.model.opt import OPTConfig, OPTDecoder
 from blip2edge.model.t5 import T5, T5Config
 from blip2edge.model.weight_tables_idefics import flamingo
