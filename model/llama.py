@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from blip2edge.contract import CrossSpec
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,

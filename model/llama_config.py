@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from blip2edge.contract import CrossSpec
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.config import Fields
 
