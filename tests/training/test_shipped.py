@@ -49,7 +49,8 @@ def test_the_example_pictures_are_held_out_scenes() -> None:
 def test_it_captions_scenes_that_it_never_saw() -> None:
     captioner = CheckpointCaptioner.load(CHECKPOINT)
     scores = evaluate_scenes(captioner, n=200, seed=77)
-    assert scores["exact_match"] >= 0.95, scores["wrong"]
+    # 200 scenes: two standard errors below the 95 % that 1,000 have to reach.
+    assert scores["exact_match"] >= 0.92, scores["wrong"]
     assert scores["shuffled_match"] <= 0.02
 
 
