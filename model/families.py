@@ -249,6 +249,7 @@ FAMILIES: dict[str, Family] = {
         write=write_llava,
         rules=tables.LLAVA,
         template="USER: {image}\n{prompt} ASSISTANT:",
+        architectures=("LlavaForConditionalGeneration",),
         default_prompt="Describe the image concisely.",
         question="{question}",
         image_token="<image>",
