@@ -280,7 +280,7 @@ def test_the_context_can_be_filled(contract: Contract) -> None:
 
 
 FP16_SEEN = 2e-2
-"""Largest relative difference of any output in fp16 on the checkpoint below (seen: 6e-3); the bound is 5e-2."""
+"""Largest relative difference of any output in fp16 on the checkpoint below (seen: 6e-3); the bound is 1e-1."""
 
 
 def test_fp16_is_near_and_captions(tiny_checkpoint: Drawn, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_fp16_is_near_and_captions(tiny_checkpoint: Drawn, tiny_bundle: Path, tm
     for name, graph in manifest.graphs.items():
         assert graph.fp32_exceptions
         for parity in graph.parity:
-            assert 0 < parity.relative <= FP16_SEEN < parity.tolerance == 5e-2, (name, parity)
+            assert 0 < parity.relative <= FP16_SEEN < parity.tolerance == 1e-1, (name, parity)
     size = sum(path.stat().st_size for path in report.bundle.glob("*.data"))
     assert size < 0.6 * sum(path.stat().st_size for path in tiny_bundle.glob("*.data"))
 
