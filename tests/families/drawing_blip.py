@@ -79,7 +79,7 @@ def blip_config(**text: Any) -> BlipConfig:
     vision = {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "image_size": 32,
         "patch_size": 8,
@@ -88,7 +88,7 @@ def blip_config(**text: Any) -> BlipConfig:
         "vocab_size": VOCABULARY,
         "hidden_size": 24,
         "intermediate_size": 40,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 3,
         "max_position_embeddings": 40,
         "bos_token_id": BOS,
@@ -122,7 +122,7 @@ def save_blip2(directory: Path, seed: int) -> tuple[Blip2ForImageTextRetrieval, 
         "vocab_size": VOCABULARY,
         "hidden_size": 24,
         "intermediate_size": 40,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 3,
         "max_position_embeddings": 40,
         "use_qformer_text_input": True,
@@ -142,7 +142,7 @@ def save_blip2(directory: Path, seed: int) -> tuple[Blip2ForImageTextRetrieval, 
 def save_clip(directory: Path, seed: int, eos: int = SEP) -> tuple[CLIPModel, CLIPProcessor]:
     """Draws a CLIP, saves it with its processor, and gives both; ``eos`` 2 is what older configs hold by mistake."""
     torch.manual_seed(seed)
-    sizes = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = CLIPConfig(
         vision_config={"hidden_size": 32, "image_size": 32, "patch_size": 8, **sizes},
         text_config={

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,35 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.3},
 )
 VARIANTS: dict[int, dict[str, Any]] = {
-    0: {},
-    1: {"num_hidden_layers": 1, "hidden_act": "relu"},
+    0: {"num_hidden_layers": 2},
+    1: {"hidden_act": "relu"},
     2: {"num_attention_heads": 2},
 }
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A drawn checkpoint, its processor and its bundle."""
+
+    model: Any
+    processor: Any
+    bundle: Path
+    graphs: list[str]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Exported]:
+    """Draws and exports a kind and seed, once."""
+
+    @cache
+    def export(kind: str, seed: int) -> Exported:
+        directory = tmp_path_factory.mktemp(f"{kind}-{seed}")
+        model, processor = drawing.save_blip(directory / "checkpoint", kind, seed, **VARIANTS[seed])
+        verify = "sample" if (kind, seed) == ("caption", 1) else "full"
+        report = export_checkpoint(directory / "checkpoint", directory / "bundle", verify=verify)
+        return Exported(model, processor, report.bundle, [graph.name for graph in report.graphs])
+
+    return export
 
 
 def expected(
@@ -48,13 +76,11 @@ def expected(
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["caption", "vqa"])
-def test_texts_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
-    model, processor = drawing.save_blip(tmp_path / "checkpoint", kind, seed, **VARIANTS[seed])
-    verify = "sample" if seed == 0 else "full"
-    report = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", verify=verify)
+def test_texts_equal_transformers(kind: str, seed: int, exported: Callable[[str, int], Exported]) -> None:
+    drawn = exported(kind, seed)
     encoder = ["text_encoder"] if kind == "vqa" else []
-    assert [graph.name for graph in report.graphs] == ["vision_encoder", *encoder, "cross_kv", "decoder"]
-    captioner = Captioner.load(tmp_path / "bundle", threads=1)
+    assert drawn.graphs == ["vision_encoder", *encoder, "cross_kv", "decoder"]
+    captioner = Captioner.load(drawn.bundle, threads=1)
     pictures, prompts = draw_pictures(3, seed), PROMPTS[kind]
     seen = set()
     for options in OPTIONS:
@@ -62,7 +88,7 @@ def test_texts_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
             pictures, prompts=prompts, batch_size=3, max_new_tokens=9, **options
         )
         for picture, prompt, result in zip(pictures, prompts, together, strict=True):
-            ids = expected(model, processor, kind, picture, prompt, **options)
+            ids = expected(drawn.model, drawn.processor, kind, picture, prompt, **options)
             assert list(result.tokens) == ids, (options, prompt)
             if kind == "caption":
                 alone = captioner.caption(picture, prompt=prompt, max_new_tokens=9, **options)
@@ -77,7 +103,7 @@ def test_texts_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
 def captioning(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A captioning checkpoint."""
     directory: Path = tmp_path_factory.mktemp("blip") / "checkpoint"
-    drawing.save_blip(directory, "caption", 3, num_hidden_layers=1)
+    drawing.save_blip(directory, "caption", 3)
     return directory
 
 
@@ -108,16 +134,17 @@ def test_a_captioner_answers_no_questions(half: Path) -> None:
         Matcher.load(half)
 
 
-def test_questions_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    drawing.save_blip(tmp_path / "checkpoint", "vqa", 4, num_hidden_layers=1)
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
+def test_questions_are_needed(
+    exported: Callable[[str, int], Exported], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(exported("vqa", 1).bundle)
     picture = tmp_path / "picture.png"
     draw_pictures(1)[0].save(picture)
-    assert main(["caption", str(picture), "-b", str(tmp_path / "bundle")]) == 2
+    assert main(["caption", str(picture), "-b", bundle]) == 2
     assert "answers questions, and none was given; use: blip2edge ask" in capsys.readouterr().err
-    assert main(["match", str(picture), "--text", "a", "-b", str(tmp_path / "bundle")]) == 1
+    assert main(["match", str(picture), "--text", "a", "-b", bundle]) == 1
     assert "use blip2edge ask" in capsys.readouterr().err
-    ask = ["ask", str(picture), "what is it?", "-b", str(tmp_path / "bundle"), "--json"]
+    ask = ["ask", str(picture), "what is it?", "-b", bundle, "--json"]
     assert main([*ask, "--max-new-tokens", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"][0] == drawing.BOS
 

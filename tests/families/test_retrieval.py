@@ -50,7 +50,7 @@ def scores(kind: str, model: Any, processor: Any, image: Any, text: str) -> tupl
 @pytest.mark.parametrize("kind", ["blip-2-itm", "blip-itm", "clip"])
 def test_scores_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
     model, processor = save(kind, tmp_path / "checkpoint", seed)
-    verify = "sample" if seed == 2 else "full"
+    verify = "sample" if (kind, seed) == ("blip-2-itm", 2) else "full"
     report = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", verify=verify)
     match = [] if kind == "clip" else ["match"]
     assert [graph.name for graph in report.graphs] == [
