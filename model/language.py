@@ -44,7 +44,7 @@ class Language:
 LANGUAGES: dict[str, Language] = {
     "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: tables.OPT),
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2"),
+        ("llama", "mistral", "qwen2", "qwen3"),
         Language(
             LlamaConfig.from_hf,
             LlamaDecoder,

@@ -76,6 +76,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.value = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(inner, width, bias=config.out_bias)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
@@ -91,8 +93,8 @@ class Attention(nn.Module):
         Returns:
             ``[B, S, D]``, and two of ``[B, Hkv, P + S, d]``.
         """
-        query = rotate(split_heads(self.query(x), self.heads), *rotation)
-        key = rotate(split_heads(self.key(x), self.kv_heads), *rotation)
+        query = rotate(self.query_norm(split_heads(self.query(x), self.heads)), *rotation)
+        key = rotate(self.key_norm(split_heads(self.key(x), self.kv_heads)), *rotation)
         value = split_heads(self.value(x), self.kv_heads)
         if past is not None:
             key = torch.cat([past[0], key], dim=2)

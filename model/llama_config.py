@@ -85,9 +85,10 @@ class LlamaConfig:
         qkv_bias: Queries, keys and values have biases (Qwen2).
         out_bias: So has the matrix behind the heads.
         mlp_bias: So have the three of the feed-forward.
+        qk_norm: Each head's queries and keys are normed before they are turned (Qwen3).
         window: A slot sees this many slots, its own included; None for all (Mistral 0.1, Qwen2).
         window_layers: The layers that the window holds for.
-        kind: transformers' ``model_type``: ``llama``, ``mistral`` or ``qwen2``.
+        kind: transformers' ``model_type``, a key of :data:`DEFAULTS`.
     """
 
     vocab_size: int
@@ -103,6 +104,7 @@ class LlamaConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = False
     window: int | None = None
     window_layers: tuple[int, ...] = ()
@@ -137,14 +139,14 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, values: Any) -> LlamaConfig:
-        """Reads a ``config.json`` or ``text_config`` of Llama, Mistral or Qwen2, with each one's defaults."""
+        """Reads a ``config.json`` or ``text_config`` of Llama or its kin, with each one's defaults."""
         f = Fields("text_config", values)
         kind = str(f.values.get("model_type", "llama"))
         sizes = DEFAULTS[kind]
         heads = f.integer("num_attention_heads", 32)
         hidden, layers = f.integer("hidden_size", 4096), f.integer("num_hidden_layers", 32)
         longest = f.integer("max_position_embeddings", sizes["max_position_embeddings"])
-        bias = kind == "llama" and f.flag("attention_bias", False)
+        bias = kind in ("llama", "qwen3") and f.flag("attention_bias", False)
         window, window_layers = _window(kind, f, layers)
         return cls(
             vocab_size=f.integer("vocab_size", sizes["vocab_size"]),
@@ -153,13 +155,14 @@ class LlamaConfig:
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=_kv_heads(f, heads, sizes),
-            head_dim=f.integer("head_dim", hidden // heads),
+            head_dim=f.integer("head_dim", sizes.get("head_dim", hidden // heads)),
             max_positions=longest,
             activation=f.activation("hidden_act", "silu"),
             norm_eps=f.number("rms_norm_eps", 1e-6),
             qkv_bias=bias or kind == "qwen2",
             out_bias=bias,
             mlp_bias=kind == "llama" and f.flag("mlp_bias", False),
+            qk_norm=kind == "qwen3",
             tie_embeddings=f.flag("tie_word_embeddings", False),
             window=window,
             window_layers=window_layers,
@@ -169,18 +172,20 @@ class LlamaConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` that :meth:`from_hf` reads."""
-        names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+        names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+        qwen = {
+            "use_sliding_window": self.window is not None,
+            "sliding_window": self.window,
+            "layer_types": [
+                "sliding_attention" if layer in self.window_layers else "full_attention"
+                for layer in range(self.num_layers)
+            ],
+        }
         own: dict[str, dict[str, Any]] = {
             "llama": {"attention_bias": self.out_bias, "mlp_bias": self.mlp_bias},
             "mistral": {"sliding_window": self.window},
-            "qwen2": {
-                "use_sliding_window": self.window is not None,
-                "sliding_window": self.window,
-                "layer_types": [
-                    "sliding_attention" if layer in self.window_layers else "full_attention"
-                    for layer in range(self.num_layers)
-                ],
-            },
+            "qwen2": qwen,
+            "qwen3": {**qwen, "attention_bias": self.out_bias},
         }
         return {
             "model_type": self.kind,
@@ -215,6 +220,13 @@ DEFAULTS: dict[str, dict[str, int]] = {
         "max_position_embeddings": 32768,
         "num_key_value_heads": 32,
     },
+    "qwen3": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
 }
 """What transformers' configs assume where ``config.json`` is silent."""
 
@@ -228,7 +240,7 @@ def _kv_heads(f: Fields, heads: int, sizes: Mapping[str, int]) -> int:
 
 def _window(kind: str, f: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The sliding window, and which layers it holds for."""
-    used = kind == "mistral" or (kind == "qwen2" and f.flag("use_sliding_window", False))
+    used = kind == "mistral" or (kind in ("qwen2", "qwen3") and f.flag("use_sliding_window", False))
     if not used or f.values.get("sliding_window", 4096) is None:
         return None, ()
     window = f.integer("sliding_window", 4096)

@@ -26,6 +26,8 @@ LLAMA_LAYER = (
     Rule("attention.key", "self_attn.k_proj"),
     Rule("attention.value", "self_attn.v_proj"),
     Rule("attention.out", "self_attn.o_proj"),
+    Rule("attention.query_norm", "self_attn.q_norm"),
+    Rule("attention.key_norm", "self_attn.k_norm"),
     Rule("feed_forward_norm", "post_attention_layernorm"),
     Rule("feed_forward.gate", "mlp.gate_proj"),
     Rule("feed_forward.up", "mlp.up_proj"),

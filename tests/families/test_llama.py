@@ -34,6 +34,8 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mistral", {"sliding_window": None, "head_dim": 12}),
     ("qwen2", {}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ("qwen3", {"head_dim": 16}),
+    ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
 )
 
 
@@ -67,7 +69,9 @@ def test_decoder_equals_transformers(variant: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "variant"), [(0, 0), (1, 2), (2, 4), (3, 6)], ids=["llama", "smollm", "mistral", "qwen2"]
+    ("seed", "variant"),
+    [(0, 0), (1, 2), (2, 4), (3, 6), (4, 8)],
+    ids=["llama", "smollm", "mistral", "qwen2", "qwen3"],
 )
 def test_captions_equal_transformers(seed: int, variant: int, tmp_path: Path) -> None:
     """Exported in float32: greedy and beams, batched and single."""
