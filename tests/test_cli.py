@@ -20,7 +20,7 @@ from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BundleError, UsageError
 
 COMMANDS = ("export", "caption", "ask", "match", "embed", "inspect", "doctor", "demo", "train", "eval")
-LATER = ("calibrate", "optimize", "build", "watch", "serve", "bench", "plan")
+LATER = ("calibrate", "optimize", "watch", "serve", "bench", "plan")
 JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]
 
 
