@@ -19,7 +19,19 @@ from blip2edge.cli import explain, main
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BundleError, UsageError
 
-COMMANDS = ("export", "caption", "ask", "match", "embed", "inspect", "doctor", "demo", "train", "eval")
+COMMANDS = (
+    "export",
+    "caption",
+    "ask",
+    "match",
+    "embed",
+    "inspect",
+    "doctor",
+    "build",
+    "demo",
+    "train",
+    "eval",
+)
 LATER = ("calibrate", "optimize", "watch", "serve", "bench", "plan")
 JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]
 
@@ -324,6 +336,7 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "precision": "fp16",
         "verify": "sample",
         "force": True,
+        "base": None,
         "progress": None,
     }
 
