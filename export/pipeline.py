@@ -23,18 +23,18 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from safetensors.torch import save_file
 
 import blip2edge
-from blip2edge.contract import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, Parity
+from blip2edge.contract import EMBEDDINGS_FILE, Parity
 from blip2edge.errors import OutputError
 from blip2edge.export import verify
 from blip2edge.export.graphs import cache_of, graphs_of
 from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
+from blip2edge.export.token_table import check_token_table, write_token_table
 from blip2edge.export.weights import Weights, check_hashes, output_error, write_weights
-from blip2edge.manifest import FileRecord, GraphRecord, Manifest, sha256_of
+from blip2edge.manifest import MANIFEST, FileRecord, GraphRecord, Manifest, sha256_of
 from blip2edge.model.checkpoint import Checkpoint, load_model
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.lavis import open_checkpoint
@@ -43,6 +43,8 @@ from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.runtime.meter import MemoryMeter
 
 FULL_UP_TO = 1 << 30  # bytes of checkpoint that are verified whole unless told otherwise: about 4 GiB in fp32
+
+TOKEN_TABLE = "language.embed_tokens.weight"
 
 Progress = Callable[[str, int, int], None]
 
@@ -125,7 +127,7 @@ def export_checkpoint(
         with _staging(target, force) as staging:
             written = _write_graphs(source, staging, precision, report)
             if isinstance(source.config, CaptionerConfig):
-                _write_embeddings(source, staging, PRECISIONS[precision])
+                _write_embeddings(source, staging, _dtype(precision))
             side.write(staging)
             _verify(source, written, precision, mode, report)
             _seal(source, side, staging, written, precision, mode, report)
@@ -137,10 +139,14 @@ def export_checkpoint(
 @contextmanager
 def _staging(target: Path, force: bool) -> Iterator[Path]:
     """A sibling of ``target`` that takes its place when the block ends well, and vanishes when it does not."""
-    if target.exists() and not force:
+    if (target.exists() or target.is_symlink()) and not force:
         raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file, and a bundle is a directory", "give another -o")
+    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise OutputError(
+            f"{target} holds files and is no bundle, so --force does not replace it", "give another -o"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -164,7 +170,7 @@ def _publish(staging: Path, target: Path) -> None:
     target.rename(old)
     try:
         staging.rename(target)
-    except OSError:
+    except BaseException:  # Ctrl-C too: what was there comes back
         old.rename(target)
         raise
     finally:
@@ -194,16 +200,16 @@ def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Pro
     return written
 
 
-def _write_embeddings(source: Checkpoint, staging: Path, dtype: str) -> None:
-    table = source.read("language.embed_tokens.weight").to(getattr(torch, dtype)).contiguous()
-    path = staging / EMBEDDINGS_FILE
-    save_file({EMBEDDINGS_TENSOR: table}, path)
-    path.chmod(0o644)  # save_file leaves it to its owner alone
+def _write_embeddings(source: Checkpoint, staging: Path, dtype: torch.dtype) -> None:
+    write_token_table(source.read(TOKEN_TABLE), TOKEN_TABLE, staging / EMBEDDINGS_FILE, dtype)
 
 
 def _verify(
     source: Checkpoint, written: Mapping[str, _Written], precision: str, mode: str, report: Progress
 ) -> None:
+    table = next(iter(written.values())).weights.file.with_name(EMBEDDINGS_FILE)
+    if table.is_file():
+        check_token_table(source.read(TOKEN_TABLE), TOKEN_TABLE, table, _dtype(precision))
     model = load_model(source) if mode == "full" else None
     for done, (name, item) in enumerate(written.items()):
         report("verify", done, len(written))
