@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class Manifest:
             preprocessing=values["preprocessing"],
             prompt=PromptSpec.from_json(values["prompt"]) if values["prompt"] else None,
             generation=values["generation"],
-            files={name: FileRecord(**record) for name, record in values["files"].items()},
+            files=_sealed(values),
             versions=values["versions"],
         )
 
@@ -157,6 +157,19 @@ class Manifest:
         """Writes ``bundle.json`` and the stamp of what has just been hashed."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
         (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _sealed(values: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """The seals, one for every file that a graph needs, and none outside the bundle."""
+    files = {name: FileRecord(**record) for name, record in values["files"].items()}
+    for name in files:
+        if Path(name).name != name:
+            raise ValueError(f"{name} is not a file of the bundle")
+    for name, graph in values["graphs"].items():
+        for needed in (f"{name}.onnx", *graph.get("data_files", ())):
+            if needed not in files:
+                raise ValueError(f"{needed} is not sealed")
+    return files
 
 
 class Bundle:
@@ -281,10 +294,14 @@ def cache_directory() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "blip2edge"
 
 
-def _stamp_paths(directory: Path) -> tuple[Path, Path]:
-    """Beside the files; where that is read-only, in the user's cache."""
+def _stamp_paths(directory: Path) -> Iterator[Path]:
+    """Beside the files; where that is read-only, in the user's cache, where there is a user."""
+    yield directory / STAMP
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    return directory / STAMP, cache_directory() / "verified" / f"{key}.json"
+    try:
+        yield cache_directory() / "verified" / f"{key}.json"
+    except RuntimeError:  # no home directory, as in a container with a number for a user
+        return
 
 
 def _read_stamps(directory: Path) -> Mapping[str, Any]:

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blip2edge.contract import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
-from blip2edge.errors import BackendError, BundleError, UsageError
+from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageError
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.frames import ItemSource, pictures_of
 from blip2edge.runtime.generate import Generated, GenerationOptions, generate, stream
@@ -235,10 +236,11 @@ class Captioner:
         unknown = sorted(options.keys() - known.keys())
         if unknown:
             raise UsageError(f"there is no option {unknown[0]}", f"options are {', '.join(known)}")
+        least = options.get("min_new_tokens", 0)
         merged = {
             "eos_token_ids": tuple(defaults["eos_token_ids"]),
             "stop": tuple(defaults.get("stop", ())),
-            "max_new_tokens": max(defaults["max_new_tokens"], options.get("min_new_tokens", 0)),
+            "max_new_tokens": max(defaults["max_new_tokens"], least if isinstance(least, int) else 0),
             **options,
         }
         return GenerationOptions(**merged)
@@ -246,21 +248,42 @@ class Captioner:
     def _in_batches(
         self, batches: list[tuple[list[ItemSource], list[str | None]]], options: GenerationOptions
     ) -> Iterator[CaptionResult]:
-        if len(batches) == 1 or (os.cpu_count() or 1) == 1:
+        if len(batches) <= 1 or (os.cpu_count() or 1) == 1:
             done = 0
             for images, texts in batches:
-                yield from self._decode(self._encode(images, texts), options, done)
+                yield from self._captions(partial(self._encode, images, texts), images, texts, options, done)
                 done += len(images)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="blip2edge-vision") as ahead:
             done = 0
             coming = ahead.submit(self._encode, *batches[0])
-            for following in [*batches[1:], None]:
-                batch = coming.result()
-                if following is not None:
-                    coming = ahead.submit(self._encode, *following)
-                yield from self._decode(batch, options, done)
-                done += len(batch.images)
+            for at, (images, texts) in enumerate(batches):
+                encoded = coming
+                wait([encoded])
+                if at + 1 < len(batches):
+                    coming = ahead.submit(self._encode, *batches[at + 1])
+                yield from self._captions(encoded.result, images, texts, options, done)
+                done += len(images)
+
+    def _captions(
+        self,
+        encode: Callable[[], _Encoded],
+        images: list[ItemSource],
+        texts: list[str | None],
+        options: GenerationOptions,
+        first: int,
+    ) -> Iterator[CaptionResult]:
+        """A batch's captions; where one item is broken, those before it one by one, and then its error."""
+        try:
+            batch = encode()
+        except Blip2EdgeError:
+            if len(images) == 1:
+                raise
+        else:
+            yield from self._decode(batch, options, first)
+            return
+        for row, (image, text) in enumerate(zip(images, texts, strict=True)):
+            yield from self._decode(self._encode([image], [text]), options, first + row)
 
     def _encode(self, images: list[ItemSource], texts: list[str | None]) -> _Encoded:
         clock = _Clock()
