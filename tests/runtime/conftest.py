@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
-from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from blip2edge.runtime.generate import Generated, GenerationOptions, generate
 
+if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
 VOCABULARY, WIDTH, SLOTS, IMAGE, PAD = 97, 32, 4, 96, 1
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _randomise(model: torch.nn.Module, seed: int) -> None:

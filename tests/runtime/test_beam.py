@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from blip2edge.runtime.generate import Generated, GenerationOptions, generate
 
+pytest.importorskip("transformers", reason="the oracle is transformers")
+
 SEEDS = range(8)
 LENGTHS = (5, 2, 7)
 PLAIN = GenerationOptions(max_new_tokens=14, num_beams=3)

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import image_utils
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from blip2edge.errors import BundleError, CheckpointError, ImageError
 from blip2edge.runtime import preprocess
 from blip2edge.runtime.preprocess import Preprocessing, load_image
+
+pytest.importorskip("transformers", reason="the oracle is transformers")
+from transformers import image_utils  # noqa: E402
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil  # noqa: E402
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 HEIGHT, WIDTH = 37, 53
 

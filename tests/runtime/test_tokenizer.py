@@ -19,10 +19,12 @@ from tokenizers import (
     trainers,
 )
 from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
 
 from blip2edge.errors import BundleError
 from blip2edge.runtime.tokenizer import StopText, TextStream, Tokenizer, clean_up_spaces
+
+pytest.importorskip("transformers", reason="the oracle is transformers")
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 TEXTS = [
     "a photo of a dog, sitting on the grass .",
