@@ -15,10 +15,10 @@ from blip2edge.errors import BackendError, UsageError
 from blip2edge.runtime.generate import GenerationOptions, generate, stream
 from blip2edge.runtime.sampling import draw, filter_scores, log_softmax, top_k_indices
 
-torch = pytest.importorskip("torch", reason="the oracle runs in torch")
+pytest.importorskip("torch", reason="the oracle runs in torch")
 pytest.importorskip("transformers", reason="the oracle is transformers")
-from transformers import StoppingCriteria, StoppingCriteriaList  # noqa: E402
-from transformers.generation import logits_process  # noqa: E402
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import logits_process
 
 SEEDS = range(8)
 LENGTHS = (5, 2, 7)

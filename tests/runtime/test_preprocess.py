@@ -19,9 +19,9 @@ from blip2edge.runtime import preprocess
 from blip2edge.runtime.preprocess import Preprocessing, load_image
 
 pytest.importorskip("transformers", reason="the oracle is transformers")
-from transformers import image_utils  # noqa: E402
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil  # noqa: E402
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
+from transformers import image_utils
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 HEIGHT, WIDTH = 37, 53
 

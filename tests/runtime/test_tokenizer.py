@@ -24,7 +24,7 @@ from blip2edge.errors import BundleError
 from blip2edge.runtime.tokenizer import StopText, TextStream, Tokenizer, clean_up_spaces
 
 pytest.importorskip("transformers", reason="the oracle is transformers")
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
     "a photo of a dog, sitting on the grass .",
