@@ -78,6 +78,13 @@ class OptimizerConfig:
 class VisionPhase(OptimizerConfig):
     """Pretraining of the picture encoder: every patch tells what covers it."""
 
+    shape_weight: float = 1.0
+    """Factor on the loss of the shape: the one label that a patch cannot tell alone, and the last to be learned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("vision", {"shape_weight": self.shape_weight})
+
 
 @dataclass(frozen=True)
 class LanguagePhase(OptimizerConfig):

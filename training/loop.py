@@ -70,7 +70,7 @@ def pretrain_vision(
         for batch in scene_batches(config.vision.batch_size, seed=_series(config, _VISION)):
             yield pixel_values(batch), dense_labels(batch, patch)
 
-    loss = vision_loss(model.vision, head)
+    loss = vision_loss(model.vision, head, config.vision.shape_weight)
     losses = fit("vision", [model.vision, head], batches(), loss, config.vision, log, progress)
     freeze(model.vision)
     return losses

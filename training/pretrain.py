@@ -35,6 +35,7 @@ _COLOURS, _RELATIONS = list(COLOURS), list(RELATIONS)
 _OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
 ROLES = 3  # nothing, the object named first, the other one
 CLASSES = (ROLES, len(COLOURS), len(SHAPES), len(SIZES), len(RELATIONS))
+SHAPE = 2  # index of the shape in CLASSES
 BOX = 3  # centre of the object from that of the patch (x, y), and its radius
 
 
@@ -85,12 +86,13 @@ def dense_labels(batch: Sequence[Scene], patch: int) -> DenseLabels:
     return DenseLabels(torch.from_numpy(classes), torch.from_numpy(box))
 
 
-def dense_loss(outputs: Tensor, labels: DenseLabels) -> Tensor:
+def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) -> Tensor:
     """Cross-entropy of the five classes plus the distance of the box.
 
     Args:
         outputs: float32 [B, N, sum(CLASSES) + BOX], a linear head's answer for every patch.
         labels: What it should have been.
+        shape_weight: Factor on the shape's part: the one label that no single patch can tell.
 
     Returns:
         A scalar: patches without an object count for the role only.
@@ -98,9 +100,10 @@ def dense_loss(outputs: Tensor, labels: DenseLabels) -> Tensor:
     parts = torch.split(outputs, [*CLASSES, BOX], dim=-1)
     loss = torch.zeros((), dtype=outputs.dtype)
     for index, logits in enumerate(parts[:-1]):
-        loss = loss + F.cross_entropy(
+        part = F.cross_entropy(
             logits.flatten(0, 1), labels.classes[:, :, index].flatten(), ignore_index=IGNORED
         )
+        loss = loss + (shape_weight * part if index == SHAPE else part)
     covered = labels.classes[:, :, 0] > 0
     return loss + 4.0 * F.l1_loss(parts[-1][covered], labels.box[covered])
 
@@ -110,12 +113,15 @@ def make_dense_head(width: int) -> nn.Linear:
     return nn.Linear(width, sum(CLASSES) + BOX)
 
 
-def vision_loss(vision: VisionTransformer, head: nn.Linear) -> Callable[[tuple[Tensor, DenseLabels]], Tensor]:
+def vision_loss(
+    vision: VisionTransformer, head: nn.Linear, shape_weight: float = 1.0
+) -> Callable[[tuple[Tensor, DenseLabels]], Tensor]:
     """The loss of the picture encoder's pretraining.
 
     Args:
         vision: Trained; its class token gives no loss.
         head: From `make_dense_head`.
+        shape_weight: As for `dense_loss`.
 
     Returns:
         From (pixel_values [B, 3, H, W], labels) to the dense loss.
@@ -123,7 +129,7 @@ def vision_loss(vision: VisionTransformer, head: nn.Linear) -> Callable[[tuple[T
 
     def loss(batch: tuple[Tensor, DenseLabels]) -> Tensor:
         pixel_values, labels = batch
-        return dense_loss(head(vision(pixel_values)[:, 1:]), labels)
+        return dense_loss(head(vision(pixel_values)[:, 1:]), labels, shape_weight)
 
     return loss
 

@@ -26,7 +26,7 @@ SUPERSAMPLING = 4  # the scene is drawn this much larger, then averaged down: sm
 
 SHAPES = ("circle", "cross", "diamond", "ring", "square", "triangle")
 SIZES = ("small", "large")
-RADII = {"small": 7.0, "large": 12.0}  # pixels, half the extent of the object
+RADII = {"small": 7.5, "large": 12.0}  # pixels, half the extent of the object
 RADIUS_JITTER = 0.8  # pixels, uniform around the radius of the size
 COLOURS: dict[str, tuple[int, int, int]] = {  # in alphabetical order: the order of naming
     "blue": (50, 80, 230),
@@ -180,7 +180,7 @@ def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
         side, foot = radius, 0.8 * radius
         corners = [(0.0, -radius), (side, foot), (-side, foot)]
     else:  # cross
-        arm = 0.34 * radius
+        arm = 0.28 * radius
         quarter = [(arm, -radius), (arm, -arm), (radius, -arm)]
         corners = []
         for _ in range(4):

@@ -151,7 +151,7 @@ def test_the_projection_starts_at_the_size_of_words() -> None:
     shown, _ = _batch(tokenizer)
     with torch.no_grad():
         visual_tokens = model.visual_tokens(pixel_values(shown))
-    words = model.language.get_parameter("embed_tokens.weight")
+    words = model.language.get_parameter("embed_tokens.weight").detach()
     assert float(visual_tokens.std() / words.std()) == pytest.approx(1.0, rel=0.3)
 
 
