@@ -104,7 +104,7 @@ def test_an_absent_tensorrt_is_an_answer(tiny_bundle: Path) -> None:
 
 def test_jetpack_6_0_is_told_to_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
     old = type("trt", (), {"__version__": "8.6.2"})
-    monkeypatch.setattr(builder.importlib, "import_module", lambda name: old)
+    monkeypatch.setattr("importlib.import_module", lambda name: old)
     with pytest.raises(EngineError, match=r"8\.6\.2 is older than 10\.3; upgrade to JetPack 6\.1"):
         builder.load_tensorrt("tensorrt")
 

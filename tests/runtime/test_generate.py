@@ -17,6 +17,7 @@ from blip2edge.runtime.sampling import draw, filter_scores, log_softmax, top_k_i
 
 pytest.importorskip("torch", reason="the oracle runs in torch")
 pytest.importorskip("transformers", reason="the oracle is transformers")
+import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import logits_process
 
