@@ -47,3 +47,13 @@ def tiny_bundle(tiny_checkpoint: Drawn, tmp_path_factory: pytest.TempPathFactory
 
     output = tmp_path_factory.mktemp("exported") / "bundle"
     return export_checkpoint(tiny_checkpoint.directory, output).bundle
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """A checkpoint with one layer a stack, for what happens around an export; not to be changed."""
+    pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
+    from tests import drawing
+
+    directory = tmp_path_factory.mktemp("small") / "checkpoint"
+    return drawing.save(directory, seed=3, vision_layers=1, qformer_layers=1, layers=1)

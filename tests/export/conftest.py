@@ -10,16 +10,6 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A checkpoint with one layer a stack."""
-    pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
-    from tests import drawing
-
-    directory = tmp_path_factory.mktemp("small") / "checkpoint"
-    return drawing.save(directory, seed=3, vision_layers=1, qformer_layers=1, layers=1)
-
-
 def _outputs(model: Any) -> list[Any]:
     return [output for node in model.graph for output in node.outputs]
 
