@@ -216,7 +216,9 @@ def _match(commands: Commands) -> None:
 def _embed(commands: Commands) -> None:
     parser = _add(commands, "embed", "the vectors of pictures or of texts", "match", "embed")
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="a picture file")
-    parser.add_argument("--text", metavar="T", action="append", help="a text in place of pictures; repeat for more")
+    parser.add_argument(
+        "--text", metavar="T", action="append", help="a text in place of pictures; repeat for more"
+    )
     _pictures_at_once(parser)
     _bundle(parser)
     how = parser.add_mutually_exclusive_group()
@@ -276,7 +278,11 @@ def _train(commands: Commands) -> None:
         "-c", "--config", metavar="FILE", type=Path, required=True, help="a configuration file"
     )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, required=True, help="where the checkpoint is written"
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="where the checkpoint is written (runs/ and the name of FILE)",
     )
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
 

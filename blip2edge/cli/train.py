@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.errors import BundleError, UsageError
@@ -11,7 +12,6 @@ from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
     from blip2edge.training.evaluate import CaptionMany, SceneScores
 
@@ -20,13 +20,14 @@ def train(options: argparse.Namespace) -> int:
     """Train stage 2 by a recipe, and print where the checkpoint is."""
     from blip2edge.training.loop import train_stage2
 
+    output = options.output or Path("runs") / options.config.stem
     with Progress() as progress:
-        record = train_stage2(options.config, options.output, force=options.force, progress=progress)
-    print(f"{options.output}: {record['parameters']} parameters, trained in {record['seconds']:.0f} s")
+        record = train_stage2(options.config, output, force=options.force, progress=progress)
+    print(f"{output}: {record['parameters']} parameters, trained in {record['seconds']:.0f} s")
     scores = record.get("heldout")
     if scores:
         print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} right to the last letter")
-    print(f"next: blip2edge export {options.output} -o BUNDLE")
+    print(f"next: blip2edge export {output} -o BUNDLE")
     return 0
 
 
