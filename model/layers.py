@@ -112,6 +112,9 @@ def key_mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """Bias of a decoder: a slot sees itself and the valid slots before it.
 
+    A padded slot sees itself as well, and nothing else: were it all hidden, its weights would hang on the last digits
+    of scores near :data:`MASKED`, and no two runtimes would agree on what nobody reads.
+
     Args:
         mask: int64 ``[B, P + S]``, 1 where a slot is valid.
         steps: S, how many of the last slots ask.
@@ -128,7 +131,8 @@ def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None
     out = slots[None, :] > asking[:, None]  # [S, P + S]
     if window is not None:
         out = out | (slots[None, :] <= asking[:, None] - window)
-    hidden = out[None] | (mask == 0)[:, None, :]  # [B, S, P + S]
+    padded = (mask == 0)[:, None, :] & (slots[None, :] != asking[:, None])[None]
+    hidden = out[None] | padded  # [B, S, P + S]
     return (hidden.to(dtype) * MASKED)[:, None]
 
 
