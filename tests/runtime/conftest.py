@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,18 @@ from blip2edge.runtime.generate import Generated, GenerationOptions, generate
 if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
     import torch
     from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
+
+def _no_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's no_grad, asked for when the function runs: without torch no oracle runs at all."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
 
 VOCABULARY, WIDTH, SLOTS, IMAGE, PAD = 97, 32, 4, 96, 1
 
@@ -77,7 +90,7 @@ class OptOracle:
         slots = (ids == IMAGE).unsqueeze(-1).expand_as(embeds)
         return ids, mask, embeds.masked_scatter(slots, self.visual[list(rows)])
 
-    @torch.no_grad()
+    @_no_grad
     def reference(
         self, options: GenerationOptions, criteria: Any = None
     ) -> list[tuple[tuple[int, ...], float | None]]:
@@ -120,7 +133,7 @@ def until_end(row: Sequence[int], options: GenerationOptions) -> tuple[int, ...]
 class OptState:
     """The DecodeState protocol over transformers' OPT and its cache; notes what is asked of it."""
 
-    @torch.no_grad()
+    @_no_grad
     def __init__(self, oracle: OptOracle, rows: Sequence[int]) -> None:
         self.model = oracle.model
         _, self.mask, embeds = oracle.inputs(rows)
@@ -137,7 +150,7 @@ class OptState:
     def batch_size(self) -> int:
         return len(self.mask)
 
-    @torch.no_grad()
+    @_no_grad
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         assert token_ids.shape == (self.batch_size,)
         assert token_ids.dtype == np.int64
@@ -182,7 +195,7 @@ class T5Oracle:
         self.model.generation_config.decoder_start_token_id = 0
         self.embeds = torch.randn(batch, 6, WIDTH)
 
-    @torch.no_grad()
+    @_no_grad
     def reference(self, options: GenerationOptions) -> list[tuple[tuple[int, ...], float | None]]:
         mask = torch.ones(self.embeds.shape[:2], dtype=torch.long)
         arguments = _generation_arguments(options) | {"pad_token_id": 0}
@@ -200,7 +213,7 @@ class T5Oracle:
 
 
 class T5State:
-    @torch.no_grad()
+    @_no_grad
     def __init__(self, oracle: T5Oracle) -> None:
         self.model = oracle.model
         self.states = oracle.model.encoder(inputs_embeds=oracle.embeds).last_hidden_state
@@ -210,7 +223,7 @@ class T5State:
     def batch_size(self) -> int:
         return len(self.ids)
 
-    @torch.no_grad()
+    @_no_grad
     def logits(self) -> NDArray[np.float32]:
         out = self.model(encoder_outputs=(self.states,), decoder_input_ids=self.ids, use_cache=False)
         return out.logits[:, -1].numpy()
