@@ -19,6 +19,7 @@ from random_checkpoint import CONFIGS, opened, published
 
 from blip2edge.export.graphs import graphs_of
 from blip2edge.export.precision import PRECISIONS
+from blip2edge.export.verify import TOLERANCES
 from blip2edge.model.bridges import BRIDGES
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families import FAMILIES
@@ -148,7 +149,7 @@ EXPLANATION = """\
 Parameters in millions, a shared table counted once. *A picture*: slots of the language model's input, or what its
 layers look at beside their text. *Parity*: the largest difference from torch in any output of any graph, as a share of
 that output's largest value, measured on the same architecture shrunk to a few random layers
-(`python benchmarks/parity.py`); the bounds are 1e-4 (fp32), 1e-1 (fp16) and 3e-1 (bf16).
+(`python benchmarks/parity.py`); the bounds are {bounds}.
 """
 
 
@@ -156,9 +157,18 @@ def document() -> str:
     """The whole page."""
     bridges = ", ".join(code(name) for name in BRIDGES if name != "none")
     models = ", ".join(code(name) for name in LANGUAGES)
+    bounds = ", ".join(f"{bound:.0e} ({precision})" for precision, bound in TOLERANCES.items())
     rows = f"Bridges: {bridges}. Language models, by their `model_type`: {models}.\n"
     head = [INTRODUCTION, "## Families\n", families(), rows]
-    return "\n".join([*head, "## Published checkpoints\n", EXPLANATION, checkpoints(), NOTES.read_text()])
+    return "\n".join(
+        [
+            *head,
+            "## Published checkpoints\n",
+            EXPLANATION.format(bounds=bounds),
+            checkpoints(),
+            NOTES.read_text(),
+        ]
+    )
 
 
 def main() -> None:
