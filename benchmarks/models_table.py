@@ -150,6 +150,7 @@ Parameters in millions, a shared table counted once. *A picture*: slots of the l
 layers look at beside their text. *Parity*: the largest difference from torch in any output of any graph, as a share of
 that output's largest value, measured on the same architecture shrunk to a few random layers
 (`python benchmarks/parity.py`); the bounds are {bounds}.
+`attention-pool-opt-2.7b` is BLIP-2's shape with another bridge; no such checkpoint is published.
 """
 
 
