@@ -1,6 +1,6 @@
 """The same weights, picture and lengths through transformers and through blip2edge, in one run.
 
-    python benchmarks/peers.py --json benchmarks/results/peers-cpu.json --markdown
+    python benchmarks/peers.py --compile --json benchmarks/results/peers-cpu.json
 
 One process, one thread, batch 1, the contestants in turn (A B C A B C …), process CPU time, medians of the rounds and
 ratios round by round: a shared machine drifts, and what stands beside each other drifts together. The captioner has
@@ -66,7 +66,9 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
+def transformers_contestants(
+    checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool
+) -> list[Contestant]:
     """transformers as a user runs it: eager, and with the language model compiled."""
     from transformers import Blip2ForConditionalGeneration
 
@@ -74,7 +76,9 @@ def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, 
     pixel_values = torch.from_numpy(pixels)
 
     def caption() -> list[int]:
-        out = model.generate(pixel_values=pixel_values, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        out = model.generate(
+            pixel_values=pixel_values, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
         return list(out[0].tolist())[-tokens:]
 
     contestants = [Contestant("transformers eager", caption)]
@@ -124,10 +128,14 @@ def race(contestants: list[Contestant], rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Makes the checkpoint, exports it, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile as a further contestant (minutes)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile as a further contestant (minutes)"
+    )
     parser.add_argument("--work", type=Path, help="where the checkpoint and the bundle go (3 GB)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -148,13 +156,17 @@ def main() -> None:
     report(seconds, stages[1:], options)
 
 
-def report(seconds: dict[str, list[float]], stages: list[dict[str, float]], options: argparse.Namespace) -> None:
+def report(
+    seconds: dict[str, list[float]], stages: list[dict[str, float]], options: argparse.Namespace
+) -> None:
     """Prints a Markdown table and writes the JSON."""
     base = next(iter(seconds.values()))
     rows = []
     for name, values in seconds.items():
         ratios = [first / own for first, own in zip(base, values, strict=True)]
-        rows.append({"name": name, "cpu_seconds": statistics.median(values), "speedup": statistics.median(ratios)})
+        rows.append(
+            {"name": name, "cpu_seconds": statistics.median(values), "speedup": statistics.median(ratios)}
+        )
     median = {stage: round(statistics.median(row[stage] for row in stages), 1) for stage in stages[0]}
     machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
     packages = ("torch", "transformers", "onnxruntime", "numpy")

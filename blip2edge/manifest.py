@@ -154,7 +154,7 @@ class Manifest:
         )
 
     def write(self, directory: Path) -> None:
-        """Writes ``bundle.json`` and the stamp of what has just been hashed."""
+        """Writes ``bundle.json``."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
         (directory / MANIFEST).write_text(text, encoding="utf-8")
 

@@ -180,7 +180,9 @@ def vision_spec(config: Config) -> GraphSpec:
 def image_embeds(config: Config) -> TensorSpec:
     """What the vision encoder hands to the bridge."""
     return TensorSpec(
-        "image_embeds", "float32", (pictures_axis(config), config.vision.num_embeds, config.vision.hidden_size)
+        "image_embeds",
+        "float32",
+        (pictures_axis(config), config.vision.num_embeds, config.vision.hidden_size),
     )
 
 
@@ -192,7 +194,11 @@ def bridge_spec(config: CaptionerConfig) -> GraphSpec:
         tokens = Axis("instruction", 1, min(16, longest), longest)
         inputs += [TensorSpec(name, "int64", (batch, tokens)) for name in INSTRUCTION]
     cross = config.language.cross
-    width = cross.source_dim if cross is not None and cross.source == "visual_tokens" else config.language.embed_dim
+    width = (
+        cross.source_dim
+        if cross is not None and cross.source == "visual_tokens"
+        else config.language.embed_dim
+    )
     dims = (batch, config.bridge.num_visual_tokens, width)
     return GraphSpec(BRIDGE, tuple(inputs), (TensorSpec("visual_tokens", "float32", dims),))
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import platform
 import shutil
 import tempfile
@@ -21,12 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 
 import blip2edge
 from blip2edge.contract import EMBEDDINGS_FILE, Parity
-from blip2edge.errors import OutputError
+from blip2edge.errors import BackendError, OutputError
 from blip2edge.export import verify
 from blip2edge.export.graphs import cache_of, graphs_of
 from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
@@ -116,7 +118,13 @@ def export_checkpoint(
         CheckpointError: The checkpoint does not fit together, or is of no supported kind.
         ExportError: A graph could not be made, or does not answer as torch does (ParityError).
         OutputError: ``output`` exists, or cannot be written.
+        BackendError: onnxruntime is not installed.
     """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError(
+            "an export is verified in onnxruntime, which is not installed",
+            "install it: pip install 'blip2edge[cpu]'",
+        )
     start = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
     target = Path(output)
@@ -195,6 +203,7 @@ def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Pro
             partial(report, f"{name}: write"),
         )
         ir.save(traced.model, staging / traced.spec.file)
+        onnx.checker.check_model(str(staging / traced.spec.file))
         record = GraphRecord(traced.spec, precision, fp32_exceptions=exceptions, data_files=(data.name,))
         written[name] = _Written(record, weights, traced, time.perf_counter() - start)
     return written

@@ -1,7 +1,7 @@
 """FP16 and BF16 as a change of the graph: what is cast, and what stays in FP32.
 
 The graph is traced in FP32. Here every floating tensor takes the target type, except the nodes that a rule names:
-they keep FP32 weights and get a cast on either side. The rules that fired stand in the manifest.
+they are computed in FP32, with a cast on either side. The rules that fired stand in the manifest.
 """
 
 from __future__ import annotations

@@ -169,7 +169,10 @@ def _check_tokenizer(
     ids = (
         [tokenizer.vocab_size - 1]
         if whole
-        else tokenizer.encode("a photo of two cats", add_special_tokens=True)
+        else [
+            tokenizer.base_vocab_size - 1,
+            *tokenizer.encode("a photo of two cats", add_special_tokens=True),
+        ]
     )
     if max(ids, default=0) >= vocab_size:
         raise CheckpointError(

@@ -183,9 +183,7 @@ def sampled_layers(count: int) -> list[int]:
     return sorted({0, count // 2, max(count - 1, 0)})
 
 
-def compare_whole(
-    name: str, model: Model, directory: Path, traced: Traced, precision: str
-) -> list[Parity]:
+def compare_whole(name: str, model: Model, directory: Path, traced: Traced, precision: str) -> list[Parity]:
     """Parity of a whole graph.
 
     Args:

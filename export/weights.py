@@ -25,8 +25,6 @@ PAGE = 4096  # bytes: a large tensor starts on one, so that a runtime can map it
 LINE = 64  # bytes: a small one starts on a cache line
 LARGE = 1 << 20  # bytes
 
-FP16_MAX = 65504.0
-
 
 @dataclass(frozen=True)
 class Placed:
@@ -34,7 +32,6 @@ class Placed:
 
     offset: int  # bytes
     length: int  # bytes
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def write_weights(
                     out.write(piece)
                     whole.update(piece)
                 offset += len(padding)
-                placed[name] = Placed(offset, len(data), hashlib.sha256(data).hexdigest())
+                placed[name] = Placed(offset, len(data))
                 offset += len(data)
                 if progress is not None:
                     progress(done + 1, len(traced.slots))
@@ -109,11 +106,11 @@ def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) ->
             f"the weight {slot.parameter} holds values that are not finite",
             "mend the checkpoint: training diverged",
         )
-    largest = float(tensor.abs().max())
-    if dtype == torch.float16 and largest > FP16_MAX:
+    largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
+    if largest > limit:
         raise ExportError(
-            f"the weight {slot.parameter} reaches {largest:.0f}, beyond the 65504 of fp16",
-            "export with --precision bf16 or fp32",
+            f"the weight {slot.parameter} reaches {largest:.6g}, beyond the {limit:.6g} of {str(dtype)[6:]}",
+            "export with --precision " + ("bf16 or fp32" if dtype == torch.float16 else "fp32"),
         )
 
 

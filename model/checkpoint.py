@@ -67,7 +67,9 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -137,11 +139,6 @@ class TensorFiles:
         """Puts other tensors in the place of the files'."""
         self._laid |= tensors
         self.shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    def dtype(self, name: str) -> str:
-        """safetensors' name of a tensor's dtype, such as ``F16``."""
-        file, stored = self._of[name]
-        return str(file.get_slice(stored).get_dtype())
 
     def close(self) -> None:
         """Unmaps the files."""
@@ -219,7 +216,9 @@ class Checkpoint:
     def paths(self) -> list[Path]:
         """Every file that decides how it answers."""
         files = [*self.directory.iterdir(), *self.directory.glob("qformer_tokenizer/*")]
-        paths = sorted(path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model"))
+        paths = sorted(
+            path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja")
+        )
         return paths if self.laid_over is None else [*paths, self.laid_over]
 
     def num_bytes(self) -> int:

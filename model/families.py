@@ -332,7 +332,9 @@ def weight_map(config: Config) -> WeightMap:
     ]
     if config.language.tie_embeddings:
         table = WeightMap(rules)
-        tied = Rule("language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens"))
+        tied = Rule(
+            "language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens")
+        )
         rules = (*(rule for rule in rules if rule.ours != "language.head"), tied)
     return WeightMap((*family.rules, *rules), left_out)
 

@@ -46,7 +46,7 @@ class CaptionResult:
         tokens: Generated ids, the end token included.
         finish_reason: ``eos``, ``length`` or ``stop``.
         timings_ms: Milliseconds of each of :data:`STAGES` and ``total``. Pictures of one batch share its time
-            equally, so that the sum over pictures is the time that went by.
+            equally. Where the next batch is encoded meanwhile, less time goes by than the sum over pictures.
         tokens_per_s: Generated tokens over the seconds of prefill and decode.
     """
 
@@ -213,7 +213,7 @@ class Captioner:
         )
 
     def stream(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
-        """The pieces of one picture's caption as they are decided; joined, they are its text.
+        """The pieces of one picture's caption as they are decided; joined and stripped, they are its text.
 
         Arguments and errors as in :meth:`caption`; beams cannot be streamed.
         """

@@ -56,7 +56,9 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
     """
     manifest = bundle.manifest
     if manifest.cache is None:
-        raise BundleError(f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again")
+        raise BundleError(
+            f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again"
+        )
     spec = bundle.graph(DECODER).spec
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
     decoder = Decoder(open_graph(DECODER), spec, manifest.cache, table)

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from blip2edge.errors import UsageError
 
+COLDEST = 1e-5
+"""A temperature below it is greedy: the likeliest token has all of the probability in float32."""
+
 Stopped = Callable[[Sequence[int]], bool]
 
 
@@ -100,7 +103,7 @@ class GenerationOptions:
     def sampling(self) -> bool:
         """Whether tokens are drawn at random."""
         given = self.temperature is not None or self.top_p is not None or self.top_k is not None
-        return given and self.temperature != 0.0
+        return given and (self.temperature is None or self.temperature >= COLDEST)
 
 
 def _flag(name: str) -> str:

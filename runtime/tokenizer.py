@@ -73,6 +73,11 @@ class Tokenizer:
         """Number of tokens, the added ones included (`len(tokenizer)` in transformers)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def base_vocab_size(self) -> int:
+        """Number of tokens without the added ones."""
+        return self._backend.get_vocab_size(with_added_tokens=False)
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token, or None where the vocabulary lacks it."""
         return self._backend.token_to_id(token)

@@ -278,13 +278,23 @@ def _publish(
             if evaluation_scenes:
                 record["heldout"] = evaluate_scenes(CheckpointCaptioner.load(fresh), evaluation_scenes)
             (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                target.replace(Path(temporary) / "old")
-            fresh.replace(target)
+            _swap(fresh, target, Path(temporary) / "old")
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error}", "give a directory on a disk with room"
         ) from error
+
+
+def _swap(fresh: Path, target: Path, old: Path) -> None:
+    """Puts `fresh` in the place of `target`; when that fails or is interrupted, what was there comes back."""
+    if target.exists():
+        target.replace(old)
+    try:
+        fresh.replace(target)
+    except BaseException:
+        if old.exists():
+            old.replace(target)
+        raise
 
 
 def checkpoint_captioner(directory: str | Path, batch_size: int = 16) -> CaptionMany:

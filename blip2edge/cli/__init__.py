@@ -33,7 +33,7 @@ _EXTRAS = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",
     "torch": "export",
-    "transformers": "dev",
+    "transformers": "export",
 }
 
 

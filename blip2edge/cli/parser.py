@@ -163,7 +163,9 @@ def _generation(parser: Parser) -> None:
         "--temperature", metavar="T", type=non_negative_number, help="draw tokens; 0 is greedy"
     )
     group.add_argument("--top-p", metavar="P", type=share, help="draw from the likeliest tokens, P together")
-    group.add_argument("--top-k", metavar="K", type=positive_int, help="draw from the K likeliest tokens")
+    group.add_argument(
+        "--top-k", metavar="K", type=non_negative_int, help="draw from the K likeliest; 0: all"
+    )
     group.add_argument("--seed", metavar="S", type=non_negative_int, help="of the random numbers")
 
 

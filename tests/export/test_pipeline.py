@@ -305,7 +305,7 @@ def test_weights_that_are_not_finite_are_named(
 def test_a_weight_beyond_fp16_is_named(name: str, quick: Export, copy: Path, out: Path) -> None:
     rewrite_tensors(copy, lambda tensors: tensors[name].view(-1)[7:8].fill_(-1e5))
     with pytest.raises(
-        ExportError, match=r"the weight \S+ reaches 100000, beyond the 65504 of fp16"
+        ExportError, match=r"the weight \S+ reaches 100000, beyond the 65504 of float16"
     ) as caught:
         quick(copy, out / "bundle", precision="fp16")
     assert "--precision bf16" in str(caught.value)

@@ -55,7 +55,8 @@ def test_all_in_one_batch(captioner: Captioner, options: dict[str, Any]) -> None
 
 
 def test_a_stream_is_the_text(captioner: Captioner) -> None:
-    image, options = GOLDEN / "picture-1.png", {"prompt": "a photo of", "max_new_tokens": 12}
+    image: Path = GOLDEN / "picture-1.png"
+    options: dict[str, Any] = {"prompt": "a photo of", "max_new_tokens": 12}
     text = captioner.caption(image, **options).text
     assert "".join(captioner.stream(image, **options)).strip() == text
 

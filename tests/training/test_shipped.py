@@ -77,3 +77,9 @@ def test_a_prompt_is_continued() -> None:
     ids = theirs.generate(**inputs, max_new_tokens=20)[:, inputs.input_ids.shape[1] :]
     said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
     assert said == CheckpointCaptioner.load(CHECKPOINT)(shown)
+
+
+def test_the_readme_tells_its_figure() -> None:
+    record = json.loads((CHECKPOINT / "training.json").read_text(encoding="utf-8"))
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert f"right to the last letter | {100 * record['heldout']['exact_match']:.1f} % |" in readme
