@@ -29,7 +29,7 @@ from blip2edge.runtime.interleave import pack, separate
 from blip2edge.runtime.language import load_language_model
 from blip2edge.runtime.preprocess import Preprocessing
 from blip2edge.runtime.prompt import Prompt, Prompter
-from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, open_session
+from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, check_threads, open_session
 from blip2edge.runtime.tokenizer import StopText, TextStream, Tokenizer
 
 STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
@@ -149,8 +149,7 @@ class Captioner:
             BackendError: The backend is not there.
             UsageError: ``threads`` is below 1.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"--threads must be at least 1, not {threads}")
+        check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads)
 
     def caption(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> CaptionResult:

@@ -23,7 +23,7 @@ from blip2edge.contract import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKE
 from blip2edge.errors import BackendError, BundleError, PromptError, UsageError
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.preprocess import ImageSource, Preprocessing
-from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, open_session
+from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, check_threads, open_session
 from blip2edge.runtime.tokenizer import Tokenizer
 
 Vectors = NDArray[np.float32]
@@ -96,8 +96,7 @@ class Matcher:
             BackendError: The backend is not there.
             UsageError: ``threads`` is below 1.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"--threads must be at least 1, not {threads}")
+        check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads)
 
     def match(self, image: ImageSource, text: str) -> MatchResult:

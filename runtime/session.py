@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.errors import BackendError, BundleError
+from blip2edge.errors import BackendError, BundleError, UsageError
 
 Array = NDArray[Any]
 
@@ -90,6 +90,15 @@ class OnnxRuntimeSession:
 
 BACKENDS = {"cpu": OnnxRuntimeSession}
 """What ``--backend`` can name in this version; ``auto`` is the first."""
+
+
+MOST_THREADS = 1024
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises UsageError unless a number of threads is None or one that a machine can have."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"--threads must be from 1 to {MOST_THREADS}, not {threads}")
 
 
 def open_session(path: Path, backend: str = "auto", threads: int | None = None) -> Session:
