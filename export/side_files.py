@@ -189,7 +189,9 @@ def _preprocessing(directory: Path, config: Config) -> Preprocessing:
         if values:
             break
     else:
-        raise CheckpointError(f"{directory} has no preprocessor_config.json", SAVE_PROCESSOR)
+        raise CheckpointError(
+            f"{directory} has no processor_config.json and no preprocessor_config.json", SAVE_PROCESSOR
+        )
     preprocessing = Preprocessing.from_hf(values)
     wanted = (config.vision.image_size, config.vision.image_size)
     if preprocessing.output_size is not None and preprocessing.output_size != wanted:

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from blip2edge.errors import UsageError
 
+MOST_BEAMS = 256
+"""Every beam holds a cache of its own."""
+
 COLDEST = 1e-5
 """A temperature below it is greedy: the likeliest token has all of the probability in float32."""
 
@@ -73,6 +76,8 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("num_beams", 1)):
             _check_integer(name, getattr(self, name), least)
+        if self.num_beams > MOST_BEAMS:
+            raise UsageError(f"expected --num-beams of at most {MOST_BEAMS}, got {self.num_beams}")
         for name in ("top_k", "seed"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 0)
@@ -87,6 +92,8 @@ class GenerationOptions:
                 f"expected --min-new-tokens of at most {self.max_new_tokens}, got {self.min_new_tokens}",
                 "raise --max-new-tokens",
             )
+        if isinstance(self.eos_token_ids, (int, str)):
+            raise UsageError(f"expected eos_token_ids to be a list of ids, got {self.eos_token_ids!r}")
         for token_id in self.eos_token_ids:
             _check_integer("eos_token_ids", token_id, 0)
         _check_texts("stop", self.stop)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,11 +18,10 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors read like all others: usage, then one line `error: …`, status 2."""
+    """An ArgumentParser whose errors read like all others: one line `error: …`, status 2."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line with exit status 2."""
-        self.print_usage(sys.stderr)
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 

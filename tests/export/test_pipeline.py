@@ -338,7 +338,7 @@ def test_no_tokenizer(quick: Export, copy: Path, out: Path) -> None:
 def test_no_processor(quick: Export, copy: Path, out: Path) -> None:
     (copy / "processor_config.json").unlink()
     (copy / "preprocessor_config.json").unlink(missing_ok=True)
-    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json; save the processor too"):
+    with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json; save the processor too"):
         quick(copy, out / "bundle")
     assert os.listdir(out) == []
 

@@ -183,7 +183,7 @@ def test_side_files_that_do_not_fit(tmp_path: Path) -> None:
         export_checkpoint(tmp_path, tmp_path / "bundle")
     config.write_text(json.dumps(values))
     (tmp_path / "processor_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json"):
+    with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json"):
         export_checkpoint(tmp_path, tmp_path / "bundle")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
