@@ -92,8 +92,9 @@ class GenerationOptions:
                 f"expected --min-new-tokens of at most {self.max_new_tokens}, got {self.min_new_tokens}",
                 "raise --max-new-tokens",
             )
-        if isinstance(self.eos_token_ids, (int, str)):
-            raise UsageError(f"expected eos_token_ids to be a list of ids, got {self.eos_token_ids!r}")
+        ends: Any = self.eos_token_ids
+        if isinstance(ends, (int, str)):
+            raise UsageError(f"expected eos_token_ids to be a list of ids, got {ends!r}")
         for token_id in self.eos_token_ids:
             _check_integer("eos_token_ids", token_id, 0)
         _check_texts("stop", self.stop)
