@@ -23,7 +23,7 @@ from blip2edge.export.verify import TOLERANCES
 from blip2edge.model.bridges import BRIDGES
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families import FAMILIES
-from blip2edge.model.language import LANGUAGES
+from blip2edge.model.language import bridged_languages
 from blip2edge.model.models import Config, build_model
 from blip2edge.model.retrieval import RetrievalConfig
 
@@ -157,7 +157,7 @@ that output's largest value, measured on the same architecture shrunk to a few r
 def document() -> str:
     """The whole page."""
     bridges = ", ".join(code(name) for name in BRIDGES if name != "none")
-    models = ", ".join(code(name) for name in LANGUAGES)
+    models = ", ".join(code(name) for name in bridged_languages())
     bounds = ", ".join(f"{bound:.0e} ({precision})" for precision, bound in TOLERANCES.items())
     rows = f"Bridges: {bridges}. Language models, by their `model_type`: {models}.\n"
     head = [INTRODUCTION, "## Families\n", families(), rows]

@@ -20,7 +20,7 @@ from blip2edge.model.family_llava import LEFT_OUT as LLAVA_LEFT_OUT
 from blip2edge.model.family_llava import RENAMED as LLAVA_RENAMED
 from blip2edge.model.family_llava import read_llava, write_llava
 from blip2edge.model.instruct import InstructedQFormerConfig
-from blip2edge.model.language import LANGUAGES, language_of
+from blip2edge.model.language import bridged_language, bridged_languages, language_of
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.model.tokens import read_tokens, write_tokens
@@ -105,7 +105,7 @@ def read_blip2(
         frames=frames,
         vision=vision,
         bridge=bridge,
-        language=language_of(text.values.get("model_type", "opt")).read_config(text.values),
+        language=bridged_language(text.values.get("model_type", "opt")).read_config(text.values),
         image_token_id=f.token_id(f"{slot}_id", f.token_id(f"{slot}_index", None)),
         **read_tokens(text),
     )
@@ -295,7 +295,7 @@ def _family_of(f: Fields) -> Family:
         types = dict.fromkeys(family.model_type or name for name, family in FAMILIES.items())
         raise UnsupportedModelError(
             f"the checkpoint's model_type is {model_type!r}, which is not supported",
-            f"supported: {', '.join(types)} with a language model of type {', '.join(sorted(LANGUAGES))}",
+            f"supported: {', '.join(types)} with a language model of type {', '.join(bridged_languages())}",
         )
     classes = f.values.get("architectures") or []
     for row in rows if classes else rows[:1]:

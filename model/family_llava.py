@@ -7,7 +7,7 @@ from typing import Any
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.config import CaptionerConfig, Fields, VisionConfig
-from blip2edge.model.language import language_of
+from blip2edge.model.language import bridged_language
 from blip2edge.model.mlp import MLPConfig
 from blip2edge.model.tokens import read_tokens, write_tokens
 
@@ -59,7 +59,7 @@ def read_llava(f: Fields) -> CaptionerConfig:
     layers = _layers(f.values.get("vision_feature_layer", -2), tower.num_layers)
     tower = replace(tower, num_layers=layers, keep_class=strategy == "full")
     text = Fields("text_config", f.values.get("text_config", {}))
-    language = language_of(text.values.get("model_type", "llama")).read_config(text.values)
+    language = bridged_language(text.values.get("model_type", "llama")).read_config(text.values)
     bridge = MLPConfig(
         input_size=tower.hidden_size,
         hidden_size=language.hidden_size,

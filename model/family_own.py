@@ -24,7 +24,7 @@ from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model.config import BridgeConfig, CaptionerConfig, Fields, VisionConfig
-from blip2edge.model.language import language_of
+from blip2edge.model.language import bridged_language
 from blip2edge.model.pool import AttentionPoolConfig
 from blip2edge.model.tokens import read_tokens, write_tokens
 from blip2edge.model.weight_tables import BLIP2_VISION
@@ -56,7 +56,7 @@ def read_own(f: Fields) -> CaptionerConfig:
         family="blip2edge",
         vision=vision,
         bridge=BRIDGE_CONFIGS[kind](section.values, encoder_hidden_size=vision.hidden_size),
-        language=language_of(text.values.get("model_type", "opt")).read_config(text.values),
+        language=bridged_language(text.values.get("model_type", "opt")).read_config(text.values),
         image_token_id=f.token_id("image_token_id", f.token_id("image_token_index", None)),
         **read_tokens(text),
     )

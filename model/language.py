@@ -32,6 +32,7 @@ class Language:
         rules: Its table of weights; some depend on the config.
         encoder_inputs: What its encoder reads, by name; for encoder-decoder models.
         left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
+        bridged: Whether any bridge can feed it; else it belongs to one family alone.
     """
 
     read_config: Callable[[Any], LanguageConfig]
@@ -39,6 +40,7 @@ class Language:
     rules: Callable[[Any], tuple[Rule, ...]]
     encoder_inputs: tuple[str, ...] = ("inputs_embeds", "attention_mask")
     left_out: tuple[str, ...] = ()
+    bridged: bool = True
 
 
 LANGUAGES: dict[str, Language] = {
@@ -57,12 +59,14 @@ LANGUAGES: dict[str, Language] = {
         BertDecoder,
         lambda config: blip_tables.BLIP_DECODER,
         encoder_inputs=("input_ids", "attention_mask", "image_embeds"),
+        bridged=False,
     ),
     "idefics": Language(
         FlamingoConfig.from_hf,
         Flamingo,
         lambda config: flamingo(config.base_vocab_size, config.vocab_size - config.base_vocab_size),
         left_out=(r"model\.(layers|gated_cross_attn_layers)\.\d+\.\w+\.rotary_emb\.inv_freq",),
+        bridged=False,
     ),
     "t5": Language(
         T5Config.from_hf,
@@ -83,8 +87,29 @@ def language_of(model_type: Any) -> Language:
         UnsupportedModelError: No such row.
     """
     if not isinstance(model_type, str) or model_type not in LANGUAGES:
-        raise UnsupportedModelError(
-            f"the language model is of type {model_type!r}, which is not supported",
-            f"supported: {', '.join(sorted(LANGUAGES))}",
-        )
+        raise _unsupported(model_type)
     return LANGUAGES[model_type]
+
+
+def bridged_language(model_type: Any) -> Language:
+    """The row of a language model that any bridge can feed.
+
+    Raises:
+        UnsupportedModelError: No such row.
+    """
+    row = language_of(model_type)
+    if not row.bridged:
+        raise _unsupported(model_type)
+    return row
+
+
+def bridged_languages() -> list[str]:
+    """The types that :func:`bridged_language` takes."""
+    return sorted(name for name, row in LANGUAGES.items() if row.bridged)
+
+
+def _unsupported(model_type: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the language model is of type {model_type!r}, which is not supported",
+        f"supported: {', '.join(bridged_languages())}",
+    )
