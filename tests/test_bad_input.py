@@ -243,7 +243,14 @@ def test_a_signal_in_the_middle_of_an_export(
 ) -> None:
     """Sent when a part of the bundle has been written."""
     words = (*BLIP2EDGE, "export", str(small.directory), "-o", str(out / "bundle"))
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: here it counts again.
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         until = time.monotonic() + 240
         while not list(out.glob(".bundle.*/*.data")):
             assert process.poll() is None, "it ended before it wrote"
