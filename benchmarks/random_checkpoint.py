@@ -142,7 +142,7 @@ def write_checkpoint(
         if held > SHARD:
             flush()
     flush()
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     size = read.vision.image_size
     (directory / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "BlipImageProcessor", "size": {"height": size, "width": size}})
