@@ -10,7 +10,6 @@ Every error that a user can cause is told in one line: what was expected, what c
     ├── DataError               a data set that cannot be read
     ├── ExportError             a graph that could not be made
     │   └── ParityError         a graph that was made and does not answer as the checkpoint does
-    ├── CalibrationError        a calibration that cannot run or did not meet its limit
     ├── EngineError             a TensorRT engine that cannot be built or does not fit this machine
     ├── OutputError             an output directory that exists, a full disk, no permission
     ├── BundleError             a bundle that is no bundle, or lacks what the command needs
@@ -68,10 +67,6 @@ class ExportError(Blip2EdgeError):
 
 class ParityError(ExportError):
     """A graph was made, but does not answer as the checkpoint does."""
-
-
-class CalibrationError(Blip2EdgeError):
-    """A calibration cannot run, or did not meet its limit."""
 
 
 class EngineError(Blip2EdgeError):
