@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from blip2edge.contract import CacheSpec, CrossSpec, GraphSpec, Parity, PromptSpec, TensorSpec
-from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError
+from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
@@ -210,6 +211,39 @@ class Bundle:
     def file(self, name: str) -> Path:
         """The path of one of its files."""
         return self.path / name
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of ``bundle.json``, and by the hashes in it of the whole bundle: what is derived names its parent so."""
+        return sha256_of(self.path / MANIFEST)
+
+    def derived(self, kind: str) -> Path:
+        """Where derived files of a kind (``engines``) are read: in the bundle, or in the cache of this user."""
+        places = self._derived(kind)
+        return next((place for place in places if place.is_dir()), places[0])
+
+    def derive(self, kind: str) -> Path:
+        """The directory that derived files of a kind are written to, made: the first of both that can be written.
+
+        Raises:
+            OutputError: Neither can.
+        """
+        places = self._derived(kind)
+        for place in places:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except OSError:
+                continue
+            if os.access(place, os.W_OK):
+                return place
+        raise OutputError(f"none of {', '.join(map(str, places))} can be written", "set XDG_CACHE_HOME")
+
+    def _derived(self, kind: str) -> tuple[Path, ...]:
+        inside = self.path / kind
+        try:
+            return inside, cache_directory() / kind / self.sha256[:16]
+        except RuntimeError:  # no home directory, as in a container with a number for a user
+            return (inside,)
 
     def graph(self, name: str) -> GraphRecord:
         """The record of a graph.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,8 +15,8 @@ from typing import Any
 
 from blip2edge.engine.builder import TARGETS, Built, build_engine, load_tensorrt
 from blip2edge.engine.fingerprint import Fingerprint, fingerprint
-from blip2edge.errors import EngineError, OutputError, UsageError
-from blip2edge.manifest import Bundle, FileRecord, GraphRecord, cache_directory
+from blip2edge.errors import EngineError, UsageError
+from blip2edge.manifest import Bundle, FileRecord, GraphRecord
 
 ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
@@ -63,7 +62,7 @@ def build_bundle(
         )
     opened = Bundle.open(bundle)
     mark = fingerprint(target, str(load_tensorrt(target).__version__), opened.path, sm)
-    root = _root(opened)
+    root = opened.derive(ENGINES)
     staging = Path(tempfile.mkdtemp(prefix=".engines.", dir=root))
     try:
         built: dict[str, Built] = {}
@@ -82,19 +81,6 @@ def build_bundle(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return BuildReport(directory, mark, built)
-
-
-def _root(bundle: Bundle) -> Path:
-    """The folder of engines: beside the graphs, or in the user's cache."""
-    key = bundle.path.resolve().name
-    for root in (bundle.path / ENGINES, cache_directory() / ENGINES / key):
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(root, os.W_OK):
-            return root
-    raise OutputError(f"neither {bundle.path} nor {cache_directory()} can be written", "set XDG_CACHE_HOME")
 
 
 def _in_process(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from blip2edge import __version__
-from blip2edge.cli import explain, main
+from blip2edge.cli import explain, interrupt, main
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BundleError, UsageError
 
@@ -258,6 +259,28 @@ def test_debug_shows_the_traceback(
 def test_interrupt_is_one_line_and_130(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
     captioner.error = KeyboardInterrupt()
     assert main(["caption", "a.png", "-b", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_exception_that_a_swallowed_signal_left_behind(
+    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when SIGTERM comes inside an extension, which then fails with an error of its own."""
+    monkeypatch.setattr(interrupt, "_received", [])
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def swallowing(*_: Any, **__: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except interrupt.Interrupted as error:
+            raise ValueError("could not determine the shape") from error
+
+    monkeypatch.setattr(FakeCaptioner, "caption_many", swallowing)
+    try:
+        interrupt.install()
+        assert main(["caption", "a.png", "-b", "bundle"]) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "interrupted\n"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from blip2edge import manifest
 from blip2edge.contract import BRIDGE, Axis, CacheSpec, GraphSpec, Parity, PromptSpec, TensorSpec
-from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError
+from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
 from blip2edge.manifest import MANIFEST, STAMP, Bundle, FileRecord, GraphRecord, Manifest
 
 
@@ -185,6 +185,26 @@ def test_without_any_place_for_a_stamp_it_is_hashed_every_time(
     Bundle.open(bundle)
     Bundle.open(bundle)
     assert hashed == FILES * 2
+
+
+def test_derived_files_go_beside_the_sources_or_to_the_cache(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened = Bundle.open(bundle)
+    assert opened.derived("engines") == bundle / "engines"
+    blocked = bundle / "optimized"
+    blocked.write_text("a file where the directory would be")
+    cached = opened.derive("optimized")
+    assert cached == tmp_path / "cache" / "blip2edge" / "optimized" / opened.sha256[:16]
+    assert cached.is_dir()
+    assert opened.derived("optimized") == cached
+    assert opened.derive("engines") == bundle / "engines" == opened.derived("engines")
+    cached.rmdir()
+    cached.parent.rmdir()
+    cached.parent.write_text("a file here as well")
+    with pytest.raises(OutputError, match="XDG_CACHE_HOME"):
+        opened.derive("optimized")
 
 
 def test_without_a_home_directory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The command line: parse, run one command, turn every failure into one line and an exit status.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 any error, 2
-wrong usage, 130 interrupted, 141 when the reader of our output has gone.
+wrong usage, 130 or 143 ended by SIGINT or SIGTERM, 141 when the reader of our output has gone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
+from blip2edge.cli import interrupt
 from blip2edge.cli.parser import build_parser
 from blip2edge.errors import Blip2EdgeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-INTERRUPTED = 130  # 128 + SIGINT
+INTERRUPTED = 130  # 128 + SIGINT, where no handler of ours was installed
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 # Optional package -> the extra that brings it.
@@ -55,15 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except SystemExit as request:  # argparse: --help, --version, wrong usage
         return request.code if isinstance(request.code, int) else 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, interrupt.Interrupted):
         _say("interrupted")
-        return INTERRUPTED
+        return interrupt.exit_status() or INTERRUPTED
     except BrokenPipeError:
         _forget_stdout()
         return BROKEN_PIPE
     except Exception as error:  # noqa: BLE001 - the last door: whatever went wrong is told in one line
         if debug:
             traceback.print_exc()
+        signalled = interrupt.exit_status()
+        if signalled is not None:  # its exception was swallowed on the way, and this one came of it
+            _say("interrupted")
+            return signalled
         _say(f"error: {explain(error)}")
         return error.exit_status if isinstance(error, Blip2EdgeError) else 1
 
