@@ -54,7 +54,7 @@ class Decoder:
         empty = np.zeros((batch, self.cache.num_heads, 0, self.cache.head_dim), self.cache_dtype)
         past = dict.fromkeys(self.cache.past_names(), empty)
         state = DecoderState(self, past, mask[:, :0], positions[:, -1], dict(context or {}))
-        return state.advance(embeds, mask, positions), state
+        return state.advance(embeds, mask, positions)[:, 0], state
 
 
 class DecoderState:
@@ -83,11 +83,47 @@ class DecoderState:
         """Rows B."""
         return len(self._positions)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens that each row has read, prompt included, ``[B]``."""
+        return self._positions + 1
+
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends a token ``[B]`` to each row; the logits ``[B, V]`` of the next."""
-        embeds = self._decoder.table.rows(token_ids)[:, None].astype(self._decoder.embeds_dtype, copy=False)
-        self._positions = self._positions + 1
-        return self.advance(embeds, np.ones((len(token_ids), 1), np.int64), self._positions[:, None])
+        return self.extend(token_ids[:, None])[:, 0]
+
+    def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends k tokens ``[B, k]`` to each row in one pass; the logits ``[B, k, V]`` behind each of them."""
+        batch, steps = token_ids.shape
+        rows = self._decoder.table.rows(token_ids.reshape(-1)).reshape(batch, steps, -1)
+        positions = self._positions[:, None] + np.arange(1, steps + 1)
+        self._positions = positions[:, -1]
+        embeds = rows.astype(self._decoder.embeds_dtype, copy=False)
+        return self.advance(embeds, np.ones((batch, steps), np.int64), positions, steps)
+
+    def truncate(self, lengths: NDArray[np.int64]) -> None:
+        """Row i forgets what it has read behind its first ``lengths[i]`` tokens (``[B]``, of :attr:`lengths`).
+
+        Raises:
+            ValueError: A row has read less than that, or would be left with nothing.
+        """
+        cut = self.lengths - lengths
+        if np.any(cut < 0) or np.any(lengths < 1):
+            raise ValueError(f"rows have read {self.lengths.tolist()} tokens: cannot keep {lengths.tolist()}")
+        if not cut.any():
+            return
+        least, kept = int(cut.min()), self._mask.shape[1] - int(cut.min())
+        self._mask = self._mask[:, :kept].copy()
+        self._past = {name: array[:, :, :kept] for name, array in self._past.items()}
+        shifts = {row: int(by) - least for row, by in enumerate(cut) if by > least}
+        if shifts:  # all rows go on in the same slot: what keeps less moves to the right
+            self._past = {name: array.copy() for name, array in self._past.items()}
+        for row, by in shifts.items():
+            self._mask[row, by:], self._mask[row, :by] = self._mask[row, : kept - by].copy(), 0
+            for array in self._past.values():
+                array[row, :, by:] = array[row, :, : kept - by].copy()
+        self._positions = np.asarray(lengths, np.int64) - 1
+        self._trim()
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Row i goes on as old row ``rows[i]``."""
@@ -99,9 +135,31 @@ class DecoderState:
         if not np.array_equal(origin, self._origin):  # beams of one picture share what they look at
             self._context = {name: array[rows] for name, array in self._context.items()}
         self._origin = origin
+        self._trim()
+
+    def join(self, other: DecoderState) -> None:
+        """The rows of another state of the same decoder become further rows; that one is used up."""
+        longest = max(self._mask.shape[1], other._mask.shape[1])
+        self._mask = np.concatenate([_padded(one._mask, 1, longest, left=True) for one in (self, other)])
+        self._past = {
+            name: np.concatenate([_padded(one._past[name], 2, longest, left=True) for one in (self, other)])
+            for name in self._past
+        }
+        self._context = {
+            name: _stacked(name, array, other._context[name]) for name, array in self._context.items()
+        }
+        self._origin = np.concatenate([self._origin, other._origin + self._origin.max() + 1])
+        self._positions = np.concatenate([self._positions, other._positions])
+
+    def _trim(self) -> None:
+        """Drops slots that no row uses."""
+        unused = int(self._mask.any(axis=0).argmax())
+        if unused:
+            self._mask = self._mask[:, unused:]
+            self._past = {name: array[:, :, unused:] for name, array in self._past.items()}
 
     def advance(
-        self, embeds: Array, mask: NDArray[np.int64], positions: NDArray[np.int64]
+        self, embeds: Array, mask: NDArray[np.int64], positions: NDArray[np.int64], asked: int = 1
     ) -> NDArray[np.float32]:
         """Runs the graph on S new slots of every row.
 
@@ -109,9 +167,10 @@ class DecoderState:
             embeds: ``[B, S, D]``.
             mask: ``[B, S]``, 1 where a new slot is valid.
             positions: ``[B, S]``.
+            asked: K, how many of the last slots need logits.
 
         Returns:
-            Logits ``[B, V]`` behind the last slot.
+            Logits ``[B, K, V]``.
         """
         batch, steps = mask.shape
         self._mask = np.concatenate([self._mask, mask], axis=1)
@@ -120,16 +179,40 @@ class DecoderState:
                 "inputs_embeds": embeds,
                 "attention_mask": self._mask,
                 "position_ids": positions,
-                "logits_indices": np.full((batch, 1), steps - 1, np.int64),
+                "logits_indices": np.tile(np.arange(steps - asked, steps), (batch, 1)),
                 **self._past,
-                **self._context,
+                **self._seen_by(steps),
             }
         )
-        looks = self._context.get(CROSS_MASK)
-        if looks is not None and looks.ndim == 3:  # what comes looks where the last slot did
-            self._context[CROSS_MASK] = looks[:, -1:]
         cache = self._decoder.cache
         names = zip(cache.past_names(), cache.present_names(), strict=True)
         self._past = {past: outputs[present] for past, present in names}
-        logits: NDArray[np.float32] = outputs["logits"][:, 0]
+        logits: NDArray[np.float32] = outputs["logits"]
         return logits
+
+    def _seen_by(self, steps: int) -> dict[str, Array]:
+        """What S new slots look at beside the text; what comes looks where the last slot did."""
+        looks = self._context.get(CROSS_MASK)
+        if looks is None or looks.ndim != 3:
+            return self._context
+        self._context[CROSS_MASK] = looks[:, -1:]
+        if looks.shape[1] == steps:
+            return {**self._context, CROSS_MASK: looks}
+        return {**self._context, CROSS_MASK: np.repeat(looks, steps, axis=1)}
+
+
+def _padded(array: Array, axis: int, length: int, *, left: bool) -> Array:
+    """Zeros before (or behind) an array, so that the axis has that length."""
+    missing = length - array.shape[axis]
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (missing, 0) if left else (0, missing)
+    return np.pad(array, widths)
+
+
+def _stacked(name: str, first: Array, second: Array) -> Array:
+    """Rows of two contexts one below the other; a shorter one gets keys that the mask hides."""
+    axis = -1 if name == CROSS_MASK else 2
+    longest = max(first.shape[axis], second.shape[axis])
+    return np.concatenate([_padded(part, axis, longest, left=False) for part in (first, second)])
