@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from blip2edge.runtime.preprocess import Preprocessing
-from blip2edge.training.config import DataConfig
+from blip2edge.training.data.config import DataConfig
 from blip2edge.training.scenes import PICTURE_SIZE, Scene, scenes
 from blip2edge.training.vocabulary import END_ID, PAD_ID, keyword_ids
 

@@ -7,34 +7,17 @@ there is refused with the nearest one that is, and a value outside its range wit
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import math
-import typing
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tomllib
 
 from blip2edge.errors import ConfigError
-
-Section = TypeVar("Section")
-
-
-def _positive(section: str, values: Mapping[str, float]) -> None:
-    """Raises ConfigError unless all values exceed 0."""
-    for key, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"[{section}] {key} must be greater than 0, not {value}")
-
-
-def _share(section: str, values: Mapping[str, float]) -> None:
-    """Raises ConfigError unless all values lie between 0 and 1."""
-    for key, value in values.items():
-        if not 0.0 <= value <= 1.0:
-            raise ConfigError(f"[{section}] {key} must lie between 0 and 1, not {value}")
+from blip2edge.training.data.config import DataConfig
+from blip2edge.training.fields import positive, read_section, share
 
 
 @dataclass(frozen=True)
@@ -62,8 +45,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         name = type(self).__name__.removesuffix("Phase").lower() or "optimizer"
-        _positive(name, {"steps": self.steps, "batch_size": self.batch_size, "clip_norm": self.clip_norm})
-        _positive(name, {"learning_rate": self.learning_rate})
+        positive(name, {"steps": self.steps, "batch_size": self.batch_size, "clip_norm": self.clip_norm})
+        positive(name, {"learning_rate": self.learning_rate})
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ConfigError(
                 f"[{name}] min_learning_rate must lie between 0 and learning_rate ({self.learning_rate}),"
@@ -71,7 +54,7 @@ class OptimizerConfig:
             )
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ConfigError(f"[{name}] warmup_steps and weight_decay must be at least 0")
-        _share(name, {"beta1": self.beta1, "beta2": self.beta2})
+        share(name, {"beta1": self.beta1, "beta2": self.beta2})
 
 
 @dataclass(frozen=True)
@@ -83,7 +66,7 @@ class VisionPhase(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive("vision", {"shape_weight": self.shape_weight})
+        positive("vision", {"shape_weight": self.shape_weight})
 
 
 @dataclass(frozen=True)
@@ -97,7 +80,7 @@ class LanguagePhase(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _share("language", {"prefix_share": self.prefix_share})
+        share("language", {"prefix_share": self.prefix_share})
         if self.prefix_noise < 0:
             raise ConfigError(f"[language] prefix_noise must be at least 0, not {self.prefix_noise}")
 
@@ -108,25 +91,6 @@ class Stage2Phase(OptimizerConfig):
 
     pretrained: str = ""
     """A checkpoint whose picture encoder and language model are taken; empty: pretrain both first."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on."""
-
-    kind: str = "scenes"
-    """Only "scenes", generated on the fly, in this version."""
-    prompts: tuple[str, ...] = ("a photo of", "a picture of")
-    """Short prompts that some captions continue."""
-    prompt_share: float = 0.2
-    """Share of captions behind one of the prompts; the others follow the empty prompt."""
-
-    def __post_init__(self) -> None:
-        if self.kind != "scenes":
-            raise ConfigError(f"[data] kind must be 'scenes', not {self.kind!r}")
-        _share("data", {"prompt_share": self.prompt_share})
-        if self.prompt_share > 0 and not self.prompts:
-            raise ConfigError("[data] prompts is empty and prompt_share is not 0")
 
 
 @dataclass(frozen=True)
@@ -143,7 +107,7 @@ class BlockSizes:
     """Attention heads; divides the width."""
 
     def __post_init__(self) -> None:
-        _positive("model", dataclasses.asdict(self))
+        positive("model", dataclasses.asdict(self))
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"[model] num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
@@ -203,41 +167,6 @@ class TrainingConfig:
             raise ConfigError(f"weights_dtype must be 'float16' or 'float32', not {self.weights_dtype!r}")
 
 
-def _value(path: str, kind: Any, value: Any) -> Any:
-    """One value in the type that its field declares."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a table [{path}], not {value!r}")
-        return _section(path, kind, value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{path} must be a list of strings, not {value!r}")
-        return tuple(value)
-    if type(value) is not kind:
-        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-        raise ConfigError(f"{path} must be {names[kind]}, not {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{path} must be a finite number, not {value}")
-    return value
-
-
-def _section(path: str, kind: type[Section], table: Mapping[str, Any]) -> Section:
-    """A table of the file as the dataclass that describes it."""
-    types = typing.get_type_hints(kind)
-    known = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    values = {}
-    for key, value in table.items():
-        where = f"{path}.{key}" if path else key
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}"
-            raise ConfigError(f"unknown key {where!r}", hint)
-        values[key] = _value(where, types[key], value)
-    return kind(**values)
-
-
 def parse_config(text: str) -> TrainingConfig:
     """Reads a recipe.
 
@@ -254,7 +183,7 @@ def parse_config(text: str) -> TrainingConfig:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"expected TOML: {error}") from error
-    return _section("", TrainingConfig, table)
+    return read_section("", TrainingConfig, table)
 
 
 def load_config(path: str | Path) -> TrainingConfig:
@@ -279,8 +208,21 @@ def load_config(path: str | Path) -> TrainingConfig:
         raise ConfigError(f"{path}: {error.problem}", error.fix) from error
 
 
+def given_values(config: Any) -> dict[str, Any]:
+    """The values of a section that differ from its defaults, sections within it included."""
+    given: dict[str, Any] = {}
+    default = type(config)()
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if value != getattr(default, each.name):
+            given[each.name] = given_values(value) if dataclasses.is_dataclass(value) else value
+    return given
+
+
 def config_hash(config: TrainingConfig) -> str:
-    """A hash of all values, defaults included: what two runs with equal results share.
+    """A hash of all values that are not the defaults: what two runs with equal results share.
+
+    A key that a later version adds does not change the hash of a recipe that does not use it.
 
     Args:
         config: The recipe.
@@ -288,4 +230,4 @@ def config_hash(config: TrainingConfig) -> str:
     Returns:
         64 hexadecimal digits of SHA-256 over the values' canonical text.
     """
-    return hashlib.sha256(repr(config).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(given_values(config), sort_keys=True).encode()).hexdigest()
