@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Manifest:
     Attributes:
         family: ``model_type`` of the source checkpoint.
         source: ``checkpoint`` (where it lay) and ``sha256`` (over names and hashes of its files).
-        precision: ``fp32``, ``fp16`` or ``bf16``.
+        precision: ``fp32``, ``fp16`` or ``bf16``; of a calibrated bundle that of what was not quantised.
         verify: How it was checked: ``full`` or ``sample``.
         max_positions: Longest context of the language model, or longest text of a model that compares.
         vocab_size: Logits, or tokens that a text can have.
@@ -97,6 +97,7 @@ class Manifest:
         files: Seal of every file of the bundle but ``bundle.json`` itself.
         versions: What made it.
         cross: What the decoder looks at beside its own text; None for nothing.
+        calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty where it did not.
     """
 
     family: str
@@ -113,6 +114,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
     cross: CrossSpec | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``bundle.json``."""
@@ -132,6 +134,7 @@ class Manifest:
             "generation": dict(self.generation),
             "files": {name: dict(vars(record)) for name, record in sorted(self.files.items())},
             "versions": dict(self.versions),
+            "calibration": dict(self.calibration),
         }
 
     @classmethod
@@ -152,6 +155,7 @@ class Manifest:
             generation=values["generation"],
             files=_sealed(values),
             versions=values["versions"],
+            calibration=values.get("calibration", {}),
         )
 
     def write(self, directory: Path) -> None:

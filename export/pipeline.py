@@ -11,11 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -28,21 +25,22 @@ import torch
 
 import blip2edge
 from blip2edge.contract import EMBEDDINGS_FILE, Parity
-from blip2edge.errors import BackendError, OutputError
+from blip2edge.errors import BackendError
 from blip2edge.export import verify
 from blip2edge.export.graphs import cache_of, graphs_of
 from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
 from blip2edge.export.token_table import check_token_table, write_token_table
-from blip2edge.export.weights import Weights, check_hashes, output_error, write_weights
-from blip2edge.manifest import MANIFEST, FileRecord, GraphRecord, Manifest, sha256_of
+from blip2edge.export.weights import Weights, check_hashes, write_weights
+from blip2edge.manifest import FileRecord, GraphRecord, Manifest, sha256_of
 from blip2edge.model.checkpoint import Checkpoint, load_model
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.lavis import open_checkpoint
 from blip2edge.model.models import build_model
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.runtime.meter import MemoryMeter
+from blip2edge.staging import staged
 
 FULL_UP_TO = 1 << 30  # bytes of checkpoint that are verified whole unless told otherwise: about 4 GiB in fp32
 
@@ -132,7 +130,7 @@ def export_checkpoint(
         source = open_checkpoint(checkpoint, base)
         side = SideFiles.read(source.directory, source.config)
         mode = verify or ("full" if source.num_bytes() <= FULL_UP_TO else "sample")
-        with _staging(target, force) as staging:
+        with staged(target, force) as staging:
             written = _write_graphs(source, staging, precision, report)
             if isinstance(source.config, CaptionerConfig):
                 _write_embeddings(source, staging, _dtype(precision))
@@ -142,47 +140,6 @@ def export_checkpoint(
         source.files.close()
     graphs = [_graph_report(name, item) for name, item in written.items()]
     return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak)
-
-
-@contextmanager
-def _staging(target: Path, force: bool) -> Iterator[Path]:
-    """A sibling of ``target`` that takes its place when the block ends well, and vanishes when it does not."""
-    if (target.exists() or target.is_symlink()) and not force:
-        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file, and a bundle is a directory", "give another -o")
-    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
-        raise OutputError(
-            f"{target} holds files and is no bundle, so --force does not replace it", "give another -o"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise output_error(target, error) from error
-    try:
-        staging.chmod(0o755)
-        yield staging
-        _publish(staging, target)
-    except OSError as error:
-        raise output_error(target, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "replaced"
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:  # Ctrl-C too: what was there comes back
-        old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Progress) -> dict[str, _Written]:

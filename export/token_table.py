@@ -18,8 +18,9 @@ from torch import Tensor
 from blip2edge.contract import EMBEDDINGS_TENSOR
 from blip2edge.errors import ExportError
 from blip2edge.export.to_onnx import WeightSlot
-from blip2edge.export.weights import output_error, to_bytes
+from blip2edge.export.weights import to_bytes
 from blip2edge.runtime.embeddings import HEADER_LENGTH
+from blip2edge.staging import output_error
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNMENT = 8  # bytes: the header is filled up with spaces, so that the tensor starts on such an address

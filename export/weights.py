@@ -6,7 +6,6 @@ and written, and then forgotten.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -17,9 +16,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from blip2edge.errors import ExportError, OutputError
+from blip2edge.errors import ExportError
 from blip2edge.export.to_onnx import Traced, WeightSlot
 from blip2edge.manifest import FileRecord
+from blip2edge.staging import output_error
 
 PAGE = 4096  # bytes: a large tensor starts on one, so that a runtime can map it
 LINE = 64  # bytes: a small one starts on a cache line
@@ -144,12 +144,3 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
             if written != wanted:
                 raise ExportError(f"{weights.file} does not hold the weight {name} as the checkpoint has it")
     return len(traced.slots)
-
-
-def output_error(path: Path, error: OSError) -> OutputError:
-    """An operating system's refusal to write, in one line."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"the disk is full: {path} could not be written", "free space, or give another -o")
-    return OutputError(
-        f"{path} could not be written ({error.strerror or error})", "check the path and its permissions"
-    )

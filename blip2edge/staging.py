@@ -1,0 +1,71 @@
+"""Bundles are written beside their place and renamed when every check has passed."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blip2edge.errors import OutputError
+from blip2edge.manifest import MANIFEST
+
+
+@contextmanager
+def staged(target: Path, force: bool) -> Iterator[Path]:
+    """A sibling of ``target`` that takes its place when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: The bundle's directory.
+        force: Whether a bundle that is there is replaced.
+
+    Raises:
+        OutputError: ``target`` exists, holds other files, or cannot be written.
+    """
+    if (target.exists() or target.is_symlink()) and not force:
+        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file, and a bundle is a directory", "give another -o")
+    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise OutputError(
+            f"{target} holds files and is no bundle, so --force does not replace it", "give another -o"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise output_error(target, error) from error
+    try:
+        staging.chmod(0o755)
+        yield staging
+        _publish(staging, target)
+    except OSError as error:
+        raise output_error(target, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "replaced"
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except BaseException:  # Ctrl-C too: what was there comes back
+        old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """An operating system's refusal to write, in one line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full: {path} could not be written", "free space, or give another -o")
+    return OutputError(
+        f"{path} could not be written ({error.strerror or error})", "check the path and its permissions"
+    )
