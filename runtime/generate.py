@@ -96,62 +96,154 @@ def stream(
     if options.num_beams > 1:
         raise UsageError(f"expected --num-beams 1 for a stream, got {options.num_beams}")
     check_rows(first_logits, state, prompt_ids)
-    rows = range(len(prompt_ids)) if row_ids is None else row_ids
-    if len(rows) != len(prompt_ids):
-        raise ValueError(f"expected {len(prompt_ids)} row_ids, got {len(rows)}")
-    streams = row_streams(options.seed, rows) if options.sampling else []
-    vocabulary = first_logits.shape[-1]
-    histories = [History(ids, initial, options, vocabulary) for ids in prompt_ids]
-    return _steps(first_logits, state, histories, streams, options, stopped)
-
-
-def _steps(
-    logits: NDArray[np.float32],
-    state: DecodeState,
-    histories: list[History],
-    streams: list[np.random.Generator],
-    options: GenerationOptions,
-    stopped: Stopped | None,
-) -> Iterator[StepEvent]:
-    active = list(range(len(histories)))
-    for length in range(1, options.max_new_tokens + 1):
-        tokens = _choose(
-            logits, [histories[row] for row in active], [streams[row] for row in active if streams], options
-        )
-        going: list[int] = []
-        for position, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            histories[row].append(token)
-            reason = finish_reason(histories[row].generated, length, options, stopped)
-            if reason is None:
-                going.append(position)
-            yield StepEvent(row, token, reason)
-        if not going:
-            return
-        if len(going) < len(active):
-            kept = np.array(going, np.int64)
-            state.select(kept)
-            tokens, active = tokens[kept], [active[position] for position in going]
-        logits = state.step(tokens)
-
-
-def _choose(
-    logits: NDArray[np.float32],
-    histories: Sequence[History],
-    streams: Sequence[np.random.Generator],
-    options: GenerationOptions,
-) -> NDArray[np.int64]:
-    """The next token of each row, int64 [B]."""
-    if any(history.changes_scores for history in histories):
-        logits = np.array(logits, np.float32)  # a copy: the decoder's output stays as it is
-        for scores, history in zip(logits, histories, strict=True):
-            history.process(scores)
-    if not streams:
-        return argmax(logits)
-    drawn = [
-        draw(np.asarray(scores, np.float32), rng, options.temperature, options.top_k, options.top_p)
-        for scores, rng in zip(logits, streams, strict=True)
+    numbers = range(len(prompt_ids)) if row_ids is None else row_ids
+    if len(numbers) != len(prompt_ids):
+        raise ValueError(f"expected {len(prompt_ids)} row_ids, got {len(numbers)}")
+    rows = [
+        Row(ids, options, first_logits.shape[-1], initial=initial, stopped=stopped, number=number)
+        for ids, number in zip(prompt_ids, numbers, strict=True)
     ]
-    return np.array(drawn, np.int64)
+    together = Decoding()
+    together.join(first_logits, state, rows)
+    return _events(together)
+
+
+def _events(together: Decoding) -> Iterator[StepEvent]:
+    places = {id(row): place for place, row in enumerate(together.rows)}
+    while together.rows:
+        for row in together.step():
+            yield StepEvent(places[id(row)], row.generated[-1], row.finish_reason)
+
+
+class Row:
+    """One text on its way, with options of its own.
+
+    Args:
+        prompt_ids: As a row of those of `generate`.
+        options: What to do; no beams.
+        vocabulary: Number of logits V.
+        initial: Ids that the decoder was started with.
+        stopped: Says of the generated ids whether the text is over, beside the end tokens.
+        number: Of its random stream.
+
+    Attributes:
+        finish_reason: None until the text is over.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        options: GenerationOptions,
+        vocabulary: int,
+        *,
+        initial: Sequence[int] = (),
+        stopped: Stopped | None = None,
+        number: int = 0,
+    ) -> None:
+        self.options = options
+        self.initial = tuple(initial)
+        self.history = History(prompt_ids, initial, options, vocabulary)
+        self.finish_reason: str | None = None
+        self._stopped = stopped
+        self._random = row_streams(options.seed, [number])[0] if options.sampling else None
+
+    @property
+    def generated(self) -> list[int]:
+        """The ids so far."""
+        return self.history.generated
+
+    def result(self) -> Generated:
+        """The outcome, once the text is over."""
+        return Generated(self.initial + tuple(self.generated), self.finish_reason or "", None)
+
+    def choose(self, scores: NDArray[np.float32]) -> int:
+        """The next token by its scores [V], which stay as they are; greedy rows break ties downwards."""
+        if self.history.changes_scores:
+            scores = np.array(scores, np.float32)
+            self.history.process(scores)
+        if self._random is None:
+            return int(argmax(scores[None])[0])
+        options = self.options
+        return draw(
+            np.asarray(scores, np.float32), self._random, options.temperature, options.top_k, options.top_p
+        )
+
+    def accept(self, token: int) -> None:
+        """Appends a token, and says in `finish_reason` whether the text is over."""
+        self.history.append(token)
+        self.finish_reason = finish_reason(self.generated, len(self.generated), self.options, self._stopped)
+
+
+class Decoding:
+    """Rows that are decoded together. Between two steps rows may join, and those that finish have left.
+
+    Attributes:
+        rows: Those on their way, in the order of the decoder's rows.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._state: DecodeState | None = None
+        self._logits: NDArray[np.float32] | None = None
+        self._last: NDArray[np.int64] | None = None  # chosen, and not yet read by the decoder
+
+    def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Row]) -> None:
+        """Takes in further rows.
+
+        Args:
+            first_logits: [B,V], behind each prompt.
+            state: The decoder after the prompts; used up by the call.
+            rows: B.
+        """
+        if not self.rows or self._state is None:
+            self._state, self._logits, self._last = state, first_logits, None
+        else:
+            self._logits = np.concatenate([self._advanced(self._state), first_logits])
+            self._state.join(state)
+        self.rows = [*self.rows, *rows]
+
+    def step(self) -> list[Row]:
+        """Gives every row its next token.
+
+        Returns:
+            The rows that got one; those of them with a `finish_reason` have left.
+
+        Raises:
+            BackendError: The decoder returned NaN.
+        """
+        if self._state is None or not self.rows:
+            return []
+        logits = self._advanced(self._state)
+        stepped = self.rows
+        for row, scores in zip(stepped, logits, strict=True):
+            row.accept(row.choose(scores))
+        self._last, self._logits = np.array([row.generated[-1] for row in stepped], np.int64), None
+        self._keep([place for place, row in enumerate(stepped) if row.finish_reason is None])
+        return stepped
+
+    def leave(self, row: Row) -> None:
+        """Lets a row go before its end."""
+        self._keep([place for place, other in enumerate(self.rows) if other is not row])
+
+    def _keep(self, places: list[int]) -> None:
+        if len(places) == len(self.rows):
+            return
+        self.rows = [self.rows[place] for place in places]
+        if not places or self._state is None:
+            self._state = self._logits = self._last = None
+            return
+        kept = np.array(places, np.int64)
+        self._state.select(kept)
+        self._last = None if self._last is None else self._last[kept]
+        self._logits = None if self._logits is None else self._logits[kept]
+
+    def _advanced(self, state: DecodeState) -> NDArray[np.float32]:
+        """The logits [B,V] behind the rows' last tokens; runs the decoder where it has not read those."""
+        if self._last is not None:
+            self._logits, self._last = state.step(self._last), None
+        if self._logits is None:
+            raise RuntimeError("a decoding without logits")
+        return self._logits
 
 
 class History:

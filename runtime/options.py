@@ -37,6 +37,10 @@ class DecodeState(Protocol):
         """Let row i continue old row `rows[i]`; rows may repeat, change places or be dropped."""
         ...
 
+    def join(self, other: Any) -> None:
+        """Take in the rows of another state of the same decoder, behind its own; the other is used up."""
+        ...
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
