@@ -17,6 +17,8 @@ Every error that a user can cause is told in one line: what was expected, what c
     │   └── BundleIntegrityError    a file that is missing or differs from its recorded hash
     ├── ImageError              a picture that cannot be read
     ├── PromptError             a prompt that does not fit the model
+    ├── OverloadError           more requests than the queue holds
+    ├── DeadlineError           a caption that was not done in time
     └── BackendError            a backend that is not installed or does not run here
 """
 
@@ -95,6 +97,14 @@ class ImageError(Blip2EdgeError):
 
 class PromptError(Blip2EdgeError):
     """A prompt does not fit the model."""
+
+
+class OverloadError(Blip2EdgeError):
+    """More requests came than the queue holds."""
+
+
+class DeadlineError(Blip2EdgeError):
+    """A caption was not done within its deadline."""
 
 
 class BackendError(Blip2EdgeError):

@@ -10,95 +10,30 @@ Neither torch nor transformers is imported here or below.
 from __future__ import annotations
 
 import os
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blip2edge.contract import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageError
 from blip2edge.manifest import Bundle
-from blip2edge.runtime.frames import ItemSource, pictures_of
-from blip2edge.runtime.generate import Generated, GenerationOptions, generate, stream
+from blip2edge.runtime.completer import Completer
+from blip2edge.runtime.encoder import STAGES, Clock, PictureEncoder
+from blip2edge.runtime.frames import ItemSource
 from blip2edge.runtime.instruction import Instructor
-from blip2edge.runtime.interleave import pack, separate
 from blip2edge.runtime.language import load_language_model
-from blip2edge.runtime.preprocess import Preprocessing
-from blip2edge.runtime.prompt import Prompt, Prompter
-from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, check_threads, open_session
-from blip2edge.runtime.tokenizer import StopText, TextStream, Tokenizer
+from blip2edge.runtime.options import GenerationOptions
+from blip2edge.runtime.prompt import Prompter
+from blip2edge.runtime.request import Request, Span
+from blip2edge.runtime.result import CaptionResult, caption_result
+from blip2edge.runtime.scheduler import Scheduler
+from blip2edge.runtime.session import Session, check_threads, open_session
+from blip2edge.runtime.tokenizer import Tokenizer
 
-STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
+__all__ = ["STAGES", "CaptionResult", "Captioner"]
 
-
-@dataclass(frozen=True)
-class CaptionResult:
-    """A picture's caption.
-
-    Attributes:
-        image: Its path; None where a picture was given as an object. Of several pictures a list of those.
-        prompt: The prompt as given; None for none.
-        text: The caption, without special tokens and surrounding spaces.
-        tokens: Generated ids, the end token included.
-        finish_reason: ``eos``, ``length`` or ``stop``.
-        timings_ms: Milliseconds of each of :data:`STAGES` and ``total``. Pictures of one batch share its time
-            equally. Where the next batch is encoded meanwhile, less time goes by than the sum over pictures.
-        tokens_per_s: Generated tokens over the seconds of prefill and decode.
-    """
-
-    image: str | list[str | None] | None
-    prompt: str | None
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    timings_ms: dict[str, float]
-    tokens_per_s: float
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys."""
-        return {**vars(self), "tokens": list(self.tokens)}
-
-
-@dataclass
-class _Encoded:
-    """A batch whose pictures have been looked at: the outputs of the graphs before the language model, by name."""
-
-    images: list[ItemSource]
-    texts: list[str | None]
-    prompts: list[Prompt]
-    pictures: dict[str, Array]
-    clock: _Clock
-
-    def part(self, rows: range) -> tuple[list[Prompt], dict[str, Array]]:
-        """Prompts and pictures of some rows."""
-        if len(rows) == len(self.prompts):
-            return self.prompts, self.pictures
-        pictures = {name: array[rows.start : rows.stop] for name, array in self.pictures.items()}
-        return self.prompts[rows.start : rows.stop], pictures
-
-
-class _Clock:
-    """Milliseconds by stage."""
-
-    def __init__(self) -> None:
-        self.ms = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.ms[stage] += (time.perf_counter() - start) * 1e3
-
-    def share(self, pictures: int) -> dict[str, float]:
-        """The share of one of ``pictures``, with the total."""
-        shared = {stage: ms / pictures for stage, ms in self.ms.items()}
-        return {**shared, "total": sum(shared.values())}
+AHEAD = 3  # batches that are on their way at once: one decoded, one encoded, one waiting
 
 
 class Captioner:
@@ -121,19 +56,17 @@ class Captioner:
             return open_session(bundle.file(bundle.graph(graph).spec.file), backend, threads)
 
         self.bundle = bundle
-        self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
-        self.vision = session(VISION)
-        self.bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
-        self.language = load_language_model(bundle, session)
-        rows = self.language.table.num_rows
-        self.prompter = Prompter(manifest.prompt, self.tokenizer, manifest.max_positions, rows)
-        self.instructor: Instructor | None = None
-        if manifest.prompt.instruction_positions:
+        language = load_language_model(bundle, session)
+        spec, positions = manifest.prompt, manifest.max_positions
+        self.prompter = Prompter(spec, self.tokenizer, positions, language.table.num_rows)
+        instructor = None
+        if spec.instruction_positions:
             tokenizer = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
-            spec = manifest.prompt
-            self.instructor = Instructor(tokenizer, spec.instruction_positions, spec.frames)
-        self._pixels_dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
+            instructor = Instructor(tokenizer, spec.instruction_positions, spec.frames)
+        bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
+        self.encoder = PictureEncoder(bundle, session(VISION), bridge, self.prompter, instructor)
+        self.completer = Completer(language, self.tokenizer, positions)
 
     @classmethod
     def load(cls, bundle: str | Path, *, backend: str = "auto", threads: int | None = None) -> Captioner:
@@ -183,7 +116,7 @@ class Captioner:
         batch_size: int = 1,
         **options: Any,
     ) -> Iterator[CaptionResult]:
-        """Captions pictures in order, those of the next batch being encoded while this one is decoded.
+        """Captions pictures in order, later ones being encoded while earlier ones are decoded.
 
         Args:
             images: As in :meth:`caption`.
@@ -206,10 +139,9 @@ class Captioner:
         if batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
         generation = self.options(**options)
-        starts = range(0, len(pictures), batch_size)
-        return self._in_batches(
-            [(pictures[at : at + batch_size], texts[at : at + batch_size]) for at in starts], generation
-        )
+        if len(pictures) > batch_size and (os.cpu_count() or 1) > 1:
+            return self._scheduled(pictures, texts, generation, batch_size)
+        return self._in_turn(pictures, texts, generation, batch_size)
 
     def stream(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
         """The pieces of one picture's caption as they are decided; joined and stripped, they are its text.
@@ -221,8 +153,15 @@ class Captioner:
             raise UsageError(
                 "--stream and --num-beams above 1 exclude each other: beams choose the words at the end"
             )
-        batch = self._encode([image], [prompt])
-        return self._pieces(batch, generation)
+        return self.completer.pieces(self.encoder([image], [prompt], Clock()), generation)
+
+    def scheduler(
+        self, *, max_batch: int = 8, max_waiting: int = 64, trace: Callable[[Span], None] | None = None
+    ) -> Scheduler:
+        """Continuous batching for requests that come as they like; see :class:`Scheduler`. Close it after use."""
+        return Scheduler(
+            self.encoder, self.completer, max_batch=max_batch, max_waiting=max_waiting, trace=trace
+        )
 
     def options(self, **options: Any) -> GenerationOptions:
         """The bundle's defaults with some fields replaced.
@@ -244,154 +183,40 @@ class Captioner:
         }
         return GenerationOptions(**merged)
 
-    def _in_batches(
-        self, batches: list[tuple[list[ItemSource], list[str | None]]], options: GenerationOptions
+    def _in_turn(
+        self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult]:
-        if len(batches) <= 1 or (os.cpu_count() or 1) == 1:
-            done = 0
-            for images, texts in batches:
-                yield from self._captions(partial(self._encode, images, texts), images, texts, options, done)
-                done += len(images)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="blip2edge-vision") as ahead:
-            done = 0
-            coming = ahead.submit(self._encode, *batches[0])
-            for at, (images, texts) in enumerate(batches):
-                encoded = coming
-                wait([encoded])
-                if at + 1 < len(batches):
-                    coming = ahead.submit(self._encode, *batches[at + 1])
-                yield from self._captions(encoded.result, images, texts, options, done)
-                done += len(images)
+        """Results batch by batch, by this thread alone."""
+        for first in range(0, len(images), batch_size):
+            yield from self._batch(range(first, min(first + batch_size, len(images))), images, texts, options)
 
-    def _captions(
-        self,
-        encode: Callable[[], _Encoded],
-        images: list[ItemSource],
-        texts: list[str | None],
-        options: GenerationOptions,
-        first: int,
+    def _batch(
+        self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
     ) -> Iterator[CaptionResult]:
-        """A batch's captions; where one item is broken, those before it one by one, and then its error."""
+        """Results of a batch; where one item is broken, those before it, and then its error."""
+        clock = Clock()
         try:
-            batch = encode()
+            batch = self.encoder(images[rows.start : rows.stop], texts[rows.start : rows.stop], clock)
         except Blip2EdgeError:
-            if len(images) == 1:
+            if len(rows) == 1:
                 raise
-        else:
-            yield from self._decode(batch, options, first)
+            for row in rows:
+                yield from self._batch(range(row, row + 1), images, texts, options)
             return
-        for row, (image, text) in enumerate(zip(images, texts, strict=True)):
-            yield from self._decode(self._encode([image], [text]), options, first + row)
+        generated = self.completer.complete(batch, options, rows, clock)
+        stage_ms = clock.share(len(rows))
+        for row, text in zip(rows, generated, strict=True):
+            yield caption_result(images[row], texts[row], text, options, self.tokenizer, stage_ms)
 
-    def _encode(self, images: list[ItemSource], texts: list[str | None]) -> _Encoded:
-        clock = _Clock()
-        spec = self.prompter.spec
-        with clock("preprocess"):
-            groups = separate(images) if spec.picture_token else None
-            counts = [spec.frames] * len(images) if groups is None else list(map(len, groups))
-            given = (
-                pictures_of(images, spec.frames)
-                if groups is None
-                else [one for group in groups for one in group]
-            )
-            filled = [self.prompter.filled(text) for text in texts]
-            instruction = self.instructor(filled) if self.instructor is not None else {}
-            prompts = [self.prompter(text, count) for text, count in zip(filled, counts, strict=True)]
-            pixels = self.preprocessing.batch(given).astype(self._pixels_dtype, copy=False)
-        with clock("vision"):
-            pictures = self.vision.run({"pixel_values": pixels})
-        if self.bridge is not None:
-            with clock("bridge"):
-                pictures |= self.bridge.run({"image_embeds": pictures["image_embeds"], **instruction})
-        if max(counts) > 1:
-            pictures = {name: pack(array, counts) for name, array in pictures.items()}
-        return _Encoded(images, texts, prompts, pictures, clock)
-
-    def _seen(self, prompt: Prompt) -> list[int]:
-        """A prompt's ids as the decoder has seen them: none where an encoder reads the prompt."""
-        return [] if self.language.initial else prompt.ids
-
-    def _fit(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
-        """Ends a caption where the context does; the last token is generated and not read."""
-        room = self.prompter.max_positions - (len(self.language.initial) or prompt.length) + 1
-        if options.max_new_tokens <= room:
-            return options
-        least = min(options.min_new_tokens, room)
-        return replace(options, max_new_tokens=room, min_new_tokens=least)
-
-    def _decode(self, batch: _Encoded, options: GenerationOptions, first: int) -> list[CaptionResult]:
-        """Captions of an encoded batch; rows that the context ends at different lengths go one by one."""
-        fitted = [self._fit(prompt, options) for prompt in batch.prompts]
-        rows = range(len(batch.prompts))
-        together = [rows] if len(set(fitted)) == 1 else [range(row, row + 1) for row in rows]
-        texts: list[Generated] = []
-        for part in together:
-            with batch.clock("prefill"):
-                logits, state = self.language.prefill(*batch.part(part))
-            with batch.clock("decode"):
-                texts += generate(
-                    logits,
-                    state,
-                    [self._seen(batch.prompts[row]) for row in part],
-                    fitted[part[0]],
-                    initial=self.language.initial,
-                    stopped=self._stopped(options),
-                    row_ids=[first + row for row in part],
-                )
-        timings = batch.clock.share(len(batch.images))
-        return [
-            self._result(image, text, generated, options, timings)
-            for image, text, generated in zip(batch.images, batch.texts, texts, strict=True)
-        ]
-
-    def _result(
-        self,
-        image: ItemSource,
-        prompt: str | None,
-        generated: Generated,
-        options: GenerationOptions,
-        timings: dict[str, float],
-    ) -> CaptionResult:
-        text = self.tokenizer.decode(generated.tokens)
-        for stop in options.stop:
-            text = text.partition(stop)[0]
-        seconds = (timings["prefill"] + timings["decode"]) / 1e3
-        return CaptionResult(
-            image=_path(image),
-            prompt=prompt,
-            text=text.strip(),
-            tokens=generated.tokens,
-            finish_reason=generated.finish_reason,
-            timings_ms={stage: round(ms, 3) for stage, ms in timings.items()},
-            tokens_per_s=round(len(generated.tokens) / seconds, 1) if seconds > 0 else 0.0,
-        )
-
-    def _stopped(self, options: GenerationOptions) -> Any:
-        if not options.stop:
-            return None
-        return lambda ids: any(stop in self.tokenizer.decode(ids) for stop in options.stop)
-
-    def _pieces(self, batch: _Encoded, options: GenerationOptions) -> Iterator[str]:
-        logits, state = self.language.prefill(batch.prompts, batch.pictures)
-        text, stops = TextStream(self.tokenizer), StopText(options.stop)
-        for event in stream(
-            logits,
-            state,
-            [self._seen(batch.prompts[0])],
-            self._fit(batch.prompts[0], options),
-            initial=self.language.initial,
-            stopped=self._stopped(options),
-        ):
-            piece = stops.push(text.push(event.token))
-            if piece:
-                yield piece
-        rest = stops.push(text.flush()) + stops.flush()
-        if rest:
-            yield rest
-
-
-def _path(image: ItemSource) -> str | list[str | None] | None:
-    if isinstance(image, (list, tuple)):
-        return [os.fspath(one) if isinstance(one, (str, os.PathLike)) else None for one in image]
-    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
+    def _scheduled(
+        self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
+    ) -> Iterator[CaptionResult]:
+        """Results in order, while later pictures are on their way already."""
+        with self.scheduler(max_batch=batch_size, max_waiting=AHEAD * batch_size) as scheduler:
+            coming: deque[Request] = deque()
+            for image, text in zip(images, texts, strict=True):
+                if len(coming) == AHEAD * batch_size:
+                    yield coming.popleft().result()
+                coming.append(scheduler.submit(image, options, prompt=text))
+            while coming:
+                yield coming.popleft().result()

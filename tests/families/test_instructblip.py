@@ -93,12 +93,12 @@ def test_single_and_batched_ids_are_transformers(
 def test_the_instruction_changes_what_the_bridge_sees(
     exported: Exported, pictures: list[Image.Image]
 ) -> None:
-    assert exported.captioner.instructor is not None
-    assert exported.captioner.bridge is not None
-    pixels = exported.captioner.preprocessing.batch(pictures[:1])
-    embeds = exported.captioner.vision.run({"pixel_values": pixels})["image_embeds"].repeat(2, axis=0)
-    instruction = exported.captioner.instructor(PROMPTS[:2])
-    visual = exported.captioner.bridge.run({"image_embeds": embeds, **instruction})["visual_tokens"]
+    assert exported.captioner.encoder.instructor is not None
+    assert exported.captioner.encoder.bridge is not None
+    pixels = exported.captioner.encoder.preprocessing.batch(pictures[:1])
+    embeds = exported.captioner.encoder.vision.run({"pixel_values": pixels})["image_embeds"].repeat(2, axis=0)
+    instruction = exported.captioner.encoder.instructor(PROMPTS[:2])
+    visual = exported.captioner.encoder.bridge.run({"image_embeds": embeds, **instruction})["visual_tokens"]
     assert np.abs(visual[0] - visual[1]).max() > 0.1
 
 

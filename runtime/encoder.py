@@ -1,0 +1,129 @@
+"""The half before the language model: a batch of pictures and prompts to what the decoder starts from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from blip2edge.contract import VISION
+from blip2edge.manifest import Bundle
+from blip2edge.runtime.frames import ItemSource, pictures_of
+from blip2edge.runtime.instruction import Instructor
+from blip2edge.runtime.interleave import pack, separate
+from blip2edge.runtime.preprocess import Preprocessing
+from blip2edge.runtime.prompt import Prompt, Prompter
+from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session
+
+STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
+
+
+class Clock:
+    """Milliseconds by stage."""
+
+    def __init__(self) -> None:
+        self.ms = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds what the block takes to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[stage] += (time.perf_counter() - start) * 1e3
+
+    def share(self, pictures: int) -> dict[str, float]:
+        """The share of one of ``pictures``, stage by stage."""
+        return {stage: ms / pictures for stage, ms in self.ms.items()}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch whose pictures have been looked at.
+
+    Attributes:
+        prompts: A row each.
+        pictures: The outputs of the graphs before the language model, by name: ``image_embeds [B, P, Dv]``, and
+            ``visual_tokens [B, Q, D]`` where there is a bridge; of several pictures a row side by side.
+        counts: Pictures of each row.
+    """
+
+    prompts: list[Prompt]
+    pictures: dict[str, Array]
+    counts: list[int]
+
+    def part(self, rows: Sequence[int]) -> Encoded:
+        """Some of the rows, without the places that only others need."""
+        if list(rows) == list(range(len(self.prompts))):
+            return self
+        counts = [self.counts[row] for row in rows]
+        places, needed = max(self.counts), max(counts)
+        pictures = {
+            name: array[list(rows), : array.shape[1] // places * needed]
+            for name, array in self.pictures.items()
+        }
+        return Encoded([self.prompts[row] for row in rows], pictures, counts)
+
+
+class PictureEncoder:
+    """Preprocessing, vision encoder and bridge.
+
+    Args:
+        bundle: An opened bundle.
+        vision: The loaded vision encoder.
+        bridge: The loaded bridge; None where the decoder looks at patches.
+        prompter: Makes prompts.
+        instructor: Makes the bridge's instructions; None where none enters it.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        vision: Session,
+        bridge: Session | None,
+        prompter: Prompter,
+        instructor: Instructor | None,
+    ) -> None:
+        self.preprocessing = Preprocessing.from_json(bundle.manifest.preprocessing)
+        self.vision = vision
+        self.bridge = bridge
+        self.prompter = prompter
+        self.instructor = instructor
+        self._pixels_dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
+
+    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: Clock) -> Encoded:
+        """Encodes a batch.
+
+        Args:
+            images: As ``Captioner.caption`` takes them, a row each.
+            texts: Prompts as given; None for the bundle's default.
+            clock: Told what each stage takes.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            PromptError: A prompt does not fit.
+            UsageError: A row has several pictures, and the model takes one.
+        """
+        spec = self.prompter.spec
+        with clock("preprocess"):
+            groups = separate(list(images)) if spec.picture_token else None
+            counts = [spec.frames] * len(images) if groups is None else list(map(len, groups))
+            given = (
+                pictures_of(images, spec.frames)
+                if groups is None
+                else [one for group in groups for one in group]
+            )
+            filled = [self.prompter.filled(text) for text in texts]
+            instruction = self.instructor(filled) if self.instructor is not None else {}
+            prompts = [self.prompter(text, count) for text, count in zip(filled, counts, strict=True)]
+            pixels = self.preprocessing.batch(given).astype(self._pixels_dtype, copy=False)
+        with clock("vision"):
+            pictures = self.vision.run({"pixel_values": pixels})
+        if self.bridge is not None:
+            with clock("bridge"):
+                pictures |= self.bridge.run({"image_embeds": pictures["image_embeds"], **instruction})
+        if max(counts) > 1:
+            pictures = {name: pack(array, counts) for name, array in pictures.items()}
+        return Encoded(prompts, pictures, counts)
