@@ -25,6 +25,7 @@ EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"
 TOKENIZER_FILE = "tokenizer.json"
 QFORMER_TOKENIZER_FILE = "qformer_tokenizer.json"
+DRAFT_TOKENIZER_FILE = "draft_tokenizer.json"
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 

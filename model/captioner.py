@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.bridges import build_bridge
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config import CaptionerConfig, QFormerConfig
+from blip2edge.model.draft import DraftHead
 from blip2edge.model.language import language_of
 from blip2edge.model.vit import VisionTransformer
 
 
 class CaptionerModel(nn.Module):
-    """Vision encoder, bridge and language model."""
+    """Vision encoder, bridge and language model; and the text head of the bridge, where the checkpoint has one."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
@@ -22,6 +23,9 @@ class CaptionerModel(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.bridge = build_bridge(config.bridge, config.language)
         self.language = language_of(config.language.kind).build(config.language)
+        self.draft: DraftHead | None = None
+        if config.draft is not None and isinstance(config.bridge, QFormerConfig):
+            self.draft = DraftHead(config.draft, config.bridge)
 
     def visual_tokens(self, pixel_values: Tensor, *instruction: Tensor) -> Tensor:
         """``pixel_values [B, 3, H, W]`` to ``[B, Q, D]``.

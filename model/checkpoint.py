@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip2edge.contract import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import CheckpointError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.draft import DRAFT_CONFIG, DRAFT_FILE, DRAFT_PREFIX, DraftConfig, write_draft
 from blip2edge.model.families import canonical_name, head_names, read_config, weight_map, write_config
 from blip2edge.model.models import Config, Model, build_model
 from blip2edge.model.weights import WeightMap
@@ -39,6 +41,7 @@ SIDE_FILES = (
     "spiece.model",
     "qformer_tokenizer/tokenizer.json",
     "qformer_tokenizer/tokenizer_config.json",
+    DRAFT_TOKENIZER_FILE,
 )
 """What belongs to a checkpoint beside its config and weights."""
 
@@ -116,15 +119,23 @@ class TensorFiles:
         self._laid: dict[str, Tensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in _shards(directory):
-            try:
-                file = self._files.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is not a whole safetensors file ({error})", "copy or download it again"
-                ) from error
-            for name in file.keys():  # noqa: SIM118  (a safe_open handle, which does not iterate)
-                self._of[rename(name)] = (file, name)
-                self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
+            self.add(path, rename)
+
+    def add(self, path: Path, rename: Callable[[str], str]) -> None:
+        """Maps a further file, its tensors renamed.
+
+        Raises:
+            CheckpointError: Missing or truncated.
+        """
+        try:
+            file = self._files.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file ({error})", "copy or download it again"
+            ) from error
+        for name in file.keys():  # noqa: SIM118  (a safe_open handle, which does not iterate)
+            self._of[rename(name)] = (file, name)
+            self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
 
     def read(self, names: Iterable[str]) -> Tensor:
         """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file where it can be."""
@@ -189,6 +200,10 @@ class Checkpoint:
             # As in transformers: a head that the file holds is the head, whatever the config says of tying.
             language: Any = config.language
             config = replace(config, language=replace(language, tie_embeddings=False))
+        if isinstance(config, CaptionerConfig) and (directory / DRAFT_CONFIG).is_file():
+            draft = DraftConfig.from_json(read_json(directory / DRAFT_CONFIG))
+            config = replace(config, draft=draft)
+            self.files.add(directory / DRAFT_FILE, DRAFT_PREFIX.__add__)
         self.config = config
         self.map: WeightMap = weight_map(config)
         with torch.device("meta"):
@@ -291,10 +306,12 @@ def save_checkpoint(
 ) -> None:
     """Writes a directory that ``transformers.Blip2ForConditionalGeneration.from_pretrained`` loads.
 
+    A draft goes to files of its own beside the weights, which transformers does not read.
+
     Args:
         model: What to save.
         directory: Where; made if it is not there.
-        like: A checkpoint whose tokenizer and processor files are copied along.
+        like: A checkpoint whose tokenizer and processor files are copied along; a draft's tokenizer is one.
         dtype: dtype of the saved weights; None keeps theirs.
     """
     target = Path(directory)
@@ -304,6 +321,13 @@ def save_checkpoint(
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     config = write_config(model.config) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    drafted = {name: tensors.pop(name) for name in list(tensors) if name.startswith(DRAFT_PREFIX)}
+    if drafted and isinstance(model.config, CaptionerConfig) and model.config.draft is not None:
+        write_draft(
+            target,
+            {name.removeprefix(DRAFT_PREFIX): part for name, part in drafted.items()},
+            model.config.draft,
+        )
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in SIDE_FILES if like is not None else ():

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blip2edge.contract import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.layers import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from blip2edge.model.draft import DraftConfig
 
 
 class Fields:
@@ -331,6 +334,7 @@ class CaptionerConfig:
         decoder_start_token_id: What the decoder of an encoder-decoder model begins with.
         family: Its row of ``families.py``.
         frames: Pictures an item: 1, or the frames of a video.
+        draft: The text head of its Q-Former, where the checkpoint has one.
     """
 
     vision: VisionConfig
@@ -343,6 +347,15 @@ class CaptionerConfig:
     decoder_start_token_id: int | None = None
     family: str = "blip-2"
     frames: int = 1
+    draft: DraftConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft is not None and (self.bridge.kind != "qformer" or self.frames != 1):
+            raise CheckpointError(
+                f"draft.json is beside a checkpoint whose bridge is {self.bridge.kind}, but only the text head of a "
+                "plain Q-Former can draft",
+                "remove draft.json and draft.safetensors from the checkpoint",
+            )
 
     @property
     def instruction_positions(self) -> int:

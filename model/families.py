@@ -15,6 +15,8 @@ from blip2edge.model import family_retrieval as retrieval
 from blip2edge.model import weight_tables as tables
 from blip2edge.model import weight_tables_blip as blip_tables
 from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
+from blip2edge.model.draft import DRAFT_PREFIX
+from blip2edge.model.draft import RULES as DRAFT_RULES
 from blip2edge.model.family_blip import read_blip, write_blip
 from blip2edge.model.family_llava import LEFT_OUT as LLAVA_LEFT_OUT
 from blip2edge.model.family_llava import RENAMED as LLAVA_RENAMED
@@ -336,7 +338,8 @@ def weight_map(config: Config) -> WeightMap:
             "language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens")
         )
         rules = (*(rule for rule in rules if rule.ours != "language.head"), tied)
-    return WeightMap((*family.rules, *rules), left_out)
+    drafted = under(DRAFT_PREFIX, DRAFT_PREFIX, DRAFT_RULES)
+    return WeightMap((*family.rules, *rules, *drafted), left_out)
 
 
 def head_names(config: CaptionerConfig) -> Mapping[str, frozenset[str]]:

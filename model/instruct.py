@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blip2edge.model.config import Fields, QFormerConfig
 from blip2edge.model.layers import key_mask_bias
-from blip2edge.model.qformer import Attention, FeedForward, Projection
+from blip2edge.model.qformer import Attention, FeedForward, Projection, Reader
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class InstructedLayer(nn.Module):
         return self.feed_forward(queries), text
 
 
-class InstructedQFormer(nn.Module):
+class InstructedQFormer(Reader):
     """``image_embeds [B, P, Dv]`` and an instruction ``[B, T]`` to ``[B, Q, D]``."""
 
     def __init__(self, config: InstructedQFormerConfig) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError
 from blip2edge.model.config import QFormerConfig
-from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads
+from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, split_heads
 
 
 class Attention(nn.Module):
@@ -29,13 +29,19 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
 
+    def key_value(self, context: Tensor) -> KeyValue:
+        """``[B, T, C]`` to two of ``[B, H, T, d]``."""
+        return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
+
+    def look(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
+        """``x [B, S, D]`` looks at keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
+        query = split_heads(self.query(x), self.heads)
+        out = self.dense(merge_heads(attend(query, *key_value, bias, self.scale)))
+        return self.norm(self.dropout(out) + x)  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [B, S, D]`` looks at ``context [B, T, C]``; a batch of 1 in ``x`` is shared by all rows."""
-        query = split_heads(self.query(x), self.heads)
-        key = split_heads(self.key(context), self.heads)
-        value = split_heads(self.value(context), self.heads)
-        out = self.dense(merge_heads(attend(query, key, value, bias, self.scale)))
-        return self.norm(self.dropout(out) + x)  # type: ignore[no-any-return]
+        return self.look(x, self.key_value(context), bias)
 
 
 class FeedForward(nn.Module):
@@ -55,7 +61,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, attention to the picture where this layer has it, feed-forward."""
+    """The parts of a layer: self-attention, attention to the picture in some layers, feed-forward."""
 
     def __init__(self, config: QFormerConfig, index: int) -> None:
         super().__init__()
@@ -65,15 +71,47 @@ class Layer(nn.Module):
             self.cross_attention = Attention(config, config.encoder_hidden_size)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, queries: Tensor, image_embeds: Tensor) -> Tensor:
-        """``queries [B or 1, Q, D]`` and ``image_embeds [B, P, Dv]`` to ``[B, Q, D]``."""
-        queries = self.self_attention(queries, queries)
-        if self.cross_attention is not None:
-            queries = self.cross_attention(queries, image_embeds)
-        return self.feed_forward(queries)  # type: ignore[no-any-return]
+
+class Reader(nn.Module):
+    """Queries, and the layers through which they read a picture."""
+
+    config: QFormerConfig
+    query_tokens: nn.Parameter
+    norm: nn.LayerNorm
+    dropout: nn.Dropout
+    layers: nn.ModuleList
+
+    def read(self, image_embeds: Tensor) -> tuple[Tensor, list[KeyValue]]:
+        """The queries after they have read the picture.
+
+        Until the first look at the picture the queries are the same for every row, so they stay ``[1, Q, D]``
+        and an optimiser can fold that part into a constant. Dropout wants a draw a row: in training they are
+        spread first.
+
+        Args:
+            image_embeds: ``[B, P, Dv]``.
+
+        Returns:
+            ``[B, Q, D]``, and the keys and values of each layer's self-attention, two of ``[B, H, Q, d]``: what a
+            text that is written behind the queries looks at.
+        """
+        rows = image_embeds.shape[0]
+        queries: Tensor = self.query_tokens
+        if self.training:
+            queries = queries.expand(rows, -1, -1)
+        queries = self.dropout(self.norm(queries))
+        seen: list[KeyValue] = []
+        for layer in self.layers:
+            key, value = layer.self_attention.key_value(queries)  # type: ignore[operator,union-attr]
+            queries = layer.self_attention.look(queries, (key, value))  # type: ignore[operator,union-attr]
+            if layer.cross_attention is not None:
+                queries = layer.cross_attention(queries, image_embeds)  # type: ignore[operator]
+            queries = layer.feed_forward(queries)  # type: ignore[operator]
+            seen.append((key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)))
+        return queries, seen
 
 
-class QFormer(nn.Module):
+class QFormer(Reader):
     """``image_embeds [B, P, Dv]`` to ``[B, Q, D]``."""
 
     def __init__(self, config: QFormerConfig) -> None:
@@ -85,19 +123,8 @@ class QFormer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """The queries after they have read the picture.
-
-        Until the first look at the picture the queries are the same for every row, so they stay ``[1, Q, D]``
-        and an optimiser can fold that part into a constant. Dropout wants a draw a row: in training they are
-        spread first.
-        """
-        queries: Tensor = self.query_tokens
-        if self.training:
-            queries = queries.expand(image_embeds.shape[0], -1, -1)
-        queries = self.dropout(self.norm(queries))
-        for layer in self.layers:
-            queries = layer(queries, image_embeds)
-        return queries
+        """``image_embeds [B, P, Dv]`` to the queries ``[B, Q, D]``."""
+        return self.read(image_embeds)[0]
 
 
 class Projection(nn.Linear):

@@ -94,20 +94,11 @@ class BlipMatcher(nn.Module):
 class RetrievalQFormer(InstructedQFormer):
     """The Q-Former of BLIP-2's first stage: it reads a picture, a text, or a text with the picture in view."""
 
-    def read_image(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to the queries ``[B, Q, D]``, which stay ``[1, Q, D]`` until they first see the picture."""
-        queries: Tensor = self.norm(self.query_tokens)
-        for layer in self.layers:
-            queries = layer.self_attention(queries, queries)  # type: ignore[operator]
-            if layer.cross_attention is not None:
-                queries = layer.cross_attention(queries, image_embeds)  # type: ignore[operator]
-            queries = layer.feed_forward(queries)  # type: ignore[operator]
-        return queries
-
     def read_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, S, D]``."""
+        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, S, D]``; the queries are out of sight."""
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         text: Tensor = self.norm(self.word_embeddings(input_ids) + self.position_embeddings(slots))
+        text = self.dropout(text)
         bias = key_mask_bias(attention_mask, text.dtype)
         for layer in self.layers:
             text = layer.text_feed_forward(layer.self_attention(text, text, bias))  # type: ignore[operator]
@@ -128,7 +119,7 @@ class Blip2Matcher(nn.Module):
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """``[B, P, Dv]`` to ``[B, Q, F]`` of length 1."""
-        return self.unit(self.image_projection(self.qformer.read_image(image_embeds)))  # type: ignore[no-any-return]
+        return self.unit(self.image_projection(self.qformer.read(image_embeds)[0]))  # type: ignore[no-any-return]
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
