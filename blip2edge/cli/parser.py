@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "rtx")
 PRECISIONS = ("fp32", "fp16", "bf16")
+METHODS = ("entropy", "minmax", "percentile", "mse")
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,7 +104,20 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
     )
-    for add in (_export, _caption, _ask, _match, _embed, _inspect, _build, _doctor, _demo, _train, _eval):
+    for add in (
+        _export,
+        _calibrate,
+        _caption,
+        _ask,
+        _match,
+        _embed,
+        _inspect,
+        _build,
+        _doctor,
+        _demo,
+        _train,
+        _eval,
+    ):
         add(commands)
     return parser
 
@@ -139,6 +153,34 @@ def _export(commands: Commands) -> None:
         help="compare all of it with torch, or a stated sample of layers and shapes (default: by its size)",
     )
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
+
+
+def _calibrate(commands: Commands) -> None:
+    parser = _add(commands, "calibrate", "an INT8 bundle, by pictures", "calibrate", "calibrate")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="in fp32 or fp16")
+    parser.add_argument(
+        "-o", "--output", metavar="BUNDLE8", type=Path, required=True, help="directory to write"
+    )
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="a folder of pictures, or of .tar shards, like those that the device will see",
+    )
+    parser.add_argument("--method", choices=METHODS, default="mse", help="how the ranges are chosen (mse)")
+    parser.add_argument(
+        "--int8-activations",
+        metavar="GRAPH",
+        action="append",
+        default=[],
+        help="a graph beside vision_encoder and bridge whose activations become INT8 too; may be repeated",
+    )
+    parser.add_argument(
+        "--count", metavar="N", type=positive_int, default=512, help="pictures to use at most (512)"
+    )
+    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (all cores)")
+    parser.add_argument("--force", action="store_true", help="replace BUNDLE8 if it exists")
 
 
 def _bundle(parser: Parser) -> None:

@@ -1,0 +1,190 @@
+"""What each graph of a bundle is really given: pictures through the shipped preprocessing and the graphs before.
+
+The inputs are spooled to a directory, one file a run, so that memory does not grow with the number of pictures and
+every later pass reads the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from blip2edge.calibration.pictures import PictureSet
+from blip2edge.contract import (
+    BRIDGE,
+    DECODER,
+    EMBEDDINGS_FILE,
+    IMAGE_FEATURES,
+    QFORMER_TOKENIZER_FILE,
+    TOKENIZER_FILE,
+    VISION,
+)
+from blip2edge.manifest import Bundle
+from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.frames import pictures_of
+from blip2edge.runtime.instruction import Instructor
+from blip2edge.runtime.interleave import pack
+from blip2edge.runtime.language import EncoderDecoder, load_language_model
+from blip2edge.runtime.preprocess import Preprocessing, load_image
+from blip2edge.runtime.prompt import Prompt, Prompter
+from blip2edge.runtime.session import NUMPY_DTYPES, Array, OnnxRuntimeSession, Session
+from blip2edge.runtime.tokenizer import Tokenizer
+
+QUESTION = "What is in the picture?"
+"""Asked where a model captions nothing without a question."""
+
+
+class Feeds:
+    """The inputs of each graph, in files.
+
+    Args:
+        directory: An empty directory of their own.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._counts: dict[str, int] = {}
+
+    def add(self, graph: str, inputs: Mapping[str, Array]) -> None:
+        """Appends the inputs of one run."""
+        at = self._counts.get(graph, 0)
+        folder = self.directory / graph
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / f"{at:06d}.npz", **inputs)  # type: ignore[arg-type]
+        self._counts[graph] = at + 1
+
+    def count(self, graph: str) -> int:
+        """Runs of a graph."""
+        return self._counts.get(graph, 0)
+
+    def runs(self, graph: str, count: int | None = None) -> Iterator[dict[str, Array]]:
+        """The inputs of a graph, run by run, in order.
+
+        Args:
+            graph: Its name.
+            count: Only so many, at equal distances; None for all.
+        """
+        total = self.count(graph)
+        wanted = total if count is None else min(count, total)
+        for index in range(wanted):
+            with np.load(self.directory / graph / f"{index * total // wanted:06d}.npz") as arrays:
+                yield dict(arrays)
+
+
+class _Recording:
+    """A session whose inputs are kept."""
+
+    def __init__(self, session: Session, feeds: Feeds, graph: str) -> None:
+        self._session, self._feeds, self._graph = session, feeds, graph
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """See :class:`blip2edge.runtime.session.Session`."""
+        self._feeds.add(self._graph, inputs)
+        return self._session.run(inputs, outputs)
+
+
+def default_prompt(prompter: Prompter) -> str | None:
+    """What a picture is read with: the bundle's default, or a plain question where it wants one."""
+    spec = prompter.spec
+    if spec.default is not None or not (spec.required or spec.instruction_positions):
+        return spec.default
+    return prompter.question(QUESTION) if spec.question else ""
+
+
+def collect(
+    bundle: Bundle,
+    pictures: PictureSet,
+    feeds: Feeds,
+    *,
+    texts: Sequence[Sequence[int]] = (),
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Runs the graphs of a bundle on pictures and keeps what each is given.
+
+    Args:
+        bundle: The parent.
+        pictures: The pictures.
+        feeds: Where the inputs go.
+        texts: Token ids of the captions of the first pictures: the decoder reads them behind the prompt, all at
+            once. Without any, no graph of the language model is run.
+        threads: CPU threads.
+        progress: Called with pictures done and pictures in all.
+    """
+    run = _Runner(bundle, feeds, threads, language=bool(texts))
+    for done, picture in enumerate(pictures):
+        run(picture.read(), texts[done] if done < len(texts) else None)
+        if progress is not None:
+            progress(done + 1, len(pictures))
+
+
+class _Runner:
+    """The graphs of a bundle in their order, with what they are given kept on the way."""
+
+    def __init__(self, bundle: Bundle, feeds: Feeds, threads: int | None, *, language: bool) -> None:
+        manifest = bundle.manifest
+
+        def session(graph: str) -> Session:
+            path = bundle.file(bundle.graph(graph).spec.file)
+            return _Recording(OnnxRuntimeSession(path, threads), feeds, graph)
+
+        self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        self.dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
+        self.vision = session(VISION)
+        self.bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
+        self.features = session(IMAGE_FEATURES) if IMAGE_FEATURES in manifest.graphs else None
+        self.takes = (
+            [tensor.name for tensor in bundle.graph(IMAGE_FEATURES).spec.inputs] if self.features else []
+        )
+        self.spec = manifest.prompt
+        self.language = load_language_model(bundle, session) if language else None
+        self.instruction: dict[str, Array] = {}
+        self.prompt: Prompt | None = None
+        if manifest.prompt is not None:
+            table = TokenTable(
+                bundle.file(EMBEDDINGS_FILE), "embed_tokens", bundle.graph(DECODER).spec.inputs[0].dtype
+            )
+            tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
+            prompter = Prompter(manifest.prompt, tokenizer, manifest.max_positions, table.num_rows)
+            text = default_prompt(prompter)
+            self.prompt = prompter(text)
+            if manifest.prompt.instruction_positions:
+                reader = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
+                positions, frames = manifest.prompt.instruction_positions, manifest.prompt.frames
+                self.instruction = Instructor(reader, positions, frames)([text])
+
+    def __call__(self, content: bytes, text: Sequence[int] | None) -> None:
+        frames = self.spec.frames if self.spec is not None else 1
+        pixels = self.preprocessing.batch(pictures_of([load_image(content)], frames))
+        outputs = self.vision.run({"pixel_values": pixels.astype(self.dtype, copy=False)})
+        if self.bridge is not None:
+            outputs |= self.bridge.run({"image_embeds": outputs["image_embeds"], **self.instruction})
+        if self.features is not None:
+            self.features.run({name: outputs[name] for name in self.takes})
+        if self.language is None or self.prompt is None or text is None:
+            return
+        if frames > 1:
+            outputs = {name: pack(array, [frames]) for name, array in outputs.items()}
+        if isinstance(self.language, EncoderDecoder):
+            start: tuple[int, ...] = self.language.initial
+            self.language.initial = (start[0], *_behind(text, start))
+            self.language.prefill([self.prompt], outputs)
+            self.language.initial = start
+        else:
+            self.language.prefill([_continued(self.prompt, text)], outputs)
+
+
+def _behind(text: Sequence[int], start: Sequence[int]) -> Sequence[int]:
+    """Generated ids without the start token, which encoder-decoder models count among them."""
+    return text[len(start) :] if tuple(text[: len(start)]) == tuple(start) else text
+
+
+def _continued(prompt: Prompt, text: Sequence[int]) -> Prompt:
+    """A prompt with a caption behind it."""
+    runs = (*prompt.runs[:-1], (*prompt.runs[-1], *text))
+    looks = (*prompt.looks, *[prompt.looks[-1]] * len(text)) if prompt.looks else ()
+    return replace(prompt, runs=runs, looks=looks)

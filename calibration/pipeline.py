@@ -1,0 +1,223 @@
+"""``blip2edge calibrate``: a bundle and pictures in, an INT8 bundle out, or nothing.
+
+1. Read: the pictures are chosen, the parent captions some of them, and what each graph is given is spooled to disk.
+2. Range: the activations of the vision encoder and the bridge are observed, and a plan says what becomes INT8.
+3. Write: each graph's new nodes, its weights a tensor at a time.
+4. Compare: cosine of each graph's outputs and agreement of the captions with the parent's stand in the manifest.
+5. Publish: the manifest seals the files, and the staging directory is renamed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import blip2edge
+from blip2edge.calibration.activations import Job, Progress, quantise_activations
+from blip2edge.calibration.agreement import RUNS, Captions, caption_pictures, compare_captions
+from blip2edge.calibration.batches import Feeds, collect
+from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
+from blip2edge.calibration.ranges import THRESHOLDS
+from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, Made
+from blip2edge.contract import BRIDGE, VISION
+from blip2edge.errors import BackendError, BundleError, UsageError
+from blip2edge.manifest import Bundle, FileRecord, GraphRecord, Manifest
+from blip2edge.runtime.meter import MemoryMeter
+from blip2edge.staging import staged
+
+METHODS = tuple(THRESHOLDS)
+W8A8 = (VISION, BRIDGE)
+"""Graphs whose activations become INT8 too, unless told otherwise."""
+
+
+def calibrate(
+    bundle: str | Path,
+    output: str | Path,
+    *,
+    images: str | Path,
+    method: str = "mse",
+    activations: Sequence[str] = W8A8,
+    count: int = DEFAULT_COUNT,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Makes an INT8 bundle.
+
+    Args:
+        bundle: The parent, in fp32 or fp16.
+        output: The bundle to make.
+        images: A folder of pictures or ``.tar`` shards.
+        method: How ranges are chosen, one of :data:`METHODS`.
+        activations: Graphs whose activations become INT8 too; those that the parent lacks are passed over.
+        count: Pictures at most.
+        force: Replace what is at ``output``.
+        threads: CPU threads; None for as many as there are cores.
+        progress: Called with a stage's name, steps done and steps in all.
+
+    Raises:
+        UsageError: An unknown method.
+        BundleError: The parent is no bundle, is in bf16, or was calibrated before.
+        DataError: No picture can be read.
+        OutputError: ``output`` exists, or cannot be written.
+        BackendError: onnxruntime is not installed.
+    """
+    start = time.perf_counter()
+    parent = _open_parent(bundle, method)
+    report = progress or (lambda stage, done, total: None)
+    target = Path(output)
+    with MemoryMeter() as meter, staged(target, force) as staging:
+        pictures = choose_pictures(images, count)
+        warnings = _warnings(pictures)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            job = Job(parent, staging, Feeds(Path(folder) / "feeds"), method, threads, report)
+            graphs, agreement = _calibrated(job, pictures, activations)
+    return CalibrationReport(
+        target,
+        {name: item.summary for name, item in graphs.items()},
+        agreement,
+        len(pictures),
+        tuple(warnings),
+        time.perf_counter() - start,
+        meter.peak,
+    )
+
+
+def _calibrated(
+    job: Job, pictures: PictureSet, activations: Sequence[str]
+) -> tuple[dict[str, Made], Captions | None]:
+    """Fills the staging directory."""
+    parent = job.parent
+    said = _captions(job, parent.path, pictures, "caption with the parent")
+    tokens = [caption[1] for caption in said or ()]
+    collect(
+        parent,
+        pictures,
+        job.feeds,
+        texts=tokens,
+        threads=job.threads,
+        progress=partial(job.report, "collect"),
+    )
+    graphs = {
+        name: quantise_activations(job, record) if name in activations else _copied(job, record)
+        for name, record in parent.manifest.graphs.items()
+    }
+    _copy_rest(parent, job.staging)
+    manifest = _seal(job, graphs)
+    manifest.write(job.staging)
+    agreement = None
+    if said is not None:
+        agreement = compare_captions(said, _captions(job, job.staging, pictures, "caption with INT8") or ())
+    record = _record(job, pictures, graphs, agreement)
+    replace(manifest, calibration=record).write(job.staging)
+    return graphs, agreement
+
+
+def _open_parent(bundle: str | Path, method: str) -> Bundle:
+    if method not in METHODS:
+        raise UsageError(f"--method is one of {', '.join(METHODS)}, not {method}")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError(
+            "a calibration runs the bundle in onnxruntime, which is not installed",
+            "install it: pip install 'blip2edge[cpu,export]'",
+        )
+    parent = Bundle.open(bundle)
+    if parent.manifest.precision == "bf16":
+        raise BundleError(
+            f"{parent.path} is in bf16, which ONNX Runtime does not run on a CPU",
+            "export with --precision fp32 or fp16, and calibrate that",
+        )
+    if parent.manifest.calibration:
+        raise BundleError(
+            f"{parent.path} was calibrated before, and a range of rounded values is no range",
+            "calibrate the bundle that it was made from",
+        )
+    return parent
+
+
+def _warnings(pictures: PictureSet) -> list[str]:
+    warnings = []
+    if len(pictures) < ADVISED:
+        warnings.append(
+            f"{len(pictures)} pictures are fewer than the {ADVISED} advised: "
+            "a value that none of them shows will saturate"
+        )
+    if pictures.skipped:
+        warnings.append(f"{len(pictures.skipped)} pictures cannot be read, {pictures.skipped[0]} among them")
+    return warnings
+
+
+def _captions(
+    job: Job, bundle: Path, pictures: PictureSet, stage: str
+) -> list[tuple[str, tuple[int, ...]]] | None:
+    if job.parent.manifest.prompt is None:
+        return None
+    some = list(pictures)[:RUNS]
+    return caption_pictures(bundle, some, threads=job.threads, progress=partial(job.report, stage))
+
+
+def _copied(job: Job, record: GraphRecord) -> Made:
+    """A graph that stays as it is."""
+    files = (record.spec.file, *record.data_files)
+    for file in files:
+        shutil.copyfile(job.parent.file(file), job.staging / file)
+    size = _size(job.parent.manifest, record)
+    summary = CalibratedGraph(record.spec.name, record.precision, size, size, 0.0, 0, {}, {})
+    return Made(record, {file: job.parent.manifest.files[file] for file in files}, summary)
+
+
+def _size(manifest: Manifest, record: GraphRecord) -> int:
+    return sum(manifest.files[file].size for file in (record.spec.file, *record.data_files))
+
+
+def _copy_rest(parent: Bundle, staging: Path) -> None:
+    """Everything that belongs to no graph: token table, tokenizers."""
+    manifest = parent.manifest
+    of_graphs = {
+        file for record in manifest.graphs.values() for file in (record.spec.file, *record.data_files)
+    }
+    for file in manifest.files:
+        if file not in of_graphs and not (staging / file).exists():
+            shutil.copyfile(parent.file(file), staging / file)
+
+
+def _seal(job: Job, graphs: Mapping[str, Made]) -> Manifest:
+    seals = {file: seal for made in graphs.values() for file, seal in made.seals.items()}
+    for path in sorted(job.staging.iterdir()):
+        if path.name not in seals:
+            seals[path.name] = FileRecord.of(path)
+    manifest = job.parent.manifest
+    return replace(
+        manifest,
+        graphs={name: made.record for name, made in graphs.items()},
+        files=seals,
+        versions={**manifest.versions, "calibrated_by": blip2edge.__version__},
+    )
+
+
+def _record(
+    job: Job, pictures: PictureSet, graphs: Mapping[str, Made], agreement: Captions | None
+) -> dict[str, Any]:
+    """The manifest's ``calibration`` object."""
+    return {
+        "method": job.method,
+        "pictures": len(pictures),
+        "data_sha256": pictures.sha256,
+        "parent_sha256": job.parent.sha256,
+        "cosine": {
+            name: {output: value.to_json() for output, value in made.summary.cosine.items()}
+            for name, made in graphs.items()
+            if made.summary.cosine
+        },
+        "left_in_float": {
+            name: dict(made.summary.left) for name, made in graphs.items() if made.summary.left
+        },
+        "captions": None if agreement is None else agreement.to_json(),
+    }
