@@ -1,0 +1,192 @@
+"""BLEU, ROUGE-L and CIDEr-D of captions, with the values that the COCO caption evaluation gives.
+
+All three compare words as :func:`blip2edge.training.metrics.tokens.words` finds them, and are means or sums over a
+whole set: a value belongs to a set of pictures, and CIDEr-D's depends on what else is in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from blip2edge.errors import DataError
+from blip2edge.training.metrics.tokens import all_words
+
+Gram = tuple[str, ...]
+Grams = Counter[Gram]
+
+LONGEST = 4  # words of the longest n-gram
+ROUGE_BETA = 1.2  # how much more recall weighs than precision
+CIDER_SIGMA = 6.0  # words; width of the penalty on a wrong length
+_TINY, _SMALL = 1e-15, 1e-9  # as the evaluation server keeps BLEU's fractions from 0/0
+
+
+def _grams(words: Sequence[str]) -> Grams:
+    """How often each n-gram of 1 to `LONGEST` words occurs."""
+    return Counter(
+        tuple(words[at : at + size]) for size in range(1, LONGEST + 1) for at in range(len(words) - size + 1)
+    )
+
+
+def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float, float]:
+    """BLEU-1 to BLEU-4 (Papineni et al., ACL 2002) of a whole set.
+
+    Counts of n-grams are clipped by the most that one reference has, and summed over the set before they are
+    divided; the length compared with is that of the reference nearest in length, the shorter one of two.
+
+    Args:
+        candidates: N captions, tokenised.
+        references: The N pictures' reference captions, tokenised.
+
+    Returns:
+        Between 0 and 1, for n-grams of up to 1, 2, 3 and 4 words.
+    """
+    right, said = [0] * LONGEST, [0] * LONGEST
+    length = reference_length = 0
+    for candidate, all_references in zip(candidates, references, strict=True):
+        words = candidate.split()
+        texts = [reference.split() for reference in all_references]
+        most: Grams = Counter()
+        for text in texts:
+            most |= _grams(text)
+        for gram, count in _grams(words).items():
+            right[len(gram) - 1] += min(count, most[gram])
+        for size in range(LONGEST):
+            said[size] += max(0, len(words) - size)
+        length += len(words)
+        reference_length += min((abs(len(text) - len(words)), len(text)) for text in texts)[1]
+    ratio = (length + _TINY) / (reference_length + _SMALL)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, scores = 1.0, []
+    for size in range(LONGEST):
+        product *= (right[size] + _TINY) / (said[size] + _SMALL)
+        scores.append(penalty * product ** (1 / (size + 1)))
+    return scores[0], scores[1], scores[2], scores[3]
+
+
+def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the longest common subsequence of two texts, in words.
+
+    A row of the usual table is one whole number with a bit a word (Hyyrö, AWOCA 2004, the LCS recurrence): a
+    handful of operations a word instead of a loop over the other text.
+    """
+    places: dict[str, int] = {}
+    for at, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << at
+    full = (1 << len(one)) - 1
+    row = full
+    for word in other:
+        hits = row & places.get(word, 0)
+        row = (row + hits) | (row - hits)
+    return (~row & full).bit_count()
+
+
+def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """ROUGE-L (Lin, ACL 2004): F-measure over longest common subsequences, the mean over pictures.
+
+    Precision and recall are each the best over a picture's references, as the evaluation server has it.
+
+    Args:
+        candidates: N captions, tokenised.
+        references: The N pictures' reference captions, tokenised.
+
+    Returns:
+        Between 0 and 1.
+    """
+    total = 0.0
+    for candidate, all_references in zip(candidates, references, strict=True):
+        words = candidate.split(" ")
+        precision = recall = 0.0
+        for reference in all_references:
+            text = reference.split(" ")
+            common = common_subsequence(text, words)
+            precision, recall = max(precision, common / len(words)), max(recall, common / len(text))
+        if precision and recall:
+            weight = ROUGE_BETA**2
+            total += (1 + weight) * precision * recall / (recall + weight * precision)
+    return total / len(candidates)
+
+
+def _weighted(
+    grams: Grams, rarity: Mapping[Gram, float], unseen: float
+) -> tuple[dict[Gram, float], list[float]]:
+    """TF-IDF of a caption's n-grams, and the Euclidean norm for each n."""
+    vector = {gram: count * rarity.get(gram, unseen) for gram, count in grams.items()}
+    squares = [0.0] * LONGEST
+    for gram, value in vector.items():
+        squares[len(gram) - 1] += value * value
+    return vector, [math.sqrt(square) for square in squares]
+
+
+def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """CIDEr-D (Vedantam et al., arXiv 1411.5726, section 4), the mean over pictures.
+
+    Cosines of TF-IDF vectors with counts clipped at the reference's, times a Gaussian of the difference in length,
+    averaged over the references and over n-grams of 1 to 4 words, times 10. How rare an n-gram is is told by the
+    references of the set.
+
+    Args:
+        candidates: N captions, tokenised.
+        references: The N pictures' reference captions, tokenised.
+
+    Returns:
+        At least 0; 0 for a set of one picture, where nothing is rare.
+    """
+    cooked = [[_grams(reference.split()) for reference in all_references] for all_references in references]
+    pictures_with: Counter[Gram] = Counter()
+    for all_grams in cooked:
+        pictures_with.update(set().union(*all_grams))
+    unseen = math.log(len(cooked))
+    rarity = {gram: unseen - math.log(count) for gram, count in pictures_with.items()}
+    total = 0.0
+    for candidate, all_grams in zip(candidates, cooked, strict=True):
+        grams = _grams(candidate.split())
+        vector, norms = _weighted(grams, rarity, unseen)
+        length = sum(count for gram, count in grams.items() if len(gram) == 2)
+        score = 0.0
+        for reference in all_grams:
+            other, other_norms = _weighted(reference, rarity, unseen)
+            products = [0.0] * LONGEST
+            for gram, value in vector.items():
+                if gram in other:
+                    products[len(gram) - 1] += min(value, other[gram]) * other[gram]
+            cosines = sum(
+                product / (norm * other_norm)
+                for product, norm, other_norm in zip(products, norms, other_norms, strict=True)
+                if norm and other_norm
+            )
+            difference = length - sum(count for gram, count in reference.items() if len(gram) == 2)
+            score += cosines * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
+        total += 10 * score / (LONGEST * len(all_grams))
+    return total / len(cooked)
+
+
+def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """All caption scores of a set.
+
+    Args:
+        candidates: A caption a picture, as it was said.
+        references: Each picture's reference captions, as they were written.
+
+    Returns:
+        `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`.
+
+    Raises:
+        DataError: There is no picture, their numbers differ, or a picture has no reference.
+    """
+    if not candidates or len(candidates) != len(references):
+        raise DataError(
+            f"expected one caption for each of the {len(references)} pictures, got {len(candidates)}"
+        )
+    lonely = sum(not each for each in references)
+    if lonely:
+        raise DataError(
+            f"expected reference captions for every picture, {lonely} of {len(references)} have none"
+        )
+    said, written = all_words(candidates), [all_words(each) for each in references]
+    scores = bleu(said, written)
+    return {f"bleu_{size}": scores[size - 1] for size in range(1, LONGEST + 1)} | {
+        "rouge_l": rouge_l(said, written),
+        "cider_d": cider_d(said, written),
+    }

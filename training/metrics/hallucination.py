@@ -1,0 +1,169 @@
+"""Things that a caption names and the picture does not show.
+
+CHAIR (Rohrbach et al., arXiv 1809.02156) counts them in captions. POPE (Li et al., arXiv 2305.10355) asks for one thing
+at a time, with as many things that are there as things that are not, and counts yes and no. On the scenes a thing is
+a (colour, shape), such as ("red", "circle"): what a picture shows is known, and so is every name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from blip2edge.errors import DataError
+from blip2edge.training.metrics.tokens import words
+from blip2edge.training.scenes import COLOURS, SHAPES, Kind, Scene
+
+NEGATIVES = ("random", "popular", "adversarial")
+
+
+def things_named(caption: str) -> list[Kind]:
+    """The things that a caption names, in its order.
+
+    Args:
+        caption: Any text.
+
+    Returns:
+        A (colour, shape) for every shape that is said; the colour is empty where none stands before the shape.
+    """
+    named, colour = [], ""
+    for word in words(caption).split():
+        if word in SHAPES:
+            named.append((colour, word))
+            colour = ""
+        elif word in COLOURS:
+            colour = word
+    return named
+
+
+def things_shown(scene: Scene) -> tuple[Kind, Kind]:
+    """The two things of a scene."""
+    return scene.first.kind, scene.second.kind
+
+
+def _is_there(thing: Kind, shown: Sequence[Kind]) -> bool:
+    """Whether a thing is shown; one without a colour is there if anything has its shape."""
+    return any(thing[1] == shape and thing[0] in ("", colour) for colour, shape in shown)
+
+
+def chair(captions: Sequence[str], shown: Sequence[Sequence[Kind]]) -> dict[str, float]:
+    """CHAIR of a set of captions.
+
+    Args:
+        captions: One a picture.
+        shown: What each picture shows.
+
+    Returns:
+        `chair_i`: of the things named, the share that is not there; `chair_s`: of the captions, the share that
+        names such a thing; `chair_recall`: of the things shown, the share that is named. Without it a captioner
+        that says nothing would be perfect.
+
+    Raises:
+        DataError: There is no caption, or their numbers differ.
+    """
+    if not captions or len(captions) != len(shown):
+        raise DataError(f"expected one caption for each of the {len(shown)} pictures, got {len(captions)}")
+    named = [things_named(caption) for caption in captions]
+    absent = [
+        [not _is_there(thing, there) for thing in things] for things, there in zip(named, shown, strict=True)
+    ]
+    found = sum(thing in things for things, there in zip(named, shown, strict=True) for thing in there)
+    return {
+        "chair_i": sum(map(sum, absent)) / max(1, sum(map(len, absent))),
+        "chair_s": sum(map(any, absent)) / len(captions),
+        "chair_recall": found / sum(map(len, shown)),
+    }
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question of POPE's kind.
+
+    Attributes:
+        picture: Number of the picture that it is about.
+        thing: What is asked for.
+        there: The right answer.
+        negatives: How the thing was drawn; empty for one that is there.
+    """
+
+    picture: int
+    thing: Kind
+    there: bool
+    negatives: str = ""
+
+    @property
+    def question(self) -> str:
+        """The question in words."""
+        return f"Is there a {self.thing[0]} {self.thing[1]} in the picture?"
+
+
+def probes(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list[Probe]:
+    """POPE's questions on scenes: for each thing that is there, one that is not in each of three ways.
+
+    Args:
+        shown: What each picture shows.
+        seed: Of what is drawn.
+
+    Returns:
+        For each of a picture's two things a probe for it, one for a thing drawn from all that are not shown
+        ("random"), one drawn from the third of all things that most pictures of the set show ("popular"), and one
+        that shares shape or colour with the thing ("adversarial").
+    """
+    every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    counts = {thing: sum(thing in there for there in shown) for thing in every}
+    popular = sorted(every, key=lambda thing: -counts[thing])[: len(every) // 3]
+    rng = np.random.default_rng(seed)
+    asked = []
+    for picture, there in enumerate(shown):
+        for thing in there:
+            near = [other for other in every if (other[0] == thing[0]) != (other[1] == thing[1])]
+            asked.append(Probe(picture, thing, there=True))
+            for name, pool in zip(NEGATIVES, (every, popular, near), strict=True):
+                absent = [other for other in pool if other not in there]
+                asked.append(
+                    Probe(picture, absent[int(rng.integers(len(absent)))], there=False, negatives=name)
+                )
+    return asked
+
+
+def said_yes(answer: str) -> bool:
+    """What an answer in words means, as POPE reads it: no if its first sentence has "no" or "not", else yes."""
+    first = set(words(answer.partition(".")[0]).split())
+    return not first & {"no", "not", "n't"} and bool(first)
+
+
+def pope(asked: Sequence[Probe], yes: Sequence[bool]) -> dict[str, dict[str, float]]:
+    """POPE's figures.
+
+    Args:
+        asked: The questions.
+        yes: Whether the model said yes to each.
+
+    Returns:
+        For each way in which absent things were drawn: `accuracy`, `precision`, `recall` and `f1` of the answer yes,
+        and `yes`, its share. Every way is scored with all questions for things that are there.
+
+    Raises:
+        DataError: There is no question, or the numbers differ.
+    """
+    if not asked or len(asked) != len(yes):
+        raise DataError(f"expected one answer for each of the {len(asked)} questions, got {len(yes)}")
+    figures = {}
+    for name in NEGATIVES:
+        rows = [
+            (probe.there, said)
+            for probe, said in zip(asked, yes, strict=True)
+            if probe.negatives in ("", name)
+        ]
+        right_yes = sum(there and said for there, said in rows)
+        all_yes, all_there = sum(said for _, said in rows), sum(there for there, _ in rows)
+        figures[name] = {
+            "accuracy": sum(there == said for there, said in rows) / len(rows),
+            "precision": right_yes / max(1, all_yes),
+            "recall": right_yes / max(1, all_there),
+            "f1": 2 * right_yes / max(1, all_yes + all_there),
+            "yes": all_yes / len(rows),
+        }
+    return figures

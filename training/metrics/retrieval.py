@@ -1,0 +1,138 @@
+"""Recall of the right text for a picture and of the right picture for a text.
+
+The nearest are found by the cosine of vectors (ITC). The first k of them may be put in order anew by the matching head
+(ITM), which reads picture and text together and is too slow for all pairs (Li et al., arXiv 2107.07651, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.errors import DataError
+
+Scores = NDArray[np.float32]
+RANKS = (1, 5, 10)
+
+
+def similarities(images: Scores, texts: Scores) -> Scores:
+    """Cosines of pictures and texts.
+
+    Args:
+        images: float32 [N, F], or [N, K, F] where a picture has K vectors; of length 1.
+        texts: float32 [M, F], of length 1.
+
+    Returns:
+        float32 [N, M]: for each pair the largest over the picture's vectors.
+    """
+    vectors = images[:, None] if images.ndim == 2 else images
+    best = vectors[:, 0] @ texts.T
+    for column in range(1, vectors.shape[1]):  # one vector at a time: [N, K, M] would not fit
+        np.maximum(best, vectors[:, column] @ texts.T, out=best)
+    return best
+
+
+def nearest(scores: Scores, count: int) -> NDArray[np.int64]:
+    """Columns of the largest values of each row, the largest first; among equals the first column.
+
+    Args:
+        scores: float32 [N, M].
+        count: How many; all where there are fewer.
+
+    Returns:
+        int64 [N, min(count, M)].
+    """
+    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+
+
+def pairs_to_match(scores: Scores, top: int) -> dict[int, list[int]]:
+    """Which pairs the matching head has to look at.
+
+    Args:
+        scores: Cosines [N, M].
+        top: k: so many texts for each picture, and so many pictures for each text.
+
+    Returns:
+        From pictures to the texts that they are matched with, both as numbers, in order.
+    """
+    wanted = {image: set(texts.tolist()) for image, texts in enumerate(nearest(scores, top))}
+    for text, images in enumerate(nearest(np.ascontiguousarray(scores.T), top)):
+        for image in images.tolist():
+            wanted[image].add(text)
+    return {image: sorted(texts) for image, texts in wanted.items()}
+
+
+def match_pairs(
+    pairs: Mapping[int, Sequence[int]], match: Callable[[int, Sequence[int]], Sequence[float]]
+) -> dict[tuple[int, int], float]:
+    """Asks the matching head for all pairs.
+
+    Args:
+        pairs: From `pairs_to_match`.
+        match: From a picture and some texts, as numbers, to the probabilities that they belong together.
+
+    Returns:
+        The probability of each (picture, text).
+    """
+    return {
+        (image, text): float(probability)
+        for image, texts in pairs.items()
+        for text, probability in zip(texts, match(image, texts), strict=True)
+    }
+
+
+def _order(scores: Scores, top: int, matched: Mapping[tuple[int, int], float]) -> list[list[int]]:
+    """The columns of each row, best first; the first `top` by probability, then by score."""
+    rows: list[list[int]] = nearest(scores, max(top, *RANKS)).tolist()
+    for row, columns in enumerate(rows):
+        head = [column for column in columns[:top] if (row, column) in matched]
+        head.sort(key=lambda column: (-matched[row, column], -scores[row, column]))
+        rows[row] = head + [column for column in columns if column not in set(head)]
+    return rows
+
+
+def _recall(orders: Sequence[Sequence[int]], right: Sequence[set[int]], name: str) -> dict[str, float]:
+    return {
+        f"{name}_r{rank}": sum(
+            bool(set(order[:rank]) & wanted) for order, wanted in zip(orders, right, strict=True)
+        )
+        / len(orders)
+        for rank in RANKS
+    }
+
+
+def retrieval_scores(
+    scores: Scores,
+    image_of_text: Sequence[int],
+    *,
+    top: int = 0,
+    matched: Mapping[tuple[int, int], float] | None = None,
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions.
+
+    Args:
+        scores: Cosines of N pictures and M texts [N, M].
+        image_of_text: The picture that each text belongs to; a picture may have several.
+        top: k: so many of the nearest are put in order anew.
+        matched: Their probabilities, by (picture, text); None or empty: the cosine decides alone.
+
+    Returns:
+        `text_r1`, `text_r5`, `text_r10`: the share of pictures with one of their texts among the first 1, 5, 10;
+        `image_r1` …: the share of texts with their picture among them.
+
+    Raises:
+        DataError: A picture has no text, or the numbers differ.
+    """
+    images, texts = scores.shape
+    if texts != len(image_of_text) or set(image_of_text) != set(range(images)):
+        raise DataError(f"expected at least one text for each of {images} pictures, and {texts} texts in all")
+    right: list[set[int]] = [set() for _ in range(images)]
+    for text, image in enumerate(image_of_text):
+        right[image].add(text)
+    matched = matched or {}
+    swapped = {(text, image): value for (image, text), value in matched.items()}
+    by_image = _order(scores, top, matched)
+    by_text = _order(np.ascontiguousarray(scores.T), top, swapped)
+    return _recall(by_image, right, "text") | _recall(by_text, [{image} for image in image_of_text], "image")

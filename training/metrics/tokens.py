@@ -1,0 +1,180 @@
+"""Words of a caption as the COCO caption evaluation counts them, without Java.
+
+The evaluation server runs Stanford's PTBTokenizer (CoreNLP 3.4.1) and then drops punctuation. The rules here are
+those of the Penn Treebank as that tokenizer applies them to English captions: clitics are split off ("it 's",
+"is n't"), hyphens and slashes inside a word are not, an abbreviation keeps its full stop, brackets get names. They
+were found by comparison with its answers on COCO's captions, of which the tests hold some. As in a lexer, of the
+rules that fit the longest match counts, and among equals the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+DROPPED = frozenset(
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
+"""Tokens that do not count. The names of brackets are listed in capitals, but come out of the tokenizer in small
+letters: so the evaluation does count them."""
+
+# Words that keep their full stop: titles, days, months, states, companies.
+_ABBREVIATIONS = (
+    "adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif "
+    "capt cf cie cmdr cols? colo comdr conn corp cos? cpl ct dak dec dept det drs? elec ens esq est etc ext feb "
+    "fla fri ft ga gen govs? hon inc ind insp intl invt jan jos jr jul jun kans? ky lieut lt ltd maj mar "
+    "md messrs mfg mich minn mlle mme mon? mont mrs? ms msgr mtg? natl neb nev nov oct okla penn pfc ph "
+    "plc pres profs? pte ptys? pvt rd reps? rev rt sens? seq? sept? sfc sgt spc sq sr ste? supts? sys tel tenn "
+    "thu thurs treas tues? univ va vs vt wed wis wisc wm wyo"
+)
+_CAPITAL = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"  # and these where they begin with a capital: "ore" is a word
+_BEFORE_NUMBERS = "art ca figs? nos? op pp prop"  # and these where a number follows: "no. 7"
+# Words that begin a sentence: a letter before them ("vitamin C. The …") is no initial, and loses its full stop.
+_OPENERS = (
+    "A About According After An As At But Earlier He Her Here However If In It Last Many More Now Once One Other Our "
+    "She Since So Some Such That The Their Then There These They This We What When While Yet You"
+)
+
+_L = r"[^\W\d_]"  # a letter
+_W = r"[^\W_]"  # a letter or digit
+_APOS = "['’‘]"
+_END = rf"(?!{_W})"  # the word ends here
+
+
+def _one_of(words: str) -> str:
+    return f"(?:{words.replace(' ', '|')})"
+
+
+_RULES = tuple(
+    re.compile(rule, re.IGNORECASE)
+    for rule in (
+        # A tag, an address of the web or of a person, a name of a user.
+        r"<[/!?]?[a-z][a-z0-9]*(?:\s[^<>]*)?/?>",
+        r"https?://[^\s\"<>|()]+[^\s\"<>|.!?(){},;:\-]",
+        r"www\.[^\s\"<>|()]+[^\s\"<>|.!?(){},;:\-]",
+        r"[a-z0-9][^\s\"<>|()\\@]*@[^\s\"<>|()\\@.,]+(?:\.[^\s\"<>|()\\@.,]+)*",
+        rf"[@#]{_L}\w*",
+        # Words with an apostrophe of their own, and clitics.
+        rf"{_L}+n{_APOS}ts?{_END}",
+        rf"n{_APOS}t{_END}",
+        rf"{_APOS}(?:[smd]|re|ve|ll){_END}",
+        rf"{_APOS}n{_APOS}",
+        rf"{_APOS}(?:n|em|cause|till?|tis|twas|[2-9]0s){_END}",
+        rf"(?:[dol]|(?-i:[A-HJ-XZ])){_APOS}{_L}{_W}+(?:[-_]{_W}+)*",
+        rf"(?:ma{_APOS}am|cap{_APOS}n|s{_APOS}mores){_END}",
+        rf"y{_APOS}(?={_L})",
+        rf"{_L}+[aeiouy]{_APOS}[aeiou]{_L}*",
+        # Abbreviations and initials.
+        rf"{_one_of(_ABBREVIATIONS)}\.",
+        rf"(?-i:{_one_of(_CAPITAL)}|{_one_of(_CAPITAL.upper())})\.",
+        rf"{_one_of(_BEFORE_NUMBERS)}\.(?=\s?\d)",
+        rf"{_L}\.(?!\s+(?-i:{_one_of(_OPENERS)}){_END}(?!\.)){_END}",
+        rf"(?:{_L}(?:\.{_L})+|ph\.d)\.{_END}",
+        # Numbers, and what is held together by hyphens, slashes, full stops or an ampersand.
+        r"\d+ \d+/\d+",
+        r"[-+]?\d*(?:[.:,]?\d+)+",
+        rf"\d*(?:[.,]?\d+)+(?:[-_/]{_W}+)+",
+        rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)+",
+        rf"{_W}+(?:[-_/]{_W}+)*",
+        r"(?-i:[A-Z]+&[A-Z]+)",
+        # What is left: punctuation, faces, single signs.
+        r"(?-i:US)\$",
+        r"\(\d{3}\) ?\d{3}-\d{4}",
+        r"[!?]{2,}",
+        r"\*+|_+|<<|>>|\^_\^",
+        r"\.{3,}",
+        r"-{2,}",
+        r"[:;=]-?[()dp]" + _END,
+        r"&(?:amp|quot|lt|gt);",
+        r"``|''",
+        r"\S",
+    )
+)
+_PLAIN = re.compile(r"[a-z]+(?=[ ,;]|$)")  # what most words are: no other rule would take more
+
+_TWO_WORDS = {  # the length of the first of two words written as one
+    "cannot": 3,
+    "gonna": 3,
+    "wanna": 3,
+    "gotta": 3,
+    "gimme": 3,
+    "lemme": 3,
+    "'tis": 2,
+    "'twas": 2,
+}
+_NOT = re.compile("n't(?:s?)$")
+_SIGNS = str.maketrans(
+    {"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "–": "--", "—": "--", "£": "#", "€": "$"}
+)
+_NAMES = {
+    '"': "''",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+    "&amp;": "&",
+    "&quot;": "''",
+    "&lt;": "<",
+    "&gt;": ">",
+    "¢": "cents",
+}
+
+
+def _written(token: str) -> list[str]:
+    """What a match becomes: in small letters, brackets by their names, two words where it holds two."""
+    token = token.lower().translate(_SIGNS)
+    if token in _NAMES:
+        return [_NAMES[token]]
+    if not token.strip("-") and len(token) > 1:
+        return ["--"]
+    if not token.strip("."):
+        return ["..."] if len(token) > 1 else ["."]
+    cut = _TWO_WORDS.get(token, 0)
+    negation = _NOT.search(token)
+    if negation is not None:
+        cut = negation.start()
+    if cut:
+        return [token[:cut], token[cut:]]
+    return [token.replace("(", "-lrb-").replace(")", "-rrb-").replace(" ", "\xa0")]
+
+
+def tokens(text: str) -> list[str]:
+    """All tokens of a text, punctuation included; quotation marks do not tell whether they open or close.
+
+    Args:
+        text: One line of English.
+
+    Returns:
+        Tokens in small letters.
+    """
+    found: list[str] = []
+    at = 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        plain = _PLAIN.match(text, at)
+        if plain is not None:
+            end = plain.end()
+        else:
+            end = max(match.end() for rule in _RULES if (match := rule.match(text, at)) is not None)
+        found += _written(text[at:end])
+        at = end
+    return found
+
+
+def words(caption: str) -> str:
+    """The tokens of a caption that count, with blanks between them.
+
+    Args:
+        caption: As it was said or written down; line ends count as blanks.
+
+    Returns:
+        What the scores compare; empty where nothing but punctuation was said.
+    """
+    return " ".join(token for token in tokens(caption) if token not in DROPPED)
+
+
+def all_words(captions: Iterable[str]) -> list[str]:
+    """The same of several captions."""
+    return [words(caption) for caption in captions]
