@@ -88,7 +88,7 @@ def slow_attention(block: Any, x: Tensor, context: Tensor, sees: list[list[bool]
 def slow_feed_forward(block: Any, x: Tensor) -> Tensor:
     """BERT's feed-forward with residual and norm."""
     inner = 0.5 * block.up(x) * (1 + torch.erf(block.up(x) / math.sqrt(2)))
-    return block.norm(block.down(inner) + x)  # type: ignore[no-any-return]
+    return block.norm(block.down(inner) + x)
 
 
 def slow_qformer(model: Stage1Model, image: Tensor, ids: list[int], task: str) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import masks_picture
 from blip2edge.model.masks import TASKS, attention_mask
 from blip2edge.training.stage1 import TextBatch, draw_negative, itm_loss, prepare_stage1, similarities
 from blip2edge.training.stages import tensor_hashes
+from tests.training import stage1_worker as worker
 from tests.training.drawing_stage1 import QUERIES, draw_batch, draw_stage1, slow_losses
 
 
@@ -154,3 +159,30 @@ def test_under_autocast(dtype: torch.dtype) -> None:
         assert value.dtype == torch.float32
         assert float(value) == pytest.approx(float(exact[name]), rel=0.1)
         assert float(value) != float(exact[name])
+
+
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    model = draw_stage1()
+    prepare_stage1(model)
+    losses = model(*worker.part(slice(0, 4)), worker.drawn(slice(0, 4)))
+    torch.stack(list(losses.values())).sum().backward()
+    command = [sys.executable, "-m", "tests.training.stage1_worker", "1", str(tmp_path / "store")]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as other:
+        try:
+            values, gradients = worker.gradients(0, str(tmp_path / "store"))
+        finally:
+            status = other.wait(timeout=120)
+    assert status == 0
+    assert values["itc"] != pytest.approx(float(losses["itc"].detach()), abs=1e-3)  # a rank's own share
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-5)
+        if not name.endswith("key.bias"):  # which a softmax over the keys does not feel
+            assert float(gradient.abs().max()) > 1e-6, name
+
+
+def test_the_picture_of_the_masks_is_up_to_date() -> None:
+    assert (Path(__file__).parents[2] / "docs" / "masks.svg").read_text(
+        encoding="utf-8"
+    ) == masks_picture.draw()

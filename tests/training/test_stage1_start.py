@@ -29,6 +29,7 @@ from blip2edge.training.stage1_start import (
 )
 from blip2edge.training.stage1_texts import QFormerTexts
 from tests.drawing import randomize
+from tests.families.drawing_blip import VOCABULARY as BERT_WORDS
 from tests.families.drawing_blip import save_blip2
 from tests.training.drawing_stage1 import (
     DEC,
@@ -69,7 +70,7 @@ def captioner(config: Any, draft: DraftConfig | None) -> CaptionerModel:
 
 def test_scores_of_a_converted_checkpoint_equal_transformers(tmp_path: Path) -> None:
     theirs, _ = save_blip2(tmp_path / "given", 1)
-    draft = DraftConfig(theirs.config.qformer_config.vocab_size, 40, 2, 3, 0)
+    draft = DraftConfig(BERT_WORDS, 40, 2, 3, 0)
     model = load_stage1(tmp_path / "given", draft)
     pixels = torch.randn(2, 3, 32, 32)
     ids = torch.tensor([[2, 7, 8, 9, 3], [2, 5, 6, 3, 0]])
@@ -185,8 +186,17 @@ def test_a_draft_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "draft.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"draft.safetensors is not a whole safetensors file"):
         load_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"expected a first stage with draft.json"):
-        load_stage1(tmp_path)
+
+
+def test_what_is_no_first_stage(tmp_path: Path) -> None:
+    save_checkpoint(captioner(draw_stage1().config, None), tmp_path / "captioner")
+    with pytest.raises(CheckpointError, match=r"found no draft.json; give what train stage1 wrote"):
+        load_stage1(tmp_path / "captioner")
+    with pytest.raises(CheckpointError, match="found the family blip-2;"):
+        load_stage1(tmp_path / "captioner", DraftConfig(19, 16, DEC, SEP, PAD))
+    save_blip2(tmp_path / "given", 1)
+    with pytest.raises(CheckpointError, match=r"a vocabulary of 19, config.json of 90"):
+        load_stage1(tmp_path / "given", DraftConfig(19, 16, DEC, SEP, PAD))
 
 
 def test_texts_get_the_special_tokens_that_their_tokenizer_lacks() -> None:
