@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 
 from blip2edge.errors import Blip2EdgeError, OverloadError, UsageError
@@ -58,6 +59,7 @@ class Scheduler:
         self._ready: deque[tuple[list[Request], Encoded]] = deque()
         self._running: dict[int, Request] = {}  # by the id of their rows
         self._decoding = Decoding()
+        self._unsettled: dict[int, Request] = {}  # by number: without a result, wherever they are
         self._submitted = 0
         self._encoding = 0  # requests in the encoder's hands
         self._closing = False
@@ -117,6 +119,8 @@ class Scheduler:
                 raise RuntimeError("the scheduler is closed") from self._failure
             request = Request(image, prompt, options, self._submitted, expires)
             self._submitted += 1
+            self._unsettled[request.number] = request
+            request.future.add_done_callback(lambda _: self._unsettled.pop(request.number, None))
             self._waiting.append(request)
             self._changed.notify_all()
         return request
@@ -137,12 +141,7 @@ class Scheduler:
         """Cancels what is not done and ends both threads."""
         with self._changed:
             self._closing = True
-            for request in [*self._waiting, *(one for group, _ in self._ready for one in group)]:
-                request.cancel()
-            for request in list(self._running.values()):
-                request.cancel()
-            self._waiting.clear()
-            self._ready.clear()
+            self._drop(Request.cancel)
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
@@ -154,12 +153,15 @@ class Scheduler:
         except BaseException as error:  # noqa: BLE001 - handed to every request, and to who submits next
             with self._changed:
                 self._closing, self._failure = True, error
-                left = [*self._waiting, *(one for group, _ in self._ready for one in group)]
-                for request in [*left, *self._running.values()]:
-                    request.fail(error)
-                self._waiting.clear()
-                self._ready.clear()
+                self._drop(partial(Request.fail, error=error))
                 self._changed.notify_all()
+
+    def _drop(self, settle: Callable[[Request], None]) -> None:
+        """Settles all that is without a result and empties the queues."""
+        for request in list(self._unsettled.values()):
+            settle(request)
+        self._waiting.clear()
+        self._ready.clear()
 
     # The encoder's thread
 

@@ -12,6 +12,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.decoder import Decoder, DecoderState
+from blip2edge.runtime.language import Continuation
 
 TEXTS = ((5, 9, 11, 7), (6, 8), (10, 12, 5))  # prompts of different lengths
 TAIL = np.array([[4, 9, 5], [7, 7, 6], [11, 4, 8]])
@@ -19,7 +20,9 @@ TAIL = np.array([[4, 9, 5], [7, 7, 6], [11, 4, 8]])
 
 @pytest.fixture(scope="module")
 def decoder(tiny_bundle: Path) -> Decoder:
-    return Captioner.load(tiny_bundle, threads=1).language.decoder
+    language = Captioner.load(tiny_bundle, threads=1).completer.language
+    assert isinstance(language, Continuation)
+    return language.decoder
 
 
 def start(decoder: Decoder, rows: tuple[int, ...] = (0, 1, 2)) -> DecoderState:
