@@ -157,7 +157,7 @@ def test_wheel_of_the_sdist_is_the_same(wheel_names: set[str], tmp_path: Path) -
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
-    assert command.endswith(".venv/bin/pytest")
+    assert ".venv/bin/pytest " in command
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert command in [line for block in blocks for line in block.splitlines()]
 

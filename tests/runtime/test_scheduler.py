@@ -267,14 +267,15 @@ def test_of_equal_requests_the_first_to_come_are_the_first_to_go(captioner: Capt
     with captioner.scheduler(max_batch=2) as scheduler:
         options = captioner.options(max_new_tokens=4, min_new_tokens=4)
         requests = [scheduler.submit(picture, options) for picture in draw_pictures(7)]
-        for request in requests:
-            request.future.add_done_callback(lambda _, number=request.number: done.append(number))
+        numbers = {request.future: request.number for request in requests}
+        for future in numbers:
+            future.add_done_callback(lambda future: done.append(numbers[future]))
         for request in requests:
             request.result(LONG)
     assert [number // 2 for number in done] == sorted(number // 2 for number in done)
 
 
 @pytest.mark.parametrize("bad", [{"max_batch": 0}, {"max_waiting": 0}])
-def test_bounds(bad: dict[str, int], captioner: Captioner) -> None:
+def test_bounds(bad: dict[str, Any], captioner: Captioner) -> None:
     with pytest.raises(UsageError):
         captioner.scheduler(**bad)
