@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,13 @@ import onnx_ir as ir
 
 from blip2edge.calibration.agreement import compare_graphs
 from blip2edge.calibration.batches import Feeds
+from blip2edge.calibration.cache import cache_path, load_observations, save_observations
+from blip2edge.calibration.observations import Observations, Observer
 from blip2edge.calibration.observe import run_probed
 from blip2edge.calibration.qdq import Group, Plan, quantise_graph
-from blip2edge.calibration.ranges import THRESHOLDS, Histogram
+from blip2edge.calibration.ranges import THRESHOLDS
 from blip2edge.calibration.results import CalibratedGraph, Made
+from blip2edge.calibration.smoothing import plan_by_output
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import Targets, find_targets
 from blip2edge.manifest import Bundle, FileRecord, GraphRecord
@@ -38,6 +41,8 @@ class Job:
         method: How ranges are chosen.
         threads: CPU threads.
         report: Called with a stage's name, steps done and steps in all.
+        warn: Called with a line.
+        feeds_sha256: Of all that the graphs are given.
     """
 
     parent: Bundle
@@ -46,6 +51,8 @@ class Job:
     method: str
     threads: int | None
     report: Progress
+    warn: Callable[[str], None]
+    feeds_sha256: str
 
 
 def quantise_activations(job: Job, record: GraphRecord) -> Made:
@@ -55,8 +62,8 @@ def quantise_activations(job: Job, record: GraphRecord) -> Made:
     source = job.parent.file(record.spec.file)
     model = ir.load(source)
     targets = find_targets(model)
-    histograms = _observe(job, model, record, targets)
-    plan = plan_by_histogram(targets, histograms, job.method)
+    observations = _observations(job, model, record, targets)
+    plan = _plan(job, model, record, targets, observations)
     data = job.staging / f"{name}.onnx.data"
     with DataFile(data) as file:
         quantise_graph(model, plan, file, partial(job.report, f"{name}: write"))
@@ -86,38 +93,68 @@ def quantise_activations(job: Job, record: GraphRecord) -> Made:
     return Made(made, seals, summary)
 
 
-def _observe(job: Job, model: ir.Model, record: GraphRecord, targets: Targets) -> dict[str, Histogram]:
-    """One histogram for each activation that a product reads."""
-    histograms = {name: Histogram() for name in targets.by_activation()}
+def _observations(job: Job, model: ir.Model, record: GraphRecord, targets: Targets) -> Observations:
+    """From the cache, or by running the graph."""
+    names = list(targets.by_activation())
+    path = cache_path(job.parent, record, job.feeds_sha256)
+    try:
+        kept = load_observations(path, names)
+    except ValueError as error:
+        job.warn(f"the calibration cache {path} is not used and is written anew: {error}")
+        kept = None
+    if kept is not None:
+        return kept
+    found = _observe(job, model, record, names)
+    try:
+        save_observations(path, found)
+    except OSError as error:  # a full or read-only cache costs time, and nothing else
+        job.warn(f"the calibration cache {path} cannot be written ({error.strerror or error})")
+    return found
+
+
+def _observe(job: Job, model: ir.Model, record: GraphRecord, names: Sequence[str]) -> Observations:
+    """Runs a graph on everything that it is given."""
+    runs = job.feeds.count(record.spec.name)
+    observers = {name: Observer(runs, seed) for seed, name in enumerate(names)}
 
     def see(values: Mapping[str, Array]) -> None:
         for name, array in values.items():
-            histograms[name].add(array)
+            observers[name].see(array)
 
     run_probed(
         model,
         record,
-        list(histograms),
+        names,
         job.feeds,
         job.parent.path,
         see,
         threads=job.threads,
         progress=partial(job.report, f"{record.spec.name}: ranges"),
     )
-    return histograms
+    return {name: observer.result() for name, observer in observers.items()}
 
 
-def plan_by_histogram(targets: Targets, histograms: Mapping[str, Histogram], method: str) -> Plan:
+def _plan(
+    job: Job, model: ir.Model, record: GraphRecord, targets: Targets, observations: Observations
+) -> Plan:
+    if job.method in THRESHOLDS:
+        return plan_by_histogram(targets, observations, job.method)
+    return plan_by_output(
+        model, targets, observations, progress=partial(job.report, f"{record.spec.name}: choose")
+    )
+
+
+def plan_by_histogram(targets: Targets, observations: Observations, method: str) -> Plan:
     """A range a tensor, each by itself.
 
     Args:
         targets: The products.
-        histograms: By activation.
+        observations: By activation.
         method: A key of :data:`blip2edge.calibration.ranges.THRESHOLDS`.
     """
     plan = Plan()
     for activation, products in targets.by_activation().items():
-        threshold = THRESHOLDS[method](histograms[activation])
+        threshold = THRESHOLDS[method](observations[activation].histogram)
         if threshold > 0:
             plan.groups.append(Group(activation, tuple(products), threshold))
         else:

@@ -14,8 +14,8 @@ from blip2edge.calibration.batches import Feeds
 from blip2edge.calibration.pictures import Picture
 from blip2edge.contract import GraphSpec
 from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.ort import OnnxRuntimeSession
 from blip2edge.runtime.preprocess import load_image
-from blip2edge.runtime.session import OnnxRuntimeSession
 
 RUNS = 32
 """Runs whose outputs are compared, and pictures whose captions are."""

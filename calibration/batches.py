@@ -28,9 +28,10 @@ from blip2edge.runtime.frames import pictures_of
 from blip2edge.runtime.instruction import Instructor
 from blip2edge.runtime.interleave import pack
 from blip2edge.runtime.language import EncoderDecoder, load_language_model
+from blip2edge.runtime.ort import OnnxRuntimeSession
 from blip2edge.runtime.preprocess import Preprocessing, load_image
 from blip2edge.runtime.prompt import Prompt, Prompter
-from blip2edge.runtime.session import NUMPY_DTYPES, Array, OnnxRuntimeSession, Session
+from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session
 from blip2edge.runtime.tokenizer import Tokenizer
 
 QUESTION = "What is in the picture?"
@@ -80,11 +81,16 @@ class _Recording:
 
     def __init__(self, session: Session, feeds: Feeds, graph: str) -> None:
         self._session, self._feeds, self._graph = session, feeds, graph
+        self.input_names, self.output_names = session.input_names, session.output_names
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.session.Session`."""
         self._feeds.add(self._graph, inputs)
         return self._session.run(inputs, outputs)
+
+    def close(self) -> None:
+        """See :class:`blip2edge.runtime.session.Session`."""
+        self._session.close()
 
 
 def default_prompt(prompter: Prompter) -> str | None:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import shutil
 import tempfile
@@ -32,7 +33,7 @@ from blip2edge.manifest import Bundle, FileRecord, GraphRecord, Manifest
 from blip2edge.runtime.meter import MemoryMeter
 from blip2edge.staging import staged
 
-METHODS = tuple(THRESHOLDS)
+METHODS = (*THRESHOLDS, "smooth")
 W8A8 = (VISION, BRIDGE)
 """Graphs whose activations become INT8 too, unless told otherwise."""
 
@@ -42,7 +43,7 @@ def calibrate(
     output: str | Path,
     *,
     images: str | Path,
-    method: str = "mse",
+    method: str = "smooth",
     activations: Sequence[str] = W8A8,
     count: int = DEFAULT_COUNT,
     force: bool = False,
@@ -77,7 +78,16 @@ def calibrate(
         pictures = choose_pictures(images, count)
         warnings = _warnings(pictures)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            job = Job(parent, staging, Feeds(Path(folder) / "feeds"), method, threads, report)
+            job = Job(
+                parent=parent,
+                staging=staging,
+                feeds=Feeds(Path(folder) / "feeds"),
+                method=method,
+                threads=threads,
+                report=report,
+                warn=warnings.append,
+                feeds_sha256=hashlib.sha256(f"{parent.sha256} {pictures.sha256}".encode()).hexdigest(),
+            )
             graphs, agreement = _calibrated(job, pictures, activations)
     return CalibrationReport(
         target,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "rtx")
 PRECISIONS = ("fp32", "fp16", "bf16")
-METHODS = ("entropy", "minmax", "percentile", "mse")
+METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
 
 
 class Parser(argparse.ArgumentParser):
@@ -168,7 +168,9 @@ def _calibrate(commands: Commands) -> None:
         required=True,
         help="a folder of pictures, or of .tar shards, like those that the device will see",
     )
-    parser.add_argument("--method", choices=METHODS, default="mse", help="how the ranges are chosen (mse)")
+    parser.add_argument(
+        "--method", choices=METHODS, default="smooth", help="how the ranges are chosen (smooth)"
+    )
     parser.add_argument(
         "--int8-activations",
         metavar="GRAPH",

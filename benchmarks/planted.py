@@ -1,0 +1,100 @@
+"""A checkpoint whose vision encoder has what EVA and CLIP have: outlier channels and massive-activation tokens.
+
+The checkpoint that ships is small and tame. Here its captions stay what they are, while
+
+- some channels behind each norm become 20 to 80 times as large, the weights that read them as much smaller: the
+  function is the same;
+- two hidden units of the first MLP fire on one token each, the class token and the first patch, with values hundreds
+  of times those of other units, and leave them in one channel of that token's residual stream, as Sun et al. (arXiv
+  2402.17762) and Darcet et al. (arXiv 2309.16588) found them in trained encoders.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blip2edge.model.checkpoint import load_model
+from blip2edge.model.lavis import open_checkpoint
+from blip2edge.runtime.preprocess import Preprocessing
+
+OUTLIERS = 4  # channels behind each norm
+FACTORS = (20.0, 80.0)  # of those channels
+MASSIVE = 400.0  # hidden value of the units, and what they leave in the residual stream
+SILENT = -8.0  # what the units get for every other token: GELU makes 0 of it
+LAYER = "vision_model.encoder.layers.{}."
+
+
+def plant(source: Path, target: Path, pictures: Sequence[Image.Image], seed: int = 0) -> None:
+    """Writes a copy of a BLIP-2 checkpoint with both.
+
+    Args:
+        source: The checkpoint's directory.
+        target: Where the copy goes.
+        pictures: Some that the model understands: the tokens are told apart on them.
+        seed: Of the channels.
+    """
+    shutil.copytree(source, target)
+    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    _massive_tokens(tensors, _behind_norm2(source, pictures))
+    _outlier_channels(tensors, np.random.default_rng(seed))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def _behind_norm2(source: Path, pictures: Sequence[Image.Image]) -> Tensor:
+    """What the first MLP reads: ``[pictures, tokens, width]``."""
+    opened = open_checkpoint(source, None)
+    model: Any = load_model(opened)
+    seen: list[Tensor] = []
+    model.vision.layers[0].norm2.register_forward_hook(lambda _module, _given, output: seen.append(output))
+    settings = Preprocessing.from_hf(_json(source / "preprocessor_config.json"))
+    model.vision(torch.from_numpy(settings.batch(list(pictures))))
+    return seen[0]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _massive_tokens(tensors: dict[str, Tensor], states: Tensor) -> None:
+    """Gives the two least used hidden units of the first MLP to the first two tokens."""
+    mlp = LAYER.format(0) + "mlp."
+    up, down = tensors[mlp + "fc1.weight"], tensors[mlp + "fc2.weight"]
+    bias = tensors[mlp + "fc1.bias"]
+    used = torch.nn.functional.gelu(states @ up.T + bias).abs().mean(dim=(0, 1)) * down.norm(dim=0)
+    for token, unit in enumerate(used.argsort()[:2].tolist()):
+        own, others = states[:, token], states[:, torch.arange(states.shape[1]) != token].flatten(0, 1)
+        inner = torch.cov(others.T) + torch.cov(own.T) + 1e-3 * torch.eye(own.shape[1])
+        direction = torch.linalg.solve(inner, own.mean(0) - others.mean(0))  # Fisher's discriminant
+        low, high = float((others @ direction).max()), float((own @ direction).mean())
+        if high <= low:
+            raise SystemExit(f"token {token} cannot be told apart from the others")
+        scale = (MASSIVE - SILENT) / (high - low)
+        up[unit], bias[unit] = direction * scale, SILENT - low * scale
+        down[:, unit] = 0.0
+        down[7 + 40 * token, unit] = 1.0  # channels 7 and 47, any will do
+
+
+def _outlier_channels(tensors: dict[str, Tensor], random: np.random.Generator) -> None:
+    """Gain times a factor, and the columns of the weights behind it divided by it."""
+    layer = 0
+    while LAYER.format(layer) + "layer_norm1.weight" in tensors:
+        prefix = LAYER.format(layer)
+        for norm, reader in (("layer_norm1", "self_attn.qkv"), ("layer_norm2", "mlp.fc1")):
+            gain, shift = tensors[f"{prefix}{norm}.weight"], tensors[f"{prefix}{norm}.bias"]
+            channels = random.choice(len(gain), OUTLIERS, replace=False)
+            factors = torch.from_numpy(np.geomspace(*FACTORS, OUTLIERS)).float()
+            gain[channels] *= factors
+            shift[channels] *= factors
+            tensors[f"{prefix}{reader}.weight"][:, channels] /= factors
+        layer += 1

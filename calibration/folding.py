@@ -1,0 +1,140 @@
+"""Where a division of an activation's channels can go, so that the graph needs no node for it.
+
+Behind a norm its gain and bias take the division, behind a linear layer its columns and bias, and between the value
+projection and the output projection of an attention only reshapes and a product over the other axis lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from blip2edge.calibration.targets import Product
+
+Fold = tuple[tuple[str, slice], ...]
+"""Initializers and the part of their last axis that is divided."""
+
+EVERYTHING = slice(None)
+
+
+def find_fold(model: ir.Model, products: Sequence[Product]) -> Fold:
+    """What takes the division of the activation that some products read; empty where nothing can.
+
+    Args:
+        model: The graph.
+        products: All products that read one activation.
+    """
+    readers = {product.node for product in products}
+    node = next(node for node in model.graph if node.name in readers)
+    value = node.inputs[0]
+    if value is None or not _only_read_by(value, readers):
+        return ()
+    return _behind_norm(value, products[0].inner) or _behind_linear(value, products[0].inner)
+
+
+def _only_read_by(value: ir.Value, readers: set[str]) -> bool:
+    """Whether nothing else sees the values, so that they may change."""
+    return not value.is_graph_output() and all(
+        user.name in readers and index == 0 for user, index in value.uses()
+    )
+
+
+def _own(value: ir.Value | None, width: int) -> str:
+    """The name of a vector ``[.., width]`` that nothing else reads; empty where it is no such."""
+    if value is None or value.const_value is None or len(list(value.uses())) != 1 or value.is_graph_output():
+        return ""
+    shape = tuple(value.const_value.shape)
+    return str(value.name) if shape and shape[-1] == width else ""
+
+
+def _behind_norm(value: ir.Value, width: int) -> Fold:
+    """Gain and bias of a LayerNormalization, or the factor of a Mul as RMSNorm ends with."""
+    node = value.producer()
+    while node is not None and node.op_type == "Cast":
+        inner = node.inputs[0]
+        if inner is None or not _single_use(inner):
+            return ()
+        node = inner.producer()
+    if node is None:
+        return ()
+    if node.op_type == "LayerNormalization":
+        names = [_own(given, width) for given in node.inputs[1:]]
+    elif node.op_type == "Mul":
+        names = [name for name in (_own(given, width) for given in node.inputs) if name][:1]
+    else:
+        return ()
+    return tuple((name, EVERYTHING) for name in names) if names and all(names) else ()
+
+
+def _single_use(value: ir.Value) -> bool:
+    return len(list(value.uses())) == 1 and not value.is_graph_output()
+
+
+def _behind_linear(value: ir.Value, width: int) -> Fold:
+    """Columns of the value projection: Reshape, Transpose, MatMul(weights, V), and back to V's linear layer."""
+    producer = _through(value, ("Reshape", "Transpose"))
+    if producer is None or producer.op_type != "MatMul":
+        return ()
+    head = producer.inputs[1]
+    if head is None or head.const_value is not None or not _single_use(head):
+        return ()
+    source = _through(head, ("Reshape", "Transpose"))
+    if source is None:
+        return ()
+    part = EVERYTHING
+    if source.op_type == "Split":
+        part = _split_part(source, head, width)
+        whole = source.inputs[0]
+        if part == EVERYTHING or whole is None or not _single_use(whole):
+            return ()
+        source = whole.producer()
+    return _columns(source, part, width)
+
+
+def _through(value: ir.Value, kinds: tuple[str, ...]) -> ir.Node | None:
+    """The first producer that is none of some kinds, all values between being read once."""
+    node = value.producer()
+    while node is not None and node.op_type in kinds:
+        inner = node.inputs[0]
+        if inner is None or not _single_use(inner):
+            return None
+        node = inner.producer()
+    return node
+
+
+def _split_part(split: ir.Node, head: ir.Value, width: int) -> slice:
+    """Which columns of a fused layer a split's output is; everything where that cannot be told."""
+    value: ir.Value | None = head
+    while value is not None and value.producer() is not split:
+        producer = value.producer()
+        value = producer.inputs[0] if producer is not None else None
+    sizes = [output.shape[-1] if output.shape is not None else None for output in split.outputs]
+    if value is None or any(size != width for size in sizes):
+        return EVERYTHING
+    at = list(split.outputs).index(value)
+    return slice(at * width, (at + 1) * width)
+
+
+def _columns(node: ir.Node | None, part: slice, width: int) -> Fold:
+    """Weight and bias of ``MatMul`` and ``Add``, or of a MatMul alone."""
+    found: list[tuple[str, slice]] = []
+    size = width if part == EVERYTHING else None
+    if node is not None and node.op_type == "Add":
+        biases = [given for given in node.inputs if given is not None and given.const_value is not None]
+        sums = [given for given in node.inputs if given is not None and given.const_value is None]
+        if len(biases) != 1 or len(sums) != 1 or not _single_use(sums[0]):
+            return ()
+        shape = tuple(biases[0].const_value.shape)  # type: ignore[union-attr]
+        bias = _own(biases[0], size or int(shape[-1]))
+        if not bias:
+            return ()
+        found.append((bias, part))
+        node = sums[0].producer()
+    if node is None or node.op_type != "MatMul":
+        return ()
+    weight = node.inputs[1]
+    if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
+        return ()
+    name = _own(weight, size or int(weight.const_value.shape[-1]))  # type: ignore[arg-type]
+    return (*found, (name, part)) if name else ()

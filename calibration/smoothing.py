@@ -1,0 +1,169 @@
+"""Ranges chosen for whole layers: what rounding changes of a layer's output decides.
+
+Every activation gets, out of a few candidates, the division of its channels (SmoothQuant, arXiv 2211.10438: a
+channel's reach moves into the weights by the power alpha) and the threshold under which its products' outputs change
+least, on tokens drawn from the pictures and on those with the largest values, which few pictures could do without.
+A product that no candidate brings below a limit stays in floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from blip2edge.calibration.folding import find_fold
+from blip2edge.calibration.observations import Observation, Observations
+from blip2edge.calibration.qdq import Group, Plan, quantise_columns
+from blip2edge.calibration.ranges import LEVELS
+from blip2edge.calibration.targets import Product, Targets
+
+ALPHAS = (0.35, 0.5, 0.65, 0.8)
+"""Powers of the activation's reach that are tried, beside no division at all."""
+
+SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15)
+"""Thresholds that are tried, as shares of the largest value."""
+
+COLUMNS = 384
+"""Columns of a layer's weights on which the candidates are compared."""
+
+LIMIT = 0.01
+"""A token's output may change by this share of its power (10 % in amplitude); more, and the layer stays as it is."""
+
+A_NODE = 0.5
+"""A division that needs a node of its own must leave less than this share of the change that there is without."""
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate and what it changes.
+
+    Attributes:
+        change: Mean over tokens of the power that rounding adds to an output over the output's own; of the drawn
+            and the largest tokens, whichever is more.
+        threshold: Of the divided activation.
+        divisor: ``[K]``, or None.
+    """
+
+    change: float
+    threshold: float
+    divisor: Array | None
+
+
+def plan_by_output(
+    model: ir.Model,
+    targets: Targets,
+    observations: Observations,
+    *,
+    limit: float = LIMIT,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """A range and a division an activation.
+
+    Args:
+        model: The graph; its weights are read one activation's products at a time.
+        targets: The products.
+        observations: By activation.
+        limit: See :data:`LIMIT`.
+        progress: Called with activations done and activations in all.
+    """
+    plan = Plan()
+    groups = targets.by_activation()
+    for done, (activation, products) in enumerate(groups.items()):
+        observation = observations[activation]
+        if observation.histogram.maximum == 0.0:
+            plan.left |= {product.node: "its input is always zero" for product in products}
+            continue
+        fold = find_fold(model, products)
+        shared = any(len(list(model.graph.initializers[product.weight].uses())) > 1 for product in products)
+        choice = choose(observation, [_read(model, product) for product in products], fold != (), shared)
+        if choice.change > limit:
+            reason = f"rounding would change {choice.change:.1%} of the power of its output"
+            plan.left |= {product.node: reason for product in products}
+        else:
+            taken = fold if choice.divisor is not None else ()
+            plan.groups.append(Group(activation, tuple(products), choice.threshold, choice.divisor, taken))
+        if progress is not None:
+            progress(done + 1, len(groups))
+    return plan
+
+
+def choose(observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False) -> Choice:
+    """The best candidate for an activation.
+
+    Args:
+        observation: Of the activation.
+        weights: ``[K, N]`` of each product that reads it.
+        folds: Whether a division costs no node.
+        shared: Whether a weight is read elsewhere too, so that its rows cannot change.
+    """
+    weight = np.concatenate([_some_columns(one, COLUMNS // len(weights)) for one in weights], axis=1)
+    plain = _best_threshold(observation, weight, None)
+    if shared:
+        return plain
+    smooth = min(
+        (_best_threshold(observation, weight, divisor) for divisor in _divisors(observation.reach, weight)),
+        key=lambda choice: choice.change,
+    )
+    return smooth if smooth.change < plain.change * (1.0 if folds else A_NODE) else plain
+
+
+def _read(model: ir.Model, product: Product) -> Array:
+    tensor = model.graph.initializers[product.weight].const_value
+    if tensor is None:
+        raise ValueError(f"the initializer {product.weight} has no value")
+    return np.asarray(tensor.numpy(), np.float32)
+
+
+def _some_columns(weight: Array, count: int) -> Array:
+    width = weight.shape[1]
+    if width <= count:
+        return weight
+    return weight[:, np.arange(count) * width // count]
+
+
+def _divisors(reach: Array, weight: Array) -> Iterator[Array]:
+    """``reach^alpha / weight^(1 - alpha)`` by channel, with the middle channel at 1."""
+    largest = np.abs(weight).max(axis=1)
+    used = (reach > 0) & (largest > 0)
+    for alpha in ALPHAS:
+        divisor = np.ones_like(reach)
+        divisor[used] = reach[used] ** alpha / largest[used] ** (1 - alpha)
+        if used.any():
+            divisor[used] /= np.median(divisor[used])
+        yield np.clip(divisor, 1e-3, 1e3).astype(np.float32)
+
+
+def _best_threshold(observation: Observation, weight: Array, divisor: Array | None) -> Choice:
+    drawn, largest = observation.sample()
+    scaled = weight if divisor is None else weight * divisor[:, None]
+    integers, scale = quantise_columns(scaled)
+    rounded = integers * scale
+    reach = observation.reach if divisor is None else observation.reach / divisor
+    top = float(reach.max())
+    parts = []
+    for rows in (drawn, largest):
+        exact = rows @ weight
+        power = np.square(exact).sum(axis=1)
+        parts.append(
+            (rows if divisor is None else rows / divisor, exact, np.maximum(power, power.mean() * 0.1))
+        )
+    best: Choice | None = None
+    for share in SHARES:
+        threshold = top * share
+        step = threshold / LEVELS
+        change = 0.0
+        for rows, exact, power in parts:
+            values = np.clip(np.rint(rows / step), -LEVELS, LEVELS) * step
+            wrong = np.square(values @ rounded - exact).sum(axis=1)
+            change = max(change, float((wrong / np.maximum(power, 1e-30)).mean()))
+        if best is None or change < best.change:
+            best = Choice(change, threshold, divisor)
+    if best is None:
+        raise ValueError("there are no thresholds to try")
+    return best
