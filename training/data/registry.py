@@ -1,16 +1,62 @@
-"""The kinds of sources: one row a `[data] kind`."""
+"""The kinds of data: one row a `[data] kind`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from blip2edge.errors import UsageError
+from blip2edge.training.data.coco import read_captions, read_vqa
 from blip2edge.training.data.config import DataConfig
+from blip2edge.training.data.entries import Broken, Entry
+from blip2edge.training.data.folder import read_folder
+from blip2edge.training.data.listed import ListedSource
 from blip2edge.training.data.scene_source import SceneSource
+from blip2edge.training.data.shard_source import ShardSource
+from blip2edge.training.data.shards import read_shards, shard_paths
 from blip2edge.training.data.sources import Source
+
+
+def _path(base: Path, text: str) -> Path | None:
+    """A path of the configuration; None where it is silent."""
+    return base / text if text else None
+
+
+def _captions(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+    return read_captions(base / config.path, _path(base, config.images), config.max_broken)
+
+
+def _vqa(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+    annotations, images = _path(base, config.annotations), _path(base, config.images)
+    return read_vqa(base / config.path, annotations, images, config.max_broken)
+
+
+def _folder(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+    return read_folder(base / config.path, config.max_broken)
+
+
+def _shards(config: DataConfig, base: Path) -> tuple[Iterable[Entry], Broken]:
+    broken = Broken(config.path, config.max_broken)
+    return read_shards(shard_paths(base / config.path), broken), broken
+
+
+LISTS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], Broken]]] = {
+    "coco-captions": _captions,
+    "coco-vqa": _vqa,
+    "folder": _folder,
+}
+"""What reads a kind whole, given the directory that paths are relative to."""
+
+
+def _listed(config: DataConfig, seed: int, base: Path) -> Source:
+    entries, broken = LISTS[config.kind](config, base)
+    return ListedSource(entries, broken, config.path, config, seed)
+
 
 SOURCES: dict[str, Callable[[DataConfig, int, Path], Source]] = {
     "scenes": lambda config, seed, base: SceneSource(config, seed),
+    "shards": lambda config, seed, base: ShardSource(shard_paths(base / config.path), config, seed),
+    **dict.fromkeys(LISTS, _listed),
 }
 """What makes a source of its configuration, the seed of its order, and the directory that paths are relative to."""
 
@@ -30,3 +76,23 @@ def open_source(config: DataConfig, *, seed: int, base: Path) -> Source:
         DataError: Its files are missing or cannot be parsed.
     """
     return SOURCES[config.kind](config, seed, base)
+
+
+def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Broken]:
+    """The data once through, in the order of its files: to be scored or filtered.
+
+    Args:
+        config: The section [data]; any kind but the scenes.
+        base: The directory that relative paths start from.
+
+    Returns:
+        The entries, and what is left out of them; of shards, which are read as they are asked for, that is known
+        at the end.
+
+    Raises:
+        DataError: Its files are missing or cannot be parsed.
+        UsageError: The kind is "scenes", which have no end.
+    """
+    if config.kind == "scenes":
+        raise UsageError("expected data from files, got the generated scenes", "name a file or folder")
+    return (_shards if config.kind == "shards" else LISTS[config.kind])(config, base)

@@ -1,0 +1,222 @@
+"""COCO's files: captions (`captions_val2014.json`), and the questions and answers of VQA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import DataError
+from blip2edge.training.data.entries import Broken, Entry, FilePicture, missing_pictures
+
+PLACES = ("", "images")  # where pictures are looked for beside a file, when nothing is said
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DataError: It is missing, does not parse (the line is named), or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}, column {error.colno}: expected JSON: {error.msg}", "mend that line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected JSON in UTF-8: {error}") from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}", "say where it is with path"
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def rows_of(
+    content: Mapping[str, Any], key: str, fields: Mapping[str, type | tuple[type, ...]], path: Path
+) -> list[Any]:
+    """A list of objects, each with the fields that are needed; others are left alone.
+
+    Args:
+        content: The file.
+        key: Name of the list.
+        fields: Name and type of each field.
+        path: For messages.
+
+    Raises:
+        DataError: The list or a field is missing, or of another type; the object is told by its number.
+    """
+    rows = content.get(key)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a list {key!r}, got {', '.join(content) or 'nothing'}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: {key}[{number}] must be an object, not {row!r:.60}")
+        for field, kind in fields.items():
+            if field not in row:
+                raise DataError(f"{path}: {key}[{number}] has no field {field!r}, only {', '.join(row)}")
+            if not isinstance(row[field], kind):
+                raise DataError(f"{path}: {key}[{number}].{field} is {row[field]!r:.60}, of the wrong type")
+    return rows
+
+
+def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[list[Entry], Broken]:
+    """Captions and their pictures.
+
+    Args:
+        path: A file with the lists `images` (id, file_name) and `annotations` (id, image_id, caption).
+        images: The pictures' directory; None: beside the file.
+        max_broken: How many samples may be without a picture or text.
+
+    Returns:
+        An entry for each caption, in the file's order, and what was left out.
+
+    Raises:
+        DataError: The file cannot be read, or too much is missing.
+    """
+    content = read_json(path)
+    identity = (int, str)
+    names = {
+        row["id"]: row["file_name"]
+        for row in rows_of(content, "images", {"id": identity, "file_name": str}, path)
+    }
+    rows = rows_of(content, "annotations", {"image_id": identity, "caption": str}, path)
+    directory = images if images is not None else _beside(path, names.values())
+    entries = []
+    broken = Broken(str(path), max_broken)
+    for number, row in enumerate(rows):
+        sample_id = str(row.get("id", number))
+        caption = " ".join(row["caption"].split())
+        if row["image_id"] not in names:
+            broken.add(sample_id, f"its picture {row['image_id']} is not in the list images")
+        elif not caption:
+            broken.add(sample_id, "its caption is empty")
+        else:
+            picture = FilePicture(directory / names[row["image_id"]])
+            entries.append(Entry(sample_id, str(row["image_id"]), picture, caption))
+    return _with_pictures(path, entries, broken, max_broken), broken
+
+
+def read_vqa(
+    path: Path, annotations: Path | None, images: Path | None, max_broken: int
+) -> tuple[list[Entry], Broken]:
+    """Questions, the answers of people, and the pictures that they are about.
+
+    Args:
+        path: A file with the list `questions` (question_id, image_id, question).
+        annotations: The file with the list `annotations` (question_id, answers); None: its name is made of the
+            other's, as VQA names them.
+        images: The pictures' directory; None: beside the file.
+        max_broken: How many samples may be without a picture or an answer.
+
+    Returns:
+        An entry for each question, in the file's order, and what was left out.
+
+    Raises:
+        DataError: A file cannot be read, or too much is missing.
+    """
+    content = read_json(path)
+    identity = (int, str)
+    questions = rows_of(
+        content, "questions", {"question_id": identity, "image_id": identity, "question": str}, path
+    )
+    answers = annotations if annotations is not None else _annotations_of(path)
+    fields: dict[str, type | tuple[type, ...]] = {"question_id": identity, "answers": list}
+    given = {row["question_id"]: row for row in rows_of(read_json(answers), "annotations", fields, answers)}
+    names = {row["image_id"]: _file_name(content, row["image_id"]) for row in questions}
+    if isinstance(content.get("images"), list):
+        listed = rows_of(content, "images", {"id": identity, "file_name": str}, path)
+        names |= {row["id"]: row["file_name"] for row in listed}
+    directory = images if images is not None else _beside(path, names.values())
+    entries = []
+    broken = Broken(str(path), max_broken)
+    for row in questions:
+        sample_id = str(row["question_id"])
+        found = given.get(row["question_id"])
+        texts = _answers(found, answers) if found is not None else ()
+        if found is None or not texts:
+            broken.add(sample_id, f"no answer in {answers.name}")
+            continue
+        entries.append(
+            Entry(
+                sample_id,
+                str(row["image_id"]),
+                FilePicture(directory / names[row["image_id"]]),
+                question=" ".join(row["question"].split()),
+                answers=texts,
+                kinds={key: str(found[key]) for key in ("answer_type", "question_type") if key in found},
+            )
+        )
+    return _with_pictures(path, entries, broken, max_broken), broken
+
+
+def _answers(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """The texts of an annotation's answers: objects with the field `answer`, or plain texts."""
+    texts = []
+    for answer in row["answers"]:
+        text = answer.get("answer") if isinstance(answer, dict) else answer
+        if not isinstance(text, str):
+            raise DataError(
+                f"{path}: an answer to question {row['question_id']} is {answer!r:.60}, not a text"
+            )
+        texts.append(text)
+    return tuple(texts)
+
+
+def _file_name(content: Mapping[str, Any], image_id: int | str) -> str:
+    """The name of a picture as COCO forms it of the number."""
+    number = f"{image_id:012d}" if isinstance(image_id, int) else image_id
+    return f"COCO_{content.get('data_subtype', 'val2014')}_{number}.jpg"
+
+
+def _annotations_of(path: Path) -> Path:
+    """The answers' file of a questions' file, as VQA names them: v2_…OpenEnded_…_questions.json.
+
+    Raises:
+        DataError: It is not there.
+    """
+    named = path.with_name(path.name.replace("OpenEnded_", "").replace("MultipleChoice_", ""))
+    answers = named.with_name(named.name.replace("questions", "annotations"))
+    if answers == path or not answers.is_file():
+        raise DataError(
+            f"{path}: expected its answers in {answers.name} beside it",
+            "name the file with annotations in [data]",
+        )
+    return answers
+
+
+def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
+    """The directory that holds the first picture named: the file's own, its `images`, or a sibling of it by split."""
+    first = next(iter(names), None)
+    parent = path.parent
+    split = path.stem.rpartition("_")[2]
+    places = [parent / place for place in PLACES] + [parent.parent / place for place in (split, "images")]
+    for place in places:
+        if first is not None and (place / first).is_file():
+            return place
+    return parent
+
+
+def _with_pictures(path: Path, entries: list[Entry], broken: Broken, limit: int) -> list[Entry]:
+    """The entries whose pictures are there.
+
+    Raises:
+        DataError: More are missing than allowed, or none is left.
+    """
+    files: dict[Path, bool] = {}
+    missing = {}
+    for entry in entries:
+        picture = entry.picture.path if isinstance(entry.picture, FilePicture) else path
+        if picture not in files:
+            files[picture] = picture.is_file()
+        if not files[picture]:
+            missing[entry.sample_id] = str(picture)
+    missing_pictures(str(path), missing, len(entries), broken, limit)
+    kept = [entry for entry in entries if entry.sample_id not in missing]
+    if not kept:
+        raise DataError(f"{path}: expected at least one sample with its picture, got none")
+    return kept

@@ -1,0 +1,151 @@
+"""What a data set is made of: pictures that can be opened, texts about them, and a count of what is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from blip2edge.errors import DataError, ImageError
+from blip2edge.runtime.preprocess import load_image
+
+PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+NAMED = 3  # broken samples that a message names
+
+
+class Picture(Protocol):
+    """A picture file, wherever it lies; small, and sent to other processes as it is."""
+
+    @property
+    def suffix(self) -> str:
+        """Of its file name, such as ".jpg"."""
+
+    def read(self) -> bytes:
+        """The file's bytes, unchanged.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+
+    def open(self) -> Image.Image:
+        """The picture, upright, RGB.
+
+        Raises:
+            ImageError: It cannot be read, or is no picture.
+        """
+
+
+@dataclass(frozen=True)
+class FilePicture:
+    """A picture in a file of its own."""
+
+    path: Path
+
+    @property
+    def suffix(self) -> str:
+        """Of the file's name."""
+        return self.path.suffix.lower()
+
+    def read(self) -> bytes:
+        """The file."""
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be opened ({error.strerror or error})") from error
+
+    def open(self) -> Image.Image:
+        """The picture."""
+        return load_image(self.path)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One text about one picture, as a file has it.
+
+    Attributes:
+        sample_id: Unique within its data.
+        image_id: Equal for two entries that show the same picture.
+        picture: What is shown.
+        text: A caption; empty for a question.
+        question: What is asked; empty for a caption.
+        answers: What people answered.
+        kinds: How a question is sorted in scores, such as `{"answer_type": "yes/no"}`.
+    """
+
+    sample_id: str
+    image_id: str
+    picture: Picture
+    text: str = ""
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+
+class Broken:
+    """Counts and names samples that cannot be used, up to a limit.
+
+    Args:
+        name: What is read, for messages.
+        limit: How many are skipped; one more is an error.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._name = name
+        self._limit = limit
+        self.problems: dict[str, str] = {}
+
+    def add(self, sample_id: str, problem: str) -> None:
+        """Counts a sample; one that was counted before does not count again.
+
+        Raises:
+            DataError: There are more than the limit; how many, and the first three.
+        """
+        if sample_id in self.problems:
+            return
+        self.problems[sample_id] = problem
+        self.check()
+
+    def check(self) -> None:
+        """Refuses what is above the limit.
+
+        Raises:
+            DataError: See `add`.
+        """
+        count = len(self.problems)
+        if count > self._limit:
+            raise DataError(
+                f"{self._name}: {count} samples are broken, and max_broken allows {self._limit}: {self.named()}",
+                "mend or remove them, or raise max_broken in [data]",
+            )
+
+    def named(self) -> str:
+        """The first few, with what is wrong with them."""
+        first = [f"{name} ({problem})" for name, problem in list(self.problems.items())[:NAMED]]
+        return ", ".join(first) + (", …" if len(self.problems) > NAMED else "")
+
+
+def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: Broken, limit: int) -> None:
+    """Counts pictures that are not there.
+
+    Args:
+        name: The file that names them.
+        missing: From samples to the picture files that they lack.
+        total: How many samples there are.
+        broken: Counts them.
+        limit: How many may be missing.
+
+    Raises:
+        DataError: More are missing than that; how many, and the first three.
+    """
+    files = sorted(set(missing.values()))
+    if len(missing) > limit:
+        raise DataError(
+            f"{name}: {len(files)} pictures of {len(missing)} of the {total} samples are missing:"
+            f" {', '.join(files[:NAMED])}" + (", …" if len(files) > NAMED else ""),
+            "say where they are with images in [data], or raise max_broken",
+        )
+    for sample_id, file in missing.items():
+        broken.add(sample_id, f"{file} is missing")

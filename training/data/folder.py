@@ -1,0 +1,66 @@
+"""A folder of pictures, each with its captions in a text file of the same name: `dog.jpg` and `dog.txt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blip2edge.errors import DataError
+from blip2edge.training.data.entries import PICTURE_SUFFIXES, Broken, Entry, FilePicture
+
+
+def captions_of(text: str) -> list[str]:
+    """The captions in a text file: one a line, blank lines left out."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], Broken]:
+    """Pictures and captions of a folder and all folders below it.
+
+    Args:
+        directory: The folder.
+        max_broken: How many pictures may be without a text, and texts without a picture.
+
+    Returns:
+        An entry for each caption, by name, and what was left out.
+
+    Raises:
+        DataError: There is no such folder, no picture with a text in it, or too much is missing.
+    """
+    if not directory.is_dir():
+        raise DataError(f"expected a folder of pictures and texts, {directory} is none")
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
+    broken = Broken(str(directory), max_broken)
+    entries = []
+    for path in pictures:
+        name = str(path.relative_to(directory))
+        captions = _captions(texts.get(path.with_suffix("")), name, broken)
+        entries += [
+            Entry(f"{name}#{number}" if number else name, name, FilePicture(path), caption)
+            for number, caption in enumerate(captions)
+        ]
+    lonely = texts.keys() - {path.with_suffix("") for path in pictures}
+    for path in sorted(texts[stem] for stem in lonely):
+        broken.add(str(path.relative_to(directory)), "there is no picture of this name")
+    if not entries:
+        raise DataError(
+            f"{directory}: expected pictures with texts beside them (dog.jpg and dog.txt), got {len(pictures)}"
+            " pictures and no text for them"
+        )
+    return entries, broken
+
+
+def _captions(path: Path | None, picture: str, broken: Broken) -> list[str]:
+    """The captions of a picture; none where its text is missing or broken, which is counted."""
+    if path is None:
+        broken.add(picture, "there is no text beside it")
+        return []
+    try:
+        captions = captions_of(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        broken.add(picture, f"its text cannot be read: {error}")
+        return []
+    if not captions:
+        broken.add(picture, "its text is empty")
+    return captions

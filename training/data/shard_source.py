@@ -1,0 +1,118 @@
+"""Shards as an endless, shuffled, resumable stream of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2edge.errors import Blip2EdgeError, DataError
+from blip2edge.training.data.config import DataConfig
+from blip2edge.training.data.entries import Broken, Entry
+from blip2edge.training.data.listed import sample_of
+from blip2edge.training.data.shards import read_shard
+from blip2edge.training.data.sources import Sample
+
+_SHARDS, _BLOCK, _TEXT = 1, 2, 3  # streams of chance
+
+
+class ShardSource:
+    """Samples of shards, pass after pass.
+
+    In each pass the shards come in an order of their own. Their samples are taken in blocks of `shuffle_buffer`,
+    and each block is put in an order of its own: what is shuffled with what is decided by seed, pass and block alone,
+    so that a stream is found again without keeping a block in a checkpoint.
+
+    Args:
+        paths: The shards.
+        config: Size of a block, prompts, and how many samples may be broken.
+        seed: Of all orders, prompts and answers.
+    """
+
+    def __init__(self, paths: Sequence[Path], config: DataConfig, seed: int) -> None:
+        self._paths = list(paths)
+        self._config = config
+        self._seed = seed
+        self._broken = Broken(self.name, config.max_broken)
+        self._pass = self._block = self._within = (
+            0  # the next sample: pass, block of it, number in that block
+        )
+        self._start = (0, 0)  # where the block begins: shard in the order of the pass, entry in that shard
+
+    @property
+    def name(self) -> str:
+        """The shards' directory and number."""
+        return f"{self._paths[0].parent} ({len(self._paths)} shards)"
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples from where the source stands, without end.
+
+        Raises:
+            DataError: The shards hold no sample, or too much is broken.
+        """
+        while True:
+            stream = self._entries_from(*self._start)
+            any_left = False
+            while block := list(islice(stream, self._config.shuffle_buffer)):
+                any_left = True
+                yield from self._shuffled([entry for _, entry in block])
+                shard, number = block[-1][0]
+                self._start, self._block, self._within = (shard, number + 1), self._block + 1, 0
+            if not any_left and self._start == (0, 0):
+                raise DataError(f"{self.name}: expected at least one sample, got none")
+            self._pass, self._block, self._within, self._start = self._pass + 1, 0, 0, (0, 0)
+
+    def _entries_from(self, shard: int, first: int) -> Iterator[tuple[tuple[int, int], Entry]]:
+        """The rest of the pass: places (shard in its order, entry) and entries."""
+        order = np.random.default_rng([_SHARDS, self._seed, self._pass]).permutation(len(self._paths))
+        for place in range(shard, len(order)):
+            for number, entry in enumerate(read_shard(self._paths[int(order[place])], self._broken)):
+                if place > shard or number >= first:
+                    yield (place, number), entry
+
+    def _shuffled(self, block: list[Entry]) -> Iterator[Sample]:
+        """A block's samples from where the source stands in it."""
+        order = np.random.default_rng([_BLOCK, self._seed, self._pass, self._block]).permutation(len(block))
+        for within in range(self._within, len(block)):
+            self._within = within + 1
+            rng = np.random.default_rng([_TEXT, self._seed, self._pass, self._block, within])
+            yield sample_of(block[int(order[within])], self._config, rng)
+
+    def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
+        """Counts a sample that could not be used; see :class:`Broken`."""
+        self._broken.add(sample.sample_id, error.problem)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, what was rejected, and which shards they are."""
+        return {
+            "pass": self._pass,
+            "block": self._block,
+            "within": self._within,
+            "start": list(self._start),
+            "shards": [path.name for path in self._paths],
+            "shuffle_buffer": self._config.shuffle_buffer,
+            "broken": dict(self._broken.problems),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a place.
+
+        Raises:
+            DataError: It is a place in other shards, or blocks had another size.
+        """
+        for key, value in (
+            ("shards", [path.name for path in self._paths]),
+            ("shuffle_buffer", self._config.shuffle_buffer),
+        ):
+            if state[key] != value:
+                raise DataError(
+                    f"{self.name}: the run was started with other {key}",
+                    "resume with the shards and the shuffle_buffer that it was started with",
+                )
+        self._pass, self._block, self._within = int(state["pass"]), int(state["block"]), int(state["within"])
+        shard, number = state["start"]
+        self._start = (int(shard), int(number))
+        self._broken.problems |= state["broken"]

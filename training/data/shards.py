@@ -1,0 +1,245 @@
+"""WebDataset shards: tar files in which a sample is some files of one name (`0001.jpg`, `0001.txt`, `0001.json`).
+
+Shards are plain tar on a disk. Their headers are read one after the other; a picture's bytes are read from its place
+when it is opened. Only the shards of the block at hand are known, so that memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from blip2edge.errors import DataError, ImageError, OutputError
+from blip2edge.runtime.preprocess import load_image
+from blip2edge.training.data.entries import PICTURE_SUFFIXES, Broken, Entry
+from blip2edge.training.data.folder import captions_of
+
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class TarPicture:
+    """A picture inside a shard.
+
+    Attributes:
+        shard: The tar file.
+        name: Of the picture's file in it.
+        offset: Where its bytes begin in the shard.
+        size: How many there are.
+    """
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def suffix(self) -> str:
+        """Of the file's name."""
+        return Path(self.name).suffix.lower()
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            ImageError: The shard cannot be read, or ends before them.
+        """
+        try:
+            with open(self.shard, "rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise ImageError(f"{self.shard}: cannot be opened ({error.strerror or error})") from error
+        if len(content) != self.size:
+            raise ImageError(f"{self.shard}: {self.name} is cut off", "copy the shard again")
+        return content
+
+    def open(self) -> Image.Image:
+        """The picture; see :meth:`read`."""
+        return load_image(self.read())
+
+
+def shard_paths(pattern: str | Path) -> list[Path]:
+    """The shards that a pattern names, by name.
+
+    Args:
+        pattern: A tar file, a directory of them, a pattern with `*`, or one with a range: `part-{000..127}.tar`.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        DataError: None is there, one of a range is missing, or one is compressed.
+    """
+    text = str(pattern)
+    span = _BRACES.search(text)
+    if span is not None:
+        first, last = span.groups()
+        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        paths = [Path(text[: span.start()] + number + text[span.end() :]) for number in numbers]
+    elif Path(text).is_dir():
+        paths = sorted(Path(text).glob("*.tar"))
+    else:
+        paths = sorted(map(Path, glob.glob(text)))
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise DataError(
+            f"expected tar files at {text}, {len(missing)} of {len(paths)} are missing: {', '.join(missing[:3])}"
+            if missing
+            else f"expected tar files at {text}, got none"
+        )
+    packed = [path for path in paths if path.suffix != ".tar"]
+    if packed:
+        raise DataError(f"expected plain tar files, got {packed[0].name}", "unpack it: gunzip FILE.tar.gz")
+    return paths
+
+
+def read_shard(path: Path, broken: Broken) -> Iterator[Entry]:
+    """The entries of one shard, in its order.
+
+    Args:
+        path: A tar file.
+        broken: Counts samples without a picture or text, and a shard that ends too early.
+
+    Yields:
+        An entry for each caption or question.
+
+    Raises:
+        DataError: The shard is no tar file, or too much is broken.
+    """
+    key, parts = "", dict[str, tarfile.TarInfo]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, suffix = name.partition(".")
+                if f"{folder}/{stem}" != key and parts:
+                    yield from _entries(path, tar, key, parts, broken)
+                    parts = {}
+                key = f"{folder}/{stem}"
+                parts[(dot + suffix).lower()] = member
+            if parts:
+                yield from _entries(path, tar, key, parts, broken)
+    except tarfile.TarError as error:
+        broken.add(path.name, f"the shard cannot be read further: {error}")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _entries(
+    path: Path, tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo], broken: Broken
+) -> list[Entry]:
+    """The entries of one sample: none where it is broken, which is counted."""
+    sample_id = f"{path.name}:{key.lstrip('/')}"
+    pictures = (member for member in parts.values() if Path(member.name).suffix.lower() in PICTURE_SUFFIXES)
+    picture = next(pictures, None)
+    if picture is None:
+        broken.add(sample_id, "there is no picture")
+        return []
+    try:
+        texts = {suffix: _text(tar, parts[suffix]) for suffix in (".txt", ".json") if suffix in parts}
+        fields = json.loads(texts.get(".json", "{}"))
+    except (ValueError, tarfile.TarError) as error:
+        broken.add(sample_id, f"its text cannot be read: {error}")
+        return []
+    fields = fields if isinstance(fields, dict) else {}
+    source = TarPicture(path, picture.name, picture.offset_data, picture.size)
+    image_id = str(fields.get("image_id", sample_id))
+    question, given, caption = fields.get("question"), fields.get("answers"), fields.get("caption")
+    if isinstance(question, str) and isinstance(given, list):
+        answers = tuple(str(answer) for answer in given)
+        return [Entry(sample_id, image_id, source, question=question, answers=answers)] if answers else []
+    captions = captions_of(texts.get(".txt", "")) or captions_of(caption if isinstance(caption, str) else "")
+    if not captions:
+        broken.add(sample_id, "there is no caption")
+    return [
+        Entry(f"{sample_id}#{number}" if number else sample_id, image_id, source, caption)
+        for number, caption in enumerate(captions)
+    ]
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = tar.extractfile(member)
+    return file.read().decode("utf-8") if file is not None else ""
+
+
+def read_shards(paths: Iterable[Path], broken: Broken) -> Iterator[Entry]:
+    """The entries of several shards, one after the other; see :func:`read_shard`."""
+    for path in paths:
+        yield from read_shard(path, broken)
+
+
+@dataclass
+class ShardWriter:
+    """Writes samples into shards that hold so many each: `000000.tar`, `000001.tar` and so on.
+
+    Attributes:
+        directory: Where they go; made if it is not there.
+        samples_per_shard: How many samples one holds.
+        paths: What was written, in order.
+    """
+
+    directory: Path
+    samples_per_shard: int = 1000
+    paths: list[Path] = field(default_factory=list)
+    _tar: tarfile.TarFile | None = None
+    _count: int = 0
+
+    def add(
+        self, key: str, picture: bytes, suffix: str, captions: Sequence[str], fields: dict[str, Any]
+    ) -> None:
+        """Writes one sample.
+
+        Args:
+            key: Name of its files; unique.
+            picture: A picture file's bytes.
+            suffix: Of the picture's file, such as ".jpg".
+            captions: Its captions, one line each in the text file.
+            fields: What else is known, as JSON.
+
+        Raises:
+            OutputError: The disk is full or not writable.
+        """
+        try:
+            if self._tar is None or self._count >= self.samples_per_shard:
+                self._next()
+            self._write(f"{key}{suffix}", picture)
+            self._write(f"{key}.txt", "".join(f"{caption}\n" for caption in captions).encode())
+            self._write(f"{key}.json", json.dumps(fields, sort_keys=True).encode())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write shards to {self.directory}: {error.strerror or error}", "make room there"
+            ) from error
+        self._count += 1
+
+    def _next(self) -> None:
+        self.close()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"{len(self.paths):06d}.tar"
+        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed in close
+        self.paths.append(path)
+        self._count = 0
+
+    def _write(self, name: str, content: bytes) -> None:
+        """One file, with nothing in its header that differs from run to run."""
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        if self._tar is not None:
+            self._tar.addfile(member, io.BytesIO(content))
+
+    def close(self) -> None:
+        """Ends the shard at hand."""
+        if self._tar is not None:
+            self._tar.close()
+        self._tar = None
