@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.calibration.batches import Feeds
+from blip2edge.calibration.batches import Feeds, default_prompt
 from blip2edge.calibration.pictures import Picture
 from blip2edge.contract import GraphSpec
 from blip2edge.runtime.captioner import Captioner
@@ -117,12 +117,12 @@ def caption_pictures(
     bundle: str | Path,
     pictures: Sequence[Picture],
     *,
-    prompt: str | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[str, tuple[int, ...]]]:
     """The captions of a bundle, greedily, as texts and token ids."""
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
+    prompt = default_prompt(captioner.prompter)
     found = []
     for done, picture in enumerate(pictures):
         result = captioner.caption(load_image(picture.read()), prompt=prompt)

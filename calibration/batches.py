@@ -176,10 +176,10 @@ class _Runner:
         if frames > 1:
             outputs = {name: pack(array, [frames]) for name, array in outputs.items()}
         if isinstance(self.language, EncoderDecoder):
-            start: tuple[int, ...] = self.language.initial
-            self.language.initial = (start[0], *_behind(text, start))
-            self.language.prefill([self.prompt], outputs)
-            self.language.initial = start
+            _, state = self.language.prefill([self.prompt], outputs)
+            behind = _behind(text, self.language.initial)
+            if behind:
+                state.extend(np.array([behind], np.int64))
         else:
             self.language.prefill([_continued(self.prompt, text)], outputs)
 

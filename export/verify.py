@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from blip2edge.contract import GraphSpec, Parity, TensorSpec
+from blip2edge.contract import QUERIES, GraphSpec, Parity, TensorSpec
 from blip2edge.errors import ParityError
 from blip2edge.export.graphs import GRAPHS
 from blip2edge.export.precision import convert, exceptions_of
 from blip2edge.export.to_onnx import Traced, trace
 from blip2edge.export.weights import Weights, point_at, write_weights
 from blip2edge.model.models import Config, Model, build_model
-from blip2edge.runtime.session import OnnxRuntimeSession
+from blip2edge.runtime.ort import OnnxRuntimeSession
 
 Array = NDArray[Any]
 
@@ -54,9 +54,14 @@ def _positions(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str,
     return positions[:, -shape[1] :]
 
 
+def _counted(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, Array]) -> Array:
+    """From 0 on."""
+    return np.broadcast_to(np.arange(shape[1]), shape).copy()
+
+
 def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
     """The last slots, the very last among them."""
-    steps = drawn["position_ids"].shape[1]
+    steps = drawn["position_ids" if "position_ids" in drawn else "input_ids"].shape[1]
     return np.broadcast_to(
         np.arange(steps - min(shape[1], steps), steps), (shape[0], min(shape[1], steps))
     ).copy()
@@ -83,6 +88,7 @@ DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array
     "position_ids": _positions,
     "logits_indices": _asked,
     "input_ids": _tokens,
+    "text_positions": _counted,
     "instruction_ids": _tokens,
     "instruction_mask": _ragged_mask,
 }
@@ -160,7 +166,7 @@ def compare(
 
 def _group(name: str) -> str:
     parts = name.split(".")
-    return f"present.{parts[-1]}" if parts[0] == "present" else name
+    return f"{parts[0]}.{parts[-1]}" if parts[0] in ("present", QUERIES) else name
 
 
 def _references(
@@ -311,7 +317,7 @@ def _first_layer(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     return tuple(tensor for tensor in tensors if not LATER_LAYER.match(tensor.name))
 
 
-LATER_LAYER = re.compile(r"(past_key_values|present|cross)\.[1-9]\d*\.")
+LATER_LAYER = re.compile(rf"(past_key_values|present|cross|{QUERIES})\.[1-9]\d*\.")
 
 
 def _one_layer(name: str, config: Config, layer: int, state: Mapping[str, Tensor]) -> nn.Module:

@@ -19,16 +19,18 @@ from blip2edge.contract import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, V
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageError
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.completer import Completer
+from blip2edge.runtime.drafting import Drafting
 from blip2edge.runtime.encoder import STAGES, Clock, PictureEncoder
 from blip2edge.runtime.frames import ItemSource
 from blip2edge.runtime.instruction import Instructor
 from blip2edge.runtime.language import load_language_model
+from blip2edge.runtime.optimized import GraphOpener
 from blip2edge.runtime.options import GenerationOptions
 from blip2edge.runtime.prompt import Prompter
 from blip2edge.runtime.request import Request, Span
 from blip2edge.runtime.result import CaptionResult, caption_result
 from blip2edge.runtime.scheduler import Scheduler
-from blip2edge.runtime.session import Session, check_threads, open_session
+from blip2edge.runtime.session import check_threads
 from blip2edge.runtime.tokenizer import Tokenizer
 
 __all__ = ["STAGES", "CaptionResult", "Captioner"]
@@ -39,7 +41,9 @@ AHEAD = 3  # batches that are on their way at once: one decoded, one encoded, on
 class Captioner:
     """A loaded bundle. Make one with :meth:`load`."""
 
-    def __init__(self, bundle: Bundle, backend: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: str = "auto", threads: int | None = None, draft: str = "auto"
+    ) -> None:
         manifest = bundle.manifest
         if manifest.prompt is None:
             raise BundleError(
@@ -52,9 +56,7 @@ class Captioner:
                 "export with --precision fp32 or fp16",
             )
 
-        def session(graph: str) -> Session:
-            return open_session(bundle.file(bundle.graph(graph).spec.file), backend, threads)
-
+        session = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
         language = load_language_model(bundle, session)
@@ -65,25 +67,37 @@ class Captioner:
             tokenizer = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
             instructor = Instructor(tokenizer, spec.instruction_positions, spec.frames)
         bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
-        self.encoder = PictureEncoder(bundle, session(VISION), bridge, self.prompter, instructor)
-        self.completer = Completer(language, self.tokenizer, positions)
+        drafting = Drafting.load(bundle, session, self.tokenizer, draft)
+        self.encoder = PictureEncoder(
+            bundle, session(VISION), bridge, self.prompter, instructor, drafting.has_head
+        )
+        self.completer = Completer(language, self.tokenizer, positions, drafting)
 
     @classmethod
-    def load(cls, bundle: str | Path, *, backend: str = "auto", threads: int | None = None) -> Captioner:
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        draft: str = "auto",
+    ) -> Captioner:
         """Opens a bundle and loads its graphs.
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
             backend: ``auto``, or a backend by name.
             threads: CPU threads within an operator; None for as many as there are cores.
+            draft: Who guesses tokens that one pass verifies, where a caption does not say otherwise; one of
+                :data:`blip2edge.runtime.options.DRAFTS`.
 
         Raises:
             BundleError: No bundle, a newer one, or one whose files were changed.
             BackendError: The backend is not there.
-            UsageError: ``threads`` is below 1.
+            UsageError: ``threads`` is below 1, or ``draft`` is none that the bundle has.
         """
         check_threads(threads)
-        return cls(Bundle.open(bundle), backend, threads)
+        return cls(Bundle.open(bundle), backend, threads, draft)
 
     def caption(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> CaptionResult:
         """Captions one picture.
@@ -179,9 +193,12 @@ class Captioner:
             "eos_token_ids": tuple(defaults["eos_token_ids"]),
             "stop": tuple(defaults.get("stop", ())),
             "max_new_tokens": max(defaults["max_new_tokens"], least if isinstance(least, int) else 0),
+            "draft": self.completer.drafting.default,
             **options,
         }
-        return GenerationOptions(**merged)
+        chosen = GenerationOptions(**merged)
+        self.completer.drafting.check(chosen)
+        return chosen
 
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int

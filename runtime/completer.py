@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoder import DecoderState
+from blip2edge.runtime.drafting import Drafting
 from blip2edge.runtime.encoder import Clock, Encoded
 from blip2edge.runtime.generate import Row, generate, stream
 from blip2edge.runtime.language import LanguageModel
-from blip2edge.runtime.options import Generated, GenerationOptions
+from blip2edge.runtime.options import Generated, GenerationOptions, RowState
 from blip2edge.runtime.prompt import Prompt
+from blip2edge.runtime.speculate import Ahead
 from blip2edge.runtime.tokenizer import StopText, TextStream, Tokenizer
 
 
@@ -24,14 +25,18 @@ class Completer:
         language: The loaded language model.
         tokenizer: Its tokenizer.
         max_positions: Longest context.
+        drafting: Makes what reads ahead in a text.
     """
 
-    def __init__(self, language: LanguageModel, tokenizer: Tokenizer, max_positions: int) -> None:
+    def __init__(
+        self, language: LanguageModel, tokenizer: Tokenizer, max_positions: int, drafting: Drafting
+    ) -> None:
         self.language = language
         self.tokenizer = tokenizer
         self.max_positions = max_positions
+        self.drafting = drafting
 
-    def prefill(self, batch: Encoded, clock: Clock) -> tuple[NDArray[np.float32], DecoderState]:
+    def prefill(self, batch: Encoded, clock: Clock) -> tuple[NDArray[np.float32], RowState]:
         """Reads the prompts: the logits ``[B, V]`` behind them, and the state to go on from."""
         with clock("prefill"):
             return self.language.prefill(batch.prompts, batch.pictures)
@@ -44,15 +49,19 @@ class Completer:
         least = min(options.min_new_tokens, room)
         return replace(options, max_new_tokens=room, min_new_tokens=least)
 
-    def row(self, prompt: Prompt, options: GenerationOptions, vocabulary: int, number: int) -> Row:
+    def row(
+        self, batch: Encoded, place: int, options: GenerationOptions, vocabulary: int, number: int
+    ) -> Row:
         """A text about to begin, for a ``Decoding``.
 
         Args:
-            prompt: What it goes on from.
+            batch: What it goes on from.
+            place: Which of the batch's rows.
             options: Without beams.
             vocabulary: Number of logits V.
             number: Of its random stream.
         """
+        prompt = batch.prompts[place]
         return Row(
             self._seen(prompt),
             self.fitted(prompt, options),
@@ -60,6 +69,7 @@ class Completer:
             initial=self.language.initial,
             stopped=self._stopped(options),
             number=number,
+            ahead=self.drafting.ahead(options, prompt.ids, batch.pictures, place),
         )
 
     def complete(
@@ -89,6 +99,7 @@ class Completer:
                     initial=self.language.initial,
                     stopped=self._stopped(options),
                     row_ids=[numbers[row] for row in chosen],
+                    ahead=self._ahead(part, options),
                 )
         return texts
 
@@ -104,6 +115,7 @@ class Completer:
             self.fitted(prompt, options),
             initial=self.language.initial,
             stopped=self._stopped(options),
+            ahead=self._ahead(batch, options),
         ):
             piece = text.push(event.token)
             if piece:
@@ -111,6 +123,13 @@ class Completer:
         rest = text.flush()
         if rest:
             yield rest
+
+    def _ahead(self, batch: Encoded, options: GenerationOptions) -> list[Ahead | None]:
+        """What reads ahead in each row."""
+        return [
+            self.drafting.ahead(options, prompt.ids, batch.pictures, row)
+            for row, prompt in enumerate(batch.prompts)
+        ]
 
     def _seen(self, prompt: Prompt) -> list[int]:
         """A prompt's ids as the decoder has seen them: none where an encoder reads the prompt."""

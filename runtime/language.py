@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,34 @@ from numpy.typing import NDArray
 from blip2edge.contract import CROSS_KV, CROSS_MASK, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TEXT_ENCODER
 from blip2edge.errors import BundleError
 from blip2edge.manifest import Bundle
-from blip2edge.runtime.decoder import Decoder, DecoderState
+from blip2edge.runtime.decoder import Decoder
 from blip2edge.runtime.embeddings import TokenTable
 from blip2edge.runtime.interleave import look_mask
+from blip2edge.runtime.options import RowState
+from blip2edge.runtime.ort import OnnxRuntimeSession
 from blip2edge.runtime.prompt import Prompt
 from blip2edge.runtime.session import Array, Session
+from blip2edge.runtime.shared_cache import LENGTHS, SharedDecoder
+
+
+class AnyDecoder(Protocol):
+    """A decoder, however it keeps its keys and values."""
+
+    @property
+    def table(self) -> TokenTable:
+        """The token table."""
+        ...
+
+    @property
+    def embeds_dtype(self) -> np.dtype[Any]:
+        """Of the embeddings that it takes."""
+        ...
+
+    def prefill(
+        self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
+    ) -> tuple[NDArray[np.float32], RowState]:
+        """See :meth:`blip2edge.runtime.decoder.Decoder.prefill`."""
+        ...
 
 
 class LanguageModel(Protocol):
@@ -33,7 +56,7 @@ class LanguageModel(Protocol):
 
     def prefill(
         self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
-    ) -> tuple[NDArray[np.float32], DecoderState]:
+    ) -> tuple[NDArray[np.float32], RowState]:
         """Reads a batch.
 
         Args:
@@ -61,7 +84,12 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
         )
     spec = bundle.graph(DECODER).spec
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
-    decoder = Decoder(open_graph(DECODER), spec, manifest.cache, table)
+    session = open_graph(DECODER)
+    decoder: AnyDecoder
+    if isinstance(session, OnnxRuntimeSession) and LENGTHS in session.input_names:
+        decoder = SharedDecoder(session, spec, manifest.cache, table, manifest.max_positions)
+    else:
+        decoder = Decoder(session, spec, manifest.cache, table)
     cross_kv = open_graph(CROSS_KV) if CROSS_KV in manifest.graphs else None
     if TEXT_ENCODER not in manifest.graphs or cross_kv is None:
         source = bundle.graph(CROSS_KV).spec.inputs[0].name if cross_kv is not None else ""
@@ -82,7 +110,7 @@ class Continuation:
 
     initial: tuple[int, ...] = ()
 
-    def __init__(self, decoder: Decoder, cross_kv: Session | None, source: str) -> None:
+    def __init__(self, decoder: AnyDecoder, cross_kv: Session | None, source: str) -> None:
         self.decoder = decoder
         self.cross_kv = cross_kv
         self.source = source
@@ -94,7 +122,7 @@ class Continuation:
 
     def prefill(
         self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
-    ) -> tuple[NDArray[np.float32], DecoderState]:
+    ) -> tuple[NDArray[np.float32], RowState]:
         """See :class:`LanguageModel`."""
         context = self.cross_kv.run({self.source: pictures[self.source]}) if self.cross_kv is not None else {}
         if prompts[0].looks:
@@ -117,7 +145,12 @@ class EncoderDecoder:
     """
 
     def __init__(
-        self, decoder: Decoder, encoder: Session, takes: Sequence[str], cross_kv: Session, start_token_id: int
+        self,
+        decoder: AnyDecoder,
+        encoder: Session,
+        takes: Sequence[str],
+        cross_kv: Session,
+        start_token_id: int,
     ) -> None:
         self.decoder = decoder
         self.encoder = encoder
@@ -132,7 +165,7 @@ class EncoderDecoder:
 
     def prefill(
         self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
-    ) -> tuple[NDArray[np.float32], DecoderState]:
+    ) -> tuple[NDArray[np.float32], RowState]:
         """See :class:`LanguageModel`; the logits are those behind the start token."""
         batch = len(prompts)
         rows = (

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from blip2edge.contract import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKENIZER_FILE, VISION
 from blip2edge.errors import BackendError, BundleError, PromptError, UsageError
 from blip2edge.manifest import Bundle
+from blip2edge.runtime.optimized import GraphOpener
 from blip2edge.runtime.preprocess import ImageSource, Preprocessing
-from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session, check_threads, open_session
+from blip2edge.runtime.session import NUMPY_DTYPES, Array, check_threads
 from blip2edge.runtime.tokenizer import Tokenizer
 
 Vectors = NDArray[np.float32]
@@ -70,9 +71,7 @@ class Matcher:
                 "export with --precision fp32 or fp16",
             )
 
-        def session(graph: str) -> Session:
-            return open_session(bundle.file(bundle.graph(graph).spec.file), backend, threads)
-
+        session = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
         self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ from blip2edge.errors import UsageError
 
 MOST_BEAMS = 256
 """Every beam holds a cache of its own."""
+
+DRAFTS = ("auto", "none", "lookup", "itg")
+"""Nobody; the text itself, where it repeats its prompt or itself; the bridge's own text head. `auto` is the head where
+the bundle has one and decoding is greedy."""
 
 COLDEST = 1e-5
 """A temperature below it is greedy: the likeliest token has all of the probability in float32."""
@@ -42,6 +46,24 @@ class DecodeState(Protocol):
         ...
 
 
+@runtime_checkable
+class RowState(DecodeState, Protocol):
+    """A state that can also read several tokens at once, and forget them."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens that each row has read, prompt included, [B]."""
+        ...
+
+    def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append k tokens [B,k] to each row; returns the logits [B,k,V] behind each of them."""
+        ...
+
+    def truncate(self, lengths: NDArray[np.int64]) -> None:
+        """Let row i forget what it has read behind its first `lengths[i]` tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """How to generate. Sampling is on as soon as a temperature, top_p or top_k is given (temperature 0: off).
@@ -59,6 +81,7 @@ class GenerationOptions:
         early_stopping: Beam search ends as soon as num_beams texts have ended.
         eos_token_ids: Any of these ends a text.
         stop: Strings that end a text; the caller looks for them and passes `stopped`.
+        draft: Who guesses tokens that one pass then verifies, one of `DRAFTS`; the text does not depend on it.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -76,6 +99,7 @@ class GenerationOptions:
     early_stopping: bool = False
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    draft: str = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("num_beams", 1)):
@@ -104,6 +128,13 @@ class GenerationOptions:
         _check_texts("stop", self.stop)
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))
+        if self.draft not in DRAFTS:
+            raise UsageError(f"expected --draft to be one of {', '.join(DRAFTS)}, got {self.draft!r}")
+        if self.num_beams > 1 and self.draft not in ("auto", "none"):
+            raise UsageError(
+                f"expected --num-beams 1 with --draft {self.draft}, got {self.num_beams}",
+                "beams read no text ahead: leave one of them out",
+            )
         if self.num_beams > 1 and self.sampling:
             raise UsageError(
                 f"expected either --num-beams or sampling, got {self.num_beams} beams and a temperature, "
@@ -153,11 +184,13 @@ class Generated:
         tokens: The generated ids, the end token included, without padding; preceded by `initial`.
         finish_reason: "eos", "length" or "stop".
         score: The length-penalised log-probability of the best beam; None without beam search.
+        tokens_per_pass: Generated tokens over the passes of the decoder that they took; 1 where nobody reads ahead.
     """
 
     tokens: tuple[int, ...]
     finish_reason: str
     score: float | None
+    tokens_per_pass: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,21 @@
-"""Running a graph: the protocol that every backend follows, and ONNX Runtime behind it."""
+"""Running a graph: the protocol that every backend follows, and which backends there are.
+
+A backend is a module with a function ``open_graph(path, threads)``; it is imported when it is asked for, so that a
+package that is not installed is missed by those alone who want it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.errors import BackendError, BundleError, UsageError
+from blip2edge.errors import BackendError, UsageError
 
 Array = NDArray[Any]
 
@@ -26,6 +32,14 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 class Session(Protocol):
     """A loaded graph."""
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What it takes."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What it gives."""
+
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Computes outputs.
 
@@ -37,60 +51,28 @@ class Session(Protocol):
             The outputs by name.
         """
 
+    def close(self) -> None:
+        """Lets go of the graph and its memory; nothing can be run afterwards."""
 
-class OnnxRuntimeSession:
-    """A graph in ONNX Runtime on the CPU.
 
-    Args:
-        path: The ``.onnx`` file; its weights may lie beside it.
-        threads: Threads within an operator; None leaves the choice to ONNX Runtime.
-        lean: Run the graph as it is written, with as little memory as that takes: no folded constants, no
-            repacked weights, no arena. Slow; for checking a graph that is larger than the memory.
+@dataclass(frozen=True)
+class Backend:
+    """What ``--backend`` can name.
 
-    Raises:
-        BackendError: onnxruntime is not installed.
-        BundleError: The file is no graph that it can run.
+    Attributes:
+        module: Has ``open_graph(path, threads)``.
+        copy: Which of a bundle's optimised copies it runs where there is one; empty for none.
     """
 
-    def __init__(self, path: Path, threads: int | None = None, *, lean: bool = False) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError(
-                "the cpu backend needs onnxruntime, which is not installed",
-                'install it: pip install "blip2edge[cpu]"',
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: a warning is no news for who captions
-        options.inter_op_num_threads = 1
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        # An idle pool that spins takes the cores from the session that runs next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if lean:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = False
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
-            reason = str(error).strip().splitlines()[0]
-            raise BundleError(
-                f"ONNX Runtime cannot load {path} ({reason})", "export the checkpoint again"
-            ) from error
-        self._outputs = [output.name for output in self._session.get_outputs()]
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`Session`."""
-        names = self._outputs if outputs is None else list(outputs)
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+    module: str
+    copy: str = ""
 
 
-BACKENDS = {"cpu": OnnxRuntimeSession}
-"""What ``--backend`` can name in this version; ``auto`` is the first."""
-
+BACKENDS = {
+    "cpu": Backend("blip2edge.runtime.ort", copy="cpu"),
+    "openvino": Backend("blip2edge.runtime.ov", copy="openvino"),
+}
+"""The backends of this version; ``auto`` is the first."""
 
 MOST_THREADS = 1024
 
@@ -101,16 +83,28 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"--threads must be from 1 to {MOST_THREADS}, not {threads}")
 
 
-def open_session(path: Path, backend: str = "auto", threads: int | None = None) -> Session:
-    """Loads a graph on a backend.
+def find_backend(name: str) -> Backend:
+    """A backend by its name; ``auto`` is the first.
 
     Raises:
-        BackendError: The backend is unknown or not there.
+        BackendError: It is unknown.
     """
-    name = next(iter(BACKENDS)) if backend == "auto" else backend
+    if name == "auto":
+        return next(iter(BACKENDS.values()))
     if name not in BACKENDS:
         raise BackendError(
             f"the backend {name} is not part of this version",
             f"use --backend auto or {' or '.join(BACKENDS)}",
         )
-    return BACKENDS[name](path, threads)
+    return BACKENDS[name]
+
+
+def open_session(path: Path, backend: str = "auto", threads: int | None = None) -> Session:
+    """Loads a graph on a backend.
+
+    Raises:
+        BackendError: The backend is unknown or not there.
+        BundleError: The file is no graph that it can run.
+    """
+    session: Session = import_module(find_backend(backend).module).open_graph(path, threads)
+    return session

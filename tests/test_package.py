@@ -17,7 +17,7 @@ import blip2edge
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORT_SECONDS = 0.3  # promised
-FOLDERS = ("calibration", "engine", "export", "model", "runtime", "training")
+FOLDERS = ("calibration", "engine", "export", "model", "optimization", "runtime", "training")
 BLOCKED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "tensorrt", "tensorrt_rtx")
 
 IMPORT_TIME = """

@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.export.pipeline import export_checkpoint  # noqa: E402
 from blip2edge.manifest import Bundle  # noqa: E402
 from blip2edge.runtime.captioner import Captioner  # noqa: E402
-from blip2edge.runtime.session import OnnxRuntimeSession  # noqa: E402
+from blip2edge.runtime.ort import OnnxRuntimeSession  # noqa: E402
 from tests.drawing import BOS, IMAGE, Drawn, Variant, draw_pictures, save, with_ends  # noqa: E402
 
 RELATIVE = 1e-4  # of an output's largest value

@@ -22,7 +22,9 @@ TAIL = np.array([[4, 9, 5], [7, 7, 6], [11, 4, 8]])
 def decoder(tiny_bundle: Path) -> Decoder:
     language = Captioner.load(tiny_bundle, threads=1).completer.language
     assert isinstance(language, Continuation)
-    return language.decoder
+    decoder = language.decoder
+    assert isinstance(decoder, Decoder)
+    return decoder
 
 
 def start(decoder: Decoder, rows: tuple[int, ...] = (0, 1, 2)) -> DecoderState:

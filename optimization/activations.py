@@ -1,0 +1,101 @@
+"""Activations in one node instead of five; with the bias of the product before it where there is one."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from blip2edge.optimization.graph import (
+    biased,
+    insert,
+    only_user,
+    operands,
+    other_operand,
+    producer,
+    replace,
+    users,
+    with_scalar,
+)
+
+CLOSE = 1e-4
+
+
+def fuse_activations(model: ir.Model) -> int:
+    """GELU by its error function, and ``x * sigmoid(a x)`` (SiLU, CLIP's quick GELU); how many were found."""
+    found = 0
+    for node in list(model.graph):
+        if node.graph is None:  # went away with one before
+            continue
+        if node.op_type == "Erf":
+            found += _gelu(node)
+        elif node.op_type == "Sigmoid":
+            found += _swish(node)
+    return found
+
+
+def _is(number: float, wanted: float) -> bool:
+    return math.isclose(number, wanted, rel_tol=CLOSE)
+
+
+def _gelu(erf: ir.Node) -> bool:
+    """``0.5 x (1 + erf(x / sqrt 2))`` (Hendrycks and Gimpel, arXiv 1606.08415, equation 2)."""
+    scaled = erf.inputs[0]
+    divided = with_scalar(producer(scaled, "Div"))
+    multiplied = with_scalar(producer(scaled, "Mul"))
+    if divided is not None and _is(divided[1], math.sqrt(2)):
+        x = divided[0]
+    elif multiplied is not None and _is(multiplied[1], math.sqrt(0.5)):
+        x = multiplied[0]
+    else:
+        return False
+    plus = only_user(erf.outputs[0], "Add")
+    shifted = with_scalar(plus)
+    if plus is None or shifted is None or shifted[1] != 1.0:
+        return False
+    last = _halved(x, plus.outputs[0])
+    if last is None:
+        return False
+    before = biased(x)
+    readers = {scaled.producer() if scaled is not None else None, *last}
+    if before is not None and set(users(x)) <= readers and not x.is_graph_output():
+        out = insert(last[-1], "BiasGelu", list(before), [last[-1].outputs[0]])
+    else:
+        out = insert(last[-1], "Gelu", [x], [last[-1].outputs[0]])
+    replace(last[-1].outputs[0], out[0])
+    return True
+
+
+def _halved(x: ir.Value, shifted: ir.Value) -> list[ir.Node] | None:
+    """The two multiplications by ``x`` and by a half behind ``1 + erf``, in whichever order."""
+    first = only_user(shifted, "Mul")
+    second = only_user(first.outputs[0], "Mul") if first is not None else None
+    if first is None:
+        return None
+    half = with_scalar(first)
+    if half is not None and half[1] == 0.5:
+        return (
+            [first, second] if second is not None and other_operand(second, first.outputs[0]) is x else None
+        )
+    if other_operand(first, shifted) is x and second is not None:
+        half = with_scalar(second)
+        return [first, second] if half is not None and half[1] == 0.5 else None
+    halved = with_scalar(producer(other_operand(first, shifted), "Mul"))
+    return [first] if halved is not None and halved[0] is x and halved[1] == 0.5 else None
+
+
+def _swish(sigmoid: ir.Node) -> bool:
+    """``x * sigmoid(a x)`` (Ramachandran et al., arXiv 1710.05941), ONNX Runtime's QuickGelu."""
+    inner, out = sigmoid.inputs[0], sigmoid.outputs[0]
+    product = only_user(out, "Mul")
+    if inner is None or product is None:
+        return False
+    x, alpha = inner, 1.0
+    if other_operand(product, out) is not inner:
+        scaled = with_scalar(producer(inner, "Mul"))
+        if scaled is None or scaled[0] not in operands(product):
+            return False
+        x, alpha = scaled
+    fused = insert(product, "QuickGelu", [x], [product.outputs[0]], alpha=alpha)
+    replace(product.outputs[0], fused[0])
+    return True

@@ -1,0 +1,162 @@
+"""Attention over whole sequences (vision encoder, Q-Former, text encoders) in one node.
+
+    q, k, v [B, S or T, H d] --split heads--> q k' + bias --softmax--> @ v --merge heads--> [B, S, H d]
+
+becomes ONNX Runtime's MultiHeadAttention, which never writes the scores out where it can do without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from blip2edge.optimization.graph import (
+    biased,
+    constant,
+    dims,
+    initializer,
+    insert,
+    only_user,
+    permutation,
+    producer,
+    replace,
+    users,
+    with_scalar,
+)
+
+
+@dataclass(frozen=True)
+class Core:
+    """An attention as it was found.
+
+    Attributes:
+        query: ``[B, H, S, d]``.
+        key: ``[B, H, T, d]``.
+        value: ``[B, H, T, d]``.
+        bias: Added to the scores; None for nothing.
+        scale: Factor on the scores.
+        last: The node that merges the heads: ``[B, S, H d]``.
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    bias: ir.Value | None
+    scale: float
+    last: ir.Node
+
+
+def fuse_attention(model: ir.Model) -> int:
+    """Replaces attention without a cache; how many were found."""
+    return sum(_fuse(model.graph, node) for node in list(model.graph) if node.op_type == "Softmax")
+
+
+def find_core(softmax: ir.Node) -> Core | None:
+    """What is around a softmax, where it is an attention's."""
+    scores = softmax.inputs[0]
+    plus = producer(scores, "Add")
+    bias = None
+    if plus is not None:
+        scores, bias = plus.inputs[0], plus.inputs[1]
+        if producer(scores, "MatMul") is None:
+            scores, bias = bias, scores
+    product = producer(scores, "MatMul")
+    out = only_user(softmax.outputs[0], "MatMul")
+    if product is None or out is None or out.inputs[0] is not softmax.outputs[0]:
+        return None
+    query, key = product.inputs[0], _turned(product.inputs[1])
+    scaled = with_scalar(producer(query, "Mul"))
+    scale = 1.0
+    if scaled is not None:
+        query, scale = scaled
+    merged = only_user(_behind_groups(out.outputs[0]), "Transpose")
+    last = only_user(merged.outputs[0], "Reshape") if permutation(merged) == [0, 2, 1, 3] and merged else None
+    if query is None or key is None or last is None or out.inputs[1] is None:
+        return None
+    return Core(query, key, out.inputs[1], bias, scale, last)
+
+
+def _behind_groups(value: ir.Value) -> ir.Value:
+    """Of heads in groups, ``[B, G, H / G, S, d]``, the heads in a row again; others as they are."""
+    node = only_user(value, "Reshape")
+    return node.outputs[0] if node is not None and len(dims(value)) == 5 else value
+
+
+def _turned(value: ir.Value | None) -> ir.Value | None:
+    """Keys ``[B, H, T, d]`` before they are transposed for the product."""
+    node = producer(value, "Transpose")
+    if node is None:
+        return None
+    order = permutation(node)
+    if order[:-2] == list(range(len(order) - 2)) and order[-2:] == [len(order) - 1, len(order) - 2]:
+        return node.inputs[0]
+    return value  # [B, T, H, d] in one step: flat() knows it
+
+
+def flat(value: ir.Value | None, heads_last: tuple[int, ...] = (0, 2, 1, 3)) -> ir.Value | None:
+    """``[B, S, H d]`` behind which the heads were split; None where something else happens to it."""
+    node = producer(value, "Transpose")
+    if node is None or permutation(node) not in (list(heads_last), [0, 2, 3, 1]):
+        return None
+    split = producer(node.inputs[0], "Reshape")
+    return split.inputs[0] if split is not None and len(dims(split.outputs[0])) == 4 else None
+
+
+def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
+    core = find_core(softmax)
+    if core is None:
+        return False
+    query, key, value = flat(core.query), flat(core.key), flat(core.value)
+    shape, merged = dims(core.query), core.last.outputs[0]
+    if query is None or key is None or value is None or len(shape) != 4 or not isinstance(shape[1], int):
+        return False
+    rows = {str(dims(part)[0]) for part in (query, key, value)}
+    if len(rows) > 1 or not _fits(core.bias, dims(query), dims(key)):
+        return False
+    (query, key, value), bias = _without_bias(graph, query, key, value)
+    inputs = [query, key, value, bias, None, core.bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    made = insert(core.last, "MultiHeadAttention", inputs, [merged], num_heads=shape[1], scale=core.scale)
+    replace(merged, made[0])
+    return True
+
+
+def _fits(bias: ir.Value | None, query: list[int | str], key: list[int | str]) -> bool:
+    """Whether a bias is ``[B or 1, H or 1, S, T]``: the kernel spreads no other axes."""
+    if bias is None:
+        return True
+    shape = dims(bias)
+    return len(shape) == 4 and shape[2:] == [query[1], key[1]]
+
+
+def _without_bias(
+    graph: ir.Graph, query: ir.Value, key: ir.Value, value: ir.Value
+) -> tuple[tuple[ir.Value, ir.Value, ir.Value], ir.Value | None]:
+    """The three before their biases are added, and the biases as one vector: the kernel adds it while it copies."""
+    packed = producer(query, "Split")
+    if packed is not None and all(part.producer() is packed for part in (key, value)):
+        before = biased(packed.inputs[0])
+        order = [part.index() for part in (query, key, value)]
+        if before is None or order != [0, 1, 2] or users(before[0]) != users_of_bias(packed):
+            return (query, key, value), None
+        packed.replace_input_with(0, before[0])
+        return (query, key, value), before[1]
+    parts = [biased(part) for part in (query, key, value)]
+    known = [part for part in parts if part is not None]
+    if len(known) < 3 or any(len(users(part)) > 1 for part in (query, key, value)):
+        return (query, key, value), None
+    vectors = [constant(bias) for _, bias in known]
+    joined = np.concatenate([array for array in vectors if array is not None])
+    bias = initializer(graph, f"{known[0][1].name}.qkv", joined)
+    first, second, third = (source for source, _ in known)
+    return (first, second, third), bias
+
+
+def users_of_bias(packed: ir.Node) -> list[ir.Node]:
+    """The addition that a Split reads, as the list of its source's readers."""
+    value = packed.inputs[0]
+    node = value.producer() if value is not None else None
+    return [node] if node is not None else []

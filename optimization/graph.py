@@ -1,0 +1,195 @@
+"""Reading and rewriting a graph: what the passes of this folder share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+
+Array = NDArray[Any]
+
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md)."""
+
+
+def prepare(model: ir.Model) -> None:
+    """Makes constants initializers and admits ONNX Runtime's operators."""
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    model.graph.opset_imports[CONTRIB] = 1
+
+
+def clean(model: ir.Model) -> None:
+    """Drops nodes and initializers that nothing reads any more."""
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """An initializer's array; None for anything else."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """An initializer's only element; None for anything else."""
+    array = constant(value) if value is None or value.shape is None or _is_small(value.shape) else None
+    return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+
+def _is_small(shape: ir.Shape) -> bool:
+    return all(isinstance(size, int) and size <= 1 for size in shape)
+
+
+def vector(value: ir.Value | None) -> Array | None:
+    """An initializer ``[N]``; None for anything else."""
+    if value is None or value.shape is None or len(value.shape) != 1:
+        return None
+    return constant(value)
+
+
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that makes a value, where it is of that kind."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def users(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, each once."""
+    return list(dict.fromkeys(node for node, _ in value.uses()))
+
+
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads a value, where it is the only one, of that kind, and the value no output."""
+    found = users(value)
+    return (
+        found[0] if len(found) == 1 and found[0].op_type == op_type and not value.is_graph_output() else None
+    )
+
+
+def operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """The two inputs of a node that has two."""
+    first, second = node.inputs[0], node.inputs[1]
+    if first is None or second is None:
+        raise ValueError(f"{node.op_type} {node.name} lacks an input")
+    return first, second
+
+
+def with_scalar(node: ir.Node | None) -> tuple[ir.Value, float] | None:
+    """Of a node with two inputs, one of them a single constant: the other input and the constant."""
+    if node is None:
+        return None
+    first, second = operands(node)
+    for value, other in ((first, second), (second, first)):
+        number = scalar(other)
+        if number is not None:
+            return value, number
+    return None
+
+
+def other_operand(node: ir.Node, value: ir.Value) -> ir.Value:
+    """The input of a node with two that is not ``value``."""
+    first, second = operands(node)
+    return second if first is value else first
+
+
+def biased(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """What is before an addition of a vector ``[N]``, and the vector."""
+    node = producer(value, "Add")
+    if node is None:
+        return None
+    first, second = operands(node)
+    for source, bias in ((first, second), (second, first)):
+        if vector(bias) is not None:
+            return source, bias
+    return None
+
+
+def permutation(node: ir.Node | None) -> list[int]:
+    """The permutation of a Transpose; empty for None."""
+    attribute = node.attributes.get("perm") if node is not None else None
+    return list(attribute.as_ints()) if attribute is not None else []
+
+
+def dims(value: ir.Value | None) -> list[int | str]:
+    """A shape, symbols as text; empty where nothing is known."""
+    if value is None or value.shape is None:
+        return []
+    return [size if isinstance(size, int) else str(size) for size in value.shape]
+
+
+def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """A new initializer, under a name that is free; the same array again under the same name is the same one."""
+    known = graph.initializers.get(name)
+    if known is not None and known.const_value is not None:
+        held = known.const_value.numpy()
+        if held.dtype == array.dtype and np.array_equal(held, array):
+            return known
+        return initializer(graph, f"{name}_", array)
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def insert(
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    like: Sequence[ir.Value | None],
+    domain: str = CONTRIB,
+    **attributes: Any,
+) -> list[ir.Value]:
+    """Puts a new node before another.
+
+    Args:
+        before: Where it goes.
+        op_type: Its kind.
+        inputs: What it reads.
+        like: An entry an output: the value whose type and shape it takes, None for unknown.
+        domain: Of the operator.
+        **attributes: Of the node.
+
+    Returns:
+        Its outputs.
+    """
+    graph = before.graph
+    if graph is None:
+        raise ValueError(f"{before.op_type} {before.name} belongs to no graph")
+    node = ir.node(op_type, list(inputs), domain=domain, attributes=attributes, num_outputs=len(like))
+    for output, value in zip(node.outputs, like, strict=True):
+        if value is not None:
+            output.type, output.shape = value.type, value.shape
+    graph.insert_before(before, node)
+    return list(node.outputs)
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Lets every reader of a value read another; a graph output keeps its name."""
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}_before"
+        new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def subgraph(model: ir.Model, target: ir.Value, inputs: Mapping[str, ir.Value]) -> list[ir.Node] | None:
+    """The nodes that compute a value from some inputs and small constants, in order; None where it needs more."""
+    needed: dict[ir.Node, None] = {}
+    waiting = [target]
+    while waiting:
+        value = waiting.pop()
+        if value.name in inputs or constant(value) is not None:
+            continue
+        node = value.producer()
+        if node is None:
+            return None
+        if node not in needed:
+            needed[node] = None
+            waiting += [source for source in node.inputs if source is not None]
+    return [node for node in model.graph if node in needed]

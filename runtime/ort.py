@@ -1,0 +1,136 @@
+"""The cpu backend: ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2edge.errors import BackendError, BundleError
+from blip2edge.runtime.session import Array
+
+
+class OnnxRuntimeSession:
+    """A graph in ONNX Runtime on the CPU; it follows :class:`blip2edge.runtime.session.Session`.
+
+    Args:
+        path: The ``.onnx`` file; its weights may lie beside it.
+        threads: Threads within an operator; None leaves the choice to ONNX Runtime.
+        lean: Run the graph as it is written, with as little memory as that takes: no folded constants, no
+            repacked weights, no arena. Slow; for checking a graph that is larger than the memory.
+        ready: The graph was optimised for ONNX Runtime when it was written: it is taken as it is.
+
+    Raises:
+        BackendError: onnxruntime is not installed.
+        BundleError: The file is no graph that it can run.
+    """
+
+    def __init__(
+        self, path: Path, threads: int | None = None, *, lean: bool = False, ready: bool = False
+    ) -> None:
+        onnxruntime = _package()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only: a warning is no news for who captions
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # An idle pool that spins takes the cores from the session that runs next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if lean or ready:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if lean:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+            reason = str(error).strip().splitlines()[0]
+            raise BundleError(
+                f"ONNX Runtime cannot load {path} ({reason})", "export the checkpoint again"
+            ) from error
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.output_names = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """See :class:`blip2edge.runtime.session.Session`."""
+        names = self.output_names if outputs is None else outputs
+        return dict(zip(names, self._session.run(list(names), dict(inputs)), strict=True))
+
+    def close(self) -> None:
+        """See :class:`blip2edge.runtime.session.Session`."""
+        del self._session
+
+    def in_place(self, pairs: Mapping[str, str]) -> InPlace:
+        """Runs in which some outputs are written over inputs.
+
+        Args:
+            pairs: The input that each of these outputs is written to.
+        """
+        return InPlace(self._session, pairs)
+
+
+class InPlace:
+    """Runs of a graph over buffers that are read and written where they lie.
+
+    Args:
+        session: ONNX Runtime's own.
+        pairs: The input that each of these outputs is written to.
+    """
+
+    def __init__(self, session: Any, pairs: Mapping[str, str]) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._pairs = dict(pairs)
+        self._value = _package().OrtValue.ortvalue_from_numpy
+
+    def hold(self, buffers: Mapping[str, Array]) -> None:
+        """Takes buffers, contiguous arrays by the input's name; they are neither copied nor let go before the next."""
+        held = {name: self._value(array) for name, array in buffers.items()}
+        for name, value in held.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for output, name in self._pairs.items():
+            self._binding.bind_ortvalue_output(output, held[name])
+
+    def run(self, inputs: Mapping[str, Array], output: str, shape: Sequence[int]) -> Array:
+        """Runs once.
+
+        Args:
+            inputs: The other inputs by name.
+            output: An output beside the buffers, float32.
+            shape: Its shape.
+
+        Returns:
+            That output.
+        """
+        result = np.empty(tuple(shape), np.float32)
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))
+        self._binding.bind_ortvalue_output(output, self._value(result))
+        self._session.run_with_iobinding(self._binding)
+        return result
+
+
+def open_graph(path: Path, threads: int | None = None, *, ready: bool = False) -> OnnxRuntimeSession:
+    """Loads a graph.
+
+    Args:
+        path: The ``.onnx`` file.
+        threads: Threads within an operator.
+        ready: It was optimised when it was written.
+    """
+    return OnnxRuntimeSession(path, threads, ready=ready)
+
+
+def _package() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            "the cpu backend needs onnxruntime, which is not installed",
+            'install it: pip install "blip2edge[cpu]"',
+        ) from error
+    return onnxruntime

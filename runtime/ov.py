@@ -1,0 +1,69 @@
+"""The openvino backend: the fastest on the vision encoders of CPUs with VNNI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2edge.errors import BackendError, BundleError
+from blip2edge.runtime.session import Array
+
+
+class OpenVinoSession:
+    """A graph in OpenVINO on the CPU; it follows :class:`blip2edge.runtime.session.Session`.
+
+    Args:
+        path: The ``.onnx`` file; its weights may lie beside it.
+        threads: Threads; None leaves the choice to OpenVINO.
+
+    Raises:
+        BackendError: openvino is not installed.
+        BundleError: The file is no graph that it can run.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise BackendError(
+                "the openvino backend needs openvino, which is not installed",
+                'install it: pip install "blip2edge[openvino]"',
+            ) from error
+        # float32 as the graph says: without the hint it computes in bfloat16 where the CPU has that.
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            model: Any = openvino.Core().compile_model(str(path), "CPU", options)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BundleError(
+                f"OpenVINO cannot load {path} ({reason})", "use --backend cpu for this bundle"
+            ) from error
+        self._request: Any = model.create_infer_request()
+        self.input_names = tuple(_name(port) for port in model.inputs)
+        self.output_names = tuple(_name(port) for port in model.outputs)
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """See :class:`blip2edge.runtime.session.Session`."""
+        given = {name: np.ascontiguousarray(inputs[name]) for name in self.input_names}
+        found = self._request.infer(given, share_inputs=True, share_outputs=False)
+        names = self.output_names if outputs is None else outputs
+        return {name: np.array(found[name]) for name in names}
+
+    def close(self) -> None:
+        """See :class:`blip2edge.runtime.session.Session`."""
+        del self._request
+
+
+def _name(port: Any) -> str:
+    """The name of the graph's file among a port's names."""
+    return str(port.get_any_name())
+
+
+def open_graph(path: Path, threads: int | None = None, *, ready: bool = False) -> OpenVinoSession:  # noqa: ARG001
+    """Loads a graph; OpenVINO optimises what it loads itself, ``ready`` or not."""
+    return OpenVinoSession(path, threads)
