@@ -7,25 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from blip2edge.calibration.agreement import compare_graphs
 from blip2edge.calibration.batches import Feeds
 from blip2edge.calibration.cache import cache_path, load_observations, save_observations
-from blip2edge.calibration.observations import Observations, Observer
+from blip2edge.calibration.observations import Observation, Observations, Observer
 from blip2edge.calibration.observe import run_probed
 from blip2edge.calibration.qdq import Group, Plan, quantise_graph
-from blip2edge.calibration.ranges import THRESHOLDS
+from blip2edge.calibration.ranges import BINS, THRESHOLDS
 from blip2edge.calibration.results import CalibratedGraph, Made
-from blip2edge.calibration.smoothing import plan_by_output
+from blip2edge.calibration.smoothing import change_of, plan_by_output
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import Targets, find_targets
 from blip2edge.manifest import Bundle, FileRecord, GraphRecord
 from blip2edge.runtime.session import Array
 
 INT8 = "int8"
+BARS = 64  # of a histogram in the report
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,12 +61,26 @@ class Job:
 def quantise_activations(job: Job, record: GraphRecord) -> Made:
     """Writes one graph with INT8 activations and weights to the staging directory, and compares it."""
     start = time.perf_counter()
-    name = record.spec.name
-    source = job.parent.file(record.spec.file)
-    model = ir.load(source)
+    model = ir.load(job.parent.file(record.spec.file))
     targets = find_targets(model)
     observations = _observations(job, model, record, targets)
     plan = _plan(job, model, record, targets, observations)
+    made = write_planned(job, record, model, targets, plan)
+    summary = replace(made.summary, seconds=time.perf_counter() - start)
+    return replace(made, summary=summary, details=details_of(plan, observations))
+
+
+def write_planned(job: Job, record: GraphRecord, model: ir.Model, targets: Targets, plan: Plan) -> Made:
+    """Writes one graph by a plan, over what may be there, and compares it with the parent's.
+
+    Args:
+        job: The calibration.
+        record: The parent's entry.
+        model: The parent's graph, freshly loaded; it is changed.
+        targets: Its products.
+        plan: What becomes INT8.
+    """
+    name = record.spec.name
     data = job.staging / f"{name}.onnx.data"
     with DataFile(data) as file:
         quantise_graph(model, plan, file, partial(job.report, f"{name}: write"))
@@ -72,7 +89,7 @@ def quantise_activations(job: Job, record: GraphRecord) -> Made:
     onnx.checker.check_model(str(path))
     compared = compare_graphs(
         record.spec,
-        source,
+        job.parent.file(record.spec.file),
         path,
         job.feeds,
         threads=job.threads,
@@ -80,17 +97,47 @@ def quantise_activations(job: Job, record: GraphRecord) -> Made:
     )
     seals = {path.name: FileRecord.of(path), data.name: file.record}
     summary = CalibratedGraph(
-        name,
-        INT8,
-        sum(seal.size for seal in seals.values()),
-        sum(job.parent.manifest.files[file].size for file in (record.spec.file, *record.data_files)),
-        time.perf_counter() - start,
-        sum(len(group.products) for group in plan.groups),
-        {**targets.left, **plan.left},
-        compared,
+        name=name,
+        precision=INT8,
+        bytes=sum(seal.size for seal in seals.values()),
+        parent_bytes=sum(
+            job.parent.manifest.files[file].size for file in (record.spec.file, *record.data_files)
+        ),
+        seconds=0.0,
+        products=sum(len(group.products) for group in plan.groups),
+        left={**targets.left, **plan.left},
+        cosine=compared,
     )
-    made = replace(record, precision=INT8, parity=(), data_files=(data.name,))
-    return Made(made, seals, summary)
+    return Made(replace(record, precision=INT8, parity=(), data_files=(data.name,)), seals, summary)
+
+
+def details_of(plan: Plan, observations: Observations) -> list[dict[str, Any]]:
+    """What a report shows of each activation that became INT8.
+
+    Returns:
+        An object each: ``activation``, ``products`` (weights that read it), ``maximum`` and ``threshold`` of |x|
+        (with a division, of the divided values), ``change`` (power that rounding adds to the outputs), ``division``
+        (``none``, ``folded`` into what is before, or ``node``), ``largest_channel`` and ``median_channel`` of the
+        undivided |x|, and ``histogram``: counts of |x| in :data:`BARS` equal bins up to ``histogram_end``.
+    """
+    return [_detail(group, observations[group.activation]) for group in plan.groups]
+
+
+def _detail(group: Group, observation: Observation) -> dict[str, Any]:
+    reach, histogram = observation.reach, observation.histogram
+    divided = reach if group.divisor is None else reach / group.divisor
+    return {
+        "activation": group.activation,
+        "products": [product.weight for product in group.products],
+        "maximum": float(divided.max()),
+        "threshold": group.threshold,
+        "change": group.change,
+        "division": "none" if group.divisor is None else "folded" if group.fold else "node",
+        "largest_channel": float(reach.max()),
+        "median_channel": float(np.median(reach)),
+        "histogram": histogram.counts.reshape(BARS, -1).sum(axis=1).tolist(),
+        "histogram_end": histogram.width * BINS,
+    }
 
 
 def _observations(job: Job, model: ir.Model, record: GraphRecord, targets: Targets) -> Observations:
@@ -138,25 +185,28 @@ def _plan(
     job: Job, model: ir.Model, record: GraphRecord, targets: Targets, observations: Observations
 ) -> Plan:
     if job.method in THRESHOLDS:
-        return plan_by_histogram(targets, observations, job.method)
+        return plan_by_histogram(model, targets, observations, job.method)
     return plan_by_output(
         model, targets, observations, progress=partial(job.report, f"{record.spec.name}: choose")
     )
 
 
-def plan_by_histogram(targets: Targets, observations: Observations, method: str) -> Plan:
+def plan_by_histogram(model: ir.Model, targets: Targets, observations: Observations, method: str) -> Plan:
     """A range a tensor, each by itself.
 
     Args:
+        model: The graph.
         targets: The products.
         observations: By activation.
         method: A key of :data:`blip2edge.calibration.ranges.THRESHOLDS`.
     """
     plan = Plan()
     for activation, products in targets.by_activation().items():
-        threshold = THRESHOLDS[method](observations[activation].histogram)
+        observation = observations[activation]
+        threshold = THRESHOLDS[method](observation.histogram)
         if threshold > 0:
-            plan.groups.append(Group(activation, tuple(products), threshold))
+            change = change_of(model, products, observation, threshold)
+            plan.groups.append(Group(activation, tuple(products), threshold, change=change))
         else:
             plan.left |= {product.node: "its input is always zero" for product in products}
     return plan

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from blip2edge.calibration.batches import Feeds
@@ -77,31 +79,45 @@ class Probe:
     def __init__(
         self, graph: ir.Model, names: Sequence[str], weights: Path, size: int, threads: int | None = None
     ) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.inter_op_num_threads = 1
-        options.intra_op_num_threads = threads or 0
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-        if size > LEAN_ABOVE:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = False
         values = values_by_name(graph)
         before = list(graph.graph.outputs)
         try:
             graph.graph.outputs[:] = [values[name] for name in names]
-            content = ir.to_proto(graph).SerializeToString()
+            content = ir.to_proto(graph)
         finally:
             graph.graph.outputs[:] = before
-        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.session = open_probe(content, weights, size, threads)
         self.names = list(names)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The values of the tensors, by name."""
         return dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))
+
+
+def open_probe(graph: onnx.ModelProto, weights: Path, size: int, threads: int | None = None) -> Any:
+    """An ``onnxruntime.InferenceSession`` of a graph that lies in no file.
+
+    Args:
+        graph: The graph.
+        weights: The directory of its external data.
+        size: Bytes of that; above :data:`LEAN_ABOVE` the graph runs as it is written, in little memory.
+        threads: CPU threads.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    if size > LEAN_ABOVE:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    return onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:

@@ -8,7 +8,7 @@ Symmetric, zero points 0, no INT32 bias: the form that TensorRT's parser takes. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class Group:
         divisor: ``[K]``, what each channel is divided by before, or None (SmoothQuant, arXiv 2211.10438, eq. 3).
         fold: Initializers that take the division, so that no node has to: name and the axis of the channels.
             Empty where a Mul does it.
+        change: Power that rounding adds to the products' outputs, over their own (``smoothing.py``).
     """
 
     activation: str
@@ -44,6 +45,7 @@ class Group:
     threshold: float
     divisor: Array | None = None
     fold: tuple[tuple[str, slice], ...] = ()
+    change: float = 0.0
 
 
 @dataclass
@@ -217,13 +219,3 @@ def _node(
     output = node.outputs[0]
     output.name, output.dtype, output.shape = name, dtype, shape
     return node
-
-
-def scale_of(threshold: float, dtype: ir.DataType) -> float:
-    """The step as the graph's type stores it."""
-    return float(np.asarray(threshold / LEVELS, np.float32).astype(dtype.numpy()))
-
-
-def sizes(plan: Plan) -> Mapping[str, int]:
-    """How many products became INT8 and how many did not."""
-    return {"int8": sum(len(group.products) for group in plan.groups), "left": len(plan.left)}

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from blip2edge.calibration.agreement import Captions, Cosine
 from blip2edge.manifest import FileRecord, GraphRecord
+
+
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """A matrix whose weights alone became integers.
+
+    Attributes:
+        bits, block: Its format.
+        shape: K and N.
+        error: Share of its output that rounding changed on the calibration's activations; None where none were seen.
+        plain_error: The same for rounding to the nearest.
+    """
+
+    bits: int
+    block: int
+    shape: tuple[int, ...]
+    error: float | None
+    plain_error: float | None
 
 
 @dataclass(frozen=True)
@@ -19,9 +38,10 @@ class CalibratedGraph:
         precision: As in the manifest.
         bytes, parent_bytes: Of graph and weights, now and before.
         seconds: To range and write it.
-        products: Products that became INT8.
+        products: Products that became INT8, or whose weights became integers.
         left: Products that stayed in floating point, with the reason.
         cosine: To the parent's outputs on the parent's inputs, by output.
+        matrices: Those of which the weights alone are integers, by the initializer's name.
     """
 
     name: str
@@ -32,6 +52,7 @@ class CalibratedGraph:
     products: int
     left: Mapping[str, str]
     cosine: Mapping[str, Cosine]
+    matrices: Mapping[str, RoundedMatrix] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,8 +86,12 @@ class Made:
         record: Its entry in the new manifest.
         seals: Its files.
         summary: What became of it.
+        details: An object an activation, for the report; empty where none became INT8.
+        headroom: How far its tensors are from the largest fp16 number (``headroom.py``); None where it was not run.
     """
 
     record: GraphRecord
     seals: Mapping[str, FileRecord]
     summary: CalibratedGraph
+    details: Sequence[Mapping[str, Any]] = ()
+    headroom: Mapping[str, Any] | None = None

@@ -87,7 +87,9 @@ def plan_by_output(
             plan.left |= {product.node: reason for product in products}
         else:
             taken = fold if choice.divisor is not None else ()
-            plan.groups.append(Group(activation, tuple(products), choice.threshold, choice.divisor, taken))
+            plan.groups.append(
+                Group(activation, tuple(products), choice.threshold, choice.divisor, taken, choice.change)
+            )
         if progress is not None:
             progress(done + 1, len(groups))
     return plan
@@ -102,12 +104,12 @@ def choose(observation: Observation, weights: Sequence[Array], folds: bool, shar
         folds: Whether a division costs no node.
         shared: Whether a weight is read elsewhere too, so that its rows cannot change.
     """
-    weight = np.concatenate([_some_columns(one, COLUMNS // len(weights)) for one in weights], axis=1)
-    plain = _best_threshold(observation, weight, None)
+    weight = _joined(weights)
+    plain = _Trial(observation, weight, None).best()
     if shared:
         return plain
     smooth = min(
-        (_best_threshold(observation, weight, divisor) for divisor in _divisors(observation.reach, weight)),
+        (_Trial(observation, weight, divisor).best() for divisor in _divisors(observation.reach, weight)),
         key=lambda choice: choice.change,
     )
     return smooth if smooth.change < plain.change * (1.0 if folds else A_NODE) else plain
@@ -139,31 +141,52 @@ def _divisors(reach: Array, weight: Array) -> Iterator[Array]:
         yield np.clip(divisor, 1e-3, 1e3).astype(np.float32)
 
 
-def _best_threshold(observation: Observation, weight: Array, divisor: Array | None) -> Choice:
-    drawn, largest = observation.sample()
-    scaled = weight if divisor is None else weight * divisor[:, None]
-    integers, scale = quantise_columns(scaled)
-    rounded = integers * scale
-    reach = observation.reach if divisor is None else observation.reach / divisor
-    top = float(reach.max())
-    parts = []
-    for rows in (drawn, largest):
-        exact = rows @ weight
-        power = np.square(exact).sum(axis=1)
-        parts.append(
-            (rows if divisor is None else rows / divisor, exact, np.maximum(power, power.mean() * 0.1))
-        )
-    best: Choice | None = None
-    for share in SHARES:
-        threshold = top * share
+class _Trial:
+    """A division of an activation's channels, with the tokens that it is tried on.
+
+    Args:
+        observation: Of the activation.
+        weight: ``[K, N]``.
+        divisor: ``[K]``, or None.
+    """
+
+    def __init__(self, observation: Observation, weight: Array, divisor: Array | None) -> None:
+        scaled = weight if divisor is None else weight * divisor[:, None]
+        integers, scale = quantise_columns(scaled)
+        self.divisor = divisor
+        self.top = float((observation.reach if divisor is None else observation.reach / divisor).max())
+        self._rounded = integers * scale
+        self._parts = []
+        for rows in observation.sample():
+            exact = rows @ weight
+            power = np.square(exact).sum(axis=1)
+            given = rows if divisor is None else rows / divisor
+            self._parts.append((given, exact, np.maximum(power, max(power.mean() * 0.1, 1e-30))))
+
+    def change(self, threshold: float) -> float:
+        """See :class:`Choice`."""
         step = threshold / LEVELS
-        change = 0.0
-        for rows, exact, power in parts:
+        changes = []
+        for rows, exact, power in self._parts:
             values = np.clip(np.rint(rows / step), -LEVELS, LEVELS) * step
-            wrong = np.square(values @ rounded - exact).sum(axis=1)
-            change = max(change, float((wrong / np.maximum(power, 1e-30)).mean()))
-        if best is None or change < best.change:
-            best = Choice(change, threshold, divisor)
-    if best is None:
-        raise ValueError("there are no thresholds to try")
-    return best
+            changes.append(float((np.square(values @ self._rounded - exact).sum(axis=1) / power).mean()))
+        return max(changes)
+
+    def best(self) -> Choice:
+        """The best of the thresholds."""
+        found = [(self.change(self.top * share), self.top * share) for share in SHARES]
+        return Choice(*min(found), self.divisor)
+
+
+def change_of(
+    model: ir.Model, products: Sequence[Product], observation: Observation, threshold: float
+) -> float:
+    """What rounding with a threshold changes of the output of some products; see :class:`Choice`."""
+    return _Trial(observation, _joined([_read(model, product) for product in products]), None).change(
+        threshold
+    )
+
+
+def _joined(weights: Sequence[Array]) -> Array:
+    """Some columns of each of the products that read an activation, side by side."""
+    return np.concatenate([_some_columns(one, COLUMNS // len(weights)) for one in weights], axis=1)
