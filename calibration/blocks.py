@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2edge.runtime.embeddings import signed_nibbles
+
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int8]
@@ -132,7 +134,7 @@ def unpacked(data: NDArray[np.uint8], shape: tuple[int, int], bits: int) -> Inte
     if bits == 8:
         return data.view(np.int8).reshape(shape)
     flat = np.empty(data.size * 2, np.int8)
-    flat[0::2] = (data << 4).view(np.int8) >> 4
+    flat[0::2] = signed_nibbles(data)
     flat[1::2] = data.view(np.int8) >> 4
     return flat[: shape[0] * shape[1]].reshape(shape)
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import blip2edge
 from blip2edge.calibration.activations import Job, Progress, quantise_activations
-from blip2edge.calibration.agreement import RUNS, Captions, caption_pictures, compare_captions
+from blip2edge.calibration.agreement import Captions, caption_pictures, compare_captions
 from blip2edge.calibration.batches import Feeds, collect
+from blip2edge.calibration.language_weights import BITS, RUNS, quantise_weights
 from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
 from blip2edge.calibration.ranges import THRESHOLDS
 from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, Made
@@ -45,6 +46,7 @@ def calibrate(
     images: str | Path,
     method: str = "smooth",
     activations: Sequence[str] = W8A8,
+    weights: str | None = "int8",
     count: int = DEFAULT_COUNT,
     force: bool = False,
     threads: int | None = None,
@@ -58,20 +60,22 @@ def calibrate(
         images: A folder of pictures or ``.tar`` shards.
         method: How ranges are chosen, one of :data:`METHODS`.
         activations: Graphs whose activations become INT8 too; those that the parent lacks are passed over.
+        weights: What the weights of the other graphs become, ``int8`` or ``int4``, and the token table with them
+            (``int8``); None leaves them.
         count: Pictures at most.
         force: Replace what is at ``output``.
         threads: CPU threads; None for as many as there are cores.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
-        UsageError: An unknown method.
+        UsageError: An unknown method, or unknown weights.
         BundleError: The parent is no bundle, is in bf16, or was calibrated before.
         DataError: No picture can be read.
         OutputError: ``output`` exists, or cannot be written.
         BackendError: onnxruntime is not installed.
     """
     start = time.perf_counter()
-    parent = _open_parent(bundle, method)
+    parent = _open_parent(bundle, method, weights)
     report = progress or (lambda stage, done, total: None)
     target = Path(output)
     with MemoryMeter() as meter, staged(target, force) as staging:
@@ -88,7 +92,7 @@ def calibrate(
                 warn=warnings.append,
                 feeds_sha256=hashlib.sha256(f"{parent.sha256} {pictures.sha256}".encode()).hexdigest(),
             )
-            graphs, agreement = _calibrated(job, pictures, activations)
+            graphs, agreement = _calibrated(job, pictures, activations, weights)
     return CalibrationReport(
         target,
         {name: item.summary for name, item in graphs.items()},
@@ -101,7 +105,7 @@ def calibrate(
 
 
 def _calibrated(
-    job: Job, pictures: PictureSet, activations: Sequence[str]
+    job: Job, pictures: PictureSet, activations: Sequence[str], weights: str | None
 ) -> tuple[dict[str, Made], Captions | None]:
     """Fills the staging directory."""
     parent = job.parent
@@ -116,8 +120,7 @@ def _calibrated(
         progress=partial(job.report, "collect"),
     )
     graphs = {
-        name: quantise_activations(job, record) if name in activations else _copied(job, record)
-        for name, record in parent.manifest.graphs.items()
+        name: _made(job, record, activations, weights) for name, record in parent.manifest.graphs.items()
     }
     _copy_rest(parent, job.staging)
     manifest = _seal(job, graphs)
@@ -130,9 +133,20 @@ def _calibrated(
     return graphs, agreement
 
 
-def _open_parent(bundle: str | Path, method: str) -> Bundle:
+def _made(job: Job, record: GraphRecord, activations: Sequence[str], weights: str | None) -> Made:
+    """What becomes of a graph."""
+    if record.spec.name in activations:
+        return quantise_activations(job, record)
+    if record.spec.name == VISION or weights is None:
+        return _copied(job, record)
+    return quantise_weights(job, record, BITS[weights])
+
+
+def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
     if method not in METHODS:
         raise UsageError(f"--method is one of {', '.join(METHODS)}, not {method}")
+    if weights is not None and weights not in BITS:
+        raise UsageError(f"--weights is one of {', '.join(BITS)}, not {weights}")
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(
             "a calibration runs the bundle in onnxruntime, which is not installed",

@@ -11,7 +11,7 @@ from blip2edge.progress import Progress
 if TYPE_CHECKING:
     import argparse
 
-    from blip2edge.calibration.pipeline import CalibrationReport
+    from blip2edge.calibration.results import CalibrationReport
 
 HEADER = (
     "graph",
@@ -37,6 +37,7 @@ def calibrate(options: argparse.Namespace) -> int:
             images=options.images,
             method=options.method,
             activations=(*W8A8, *options.int8_activations),
+            weights=None if options.weights == "none" else options.weights,
             count=options.count,
             force=options.force,
             threads=options.threads,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "rtx")
 PRECISIONS = ("fp32", "fp16", "bf16")
 METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
+WEIGHTS = ("int8", "int4")
 
 
 class Parser(argparse.ArgumentParser):
@@ -170,6 +171,12 @@ def _calibrate(commands: Commands) -> None:
     )
     parser.add_argument(
         "--method", choices=METHODS, default="smooth", help="how the ranges are chosen (smooth)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=(*WEIGHTS, "none"),
+        default="int8",
+        help="what the language model's weights become, in blocks (int8; int4 is what TensorRT takes)",
     )
     parser.add_argument(
         "--int8-activations",
