@@ -1,4 +1,4 @@
-"""Bundles are written beside their place and renamed when every check has passed."""
+"""Directories are written beside their place and renamed when every check has passed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from blip2edge.manifest import MANIFEST
 
 
 @contextmanager
-def staged(target: Path, force: bool) -> Iterator[Path]:
+def staged(target: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
     """A sibling of ``target`` that takes its place when the block ends well, and vanishes when it does not.
 
     Args:
-        target: The bundle's directory.
-        force: Whether a bundle that is there is replaced.
+        target: The directory: a bundle's, unless ``marker`` says otherwise.
+        force: Whether one that is there is replaced.
+        marker: The file by which one of the kind is known.
 
     Raises:
         OutputError: ``target`` exists, holds other files, or cannot be written.
@@ -27,10 +28,10 @@ def staged(target: Path, force: bool) -> Iterator[Path]:
     if (target.exists() or target.is_symlink()) and not force:
         raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file, and a bundle is a directory", "give another -o")
-    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise OutputError(f"{target} is a file, and a directory is written", "give another -o")
+    if target.exists() and not (target / marker).is_file() and any(target.iterdir()):
         raise OutputError(
-            f"{target} holds files and is no bundle, so --force does not replace it", "give another -o"
+            f"{target} holds files and no {marker}, so --force does not replace it", "give another -o"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

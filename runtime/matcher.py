@@ -119,6 +119,38 @@ class Matcher:
         starts = _starts(len(pictures), batch_size)
         return self._match_batches(pictures, list(texts), ids, starts, batch_size)
 
+    def probabilities(
+        self, images: Sequence[ImageSource], texts: Sequence[Sequence[str]], *, batch_size: int = 1
+    ) -> list[list[float]]:
+        """How likely each picture and each of its own texts belong together.
+
+        Args:
+            images: N pictures; they are looked at together.
+            texts: Those of each picture, any number of them.
+            batch_size: Pairs that the matching head reads at once.
+
+        Raises:
+            ImageError, PromptError: As :meth:`match`.
+            UsageError: The model has no matching head.
+        """
+        if self.head is None:
+            raise UsageError(
+                f"{self.bundle.path} compares by cosine alone and has no matching head",
+                "use a bundle of BLIP or BLIP-2, such as Salesforce/blip2-itm-vit-g",
+            )
+        pairs = [(row, self._ids(text)) for row, own in enumerate(texts) for text in own]
+        found: list[list[float]] = [[] for _ in images]
+        if not pairs:
+            return found
+        embeds = self._look(list(images))
+        for at in _starts(len(pairs), batch_size):
+            part = pairs[at : at + batch_size]
+            feeds = {"image_embeds": embeds[[row for row, _ in part]], **_padded([ids for _, ids in part])}
+            values = self.head.run(feeds, ["probability"])["probability"]
+            for (row, _), value in zip(part, values, strict=True):
+                found[row].append(float(value))
+        return found
+
     def embed_image(self, image: ImageSource) -> Vectors:
         """A picture's vector ``[F]``; of BLIP-2 one a query, ``[K, F]``; errors as :meth:`match`."""
         vectors: Vectors = self.embed_images([image])[0]
