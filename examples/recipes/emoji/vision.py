@@ -1,0 +1,172 @@
+"""A small picture encoder for the emoji recipe: drawings and names are brought together, as in CLIP.
+
+    python examples/recipes/emoji/vision.py --data runs/emoji/data --out runs/emoji/vision
+
+A picture is the mean of its patches, a name the mean of its words' vectors; both are of length 1, and each picture is
+held against all names at once (cross-entropy of cosines over a learned temperature). Words are shared between names,
+so "red apple" and "green apple" have something in common. Each step draws new pictures from the drawings. The text
+side is dropped; what is written is a checkpoint whose picture encoder a recipe takes as `model.vision_from`, around
+an untrained rest, and `vision.json` with the share of names found first and among the first five.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip2edge.examples.recipes.emoji.augment import augment, may_mirror, premultiplied
+from blip2edge.examples.recipes.emoji.prepare import PICTURE_SIZE
+from blip2edge.model.vit import VisionTransformer
+from blip2edge.training.batches import PREPROCESSING
+from blip2edge.training.config import BlockSizes, ModelConfig, OptimizerConfig, TrainingConfig
+from blip2edge.training.miniature import build_miniature
+from blip2edge.training.optim import learning_rate, make_optimizer
+
+SIZES = BlockSizes(hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4)
+TEXT_WIDTH = 128
+START_SCALE = 10.0  # cosines are multiplied by this at first
+SMOOTHING = 0.1
+SAY_EVERY = 50  # steps
+
+
+class Drawings(NamedTuple):
+    """What `prepare.py` left: uint8 [N, S, S, 4], the number of each drawing's name, and all names."""
+
+    pixels: Tensor
+    labels: Tensor
+    names: list[str]
+
+    @classmethod
+    def load(cls, path: Path) -> Drawings:
+        """Reads `drawings.npz`."""
+        with np.load(path) as file:
+            names, labels = np.unique(file["names"], return_inverse=True)
+            return cls(torch.from_numpy(file["pixels"]), torch.from_numpy(labels), names.tolist())
+
+
+class Names(nn.Module):
+    """Vectors of all names: the mean of their words'."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        words = sorted({word for name in names for word in name.split("-")})
+        number = {word: place for place, word in enumerate(words)}
+        shares = torch.zeros(len(names), len(words))
+        for row, name in enumerate(names):
+            for word in name.split("-"):
+                shares[row, number[word]] += 1 / len(name.split("-"))
+        self.register_buffer("shares", shares)
+        self.words = nn.Parameter(torch.randn(len(words), TEXT_WIDTH) * 0.1)
+        self.scale = nn.Parameter(torch.tensor(START_SCALE).log())
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[B, TEXT_WIDTH] to scaled cosines with every name, [B, N]."""
+        vectors = F.normalize(self.get_buffer("shares") @ self.words, dim=-1)
+        return self.scale.exp() * F.normalize(pictures, dim=-1) @ vectors.T
+
+
+class Pair(nn.Module):
+    """The picture encoder with a last layer, and the names."""
+
+    def __init__(self, vision: VisionTransformer, names: list[str]) -> None:
+        super().__init__()
+        self.vision = vision
+        self.project = nn.Linear(vision.config.hidden_size, TEXT_WIDTH)
+        self.names = Names(names)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """float [B, 3, H, W] from 0 to 1 to scaled cosines with every name, [B, N]."""
+        mean, std = (
+            torch.tensor(values)[:, None, None] for values in (PREPROCESSING.mean, PREPROCESSING.std)
+        )
+        embeds = self.vision((pictures - mean) / std)  # [B, P, D], the class token first
+        return self.names(self.project(embeds[:, 1:].mean(dim=1)))  # type: ignore[no-any-return]
+
+
+def fit(pair: Pair, drawings: Drawings, config: OptimizerConfig, seed: int) -> list[float]:
+    """Trains; returns the loss of every step."""
+    draw = torch.Generator().manual_seed(seed)
+    mirror = torch.tensor([may_mirror(name) for name in drawings.names])
+    optimizer = make_optimizer([pair], config)
+    losses: list[float] = []
+    start = time.process_time()
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        chosen = torch.randint(len(drawings.labels), (config.batch_size,), generator=draw)
+        labels = drawings.labels[chosen]
+        pictures = augment(premultiplied(drawings.pixels[chosen]), mirror[labels], PICTURE_SIZE, draw)
+        loss = F.cross_entropy(pair(pictures), labels, label_smoothing=SMOOTHING)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(pair.parameters(), config.clip_norm)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % SAY_EVERY == 0:
+            recent, seconds = sum(losses[-SAY_EVERY:]) / SAY_EVERY, time.process_time() - start
+            print(f"step {step + 1}/{config.steps} loss {recent:.3f} cpu {seconds:.0f} s", flush=True)
+    return losses
+
+
+@torch.no_grad()
+def recall(pair: Pair, folder: Path, names: list[str]) -> dict[str, float]:
+    """Shares of a folder's pictures whose name comes first, and among the first five."""
+    paths = sorted(folder.glob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+    pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    scores = torch.cat([pair(part) for part in torch.split(pictures, 50)])
+    right = torch.tensor([names.index(path.stem) for path in paths])
+    hits = scores.topk(5, dim=1).indices == right[:, None]
+    return {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(dim=1).float().mean().item()}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="A small picture encoder for the emoji recipe.")
+    parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint directory to write")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    drawings = Drawings.load(options.data / "drawings.npz")
+    workshop = build_miniature(TrainingConfig(seed=options.seed, model=ModelConfig(vision=SIZES)))
+    pair = Pair(workshop.model.vision, drawings.names)
+    config = OptimizerConfig(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup_steps=min(100, options.steps // 4),
+    )
+    start = time.process_time()
+    losses = fit(pair, drawings, config, options.seed)
+    seconds = time.process_time() - start
+    record = {
+        "config": asdict(config),
+        "sizes": asdict(SIZES),
+        "cpu_seconds": round(seconds, 1),
+        "final_loss": sum(losses[-SAY_EVERY:]) / len(losses[-SAY_EVERY:]),
+        "names": len(drawings.names),
+        "heldout_style": recall(pair, options.data / "test", drawings.names),
+        "seen_style": recall(pair, options.data / "seen", drawings.names),
+    }
+    workshop.write(options.out, "float32")
+    (options.out / "vision.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

