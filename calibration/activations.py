@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class Job:
         threads: CPU threads.
         report: Called with a stage's name, steps done and steps in all.
         warn: Called with a line.
-        feeds_sha256: Of all that the graphs are given.
+        pictures_sha256: Of the pictures, in order.
     """
 
     parent: Bundle
@@ -55,7 +56,12 @@ class Job:
     threads: int | None
     report: Progress
     warn: Callable[[str], None]
-    feeds_sha256: str
+    pictures_sha256: str
+
+    @property
+    def feeds_sha256(self) -> str:
+        """Of all that the graphs are given: the pictures, and the bundle that they go through."""
+        return hashlib.sha256(f"{self.parent.sha256} {self.pictures_sha256}".encode()).hexdigest()
 
 
 def quantise_activations(job: Job, record: GraphRecord) -> Made:
@@ -67,7 +73,7 @@ def quantise_activations(job: Job, record: GraphRecord) -> Made:
     plan = _plan(job, model, record, targets, observations)
     made = write_planned(job, record, model, targets, plan)
     summary = replace(made.summary, seconds=time.perf_counter() - start)
-    return replace(made, summary=summary, details=details_of(plan, observations))
+    return replace(made, summary=summary, details=details_of(plan, observations), plan=plan)
 
 
 def write_planned(job: Job, record: GraphRecord, model: ir.Model, targets: Targets, plan: Plan) -> Made:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import shutil
 import tempfile
@@ -20,10 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 import blip2edge
+from blip2edge.calibration import headroom
 from blip2edge.calibration.activations import Job, Progress, quantise_activations
 from blip2edge.calibration.agreement import Captions, caption_pictures, compare_captions
 from blip2edge.calibration.batches import Feeds, collect
+from blip2edge.calibration.choosing import Candidates, Choice, check_drop_limit, choose, measure_layers
+from blip2edge.calibration.details import REPORT, document, write_report
 from blip2edge.calibration.language_weights import BITS, RUNS, quantise_weights
 from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
 from blip2edge.calibration.ranges import THRESHOLDS
@@ -47,6 +51,7 @@ def calibrate(
     method: str = "smooth",
     activations: Sequence[str] = W8A8,
     weights: str | None = "int8",
+    drop_limit: float | None = None,
     count: int = DEFAULT_COUNT,
     force: bool = False,
     threads: int | None = None,
@@ -62,6 +67,8 @@ def calibrate(
         activations: Graphs whose activations become INT8 too; those that the parent lacks are passed over.
         weights: What the weights of the other graphs become, ``int8`` or ``int4``, and the token table with them
             (``int8``); None leaves them.
+        drop_limit: Percent points of the captions that may differ from the parent's: the layers that suffer most
+            stay as they are until it holds. None for no limit.
         count: Pictures at most.
         force: Replace what is at ``output``.
         threads: CPU threads; None for as many as there are cores.
@@ -76,23 +83,16 @@ def calibrate(
     """
     start = time.perf_counter()
     parent = _open_parent(bundle, method, weights)
+    check_drop_limit(drop_limit, parent.manifest.prompt is not None)
     report = progress or (lambda stage, done, total: None)
     target = Path(output)
     with MemoryMeter() as meter, staged(target, force) as staging:
         pictures = choose_pictures(images, count)
         warnings = _warnings(pictures)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            job = Job(
-                parent=parent,
-                staging=staging,
-                feeds=Feeds(Path(folder) / "feeds"),
-                method=method,
-                threads=threads,
-                report=report,
-                warn=warnings.append,
-                feeds_sha256=hashlib.sha256(f"{parent.sha256} {pictures.sha256}".encode()).hexdigest(),
-            )
-            graphs, agreement = _calibrated(job, pictures, activations, weights)
+            feeds = Feeds(Path(folder) / "feeds")
+            job = Job(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
+            graphs, agreement = _calibrated(job, pictures, activations, weights, drop_limit)
     return CalibrationReport(
         target,
         {name: item.summary for name, item in graphs.items()},
@@ -105,7 +105,11 @@ def calibrate(
 
 
 def _calibrated(
-    job: Job, pictures: PictureSet, activations: Sequence[str], weights: str | None
+    job: Job,
+    pictures: PictureSet,
+    activations: Sequence[str],
+    weights: str | None,
+    drop_limit: float | None,
 ) -> tuple[dict[str, Made], Captions | None]:
     """Fills the staging directory."""
     parent = job.parent
@@ -120,17 +124,51 @@ def _calibrated(
         progress=partial(job.report, "collect"),
     )
     graphs = {
-        name: _made(job, record, activations, weights) for name, record in parent.manifest.graphs.items()
+        name: replace(_made(job, record, activations, weights), headroom=_headroom(job, record))
+        for name, record in parent.manifest.graphs.items()
     }
     _copy_rest(parent, job.staging)
-    manifest = _seal(job, graphs)
-    manifest.write(job.staging)
-    agreement = None
-    if said is not None:
-        agreement = compare_captions(said, _captions(job, job.staging, pictures, "caption with INT8") or ())
+    agreement, choice = None, None
+    if said is None:
+        _seal(job, graphs).write(job.staging)
+    elif drop_limit is None:
+        agreement = _agreement(job, pictures, said, graphs)
+    else:
+        graphs, choice, agreement = _chosen(job, pictures, said, graphs, drop_limit)
     record = _record(job, pictures, graphs, agreement)
-    replace(manifest, calibration=record).write(job.staging)
+    if choice is not None:
+        record["sensitivity"] = choice.to_json()
+    manifest = _seal(job, graphs)
+    write_report(job.staging / REPORT, document(record, graphs))
+    files = {**manifest.files, REPORT: FileRecord.of(job.staging / REPORT)}
+    replace(manifest, files=files, calibration=record).write(job.staging)
     return graphs, agreement
+
+
+Said = list[tuple[str, tuple[int, ...]]]
+"""Captions as texts and token ids."""
+
+
+def _agreement(job: Job, pictures: PictureSet, said: Said, graphs: Mapping[str, Made]) -> Captions:
+    """Seals what is in the staging directory, and compares its captions with the parent's."""
+    _seal(job, graphs).write(job.staging)
+    return compare_captions(said, _captions(job, job.staging, pictures, "caption with the new") or ())
+
+
+def _chosen(
+    job: Job, pictures: PictureSet, said: Said, graphs: Mapping[str, Made], limit: float
+) -> tuple[dict[str, Made], Choice, Captions]:
+    """Leaves layers as they are until the limit holds; the graphs, the record, and the captions in the end."""
+    candidates = Candidates.keep(job, graphs, job.feeds.directory.parent / "whole")
+    ranking = measure_layers(job, candidates, list(pictures), [tokens for _, tokens in said])
+    last: list[Captions] = []
+
+    def drop_of(made: Mapping[str, Made]) -> float:
+        last.append(_agreement(job, pictures, said, made))
+        return 100.0 * (1.0 - last[-1].same)
+
+    chosen, choice = choose(job, candidates, ranking, limit, drop_of)
+    return chosen, choice, last[-1]
 
 
 def _made(job: Job, record: GraphRecord, activations: Sequence[str], weights: str | None) -> Made:
@@ -140,6 +178,18 @@ def _made(job: Job, record: GraphRecord, activations: Sequence[str], weights: st
     if record.spec.name == VISION or weights is None:
         return _copied(job, record)
     return quantise_weights(job, record, BITS[weights])
+
+
+def _headroom(job: Job, record: GraphRecord) -> dict[str, Any] | None:
+    """How far the parent's tensors are from fp16's largest number; None where the graph was given nothing."""
+    name = record.spec.name
+    if not job.feeds.count(name):
+        return None
+    model = ir.load(job.parent.file(record.spec.file))
+    progress = partial(job.report, f"{name}: headroom")
+    return headroom.to_json(
+        headroom.sweep(model, record, job.feeds, job.parent.path, threads=job.threads, progress=progress)
+    )
 
 
 def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
@@ -178,9 +228,7 @@ def _warnings(pictures: PictureSet) -> list[str]:
     return warnings
 
 
-def _captions(
-    job: Job, bundle: Path, pictures: PictureSet, stage: str
-) -> list[tuple[str, tuple[int, ...]]] | None:
+def _captions(job: Job, bundle: Path, pictures: PictureSet, stage: str) -> Said | None:
     if job.parent.manifest.prompt is None:
         return None
     some = list(pictures)[:RUNS]
@@ -242,6 +290,11 @@ def _record(
         },
         "left_in_float": {
             name: dict(made.summary.left) for name, made in graphs.items() if made.summary.left
+        },
+        "fp16": {
+            name: {key: made.headroom[key] for key in ("lowest", "keep_fp32")}
+            for name, made in graphs.items()
+            if made.headroom is not None
         },
         "captions": None if agreement is None else agreement.to_json(),
     }

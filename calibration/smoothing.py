@@ -33,8 +33,11 @@ COLUMNS = 384
 LIMIT = 0.01
 """A token's output may change by this share of its power (10 % in amplitude); more, and the layer stays as it is."""
 
+NODE_ABOVE = 1e-3
+"""A division that needs a node of its own is made only where the change without it is more than this..."""
+
 A_NODE = 0.5
-"""A division that needs a node of its own must leave less than this share of the change that there is without."""
+"""...and then it must leave less than this share of it."""
 
 Array = NDArray[np.float32]
 
@@ -106,7 +109,7 @@ def choose(observation: Observation, weights: Sequence[Array], folds: bool, shar
     """
     weight = _joined(weights)
     plain = _Trial(observation, weight, None).best()
-    if shared:
+    if shared or not (folds or plain.change > NODE_ABOVE):
         return plain
     smooth = min(
         (_Trial(observation, weight, divisor).best() for divisor in _divisors(observation.reach, weight)),
