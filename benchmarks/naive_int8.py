@@ -1,0 +1,165 @@
+"""INT8 done naively against ours, where it matters: ``python benchmarks/naive_int8.py``.
+
+The checkpoint that ships gets outlier channels and massive-activation tokens (``planted.py``), is exported, and its
+vision encoder is quantised by ONNX Runtime's own tool with MinMax a tensor, and by each method of ``calibrate``. The
+table shows the cosine of the encoder's output to fp32 and the captions on scenes that no calibration saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from planted import plant
+
+from blip2edge.calibration.agreement import cosine
+from blip2edge.calibration.pipeline import METHODS, calibrate
+from blip2edge.contract import VISION
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.manifest import Bundle, FileRecord
+from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.ort import OnnxRuntimeSession
+from blip2edge.runtime.preprocess import Preprocessing
+from blip2edge.training.metrics import exact_match
+from blip2edge.training.scenes import Scene, scenes
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "naive-int8.json"
+CALIBRATION_SEED, EVALUATION_SEED, PLANT_SEED = 4242, 1000, 99
+NAIVE = "onnxruntime MinMax per tensor"
+
+
+class Pixels(CalibrationDataReader):  # type: ignore[misc]
+    """What ONNX Runtime's tool reads its pictures from."""
+
+    def __init__(self, batches: Iterator[np.ndarray[Any, Any]]) -> None:
+        self.batches = batches
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"pixel_values": batch}
+
+
+def naive_bundle(parent: Path, target: Path, pictures: Sequence[Scene]) -> None:
+    """A copy of a bundle whose vision encoder went through ``quantize_static`` with symmetric MinMax ranges."""
+    shutil.copytree(parent, target)
+    bundle = Bundle.open(parent)
+    record = bundle.graph(VISION)
+    prepare = Preprocessing.from_json(bundle.manifest.preprocessing)
+    path = target / record.spec.file
+    quantize_static(
+        str(parent / record.spec.file),
+        str(path),
+        Pixels(prepare.batch([scene.picture]) for scene in pictures),
+        quant_format=QuantFormat.QDQ,
+        per_channel=False,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+    )
+    files = {name: seal for name, seal in bundle.manifest.files.items() if name not in record.data_files}
+    for name in record.data_files:
+        (target / name).unlink()
+    files[path.name] = FileRecord.of(path)
+    graphs = {**bundle.manifest.graphs, VISION: replace(record, precision="int8", parity=(), data_files=())}
+    replace(bundle.manifest, files=files, graphs=graphs).write(target)
+
+
+def figures(parent: Path, bundle: Path, wanted: Sequence[str], heldout: Sequence[Scene]) -> dict[str, Any]:
+    """Cosine of the vision encoder's outputs, agreement of the captions, and how many are right."""
+    prepare = Preprocessing.from_json(Bundle.open(parent).manifest.preprocessing)
+    sessions = [OnnxRuntimeSession(root / f"{VISION}.onnx", 1) for root in (parent, bundle)]
+    cosines = []
+    for scene in heldout[:64]:
+        pixels = prepare.batch([scene.picture])
+        first, second = (session.run({"pixel_values": pixels})["image_embeds"] for session in sessions)
+        cosines.append(cosine(first, second))
+    said = captions(bundle, heldout)
+    same = np.mean([one == two for one, two in zip(wanted, said, strict=True)])
+    return {
+        "cosine": round(float(np.mean(cosines)), 5),
+        "lowest_cosine": round(min(cosines), 5),
+        "same_captions": round(float(same), 4),
+        "exact_match": exact_match(said, [scene.caption for scene in heldout]),
+    }
+
+
+def captions(bundle: Path, pictures: Sequence[Scene]) -> list[str]:
+    """What a bundle says."""
+    captioner = Captioner.load(bundle, backend="cpu", threads=1)
+    results = captioner.caption_many([scene.picture for scene in pictures], batch_size=16)
+    return [result.text for result in results]
+
+
+def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, Any]]:
+    """A row a way, the parent's first."""
+    plant(
+        ROOT / "examples" / "checkpoint",
+        folder / "checkpoint",
+        [scene.picture for scene in scenes(64, split="train", seed=PLANT_SEED)],
+    )
+    parent = export_checkpoint(folder / "checkpoint", folder / "parent").bundle
+    seen = list(scenes(pictures, split="train", seed=CALIBRATION_SEED))
+    images = folder / "images"
+    images.mkdir()
+    for index, scene in enumerate(seen):
+        scene.picture.save(images / f"{index:04d}.png")
+    unseen = list(scenes(heldout, split="heldout", seed=EVALUATION_SEED))
+    wanted = captions(parent, unseen)
+    rows = {"fp32": figures(parent, parent, wanted, unseen)}
+    naive_bundle(parent, folder / "naive", seen)
+    rows[NAIVE] = figures(parent, folder / "naive", wanted, unseen)
+    for method in METHODS:
+        bundle = folder / method
+        report = calibrate(parent, bundle, images=images, method=method, weights=None, threads=1)
+        left = {name: reason for name, reason in report.graphs[VISION].left.items() if "rounding" in reason}
+        rows[method] = figures(parent, bundle, wanted, unseen) | {"left_in_float": left}
+    return rows
+
+
+def main() -> None:
+    """Prints the table and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=200, help="to calibrate on (200)")
+    parser.add_argument("--heldout", type=int, default=500, help="to caption (500)")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        rows = measure(Path(folder), options.pictures, options.heldout)
+    print(f"{'way':32} {'cosine':>8} {'lowest':>8} {'same captions':>14} {'right':>7}")
+    for name, row in rows.items():
+        print(
+            f"{name:32} {row['cosine']:8.5f} {row['lowest_cosine']:8.5f} {row['same_captions']:14.1%} "
+            f"{row['exact_match']:7.1%}"
+        )
+    document = {
+        "command": "python benchmarks/naive_int8.py " + " ".join(sys.argv[1:]),
+        "machine": {"system": platform.platform(), "python": platform.python_version()}
+        | {name: version(name) for name in ("onnx", "onnxruntime", "numpy", "torch")},
+        "model": "examples/checkpoint with planted outlier channels and massive tokens (benchmarks/planted.py)",
+        "pictures": options.pictures,
+        "heldout": options.heldout,
+        "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    onnxruntime.set_default_logger_severity(3)
+    main()
