@@ -1,0 +1,254 @@
+"""The second portable form of a decoder: a cache of constant capacity, written at ``cache_position``.
+
+In the first form the cache grows: ``present = Concat(past, new)``, and every step has another shape. Here ``past`` and
+``present`` both have C slots: a step is the same work from the first token to the last, its shapes never change, and a
+CUDA graph can replay it:
+
+    inputs_embeds        [B, S, D]
+    attention_mask int64 [B, C]      0 hides a slot (padding on the left); slots behind the last are hidden anyway
+    position_ids   int64 [B, S]
+    logits_indices int64 [B, K]
+    cache_position int64 [1]         the slot of the first of the S new tokens, the same in all rows
+    past_key_values.{i}.{key,value}  [B, H, C, d]     what is in slots not yet written must be finite
+    -> logits [B, K, V], present.{i}.{key,value} [B, H, C, d]
+
+The change is made on the ONNX graph and not by a second trace: weights, casts, Q/DQ nodes and block scales stay as
+they were verified, for every precision alike, and the new graph reads the same data file. ``slots - cache_position``
+says for each slot which new token belongs there; ``Where(0 <= that < S, Gather(new, that), past)`` writes it, with
+operators that every TensorRT from 10.3 takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from blip2edge.contract import Axis, CacheSpec, Dim, GraphSpec, TensorSpec
+from blip2edge.errors import EngineError
+from blip2edge.runtime.slots import CACHE_POSITION
+
+CAPACITY = "capacity"  # the axis
+SLOTS_AXIS = 2  # of [B, H, C, d]
+BOOLEANS = dict.fromkeys(("GreaterOrEqual", "Less", "And"), ir.DataType.BOOL)
+
+
+def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> GraphSpec:
+    """The tensors of the constant-shape decoder.
+
+    Args:
+        spec: Those of the concatenated one.
+        cache: Its keys and values.
+        capacity: C, slots of a row.
+
+    Raises:
+        ValueError: ``capacity`` is below 2.
+    """
+    if capacity < 2:
+        raise ValueError(f"a cache of {capacity} slots holds no prompt and a token")
+    slots = Axis(CAPACITY, capacity, capacity, capacity)
+    position = TensorSpec(CACHE_POSITION, "int64", (1,))
+
+    def resized(tensor: TensorSpec) -> TensorSpec:
+        dims: list[Dim] = []
+        for dim in tensor.dims:
+            if isinstance(dim, Axis) and "past" in dim.name.split(" + "):
+                dims.append(slots)
+            elif isinstance(dim, Axis) and dim.name == "steps":
+                dims.append(replace(dim, max=min(dim.max, capacity)))
+            else:
+                dims.append(dim)
+        return replace(tensor, dims=tuple(dims))
+
+    inputs = [resized(tensor) for tensor in spec.inputs]
+    first = next(at for at, tensor in enumerate(inputs) if tensor.name == cache.past_names()[0])
+    inputs.insert(first, position)
+    return GraphSpec(spec.name, tuple(inputs), tuple(resized(tensor) for tensor in spec.outputs))
+
+
+def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
+    """Turns a concatenating decoder into one with constant shapes, in place.
+
+    Args:
+        model: The graph as it was exported, in any precision.
+        cache: Its keys and values.
+        name: Of the file, for errors.
+
+    Raises:
+        EngineError: The graph does not append to its cache in the way that this project exports.
+    """
+    graph = model.graph
+    inputs = {str(value.name): value for value in graph.inputs}
+    missing = [past for past in cache.past_names() if past not in inputs]
+    if missing:
+        raise _strange(name, f"it has no input {missing[0]}")
+    position = ir.Value(name=CACHE_POSITION, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    graph.inputs.insert(list(graph.inputs).index(inputs[cache.past_names()[0]]), position)
+    writer = _Writer(graph, inputs[cache.past_names()[0]], position)
+    for past_name, present_name in zip(cache.past_names(), cache.present_names(), strict=True):
+        past = inputs[past_name]
+        concats = [node for node, _ in past.uses() if node.op_type == "Concat"]
+        if len(concats) != 1 or _axis(concats[0]) not in (SLOTS_AXIS, -2) or len(concats[0].inputs) != 2:
+            raise _strange(name, f"{past_name} is not appended to by one Concat along its slots")
+        writer.write(concats[0], past, present_name)
+    _move_questions(graph, inputs[cache.past_names()[0]], writer.position, name)
+    _rename_slots(graph)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+
+
+def load_constant_shape(path: Path, cache: CacheSpec) -> ir.Model:
+    """Reads a decoder's file and turns it; its weights stay on disk.
+
+    Args:
+        path: ``decoder.onnx``.
+        cache: Its keys and values.
+
+    Raises:
+        EngineError: See :func:`to_constant_shape`.
+    """
+    model = ir.load(path)
+    to_constant_shape(model, cache, str(path))
+    return model
+
+
+def save_constant_shape(path: Path, cache: CacheSpec, output: Path) -> Path:
+    """Writes the turned decoder; the weights stay in the file beside the first one, which a hard link brings here.
+
+    Args:
+        path: ``decoder.onnx``.
+        cache: Its keys and values.
+        output: The file to write, on the same disk.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        EngineError: See :func:`to_constant_shape`.
+        OSError: The disk takes no links.
+    """
+    model = load_constant_shape(path, cache)
+    for location in _data_files(model):
+        link = output.parent / location
+        if not link.exists():
+            link.hardlink_to(path.parent / location)
+    ir.save(model, output)
+    return output
+
+
+def _data_files(model: ir.Model) -> set[str]:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+
+
+class _Writer:
+    """Inserts the nodes that write new keys and values into the cache.
+
+    Args:
+        graph: Where.
+        past: One of the cache's inputs, which tells the capacity.
+        position: ``cache_position``.
+    """
+
+    def __init__(self, graph: ir.Graph, past: ir.Value, position: ir.Value) -> None:
+        self._graph = graph
+        self._past = past
+        self._input = position
+        self._index: ir.Value | None = None
+        self._inside: ir.Value | None = None
+        self.position: ir.Value = self._add("Squeeze", [position], "cache_position_scalar")
+
+    def write(self, concat: ir.Node, past: ir.Value, present: str) -> None:
+        """Replaces ``Concat(past, new)``."""
+        new = concat.inputs[1]
+        if new is None:
+            raise ValueError(f"{present} is appended to by nothing")
+        if self._index is None or self._inside is None:
+            self._index, self._inside = self._places(new)
+        moved = self._add("Gather", [new, self._index], f"{present}.moved", {"axis": SLOTS_AXIS})
+        moved.type = past.type
+        written = self._add("Where", [self._inside, moved, past], f"{present}.written")
+        old = concat.outputs[0]
+        written.type, written.shape = past.type, past.shape
+        ir.convenience.replace_all_uses_with(old, written, replace_graph_outputs=True)
+        self._graph.remove(concat, safe=True)
+        old.name, written.name = None, present
+
+    def _places(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Which new token each slot gets ``[C]``, and whether it gets one ``[C, 1]``."""
+        zero, one = self._constant("cache_zero", 0), self._constant("cache_one", 1)
+        scalar = {"start": SLOTS_AXIS, "end": SLOTS_AXIS + 1}
+        capacity = self._squeezed(self._add("Shape", [self._past], "cache_capacity", scalar))
+        steps = self._squeezed(self._add("Shape", [new], "cache_steps", scalar))
+        slots = self._add("Range", [zero, capacity, one], "cache_slots")
+        token = self._add("Sub", [slots, self.position], "cache_token")
+        last = self._add("Sub", [steps, one], "cache_last")
+        index = self._add("Min", [self._add("Max", [token, zero], "cache_from"), last], "cache_index")
+        begun = self._add("GreaterOrEqual", [token, zero], "cache_begun")
+        within = self._add("Less", [token, steps], "cache_within")
+        inside = self._add("And", [begun, within], "cache_inside")
+        axis = self._constant("cache_last_axis", [-1])
+        written = self._add("Unsqueeze", [inside, axis], "cache_written")
+        written.type = inside.type
+        return index, written
+
+    def _squeezed(self, value: ir.Value) -> ir.Value:
+        return self._add("Squeeze", [value], f"{value.name}_scalar")
+
+    def _constant(self, name: str, number: int | list[int]) -> ir.Value:
+        value = ir.tensor(number, dtype=ir.DataType.INT64, name=name)
+        return self._add("Constant", [], name, {"value": value})
+
+    def _add(
+        self, op: str, inputs: list[ir.Value], name: str, attributes: dict[str, object] | None = None
+    ) -> ir.Value:
+        node = ir.node(op, inputs, attributes=attributes or {})  # type: ignore[arg-type]
+        node.outputs[0].name = name
+        node.outputs[0].type = ir.TensorType(BOOLEANS.get(op, ir.DataType.INT64))
+        self._graph.append(node)
+        return node.outputs[0]
+
+
+def _move_questions(graph: ir.Graph, past: ir.Value, position: ir.Value, name: str) -> None:
+    """Where the graph reads how many slots are in the past, it reads ``cache_position``.
+
+    The exporter writes that length once, as ``Squeeze(Shape(past)[2:3])``; the new nodes ask it for the capacity.
+    """
+    lengths = [node for node, _ in past.uses() if node.op_type == "Shape"]
+    old = [node for node in lengths if not str(node.outputs[0].name).startswith("cache_")]
+    if len(old) != 1:
+        raise _strange(name, f"the length of its past is read {len(old)} times, not once")
+    squeezed = [node for node, _ in old[0].outputs[0].uses()]
+    if [node.op_type for node in squeezed] != ["Squeeze"]:
+        raise _strange(name, "the length of its past is not read as a number")
+    ir.convenience.replace_all_uses_with(squeezed[0].outputs[0], position)
+    graph.remove([squeezed[0], old[0]], safe=True)
+
+
+def _rename_slots(graph: ir.Graph) -> None:
+    """The axes ``past`` and ``past + steps`` are the capacity now; what the others derive from them is forgotten."""
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.shape is not None:
+            value.shape = ir.Shape([CAPACITY if _is_past(dim) else dim for dim in value.shape])
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is not None and any(_is_past(dim) for dim in value.shape):
+                value.shape = ir.Shape([CAPACITY if _is_past(dim) else dim for dim in value.shape])
+
+
+def _is_past(dim: int | ir.SymbolicDim) -> bool:
+    return not isinstance(dim, int) and "past" in str(dim.value).replace("+", " ").split()
+
+
+def _axis(node: ir.Node) -> int | None:
+    axis = node.attributes.get("axis")
+    return None if axis is None else axis.as_int()
+
+
+def _strange(name: str, what: str) -> EngineError:
+    return EngineError(
+        f"the decoder {name} cannot be given a cache of constant size: {what}",
+        "export the checkpoint again with this version",
+    )

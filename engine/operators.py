@@ -1,0 +1,120 @@
+"""What TensorRT's ONNX parser takes, version by version, as data.
+
+Sources: onnx-tensorrt, docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15 for what came
+in between. The releases 10.13, 10.16 and 11.4 themselves were not at hand: their rows are those of the nearest release
+before them, so that nothing is promised that a later one may have added. Only operators that exported graphs use, or
+could, are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
+NUMBERS = FLOATS | {"INT32", "INT64"}
+PLAIN = NUMBERS | {"BOOL"}
+BOOL = frozenset({"BOOL"})
+QUANTISED = frozenset({"INT8", "INT4", "FLOAT8E4M3FN"})
+
+Types = Mapping[str, frozenset[str]]
+
+
+def _each(names: str, types: frozenset[str]) -> dict[str, frozenset[str]]:
+    return dict.fromkeys(names.split(), types)
+
+
+COMMON: Types = {
+    **_each("And Not Or Xor", BOOL),
+    **_each(
+        "Ceil Clip Conv ConvTranspose Cos CumSum Erf Exp Floor Gemm HardSigmoid LayerNormalization LeakyRelu Log "
+        "LogSoftmax LpNormalization MatMul Reciprocal Round Sigmoid Sin Softmax Softplus Sqrt Tanh",
+        FLOATS,
+    ),
+    **_each("Pow", FLOATS),
+    **_each(
+        "Abs Add ArgMax ArgMin Div Equal Gelu Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Neg Pad "
+        "Range ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu "
+        "ScatterElements ScatterND Sign Sub Sum TopK",
+        NUMBERS,
+    ),
+    **_each(
+        "Concat ConstantOfShape Expand Flatten Gather GatherElements GatherND Identity Reshape Shape Size Slice Split "
+        "Squeeze Tile Transpose Unsqueeze Where",
+        PLAIN,
+    ),
+    **_each("Cast", PLAIN | {"UINT8"}),
+    **_each("Constant", PLAIN | QUANTISED),
+    **_each("QuantizeLinear", FLOATS),
+    **_each("DequantizeLinear", QUANTISED),
+}
+"""Operators of every version from 10.3, and the types of their first input."""
+
+CONSTANT_INPUTS: Mapping[str, tuple[int, ...]] = {
+    "CumSum": (1,),
+    "ReduceL1": (1,),
+    "ReduceL2": (1,),
+    "ReduceMax": (1,),
+    "ReduceMean": (1,),
+    "ReduceMin": (1,),
+    "ReduceProd": (1,),
+    "ReduceSum": (1,),
+    "Squeeze": (1,),
+    "Unsqueeze": (1,),
+}
+"""Inputs that must be known when the graph is parsed; from 10.7 not those of Squeeze and Unsqueeze."""
+
+SINGLE_OUTPUT = frozenset({"LayerNormalization"})
+"""Operators of which only the first output is taken."""
+
+
+@dataclass(frozen=True)
+class ParserVersion:
+    """One TensorRT.
+
+    Attributes:
+        name: As a user says it.
+        opset: The newest opset of the ONNX domain that its documentation names.
+        quantised_opset: The newest for QuantizeLinear and DequantizeLinear, whose blocks came with opset 21.
+        added: Operators beyond :data:`COMMON`.
+        changed: Other types of operators that are there.
+        block_types: What DequantizeLinear takes with a scale a block.
+        loose_axes: Operators whose constant inputs may be computed.
+    """
+
+    name: str
+    opset: int
+    quantised_opset: int
+    added: Types = field(default_factory=dict)
+    changed: Types = field(default_factory=dict)
+    block_types: frozenset[str] = frozenset({"INT4"})
+    loose_axes: frozenset[str] = frozenset()
+
+    def types_of(self, operator: str) -> frozenset[str] | None:
+        """What the first input of an operator may be; None where it is not taken."""
+        for table in (self.changed, self.added, COMMON):
+            if operator in table:
+                return table[operator]
+        return None
+
+
+_ANY_AXES = frozenset({"Squeeze", "Unsqueeze"})
+_POW = {"Pow": NUMBERS}
+_LLM = {"Attention": FLOATS, "RotaryEmbedding": FLOATS, "RMSNormalization": FLOATS, "TensorScatter": FLOATS}
+
+VERSIONS: Mapping[str, ParserVersion] = {
+    "10.3": ParserVersion("TensorRT 10.3", 20, 21),
+    "10.13": ParserVersion("TensorRT 10.13", 22, 22, changed=_POW, loose_axes=_ANY_AXES),
+    "10.16": ParserVersion("TensorRT 10.16", 24, 24, added=_LLM, changed=_POW, loose_axes=_ANY_AXES),
+    "11.4": ParserVersion("TensorRT 11.4", 24, 24, added=_LLM, changed=_POW, loose_axes=_ANY_AXES),
+    "rtx": ParserVersion(
+        "TensorRT for RTX 1.7",
+        24,
+        24,
+        added=_LLM,
+        changed=_POW,
+        block_types=frozenset({"INT4", "INT8"}),
+        loose_axes=_ANY_AXES,
+    ),
+}
+"""What graphs are checked against; a version between two is held to the older."""
