@@ -78,18 +78,7 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
         open_graph: Loads a graph by name.
     """
     manifest = bundle.manifest
-    if manifest.cache is None:
-        raise BundleError(
-            f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again"
-        )
-    spec = bundle.graph(DECODER).spec
-    table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
-    session = open_graph(DECODER)
-    decoder: AnyDecoder
-    if isinstance(session, OnnxRuntimeSession) and LENGTHS in session.input_names:
-        decoder = SharedDecoder(session, spec, manifest.cache, table, manifest.max_positions)
-    else:
-        decoder = Decoder(session, spec, manifest.cache, table)
+    decoder = decoder_of(bundle, open_graph(DECODER))
     cross_kv = open_graph(CROSS_KV) if CROSS_KV in manifest.graphs else None
     if TEXT_ENCODER not in manifest.graphs or cross_kv is None:
         source = bundle.graph(CROSS_KV).spec.inputs[0].name if cross_kv is not None else ""
@@ -97,6 +86,23 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
     start = manifest.generation["decoder_start_token_id"]
     takes = tuple(tensor.name for tensor in bundle.graph(TEXT_ENCODER).spec.inputs)
     return EncoderDecoder(decoder, open_graph(TEXT_ENCODER), takes, cross_kv, start)
+
+
+def decoder_of(bundle: Bundle, session: Session) -> AnyDecoder:
+    """A bundle's decoder over a loaded graph, portable or with a shared cache.
+
+    Raises:
+        BundleError: The bundle tells nothing of the cache.
+    """
+    manifest, spec = bundle.manifest, bundle.graph(DECODER).spec
+    if manifest.cache is None:
+        raise BundleError(
+            f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again"
+        )
+    table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
+    if isinstance(session, OnnxRuntimeSession) and LENGTHS in session.input_names:
+        return SharedDecoder(session, spec, manifest.cache, table, manifest.max_positions)
+    return Decoder(session, spec, manifest.cache, table)
 
 
 class Continuation:

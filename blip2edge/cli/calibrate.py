@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from blip2edge.cli.optimize import optimized
+from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
 from blip2edge.progress import Progress
 
@@ -38,6 +40,7 @@ def calibrate(options: argparse.Namespace) -> int:
             method=options.method,
             activations=(*W8A8, *options.int8_activations),
             weights=None if options.weights == "none" else options.weights,
+            drop_limit=options.drop_limit,
             count=options.count,
             force=options.force,
             threads=options.threads,
@@ -46,6 +49,8 @@ def calibrate(options: argparse.Namespace) -> int:
     for line in report.warnings:
         print(f"warning: {line}", file=sys.stderr)
     print(report_table(report))
+    if not options.no_optimize:
+        print(f"\n{copy_table(optimized(report.bundle))}")
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import blip2edge
 from blip2edge.cli.export import report_table
 from blip2edge.cli.inspect import bundle_bytes
+from blip2edge.cli.optimize import optimized
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BackendError, OutputError
 from blip2edge.manifest import MANIFEST, Bundle, cache_directory
@@ -42,6 +43,7 @@ def demo(options: argparse.Namespace) -> int:
 
     with Progress() as progress:
         report = export_checkpoint(CHECKPOINT, target, force=True, progress=progress)
+    optimized(report.bundle)
     pictures = sorted(path for path in PICTURES.iterdir() if path.suffix in PICTURE_SUFFIXES)
     captioner = Captioner.load(report.bundle, backend="cpu")
     captioner.caption(pictures[0])  # the first run also allocates: it is not measured

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from blip2edge.cli.optimize import optimized
+from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import difference, size, table
 from blip2edge.progress import Progress
 
@@ -30,6 +32,8 @@ def export(options: argparse.Namespace) -> int:
             progress=progress,
         )
     print(report_table(report))
+    if not options.no_optimize:
+        print(f"\n{copy_table(optimized(report.bundle))}")
     return 0
 
 

@@ -2,97 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from blip2edge import __version__
+from blip2edge.cli.flags import (
+    BACKENDS,
+    Parser,
+    add_command,
+    non_negative_int,
+    non_negative_number,
+    number,
+    positive_int,
+    positive_number,
+    share,
+)
+from blip2edge.cli.scoring_flags import add_capfilt, add_eval
+from blip2edge.contract import DRAFTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from blip2edge.cli.flags import Commands
 
-BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "rtx")
 PRECISIONS = ("fp32", "fp16", "bf16")
+COPIES = ("cpu", "cuda", "openvino")
 METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
 WEIGHTS = ("int8", "int4")
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors read like all others: one line `error: …`, status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the command line with exit status 2."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def non_negative_int(text: str) -> int:
-    """A whole number of at least 0."""
-    return _whole(text, 0)
-
-
-def number(text: str) -> float:
-    """A finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"a number is expected, not {text!r}")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """A finite number above 0."""
-    value = number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text}")
-    return value
-
-
-def non_negative_number(text: str) -> float:
-    """A finite number of at least 0."""
-    value = number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text}")
-    return value
-
-
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    value = number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"a number above 0 and at most 1 is expected, not {text}")
-    return value
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"a whole number of at least {least} is expected, not {text!r}")
-    return value
-
-
-def _command(module: str, function: str) -> Callable[[argparse.Namespace], int]:
-    """The function of a command, imported only when the command runs."""
-
-    def run(options: argparse.Namespace) -> int:
-        status: int = getattr(importlib.import_module(f"blip2edge.cli.{module}"), function)(options)
-        return status
-
-    return run
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The whole command line. Every parsed result has `run`, the command's function."""
     parser = Parser(
         prog="blip2edge",
@@ -108,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         _export,
         _calibrate,
+        _optimize,
         _caption,
         _ask,
         _match,
@@ -117,27 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
         _doctor,
         _demo,
         _train,
-        _eval,
+        add_eval,
+        add_capfilt,
     ):
         add(commands)
     return parser
 
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[Parser]
-
-
-def _add(commands: Commands, name: str, help: str, module: str, function: str) -> Parser:  # noqa: A002
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:], allow_abbrev=False)
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
-    parser.set_defaults(run=_command(module, function))
-    return parser
-
-
 def _export(commands: Commands) -> None:
-    parser = _add(commands, "export", "a checkpoint to a verified ONNX bundle", "export", "export")
+    parser = add_command(commands, "export", "a checkpoint to a verified ONNX bundle", "export", "export")
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a local directory, a hub name or a .pth of LAVIS"
     )
@@ -154,10 +80,11 @@ def _export(commands: Commands) -> None:
         help="compare all of it with torch, or a stated sample of layers and shapes (default: by its size)",
     )
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
+    _no_optimize(parser)
 
 
 def _calibrate(commands: Commands) -> None:
-    parser = _add(commands, "calibrate", "an INT8 bundle, by pictures", "calibrate", "calibrate")
+    parser = add_command(commands, "calibrate", "an INT8 bundle, by pictures", "calibrate", "calibrate")
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="in fp32 or fp16")
     parser.add_argument(
         "-o", "--output", metavar="BUNDLE8", type=Path, required=True, help="directory to write"
@@ -179,6 +106,12 @@ def _calibrate(commands: Commands) -> None:
         help="what the language model's weights become, in blocks (int8; int4 is what TensorRT takes)",
     )
     parser.add_argument(
+        "--drop-limit",
+        metavar="X",
+        type=float,
+        help="leave the most sensitive layers as they are, until at most X percent points of the captions change",
+    )
+    parser.add_argument(
         "--int8-activations",
         metavar="GRAPH",
         action="append",
@@ -190,6 +123,28 @@ def _calibrate(commands: Commands) -> None:
     )
     parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (all cores)")
     parser.add_argument("--force", action="store_true", help="replace BUNDLE8 if it exists")
+    _no_optimize(parser)
+
+
+def _no_optimize(parser: Parser) -> None:
+    parser.add_argument(
+        "--no-optimize",
+        action="store_true",
+        help="make no faster copy for the CPU (see `blip2edge optimize`)",
+    )
+
+
+def _optimize(commands: Commands) -> None:
+    parser = add_command(
+        commands, "optimize", "a faster copy of a bundle for one backend", "optimize", "optimize"
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument(
+        "--backend",
+        choices=COPIES,
+        default="cpu",
+        help="what it is for (cpu); best made on the machine that runs it",
+    )
 
 
 def _bundle(parser: Parser) -> None:
@@ -216,6 +171,9 @@ def _generation(parser: Parser) -> None:
         "--top-k", metavar="K", type=non_negative_int, help="draw from the K likeliest; 0: all"
     )
     group.add_argument("--seed", metavar="S", type=non_negative_int, help="of the random numbers")
+    group.add_argument(
+        "--draft", choices=DRAFTS, default="auto", help="who guesses tokens that one pass verifies; same text"
+    )
 
 
 def _output(parser: Parser) -> None:
@@ -225,7 +183,7 @@ def _output(parser: Parser) -> None:
 
 
 def _caption(commands: Commands) -> None:
-    parser = _add(commands, "caption", "pictures to captions", "caption", "caption")
+    parser = add_command(commands, "caption", "pictures to captions", "caption", "caption")
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", help="a picture; for video models a video or a folder of frames"
     )
@@ -245,7 +203,7 @@ def _caption(commands: Commands) -> None:
 
 
 def _ask(commands: Commands) -> None:
-    parser = _add(commands, "ask", "a question about a picture", "caption", "ask")
+    parser = add_command(commands, "ask", "a question about a picture", "caption", "ask")
     parser.add_argument("image", metavar="IMAGE", help="a picture file")
     parser.add_argument("question", metavar="QUESTION")
     _bundle(parser)
@@ -254,7 +212,7 @@ def _ask(commands: Commands) -> None:
 
 
 def _match(commands: Commands) -> None:
-    parser = _add(commands, "match", "how well pictures and texts go together", "match", "match")
+    parser = add_command(commands, "match", "how well pictures and texts go together", "match", "match")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture file")
     parser.add_argument(
         "--text", metavar="T", action="append", required=True, help="what they may show; repeat for more"
@@ -265,7 +223,7 @@ def _match(commands: Commands) -> None:
 
 
 def _embed(commands: Commands) -> None:
-    parser = _add(commands, "embed", "the vectors of pictures or of texts", "match", "embed")
+    parser = add_command(commands, "embed", "the vectors of pictures or of texts", "match", "embed")
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="a picture file")
     parser.add_argument(
         "--text", metavar="T", action="append", help="a text in place of pictures; repeat for more"
@@ -284,13 +242,13 @@ def _pictures_at_once(parser: Parser) -> None:
 
 
 def _inspect(commands: Commands) -> None:
-    parser = _add(commands, "inspect", "what is inside a bundle", "inspect", "inspect")
+    parser = add_command(commands, "inspect", "what is inside a bundle", "inspect", "inspect")
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument("--verify", action="store_true", help="hash every file again")
 
 
 def _build(commands: Commands) -> None:
-    parser = _add(commands, "build", "TensorRT engines of a bundle", "build", "build")
+    parser = add_command(commands, "build", "TensorRT engines of a bundle", "build", "build")
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument(
         "--target",
@@ -312,21 +270,26 @@ def _build(commands: Commands) -> None:
 
 
 def _doctor(commands: Commands) -> None:
-    _add(commands, "doctor", "what this machine can really run", "doctor", "doctor")
+    add_command(commands, "doctor", "what this machine can really run", "doctor", "doctor")
 
 
 def _demo(commands: Commands) -> None:
-    parser = _add(commands, "demo", "the whole way on the checkpoint that ships", "demo", "demo")
+    parser = add_command(commands, "demo", "the whole way on the checkpoint that ships", "demo", "demo")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="keep the bundle in DIR (default: the user's cache directory)"
     )
 
 
 def _train(commands: Commands) -> None:
-    parser = _add(commands, "train", "train the bridge on a frozen language model", "train", "train")
-    parser.add_argument("stage", choices=("stage2",), help="stage2: generative learning")
+    parser = add_command(commands, "train", "train the bridge on a frozen language model", "train", "train")
     parser.add_argument(
-        "-c", "--config", metavar="FILE", type=Path, required=True, help="a configuration file"
+        "stage",
+        choices=("stage1", "stage2", "instruct"),
+        help="stage1: the Q-Former learns from pictures and texts; stage2: the bridge learns to speak to the language"
+        " model; instruct: the same with the prompt in the Q-Former",
+    )
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", type=Path, required=True, help="the recipe, TOML or JSON"
     )
     parser.add_argument(
         "-o",
@@ -335,21 +298,9 @@ def _train(commands: Commands) -> None:
         type=Path,
         help="where the checkpoint is written (runs/ and the name of FILE)",
     )
-    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
-
-
-def _eval(commands: Commands) -> None:
-    parser = _add(commands, "eval", "how often the captions are right", "train", "evaluate")
-    parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path)
     parser.add_argument(
-        "--data", choices=("scenes",), default="scenes", help="scenes: generated as they are needed (scenes)"
+        "--resume",
+        action="store_true",
+        help="go on from the last snapshot even if FILE has changed (an unchanged one goes on by itself)",
     )
-    parser.add_argument(
-        "--split",
-        choices=("heldout", "train"),
-        default="heldout",
-        help="object pairs that training never showed, or those that it did (heldout)",
-    )
-    parser.add_argument("--count", metavar="N", type=positive_int, default=1000, help="pictures (1000)")
-    parser.add_argument("--batch-size", metavar="N", type=positive_int, default=16, help="at once (16)")
-    parser.add_argument("--json", action="store_true", help="the figures as one JSON object")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it exists, and begin anew")

@@ -1,0 +1,279 @@
+"""``blip2edge optimize``: a bundle in, a faster copy of its graphs for one backend beside it.
+
+1. Try: each graph is rewritten by the recipes of the backend, and ONNX Runtime settles it once and for all.
+2. Check: it answers as the portable graph does, on pictures that go through the whole bundle.
+3. Choose: the fastest is kept, if it is faster than the portable graph; otherwise that is run.
+4. Publish: ``optimized.json`` seals the copy and names its parent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+import blip2edge
+from blip2edge.contract import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
+from blip2edge.errors import BackendError, UsageError
+from blip2edge.manifest import Bundle, FileRecord, GraphRecord
+from blip2edge.optimization import probe
+from blip2edge.optimization.graph import prepare
+from blip2edge.optimization.integers import forget_ranges
+from blip2edge.optimization.recipes import Context, Recipe, cook, recipes_for
+from blip2edge.optimization.storage import publish, scratch, settle
+from blip2edge.runtime.language import decoder_of
+from blip2edge.runtime.optimized import KIND, RECORD, OneByOne, OptimizedGraph, OptimizedRecord, installed
+from blip2edge.runtime.ort import OnnxRuntimeSession
+from blip2edge.runtime.session import Array, Session
+from blip2edge.staging import staged
+
+Progress = Callable[[str, int, int], None]
+
+TOLERANCE = 1e-4
+"""Largest difference to the portable graph in fp32, as a share of the output's largest value."""
+
+LEAST_COSINE = 0.995
+"""Where weights or activations are integers: the same graph rounds otherwise, and no digit need agree."""
+
+SLOWER_MOST = 1.1
+"""A rewritten graph may be this much slower than the portable one: it opens faster, and measuring has its error."""
+
+ONE_TRY_FROM = 1 << 30
+"""Bytes of a graph from which only the likeliest recipe is tried: each try reads and writes it several times."""
+
+PRECISIONS = ("fp32", "int8", "int4", "int8-weights")
+"""What ONNX Runtime's CPU kernels compute as it stands; fp16 is computed in fp32 between casts."""
+
+
+@dataclass(frozen=True)
+class OptimizedReport:
+    """What an optimisation made.
+
+    Attributes:
+        directory: The copy.
+        record: What stands in its ``optimized.json``.
+        seconds: From start to end.
+    """
+
+    directory: Path
+    record: OptimizedRecord
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A recipe's outcome."""
+
+    recipe: Recipe
+    passes: tuple[str, ...]
+    settled: Path
+    answers: probe.Answers
+
+
+@dataclass
+class _Work:
+    """What the graphs of a bundle share while they are worked on."""
+
+    bundle: Bundle
+    context: Context
+    scratch: Path
+    target: Path
+    seen: dict[str, Array]
+
+
+def optimize(
+    bundle: str | Path, backend: str = "cpu", *, progress: Progress | None = None
+) -> OptimizedReport:
+    """Makes a bundle's copy for a backend; one that is there is replaced.
+
+    Args:
+        bundle: The bundle.
+        backend: ``cpu``.
+        progress: Called with a stage's name, steps done and steps in all.
+
+    Raises:
+        UsageError: There is no such copy.
+        BundleError: No bundle.
+        BackendError: onnxruntime or onnx is not installed.
+        OutputError: The copy cannot be written.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(
+            f"no optimised copy is made for the backend {backend}", f"use --backend {' or '.join(BACKENDS)}"
+        )
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError(
+            "an optimised copy is checked in onnxruntime, which is not installed",
+            "install it: pip install 'blip2edge[cpu]'",
+        )
+    start = time.perf_counter()
+    opened = Bundle.open(bundle)
+    directory = opened.derive(KIND) / backend
+    with staged(directory, True, RECORD) as staging, scratch(staging) as folder:
+        record = BACKENDS[backend](
+            opened, staging, Path(folder), progress or (lambda stage, done, total: None)
+        )
+        record.write(staging)
+    return OptimizedReport(directory, record, time.perf_counter() - start)
+
+
+def _for_cpu(bundle: Bundle, staging: Path, folder: Path, report: Progress) -> OptimizedRecord:
+    manifest = bundle.manifest
+    work = _Work(bundle, Context(manifest.cache, manifest.max_positions), folder, staging, {})
+    graphs: dict[str, OptimizedGraph] = {}
+    left: dict[str, str] = {}
+    files: dict[str, FileRecord] = {}
+    for done, (name, graph) in enumerate(manifest.graphs.items()):
+        report(f"optimise {name}", done, len(manifest.graphs))
+        if graph.precision not in PRECISIONS:
+            left[name] = f"it is in {graph.precision}, for which the CPU has no kernels of its own"
+        elif name not in probe.KNOWN:
+            left[name] = "there is no recipe for it"
+        else:
+            found = _best(work, name)
+            if isinstance(found, str):
+                left[name] = found
+            else:
+                graphs[name], written = found
+                files |= written
+    report("optimise", len(manifest.graphs), len(manifest.graphs))
+    return OptimizedRecord(
+        backend="cpu",
+        bundle_sha256=bundle.sha256,
+        graphs=graphs,
+        left=left,
+        files=files,
+        versions=versions(),
+        machine=processor(),
+    )
+
+
+BACKENDS: Mapping[str, Callable[[Bundle, Path, Path, Progress], OptimizedRecord]] = {"cpu": _for_cpu}
+"""What makes a backend's copy."""
+
+
+def _best(work: _Work, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
+    """The fastest of a graph's recipes that answers rightly, written to the copy; or why the portable one stays."""
+    record = work.bundle.graph(name)
+    parent = work.bundle.file(record.spec.file)
+    portable = _answers(work, name, parent)
+    exact = _exact(work, name, parent) or portable
+    tried, wrong = _try_all(work, name, portable, exact)
+    work.seen.update(portable.outputs)
+    if not tried:
+        return wrong or "no recipe applies to it"
+    best = min(tried, key=lambda one: one.answers.seconds)
+    if best.answers.seconds > portable.seconds * SLOWER_MOST:
+        return f"the portable graph is faster here ({portable.seconds * 1e3:.1f} ms)"
+    files = publish(best.settled, parent, work.bundle.manifest.files, work.target, name)
+    parity = tuple(
+        Parity(output, *probe.relative(best.answers.outputs[output], wanted), _tolerance(record), ("probe",))
+        for output, wanted in portable.outputs.items()
+    )
+    closest = probe.worst_cosine(best.answers.outputs, portable.outputs)
+    took = (round(portable.seconds * 1e3, 3), round(best.answers.seconds * 1e3, 3))
+    graph = OptimizedGraph(f"{name}.onnx", best.passes, best.recipe.one_by_one, parity, closest, took)
+    return graph, files
+
+
+def _try_all(
+    work: _Work, name: str, portable: probe.Answers, exact: probe.Answers
+) -> tuple[list[_Tried], str]:
+    """The recipes that answer rightly, and what was wrong with one that does not."""
+    record = work.bundle.graph(name)
+    parent = work.bundle.file(record.spec.file)
+    size = sum(work.bundle.manifest.files[data].size for data in record.data_files)
+    tried: list[_Tried] = []
+    wrong = ""
+    for number, recipe in enumerate(recipes_for(name, ir.load(parent))):
+        model = ir.load(parent)
+        passes = cook(model, recipe, work.context)
+        if passes is None or any(one.passes == passes for one in tried):
+            continue
+        settled = settle(model, work.scratch, f"{name}.{number}")
+        answers = _answers(work, name, settled, recipe)
+        fault = _fault(answers, portable, exact, _tolerance(record))
+        if fault:
+            wrong = f"{' + '.join(passes)}: {fault}"
+            continue
+        tried.append(_Tried(recipe, passes, settled, answers))
+        if size >= ONE_TRY_FROM:
+            break
+    return tried, wrong
+
+
+def _answers(work: _Work, name: str, path: Path, recipe: Recipe | None = None) -> probe.Answers:
+    """What a graph says, portable or (with its recipe) rewritten."""
+    opened: Session = OnnxRuntimeSession(path, 1, ready=recipe is not None)
+    try:
+        session = OneByOne(opened) if recipe is not None and recipe.one_by_one else opened
+        manifest = work.bundle.manifest
+        if name != DECODER:
+            return probe.ask(session, probe.draw_inputs(work.bundle.graph(name).spec, work.seen))
+        prompt = 1 if TEXT_ENCODER in manifest.graphs else min(probe.PROMPT, manifest.max_positions - 10)
+        return probe.decode(decoder_of(work.bundle, session), _looks(work), prompt)
+    finally:
+        opened.close()
+
+
+def _looks(work: _Work) -> dict[str, Array]:
+    """What a decoder looks at beside its text."""
+    if CROSS_KV not in work.bundle.manifest.graphs:
+        return {}
+    drawn = probe.draw_inputs(work.bundle.graph(DECODER).spec, work.seen)
+    looks = {name: array for name, array in drawn.items() if name.startswith("cross.")}
+    if CROSS_MASK in drawn:
+        keys = next(iter(looks.values())).shape[2]
+        shape = drawn[CROSS_MASK].shape[:-1]
+        mask = np.ones((*shape, keys), np.int64)
+        mask[-1, ..., -1] = 0
+        looks[CROSS_MASK] = mask
+    return looks
+
+
+def _exact(work: _Work, name: str, parent: Path) -> probe.Answers | None:
+    """What a graph says with its activations unrounded; None where none are rounded."""
+    model = ir.load(parent)
+    prepare(model)
+    if not forget_ranges(model):
+        return None
+    return _answers(work, name, settle(model, work.scratch, f"{name}.exact"), Recipe(()))
+
+
+def _tolerance(record: GraphRecord) -> float:
+    """Largest allowed difference; infinite where integers are rounded, and directions are compared."""
+    return TOLERANCE if record.precision == "fp32" else math.inf
+
+
+def _fault(answers: probe.Answers, portable: probe.Answers, exact: probe.Answers, tolerance: float) -> str:
+    """What is wrong with a rewritten graph's answers; empty for nothing."""
+    for output, wanted in portable.outputs.items():
+        _, share = probe.relative(answers.outputs[output], wanted)
+        if share > tolerance:
+            return f"{output} is off by {share:.1e} of its largest value, more than {tolerance:.0e}"
+    least = min(LEAST_COSINE, probe.worst_cosine(portable.outputs, exact.outputs))
+    found = probe.worst_cosine(answers.outputs, exact.outputs)
+    return "" if found >= least else f"its cosine is {found:.5f}, less than {least:.5f}"
+
+
+def versions() -> dict[str, str]:
+    """What makes a copy, and what has to run it."""
+    packages = ("onnxruntime", "onnx", "onnx_ir", "numpy")
+    return {"blip2edge": blip2edge.__version__, **{name: installed(name) for name in packages}}
+
+
+def processor() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
