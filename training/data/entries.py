@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,10 @@ class Picture(Protocol):
     def suffix(self) -> str:
         """Of its file name, such as ".jpg"."""
 
+    @property
+    def identity(self) -> str:
+        """Equal where the bytes are: the file's path, size and time. What cached features are filed under."""
+
     def read(self) -> bytes:
         """The file's bytes, unchanged.
 
@@ -38,6 +42,15 @@ class Picture(Protocol):
         """
 
 
+def file_identity(path: Path) -> str:
+    """A file's path, size in bytes and time of change in nanoseconds; the path alone where it is not there."""
+    try:
+        status = path.stat()
+    except OSError:  # told when it is opened
+        return str(path.absolute())
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+
+
 @dataclass(frozen=True)
 class FilePicture:
     """A picture in a file of its own."""
@@ -48,6 +61,11 @@ class FilePicture:
     def suffix(self) -> str:
         """Of the file's name."""
         return self.path.suffix.lower()
+
+    @property
+    def identity(self) -> str:
+        """The file's."""
+        return file_identity(self.path)
 
     def read(self) -> bytes:
         """The file."""
@@ -149,3 +167,31 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
         )
     for sample_id, file in missing.items():
         broken.add(sample_id, f"{file} is missing")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture with all that its data says of it.
+
+    Attributes:
+        image_id: Of the picture.
+        picture: What is shown.
+        entries: The texts about it, in the order of the data.
+    """
+
+    image_id: str
+    picture: Picture
+    entries: tuple[Entry, ...]
+
+    @property
+    def captions(self) -> list[str]:
+        """Its captions."""
+        return [entry.text for entry in self.entries if entry.text]
+
+
+def by_picture(entries: Iterable[Entry]) -> list[Shown]:
+    """Entries gathered by their picture, in the order in which pictures come first."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.image_id, []).append(entry)
+    return [Shown(image_id, group[0].picture, tuple(group)) for image_id, group in groups.items()]

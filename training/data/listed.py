@@ -27,16 +27,16 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
     Returns:
         The sample.
     """
-    picture = entry.picture
+    picture, identity = entry.picture, entry.picture.identity
     if entry.question:
         text = entry.answers[int(rng.integers(len(entry.answers)))].strip()
         return Sample(
-            entry.sample_id, entry.image_id, picture.open, text, config.question.format(entry.question)
+            entry.sample_id, identity, picture.open, text, config.question.replace("{}", entry.question)
         )
     prompt = ""
     if rng.random() < config.prompt_share:
         prompt = config.prompts[int(rng.integers(len(config.prompts)))]
-    return Sample(entry.sample_id, entry.image_id, picture.open, entry.text, prompt)
+    return Sample(entry.sample_id, identity, picture.open, entry.text, prompt)
 
 
 class ListedSource:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from blip2edge.errors import DataError, ImageError, OutputError
 from blip2edge.runtime.preprocess import load_image
-from blip2edge.training.data.entries import PICTURE_SUFFIXES, Broken, Entry
+from blip2edge.training.data.entries import PICTURE_SUFFIXES, Broken, Entry, file_identity
 from blip2edge.training.data.folder import captions_of
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -46,6 +46,11 @@ class TarPicture:
     def suffix(self) -> str:
         """Of the file's name."""
         return Path(self.name).suffix.lower()
+
+    @property
+    def identity(self) -> str:
+        """The shard's, and the place in it."""
+        return f"{file_identity(self.shard)}|{self.offset}"
 
     def read(self) -> bytes:
         """Its bytes.

@@ -84,19 +84,28 @@ class Probe:
     Attributes:
         picture: Number of the picture that it is about.
         thing: What is asked for.
-        there: The right answer.
+        shown: The thing of the picture that it is, or that it stands in place of.
         negatives: How the thing was drawn; empty for one that is there.
     """
 
     picture: int
     thing: Kind
-    there: bool
+    shown: Kind
     negatives: str = ""
+
+    @property
+    def there(self) -> bool:
+        """The right answer."""
+        return self.thing == self.shown
 
     @property
     def question(self) -> str:
         """The question in words."""
         return f"Is there a {self.thing[0]} {self.thing[1]} in the picture?"
+
+    def statement(self, caption: str) -> str:
+        """A true caption of the picture with the thing named in place of the one shown: true as it is, or false."""
+        return caption.replace(" ".join(self.shown), " ".join(self.thing))
 
 
 def probes(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list[Probe]:
@@ -119,12 +128,10 @@ def probes(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list[Probe]:
     for picture, there in enumerate(shown):
         for thing in there:
             near = [other for other in every if (other[0] == thing[0]) != (other[1] == thing[1])]
-            asked.append(Probe(picture, thing, there=True))
+            asked.append(Probe(picture, thing, thing))
             for name, pool in zip(NEGATIVES, (every, popular, near), strict=True):
                 absent = [other for other in pool if other not in there]
-                asked.append(
-                    Probe(picture, absent[int(rng.integers(len(absent)))], there=False, negatives=name)
-                )
+                asked.append(Probe(picture, absent[int(rng.integers(len(absent)))], thing, name))
     return asked
 
 
