@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REDRAW_SECONDS = 0.1  # at most ten drawings a second: a terminal over ssh keeps up
 LINE_SECONDS = 10.0  # without a terminal: one line in ten seconds of silence is enough for a log
+ESTIMATE_AFTER = 2.0  # seconds of a stage before it is told how long the rest will take
 BAR_WIDTH = 24  # characters between the brackets
 
 
@@ -96,13 +97,23 @@ class Progress:
         self._stream.flush()
 
     def _text(self, seconds: float) -> str:
-        """One line for the present state: name, bar or count, seconds since the stage began."""
+        """One line for the present state: name, bar or count, seconds since the stage began and about to come."""
         done, total = self._state
         if total <= 0:
             return f"{self._stage}: {done}" if done else f"{self._stage} …"
         share = min(max(done / total, 0.0), 1.0)
         tail = f"{done}/{total}  {seconds:.1f} s"
+        if 0 < done < total and seconds >= ESTIMATE_AFTER:
+            tail += f", about {_duration(seconds * (total - done) / done)} left"
         if not self._terminal:
             return f"{self._stage}: {tail}" if done else f"{self._stage}: 0/{total}"
         filled = round(share * BAR_WIDTH)
         return f"{self._stage}  [{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {tail}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people: 8 s, 3 min, 2 h 5 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -93,11 +93,13 @@ def compare_graphs(
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in outputs}
     total = min(RUNS, feeds.count(spec.name))
     for done, inputs in enumerate(feeds.runs(spec.name, RUNS)):
+        if progress is not None:
+            progress(done, total)
         wanted, got = one.run(inputs, outputs), two.run(inputs, outputs)
         for name in outputs:
             runs[name].append((cosine(wanted[name], got[name]), _lowest_token(wanted[name], got[name])))
-        if progress is not None:
-            progress(done + 1, total)
+    if progress is not None:
+        progress(total, total)
     return {name: _summary(pairs) for name, pairs in runs.items() if pairs}
 
 
@@ -125,10 +127,12 @@ def caption_pictures(
     prompt = default_prompt(captioner.prompter)
     found = []
     for done, picture in enumerate(pictures):
+        if progress is not None:
+            progress(done, len(pictures))
         result = captioner.caption(load_image(picture.read()), prompt=prompt)
         found.append((result.text, result.tokens))
-        if progress is not None:
-            progress(done + 1, len(pictures))
+    if progress is not None:
+        progress(len(pictures), len(pictures))
     return found
 
 

@@ -121,23 +121,31 @@ def collect(
         threads: CPU threads.
         progress: Called with pictures done and pictures in all.
     """
-    run = _Runner(bundle, feeds, threads, language=bool(texts))
+
+    def open_graph(graph: str) -> Session:
+        path = bundle.file(bundle.graph(graph).spec.file)
+        return _Recording(OnnxRuntimeSession(path, threads), feeds, graph)
+
+    run = PictureRunner(bundle, open_graph, language=bool(texts))
     for done, picture in enumerate(pictures):
-        run(picture.read(), texts[done] if done < len(texts) else None)
         if progress is not None:
-            progress(done + 1, len(pictures))
+            progress(done, len(pictures))
+        run(picture.read(), texts[done] if done < len(texts) else None)
+    if progress is not None:
+        progress(len(pictures), len(pictures))
 
 
-class _Runner:
-    """The graphs of a bundle in their order, with what they are given kept on the way."""
+class PictureRunner:
+    """The graphs of a bundle in their order, a picture at a time.
 
-    def __init__(self, bundle: Bundle, feeds: Feeds, threads: int | None, *, language: bool) -> None:
+    Args:
+        bundle: The bundle.
+        session: Opens a graph by name.
+        language: Whether the language model's graphs are run too.
+    """
+
+    def __init__(self, bundle: Bundle, session: Callable[[str], Session], *, language: bool) -> None:
         manifest = bundle.manifest
-
-        def session(graph: str) -> Session:
-            path = bundle.file(bundle.graph(graph).spec.file)
-            return _Recording(OnnxRuntimeSession(path, threads), feeds, graph)
-
         self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
         self.dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
         self.vision = session(VISION)
@@ -164,6 +172,7 @@ class _Runner:
                 self.instruction = Instructor(reader, positions, frames)([text])
 
     def __call__(self, content: bytes, text: Sequence[int] | None) -> None:
+        """Runs all graphs on a picture file, the decoder on its prompt and the tokens of ``text`` behind it."""
         frames = self.spec.frames if self.spec is not None else 1
         pixels = self.preprocessing.batch(pictures_of([load_image(content)], frames))
         outputs = self.vision.run({"pixel_values": pixels.astype(self.dtype, copy=False)})

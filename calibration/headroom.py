@@ -101,10 +101,12 @@ def sweep(
     largest = np.zeros(len(names))
     total = min(RUNS, feeds.count(record.spec.name))
     for done, inputs in enumerate(feeds.runs(record.spec.name, RUNS)):
+        if progress is not None:
+            progress(done, total)
         values = [float(value) if value.size else 0.0 for value in session.run(names, inputs)]
         largest = np.maximum(largest, values)
-        if progress is not None:
-            progress(done + 1, total)
+    if progress is not None:
+        progress(total, total)
     reaches = [
         TensorReach(name, node.op_type, str(node.name), _reads(node), _dtype(node, name), float(reach))
         for (name, node), reach in zip(found.items(), largest, strict=True)

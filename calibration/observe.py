@@ -54,13 +54,15 @@ def run_probed(
     for at, part in enumerate(parts or [[]]):
         session = Probe(graph, part, weights, size, threads) if part else None
         for inputs in feeds.runs(name, count):
+            if progress is not None:
+                progress(done, total)
             values = session.run(inputs) if session is not None else {}
             if at == 0:
                 values |= {tensor: inputs[tensor] for tensor in names if tensor in given}
             see(values)
             done += 1
-            if progress is not None:
-                progress(done, total)
+    if progress is not None:
+        progress(total, total)
 
 
 class Probe:
