@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.cli.table import difference, size, table
 from blip2edge.contract import Axis
@@ -11,6 +11,7 @@ from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
     from blip2edge.contract import TensorSpec
     from blip2edge.manifest import GraphRecord, Manifest
@@ -45,7 +46,7 @@ def _head(manifest: Manifest) -> list[str]:
         "family": manifest.family,
         "source": source,
         "precision": manifest.precision,
-        "verified": f"{manifest.verify}, against torch",
+        "verified": f"{manifest.verify}, against torch" + (" (its parent)" if manifest.calibration else ""),
         "vocabulary": f"{manifest.vocab_size} tokens",
         "context": f"{manifest.max_positions} positions",
     }
@@ -57,9 +58,27 @@ def _head(manifest: Manifest) -> list[str]:
             "cache": f"{cache.num_layers} layers x {cache.num_heads} heads x {cache.head_dim}",
             "generation": _pairs(manifest.generation),
         }
+    if manifest.calibration:
+        facts |= _calibration(manifest.calibration)
     facts |= {"preprocessing": _pairs(manifest.preprocessing), "made by": _pairs(manifest.versions)}
     width = max(map(len, facts))
     return [f"{key.ljust(width)}  {value}" for key, value in facts.items()]
+
+
+def _calibration(record: Mapping[str, Any]) -> dict[str, str]:
+    """How a bundle was calibrated, and how near it is to its parent."""
+    lines = {"calibrated": f"{record['method']}, on {record['pictures']} pictures"}
+    cosines = {
+        f"{graph} {value['mean']:.5f}"
+        for graph, outputs in record["cosine"].items()
+        for value in outputs.values()
+    }
+    if cosines:
+        lines["cosine to the parent"] = ", ".join(sorted(cosines))
+    captions = record.get("captions")
+    if captions:
+        lines["captions"] = f"{captions['same']:.1%} of {captions['pictures']} as the parent's"
+    return lines
 
 
 def _pairs(values: object) -> str:
