@@ -18,6 +18,10 @@ CROSS_KV = "cross_kv"
 IMAGE_FEATURES = "image_features"
 TEXT_EMBEDS = "text_embeds"
 MATCH = "match"
+DRAFT = "draft"
+QUERIES = "queries"
+"""Of a bridge's outputs that a draft goes on from: ``queries.{i}.{key,value}``, ``[B, H, Q, d]``."""
+
 INSTRUCTION = ("instruction_ids", "instruction_mask")
 """Inputs of a bridge that an instruction enters: int64 ``[B, T]``, padded on the right."""
 
@@ -38,6 +42,11 @@ CROSS_MASK = "cross_attention_mask"
 CROSS_MASKS = ("none", "keys", "steps")
 """What a decoder is told of the keys that it looks at beside its text: nothing; which are valid, int64 ``[B, E]``;
 which each of its slots looks at, int64 ``[B, S, E]`` (a slot that looks at none gets nothing)."""
+
+
+DRAFTS = ("auto", "none", "lookup", "itg")
+"""Who guesses tokens that one pass of the language model verifies: nobody; the text itself, where it repeats its prompt
+or itself; the bridge's own text head. ``auto`` is the head where the bundle has one and decoding is greedy."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +159,30 @@ class CacheSpec:
 
     def past_names(self) -> list[str]:
         """Inputs, layer by layer, key before value."""
-        return [f"past_key_values.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
+        return self.names("past_key_values")
 
     def present_names(self) -> list[str]:
         """Outputs, in the order of :meth:`past_names`."""
-        return [f"present.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
+        return self.names("present")
+
+    def names(self, prefix: str) -> list[str]:
+        """Layer by layer, key before value."""
+        return [f"{prefix}.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
+
+
+@dataclass(frozen=True)
+class DraftSpec(CacheSpec):
+    """The small captioner inside a bridge (``draft.onnx``), whose texts the language model verifies.
+
+    Attributes:
+        dec_token_id: What its texts begin with, in ids of ``draft_tokenizer.json``.
+        end_token_id: What ends them.
+        max_positions: Its longest text, the first token included.
+    """
+
+    dec_token_id: int
+    end_token_id: int
+    max_positions: int
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import CacheSpec, CrossSpec, GraphSpec, Parity, PromptSpec, TensorSpec
+from blip2edge.contract import CacheSpec, CrossSpec, DraftSpec, GraphSpec, Parity, PromptSpec, TensorSpec
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
 
 MANIFEST = "bundle.json"
@@ -97,6 +97,7 @@ class Manifest:
         files: Seal of every file of the bundle but ``bundle.json`` itself.
         versions: What made it.
         cross: What the decoder looks at beside its own text; None for nothing.
+        draft: The small captioner inside the bridge; None where the checkpoint has none.
         calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty where it did not.
     """
 
@@ -114,6 +115,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
     cross: CrossSpec | None = None
+    draft: DraftSpec | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +136,7 @@ class Manifest:
             "generation": dict(self.generation),
             "files": {name: dict(vars(record)) for name, record in sorted(self.files.items())},
             "versions": dict(self.versions),
+            "draft": None if self.draft is None else dict(vars(self.draft)),
             "calibration": dict(self.calibration),
         }
 
@@ -155,6 +158,7 @@ class Manifest:
             generation=values["generation"],
             files=_sealed(values),
             versions=values["versions"],
+            draft=DraftSpec(**values["draft"]) if values.get("draft") else None,
             calibration=values.get("calibration", {}),
         )
 

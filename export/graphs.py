@@ -17,6 +17,7 @@ from blip2edge.contract import (
     BRIDGE,
     CROSS_KV,
     DECODER,
+    DRAFT,
     IMAGE_FEATURES,
     INSTRUCTION,
     MATCH,
@@ -31,6 +32,7 @@ from blip2edge.contract import (
     TensorSpec,
 )
 from blip2edge.export import retrieval_graphs as retrieval
+from blip2edge.export.draft_graph import DraftGraph, draft_spec, query_outputs
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.language import language_of
@@ -56,15 +58,23 @@ class VisionGraph(nn.Module):
 
 
 class BridgeGraph(nn.Module):
-    """image_embeds (and the instruction, where it enters the bridge) → visual_tokens."""
+    """image_embeds (and the instruction, where it enters the bridge) → visual_tokens.
+
+    Where a draft goes on from the queries, then their keys and values too.
+    """
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
         self.bridge = model.bridge
+        self.has_draft = model.draft is not None
 
-    def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor:
+    def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor | tuple[Tensor, ...]:
         """``[B, P, Dv]`` to ``[B, Q, D]``; ``instruction`` is its ids and its mask, int64 ``[B, T]``."""
-        return self.bridge(image_embeds, *instruction)  # type: ignore[no-any-return]
+        if not self.has_draft:
+            return self.bridge(image_embeds, *instruction)  # type: ignore[no-any-return]
+        bridge: Any = self.bridge
+        queries, key_values = bridge.qformer.read(image_embeds)
+        return (bridge.projection(queries), *(tensor for pair in key_values for tensor in pair))
 
 
 class TextEncoderGraph(nn.Module):
@@ -200,7 +210,8 @@ def bridge_spec(config: CaptionerConfig) -> GraphSpec:
         else config.language.embed_dim
     )
     dims = (batch, config.bridge.num_visual_tokens, width)
-    return GraphSpec(BRIDGE, tuple(inputs), (TensorSpec("visual_tokens", "float32", dims),))
+    outputs = [TensorSpec("visual_tokens", "float32", dims), *query_outputs(config)]
+    return GraphSpec(BRIDGE, tuple(inputs), tuple(outputs))
 
 
 def source_axis(config: CaptionerConfig) -> Axis:
@@ -297,6 +308,7 @@ GRAPHS: dict[str, GraphDefinition] = {
         lambda config: config.language.cross is not None,
     ),
     DECODER: GraphDefinition(DecoderGraph, decoder_spec, ("language.layers",)),
+    DRAFT: GraphDefinition(DraftGraph, draft_spec, (), lambda config: config.draft is not None),
     IMAGE_FEATURES: GraphDefinition(
         retrieval.ImageFeaturesGraph,
         retrieval.image_features_spec,

@@ -27,6 +27,7 @@ import blip2edge
 from blip2edge.contract import EMBEDDINGS_FILE, Parity
 from blip2edge.errors import BackendError
 from blip2edge.export import verify
+from blip2edge.export.draft_graph import draft_of
 from blip2edge.export.graphs import cache_of, graphs_of
 from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
@@ -231,6 +232,7 @@ def _seal(
         generation=side.generation,
         files=sealed,
         versions=_versions(),
+        draft=draft_of(config),
     ).write(staging)
 
 

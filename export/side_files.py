@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
+from blip2edge.contract import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
 from blip2edge.errors import BundleError, CheckpointError
 from blip2edge.export.chat import prompt_template
 from blip2edge.model.checkpoint import read_json
+from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families import FAMILIES
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
@@ -42,6 +43,7 @@ class SideFiles:
     generation: Mapping[str, Any]
     tokenizer: bytes
     qformer_tokenizer: bytes | None = None
+    draft_tokenizer: bytes | None = None
 
     @classmethod
     def read(cls, directory: Path, config: Config) -> SideFiles:
@@ -92,13 +94,16 @@ class SideFiles:
             "decoder_start_token_id": config.decoder_start_token_id,
             "max_new_tokens": MAX_NEW_TOKENS,
         }
-        return cls(_preprocessing(directory, config), prompt, generation, content, instruction)
+        draft = _draft_tokenizer(directory, config)
+        return cls(_preprocessing(directory, config), prompt, generation, content, instruction, draft)
 
     def write(self, bundle: Path) -> None:
         """Puts the tokenizers into a bundle; the rest stands in its manifest."""
         (bundle / TOKENIZER_FILE).write_bytes(self.tokenizer)
         if self.qformer_tokenizer is not None:
             (bundle / QFORMER_TOKENIZER_FILE).write_bytes(self.qformer_tokenizer)
+        if self.draft_tokenizer is not None:
+            (bundle / DRAFT_TOKENIZER_FILE).write_bytes(self.draft_tokenizer)
 
 
 def _eos(directory: Path, otherwise: Sequence[int]) -> list[int]:
@@ -108,6 +113,20 @@ def _eos(directory: Path, otherwise: Sequence[int]) -> list[int]:
     if found is None:
         return list(otherwise)
     return list(found) if isinstance(found, list) else [found]
+
+
+def _draft_tokenizer(directory: Path, config: CaptionerConfig) -> bytes | None:
+    """The tokenizer of a checkpoint's draft; None where it has no draft."""
+    if config.draft is None:
+        return None
+    path = directory / DRAFT_TOKENIZER_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} has a draft, but no {path.name}", "copy it from where the draft was trained"
+        )
+    content = path.read_bytes()
+    _check_tokenizer(content, directory, config.draft.vocab_size, "the draft", whole=True, name=path.name)
+    return content
 
 
 def _tokenizer(directory: Path) -> bytes:
@@ -149,6 +168,7 @@ def _check_tokenizer(
     reader: str,
     image_token: tuple[str, int | None] | None = None,
     whole: bool = False,
+    name: str = TOKENIZER_FILE,
 ) -> None:
     """Raises CheckpointError where a text, or with ``whole`` any token, has an id that the reader lacks."""
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +196,7 @@ def _check_tokenizer(
     )
     if max(ids, default=0) >= vocab_size:
         raise CheckpointError(
-            f"{directory / TOKENIZER_FILE} gives the id {max(ids)}, but {reader} has {vocab_size} tokens",
+            f"{directory / name} gives the id {max(ids)}, but {reader} has {vocab_size} tokens",
             f"put the tokenizer there that {reader} was trained with",
         )
 

@@ -89,7 +89,7 @@ class Captioner:
             backend: ``auto``, or a backend by name.
             threads: CPU threads within an operator; None for as many as there are cores.
             draft: Who guesses tokens that one pass verifies, where a caption does not say otherwise; one of
-                :data:`blip2edge.runtime.options.DRAFTS`.
+                :data:`blip2edge.contract.DRAFTS`.
 
         Raises:
             BundleError: No bundle, a newer one, or one whose files were changed.

@@ -76,6 +76,7 @@ class PictureEncoder:
         bridge: The loaded bridge; None where the decoder looks at patches.
         prompter: Makes prompts.
         instructor: Makes the bridge's instructions; None where none enters it.
+        drafted: Whether a draft goes on from the queries' keys and values.
     """
 
     def __init__(
@@ -85,12 +86,14 @@ class PictureEncoder:
         bridge: Session | None,
         prompter: Prompter,
         instructor: Instructor | None,
+        drafted: bool = False,
     ) -> None:
         self.preprocessing = Preprocessing.from_json(bundle.manifest.preprocessing)
         self.vision = vision
         self.bridge = bridge
         self.prompter = prompter
         self.instructor = instructor
+        self._bridged = None if drafted else ["visual_tokens"]
         self._pixels_dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
 
     def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: Clock) -> Encoded:
@@ -123,7 +126,8 @@ class PictureEncoder:
             pictures = self.vision.run({"pixel_values": pixels})
         if self.bridge is not None:
             with clock("bridge"):
-                pictures |= self.bridge.run({"image_embeds": pictures["image_embeds"], **instruction})
+                embeds = {"image_embeds": pictures["image_embeds"]}
+                pictures |= self.bridge.run({**embeds, **instruction}, self._bridged)
         if max(counts) > 1:
             pictures = {name: pack(array, counts) for name, array in pictures.items()}
         return Encoded(prompts, pictures, counts)

@@ -19,6 +19,7 @@ from blip2edge.runtime.options import (
     DecodeState,
     Generated,
     GenerationOptions,
+    RowState,
     StepEvent,
     Stopped,
     check_rows,
@@ -26,6 +27,7 @@ from blip2edge.runtime.options import (
     finish_reason,
 )
 from blip2edge.runtime.sampling import argmax, draw, penalize_repetition, row_streams
+from blip2edge.runtime.speculate import Ahead
 
 __all__ = ["DecodeState", "Generated", "GenerationOptions", "StepEvent", "Stopped", "generate", "stream"]
 
@@ -39,6 +41,7 @@ def generate(
     stopped: Stopped | None = None,
     initial: Sequence[int] = (),
     row_ids: Sequence[int] | None = None,
+    ahead: Sequence[Ahead | None] = (),
 ) -> list[Generated]:
     """Generate a text for every row.
 
@@ -53,6 +56,7 @@ def generate(
             generated ids in the result and under the repetition penalty; lengths do not count them.
         row_ids: Numbers of the rows' random streams, 0 … B−1 if left out. With a picture's number in the
             whole request a seed gives the same texts whatever the batches are.
+        ahead: What reads ahead in each row's text while it is alone, or None; left out for none at all.
 
     Returns:
         One result a row.
@@ -62,15 +66,12 @@ def generate(
     """
     if options.num_beams > 1:
         return beam_search(first_logits, state, prompt_ids, options, stopped=stopped, initial=initial)
-    tokens: list[list[int]] = [[] for _ in prompt_ids]
-    reasons = [""] * len(tokens)
-    for event in stream(
-        first_logits, state, prompt_ids, options, stopped=stopped, initial=initial, row_ids=row_ids
-    ):
-        tokens[event.row].append(event.token)
-        reasons[event.row] = event.finish_reason or ""
-    start = tuple(initial)
-    return [Generated(start + tuple(ids), reason, None) for ids, reason in zip(tokens, reasons, strict=True)]
+    rows = _rows(first_logits, state, prompt_ids, options, stopped, initial, row_ids, ahead)
+    together = Decoding()
+    together.join(first_logits, state, rows)
+    while together.rows:
+        together.step()
+    return [row.result() for row in rows]
 
 
 def stream(
@@ -82,6 +83,7 @@ def stream(
     stopped: Stopped | None = None,
     initial: Sequence[int] = (),
     row_ids: Sequence[int] | None = None,
+    ahead: Sequence[Ahead | None] = (),
 ) -> Iterator[StepEvent]:
     """Generate token by token: the arguments are those of `generate`.
 
@@ -95,17 +97,35 @@ def stream(
     """
     if options.num_beams > 1:
         raise UsageError(f"expected --num-beams 1 for a stream, got {options.num_beams}")
-    check_rows(first_logits, state, prompt_ids)
-    numbers = range(len(prompt_ids)) if row_ids is None else row_ids
-    if len(numbers) != len(prompt_ids):
-        raise ValueError(f"expected {len(prompt_ids)} row_ids, got {len(numbers)}")
-    rows = [
-        Row(ids, options, first_logits.shape[-1], initial=initial, stopped=stopped, number=number)
-        for ids, number in zip(prompt_ids, numbers, strict=True)
-    ]
+    rows = _rows(first_logits, state, prompt_ids, options, stopped, initial, row_ids, ahead)
     together = Decoding()
     together.join(first_logits, state, rows)
     return _events(together)
+
+
+def _rows(
+    first_logits: NDArray[np.float32],
+    state: DecodeState,
+    prompt_ids: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    stopped: Stopped | None,
+    initial: Sequence[int],
+    row_ids: Sequence[int] | None,
+    ahead: Sequence[Ahead | None],
+) -> list[Row]:
+    """The rows of `generate` and `stream`; raises ValueError where their numbers do not fit together."""
+    check_rows(first_logits, state, prompt_ids)
+    numbers = range(len(prompt_ids)) if row_ids is None else row_ids
+    readers = ahead or [None] * len(prompt_ids)
+    if len(numbers) != len(prompt_ids) or len(readers) != len(prompt_ids):
+        raise ValueError(
+            f"expected {len(prompt_ids)} row_ids and ahead, got {len(numbers)} and {len(readers)}"
+        )
+    vocabulary = first_logits.shape[-1]
+    return [
+        Row(ids, options, vocabulary, initial=initial, stopped=stopped, number=number, ahead=reader)
+        for ids, number, reader in zip(prompt_ids, numbers, readers, strict=True)
+    ]
 
 
 def _events(together: Decoding) -> Iterator[StepEvent]:
@@ -125,9 +145,11 @@ class Row:
         initial: Ids that the decoder was started with.
         stopped: Says of the generated ids whether the text is over, beside the end tokens.
         number: Of its random stream.
+        ahead: Reads ahead while the row is decoded alone; None for nobody.
 
     Attributes:
         finish_reason: None until the text is over.
+        passes: Runs of the decoder that the text took, the one over the prompt among them.
     """
 
     def __init__(
@@ -139,8 +161,11 @@ class Row:
         initial: Sequence[int] = (),
         stopped: Stopped | None = None,
         number: int = 0,
+        ahead: Ahead | None = None,
     ) -> None:
         self.options = options
+        self.ahead = ahead
+        self.passes = 1
         self.initial = tuple(initial)
         self.history = History(prompt_ids, initial, options, vocabulary)
         self.finish_reason: str | None = None
@@ -154,13 +179,25 @@ class Row:
 
     def result(self) -> Generated:
         """The outcome, once the text is over."""
-        return Generated(self.initial + tuple(self.generated), self.finish_reason or "", None)
+        tokens = self.initial + tuple(self.generated)
+        return Generated(tokens, self.finish_reason or "", None, len(self.generated) / self.passes)
 
-    def choose(self, scores: NDArray[np.float32]) -> int:
-        """The next token by its scores [V], which stay as they are; greedy rows break ties downwards."""
-        if self.history.changes_scores:
-            scores = np.array(scores, np.float32)
-            self.history.process(scores)
+    @property
+    def left(self) -> int:
+        """How many tokens may follow."""
+        return self.options.max_new_tokens - len(self.generated)
+
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What a token is chosen by: logits [V], which stay as they are, after penalty and minimal length."""
+        if not self.history.changes_scores:
+            return logits
+        scores = np.array(logits, np.float32)
+        self.history.process(scores)
+        return scores
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """The next token by its logits [V]; greedy rows break ties downwards."""
+        scores = self.scores(logits)
         if self._random is None:
             return int(argmax(scores[None])[0])
         options = self.options
@@ -199,6 +236,7 @@ class Decoding:
             self._state, self._logits, self._last = state, first_logits, None
         else:
             self._logits = np.concatenate([self._advanced(self._state), first_logits])
+            self._settle(self._state)
             self._state.join(state)
         self.rows = [*self.rows, *rows]
 
@@ -240,10 +278,27 @@ class Decoding:
     def _advanced(self, state: DecodeState) -> NDArray[np.float32]:
         """The logits [B,V] behind the rows' last tokens; runs the decoder where it has not read those."""
         if self._last is not None:
-            self._logits, self._last = state.step(self._last), None
+            self._logits, self._last = self._read(state, self._last), None
         if self._logits is None:
             raise RuntimeError("a decoding without logits")
         return self._logits
+
+    def _read(self, state: DecodeState, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Lets the decoder read tokens [B], and more where a lone row is read ahead in."""
+        row = self.rows[0]
+        if len(self.rows) == 1 and row.ahead is not None and isinstance(state, RowState):
+            logits, passes = row.ahead.step(state, row.generated, row.left, row.scores)
+            row.passes += passes
+            return logits
+        for row in self.rows:
+            row.passes += 1
+        return state.step(tokens)
+
+    def _settle(self, state: DecodeState) -> None:
+        """Forgets what was read ahead: another row is about to join."""
+        ahead = self.rows[0].ahead
+        if len(self.rows) == 1 and ahead is not None and isinstance(state, RowState):
+            ahead.settle(state)
 
 
 class History:

@@ -10,14 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2edge.contract import DRAFTS
 from blip2edge.errors import UsageError
 
 MOST_BEAMS = 256
 """Every beam holds a cache of its own."""
-
-DRAFTS = ("auto", "none", "lookup", "itg")
-"""Nobody; the text itself, where it repeats its prompt or itself; the bridge's own text head. `auto` is the head where
-the bundle has one and decoding is greedy."""
 
 COLDEST = 1e-5
 """A temperature below it is greedy: the likeliest token has all of the probability in float32."""
@@ -81,7 +78,7 @@ class GenerationOptions:
         early_stopping: Beam search ends as soon as num_beams texts have ended.
         eos_token_ids: Any of these ends a text.
         stop: Strings that end a text; the caller looks for them and passes `stopped`.
-        draft: Who guesses tokens that one pass then verifies, one of `DRAFTS`; the text does not depend on it.
+        draft: Who guesses tokens that one pass then verifies, one of `contract.DRAFTS`; the text does not depend on it.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.

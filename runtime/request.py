@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -37,6 +37,8 @@ class Request:
         number: Its place in the order of submission, and its random stream.
         expires: When its deadline is (``time.monotonic`` seconds); None for none.
         future: Holds the result or the error.
+        on_piece: Gets the pieces of the text in place of :meth:`pieces`, from the thread that has them, and None at
+            the end.
     """
 
     image: ItemSource
@@ -46,6 +48,7 @@ class Request:
     expires: float | None
     future: Future[CaptionResult] = field(default_factory=Future)
     stage_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    on_piece: Callable[[str | None], None] | None = None
     _pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     _text: Pieces | None = None
 
@@ -83,7 +86,7 @@ class Request:
     def cancel(self) -> None:
         """Gives it up: it leaves at the next step, and its result raises CancelledError."""
         if self.future.cancel():
-            self._pieces.put(None)
+            self.push(None)
 
     @property
     def over(self) -> bool:
@@ -92,19 +95,19 @@ class Request:
             self.fail(DeadlineError("the caption was not done within its deadline", "allow it more seconds"))
         return self.future.done()
 
-    def push(self, text: str) -> None:
-        """Hands on a piece."""
-        if text:
-            self._pieces.put(text)
+    def push(self, piece: str | None) -> None:
+        """Hands on a piece, or None for the end."""
+        if piece != "":
+            (self.on_piece or self._pieces.put)(piece)
 
     def finish(self, result: CaptionResult) -> None:
         """Sets the result, unless it was cancelled meanwhile."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(result)
-        self._pieces.put(None)
+        self.push(None)
 
     def fail(self, error: BaseException) -> None:
         """Sets the error, unless it was cancelled meanwhile."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
-        self._pieces.put(None)
+        self.push(None)

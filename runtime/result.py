@@ -26,6 +26,7 @@ class CaptionResult:
             several pictures went through together is shared equally. Where a picture is encoded while another is
             decoded, less time goes by than the sum over pictures.
         tokens_per_s: Generated tokens over the seconds of prefill and decode.
+        tokens_per_pass: Generated tokens over the passes of the language model; 1 where nobody reads ahead.
     """
 
     image: str | list[str | None] | None
@@ -35,10 +36,13 @@ class CaptionResult:
     finish_reason: str
     timings_ms: dict[str, float]
     tokens_per_s: float
+    tokens_per_pass: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys."""
-        return {**vars(self), "tokens": list(self.tokens)}
+        """A JSON object with the attributes as keys, but for what ``bench`` tells of drafts."""
+        values = {**vars(self), "tokens": list(self.tokens)}
+        del values["tokens_per_pass"]
+        return values
 
 
 def caption_result(
@@ -72,6 +76,7 @@ def caption_result(
         finish_reason=generated.finish_reason,
         timings_ms={stage: round(ms, 3) for stage, ms in timings.items()},
         tokens_per_s=round(len(generated.tokens) / seconds, 1) if seconds > 0 else 0.0,
+        tokens_per_pass=round(generated.tokens_per_pass, 3),
     )
 
 

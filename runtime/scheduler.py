@@ -90,6 +90,7 @@ class Scheduler:
         prompt: str | None = None,
         deadline: float | None = None,
         wait: bool = True,
+        on_piece: Callable[[str | None], None] | None = None,
     ) -> Request:
         """Hands in a picture.
 
@@ -99,6 +100,7 @@ class Scheduler:
             prompt: As ``Captioner.caption`` takes it.
             deadline: Seconds from now within which the caption is of use; None for no such bound.
             wait: Wait for a place in the queue; otherwise a full queue refuses.
+            on_piece: See :class:`Request`.
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.
@@ -117,7 +119,7 @@ class Scheduler:
                 self._changed.wait()
             if self._closing:
                 raise RuntimeError("the scheduler is closed") from self._failure
-            request = Request(image, prompt, options, self._submitted, expires)
+            request = Request(image, prompt, options, self._submitted, expires, on_piece=on_piece)
             self._submitted += 1
             self._unsettled[request.number] = request
             request.future.add_done_callback(lambda _: self._unsettled.pop(request.number, None))
@@ -261,8 +263,8 @@ class Scheduler:
         self._trace(Span("prefill", start, time.perf_counter(), _numbers(requests)))
         _charge(requests, clock)
         rows = [
-            self._completer.row(prompt, request.options, logits.shape[-1], request.number)
-            for prompt, request in zip(part.prompts, requests, strict=True)
+            self._completer.row(part, place, request.options, logits.shape[-1], request.number)
+            for place, request in enumerate(requests)
         ]
         for row, request in zip(rows, requests, strict=True):
             request.begin(self._completer.tokenizer)

@@ -138,7 +138,9 @@ def _check(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace) -> Captioner:
     from blip2edge.runtime.captioner import Captioner
 
-    return Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
+    return Captioner.load(
+        options.bundle, backend=options.backend, threads=options.threads, draft=options.draft
+    )
 
 
 def _write(label: str, pieces: Iterable[str]) -> None:

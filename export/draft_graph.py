@@ -1,0 +1,105 @@
+"""The graph of the draft: the bridge's own text head as a small captioner (``model/draft.py``).
+
+input_ids [B,S]          the text so far, from [DEC] on, or what is new of it
+attention_mask [B,P+S]   1 where a slot is valid; the first Q slots are the queries
+text_positions [B,S]     counted from [DEC] = 0
+logits_indices [B,K]     which of the S tokens need logits
+past_key_values.{i}.{key,value} [B,H,P,d]   the bridge's queries.{i}.{key,value}, then those of the text before
+→ logits [B,K,V], present.{i}.{key,value} [B,H,P+S,d]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from blip2edge.contract import DRAFT, QUERIES, Axis, CacheSpec, DraftSpec, GraphSpec, TensorSpec
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.config import CaptionerConfig, QFormerConfig
+from blip2edge.model.draft import DraftConfig
+from blip2edge.model.layers import causal_bias
+
+MAX_BATCH = 8
+
+
+class DraftGraph(nn.Module):
+    """input_ids behind the queries' keys and values → logits."""
+
+    def __init__(self, model: CaptionerModel) -> None:
+        super().__init__()
+        self.bridge = model.bridge
+        self.draft = model.draft
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        text_positions: Tensor,
+        logits_indices: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """See the head of this file; the cache is a flat list, key before value."""
+        if self.draft is None:
+            raise ValueError("the model has no draft")
+        side = self.draft.text_side(self.bridge.qformer)
+        before = list(zip(past[::2], past[1::2], strict=True))
+        bias = causal_bias(attention_mask, input_ids.shape[1], past[0].dtype)
+        logits, presents = side.write(input_ids, text_positions, bias, before, logits_indices)
+        return (logits, *(tensor for pair in presents for tensor in pair))
+
+
+def _parts(config: CaptionerConfig) -> tuple[DraftConfig, QFormerConfig]:
+    if config.draft is None or not isinstance(config.bridge, QFormerConfig):
+        raise ValueError("the checkpoint has no draft")
+    return config.draft, config.bridge
+
+
+def draft_cache(config: CaptionerConfig) -> CacheSpec:
+    """The keys and values of queries and text."""
+    _, qformer = _parts(config)
+    return CacheSpec(qformer.num_layers, qformer.num_heads, qformer.hidden_size // qformer.num_heads)
+
+
+def query_outputs(config: CaptionerConfig) -> list[TensorSpec]:
+    """What the bridge gives beside the visual tokens where a draft goes on from it; else nothing."""
+    if config.draft is None:
+        return []
+    cache = draft_cache(config)
+    dims = (Axis("batch", 1, 1, MAX_BATCH), cache.num_heads, config.bridge.num_visual_tokens, cache.head_dim)
+    return [TensorSpec(name, "float32", dims) for name in cache.names(QUERIES)]
+
+
+def draft_spec(config: CaptionerConfig) -> GraphSpec:
+    """The graph's tensors."""
+    draft, qformer = _parts(config)
+    cache, queries, longest = draft_cache(config), qformer.num_query_tokens, draft.max_positions
+    batch, asked = Axis("batch", 1, 1, MAX_BATCH), Axis("asked", 1, 1, longest)
+    past = Axis("past", queries, min(queries + 8, queries + longest - 1), queries + longest - 1)
+    steps = Axis("steps", 1, 1, longest)
+    inputs = [
+        TensorSpec("input_ids", "int64", (batch, steps)),
+        TensorSpec("attention_mask", "int64", (batch, past + steps)),
+        TensorSpec("text_positions", "int64", (batch, steps)),
+        TensorSpec("logits_indices", "int64", (batch, asked)),
+    ]
+    heads, width = cache.num_heads, cache.head_dim
+    inputs += [TensorSpec(name, "float32", (batch, heads, past, width)) for name in cache.past_names()]
+    outputs = [TensorSpec("logits", "float32", (batch, asked, draft.vocab_size))]
+    outputs += [
+        TensorSpec(name, "float32", (batch, heads, past + steps, width)) for name in cache.present_names()
+    ]
+    return GraphSpec(DRAFT, tuple(inputs), tuple(outputs))
+
+
+def draft_of(config: Any) -> DraftSpec | None:
+    """What a bundle's manifest says of its draft; None where there is none."""
+    draft = getattr(config, "draft", None)
+    if draft is None:
+        return None
+    return DraftSpec(
+        **vars(draft_cache(config)),
+        dec_token_id=draft.dec_token_id,
+        end_token_id=draft.end_token_id,
+        max_positions=draft.max_positions,
+    )
