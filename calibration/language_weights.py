@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -18,13 +19,25 @@ from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import Product, Targets, find_targets
 from blip2edge.calibration.token_table import BITS as TABLE_BITS
 from blip2edge.calibration.token_table import tied_head, write_rows, write_shared
-from blip2edge.calibration.weight_only import Matrix, Store, WeightOnly, choose_formats, quantize_weights
+from blip2edge.calibration.weight_only import (
+    Matrix,
+    Store,
+    WeightOnly,
+    block_tensors,
+    choose_formats,
+    copy_others,
+    form_of,
+    quantize_weights,
+    replace_weights,
+)
 from blip2edge.contract import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.manifest import FileRecord, GraphRecord
 from blip2edge.runtime.embeddings import TokenTable
 
 PRECISIONS = {4: "int4", 8: "int8-weights"}
 """What the manifest calls a graph whose weights have so many bits."""
+
+BITS_OF = {precision: bits for bits, precision in PRECISIONS.items()}
 
 BITS = {"int4": 4, "int8": 8}
 """What ``--weights`` can name."""
@@ -67,6 +80,54 @@ def quantise_weights(job: Job, record: GraphRecord, bits: int, keep: Mapping[str
     ir.save(model, path)
     onnx.checker.check_model(str(path))
     return _made(job, record, bits, matrices, left, file.record, time.perf_counter() - start)
+
+
+def rewrite_weights(job: Job, made: Made, whole: Path, left: Mapping[str, str]) -> Made:
+    """Writes a graph again with fewer matrices as integers; they are not rounded anew.
+
+    Args:
+        job: What the steps of the calibration share.
+        made: The graph with all of them.
+        whole: A directory with the files of that.
+        left: Matrices that are as in the parent, with the reason.
+    """
+    start = time.perf_counter()
+    name = made.record.spec.name
+    record = job.parent.graph(name)
+    model = ir.load(job.parent.file(record.spec.file))
+    rounded = ir.load(whole / record.spec.file).graph.initializers
+    matrices: dict[str, Matrix] = {}
+    with DataFile(job.staging / f"{name}.onnx.data") as file:
+        for weight, told in made.summary.matrices.items():
+            if weight in left:
+                continue
+            tensors = block_tensors(rounded, weight)
+            placed = [
+                _beside(tensor, job.staging)
+                if tensor.location == EMBEDDINGS_FILE
+                else file.copy(str(tensor.name), tensor)
+                for tensor in tensors
+            ]
+            matrices[weight] = Matrix(
+                weight, form_of(*tensors), placed[0], placed[1], told.error, told.plain_error
+            )
+        copy_others(model, file, matrices)
+    replace_weights(model, matrices)
+    path = job.staging / record.spec.file
+    ir.save(model, path)
+    onnx.checker.check_model(str(path))
+    bits = BITS_OF[made.record.precision]
+    return _made(
+        job, record, bits, matrices, {**made.summary.left, **left}, file.record, time.perf_counter() - start
+    )
+
+
+def _beside(tensor: ir.ExternalTensor, directory: Path) -> ir.ExternalTensor:
+    """The same place in the file of that name in another directory."""
+    return ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.length, tensor.dtype,
+        shape=tensor.shape, name=str(tensor.name), base_dir=directory,
+    )  # fmt: skip
 
 
 def _made(

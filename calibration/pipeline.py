@@ -34,7 +34,7 @@ from blip2edge.calibration.ranges import THRESHOLDS
 from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, Made
 from blip2edge.contract import BRIDGE, VISION
 from blip2edge.errors import BackendError, BundleError, UsageError
-from blip2edge.manifest import Bundle, FileRecord, GraphRecord, Manifest
+from blip2edge.manifest import MANIFEST, STAMP, Bundle, FileRecord, GraphRecord, Manifest
 from blip2edge.runtime.meter import MemoryMeter
 from blip2edge.staging import staged
 
@@ -263,7 +263,7 @@ def _copy_rest(parent: Bundle, staging: Path) -> None:
 def _seal(job: Job, graphs: Mapping[str, Made]) -> Manifest:
     seals = {file: seal for made in graphs.values() for file, seal in made.seals.items()}
     for path in sorted(job.staging.iterdir()):
-        if path.name not in seals:
+        if path.name not in (*seals, MANIFEST, STAMP):
             seals[path.name] = FileRecord.of(path)
     manifest = job.parent.manifest
     return replace(

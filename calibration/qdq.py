@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from blip2edge.calibration.ranges import LEVELS
-from blip2edge.calibration.storage import DataFile
+from blip2edge.calibration.storage import TensorStore
 from blip2edge.calibration.targets import Product
 
 FP16_OPSET = 19
@@ -78,7 +78,7 @@ def quantise_columns(weight: Array) -> tuple[NDArray[np.int8], Array]:
 def quantise_graph(
     model: ir.Model,
     plan: Plan,
-    data: DataFile,
+    data: TensorStore,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Inserts the nodes and writes every initializer of a graph to a new file.
@@ -133,17 +133,15 @@ def _divided(divisor: Array, where: slice) -> Change:
     return change
 
 
-def _store(graph: ir.Graph, name: str, changes: Sequence[Change], quantised: bool, data: DataFile) -> None:
+def _store(graph: ir.Graph, name: str, changes: Sequence[Change], quantised: bool, data: TensorStore) -> None:
     value = graph.initializers[name]
     tensor = value.const_value
     if tensor is None:
         raise ValueError(f"the initializer {name} has no value")
     if not changes and not quantised:
-        if not isinstance(
-            tensor, ir.ExternalTensor
-        ):  # a shape or another small constant lies in the graph itself
+        if not isinstance(tensor, ir.ExternalTensor):  # a shape: small constants lie in the graph itself
             return
-        value.const_value = data.add_bytes(name, tensor.tobytes(), tensor.dtype, tuple(tensor.shape.numpy()))
+        value.const_value = data.copy(name, tensor)
         return
     array = np.asarray(tensor.numpy(), np.float32)
     for change in changes:
@@ -168,7 +166,7 @@ def _store(graph: ir.Graph, name: str, changes: Sequence[Change], quantised: boo
 
 
 def _initializer(
-    graph: ir.Graph, data: DataFile, name: str, array: NDArray[Any], dtype: ir.DataType | None
+    graph: ir.Graph, data: TensorStore, name: str, array: NDArray[Any], dtype: ir.DataType | None
 ) -> ir.Value:
     kind = ir.DataType.FLOAT if dtype is None else dtype
     stored = array.astype(kind.numpy())
@@ -178,7 +176,7 @@ def _initializer(
     return value
 
 
-def _insert(graph: ir.Graph, group: Group, data: DataFile) -> None:
+def _insert(graph: ir.Graph, group: Group, data: TensorStore) -> None:
     """The nodes of one activation; all its products read the same dequantised value."""
     users = {product.node for product in group.products}
     readers = [node for node in graph if node.name in users]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.calibration.agreement import Captions, Cosine
+from blip2edge.calibration.qdq import Plan
 from blip2edge.manifest import FileRecord, GraphRecord
 
 
@@ -87,6 +88,7 @@ class Made:
         seals: Its files.
         summary: What became of it.
         details: An object an activation, for the report; empty where none became INT8.
+        plan: What became INT8 in it; None where the weights alone are integers, or nothing.
         headroom: How far its tensors are from the largest fp16 number (``headroom.py``); None where it was not run.
     """
 
@@ -95,3 +97,4 @@ class Made:
     summary: CalibratedGraph
     details: Sequence[Mapping[str, Any]] = ()
     headroom: Mapping[str, Any] | None = None
+    plan: Plan | None = None

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,31 @@ from blip2edge.manifest import FileRecord
 
 LARGE = 1 << 16  # bytes from which a tensor begins on a page, so that a runtime can map it
 PAGE, LINE = 4096, 64  # bytes
+
+
+class TensorStore(Protocol):
+    """Where a changed graph's initializers go."""
+
+    def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
+        """Takes a new tensor; what the graph refers to from now on."""
+        ...
+
+    def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+        """Takes a tensor of the parent's that stays as it is."""
+        ...
+
+
+class Memory:
+    """New tensors in the graph itself, the others where they are: for a graph that is run once and written nowhere."""
+
+    def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
+        """See :class:`TensorStore`."""
+        return ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+
+    def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+        """See :class:`TensorStore`."""
+        del name
+        return tensor
 
 
 class DataFile:
@@ -76,6 +101,10 @@ class DataFile:
             name=name,
             base_dir=self.path.parent,
         )
+
+    def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+        """Appends a tensor that lies in another file."""
+        return self.add_bytes(name, tensor.tobytes(), tensor.dtype, tuple(tensor.shape.numpy()))
 
     @property
     def record(self) -> FileRecord:

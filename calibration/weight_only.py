@@ -126,7 +126,7 @@ def quantize_weights(
         for product in wanted:
             writer.write(product, None)
     else:
-        runner = PieceRunner(model, wanted, [_all_logits(feed) for feed in feeds], how.threads)
+        runner = PieceRunner(model, wanted, [all_logits(feed) for feed in feeds], how.threads)
         for activation, values in runner:
             group = [product for product in wanted if product.activation == activation]
             moments = SecondMoments(group[0].inner)
@@ -135,19 +135,17 @@ def quantize_weights(
             corrector = Corrector(moments.mean())
             for product in group:
                 runner.replace(product.weight, writer.write(product, corrector))
-    _copy_others(model, data, writer.done)
+    copy_others(model, data, writer.done)
     replace_weights(model, writer.done)
     return writer.done
 
 
-def _copy_others(model: ir.Model, data: DataFile, but: Container[str]) -> None:
+def copy_others(model: ir.Model, data: DataFile, but: Container[str]) -> None:
     """Writes the external initializers that stay as they are; small ones lie in the graph's own file."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if name not in but and isinstance(tensor, ir.ExternalTensor):
-            value.const_value = data.add_bytes(
-                name, tensor.tobytes(), tensor.dtype, tuple(tensor.shape.numpy())
-            )
+            value.const_value = data.copy(name, tensor)
 
 
 class _Writer:
@@ -241,7 +239,29 @@ def replace_weights(model: ir.Model, matrices: Mapping[str, Matrix]) -> None:
         model.ir_version = max(model.ir_version, 10)
 
 
-def _all_logits(feed: Mapping[str, Array]) -> dict[str, Array]:
+def block_tensors(
+    initializers: Mapping[str, ir.Value], weight: str
+) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
+    """Integers and scales of a matrix in a graph whose weights are blocks of integers.
+
+    Raises:
+        ValueError: It has none.
+    """
+    found = [initializers.get(f"{weight}.{kind}") for kind in ("int4", "int8", "scale")]
+    tensors = [value.const_value for value in found if value is not None]
+    integers, scales = tensors if len(tensors) == 2 else (None, None)
+    if not isinstance(integers, ir.ExternalTensor) or not isinstance(scales, ir.ExternalTensor):
+        raise ValueError(f"{weight} is no matrix of blocks")
+    return integers, scales
+
+
+def form_of(integers: ir.ExternalTensor, scales: ir.ExternalTensor) -> BlockFormat:
+    """The format, by the shapes."""
+    bits = 4 if integers.dtype == ir.DataType.INT4 else 8
+    return BlockFormat(bits, integers.shape.numpy()[0] // scales.shape.numpy()[0])
+
+
+def all_logits(feed: Mapping[str, Array]) -> dict[str, Array]:
     """The inputs with logits asked for at every slot, so that the head meets more than one a caption."""
     indices, embeds = feed.get(LOGITS_INDICES), feed.get("inputs_embeds")
     if indices is None or embeds is None:

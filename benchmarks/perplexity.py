@@ -1,0 +1,197 @@
+"""What INT8 and INT4 weights cost a real language model: perplexity against fp32 and against plain rounding.
+
+    python benchmarks/smollm2.py --out SMOLLM2
+    python benchmarks/smollm2_captioner.py SMOLLM2 --out CHECKPOINT
+    blip2edge export CHECKPOINT -o BUNDLE
+    python benchmarks/texts.py --out TEXTS
+    python benchmarks/perplexity.py BUNDLE --texts TEXTS --json benchmarks/results/perplexity.json
+
+The decoder of a bundle and its token table go through the code of `blip2edge calibrate --weights`, with windows of
+``calibration.txt`` in the place of captions. Perplexity is that of windows of ``evaluation.txt``, whose documents are
+others; the first token of a window is not scored. ONNX Runtime runs the graphs as it loads them: it fuses the blocks
+to MatMulNBits, which rounds activations to eight bits a block too. "plain" rounds every matrix to the nearest, with
+scales that put the largest value on the largest integer: the same blocks, the same file size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from peers import cpu_model
+
+from blip2edge.calibration.activations import Job
+from blip2edge.calibration.batches import Feeds
+from blip2edge.calibration.language_weights import quantise_weights
+from blip2edge.calibration.storage import DataFile
+from blip2edge.calibration.targets import find_targets
+from blip2edge.calibration.weight_only import WeightOnly, choose_formats, quantize_weights
+from blip2edge.contract import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE
+from blip2edge.manifest import Bundle
+from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.ort import OnnxRuntimeSession
+from blip2edge.runtime.session import Array
+from blip2edge.runtime.tokenizer import Tokenizer
+
+WINDOW = 512  # tokens
+FILES = ("decoder.onnx", "decoder.onnx.data", EMBEDDINGS_FILE)
+VARIANTS = ("fp32", "int8", "int4", "int4 plain", "int8 plain")
+
+
+def windows(bundle: Bundle, text: Path, count: int) -> Array:
+    """Windows of a text's tokens ``[count, WINDOW]``, spread over it."""
+    ids = Tokenizer.from_file(bundle.file(TOKENIZER_FILE)).encode(text.read_text(encoding="utf-8"))
+    if len(ids) < count * WINDOW:
+        sys.exit(f"{text} has {len(ids)} tokens, and {count} windows of {WINDOW} are wanted")
+    starts = np.linspace(0, len(ids) - WINDOW, count).astype(int)
+    return np.stack([np.array(ids[start : start + WINDOW], np.int64) for start in starts])
+
+
+def inputs(bundle: Bundle, table: TokenTable, rows: Array) -> Iterator[dict[str, Array]]:
+    """The decoder's inputs for each window, with logits asked for at every place."""
+    cache = bundle.manifest.cache
+    assert cache is not None
+    empty = np.zeros((1, cache.num_heads, 0, cache.head_dim), np.float32)
+    places = np.arange(WINDOW, dtype=np.int64)[None]
+    for row in rows:
+        yield {
+            "inputs_embeds": table.rows(row)[None],
+            "attention_mask": np.ones_like(places),
+            "position_ids": places,
+            "logits_indices": places,
+            **dict.fromkeys(cache.past_names(), empty),
+        }
+
+
+def perplexity(bundle: Bundle, folder: Path, rows: Array) -> tuple[float, int]:
+    """Of a decoder and its table in a folder, and how many tokens were scored."""
+    table = TokenTable(folder / EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, "float32")
+    session = OnnxRuntimeSession(folder / "decoder.onnx", 1)
+    lost, scored = 0.0, 0
+    for row, given in zip(rows, inputs(bundle, table, rows), strict=True):
+        logits = session.run(given, ["logits"])["logits"][0, :-1].astype(np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        chosen = logits[np.arange(len(logits)), row[1:]]
+        lost += float((np.log(np.exp(logits).sum(axis=-1)) - chosen).sum())
+        scored += len(chosen)
+    return float(np.exp(lost / scored)), scored
+
+
+def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str, Any]:
+    """Writes the decoder as `calibrate --weights` does; the errors of its matrices."""
+    feeds = Feeds(folder / "feeds")
+    table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, "float32")
+    for given in inputs(bundle, table, rows):
+        feeds.add(DECODER, given)
+    job = Job(bundle, folder, feeds, "smooth", 1, lambda *_: None, print, "")
+    made = quantise_weights(job, bundle.graph(DECODER), bits)
+    shutil.rmtree(folder / "feeds")
+    if not (folder / EMBEDDINGS_FILE).exists():
+        shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
+    errors = [(matrix.error, matrix.plain_error) for matrix in made.summary.matrices.values()]
+    ours, plain = (float(np.mean([pair[at] for pair in errors if pair[at] is not None])) for at in (0, 1))
+    return {"matrices": len(errors), "mean_error": ours, "mean_error_plain": plain}
+
+
+def rounded_plainly(bundle: Bundle, bits: int, folder: Path) -> None:
+    """Writes the decoder rounded to the nearest; the token table stays in fp32."""
+    model = ir.load(bundle.file("decoder.onnx"))
+    products = find_targets(model).products
+    formats, _ = choose_formats(products, bits)
+    with DataFile(folder / "decoder.onnx.data") as file:
+        quantize_weights(model, products, file, WeightOnly(formats, plain=True))
+    ir.save(model, folder / "decoder.onnx")
+    shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
+
+
+def measure(bundle: Bundle, variant: str, calibration: Array, evaluation: Array) -> dict[str, Any]:
+    """One variant."""
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as name:
+        folder, found = Path(name), {}
+        if variant == "fp32":
+            folder = bundle.path
+        elif variant.endswith("plain"):
+            rounded_plainly(bundle, int(variant[3]), folder)
+        else:
+            found = calibrated(bundle, int(variant[3]), calibration, folder)
+        seconds = time.process_time() - start
+        value, scored = perplexity(bundle, folder, evaluation)
+        size = sum((folder / file).stat().st_size for file in FILES)
+    return {
+        "perplexity": value, "tokens": scored, "bytes": size, "cpu_seconds_to_quantise": round(seconds, 1), **found
+    }  # fmt: skip
+
+
+def summary(results: dict[str, Any]) -> dict[str, float]:
+    """The figures that decide."""
+    if not {"fp32", "int8", "int4", "int4 plain"} <= results.keys():
+        return {}
+    base = results["fp32"]
+    lost = {name: results[name]["perplexity"] - base["perplexity"] for name in results}
+    return {
+        "int8_over_fp32": results["int8"]["perplexity"] / base["perplexity"],
+        "int4_over_fp32": results["int4"]["perplexity"] / base["perplexity"],
+        "int4_loss_over_plain_loss": lost["int4"] / lost["int4 plain"],
+        "int8_size_over_fp32": results["int8"]["bytes"] / base["bytes"],
+        "int4_size_over_fp32": results["int4"]["bytes"] / base["bytes"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("bundle", type=Path, help="in fp32")
+    parser.add_argument("--texts", type=Path, required=True, help="what benchmarks/texts.py wrote")
+    parser.add_argument("--tokens", type=int, default=20480, help="of the evaluation, at least")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--only", action="append", choices=VARIANTS, help="a variant; may be repeated (all)")
+    parser.add_argument(
+        "--json", type=Path, help="written after each variant; those in it that are not asked for stay"
+    )
+    options = parser.parse_args()
+    bundle = Bundle.open(options.bundle)
+    texts = {part: options.texts / f"{part}.txt" for part in ("calibration", "evaluation")}
+    calibration = windows(bundle, texts["calibration"], options.calibration_tokens // WINDOW)
+    evaluation = windows(bundle, texts["evaluation"], -(-options.tokens // (WINDOW - 1)))
+    document: dict[str, Any] = {"results": {}}
+    if options.json and options.json.is_file():
+        document = json.loads(options.json.read_text(encoding="utf-8"))
+    for variant in options.only or VARIANTS:
+        document["results"][variant] = measure(bundle, variant, calibration, evaluation)
+        print(variant, document["results"][variant], flush=True)
+        document |= {
+            "command": "python benchmarks/perplexity.py BUNDLE --texts TEXTS",
+            "machine": {
+                "cpu": cpu_model(),
+                "system": platform.platform(),
+                "threads": 1,
+                "cores": os.cpu_count(),
+            },
+            "versions": {name: version(name) for name in ("onnxruntime", "onnx", "onnx_ir", "numpy")},
+            "texts_sha256": {
+                part: hashlib.sha256(path.read_bytes()).hexdigest() for part, path in texts.items()
+            },
+            "window": WINDOW,
+            "calibration_tokens": calibration.size,
+            "summary": summary(document["results"]),
+        }
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(document["summary"])
+
+
+if __name__ == "__main__":
+    main()
