@@ -99,6 +99,8 @@ class Manifest:
         cross: What the decoder looks at beside its own text; None for nothing.
         draft: The small captioner inside the bridge; None where the checkpoint has none.
         calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty where it did not.
+        engines_of: Hash of the ``bundle.json`` whose engines this bundle holds in place of its graphs; empty where it
+            holds the graphs.
     """
 
     family: str
@@ -117,6 +119,7 @@ class Manifest:
     cross: CrossSpec | None = None
     draft: DraftSpec | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    engines_of: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``bundle.json``."""
@@ -138,6 +141,7 @@ class Manifest:
             "versions": dict(self.versions),
             "draft": None if self.draft is None else dict(vars(self.draft)),
             "calibration": dict(self.calibration),
+            **({"engines_of": self.engines_of} if self.engines_of else {}),
         }
 
     @classmethod
@@ -160,6 +164,7 @@ class Manifest:
             versions=values["versions"],
             draft=DraftSpec(**values["draft"]) if values.get("draft") else None,
             calibration=values.get("calibration", {}),
+            engines_of=values.get("engines_of", ""),
         )
 
     def write(self, directory: Path) -> None:
@@ -174,7 +179,7 @@ def _sealed(values: Mapping[str, Any]) -> dict[str, FileRecord]:
     for name in files:
         if Path(name).name != name:
             raise ValueError(f"{name} is not a file of the bundle")
-    for name, graph in values["graphs"].items():
+    for name, graph in () if values.get("engines_of") else values["graphs"].items():
         for needed in (f"{name}.onnx", *graph.get("data_files", ())):
             if needed not in files:
                 raise ValueError(f"{needed} is not sealed")
@@ -222,8 +227,11 @@ class Bundle:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of ``bundle.json``, and by the hashes in it of the whole bundle: what is derived names its parent so."""
-        return sha256_of(self.path / MANIFEST)
+        """Hash of ``bundle.json``, and by the hashes in it of the whole bundle: what is derived names its parent so.
+
+        Of a bundle that holds engines alone, the hash of the bundle that they were built from.
+        """
+        return self.manifest.engines_of or sha256_of(self.path / MANIFEST)
 
     def derived(self, kind: str) -> Path:
         """Where derived files of a kind (``engines``) are read: in the bundle, or in the cache of this user."""
