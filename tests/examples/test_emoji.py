@@ -20,7 +20,13 @@ from PIL import Image
 from blip2edge.errors import DataError, UsageError
 from blip2edge.examples.recipes.emoji import augment as chance
 from blip2edge.examples.recipes.emoji import prepare as recipe
+from blip2edge.examples.recipes.emoji import vision
 from blip2edge.examples.recipes.emoji.icons import IconSet, caption, names_of
+from blip2edge.examples.recipes.emoji.vision import Names
+from blip2edge.model.checkpoint import load_checkpoint, read_json
+from blip2edge.runtime.preprocess import Preprocessing
+from blip2edge.training.batches import PREPROCESSING
+from blip2edge.training.config import BlockSizes
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.registry import open_source
 
@@ -192,3 +198,41 @@ def test_what_is_there_is_not_written_over(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "test", out)
     with pytest.raises(UsageError, match="exists"):
         recipe.prepare({}, ICONS / "metadata.json", out, copies=1, seed=0)
+
+
+def test_names_share_their_words() -> None:
+    torch.manual_seed(0)
+    names = Names(["green-apple", "hammer", "red-apple"])
+    vectors = torch.nn.functional.normalize(names.get_buffer("shares") @ names.words.detach(), dim=-1)
+    cosines = vectors @ vectors.T
+    assert float(cosines[0, 2]) > float(cosines[0, 1])
+    assert names(torch.randn(5, vectors.shape[1])).shape == (5, 3)
+
+
+def test_the_picture_encoder_learns_and_is_written(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        vision, "SIZES", BlockSizes(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2)
+    )
+    arguments = [
+        "--data",
+        str(built),
+        "--out",
+        str(tmp_path / "vision"),
+        "--steps",
+        "40",
+        "--batch-size",
+        "8",
+    ]
+    monkeypatch.setattr("sys.argv", ["vision.py", *arguments])
+    vision.main()
+    record = json.loads(capsys.readouterr().out)
+    assert record["names"] == 4
+    assert record["heldout_style"] == record["seen_style"]  # the artists of this test all draw the same
+    assert (
+        record["seen_style"]["top1"] >= 0.5
+    )  # one of four is chance; apples and leaf differ in colour alone
+    model = load_checkpoint(tmp_path / "vision")
+    assert model.config.vision.hidden_size == 32
+    assert Preprocessing.from_hf(read_json(tmp_path / "vision" / "preprocessor_config.json")) == PREPROCESSING
