@@ -159,7 +159,7 @@ class CheckpointAnswerer:
             states = self._around(visual_tokens, before, behind)
             return self._decoder_step(states, torch.ones(states.shape[:2], dtype=torch.int64))
         if language.config.cross is not None:
-            looks = [prompt.looks or (0,) * len(prompt.runs[0]) for prompt in prompts]
+            looks = [prompt.looks for prompt in prompts]
             return self._cross_step(visual_tokens, behind, (torch.tensor(looks) >= 0).long())
         start = self._around(visual_tokens, before, behind)
         return lambda written: self._logits(torch.cat([start, language.embed(written)], dim=1))
@@ -188,16 +188,25 @@ class CheckpointAnswerer:
         )
 
     def _cross_step(self, visual_tokens: Tensor, ids: Tensor, looks: Tensor) -> Step:
-        """A decoder that looks at the picture from between its layers; what it writes looks as its prompt does."""
+        """A decoder that looks at the picture from between its layers.
+
+        Args:
+            visual_tokens: [B, Q, D].
+            ids: int64 [B, S], the prompt.
+            looks: int64 [B, S], 1 where a token looks at the picture; [B, 0] for a model whose tokens all do. What
+                is written looks as the prompt's end does.
+        """
         language = self._language
         cross = language.cross_key_values(visual_tokens)
-        slots = visual_tokens.shape[1]
+        rows, slots = visual_tokens.shape[:2]
 
         def logits(written: Tensor) -> Tensor:
-            seen = torch.cat([looks, looks[:, -1:].expand(-1, written.shape[1])], dim=1)
-            mask = seen[:, :, None].expand(-1, -1, slots)
+            seen = torch.ones(rows, slots, dtype=torch.int64)
+            if looks.shape[1]:
+                every = torch.cat([looks, looks[:, -1:].expand(-1, written.shape[1])], dim=1)
+                seen = every[:, :, None].expand(-1, -1, slots)
             embeds = language.embed(torch.cat([ids, written], dim=1))
-            return self._logits(embeds, cross=cross, cross_attention_mask=mask)
+            return self._logits(embeds, cross=cross, cross_attention_mask=seen)
 
         return logits
 

@@ -72,6 +72,17 @@ def test_scores_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None
             else:
                 assert result.probability == pytest.approx(probability, abs=WITHIN)
     assert np.std([cosine for _, cosine in wanted]) > 0.02  # the scores depend on picture and text
+    if kind == "clip":
+        with pytest.raises(UsageError, match="no matching head"):
+            matcher.probabilities(pictures, [TEXTS] * 3)
+    else:
+        ragged = matcher.probabilities(pictures, [TEXTS, [], TEXTS[:1]], batch_size=3)
+        expected = [probability for probability, _ in wanted]
+        assert ragged == [
+            pytest.approx(expected[:3], abs=WITHIN),
+            [],
+            pytest.approx(expected[6:7], abs=WITHIN),
+        ]
     features, texts = matcher.embed_images(pictures, batch_size=2), matcher.embed_texts(TEXTS, batch_size=3)
     features = features.reshape(3, -1, texts.shape[1])  # [N, K, F]
     cosines = (features @ texts.T).max(axis=1).reshape(-1)
