@@ -18,7 +18,14 @@ from blip2edge.model.layers import attend, merge_heads, split_heads
 
 @dataclass(frozen=True)
 class PerceiverConfig:
-    """Sizes of the resampler; ``width`` is that of the picture's embeddings and of the latents."""
+    """Sizes of the resampler.
+
+    Attributes:
+        width: Of the picture's embeddings and of the latents.
+        num_latents: Latents, and so visual tokens.
+        output_size: Width of the visual tokens behind a linear layer; 0 for none, the latents themselves being what a
+            Flamingo looks at.
+    """
 
     width: int
     num_latents: int
@@ -26,6 +33,7 @@ class PerceiverConfig:
     num_heads: int
     head_dim: int
     qk_norms: bool = False
+    output_size: int = 0
 
     kind = "perceiver"
 
@@ -118,7 +126,7 @@ class Layer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """``image_embeds [B, P, D]`` to ``visual_tokens [B, Q, D]``."""
+    """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; D is Dv where there is no linear layer behind it."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -126,10 +134,12 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.zeros(config.num_latents, config.width))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
+        self.projection = nn.Linear(config.width, config.output_size) if config.output_size else None
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """The latents after they have read the picture."""
         latents = self.latents.expand(image_embeds.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(image_embeds, latents)
-        return self.norm(latents)  # type: ignore[no-any-return]
+        latents = self.norm(latents)
+        return latents if self.projection is None else self.projection(latents)  # type: ignore[no-any-return]

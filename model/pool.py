@@ -60,7 +60,6 @@ class AttentionPoolConfig:
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
         return {
-            "kind": self.kind,
             "hidden_size": self.hidden_size,
             "num_attention_heads": self.num_heads,
             "num_query_tokens": self.num_query_tokens,

@@ -367,15 +367,16 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[dict[str, Any]] = []
 
-    def train_stage2(config: Path, out: Path, **options: Any) -> dict[str, Any]:
-        calls.append({"config": config, "out": out, "force": options["force"]})
+    def train(stage: str, config: Path, out: Path, **options: Any) -> dict[str, Any]:
+        kept = {name: options[name] for name in ("force", "resume")}
+        calls.append({"stage": stage, "config": config, "out": out, **kept})
         options["progress"]("vision", 3, 3)
         return {"parameters": 7, "seconds": 2.0, "heldout": {"n": 10, "exact_match": 0.9}}
 
-    module = ModuleType("blip2edge.training.loop")
-    module.train_stage2 = train_stage2  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "blip2edge.training.loop", module)
-    assert main(["train", "stage2", "-c", "recipe.toml", "-o", "out"]) == 0
+    module = ModuleType("blip2edge.training.run")
+    module.train = train  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
+    assert main(["train", "stage1", "-c", "recipe.toml", "-o", "out", "--resume"]) == 0
     output = capsys.readouterr()
     assert output.out.splitlines() == [
         "out: 7 parameters, trained in 2 s",
@@ -383,7 +384,15 @@ def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         "next: blip2edge export out -o BUNDLE",
     ]
     assert output.err.startswith("vision: 3/3")
-    assert calls == [{"config": Path("recipe.toml"), "out": Path("out"), "force": False}]
+    assert calls == [
+        {
+            "stage": "stage1",
+            "config": Path("recipe.toml"),
+            "out": Path("out"),
+            "force": False,
+            "resume": True,
+        }
+    ]
 
 
 def test_demo_refuses_a_directory_with_other_things(

@@ -14,6 +14,7 @@ from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint import load_checkpoint, read_json
 from blip2edge.runtime.preprocess import Preprocessing
 from blip2edge.runtime.tokenizer import Tokenizer
+from blip2edge.training.evaluate import CaptionMany
 
 
 class CheckpointCaptioner:
@@ -87,3 +88,25 @@ class CheckpointCaptioner:
             if bool(finished.all()):
                 break
         return [self._tokenizer.decode(row).strip() for row in token_ids[:, 1:].tolist()]
+
+
+def checkpoint_captioner(directory: str | Path, batch_size: int = 16) -> CaptionMany:
+    """What `evaluate_scenes` wants, for a checkpoint.
+
+    Args:
+        directory: A checkpoint directory.
+        batch_size: Pictures at once.
+
+    Returns:
+        From pictures to captions, in order; greedy, empty prompt.
+
+    Raises:
+        CheckpointError: The directory cannot be read.
+    """
+    captioner = CheckpointCaptioner.load(directory)
+
+    def caption_many(pictures: Sequence[Image.Image]) -> list[str]:
+        chunks = (pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size))
+        return [text for chunk in chunks for text in captioner(chunk)]
+
+    return caption_many

@@ -1,319 +1,226 @@
-"""A whole training run: recipe in, checkpoint directory out."""
+"""One loop for every phase of every recipe.
+
+A phase is data: what is trained, on which batches, how. The loop makes the steps, tells about them, and writes
+snapshots from which an interrupted run goes on as if nothing had happened. `accelerate` gives the device, the
+arithmetic and, under `accelerate launch` or `torchrun`, the other processes; alone it needs no process group.
+"""
 
 from __future__ import annotations
 
-import json
-import platform
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
-from tokenizers import Tokenizer
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
-from blip2edge import __version__
-from blip2edge.errors import ConfigError, OutputError
-from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint import load_checkpoint
+from blip2edge.errors import DataError
 from blip2edge.progress import ProgressCallback
-from blip2edge.training.batches import CaptionBatch, Collator, pixel_values, scene_batches
-from blip2edge.training.captioning import CheckpointCaptioner
-from blip2edge.training.config import TrainingConfig, config_hash, load_config
-from blip2edge.training.evaluate import CaptionMany, evaluate_scenes
-from blip2edge.training.miniature import build_miniature, write_checkpoint
-from blip2edge.training.optim import Log, fit, freeze
-from blip2edge.training.pretrain import DenseLabels, dense_labels, language_loss, make_dense_head, vision_loss
-from blip2edge.training.scenes import Scene
-from blip2edge.training.stages import match_scale, prepare_stage2, stage2_loss
+from blip2edge.training import states
+from blip2edge.training.config import OptimizerConfig
+from blip2edge.training.journal import LINES, Journal
+from blip2edge.training.optim import learning_rate, make_optimizer
+from blip2edge.training.snapshots import Snapshot, Snapshots
 
-# Each phase reads a series of scenes of its own; the offsets keep them apart for any seed of the recipe.
-_VISION, _LANGUAGE, _STAGE2, _PHASES = 0, 1, 2, 3
-RECORD = "training.json"  # beside the weights: how they came about
+Batch_co = TypeVar("Batch_co", covariant=True)
+NAMED = 3  # samples that a message names
 
 
-def _silent(_: str) -> None:
-    """Takes a line and drops it."""
+class PhaseBatch(Protocol):
+    """What the loop asks of a batch."""
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Names of its samples on this process."""
+
+    @property
+    def weight(self) -> int:
+        """Its share when the gradients of several batches make one step: rows, or tokens to be learned."""
 
 
-def _series(config: TrainingConfig, phase: int) -> int:
-    """The series of scenes of a phase."""
-    return config.seed * _PHASES + phase
+class Batches(Protocol[Batch_co]):
+    """An endless, resumable series of batches."""
+
+    def __next__(self) -> Batch_co:
+        """This process' part of the next batch, on its device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins, in JSON's types; the same on every process."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes there."""
 
 
-def pretrain_vision(
-    model: CaptionerModel,
-    config: TrainingConfig,
-    log: Log = _silent,
-    progress: ProgressCallback | None = None,
-) -> list[float]:
-    """Trains the picture encoder on dense labels, then freezes it.
+@dataclass
+class Phase:
+    """One phase of a run.
+
+    Attributes:
+        name: For log, messages and snapshots.
+        module: From a batch to losses by name, whose sum counts unless one is called "loss". Its parameters that
+            want a gradient are trained; call it whole, as a wrapper for several processes may stand around it.
+        batches: What it is trained on.
+        config: Steps, rates and clipping.
+        seed: Of the chance within the phase (dropout, drawn negatives).
+        gauges: Values to be logged beside the losses.
+    """
+
+    name: str
+    module: nn.Module
+    batches: Batches[Any]
+    config: OptimizerConfig
+    seed: int = 0
+    gauges: Callable[[], Mapping[str, float]] = field(default=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all phases of a run share.
+
+    Attributes:
+        accelerator: Device, arithmetic, processes.
+        journal: The log.
+        snapshots: Where they are written.
+        every: Steps between two snapshots.
+        lines: Steps between two lines of the log; 0 for a fitting number.
+        remember: What a snapshot holds beside the phase: tensors of the model that earlier phases trained, and facts
+            ("processes" and "journal" among them).
+        progress: Called with (phase, steps done, steps).
+        say: Takes a line now and then.
+    """
+
+    accelerator: Accelerator
+    journal: Journal
+    snapshots: Snapshots
+    every: int
+    remember: Callable[[], Snapshot]
+    lines: int = 0
+    progress: ProgressCallback | None = None
+    say: Callable[[str], None] = lambda _: None
+
+
+def run_phase(run: Run, phase: Phase, done: int, snapshot: Snapshot | None = None) -> None:
+    """Makes the steps of a phase.
 
     Args:
-        model: Changed in place.
-        config: The recipe.
-        log: Takes one line at a time.
-        progress: Called with (phase, steps done, steps).
-
-    Returns:
-        The loss of every step.
-    """
-    patch = config.model.patch_size
-    torch.manual_seed(config.seed)  # the head, which is dropped at the end, is drawn by torch
-    head = make_dense_head(config.model.vision.hidden_size)
-
-    def batches() -> Iterator[tuple[Tensor, DenseLabels]]:
-        for batch in scene_batches(config.vision.batch_size, seed=_series(config, _VISION)):
-            yield pixel_values(batch), dense_labels(batch, patch)
-
-    loss = vision_loss(model.vision, head, config.vision.shape_weight)
-    losses = fit("vision", [model.vision, head], batches(), loss, config.vision, log, progress)
-    freeze(model.vision)
-    return losses
-
-
-def pretrain_language(
-    model: CaptionerModel,
-    tokenizer: Tokenizer,
-    config: TrainingConfig,
-    log: Log = _silent,
-    progress: ProgressCallback | None = None,
-) -> list[float]:
-    """Trains the language model on captions behind a prefix, then freezes it.
-
-    Args:
-        model: Changed in place.
-        tokenizer: Of the same vocabulary.
-        config: The recipe.
-        log: Takes one line at a time.
-        progress: Called with (phase, steps done, steps).
-
-    Returns:
-        The loss of every step.
-    """
-    series = _series(config, _LANGUAGE)
-    draw = torch.Generator().manual_seed(series)
-    loss = language_loss(model.language, config.language, draw)  # type: ignore[arg-type]  # an OPTDecoder
-    batches = _captions(tokenizer, config, config.language.batch_size, series)
-    losses = fit(
-        "language", [model.language], (texts for _, texts in batches), loss, config.language, log, progress
-    )
-    freeze(model.language)
-    return losses
-
-
-def train_bridge(
-    model: CaptionerModel,
-    tokenizer: Tokenizer,
-    config: TrainingConfig,
-    log: Log = _silent,
-    progress: ProgressCallback | None = None,
-) -> list[float]:
-    """Stage 2 proper: only the bridge changes.
-
-    Args:
-        model: Changed in place.
-        tokenizer: Of the same vocabulary.
-        config: The recipe.
-        log: Takes one line at a time.
-        progress: Called with (phase, steps done, steps).
-
-    Returns:
-        The loss of every step.
-    """
-    match_scale(model)
-    prepare_stage2(model)
-    captions = _captions(tokenizer, config, config.stage2.batch_size, _series(config, _STAGE2))
-    batches = ((pixel_values(batch), texts) for batch, texts in captions)
-    losses = fit(
-        "stage2",
-        [model.bridge],
-        batches,
-        lambda batch: stage2_loss(model, *batch),
-        config.stage2,
-        log,
-        progress,
-    )
-    model.eval()
-    return losses
-
-
-def _captions(
-    tokenizer: Tokenizer, config: TrainingConfig, batch_size: int, series: int
-) -> Iterator[tuple[list[Scene], CaptionBatch]]:
-    """Endless batches of training scenes with their texts."""
-    collate = Collator(tokenizer, config.data, config.model.num_query_tokens)
-    rng = np.random.default_rng(series)
-    for batch in scene_batches(batch_size, seed=series):
-        yield batch, collate(batch, rng)
-
-
-def _take_pretrained(model: CaptionerModel, directory: str) -> None:
-    """Copies picture encoder and language model from a checkpoint.
+        run: What is shared.
+        phase: Trained in place.
+        done: Steps of the phases before.
+        snapshot: One that was written within this phase, to go on from.
 
     Raises:
-        ConfigError: Its parts have other sizes than the recipe's.
+        DataError: A loss is not finite: step and samples are named, the last snapshot stays.
+        OutputError: A snapshot or the log cannot be written.
     """
-    given = load_checkpoint(directory)
-    if (given.config.vision, given.config.language) != (model.config.vision, model.config.language):
-        raise ConfigError(
-            f"[stage2] pretrained: the parts of {directory} have other sizes than this recipe's [model]",
-            "give the sizes of that checkpoint in [model], or leave pretrained empty",
-        )
-    model.vision.load_state_dict(given.vision.state_dict())
-    model.language.load_state_dict(given.language.state_dict())
-
-
-def _train_phases(
-    config: TrainingConfig, log: Log, progress: ProgressCallback | None
-) -> tuple[CaptionerModel, Tokenizer, dict[str, Any]]:
-    """Runs the phases of a recipe; returns model, tokenizer and the figures of each phase."""
-    model, tokenizer = build_miniature(config)
-    figures: dict[str, Any] = {}
-
-    def note(phase: str, losses: list[float], start: float) -> None:
-        last = losses[-max(1, len(losses) // 20) :]
-        figures[phase] = {
-            "steps": len(losses),
-            "final_loss": round(sum(last) / len(last), 5),
-            "seconds": round(time.monotonic() - start, 1),
-        }
-
-    start = time.monotonic()
-    if config.stage2.pretrained:
-        _take_pretrained(model, config.stage2.pretrained)
+    accelerator, config = run.accelerator, phase.config
+    optimizer = make_optimizer([phase.module], config)
+    module, optimizer = accelerator.prepare(phase.module, optimizer)
+    first = 0
+    if snapshot is not None:
+        first = int(snapshot.facts["step"])
+        states.restore(accelerator, module, optimizer, snapshot)
+        phase.batches.load_state_dict(snapshot.facts["batches"])
     else:
-        note("vision", pretrain_vision(model, config, log, progress), start)
-        start = time.monotonic()
-        note("language", pretrain_language(model, tokenizer, config, log, progress), start)
-        start = time.monotonic()
-    note("stage2", train_bridge(model, tokenizer, config, log, progress), start)
-    return model, tokenizer, figures
+        torch.manual_seed(phase.seed * accelerator.num_processes + accelerator.process_index)
+    run.journal.begin()
+    lines = run.lines or max(1, config.steps // LINES)
+    for step in range(first, config.steps):
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        run.journal.add(_step(run, phase, module, optimizer, step))
+        finished = step + 1
+        if finished % lines == 0 or finished == config.steps:
+            line = run.journal.write(phase.name, finished, rate, phase.gauges())
+            run.say(f"{phase.name}: step {finished}/{config.steps} loss {line['loss']:.4f} rate {rate:.1e}")
+        if run.progress is not None:
+            run.progress(phase.name, finished, config.steps)
+        if finished % run.every == 0 and finished < config.steps:
+            _save(run, phase, module, optimizer, finished, done)
+    states.collect(accelerator, module, phase.module)
+    accelerator.free_memory()
 
 
-def train_stage2(
-    config_path: str | Path,
-    out_dir: str | Path,
-    *,
-    log: Log | None = None,
-    progress: ProgressCallback | None = None,
-    force: bool = False,
-    evaluation_scenes: int = 1000,
-) -> dict[str, Any]:
-    """Trains by a recipe and writes a checkpoint that transformers loads.
-
-    The picture encoder and the language model are pretrained first, unless the recipe names a checkpoint
-    that has them. The directory appears at the end, whole, or not at all.
-
-    Args:
-        config_path: The recipe, TOML.
-        out_dir: The checkpoint directory to make.
-        log: Takes one line at a time.
-        progress: Called with (phase, steps done, steps).
-        force: Replace `out_dir` where it exists.
-        evaluation_scenes: Held-out scenes that the saved checkpoint is scored on; 0: none.
-
-    Returns:
-        The record, also saved in `out_dir` as `training.json`: seconds and losses of each phase, the
-        scores, the hash of the recipe, versions and machine.
-
-    Raises:
-        ConfigError: The recipe is wrong.
-        OutputError: `out_dir` exists, or cannot be written.
-        DataError: A loss is not finite.
-        CheckpointError: The pretrained checkpoint cannot be read.
-    """
-    say = log if log is not None else _silent
-    config = load_config(config_path)
-    target = Path(out_dir)
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists already", "give another directory, or replace it with --force")
-    torch.set_num_threads(config.threads)
-    start = time.monotonic()
-    clock = time.process_time()
-    model, tokenizer, figures = _train_phases(config, say, progress)
-    record: dict[str, Any] = {
-        "config": Path(config_path).name,
-        "config_sha256": config_hash(config),
-        "seed": config.seed,
-        "phases": figures,
-        "seconds": round(time.monotonic() - start, 1),
-        "cpu_seconds": round(time.process_time() - clock, 1),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "versions": {
-            "blip2edge": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": {"processor": platform.machine(), "system": platform.system(), "threads": config.threads},
-    }
-    _publish(model, tokenizer, config, target, record, evaluation_scenes)
-    scores = record.get("heldout")
-    if scores:
-        say(f"heldout: exact match {scores['exact_match']:.4f}, shuffled {scores['shuffled_match']:.4f}")
-    return record
+def _step(run: Run, phase: Phase, module: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
+    """One step; the means of its losses and the gradient's norm."""
+    accelerator, config = run.accelerator, phase.config
+    batches = [next(phase.batches) for _ in range(config.accumulate)]
+    shares = _shares(accelerator, [batch.weight for batch in batches])
+    values: dict[str, float] = {}
+    for number, (batch, share) in enumerate(zip(batches, shares, strict=True), 1):
+        last = number == len(batches)
+        with nullcontext() if last else accelerator.no_sync(module):
+            losses: dict[str, Tensor] = dict(module(batch))
+            total = losses.pop("loss", None)
+            if total is None:
+                total = torch.stack(list(losses.values())).sum()
+            accelerator.backward(total if share == 1.0 else total * share)
+        for name, loss in {"loss": total, **losses}.items():
+            values[name] = values.get(name, 0.0) + share * float(loss.detach())
+    values = _over_processes(accelerator, values)
+    norm = accelerator.clip_grad_norm_(module.parameters(), config.clip_norm)
+    values["grad_norm"] = float(norm) if norm is not None else 0.0
+    scaled = (
+        accelerator.scaler is not None
+    )  # then a step whose gradients overflow is left out, and the scale lowered
+    wrong = [
+        name
+        for name, value in values.items()
+        if not math.isfinite(value) and not (scaled and name == "grad_norm")
+    ]
+    if wrong:
+        raise _not_finite(run, phase, batches, step, f"{wrong[0]} is {values[wrong[0]]}")
+    if scaled and not math.isfinite(values["grad_norm"]):
+        values["grad_norm"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return values
 
 
-def _publish(
-    model: CaptionerModel,
-    tokenizer: Tokenizer,
-    config: TrainingConfig,
-    target: Path,
-    record: dict[str, Any],
-    evaluation_scenes: int,
-) -> None:
-    """Writes a temporary sibling, scores what was written, and renames it to `target`."""
-    dtype = {"float16": torch.float16, "float32": torch.float32}[config.weights_dtype]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-            fresh = Path(temporary) / "checkpoint"
-            fresh.mkdir()
-            write_checkpoint(model, tokenizer, fresh, dtype)
-            if evaluation_scenes:
-                record["heldout"] = evaluate_scenes(CheckpointCaptioner.load(fresh), evaluation_scenes)
-            (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            _swap(fresh, target, Path(temporary) / "old")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {target}: {error}", "give a directory on a disk with room"
-        ) from error
+def _shares(accelerator: Accelerator, weights: Sequence[int]) -> list[float]:
+    """The parts that the batches of one step have in its gradient; each batch is averaged over all processes."""
+    if len(weights) == 1:
+        return [1.0]
+    counts = torch.tensor(weights, dtype=torch.float64)
+    if accelerator.num_processes > 1:
+        counts = accelerator.reduce(counts.to(accelerator.device, torch.float32), "sum").cpu().double()
+    return (counts / counts.sum().clamp(min=1)).tolist()
 
 
-def _swap(fresh: Path, target: Path, old: Path) -> None:
-    """Puts `fresh` in the place of `target`; when that fails or is interrupted, what was there comes back."""
-    if target.exists():
-        target.replace(old)
-    try:
-        fresh.replace(target)
-    except BaseException:
-        if old.exists():
-            old.replace(target)
-        raise
+def _over_processes(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
+    """Means over the processes, so that all of them see the same and stop together."""
+    if accelerator.num_processes == 1:
+        return values
+    means = accelerator.reduce(torch.tensor(list(values.values()), device=accelerator.device), "mean")
+    return dict(zip(values, means.tolist(), strict=True))
 
 
-def checkpoint_captioner(directory: str | Path, batch_size: int = 16) -> CaptionMany:
-    """What `evaluate_scenes` wants, for a checkpoint.
+def _not_finite(run: Run, phase: Phase, batches: Sequence[PhaseBatch], step: int, what: str) -> DataError:
+    """The error of a step that must not be made."""
+    names = [name for batch in batches for name in batch.sample_ids]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    samples = f" on the samples {', '.join(names[:NAMED])}{more}" if names else ""
+    snapshot = run.snapshots.newest()
+    fix = "lower the learning rate of this phase, or raise its warmup_steps"
+    if snapshot is not None:
+        fix += f", and go on from {run.snapshots.directory} with --resume"
+    return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
 
-    Args:
-        directory: A checkpoint directory.
-        batch_size: Pictures at once.
 
-    Returns:
-        From pictures to captions, in order; greedy, empty prompt.
-
-    Raises:
-        CheckpointError: The directory cannot be read.
-    """
-    captioner = CheckpointCaptioner.load(directory)
-
-    def caption_many(pictures: Sequence[Image.Image]) -> list[str]:
-        chunks = (pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size))
-        return [text for chunk in chunks for text in captioner(chunk)]
-
-    return caption_many
+def _save(run: Run, phase: Phase, module: nn.Module, optimizer: Any, step: int, done: int) -> None:
+    """Writes a snapshot within a phase; every process takes part, the first one writes."""
+    accelerator = run.accelerator
+    tensors = states.capture(accelerator, module, optimizer)
+    if accelerator.is_main_process:
+        kept = run.remember()
+        facts = {
+            **kept.facts,
+            "phase": phase.name,
+            "step": step,
+            "batches": phase.batches.state_dict(),
+        }
+        run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, facts))
+    accelerator.wait_for_everyone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,68 +11,57 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint import read_json, save_checkpoint
-from blip2edge.model.config import CaptionerConfig, QFormerConfig, VisionConfig
+from blip2edge.model.config import VisionConfig
 from blip2edge.model.opt import OPTConfig
+from blip2edge.training.architecture import architecture
 from blip2edge.training.batches import PREPROCESSING
-from blip2edge.training.config import ModelSizes, TrainingConfig
+from blip2edge.training.config import ModelConfig, TrainingConfig
 from blip2edge.training.scenes import PICTURE_SIZE
+from blip2edge.training.stage1_texts import QFormerTexts
 from blip2edge.training.vocabulary import END_ID, IMAGE, PAD_ID, make_tokenizer, tokenizer_config
+from blip2edge.training.workshop import Workshop
 
 EMBEDDING_STD = 0.02  # of token and position tables, as OPT and BERT
 # Both stand beside values of size 1 (a normalised picture's patches, a LayerNorm's output), and learn at the
 # speed of an Adam step whatever their size: started small, places and queries stay unheard for long.
 PLACE_STD = 0.4
 QUERY_STD = 1.0
+# The head is tied to the table, which must not keep a matrix's scale: drawn last.
+_SPECIAL_STD = {
+    "language.embed_tokens.weight": EMBEDDING_STD,
+    "vision.position_embedding": PLACE_STD,
+    "query_tokens": QUERY_STD,
+    "bridge.latents": QUERY_STD,
+}
 
 
-def miniature_config(sizes: ModelSizes, tokenizer: Tokenizer) -> CaptionerConfig:
-    """The architecture as `model/` describes it; no dropout, the data never repeats.
-
-    Args:
-        sizes: From the recipe.
-        tokenizer: Gives the vocabulary's size and the id of `<image>`.
-
-    Returns:
-        A config of the BLIP-2 family.
-    """
-    vision, qformer, language = sizes.vision, sizes.qformer, sizes.language
-    return CaptionerConfig(
-        vision=VisionConfig(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_layers=vision.num_layers,
-            num_heads=vision.num_heads,
-            image_size=PICTURE_SIZE,
-            patch_size=sizes.patch_size,
-        ),
-        bridge=QFormerConfig(
-            hidden_size=qformer.hidden_size,
-            intermediate_size=qformer.intermediate_size,
-            num_layers=qformer.num_layers,
-            num_heads=qformer.num_heads,
-            num_query_tokens=sizes.num_query_tokens,
-            encoder_hidden_size=vision.hidden_size,
-            dropout=0.0,
-        ),
-        language=OPTConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=language.hidden_size,
-            ffn_dim=language.intermediate_size,
-            num_layers=language.num_layers,
-            num_heads=language.num_heads,
-            max_positions=sizes.max_positions,
-            dropout=0.0,
-        ),
-        bos_token_id=END_ID,
-        eos_token_ids=(END_ID,),
-        pad_token_id=PAD_ID,
-        image_token_id=tokenizer.token_to_id(IMAGE),
+def _vision(sizes: ModelConfig) -> VisionConfig:
+    block = sizes.vision
+    return VisionConfig(
+        hidden_size=block.hidden_size,
+        intermediate_size=block.intermediate_size,
+        num_layers=block.num_layers,
+        num_heads=block.num_heads,
+        image_size=PICTURE_SIZE,
+        patch_size=sizes.patch_size,
     )
 
 
-def initialise(model: CaptionerModel, seed: int) -> None:
-    """Draws all weights.
+def _language(sizes: ModelConfig, tokenizer: Tokenizer) -> OPTConfig:
+    block = sizes.language
+    return OPTConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=block.hidden_size,
+        ffn_dim=block.intermediate_size,
+        num_layers=block.num_layers,
+        num_heads=block.num_heads,
+        max_positions=sizes.max_positions,
+        dropout=0.0,
+    )
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draws all weights of a miniature, or of the model of its first stage.
 
     Matrices get N(0, 1/fan_in), tables and single tokens N(0, 0.02²), biases 0 and norms 1; the picture's
     places and the queries start larger, see `PLACE_STD`.
@@ -92,27 +81,47 @@ def initialise(model: CaptionerModel, seed: int) -> None:
                     parameter.zero_()
                 elif isinstance(module, (nn.Linear, nn.Conv2d)):
                     parameter.normal_(0.0, (parameter[0].numel()) ** -0.5, generator=draw)
-                else:
+                elif name != "temperature":
                     parameter.normal_(0.0, EMBEDDING_STD, generator=draw)
-        # The head is tied to the table, which must not keep a matrix's scale: drawn last.
-        model.language.get_parameter("embed_tokens.weight").normal_(0.0, EMBEDDING_STD, generator=draw)
-        model.vision.position_embedding.normal_(0.0, PLACE_STD, generator=draw)
-        model.bridge.get_parameter("qformer.query_tokens").normal_(0.0, QUERY_STD, generator=draw)
+        for name, parameter in model.named_parameters():
+            for end, std in _SPECIAL_STD.items():
+                if name.endswith(end):
+                    parameter.normal_(0.0, std, generator=draw)
 
 
-def build_miniature(config: TrainingConfig) -> tuple[CaptionerModel, Tokenizer]:
-    """A freshly drawn miniature and its tokenizer.
+def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: bool = False) -> Workshop:
+    """A freshly drawn miniature, and what belongs to it.
 
     Args:
         config: The recipe.
+        draft: With the Q-Former's own text head.
+        instructed: With a Q-Former that reads the prompt.
 
     Returns:
-        The model in training mode, float32, and the tokenizer that its table was sized for.
+        A workshop whose model is float32; no dropout, as the data never repeats.
     """
     tokenizer = make_tokenizer(config.data.prompts)
-    model = CaptionerModel(miniature_config(config.model, tokenizer))
+    texts = QFormerTexts(tokenizer, config.stage1.max_tokens)
+    sizes = config.model
+    built = architecture(
+        config.bridge,
+        sizes,
+        _vision(sizes),
+        _language(sizes, tokenizer),
+        text=texts.draft_config() if draft or instructed else None,
+        instructed=instructed,
+    )
+    model = CaptionerModel(
+        replace(
+            built,
+            bos_token_id=END_ID,
+            eos_token_ids=(END_ID,),
+            pad_token_id=PAD_ID,
+            image_token_id=tokenizer.token_to_id(IMAGE),
+        )
+    )
     initialise(model, config.seed)
-    return model, tokenizer
+    return Workshop(model, PREPROCESSING, tokenizer, texts, _files(model, tokenizer))
 
 
 def _image_processor() -> dict[str, Any]:
@@ -131,26 +140,13 @@ def _image_processor() -> dict[str, Any]:
     }
 
 
-def write_checkpoint(
-    model: CaptionerModel, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype
-) -> None:
-    """Writes all files of a `Blip2ForConditionalGeneration` directory.
-
-    Args:
-        model: The weights.
-        tokenizer: The tokenizer.
-        directory: Where to; it exists.
-        dtype: How the tensors are stored.
-    """
-    save_checkpoint(model, directory, dtype=dtype)
+def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What stands beside the weights, so that transformers' processor reads the directory too."""
     config = model.config
-    processor = _image_processor() | {"processor_class": "Blip2Processor"}
+    slots = {"processor_class": "Blip2Processor", "num_query_tokens": config.bridge.num_visual_tokens}
     files = {
-        "preprocessor_config.json": processor,
-        "processor_config.json": {
-            "processor_class": "Blip2Processor",
-            "num_query_tokens": read_json(directory / "config.json")["num_query_tokens"],
-        },
+        "preprocessor_config.json": _image_processor() | {"processor_class": "Blip2Processor"},
+        "processor_config.json": slots,
         "tokenizer_config.json": tokenizer_config(config.language.max_positions)
         | {"processor_class": "Blip2Processor"},
         "generation_config.json": {
@@ -160,6 +156,5 @@ def write_checkpoint(
             "max_new_tokens": 20,
         },
     }
-    for name, content in files.items():
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(str(directory / "tokenizer.json"))
+    content = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
+    return content | {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}

@@ -7,8 +7,8 @@ and a language model that already lets a prefix steer it. Both see the training 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from blip2edge.model.opt import OPTDecoder
 from blip2edge.model.vit import VisionTransformer
-from blip2edge.training.batches import IGNORED, CaptionBatch
-from blip2edge.training.config import LanguagePhase
+from blip2edge.training.batches import IGNORED, KeywordBatch
+from blip2edge.training.config import LanguagePhase, VisionPhase
 from blip2edge.training.scenes import (
     COLOURS,
     PICTURE_SIZE,
@@ -29,7 +29,7 @@ from blip2edge.training.scenes import (
     SceneObject,
     coverage,
 )
-from blip2edge.training.stages import prefixed_loss
+from blip2edge.training.stages import caption_loss
 
 _COLOURS, _RELATIONS = list(COLOURS), list(RELATIONS)
 _OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
@@ -39,11 +39,10 @@ SHAPE = 2  # index of the shape in CLASSES
 BOX = 3  # centre of the object from that of the patch (x, y), and its radius
 
 
-@dataclass(frozen=True)
-class DenseLabels:
+class DenseLabels(NamedTuple):
     """What every patch has to tell.
 
-    Args:
+    Attributes:
         classes: int64 [B, N, 5]: role, colour, shape, size and relation to the other object, as in
             `CLASSES`; `IGNORED` where no object lies (the role is 0 there).
         box: float32 [B, N, 3] in units of the picture's side.
@@ -98,7 +97,7 @@ def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) 
         A scalar: patches without an object count for the role only.
     """
     parts = torch.split(outputs, [*CLASSES, BOX], dim=-1)
-    loss = torch.zeros((), dtype=outputs.dtype)
+    loss = outputs.new_zeros(())
     for index, logits in enumerate(parts[:-1]):
         part = F.cross_entropy(
             logits.flatten(0, 1), labels.classes[:, :, index].flatten(), ignore_index=IGNORED
@@ -108,55 +107,49 @@ def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) 
     return loss + 4.0 * F.l1_loss(parts[-1][covered], labels.box[covered])
 
 
-def make_dense_head(width: int) -> nn.Linear:
-    """The head that pretraining puts on the picture encoder, and drops at the end."""
-    return nn.Linear(width, sum(CLASSES) + BOX)
+class DenseBatch(NamedTuple):
+    """Scenes and what their patches have to tell.
 
-
-def vision_loss(
-    vision: VisionTransformer, head: nn.Linear, shape_weight: float = 1.0
-) -> Callable[[tuple[Tensor, DenseLabels]], Tensor]:
-    """The loss of the picture encoder's pretraining.
-
-    Args:
-        vision: Trained; its class token gives no loss.
-        head: From `make_dense_head`.
-        shape_weight: As for `dense_loss`.
-
-    Returns:
-        From (pixel_values [B, 3, H, W], labels) to the dense loss.
+    Attributes:
+        sample_ids: B names.
+        pixel_values: float32 [B, 3, 64, 64].
+        labels: Of all patches.
     """
 
-    def loss(batch: tuple[Tensor, DenseLabels]) -> Tensor:
-        pixel_values, labels = batch
-        return dense_loss(head(vision(pixel_values)[:, 1:]), labels, shape_weight)
+    sample_ids: tuple[str, ...]
+    pixel_values: Tensor
+    labels: DenseLabels
 
-    return loss
+    @property
+    def weight(self) -> int:
+        """Rows."""
+        return len(self.sample_ids)
 
 
-def _prefix(language: OPTDecoder, batch: CaptionBatch, phase: LanguagePhase, draw: torch.Generator) -> Tensor:
-    """Slots before the text: keywords with noise on them, or noise alone.
+class VisionPretraining(nn.Module):
+    """The picture encoder behind a head that is dropped at the end; its class token gives no loss.
 
     Args:
-        language: Its token table is what the keywords are looked up in.
-        batch: Has the keywords' ids.
-        phase: Shares and noise.
-        draw: Source of chance.
-
-    Returns:
-        [B, Q, D].
+        vision: Trained.
+        phase: Has the factor on the shape's loss.
     """
-    words = language.embed(batch.keyword_ids)  # [B, Q, D]
-    scale = words.detach().pow(2).mean().sqrt()
-    noise = torch.randn(words.shape, generator=draw) * scale
-    hinted = torch.rand(words.shape[0], 1, 1, generator=draw) < phase.prefix_share
-    return torch.where(hinted, words + phase.prefix_noise * noise, noise)
+
+    def __init__(self, vision: VisionTransformer, phase: VisionPhase) -> None:
+        super().__init__()
+        self.vision = vision
+        self.head = nn.Linear(vision.config.hidden_size, sum(CLASSES) + BOX)
+        self._shape_weight = phase.shape_weight
+        self.vision.requires_grad_(True)
+        self.train()
+
+    def forward(self, batch: DenseBatch) -> dict[str, Tensor]:
+        """The dense loss."""
+        outputs = self.head(self.vision(batch.pixel_values)[:, 1:])
+        return {"dense": dense_loss(outputs, batch.labels, self._shape_weight)}
 
 
-def language_loss(
-    language: OPTDecoder, phase: LanguagePhase, draw: torch.Generator
-) -> Callable[[CaptionBatch], Tensor]:
-    """The loss of the language model's pretraining.
+class LanguagePretraining(nn.Module):
+    """The language model behind a prefix that hints at the caption.
 
     A frozen language model that saw bare captions only cannot be steered by visual tokens afterwards; one
     that read most captions behind their seven keywords can.
@@ -164,14 +157,23 @@ def language_loss(
     Args:
         language: Trained.
         phase: Shares and noise of the prefix.
-        draw: Source of chance for both.
-
-    Returns:
-        From a batch to the mean cross-entropy of the caption's tokens, the end token included.
     """
 
-    def loss(batch: CaptionBatch) -> Tensor:
-        prefix = _prefix(language, batch, phase, draw)
-        return prefixed_loss(language, prefix, batch)
+    def __init__(self, language: OPTDecoder, phase: LanguagePhase) -> None:
+        super().__init__()
+        self.language = language
+        self._phase = phase
+        self.language.requires_grad_(True)
+        self.train()
 
-    return loss
+    def _prefix(self, keyword_ids: Tensor) -> Tensor:
+        """Slots before the text, [B, Q, D]: keywords with noise on them, or noise alone."""
+        words = self.language.embed(keyword_ids)  # [B, Q, D]
+        scale = words.detach().pow(2).mean().sqrt()
+        noise = torch.randn_like(words) * scale
+        hinted = torch.rand(words.shape[0], 1, 1, device=words.device) < self._phase.prefix_share
+        return torch.where(hinted, words + self._phase.prefix_noise * noise, noise)
+
+    def forward(self, batch: KeywordBatch) -> dict[str, Tensor]:
+        """The mean cross-entropy of the captions' tokens, the end token included."""
+        return {"lm": caption_loss(self.language, self._prefix(batch.keyword_ids), batch.captions)}

@@ -33,6 +33,7 @@ _EXTRAS = {
     "safetensors": "export",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",
+    "accelerate": "train",
     "torch": "export",
     "transformers": "export",
 }

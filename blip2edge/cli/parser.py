@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge import __version__
+from blip2edge.cli.engine_flags import add_build
 from blip2edge.cli.flags import (
     BACKENDS,
     Parser,
@@ -51,7 +52,7 @@ def build_parser() -> Parser:
         _match,
         _embed,
         _inspect,
-        _build,
+        add_build,
         _doctor,
         _demo,
         _train,
@@ -245,28 +246,6 @@ def _inspect(commands: Commands) -> None:
     parser = add_command(commands, "inspect", "what is inside a bundle", "inspect", "inspect")
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument("--verify", action="store_true", help="hash every file again")
-
-
-def _build(commands: Commands) -> None:
-    parser = add_command(commands, "build", "TensorRT engines of a bundle", "build", "build")
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
-    parser.add_argument(
-        "--target",
-        choices=("tensorrt", "rtx"),
-        default="tensorrt",
-        help="tensorrt, on the machine that runs them, or rtx, anywhere (tensorrt)",
-    )
-    parser.add_argument(
-        "--sm",
-        metavar="CC",
-        type=positive_int,
-        action="append",
-        default=[],
-        help="a compute capability, as 86 for 8.6, to build for without that GPU; rtx only, may be repeated",
-    )
-    parser.add_argument(
-        "--workspace", metavar="MiB", type=positive_int, help="bound on the builder's scratch memory"
-    )
 
 
 def _doctor(commands: Commands) -> None:

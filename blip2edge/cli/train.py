@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,21 @@ if TYPE_CHECKING:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train stage 2 by a recipe, and print where the checkpoint is."""
-    from blip2edge.training.loop import train_stage2
+    """Train a stage by a recipe, and print where the checkpoint is."""
+    from blip2edge.training.run import train as run
 
     output = options.output or Path("runs") / options.config.stem
     with Progress() as progress:
-        record = train_stage2(options.config, output, force=options.force, progress=progress)
+        record = run(
+            options.stage,
+            options.config,
+            output,
+            resume=options.resume,
+            force=options.force,
+            progress=progress,
+        )
+    if int(os.environ.get("RANK", "0")):  # of several processes, the first one tells
+        return 0
     print(f"{output}: {record['parameters']} parameters, trained in {record['seconds']:.0f} s")
     scores = record.get("heldout")
     if scores:
@@ -63,7 +73,7 @@ def _captioner(model: Path, batch_size: int) -> CaptionMany:
             result.text for result in captioner.caption_many(pictures, batch_size=batch_size)
         ]
     if (model / "config.json").is_file():
-        from blip2edge.training.loop import checkpoint_captioner
+        from blip2edge.training.captioning import checkpoint_captioner
 
         return checkpoint_captioner(model, batch_size=batch_size)
     raise BundleError(

@@ -1,0 +1,170 @@
+"""A whole run in small: files, record, log, refusals, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+pytest.importorskip("safetensors")
+
+from blip2edge.errors import ConfigError, DataError, OutputError  # noqa: E402
+from blip2edge.model.checkpoint import load_checkpoint  # noqa: E402
+from blip2edge.training import snapshots  # noqa: E402
+from blip2edge.training.captioning import checkpoint_captioner  # noqa: E402
+from blip2edge.training.run import train  # noqa: E402
+from blip2edge.training.scenes import scenes  # noqa: E402
+from tests.training import recipes  # noqa: E402
+
+
+@pytest.fixture(name="path")
+def _path(tmp_path: Path) -> Path:
+    return recipes.write(tmp_path / "recipe.toml")
+
+
+@pytest.fixture(scope="module", name="trained")
+def _trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str], list[Any]]:
+    """A run of all phases: its output, record, lines and progress."""
+    directory = tmp_path_factory.mktemp("trained")
+    path = recipes.write(directory / "recipe.toml", stage2="itg_weight = 0.5")
+    lines: list[str] = []
+    seen: list[Any] = []
+    out = directory / "runs" / "tiny"
+    record = train(
+        "stage2", path, out, log=lines.append, progress=lambda *each: seen.append(each), evaluation_scenes=4
+    )
+    return out, record, lines, seen
+
+
+def test_a_run_writes_a_checkpoint_and_its_record(
+    trained: tuple[Path, dict[str, Any], list[str], Any],
+) -> None:
+    out, record, lines, seen = trained
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "config.json",
+        "draft.json",
+        "draft.safetensors",
+        "draft_tokenizer.json",
+        "generation_config.json",
+        "log.jsonl",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    }
+    assert json.loads((out / "training.json").read_text())["config_sha256"] == record["config_sha256"]
+    assert record["heldout"]["n"] == 4
+    assert list(record["phases"]) == list(recipes.PHASES)
+    assert set(record["phases"]["stage2"]["losses"]) == {"lm", "itg"}
+    assert seen[-1] == ("stage2", recipes.STEPS, recipes.STEPS)
+    assert any(line.startswith("language: step 4/4") for line in lines)
+    assert [path.name for path in out.parent.iterdir()] == ["tiny"], (
+        "no snapshot and no temporary directory is left"
+    )
+
+
+def test_the_log_has_a_line_an_interval(trained: tuple[Path, dict[str, Any], Any, Any]) -> None:
+    out, record, _, _ = trained
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [
+        (phase, step) for phase in recipes.PHASES for step in range(1, recipes.STEPS + 1)
+    ]
+    last = lines[-1]
+    assert last["loss"] == pytest.approx(last["losses"]["lm"] + 0.5 * last["losses"]["itg"], rel=1e-5)
+    assert last["rate"] < lines[-3]["rate"]
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert "temperature" in lines[2 * recipes.STEPS]["gauges"]
+    assert record["phases"]["stage2"]["final_loss"] == pytest.approx(last["loss"], abs=1e-5)
+
+
+def test_the_curve_is_drawn(trained: tuple[Path, dict[str, Any], Any, Any]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib draws the curve")
+    assert (trained[0] / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_checkpoint_captions_with_its_draft_beside_it(trained: tuple[Path, Any, Any, Any]) -> None:
+    out = trained[0]
+    assert load_checkpoint(out).draft is not None
+    pictures = [scene.picture for scene in scenes(3)]
+    assert len(checkpoint_captioner(out, batch_size=2)(pictures)) == 3
+
+
+def test_a_directory_that_exists_is_kept_unless_forced(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "taken"
+    out.mkdir()
+    (out / "note").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        train("stage2", path, out)
+    assert (out / "note").read_text() == "mine"
+    train("stage2", path, out, force=True, evaluation_scenes=0)
+    assert not (out / "note").exists()
+    assert (out / "config.json").is_file()
+
+
+def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_path: Path) -> None:
+    wild = "learning_rate = 1e30\nclip_norm = 1e30"
+    path = recipes.write(tmp_path / "recipe.toml", language=wild)
+    with pytest.raises(
+        DataError, match=r"language: at step \d on the samples scene-\d+-\d+, .* the .* is (nan|inf)"
+    ) as told:
+        train("stage2", path, tmp_path / "out")
+    assert "--resume" in str(told.value)
+    assert not (tmp_path / "out").exists()
+    kept = snapshots.Snapshots(tmp_path / "out.run").newest()
+    assert kept is not None
+    assert kept.facts["phase"] == "language"
+    # Mended, the run goes on from there: the vision encoder is not trained again.
+    recipes.write(tmp_path / "recipe.toml")
+    with pytest.raises(ConfigError, match="another recipe; go on with --resume"):
+        train("stage2", path, tmp_path / "out")
+    lines: list[str] = []
+    train("stage2", path, tmp_path / "out", resume=True, log=lines.append, evaluation_scenes=0)
+    assert lines[0].startswith("language: step 1/4")
+
+
+def test_there_must_be_something_to_resume(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no snapshot"):
+        train("stage2", path, tmp_path / "out", resume=True)
+
+
+def test_a_full_disk_is_told_in_one_line(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(snapshots, "_write", full)
+    with pytest.raises(OutputError, match=r"cannot write a snapshot .*: No space left on device; make room"):
+        train("stage2", path, tmp_path / "out", evaluation_scenes=0)
+    assert not (tmp_path / "out").exists()
+    assert [each.name for each in (tmp_path / "out.run").iterdir()] == ["log.jsonl"]
+
+
+def test_an_output_that_cannot_be_written_is_told(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        train("stage2", path, tmp_path / "file" / "below", evaluation_scenes=0)
+
+
+def test_stage1_writes_what_transformers_loads_and_stage2_goes_on_from_it(tmp_path: Path) -> None:
+    path = recipes.write(tmp_path / "recipe.toml")
+    train("stage1", path, tmp_path / "first")
+    names = {each.name for each in (tmp_path / "first").iterdir()}
+    assert names >= {
+        "config.json",
+        "draft.safetensors",
+        "stage1.json",
+        "tokenizer.json",
+        "preprocessor_config.json",
+    }
+    transformers = pytest.importorskip("transformers")
+    transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "first")
+    recipes.write(path, model='bridge_from = "first"')
+    record = train("stage2", path, tmp_path / "second", evaluation_scenes=0)
+    assert list(record["phases"]) == ["vision", "language", "stage2"]

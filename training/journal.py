@@ -1,0 +1,163 @@
+"""What a run tells about itself: JSON lines, TensorBoard where it is asked for, and a picture of the losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import ConfigError, OutputError
+
+LOG, CURVE = "log.jsonl", "curve.png"
+WHOLE = ("loss", "grad_norm")  # what is summed beside the parts of a loss
+LINES = 200  # a phase writes about this many, unless the recipe says otherwise
+
+
+class Journal:
+    """The log of one run, a line an interval of steps.
+
+    A line is an object with `phase`, `step` (steps done), `losses` by name, `loss` (what is minimised) and
+    `grad_norm` (means over the interval, and over the processes), `rate`, `gauges` (of the phase, such as a
+    temperature or a gate), and `seconds` (of this process in this phase).
+
+    Args:
+        directory: Where `log.jsonl` is; None writes nothing (all processes but the first).
+        tensorboard: Write TensorBoard's event files there too.
+
+    Raises:
+        ConfigError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, directory: Path | None, *, tensorboard: bool = False) -> None:
+        self._path = None if directory is None else directory / LOG
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self.lines: list[dict[str, Any]] = []
+        self._started = time.monotonic()
+        self._board: Any = None
+        if tensorboard and directory is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError(
+                    "[loop] tensorboard is true, but the package is not installed", "pip install tensorboard"
+                ) from error
+            self._board = SummaryWriter(str(directory / "tensorboard"))
+
+    def restart(self, state: Mapping[str, Any] | None = None) -> None:
+        """Begins an empty log, or goes back to a snapshot: drops what was written after it.
+
+        Args:
+            state: From `state`; None to begin.
+
+        Raises:
+            OutputError: The log cannot be written.
+        """
+        self._sums = dict(state["sums"]) if state else {}
+        self._count = int(state["count"]) if state else 0
+        keep = int(state["lines"]) if state else 0
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self._path.read_text(encoding="utf-8").splitlines()[:keep] if self._path.exists() else []
+            self.lines = [json.loads(line) for line in lines]
+            fresh = self._path.with_suffix(".tmp")
+            fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            os.replace(fresh, self._path)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def begin(self) -> None:
+        """A phase begins: its seconds count from here."""
+        self._started = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """How many lines there are, and the interval that is not yet written."""
+        return {"sums": dict(self._sums), "count": self._count, "lines": len(self.lines)}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """One step's losses and norm."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._count += 1
+
+    def write(self, phase: str, step: int, rate: float, gauges: Mapping[str, float]) -> dict[str, Any]:
+        """Ends an interval.
+
+        Args:
+            phase: Its name.
+            step: Steps done in it.
+            rate: The learning rate of the last step.
+            gauges: As they are now.
+
+        Returns:
+            The line.
+
+        Raises:
+            OutputError: The log cannot be written.
+        """
+        means = {key: total / max(1, self._count) for key, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        whole = {key: means.pop(key) for key in WHOLE if key in means}
+        seconds = round(time.monotonic() - self._started, 2)
+        line = {"phase": phase, "step": step, **whole, "losses": means, "rate": rate, "gauges": dict(gauges)}
+        line["seconds"] = seconds
+        self.lines.append(line)
+        if self._path is not None:
+            try:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write {self._path}: {error.strerror or error}",
+                    "make room and run the command again: it goes on from the last snapshot",
+                ) from error
+        if self._board is not None:
+            for key, value in {**whole, **means, "rate": rate, **gauges}.items():
+                self._board.add_scalar(f"{phase}/{key}", value, step)
+        return line
+
+    def close(self) -> None:
+        """Ends TensorBoard's files."""
+        if self._board is not None:
+            self._board.close()
+
+
+def draw_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draws the losses over the steps, a panel a phase.
+
+    Args:
+        lines: Of a log.
+        path: The PNG to write.
+
+    Returns:
+        Whether it was drawn: not where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    phases = list(dict.fromkeys(line["phase"] for line in lines))
+    figure = Figure(figsize=(4.0 * max(1, len(phases)), 3.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, phase in enumerate(phases, 1):
+        axes = figure.add_subplot(1, len(phases), number)
+        own = [line for line in lines if line["phase"] == phase]
+        steps = [line["step"] for line in own]
+        axes.plot(steps, [line["loss"] for line in own], label="loss", linewidth=1.4)
+        parts = list(own[0]["losses"]) if len(own[0]["losses"]) > 1 else []
+        for key in parts:
+            axes.plot(steps, [line["losses"][key] for line in own], label=key, linewidth=1.0)
+        axes.set_title(phase)
+        axes.set_xlabel("step")
+        axes.set_yscale("log")
+        axes.grid(visible=True, alpha=0.3)
+        if parts:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    return True

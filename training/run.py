@@ -1,0 +1,326 @@
+"""A whole training run: recipe in, checkpoint directory out; interrupted, it goes on from its last snapshot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from blip2edge import __version__
+from blip2edge.errors import ConfigError, OutputError
+from blip2edge.progress import ProgressCallback
+from blip2edge.training.captioning import CheckpointCaptioner
+from blip2edge.training.config import TrainingConfig, config_hash, load_config
+from blip2edge.training.evaluate import evaluate_scenes
+from blip2edge.training.journal import CURVE, LOG, Journal, draw_curve
+from blip2edge.training.loop import Run, run_phase
+from blip2edge.training.parts import build, first_stage, write_stage1
+from blip2edge.training.phases import PHASES, Studio, phases_of
+from blip2edge.training.snapshots import Snapshot, Snapshots
+
+RECORD = "training.json"  # beside the weights: how they came about
+RUN = ".run"  # behind the output's name: log and snapshots while the run lasts
+WORKSHOP = "workshop."
+AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+STAGES = ("stage1", "stage2", "instruct")
+
+
+def _silent(_: str) -> None:
+    """Takes a line and drops it."""
+
+
+@dataclass
+class _Session:
+    """One run in the making."""
+
+    stage: str
+    config: TrainingConfig
+    accelerator: Accelerator
+    studio: Studio
+    journal: Journal
+    snapshots: Snapshots
+    say: Callable[[str], None]
+    progress: ProgressCallback | None
+    figures: dict[str, Any] = field(default_factory=dict)
+    written: tuple[str, ...] = ()  # the captioner's parts that finished phases changed
+
+    def remember(self) -> Snapshot:
+        """What a snapshot holds beside the phase that it is in."""
+        tensors = self.studio.workshop.trained(self.written)
+        facts = {
+            "stage": self.stage,
+            "recipe": config_hash(self.config),
+            "figures": self.figures,
+            "journal": self.journal.state(),
+            "processes": self.accelerator.num_processes,
+        }
+        return Snapshot({f"{WORKSHOP}{name}": tensor for name, tensor in tensors.items()}, facts)
+
+    def go_on(self, snapshot: Snapshot, names: list[str]) -> int:
+        """Takes what finished phases left; the number of the phase to go on with."""
+        begun = names.index(snapshot.facts["phase"])
+        self.figures = dict(snapshot.facts["figures"])
+        for name in names[:begun]:
+            self.written += PHASES[name].writes(self.config)
+        kept = {name: tensor for name, tensor in snapshot.tensors.items() if name.startswith(WORKSHOP)}
+        self.studio.workshop.take({name.removeprefix(WORKSHOP): tensor for name, tensor in kept.items()})
+        for name in names[:begun]:
+            if name == "stage1":
+                self.studio.workshop.fresh = True
+        return begun
+
+    def run(self, snapshot: Snapshot | None) -> None:
+        """Runs the phases, from the beginning or from a snapshot."""
+        names = phases_of(self.stage, self.config)
+        begun = 0
+        if snapshot is not None:
+            begun = self.go_on(snapshot, names)
+        self.journal.restart(None if snapshot is None else snapshot.facts["journal"])
+        shared = Run(
+            self.accelerator,
+            self.journal,
+            self.snapshots,
+            self.config.loop.snapshot_every,
+            self.remember,
+            self.config.loop.log_every,
+            self.progress,
+            self.say,
+        )
+        for number, name in enumerate(names):
+            phase_config = getattr(self.config, name)
+            if number < begun:
+                continue
+            start = time.monotonic()
+            phase = PHASES[name].make(self.studio)
+            done = sum(getattr(self.config, earlier).steps for earlier in names[:number])
+            within = snapshot if snapshot is not None and number == begun and snapshot.facts["step"] else None
+            run_phase(shared, phase, done, within)
+            PHASES[name].leave(self.studio)
+            self.studio.close()
+            self._note(name, phase_config.steps, time.monotonic() - start)
+            self.written += PHASES[name].writes(self.config)
+            if number + 1 < len(names) and self.accelerator.is_main_process:
+                kept = self.remember()
+                facts = {**kept.facts, "phase": names[number + 1], "step": 0}
+                self.snapshots.write(done + phase_config.steps, Snapshot(kept.tensors, facts))
+
+    def _note(self, name: str, steps: int, seconds: float) -> None:
+        """The figures of a phase: the loss is the mean of the last twentieth of its log."""
+        lines = [line for line in self.journal.lines if line["phase"] == name]
+        last = lines[-max(1, len(lines) // 20) :]
+        keys = last[-1]["losses"]
+        self.figures[name] = {
+            "steps": steps,
+            "final_loss": round(sum(line["loss"] for line in last) / len(last), 5),
+            "losses": {key: round(sum(line["losses"][key] for line in last) / len(last), 5) for key in keys},
+            "seconds": round(seconds, 1),
+        }
+
+
+def train(
+    stage: str,
+    config_path: str | Path,
+    out_dir: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    log: Callable[[str], None] | None = None,
+    progress: ProgressCallback | None = None,
+    evaluation_scenes: int = 1000,
+) -> dict[str, Any]:
+    """Trains by a recipe and writes a checkpoint that transformers loads.
+
+    What a stage needs and the recipe names no checkpoint for runs before it. The directory appears at the end,
+    whole, or not at all. Until then log and snapshots are in a directory beside it, from which an interrupted run
+    goes on: a run that goes on ends with the weights of one that was never interrupted.
+
+    Args:
+        stage: "stage1", "stage2" or "instruct".
+        config_path: The recipe, TOML or JSON.
+        out_dir: The checkpoint directory to make.
+        resume: Go on from the last snapshot, even if the recipe has changed since. Without it a run goes on by
+            itself where its recipe is the same, and begins anew where there is no snapshot.
+        force: Replace `out_dir` where it exists, and begin anew.
+        log: Takes one line at a time.
+        progress: Called with (phase, steps done, steps).
+        evaluation_scenes: Held-out scenes that a captioner trained on scenes is scored on; 0: none.
+
+    Returns:
+        The record, also saved in `out_dir` as `training.json`: seconds and losses of each phase, the
+        scores, the hash of the recipe, versions and machine.
+
+    Raises:
+        ConfigError: The recipe is wrong, or not that of the run that is there.
+        OutputError: `out_dir` exists, or cannot be written.
+        DataError: A loss is not finite, or the data cannot be read.
+        CheckpointError: A checkpoint that the recipe names cannot be read.
+    """
+    config = load_config(config_path)
+    target = Path(out_dir)
+    phases_of(stage, config)
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists already", "give another directory, or replace it with --force")
+    torch.set_num_threads(config.threads)
+    accelerator = _accelerator(config)
+    first = accelerator.is_main_process
+    beside = target.with_name(f"{target.name}{RUN}")
+    snapshots = Snapshots(beside)
+    snapshot = _begin(snapshots, stage, config, resume=resume, force=force, first=first)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(config.seed)
+    base = Path(config_path).resolve().parent
+    workshop = build(stage, config, base)
+    studio = Studio(config, workshop, accelerator, base, partial(first_stage, config=config))
+    journal = Journal(beside if first else None, tensorboard=config.loop.tensorboard)
+    say = log if log is not None and first else _silent
+    session = _Session(
+        stage, config, accelerator, studio, journal, snapshots, say, progress if first else None
+    )
+    start, clock = time.monotonic(), time.process_time()
+    try:
+        session.run(snapshot)
+    finally:
+        studio.close()
+        journal.close()
+    record = _record(session, config_path, time.monotonic() - start, time.process_time() - clock)
+    if first:
+        _publish(session, target, beside, record, evaluation_scenes)
+        snapshots.clear()
+    accelerator.wait_for_everyone()
+    return record
+
+
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    """Device, arithmetic and processes.
+
+    Raises:
+        ConfigError: The arithmetic is not possible here.
+    """
+    wanted = AUTOCAST[config.loop.autocast]
+    try:
+        return Accelerator(mixed_precision=wanted)
+    except ValueError as error:
+        raise ConfigError(
+            f"[loop] autocast = {config.loop.autocast!r} is not possible here: {error}",
+            "float32 and bfloat16 work on a CPU; one process trains in one arithmetic",
+        ) from error
+
+
+def _begin(
+    snapshots: Snapshots, stage: str, config: TrainingConfig, *, resume: bool, force: bool, first: bool
+) -> Snapshot | None:
+    """The snapshot to go on from; None to begin anew.
+
+    Raises:
+        ConfigError: There is one of another recipe or stage, or none where one is asked for.
+    """
+    if force and not resume:
+        if first:
+            snapshots.clear()
+        return None
+    snapshot = snapshots.newest()
+    if snapshot is None:
+        if resume:
+            raise ConfigError(
+                f"--resume: there is no snapshot in {snapshots.directory}", "leave --resume out"
+            )
+        return None
+    if snapshot.facts["stage"] != stage:
+        raise ConfigError(
+            f"{snapshots.directory} holds a run of {snapshot.facts['stage']}, and this is {stage}",
+            "give another output directory, or begin anew with --force",
+        )
+    if snapshot.facts["recipe"] != config_hash(config) and not resume:
+        raise ConfigError(
+            f"{snapshots.directory} holds a run of another recipe",
+            "go on with --resume all the same, or begin anew with --force",
+        )
+    return snapshot
+
+
+def _record(session: _Session, config_path: str | Path, seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """What `training.json` tells, the scores aside."""
+    config = session.config
+    return {
+        "stage": session.stage,
+        "config": Path(config_path).name,
+        "config_sha256": config_hash(config),
+        "seed": config.seed,
+        "phases": session.figures,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "parameters": sum(parameter.numel() for parameter in session.studio.workshop.model.parameters()),
+        "versions": {
+            "blip2edge": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": {
+            "processor": platform.machine(),
+            "system": platform.system(),
+            "device": session.accelerator.device.type,
+            "processes": session.accelerator.num_processes,
+            "threads": config.threads,
+        },
+    }
+
+
+def _publish(
+    session: _Session, target: Path, beside: Path, record: dict[str, Any], evaluation_scenes: int
+) -> None:
+    """Writes a temporary sibling, scores what was written, and renames it to `target`."""
+    config, workshop = session.config, session.studio.workshop
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+            fresh = Path(temporary) / "checkpoint"
+            fresh.mkdir()
+            if session.stage == "stage1" and session.studio.stage1 is not None:
+                write_stage1(workshop, session.studio.stage1, fresh)
+            else:
+                workshop.write(fresh, config.weights_dtype)
+                if (
+                    evaluation_scenes
+                    and config.data.kind == "scenes"
+                    and workshop.model.config.family == "blip-2"
+                ):
+                    scores = evaluate_scenes(CheckpointCaptioner.load(fresh), evaluation_scenes)
+                    record["heldout"] = scores
+                    session.say(f"heldout: exact match {scores['exact_match']:.4f}")
+            (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            shutil.copyfile(beside / LOG, fresh / LOG)
+            draw_curve(session.journal.lines, fresh / CURVE)
+            _swap(fresh, target, Path(temporary) / "old")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"cannot write {target}: {reason}", "give a directory on a disk with room"
+        ) from error
+
+
+def _swap(fresh: Path, target: Path, old: Path) -> None:
+    """Puts `fresh` in the place of `target`; when that fails or is interrupted, what was there comes back."""
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(fresh, target)
+    except BaseException:
+        if old.exists():
+            os.replace(old, target)
+        raise
