@@ -27,7 +27,7 @@ from blip2edge.calibration.activations import Job, Progress, quantise_activation
 from blip2edge.calibration.agreement import Captions, caption_pictures, compare_captions
 from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.choosing import Candidates, Choice, check_drop_limit, choose, measure_layers
-from blip2edge.calibration.details import REPORT, document, write_report
+from blip2edge.calibration.details import tell
 from blip2edge.calibration.language_weights import BITS, RUNS, quantise_weights
 from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
 from blip2edge.calibration.ranges import THRESHOLDS
@@ -92,7 +92,9 @@ def calibrate(
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             feeds = Feeds(Path(folder) / "feeds")
             job = Job(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
-            graphs, agreement = _calibrated(job, pictures, activations, weights, drop_limit)
+            graphs, agreement = _calibrated(
+                job, pictures, activations, weights, drop_limit, target.resolve().name
+            )
     return CalibrationReport(
         target,
         {name: item.summary for name, item in graphs.items()},
@@ -110,6 +112,7 @@ def _calibrated(
     activations: Sequence[str],
     weights: str | None,
     drop_limit: float | None,
+    title: str,
 ) -> tuple[dict[str, Made], Captions | None]:
     """Fills the staging directory."""
     parent = job.parent
@@ -139,8 +142,7 @@ def _calibrated(
     if choice is not None:
         record["sensitivity"] = choice.to_json()
     manifest = _seal(job, graphs)
-    write_report(job.staging / REPORT, document(record, graphs))
-    files = {**manifest.files, REPORT: FileRecord.of(job.staging / REPORT)}
+    files = {**manifest.files, **tell(job, title, list(pictures), record, graphs, agreement)}
     replace(manifest, files=files, calibration=record).write(job.staging)
     return graphs, agreement
 
