@@ -42,6 +42,9 @@ TOLERANCE = 1e-4
 LEAST_COSINE = 0.995
 """Where weights or activations are integers: the same graph rounds otherwise, and no digit need agree."""
 
+CLEARLY_FASTER = 0.95
+"""A recipe takes the place of a likelier one below this share of its time: on a busy machine less says nothing."""
+
 SLOWER_MOST = 1.1
 """A rewritten graph may be this much slower than the portable one: it opens faster, and measuring has its error."""
 
@@ -85,6 +88,7 @@ class _Work:
     context: Context
     scratch: Path
     target: Path
+    within: str | None
     seen: dict[str, Array]
 
 
@@ -117,16 +121,21 @@ def optimize(
     opened = Bundle.open(bundle)
     directory = opened.derive(KIND) / backend
     with staged(directory, True, RECORD) as staging, scratch(staging) as folder:
-        record = BACKENDS[backend](
-            opened, staging, Path(folder), progress or (lambda stage, done, total: None)
+        work = _Work(
+            bundle=opened,
+            context=Context(opened.manifest.cache, opened.manifest.max_positions),
+            scratch=Path(folder),
+            target=staging,
+            within=str(directory.relative_to(opened.path)) if directory.is_relative_to(opened.path) else None,
+            seen={},
         )
+        record = BACKENDS[backend](work, progress or (lambda stage, done, total: None))
         record.write(staging)
     return OptimizedReport(directory, record, time.perf_counter() - start)
 
 
-def _for_cpu(bundle: Bundle, staging: Path, folder: Path, report: Progress) -> OptimizedRecord:
-    manifest = bundle.manifest
-    work = _Work(bundle, Context(manifest.cache, manifest.max_positions), folder, staging, {})
+def _for_cpu(work: _Work, report: Progress) -> OptimizedRecord:
+    manifest = work.bundle.manifest
     graphs: dict[str, OptimizedGraph] = {}
     left: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
@@ -146,7 +155,7 @@ def _for_cpu(bundle: Bundle, staging: Path, folder: Path, report: Progress) -> O
     report("optimise", len(manifest.graphs), len(manifest.graphs))
     return OptimizedRecord(
         backend="cpu",
-        bundle_sha256=bundle.sha256,
+        bundle_sha256=work.bundle.sha256,
         graphs=graphs,
         left=left,
         files=files,
@@ -155,7 +164,7 @@ def _for_cpu(bundle: Bundle, staging: Path, folder: Path, report: Progress) -> O
     )
 
 
-BACKENDS: Mapping[str, Callable[[Bundle, Path, Path, Progress], OptimizedRecord]] = {"cpu": _for_cpu}
+BACKENDS: Mapping[str, Callable[[_Work, Progress], OptimizedRecord]] = {"cpu": _for_cpu}
 """What makes a backend's copy."""
 
 
@@ -169,10 +178,12 @@ def _best(work: _Work, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]
     work.seen.update(portable.outputs)
     if not tried:
         return wrong or "no recipe applies to it"
-    best = min(tried, key=lambda one: one.answers.seconds)
+    best = tried[0]
+    for one in tried[1:]:
+        best = one if one.answers.seconds < best.answers.seconds * CLEARLY_FASTER else best
     if best.answers.seconds > portable.seconds * SLOWER_MOST:
         return f"the portable graph is faster here ({portable.seconds * 1e3:.1f} ms)"
-    files = publish(best.settled, parent, work.bundle.manifest.files, work.target, name)
+    files = publish(best.settled, parent, work.target, name, work.within)
     parity = tuple(
         Parity(output, *probe.relative(best.answers.outputs[output], wanted), _tolerance(record), ("probe",))
         for output, wanted in portable.outputs.items()
@@ -211,7 +222,7 @@ def _try_all(
 
 def _answers(work: _Work, name: str, path: Path, recipe: Recipe | None = None) -> probe.Answers:
     """What a graph says, portable or (with its recipe) rewritten."""
-    opened: Session = OnnxRuntimeSession(path, 1, ready=recipe is not None)
+    opened: Session = OnnxRuntimeSession(path, 1, weights=None if recipe is None else path.parent)
     try:
         session = OneByOne(opened) if recipe is not None and recipe.one_by_one else opened
         manifest = work.bundle.manifest

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,68 +59,74 @@ def settle(model: ir.Model, folder: Path, name: str) -> Path:
 
 
 def publish(
-    settled: Path, parent: Path, sealed: Mapping[str, FileRecord], target: Path, name: str
+    settled: Path, parent: Path, target: Path, name: str, within: str | None
 ) -> dict[str, FileRecord]:
-    """Writes a settled graph to the copy; weights that the parent has as well are its own file, linked.
+    """Writes a settled graph to the copy; weights that the parent has as well are read from the parent's file.
+
+    (A link to that file would do as well, but ONNX Runtime and onnx follow no links out of a directory, and onnx_ir
+    reads no file with two names.)
 
     Args:
         settled: The graph.
         parent: The portable graph's file.
-        sealed: The parent bundle's files.
-        target: The copy's directory.
+        target: The copy's directory as it is being written.
         name: Of the graph.
+        within: Where the copy will lie in the parent bundle; None where it lies elsewhere and shares nothing.
 
     Returns:
         The files that were written, with their seals.
     """
-    model, source = ir.load(settled), ir.load(parent)
+    model = ir.load(settled)
+    if within is not None:
+        _share(model, ir.load(parent), parent.parent)
+    own = [value for value in model.graph.initializers.values() if _is_own(value, parent.parent)]
     files: dict[str, FileRecord] = {}
-    theirs = source.graph.initializers
-    shared = {value.const_value.location for value in theirs.values() if _is_external(value)}  # type: ignore[union-attr]
-    for key, value in model.graph.initializers.items():
-        known = theirs.get(key)
-        if known is not None and _is_external(known) and _same(known, value):
-            tensor = known.const_value
-            value.const_value = ir.ExternalTensor(
-                tensor.location, tensor.offset, tensor.length, tensor.dtype,  # type: ignore[union-attr]
-                shape=tensor.shape, name=key, base_dir=target,  # type: ignore[union-attr, arg-type]
-            )  # fmt: skip
-    kept = {
-        value.const_value.location  # type: ignore[union-attr]
-        for value in model.graph.initializers.values()
-        if _is_external(value) and value.const_value.location in shared  # type: ignore[union-attr]
-    }
-    for location in sorted(kept):
-        link(parent.parent / location, target / location)
-        files[location] = sealed[location]
-    return files | _write(model, target, name, kept)
-
-
-def _write(model: ir.Model, target: Path, name: str, kept: set[str]) -> dict[str, FileRecord]:
-    """The graph and the weights that are its own."""
-    own = [
-        value
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-        and not (_is_external(value) and value.const_value.location in kept)  # type: ignore[attr-defined]
-        and value.const_value.nbytes >= SMALLEST
-    ]
-    files: dict[str, FileRecord] = {}
-    data = target / f"{name}.own.data"
     if own:
+        data = f"{name}.own.data"
         tensors = [value.const_value for value in own if value.const_value is not None]
-        moved = ir.external_data.convert_tensors_to_external(tensors, target, data.name)
+        moved = ir.external_data.convert_tensors_to_external(tensors, target, data)
         for value, tensor in zip(own, moved, strict=True):
-            value.const_value = tensor
-        files[data.name] = FileRecord.of(data)
+            value.const_value = _relocated(tensor, f"{within}/{data}" if within else data, target)
+        files[data] = FileRecord.of(target / data)
     graph = target / f"{name}.onnx"
     ir.save(model, graph)
     files[graph.name] = FileRecord.of(graph)
     return files
 
 
-def _is_external(value: ir.Value) -> bool:
-    return isinstance(value.const_value, ir.ExternalTensor)
+def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
+    """Lets a graph's weights be the parent's own where they are the same."""
+    theirs = source.graph.initializers
+    for name, value in model.graph.initializers.items():
+        known = theirs.get(name)
+        if known is not None and isinstance(known.const_value, ir.ExternalTensor) and _same(known, value):
+            value.const_value = _relocated(known.const_value, known.const_value.location, folder)
+
+
+def _relocated(
+    tensor: ir.TensorProtocol, location: str | os.PathLike[str], folder: Path
+) -> ir.TensorProtocol:
+    """The same bytes under another name."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    shape = ir.Shape(tensor.shape)
+    return ir.ExternalTensor(
+        location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=shape,
+        name=str(tensor.name),
+        base_dir=folder,
+    )
+
+
+def _is_own(value: ir.Value, folder: Path) -> bool:
+    """Whether a weight is large and not the parent's."""
+    tensor = value.const_value
+    if tensor is None or tensor.nbytes < SMALLEST:
+        return False
+    return not (isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == folder)
 
 
 def _same(one: ir.Value, other: ir.Value) -> bool:
@@ -130,15 +134,6 @@ def _same(one: ir.Value, other: ir.Value) -> bool:
     if first is None or second is None or first.dtype != second.dtype or first.shape != second.shape:
         return False
     return np.array_equal(np.asarray(first.numpy()), np.asarray(second.numpy()))
-
-
-def link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no such thing."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def scratch(beside: Path) -> tempfile.TemporaryDirectory[str]:

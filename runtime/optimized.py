@@ -137,6 +137,11 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
     return directory, record
 
 
+def weights_of(bundle: Bundle, directory: Path) -> Path:
+    """Where a copy's graphs find their weights: from the bundle on where the copy is in it, so that both share them."""
+    return bundle.path if directory.is_relative_to(bundle.path) else directory
+
+
 def installed(package: str) -> str:
     """The version of a package; empty where it is not installed."""
     for name in (package, f"{package}-gpu"):
@@ -210,7 +215,10 @@ class GraphOpener:
         if self._copy is None or found is None:
             return open_session(self._bundle.file(spec.file), self._backend, self._threads)
         module = import_module(find_backend(self._backend).module)
-        session: Session = module.open_graph(self._copy[0] / found.file, self._threads, ready=True)
+        directory = self._copy[0]
+        session: Session = module.open_graph(
+            directory / found.file, self._threads, weights_of(self._bundle, directory)
+        )
         return OneByOne(session) if found.one_by_one else session
 
 

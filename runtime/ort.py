@@ -11,6 +11,9 @@ import numpy as np
 from blip2edge.errors import BackendError, BundleError
 from blip2edge.runtime.session import Array
 
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's option for a graph that is handed over as bytes: a copy's graphs may so use the bundle's weights."""
+
 
 class OnnxRuntimeSession:
     """A graph in ONNX Runtime on the CPU; it follows :class:`blip2edge.runtime.session.Session`.
@@ -20,7 +23,8 @@ class OnnxRuntimeSession:
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         lean: Run the graph as it is written, with as little memory as that takes: no folded constants, no
             repacked weights, no arena. Slow; for checking a graph that is larger than the memory.
-        ready: The graph was optimised for ONNX Runtime when it was written: it is taken as it is.
+        weights: Of a graph that was optimised for ONNX Runtime when it was written, and is taken as it is: the
+            directory that its weights are found from.
 
     Raises:
         BackendError: onnxruntime is not installed.
@@ -28,7 +32,7 @@ class OnnxRuntimeSession:
     """
 
     def __init__(
-        self, path: Path, threads: int | None = None, *, lean: bool = False, ready: bool = False
+        self, path: Path, threads: int | None = None, *, lean: bool = False, weights: Path | None = None
     ) -> None:
         onnxruntime = _package()
         options = onnxruntime.SessionOptions()
@@ -38,15 +42,16 @@ class OnnxRuntimeSession:
             options.intra_op_num_threads = threads
         # An idle pool that spins takes the cores from the session that runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if lean or ready:
+        if lean or weights is not None:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
+        if weights is not None:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            graph = str(path) if weights is None else path.read_bytes()
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
@@ -114,15 +119,9 @@ class InPlace:
         return result
 
 
-def open_graph(path: Path, threads: int | None = None, *, ready: bool = False) -> OnnxRuntimeSession:
-    """Loads a graph.
-
-    Args:
-        path: The ``.onnx`` file.
-        threads: Threads within an operator.
-        ready: It was optimised when it was written.
-    """
-    return OnnxRuntimeSession(path, threads, ready=ready)
+def open_graph(path: Path, threads: int | None = None, weights: Path | None = None) -> OnnxRuntimeSession:
+    """Loads a graph; arguments as :class:`OnnxRuntimeSession`."""
+    return OnnxRuntimeSession(path, threads, weights=weights)
 
 
 def _package() -> Any:

@@ -64,6 +64,6 @@ def _name(port: Any) -> str:
     return str(port.get_any_name())
 
 
-def open_graph(path: Path, threads: int | None = None, *, ready: bool = False) -> OpenVinoSession:  # noqa: ARG001
-    """Loads a graph; OpenVINO optimises what it loads itself, ``ready`` or not."""
+def open_graph(path: Path, threads: int | None = None, weights: Path | None = None) -> OpenVinoSession:  # noqa: ARG001
+    """Loads a graph; OpenVINO's own files know where their weights are."""
     return OpenVinoSession(path, threads)

@@ -1,7 +1,7 @@
 """Running a graph: the protocol that every backend follows, and which backends there are.
 
-A backend is a module with a function ``open_graph(path, threads)``; it is imported when it is asked for, so that a
-package that is not installed is missed by those alone who want it.
+A backend is a module with a function ``open_graph(path, threads, weights)``; it is imported when it is asked for, so
+that a package that is not installed is missed by those alone who want it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Backend:
     """What ``--backend`` can name.
 
     Attributes:
-        module: Has ``open_graph(path, threads)``.
+        module: Has ``open_graph(path, threads, weights)``.
         copy: Which of a bundle's optimised copies it runs where there is one; empty for none.
     """
 

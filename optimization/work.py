@@ -1,0 +1,118 @@
+"""How much a bundle's graphs have to compute and to read at least: what their share of the roofline is counted from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from blip2edge.contract import BRIDGE, DECODER, VISION, GraphSpec
+from blip2edge.manifest import Bundle
+from blip2edge.optimization.graph import dims, producer
+from blip2edge.runtime.roofline import Work
+
+PRODUCTS = ("MatMul", "Gemm")
+STORED = ("DequantizeLinear", "Cast")
+"""What may stand between a weight and its product."""
+
+
+def graph_work(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int = 1) -> Work:
+    """The work of one run of a portable graph.
+
+    Args:
+        path: The graph.
+        spec: Its tensors.
+        sizes: Lengths of its axes by name; ``min`` of those that are not given.
+        asked: Slots that get logits.
+    """
+    known = {name: axis.min for name, axis in spec.axes().items()} | dict(sizes) | {"asked": asked}
+    total = Work(0.0, 0.0, 0.0)
+    read: set[str] = set()
+    for node in ir.load(path).graph:
+        if node.op_type in PRODUCTS:
+            total += _product(node, known, read)
+        elif node.op_type == "Conv":
+            total += _convolution(node, known)
+    return total
+
+
+def decode_work(bundle: Bundle, past: int) -> Work:
+    """One token behind ``past`` others, in one row: its keys and values are read as well."""
+    spec, cache = bundle.graph(DECODER).spec, bundle.manifest.cache
+    work = graph_work(bundle.file(spec.file), spec, {"batch": 1, "past": past, "steps": 1})
+    if cache is None:
+        return work
+    return work + Work(0.0, 0.0, 8.0 * cache.num_layers * cache.num_heads * cache.head_dim * past)
+
+
+def stage_work(bundle: Bundle, prompt: int, tokens: int) -> dict[str, Work]:
+    """The stages of a caption: vision, bridge, prefill of ``prompt`` slots, and all steps of ``tokens`` tokens."""
+    found: dict[str, Work] = {}
+    for stage, graph in (("vision", VISION), ("bridge", BRIDGE)):
+        if graph in bundle.manifest.graphs:
+            spec = bundle.graph(graph).spec
+            found[stage] = graph_work(bundle.file(spec.file), spec, {"batch": 1})
+    spec = bundle.graph(DECODER).spec
+    found["prefill"] = graph_work(bundle.file(spec.file), spec, {"batch": 1, "past": 0, "steps": prompt})
+    step, last = decode_work(bundle, prompt), decode_work(bundle, prompt + tokens)
+    steps = max(tokens - 1, 0)
+    found["decode"] = Work(
+        *(
+            steps * (one + other) / 2
+            for one, other in zip(vars(step).values(), vars(last).values(), strict=True)
+        )
+    )
+    return found
+
+
+def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> Work:
+    """Additions and multiplications; the bytes of a weight once."""
+    first, second = node.inputs[0], node.inputs[1]
+    out, inner = _shape(node.outputs[0], known), _shape(first, known)[-1:]
+    operations = 2.0 * float(inner[0] if inner else 1)
+    for size in out:
+        operations *= size
+    weight = _stored(second)
+    if weight is None:
+        return Work(operations, 0.0, 0.0)
+    array_bytes = 0.0
+    if weight.name not in read and weight.const_value is not None:
+        read.add(str(weight.name))
+        array_bytes = float(weight.const_value.nbytes)
+        scale = second.producer().inputs[1] if second is not None and second.producer() is not None else None  # type: ignore[union-attr]
+        if weight is not second and scale is not None and scale.const_value is not None:
+            array_bytes += float(scale.const_value.nbytes)
+    whole = weight is not second
+    return Work(0.0 if whole else operations, operations if whole else 0.0, array_bytes)
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The initializer behind a factor; None for an activation."""
+    for kind in STORED:
+        node = producer(value, kind)
+        if node is not None:
+            value = node.inputs[0]
+    return value if value is not None and value.const_value is not None else None
+
+
+def _convolution(node: ir.Node, known: Mapping[str, int]) -> Work:
+    weight = node.inputs[1].const_value if node.inputs[1] is not None else None
+    if weight is None:
+        return Work(0.0, 0.0, 0.0)
+    operations = 2.0 * weight.size / weight.shape.numpy()[0]
+    for size in _shape(node.outputs[0], known):
+        operations *= size
+    return Work(operations, 0.0, float(weight.nbytes))
+
+
+def _shape(value: ir.Value | None, known: Mapping[str, int]) -> list[int]:
+    """A shape with its symbols filled in."""
+    out: list[int] = []
+    for size in dims(value):
+        if isinstance(size, int):
+            out.append(size)
+        else:
+            names = [part.strip() for part in size.split("+")]
+            out.append(sum(known[name] for name in names) if all(name in known for name in names) else 1)
+    return out
