@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from blip2edge import __version__
 from blip2edge.errors import ConfigError, OutputError
 from blip2edge.progress import ProgressCallback
-from blip2edge.training.captioning import CheckpointCaptioner
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
 from blip2edge.training.evaluate import evaluate_scenes
 from blip2edge.training.journal import CURVE, LOG, Journal, draw_curve
+from blip2edge.training.judges import JudgeOptions, open_answerer
 from blip2edge.training.loop import Run, run_phase
 from blip2edge.training.parts import build, first_stage, write_stage1
 from blip2edge.training.phases import PHASES, Studio, phases_of
@@ -184,7 +184,7 @@ def train(
     torch.manual_seed(config.seed)
     base = Path(config_path).resolve().parent
     workshop = build(stage, config, base)
-    studio = Studio(config, workshop, accelerator, base, partial(first_stage, config=config))
+    studio = Studio(config, workshop, accelerator, base, partial(first_stage, config=config, base=base))
     journal = Journal(beside if first else None, tensorboard=config.loop.tensorboard)
     say = log if log is not None and first else _silent
     session = _Session(
@@ -300,7 +300,7 @@ def _publish(
                     and config.data.kind == "scenes"
                     and workshop.model.config.family == "blip-2"
                 ):
-                    scores = evaluate_scenes(CheckpointCaptioner.load(fresh), evaluation_scenes)
+                    scores = evaluate_scenes(open_answerer(fresh, JudgeOptions()), evaluation_scenes)
                     record["heldout"] = scores
                     session.say(f"heldout: exact match {scores['exact_match']:.4f}")
             (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ pytest.importorskip("safetensors")
 from blip2edge.errors import ConfigError, DataError, OutputError  # noqa: E402
 from blip2edge.model.checkpoint import load_checkpoint  # noqa: E402
 from blip2edge.training import snapshots  # noqa: E402
-from blip2edge.training.captioning import checkpoint_captioner  # noqa: E402
+from blip2edge.training.judges import JudgeOptions, open_answerer  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from blip2edge.training.scenes import scenes  # noqa: E402
 from tests.training import recipes  # noqa: E402
@@ -94,7 +94,7 @@ def test_the_checkpoint_captions_with_its_draft_beside_it(trained: tuple[Path, A
     out = trained[0]
     assert load_checkpoint(out).draft is not None
     pictures = [scene.picture for scene in scenes(3)]
-    assert len(checkpoint_captioner(out, batch_size=2)(pictures)) == 3
+    assert len(open_answerer(out, JudgeOptions(batch_size=2))(pictures)) == 3
 
 
 def test_a_directory_that_exists_is_kept_unless_forced(path: Path, tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from PIL import Image
 
 from blip2edge.training.config import config_hash, load_config
 from blip2edge.training.evaluate import evaluate_scenes
+from blip2edge.training.judges import JudgeOptions, open_answerer
 from blip2edge.training.scenes import make_scene, scenes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from blip2edge.training.captioning import CheckpointCaptioner  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = EXAMPLES / "checkpoint"
@@ -47,7 +47,7 @@ def test_the_example_pictures_are_held_out_scenes() -> None:
 
 
 def test_it_captions_scenes_that_it_never_saw() -> None:
-    captioner = CheckpointCaptioner.load(CHECKPOINT)
+    captioner = open_answerer(CHECKPOINT, JudgeOptions())
     scores = evaluate_scenes(captioner, n=200, seed=77)
     # 200 scenes: two standard errors below the 95 % that 1,000 have to reach.
     assert scores["exact_match"] >= 0.92, scores["wrong"]
@@ -63,7 +63,7 @@ def test_transformers_says_the_same() -> None:
     shown = [scene.picture for scene in scenes(8, split="heldout", seed=78)]
     ids = theirs.generate(**processor(images=shown, return_tensors="pt"), max_new_tokens=20)
     said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    assert said == CheckpointCaptioner.load(CHECKPOINT)(shown)
+    assert said == open_answerer(CHECKPOINT, JudgeOptions())(shown)
 
 
 def test_a_prompt_is_continued() -> None:
@@ -76,7 +76,7 @@ def test_a_prompt_is_continued() -> None:
     inputs = processor(images=shown, text=["a photo of"] * len(shown), return_tensors="pt")
     ids = theirs.generate(**inputs, max_new_tokens=20)[:, inputs.input_ids.shape[1] :]
     said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    assert said == CheckpointCaptioner.load(CHECKPOINT)(shown)
+    assert said == open_answerer(CHECKPOINT, JudgeOptions())(shown)
 
 
 def test_the_readme_tells_its_figure() -> None:
