@@ -57,7 +57,7 @@ def grid(cells: Mapping[tuple[str, int], float], unit: str) -> str:
             f"<title>layer {layer}, {escape(kind)}: {value:.2%} {escape(unit)}</title></rect>"
         )
     height = len(kinds) * CELL
-    for at in range(0, len(columns), 5):
+    for at in range(0, len(columns), 1 if len(columns) <= 12 else 5):
         x = LABEL + at * CELL + (CELL - 2) / 2
         parts.append(
             f'<text class="axis" x="{x}" y="{height + 12}" text-anchor="middle">{columns[at]}</text>'
@@ -65,19 +65,35 @@ def grid(cells: Mapping[tuple[str, int], float], unit: str) -> str:
     return _svg(LABEL + len(columns) * CELL, height + 18, "".join(parts))
 
 
-def histogram(counts: Sequence[int], end: float, threshold: float, width: int = 150, height: int = 34) -> str:
-    """Counts in equal bins from 0 to ``end`` on a logarithmic scale, and where values saturate."""
+def histogram(
+    counts: Sequence[int], end: float, threshold: float | None, width: int = 150, height: int = 34
+) -> str:
+    """Counts in equal bins from 0 on, on a logarithmic scale; empty bins at the end are cut off.
+
+    Args:
+        counts: A bin each.
+        end: Where the last bin ends.
+        threshold: Where values saturate; None for no line.
+        width: px.
+        height: px.
+    """
+    used = max((at + 1 for at, count in enumerate(counts) if count), default=1)
+    most = max(end * used / max(len(counts), 1), threshold or 0.0) or 1.0
+    step = width * end / max(len(counts), 1) / most
     tall = math.log1p(max(counts, default=0)) or 1.0
-    step = width / max(len(counts), 1)
     shape = "".join(
         f"M{at * step:.1f} {height}v{-height * math.log1p(count) / tall:.1f}h{step:.1f}V{height}z"
         for at, count in enumerate(counts)
         if count
     )
-    x = min(threshold / end, 1.0) * width if end else width
-    beyond = f'<rect class="beyond" x="{x:.1f}" y="0" width="{width - x:.1f}" height="{height}"/>'
-    line = f'<path class="limit" d="M{x:.1f} 0V{height}"/>'
-    return _svg(width, height, f'{beyond}<path class="now" d="{shape}"/>{line}')
+    mark = ""
+    if threshold is not None:
+        x = width * threshold / most
+        mark = (
+            f'<rect class="beyond" x="{x:.1f}" y="0" width="{width - x:.1f}" height="{height}"/>'
+            f'<path class="limit" d="M{x:.1f} 0V{height}"/>'
+        )
+    return _svg(width, height, f'<path class="now" d="{shape}"/>{mark}')
 
 
 def spread(values: Sequence[float], limit: float, spare: float, width: int = 640, height: int = 90) -> str:

@@ -27,6 +27,9 @@ ROWS = 12  # of a table or chart that shows the worst
 BANDWIDTHS = {"Jetson Orin Nano": 68, "Orin Nano Super, Orin NX": 102, "AGX Orin": 205, "Thor": 273}
 """GB/s of memory, by NVIDIA's data sheets: what bounds decoding."""
 
+CACHED = 32 << 20
+"""Bytes a token below which memory does not bound decoding."""
+
 WEIGHT = re.compile(r"^(?P<path>.*?\.)(?P<layer>\d+)\.(?P<kind>.*?)(\.weight)?(\.T)?$")
 """An initializer of a layer: its number, and what it is there."""
 
@@ -126,6 +129,12 @@ def _sizes(document: Mapping[str, Any]) -> str:
 def _decode(decode: Mapping[str, Any] | None) -> str:
     if not decode:
         return ""
+    text = (
+        f"<p>Each new token reads the decoder's weights, {_size(decode['weight_bytes'])}, and the cache: "
+        f"{_size(decode['cache_bytes_per_position'])} a position, here at {decode['positions']} positions."
+    )
+    if decode["bytes"] < CACHED:
+        return text + " That is so little that a processor's cache may hold it.</p>"
     rows = "".join(
         f"<tr><td>{escape(device)}</td><td class=n>{bandwidth} GB/s</td>"
         f"<td class=n>{bandwidth * 1e9 / decode['parent_bytes']:.0f}</td>"
@@ -133,9 +142,7 @@ def _decode(decode: Mapping[str, Any] | None) -> str:
         for device, bandwidth in BANDWIDTHS.items()
     )
     return (
-        f"<p>Each new token reads the decoder's weights, {_size(decode['weight_bytes'])}, and the cache: "
-        f"{_size(decode['cache_bytes_per_position'])} a position, here at {decode['positions']} positions. Memory "
-        "bandwidth alone allows so many tokens a second; nothing was run on these devices:</p>"
+        f"{text} Memory bandwidth alone allows so many tokens a second; nothing was run on these devices:</p>"
         "<table><tr><th>device<th class=n>memory<th class=n>parent, at most<th class=n>this, at most</tr>"
         f"{rows}</table>"
     )
@@ -242,14 +249,15 @@ def _ranges(graphs: Graphs) -> str:
         if rows:
             parts.append(
                 f"<details><summary>{escape(name)}: {len(graph['activations'])} activations</summary>"
-                "<table><tr><th>read by<th>values<th class=n>largest<th class=n>range<th class=n>largest channel"
+                "<table><tr><th>read by<th>values<th class=n>largest<th class=n>range<th class=n>widest channel"
                 f"<th class=n>changed<th>smoothing</tr>{rows}</table></details>"
             )
     if not parts:
         return ""
     text = (
-        "<p>|x| of the activations that became INT8: how often, on a logarithmic scale; what lies behind the line "
-        "saturates. The largest channel is told in times of the median one.</p>"
+        "<p>|x| of the activations that became INT8: how often, on a logarithmic scale; what lies behind the red line "
+        "saturates. Where channels are divided first (smoothing), the picture shows them before and the figures "
+        "behind the division. The widest channel is told in times of the median one.</p>"
     )
     return text + "".join(parts)
 
@@ -258,9 +266,10 @@ def _range(detail: Mapping[str, Any]) -> str:
     middle = detail["median_channel"]
     ratio = f"{detail['largest_channel'] / middle:.1f}×" if middle else ""
     names = ", ".join(map(_short, detail["products"]))
+    line = detail["threshold"] if detail["division"] == "none" else None
     return (
         f"<tr><td>{escape(names)}</td>"
-        f"<td>{histogram(detail['histogram'], detail['histogram_end'], detail['threshold'])}</td>"
+        f"<td>{histogram(detail['histogram'], detail['histogram_end'], line)}</td>"
         f"<td class=n>{detail['maximum']:.3g}</td><td class=n>{detail['threshold']:.3g}</td>"
         f"<td class=n>{ratio}</td><td class=n>{math.sqrt(max(detail['change'], 0.0)):.2%}</td>"
         f"<td>{escape(detail['division'])}</td></tr>"
@@ -335,7 +344,13 @@ def _headroom(graphs: Graphs) -> str:
 
 
 def _times(headroom: float | None) -> str:
-    return "always zero" if headroom is None else f"{headroom:.3g} times below the limit"
+    if headroom is None:
+        return "always zero"
+    return (
+        f"{headroom:,.0f} times below the limit"
+        if headroom >= 100
+        else f"{headroom:.3g} times below the limit"
+    )
 
 
 def _short(weight: str) -> str:
