@@ -123,7 +123,7 @@ class Payoff:
 
 
 class Ahead:
-    """Reads ahead in one row's text.
+    """Reads ahead in one row's text, and in no other after it.
 
     Args:
         drafter: Guesses.
