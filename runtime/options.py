@@ -157,7 +157,7 @@ def _check_integer(name: str, value: Any, least: int) -> None:
 
 
 def _check_texts(name: str, value: Any) -> None:
-    if isinstance(value, str) or not all(isinstance(text, str) and text for text in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
         raise UsageError(f"expected {_flag(name)} to be texts that are not empty, got {value!r}")
 
 

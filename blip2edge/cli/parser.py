@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING
 from blip2edge import __version__
 from blip2edge.cli.engine_flags import add_build
 from blip2edge.cli.flags import (
-    BACKENDS,
     Parser,
     add_command,
-    non_negative_int,
-    non_negative_number,
-    number,
     positive_int,
-    positive_number,
-    share,
 )
+from blip2edge.cli.live_flags import add_bench, add_serve, add_watch
+from blip2edge.cli.running_flags import add_bundle, add_generation
 from blip2edge.cli.scoring_flags import add_capfilt, add_eval
-from blip2edge.contract import DRAFTS
 
 if TYPE_CHECKING:
     from blip2edge.cli.flags import Commands
@@ -51,8 +46,11 @@ def build_parser() -> Parser:
         _ask,
         _match,
         _embed,
+        add_watch,
+        add_serve,
         _inspect,
         add_build,
+        add_bench,
         _doctor,
         _demo,
         _train,
@@ -148,35 +146,6 @@ def _optimize(commands: Commands) -> None:
     )
 
 
-def _bundle(parser: Parser) -> None:
-    parser.add_argument(
-        "-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help="what `export` wrote"
-    )
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="where to run (auto)")
-    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (all cores)")
-
-
-def _generation(parser: Parser) -> None:
-    """The flags of GenerationOptions; one that is not given leaves the bundle's own default."""
-    group = parser.add_argument_group("generation", "what is not given is as the bundle says")
-    group.add_argument("--max-new-tokens", metavar="N", type=positive_int, help="stop after N tokens")
-    group.add_argument("--min-new-tokens", metavar="N", type=non_negative_int, help="no end before N tokens")
-    group.add_argument("--num-beams", metavar="K", type=positive_int, help="beam search with K beams")
-    group.add_argument("--length-penalty", metavar="X", type=number, help="exponent of the length, for beams")
-    group.add_argument("--repetition-penalty", metavar="X", type=positive_number, help="above 1: repeat less")
-    group.add_argument(
-        "--temperature", metavar="T", type=non_negative_number, help="draw tokens; 0 is greedy"
-    )
-    group.add_argument("--top-p", metavar="P", type=share, help="draw from the likeliest tokens, P together")
-    group.add_argument(
-        "--top-k", metavar="K", type=non_negative_int, help="draw from the K likeliest; 0: all"
-    )
-    group.add_argument("--seed", metavar="S", type=non_negative_int, help="of the random numbers")
-    group.add_argument(
-        "--draft", choices=DRAFTS, default="auto", help="who guesses tokens that one pass verifies; same text"
-    )
-
-
 def _output(parser: Parser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--stream", action="store_true", help="write the words as they come")
@@ -198,18 +167,18 @@ def _caption(commands: Commands) -> None:
     parser.add_argument(
         "--batch-size", metavar="N", type=positive_int, default=1, help="pictures at once (1)"
     )
-    _bundle(parser)
+    add_bundle(parser)
     _output(parser)
-    _generation(parser)
+    add_generation(parser)
 
 
 def _ask(commands: Commands) -> None:
     parser = add_command(commands, "ask", "a question about a picture", "caption", "ask")
     parser.add_argument("image", metavar="IMAGE", help="a picture file")
     parser.add_argument("question", metavar="QUESTION")
-    _bundle(parser)
+    add_bundle(parser)
     _output(parser)
-    _generation(parser)
+    add_generation(parser)
 
 
 def _match(commands: Commands) -> None:
@@ -219,7 +188,7 @@ def _match(commands: Commands) -> None:
         "--text", metavar="T", action="append", required=True, help="what they may show; repeat for more"
     )
     _pictures_at_once(parser)
-    _bundle(parser)
+    add_bundle(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, picture and text")
 
 
@@ -230,7 +199,7 @@ def _embed(commands: Commands) -> None:
         "--text", metavar="T", action="append", help="a text in place of pictures; repeat for more"
     )
     _pictures_at_once(parser)
-    _bundle(parser)
+    add_bundle(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="one JSON object a line (the default)")
     how.add_argument("--output", metavar="FILE", type=Path, help="write one array to FILE, as .npy")

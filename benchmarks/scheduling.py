@@ -1,0 +1,208 @@
+"""What the scheduler brings: vision beside words, and pictures that come as they like.
+
+    python benchmarks/scheduling.py --json benchmarks/results/scheduling.json --trace docs/overlap.svg
+
+1. *Overlap*: a row of pictures one by one, and the same through the scheduler with one decoding row, so that nothing
+   but the encoding of the next picture beside the words of this one differs. Wall time in turn (A B A B), same results.
+2. *Arrivals*: pictures come at random (a Poisson process) and want captions of mixed lengths. For one by one and for
+   continuous batching, the highest rate of arrivals at which 99 % of the captions are there within a bound. Both get
+   the same arrivals.
+
+The captioner has random weights in the shape of `benchmarks/peers.py`. All cores are used: wall time is what counts
+here, so the machine should have nothing else to do; its load is written down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import SHAPE, cpu_model
+from random_checkpoint import write_checkpoint
+
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.request import Span
+
+RATES = (0.6, 0.8, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)  # of what one by one can do without a pause
+PATIENCE = 6.0  # the bound on 99 % of the waiting times, in captions made one by one
+TOKENS = (5, 40)  # shortest and longest caption of the arrivals
+
+
+def fixed(tokens: int) -> dict[str, Any]:
+    """Options for a caption of exactly so many tokens."""
+    return {"max_new_tokens": tokens, "min_new_tokens": tokens}
+
+
+def overlap(captioner: Captioner, pictures: list[np.ndarray], tokens: int, rounds: int) -> dict[str, Any]:
+    """Wall seconds of both ways, round by round, and the spans of the last round."""
+    options = fixed(tokens)
+    alone: list[float] = []
+    beside: list[float] = []
+    spans: list[Span] = []
+    for _ in range(rounds + 1):  # the first warms up
+        start = time.perf_counter()
+        wanted = [captioner.caption(picture, **options).tokens for picture in pictures]
+        alone.append(time.perf_counter() - start)
+        spans.clear()
+        start = time.perf_counter()
+        with captioner.scheduler(max_batch=1, trace=spans.append) as scheduler:
+            requests = [scheduler.submit(picture, captioner.options(**options)) for picture in pictures]
+            got = [request.result().tokens for request in requests]
+        beside.append(time.perf_counter() - start)
+        if got != wanted:
+            raise SystemExit("the scheduler gave other tokens than one by one")
+    ratios = [one / two for one, two in zip(alone[1:], beside[1:], strict=True)]
+    return {
+        "pictures": len(pictures),
+        "tokens": tokens,
+        "one_by_one_s": [round(value, 3) for value in alone[1:]],
+        "overlapped_s": [round(value, 3) for value in beside[1:]],
+        "throughput_ratio": round(statistics.median(ratios), 3),
+        "busy_together": round(together(spans), 3),
+        "spans": spans,
+    }
+
+
+def together(spans: list[Span]) -> float:
+    """The share of the time, from the first span to the last, in which both threads work."""
+    events = sorted([(span.start, 1) for span in spans] + [(span.end, -1) for span in spans])
+    both, active, last = 0.0, 0, events[0][0]
+    for at, change in events:
+        both += (at - last) * (active >= 2)
+        active, last = active + change, at
+    return both / (events[-1][0] - events[0][0])
+
+
+def arrivals(
+    captioner: Captioner, picture: np.ndarray, rate: float, count: int, batch: int
+) -> dict[str, float]:
+    """Serves pictures that come at ``rate`` a second; seconds from arrival to caption, and captions a second."""
+    rng = np.random.default_rng(7)  # the same for every way of serving
+    gaps, lengths = rng.exponential(1.0, count) / rate, rng.integers(TOKENS[0], TOKENS[1] + 1, count)
+    waits: list[float] = []
+    with captioner.scheduler(max_batch=batch, max_waiting=count) as scheduler:
+        start = due = time.perf_counter()
+        requests = []
+        for gap, length in zip(gaps, lengths, strict=True):
+            due += float(gap)
+            time.sleep(max(0.0, due - time.perf_counter()))
+
+            def done(_: Future[Any], arrived: float = due) -> None:
+                waits.append(time.perf_counter() - arrived)
+
+            request = scheduler.submit(picture, captioner.options(**fixed(int(length))))
+            request.future.add_done_callback(done)
+            requests.append(request)
+        for request in requests:
+            request.result()
+        seconds = time.perf_counter() - start
+    return {"rate": rate, "p50_s": float(np.quantile(waits, 0.5)), "p99_s": float(np.quantile(waits, 0.99)),
+            "captions_per_s": count / seconds}  # fmt: skip
+
+
+def sustained(
+    captioner: Captioner, picture: np.ndarray, count: int, batch: int, solo_s: float
+) -> dict[str, Any]:
+    """The highest of `RATES` at which the bound holds, and all that was seen on the way there."""
+    seen = []
+    for relative in RATES:
+        seen.append(
+            {"of_one_by_one": relative, **arrivals(captioner, picture, relative / solo_s, count, batch)}
+        )
+        if seen[-1]["p99_s"] > PATIENCE * solo_s:
+            break
+    kept = [one for one in seen if one["p99_s"] <= PATIENCE * solo_s]
+    return {"max_batch": batch, "sustained": kept[-1] if kept else None, "seen": seen}
+
+
+def drawing(spans: list[Span], pictures: int = 6) -> str:
+    """The spans of the first pictures as an SVG: a lane a thread, a colour a picture."""
+    spans = [span for span in spans if max(span.requests) < pictures]
+    first, last = min(span.start for span in spans), max(span.end for span in spans)
+    scale = 860 / (last - first)
+    colours = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+    lanes = {"encode": 30, "prefill": 90, "decode": 90}
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="980" height="160" font-family="sans-serif" font-size="12">',
+        '<rect width="980" height="160" fill="white"/>',
+        '<text x="8" y="50">vision</text><text x="8" y="110">words</text>',
+        f'<text x="80" y="150">0 s</text><text x="915" y="150">{last - first:.2f} s</text>',
+    ]
+    for span in spans:
+        left, width = 80 + (span.start - first) * scale, max(0.4, (span.end - span.start) * scale)
+        opacity = 0.55 if span.stage == "decode" else 1.0
+        parts.append(
+            f'<rect x="{left:.1f}" y="{lanes[span.stage]}" width="{width:.1f}" height="34" '
+            f'fill="{colours[span.requests[0] % len(colours)]}" fill-opacity="{opacity}">'
+            f"<title>picture {span.requests[0] + 1}: {span.stage}, "
+            f"{(span.end - span.start) * 1e3:.0f} ms</title></rect>"
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def main() -> None:
+    """Measures both and writes what was seen."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "bundle", nargs="?", type=Path, help="a bundle; by default random weights are exported"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads within an operator (all cores)")
+    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--arrivals", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trace", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = options.bundle
+        if bundle is None:
+            checkpoint = Path(scratch) / "checkpoint"
+            write_checkpoint(checkpoint, SHAPE)
+            bundle = export_checkpoint(checkpoint, Path(scratch) / "bundle", verify="sample").bundle
+        captioner = Captioner.load(bundle, threads=options.threads)
+        rng = np.random.default_rng(0)
+        pictures = [rng.integers(0, 256, (224, 224, 3), np.uint8) for _ in range(options.pictures)]
+        beside = overlap(captioner, pictures, 20, options.rounds)
+        if options.trace is not None:
+            options.trace.write_text(drawing(beside["spans"]), encoding="utf-8")
+        del beside["spans"]
+        lengths = [TOKENS[0], sum(TOKENS) // 2, TOKENS[1]]
+        start = time.perf_counter()
+        for length in lengths:
+            captioner.caption(pictures[0], **fixed(length))
+        solo = (time.perf_counter() - start) / len(lengths)
+        served = [
+            sustained(captioner, pictures[0], options.arrivals, batch, solo) for batch in (1, options.batch)
+        ]
+    best = [one["sustained"]["captions_per_s"] if one["sustained"] else 0.0 for one in served]
+    record = {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "overlap": beside,
+        "caption_one_by_one_s": round(solo, 3),
+        "bound_s": round(PATIENCE * solo, 3),
+        "arrivals": served,
+        "throughput_ratio_at_the_bound": round(best[1] / best[0], 3) if best[0] else None,
+    }
+    text = json.dumps(record, indent=2) + "\n"
+    if options.json is not None:
+        options.json.write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

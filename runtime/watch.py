@@ -1,0 +1,210 @@
+"""``blip2edge watch``: live captions of a camera, a video or a folder, newest frame first.
+
+A reader thread takes frames as fast as they come and keeps only the newest. Whenever the captioner has room for one,
+that frame is captioned; what came in between is dropped and counted. So the words are as fresh as the device can make
+them, and nothing piles up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import BackendError, DataError, ImageError
+from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.frames import VIDEO_SUFFIXES
+from blip2edge.runtime.result import CaptionResult
+
+SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+POLL_S = 0.2  # between two looks at a folder
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture and where it came from: a file's name, or seconds into the video."""
+
+    name: str
+    image: Any
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A caption of the newest frame.
+
+    Attributes:
+        frame: Which one.
+        result: The caption; None where the picture could not be read.
+        error: Why not; empty where it could.
+        dropped: Frames that came since the last caption and were not looked at.
+        age_ms: From the frame's arrival to the end of its caption.
+    """
+
+    frame: str
+    result: CaptionResult | None
+    error: str
+    dropped: int
+    age_ms: float
+
+
+def open_source(source: str, *, follow: bool = True) -> Iterator[Frame]:
+    """Frames of a source.
+
+    Args:
+        source: A number or ``/dev/video…`` for a camera, a video file, an address that FFmpeg reads (``rtsp:…``), or a
+            folder, in which new pictures appear.
+        follow: Go on looking for new pictures in a folder; otherwise what is there now.
+
+    Raises:
+        DataError: There is no such source.
+        BackendError: Videos and cameras need PyAV, which is not installed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path, follow)
+    if source.isdigit():
+        return _video(f"/dev/video{source}", "v4l2")
+    if source.startswith("/dev/"):
+        return _video(source, "v4l2")
+    if "://" in source or (path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES):
+        return _video(source, None)
+    raise DataError(
+        f"{source} is no folder, no video file and no camera",
+        "give a folder of pictures, a video, a camera's number, or an address as rtsp://…",
+    )
+
+
+def _folder(path: Path, follow: bool) -> Iterator[Frame]:
+    seen: set[tuple[str, int]] = set()
+    while True:
+        pictures = [one for one in path.iterdir() if one.suffix.lower() in SUFFIXES]
+        stamps = {(one.name, one.stat().st_mtime_ns): one for one in pictures}
+        for key in sorted(stamps.keys() - seen, key=lambda key: (key[1], key[0])):
+            yield Frame(key[0], stamps[key])
+        seen = set(stamps)
+        if not follow:
+            return
+        time.sleep(POLL_S)
+
+
+def _video(address: str, kind: str | None) -> Iterator[Frame]:
+    try:
+        import av
+    except ImportError as error:
+        raise BackendError(
+            "videos and cameras are read with PyAV, which is not installed", 'pip install "blip2edge[video]"'
+        ) from error
+    return _decoded(av, address, kind)
+
+
+def _decoded(av: Any, address: str, kind: str | None) -> Iterator[Frame]:
+    start = time.perf_counter()
+    try:
+        with av.open(address, format=kind) as container:
+            stream = container.streams.video[0]
+            for frame in container.decode(stream):
+                at = float(frame.time or 0.0)
+                if kind is None and "://" not in address:  # a file plays at its own speed
+                    time.sleep(max(0.0, at - (time.perf_counter() - start)))
+                yield Frame(f"{at:.2f} s", frame.to_ndarray(format="rgb24"))
+    except (av.error.FFmpegError, IndexError) as error:
+        raise DataError(f"{address} cannot be read as a video ({error})") from error
+
+
+class Newest:
+    """Reads a source in a thread of its own and hands out its newest frame."""
+
+    def __init__(self, frames: Iterator[Frame]) -> None:
+        self._frames = frames
+        self._changed = threading.Condition()
+        self._latest: tuple[Frame, float] | None = None
+        self._dropped = 0
+        self._ended = self._closed = False
+        self._error: BaseException | None = None
+        threading.Thread(target=self._read, name="blip2edge-frames", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for frame in self._frames:
+                with self._changed:
+                    self._dropped += self._latest is not None
+                    self._latest = (frame, time.monotonic())
+                    self._changed.notify()
+                    if self._closed:
+                        return
+        except Exception as error:  # noqa: BLE001 - raised in the thread that asks for the next frame
+            self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify()
+
+    def get(self) -> tuple[Frame, float, int] | None:
+        """The newest frame, when it came (``time.monotonic``) and how many were dropped for it; None at the end."""
+        with self._changed:
+            while self._latest is None and not self._ended:
+                self._changed.wait()
+            if self._latest is None:
+                if self._error is not None:
+                    raise self._error
+                return None
+            (frame, at), dropped = self._latest, self._dropped
+            self._latest, self._dropped = None, 0
+            return frame, at, dropped
+
+    def close(self) -> None:
+        """Lets the thread end with its next frame."""
+        with self._changed:
+            self._closed = True
+
+
+def watch(
+    captioner: Captioner,
+    frames: Iterator[Frame],
+    *,
+    prompt: str | None = None,
+    every: bool = False,
+    on_piece: Callable[[str | None], None] | None = None,
+    **options: Any,
+) -> Iterator[Seen]:
+    """Captions the newest frame, again and again.
+
+    Args:
+        captioner: A loaded bundle.
+        frames: From :func:`open_source`.
+        prompt: As ``Captioner.caption`` takes it.
+        every: Caption every frame in order and drop none.
+        on_piece: Called with the pieces of each text as they come, and with None at its end.
+        **options: As ``Captioner.caption`` takes them.
+
+    Yields:
+        A result a frame that was looked at.
+
+    Raises:
+        DataError: The source broke off.
+    """
+    generation = captioner.options(**options)
+    newest = None if every else Newest(frames)
+
+    def coming() -> Iterator[tuple[Frame, float, int]]:
+        if newest is None:
+            yield from ((frame, time.monotonic(), 0) for frame in frames)
+        else:
+            yield from iter(newest.get, None)
+
+    with captioner.scheduler(max_batch=1, max_waiting=1) as scheduler:
+        try:
+            for frame, arrived, dropped in coming():
+                request = scheduler.submit(frame.image, generation, prompt=prompt, on_piece=on_piece)
+                result, told = None, ""
+                try:
+                    result = request.result()
+                except ImageError as error:  # a picture still being written, say: the next one comes
+                    told = str(error)
+                yield Seen(frame.name, result, told, dropped, (time.monotonic() - arrived) * 1e3)
+        finally:
+            if newest is not None:
+                newest.close()

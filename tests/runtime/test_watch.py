@@ -1,0 +1,108 @@
+"""Live captions: the newest frame first, nothing piles up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="the bundle is exported here")
+pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
+
+from blip2edge.errors import DataError
+from blip2edge.runtime import watch as watch_module
+from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.watch import Frame, open_source, watch
+from tests.drawing import draw_pictures
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_bundle: Path) -> Captioner:
+    return Captioner.load(tiny_bundle, threads=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for index, picture in enumerate(draw_pictures(3, 2)):
+        picture.save(tmp_path / f"{index}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_every_picture_of_a_folder_once(captioner: Captioner, folder: Path) -> None:
+    seen = list(watch(captioner, open_source(str(folder), follow=False), every=True, max_new_tokens=4))
+    assert sorted(one.frame for one in seen) == ["0.png", "1.png", "2.png"]
+    for one in seen:
+        assert one.result is not None
+        assert one.result.tokens == captioner.caption(folder / one.frame, max_new_tokens=4).tokens
+        assert one.age_ms > 0
+
+
+def test_frames_that_come_too_fast_are_dropped_and_counted(captioner: Captioner) -> None:
+    pictures = draw_pictures(6, 2)
+    given, first_done = threading.Event(), threading.Event()
+
+    def frames() -> Iterator[Frame]:
+        yield Frame("0", pictures[0])
+        assert first_done.wait(60)
+        for index in range(1, 6):
+            yield Frame(str(index), pictures[index])
+        given.set()
+
+    results = watch(captioner, frames(), max_new_tokens=3)
+    first = next(results)
+    first_done.set()
+    assert given.wait(60)
+    second = next(results)
+    assert [first.frame, first.dropped, second.frame, second.dropped] == ["0", 0, "5", 4]
+    assert list(results) == []
+
+
+def test_a_broken_picture_does_not_end_it(captioner: Captioner, folder: Path) -> None:
+    (folder / "1.png").write_bytes(b"half a pict")
+    seen = list(watch(captioner, open_source(str(folder), follow=False), every=True, max_new_tokens=2))
+    errors = {one.frame: one.error for one in seen}
+    assert "1.png" in errors["1.png"]
+    assert errors["0.png"] == errors["2.png"] == ""
+
+
+def test_new_pictures_appear(captioner: Captioner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    frames = open_source(str(folder))
+    names = {next(frames).name for _ in range(3)}
+    draw_pictures(1, 9)[0].save(folder / "later.png")
+    assert names | {next(frames).name} == {"0.png", "1.png", "2.png", "later.png"}
+
+
+def test_a_source_that_breaks_off(captioner: Captioner) -> None:
+    def frames() -> Iterator[Frame]:
+        yield Frame("0", draw_pictures(1)[0])
+        raise DataError("the camera is gone")
+
+    with pytest.raises(DataError, match="gone"):
+        list(watch(captioner, frames(), max_new_tokens=2))
+
+
+@pytest.mark.parametrize("source", ["nowhere", "pyproject.toml"])
+def test_what_is_no_source(source: str) -> None:
+    with pytest.raises(DataError, match="no folder, no video file and no camera"):
+        open_source(source)
+
+
+def test_a_video(captioner: Captioner, tmp_path: Path) -> None:
+    av: Any = pytest.importorskip("av", reason="videos are read with PyAV")
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for picture in draw_pictures(4, 1):
+            for packet in stream.encode(av.VideoFrame.from_image(picture.resize((64, 64)))):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    seen = list(watch(captioner, open_source(str(path)), every=True, max_new_tokens=2))
+    assert [one.frame for one in seen] == ["0.00 s", "0.05 s", "0.10 s", "0.15 s"]
