@@ -25,9 +25,6 @@ from blip2edge.training.config import ModelConfig
 
 Maker = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
 
-FLAMINGO_TOKENS = 2
-"""Rows behind a Llama's token table: what stands for a picture, and what stands around it."""
-
 
 def _qformer(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> QFormerConfig:
     """A Q-Former of the recipe's sizes; no dropout in the miniature, whose data never repeats."""
@@ -75,30 +72,32 @@ class Row:
         bridge: Makes the bridge's config.
         family: What a checkpoint is written as: a row of `model/families.py`.
         clip_family: The same behind a CLIP; empty where there is none.
-        language: Makes the language model's config of the given one.
+        language: Makes the language model's config of the given one and the rows behind its token table.
     """
 
     bridge: Maker
     family: str
     clip_family: str = ""
-    language: Callable[[LanguageConfig, VisionConfig], LanguageConfig] = lambda language, vision: language
+    language: Callable[[Any, VisionConfig, int], LanguageConfig] = lambda language, vision, extra: replace(
+        language, vocab_size=language.vocab_size + extra
+    )
 
 
-def _flamingo(language: LanguageConfig, vision: VisionConfig) -> FlamingoConfig:
+def _flamingo(language: LanguageConfig, vision: VisionConfig, extra: int) -> FlamingoConfig:
     """A Llama with a gated layer before each of its own."""
-    if isinstance(language, FlamingoConfig):
-        return language
-    if not isinstance(language, LlamaConfig) or language.kind != "llama":
+    plain = isinstance(language, LlamaConfig) and language.kind == "llama"
+    if not plain or language.num_kv_heads != language.num_heads:  # type: ignore[attr-defined]
         raise ConfigError(
-            f"bridge = 'flamingo' puts layers into a Llama, and the language model is of type {language.kind!r}",
-            "give a Llama in model.language_from, or another bridge",
+            "bridge = 'flamingo' puts layers into a Llama whose heads have keys of their own, and the language model"
+            f" is of type {language.kind!r} with {language.num_kv_heads} heads of keys",
+            "give such a Llama in model.language_from, or another bridge",
         )
     base: dict[str, Any] = {each.name: getattr(language, each.name) for each in fields(LlamaConfig)}
     return FlamingoConfig(
         **base
         | {
             "kind": "idefics",
-            "vocab_size": language.vocab_size + FLAMINGO_TOKENS,
+            "vocab_size": language.vocab_size + extra,
             "base_vocab_size": language.vocab_size,
             "source_dim": vision.hidden_size,
         }
@@ -115,12 +114,30 @@ ROWS: dict[str, Row] = {
 }
 
 
+def family_of(bridge: str, vision: VisionConfig) -> str:
+    """What a checkpoint of these parts is written as: a row of `model/families.py`.
+
+    Raises:
+        ConfigError: The choice is not for this kind of picture encoder.
+    """
+    row = ROWS[bridge]
+    family = row.clip_family if vision.clip else row.family
+    if not family:
+        kind, other = ("a CLIP", "BLIP-2's") if vision.clip else ("BLIP-2's", "a CLIP")
+        raise ConfigError(
+            f"bridge = {bridge!r} is not for a picture encoder that is {kind}",
+            f"give {other} in model.vision_from, or another bridge",
+        )
+    return family
+
+
 def architecture(
     bridge: str,
     sizes: ModelConfig,
     vision: VisionConfig,
     language: LanguageConfig,
     *,
+    extra: int = 0,
     text: DraftConfig | None = None,
     instructed: bool = False,
 ) -> CaptionerConfig:
@@ -131,6 +148,7 @@ def architecture(
         sizes: Of a fresh bridge.
         vision: The picture encoder's.
         language: The language model's.
+        extra: Rows that the language model's token table gets behind its own.
         text: The text side of the Q-Former, kept as a draft or read with the prompt; None for none.
         instructed: The prompt enters the Q-Former.
 
@@ -138,14 +156,8 @@ def architecture(
         ConfigError: These parts do not go together.
     """
     row = ROWS[bridge]
-    family = row.clip_family if vision.clip else row.family
-    if not family:
-        kind, other = ("a CLIP", "BLIP-2's") if vision.clip else ("BLIP-2's", "a CLIP")
-        raise ConfigError(
-            f"bridge = {bridge!r} is not for a picture encoder that is {kind}",
-            f"give {other} in model.vision_from, or another bridge",
-        )
-    language = row.language(language, vision)
+    family = family_of(bridge, vision)
+    language = row.language(language, vision, extra)
     made = row.bridge(sizes, vision, language)
     if instructed:
         if not isinstance(made, QFormerConfig) or text is None:

@@ -12,10 +12,12 @@ from torch import nn
 
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import VisionConfig
+from blip2edge.model.layers import RMSNorm
 from blip2edge.model.opt import OPTConfig
 from blip2edge.training.architecture import architecture
 from blip2edge.training.batches import PREPROCESSING
 from blip2edge.training.config import ModelConfig, TrainingConfig
+from blip2edge.training.pretrained import PROCESSORS
 from blip2edge.training.scenes import PICTURE_SIZE
 from blip2edge.training.stage1_texts import QFormerTexts
 from blip2edge.training.vocabulary import END_ID, IMAGE, PAD_ID, make_tokenizer, tokenizer_config
@@ -31,7 +33,7 @@ _SPECIAL_STD = {
     "language.embed_tokens.weight": EMBEDDING_STD,
     "vision.position_embedding": PLACE_STD,
     "query_tokens": QUERY_STD,
-    "bridge.latents": QUERY_STD,
+    "latents": QUERY_STD,
 }
 
 
@@ -61,10 +63,10 @@ def _language(sizes: ModelConfig, tokenizer: Tokenizer) -> OPTConfig:
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Draws all weights of a miniature, or of the model of its first stage.
+    """Draws all weights of a miniature, of the model of its first stage, or of a fresh bridge.
 
-    Matrices get N(0, 1/fan_in), tables and single tokens N(0, 0.02²), biases 0 and norms 1; the picture's
-    places and the queries start larger, see `PLACE_STD`.
+    Matrices get N(0, 1/fan_in), tables and single tokens N(0, 0.02²), biases and gates 0 and norms 1; the
+    picture's places and the queries start larger, see `PLACE_STD`.
 
     Args:
         model: Changed in place.
@@ -76,8 +78,11 @@ def initialise(model: nn.Module, seed: int) -> None:
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
                 continue
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+                continue
             for name, parameter in module.named_parameters(recurse=False):
-                if name == "bias":
+                if name == "bias" or name.endswith("_gate"):
                     parameter.zero_()
                 elif isinstance(module, (nn.Linear, nn.Conv2d)):
                     parameter.normal_(0.0, (parameter[0].numel()) ** -0.5, generator=draw)
@@ -121,7 +126,10 @@ def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: 
         )
     )
     initialise(model, config.seed)
-    return Workshop(model, PREPROCESSING, tokenizer, texts, _files(model, tokenizer))
+    files = _files(model, tokenizer)
+    if instructed:
+        files["qformer_tokenizer/tokenizer.json"] = texts.tokenizer.to_str().encode()
+    return Workshop(model, PREPROCESSING, tokenizer, texts, files)
 
 
 def _image_processor() -> dict[str, Any]:
@@ -143,12 +151,12 @@ def _image_processor() -> dict[str, Any]:
 def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
     """What stands beside the weights, so that transformers' processor reads the directory too."""
     config = model.config
-    slots = {"processor_class": "Blip2Processor", "num_query_tokens": config.bridge.num_visual_tokens}
+    named = {"processor_class": PROCESSORS[config.family]}
+    slots = {**named, "num_query_tokens": config.bridge.num_visual_tokens}
     files = {
-        "preprocessor_config.json": _image_processor() | {"processor_class": "Blip2Processor"},
+        "preprocessor_config.json": _image_processor() | named,
         "processor_config.json": slots,
-        "tokenizer_config.json": tokenizer_config(config.language.max_positions)
-        | {"processor_class": "Blip2Processor"},
+        "tokenizer_config.json": tokenizer_config(config.language.max_positions) | named,
         "generation_config.json": {
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_ids[0],
