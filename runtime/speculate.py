@@ -179,7 +179,7 @@ class Ahead:
                 return self._alone(state, token), passes
             self._pass(state, token, guesses)
         logits = self._logits[self._place]
-        if self._is_close(scores(logits)):
+        if self._is_close(logits, scores(logits)):
             state.truncate(state.lengths - (len(self._guesses) - self._place) - 1)
             self._forget()
             return self._alone(state, token), passes + 1
@@ -222,12 +222,12 @@ class Ahead:
         self._payoff.step(self._payoff.clock() - start)
         return logits
 
-    def _is_close(self, scores: NDArray[np.float32]) -> bool:
-        finite = scores[np.isfinite(scores)]
-        if len(finite) < 2:
-            return True  # NaN is told by who chooses
-        second, first = np.partition(finite, len(finite) - 2)[-2:]
-        return bool(first - second <= self._close * np.abs(finite).max())
+    def _is_close(self, logits: NDArray[np.float32], scores: NDArray[np.float32]) -> bool:
+        """Whether the two best scores are too near for a pass over several tokens to decide; NaN is near to all."""
+        best = int(scores.argmax())
+        second = max(scores[:best].max(initial=-np.inf), scores[best + 1 :].max(initial=-np.inf))
+        bound = self._close * max(abs(logits.max()), abs(logits.min()))
+        return not bool(scores[best] - second > bound)
 
 
 class Lookup:

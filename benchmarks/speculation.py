@@ -1,0 +1,137 @@
+"""What reading ahead saves: the same bundle with and without its draft, on held-out pictures, in one run.
+
+    python benchmarks/speculation.py smollm2=BUNDLE miniature=BUNDLE --json benchmarks/results/speculation.json
+
+The contestants caption the same picture one after the other, in turning order, on one thread. Seconds are process CPU
+time of the whole caption, from the picture to its text, the draft's cost within it. The texts must be equal token for
+token, or nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peers import cpu_model
+
+from blip2edge.contract import DECODER, DRAFT, EMBEDDINGS_FILE
+from blip2edge.errors import DataError
+from blip2edge.manifest import Bundle
+from blip2edge.runtime.captioner import Captioner, CaptionResult
+from blip2edge.training.scenes import scenes
+
+SERIES = 900  # of the held-out scenes: no training reads it
+
+
+def share(parts: Sequence[CaptionResult], stage: str) -> float:
+    """Milliseconds a caption of a stage."""
+    return round(statistics.mean(part.timings_ms[stage] for part in parts), 3)
+
+
+def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, tokens: int) -> dict[str, Any]:
+    """One bundle's figures.
+
+    Args:
+        bundle: With a draft.
+        drafts: The contestants, "none" among them.
+        pictures: How many captions of each are timed.
+        warm_up: Captions before them.
+        tokens: The longest caption.
+
+    Raises:
+        DataError: A text differs from that of plain decoding.
+    """
+    captioners = {draft: Captioner.load(bundle, threads=1, draft=draft) for draft in drafts}
+    seconds: dict[str, list[float]] = {draft: [] for draft in drafts}
+    results: dict[str, list[CaptionResult]] = {draft: [] for draft in drafts}
+    for number, scene in enumerate(scenes(warm_up + pictures, split="heldout", seed=SERIES)):
+        turn = number % len(drafts)
+        for draft in (*drafts[turn:], *drafts[:turn]):
+            start = time.process_time()
+            result = captioners[draft].caption(scene.picture, max_new_tokens=tokens)
+            taken = time.process_time() - start
+            if number >= warm_up:
+                seconds[draft].append(taken)
+                results[draft].append(result)
+        for draft in drafts:
+            if results[draft] and results[draft][-1].tokens != results["none"][-1].tokens:
+                raise DataError(
+                    f"{bundle}: picture {number}: --draft {draft} gives {results[draft][-1].text!r}, plain decoding "
+                    f"{results['none'][-1].text!r}"
+                )
+    figures: dict[str, Any] = {}
+    for draft in drafts:
+        mine, written = results[draft], sum(len(result.tokens) for result in results[draft])
+        passes = sum(len(result.tokens) / result.tokens_per_pass for result in mine)
+        figures[draft] = {
+            "cpu_ms_per_caption": round(1e3 * statistics.mean(seconds[draft]), 3),
+            "speed_up": round(sum(seconds["none"]) / sum(seconds[draft]), 3),
+            "speed_up_of_the_median_picture": round(
+                statistics.median(a / b for a, b in zip(seconds["none"], seconds[draft], strict=True)), 3
+            ),
+            "tokens_per_pass": round(written / passes, 3),
+            "prefill_ms": share(mine, "prefill"),
+            "decode_ms": share(mine, "decode"),
+            "vision_and_bridge_ms": round(share(mine, "vision") + share(mine, "bridge"), 3),
+        }
+    return {
+        **sizes(bundle),
+        "pictures": pictures,
+        "tokens_per_caption": round(statistics.mean(len(result.tokens) for result in results["none"]), 2),
+        "equal_texts": pictures,
+        "drafts": figures,
+    }
+
+
+def sizes(path: Path) -> dict[str, Any]:
+    """Bytes that a step of the language model and of the draft read, and their ratio."""
+    files = Bundle.open(path).manifest.files
+    language = files[f"{DECODER}.onnx.data"].size
+    draft = files[f"{DRAFT}.onnx.data"].size
+    return {
+        "precision": Bundle.open(path).graph(DECODER).precision,
+        "language_model_bytes": language,
+        "token_table_bytes": files[EMBEDDINGS_FILE].size,
+        "draft_bytes": draft,
+        "language_model_over_draft": round(language / draft, 1),
+    }
+
+
+def main() -> int:
+    """Measures the bundles named on the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundles", nargs="+", metavar="NAME=BUNDLE")
+    parser.add_argument("--drafts", nargs="+", default=["none", "auto", "lookup"])
+    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    bundles = {}
+    for given in options.bundles:
+        name, _, path = given.partition("=")
+        bundles[name] = race(Path(path), options.drafts, options.pictures, options.warm_up, options.tokens)
+    document = {
+        "method": "process CPU time, one thread, contestants in turn picture by picture, held-out scenes",
+        "machine": cpu_model(),
+        "versions": {name: version(name) for name in ("onnxruntime", "numpy", "tokenizers")},
+        "bundles": bundles,
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    if options.json:
+        options.json.write_text(text, encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
