@@ -63,8 +63,11 @@ class Corrector:
         diagonal = np.diag(moments).copy()
         self.importance = np.maximum(diagonal, 1e-8 * max(float(diagonal.mean()), 1e-30)).astype(np.float32)
         self.order = np.argsort(-diagonal, kind="stable")
-        self.damped = moments + np.eye(len(moments)) * max(DAMPING * float(diagonal.mean()), 1e-12)
-        self.factor = _factor(self.damped[np.ix_(self.order, self.order)])
+        self.moments = moments.astype(np.float32)
+        self.damping = np.float32(max(DAMPING * float(diagonal.mean()), 1e-12))
+        ordered = moments[np.ix_(self.order, self.order)]
+        ordered[np.diag_indices_from(ordered)] += self.damping
+        self.factor = _factor(ordered)
 
     def quantize(self, weight: Floats, form: BlockFormat) -> tuple[Integers, Floats]:
         """Integers ``[K, N]`` and scales ``[K / block, N]`` of a matrix ``[K, N]``."""
@@ -78,7 +81,7 @@ class Corrector:
 
     def error(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> float:
         """The share of a matrix's output that rounding changes: ``|X(W - Ŵ)| / |XW|`` over the activations."""
-        moments = self.damped.astype(np.float32)
+        moments = self.moments
         lost = whole = 0.0
         for part in _columns(weight):
             given = weight[part]
@@ -112,14 +115,15 @@ class Corrector:
         The error of an output is ``eᵀ H e`` with ``e = w - Σ s_b q_b``; its minimum over one ``s_b`` is linear.
         """
         fitted = scales.copy()
-        moments = self.damped.astype(np.float32)
+        moments = self.moments
         spread = np.repeat(scales, form.block, axis=0)
         error = weight - integers * spread
-        pull = moments @ error  # [K, N]
+        pull = moments @ error + self.damping * error  # [K, N]
         for block in range(len(scales)):
             rows = slice(block * form.block, (block + 1) * form.block)
             values = integers[rows].astype(np.float32)
             bent = moments[:, rows] @ values
+            bent[rows] += self.damping * values
             change = (values * pull[rows]).sum(axis=0) / np.maximum((values * bent[rows]).sum(axis=0), 1e-30)
             change = np.clip(change, -0.5 * fitted[block], fitted[block])  # a scale stays positive
             fitted[block] += change
