@@ -56,7 +56,7 @@ class Captioner:
                 "export with --precision fp32 or fp16",
             )
 
-        session = GraphOpener(bundle, backend, threads)
+        session = self.graphs = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
         language = load_language_model(bundle, session)

@@ -191,6 +191,9 @@ class GraphOpener:
         threads: Threads within an operator.
         portable: Passes over copies.
 
+    Attributes:
+        copied: The graphs that were loaded from a copy.
+
     Raises:
         BackendError: The backend is unknown.
         BundleIntegrityError: A file of the copy was changed.
@@ -199,8 +202,11 @@ class GraphOpener:
     def __init__(
         self, bundle: Bundle, backend: str = "auto", threads: int | None = None, *, portable: bool = False
     ) -> None:
-        self._bundle, self._backend, self._threads = bundle, backend, threads
-        copy = find_backend(backend).copy
+        self._bundle, self.backend, self.threads = bundle, backend, threads
+        self.copied: list[str] = []
+        found = find_backend(backend)
+        copy, engines = found.copy, found.engines
+        self._engines = import_module(found.module).EngineOpener(bundle, engines) if engines else None
         self._copy = read_copy(bundle, copy) if copy and not portable else None
 
     def __call__(self, graph: str) -> Session:
@@ -211,13 +217,17 @@ class GraphOpener:
             BackendError: The backend is not there.
         """
         spec = self._bundle.graph(graph).spec
+        if self._engines is not None:
+            engine: Session = self._engines(graph)
+            return engine
         found = self._copy[1].graphs.get(graph) if self._copy is not None else None
         if self._copy is None or found is None:
-            return open_session(self._bundle.file(spec.file), self._backend, self._threads)
-        module = import_module(find_backend(self._backend).module)
+            return open_session(self._bundle.file(spec.file), self.backend, self.threads)
+        module = import_module(find_backend(self.backend).module)
         directory = self._copy[0]
+        self.copied.append(graph)
         session: Session = module.open_graph(
-            directory / found.file, self._threads, weights_of(self._bundle, directory)
+            directory / found.file, self.threads, weights_of(self._bundle, directory)
         )
         return OneByOne(session) if found.one_by_one else session
 

@@ -1,0 +1,58 @@
+"""``blip2edge bench``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from blip2edge.errors import OutputError
+from blip2edge.progress import Progress
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from blip2edge.runtime.bench import WorkOf
+    from blip2edge.runtime.captioner import Captioner
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Measure a bundle and print a table, or JSON; a page where one is asked for."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the streaming read is one core's
+    from blip2edge.runtime.bench import BenchOptions, bench
+    from blip2edge.runtime.bench_page import markdown, page
+    from blip2edge.runtime.captioner import Captioner
+
+    chosen = BenchOptions(
+        runs=options.runs, warmup=options.warmup, tokens=options.tokens, batches=tuple(options.batch_sizes)
+    )
+    start = time.perf_counter()
+    captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
+    loaded = time.perf_counter() - start
+    with Progress() as progress:
+        report = bench(captioner, chosen, start_s=loaded, work_of=_work_of(captioner), progress=progress)
+    print(json.dumps(report.to_json(), indent=2) if options.json else markdown(report))
+    if options.html is not None:
+        _write(options.html, page(report))
+        print(f"{options.html}: the same with pictures", file=sys.stderr)
+    return 0
+
+
+def _work_of(captioner: Captioner) -> WorkOf | None:
+    """What counts the stages' work; None where the onnx packages are not installed."""
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnx_ir")):
+        return None
+    from blip2edge.optimization.work import stage_work
+
+    return lambda prompt, tokens: stage_work(captioner.bundle, prompt, tokens)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} could not be written ({error.strerror})", "give another --html") from error
