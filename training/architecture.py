@@ -27,7 +27,7 @@ Maker = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
 
 
 def _qformer(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> QFormerConfig:
-    """A Q-Former of the recipe's sizes; no dropout in the miniature, whose data never repeats."""
+    """A Q-Former of the recipe's sizes."""
     block = sizes.qformer
     return QFormerConfig(
         hidden_size=block.hidden_size,
@@ -36,7 +36,7 @@ def _qformer(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> QFo
         num_heads=block.num_heads,
         num_query_tokens=sizes.num_query_tokens,
         encoder_hidden_size=vision.hidden_size,
-        dropout=0.0 if sizes.is_miniature else 0.1,
+        dropout=0.0 if sizes.is_miniature else sizes.dropout,
     )
 
 

@@ -219,6 +219,8 @@ class ModelConfig:
     """Visual tokens a picture becomes; the miniature needs one a keyword, seven at least."""
     max_positions: int = 128
     """Longest context of the miniature's language model: visual tokens, prompt and caption."""
+    dropout: float = 0.1
+    """In a fresh Q-Former; the miniature's, whose data never repeats, has none."""
     vision: BlockSizes = field(default_factory=BlockSizes)
     """The miniature's picture encoder."""
     qformer: BlockSizes = field(default_factory=lambda: BlockSizes(num_layers=4))
@@ -232,6 +234,7 @@ class ModelConfig:
                 f"[model] patch_size must divide the picture's 64 pixels, not {self.patch_size}"
             )
         positive("model", {"num_query_tokens": self.num_query_tokens})
+        share("model", {"dropout": self.dropout})
         if self.is_miniature and self.num_query_tokens < 7:
             raise ConfigError(f"[model] num_query_tokens must be at least 7, not {self.num_query_tokens}")
         if self.max_positions < 40:

@@ -212,7 +212,8 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     """
     wanted = AUTOCAST[config.loop.autocast]
     try:
-        return Accelerator(mixed_precision=wanted)
+        # Without a device, accelerate takes several processes for one unless it is told to stay on the CPU.
+        return Accelerator(mixed_precision=wanted, cpu=not torch.accelerator.is_available())
     except ValueError as error:
         raise ConfigError(
             f"[loop] autocast = {config.loop.autocast!r} is not possible here: {error}",
