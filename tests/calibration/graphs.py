@@ -29,7 +29,7 @@ def write_graph(
     dtype: str = "float32",
     name: str = "vision_encoder",
 ) -> GraphRecord:
-    """Saves ``x [batch, TOKENS, WIDTH]`` -> outputs, and gives its record."""
+    """Saves ``x [batch, TOKENS, WIDTH]`` -> outputs, and gives its record; shapes stay in the graph itself."""
     kind = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}[dtype]
     tensors = [numpy_helper.from_array(array, key) for key, array in weights.items()]
     graph = helper.make_graph(
@@ -43,7 +43,11 @@ def write_graph(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     )
     onnx.save(
-        model, folder / f"{name}.onnx", save_as_external_data=True, location=f"{name}.onnx.data", size_threshold=0
+        model,
+        folder / f"{name}.onnx",
+        save_as_external_data=True,
+        location=f"{name}.onnx.data",
+        size_threshold=80,
     )
     spec = GraphSpec(
         name,
