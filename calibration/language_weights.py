@@ -116,9 +116,14 @@ def rewrite_weights(job: Job, made: Made, whole: Path, left: Mapping[str, str]) 
     path = job.staging / record.spec.file
     ir.save(model, path)
     onnx.checker.check_model(str(path))
-    bits = BITS_OF[made.record.precision]
     return _made(
-        job, record, bits, matrices, {**made.summary.left, **left}, file.record, time.perf_counter() - start
+        job,
+        record,
+        BITS_OF[made.record.precision],
+        matrices,
+        {**made.summary.left, **left},
+        file.record,
+        time.perf_counter() - start,
     )
 
 
@@ -157,9 +162,10 @@ def _made(
         seals[EMBEDDINGS_FILE] = FileRecord.of(job.staging / EMBEDDINGS_FILE)
         files = (data, EMBEDDINGS_FILE)
     parent = job.parent.manifest.files
+    precision = PRECISIONS[bits] if matrices else record.precision
     summary = CalibratedGraph(
         name,
-        PRECISIONS[bits],
+        precision,
         seals[path.name].size + seal.size,
         sum(parent[file].size for file in (record.spec.file, *record.data_files)),
         seconds,
@@ -174,7 +180,7 @@ def _made(
             for weight, matrix in matrices.items()
         },
     )  # fmt: skip
-    made = replace(record, precision=PRECISIONS[bits], parity=(), data_files=files)
+    made = replace(record, precision=precision, parity=(), data_files=files)
     return Made(made, seals, summary)
 
 

@@ -151,4 +151,4 @@ class PieceRunner:
         tensor = self._initializers[name]
         if tensor is None:
             raise ValueError(f"the initializer {name} has no value")
-        return np.ascontiguousarray(tensor.numpy())
+        return np.asarray(tensor.numpy(), order="C")  # not ascontiguousarray, which gives a scalar an axis

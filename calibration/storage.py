@@ -35,7 +35,7 @@ class Memory:
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
         """See :class:`TensorStore`."""
-        return ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+        return ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
         """See :class:`TensorStore`."""
