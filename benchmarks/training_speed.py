@@ -1,0 +1,267 @@
+"""A step of stage 2 by this project's loop, and the same maths written with transformers' modules, in one run.
+
+    python benchmarks/training_speed.py --json benchmarks/results/training-speed.json
+
+One process, one thread, the contestants in turn (A B C A B C …), process CPU time, medians of the rounds and ratios
+round by round. Random weights, no dropout; transformers' step has torch's AdamW as it comes.
+transformers' pictures are opened and prepared beforehand; this project's loop opens, prepares and logs as it does in a
+run. In the last contestant the features of all pictures are in the cache on disk. Two shapes: the miniature's, and
+ViT-B/16 at 224 pixels with the 12-layer Q-Former of 32 queries and OPT-125m.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peers import SHAPE, cpu_model
+from PIL import Image
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+from blip2edge.model.checkpoint import load_checkpoint
+from blip2edge.runtime.preprocess import Preprocessing
+from blip2edge.training import loop
+from blip2edge.training.batches import IGNORED, caption_batch
+from blip2edge.training.config import OptimizerConfig
+from blip2edge.training.data.sources import Sample
+from blip2edge.training.features import FeatureCache, PictureEncoder
+from blip2edge.training.journal import Journal
+from blip2edge.training.loader import Loader, Texts
+from blip2edge.training.optim import make_optimizer
+from blip2edge.training.snapshots import Snapshot, Snapshots
+from blip2edge.training.stages import GenerativeStage
+
+ROOT = Path(__file__).parents[1]
+WORDS = 16  # tokens of a caption, the end token included
+CONFIG = OptimizerConfig(steps=1000, learning_rate=1e-5, min_learning_rate=0.0, warmup_steps=0)
+BOS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained, and how many pictures a step."""
+
+    config: dict[str, Any]
+    rows: int
+
+    @property
+    def side(self) -> int:
+        return int(self.config["vision_config"]["image_size"])
+
+    @property
+    def features(self) -> tuple[int, int]:
+        vision = self.config["vision_config"]
+        return (self.side // vision["patch_size"]) ** 2 + 1, vision["hidden_size"]
+
+    @property
+    def queries(self) -> int:
+        return int(self.config["num_query_tokens"])
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(size={"height": self.side, "width": self.side})
+
+
+def shapes() -> dict[str, Shape]:
+    """The miniature's sizes stand in its own checkpoint."""
+    miniature = json.loads((ROOT / "examples" / "checkpoint" / "config.json").read_text())
+    return {"miniature": Shape(miniature, 16), "ViT-B/16, OPT-125m": Shape(SHAPE, 4)}
+
+
+def draw(config: dict[str, Any]) -> Blip2ForConditionalGeneration:
+    """The model, with dropout off."""
+    shape = json.loads(json.dumps(config)) | {"dtype": "float32"}
+    shape["qformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    shape["text_config"] |= {"dropout": 0.0}
+    torch.manual_seed(0)
+    return Blip2ForConditionalGeneration(Blip2Config(**shape))
+
+
+class Pictures:
+    """A source of a few pictures, again and again."""
+
+    name = "pictures"
+
+    def __init__(self, shape: Shape) -> None:
+        rng = np.random.default_rng(0)
+        size = (shape.rows, shape.side, shape.side, 3)
+        self.pictures = [Image.fromarray(pixels) for pixels in rng.integers(0, 256, size, dtype=np.uint8)]
+
+    def __iter__(self) -> Iterator[Sample]:
+        while True:
+            for number, picture in enumerate(self.pictures):
+                yield Sample(f"s{number}", f"p{number}", lambda picture=picture: picture, "")
+
+    def reject(self, sample: Sample, error: Exception) -> None:
+        raise SystemExit(f"{sample.sample_id}: {error}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+def captions(rows: int) -> list[list[int]]:
+    """Random words."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(5, 300, (rows, WORDS), generator=draw).tolist()
+
+
+def theirs(model: Blip2ForConditionalGeneration, shape: Shape, source: Pictures) -> Callable[[], float]:
+    """The step with transformers' modules."""
+    model.requires_grad_(False)
+    trained = nn.ModuleList([model.qformer, model.language_projection])
+    trained.requires_grad_(True)
+    model.query_tokens.requires_grad_(True)
+    model.eval()
+    trained.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": CONFIG.weight_decay},
+        {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=CONFIG.learning_rate, betas=(CONFIG.beta1, CONFIG.beta2))
+    rows = len(source.pictures)
+    pixels = torch.from_numpy(shape.preprocessing.batch(source.pictures))
+    batch = caption_batch([[BOS]] * rows, captions(rows))
+    labels = torch.cat([torch.full((rows, shape.queries), IGNORED), batch.labels], dim=1)
+    mask = torch.ones_like(labels)
+
+    def step() -> float:
+        with torch.no_grad():
+            embeds = model.vision_model(pixels).last_hidden_state
+        queries = model.qformer(
+            query_embeds=model.query_tokens.expand(rows, -1, -1), encoder_hidden_states=embeds
+        ).last_hidden_state
+        words = model.get_input_embeddings()(batch.input_ids)
+        inputs = torch.cat([model.language_projection(queries), words], dim=1)
+        loss: Tensor = model.language_model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CONFIG.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | None) -> Callable[[], float]:
+    """The step of the loop."""
+    model = load_checkpoint(directory)
+    accelerator = Accelerator(cpu=True)
+    encoder = PictureEncoder(model.vision, shape.preprocessing, accelerator, cache)
+    module = GenerativeStage(model)
+    rows = len(source.pictures)
+    texts = Texts(lambda samples: caption_batch([[BOS]] * len(samples), captions(len(samples))))
+    loader = Loader(source, rows, encoder, texts, accelerator)
+    phase = loop.Phase("stage2", module, loader, CONFIG)
+    run = loop.Run(accelerator, Journal(None), Snapshots(directory / "none"), 1000, lambda: Snapshot({}, {}))
+    prepared, optimizer = accelerator.prepare(module, make_optimizer([module], CONFIG))
+
+    def step() -> float:
+        values = loop._step(run, phase, prepared, optimizer, 0)
+        run.journal.add(values)
+        return values["loss"]
+
+    return step
+
+
+def race(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every contestant, round by round, after a round that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        losses = {}
+        for name, step in steps.items():
+            start = time.process_time()
+            losses[name] = step()
+            if number:
+                seconds[name].append(time.process_time() - start)
+        values = list(losses.values())
+        if max(values) - min(values) > 1e-3 * max(values):
+            raise SystemExit(f"the losses differ: {losses}")
+    return seconds
+
+
+def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+    """All rounds of a shape, and the rows of its table."""
+    source = Pictures(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        model = draw(shape.config)
+        model.save_pretrained(directory)
+        Tokenizer(models.BPE()).save(str(directory / "tokenizer.json"))
+        cache = FeatureCache(directory / "features", shape.features, "float32")
+        steps = {
+            "transformers' modules": theirs(model, shape, source),
+            "blip2edge": ours(directory, shape, source, None),
+            "blip2edge, features cached": ours(directory, shape, source, cache),
+        }
+        seconds = race(steps, rounds)
+    base = seconds["transformers' modules"]
+    rows = []
+    for name, values in seconds.items():
+        ratios = [own / first for own, first in zip(values, base, strict=True)]
+        median = statistics.median(values)
+        rows.append(
+            {"name": name, "cpu_seconds": round(median, 4), "ratio": round(statistics.median(ratios), 3)}
+        )
+    return seconds, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="of the large shape; the small one has ten times as many"
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for number, (name, shape) in enumerate(shapes().items()):
+        rounds = options.rounds if number else 10 * options.rounds
+        seconds, rows = measure(shape, rounds)
+        results.append({"shape": name, "pictures": shape.rows, "results": rows, "rounds": seconds})
+        print(f"\n{name}, {shape.rows} pictures a step, {rounds} rounds")
+        print("| a step of stage 2 | CPU seconds | of transformers' time |\n|---|---:|---:|")
+        for row in rows:
+            print(f"| {row['name']} | {row['cpu_seconds']:.3f} | {row['ratio']:.2f} |")
+    if options.json:
+        packages = ("torch", "transformers", "accelerate", "numpy")
+        document = {
+            "command": "python benchmarks/training_speed.py " + " ".join(sys.argv[1:]),
+            "machine": {
+                "cpu": cpu_model(),
+                "cores": os.cpu_count(),
+                "system": platform.platform(),
+                "threads": 1,
+            },
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "caption_tokens": WORDS,
+            "shapes": results,
+        }
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
