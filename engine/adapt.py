@@ -1,8 +1,8 @@
 """Small changes that make a graph one that every TensorRT documents, where ONNX itself has two ways to say a thing.
 
-``Clip`` and ``CumSum`` are documented for floating point only (onnx-tensorrt, docs/operators.md, 10.1 to 10.15), and T5
-counts key positions with both, in int64. A clipped integer is a maximum and a minimum; a running count of a mask is exact
-in FP32 up to 2^24 slots.
+``Clip`` and ``CumSum`` are documented for floating point only (onnx-tensorrt, docs/operators.md, 10.1 to 10.15), and
+T5 counts key positions with both, in int64. A clipped integer is a maximum and a minimum; a running count of a mask is
+exact in FP32 up to 2^24 slots.
 """
 
 from __future__ import annotations

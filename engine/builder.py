@@ -7,41 +7,44 @@ lists of each version.
 
 from __future__ import annotations
 
-import importlib
+import mmap
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import GraphSpec
+from blip2edge.engine.layers import count_precisions
+from blip2edge.engine.operators import ParserVersion
+from blip2edge.engine.prepare import EnginePlan
 from blip2edge.engine.profiles import profiles_of
 from blip2edge.errors import EngineError
+from blip2edge.runtime.trt import keeper, version_of
 
-OLDEST = (10, 3)  # JetPack 6.1; before it strongly typed networks were no option
 MIB = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
-class Target:
-    """A TensorRT.
+class Settings:
+    """How engines are built.
 
     Attributes:
-        module: Its Python module.
-        extra: What of blip2edge installs it.
-        builds_anywhere: Whether it builds without a GPU, for the compute capabilities that are named.
+        compute_capabilities: As 86 for 8.6; TensorRT for RTX only, where they stand for the GPU that is not here.
+        workspace_mib: Bound on scratch memory, in MiB; None for the builder's own.
+        timing_cache: A file that keeps the timings of kernels from build to build; TensorRT only.
+        version_compatible: The engine also runs on newer versions of the same major one; it is larger.
+        hardware_compatible: The engine also runs on other GPUs from Ampere on; it may be slower.
     """
 
-    module: str
-    extra: str
-    builds_anywhere: bool = False
+    compute_capabilities: tuple[int, ...] = ()
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
 
-TARGETS = {
-    "tensorrt": Target("tensorrt", "tensorrt"),
-    "rtx": Target("tensorrt_rtx", "rtx", builds_anywhere=True),
-}
+NO_SETTINGS = Settings()
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Built:
         seconds: Parsing and building.
         profiles: Names, in the order of their numbers.
         warnings: What the builder said of it.
+        asked: Products of the graph by the precision that it asks for.
+        landed: Layers of the engine by the precision that they got, as its inspector tells; None where no driver is
+            there to open it.
     """
 
     file: Path
@@ -61,106 +67,71 @@ class Built:
     seconds: float
     profiles: tuple[str, ...]
     warnings: tuple[str, ...]
-
-
-def load_tensorrt(target: str) -> Any:
-    """The binding's module.
-
-    Raises:
-        EngineError: It is not installed, cannot be loaded, or is too old.
-    """
-    wanted = TARGETS[target]
-    try:
-        trt = importlib.import_module(wanted.module)
-    except ImportError as error:
-        hint = f"install it: pip install 'blip2edge[{wanted.extra}]'"
-        if target == "tensorrt":
-            hint += "; on a Jetson it comes with JetPack: make the environment with --system-site-packages"
-        raise EngineError(f"{wanted.module} is not installed or does not load ({error})", hint) from error
-    if target == "tensorrt" and version_of(trt) < OLDEST:
-        raise EngineError(
-            f"TensorRT {trt.__version__} is older than 10.3",
-            "upgrade to JetPack 6.1 or newer, which brings 10.3, or install tensorrt>=10.3",
-        )
-    return trt
-
-
-def version_of(trt: Any) -> tuple[int, int]:
-    """Major and minor."""
-    major, minor = str(trt.__version__).split(".")[:2]
-    return int(major), int(minor)
+    asked: Mapping[str, int] = field(default_factory=dict)
+    landed: Mapping[str, int] | None = None
 
 
 def build_engine(
-    trt: Any,
-    graph: Path,
-    spec: GraphSpec,
-    output: Path,
-    *,
-    compute_capabilities: Sequence[int] = (),
-    workspace_mib: int | None = None,
-    timing_cache: Path | None = None,
+    trt: Any, plan: EnginePlan, version: ParserVersion, output: Path, settings: Settings = NO_SETTINGS
 ) -> Built:
-    """Parses a graph by its path and writes its engine.
+    """Parses a graph, its weights found by its path, and writes its engine.
 
     Args:
         trt: The module from :func:`load_tensorrt`.
-        graph: The ``.onnx`` file; its weights are found beside it, so that models beyond 2 GB parse too.
-        spec: Its tensors.
+        plan: The graph and its tensors.
+        version: What the graph is held to before it is parsed.
         output: The engine file.
-        compute_capabilities: As 86 for 8.6; TensorRT for RTX only, where they stand for the GPU that is not here.
-        workspace_mib: Bound on scratch memory, in MiB; None for the builder's own.
-        timing_cache: A file that keeps the timings of kernels from build to build; TensorRT only.
+        settings: How it is built.
 
     Raises:
-        EngineError: The parser refuses a node, or the builder fails.
+        EngineError: The check or the parser refuses a node, or the builder fails.
     """
     start = time.perf_counter()
-    logger, messages = _logger(trt)
+    data, asked = plan.serialised(version)
+    logger, messages = keeper(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(graph)):
-        raise EngineError(_refusal(parser, graph), "export it with another --precision, or report the node")
+    if not parser.parse(data, str(plan.path)):
+        raise EngineError(
+            _refusal(parser, plan.path), "export it with another --precision, or report the node"
+        )
     config = builder.create_builder_config()
     names = []
-    for profile in profiles_of(spec):
+    for profile in profiles_of(plan.spec, plan.prompt):
         shapes = builder.create_optimization_profile()
-        for name, (low, best, high) in profile.shapes(spec).items():
+        for name, (low, best, high) in profile.shapes(plan.spec).items():
             shapes.set_shape(name, low, best, high)
         config.add_optimization_profile(shapes)
         names.append(profile.name)
-    if workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib * MIB)
-    if compute_capabilities:
-        _name_gpus(trt, config, compute_capabilities)
-    cache = _read_timings(config, timing_cache)
+    _configure(trt, config, settings)
+    cache = _read_timings(config, settings.timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise _build_error(graph, messages)
+        raise _build_error(plan.path, messages)
     output.write_bytes(memoryview(engine))
-    if cache is not None and timing_cache is not None:
-        timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    if cache is not None and settings.timing_cache is not None:
+        settings.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
     seconds = time.perf_counter() - start
-    return Built(output, output.stat().st_size, seconds, tuple(names), tuple(dict.fromkeys(messages)))
+    told = tuple(dict.fromkeys(messages))
+    return Built(output, output.stat().st_size, seconds, tuple(names), told, asked)
 
 
-def _logger(trt: Any) -> tuple[Any, list[str]]:
-    """A logger that keeps warnings and errors instead of printing them."""
-    messages: list[str] = []
+def layers_of(trt: Any, engine: Path) -> dict[str, int]:
+    """The layers of an engine by the precision that they compute in; needs the GPU that it is for.
 
-    class Keeper(trt.ILogger):  # type: ignore[misc]  # the module is known at run time only
-        """Keeps what matters."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            """Called by TensorRT; 0 is an internal error, 1 an error, 2 a warning."""
-            if int(severity) <= int(trt.ILogger.WARNING):
-                messages.append(" ".join(message.split()))
-
-    return Keeper(), messages
+    Raises:
+        EngineError: It cannot be opened here.
+    """
+    logger, messages = keeper(trt)
+    runtime = trt.Runtime(logger)
+    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        opened = runtime.deserialize_cuda_engine(content)
+    if opened is None:
+        said = messages[-1] if messages else "no reason given"
+        raise EngineError(f"{engine} cannot be opened on this machine ({said})", "build it again here")
+    inspector = opened.create_engine_inspector()
+    return count_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _network_flags(trt: Any) -> int:
@@ -177,6 +148,20 @@ def _refusal(parser: Any, graph: Path) -> str:
     error = parser.get_error(0)
     text = " ".join(str(error.desc()).split())
     return f"TensorRT's parser refuses the node {error.node_name()!r} ({error.node_operator()}) of {graph}: {text}"
+
+
+def _configure(trt: Any, config: Any, settings: Settings) -> None:
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # the inspector tells precisions with it only
+    if settings.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * MIB)
+    if settings.compute_capabilities:
+        _name_gpus(trt, config, settings.compute_capabilities)
+    if settings.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if settings.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
 def _name_gpus(trt: Any, config: Any, compute_capabilities: Sequence[int]) -> None:
@@ -209,6 +194,6 @@ def _build_error(graph: Path, messages: Sequence[str]) -> EngineError:
     if "memory" in said.lower() or "alloc" in said.lower():
         return EngineError(
             f"TensorRT ran out of memory while it built {graph.name} ({said})",
-            "lower --workspace, add swap, or stop what else runs on the board",
+            "lower --workspace, --capacity or --max-batch, add swap, or stop what else runs on the board",
         )
     return EngineError(f"TensorRT could not build {graph.name} ({said})", "try another --precision at export")

@@ -115,32 +115,21 @@ def load_constant_shape(path: Path, cache: CacheSpec) -> ir.Model:
 
 
 def save_constant_shape(path: Path, cache: CacheSpec, output: Path) -> Path:
-    """Writes the turned decoder; the weights stay in the file beside the first one, which a hard link brings here.
+    """Writes the turned decoder without its weights: they stay in the file beside the first one, under the same names.
 
     Args:
         path: ``decoder.onnx``.
         cache: Its keys and values.
-        output: The file to write, on the same disk.
+        output: The file to write; what opens it is told that its weights lie beside ``path``.
 
     Returns:
         ``output``.
 
     Raises:
         EngineError: See :func:`to_constant_shape`.
-        OSError: The disk takes no links.
     """
-    model = load_constant_shape(path, cache)
-    for location in _data_files(model):
-        link = output.parent / location
-        if not link.exists():
-            link.hardlink_to(path.parent / location)
-    ir.save(model, output)
+    ir.save(load_constant_shape(path, cache), output)
     return output
-
-
-def _data_files(model: ir.Model) -> set[str]:
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
 class _Writer:

@@ -1,9 +1,9 @@
 """What TensorRT's ONNX parser takes, version by version, as data.
 
-Sources: onnx-tensorrt, docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15 for what came
-in between. The releases 10.13, 10.16 and 11.4 themselves were not at hand: their rows are those of the nearest release
-before them, so that nothing is promised that a later one may have added. Only operators that exported graphs use, or
-could, are listed.
+Sources: onnx-tensorrt, docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15 for what
+came in between. The releases 10.3, 10.13, 10.16 and 11.4 themselves were not at hand: their rows are those of the
+nearest release before them with the changes that the log tells, so that nothing is promised that only a later one may
+have. Operators that exported graphs use, or could, are listed; others count as not taken.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from blip2edge.contract import DECODER, Axis, GraphSpec
+from blip2edge.contract import DECODER, Axis, GraphSpec, TensorSpec
 
 Range = tuple[int, int, int]
 """Smallest, best and largest length."""
@@ -41,22 +41,48 @@ class Profile:
         return found
 
 
+PROMPT = 40  # tokens of a prompt with its visual tokens, where nothing is known of either
+
 DECODER_PROFILES: dict[str, dict[str, Range]] = {
-    "prefill": {"past": (0, 0, 0), "steps": (1, 40, 1 << 30), "asked": (1, 1, 1)},
+    "prefill": {"past": (0, 0, 0), "steps": (1, PROMPT, 1 << 30), "asked": (1, 1, 1)},
     "decode": {"past": (1, 64, 1 << 30), "steps": (1, 1, 1), "asked": (1, 1, 1)},
     "verify": {"past": (1, 64, 1 << 30), "steps": (2, 4, LONGEST_DRAFT), "asked": (2, 4, LONGEST_DRAFT)},
 }
 """One engine, three uses; each range is cut to what the graph's own axis allows."""
 
 
-def profiles_of(spec: GraphSpec) -> list[Profile]:
-    """The profiles of a graph: three for a decoder, one for any other."""
+def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
+    """The profiles of a graph: three for a decoder, one for any other.
+
+    Args:
+        spec: Its tensors.
+        prompt: Tokens that a prefill usually reads, visual ones included: kernels are chosen for that length.
+    """
     axes = spec.axes()
     uses = DECODER_PROFILES if spec.name == DECODER else {"default": {}}
-    return [
-        Profile(use, {name: _cut(axis, wanted.get(name)) for name, axis in axes.items()})
-        for use, wanted in uses.items()
-    ]
+    found = []
+    for use, wanted in uses.items():
+        ranges = dict(wanted)
+        if use == "prefill":
+            low, _, high = ranges["steps"]
+            ranges["steps"] = (low, max(low, prompt), high)
+        found.append(Profile(use, {name: _cut(axis, ranges.get(name)) for name, axis in axes.items()}))
+    return found
+
+
+def with_rows(spec: GraphSpec, most_rows: int | None) -> GraphSpec:
+    """The same graph for another number of rows at most."""
+    if most_rows is None:
+        return spec
+
+    def resized(tensor: TensorSpec) -> TensorSpec:
+        dims = tuple(
+            replace(dim, max=most_rows) if isinstance(dim, Axis) and dim.name == "batch" else dim
+            for dim in tensor.dims
+        )
+        return replace(tensor, dims=dims)
+
+    return GraphSpec(spec.name, tuple(map(resized, spec.inputs)), tuple(map(resized, spec.outputs)))
 
 
 def _cut(axis: Axis, wanted: Range | None) -> Range:

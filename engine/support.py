@@ -60,7 +60,7 @@ def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
         What is not taken; empty for a graph that is.
     """
     types = dtypes_of(model)
-    findings = [*_inputs(model.graph.inputs, version), *_opset(model, version)]
+    findings = [*_inputs(model.graph.inputs), *_opset(model, version)]
     for node in model.graph:
         problem = _problem(node, types, version)
         if problem is not None:
@@ -113,7 +113,7 @@ def _computed(node: ir.Node, index: int, types: dict[ir.Value, str]) -> str | No
     return None if chosen is None else types.get(chosen)
 
 
-def _inputs(values: Iterable[ir.Value], version: ParserVersion) -> list[Finding]:
+def _inputs(values: Iterable[ir.Value]) -> list[Finding]:
     return [
         Finding(str(value.name), "input", f"it is {value.dtype.name}", "export the checkpoint again")
         for value in values

@@ -8,7 +8,7 @@ repetition penalty alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from blip2edge.runtime.options import (
     DecodeState,
     Generated,
     GenerationOptions,
+    GreedyState,
     RowState,
     StepEvent,
     Stopped,
@@ -205,6 +206,11 @@ class Row:
             np.asarray(scores, np.float32), self._random, options.temperature, options.top_k, options.top_p
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next token is the likeliest as the decoder says it."""
+        return self._random is None and self.ahead is None and not self.history.changes_scores
+
     def accept(self, token: int) -> None:
         """Appends a token, and says in `finish_reason` whether the text is over."""
         self.history.append(token)
@@ -223,6 +229,9 @@ class Decoding:
         self._state: DecodeState | None = None
         self._logits: NDArray[np.float32] | None = None
         self._last: NDArray[np.int64] | None = None  # chosen, and not yet read by the decoder
+        self._greedy: Generator[NDArray[np.int64], None, None] | None = (
+            None  # what the state chooses by itself
+        )
 
     def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Row]) -> None:
         """Takes in further rows.
@@ -251,13 +260,30 @@ class Decoding:
         """
         if self._state is None or not self.rows:
             return []
-        logits = self._advanced(self._state)
         stepped = self.rows
-        for row, scores in zip(stepped, logits, strict=True):
-            row.accept(row.choose(scores))
+        for row, token in zip(stepped, self._chosen(self._state), strict=True):
+            row.accept(token)
         self._last, self._logits = np.array([row.generated[-1] for row in stepped], np.int64), None
         self._keep([place for place, row in enumerate(stepped) if row.finish_reason is None])
         return stepped
+
+    def _chosen(self, state: DecodeState) -> list[int]:
+        """The next token of each row."""
+        plain = all(row.is_plain for row in self.rows)
+        if self._last is None or not plain or not isinstance(state, GreedyState):
+            logits = self._advanced(state)
+            return [row.choose(scores) for row, scores in zip(self.rows, logits, strict=True)]
+        if self._greedy is None:
+            self._greedy = state.greedy(self._last)
+        for row in self.rows:
+            row.passes += 1
+        return [int(token) for token in next(self._greedy)]
+
+    def _halt(self) -> None:
+        """Ends what the state chooses by itself: it stands behind the tokens before the last ones."""
+        if self._greedy is not None:
+            self._greedy.close()
+            self._greedy = None
 
     def leave(self, row: Row) -> None:
         """Lets a row go before its end."""
@@ -266,6 +292,7 @@ class Decoding:
     def _keep(self, places: list[int]) -> None:
         if len(places) == len(self.rows):
             return
+        self._halt()
         self.rows = [self.rows[place] for place in places]
         if not places or self._state is None:
             self._state = self._logits = self._last = None
@@ -277,6 +304,7 @@ class Decoding:
 
     def _advanced(self, state: DecodeState) -> NDArray[np.float32]:
         """The logits [B,V] behind the rows' last tokens; runs the decoder where it has not read those."""
+        self._halt()
         if self._last is not None:
             self._logits, self._last = self._read(state, self._last), None
         if self._logits is None:

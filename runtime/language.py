@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,15 @@ from blip2edge.runtime.ort import OnnxRuntimeSession
 from blip2edge.runtime.prompt import Prompt
 from blip2edge.runtime.session import Array, Session
 from blip2edge.runtime.shared_cache import LENGTHS, SharedDecoder
+
+
+@runtime_checkable
+class OpensDecoder(Protocol):
+    """A loaded decoder graph of a backend that has a decoder of its own."""
+
+    def decoder(self, table: TokenTable) -> AnyDecoder:
+        """The decoder."""
+        ...
 
 
 class AnyDecoder(Protocol):
@@ -100,6 +109,8 @@ def decoder_of(bundle: Bundle, session: Session) -> AnyDecoder:
             f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again"
         )
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
+    if isinstance(session, OpensDecoder):
+        return session.decoder(table)
     if isinstance(session, OnnxRuntimeSession) and LENGTHS in session.input_names:
         return SharedDecoder(session, spec, manifest.cache, table, manifest.max_positions)
     return Decoder(session, spec, manifest.cache, table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,6 +40,18 @@ class DecodeState(Protocol):
 
     def join(self, other: Any) -> None:
         """Take in the rows of another state of the same decoder, behind its own; the other is used up."""
+        ...
+
+
+@runtime_checkable
+class GreedyState(Protocol):
+    """A state that can choose the likeliest tokens by itself, where the next step need not wait for the last token."""
+
+    def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
+        """Appends tokens [B] and gives the likeliest next ones, again and again.
+
+        When it is closed, the state has read all tokens but those that were given last.
+        """
         ...
 
 

@@ -62,15 +62,20 @@ class Backend:
     Attributes:
         module: Has ``open_graph(path, threads, weights)``.
         copy: Which of a bundle's optimised copies it runs where there is one; empty for none.
+        engines: What a bundle's engines were built for, where it runs those: then the module has an
+            ``EngineOpener(bundle, engines)``.
     """
 
     module: str
     copy: str = ""
+    engines: str = ""
 
 
 BACKENDS = {
     "cpu": Backend("blip2edge.runtime.ort", copy="cpu"),
     "openvino": Backend("blip2edge.runtime.ov", copy="openvino"),
+    "tensorrt": Backend("blip2edge.runtime.backend_trt", engines="tensorrt"),
+    "rtx": Backend("blip2edge.runtime.backend_trt", engines="rtx"),
 }
 """The backends of this version; ``auto`` is the first."""
 

@@ -59,6 +59,8 @@ class SlotDecoder:
         table: The token table.
     """
 
+    state_class: type[SlotState]
+
     def __init__(
         self, open_cache: OpenCache, spec: GraphSpec, capacity: int, most_rows: int, table: TokenTable
     ) -> None:
@@ -89,7 +91,7 @@ class SlotDecoder:
         mask[:, :longest] = valid
         looks = dict(context or {})
         per_slot = looks.pop(CROSS_MASK) if _is_per_slot(looks) else None
-        state = SlotState(self, self.open_cache(batch, looks), mask, positions[:, -1], per_slot)
+        state = self.state_class(self, self.open_cache(batch, looks), mask, positions[:, -1], per_slot)
         return state.advance(embeds, positions, 1)[:, 0], state
 
     def check(self, rows: int, slots: int) -> None:
@@ -243,6 +245,9 @@ class SlotState:
             self.cache.shift(row, by, length)
             self.mask[row, : length + by] = self.mask[row, -by:length].copy()
             self.mask[row, length + by :] = 1
+
+
+SlotDecoder.state_class = SlotState
 
 
 class HostSlots:

@@ -1,4 +1,4 @@
-"""A tiny checkpoint of every family, for what is done with its graphs: each is drawn and exported once a session."""
+"""A tiny checkpoint of every family, for what is done with its graphs."""
 
 from __future__ import annotations
 
@@ -6,38 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests import drawing
 from tests.families import drawing_blip, drawing_idefics, drawing_instruct, drawing_llama, test_t5
 
 Draw = Callable[[Path], Any]
+ONE = {"num_hidden_layers": 1}
 
 FAMILIES: dict[str, Draw] = {
-    "blip2-t5": lambda directory: test_t5.draw(0, directory, **test_t5.KINDS[0]),
-    "minigpt4": lambda directory: drawing_llama.draw_minigpt4(directory, 0, num_hidden_layers=1),
-    "llava": lambda directory: drawing_llama.draw_llava(
-        directory, 2, "mistral", sliding_window=9, num_hidden_layers=1
-    ),
-    "instructblip": lambda directory: drawing_instruct.draw_instructblip(
-        directory, 1, "llama", num_hidden_layers=1
-    ),
-    "instructblipvideo": lambda directory: drawing_instruct.draw_instructblipvideo(
-        directory, 11, "t5", num_hidden_layers=1
-    ),
-    "blip": lambda directory: drawing_blip.save_blip(directory, "vqa", 0, num_hidden_layers=2),
-    "idefics": lambda directory: drawing_idefics.draw_idefics(directory, 0, num_hidden_layers=2),
-    "blip-itm": lambda directory: drawing_blip.save_blip(directory, "retrieval", 0),
-    "blip2-itm": lambda directory: drawing_blip.save_blip2(directory, 0),
-    "clip": lambda directory: drawing_blip.save_clip(directory, 0, eos=drawing_blip.SEP),
+    "blip2-opt": lambda path: drawing.save(path, vision_layers=1, qformer_layers=1, layers=1),
+    "blip2-t5": lambda path: test_t5.draw(0, path, **test_t5.KINDS[0]),
+    "minigpt4": lambda path: drawing_llama.draw_minigpt4(path, 0, **ONE),
+    "llava": lambda path: drawing_llama.draw_llava(path, 2, "mistral", sliding_window=9, **ONE),
+    "instructblip": lambda path: drawing_instruct.draw_instructblip(path, 1, "llama", **ONE),
+    "instructblipvideo": lambda path: drawing_instruct.draw_instructblipvideo(path, 11, "llama", **ONE),
+    "blip": lambda path: drawing_blip.save_blip(path, "vqa", 0, num_hidden_layers=2),
+    "idefics": lambda path: drawing_idefics.draw_idefics(path, 0, num_hidden_layers=2),
+    "blip-itm": lambda path: drawing_blip.save_blip(path, "retrieval", 0),
+    "blip2-itm": lambda path: drawing_blip.save_blip2(path, 0),
+    "clip": lambda path: drawing_blip.save_clip(path, 0, eos=drawing_blip.SEP),
 }
-"""By name, what writes a checkpoint into a directory. BLIP-2 with OPT is the fixture ``tiny_bundle``."""
+"""By name, what writes a checkpoint into a directory."""
 
-DECODERS = (
-    "blip2-opt",
-    "blip2-t5",
-    "minigpt4",
-    "llava",
-    "instructblip",
-    "instructblipvideo",
-    "blip",
-    "idefics",
-)
+DECODERS = tuple(name for name in FAMILIES if name not in ("blip-itm", "blip2-itm", "clip"))
 """Those that write texts."""
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")

@@ -5,15 +5,27 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
+
+from blip2edge.cli import main
 from blip2edge.contract import DECODER, Axis, GraphSpec, TensorSpec
-from blip2edge.engine import builder
-from blip2edge.engine.build import ENGINE_MANIFEST, build_bundle
-from blip2edge.engine.fingerprint import Fingerprint, check_fingerprint, fingerprint
-from blip2edge.engine.profiles import profiles_of
-from blip2edge.errors import EngineError, UsageError
+from blip2edge.engine import build
+from blip2edge.engine.build import BuildOptions, build_bundle
+from blip2edge.engine.builder import build_engine
+from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
+from blip2edge.engine.layers import count_precisions
+from blip2edge.engine.operators import VERSIONS
+from blip2edge.engine.prepare import EnginePlan
+from blip2edge.engine.profiles import profiles_of, with_rows
+from blip2edge.errors import EngineError, OutputError, UsageError
+from blip2edge.manifest import Bundle
+from blip2edge.runtime.engines import RECORD, EngineSet
+from blip2edge.runtime.fingerprint import Fingerprint, check_fingerprint, fingerprint
+from blip2edge.runtime.trt import load_tensorrt
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed (extra rtx)"
@@ -57,12 +69,23 @@ def test_profiles_stay_within_the_graphs_axes() -> None:
             assert axis.min <= low <= best <= high <= axis.max
 
 
-def test_without_a_gpu_and_without_sm_the_error_says_what_to_type(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("blip2edge.engine.fingerprint.find_gpu", lambda: None)
+def test_a_prefill_is_tuned_for_the_prompt_that_the_model_reads() -> None:
+    """LLaVA's 576 patches: kernels for 40 tokens would be the wrong ones."""
+    shapes = {profile.name: profile for profile in profiles_of(decoder_spec(longest=2048), prompt=592)}
+    assert shapes["prefill"].ranges["steps"] == (1, 592, 2048)
+    assert shapes["decode"].ranges["steps"] == (1, 1, 1)
+
+
+def test_more_rows_for_more_beams() -> None:
+    spec = with_rows(decoder_spec(), 20)
+    assert spec.axes()["batch"] == Axis("batch", 1, 1, 20)
+    assert with_rows(spec, None) is spec
+
+
+def test_without_a_gpu_and_without_sm_the_error_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: None)
     with pytest.raises(EngineError, match="--target rtx --sm 86"):
-        fingerprint("tensorrt", "10.3.0", tmp_path, ())
+        fingerprint("tensorrt", "10.3.0", "a" * 64, ())
 
 
 def mark(**changes: object) -> Fingerprint:
@@ -78,22 +101,48 @@ def mark(**changes: object) -> Fingerprint:
     return Fingerprint(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def check(found: Fingerprint, here: Fingerprint) -> None:
+    rebuild = "blip2edge build bundle --target tensorrt"
+    check_fingerprint(found.to_json(), here, Path("bundle/engines/x"), rebuild)
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"tensorrt": "10.13.3"}, {"gpus": ("sm86",)}, {"gpu": "Orin Nano"}, {"bundle_sha256": "b" * 64}],
+    ("changes", "told"),
+    [
+        ({"tensorrt": "10.13.3"}, "TensorRT 10.3.0, but here it is 10.13.3"),
+        ({"gpus": ("sm86",)}, "compute capability sm87, but here it is sm86"),
+        ({"gpu": "Orin Nano"}, "GPU Orin, but here it is Orin Nano"),
+        ({"bundle_sha256": "b" * 64}, "the bundle a"),
+        ({"machine": "x86_64"}, "machine aarch64"),
+    ],
 )
-def test_another_machine_is_refused_with_the_command_that_builds_again(changes: dict[str, object]) -> None:
-    engines = Path("bundle/engines/x")
-    check_fingerprint(mark().to_json(), mark(), engines)
-    with pytest.raises(EngineError, match="blip2edge build bundle --target tensorrt"):
-        check_fingerprint(mark().to_json(), mark(**changes), engines)
+def test_another_machine_is_refused_with_the_command_that_builds_again(
+    changes: dict[str, object], told: str
+) -> None:
+    check(mark(), mark())
+    with pytest.raises(
+        EngineError, match=f"{told}.*build them again: blip2edge build bundle --target tensorrt"
+    ):
+        check(mark(), mark(**changes))
+
+
+def test_compatible_engines_run_on_what_they_were_made_for() -> None:
+    built = mark(version_compatible=True)
+    check(built, mark(tensorrt="10.13.3"))
+    for other in ("11.0.0", "10.1.0"):
+        with pytest.raises(EngineError, match="TensorRT"):
+            check(built, mark(tensorrt=other))
+    anywhere = mark(hardware_compatible=True, gpus=("sm86",), gpu="RTX 3090")
+    check(anywhere, mark(gpus=("sm89",), gpu="RTX 4090"))
+    with pytest.raises(EngineError, match="sm75"):
+        check(anywhere, mark(gpus=("sm75",), gpu="T4"))
 
 
 def test_rtx_engines_serve_every_gpu_that_they_name() -> None:
-    built = mark(target="rtx", gpus=("sm86", "sm89"), gpu="").to_json()
-    check_fingerprint(built, mark(target="rtx", gpus=("sm89",), gpu="RTX 4090"), Path("b/engines/x"))
-    with pytest.raises(EngineError, match="gpus"):
-        check_fingerprint(built, mark(target="rtx", gpus=("sm120",), gpu="RTX 5090"), Path("b/engines/x"))
+    built = mark(target="rtx", gpus=("sm86", "sm89"), gpu="")
+    check(built, mark(target="rtx", gpus=("sm89",), gpu="RTX 4090"))
+    with pytest.raises(EngineError, match="compute capability"):
+        check(built, mark(target="rtx", gpus=("sm120",), gpu="RTX 5090"))
 
 
 @no_tensorrt
@@ -106,23 +155,100 @@ def test_jetpack_6_0_is_told_to_upgrade(monkeypatch: pytest.MonkeyPatch) -> None
     old = type("trt", (), {"__version__": "8.6.2"})
     monkeypatch.setattr("importlib.import_module", lambda name: old)
     with pytest.raises(EngineError, match=r"8\.6\.2 is older than 10\.3; upgrade to JetPack 6\.1"):
-        builder.load_tensorrt("tensorrt")
+        load_tensorrt("tensorrt")
 
 
-def test_sm_without_rtx_is_wrong_usage(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="--target rtx"):
-        build_bundle(tiny_bundle, sm=[86])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sm": (86,)}, "--target rtx"),
+        ({"target": "lite"}, "--target is one of"),
+        ({"target": "rtx", "version_compatible": True}, "--version-compatible is for --target tensorrt"),
+        ({"target": "rtx", "timing_cache": Path("x")}, "--timing-cache is for"),
+        ({"capacity": 1}, "--capacity must be at least 2"),
+        ({"decoder": "other"}, "--decoder is constant or concatenated"),
+    ],
+)
+def test_options_that_exclude_each_other(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        BuildOptions(**options)
+
+
+def test_a_jetson_offers_no_hardware_compatibility(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "JETSON", tmp_path)
+    with pytest.raises(UsageError, match="JetPack"):
+        BuildOptions(hardware_compatible=True)
+
+
+def test_the_flags_that_build_the_same_again() -> None:
+    options = BuildOptions("rtx", (86, 89), workspace=512, capacity=300, max_batch=20, decoder="concatenated")
+    words = "--sm 86 --sm 89 --workspace 512 --capacity 300 --max-batch 20 --decoder concatenated"
+    assert " ".join(options.words()) == words
+    assert BuildOptions(version_compatible=True).words() == ("--version-compatible",)
+
+
+def test_layers_are_counted_by_what_they_read() -> None:
+    def layer(kind: str) -> dict[str, Any]:
+        return {"Name": "a", "Inputs": [{"Name": "x", "Format/Datatype": kind}], "Outputs": []}
+
+    kinds = [
+        "Int8 NC/32HW32",
+        "Row major Int8 format",
+        "Row major linear FP16 format",
+        "Row major linear BFloat16",
+        "Row major linear FP32",
+        "Row major Int64 format",
+    ]
+    document = {"Layers": [*map(layer, kinds), "only a name"]}
+    assert count_precisions(json.dumps(document)) == {
+        "int8": 2,
+        "fp16": 1,
+        "bf16": 1,
+        "fp32": 1,
+        "integers": 1,
+        "unknown": 1,
+    }
+
+
+def test_memory_is_estimated_before_the_build(tmp_path: Path) -> None:
+    assert build_memory_mib(1 << 30, 256) == 1536 + 256 + 2048
+    assert build_memory_mib(1, None) == 1536 + 1024 + 1
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable:  2097152 kB\nSwapFree: 1048576 kB\n")
+    assert available_memory_mib(tmp_path / "meminfo") == 3072
+    assert available_memory_mib(tmp_path / "none") is None
 
 
 @needs_rtx
-def test_engines_build_without_a_gpu(tiny_bundle: Path) -> None:
-    report = build_bundle(tiny_bundle, target="rtx", sm=[86, 89], workspace=256)
-    written = json.loads((report.directory / ENGINE_MANIFEST).read_text())
-    assert written["fingerprint"]["gpus"] == ["sm86", "sm89"]
-    assert set(written["engines"]) == set(report.engines)
-    assert written["engines"][DECODER]["profiles"] == ["prefill", "decode", "verify"]
-    for engine in written["engines"].values():
-        assert (report.directory / engine["file"]).stat().st_size == engine["size"] > 0
+def test_engines_build_without_a_gpu(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A bundle of engines alone, the warning that memory is short, and what stands in engine.json."""
+    monkeypatch.setattr(build, "available_memory_mib", lambda: 100)
+    output = tmp_path / "board"
+    words = ["build", str(tiny_bundle), "--target", "rtx", "--sm", "86", "--sm", "89", "--workspace", "256"]
+    assert main([*words, "-o", str(output)]) == 0
+    said = capsys.readouterr()
+    assert "may take about" in said.err
+    assert "warning: that is more than is free; lower --workspace" in said.err
+    assert "built, not run: no GPU took part" in said.out
+    board = Bundle.open(output)
+    assert board.sha256 == Bundle.open(tiny_bundle).sha256
+    assert not list(output.glob("*.onnx*"))
+    assert (output / "tokenizer.json").is_file()
+    (record,) = output.glob(f"engines/*/{RECORD}")
+    written = EngineSet.read(record.parent)
+    assert written.fingerprint["gpus"] == ["sm86", "sm89"]
+    assert set(written.engines) == {*board.manifest.graphs, "step"}
+    assert written.engines[DECODER].profiles == ("prefill", "decode", "verify")
+    assert written.capacity == board.manifest.max_positions
+    assert written.engines[DECODER].landed is None
+    assert written.engines[DECODER].asked["fp32"] > 0
+    for name in written.engines:
+        assert written.file(name).stat().st_size == written.engines[name].file.size
+    with pytest.raises(OutputError, match="exists"):
+        build_bundle(tiny_bundle, target="rtx", sm=[86], output=output)
+    with pytest.raises(EngineError, match="engines alone"):
+        build_bundle(output, target="rtx", sm=[86])
 
 
 @needs_rtx
@@ -132,18 +258,30 @@ def test_an_unknown_compute_capability_names_the_known(tiny_bundle: Path) -> Non
     assert not list((tiny_bundle / "engines").glob(".engines*"))
 
 
-@needs_rtx
-def test_a_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
+def graph_of(operator: str, path: Path) -> EnginePlan:
     import onnx
     from onnx import TensorProto, helper
 
-    node = helper.make_node("Bernoulli", ["x"], ["y"], name="dice")
+    node = helper.make_node(operator, ["x"], ["y"], name="dice")
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
     model = helper.make_model(
         helper.make_graph([node], "g", value[:1], value[1:]), opset_imports=[helper.make_opsetid("", 18)]
     )
-    onnx.save(model, tmp_path / "g.onnx")
-    spec = GraphSpec("g", (TensorSpec("x", "float32", (2,)),), ())
-    trt = builder.load_tensorrt("rtx")
+    onnx.save(model, path)
+    return EnginePlan("g", path, GraphSpec("g", (TensorSpec("x", "float32", (2,)),), ()))
+
+
+def test_a_node_outside_the_documentation_is_named_before_anything_is_parsed(tmp_path: Path) -> None:
+    plan = graph_of("Bernoulli", tmp_path / "g.onnx")
+    with pytest.raises(
+        EngineError, match=r"TensorRT 10\.3 does not take the node 'dice' \(Bernoulli\) of g\.onnx"
+    ):
+        plan.serialised(VERSIONS["10.3"])
+
+
+@needs_rtx
+def test_a_node_that_the_parser_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = graph_of("Bernoulli", tmp_path / "g.onnx")
+    monkeypatch.setattr("blip2edge.engine.prepare.check_graph", lambda model, version: [])
     with pytest.raises(EngineError, match=r"'dice' \(Bernoulli\).*g\.onnx"):
-        builder.build_engine(trt, tmp_path / "g.onnx", spec, tmp_path / "g.engine", compute_capabilities=[86])
+        build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], tmp_path / "g.engine")

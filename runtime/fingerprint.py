@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import EngineError
-from blip2edge.manifest import MANIFEST, sha256_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class Fingerprint:
         driver: Version of the CUDA driver; empty without one.
         machine: ``x86_64`` or ``aarch64``.
         bundle_sha256: Hash of ``bundle.json``, which seals all source files.
+        version_compatible: Whether newer versions of the same major one run it.
+        hardware_compatible: Whether every GPU from Ampere on runs it.
     """
 
     target: str
@@ -35,6 +36,8 @@ class Fingerprint:
     driver: str
     machine: str
     bundle_sha256: str
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
     @property
     def name(self) -> str:
@@ -75,14 +78,24 @@ def find_gpu() -> Gpu | None:
     return Gpu(name.value.decode(), 10 * major.value + minor.value, driver)
 
 
-def fingerprint(target: str, version: str, bundle: Path, compute_capabilities: Sequence[int]) -> Fingerprint:
+def fingerprint(
+    target: str,
+    version: str,
+    bundle_sha256: str,
+    compute_capabilities: Sequence[int],
+    *,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+) -> Fingerprint:
     """The fingerprint of engines that would be built now.
 
     Args:
         target: ``tensorrt`` or ``rtx``.
         version: Of TensorRT.
-        bundle: The bundle's directory.
+        bundle_sha256: Hash of the bundle.
         compute_capabilities: Those asked for; empty for the GPU of this machine.
+        version_compatible: Whether newer versions are to run them.
+        hardware_compatible: Whether other GPUs are to run them.
 
     Raises:
         EngineError: None was asked for, and there is no GPU.
@@ -101,30 +114,62 @@ def fingerprint(target: str, version: str, bundle: Path, compute_capabilities: S
         gpu=gpu.name if gpu else "",
         driver=gpu.driver if gpu else "",
         machine=platform.machine(),
-        bundle_sha256=sha256_of(bundle / MANIFEST),
+        bundle_sha256=bundle_sha256,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
     )
 
 
-def check_fingerprint(found: dict[str, Any], wanted: Fingerprint, engines: Path) -> None:
+FIRST_COMPATIBLE = 80  # Ampere
+LABELS = {
+    "bundle_sha256": "the bundle",
+    "target": "target",
+    "tensorrt": "TensorRT",
+    "machine": "machine",
+    "gpus": "compute capability",
+    "gpu": "GPU",
+}
+
+
+def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, rebuild: str) -> None:
     """Refuses engines that were made for something else.
 
     Args:
         found: ``fingerprint`` of an ``engine.json``.
-        wanted: That of this machine.
+        here: That of this machine.
         engines: Their folder.
+        rebuild: The command that builds them again.
 
     Raises:
-        EngineError: They differ; the first difference is named, with the command that builds again.
+        EngineError: They differ; the first difference is named, with the command.
     """
-    here = wanted.to_json()
-    for key in ("bundle_sha256", "target", "tensorrt", "machine", "gpus", "gpu"):
-        if found.get(key) == here[key]:
-            continue
-        if found.get("target") == "rtx" and key == "gpu":
-            continue  # such engines are made for compute capabilities
-        if found.get("target") == "rtx" and key == "gpus" and set(here[key]) <= set(found.get(key, ())):
+    values = here.to_json()
+    for key, label in LABELS.items():
+        if found.get(key) == values[key] or _fits(key, found, here):
             continue
         raise EngineError(
-            f"the engines in {engines} were built for {key} {found.get(key)!r}, but here it is {here[key]!r}",
-            f"build them again: blip2edge build {engines.parent.parent} --target {wanted.target}",
+            f"the engines in {engines} were built for {label} {_plain(found.get(key))}, "
+            f"but here it is {_plain(values[key])}",
+            f"build them again: {rebuild}",
         )
+
+
+def _fits(key: str, found: dict[str, Any], here: Fingerprint) -> bool:
+    """Whether a difference does not matter to these engines."""
+    gpus, rtx = set(found.get("gpus", ())), found.get("target") == "rtx"
+    if key == "tensorrt" and found.get("version_compatible"):
+        made, now = (_numbers(text) for text in (str(found.get(key)), here.tensorrt))
+        return made[:1] == now[:1] and made <= now
+    if key == "gpu":
+        return rtx or bool(found.get("hardware_compatible"))
+    if key == "gpus" and found.get("hardware_compatible"):
+        return all(int(name[2:]) >= FIRST_COMPATIBLE for name in here.gpus)
+    return key == "gpus" and rtx and set(here.gpus) <= gpus
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _plain(value: Any) -> str:
+    return " ".join(value) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,43 @@
+"""Did INT8 land? The layers of an engine by precision, from what its inspector tells.
+
+The inspector's JSON is a list of layers, each with the formats of its tensors ("Row major linear FP16 format",
+"Int8 NC/32HW32"); see "Engine Inspector" in NVIDIA's TensorRT documentation. A layer counts as what its first input is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+KINDS = (
+    ("int4", r"int4"),
+    ("int8", r"int8"),
+    ("fp8", r"fp8"),
+    ("bf16", r"bf16|bfloat16"),
+    ("fp16", r"fp16|half|float16"),
+    ("fp32", r"fp32|float"),
+    ("integers", r"int32|int64|bool"),
+)
+
+
+def count_precisions(information: str) -> dict[str, int]:
+    """Layers by precision, most first.
+
+    Args:
+        information: The inspector's JSON of a whole engine.
+    """
+    layers = json.loads(information).get("Layers", [])
+    return dict(Counter(_precision(layer) for layer in layers).most_common())
+
+
+def _precision(layer: Any) -> str:
+    if not isinstance(layer, dict):  # built without details: only a name
+        return "unknown"
+    for tensor in [*layer.get("Inputs", ()), *layer.get("Outputs", ())]:
+        said = str(tensor.get("Format/Datatype", "")).lower()
+        for kind, pattern in KINDS:
+            if re.search(pattern, said):
+                return kind
+    return "unknown"

@@ -1,0 +1,173 @@
+"""What of a bundle becomes which engine: the graph as TensorRT is given it, its tensors, and what it will need.
+
+Every graph is read with its weights left on disk, adapted (``adapt.py``), checked against the version that is to take
+it (``support.py``), and handed to the parser as bytes without weights, which the parser finds by the graph's path.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from blip2edge.contract import DECODER, CacheSpec, GraphSpec
+from blip2edge.engine.adapt import adapt
+from blip2edge.engine.constant_shape import constant_shape_spec, to_constant_shape
+from blip2edge.engine.operators import ParserVersion
+from blip2edge.engine.profiles import PROMPT, with_rows
+from blip2edge.engine.step_graph import StepSource, step_graph
+from blip2edge.engine.support import check_graph, refuse
+from blip2edge.manifest import Bundle, Manifest
+from blip2edge.runtime.engines import STEP
+
+DEFAULT_CAPACITY = 256
+"""Slots of a cache beyond the prompt's own visual tokens, where the model's context allows as many."""
+
+PROMPT_TEXT = 16  # tokens of text around the picture in a usual prompt
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "INT4": "int4"}
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """A graph that becomes an engine; small enough to be sent to another process.
+
+    Attributes:
+        name: Of the graph, and of the engine's file.
+        path: The ``.onnx`` file, or the name that its weights are found by.
+        spec: The engine's tensors.
+        cache: Where the decoder is to be given a cache of constant capacity: its keys and values.
+        prompt: Tokens that a prefill usually reads.
+        step: Where the graph is the choice of the next token: what it is made from.
+    """
+
+    name: str
+    path: Path
+    spec: GraphSpec
+    cache: CacheSpec | None = None
+    prompt: int = PROMPT
+    step: StepSource | None = None
+
+    def model(self) -> ir.Model:
+        """The graph, adapted, its weights on disk."""
+        if self.step is not None:
+            return step_graph(self.step)
+        model = ir.load(self.path)
+        if self.cache is not None:
+            to_constant_shape(model, self.cache, self.path.name)
+        adapt(model)
+        return model
+
+    def serialised(self, version: ParserVersion) -> tuple[bytes, dict[str, int]]:
+        """The graph without its weights, and what its products are asked to compute in.
+
+        Raises:
+            EngineError: The version does not take a node.
+        """
+        model = self.model()
+        refuse(self.path.name, check_graph(model, version), version)
+        return ir.to_proto(model).SerializeToString(), asked_precisions(model)
+
+
+def capacity_of(manifest: Manifest, wanted: int | None) -> int:
+    """Slots of the decoder's cache.
+
+    Args:
+        manifest: The bundle's.
+        wanted: As the user says it; None for :data:`DEFAULT_CAPACITY` beyond the visual tokens.
+    """
+    return min(manifest.max_positions, DEFAULT_CAPACITY + prompt_of(manifest) if wanted is None else wanted)
+
+
+def prompt_of(manifest: Manifest) -> int:
+    """Tokens that a prefill of the decoder usually reads.
+
+    Visual tokens stand in the decoder's prompt unless it looks at them from the side, or an encoder reads them.
+    """
+    if manifest.prompt is None:
+        return PROMPT
+    inside = manifest.cross is None
+    return PROMPT_TEXT + (manifest.prompt.visual_tokens if inside else 0)
+
+
+def plans_of(
+    bundle: Bundle, *, capacity: int | None = None, most_rows: int | None = None, constant: bool = True
+) -> list[EnginePlan]:
+    """The engines of a bundle, in the order in which they run.
+
+    Args:
+        bundle: An opened bundle.
+        capacity: Slots of the cache.
+        most_rows: Rows (pictures times beams) that the decoder takes at once; None for what the export says.
+        constant: Whether the decoder's cache has a constant capacity, as the TensorRT runtime wants it.
+    """
+    manifest = bundle.manifest
+    plans = []
+    for name, record in manifest.graphs.items():
+        plan = EnginePlan(name, bundle.file(record.spec.file), record.spec)
+        if name == DECODER and manifest.cache is not None:
+            spec = with_rows(record.spec, most_rows)
+            plan = replace(plan, spec=spec, prompt=prompt_of(manifest))
+            if constant:
+                slots = capacity_of(manifest, capacity)
+                plan = replace(
+                    plan, spec=constant_shape_spec(spec, manifest.cache, slots), cache=manifest.cache
+                )
+        plans.append(plan)
+    if constant and manifest.cache is not None and DECODER in manifest.graphs:
+        source = StepSource.of(bundle, most_rows)
+        plans.append(EnginePlan(STEP, bundle.file(f"{STEP}.onnx"), source.spec, step=source))
+    return plans
+
+
+def asked_precisions(model: ir.Model) -> dict[str, int]:
+    """How many products the graph asks for in which precision, most first.
+
+    ``int8`` has both factors quantised; ``int8 weights`` and ``int4 weights`` only the second.
+    """
+    found: Counter[str] = Counter()
+    for node in model.graph:
+        if node.op_type in PRODUCTS and len(node.inputs) > 1:
+            first, second = (_stored(value) for value in node.inputs[:2])
+            if first == second and first in ("int8", "int4"):
+                found[first] += 1
+            elif second in ("int8", "int4"):
+                found[f"{second} weights"] += 1
+            else:
+                value = node.inputs[0]
+                kind = "" if value is None or value.dtype is None else value.dtype.name
+                found[NAMES.get(kind, kind.lower() or "float")] += 1
+    return dict(found.most_common())
+
+
+def _stored(value: ir.Value | None) -> str:
+    """What a factor is stored in: behind its DequantizeLinear, through casts and turns."""
+    while value is not None and value.producer() is not None:
+        node = value.producer()
+        if node is None:
+            return ""
+        if node.op_type == "DequantizeLinear":
+            source = node.inputs[0]
+            dtype = None if source is None else source.dtype
+            if dtype is None and source is not None and source.const_value is not None:
+                dtype = source.const_value.dtype
+            return NAMES.get(dtype.name, "") if dtype is not None else "int8"
+        if node.op_type not in ("Cast", "Transpose", "Reshape", "Mul", "Unsqueeze", "Squeeze"):
+            return ""
+        value = node.inputs[0]
+    return ""
+
+
+def weight_bytes(plan: EnginePlan, files: Mapping[str, int]) -> int:
+    """Bytes of the weights that an engine is made of.
+
+    Args:
+        plan: The engine's.
+        files: Bytes of the bundle's files, by name.
+    """
+    if plan.step is not None:
+        return plan.step.table_bytes
+    return sum(size for name, size in files.items() if name.startswith(plan.path.name))

@@ -1,0 +1,160 @@
+"""The graph between two steps of the decoder: the likeliest token, its row of the table, and where it stands.
+
+    logits float32 [B, 1, V], position_ids int64 [B, 1], cache_position int64 [1]
+    -> token_ids int64 [B, 1], inputs_embeds [B, 1, D], next_position_ids [B, 1], next_cache_position [1]
+
+Its outputs are the next step's inputs, so that on a GPU the host launches step after step and reads the tokens later.
+The table is read from ``embed_tokens.safetensors`` itself, which ONNX can name with an offset; one that is quantised is
+written out in the decoder's own type first.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from blip2edge.contract import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, GraphSpec, TensorSpec
+from blip2edge.engine.profiles import with_rows
+from blip2edge.errors import EngineError
+from blip2edge.manifest import Bundle
+from blip2edge.runtime.embeddings import HEADER_LENGTH, TokenTable
+from blip2edge.runtime.engines import STEP
+from blip2edge.runtime.slots import CACHE_POSITION
+
+NEXT = "next_"
+"""Before the names of what the next step reads."""
+
+OPSET = 18
+CHUNK = 4096  # rows of a quantised table written out at a time
+STORED = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+}
+
+
+@dataclass(frozen=True)
+class StepSource:
+    """What the graph is made from.
+
+    Attributes:
+        table: The safetensors file.
+        spec: The graph's tensors.
+    """
+
+    table: Path
+    spec: GraphSpec
+
+    @classmethod
+    def of(cls, bundle: Bundle, most_rows: int | None) -> StepSource:
+        """That of a bundle."""
+        decoder = bundle.graph(DECODER).spec
+        known = {tensor.name: tensor for tensor in (*decoder.inputs, *decoder.outputs)}
+        embeds, logits = known["inputs_embeds"], known["logits"]
+        batch, vocabulary, width = embeds.dims[0], logits.dims[-1], embeds.dims[-1]
+        inputs = (
+            TensorSpec("logits", "float32", (batch, 1, vocabulary)),
+            TensorSpec("position_ids", "int64", (batch, 1)),
+            TensorSpec(CACHE_POSITION, "int64", (1,)),
+        )
+        outputs = (
+            TensorSpec("token_ids", "int64", (batch, 1)),
+            TensorSpec("inputs_embeds", embeds.dtype, (batch, 1, width)),
+            TensorSpec(f"{NEXT}position_ids", "int64", (batch, 1)),
+            TensorSpec(f"{NEXT}{CACHE_POSITION}", "int64", (1,)),
+        )
+        return cls(bundle.file(EMBEDDINGS_FILE), with_rows(GraphSpec(STEP, inputs, outputs), most_rows))
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the table as it is stored."""
+        return self.table.stat().st_size
+
+
+def step_graph(source: StepSource) -> ir.Model:
+    """Builds the graph.
+
+    Raises:
+        EngineError: The table is quantised: :func:`dense_table` writes it out first.
+    """
+    inputs = [_value(tensor) for tensor in source.spec.inputs]
+    outputs = [_value(tensor) for tensor in source.spec.outputs]
+    logits, position_ids, cache_position = inputs
+    tokens, embeds, next_ids, next_position = outputs
+    stored = _external(source.table)
+    table = ir.Value(name=EMBEDDINGS_TENSOR, shape=stored.shape, type=ir.TensorType(stored.dtype))
+    table.const_value = stored
+    one = ir.Value(name="one", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    one.const_value = ir.tensor(np.ones(1, np.int64), name="one")
+    rows = ir.Value(name="rows", type=ir.TensorType(stored.dtype), shape=embeds.shape)
+    nodes = [
+        ir.node("ArgMax", [logits], outputs=[tokens], attributes={"axis": -1, "keepdims": 0}),
+        ir.node("Gather", [table, tokens], outputs=[rows], attributes={"axis": 0}),
+        ir.node("Cast", [rows], outputs=[embeds], attributes={"to": int(embeds.dtype or stored.dtype)}),
+        ir.node("Add", [position_ids, one], outputs=[next_ids]),
+        ir.node("Add", [cache_position, one], outputs=[next_position]),
+    ]
+    graph = ir.Graph(
+        inputs, outputs, nodes=nodes, initializers=[table, one], opset_imports={"": OPSET}, name=STEP
+    )
+    return ir.Model(graph, ir_version=10, producer_name="blip2edge")
+
+
+def dense_table(source: Path, dtype: str, output: Path) -> Path:
+    """A table that TensorRT can gather from: ``source`` itself, or a quantised one written out.
+
+    Args:
+        source: The bundle's table.
+        dtype: The decoder's.
+        output: The file to write where it has to be.
+    """
+    if _header(source)[0][EMBEDDINGS_TENSOR]["dtype"] in STORED:
+        return source
+    table = TokenTable(source, EMBEDDINGS_TENSOR, dtype)
+    rows = table.rows([0])
+    kind = {"float32": "F32", "float16": "F16"}[rows.dtype.name]
+    size = table.num_rows * table.width * rows.dtype.itemsize
+    entry = {"dtype": kind, "shape": [table.num_rows, table.width], "data_offsets": [0, size]}
+    header = json.dumps({EMBEDDINGS_TENSOR: entry}).encode()
+    header += b" " * (-len(header) % HEADER_LENGTH)
+    with output.open("wb") as file:
+        file.write(len(header).to_bytes(HEADER_LENGTH, "little") + header)
+        for start in range(0, table.num_rows, CHUNK):
+            ids = np.arange(start, min(start + CHUNK, table.num_rows))
+            file.write(table.rows(ids).tobytes())
+    return output
+
+
+def _header(path: Path) -> tuple[dict[str, dict[str, object]], int]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(HEADER_LENGTH), "little")
+        return json.loads(file.read(length)), HEADER_LENGTH + length
+
+
+def _external(path: Path) -> ir.ExternalTensor:
+    header, start = _header(path)
+    entry = header[EMBEDDINGS_TENSOR]
+    kind = str(entry["dtype"])
+    if kind not in STORED:
+        raise EngineError(f"the token table {path} is quantised", "build it with `blip2edge build`")
+    first, last = entry["data_offsets"]  # type: ignore[misc]
+    return ir.ExternalTensor(
+        path.name,
+        start + first,
+        last - first,
+        STORED[kind],
+        shape=ir.Shape(entry["shape"]),  # type: ignore[arg-type]
+        name=EMBEDDINGS_TENSOR,
+        base_dir=str(path.parent),
+    )
+
+
+def _value(tensor: TensorSpec) -> ir.Value:
+    shape = ir.Shape([dim if isinstance(dim, int) else dim.name for dim in tensor.dims])
+    return ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(TYPES[tensor.dtype]))

@@ -1,0 +1,217 @@
+"""The TensorRT runtime on a GPU that is none: order of calls, shapes, waiting, and the tokens of the CPU backend."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir", reason="engines are made of graphs with onnx_ir")
+pytest.importorskip("onnxruntime", reason="the stand-in computes in ONNX Runtime")
+
+import onnx_ir as ir
+
+from blip2edge import Captioner
+from blip2edge.engine.prepare import capacity_of, plans_of
+from blip2edge.engine.profiles import profiles_of
+from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
+from blip2edge.manifest import Bundle, FileRecord
+from blip2edge.runtime import backend_trt
+from blip2edge.runtime.engines import KIND, EngineRecord, EngineSet
+from blip2edge.runtime.fingerprint import Gpu, fingerprint
+from tests.drawing import draw_pictures
+from tests.engine.conftest import BundleOf
+from tests.engine.fake_gpu import FakeCuda, fake_tensorrt, write_fake_engine
+
+GPU = Gpu("Orin", 87, "12.6")
+VERSION = "10.13.3"
+PROMPTS = ["a photo of", None, "what is it ?"]
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_beams": 2},
+    {"repetition_penalty": 1.4, "min_new_tokens": 4},
+    {"temperature": 0.8, "seed": 3},
+)
+
+
+def write_engines(path: Path, root: Path, capacity: int | None = None, most_rows: int | None = None) -> Path:
+    """A bundle's engines, as ``build`` writes them but for their contents."""
+    bundle = Bundle.open(path)
+    directory = root / "x"
+    directory.mkdir(parents=True)
+    records = {}
+    for plan in plans_of(bundle, capacity=capacity, most_rows=most_rows):
+        model = plan.model()
+        for value in model.graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+        ir.save(model, directory / f"{plan.name}.onnx")
+        profiles = [dict(profile.shapes(plan.spec)) for profile in profiles_of(plan.spec, plan.prompt)]
+        names = tuple(profile.name for profile in profiles_of(plan.spec, plan.prompt))
+        file = directory / f"{plan.name}.engine"
+        write_fake_engine(file, directory / f"{plan.name}.onnx", plan.spec, profiles)
+        records[plan.name] = EngineRecord(plan.spec, FileRecord.of(file), "fp32", names, 0.0, (), {}, None)
+    mark = fingerprint("tensorrt", VERSION, bundle.sha256, ())
+    slots = capacity_of(bundle.manifest, capacity)
+    EngineSet(mark.to_json(), ("--capacity", str(slots)), slots, records, directory).write()
+    return directory
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[FakeCuda, Any]:
+    """A machine with a GPU; parameters are those of the two stand-ins."""
+    values = getattr(request, "param", {})
+    cuda = FakeCuda(values.get("integrated", False))
+    trt = fake_tensorrt(cuda, VERSION, values.get("streamed", True))
+    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: GPU)
+    monkeypatch.setattr(backend_trt, "check_driver", lambda: None)
+    monkeypatch.setattr(backend_trt, "load_cuda", lambda: cuda)
+    monkeypatch.setattr(backend_trt, "load_tensorrt", lambda target: trt)
+    return cuda, trt
+
+
+def copied(path: Path, target: Path) -> Path:
+    """A bundle of its own, for engines of its own."""
+    target.mkdir()
+    for file in path.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+    return target
+
+
+@pytest.mark.parametrize(
+    "gpu", [{}, {"integrated": True}, {"streamed": False}], indirect=True, ids=["card", "board", "10.3"]
+)
+def test_the_tokens_are_those_of_the_cpu(
+    gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    cuda, trt = gpu
+    path = copied(tiny_bundle, tmp_path / "bundle")
+    write_engines(path, path / KIND)
+    expected, got = (Captioner.load(path, backend=name, threads=1) for name in ("cpu", "tensorrt"))
+    pictures = draw_pictures(3)
+    for options in OPTIONS:
+        both: dict[str, Any] = {"prompts": PROMPTS, "batch_size": 3, "max_new_tokens": 12, **options}
+        wanted = [result.tokens for result in expected.caption_many(pictures, **both)]
+        assert [result.tokens for result in got.caption_many(pictures, **both)] == wanted, options
+        single = got.caption(pictures[0], prompt=PROMPTS[0], max_new_tokens=12, **options)
+        if "temperature" not in options:
+            assert single.tokens == wanted[0]
+    streamed = "".join(got.stream(pictures[1], max_new_tokens=12)).strip()
+    assert streamed == expected.caption(pictures[1], max_new_tokens=12).text
+    assert cuda.asked.count("replay") > 10  # steps came from CUDA graphs
+    assert bool(trt.pieces) == hasattr(trt, "IStreamReaderV2")
+
+
+def test_the_next_step_is_launched_before_a_token_is_read(
+    gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    cuda, _ = gpu
+    path = copied(tiny_bundle, tmp_path / "bundle")
+    write_engines(path, path / KIND)
+    captioner = Captioner.load(path, backend="tensorrt", threads=1)
+    waited: list[tuple[int, int]] = []
+    original = FakeCuda.cudaEventSynchronize
+
+    def watched(self: FakeCuda, event: int) -> tuple[int]:
+        runs = sum("run" in one or one == "replay" for one in self.asked)
+        waited.append((event, runs))
+        return original(self, event)
+
+    cuda.cudaEventSynchronize = watched.__get__(cuda)  # type: ignore[method-assign]
+    before = sum("run" in one for one in cuda.asked)
+    captioner.caption(draw_pictures(1)[0], max_new_tokens=8, eos_token_ids=())
+    assert len(waited) == 7  # the first token comes from the prompt's logits
+    first = waited[0][1] - before
+    assert (
+        first >= 4 + 3
+    )  # vision, bridge, prefill, and two steps of two engines each: one token is read, two are asked
+    assert all(later[1] > earlier[1] for earlier, later in pairwise(waited))
+
+
+@pytest.mark.parametrize("name", ["blip2-t5", "llava", "blip", "idefics"])
+def test_other_families(name: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleOf, tmp_path: Path) -> None:
+    """An encoder, a window, keys of the picture, pictures between texts."""
+    path = copied(bundle_of(name), tmp_path / "bundle")
+    write_engines(path, path / KIND, most_rows=9)
+    pictures = draw_pictures(3)
+    texts = ["a photo of", "what is it ?", "two red cats and a dog"]
+    loaded = [Captioner.load(path, backend=backend, threads=1) for backend in ("cpu", "tensorrt")]
+    for options in ({}, {"num_beams": 3}):
+        wanted, got = (
+            [
+                result.tokens
+                for result in captioner.caption_many(
+                    pictures, prompts=texts, batch_size=3, max_new_tokens=8, **options
+                )
+            ]
+            for captioner in loaded
+        )
+        assert got == wanted
+
+
+def test_engines_are_refused_with_the_command_that_builds_them_again(
+    gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied(tiny_bundle, tmp_path / "bundle")
+    with pytest.raises(EngineError, match=f"has no engines for tensorrt; build them: blip2edge build {path}"):
+        Captioner.load(path, backend="tensorrt")
+    directory = write_engines(path, path / KIND, capacity=40)
+    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: Gpu("Orin Nano", 87, "12.6"))
+    with pytest.raises(EngineError, match=r"built for GPU Orin, but here it is Orin Nano.*--capacity 40"):
+        Captioner.load(path, backend="tensorrt")
+    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: None)
+    with pytest.raises(EngineError, match="no NVIDIA GPU"):
+        Captioner.load(path, backend="tensorrt")
+    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: GPU)
+    file = directory / "bridge.engine"
+    file.write_bytes(file.read_bytes()[:-1] + b" ")
+    with pytest.raises(BundleIntegrityError, match=r"bridge\.engine is missing or not the file"):
+        Captioner.load(path, backend="tensorrt")
+
+
+def test_what_does_not_fit_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path) -> None:
+    path = copied(tiny_bundle, tmp_path / "bundle")
+    write_engines(path, path / KIND, capacity=16, most_rows=2)
+    captioner = Captioner.load(path, backend="tensorrt", threads=1)
+    pictures = draw_pictures(3)
+    with pytest.raises(BackendError, match=r"3 rows .*--max-batch"):
+        list(captioner.caption_many(pictures, batch_size=3, max_new_tokens=3))
+    with pytest.raises(BackendError, match=r"6 rows|3 rows"):
+        captioner.caption(pictures[0], num_beams=3, max_new_tokens=3)
+
+
+def test_a_failing_call_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path) -> None:
+    from blip2edge.runtime.memory import Cuda, DeviceBuffer
+
+    cuda, _ = gpu
+    loaded = Cuda(cuda)
+    cuda.cudaMalloc = lambda size: (2,)  # type: ignore[assignment,method-assign]
+    with pytest.raises(BackendError, match="out of memory; build with a smaller --capacity"):
+        DeviceBuffer(loaded, 8)
+    with pytest.raises(BackendError, match="invalid argument"):
+        loaded.copy(1, 2, 3, loaded.stream())
+
+
+def test_values_cross_to_the_gpu_and_back() -> None:
+    from blip2edge.runtime.memory import Cuda, Mirror
+
+    for integrated in (False, True):
+        cuda = Cuda(FakeCuda(integrated))
+        stream, mirror = cuda.stream(), Mirror(cuda, (2, 3), np.dtype(np.float32))
+        values = np.arange(6, dtype=np.float32).reshape(2, 3)
+        mirror.put(values, stream)
+        cuda.synchronize(stream)
+        mirror.view((6,))[...] = 0 if not integrated else mirror.view((6,))
+        back = mirror.fetch((2, 3), stream)
+        cuda.synchronize(stream)
+        assert (back == values).all()
+        with pytest.raises(ValueError, match="does not fit"):
+            mirror.view((7,))
+        mirror.free()
+        mirror.free()
+        assert not cuda.api.memory
