@@ -4,6 +4,8 @@
 2. As long as more of the calibration's captions differ from the parent's than the limit allows, the worst layers are
    left in the parent's precision: one, two, four, … of them.
 3. Between the last number that was too few and the first that was enough, the least that is enough is searched.
+
+With every layer left, the bundle says what its parent says.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from blip2edge.calibration.sensitivity import (
     with_blocks,
 )
 from blip2edge.calibration.targets import find_targets
+from blip2edge.contract import EMBEDDINGS_FILE
 from blip2edge.errors import UsageError
 
 
@@ -72,7 +75,7 @@ class Candidates:
     Attributes:
         made: The graphs as they were quantised, by name.
         plans: Of those whose activations became INT8.
-        whole: A directory with a copy of the files of those whose weights alone are integers.
+        whole: A directory with a copy of the files of those whose weights alone are integers, and of the token table.
     """
 
     made: Mapping[str, Made]
@@ -93,6 +96,8 @@ class Candidates:
             if item.summary.matrices:
                 for file in (item.record.spec.file, *item.record.data_files):
                     shutil.copyfile(job.staging / file, whole / file)
+        if (job.staging / EMBEDDINGS_FILE).is_file():
+            shutil.copyfile(job.staging / EMBEDDINGS_FILE, whole / EMBEDDINGS_FILE)
         return cls(made, {name: item.plan for name, item in made.items() if item.plan is not None}, whole)
 
     def layers(self) -> list[Layer]:
@@ -187,7 +192,12 @@ def choose(
 
 
 def _rewritten(job: Job, candidates: Candidates, worst: Sequence[Sensitivity]) -> dict[str, Made]:
-    """The graphs with some layers left as in the parent."""
+    """The graphs with some layers left as in the parent; with all of them, the token table is the parent's too."""
+    table = candidates.whole / EMBEDDINGS_FILE
+    if table.is_file():
+        everything = len(worst) == len(candidates.layers())
+        source = job.parent.file(EMBEDDINGS_FILE) if everything else table
+        shutil.copyfile(source, job.staging / EMBEDDINGS_FILE)
     out = {}
     for name, made in candidates.made.items():
         left = {

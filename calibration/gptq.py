@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.calibration.blocks import BlockFormat, Floats, Integers, restored, rounded, searched_scales
+from blip2edge.errors import BundleError
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to H (arXiv 2210.17323, section 3.3)."""
@@ -57,10 +58,18 @@ class Corrector:
 
     Args:
         moments: ``[K, K]``, mean of ``XᵀX``.
+
+    Raises:
+        BundleError: It is not finite.
     """
 
     def __init__(self, moments: NDArray[np.float64]) -> None:
         diagonal = np.diag(moments).copy()
+        if not np.isfinite(moments).all():
+            raise BundleError(
+                "an activation is not finite on these pictures: the bundle overflows",
+                "export with --precision fp32, and calibrate that",
+            )
         self.importance = np.maximum(diagonal, 1e-8 * max(float(diagonal.mean()), 1e-30)).astype(np.float32)
         self.order = np.argsort(-diagonal, kind="stable")
         self.moments = moments.astype(np.float32)

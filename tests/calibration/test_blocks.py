@@ -17,6 +17,7 @@ from blip2edge.calibration.blocks import (
     unpacked,
 )
 from blip2edge.calibration.gptq import Corrector, SecondMoments, nearest
+from blip2edge.errors import BundleError
 
 INT4 = BlockFormat(4, 16)
 
@@ -127,3 +128,10 @@ def test_channels_that_are_never_used_do_no_harm() -> None:
     moments.add(activations)
     integers, scales = Corrector(moments.mean()).quantize(drawn(32, 7), INT4)
     assert np.all(np.isfinite(restored(integers, scales, INT4)))
+
+
+def test_activations_that_overflow_are_refused() -> None:
+    moments = SecondMoments(8)
+    moments.add(np.full((2, 8), np.inf, np.float32))
+    with pytest.raises(BundleError, match="not finite"), np.errstate(invalid="ignore"):
+        Corrector(moments.mean())
