@@ -1,0 +1,185 @@
+"""What calibrating costs and gives at a real size: ``python benchmarks/calibration.py``.
+
+A captioner with random weights whose vision encoder has the shape of ViT-B/16 is exported and calibrated, at 64 pixels
+on 50 and on 500 pictures, each in a process of its own whose anonymous memory is sampled, and at 224 pixels for the
+race: there the vision encoder's graphs run in turn (A B C A B C ...) in one process on one thread, by process CPU
+time: fp32, the INT8 file that TensorRT takes, and that file as ``optimize`` rewrites it for the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from export_memory import INTERVAL, tree_bytes
+from peers import SHAPE, cpu_model
+from random_checkpoint import write_checkpoint
+
+from blip2edge.calibration.agreement import cosine
+from blip2edge.contract import VISION
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.manifest import Bundle
+from blip2edge.optimization.recipes import Context, Recipe, cook
+from blip2edge.runtime.ort import OnnxRuntimeSession
+from blip2edge.training.scenes import scenes
+
+RESULTS = Path(__file__).parent / "results" / "calibration-vit-b.json"
+SMALL_REST: dict[str, Any] = {
+    "qformer_config": {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4},
+    "text_config": {
+        "model_type": "opt",
+        "num_hidden_layers": 1,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+    },
+}
+"""The rest of the captioner is small: the vision encoder is what is measured."""
+
+PICTURE_SIZE = 256  # pixels, of the files
+MEMORY_SIZE, RACE_SIZE = 64, 224  # pixels, of what the encoder takes
+RACE_PICTURES = 16  # to calibrate on before the race: ranges do not change the speed
+COPIES = {
+    "int8 for the CPU: recorded ranges": ("recorded ranges",),
+    "int8 for the CPU: recorded ranges, fused": ("recorded ranges", "fused attention", "fused activations"),
+}
+
+
+def draw(folder: Path, count: int) -> None:
+    """Pictures of the kind that the demo is trained on, enlarged."""
+    folder.mkdir()
+    for index, scene in enumerate(scenes(count, split="train", seed=7)):
+        scene.picture.resize((PICTURE_SIZE, PICTURE_SIZE)).save(folder / f"{index:04d}.png")
+
+
+def calibrate(parent: Path, target: Path, images: Path, count: int) -> dict[str, Any]:
+    """Calibrates in a process of its own; seconds, peak in bytes, and the progress lines that it wrote."""
+    command = [
+        sys.executable, "-m", "blip2edge", "calibrate", str(parent), "-o", str(target), "--images", str(images),
+        "--count", str(count), "--weights", "none", "--threads", "1", "--no-optimize",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(target.parent / f"cache-{count}"),
+        "OMP_NUM_THREADS": "1",
+    }
+    log = target.parent / f"progress-{count}.txt"
+    start, peak = time.perf_counter(), 0
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stderr=output, env=environment)
+        while process.poll() is None:
+            peak = max(peak, tree_bytes(process.pid))
+            time.sleep(INTERVAL)
+    if process.returncode:
+        raise SystemExit(log.read_text())
+    estimates = [line for line in log.read_text().splitlines() if line.endswith("left")]
+    return {
+        "pictures": count,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_bytes": peak,
+        "an_estimate": estimates[len(estimates) // 2] if estimates else None,
+    }
+
+
+def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
+    """The graphs that run, by name."""
+    found = {"fp32": parent / f"{VISION}.onnx", "int8 as TensorRT takes it": bundle / f"{VISION}.onnx"}
+    for index, (name, passes) in enumerate(COPIES.items()):
+        model = ir.load(bundle / f"{VISION}.onnx")
+        if cook(model, Recipe(passes), Context(None, 0)) is None:
+            raise SystemExit(f"{name}: nothing to rewrite")
+        path = folder / f"copy{index}.onnx"
+        ir.save(model, path, external_data=f"{path.name}.data")
+        found[name] = path
+    return found
+
+
+def race(graphs: dict[str, Path], pixels: np.ndarray[Any, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """Process CPU time of each graph, in turn; milliseconds, times fp32 (round by round) and cosine to it."""
+    sessions = {name: OnnxRuntimeSession(path, 1) for name, path in graphs.items()}
+    outputs = {
+        name: session.run({"pixel_values": pixels})["image_embeds"] for name, session in sessions.items()
+    }
+    spent: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(rounds):
+        for name, session in sessions.items():
+            spent[name].append(_seconds(lambda session=session: session.run({"pixel_values": pixels})))
+    return {
+        name: {
+            "milliseconds": round(statistics.median(times) * 1e3, 1),
+            "times_fp32": round(
+                statistics.median(base / own for base, own in zip(spent["fp32"], times, strict=True)), 2
+            ),
+            "cosine": round(cosine(outputs["fp32"], outputs[name]), 5),
+        }
+        for name, times in spent.items()
+    }
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def export(folder: Path, image_size: int) -> Path:
+    """A captioner with random weights and its bundle."""
+    shape = {**SHAPE, **SMALL_REST, "vision_config": {**SHAPE["vision_config"], "image_size": image_size}}
+    write_checkpoint(folder / f"checkpoint-{image_size}", shape, torch.float32)
+    return export_checkpoint(folder / f"checkpoint-{image_size}", folder / f"parent-{image_size}").bundle
+
+
+def measure(folder: Path, counts: list[int], rounds: int) -> dict[str, Any]:
+    """All of it."""
+    draw(folder / "images", max(counts))
+    parent = export(folder, MEMORY_SIZE)
+    runs = [calibrate(parent, folder / f"int8-{count}", folder / "images", count) for count in counts]
+    parent, bundle = export(folder, RACE_SIZE), folder / "int8"
+    calibrate(parent, bundle, folder / "images", RACE_PICTURES)
+    sizes = [
+        sum(Bundle.open(root).manifest.files[file].size for file in (f"{VISION}.onnx", f"{VISION}.onnx.data"))
+        for root in (parent, bundle)
+    ]
+    pixels = np.random.default_rng(0).normal(size=(1, 3, RACE_SIZE, RACE_SIZE)).astype(np.float32)
+    return {
+        "memory": {"image_size": MEMORY_SIZE, "runs": runs},
+        "vision_bytes": {"fp32": sizes[0], "int8": sizes[1], "ratio": round(sizes[1] / sizes[0], 4)},
+        "speed": {"image_size": RACE_SIZE, **race(contestants(parent, bundle, folder), pixels, rounds)},
+    }
+
+
+def main() -> None:
+    """Prints the figures and writes them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="pictures (50 500)")
+    parser.add_argument("--rounds", type=int, default=15, help="of the race (15)")
+    parser.add_argument("--work", type=Path, help="where checkpoint and bundles are written, about 2 GB")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        figures = measure(Path(folder), options.counts, options.rounds)
+    document = {
+        "command": "python benchmarks/calibration.py " + " ".join(sys.argv[1:]),
+        "machine": {"cpu": cpu_model(), "system": platform.platform(), "python": platform.python_version()}
+        | {name: version(name) for name in ("onnxruntime", "onnx", "numpy")},
+        "shape": "ViT-B/16 with random weights, one thread",
+        **figures,
+    }
+    print(json.dumps(document, indent=2))
+    RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
