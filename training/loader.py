@@ -183,6 +183,11 @@ class Loader:
         self._ahead = None
         self._state = self._source.state_dict()
 
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """Samples that could not be used, and why."""
+        return self._source.broken
+
     def close(self) -> None:
         """Ends its threads."""
         if self._pool is not None:

@@ -83,6 +83,10 @@ class Studio:
         self.loaders.append(made)
         return made
 
+    def broken(self) -> dict[str, str]:
+        """Samples that the loaders could not use, and why."""
+        return {name: problem for each in self.loaders for name, problem in each.broken.items()}
+
     def close(self) -> None:
         """Ends what the loaders hold."""
         for each in self.loaders:

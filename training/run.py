@@ -110,8 +110,15 @@ class _Session:
             within = snapshot if snapshot is not None and number == begun and snapshot.facts["step"] else None
             run_phase(shared, phase, done, within)
             PHASES[name].leave(self.studio)
+            broken = self.studio.broken()
             self.studio.close()
             self._note(name, phase_config.steps, time.monotonic() - start)
+            if broken:
+                self.figures[name]["broken"] = {
+                    "samples": len(broken),
+                    "first": dict(list(broken.items())[:3]),
+                }
+                self.say(f"{name}: {len(broken)} samples are broken and were skipped")
             self.written += PHASES[name].writes(self.config)
             if number + 1 < len(names) and self.accelerator.is_main_process:
                 kept = self.remember()

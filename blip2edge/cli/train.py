@@ -29,6 +29,9 @@ def train(options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")):  # of several processes, the first one tells
         return 0
     print(f"{output}: {record['parameters']} parameters, trained in {record['seconds']:.0f} s")
+    for phase, figures in record["phases"].items():
+        for name, problem in figures.get("broken", {}).get("first", {}).items():
+            print(f"{phase}: skipped {name}: {problem} ({figures['broken']['samples']} samples in all)")
     scores = record.get("heldout")
     if scores:
         print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} right to the last letter")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,11 @@ class ListedSource:
             rng = np.random.default_rng([_ORDER, self._seed, number])
             self._order = (number, rng.permutation(len(self._entries)).tolist())
         return self._entries[self._order[1][rest]]
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """What was left out when the data was read, and what was rejected since."""
+        return self._broken.problems
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """Counts a sample that could not be used; see :class:`Broken`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class SceneSource:
             prompt = prompts[int(rng.integers(len(prompts)))]
         identity = f"scene-{self._series}-{number}"
         return Sample(identity, identity, lambda: scene.picture, scene.caption, prompt)
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """None."""
+        return {}
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """A generated picture is never broken."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,11 @@ class ShardSource:
             self._within = within + 1
             rng = np.random.default_rng([_TEXT, self._seed, self._pass, self._block, within])
             yield sample_of(block[int(order[within])], self._config, rng)
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """What was left out when the data was read, and what was rejected since."""
+        return self._broken.problems
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """Counts a sample that could not be used; see :class:`Broken`."""

@@ -6,7 +6,7 @@ on the process that computes with it, and not at all where the picture's feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,6 +49,10 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[Sample]:
         """Samples from where the source stands, pass after pass, without end."""
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """Samples that were left out or rejected, and why."""
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """Counts a sample that the loop could not use.
