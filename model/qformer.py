@@ -85,8 +85,8 @@ class Reader(nn.Module):
         """The queries after they have read the picture.
 
         Until the first look at the picture the queries are the same for every row, so they stay ``[1, Q, D]``
-        and an optimiser can fold that part into a constant. Dropout wants a draw a row: in training they are
-        spread first.
+        and an optimiser can fold that part into a constant. Dropout wants a draw a row: in training with it they
+        are spread first.
 
         Args:
             image_embeds: ``[B, P, Dv]``.
@@ -97,7 +97,7 @@ class Reader(nn.Module):
         """
         rows = image_embeds.shape[0]
         queries: Tensor = self.query_tokens
-        if self.training:
+        if self.training and self.dropout.p > 0:
             queries = queries.expand(rows, -1, -1)
         queries = self.dropout(self.norm(queries))
         seen: list[KeyValue] = []

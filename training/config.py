@@ -210,7 +210,7 @@ class ModelConfig:
     language_from: str = ""
     """A language model or a captioner (directory or hub name) whose language model and tokenizer are taken."""
     bridge_from: str = ""
-    """What stage 1 wrote, or a captioner: its bridge is kept, whatever language model it fed."""
+    """What stage 1 wrote: its Q-Former is kept, and its text head where this run has one."""
     bert: str = ""
     """A BERT (directory or hub name) that a fresh Q-Former starts from, with its tokenizer."""
     patch_size: int = 8

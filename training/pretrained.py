@@ -139,7 +139,7 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise CheckpointError(
             f"{path.parent} has no {path.name}",
-            "save the fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(DIRECTORY)",
+            "save it there with transformers: AutoTokenizer.from_pretrained(NAME).save_pretrained(DIRECTORY)",
         )
     try:
         return tokenizers.Tokenizer.from_file(str(path))

@@ -1,0 +1,116 @@
+"""The tables of a recipe's keys in docs/training.md, from the dataclasses that read it.
+
+python benchmarks/recipe_keys.py --write docs/training.md
+python benchmarks/recipe_keys.py --check docs/training.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from blip2edge.training import config as recipes
+
+BEGIN, END = "<!-- keys: made by benchmarks/recipe_keys.py -->\n", "<!-- end of keys -->\n"
+PHASES = ("vision", "language", "stage1", "stage2", "instruct")
+BLOCKS = ("vision", "qformer", "language")
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """What stands under each field of a dataclass, its parents' fields included."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                    found[name] = " ".join(said.split())
+    return found
+
+
+def written(value: Any) -> str:
+    """A default as TOML has it."""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        return f'`"{value}"`'
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(f'"{item}"' for item in value) + "]`"
+    return f"`{value}`"
+
+
+def table(kind: type, without: type | None = None) -> str:
+    """A row a key; those of `without` only where the default is another."""
+    default, plain = kind(), None if without is None else without()
+    texts = meanings(kind)
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            continue
+        if plain is not None and hasattr(plain, field.name) and getattr(plain, field.name) == value:
+            continue
+        rows.append(f"| `{field.name}` | {written(value)} | {texts[field.name]} |")
+    return "\n".join(rows) + "\n" if len(rows) > 2 else ""
+
+
+def document() -> str:
+    """All tables."""
+    types = {
+        field.name: type(getattr(recipes.TrainingConfig(), field.name))
+        for field in dataclasses.fields(recipes.TrainingConfig)
+    }
+    parts = ["At the top of the file:\n", table(recipes.TrainingConfig)]
+    for name in ("data", "model"):
+        parts += [f"`[{name}]`: {summary(types[name])}\n", table(types[name])]
+    blocks = ", ".join(f"`[model.{name}]`" for name in BLOCKS)
+    parts += [f"{blocks}:\n", table(recipes.BlockSizes)]
+    parts += [f"`[loop]`: {summary(types['loop'])}\n", table(types["loop"])]
+    names = ", ".join(f"`[{name}]`" for name in PHASES)
+    parts += [f"Each of {names}:\n", table(recipes.OptimizerConfig)]
+    for name in PHASES:
+        base = recipes.Stage2Phase if name == "instruct" else recipes.OptimizerConfig
+        rows = table(types[name], base)
+        more = "and" if rows else "with the keys of `[stage2]`."
+        parts += [f"`[{name}]`: {summary(types[name])} Those keys, {more}\n", *([rows] if rows else [])]
+    return "\n".join(parts)
+
+
+def summary(kind: type) -> str:
+    """The first sentence of a section's description."""
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def placed(page: str) -> str:
+    """A page with the tables between their marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{document()}\n{END}{after}"
+
+
+def main() -> None:
+    """Writes the tables into a page, or compares them with those that are there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--write", type=Path, metavar="FILE", help="put them into that page")
+    how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless they are those of that page")
+    options = parser.parse_args()
+    path: Path = options.write or options.check
+    page = path.read_text(encoding="utf-8")
+    if options.write:
+        path.write_text(placed(page), encoding="utf-8")
+    elif placed(page) != page:
+        sys.exit(f"{path} does not tell the keys of recipes; run: make docs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""docs/training.md tells every key of a recipe, with its default."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blip2edge.training import config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("recipe_keys")
+
+
+def test_the_page_is_what_the_dataclasses_say(keys: Any) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert keys.placed(page) == page, "run: make docs"
+
+
+def test_every_key_has_a_row(keys: Any) -> None:
+    text = keys.document()
+
+    def check(kind: type) -> None:
+        default = kind()
+        for field in dataclasses.fields(kind):
+            value = getattr(default, field.name)
+            if dataclasses.is_dataclass(value):
+                check(type(value))
+            else:
+                assert f"| `{field.name}` | {keys.written(value)} |" in text or kind in (
+                    config.Stage1Phase,
+                    config.BlockSizes,
+                ), field.name
+
+    check(config.TrainingConfig)
+    assert "| `steps` | `0` |" in text
