@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from blip2edge.errors import DataError, ImageError
+from blip2edge.errors import ConfigError, DataError, ImageError
 from blip2edge.training.data.coco import read_captions, read_vqa
+from blip2edge.training.data.detect import detect
 from blip2edge.training.data.entries import Broken
 from blip2edge.training.data.folder import read_folder
 from blip2edge.training.data.shards import TarPicture, read_shards, shard_paths
@@ -226,3 +227,28 @@ def test_a_shard_that_ends_too_early(shards: Path) -> None:
     cut = TarPicture(shards / "000000.tar", "0003.png", 3900, 500)
     with pytest.raises(ImageError, match=r"0003\.png is cut off"):
         cut.read()
+
+
+def test_a_path_tells_its_kind(captions: Path, questions: Path, folder: Path, shards: Path) -> None:
+    kinds = {
+        captions: "coco-captions",
+        questions: "coco-vqa",
+        folder: "folder",
+        shards: "shards",
+        shards / "000001.tar": "shards",
+        shards / "{000000..000002}.tar": "shards",
+    }
+    for path, kind in kinds.items():
+        config, base = detect(str(path), "pictures", None, 7)
+        assert (config.kind, config.max_broken) == (kind, 7)
+        assert base / config.path == path
+    recipe = folder / "recipe.toml"
+    recipe.write_text('[data]\nkind = "folder"\npath = "."\n')
+    config, base = detect(str(recipe), None, None, 7)
+    assert (config.path, config.max_broken, base) == (".", 100, folder)
+    recipe.write_text("seed = 1\n")
+    with pytest.raises(DataError, match=r"no section \[data\]"):
+        detect(str(recipe), None, None, 7)
+    recipe.write_text("seed =")
+    with pytest.raises(ConfigError, match="expected TOML"):
+        detect(str(recipe), None, None, 7)
