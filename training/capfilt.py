@@ -189,20 +189,26 @@ def capfilt(
                 f"no caption of {len(pictures)} pictures reaches the threshold {options.threshold}",
                 "lower --threshold, or give a matcher that knows such pictures",
             )
-        report = {
-            "captioner": str(options.captioner),
-            "matcher": str(options.matcher),
-            "threshold": options.threshold,
-            "keep": options.keep,
-            "pictures": {"seen": len(pictures), "kept": written, "broken": len(broken.problems)},
+        report = _report(options, len(pictures), written, broken) | {
             **{origin: tally.to_json() for origin, tally in tallies.items()},
-            "broken": dict(list(broken.problems.items())[:EXAMPLES]),
             "dropped": dropped,
             "shards": [{"file": path.name, "sha256": sha256_of(path)} for path in shards.paths],
             "seconds": round(time.monotonic() - start, 1),
         }
         (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _report(options: CapFiltOptions, seen: int, kept: int, broken: Broken) -> dict[str, Any]:
+    """What was asked for, and what became of the pictures."""
+    return {
+        "captioner": str(options.captioner),
+        "matcher": str(options.matcher),
+        "threshold": options.threshold,
+        "keep": options.keep,
+        "pictures": {"seen": seen, "kept": kept, "broken": len(broken.problems)},
+        "broken": dict(list(broken.problems.items())[:EXAMPLES]),
+    }
 
 
 def _keep(

@@ -124,6 +124,12 @@ def add_capfilt(commands: Commands) -> None:
     )
     _running(parser)
     _decoding(parser)
+    _drawing(parser)
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is of this command")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+
+
+def _drawing(parser: Parser) -> None:
     group = parser.add_argument_group(
         "drawing", "BLIP drew its synthetic captions; without these they are greedy"
     )
@@ -132,8 +138,6 @@ def add_capfilt(commands: Commands) -> None:
     )
     group.add_argument("--top-p", metavar="P", type=share, help="draw from the likeliest tokens, P together")
     group.add_argument("--seed", metavar="S", type=non_negative_int, help="of the random numbers")
-    parser.add_argument("--force", action="store_true", help="replace DIR if it is of this command")
-    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
 
 
 def _places(parser: Parser) -> None:
