@@ -24,7 +24,8 @@ from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.embeddings import TokenTable
 from tests.drawing import draw_pictures
 
-PICTURES = 6
+PICTURES = 4
+LIMIT = 25  # percent points: one picture
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def int4(tiny_bundle: Path, pictures: Path, tmp_path_factory: pytest.TempPathFac
     """Random weights suffer: the limit leaves some layers."""
     output = tmp_path_factory.mktemp("calibrated") / "int4"
     return calibrate(
-        tiny_bundle, output, images=pictures, method="minmax", weights="int4", drop_limit=0, threads=1
+        tiny_bundle, output, images=pictures, method="minmax", weights="int4", drop_limit=LIMIT, threads=1
     )
 
 
@@ -55,8 +56,9 @@ def test_the_limit_holds_and_the_record_says_which(int4: CalibrationReport) -> N
     bundle = Bundle.open(int4.bundle)
     record: Any = bundle.manifest.calibration["sensitivity"]
     assert int4.captions is not None
-    assert int4.captions.same == 1
-    assert record["drop"] == 0 == record["tried"][str(len(record["left"]))]
+    assert 100 * (1 - int4.captions.same) == pytest.approx(record["drop"])
+    tried = {int(left): drop for left, drop in record["tried"].items()}
+    assert record["drop"] == tried[len(record["left"])] <= LIMIT < tried[len(record["left"]) - 1]
     losses = [item["loss"] for item in record["layers"]]
     assert losses == sorted(losses, reverse=True)
     assert record["left"] == record["layers"][: len(record["left"])]
@@ -67,10 +69,6 @@ def test_the_limit_holds_and_the_record_says_which(int4: CalibrationReport) -> N
         for weight, reason in graph.left.items()
         if "--drop-limit" in reason
     }
-    assert {weight for weight in left if weight.startswith("language.layers.0.")} in (
-        set(),
-        {weight for weight in left if re.match(r"language\.layers\.0\..*weight", weight)},
-    )
     assert bool(left) == bool(record["left"])
 
 
@@ -170,10 +168,12 @@ def test_the_reports_data(int4: CalibrationReport) -> None:
 
 def test_captions_that_differ_come_first_and_are_escaped(int4: CalibrationReport) -> None:
     values = json.loads((int4.bundle / "report.json").read_text(encoding="utf-8"))
-    values["captions"][4]["ours"] = "<b>two & a half</b>"
-    assert shown_pictures(values["captions"])[0] == 4
+    for pair in values["captions"]:
+        pair["ours"] = pair["parent"]
+    values["captions"][3]["ours"] = "<b>two & a half</b>"
+    assert shown_pictures(values["captions"])[0] == 3
     text = page(values, "a <title>", {})
-    assert "1 of 6 captions differ" in text
+    assert f"1 of {PICTURES} captions differ" in text
     assert "&lt;b&gt;two &amp; a half&lt;/b&gt;" in text
     assert "<h1>a &lt;title&gt;</h1>" in text
     assert Page(text).open == []
