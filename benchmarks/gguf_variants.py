@@ -1,0 +1,68 @@
+"""GGUF files of one model in other formats, with llama.cpp's own rounding (its ``gguf`` package).
+
+    python benchmarks/gguf_variants.py SOURCE.gguf --out DIR
+
+Writes ``Q8_0.gguf`` (every matrix) and ``Q4_0.gguf`` (every matrix but the token table, which is also the head and
+stays at Q8_0, as llama.cpp's own quantiser leaves it where its rows are no multiple of 256). Needs
+``pip install gguf``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants
+
+TABLE = "token_embd.weight"
+FORMATS = {
+    "Q8_0": (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "Q4_0": (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q4_0),
+}
+"""Matrices, the token table, and what the file says of itself."""
+
+OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
+"""Fields that the writer makes itself."""
+
+
+def write(source: GGUFReader, out: Path, name: str) -> None:
+    """One variant."""
+    matrices, table, file_type = FORMATS[name]
+    architecture = bytes(source.fields["general.architecture"].parts[-1]).decode()
+    writer = GGUFWriter(out, architecture)
+    writer.add_file_type(file_type)
+    for key, field in source.fields.items():
+        if key in OWN:
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), kind, inner)
+    for tensor in source.tensors:
+        values = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if values.ndim < 2:
+            writer.add_tensor(tensor.name, values)
+            continue
+        kind = table if tensor.name == TABLE else matrices
+        writer.add_tensor(tensor.name, quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in FORMATS:
+        write(GGUFReader(options.source), options.out / f"{name}.gguf", name)
+        print(options.out / f"{name}.gguf")
+
+
+if __name__ == "__main__":
+    main()

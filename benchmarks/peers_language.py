@@ -1,0 +1,76 @@
+"""A language model's decoder against transformers, optimum-onnx and llama.cpp, on the same weights.
+
+    python benchmarks/peers_language.py --bundle fp32=BUNDLE --bundle int8=BUNDLE8 --eager SMOLLM2
+        --gguf Q8_0=FILE --llama-python VENV/bin/python --json FILE
+
+Bundles are of ``benchmarks/smollm2_captioner.py``, calibrated with ``--weights int8`` or ``int4``; the GGUF files that
+``benchmarks/gguf_variants.py`` makes hold the same weights, from the file that ``benchmarks/smollm2.py`` fetches.
+Prefill is ``--prompt`` tokens, decoding ``--tokens`` behind them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from race import Contestant, race, table, versions, write
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    return name, path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=_named, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--gguf", type=_named, action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--eager", metavar="DIR", help="a language model's directory, for transformers")
+    parser.add_argument("--llama-python", help="an interpreter whose environment has xllamacpp")
+    parser.add_argument("--optimum", metavar="DIR", help="the same model exported by optimum-onnx")
+    parser.add_argument("--optimum-python", help="an interpreter whose environment has optimum-onnx")
+    parser.add_argument(
+        "--base", help="whose time the ratios are to; the first GGUF file or else the first row"
+    )
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    contestants = [
+        Contestant(f"llama.cpp {name}", "llama", path, options.llama_python) for name, path in options.gguf
+    ]
+    if options.eager:
+        contestants.append(Contestant("transformers eager fp32", "eager", options.eager))
+    if options.optimum:
+        contestants.append(
+            Contestant("optimum-onnx fp32", "optimum", options.optimum, options.optimum_python)
+        )
+    for name, path in options.bundle:
+        contestants.append(Contestant(f"ONNX Runtime, portable graph, {name}", "ours", f"{path}:portable"))
+        contestants.append(Contestant(f"blip2edge {name}", "ours", path))
+    works = {"prefill": ["prefill", options.prompt], "decode": ["decode", options.prompt, options.tokens]}
+    seconds = race(contestants, works, options.rounds)
+    rows = table(seconds, options.base or contestants[0].name)
+    for row in rows:
+        cells = (f"{work} {row[work]['cpu_ms']:8.1f} ms {row[work]['times']:5.2f}" for work in works)
+        print(f"{row['name']:42s} {'   '.join(cells)}")
+    packages = (
+        "onnxruntime",
+        "transformers",
+        "torch",
+        "optimum",
+        "optimum-onnx",
+        "xllamacpp",
+        "numpy",
+    )
+    write(
+        options.json, versions=versions(contestants, packages), prompt=options.prompt, tokens=options.tokens,
+        rounds=seconds, results=rows,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""A vision encoder in fp32 and INT8: ONNX Runtime as it comes, OpenVINO, and as blip2edge runs it.
+
+    python benchmarks/peers_vision.py FP32 INT8 --openvino-python VENV/bin/python --json FILE
+
+Both are bundles, INT8 made by ``blip2edge calibrate``: the same symmetric Q/DQ file that TensorRT takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from race import Contestant, race, table, versions, write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("fp32", type=Path)
+    parser.add_argument("int8", type=Path)
+    parser.add_argument("--openvino-python", help="an interpreter whose environment has openvino")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    graph = "vision_encoder.onnx"
+    contestants = [
+        Contestant("ONNX Runtime fp32", "onnx", str(options.fp32 / graph)),
+        Contestant("blip2edge fp32", "vision", str(options.fp32)),
+        Contestant("ONNX Runtime INT8, the file as it is", "onnx", str(options.int8 / graph)),
+        Contestant("blip2edge INT8", "vision", str(options.int8)),
+    ]
+    if options.openvino_python:
+        python = options.openvino_python
+        contestants += [
+            Contestant("OpenVINO fp32", "openvino", str(options.fp32 / graph), python),
+            Contestant("OpenVINO bf16 (its default)", "openvino", f"{options.fp32 / graph}:bf16", python),
+            Contestant("OpenVINO INT8, the same file", "openvino", str(options.int8 / graph), python),
+        ]
+    seconds = race(contestants, {"run": ["run"]}, options.rounds)
+    rows = table(seconds, contestants[0].name)
+    for row in rows:
+        print(f"{row['name']:40s} {row['run']['cpu_ms']:8.1f} ms  {row['run']['times']:.2f}")
+    packages = ("onnxruntime", "openvino", "numpy")
+    write(options.json, versions=versions(contestants, packages), rounds=seconds, results=rows)
+
+
+if __name__ == "__main__":
+    main()

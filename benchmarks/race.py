@@ -1,0 +1,140 @@
+"""Races of contestants in processes of their own: in turn, one thread each, by process CPU time, ratios by round.
+
+What stands beside each other in a round met the same machine, so that the median of the rounds' ratios says more than
+the ratio of two medians.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("worker.py")
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who takes part.
+
+    Attributes:
+        name: As it stands in the tables.
+        kind: A key of ``worker.KINDS``.
+        path: What it loads.
+        python: The interpreter of its environment.
+    """
+
+    name: str
+    kind: str
+    path: str
+    python: str = sys.executable
+
+
+class Running:
+    """A contestant's process."""
+
+    def __init__(self, contestant: Contestant) -> None:
+        self.name = contestant.name
+        root = str(WORKER.parent.parent)
+        environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": root}
+        command = [contestant.python, str(WORKER), contestant.kind, contestant.path]
+        self.process = subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        if self._line() != "ready":
+            raise SystemExit(f"{self.name} did not start")
+
+    def ask(self, work: list[Any]) -> float:
+        """CPU seconds of a piece of work."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(work) + "\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+def race(
+    contestants: list[Contestant], works: dict[str, list[Any]], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """CPU seconds of every work, contestant and round; one round before them warms up."""
+    running = [Running(contestant) for contestant in contestants]
+    seconds: dict[str, dict[str, list[float]]] = {work: {one.name: [] for one in running} for work in works}
+    for number in range(rounds + 1):
+        for work, command in works.items():
+            for one in running:
+                took = one.ask(command)
+                if number:
+                    seconds[work][one.name].append(took)
+        print(f"round {number} of {rounds}", file=sys.stderr)
+    for one in running:
+        one.close()
+    return seconds
+
+
+def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[str, Any]]:
+    """A row a contestant: the median of its milliseconds and of its ratios to ``base``, of each work."""
+    rows = []
+    for name in next(iter(seconds.values())):
+        row: dict[str, Any] = {"name": name}
+        for work, by_name in seconds.items():
+            ratios = [first / own for first, own in zip(by_name[base], by_name[name], strict=True)]
+            row[work] = {
+                "cpu_ms": round(statistics.median(by_name[name]) * 1e3, 2),
+                "times": round(statistics.median(ratios), 3),
+            }
+        rows.append(row)
+    return rows
+
+
+def cpu_model() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def machine() -> dict[str, Any]:
+    """Where a race was run."""
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """The versions of some packages in each environment that takes part."""
+    code = (
+        "import json,sys\nfrom importlib.metadata import version, PackageNotFoundError\nfound={}\n"
+        "for name in sys.argv[1:]:\n  try: found[name]=version(name)\n  except PackageNotFoundError: pass\n"
+        "print(json.dumps(found))"
+    )
+    found = {}
+    for number, python in enumerate(dict.fromkeys(contestant.python for contestant in contestants)):
+        out = subprocess.run(
+            [python, "-c", code, *packages], text=True, capture_output=True, check=True
+        ).stdout
+        found[f"environment {number + 1}"] = json.loads(out)
+    return found
+
+
+def write(path: Path | None, **document: Any) -> None:
+    """The JSON of a race, with the command that made it."""
+    if path is not None:
+        command = "python " + " ".join(
+            [Path(sys.argv[0]).name and f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+        )
+        path.write_text(json.dumps({"command": command, "machine": machine(), **document}, indent=2) + "\n")
