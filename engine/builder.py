@@ -117,7 +117,7 @@ def build_engine(
     return Built(output, output.stat().st_size, seconds, tuple(names), told, asked)
 
 
-def layers_of(trt: Any, engine: Path) -> dict[str, int]:
+def layers_of(trt: Any, path: Path) -> dict[str, int]:
     """The layers of an engine by the precision that they compute in; needs the GPU that it is for.
 
     Raises:
@@ -125,11 +125,12 @@ def layers_of(trt: Any, engine: Path) -> dict[str, int]:
     """
     logger, messages = keeper(trt)
     runtime = trt.Runtime(logger)
-    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    runtime.engine_host_code_allowed = True  # version-compatible engines bring some; this one was just built here
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         opened = runtime.deserialize_cuda_engine(content)
     if opened is None:
         said = messages[-1] if messages else "no reason given"
-        raise EngineError(f"{engine} cannot be opened on this machine ({said})", "build it again here")
+        raise EngineError(f"{path} cannot be opened on this machine ({said})", "build it again here")
     inspector = opened.create_engine_inspector()
     return count_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 

@@ -180,11 +180,11 @@ def _onnxruntime() -> list[Check]:
     ) as error:  # a broken install, or an empty folder of that name
         return [Check("ONNX Runtime", False, f"does not import: {_line(error)}", fix, required=True)]
     checks = [Check("ONNX Runtime", True, f"{ort.__version__}, names {', '.join(names)}", required=True)]
-    checks.extend(_provider(ort, name) for name in names if name not in SKIPPED_PROVIDERS)
+    checks.extend(check_provider(ort, name) for name in names if name not in SKIPPED_PROVIDERS)
     return checks
 
 
-def _provider(ort: ModuleType, name: str) -> Check:
+def check_provider(ort: ModuleType, name: str) -> Check:
     """Run one MatMul on one provider, with the fallback to the CPU switched off."""
     options: Any = ort.SessionOptions()
     options.log_severity_level = 4  # fatal only: the reason of a failure is in the exception

@@ -74,8 +74,10 @@ class Backend:
 BACKENDS = {
     "cpu": Backend("blip2edge.runtime.ort", copy="cpu"),
     "openvino": Backend("blip2edge.runtime.ov", copy="openvino"),
+    "cuda": Backend("blip2edge.runtime.backend_cuda"),
     "tensorrt": Backend("blip2edge.runtime.backend_trt", engines="tensorrt"),
     "rtx": Backend("blip2edge.runtime.backend_trt", engines="rtx"),
+    "ort-tensorrt": Backend("blip2edge.runtime.backend_ort_trt"),
 }
 """The backends of this version; ``auto`` is the first."""
 

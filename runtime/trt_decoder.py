@@ -38,7 +38,7 @@ class DeviceSlots:
 
     def __init__(self, engines: Engines, rows: int, context: Mapping[str, Array]) -> None:
         self.engines, self.device = engines, engines.device
-        self._context = dict(context)
+        self._seen = dict(context)
         self.half = 0
         with self.device.turn:
             self._adopt(rows)
@@ -68,7 +68,7 @@ class DeviceSlots:
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """See :class:`blip2edge.runtime.slots.SlotCache`."""
-        self._context = {name: array[rows] for name, array in self._context.items()}
+        self._seen = {name: array[rows] for name, array in self._seen.items()}
         with self.device.turn:
             old = self.workspace
             source, release = old.halves[self.half], self._release
@@ -95,9 +95,9 @@ class DeviceSlots:
     def append(self, other: DeviceSlots) -> None:
         """See :class:`blip2edge.runtime.slots.SlotCache`."""
         joined = {}
-        for name, array in self._context.items():
-            joined[name] = stacked(name, array, other._context[name])
-        self._context = joined
+        for name, array in self._seen.items():
+            joined[name] = stacked(name, array, other._seen[name])
+        self._seen = joined
         with self.device.turn:
             first, second = self.workspace, other.workspace
             here, there = first.halves[self.half].address, second.halves[other.half].address
@@ -114,13 +114,13 @@ class DeviceSlots:
     def _adopt(self, rows: int) -> None:
         """Takes a workspace for so many rows and brings there what they look at."""
         lengths = tuple(
-            self._context[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
+            self._seen[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
             for tensor in self.engines.decoder_record.spec.inputs
-            if is_cross(tensor.name) and tensor.name in self._context
+            if is_cross(tensor.name) and tensor.name in self._seen
         )
         self.workspace = space = self.engines.take(rows, lengths)
         self._release = weakref.finalize(self, self.engines.give, space)
-        for name, values in self._context.items():
+        for name, values in self._seen.items():
             if name not in space.cross:
                 space.cross[name] = Mirror(
                     self.device.cuda, values.shape, NUMPY_DTYPES[space.tensors[name].dtype]

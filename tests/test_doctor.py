@@ -92,13 +92,13 @@ def fake_runtime(session_providers: list[str], answer: Any) -> Any:
     ],
 )
 def test_provider_that_lies_is_found_out(providers: list[str], answer: Any, told: str) -> None:
-    check = doctor._provider(fake_runtime(providers, answer), "CUDAExecutionProvider")
+    check = doctor.check_provider(fake_runtime(providers, answer), "CUDAExecutionProvider")
     assert not check.ok
     assert told in check.detail
 
 
 def test_provider_that_works() -> None:
-    assert doctor._provider(fake_runtime(["CUDAExecutionProvider"], 1.0), "CUDAExecutionProvider").ok
+    assert doctor.check_provider(fake_runtime(["CUDAExecutionProvider"], 1.0), "CUDAExecutionProvider").ok
 
 
 def test_without_onnxruntime_the_status_is_1(

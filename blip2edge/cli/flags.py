@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction["Parser"]
 
-BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "rtx")
+BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "rtx", "ort-tensorrt")
 
 
 class Parser(argparse.ArgumentParser):

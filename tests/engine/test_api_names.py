@@ -1,4 +1,7 @@
-"""Every TensorRT name in engine/ exists in every version that it is used with, or stands behind a check of it."""
+"""Every TensorRT and CUDA name in the code exists in each version that comes there, or stands behind a check of it.
+
+The syntax tree of each module is walked; a variable's class is what ``CLASS_OF`` says of its name.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 API: dict[str, dict[str, list[str]]] = json.loads((ROOT / "tests/data/tensorrt_api.json").read_text())
 """By version, a class's members; under "" the module's classes. From the published bindings."""
 
+CUDA: list[str] = json.loads((ROOT / "tests/data/cuda_api.json").read_text())
+"""Names of cuda-python's runtime API that 12.8, 13.0 and 13.5 all have."""
+
+TENSORRT_FILES = ("engine/builder.py", "runtime/trt.py", "runtime/trt_decoder.py", "runtime/trt_workspace.py")
+CUDA_FILES = ("runtime/memory.py", "runtime/trt.py", "runtime/trt_decoder.py", "runtime/trt_workspace.py")
+
 CLASS_OF = {
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -20,46 +29,100 @@ CLASS_OF = {
     "error": "ParserError",
     "config": "IBuilderConfig",
     "shapes": "IOptimizationProfile",
+    "inspector": "EngineInspector",
+    "opened": "ICudaEngine",
+    "engine": "ICudaEngine",
+    "runtime": "Runtime",
+    "_context": "IExecutionContext",
 }
-"""What the variables of builder.py hold."""
+"""What the variables and attributes of that name hold."""
 
+OURS = {
+    "runtime/trt.py": {"ICudaEngine": set(), "IExecutionContext": {"bind", "enqueue"}},
+}
+"""Members of our own classes under such a name."""
+
+WITHOUT_COMPUTE_CAPABILITIES = {"10.3.0", "10.13.3", "10.16.1", "11.0.0", "11.4.0"}
 GUARDED = {
     # name: versions in which the code does not come there
-    "NetworkDefinitionCreationFlag.STRONGLY_TYPED": {"11.0.0", "11.4.0"},
-    "ComputeCapability": {"10.3.0", "10.13.3", "10.16.1", "11.0.0", "11.4.0"},
-    "IBuilderConfig.num_compute_capabilities": {"10.3.0", "10.13.3", "10.16.1", "11.0.0", "11.4.0"},
-    "IBuilderConfig.set_compute_capability": {"10.3.0", "10.13.3", "10.16.1", "11.0.0", "11.4.0"},
+    "ComputeCapability": WITHOUT_COMPUTE_CAPABILITIES,
+    "IBuilderConfig.num_compute_capabilities": WITHOUT_COMPUTE_CAPABILITIES,
+    "IBuilderConfig.set_compute_capability": WITHOUT_COMPUTE_CAPABILITIES,
+    "IStreamReaderV2": {"10.3.0"},
+    "IStreamReaderV2.__init__": {"10.3.0"},
+    "SeekPosition": {"10.3.0"},
+    "SeekPosition.SET": {"10.3.0"},
+    "SeekPosition.CUR": {"10.3.0"},
+    "SeekPosition.END": {"10.3.0"},
 }
 
 
-def names_used() -> Iterator[str]:
-    tree = ast.parse((ROOT / "engine/builder.py").read_text())
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or not isinstance(node.value, (ast.Name, ast.Attribute)):
+def owner_of(node: ast.expr) -> str | None:
+    """The class of what an expression holds, by its last name; "" for the module itself."""
+    if isinstance(node, ast.Name):
+        name = node.id
+    elif isinstance(node, ast.Attribute):
+        name = node.attr
+    else:
+        return None
+    return "" if name == "trt" else CLASS_OF.get(name)
+
+
+def names_used(file: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if not isinstance(node, ast.Attribute):
             continue
-        if isinstance(node.value, ast.Name) and node.value.id == "trt" and node.attr[0].isupper():
-            yield node.attr
-        elif isinstance(node.value, ast.Name) and node.value.id in CLASS_OF:
-            yield f"{CLASS_OF[node.value.id]}.{node.attr}"
-        elif (
-            isinstance(node.value, ast.Attribute)
-            and isinstance(node.value.value, ast.Name)
-            and node.value.value.id == "trt"
-        ):
+        owner = owner_of(node.value)
+        if owner == "":
+            if node.attr[0].isupper():
+                yield node.attr
+        elif owner is not None:
+            if node.attr not in OURS.get(file, {}).get(owner, set()):
+                yield f"{owner}.{node.attr}"
+        elif isinstance(node.value, ast.Attribute) and owner_of(node.value.value) == "":
             yield f"{node.value.attr}.{node.attr}"
 
 
-USED = sorted(set(names_used()))
+USED = sorted({name for file in TENSORRT_FILES for name in names_used(file)})
 
 
-def test_the_walk_sees_what_the_builder_uses() -> None:
+def cuda_names() -> set[str]:
+    found = set()
+    for file in CUDA_FILES:
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr.startswith("cuda")
+                and len(node.attr) > len("cuda")
+            ):
+                found.add(node.attr)
+    return found
+
+
+def test_the_walk_sees_what_the_code_uses() -> None:
     assert {
         "Builder",
         "Builder.create_network",
-        "OnnxParser.parse_from_file",
+        "OnnxParser.parse",
         "MemoryPoolType.WORKSPACE",
+        "Runtime.deserialize_cuda_engine",
+        "IExecutionContext.execute_async_v3",
+        "ICudaEngine.device_memory_size_v2",
+        "ExecutionContextAllocationStrategy.USER_MANAGED",
     } <= set(USED)
     assert set(GUARDED) <= set(USED)
+
+
+def test_each_guard_is_needed_and_stands_in_the_code() -> None:
+    """A guard without a version that lacks the name hides mistakes; the checks themselves are looked up."""
+    for name, versions in GUARDED.items():
+        owner, _, member = name.rpartition(".")
+        for version in versions:
+            known = API[version].get(owner, []) if owner else API[version][""]
+            assert member not in known, f"{name} is in {version}: no guard is needed"
+    assert 'hasattr(self.trt, "IStreamReaderV2")' in (ROOT / "runtime/trt.py").read_text()
+    builder = (ROOT / "engine/builder.py").read_text()
+    assert "if settings.compute_capabilities:" in builder
 
 
 @pytest.mark.parametrize("version", sorted(API))
@@ -68,7 +131,13 @@ def test_name_exists(version: str, name: str) -> None:
     if version in GUARDED.get(name, ()):
         return
     owner, _, member = name.rpartition(".")
+    if member == "__init__":  # of every Python class
+        owner, member = "", owner
     known = API[version][owner] if owner else API[version][""]
-    if name == "ILogger.__init__":
-        return  # of every Python class
     assert member in known, f"{name} is not in TensorRT {version}"
+
+
+def test_cuda_names_exist() -> None:
+    names = cuda_names()
+    assert "cudaMemcpyAsync" in names
+    assert names <= set(CUDA), sorted(names - set(CUDA))
