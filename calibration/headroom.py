@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -114,7 +115,7 @@ def sweep(
     return sorted(reaches, key=lambda reach: reach.headroom)
 
 
-def to_json(reaches: list[TensorReach]) -> dict[str, object]:
+def to_json(reaches: list[TensorReach]) -> dict[str, Any]:
     """The report's object.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,13 +73,16 @@ class PictureSet:
         return iter(self.pictures)
 
 
-def choose_pictures(source: str | Path, count: int = DEFAULT_COUNT) -> PictureSet:
+def choose_pictures(
+    source: str | Path, count: int = DEFAULT_COUNT, progress: Callable[[int, int], None] | None = None
+) -> PictureSet:
     """Finds pictures and takes ``count`` of them, at equal distances in the order of their names.
 
     Args:
         source: A folder (searched with its subfolders) of picture files and ``.tar`` shards as WebDataset writes
             them, or one shard.
         count: How many at most.
+        progress: Called with pictures read and pictures in all.
 
     Raises:
         DataError: There is no picture that can be read.
@@ -93,7 +96,9 @@ def choose_pictures(source: str | Path, count: int = DEFAULT_COUNT) -> PictureSe
         )
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
     digest, kept, skipped = hashlib.sha256(), [], []
-    for picture in wanted:
+    for done, picture in enumerate(wanted):
+        if progress is not None:
+            progress(done, len(wanted))
         content = picture.read()
         try:
             load_image(content)
@@ -102,6 +107,8 @@ def choose_pictures(source: str | Path, count: int = DEFAULT_COUNT) -> PictureSe
             continue
         digest.update(hashlib.sha256(content).digest())
         kept.append(picture)
+    if progress is not None:
+        progress(len(wanted), len(wanted))
     if not kept:
         raise DataError(
             f"{root}: none of the {len(wanted)} pictures can be read, {skipped[0]} among them",

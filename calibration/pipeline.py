@@ -81,13 +81,12 @@ def calibrate(
         OutputError: ``output`` exists, or cannot be written.
         BackendError: onnxruntime is not installed.
     """
-    start = time.perf_counter()
+    target, start = Path(output), time.perf_counter()
     parent = _open_parent(bundle, method, weights)
     check_drop_limit(drop_limit, parent.manifest.prompt is not None)
     report = progress or (lambda stage, done, total: None)
-    target = Path(output)
     with MemoryMeter() as meter, staged(target, force) as staging:
-        pictures = choose_pictures(images, count)
+        pictures = choose_pictures(images, count, partial(report, "read the pictures"))
         warnings = _warnings(pictures)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             feeds = Feeds(Path(folder) / "feeds")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from blip2edge.calibration.ranges import LEVELS
 from blip2edge.calibration.storage import TensorStore
@@ -61,17 +61,19 @@ class Plan:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def quantise_columns(weight: Array) -> tuple[NDArray[np.int8], Array]:
+def quantise_columns(weight: Array, dtype: DTypeLike = np.float32) -> tuple[NDArray[np.int8], Array]:
     """Rounds a matrix to int8 with a scale a column.
 
     Args:
         weight: ``[K, N]``.
+        dtype: In which the graph keeps the scales: the integers are those of the scales as they are kept.
 
     Returns:
-        int8 ``[K, N]`` within ±127, and scales ``[N]``; a column of zeros has the scale 1.
+        int8 ``[K, N]`` within ±127, and scales ``[N]``; a column of zeros, or of what is none in ``dtype``, has the
+        scale 1.
     """
-    largest = np.abs(weight).max(axis=0)
-    scale = np.where(largest > 0, largest / LEVELS, 1.0).astype(np.float32)
+    scale = (np.abs(weight).max(axis=0) / LEVELS).astype(dtype).astype(np.float32)
+    scale[scale == 0] = 1.0
     return np.clip(np.rint(weight / scale), -LEVELS, LEVELS).astype(np.int8), scale
 
 
@@ -149,7 +151,7 @@ def _store(graph: ir.Graph, name: str, changes: Sequence[Change], quantised: boo
     if not quantised:
         value.const_value = data.add(name, array.astype(tensor.numpy().dtype), tensor.dtype)
         return
-    weight, scale = quantise_columns(array)
+    weight, scale = quantise_columns(array, tensor.numpy().dtype)
     users = list(value.uses())
     stored = _initializer(graph, data, f"{name}.int8", weight, ir.DataType.INT8)
     steps = _initializer(graph, data, f"{name}.scale", scale, value.dtype)
