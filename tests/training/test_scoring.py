@@ -180,6 +180,7 @@ def test_answers_of_a_file(ask: Ask, data: Path, tiny_checkpoint: Drawn) -> None
 
 
 def test_retrieval_on_a_file(ask: Ask, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
     from tests.families.drawing_blip import save_blip2
 
     save_blip2(tmp_path / "matcher", 0)

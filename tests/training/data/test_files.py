@@ -242,6 +242,10 @@ def test_a_path_tells_its_kind(captions: Path, questions: Path, folder: Path, sh
         config, base = detect(str(path), "pictures", None, 7)
         assert (config.kind, config.max_broken) == (kind, 7)
         assert base / config.path == path
+
+
+def test_a_recipe_tells_its_data(folder: Path) -> None:
+    pytest.importorskip("tomllib", reason="recipes are read by Python 3.11")
     recipe = folder / "recipe.toml"
     recipe.write_text('[data]\nkind = "folder"\npath = "."\n')
     config, base = detect(str(recipe), None, None, 7)
