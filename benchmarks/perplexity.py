@@ -48,7 +48,7 @@ from blip2edge.runtime.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens
 FILES = ("decoder.onnx", "decoder.onnx.data", EMBEDDINGS_FILE)
-VARIANTS = ("fp32", "int8", "int4", "int4 plain", "int8 plain")
+VARIANTS = ("fp32", "int8", "int4", "int4 plain")
 
 
 def windows(bundle: Bundle, text: Path, count: int) -> Array:
