@@ -67,7 +67,7 @@ class Captioner:
             tokenizer = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
             instructor = Instructor(tokenizer, spec.instruction_positions, spec.frames)
         bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
-        drafting = Drafting.load(bundle, session, self.tokenizer, draft)
+        drafting = Drafting.load(bundle, session, self.tokenizer, draft, backend)
         self.encoder = PictureEncoder(
             bundle, session(VISION), bridge, self.prompter, instructor, drafting.has_head
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from blip2edge.contract import DECODER, DRAFT, DRAFT_TOKENIZER_FILE, DRAFTS, Axis
@@ -13,6 +14,11 @@ from blip2edge.runtime.session import Array, Session
 from blip2edge.runtime.speculate import CLOSE, CLOSE_QUANTISED, MOST_DRAFTED, Ahead, Drafter, Lookup, Payoff
 from blip2edge.runtime.tokenizer import Tokenizer
 
+CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
+"""What tells seconds, by the backend. ONNX Runtime on the CPU computes in the thread that calls it, and in helpers
+beside that: the thread's CPU time compares two of its runs whatever else the machine does. Any other backend is waited
+for, by the wall clock."""
+
 
 class Drafting:
     """Makes what reads ahead in a text; what it learns of the cost is shared by all texts.
@@ -22,6 +28,7 @@ class Drafting:
         default: What a text gets that does not say; one of :data:`blip2edge.contract.DRAFTS`.
         close: See :data:`blip2edge.runtime.speculate.CLOSE`.
         most: The most tokens of a guess.
+        clock: Gives seconds.
     """
 
     def __init__(
@@ -30,15 +37,21 @@ class Drafting:
         default: str = "auto",
         close: float = CLOSE["fp32"],
         most: int = MOST_DRAFTED,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.head = head
         self.default = default
-        self.payoffs = {kind: Payoff() for kind in ("lookup", "itg")}
+        self.payoffs = {kind: Payoff(clock) for kind in ("lookup", "itg")}
         self._close, self._most = close, most
 
     @classmethod
     def load(
-        cls, bundle: Bundle, open_graph: Callable[[str], Session], tokenizer: Tokenizer, default: str
+        cls,
+        bundle: Bundle,
+        open_graph: Callable[[str], Session],
+        tokenizer: Tokenizer,
+        default: str,
+        backend: str = "auto",
     ) -> Drafting:
         """Of a bundle.
 
@@ -47,6 +60,7 @@ class Drafting:
             open_graph: Loads a graph by name.
             tokenizer: The language model's.
             default: What a text gets that does not say; the head is not loaded where it is ``none`` or ``lookup``.
+            backend: Of the graphs; chooses one of :data:`CLOCKS`.
 
         Raises:
             UsageError: ``default`` is unknown, or ``itg`` where the bundle has no draft.
@@ -60,7 +74,8 @@ class Drafting:
         record = bundle.graph(DECODER)
         asked = record.spec.outputs[0].dims[1]
         most = min(MOST_DRAFTED, (asked.max if isinstance(asked, Axis) else asked) - 1)
-        drafting = cls(head, default, CLOSE.get(record.precision, CLOSE_QUANTISED), most)
+        close = CLOSE.get(record.precision, CLOSE_QUANTISED)
+        drafting = cls(head, default, close, most, CLOCKS.get(backend, time.perf_counter))
         drafting.check(GenerationOptions(draft=default))
         return drafting
 
