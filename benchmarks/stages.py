@@ -1,15 +1,17 @@
 """Stage 1 before stage 2, against stage 2 alone, at equal numbers of steps on the scenes.
 
-    python benchmarks/stages.py --work DIR [--start examples/checkpoint] [--steps 1500] [--seeds 0 1]
+    python benchmarks/stages.py --work DIR [--start examples/checkpoint] [--steps 150 300 900] [--seeds 0 1]
 
 Both begin with a fresh Q-Former between the picture encoder and the language model of `--start`. One spends a third of
 its steps on stage 1, the other all of them on stage 2. Held-out scenes tell how often each is right to the last
-letter. Writes benchmarks/results/stages.json and the curve beside docs/training.md.
+letter. Writes benchmarks/results/stages.json, where runs of other lengths and seeds stay, and the curve beside
+docs/training.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -70,6 +72,8 @@ def draw(runs: list[dict[str, Any]]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colours = {"stage 1, then stage 2": "tab:blue", "stage 2 alone": "tab:orange"}
+    longest = max(each["steps"] for each in runs)
+    runs = [each for each in runs if each["steps"] == longest]
     for each in runs:
         steps, losses = zip(*each["curve"], strict=True)
         label = each["name"] if each["seed"] == runs[0]["seed"] else None
@@ -86,20 +90,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--work", type=Path, required=True, help="where the runs are written")
     parser.add_argument("--start", type=Path, default=ROOT / "examples" / "checkpoint")
-    parser.add_argument("--steps", type=int, default=1500, help="of either way, in all")
+    parser.add_argument("--steps", type=int, nargs="+", default=[150, 300, 900], help="of either way, in all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes that tell the score")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    first = options.steps // SHARE
-    ways = {"stage 1, then stage 2": (first, options.steps - first), "stage 2 alone": (0, options.steps)}
-    runs = []
-    for seed in options.seeds:
-        for number, (name, (stage1, stage2)) in enumerate(ways.items()):
-            text = recipe(options.start.resolve(), seed, stage1, stage2, 0.0)
-            found = run(options.work, f"way-{number}-seed-{seed}", text, options.scenes)
-            runs.append({"name": name, "seed": seed, "stage1_steps": stage1, "stage2_steps": stage2, **found})
-            print(f"{name}, seed {seed}: {found['exact_match']:.1%}", flush=True)
+    runs = json.loads(RESULT.read_text())["runs"] if RESULT.is_file() else []
+    for steps, seed in itertools.product(options.steps, options.seeds):
+        runs = [each for each in runs if (each["steps"], each["seed"]) != (steps, seed)]
+        for name, first in {"stage 1, then stage 2": steps // SHARE, "stage 2 alone": 0}.items():
+            text = recipe(options.start.resolve(), seed, first, steps - first, 0.0)
+            found = run(options.work, f"{steps}-{first}-{seed}", text, options.scenes)
+            runs.append({"name": name, "steps": steps, "stage1_steps": first, "seed": seed, **found})
+            print(f"{name}, {steps} steps, seed {seed}: {found['exact_match']:.1%}", flush=True)
+    runs.sort(key=lambda each: (each["steps"], each["seed"], each["name"]))
     result = {
         "what": "held-out exact match on the scenes after equal numbers of steps at batch 16",
         "scenes": options.scenes,

@@ -154,7 +154,7 @@ class LoopConfig:
     """What all phases share."""
 
     autocast: str = "float32"
-    """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with a scaled loss, on a GPU)."""
+    """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with a scaled loss)."""
     snapshot_every: int = 500
     """Steps between two snapshots, from which an interrupted run goes on."""
     log_every: int = 0

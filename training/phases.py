@@ -142,7 +142,7 @@ def _language(studio: Studio) -> Phase:
 def _stage1(studio: Studio) -> Phase:
     config = studio.config
     model = studio.first_stage(studio.workshop)
-    model.vision = studio.workshop.model.vision
+    model.vision = nn.Identity()  # type: ignore[assignment]  # its output comes with the batches
     studio.stage1 = model
     phase = config.stage1
     weights = {"itc": phase.itc_weight, "itm": phase.itm_weight, "itg": phase.itg_weight}
@@ -153,7 +153,10 @@ def _stage1(studio: Studio) -> Phase:
 
 def _leave_stage1(studio: Studio) -> None:
     """The captioner's bridge, and its draft, begin where stage 1 ends."""
-    if studio.stage1 is not None and isinstance(studio.workshop.model.config.bridge, QFormerConfig):
+    if studio.stage1 is None:
+        return
+    studio.stage1.vision = studio.workshop.model.vision
+    if isinstance(studio.workshop.model.config.bridge, QFormerConfig):
         begin_stage2(studio.stage1, studio.workshop.model)
 
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from blip2edge.errors import DataError
 from blip2edge.training.snapshots import Snapshot
@@ -29,6 +30,7 @@ SCALE = "scale"  # of the loss, under float16
 SCALE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_OWN = StateDictOptions(ignore_frozen_params=True)  # this process' part
 _LOOSE = StateDictOptions(full_state_dict=True, strict=False)  # the frozen parts are not in it
 
 
@@ -41,10 +43,11 @@ def capture(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> dict
         optimizer: Likewise.
 
     Returns:
-        Tensors on the CPU: trained weights, moments, and each process' generators.
+        Tensors on the CPU: trained weights, moments, and each process' generators. Where parameters are spread
+        over the processes, the others get the generators alone.
     """
     weights: Any = get_model_state_dict(module, options=_WHOLE)
-    moments: Any = get_optimizer_state_dict(module, optimizer.optimizer, options=_WHOLE)["state"]
+    moments: Any = get_optimizer_state_dict(module, optimizer.optimizer, options=_WHOLE).get("state", {})
     tensors = {f"{WEIGHTS}{name}": _copy(tensor) for name, tensor in weights.items()}
     for name, values in moments.items():
         tensors |= {f"{MOMENTS}{name}/{key}": _copy(torch.as_tensor(value)) for key, value in values.items()}
@@ -75,17 +78,17 @@ def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapsho
             "start as many, or start again with --force",
         )
     weights = _under(WEIGHTS, snapshot.tensors)
-    trained = get_model_state_dict(module, options=_WHOLE)
+    trained = get_model_state_dict(module, options=_OWN)
     if trained.keys() != weights.keys():
         raise DataError(
             "the snapshot belongs to a recipe that trains other parts", "start again with --force"
         )
     set_model_state_dict(module, dict(weights), options=_LOOSE)
-    moments: dict[str, Any] = get_optimizer_state_dict(module, optimizer.optimizer, options=_WHOLE)
+    moments: dict[str, Any] = get_optimizer_state_dict(module, optimizer.optimizer, options=_OWN)
     for path, tensor in _under(MOMENTS, snapshot.tensors).items():
         name, _, key = path.rpartition("/")
-        moments["state"][name][key] = tensor
-    set_optimizer_state_dict(module, optimizer.optimizer, moments, options=_WHOLE)
+        moments["state"][name][key] = _spread_like(moments["state"][name][key], tensor)
+    set_optimizer_state_dict(module, optimizer.optimizer, moments, options=_OWN)
     own = _under(f"{CHANCE}{accelerator.process_index}.", snapshot.tensors)
     torch.set_rng_state(own["cpu"])
     if accelerator.device.type == "cuda":
@@ -100,6 +103,14 @@ def collect(accelerator: Accelerator, module: nn.Module, plain: nn.Module) -> No
     """Takes the wrappers off, so that `plain` and what it shares parameters with are whole on every process."""
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)
     plain.zero_grad(set_to_none=True)
+    gathered: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for owner in list(plain.modules()):
+        for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in gathered:
+                gathered[id(parameter)] = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
+            setattr(owner, name, gathered[id(parameter)])
 
 
 def _generators(accelerator: Accelerator) -> dict[str, Tensor]:
@@ -108,6 +119,13 @@ def _generators(accelerator: Accelerator) -> dict[str, Tensor]:
     if accelerator.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(accelerator.device)
     return states
+
+
+def _spread_like(present: Any, tensor: Tensor) -> Tensor:
+    """This process' part of a whole tensor, where the present one is spread over the processes."""
+    if isinstance(present, DTensor):
+        return distribute_tensor(tensor.to(present.device), present.device_mesh, present.placements)
+    return tensor
 
 
 def _copy(tensor: Tensor) -> Tensor:

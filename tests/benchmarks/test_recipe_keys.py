@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,37 @@ def test_every_key_has_a_row(keys: Any) -> None:
             if dataclasses.is_dataclass(value):
                 check(type(value))
             else:
-                assert f"| `{field.name}` | {keys.written(value)} |" in text or kind in (
-                    config.Stage1Phase,
-                    config.BlockSizes,
+                assert (
+                    f"| `{field.name}` | {keys.written(value)} |" in text
+                    or kind
+                    in (
+                        config.Stage1Phase,
+                        config.BlockSizes,
+                    )
                 ), field.name
 
     check(config.TrainingConfig)
     assert "| `steps` | `0` |" in text
+
+
+def test_the_figures_are_those_that_were_measured() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    runs = json.loads((results / "stages.json").read_text(encoding="utf-8"))["runs"]
+    found: dict[int, dict[str, list[str]]] = {}
+    for run in runs:
+        row = found.setdefault(run["steps"], {})
+        row.setdefault(run["name"], []).append(f"{100 * run['exact_match']:.1f} %")
+    for steps, row in found.items():
+        both, alone = (
+            ", ".join(row[name]) for name in ("stage 1, then stage 2", "stage 2 alone")
+        )
+        assert f"| {steps} | {both} | {alone} |" in page
+    record = json.loads((results / "scenes-training.json").read_text(encoding="utf-8"))
+    for scores in (record["heldout"], *record["other_series"]):
+        assert f"{100 * scores['exact_match']:.1f} %" in page
+    for shape in json.loads(
+        (results / "training-speed.json").read_text(encoding="utf-8")
+    )["shapes"]:
+        for row in shape["results"][1:]:
+            assert f"({row['ratio']:.2f})" in page

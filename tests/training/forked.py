@@ -13,16 +13,29 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
 
 from blip2edge.errors import Blip2EdgeError
-from blip2edge.training import snapshots
+from blip2edge.progress import ProgressCallback
+from blip2edge.training import snapshots, states
+from blip2edge.training.batches import KeywordTexts, SceneSeries
+from blip2edge.training.config import OptimizerConfig, parse_config
+from blip2edge.training.data.config import DataConfig
+from blip2edge.training.loader import PictureBatch
+from blip2edge.training.miniature import build_miniature
+from blip2edge.training.optim import make_optimizer
 from blip2edge.training.run import train
+from blip2edge.training.snapshots import Snapshot
+from blip2edge.training.stages import GenerativeStage
 
 ROOT = Path(__file__).parents[2]
 KILLED_AFTER = 3  # steps; a snapshot is written every second one
@@ -41,6 +54,8 @@ def fork(work: Callable[[], None], **environment: str) -> int:
         status = 0
     except Blip2EdgeError as error:
         sys.stderr.write(f"{error}\n")
+    except Exception:  # noqa: BLE001 - told, and the process ends with status 1
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)
@@ -65,7 +80,7 @@ def log(directory: Path) -> list[Any]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def killing(after: int) -> Callable[[str, int, int], None]:
+def killing(after: int) -> ProgressCallback:
     """A progress callback that kills its process."""
     left = [after]
 
@@ -119,21 +134,21 @@ def resumed(root: Path) -> dict[str, Any]:
     }
 
 
-def paired(root: Path) -> dict[str, Any]:
-    """Stage 2 of two processes, of one with twice the batch, and of one that sums two batches to a step."""
+def group() -> dict[str, str]:
+    """What torchrun tells two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    return {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def paired(root: Path) -> dict[str, Any]:
+    """Stage 2 of two processes, of one with twice the batch, and of one that sums two batches to a step."""
 
     def run(name: str) -> None:
         train("stage2", root / f"{name}.toml", root / name, evaluation_scenes=0)
 
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    shared = group()
     children = [fork(lambda: run("two"), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     ends = [wait(child) for child in children]
     ends += [wait(fork(lambda name=name: run(name))) for name in ("one", "summed")]  # type: ignore[misc]
@@ -150,13 +165,107 @@ def paired(root: Path) -> dict[str, Any]:
     return {"ends": ends, "difference": difference, "moved": moved, "losses": losses}
 
 
+def scene_batch(workshop: Any) -> PictureBatch:
+    """A few scenes, the same each time."""
+    batch = next(SceneSeries(2, 5, KeywordTexts(workshop.tokenizer, 8, DataConfig())))
+    torch.manual_seed(0)
+    return PictureBatch(batch.sample_ids, torch.randn(2, 65, 32), batch.weight, batch.captions)
+
+
+def spread_out(root: Path) -> dict[str, Any] | None:
+    """A process of two that share the parameters of stage 2: what the first one found."""
+    accelerator = Accelerator(cpu=True)
+    recipe = parse_config((root / "recipe.toml").read_text())
+
+    def begin() -> tuple[GenerativeStage, Any, PictureBatch]:
+        workshop = build_miniature(recipe)
+        stage = GenerativeStage(workshop.model)
+        fully_shard(stage)
+        return (
+            stage,
+            SimpleNamespace(optimizer=make_optimizer([stage], OptimizerConfig())),
+            scene_batch(workshop),
+        )
+
+    def steps(stage: GenerativeStage, optimizer: Any, batch: PictureBatch) -> None:
+        for _ in range(2):
+            stage(batch)["loss"].backward()
+            optimizer.optimizer.step()
+            optimizer.optimizer.zero_grad()
+
+    stage, optimizer, batch = begin()
+    steps(stage, optimizer, batch)
+    kept = states.capture(accelerator, stage, optimizer)
+    if accelerator.is_main_process:
+        save_file(kept, root / "sharded.safetensors")
+    accelerator.wait_for_everyone()
+    steps(stage, optimizer, batch)
+    wanted = states.capture(accelerator, stage, optimizer)
+    stage, optimizer, batch = begin()
+    states.restore(
+        accelerator, stage, optimizer, Snapshot(load_file(root / "sharded.safetensors"), {"processes": 2})
+    )
+    steps(stage, optimizer, batch)
+    given = states.capture(accelerator, stage, optimizer)
+    local = sum(parameter.to_local().numel() for parameter in stage.parameters())  # type: ignore[attr-defined]
+    states.collect(accelerator, stage, stage)
+    if not accelerator.is_main_process:
+        return None
+    whole = {name: value.detach() for name, value in stage.named_parameters() if value.requires_grad}
+    return {
+        "same": wanted.keys() == given.keys() and all(torch.equal(wanted[key], given[key]) for key in wanted),
+        "collected": all(torch.equal(wanted[f"weights.{name}"], tensor) for name, tensor in whole.items()),
+        "weights": len(whole),
+        "share": local / sum(parameter.numel() for parameter in stage.parameters()),
+    }
+
+
+def sharded(root: Path) -> dict[str, Any]:
+    """A phase in the middle, with parameters that are spread over two processes."""
+    target = root / "sharded.json"
+
+    def work() -> None:
+        found = spread_out(root)
+        if found is not None:
+            target.write_text(json.dumps(found))
+
+    shared = group()
+    children = [fork(work, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    ends = [wait(child) for child in children]
+    return {"ends": ends, **json.loads(target.read_text())}
+
+
+def halves(root: Path) -> dict[str, Any]:
+    """A run in bfloat16; one in float16, whose loss is scaled, that is killed, and one that is not."""
+    text = (root / "recipe.toml").read_text()
+
+    def run(name: str, kind: str, after: int = 0) -> None:
+        path = root / f"{name}.toml"
+        path.write_text(text.replace("[loop]", f'[loop]\nautocast = "{kind}"'))
+        train("stage2", path, root / name, evaluation_scenes=0, progress=killing(after))
+
+    ends = [wait(fork(lambda: run("bfloat16", "bfloat16")))]
+    ends.append(wait(fork(lambda: run("float16", "float16", 15))))
+    ends += [wait(fork(lambda name=name: run(name, "float16"))) for name in ("float16", "float16-whole")]  # type: ignore[misc]
+    losses = {name: [line["loss"] for line in log(root / name)] for name in ("bfloat16", "float16")}
+    return {
+        "ends": ends,
+        "losses": losses,
+        "same": hashes(root / "float16") == hashes(root / "float16-whole"),
+    }
+
+
+def start(root: Path) -> None:
+    """What the pairs begin with."""
+    train("stage2", root / "start.toml", root / "start", evaluation_scenes=0)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
-    results = {"resumed": resumed(root)}
-    if (root / "two.toml").exists():
-        wait(fork(lambda: train("stage2", root / "start.toml", root / "start", evaluation_scenes=0) and None))
-        results["paired"] = paired(root)
+    results = {"resumed": resumed(root), "half": halves(root), "sharded": sharded(root)}
+    wait(fork(lambda: start(root)))
+    results["paired"] = paired(root)
     print(json.dumps(results))
 
 

@@ -76,3 +76,19 @@ def test_two_summed_batches_are_one_of_twice_the_size(results: dict[str, Any]) -
     found = results["paired"]
     assert found["difference"]["summed"] < 5e-5
     assert found["losses"]["summed"] == pytest.approx(found["losses"]["one"], rel=1e-5)
+
+
+def test_parameters_spread_over_processes_are_kept_and_gathered(results: dict[str, Any]) -> None:
+    found = results["sharded"]
+    assert found["ends"] == [0, 0]
+    assert found["share"] < 0.6, "each process holds about half"
+    assert found["same"]
+    assert found["collected"]
+    assert found["weights"] > 10
+
+
+def test_half_precision_trains_and_resumes(results: dict[str, Any]) -> None:
+    assert results["half"]["ends"] == [0, -signal.SIGKILL, 0, 0]
+    for losses in results["half"]["losses"].values():
+        assert all(0 < loss < 20 for loss in losses)
+    assert results["half"]["same"]
