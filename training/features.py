@@ -29,9 +29,9 @@ from blip2edge.training.data.sources import Sample
 ROWS, INDEX = ".rows", ".index.jsonl"
 
 
-def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, dtype: str) -> str:
-    """What two runs that may share features have in common."""
-    digest = hashlib.sha256(json.dumps([preprocessing.to_json(), dtype], sort_keys=True).encode())
+def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> str:
+    """What two runs that may share features have in common: weights, preprocessing, and the kind of the numbers."""
+    digest = hashlib.sha256(json.dumps([preprocessing.to_json(), kind], sort_keys=True).encode())
     for name, tensor in vision.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -74,7 +74,8 @@ class Studio:
         freeze(vision)
         cache = None
         if loop.cache_features:
-            name = encoder_hash(vision, self.workshop.preprocessing, loop.features_dtype)
+            kind = f"{loop.features_dtype} from {loop.autocast}"
+            name = encoder_hash(vision, self.workshop.preprocessing, kind)
             shape = (vision.config.num_embeds, vision.config.hidden_size)
             cache = FeatureCache(cache_directory() / "features" / name, shape, loop.features_dtype)
         encoder = PictureEncoder(vision, self.workshop.preprocessing, self.accelerator, cache)

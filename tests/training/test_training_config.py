@@ -52,12 +52,38 @@ def test_an_empty_text_gives_the_defaults() -> None:
         ("[model.vision]\nnum_heads = 3", "does not divide"),
         ("[model.vision]\nnum_layers = 0", "greater than 0"),
         ("seed = ", "expected TOML"),
+        ("bridge = 'qfromer'", r"bridge must be one of .*; did you mean 'qformer'\?"),
+        ("[loop]\nautocast = 'bf16'", r"\[loop\] autocast must be one of"),
+        ("[loop]\nsnapshot_every = 0", "snapshot_every must be greater than 0"),
+        ("[stage1]\nitc_weight = 0\nitm_weight = 0\nitg_weight = 0", "must not all be 0"),
+        ("[stage1]\nmax_tokens = 2", "max_tokens must be at least 3"),
+        ("[stage2]\nitg_weight = -1.0", r"\[stage2\] itg_weight must be at least 0"),
+        ("[instruct]\nmax_tokens = 0", r"\[instruct\] max_tokens must be greater than 0"),
+        ("[stage2]\naccumulate = 0", "accumulate must be greater than 0"),
+        ("[model]\ndropout = 2.0", "dropout must lie between"),
+        ("[data]\nkind = 'folder'\npath = 'x'", "the miniature is made for scenes alone"),
     ],
 )
 def test_a_wrong_recipe_is_told_in_one_line(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         parse_config(text)
     assert "\n" not in str(caught.value)
+
+
+def test_json_says_the_same_as_toml(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text('{"seed": 3, "bridge": "pool", "data": {"prompts": ["a"]}, "stage2": {"steps": 7}}')
+    toml = "seed = 3\nbridge = 'pool'\n[data]\nprompts = ['a']\n[stage2]\nsteps = 7"
+    assert load_config(path) == parse_config(toml)
+    path.write_text('{"sede": 3}')
+    with pytest.raises(ConfigError, match=r"recipe\.json: unknown key 'sede'; did you mean 'seed'"):
+        load_config(path)
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="expected a JSON object"):
+        load_config(path)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="expected JSON"):
+        load_config(path)
 
 
 def test_the_file_is_named(tmp_path: Path) -> None:
