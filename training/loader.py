@@ -1,8 +1,8 @@
-"""Batches of a source: every process takes its rows of each, broken pictures are replaced, and all can be resumed.
+"""Batches of a source: every process takes its rows of each, broken samples are replaced, and all can be resumed.
 
 All processes read the same stream of samples and open only the pictures of their own rows. One that cannot be
-opened is told to all of them, rejected by the source, and replaced by the next sample of the stream: two processes
-at B rows train on the very samples that one at 2B would.
+opened, or whose text does not fit the model, is told to all of them, rejected by the source, and replaced by the
+next sample of the stream: two processes at B rows train on the very samples that one at 2B would.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from accelerate.utils import gather_object, send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blip2edge.errors import Blip2EdgeError, DataError, ImageError
+from blip2edge.errors import Blip2EdgeError, DataError, ImageError, PromptError
 from blip2edge.training.batches import CaptionBatch
 from blip2edge.training.data.sources import Sample, Source
 from blip2edge.training.features import PictureEncoder
 from blip2edge.training.stage1 import TextBatch
 
 Pixels = NDArray[np.float32] | None
+BROKEN = (ImageError, DataError, PromptError)
+"""What is wrong with one sample, and no reason to stop."""
 
 
 class PictureBatch(NamedTuple):
@@ -56,6 +58,13 @@ class Texts:
     own: Callable[[Sequence[str], Sequence[int]], TextBatch] | None = None
     instruction: Callable[[Sequence[Sample]], tuple[Tensor, Tensor]] | None = None
 
+    def check(self, sample: Sample) -> None:
+        """Raises PromptError or DataError where a sample's prompt or text does not fit the model."""
+        if self.captions is not None:
+            self.captions([sample])
+        if self.instruction is not None:
+            self.instruction([sample])
+
     def batch(self, samples: Sequence[Sample], image_embeds: Tensor) -> PictureBatch:
         """Texts beside embeddings."""
         captions = None if self.captions is None else self.captions(samples)
@@ -83,7 +92,7 @@ class _Ahead(NamedTuple):
     """A batch that is being opened in threads."""
 
     samples: list[Sample]
-    opened: list[Future[Pixels]]
+    opened: list[Future[Pixels | Blip2EdgeError]]
     state: dict[str, Any]
 
 
@@ -122,14 +131,14 @@ class Loader:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             samples, futures, self._state = ahead
-            opened = [_result(future) for future in futures]
+            opened = [future.result() for future in futures]
         else:
             samples = self._take(self._rows * size)
             opened = [self._opened(sample) for sample in samples[own]]
         samples, pixels = self._mended(samples, opened, own)
         if self._pool is not None:
             following = self._read(self._rows * size)
-            futures = [self._pool.submit(self._encoder.open, sample) for sample in following[own]]
+            futures = [self._pool.submit(self._opened, sample) for sample in following[own]]
             self._ahead = _Ahead(following, futures, self._source.state_dict())
         batch = self._texts.batch(samples[own], self._encoder.encode(samples[own], pixels))
         moved: PictureBatch = send_to_device(batch, self._accelerator.device)
@@ -146,8 +155,9 @@ class Loader:
 
     def _opened(self, sample: Sample) -> Pixels | Blip2EdgeError:
         try:
+            self._texts.check(sample)
             return self._encoder.open(sample)
-        except (ImageError, DataError) as error:
+        except BROKEN as error:
             return error
 
     def _mended(
@@ -192,10 +202,3 @@ class Loader:
         """Ends its threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-
-
-def _result(future: Future[Pixels]) -> Pixels | Blip2EdgeError:
-    try:
-        return future.result()
-    except (ImageError, DataError) as error:
-        return error

@@ -26,6 +26,7 @@ from blip2edge.training.data.sources import Sample  # noqa: E402
 from blip2edge.training.features import FeatureCache, PictureEncoder, encoder_hash  # noqa: E402
 from blip2edge.training.loader import Loader, Texts, number_of  # noqa: E402
 from blip2edge.training.miniature import build_miniature  # noqa: E402
+from blip2edge.training.texts import CaptionTexts  # noqa: E402
 from tests.training import recipes  # noqa: E402
 
 SHAPE = (65, 32)
@@ -83,6 +84,25 @@ def test_broken_pictures_are_replaced_by_the_next_samples(vision: Any, workers: 
     assert sorted(shown, key=lambda name: int(name.split("-")[-1])) == good[: len(shown)]
     assert source.rejected
     assert set(source.rejected).isdisjoint(shown)
+
+
+def test_a_prompt_that_does_not_fit_is_rejected_too(vision: Any) -> None:
+    workshop = build_miniature(parse_config(recipes.recipe()))
+    source = Faulty()
+    accelerator = Accelerator(cpu=True)
+    given = [next(iter(source)) for _ in range(6)]
+    given[2] = replace(given[2], prompt="why " * 200)
+
+    class Given(Faulty):
+        def __iter__(self) -> Iterator[Sample]:
+            yield from given
+
+    endless = Given()
+    texts = Texts(CaptionTexts(workshop.model.config, workshop.runtime_tokenizer, 16))
+    batches = Loader(endless, 3, PictureEncoder(vision, PREPROCESSING, accelerator), texts, accelerator)
+    batch = next(batches)
+    assert endless.rejected == [given[2].sample_id]
+    assert batch.sample_ids == tuple(given[number].sample_id for number in (0, 1, 3))
 
 
 def test_the_limit_is_the_sources(vision: Any) -> None:
