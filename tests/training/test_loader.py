@@ -49,6 +49,10 @@ class Faulty:
         for number, sample in enumerate(self._scenes):
             yield replace(sample, open_picture=broken) if number % 3 == 1 else sample
 
+    @property
+    def broken(self) -> dict[str, str]:
+        return dict.fromkeys(self.rejected, "broken")
+
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         self.rejected.append(sample.sample_id)
         if len(self.rejected) > self._most:
