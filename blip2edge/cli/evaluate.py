@@ -32,6 +32,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if data is None and options.count is not None and options.count < 2:
         raise UsageError(f"--count: at least 2 pictures are expected, not {options.count}")
     judge = open_judge(options.model, judge_options(options))
+    if options.predictions is not None and (data is None or judge.answerer is None):
+        raise UsageError("--predictions: expected a model that answers, and data from a file", "leave it out")
     with Progress() as progress:
         wanted = Wanted(
             tuple(options.metrics or ()),
@@ -86,8 +88,6 @@ def _entries(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _write(path: Path, predictions: Any) -> None:
-    if predictions is None:
-        raise UsageError("--predictions: this model on this data says nothing that could be written")
     try:
         path.write_text(json.dumps(predictions) + "\n", encoding="utf-8")
     except OSError as error:
