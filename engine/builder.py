@@ -125,7 +125,9 @@ def layers_of(trt: Any, path: Path) -> dict[str, int]:
     """
     logger, messages = keeper(trt)
     runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = True  # version-compatible engines bring some; this one was just built here
+    runtime.engine_host_code_allowed = (
+        True  # version-compatible engines bring some; this one was just built here
+    )
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         opened = runtime.deserialize_cuda_engine(content)
     if opened is None:

@@ -20,6 +20,7 @@ operators that every TensorRT from 10.3 takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,9 +192,13 @@ class _Writer:
         return self._add("Constant", [], name, {"value": value})
 
     def _add(
-        self, op: str, inputs: list[ir.Value], name: str, attributes: dict[str, object] | None = None
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        name: str,
+        attributes: Mapping[str, int | ir.TensorProtocol] | None = None,
     ) -> ir.Value:
-        node = ir.node(op, inputs, attributes=attributes or {})  # type: ignore[arg-type]
+        node = ir.node(op, inputs, attributes=dict(attributes or {}))
         node.outputs[0].name = name
         node.outputs[0].type = ir.TensorType(BOOLEANS.get(op, ir.DataType.INT64))
         self._graph.append(node)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -131,7 +132,7 @@ def dense_table(source: Path, dtype: str, output: Path) -> Path:
     return output
 
 
-def _header(path: Path) -> tuple[dict[str, dict[str, object]], int]:
+def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(HEADER_LENGTH), "little")
         return json.loads(file.read(length)), HEADER_LENGTH + length
@@ -143,13 +144,13 @@ def _external(path: Path) -> ir.ExternalTensor:
     kind = str(entry["dtype"])
     if kind not in STORED:
         raise EngineError(f"the token table {path} is quantised", "build it with `blip2edge build`")
-    first, last = entry["data_offsets"]  # type: ignore[misc]
+    first, last = entry["data_offsets"]
     return ir.ExternalTensor(
         path.name,
         start + first,
         last - first,
         STORED[kind],
-        shape=ir.Shape(entry["shape"]),  # type: ignore[arg-type]
+        shape=ir.Shape(entry["shape"]),
         name=EMBEDDINGS_TENSOR,
         base_dir=str(path.parent),
     )

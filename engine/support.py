@@ -89,9 +89,9 @@ def dtypes_of(model: ir.Model) -> dict[ir.Value, str]:
             types[value] = dtype.name
     for node in model.graph:
         for index, output in enumerate(node.outputs):
-            dtype = output.dtype.name if output.dtype is not None else _computed(node, index, types)
-            if dtype is not None:
-                types[output] = dtype
+            name = output.dtype.name if output.dtype is not None else _computed(node, index, types)
+            if name is not None:
+                types[output] = name
     return types
 
 

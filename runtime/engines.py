@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.contract import GraphSpec, TensorSpec
-from blip2edge.errors import BundleIntegrityError, EngineError
+from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
 from blip2edge.manifest import Bundle, FileRecord, sha256_of
 from blip2edge.runtime.fingerprint import Fingerprint, check_fingerprint
 
@@ -191,3 +191,30 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
     if refusal is not None:
         raise refusal
     raise EngineError(f"{bundle.path} has no engines for {here.target}", f"build them: {build}")
+
+
+def engines_backend(bundle: Bundle, backend: str) -> str:
+    """The backend that runs a bundle of engines alone.
+
+    Args:
+        bundle: It.
+        backend: As the user says it; ``auto`` for what the engines were built for.
+
+    Raises:
+        BackendError: A backend that runs graphs, of which there are none.
+        EngineError: There are no engines either.
+    """
+    folders = sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))
+    targets = list(
+        dict.fromkeys(str(EngineSet.read(path.parent).fingerprint.get("target")) for path in folders)
+    )
+    if not targets:
+        raise EngineError(f"{bundle.path} holds neither graphs nor engines", "copy it again")
+    if backend == "auto":
+        return targets[0]
+    if backend not in targets:
+        raise BackendError(
+            f"{bundle.path} holds engines alone, which the backend {backend} does not run",
+            f"use --backend {targets[0]}",
+        )
+    return backend

@@ -179,7 +179,7 @@ class Mirror:
         flags = cuda.api.cudaHostAllocMapped if cuda.shares_memory else cuda.api.cudaHostAllocDefault
         self._pinned = int(cuda(cuda.api.cudaHostAlloc, size, flags))
         view = (ctypes.c_uint8 * size).from_address(self._pinned)
-        self._host: Array = np.frombuffer(view, dtype, count=self._count)
+        self._host: Array = np.frombuffer(memoryview(view), dtype, count=self._count)
         self._device: DeviceBuffer | None = None
         if cuda.shares_memory:
             self.address = int(cuda(cuda.api.cudaHostGetDevicePointer, self._pinned, 0))

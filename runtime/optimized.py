@@ -20,6 +20,7 @@ import numpy as np
 from blip2edge.contract import Parity
 from blip2edge.errors import BundleIntegrityError
 from blip2edge.manifest import Bundle, FileRecord, sha256_of
+from blip2edge.runtime.engines import engines_backend
 from blip2edge.runtime.session import Array, Session, find_backend, open_session
 
 RECORD = "optimized.json"
@@ -204,6 +205,8 @@ class GraphOpener:
     ) -> None:
         self._bundle, self.backend, self.threads = bundle, backend, threads
         self.copied: list[str] = []
+        if bundle.manifest.engines_of:
+            backend = engines_backend(bundle, backend)
         found = find_backend(backend)
         copy, engines = found.copy, found.engines
         self._engines = import_module(found.module).EngineOpener(bundle, engines) if engines else None

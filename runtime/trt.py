@@ -8,6 +8,7 @@ import mmap
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -158,11 +159,12 @@ class Device:
         self._scratch.clear()
 
     def _reader(self, file: BinaryIO) -> Any:
-        trt, cuda, stream = self.trt, self.cuda, self.stream
+        trt: Any = self.trt
+        cuda, stream = self.cuda, self.stream
         whence = {trt.SeekPosition.SET: 0, trt.SeekPosition.CUR: 1, trt.SeekPosition.END: 2}
         piece = Mirror(cuda, (PIECE,), np.dtype(np.uint8))
 
-        class Reader(trt.IStreamReaderV2):  # type: ignore[misc]  # the module is known at run time only
+        class Reader(trt.IStreamReaderV2):  # type: ignore[misc,name-defined]  # known at run time only
             """Gives TensorRT a file piece by piece, to where it asks, on the host or on the GPU."""
 
             def __init__(self) -> None:
@@ -173,7 +175,7 @@ class Device:
                 target, done = address_of(destination), 0
                 while done < num_bytes:
                     view = piece.view((min(PIECE, num_bytes - done),))
-                    count = file.readinto(memoryview(view))  # type: ignore[attr-defined]
+                    count = file.readinto(memoryview(view.data))  # type: ignore[attr-defined]
                     if not count:
                         break
                     cuda.copy(target + done, view.ctypes.data, count, stream)
@@ -263,7 +265,7 @@ class TrtSession:
         self._spec = record.spec
         self.input_names = tuple(tensor.name for tensor in record.spec.inputs)
         self.output_names = tuple(tensor.name for tensor in record.spec.outputs)
-        self._make = lambda: Context(device, engine, record, record.profiles[0])
+        self._make = partial(Context, device, engine, record, record.profiles[0])
         self._context: Context | None = None
         self._mirrors: dict[str, Mirror] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.drawing import draw_pictures
+from blip2edge.contract import VISION
 
 BundleOf = Callable[..., Path]
 PICTURES = 2
@@ -23,23 +24,25 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
     graph of a captioner, ``int4`` the language model's weights in blocks.
     """
     pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
+    pytest.importorskip("filelock", reason="workers share what they export")
+    from filelock import FileLock
+
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.export import pipeline
-    from tests.engine.families import FAMILIES
+    from blip2edge.export.to_onnx import trace
+    from tests.drawing import draw_pictures
+    from tests.engine.families import DECODERS, FAMILIES
 
-    root = tmp_path_factory.mktemp("engines")
-    for index, picture in enumerate(draw_pictures(PICTURES)):
-        (root / "pictures").mkdir(exist_ok=True)
-        picture.save(root / "pictures" / f"{index}.png")
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "families"  # workers share one
+    (root / "pictures").mkdir(parents=True, exist_ok=True)
     traces: dict[tuple[str, str], Any] = {}
 
     def exported(name: str, precision: str) -> Path:
-        original = pipeline.trace
-
         def traced_once(module: Any, spec: Any) -> Any:
             known = traces.get((name, spec.name))
             if known is None:
-                known = traces[name, spec.name] = original(module, spec)
+                known = traces[name, spec.name] = trace(module, spec)
             return type(known)(known.model.clone(), known.spec, dict(known.slots))
 
         with pytest.MonkeyPatch.context() as patch:
@@ -51,14 +54,23 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
 
     @cache
     def make(name: str, precision: str = "fp32") -> Path:
-        if precision in ("fp32", "fp16"):
-            return exported(name, precision)
-        parent = make(name)
-        graphs = tuple(path.stem for path in parent.glob("*.onnx"))
+        parent = None if precision in ("fp32", "fp16") else make(name)
+        with FileLock(root / f"{name}.lock"):
+            path = root / name / precision
+            if path.exists():
+                return path
+            return exported(name, precision) if parent is None else calibrated(name, parent, precision)
+
+    def calibrated(name: str, parent: Path, precision: str) -> Path:
+        pictures = root / "pictures" / name
+        pictures.mkdir(exist_ok=True)
+        for index, picture in enumerate(draw_pictures(PICTURES)):
+            picture.save(pictures / f"{index}.png")
+        graphs = [path.stem for path in parent.glob("*.onnx")] if name in DECODERS else [VISION]
         options: dict[str, Any] = (
             {"weights": "int4"} if precision == "int4" else {"weights": "int8", "activations": graphs}
         )
-        calibrate(parent, root / name / precision, images=root / "pictures", threads=1, **options)
+        calibrate(parent, root / name / precision, images=pictures, threads=1, **options)
         return root / name / precision
 
     return make

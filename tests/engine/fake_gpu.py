@@ -97,7 +97,7 @@ class FakeCuda:
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:  # noqa: N802
         if not (self.holds(target, size) and self.holds(source, size)):
             return (INVALID,)
-        self.ask(stream, "copy", lambda: ctypes.memmove(target, source, size))  # type: ignore[arg-type,return-value]
+        self.ask(stream, "copy", lambda: ctypes.memmove(target, source, size))  # type: ignore[arg-type]
         return (OK,)
 
     def cudaMemcpy2DAsync(  # noqa: N802
@@ -118,7 +118,7 @@ class FakeCuda:
     def cudaMemsetAsync(self, target: int, value: int, size: int, stream: int) -> tuple[int]:  # noqa: N802
         if not self.holds(target, size):
             return (INVALID,)
-        self.ask(stream, "fill", lambda: ctypes.memset(target, value, size))  # type: ignore[arg-type,return-value]
+        self.ask(stream, "fill", lambda: ctypes.memset(target, value, size))  # type: ignore[arg-type]
         return (OK,)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, int]:  # noqa: N802
@@ -242,7 +242,9 @@ class FakeEngine:
         count = int(np.prod(shape))
         size = count * dtype.itemsize
         assert self.cuda.holds(address, size), f"{self.name} reaches beyond a buffer"
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype, count).reshape(shape)
+        return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(address)), dtype, count).reshape(
+            shape
+        )
 
 
 def fake_tensorrt(cuda: FakeCuda, version: str = "10.13.3", streamed: bool = True) -> Any:

@@ -10,7 +10,7 @@ from tests import drawing
 from tests.families import drawing_blip, drawing_idefics, drawing_instruct, drawing_llama, test_t5
 
 Draw = Callable[[Path], Any]
-ONE = {"num_hidden_layers": 1}
+ONE: dict[str, Any] = {"num_hidden_layers": 1}
 
 FAMILIES: dict[str, Draw] = {
     "blip2-opt": lambda path: drawing.save(path, vision_layers=1, qformer_layers=1, layers=1),

@@ -55,7 +55,7 @@ def test_every_graph_is_taken_and_builds(
         assert built.size == (tmp_path / plan.name).stat().st_size > 0
         if plan.name == DECODER:
             assert built.profiles == ("prefill", "decode", "verify")
-            assert precision_asked(precision, built.asked)
+            assert built.asked.get(asked_of(family, precision), 0) > 0
     if not HAS_RTX:
         pytest.skip("checked, not built: TensorRT for RTX is not installed (extra rtx)")
 
@@ -65,10 +65,11 @@ def has_int8_blocks(bundle: Bundle, plan: EnginePlan) -> bool:
     return bundle.graph(plan.name).precision == "int8-weights"
 
 
-def precision_asked(precision: str, asked: object) -> bool:
-    """Whether the products of a decoder are in the precision that its bundle is of."""
-    kinds = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4 weights"}
-    return isinstance(asked, dict) and asked.get(kinds[precision], 0) > 0
+def asked_of(family: str, precision: str) -> str:
+    """The precision that most products of a family's decoder are in; blocks of 32 do not fit BLIP's tiny width."""
+    if family == "blip" and precision == "int4":
+        return "fp32"
+    return {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4 weights"}[precision]
 
 
 def test_the_step_builds_on_floats_and_on_a_quantised_table(bundle_of: BundleOf, tmp_path: Path) -> None:

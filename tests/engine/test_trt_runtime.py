@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,24 @@ def test_other_families(name: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleO
         assert got == wanted
 
 
+def test_a_bundle_of_engines_alone(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path) -> None:
+    """No graph is there, nor looked for; ``auto`` is what the engines were built for."""
+    board, parent = copied(tiny_bundle, tmp_path / "board"), Bundle.open(tiny_bundle)
+    write_engines(tiny_bundle, board / KIND)
+    for path in board.glob("*.onnx*"):
+        path.unlink()
+    kept = {name: record for name, record in parent.manifest.files.items() if (board / name).is_file()}
+    replace(parent.manifest, files=kept, engines_of=parent.sha256).write(board)
+    picture = draw_pictures(1)[0]
+    wanted = Captioner.load(tiny_bundle, backend="cpu", threads=1).caption(picture, max_new_tokens=6).tokens
+    assert Captioner.load(board, threads=1).caption(picture, max_new_tokens=6).tokens == wanted
+    with pytest.raises(BackendError, match=r"holds engines alone, .* backend cpu .*; use --backend tensorrt"):
+        Captioner.load(board, backend="cpu")
+    shutil.rmtree(board / KIND)
+    with pytest.raises(EngineError, match="neither graphs nor engines"):
+        Captioner.load(board)
+
+
 def test_engines_are_refused_with_the_command_that_builds_them_again(
     gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +209,7 @@ def test_a_failing_call_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tm
 
     cuda, _ = gpu
     loaded = Cuda(cuda)
-    cuda.cudaMalloc = lambda size: (2,)  # type: ignore[assignment,method-assign]
+    cuda.cudaMalloc = lambda size: (2,)  # type: ignore[method-assign]
     with pytest.raises(BackendError, match="out of memory; build with a smaller --capacity"):
         DeviceBuffer(loaded, 8)
     with pytest.raises(BackendError, match="invalid argument"):

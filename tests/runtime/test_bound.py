@@ -35,13 +35,12 @@ def test_captions_are_those_of_the_cpu_backend(tiny_bundle: Path, monkeypatch: p
     monkeypatch.setattr(backend_cuda, "open_graph", bound)
     seen: list[str] = []
     original = DeviceArray._run
-    monkeypatch.setattr(
-        DeviceArray,
-        "_run",
-        lambda self, graph, inputs: (
-            seen.append("rows" if "rows" in inputs else "slots") or original(self, graph, inputs)
-        ),
-    )
+
+    def watched(self: DeviceArray, graph: bytes, inputs: dict[str, Any]) -> DeviceArray:
+        seen.extend(inputs)
+        return original(self, graph, inputs)
+
+    monkeypatch.setattr(DeviceArray, "_run", watched)
     loaded = [Captioner.load(tiny_bundle, backend=name, threads=1) for name in ("cpu", "cuda")]
     pictures = draw_pictures(3)
     for options in ({}, {"num_beams": 3}, {"repetition_penalty": 1.4}):
