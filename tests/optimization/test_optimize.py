@@ -1,0 +1,180 @@
+"""optimize: the copy says what the bundle says, shares its weights, and is passed over where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the bundle is exported here")
+pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
+
+from blip2edge.errors import BundleIntegrityError, UsageError
+from blip2edge.manifest import Bundle
+from blip2edge.optimization.pipeline import OptimizedReport, optimize
+from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.language import Continuation
+from blip2edge.runtime.optimized import RECORD
+from blip2edge.runtime.shared_cache import SharedDecoder, SharedState
+from tests.drawing import draw_pictures
+from tests.runtime.test_decoder import TAIL, TEXTS, alone, close
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_beams": 4},
+    {"num_beams": 3, "repetition_penalty": 1.4, "min_new_tokens": 4},
+    {"temperature": 1.2, "seed": 5},
+)
+PROMPTS = (None, "a photo of", "Question: what is two? Short answer:", "red dog", None)
+
+
+@pytest.fixture(scope="module")
+def copied(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> OptimizedReport:
+    bundle = tmp_path_factory.mktemp("optimised") / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    return optimize(bundle)
+
+
+@pytest.fixture(scope="module")
+def bundle(copied: OptimizedReport) -> Path:
+    return copied.directory.parents[1]
+
+
+@pytest.fixture(scope="module")
+def fast(bundle: Path) -> Captioner:
+    return Captioner.load(bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def decoder(fast: Captioner) -> SharedDecoder:
+    language = fast.completer.language
+    assert isinstance(language, Continuation)
+    decoder = language.decoder
+    if not isinstance(decoder, SharedDecoder):
+        pytest.skip("the portable decoder was faster here")
+    return decoder
+
+
+def answers(captioner: Captioner, **options: Any) -> list[tuple[int, ...]]:
+    results = captioner.caption_many(
+        draw_pictures(5, 1), prompts=PROMPTS, batch_size=3, max_new_tokens=10, **options
+    )
+    return [result.tokens for result in results]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_copy_says_what_the_bundle_says(
+    options: dict[str, Any], fast: Captioner, tiny_bundle: Path
+) -> None:
+    portable = Captioner.load(tiny_bundle, threads=1)
+    assert fast.graphs.copied
+    assert not portable.graphs.copied
+    assert answers(fast, **options) == answers(portable, **options)
+
+
+def test_the_record_tells_what_was_done(copied: OptimizedReport, bundle: Path) -> None:
+    values = json.loads((copied.directory / RECORD).read_text())
+    assert values["bundle_sha256"] == Bundle.open(bundle).sha256
+    assert values["graphs"].keys() | values["left"].keys() == {"vision_encoder", "bridge", "decoder"}
+    for graph in values["graphs"].values():
+        assert graph["cosine"] > 0.99999
+        assert all(parity["relative"] <= parity["tolerance"] for parity in graph["parity"])
+        assert graph["milliseconds"][0] > 0
+    assert set(values["files"]) == {path.name for path in copied.directory.iterdir()} - {
+        RECORD,
+        ".verified.json",
+    }
+
+
+def test_weights_that_did_not_change_are_not_stored_twice(copied: OptimizedReport, bundle: Path) -> None:
+    own = sum(path.stat().st_size for path in copied.directory.glob("*.data"))
+    parents = sum(path.stat().st_size for path in bundle.glob("*.data"))
+    assert own < parents / 4
+
+
+def test_a_copy_of_another_bundle_is_passed_over(bundle: Path, tmp_path: Path) -> None:
+    other = tmp_path / "bundle"
+    shutil.copytree(bundle, other)
+    manifest = json.loads((other / "bundle.json").read_text())
+    manifest["versions"]["note"] = "another"
+    (other / "bundle.json").write_text(json.dumps(manifest))
+    assert not Captioner.load(other, threads=1).graphs.copied
+
+
+def test_a_copy_by_another_version_is_passed_over(bundle: Path, tmp_path: Path) -> None:
+    other = tmp_path / "bundle"
+    shutil.copytree(bundle, other)
+    record = other / "optimized" / "cpu" / RECORD
+    values = json.loads(record.read_text())
+    values["versions"]["onnxruntime"] = "0.1"
+    record.write_text(json.dumps(values))
+    assert not Captioner.load(other, threads=1).graphs.copied
+
+
+def test_a_copy_that_was_changed_is_refused(bundle: Path, tmp_path: Path) -> None:
+    other = tmp_path / "bundle"
+    shutil.copytree(bundle, other)
+    graph = next((other / "optimized" / "cpu").glob("*.onnx"))
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(BundleIntegrityError, match="blip2edge optimize"):
+        Captioner.load(other, threads=1)
+
+
+def test_there_is_a_copy_for_some_backends_only(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="--backend cpu"):
+        optimize(bundle, "abacus")
+
+
+# The state over shared buffers
+
+
+def start(decoder: SharedDecoder, rows: tuple[int, ...] = (0, 1, 2)) -> SharedState:
+    return decoder.prefill([decoder.table.rows(TEXTS[row]) for row in rows])[1]
+
+
+def test_extending_is_stepping(decoder: SharedDecoder) -> None:
+    stepped, extended = start(decoder), start(decoder)
+    one_by_one = np.stack([stepped.step(TAIL[:, at]) for at in range(3)], axis=1)
+    close(extended.extend(TAIL), one_by_one)
+    assert extended.lengths.tolist() == stepped.lengths.tolist() == [7, 5, 6]
+
+
+@pytest.mark.parametrize("kept", [[3, 3, 3], [0, 3, 1], [2, 0, 3]])
+def test_what_is_forgotten_was_never_read(decoder: SharedDecoder, kept: list[int]) -> None:
+    state = start(decoder)
+    lengths = state.lengths
+    state.extend(TAIL)
+    state.truncate(lengths + kept)
+    logits = state.step(np.array([6, 5, 4]))
+    for row, token in enumerate((6, 5, 4)):
+        close(logits[row], alone(decoder, row, [*TAIL[row, : kept[row]].tolist(), token]))
+    with pytest.raises(ValueError, match="cannot keep"):
+        state.truncate(state.lengths + 1)
+
+
+def test_rows_join_and_leave(decoder: SharedDecoder) -> None:
+    state = start(decoder, (1,))
+    state.step(np.array([9]))
+    state.join(start(decoder, (0, 2)))
+    logits = state.step(np.array([5, 6, 7]))
+    for row, (text, tokens) in enumerate(((1, [9, 5]), (0, [6]), (2, [7]))):
+        close(logits[row], alone(decoder, text, tokens))
+    state.select(np.array([2, 0, 0]))
+    logits = state.step(np.array([8, 4, 6]))
+    close(logits[0], alone(decoder, 2, [7, 8]))
+    close(logits[1], alone(decoder, 1, [9, 5, 4]))
+    close(logits[2], alone(decoder, 1, [9, 5, 6]))
+
+
+def test_a_cache_grows_to_the_context(decoder: SharedDecoder) -> None:
+    state = start(decoder, (0,))
+    tokens = [5 + at % 7 for at in range(decoder.max_positions - len(TEXTS[0]))]
+    for token in tokens:
+        logits = state.step(np.array([token]))
+    close(logits[0], alone(decoder, 0, tokens))
