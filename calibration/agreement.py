@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from blip2edge.calibration.batches import Feeds, default_prompt
 from blip2edge.calibration.pictures import Picture
 from blip2edge.contract import GraphSpec
+from blip2edge.errors import BundleError
 from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.ort import OnnxRuntimeSession
 from blip2edge.runtime.preprocess import load_image
@@ -83,21 +84,33 @@ def compare_graphs(
     Returns:
         The cosine of each floating output, by name; presents of a cache are left out, as later layers and the
         logits show them.
+
+    Raises:
+        BundleError: The new graph gives values that are not finite.
     """
     outputs = [
         tensor.name
         for tensor in spec.outputs
         if "float" in tensor.dtype and not tensor.name.startswith("present.")
     ]
-    one, two = OnnxRuntimeSession(parent, threads), OnnxRuntimeSession(ours, threads)
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in outputs}
     total = min(RUNS, feeds.count(spec.name))
-    for done, inputs in enumerate(feeds.runs(spec.name, RUNS)):
+    session = OnnxRuntimeSession(parent, threads)
+    wanted = [session.run(inputs, outputs) for inputs in feeds.runs(spec.name, RUNS)]
+    session.close()  # one graph at a time is in memory
+    session = OnnxRuntimeSession(ours, threads)
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in outputs}
+    for done, (inputs, parents) in enumerate(zip(feeds.runs(spec.name, RUNS), wanted, strict=True)):
         if progress is not None:
             progress(done, total)
-        wanted, got = one.run(inputs, outputs), two.run(inputs, outputs)
+        got = session.run(inputs, outputs)
         for name in outputs:
-            runs[name].append((cosine(wanted[name], got[name]), _lowest_token(wanted[name], got[name])))
+            if not np.isfinite(got[name]).all():
+                raise BundleError(
+                    f"the rounded {spec.name} gives values in {name} that are not finite",
+                    "calibrate with another --method or --weights, or a bundle in fp32",
+                )
+            runs[name].append((cosine(parents[name], got[name]), _lowest_token(parents[name], got[name])))
+    session.close()
     if progress is not None:
         progress(total, total)
     return {name: _summary(pairs) for name, pairs in runs.items() if pairs}

@@ -1,0 +1,85 @@
+"""What INT8 and INT4 cost the demo's captions: ``python benchmarks/demo_precision.py``.
+
+Exports the checkpoint that ships, calibrates it on scenes of the training split, and captions 1,000 scenes of object
+pairs that neither training nor calibration ever showed, with the portable graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from blip2edge.calibration.pipeline import calibrate
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.manifest import Bundle
+from blip2edge.runtime.captioner import Captioner
+from blip2edge.training.evaluate import evaluate_scenes
+from blip2edge.training.scenes import scenes
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "demo-precision.json"
+CALIBRATION_SEED = 4242
+
+
+def score(bundle: Path, count: int) -> dict[str, Any]:
+    """Exact match on held-out scenes, and bytes of the bundle."""
+    captioner = Captioner.load(bundle, backend="cpu", threads=1)
+    scores = evaluate_scenes(
+        lambda pictures: [result.text for result in captioner.caption_many(pictures, batch_size=16)], count
+    )
+    files = Bundle.open(bundle).manifest.files
+    size = sum(record.size for name, record in files.items() if not name.startswith("report."))
+    return {"exact_match": scores["exact_match"], "bytes": size}
+
+
+def measure(folder: Path, pictures: int, count: int) -> dict[str, dict[str, Any]]:
+    """A row a precision."""
+    parent = export_checkpoint(ROOT / "examples" / "checkpoint", folder / "fp32").bundle
+    images = folder / "images"
+    images.mkdir()
+    for index, scene in enumerate(scenes(pictures, split="train", seed=CALIBRATION_SEED)):
+        scene.picture.save(images / f"{index:04d}.png")
+    rows = {"fp32": score(parent, count)}
+    for weights in ("int8", "int4"):
+        report = calibrate(parent, folder / weights, images=images, weights=weights, threads=1)
+        rows[weights] = score(report.bundle, count) | {
+            "captions_as_the_parents": None if report.captions is None else report.captions.same,
+            "cosine": {
+                name: {output: value.mean for output, value in graph.cosine.items()}
+                for name, graph in report.graphs.items()
+            },
+        }
+    return rows
+
+
+def main() -> None:
+    """Prints a line a precision and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=200, help="to calibrate on (200)")
+    parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        rows = measure(Path(folder), options.pictures, options.count)
+    for name, row in rows.items():
+        print(f"{name:6} exact match {row['exact_match']:7.2%}  {row['bytes'] / 1e6:6.1f} MB")
+    document = {
+        "command": "python benchmarks/demo_precision.py " + " ".join(sys.argv[1:]),
+        "machine": {"system": platform.platform(), "python": platform.python_version()}
+        | {name: version(name) for name in ("onnx", "onnxruntime", "numpy", "torch")},
+        "pictures": options.pictures,
+        "heldout_scenes": options.count,
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
