@@ -1,8 +1,8 @@
 """``--drop-limit``: the layers that suffer most stay as they are, until few enough captions change.
 
 1. Everything is quantised, and every layer's sensitivity is measured (``sensitivity.py``).
-2. As long as more of the calibration's captions differ from the parent's than the limit allows, the worst layers are
-   left in the parent's precision: one, two, four, … of them.
+2. As long as more of the calibration's captions differ from the parent's than the limit allows (or CIDEr against the
+   pictures' references falls by more), the worst layers are left in the parent's precision: one, two, four, … of them.
 3. Between the last number that was too few and the first that was enough, the least that is enough is searched.
 
 With every layer left, the bundle says what its parent says.
@@ -20,6 +20,7 @@ from typing import Any
 import onnx_ir as ir
 
 from blip2edge.calibration.activations import Job, write_planned
+from blip2edge.calibration.agreement import Captions
 from blip2edge.calibration.language_weights import rewrite_weights
 from blip2edge.calibration.pictures import Picture
 from blip2edge.calibration.qdq import Plan
@@ -39,19 +40,46 @@ from blip2edge.calibration.targets import find_targets
 from blip2edge.contract import EMBEDDINGS_FILE
 from blip2edge.errors import UsageError
 
+Score = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+"""What captions are worth against each picture's references; CIDEr, where 1 is 100 points."""
+
+
+@dataclass(frozen=True)
+class DropLimit:
+    """How much may be lost.
+
+    Attributes:
+        points: At most so many percent points.
+        cider: Of captions against references; None where there are no references.
+    """
+
+    points: float
+    cider: Score | None = None
+
+    @property
+    def measure(self) -> str:
+        """What is counted: ``cider`` that is lost, or ``captions`` that differ."""
+        return "captions" if self.cider is None else "cider"
+
+    def drop(self, captions: Captions, references: Sequence[Sequence[str]]) -> float:
+        """What is lost of a bundle's captions, in percent points."""
+        if self.cider is None:
+            return 100.0 * (1.0 - captions.same)
+        return 100.0 * (self.cider(captions.parent, references) - self.cider(captions.ours, references))
+
 
 @dataclass
 class Choice:
     """What was left, and what it brought.
 
     Attributes:
-        limit: Percent points of captions that may differ from the parent's.
+        limit: What may be lost.
         ranking: Every layer's sensitivity, the worst first.
-        drops: Percent points that differ, by the number of layers that were left.
+        drops: Percent points that are lost, by the number of layers that were left.
         left: How many of the ranking were left in the end.
     """
 
-    limit: float
+    limit: DropLimit
     ranking: Sequence[Sensitivity]
     drops: dict[int, float] = field(default_factory=dict)
     left: int = 0
@@ -59,7 +87,8 @@ class Choice:
     def to_json(self) -> dict[str, Any]:
         """The record's ``sensitivity`` object."""
         return {
-            "limit": self.limit,
+            "limit": self.limit.points,
+            "measure": self.limit.measure,
             "drop_with_all_quantised": self.drops[0],
             "drop": self.drops[self.left],
             "tried": {str(left): drop for left, drop in sorted(self.drops.items())},
@@ -145,7 +174,7 @@ def choose(
     job: Job,
     candidates: Candidates,
     ranking: Sequence[Sensitivity],
-    limit: float,
+    limit: DropLimit,
     drop_of: Callable[[Mapping[str, Made]], float],
 ) -> tuple[dict[str, Made], Choice]:
     """Leaves the least number of the worst layers with which the limit holds.
@@ -154,8 +183,8 @@ def choose(
         job: The calibration; its staging directory holds the graphs, quantised.
         candidates: What was quantised.
         ranking: The worst first.
-        limit: Percent points.
-        drop_of: Seals the staging directory and gives the percent points of captions that differ.
+        limit: What may be lost.
+        drop_of: Seals the staging directory and gives the percent points that are lost.
 
     Returns:
         The graphs as they are in the end, and the record.
@@ -170,7 +199,7 @@ def choose(
             made = _rewritten(job, candidates, ranking[:left])
         written = left
         choice.drops[left] = drop_of(made)
-        return choice.drops[left] <= limit
+        return choice.drops[left] <= limit.points
 
     enough = 0 if try_with(0) else None
     low, tried = 0, 1

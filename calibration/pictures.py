@@ -41,6 +41,14 @@ class Picture:
         """What a message calls it."""
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
+    def references(self) -> list[str]:
+        """Captions that people wrote: the lines of a ``.txt`` of the same name beside the file; none in a shard."""
+        beside = self.path.with_suffix(".txt")
+        if self.member or not beside.is_file():
+            return []
+        lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+
     def read(self) -> bytes:
         """The bytes of the picture file."""
         if not self.member:

@@ -26,7 +26,15 @@ from blip2edge.calibration import headroom
 from blip2edge.calibration.activations import Job, Progress, quantise_activations
 from blip2edge.calibration.agreement import Captions, caption_pictures, compare_captions
 from blip2edge.calibration.batches import Feeds, collect
-from blip2edge.calibration.choosing import Candidates, Choice, check_drop_limit, choose, measure_layers
+from blip2edge.calibration.choosing import (
+    Candidates,
+    Choice,
+    DropLimit,
+    Score,
+    check_drop_limit,
+    choose,
+    measure_layers,
+)
 from blip2edge.calibration.details import tell
 from blip2edge.calibration.language_weights import BITS, RUNS, quantise_weights
 from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
@@ -52,6 +60,7 @@ def calibrate(
     activations: Sequence[str] = W8A8,
     weights: str | None = "int8",
     drop_limit: float | None = None,
+    cider: Score | None = None,
     count: int = DEFAULT_COUNT,
     force: bool = False,
     threads: int | None = None,
@@ -69,6 +78,7 @@ def calibrate(
             (``int8``); None leaves them.
         drop_limit: Percent points of the captions that may differ from the parent's: the layers that suffer most
             stay as they are until it holds. None for no limit.
+        cider: Scores captions; with it, and a ``.txt`` of references beside every picture, the limit is on CIDEr.
         count: Pictures at most.
         force: Replace what is at ``output``.
         threads: CPU threads; None for as many as there are cores.
@@ -91,18 +101,11 @@ def calibrate(
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             feeds = Feeds(Path(folder) / "feeds")
             job = Job(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
-            graphs, agreement = _calibrated(
-                job, pictures, activations, weights, drop_limit, target.resolve().name
-            )
-    return CalibrationReport(
-        target,
-        {name: item.summary for name, item in graphs.items()},
-        agreement,
-        len(pictures),
-        tuple(warnings),
-        time.perf_counter() - start,
-        meter.peak,
-    )
+            limit = None if drop_limit is None else DropLimit(drop_limit, cider)
+            title = target.resolve().name
+            graphs, agreement = _calibrated(job, pictures, activations, weights, limit, title)
+    made, seconds = {name: item.summary for name, item in graphs.items()}, time.perf_counter() - start
+    return CalibrationReport(target, made, agreement, len(pictures), tuple(warnings), seconds, meter.peak)
 
 
 def _calibrated(
@@ -110,7 +113,7 @@ def _calibrated(
     pictures: PictureSet,
     activations: Sequence[str],
     weights: str | None,
-    drop_limit: float | None,
+    limit: DropLimit | None,
     title: str,
 ) -> tuple[dict[str, Made], Captions | None]:
     """Fills the staging directory."""
@@ -133,10 +136,10 @@ def _calibrated(
     agreement, choice = None, None
     if said is None:
         _seal(job, graphs).write(job.staging)
-    elif drop_limit is None:
+    elif limit is None:
         agreement = _agreement(job, pictures, said, graphs)
     else:
-        graphs, choice, agreement = _chosen(job, pictures, said, graphs, drop_limit)
+        graphs, choice, agreement = _chosen(job, pictures, said, graphs, limit)
     record = _record(job, pictures, graphs, agreement)
     if choice is not None:
         record["sensitivity"] = choice.to_json()
@@ -157,16 +160,19 @@ def _agreement(job: Job, pictures: PictureSet, said: Said, graphs: Mapping[str, 
 
 
 def _chosen(
-    job: Job, pictures: PictureSet, said: Said, graphs: Mapping[str, Made], limit: float
+    job: Job, pictures: PictureSet, said: Said, graphs: Mapping[str, Made], limit: DropLimit
 ) -> tuple[dict[str, Made], Choice, Captions]:
     """Leaves layers as they are until the limit holds; the graphs, the record, and the captions in the end."""
     candidates = Candidates.keep(job, graphs, job.feeds.directory.parent / "whole")
     ranking = measure_layers(job, candidates, list(pictures), [tokens for _, tokens in said])
+    references = [picture.references() for picture in list(pictures)[: len(said)]]
+    if limit.cider is not None and not all(references):
+        limit = DropLimit(limit.points)
     last: list[Captions] = []
 
     def drop_of(made: Mapping[str, Made]) -> float:
         last.append(_agreement(job, pictures, said, made))
-        return 100.0 * (1.0 - last[-1].same)
+        return limit.drop(last[-1], references)
 
     chosen, choice = choose(job, candidates, ranking, limit, drop_of)
     return chosen, choice, last[-1]

@@ -289,13 +289,14 @@ def _sensitivity(record: Mapping[str, Any] | None) -> str:
         )
         for item in record["layers"][: max(ROWS, len(left))]
     ]
+    counted = "% of the captions differ" if record["measure"] == "captions" else "points of CIDEr are lost"
     tried = ", ".join(f"{count} left: {drop:.1f}" for count, drop in record["tried"].items())
     return (
         "<p>How much each layer alone changes the next token (Kullback-Leibler divergence from the parent, nats a "
         f"token), the worst {len(rows)} of {len(record['layers'])}. With everything quantised "
-        f"{record['drop_with_all_quantised']:.1f} % of the captions differ; {record['limit']:g} are allowed. "
-        f"{len(left)} layers stay as they are (red), and {record['drop']:.1f} % differ.</p>{bars(rows)}"
-        f"<p class=note>Percent that differ, by the number of layers left: {tried}.</p>"
+        f"{record['drop_with_all_quantised']:.1f} {counted}; {record['limit']:g} are allowed. "
+        f"{len(left)} layers stay as they are (red), and {record['drop']:.1f} {counted}.</p>{bars(rows)}"
+        f"<p class=note>By the number of layers left: {tried}.</p>"
     )
 
 

@@ -31,6 +31,7 @@ HEADER = (
 def calibrate(options: argparse.Namespace) -> int:
     """Calibrate a bundle and print what came out."""
     from blip2edge.calibration.pipeline import W8A8, calibrate
+    from blip2edge.training.metrics.captions import cider_d
 
     with Progress() as progress:
         report = calibrate(
@@ -41,6 +42,7 @@ def calibrate(options: argparse.Namespace) -> int:
             activations=(*W8A8, *options.int8_activations),
             weights=None if options.weights == "none" else options.weights,
             drop_limit=options.drop_limit,
+            cider=cider_d,
             count=options.count,
             force=options.force,
             threads=options.threads,

@@ -12,11 +12,14 @@ import pytest
 pytest.importorskip("onnx_ir", reason="graphs are changed with onnx_ir")
 
 from blip2edge.calibration import choosing
-from blip2edge.calibration.choosing import Candidates, check_drop_limit, choose
+from blip2edge.calibration.agreement import Captions
+from blip2edge.calibration.choosing import Candidates, DropLimit, check_drop_limit, choose
+from blip2edge.calibration.pictures import Picture
 from blip2edge.calibration.qdq import Group, Plan
 from blip2edge.calibration.sensitivity import Layer, Sensitivity, divergence, layers_of, only
 from blip2edge.calibration.targets import Product
 from blip2edge.errors import UsageError
+from blip2edge.training.metrics.captions import cider_d
 
 
 def ranking(count: int) -> list[Sensitivity]:
@@ -36,7 +39,8 @@ def chosen(
     monkeypatch.setattr(choosing, "_rewritten", rewritten)
     job: Any = None
     candidates = Candidates({}, {}, Path())
-    _, choice = choose(job, candidates, ranking(len(drops) - 1), limit, lambda made: drops[written[0]])
+    allowed = DropLimit(limit)
+    _, choice = choose(job, candidates, ranking(len(drops) - 1), allowed, lambda made: drops[written[0]])
     return choice.left, choice.drops, written[0]
 
 
@@ -60,6 +64,24 @@ def test_the_least_that_is_enough(
     assert tried[left] <= limit
     assert left == 0 or tried[left - 1] > limit  # one less was seen to be too few
     assert len(tried) <= 2 + 2 * len(drops).bit_length()
+
+
+def test_what_is_lost_by_captions_and_by_cider() -> None:
+    captions = Captions(4, 0.75, ("a cat", "a dog", "a cow", "a hen"), ("a cat", "a dog", "a cow", "a fox"))
+    references = [[text] for text in captions.parent]
+    assert DropLimit(1).drop(captions, references) == 25
+    lost = DropLimit(1, cider_d)
+    assert lost.measure == "cider"
+    wanted = 100 * (cider_d(captions.parent, references) - cider_d(captions.ours, references))
+    assert lost.drop(captions, references) == pytest.approx(wanted)
+    assert wanted > 0
+
+
+def test_references_lie_beside_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n\n two cats \n", encoding="utf-8")
+    assert Picture(tmp_path / "a.png").references() == ["a cat", "two cats"]
+    assert Picture(tmp_path / "b.png").references() == []
+    assert Picture(tmp_path / "a.tar", "a.png").references() == []
 
 
 def test_divergence_is_zero_for_the_same_and_grows() -> None:
