@@ -249,7 +249,7 @@ def compare_sample(
     path, stack = _stack(name, _meta_model(config))
     depth = len(stack)
     for layer in sampled_layers(depth):
-        label = f"layer {layer} of {depth}"
+        label = f"layer {layer} of {depth}" if depth else "whole"
 
         def original(parameter: str, layer: int = layer) -> str:
             return parameter.replace(f"{path}.0.", f"{path}.{layer}.")
@@ -308,7 +308,10 @@ def _cut(name: str, model: Model, layer: int) -> nn.Module:
 
 
 def _one_layer_spec(name: str, config: Config) -> GraphSpec:
+    """With the keys and values of one layer; of a graph that is not cut, with all of them."""
     whole = GRAPHS[name].spec(config)
+    if not GRAPHS[name].stacks:
+        return whole
     return GraphSpec(name, _first_layer(whole.inputs), _first_layer(whole.outputs))
 
 

@@ -14,10 +14,16 @@ import torch
 from blip2edge import Captioner
 from blip2edge.cli import main
 from blip2edge.errors import CheckpointError, UsageError
+from blip2edge.export.draft_graph import DraftGraph, draft_spec
 from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.export.to_onnx import trace
+from blip2edge.export.verify import compare_sample
+from blip2edge.export.weights import write_weights
 from blip2edge.manifest import Bundle
 from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.checkpoint import Checkpoint
 from blip2edge.model.masks import attention_mask, mask_bias
+from blip2edge.model.models import build_model
 from blip2edge.runtime.draft import DraftText
 from blip2edge.runtime.encoder import Clock
 from blip2edge.runtime.speculate import Payoff
@@ -63,6 +69,19 @@ def test_the_bundle_tells_of_its_draft(drafted: tuple[Drawn, CaptionerModel, Pat
     tensors = (drafted[2] / "draft.onnx.data").stat().st_size
     table = config.vocab_size * drafted[0].variant.qformer_width * 4
     assert tensors < 2 * table + 60_000  # the table is there once, for words and head
+
+
+def test_a_sample_of_the_graphs_holds_the_whole_draft(
+    drafted: tuple[Drawn, CaptionerModel, Path], tmp_path: Path
+) -> None:
+    source = Checkpoint(drafted[0].directory)
+    with torch.device("meta"):
+        module = DraftGraph(build_model(source.config).eval())  # type: ignore[arg-type]
+    traced = trace(module, draft_spec(source.config))  # type: ignore[arg-type]
+    weights = write_weights(traced, source.read, tmp_path / "draft.onnx.data", torch.float32)
+    parity = compare_sample("draft", source.config, source.read, weights, "fp32")
+    assert {item.output for item in parity} == {"logits", "present.key", "present.value"}
+    assert {item.sample for item in parity} == {"whole"}
 
 
 def test_the_draft_writes_what_torch_writes(
