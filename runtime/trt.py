@@ -164,7 +164,7 @@ class Device:
         whence = {trt.SeekPosition.SET: 0, trt.SeekPosition.CUR: 1, trt.SeekPosition.END: 2}
         piece = Mirror(cuda, (PIECE,), np.dtype(np.uint8))
 
-        class Reader(trt.IStreamReaderV2):  # type: ignore[misc,name-defined]  # known at run time only
+        class Reader(trt.IStreamReaderV2):  # type: ignore[misc]  # known at run time only
             """Gives TensorRT a file piece by piece, to where it asks, on the host or on the GPU."""
 
             def __init__(self) -> None:
