@@ -1,21 +1,22 @@
-"""The same weights, picture and lengths through transformers and through blip2edge, in one run.
+"""The same weights, picture and lengths through transformers, plain ONNX Runtime and blip2edge, in one run.
 
-    python benchmarks/peers.py --compile --json benchmarks/results/peers-cpu.json
+    python benchmarks/peers.py --keep DIR --compile --json benchmarks/results/peers-cpu.json
+    python benchmarks/peers.py --keep DIR --bundle INT8=DIR8 --bundle INT8+INT4=DIR4 --json …
+    python benchmarks/peers.py --keep DIR --batch 8 --json …
 
-One process, one thread, batch 1, the contestants in turn (A B C A B C …), process CPU time, medians of the rounds and
-ratios round by round: a shared machine drifts, and what stands beside each other drifts together. The captioner has
-random weights in the shape of ViT-B/16 at 224 pixels, a 12-layer Q-Former of 32 queries and OPT-125m.
+One process, one thread, the contestants in turn (A B C A B C …), process CPU time, medians of the rounds and ratios
+round by round: a shared machine drifts, and what stands beside each other drifts together. The captioner has random
+weights in the shape of ViT-B/16 at 224 pixels, a 12-layer Q-Former of 32 queries and OPT-125m. Further bundles are
+made of ``DIR/bundle`` by ``blip2edge calibrate`` and ``blip2edge optimize``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -26,10 +27,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from export_memory import write_checkpoint
+from race import machine
+from random_checkpoint import write_checkpoint
 
+from blip2edge.contract import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.manifest import Bundle
+from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.embeddings import TokenTable
 
 SHAPE: dict[str, Any] = {
     "model_type": "blip-2",
@@ -54,16 +60,7 @@ class Contestant:
     """A name and what captions the picture."""
 
     name: str
-    caption: Callable[[], list[int]]
-
-
-def cpu_model() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    caption: Callable[[], list[list[int]]]
 
 
 def transformers_contestants(
@@ -75,11 +72,11 @@ def transformers_contestants(
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     pixel_values = torch.from_numpy(pixels)
 
-    def caption() -> list[int]:
+    def caption() -> list[list[int]]:
         out = model.generate(
             pixel_values=pixel_values, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
         )
-        return list(out[0].tolist())[-tokens:]
+        return out[:, -tokens:].tolist()
 
     contestants = [Contestant("transformers eager", caption)]
     if compiled:
@@ -88,42 +85,96 @@ def transformers_contestants(
         twin.qformer.forward = torch.compile(twin.qformer.forward)
         twin.language_model.forward = torch.compile(twin.language_model.forward, dynamic=True)
 
-        def caption_compiled() -> list[int]:
+        def caption_compiled() -> list[list[int]]:
             out = twin.generate(
                 pixel_values=pixel_values, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
             )
-            return list(out[0].tolist())[-tokens:]
+            return out[:, -tokens:].tolist()
 
         contestants.append(Contestant("transformers torch.compile", caption_compiled))
     return contestants
 
 
-def ours(bundle: Path, picture: np.ndarray, tokens: int, stages: list[dict[str, float]]) -> Contestant:
-    """The runtime on an exported bundle."""
+def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
+    """ONNX Runtime as a first script uses it: its default options, and the cache through NumPy arrays at every step."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    sessions = {
+        name: onnxruntime.InferenceSession(
+            str(bundle / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        for name in ("vision_encoder", "bridge", "decoder")
+    }
+    manifest = Bundle.open(bundle).manifest
+    cache, table = manifest.cache, TokenTable(bundle / EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, "float32")
+    assert cache is not None
+    prompt = Captioner.load(bundle, threads=1).prompter(None)
+
+    def caption() -> list[list[int]]:
+        batch = len(pixels)
+        embeds = sessions["vision_encoder"].run(None, {"pixel_values": pixels})[0]
+        visual = sessions["bridge"].run(["visual_tokens"], {"image_embeds": embeds})[0]
+        x = np.stack([prompt.embed(table, row) for row in visual])
+        past = {
+            name: np.zeros((batch, cache.num_heads, 0, cache.head_dim), np.float32)
+            for name in cache.past_names()
+        }
+        ids: list[np.ndarray] = []
+        for _ in range(tokens):
+            seen, steps = next(iter(past.values())).shape[2], x.shape[1]
+            feeds = {
+                "inputs_embeds": x,
+                "attention_mask": np.ones((batch, seen + steps), np.int64),
+                "position_ids": np.tile(np.arange(seen, seen + steps), (batch, 1)),
+                "logits_indices": np.full((batch, 1), steps - 1, np.int64),
+                **past,
+            }
+            logits, *present = sessions["decoder"].run(None, feeds)
+            past = dict(zip(cache.past_names(), present, strict=True))
+            ids.append(logits[:, 0].argmax(axis=-1))
+            x = table.rows(ids[-1])[:, None]
+        return np.stack(ids, axis=1).tolist()
+
+    return Contestant("ONNX Runtime, plain", caption)
+
+
+def ours(
+    name: str, bundle: Path, picture: np.ndarray, tokens: int, batch: int, stages: list[dict[str, float]]
+) -> Contestant:
+    """The runtime on a bundle."""
     captioner = Captioner.load(bundle, threads=1)
 
-    def caption() -> list[int]:
-        result = captioner.caption(picture, max_new_tokens=tokens, min_new_tokens=tokens)
-        stages.append(result.timings_ms)
-        return list(result.tokens)
+    def caption() -> list[list[int]]:
+        results = list(
+            captioner.caption_many(
+                [picture] * batch,
+                batch_size=batch,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                eos_token_ids=(),
+            )
+        )
+        stages.append(results[0].timings_ms)
+        return [list(result.tokens) for result in results]
 
-    return Contestant("blip2edge fp32", caption)
+    return Contestant(f"blip2edge {name}", caption)
 
 
-def race(contestants: list[Contestant], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every contestant, round by round, after one round that warms up."""
+def race(contestants: list[Contestant], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """CPU seconds of every contestant by round, after one that warms up; and the share of ids that are the first's."""
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    ids: dict[str, list[int]] = {}
+    ids: dict[str, list[list[int]]] = {}
     for number in range(rounds + 1):
         for contestant in contestants:
             start = time.process_time()
             ids[contestant.name] = contestant.caption()
             if number:
                 seconds[contestant.name].append(time.process_time() - start)
-    different = [name for name, found in ids.items() if found != ids[contestants[0].name]]
-    if different:
-        print(f"note: other ids than {contestants[0].name}: {', '.join(different)}", file=sys.stderr)
-    return seconds
+    base = np.array(ids[contestants[0].name])
+    same = {name: float((np.array(found) == base).mean()) for name, found in ids.items()}
+    return seconds, same
 
 
 def main() -> None:
@@ -136,56 +187,79 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile as a further contestant (minutes)"
     )
-    parser.add_argument("--work", type=Path, help="where the checkpoint and the bundle go (3 GB)")
+    parser.add_argument(
+        "--keep", type=Path, required=True, help="checkpoint and bundle, made where absent (3 GB)"
+    )
+    parser.add_argument("--bundle", type=_named, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once (1)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    stages: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        checkpoint, bundle = Path(folder) / "checkpoint", Path(folder) / "bundle"
+    checkpoint, bundle = options.keep / "checkpoint", options.keep / "bundle"
+    if not checkpoint.exists():
         write_checkpoint(checkpoint, SHAPE)
+    if not bundle.exists():
         export_checkpoint(checkpoint, bundle, verify="sample")
-        picture = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-        contestant = ours(bundle, picture, options.tokens, stages)
-        pixels = Captioner.load(bundle, threads=1).preprocessing.batch([picture])
-        contestants = [
-            *transformers_contestants(checkpoint, pixels, options.tokens, options.compile), contestant,
-        ]  # fmt: skip
-        seconds = race(contestants, options.rounds)
-    report(seconds, stages[1:], options)
+        optimize(bundle)
+    picture = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    stages: dict[str, list[dict[str, float]]] = {}
+    blip2edge = [
+        ours(name, path, picture, options.tokens, options.batch, stages.setdefault(name, []))
+        for name, path in [("fp32", bundle), *options.bundle]
+    ]
+    pixels = Captioner.load(bundle, threads=1).encoder.preprocessing.batch([picture] * options.batch)
+    contestants = [
+        *transformers_contestants(checkpoint, pixels, options.tokens, options.compile),
+        plain_runtime(bundle, pixels, options.tokens),
+        *blip2edge,
+    ]  # fmt: skip
+    seconds, same = race(contestants, options.rounds)
+    report(seconds, same, {name: rows[1:] for name, rows in stages.items()}, options)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    return name, Path(path)
 
 
 def report(
-    seconds: dict[str, list[float]], stages: list[dict[str, float]], options: argparse.Namespace
+    seconds: dict[str, list[float]],
+    same: dict[str, float],
+    stages: dict[str, list[dict[str, float]]],
+    options: argparse.Namespace,
 ) -> None:
     """Prints a Markdown table and writes the JSON."""
     base = next(iter(seconds.values()))
     rows = []
     for name, values in seconds.items():
         ratios = [first / own for first, own in zip(base, values, strict=True)]
-        rows.append(
-            {"name": name, "cpu_seconds": statistics.median(values), "speedup": statistics.median(ratios)}
-        )
-    median = {stage: round(statistics.median(row[stage] for row in stages), 1) for stage in stages[0]}
-    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
+        row = {"name": name, "cpu_seconds": statistics.median(values), "speedup": statistics.median(ratios)}
+        rows.append(row | {"same_ids": same[name], "pictures_per_cpu_s": options.batch / row["cpu_seconds"]})
+    medians = {
+        name: {stage: round(statistics.median(run[stage] for run in runs), 1) for stage in runs[0]}
+        for name, runs in stages.items()
+    }
     packages = ("torch", "transformers", "onnxruntime", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    print(f"{machine['cpu']}, one thread, {options.tokens} tokens, batch 1, fp32, {options.rounds} rounds\n")
-    print("| | CPU seconds a caption | times transformers eager |\n|---|---:|---:|")
+    where = machine()
+    print(
+        f"{where['cpu']}, one thread, {options.tokens} tokens, batch {options.batch}, {options.rounds} rounds\n"
+    )
+    print("| | CPU seconds | times transformers eager | same ids |\n|---|---:|---:|---:|")
     for row in rows:
-        print(f"| {row['name']} | {row['cpu_seconds']:.2f} | {row['speedup']:.2f} |")
-    print(f"\nblip2edge by stage, ms: {', '.join(f'{stage} {ms}' for stage, ms in median.items())}")
+        print(f"| {row['name']} | {row['cpu_seconds']:.3f} | {row['speedup']:.2f} | {row['same_ids']:.0%} |")
     if options.json:
         document = {
             "command": "python benchmarks/peers.py " + " ".join(sys.argv[1:]),
-            "machine": machine,
+            "machine": where,
             "versions": versions,
             "shape": SHAPE,
             "tokens": options.tokens,
+            "batch": options.batch,
             "rounds": seconds,
             "results": rows,
-            "stages_ms": median,
+            "stages_ms": medians,
         }
         options.json.write_text(json.dumps(document, indent=2) + "\n")
 

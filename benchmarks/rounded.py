@@ -1,0 +1,61 @@
+"""A bundle whose decoder has its weights rounded to the nearest in blocks, without pictures: to measure speed alone.
+
+    python benchmarks/rounded.py BUNDLE --out BUNDLE4 --weights int4
+
+Bytes and kernels are those of ``blip2edge calibrate --weights``; quality is not, which random weights have none of.
+The other graphs are taken as they are, so that BUNDLE may have been calibrated before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from blip2edge.calibration.storage import DataFile
+from blip2edge.calibration.targets import find_targets
+from blip2edge.calibration.weight_only import WeightOnly, choose_formats, quantize_weights
+from blip2edge.contract import DECODER
+from blip2edge.manifest import Bundle, FileRecord
+from blip2edge.optimization.pipeline import optimize
+
+PRECISIONS = {"int8": "int8-weights", "int4": "int4"}
+BITS = {"int8": 8, "int4": 4}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--weights", choices=BITS, required=True)
+    options = parser.parse_args()
+    source = Bundle.open(options.bundle)
+    options.out.mkdir(parents=True)
+    replaced = {f"{DECODER}.onnx", f"{DECODER}.onnx.data"}
+    for name in source.manifest.files.keys() - replaced:
+        shutil.copyfile(source.file(name), options.out / name)
+    model = ir.load(source.file(f"{DECODER}.onnx"))
+    targets = find_targets(model)
+    formats, _ = choose_formats(targets.products, BITS[options.weights])
+    with DataFile(options.out / f"{DECODER}.onnx.data") as file:
+        quantize_weights(model, targets.products, file, WeightOnly(formats, plain=True))
+    ir.save(model, options.out / f"{DECODER}.onnx")
+    graphs = dict(source.manifest.graphs)
+    graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[options.weights], parity=())
+    files = {
+        name: FileRecord.of(options.out / name) if name in replaced else record
+        for name, record in source.manifest.files.items()
+    }
+    replace(source.manifest, graphs=graphs, files=files).write(options.out)
+    for name, graph in optimize(options.out).record.graphs.items():
+        print(name, ", ".join(graph.passes), graph.milliseconds, os.linesep, end="")
+
+
+if __name__ == "__main__":
+    main()
