@@ -5,8 +5,9 @@
 A picture is the mean of its patches, a name the mean of its words' vectors; both are of length 1, and each picture is
 held against all names at once (cross-entropy of cosines over a learned temperature). Words are shared between names,
 so "red apple" and "green apple" have something in common. Each step draws new pictures from the drawings. The text
-side is dropped; what is written is a checkpoint whose picture encoder a recipe takes as `model.vision_from`, around
-an untrained rest, and `vision.json` with the share of names found first and among the first five.
+side is dropped. The encoder starts as the miniature's, which knows the colours and shapes of the scenes. What is
+written is a checkpoint whose picture encoder a recipe takes as `model.vision_from`, and `vision.json` with the share
+of names found first and among the first five.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from torch.nn import functional as F
 
 from blip2edge.examples.recipes.emoji.augment import augment, may_mirror, premultiplied
 from blip2edge.examples.recipes.emoji.prepare import PICTURE_SIZE
+from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
 from blip2edge.model.vit import VisionTransformer
 from blip2edge.training.batches import PREPROCESSING
-from blip2edge.training.config import BlockSizes, ModelConfig, OptimizerConfig, TrainingConfig
-from blip2edge.training.miniature import build_miniature
+from blip2edge.training.config import OptimizerConfig
 from blip2edge.training.optim import learning_rate, make_optimizer
 
-SIZES = BlockSizes(hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4)
+START = Path(__file__).parents[2] / "checkpoint"
 TEXT_WIDTH = 128
 START_SCALE = 10.0  # cosines are multiplied by this at first
 SMOOTHING = 0.1
@@ -135,16 +136,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A small picture encoder for the emoji recipe.")
     parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint directory to write")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--start", type=Path, default=START, help="a captioner of 64-pixel pictures (the miniature)"
+    )
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     drawings = Drawings.load(options.data / "drawings.npz")
-    workshop = build_miniature(TrainingConfig(seed=options.seed, model=ModelConfig(vision=SIZES)))
-    pair = Pair(workshop.model.vision, drawings.names)
+    model = load_checkpoint(options.start)
+    pair = Pair(model.vision, drawings.names).train()
     config = OptimizerConfig(
         steps=options.steps,
         batch_size=options.batch_size,
@@ -156,14 +160,13 @@ def main() -> None:
     seconds = time.process_time() - start
     record = {
         "config": asdict(config),
-        "sizes": asdict(SIZES),
         "cpu_seconds": round(seconds, 1),
         "final_loss": sum(losses[-SAY_EVERY:]) / len(losses[-SAY_EVERY:]),
         "names": len(drawings.names),
         "heldout_style": recall(pair, options.data / "test", drawings.names),
         "seen_style": recall(pair, options.data / "seen", drawings.names),
     }
-    workshop.write(options.out, "float32")
+    save_checkpoint(model, options.out, like=options.start)
     (options.out / "vision.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
 
