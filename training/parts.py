@@ -63,6 +63,11 @@ def build(stage: str, config: TrainingConfig, base: Path) -> Workshop:
         workshop = _whole(stage, config, base) or _composed(stage, config, base, kept if text else None)
     if kept is not None:
         begin_stage2(kept, workshop.model)
+    draft = workshop.model.config.draft
+    if (
+        draft is not None and workshop.texts is not None
+    ):  # a kept one may have fewer places than the recipe asks for
+        workshop.texts.max_length = min(workshop.texts.max_length, draft.max_positions)
     return workshop
 
 

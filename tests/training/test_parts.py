@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from blip2edge.errors import CheckpointError, ConfigError  # noqa: E402
 from blip2edge.model.checkpoint import load_checkpoint  # noqa: E402
+from blip2edge.training import run as runs  # noqa: E402
 from blip2edge.training.config import load_config  # noqa: E402
 from blip2edge.training.parts import build  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
@@ -24,6 +25,12 @@ from tests.families import drawing_blip, drawing_llama  # noqa: E402
 STEPS = "steps = 3\nbatch_size = 2\nwarmup_steps = 1\nmin_learning_rate = 0.0\n"
 SIZES = "hidden_size = 24\nintermediate_size = 48\nnum_layers = 2\nnum_heads = 3\n"
 FRESH = f"num_query_tokens = 4\n[model.qformer]\n{SIZES}"
+
+
+@pytest.fixture(autouse=True)
+def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is half of the time of so small a run."""
+    monkeypatch.setattr(runs, "draw_curve", lambda lines, path: False)
 
 
 @pytest.fixture(scope="module", name="parts")
@@ -93,6 +100,9 @@ def test_a_language_model_is_swapped_on_a_kept_bridge(parts: Path) -> None:
     first.write_text(first.read_text() + f"[stage1]\n{STEPS}embed_dim = 8\nmax_tokens = 12\n")
     train("stage1", first, parts / "stage1")
     kept = 'vision_from = "blip2"\nlanguage_from = "llama"\nbridge_from = "stage1"'
+    texts = build("stage2", load_config(recipe(parts, "kept", kept)), parts).texts
+    assert texts is not None
+    assert texts.max_length == 12, "as many places as stage 1 gave, though this recipe would take 32"
     path = recipe(parts, "swapped", kept, 'bridge = "projection"', "itg_weight = 0.5\n")
     train("stage2", path, parts / "swapped", evaluation_scenes=0)
     given = load_checkpoint(parts / "swapped")

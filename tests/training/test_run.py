@@ -15,11 +15,18 @@ pytest.importorskip("safetensors")
 
 from blip2edge.errors import ConfigError, DataError, OutputError  # noqa: E402
 from blip2edge.model.checkpoint import load_checkpoint  # noqa: E402
+from blip2edge.training import run as runs  # noqa: E402
 from blip2edge.training import snapshots  # noqa: E402
 from blip2edge.training.judges import JudgeOptions, open_answerer  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from blip2edge.training.scenes import scenes  # noqa: E402
 from tests.training import recipes  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is half of the time of so small a run."""
+    monkeypatch.setattr(runs, "draw_curve", lambda lines, path: False)
 
 
 @pytest.fixture(name="path")
