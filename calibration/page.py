@@ -31,8 +31,9 @@ tr:last-child td { border-bottom: 0; }
 .captions { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 10px; }
 figure { display: flex; gap: 12px; margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: 8px; }
 figure img { width: 76px; height: 76px; object-fit: cover; border-radius: 6px; flex: none; }
+figcaption { min-width: 0; overflow-wrap: anywhere; }
 figcaption p { margin: 0; font-size: 13.5px; line-height: 1.35; }
-figcaption small { display: block; font-size: 11.5px; overflow-wrap: anywhere; }
+figcaption small { display: block; font-size: 11.5px; }
 .differs { border-color: var(--bad); }
 .was { color: var(--soft); text-decoration: line-through; }
 .is { color: var(--bad); }

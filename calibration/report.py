@@ -347,11 +347,8 @@ def _headroom(graphs: Graphs) -> str:
 def _times(headroom: float | None) -> str:
     if headroom is None:
         return "always zero"
-    return (
-        f"{headroom:,.0f} times below the limit"
-        if headroom >= 100
-        else f"{headroom:.3g} times below the limit"
-    )
+    times, side = (headroom, "below") if headroom >= 1 else (1 / headroom, "above")
+    return f"{times:,.0f} times {side} the limit" if times >= 100 else f"{times:.3g} times {side} the limit"
 
 
 def _short(weight: str) -> str:
