@@ -27,7 +27,7 @@ from blip2edge.optimization import probe
 from blip2edge.optimization.graph import prepare
 from blip2edge.optimization.integers import forget_ranges
 from blip2edge.optimization.recipes import Context, Recipe, cook, recipes_for
-from blip2edge.optimization.storage import publish, scratch, settle
+from blip2edge.optimization.storage import SMALLEST, publish, scratch, settle
 from blip2edge.runtime.language import decoder_of
 from blip2edge.runtime.optimized import KIND, RECORD, OneByOne, OptimizedGraph, OptimizedRecord, installed
 from blip2edge.runtime.ort import OnnxRuntimeSession
@@ -255,7 +255,9 @@ def _exact(work: _Work, name: str, parent: Path) -> probe.Answers | None:
     prepare(model)
     if not forget_ranges(model):
         return None
-    return _answers(work, name, settle(model, work.scratch, f"{name}.exact"), Recipe(()))
+    graph = work.scratch / f"{name}.exact.onnx"  # not settled: ONNX Runtime would round activations by itself
+    ir.save(model, graph, external_data=f"{graph.name}.data", size_threshold_bytes=SMALLEST)
+    return _answers(work, name, graph, Recipe(()))
 
 
 def _tolerance(record: GraphRecord) -> float:

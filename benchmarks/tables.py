@@ -1,0 +1,126 @@
+"""Writes the tables of a Markdown page from ``benchmarks/results/*.json``.
+
+    python benchmarks/tables.py README.md docs/speed.md [--check]
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a key of :data:`TABLES`. What a page says
+so comes from a file that a run wrote. A table whose file is absent is left as it is; ``--check`` writes nothing and
+fails where a page would change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def captions(document: dict[str, Any]) -> list[str]:
+    """A race of whole captions."""
+    head = ["| | CPU ms a caption | times transformers eager | ids as transformers |", "|---|---:|---:|---:|"]
+    batch = document.get("batch", 1)
+    rows = [
+        f"| {row['name']} | {row['cpu_seconds'] / batch * 1e3:.0f} | {row['speedup']:.2f} | {row['same_ids']:.0%} |"
+        for row in document["results"]
+    ]
+    return [*head, *rows, "", f"{_where(document)}, batch {batch}, {document['tokens']} tokens."]
+
+
+def vision(document: dict[str, Any]) -> list[str]:
+    """A race of vision encoders."""
+    head = ["| ViT-B/16, 224 pixels | CPU ms | times fp32 in ONNX Runtime |", "|---|---:|---:|"]
+    rows = [
+        f"| {row['name']} | {row['run']['cpu_ms']:.0f} | {row['run']['times']:.2f} |"
+        for row in document["results"]
+    ]
+    return [*head, *rows, "", f"{_where(document)}, batch 1."]
+
+
+def language(document: dict[str, Any]) -> list[str]:
+    """A race of decoders."""
+    prompt, tokens = document["prompt"], document["tokens"]
+    base = document["results"][0]["name"]
+    head = [
+        f"| SmolLM2-135M | prefill of {prompt}, CPU ms | times {base} | {tokens} tokens, CPU ms | times {base} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    rows = [
+        "| " + " | ".join([row["name"], *(f"{row[work][key]:{form}}" for work in ("prefill", "decode")
+                                          for key, form in (("cpu_ms", ".0f"), ("times", ".2f")))]) + " |"
+        for row in document["results"]
+    ]  # fmt: skip
+    return [*head, *rows, "", f"{_where(document)}, batch 1."]
+
+
+def stages(document: dict[str, Any]) -> list[str]:
+    """What ``blip2edge bench --json`` printed."""
+    head = ["| stage | p50 ms | CPU ms | share of the roofline |", "|---|---:|---:|---:|"]
+    rows = []
+    for name, stage in document["stages"].items():
+        share = "" if stage["share"] is None else f"{stage['share']:.0%} ({stage['bound']})"
+        rows.append(f"| {name} | {stage['ms']['p50']:.1f} | {stage['cpu_ms']:.1f} | {share} |")
+    roof, machine = document["roofline"], document["machine"]
+    limits = (
+        f"One core reads {roof['gigabytes_per_s']} GB/s and multiplies {roof['gigaflops_fp32']} GFLOP/s in fp32, "
+        f"{roof['gigaops_int8']} GOP/s in int8."
+    )
+    return [*head, *rows, "", f"{machine['processor']}, threads: {machine['threads'] or 'all'}. {limits}"]
+
+
+def _where(document: dict[str, Any]) -> str:
+    return f"{document['machine']['cpu']}, one thread"
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "captions": ("peers-cpu.json", captions),
+    "captions-batch": ("peers-batch-cpu.json", captions),
+    "vision": ("peers-vision-cpu.json", vision),
+    "language": ("peers-language-cpu.json", language),
+    "stages-fp32": ("bench-fp32-cpu.json", stages),
+    "stages-int8": ("bench-int8-cpu.json", stages),
+}
+"""Of a name: the file and what lays it out."""
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the results have them.
+
+    Raises:
+        KeyError: A table of an unknown name.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        file, lay_out = TABLES[match["name"]]
+        path = RESULTS / file
+        if not path.exists():
+            return match[0]
+        lines = lay_out(json.loads(path.read_text(encoding="utf-8")))
+        return f"{match[1]}\n{chr(10).join(lines)}\n\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pages", type=Path, nargs="+")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    for page in options.pages:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text)
+        if options.check and new != text:
+            sys.exit(f"{page} does not say what benchmarks/results says: python benchmarks/tables.py {page}")
+        if not options.check:
+            page.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
