@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peers import cpu_model
+from race import cpu_model
 
 from blip2edge.contract import DECODER, DRAFT, EMBEDDINGS_FILE
 from blip2edge.errors import DataError
