@@ -20,12 +20,15 @@ def adapt(model: ir.Model) -> int:
     changed = 0
     for node in list(model.graph):
         source = node.inputs[0] if node.inputs else None
-        if source is None or types.get(source) not in INTEGERS:
+        if source is None:
+            continue
+        dtype = source.dtype.name if source.dtype is not None else types.get(source, "")
+        if dtype not in INTEGERS:
             continue
         if node.op_type == "Clip":
             _clip(model.graph, node, source)
         elif node.op_type == "CumSum":
-            _count(model.graph, node, source, ir.DataType[types[source]])
+            _count(model.graph, node, source, ir.DataType[dtype])
         else:
             continue
         changed += 1
