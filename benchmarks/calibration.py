@@ -26,7 +26,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from export_memory import INTERVAL, tree_bytes
-from peers import SHAPE, cpu_model
+from peers import SHAPE
+from race import cpu_model
 from random_checkpoint import write_checkpoint
 
 from blip2edge.calibration.agreement import cosine
