@@ -295,6 +295,9 @@ def _record(
             for name, made in graphs.items()
             if made.summary.cosine
         },
+        "weights": {
+            name: told for name, made in graphs.items() if (told := made.summary.weights_json()) is not None
+        },
         "left_in_float": {
             name: dict(made.summary.left) for name, made in graphs.items() if made.summary.left
         },

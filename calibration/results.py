@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from blip2edge.calibration.agreement import Captions, Cosine
 from blip2edge.calibration.qdq import Plan
@@ -54,6 +57,28 @@ class CalibratedGraph:
     left: Mapping[str, str]
     cosine: Mapping[str, Cosine]
     matrices: Mapping[str, RoundedMatrix] = field(default_factory=dict)
+
+    def weights_json(self) -> dict[str, Any] | None:
+        """The manifest's entry of a graph whose weights alone are integers; None for others.
+
+        ``bits``, how many matrices have each ``block``, and the mean ``error`` and ``plain_error`` of those whose
+        activations were seen.
+        """
+        if not self.matrices:
+            return None
+        told = list(self.matrices.values())
+        seen = [(item.error, item.plain_error) for item in told if item.error is not None]
+        means: list[float | None] = [None, None]
+        if seen:
+            means = [round(float(np.mean(column)), 6) for column in zip(*seen, strict=True)]
+        return {
+            "bits": told[0].bits,
+            "blocks": {
+                str(block): count for block, count in sorted(Counter(item.block for item in told).items())
+            },
+            "error": means[0],
+            "plain_error": means[1],
+        }
 
 
 @dataclass(frozen=True)

@@ -191,3 +191,15 @@ def test_weights_that_are_left_alone(tiny_bundle: Path, pictures: Path, tmp_path
     assert report.graphs[DECODER].precision == "fp32"
     for name in ("decoder.onnx.data", "embed_tokens.safetensors"):
         assert (report.bundle / name).read_bytes() == (tiny_bundle / name).read_bytes()
+
+
+def test_the_manifest_tells_of_the_weights(int8: Bundle, int4: CalibrationReport) -> None:
+    told = int8.manifest.calibration["weights"][DECODER]
+    assert told["bits"] == 8
+    assert sum(told["blocks"].values()) == len(report_of(int8)["graphs"][DECODER]["weights"])
+    assert 0 < told["error"] < told["plain_error"] < 0.02
+    assert Bundle.open(int4.bundle).manifest.calibration["weights"].keys() <= {DECODER}
+
+
+def report_of(bundle: Bundle) -> Any:
+    return json.loads(bundle.file("report.json").read_text(encoding="utf-8"))
