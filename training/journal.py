@@ -11,7 +11,7 @@ from typing import Any
 
 from blip2edge.errors import ConfigError, OutputError
 
-LOG, CURVE = "log.jsonl", "curve.png"
+LOG, CURVE, BOARD = "log.jsonl", "curve.png", "tensorboard"
 WHOLE = ("loss", "grad_norm")  # what is summed beside the parts of a loss
 LINES = 200  # a phase writes about this many, unless the recipe says otherwise
 
@@ -45,7 +45,7 @@ class Journal:
                 raise ConfigError(
                     "[loop] tensorboard is true, but the package is not installed", "pip install tensorboard"
                 ) from error
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+            self._board = SummaryWriter(str(directory / BOARD))
 
     def restart(self, state: Mapping[str, Any] | None = None) -> None:
         """Begins an empty log, or goes back to a snapshot: drops what was written after it.

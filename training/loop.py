@@ -203,9 +203,8 @@ def _not_finite(run: Run, phase: Phase, batches: Sequence[PhaseBatch], step: int
     names = [name for batch in batches for name in batch.sample_ids]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     samples = f" on the samples {', '.join(names[:NAMED])}{more}" if names else ""
-    snapshot = run.snapshots.newest()
     fix = "lower the learning rate of this phase, or raise its warmup_steps"
-    if snapshot is not None:
+    if run.snapshots.any:
         fix += f", and go on from {run.snapshots.directory} with --resume"
     return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
 

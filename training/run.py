@@ -25,7 +25,7 @@ from blip2edge.errors import ConfigError, OutputError
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
 from blip2edge.training.evaluate import evaluate_scenes
-from blip2edge.training.journal import CURVE, LOG, Journal, draw_curve
+from blip2edge.training.journal import BOARD, CURVE, LOG, Journal, draw_curve
 from blip2edge.training.judges import JudgeOptions, open_answerer
 from blip2edge.training.loop import Run, run_phase
 from blip2edge.training.parts import build, first_stage, write_stage1
@@ -71,8 +71,18 @@ class _Session:
         return Snapshot({f"{WORKSHOP}{name}": tensor for name, tensor in tensors.items()}, facts)
 
     def go_on(self, snapshot: Snapshot, names: list[str]) -> int:
-        """Takes what finished phases left; the number of the phase to go on with."""
-        begun = names.index(snapshot.facts["phase"])
+        """Takes what finished phases left; the number of the phase to go on with.
+
+        Raises:
+            ConfigError: The recipe has no such phase any more.
+        """
+        phase = snapshot.facts["phase"]
+        if phase not in names:
+            raise ConfigError(
+                f"the snapshot is of the phase {phase}, and this recipe has {', '.join(names)}",
+                "begin anew with --force",
+            )
+        begun = names.index(phase)
         self.figures = dict(snapshot.facts["figures"])
         for name in names[:begun]:
             self.written += PHASES[name].writes(self.config)
@@ -188,11 +198,11 @@ def train(
     snapshots = Snapshots(beside)
     snapshot = _begin(snapshots, stage, config, resume=resume, force=force, first=first)
     accelerator.wait_for_everyone()
+    journal = Journal(beside if first else None, tensorboard=config.loop.tensorboard)
     torch.manual_seed(config.seed)
     base = Path(config_path).resolve().parent
     workshop = build(stage, config, base)
     studio = Studio(config, workshop, accelerator, base, partial(first_stage, config=config, base=base))
-    journal = Journal(beside if first else None, tensorboard=config.loop.tensorboard)
     say = log if log is not None and first else _silent
     session = _Session(
         stage, config, accelerator, studio, journal, snapshots, say, progress if first else None
@@ -313,6 +323,8 @@ def _publish(
                     session.say(f"heldout: exact match {scores['exact_match']:.4f}")
             (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             shutil.copyfile(beside / LOG, fresh / LOG)
+            if (beside / BOARD).is_dir():
+                shutil.copytree(beside / BOARD, fresh / BOARD)
             draw_curve(session.journal.lines, fresh / CURVE)
             _swap(fresh, target, Path(temporary) / "old")
     except (OSError, SafetensorError) as error:

@@ -66,6 +66,11 @@ class Snapshots:
                 f"the snapshot {path} cannot be read ({error})", f"start again with --force, or remove {path}"
             ) from error
 
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return bool(self._whole())
+
     def write(self, step: int, snapshot: Snapshot) -> None:
         """Adds a snapshot and removes those before it.
 

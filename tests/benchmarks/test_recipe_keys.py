@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,21 @@ def test_every_key_has_a_row(keys: Any) -> None:
             if dataclasses.is_dataclass(value):
                 check(type(value))
             else:
-                assert (
-                    f"| `{field.name}` | {keys.written(value)} |" in text
-                    or kind
-                    in (
-                        config.Stage1Phase,
-                        config.BlockSizes,
-                    )
+                assert f"| `{field.name}` | {keys.written(value)} |" in text or kind in (
+                    config.Stage1Phase,
+                    config.BlockSizes,
                 ), field.name
 
     check(config.TrainingConfig)
     assert "| `steps` | `0` |" in text
+
+
+def test_the_recipes_of_the_page_are_valid() -> None:
+    for name in ("training.md", "data.md"):
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL):
+            if "[model]" in block:
+                config.parse_config(block)
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
@@ -58,15 +63,11 @@ def test_the_figures_are_those_that_were_measured() -> None:
         row = found.setdefault(run["steps"], {})
         row.setdefault(run["name"], []).append(f"{100 * run['exact_match']:.1f} %")
     for steps, row in found.items():
-        both, alone = (
-            ", ".join(row[name]) for name in ("stage 1, then stage 2", "stage 2 alone")
-        )
+        both, alone = (", ".join(row[name]) for name in ("stage 1, then stage 2", "stage 2 alone"))
         assert f"| {steps} | {both} | {alone} |" in page
     record = json.loads((results / "scenes-training.json").read_text(encoding="utf-8"))
     for scores in (record["heldout"], *record["other_series"]):
         assert f"{100 * scores['exact_match']:.1f} %" in page
-    for shape in json.loads(
-        (results / "training-speed.json").read_text(encoding="utf-8")
-    )["shapes"]:
+    for shape in json.loads((results / "training-speed.json").read_text(encoding="utf-8"))["shapes"]:
         for row in shape["results"][1:]:
             assert f"({row['ratio']:.2f})" in page

@@ -137,6 +137,30 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_
     assert lines[0].startswith("language: step 1/4")
 
 
+def test_a_recipe_without_the_phase_of_the_snapshot_is_refused(path: Path, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "stage1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("stage2", path, tmp_path / "out", progress=stop)
+    path.write_text(path.read_text().replace("[stage1]\nsteps = 4", "[stage1]\nsteps = 0"))
+    with pytest.raises(ConfigError, match="the snapshot is of the phase stage1"):
+        train("stage2", path, tmp_path / "out", resume=True)
+
+
+def test_tensorboard_is_written_or_missed_at_once(path: Path, tmp_path: Path) -> None:
+    recipes.write(path, loop="tensorboard = true")
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="tensorboard is true, but the package is not installed"):
+            train("stage2", path, tmp_path / "out")
+    else:
+        train("stage2", path, tmp_path / "out", evaluation_scenes=0)
+        assert list((tmp_path / "out" / "tensorboard").iterdir())
+
+
 def test_there_must_be_something_to_resume(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no snapshot"):
         train("stage2", path, tmp_path / "out", resume=True)
