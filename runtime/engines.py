@@ -10,7 +10,7 @@ from typing import Any
 
 from blip2edge.contract import GraphSpec, TensorSpec
 from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
-from blip2edge.manifest import Bundle, FileRecord, sha256_of
+from blip2edge.manifest import STAMP, Bundle, FileRecord, sha256_of
 from blip2edge.runtime.fingerprint import Fingerprint, check_fingerprint
 
 KIND = "engines"
@@ -146,21 +146,36 @@ class EngineSet:
         return self.engines[name]
 
     def file(self, name: str) -> Path:
-        """The file of an engine, whole.
+        """The file of an engine, whole: hashed unless its size and time are those of the last check.
 
         Raises:
             BundleIntegrityError: It is missing or changed.
         """
         record, path = self.record(name), self.directory / f"{name}.engine"
-        if (
-            not path.is_file()
-            or path.stat().st_size != record.file.size
-            or sha256_of(path) != record.file.sha256
-        ):
+        status = path.stat() if path.is_file() else None
+        stamp = [] if status is None else [status.st_size, status.st_mtime_ns, record.file.sha256]
+        stamps = self._stamps()
+        whole = status is not None and status.st_size == record.file.size
+        if not whole or (stamps.get(name) != stamp and sha256_of(path) != record.file.sha256):
             raise BundleIntegrityError(
                 f"{path} is missing or not the file that was built", "build the engines again"
             )
+        if stamps.get(name) != stamp:
+            self._stamp({**stamps, name: stamp})
         return path
+
+    def _stamps(self) -> dict[str, Any]:
+        try:
+            values = json.loads((self.directory / STAMP).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # no stamps: every engine is hashed
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def _stamp(self, stamps: Mapping[str, Any]) -> None:
+        try:
+            (self.directory / STAMP).write_text(json.dumps(stamps), encoding="utf-8")
+        except OSError:  # read-only: hashed again at the next load
+            return
 
 
 def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:

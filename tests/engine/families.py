@@ -29,5 +29,3 @@ FAMILIES: dict[str, Draw] = {
 
 DECODERS = tuple(name for name in FAMILIES if name not in ("blip-itm", "blip2-itm", "clip"))
 """Those that write texts."""
-
-PRECISIONS = ("fp32", "fp16", "int8", "int4")

@@ -10,19 +10,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
-pytest.importorskip("onnxruntime", reason="bundles are checked and calibrated in ONNX Runtime")
-
 from blip2edge.contract import DECODER
 from blip2edge.engine.builder import Settings, build_engine
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import EnginePlan, plans_of
 from blip2edge.engine.support import check_graph
 from blip2edge.manifest import Bundle
-from blip2edge.runtime.engines import STEP
 from blip2edge.runtime.trt import load_tensorrt
 from tests.engine.conftest import BundleOf
-from tests.engine.families import FAMILIES, PRECISIONS
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 SM = (86, 89)
@@ -35,24 +30,21 @@ def plans(bundle: Bundle) -> list[EnginePlan]:
     return [*plans_of(bundle, capacity=CAPACITY), *grows]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_graph_is_taken_and_builds(
-    family: str, precision: str, bundle_of: BundleOf, tmp_path: Path
-) -> None:
+def assert_taken_and_built(family: str, precision: str, bundle_of: BundleOf, directory: Path) -> None:
+    """Checks every engine of a bundle against every version's documentation, and builds it where RTX is there."""
     bundle = Bundle.open(bundle_of(family, precision))
     for plan in plans(bundle):
-        if plan.step is None:
-            for name, version in VERSIONS.items():
-                if precision == "int8" and name != "rtx" and has_int8_blocks(bundle, plan):
-                    continue
-                assert check_graph(plan.model(), version) == [], (plan.name, name)
-        if not HAS_RTX or plan.name == STEP:
+        if plan.step is not None:
             continue
-        built = build_engine(
-            load_tensorrt("rtx"), plan, VERSIONS["rtx"], tmp_path / plan.name, Settings(SM, 256)
-        )
-        assert built.size == (tmp_path / plan.name).stat().st_size > 0
+        for name, version in VERSIONS.items():
+            if name != "rtx" and has_int8_blocks(bundle, plan):
+                continue
+            assert check_graph(plan.model(), version) == [], (plan.name, name)
+        if not HAS_RTX:
+            continue
+        file = directory / f"{plan.name}.engine"
+        built = build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, Settings(SM, 256))
+        assert built.size == file.stat().st_size > 0
         if plan.name == DECODER:
             assert built.profiles == ("prefill", "decode", "verify")
             assert built.asked.get(asked_of(family, precision), 0) > 0
@@ -70,20 +62,3 @@ def asked_of(family: str, precision: str) -> str:
     if family == "blip" and precision == "int4":
         return "fp32"
     return {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4 weights"}[precision]
-
-
-def test_the_step_builds_on_floats_and_on_a_quantised_table(bundle_of: BundleOf, tmp_path: Path) -> None:
-    from blip2edge.engine.build import build_bundle
-
-    if not HAS_RTX:
-        pytest.skip("TensorRT for RTX is not installed (extra rtx)")
-    for precision in ("fp32", "int4"):
-        report = build_bundle(
-            bundle_of("blip2-opt", precision),
-            target="rtx",
-            sm=SM,
-            output=tmp_path / precision,
-            capacity=CAPACITY,
-        )
-        assert report.engines[STEP].size > 0
-        assert not list(report.directory.glob("*.safetensors"))
