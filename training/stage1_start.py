@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from blip2edge.errors import CheckpointError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint import TensorFiles, find_checkpoint, load_model, read_json, save_checkpoint
+from blip2edge.model.config import QFormerConfig
 from blip2edge.model.draft import (
     DRAFT_CONFIG,
     DRAFT_FILE,
@@ -27,12 +29,14 @@ from blip2edge.model.draft import (
     DraftConfig,
     write_draft,
 )
+from blip2edge.model.instruct import InstructedQFormerConfig
 from blip2edge.model.qformer import Reader
-from blip2edge.model.retrieval import RetrievalModel
+from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
 from blip2edge.model.weights import Rule, WeightMap, some, under
 from blip2edge.training.stage1 import Stage1Model
 
 STAGE1_FILE = "stage1.json"  # what neither a model's config nor its tensors hold
+EMBED_DIM = 256  # of the space of pictures and texts, where nothing was trained in it; LAVIS'
 BERT_STD = 0.02  # of everything that BERT draws, and of the queries
 
 _ATTENTION = (
@@ -184,6 +188,8 @@ def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path |
 def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1Model:
     """Reads what :func:`save_stage1` wrote, or any directory of transformers' ``Blip2ForImageTextRetrieval``.
 
+    Of a captioner with a draft, Q-Former and draft are taken; what compares pictures with texts is drawn.
+
     Args:
         source: A directory or a hub name.
         draft: The special tokens, where the directory has no draft of its own; its word head is then drawn.
@@ -199,11 +205,13 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
     if has_draft:
         draft = DraftConfig.from_json(read_json(directory / DRAFT_CONFIG))
     given = load_model(directory)
+    if isinstance(given, CaptionerModel) and given.draft is not None:
+        return _of_captioner(given, directory).eval()
     if not isinstance(given, RetrievalModel) or given.config.family != "blip-2-itm" or draft is None:
         raise CheckpointError(
             f"expected a first stage with {DRAFT_CONFIG} in {directory}, found "
             + (f"the family {given.config.family}" if draft else f"no {DRAFT_CONFIG}"),
-            "give what train stage1 wrote",
+            "give what train stage1 wrote, or a captioner with a draft",
         )
     if draft.vocab_size != given.config.vocab_size:
         raise CheckpointError(
@@ -220,6 +228,41 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
         with torch.no_grad():
             model.temperature.fill_(float(read_json(directory / STAGE1_FILE)["temperature"]))
     return model.eval()
+
+
+def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
+    """A first stage around a captioner's Q-Former and draft: :func:`begin_stage2` the other way round.
+
+    Raises:
+        CheckpointError: Its bridge is no plain Q-Former.
+    """
+    bridge, draft = captioner.config.bridge, captioner.config.draft
+    if type(bridge) is not QFormerConfig or draft is None or captioner.draft is None:
+        raise CheckpointError(
+            f"expected a plain Q-Former with a draft in {directory}, found a bridge of kind {bridge.kind}",
+            "give what train stage1 wrote",
+        )
+    own: dict[str, Any] = {each.name: getattr(bridge, each.name) for each in fields(QFormerConfig)}
+    positions = draft.max_positions
+    text = InstructedQFormerConfig(**own, vocab_size=draft.vocab_size, instruction_positions=positions)
+    config = RetrievalConfig(
+        family="blip-2-itm",
+        vision=captioner.config.vision,
+        text=text,
+        embed_dim=EMBED_DIM,
+        max_positions=positions,
+        num_features=bridge.num_query_tokens,
+    )
+    model = Stage1Model(config, draft)
+    draw_weights(model)
+    model.vision.load_state_dict(captioner.vision.state_dict())
+    qformer: Any = captioner.bridge.qformer
+    model.matcher.qformer.load_state_dict(qformer.state_dict(), strict=False)  # type: ignore[union-attr]
+    written = captioner.draft.state_dict()
+    with torch.no_grad():
+        for name, tensor in draft_of(model).items():
+            tensor.copy_(written[name])
+    return model
 
 
 def _load_head(model: Stage1Model, directory: Path) -> None:
