@@ -24,10 +24,10 @@ PROMPT = 32
 TOKENS = 8
 """Tokens that decoding is timed over."""
 
-LEAST_SECONDS = 0.03
-"""A shorter run is timed again, up to :data:`RUNS` times."""
+ENOUGH_SECONDS = 1.0
+"""Runs are repeated until they took so much together, at least :data:`FEWEST` and at most :data:`RUNS` times."""
 
-RUNS = 7
+FEWEST, RUNS = 3, 9
 
 Arrays = dict[str, Array]
 
@@ -147,7 +147,7 @@ def least_seconds(work: Callable[[], object]) -> float:
     """The least CPU time of some runs: what others take from the machine only ever adds."""
     work()
     times: list[float] = []
-    while len(times) < RUNS and (len(times) < 2 or sum(times) < RUNS * LEAST_SECONDS):
+    while len(times) < RUNS and (len(times) < FEWEST or sum(times) < ENOUGH_SECONDS):
         start = time.process_time()
         work()
         times.append(time.process_time() - start)

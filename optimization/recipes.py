@@ -77,6 +77,7 @@ INTEGER = (
 _SHARED = ("shared cache", "fused norms", "fused activations")
 DECODERS = (
     Recipe(("block kernels", *_SHARED), ("shared cache",)),
+    Recipe(("block kernels", "shared cache", "fused activations"), ("shared cache",)),
     Recipe(("block kernels", "fused activations")),
 )
 INTEGER_DECODERS = (
