@@ -69,12 +69,12 @@ def _calibration(record: Mapping[str, Any]) -> dict[str, str]:
     """How a bundle was calibrated, and how near it is to its parent."""
     lines = {"calibrated": f"{record['method']}, on {record['pictures']} pictures"}
     cosines = {
-        f"{graph} {value['mean']:.5f}"
+        graph: min(value["mean"] for value in outputs.values())
         for graph, outputs in record["cosine"].items()
-        for value in outputs.values()
+        if outputs
     }
     if cosines:
-        lines["cosine to the parent"] = ", ".join(sorted(cosines))
+        lines["cosine to the parent"] = ", ".join(f"{graph} {value:.5f}" for graph, value in cosines.items())
     captions = record.get("captions")
     if captions:
         lines["captions"] = f"{captions['same']:.1%} of {captions['pictures']} as the parent's"
