@@ -346,8 +346,10 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setitem(sys.modules, "blip2edge.export.pipeline", module)
     assert (
         main(
-            ["export", "some/name", "-o", "out", "--precision", "fp16", "--verify", "sample", "--force"]
-            + ["--no-optimize"]
+            [
+                *("export", "some/name", "-o", "out", "--precision", "fp16", "--verify", "sample"),
+                *("--force", "--no-optimize"),
+            ]
         )
         == 0
     )
@@ -381,7 +383,10 @@ def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         kept = {name: options[name] for name in ("force", "resume")}
         calls.append({"stage": stage, "config": config, "out": out, **kept})
         options["progress"]("vision", 3, 3)
-        return {"parameters": 7, "seconds": 2.0, "heldout": {"n": 10, "exact_match": 0.9}}
+        broken = {"samples": 4, "first": {"dog.jpg": "the picture is broken"}}
+        phases = {"vision": {"steps": 3}, "stage1": {"steps": 5, "broken": broken}}
+        scores = {"n": 10, "exact_match": 0.9}
+        return {"parameters": 7, "seconds": 2.0, "phases": phases, "heldout": scores}
 
     module = ModuleType("blip2edge.training.run")
     module.train = train  # type: ignore[attr-defined]
@@ -390,6 +395,7 @@ def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     output = capsys.readouterr()
     assert output.out.splitlines() == [
         "out: 7 parameters, trained in 2 s",
+        "stage1: skipped dog.jpg: the picture is broken (4 samples in all)",
         "10 held-out scenes: 90.00% right to the last letter",
         "next: blip2edge export out -o BUNDLE",
     ]

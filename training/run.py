@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -161,64 +162,58 @@ def train(
 ) -> dict[str, Any]:
     """Trains by a recipe and writes a checkpoint that transformers loads.
 
-    What a stage needs and the recipe names no checkpoint for runs before it. The directory appears at the end,
-    whole, or not at all. Until then log and snapshots are in a directory beside it, from which an interrupted run
-    goes on: a run that goes on ends with the weights of one that was never interrupted.
+    What a stage needs and the recipe names no checkpoint for runs before it. The directory appears at the end, whole,
+    or not at all. Until then log and snapshots are beside it; a run that goes on from there ends with the same bits.
 
     Args:
         stage: "stage1", "stage2" or "instruct".
         config_path: The recipe, TOML or JSON.
         out_dir: The checkpoint directory to make.
-        resume: Go on from the last snapshot, even if the recipe has changed since. Without it a run goes on by
-            itself where its recipe is the same, and begins anew where there is no snapshot.
+        resume: Go on from the last snapshot even if the recipe has changed. An unchanged one goes on by itself.
         force: Replace `out_dir` where it exists, and begin anew.
-        log: Takes one line at a time.
+        log: Takes a line now and then.
         progress: Called with (phase, steps done, steps).
-        evaluation_scenes: Held-out scenes that a captioner trained on scenes is scored on; 0: none.
+        evaluation_scenes: Held-out scenes that a captioner of scenes is scored on; 0: none.
 
     Returns:
-        The record, also saved in `out_dir` as `training.json`: seconds and losses of each phase, the
-        scores, the hash of the recipe, versions and machine.
+        The record, also saved as `training.json`: losses of each phase, scores, hash of the recipe, machine.
 
     Raises:
         ConfigError: The recipe is wrong, or not that of the run that is there.
         OutputError: `out_dir` exists, or cannot be written.
-        DataError: A loss is not finite, or the data cannot be read.
-        CheckpointError: A checkpoint that the recipe names cannot be read.
+        DataError, CheckpointError: A loss is not finite; data or a checkpoint cannot be read.
     """
     config = load_config(config_path)
     target = Path(out_dir)
-    phases_of(stage, config)
+    phases_of(stage, config)  # refuses a stage without steps
     if target.exists() and not force:
         raise OutputError(f"{target} exists already", "give another directory, or replace it with --force")
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config)
     first = accelerator.is_main_process
-    beside = target.with_name(f"{target.name}{RUN}")
-    snapshots = Snapshots(beside)
+    snapshots = Snapshots(target.with_name(f"{target.name}{RUN}"))
     snapshot = _begin(snapshots, stage, config, resume=resume, force=force, first=first)
     accelerator.wait_for_everyone()
-    journal = Journal(beside if first else None, tensorboard=config.loop.tensorboard)
-    torch.manual_seed(config.seed)
-    base = Path(config_path).resolve().parent
-    workshop = build(stage, config, base)
-    studio = Studio(config, workshop, accelerator, base, partial(first_stage, config=config, base=base))
-    say = log if log is not None and first else _silent
-    session = _Session(
-        stage, config, accelerator, studio, journal, snapshots, say, progress if first else None
-    )
+    journal = Journal(snapshots.directory if first else None, tensorboard=config.loop.tensorboard)
+    studio = _studio(stage, config, Path(config_path).resolve().parent, accelerator)
+    told = (log or _silent, progress) if first else (_silent, None)
+    session = _Session(stage, config, accelerator, studio, journal, snapshots, *told)
     start, clock = time.monotonic(), time.process_time()
-    try:
+    with contextlib.closing(studio), contextlib.closing(journal):
         session.run(snapshot)
-    finally:
-        studio.close()
-        journal.close()
     record = _record(session, config_path, time.monotonic() - start, time.process_time() - clock)
     if first:
-        _publish(session, target, beside, record, evaluation_scenes)
+        _publish(session, target, record, evaluation_scenes)
         snapshots.clear()
     accelerator.wait_for_everyone()
     return record
+
+
+def _studio(stage: str, config: TrainingConfig, base: Path, accelerator: Accelerator) -> Studio:
+    """The parts of a run, and what its phases are made with."""
+    torch.manual_seed(config.seed)
+    workshop = build(stage, config, base)
+    return Studio(config, workshop, accelerator, base, partial(first_stage, config=config, base=base))
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
@@ -299,10 +294,9 @@ def _record(session: _Session, config_path: str | Path, seconds: float, cpu_seco
     }
 
 
-def _publish(
-    session: _Session, target: Path, beside: Path, record: dict[str, Any], evaluation_scenes: int
-) -> None:
+def _publish(session: _Session, target: Path, record: dict[str, Any], evaluation_scenes: int) -> None:
     """Writes a temporary sibling, scores what was written, and renames it to `target`."""
+    beside = session.snapshots.directory
     config, workshop = session.config, session.studio.workshop
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
