@@ -114,14 +114,15 @@ def test_moving_the_error_halves_it() -> None:
     assert corrector.error(weight, *ours, INT4) == pytest.approx(off(*ours), rel=1e-3)
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
-    moments = SecondMoments(24)
-    moments.add(correlated(200, 24))
+@pytest.mark.parametrize("width", [24, 600])  # 600 is inverted by halves
+def test_the_factor_is_that_of_the_inverse(width: int) -> None:
+    moments = SecondMoments(width)
+    moments.add(drawn(3 * width, width))
     corrector = Corrector(moments.mean())
-    ordered = moments.mean()[np.ix_(corrector.order, corrector.order)] + corrector.damping * np.eye(24)
+    ordered = moments.mean()[np.ix_(corrector.order, corrector.order)] + corrector.damping * np.eye(width)
     factor = corrector.factor.astype(np.float64)
     assert np.allclose(np.tril(factor, -1), 0)
-    assert np.allclose(factor.T @ factor @ ordered, np.eye(24), atol=1e-3)
+    assert np.allclose(factor.T @ factor @ ordered, np.eye(width), atol=1e-3)
 
 
 def test_channels_that_are_never_used_do_no_harm() -> None:
