@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 pytest.importorskip("onnx_ir", reason="graphs are rewritten with onnx_ir")
 pytest.importorskip("onnxruntime", reason="graphs run on ONNX Runtime")
 

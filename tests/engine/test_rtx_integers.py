@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 pytest.importorskip("onnxruntime", reason="bundles are checked and calibrated in ONNX Runtime")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 pytest.importorskip("onnx_ir", reason="engines are made of graphs with onnx_ir")
 pytest.importorskip("onnxruntime", reason="the stand-in computes in ONNX Runtime")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 pytest.importorskip("onnxruntime", reason="this is about ONNX Runtime")
 
 import onnxruntime
