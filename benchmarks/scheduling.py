@@ -34,7 +34,7 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.request import Span
 
-RATES = (0.6, 0.8, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)  # of what one by one can do without a pause
+RATES = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4)  # of what one by one can do without a pause
 PATIENCE = 6.0  # the bound on 99 % of the waiting times, in captions made one by one
 TOKENS = (5, 40)  # shortest and longest caption of the arrivals
 
