@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.table import size, table
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 def build(options: argparse.Namespace) -> int:
     """Build the engines and print what they are for."""
+    from blip2edge.errors import EngineError
+
+    if find_spec("onnx_ir") is None:
+        raise EngineError(
+            "graphs are read with onnx-ir, which is not installed",
+            "install it: pip install 'blip2edge[build]'",
+        )
     from blip2edge.engine.build import build_bundle
 
     with Progress() as progress:

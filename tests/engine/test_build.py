@@ -151,6 +151,18 @@ def test_an_absent_tensorrt_is_an_answer(tiny_bundle: Path) -> None:
         build_bundle(tiny_bundle)
 
 
+def test_what_reads_graphs_is_asked_for_by_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a board `[export]` would bring torch."""
+    monkeypatch.setattr("blip2edge.cli.build.find_spec", lambda name: None)
+    assert main(["build", "bundle"]) == 1
+    assert (
+        "onnx-ir, which is not installed; install it: pip install 'blip2edge[build]'"
+        in capsys.readouterr().err
+    )
+
+
 def test_jetpack_6_0_is_told_to_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
     old = type("trt", (), {"__version__": "8.6.2"})
     monkeypatch.setattr("importlib.import_module", lambda name: old)
