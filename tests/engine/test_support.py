@@ -61,7 +61,7 @@ def dequantised(kind: Any, block: int, zero: int | None = None) -> Any:
     if zero is not None:
         constants["zero"] = np.array(zero, kind)
         inputs.append("zero")
-    attributes = {"axis": 0, "block_size": block} if block else {}
+    attributes: dict[str, Any] = {"axis": 0, "block_size": block} if block else {}
     nodes = [
         helper.make_node("DequantizeLinear", inputs, ["d"], name="dq", **attributes),
         helper.make_node("MatMul", ["x", "d"], ["y"], name="product"),
