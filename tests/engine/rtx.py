@@ -40,8 +40,8 @@ def assert_taken_and_built(family: str, precision: str, bundle_of: BundleOf, dir
             if name != "rtx" and has_int8_blocks(bundle, plan):
                 continue
             assert check_graph(plan.model(), version) == [], (plan.name, name)
-        if not HAS_RTX:
-            continue
+        if not HAS_RTX or (precision == "int4" and bundle.graph(plan.name).precision == "int8"):
+            continue  # the latter are the graphs of the INT8 bundle
         file = directory / f"{plan.name}.engine"
         built = build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, Settings(SM, 256))
         assert built.size == file.stat().st_size > 0
