@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from peers import cpu_model
+from race import cpu_model
 
 from blip2edge.calibration.activations import Job
 from blip2edge.calibration.batches import Feeds

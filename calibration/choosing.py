@@ -245,7 +245,12 @@ def _rewritten(job: Job, candidates: Candidates, worst: Sequence[Sensitivity]) -
             else _with_plan(job, made, plan, left)
         )
         if not again.summary.products:
-            again = replace(again, record=replace(again.record, precision=job.parent.graph(name).precision))
+            precision = job.parent.graph(name).precision
+            again = replace(
+                again,
+                record=replace(again.record, precision=precision),
+                summary=replace(again.summary, precision=precision),
+            )
         out[name] = replace(again, headroom=made.headroom)
     return out
 

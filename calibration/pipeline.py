@@ -47,6 +47,9 @@ from blip2edge.runtime.meter import MemoryMeter
 from blip2edge.staging import staged
 
 METHODS = (*THRESHOLDS, "smooth")
+UNSEEN_BITS = 8
+"""Of weights whose activations the pictures do not show (texts that are compared, a draft): four bits need them."""
+
 W8A8 = (VISION, BRIDGE)
 """Graphs whose activations become INT8 too, unless told otherwise."""
 
@@ -184,7 +187,8 @@ def _made(job: Job, record: GraphRecord, activations: Sequence[str], weights: st
         return quantise_activations(job, record)
     if record.spec.name == VISION or weights is None:
         return _copied(job, record)
-    return quantise_weights(job, record, BITS[weights])
+    bits = BITS[weights] if job.feeds.count(record.spec.name) else UNSEEN_BITS
+    return quantise_weights(job, record, bits)
 
 
 def _headroom(job: Job, record: GraphRecord) -> dict[str, Any] | None:
