@@ -168,7 +168,7 @@ def main() -> None:
         description="Emoji with their names, as data for training and evaluation."
     )
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
-    parser.add_argument("--copies", type=int, default=6, help="augmented pictures of each drawing")
+    parser.add_argument("--copies", type=int, default=12, help="augmented pictures of each drawing")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
