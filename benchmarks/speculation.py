@@ -4,7 +4,7 @@
 
 The contestants caption the same picture one after the other, in turning order, on one thread. Seconds are process CPU
 time of the whole caption, from the picture to its text, the draft's cost within it. The texts must be equal token for
-token, or nothing is written.
+token, or nothing is written. "always" is the bridge's text head used at every step, whether it pays or not.
 """
 
 from __future__ import annotations
@@ -25,9 +25,27 @@ from blip2edge.contract import DECODER, DRAFT, EMBEDDINGS_FILE
 from blip2edge.errors import DataError
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.captioner import Captioner, CaptionResult
+from blip2edge.runtime.speculate import Payoff
 from blip2edge.training.scenes import scenes
 
 SERIES = 900  # of the held-out scenes: no training reads it
+
+
+class Always(Payoff):
+    """Guesses at every step."""
+
+    @property
+    def pays(self) -> bool:
+        """Yes."""
+        return True
+
+
+def load(bundle: Path, draft: str) -> Captioner:
+    """A contestant."""
+    captioner = Captioner.load(bundle, threads=1, draft="itg" if draft == "always" else draft)
+    if draft == "always":
+        captioner.completer.drafting.payoffs["itg"] = Always()
+    return captioner
 
 
 def share(parts: Sequence[CaptionResult], stage: str) -> float:
@@ -48,7 +66,7 @@ def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, token
     Raises:
         DataError: A text differs from that of plain decoding.
     """
-    captioners = {draft: Captioner.load(bundle, threads=1, draft=draft) for draft in drafts}
+    captioners = {draft: load(bundle, draft) for draft in drafts}
     seconds: dict[str, list[float]] = {draft: [] for draft in drafts}
     results: dict[str, list[CaptionResult]] = {draft: [] for draft in drafts}
     for number, scene in enumerate(scenes(warm_up + pictures, split="heldout", seed=SERIES)):
@@ -110,7 +128,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundles", nargs="+", metavar="NAME=BUNDLE")
-    parser.add_argument("--drafts", nargs="+", default=["none", "auto", "lookup"])
+    parser.add_argument("--drafts", nargs="+", default=["none", "auto", "always", "lookup"])
     parser.add_argument("--pictures", type=int, default=60)
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=30)
@@ -121,6 +139,7 @@ def main() -> int:
         name, _, path = given.partition("=")
         bundles[name] = race(Path(path), options.drafts, options.pictures, options.warm_up, options.tokens)
     document = {
+        "command": "python benchmarks/speculation.py " + " ".join(f"{name}=BUNDLE" for name in bundles),
         "method": "process CPU time, one thread, contestants in turn picture by picture, held-out scenes",
         "machine": cpu_model(),
         "versions": {name: version(name) for name in ("onnxruntime", "numpy", "tokenizers")},

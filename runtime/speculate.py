@@ -62,7 +62,7 @@ class Payoff:
     AGAIN = 64  # passes between two measurements of a plain step
     TRIAL = 4  # passes before a judgement
     FADE = 0.9  # what a pass keeps of those before it
-    SHORTEST_REST, LONGEST_REST = 32, 4096  # tokens
+    SHORTEST_REST, LONGEST_REST = 128, 8192  # tokens
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -108,7 +108,7 @@ class Payoff:
         self._passes += 1
         self._since_plain += 1
         if self._passes > self.TRIAL and self.seconds_per_token > self.plain_seconds:
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, self.LONGEST_REST)
+            self._rest, self._next_rest = self._next_rest, min(4 * self._next_rest, self.LONGEST_REST)
             self._passes, self._spent, self._gained = 0, 0.0, 0.0
         elif self._passes > 4 * self.TRIAL:
             self._next_rest = self.SHORTEST_REST
