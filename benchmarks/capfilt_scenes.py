@@ -28,6 +28,11 @@ from blip2edge.training.data.shards import ShardWriter, read_shards, shard_paths
 from blip2edge.training.metrics.hallucination import probes, things_shown
 from blip2edge.training.scenes import make_scene
 
+TRAINED_ON = {
+    "clean": "the captioner that writes",
+    "web": "before: the web as it is",
+    "filtered": "after: what CapFilt made of it",
+}
 SIZES = ("web", "clean", "share", "steps", "captioner_steps", "scenes")
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "examples" / "checkpoint"  # gives the frozen picture encoder and language model
@@ -153,9 +158,14 @@ def cpu_seconds(model: Path) -> float:
     return float(record["cpu_seconds"])
 
 
-def score(model: Path, count: int) -> dict[str, Any]:
-    """Figures of a model on held-out scenes."""
-    figures = json.loads(blip2edge("eval", str(model), "--count", str(count), "--threads", "1", "--json"))
+def score(model: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of a model on held-out scenes; what `eval` prints stays in the working directory."""
+    path: Path = options.work / f"eval-{name}.json"
+    if not (options.reuse and path.is_file()):
+        path.write_text(
+            blip2edge("eval", str(model), "--count", str(options.scenes), "--threads", "1", "--json")
+        )
+    figures = json.loads(path.read_text())
     names = ("exact_match", "chair_i", "cider_d", "text_r1", "image_r1")
     found = {name: round(figures[name], 4) for name in names if name in figures}
     return {**found, "pope_adversarial_f1": round(figures["pope"]["adversarial"]["f1"], 4)}
@@ -216,20 +226,20 @@ def main() -> None:
     matcher = matching_head(work, options)
     report = filtered(work, clean, matcher, options)
     trained = {
-        "the captioner that writes": clean,
-        "before: web as it is": captioner(work, "web", "web", options.steps, options),
-        "after: CapFilt": captioner(work, "filtered", "filtered", options.steps, options),
+        "clean": clean,
+        "web": captioner(work, "web", "web", options.steps, options),
+        "filtered": captioner(work, "filtered", "filtered", options.steps, options),
     }
     result = {
         "what": "captioners trained on scenes with planted wrong captions, before and after CapFilt",
         "sizes": {key: getattr(options, key) for key in SIZES},
         "wrong_captions": sum(text != truth for text, truth in zip(web, right, strict=True)),
-        "matcher": score(matcher, options.scenes),
+        "matcher": score(matcher, "matcher", options),
         "filter": filtering(work / "filtered", web, right),
         "report": {
             key: report[key] for key in ("threshold", "keep", "pictures", "web", "synthetic", "seconds")
         },
-        "heldout": {name: score(model, options.scenes) for name, model in trained.items()},
+        "heldout": {TRAINED_ON[name]: score(model, name, options) for name, model in trained.items()},
         "cpu_seconds": {name: cpu_seconds(model) for name, model in {"matcher": matcher, **trained}.items()},
         "machine": {"processor": platform.machine(), "threads": 1, "python": platform.python_version()},
         "blip2edge": __version__,
