@@ -40,12 +40,20 @@ class Always(Payoff):
         return True
 
 
-def load(bundle: Path, draft: str) -> Captioner:
-    """A contestant."""
-    captioner = Captioner.load(bundle, threads=1, draft="itg" if draft == "always" else draft)
-    if draft == "always":
-        captioner.completer.drafting.payoffs["itg"] = Always()
-    return captioner
+class Contestant:
+    """One way to caption with a captioner that all share: the same weights in the same memory."""
+
+    def __init__(self, captioner: Captioner, draft: str) -> None:
+        self.captioner = captioner
+        self.draft = "itg" if draft == "always" else draft
+        clock = captioner.completer.drafting.payoffs["itg"].clock
+        self.payoff = Always(clock) if draft == "always" else Payoff(clock)
+
+    def caption(self, picture: Any, tokens: int) -> CaptionResult:
+        """A caption; what was learned of the cost is this contestant's own."""
+        payoffs = self.captioner.completer.drafting.payoffs
+        payoffs.update(dict.fromkeys(payoffs, self.payoff))
+        return self.captioner.caption(picture, max_new_tokens=tokens, draft=self.draft)
 
 
 def share(parts: Sequence[CaptionResult], stage: str) -> float:
@@ -66,14 +74,15 @@ def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, token
     Raises:
         DataError: A text differs from that of plain decoding.
     """
-    captioners = {draft: load(bundle, draft) for draft in drafts}
+    captioner = Captioner.load(bundle, threads=1)
+    contestants = {draft: Contestant(captioner, draft) for draft in drafts}
     seconds: dict[str, list[float]] = {draft: [] for draft in drafts}
     results: dict[str, list[CaptionResult]] = {draft: [] for draft in drafts}
     for number, scene in enumerate(scenes(warm_up + pictures, split="heldout", seed=SERIES)):
         turn = number % len(drafts)
         for draft in (*drafts[turn:], *drafts[:turn]):
             start = time.process_time()
-            result = captioners[draft].caption(scene.picture, max_new_tokens=tokens)
+            result = contestants[draft].caption(scene.picture, tokens)
             taken = time.process_time() - start
             if number >= warm_up:
                 seconds[draft].append(taken)
