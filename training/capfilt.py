@@ -167,9 +167,8 @@ def capfilt(
     """
     if not pictures:
         raise DataError("expected at least one picture with a caption, got none")
-    size = options.captioning.batch_size
+    size, start = options.captioning.batch_size, time.monotonic()
     batches = [pictures[at : at + size] for at in range(0, len(pictures), size)]
-    start = time.monotonic()
     with staged(output, force, REPORT) as staging:
         shards = ShardWriter(staging, options.samples_per_shard)
         tallies = {WEB: _Tally(), SYNTHETIC: _Tally()}

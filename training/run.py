@@ -330,9 +330,9 @@ def _publish(session: _Session, target: Path, record: dict[str, Any], evaluation
 
 def _swap(fresh: Path, target: Path, old: Path) -> None:
     """Puts `fresh` in the place of `target`; when that fails or is interrupted, what was there comes back."""
-    if target.exists():
-        os.replace(target, old)
     try:
+        if target.exists():
+            os.replace(target, old)
         os.replace(fresh, target)
     except BaseException:
         if old.exists():
