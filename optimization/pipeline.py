@@ -208,8 +208,12 @@ def _try_all(
         passes = cook(model, recipe, work.context)
         if passes is None or any(one.passes == passes for one in tried):
             continue
-        settled = settle(model, work.scratch, f"{name}.{number}")
-        answers = _answers(work, name, settled, recipe)
+        try:
+            settled = settle(model, work.scratch, f"{name}.{number}")
+            answers = _answers(work, name, settled, recipe)
+        except BackendError as error:  # a kernel that takes no such sizes
+            wrong = f"{' + '.join(passes)}: {error}"
+            continue
         fault = _fault(answers, portable, exact, _tolerance(record))
         if fault:
             wrong = f"{' + '.join(passes)}: {fault}"

@@ -44,6 +44,10 @@ PROBED = 3
 """Slots that ask at once while the mask is looked at."""
 
 
+ROTARY_WIDTH = 16
+"""The kernel turns heads whose width is a multiple of it."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer's attention.
@@ -81,6 +85,8 @@ def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
         return False
     rotation = found[0].rotation
     if any(layer.rotation != rotation for layer in found):
+        return False
+    if rotation is not None and cache.head_dim % ROTARY_WIDTH:
         return False
     tables = _tables(model, rotation, max_positions)
     if rotation is not None and tables is None:

@@ -115,7 +115,11 @@ class InPlace:
         for name, array in inputs.items():
             self._binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))
         self._binding.bind_ortvalue_output(output, self._value(result))
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+            reason = str(error).strip().splitlines()[0]
+            raise BackendError(f"ONNX Runtime cannot run the optimised decoder ({reason})") from error
         return result
 
 
