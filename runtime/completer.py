@@ -138,7 +138,12 @@ class Completer:
     def _stopped(self, options: GenerationOptions) -> Callable[[Sequence[int]], bool] | None:
         if not options.stop:
             return None
-        return lambda ids: any(stop in self.tokenizer.decode(ids) for stop in options.stop)
+
+        def stopped(ids: Sequence[int]) -> bool:
+            text = self.tokenizer.decode(ids)
+            return any(stop in text for stop in options.stop)
+
+        return stopped
 
 
 class Pieces:

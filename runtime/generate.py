@@ -240,13 +240,17 @@ class Decoding:
             first_logits: [B,V], behind each prompt.
             state: The decoder after the prompts; used up by the call.
             rows: B.
+
+        Raises:
+            BackendError: The decoder has no room for them; those on their way go on.
         """
         if not self.rows or self._state is None:
             self._state, self._logits, self._last = state, first_logits, None
         else:
-            self._logits = np.concatenate([self._advanced(self._state), first_logits])
+            advanced = self._advanced(self._state)
             self._settle(self._state)
-            self._state.join(state)
+            self._state.join(state)  # may refuse; then the rows before go on as they were
+            self._logits = np.concatenate([advanced, first_logits])
         self.rows = [*self.rows, *rows]
 
     def step(self) -> list[Row]:

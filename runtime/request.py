@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -51,6 +52,7 @@ class Request:
     on_piece: Callable[[str | None], None] | None = None
     _pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     _text: Pieces | None = None
+    _settling: threading.RLock = field(default_factory=threading.RLock)  # several threads may end it at once
 
     def begin(self, tokenizer: Tokenizer) -> None:
         """Its first token is about to come."""
@@ -102,12 +104,14 @@ class Request:
 
     def finish(self, result: CaptionResult) -> None:
         """Sets the result, unless it was cancelled meanwhile."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_result(result)
+        with self._settling:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_result(result)
         self.push(None)
 
     def fail(self, error: BaseException) -> None:
         """Sets the error, unless it was cancelled meanwhile."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+        with self._settling:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)
         self.push(None)

@@ -111,7 +111,7 @@ class Scheduler:
             raise UsageError(f"a deadline must be a number of seconds above 0, not {deadline}")
         expires = None if deadline is None else time.monotonic() + deadline
         with self._changed:
-            while len(self._waiting) >= self._max_waiting and not self._closing:
+            while self._is_full() and not self._closing:
                 if not wait:
                     raise OverloadError(
                         f"{self._max_waiting} pictures are waiting already", "try again later"
@@ -126,6 +126,17 @@ class Scheduler:
             self._waiting.append(request)
             self._changed.notify_all()
         return request
+
+    def _is_full(self) -> bool:
+        """Whether the queue has no place; those that were given up or came too late hold none."""
+        if len(self._waiting) >= self._max_waiting:
+            self._waiting = deque(request for request in self._waiting if not request.over)
+        return len(self._waiting) >= self._max_waiting
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended by a mistake, and takes no more requests."""
+        return self._failure is not None
 
     @property
     def load(self) -> dict[str, int]:
@@ -266,10 +277,10 @@ class Scheduler:
             self._completer.row(part, place, request.options, logits.shape[-1], request.number)
             for place, request in enumerate(requests)
         ]
+        self._decoding.join(logits, state, rows)
         for row, request in zip(rows, requests, strict=True):
             request.begin(self._completer.tokenizer)
             self._running[id(row)] = request
-        self._decoding.join(logits, state, rows)
 
     def _search(self, requests: list[Request], part: Encoded) -> None:
         for options in dict.fromkeys(request.options for request in requests):

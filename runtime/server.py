@@ -3,7 +3,7 @@
 | request | answer |
 |---|---|
 | ``GET /`` | a page that captions what the camera sees |
-| ``GET /health`` | 200 and the queue's load as JSON |
+| ``GET /health`` | 200 and the queue's load as JSON; 503 once the scheduler has failed |
 | ``GET /metrics`` | counters in the Prometheus text format |
 | ``GET /v1/models`` | the bundle, in OpenAI's format |
 | ``POST /v1/chat/completions`` | OpenAI's format (``runtime/chat.py``); with ``"stream": true`` server-sent events |
@@ -142,7 +142,9 @@ class Server:
         await _answer(send, 200, PAGE.read_bytes(), "text/html; charset=utf-8")
 
     async def _health(self, send: Send) -> None:
-        await _json(send, 200, {"status": "ok", "model": self.model, "load": self.scheduler.load})
+        failed = self.scheduler.failed
+        told = {"status": "failed" if failed else "ok", "model": self.model, "load": self.scheduler.load}
+        await _json(send, 503 if failed else 200, told)
 
     async def _models(self, send: Send) -> None:
         model = {"id": self.model, "object": "model", "owned_by": "blip2edge"}
@@ -162,7 +164,10 @@ class Server:
         await _answer(send, 200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
     async def _caption(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        query = {key: values[-1] for key, values in parse_qs(scope["query_string"].decode()).items()}
+        query = {
+            key: values[-1]
+            for key, values in parse_qs(scope["query_string"].decode(errors="replace")).items()
+        }
         unknown = sorted(query.keys() - {"prompt"})
         if unknown:
             raise UsageError(f"there is no parameter {unknown[0]!r}", "the only one is prompt")
@@ -187,7 +192,7 @@ class Server:
                 return
             first = await line.next(request)
             if first is None:  # an error before the first word has a status of its own
-                request.result(0)
+                self._outcome(request)
             await _start(send, 200, "text/event-stream", {"cache-control": "no-cache"})
             async for event in self._events(line, request, first, names):
                 data = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
@@ -229,11 +234,14 @@ class Server:
         yield chunk("", reason=result.finish_reason, **names)
         yield "[DONE]"
 
-    def _counted(self, request: Request) -> CaptionResult:
+    def _outcome(self, request: Request) -> CaptionResult:
         try:
-            result = request.result(0)
+            return request.result(0)
         except CancelledError as error:  # the server is closing
             raise OverloadError("the server is closing", "try again later") from error
+
+    def _counted(self, request: Request) -> CaptionResult:
+        result = self._outcome(request)
         self.counts["done"] += 1
         self.tokens += len(result.tokens)
         for stage in STAGES:
@@ -261,13 +269,20 @@ class _Line:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def next(self, request: Request) -> str | None:
-        """The next piece, None behind the last; a client that has gone cancels the request."""
+        """The next piece, None behind the last; a client that has gone cancels the request.
+
+        A request is told of its deadline when that has come, wherever it waits.
+        """
         coming = asyncio.ensure_future(self._pieces.get())
         try:
-            await asyncio.wait({self._gone, coming}, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
-                request.cancel()
-                raise _ClientGone
+            while not coming.done():
+                left = None
+                if request.expires is not None and not request.over:  # if it is over, its end is on the way
+                    left = max(0.0, request.expires - time.monotonic())
+                await asyncio.wait({self._gone, coming}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if self._gone.done() and not coming.done():
+                    request.cancel()
+                    raise _ClientGone
             return coming.result()
         finally:
             coming.cancel()

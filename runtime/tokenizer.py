@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
-from blip2edge.errors import BundleError
+from blip2edge.errors import BundleError, PromptError
 
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes are no valid UTF-8
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
@@ -87,7 +87,15 @@ class Tokenizer:
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with what the tokenizer's template puts around it unless told otherwise."""
+        """Token ids of a text, with what the tokenizer's template puts around it unless told otherwise.
+
+        Raises:
+            PromptError: The text holds half a surrogate pair, which is no character.
+        """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise PromptError(
+                "expected a text of whole characters, got half a surrogate pair", "send it as UTF-8"
+            )
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

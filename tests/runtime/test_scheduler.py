@@ -139,6 +139,8 @@ def test_a_full_queue_refuses_or_waits(
     assert scheduler.load == {"waiting": 2, "encoding": 1, "ready": 0, "running": 0}
     with pytest.raises(OverloadError, match="2 pictures are waiting"):
         scheduler.submit(picture, options, wait=False)
+    requests.pop().cancel()  # what was given up holds no place
+    requests.append(scheduler.submit(picture, options, wait=False))
     waiting = threading.Thread(target=lambda: requests.append(scheduler.submit(picture, options)))
     waiting.start()
     for _ in range(4):
@@ -226,6 +228,37 @@ def test_a_decoder_that_breaks_fails_those_that_run_and_no_others(
         with pytest.raises(BackendError):
             scheduler.submit(image, captioner.options(max_new_tokens=3)).result(LONG)
         assert len(scheduler.submit(image, captioner.options(max_new_tokens=3)).result(LONG).tokens) == 3
+
+
+def test_a_decoder_without_room_for_one_more_goes_on_with_the_others(
+    captioner: Captioner, gate: Gate, gated: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise BackendError("2 rows are more than the 1 that the engine was built for")
+
+    begun, hold = threading.Event(), threading.Event()
+
+    def trace(span: Span) -> None:
+        if span.stage == "decode" and not begun.is_set():
+            begun.set()
+            hold.wait(LONG)
+
+    scheduler = gated(max_batch=4, trace=trace)
+    first, second = draw_pictures(2, 5)
+    long = scheduler.submit(first, captioner.options(max_new_tokens=8, min_new_tokens=8))
+    gate.open.release()
+    assert begun.wait(LONG)
+    monkeypatch.setattr("blip2edge.runtime.decoder.DecoderState.join", full)
+    monkeypatch.setattr("blip2edge.runtime.shared_cache.SharedState.join", full)
+    late = scheduler.submit(second, captioner.options())
+    gate.open.release()
+    while scheduler.load["ready"] == 0:
+        time.sleep(0.002)
+    hold.set()
+    with pytest.raises(BackendError, match="engine was built for"):
+        late.result(LONG)
+    assert long.result(LONG).tokens == captioner.caption(first, max_new_tokens=8, min_new_tokens=8).tokens
+    assert scheduler.load["running"] == 0
 
 
 @pytest.mark.parametrize("half", ["encoder", "completer"])

@@ -241,6 +241,42 @@ def test_a_client_that_goes_cancels_its_request(
     server.close()
 
 
+def test_a_deadline_is_told_when_it_comes_and_not_when_its_turn_comes(
+    server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = threading.Event()
+    encode = server.scheduler._encoder
+
+    def held(*arguments: Any) -> Any:
+        hold.wait(60)
+        return encode(*arguments)
+
+    monkeypatch.setattr(server.scheduler, "_encoder", held)
+    try:
+        body = chat(png, deadline_s=0.05)
+        assert "deadline" in got(ask(server, "POST", "/v1/chat/completions", body), 504).error
+    finally:
+        hold.set()
+
+
+def test_a_prompt_of_half_characters_harms_nobody(server: Server, png: bytes) -> None:
+    body = chat(png, "half \ud800")
+    assert "surrogate" in got(ask(server, "POST", "/v1/chat/completions", body), 400).error
+    got(ask(server, "POST", "/caption", png))
+
+
+def test_health_tells_of_a_scheduler_that_failed(
+    server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistake(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server.scheduler, "_encoder", mistake)
+    with pytest.raises(ZeroDivisionError):
+        ask(server, "POST", "/caption", png)
+    assert got(ask(server, "GET", "/health"), 503).json["status"] == "failed"
+
+
 def test_the_life_of_a_server(captioner: Captioner) -> None:
     server = Server(captioner)
     incoming = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
