@@ -78,19 +78,16 @@ def blip2edge(*arguments: str) -> str:
     return printed.getvalue()
 
 
-def write_scenes(directory: Path, series: int, count: int, captions: list[str] | None = None) -> list[str]:
-    """Scenes as shards, with the captions given or the right ones; the right ones are handed back."""
+def write_scenes(directory: Path, series: int, count: int, captions: list[str] | None = None) -> None:
+    """Scenes as shards, with the captions given or the right ones."""
     writer = ShardWriter(directory)
-    right = []
     for number in range(count):
         scene = make_scene(number, seed=series)
-        right.append(scene.caption)
         content = BytesIO()
         scene.picture.save(content, "PNG")
         caption = scene.caption if captions is None else captions[number]
         writer.add(f"{number:06d}", content.getvalue(), ".png", [caption], {"image_id": f"{series}-{number}"})
     writer.close()
-    return right
 
 
 def planted(series: int, count: int, share: float, seed: int) -> list[str]:
@@ -220,8 +217,10 @@ def main() -> None:
     work: Path = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     web = planted(WEB_SERIES, options.web, options.share, options.seed)
-    right = write_scenes(work / "web", WEB_SERIES, options.web, web)
-    write_scenes(work / "small", CLEAN_SERIES, options.clean)
+    right = [make_scene(number, seed=WEB_SERIES).caption for number in range(options.web)]
+    if not (options.reuse and (work / "web").is_dir()):
+        write_scenes(work / "web", WEB_SERIES, options.web, web)
+        write_scenes(work / "small", CLEAN_SERIES, options.clean)
     clean = captioner(work, "clean", "small", options.captioner_steps, options)
     matcher = matching_head(work, options)
     report = filtered(work, clean, matcher, options)
