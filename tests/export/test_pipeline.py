@@ -205,7 +205,7 @@ def test_an_existing_output_needs_force(quick: Export, small: Drawn, out: Path) 
 
 def test_force_replaces_nothing_but_bundles(quick: Export, copy: Path) -> None:
     before = snapshot(copy)
-    with pytest.raises(OutputError, match="is no bundle, so --force does not replace it"):
+    with pytest.raises(OutputError, match=r"no bundle\.json, so --force does not replace it"):
         quick(copy, copy, force=True)
     assert snapshot(copy) == before
 
