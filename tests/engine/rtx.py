@@ -43,7 +43,7 @@ def assert_taken_and_built(family: str, precision: str, bundle_of: BundleOf, dir
         if not HAS_RTX or (precision == "int4" and bundle.graph(plan.name).precision == "int8"):
             continue  # the latter are the graphs of the INT8 bundle
         file = directory / f"{plan.name}.engine"
-        built = build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, Settings(SM, 256))
+        built = build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, Settings(SM))
         assert built.size == file.stat().st_size > 0
         if plan.name == DECODER:
             assert built.profiles == ("prefill", "decode", "verify")
