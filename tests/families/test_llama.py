@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from blip2edge import Captioner
 from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.export.graphs import DecoderGraph, cache_of, decoder_spec
 from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.export.to_onnx import trace
 from blip2edge.model.language import language_of
 from blip2edge.model.weights import WeightMap
+from blip2edge.optimization.graph import prepare
+from blip2edge.optimization.pipeline import optimize
+from blip2edge.optimization.shared_cache import share_cache
 from tests.families import drawing_llama as drawing
 
 LLAMA3 = {
@@ -87,7 +95,37 @@ def test_captions_equal_transformers(seed: int, variant: int, tmp_path: Path) ->
         start = inputs["input_ids"].shape[1] if prompt else model.config.num_query_tokens + 1
         return [int(token) for token in ids[start:]]
 
-    drawing.assert_same_ids(captioner, reference, [None, "a photo of", "what is red : dog ?"], seed)
+    prompts = [None, "a photo of", "what is red : dog ?"]
+    drawing.assert_same_ids(captioner, reference, prompts, seed)
+    record = optimize(tmp_path / "bundle").record
+    fast = Captioner.load(tmp_path / "bundle", threads=1)
+    assert sorted(fast.graphs.copied) == sorted(record.graphs)
+    drawing.assert_same_ids(fast, reference, prompts, seed)
+
+
+@pytest.mark.parametrize(
+    ("variant", "window"),
+    [(0, -1), (1, -1), (2, -1), (3, -1), (4, 5), (6, -1)],
+)
+def test_a_cache_can_be_shared(variant: int, window: int, tmp_path: Path) -> None:
+    """The mask is recognised by what it hides, a sliding window included."""
+    kind, changes = VARIANTS[variant]
+    changes = {**changes, "head_dim": 16}  # the kernel turns no narrower heads
+    config: Any = language_of(kind).read_config(drawing.text_config(kind, **changes).to_dict())
+    with torch.device("meta"):
+        language = language_of(kind).build(config).eval()
+    holder = SimpleNamespace(language=language, config=SimpleNamespace(language=config))
+    spec = decoder_spec(holder.config)
+    model = trace(DecoderGraph(holder), spec).model  # type: ignore[arg-type]
+    prepare(model)
+    for name, value in model.graph.initializers.items():  # traced without weights
+        if value.const_value is None:
+            value.const_value = ir.tensor(np.zeros(value.shape.numpy(), np.float32), name=name)  # type: ignore[union-attr]
+    assert share_cache(model, cache_of(holder.config), config.max_positions)
+    nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    assert len(nodes) == config.num_layers
+    assert {node.attributes["local_window_size"].as_int() for node in nodes} == {window}
+    assert "attention_mask" not in {value.name for value in model.graph.inputs}
 
 
 def test_fp16_keeps_positions_in_fp32(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from blip2edge import Captioner
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.manifest import Bundle
 from blip2edge.model.t5 import bucket_thresholds
+from blip2edge.optimization.pipeline import optimize
 from tests.drawing import BOS, IMAGE, PAD, VOCABULARY, Variant, draw_pictures, draw_processor, randomize
 
 END = 3
@@ -99,6 +100,13 @@ def test_the_same_ids_as_transformers(seed: int, tmp_path: Path) -> None:
         assert [result.tokens for result in alone] == wanted
         seen.update(wanted)
     assert len(seen) > 3  # captions vary
+    optimize(tmp_path / "bundle")
+    fast = Captioner.load(tmp_path / "bundle", threads=1)
+    assert fast.graphs.copied
+    for options in OPTIONS[:2]:
+        again = fast.caption_many(images, prompts=PROMPTS, batch_size=3, max_new_tokens=12, **options)
+        alone = captioner.caption_many(images, prompts=PROMPTS, max_new_tokens=12, **options)
+        assert [result.tokens for result in again] == [result.tokens for result in alone]
 
 
 def test_the_feed_forward_output_stays_fp32_in_fp16(tmp_path: Path) -> None:

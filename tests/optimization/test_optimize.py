@@ -175,6 +175,5 @@ def test_rows_join_and_leave(decoder: SharedDecoder) -> None:
 def test_a_cache_grows_to_the_context(decoder: SharedDecoder) -> None:
     state = start(decoder, (0,))
     tokens = [5 + at % 7 for at in range(decoder.max_positions - len(TEXTS[0]))]
-    for token in tokens:
-        logits = state.step(np.array([token]))
-    close(logits[0], alone(decoder, 0, tokens))
+    logits = [state.step(np.array([token]))[0] for token in tokens]
+    close(logits[-1], alone(decoder, 0, tokens))

@@ -54,7 +54,7 @@ def kinds(rewritten: Any) -> list[str]:
     return [node.op_type for node in rewritten.graph]
 
 
-def tensor(name: str, array: np.ndarray) -> Any:
+def tensor(name: str, array: Any) -> Any:
     return onnx.numpy_helper.from_array(array, name)
 
 
