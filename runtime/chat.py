@@ -36,6 +36,9 @@ OPTIONS: dict[str, str] = {
 ONLY: dict[str, Any] = {"n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
 """Keys that clients send with these values, and that have no other here."""
 
+MOST_BEAMS = 8
+"""A search of all rows at once holds a cache a beam and row: what strangers may ask for is bounded."""
+
 IGNORED = ("messages", "model", "stream", "user", "stream_options", "deadline_s")
 
 
@@ -87,6 +90,8 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
         if key in ONLY:
             if value != ONLY[key]:
                 raise UsageError(f"expected {key} to be {ONLY[key]!r}, got {value!r}")
+        elif key == "num_beams" and isinstance(value, int) and value > MOST_BEAMS:
+            raise UsageError(f"expected num_beams of at most {MOST_BEAMS}, got {value}")
         elif key in OPTIONS:
             options[OPTIONS[key]] = (value,) if key == "stop" and isinstance(value, str) else value
         else:

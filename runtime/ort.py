@@ -63,7 +63,14 @@ class OnnxRuntimeSession:
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.session.Session`."""
         names = self.output_names if outputs is None else outputs
-        return dict(zip(names, self._session.run(list(names), dict(inputs)), strict=True))
+        try:
+            values = self._session.run(list(names), dict(inputs))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+            reason = str(error).strip().splitlines()[0]
+            raise BackendError(
+                f"ONNX Runtime cannot run the graph ({reason})", "try fewer pictures at once, or fewer beams"
+            ) from error
+        return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.session.Session`."""

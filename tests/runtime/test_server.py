@@ -190,6 +190,7 @@ def test_what_is_no_request(body: bytes, told: str, server: Server) -> None:
     [
         ({"max_tokens": 0}, "--max-new-tokens"),
         ({"n": 2}, "n to be 1"),
+        ({"num_beams": 200}, "num_beams of at most 8"),
         ({"tools": []}, "no key 'tools'"),
         ({"stream": "yes"}, "stream"),
         ({"deadline_s": "soon"}, "deadline_s"),
