@@ -9,12 +9,11 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from blip2edge.errors import OutputError
+from blip2edge.cli.files import write
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
     from blip2edge.runtime.bench import WorkOf
     from blip2edge.runtime.captioner import Captioner
@@ -37,7 +36,7 @@ def bench(options: argparse.Namespace) -> int:
         report = bench(captioner, chosen, start_s=loaded, work_of=_work_of(captioner), progress=progress)
     print(json.dumps(report.to_json(), indent=2) if options.json else markdown(report))
     if options.html is not None:
-        _write(options.html, page(report))
+        write(options.html, page(report), "--html")
         print(f"{options.html}: the same with pictures", file=sys.stderr)
     return 0
 
@@ -49,10 +48,3 @@ def _work_of(captioner: Captioner) -> WorkOf | None:
     from blip2edge.optimization.work import stage_work
 
     return lambda prompt, tokens: stage_work(captioner.bundle, prompt, tokens)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} could not be written ({error.strerror})", "give another --html") from error

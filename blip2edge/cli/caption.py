@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from blip2edge.cli.running_flags import given_generation
 from blip2edge.contract import MARKERS
 from blip2edge.errors import UsageError
 
@@ -14,26 +15,13 @@ if TYPE_CHECKING:
 
     from blip2edge.runtime.captioner import Captioner, CaptionResult
 
-# The flags that are handed to the captioner as they are; one that is not given keeps the bundle's default.
-GENERATION_FLAGS = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "num_beams",
-    "length_penalty",
-    "repetition_penalty",
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-)
-
 
 def caption(options: argparse.Namespace) -> int:
     """Caption every picture, in the order given."""
     items, prompts = _items(options.images, options.prompt)
     _check(options)
     captioner = _load(options)
-    flags = generation_flags(options)
+    flags = given_generation(options)
     if options.stream:
         for index, item in enumerate(items):
             prompt = None if prompts is None else prompts[index]
@@ -49,19 +37,13 @@ def ask(options: argparse.Namespace) -> int:
     """Answer one question about one picture."""
     _check(options)
     captioner = _load(options)
-    flags = generation_flags(options)
+    flags = given_generation(options)
     if options.stream:
         prompt = captioner.prompter.question(options.question)
         _write("", captioner.stream(options.image, prompt=prompt, **flags))
         return 0
     show(captioner.ask(options.image, options.question, **flags), as_json=options.json, label="")
     return 0
-
-
-def generation_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """The generation flags that were given, under the names of GenerationOptions."""
-    given = {name: getattr(options, name) for name in GENERATION_FLAGS}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def show(result: CaptionResult, *, as_json: bool, label: str) -> None:
@@ -123,7 +105,7 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot go together before anything is loaded.
 
     Raises:
-        UsageError: Beams and streaming, or beams and sampling.
+        UsageError: Beams and streaming, or a least length above the most.
     """
     beams = options.num_beams is not None and options.num_beams > 1
     if options.stream and beams:

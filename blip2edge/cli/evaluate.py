@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2edge.cli.caption import GENERATION_FLAGS
+from blip2edge.cli.files import write
+from blip2edge.cli.running_flags import given_generation
 from blip2edge.cli.table import table
-from blip2edge.errors import OutputError, UsageError
+from blip2edge.errors import UsageError
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
+    from pathlib import Path
 
     from blip2edge.training.data.config import DataConfig
     from blip2edge.training.judges import JudgeOptions
@@ -48,7 +49,7 @@ def evaluate(options: argparse.Namespace) -> int:
             figures = score_entries(judge, *data, wanted)
     predictions = figures.pop("predictions", None)
     if options.predictions is not None:
-        _write(options.predictions, predictions)
+        write(options.predictions, json.dumps(predictions) + "\n", "--predictions")
     print(json.dumps(figures) if options.json else text_of(figures))
     return 0
 
@@ -57,9 +58,7 @@ def judge_options(options: argparse.Namespace) -> JudgeOptions:
     """How the model is run, by the flags."""
     from blip2edge.training.judges import JudgeOptions
 
-    given = {name: getattr(options, name, None) for name in GENERATION_FLAGS}
-    generation = {name: value for name, value in given.items() if value is not None}
-    return JudgeOptions(options.backend, options.threads, options.batch_size, generation)
+    return JudgeOptions(options.backend, options.threads, options.batch_size, given_generation(options))
 
 
 def data_config(options: argparse.Namespace) -> tuple[DataConfig, Path]:
@@ -85,13 +84,6 @@ def _entries(options: argparse.Namespace) -> tuple[Any, Any]:
 
         listed = [entry for shown in by_picture(listed)[: options.count] for entry in shown.entries]
     return listed, broken
-
-
-def _write(path: Path, predictions: Any) -> None:
-    try:
-        path.write_text(json.dumps(predictions) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}", "give another file") from error
 
 
 def text_of(figures: Mapping[str, Any]) -> str:

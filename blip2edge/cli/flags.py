@@ -88,9 +88,9 @@ def _command(module: str, function: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
-def add_command(commands: Commands, name: str, help: str, module: str, function: str) -> Parser:  # noqa: A002
+def add_command(commands: Commands, name: str, says: str, module: str, function: str) -> Parser:
     """A command whose module is imported when it runs."""
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:], allow_abbrev=False)
+    parser = commands.add_parser(name, help=says, description=says[0].upper() + says[1:], allow_abbrev=False)
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )

@@ -7,7 +7,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.caption import generation_flags
+from blip2edge.cli.running_flags import given_generation
 from blip2edge.errors import BackendError, OutputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def watch(options: argparse.Namespace) -> int:
 
     frames = open_source(options.source, follow=not options.once)
     captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
-    flags = generation_flags(options)
+    flags = given_generation(options)
     dropped = 0
     for seen in live(captioner, frames, prompt=options.prompt, every=options.once, **flags):
         dropped += seen.dropped

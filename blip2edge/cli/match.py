@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING
 
+from blip2edge.cli.files import write
 from blip2edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ def embed(options: argparse.Namespace) -> int:
     if options.output is not None:
         import numpy as np
 
-        with options.output.open("wb") as file:
-            np.save(file, vectors)
+        file = io.BytesIO()
+        np.save(file, vectors)
+        write(options.output, file.getvalue(), "--output")
         print(f"{options.output}: {vectors.dtype} {list(vectors.shape)}")
         return 0
     kind = "text" if options.text else "image"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.cli.flags import (
     BACKENDS,
@@ -17,7 +17,24 @@ from blip2edge.cli.flags import (
 from blip2edge.contract import DRAFTS
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+    from argparse import _ArgumentGroup as ArgumentGroup
+    from collections.abc import Callable, Iterable
+
     from blip2edge.cli.flags import Parser
+
+# Field of GenerationOptions -> the flag's placeholder, type and help.
+GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
+    "max_new_tokens": ("N", positive_int, "stop after N tokens"),
+    "min_new_tokens": ("N", non_negative_int, "no end before N tokens"),
+    "num_beams": ("K", positive_int, "beam search with K beams"),
+    "length_penalty": ("X", number, "exponent of the length, for beams"),
+    "repetition_penalty": ("X", positive_number, "above 1: repeat less"),
+    "temperature": ("T", non_negative_number, "draw tokens; 0 is greedy"),
+    "top_p": ("P", share, "draw from the likeliest tokens, P together"),
+    "top_k": ("K", non_negative_int, "draw from the K likeliest; 0: all"),
+    "seed": ("S", non_negative_int, "of the random numbers"),
+}
 
 
 def add_bundle(parser: Parser) -> None:
@@ -36,20 +53,22 @@ def add_where(parser: Parser) -> None:
 
 def add_generation(parser: Parser) -> None:
     """The flags of GenerationOptions; one that is not given leaves the bundle's own default."""
-    group = parser.add_argument_group("generation", "what is not given is as the bundle says")
-    group.add_argument("--max-new-tokens", metavar="N", type=positive_int, help="stop after N tokens")
-    group.add_argument("--min-new-tokens", metavar="N", type=non_negative_int, help="no end before N tokens")
-    group.add_argument("--num-beams", metavar="K", type=positive_int, help="beam search with K beams")
-    group.add_argument("--length-penalty", metavar="X", type=number, help="exponent of the length, for beams")
-    group.add_argument("--repetition-penalty", metavar="X", type=positive_number, help="above 1: repeat less")
-    group.add_argument(
-        "--temperature", metavar="T", type=non_negative_number, help="draw tokens; 0 is greedy"
-    )
-    group.add_argument("--top-p", metavar="P", type=share, help="draw from the likeliest tokens, P together")
-    group.add_argument(
-        "--top-k", metavar="K", type=non_negative_int, help="draw from the K likeliest; 0: all"
-    )
-    group.add_argument("--seed", metavar="S", type=non_negative_int, help="of the random numbers")
+    group = add_some_generation(parser, "generation", "what is not given is as the bundle says", GENERATION)
     group.add_argument(
         "--draft", choices=DRAFTS, default="auto", help="who guesses tokens that one pass verifies; same text"
     )
+
+
+def add_some_generation(parser: Parser, title: str, said: str, names: Iterable[str]) -> ArgumentGroup:
+    """A group of those rows of :data:`GENERATION` that ``names`` names."""
+    group = parser.add_argument_group(title, said)
+    for name in names:
+        metavar, kind, told = GENERATION[name]
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=told)
+    return group
+
+
+def given_generation(options: Namespace) -> dict[str, Any]:
+    """The generation flags that were given, under the names of GenerationOptions."""
+    given = {name: getattr(options, name, None) for name in GENERATION}
+    return {name: value for name, value in given.items() if value is not None}

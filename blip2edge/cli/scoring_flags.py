@@ -5,16 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flags import (
-    BACKENDS,
-    Parser,
-    add_command,
-    non_negative_int,
-    non_negative_number,
-    number,
-    positive_int,
-    share,
-)
+from blip2edge.cli.flags import Parser, add_command, non_negative_int, positive_int, share
+from blip2edge.cli.running_flags import add_some_generation, add_where
 
 if TYPE_CHECKING:
     from blip2edge.cli.flags import Commands
@@ -22,6 +14,17 @@ if TYPE_CHECKING:
 METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval")
 KEPT = ("both", "web", "synthetic")
 MAX_BROKEN = 100
+# Groups of generation flags: title, what is said of them, and which. Evaluations are published with those of the first.
+DECODING = (
+    "generation",
+    "what is not given is as the bundle says; checkpoints are greedy",
+    ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty"),
+)
+DRAWING = (
+    "drawing",
+    "BLIP drew its synthetic captions; without these they are greedy",
+    ("temperature", "top_p", "seed"),
+)
 FILES = "COCO's JSON of captions or VQA questions, a folder of pictures with .txt beside them, tar shards, or a recipe"
 
 
@@ -68,7 +71,7 @@ def add_eval(commands: Commands) -> None:
         help="write what the model said, in COCO's format of results",
     )
     _running(parser)
-    _decoding(parser)
+    add_some_generation(parser, *DECODING)
     parser.add_argument("--json", action="store_true", help="the figures as one JSON object")
 
 
@@ -123,21 +126,10 @@ def add_capfilt(commands: Commands) -> None:
         "--workers", metavar="N", type=positive_int, default=1, help="with --ray: models at work at once (1)"
     )
     _running(parser)
-    _decoding(parser)
-    _drawing(parser)
+    add_some_generation(parser, *DECODING)
+    add_some_generation(parser, *DRAWING)
     parser.add_argument("--force", action="store_true", help="replace DIR if it is of this command")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
-
-
-def _drawing(parser: Parser) -> None:
-    group = parser.add_argument_group(
-        "drawing", "BLIP drew its synthetic captions; without these they are greedy"
-    )
-    group.add_argument(
-        "--temperature", metavar="T", type=non_negative_number, help="draw tokens; 0 is greedy"
-    )
-    group.add_argument("--top-p", metavar="P", type=share, help="draw from the likeliest tokens, P together")
-    group.add_argument("--seed", metavar="S", type=non_negative_int, help="of the random numbers")
 
 
 def _places(parser: Parser) -> None:
@@ -155,16 +147,4 @@ def _places(parser: Parser) -> None:
 
 def _running(parser: Parser) -> None:
     parser.add_argument("--batch-size", metavar="N", type=positive_int, default=16, help="at once (16)")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="where a bundle runs (auto)")
-    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (all cores)")
-
-
-def _decoding(parser: Parser) -> None:
-    """Of the flags of GenerationOptions those that evaluations are published with."""
-    group = parser.add_argument_group(
-        "generation", "what is not given is as the bundle says; checkpoints are greedy"
-    )
-    group.add_argument("--max-new-tokens", metavar="N", type=positive_int, help="stop after N tokens")
-    group.add_argument("--min-new-tokens", metavar="N", type=non_negative_int, help="no end before N tokens")
-    group.add_argument("--num-beams", metavar="K", type=positive_int, help="beam search with K beams")
-    group.add_argument("--length-penalty", metavar="X", type=number, help="exponent of the length, for beams")
+    add_where(parser)

@@ -1,0 +1,152 @@
+"""What commands say at their end: tables, units, what was not run; and files that they are told to write."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from blip2edge.cli import demo, main
+from blip2edge.cli.files import write
+from blip2edge.cli.table import difference, size, table
+from blip2edge.errors import OutputError
+from blip2edge.runtime import doctor
+from tests.test_cli import one_error_line
+
+
+def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def export_checkpoint(checkpoint: str, output: Path, **options: Any) -> SimpleNamespace:
+        calls.append({"checkpoint": checkpoint, "output": output, **options})
+        options["progress"]("decoder", 1, 1)
+        graph = SimpleNamespace(
+            name="decoder",
+            bytes=1_500_000,
+            seconds=1.25,
+            max_difference=1.5e-5,
+            relative=2e-6,
+            tolerance=1e-4,
+        )
+        return SimpleNamespace(
+            bundle=output, graphs=[graph], verify="full", seconds=2.0, peak_memory_bytes=400_000_000
+        )
+
+    module = ModuleType("blip2edge.export.pipeline")
+    module.export_checkpoint = export_checkpoint  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "blip2edge.export.pipeline", module)
+    assert (
+        main(
+            [
+                *("export", "some/name", "-o", "out", "--precision", "fp16", "--verify", "sample"),
+                *("--force", "--no-optimize"),
+            ]
+        )
+        == 0
+    )
+    output = capsys.readouterr()
+    assert output.out.splitlines()[2].split() == [
+        "decoder",
+        "1.5",
+        "MB",
+        "1.2",
+        "1.5e-05",
+        "2.0e-06",
+        "1.0e-04",
+    ]
+    assert output.out.splitlines()[-1] == "out: verified (full) against torch, 2.0 s, peak memory 400.0 MB"
+    assert output.err.startswith("decoder: 1/1")
+    assert {**calls[0], "progress": None} == {
+        "checkpoint": "some/name",
+        "output": Path("out"),
+        "precision": "fp16",
+        "verify": "sample",
+        "force": True,
+        "base": None,
+        "progress": None,
+    }
+
+
+def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def train(stage: str, config: Path, out: Path, **options: Any) -> dict[str, Any]:
+        kept = {name: options[name] for name in ("force", "resume")}
+        calls.append({"stage": stage, "config": config, "out": out, **kept})
+        options["progress"]("vision", 3, 3)
+        broken = {"samples": 4, "first": {"dog.jpg": "the picture is broken"}}
+        phases = {"vision": {"steps": 3}, "stage1": {"steps": 5, "broken": broken}}
+        scores = {"n": 10, "exact_match": 0.9}
+        return {"parameters": 7, "seconds": 2.0, "phases": phases, "heldout": scores}
+
+    module = ModuleType("blip2edge.training.run")
+    module.train = train  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
+    assert main(["train", "stage1", "-c", "recipe.toml", "-o", "out", "--resume"]) == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [
+        "out: 7 parameters, trained in 2 s",
+        "stage1: skipped dog.jpg: the picture is broken (4 samples in all)",
+        "10 held-out scenes: 90.00% right to the last letter",
+        "next: blip2edge export out -o BUNDLE",
+    ]
+    assert output.err.startswith("vision: 3/3")
+    assert calls == [
+        {
+            "stage": "stage1",
+            "config": Path("recipe.toml"),
+            "out": Path("out"),
+            "force": False,
+            "resume": True,
+        }
+    ]
+
+
+def test_demo_refuses_a_directory_with_other_things(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    one_error_line(capsys.readouterr().err)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("works", "said"),
+    [
+        ((False, False), "NVIDIA driver: none; TensorRT: not installed"),
+        ((True, False), "TensorRT: not installed"),
+        ((True, True), "the demo runs on the CPU; make the engines with: blip2edge build BUNDLE"),
+    ],
+)
+def test_demo_tells_why_no_engine_ran(
+    works: tuple[bool, bool], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = [
+        doctor.Check("CPU", False, "of no matter"),
+        doctor.Check("NVIDIA driver", works[0], "none"),
+        doctor.Check("TensorRT", works[1], "not installed"),
+    ]
+    monkeypatch.setattr(doctor, "diagnose", lambda: checks)
+    assert demo._tensorrt() == said
+
+
+def test_a_file_that_cannot_be_written_names_its_flag(tmp_path: Path) -> None:
+    write(tmp_path / "page.html", "é", "--html")
+    assert (tmp_path / "page.html").read_bytes() == "é".encode()
+    with pytest.raises(OutputError, match=r"could not be written \(.*\); give another --html$"):
+        write(tmp_path / "absent" / "page.html", "", "--html")
+
+
+def test_units_and_tables() -> None:
+    assert [size(count) for count in (0, 999, 1500, 7_400_000_000)] == ["0 B", "999 B", "1.5 KB", "7.4 GB"]
+    assert [difference(value) for value in (0.0, 1.234e-5)] == ["0", "1.2e-05"]
+    assert table(["a", "n"], [["x", "1"], ["long", "23"]], right=(1,)).splitlines() == [
+        "a      n",
+        "----  --",
+        "x      1",
+        "long  23",
+    ]
