@@ -31,7 +31,7 @@ from blip2edge.optimization.storage import SMALLEST, publish, scratch, settle
 from blip2edge.runtime.language import decoder_of
 from blip2edge.runtime.optimized import KIND, RECORD, OneByOne, OptimizedGraph, OptimizedRecord, installed
 from blip2edge.runtime.ort import OnnxRuntimeSession
-from blip2edge.runtime.session import Array, Session
+from blip2edge.runtime.session import Array, Session, Settled
 from blip2edge.staging import staged
 
 Progress = Callable[[str, int, int], None]
@@ -72,10 +72,9 @@ class OptimizedReport:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A recipe's outcome."""
+    """A recipe's outcome: the passes that found something, and what came of them."""
 
     recipe: Recipe
-    passes: tuple[str, ...]
     settled: Path
     answers: probe.Answers
 
@@ -190,7 +189,8 @@ def _best(work: _Work, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]
     )
     closest = probe.worst_cosine(best.answers.outputs, portable.outputs)
     took = (round(portable.seconds * 1e3, 3), round(best.answers.seconds * 1e3, 3))
-    graph = OptimizedGraph(f"{name}.onnx", best.passes, best.recipe.one_by_one, parity, closest, took)
+    done = best.recipe
+    graph = OptimizedGraph(f"{name}.onnx", done.passes, done.one_by_one, done.layout, parity, closest, took)
     return graph, files
 
 
@@ -206,11 +206,12 @@ def _try_all(
     for number, recipe in enumerate(recipes_for(name, ir.load(parent))):
         model = ir.load(parent)
         passes = cook(model, recipe, work.context)
-        if passes is None or any(one.passes == passes for one in tried):
+        if passes is None or any(one.recipe.passes == passes for one in tried):
             continue
+        done = Recipe(passes)
         try:
             settled = settle(model, work.scratch, f"{name}.{number}")
-            answers = _answers(work, name, settled, recipe)
+            answers = _answers(work, name, settled, done)
         except BackendError as error:  # a kernel that takes no such sizes
             wrong = f"{' + '.join(passes)}: {error}"
             continue
@@ -218,7 +219,7 @@ def _try_all(
         if fault:
             wrong = f"{' + '.join(passes)}: {fault}"
             continue
-        tried.append(_Tried(recipe, passes, settled, answers))
+        tried.append(_Tried(done, settled, answers))
         if size >= ONE_TRY_FROM:
             break
     return tried, wrong
@@ -226,7 +227,9 @@ def _try_all(
 
 def _answers(work: _Work, name: str, path: Path, recipe: Recipe | None = None) -> probe.Answers:
     """What a graph says, portable or (with its recipe) rewritten."""
-    opened: Session = OnnxRuntimeSession(path, 1, weights=None if recipe is None else path.parent)
+    opened: Session = OnnxRuntimeSession(
+        path, 1, settled=None if recipe is None else Settled(path.parent, recipe.layout)
+    )
     try:
         session = OneByOne(opened) if recipe is not None and recipe.one_by_one else opened
         manifest = work.bundle.manifest

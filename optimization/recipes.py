@@ -14,6 +14,7 @@ from blip2edge.optimization.blocks import use_block_kernels
 from blip2edge.optimization.graph import clean, prepare
 from blip2edge.optimization.integers import quantised_products, use_dynamic_ranges, use_recorded_ranges
 from blip2edge.optimization.norms import fuse_norms
+from blip2edge.optimization.pointwise import use_pointwise_convolutions
 from blip2edge.optimization.shared_cache import share_cache
 
 
@@ -38,6 +39,8 @@ PASSES: dict[str, Pass] = {
     ),
     "fused activations": lambda model, _: fuse_activations(model),
     "fused norms": lambda model, _: fuse_norms(model),
+    "pointwise convolutions": lambda model, _: use_pointwise_convolutions(model),
+    "narrowing convolutions": lambda model, _: use_pointwise_convolutions(model, narrowing=True),
 }
 """Each returns something false where it found nothing to do."""
 
@@ -55,13 +58,21 @@ class Recipe:
     needs: tuple[str, ...] = ()
 
     @property
+    def layout(self) -> bool:
+        """Whether weights are laid out for the processor when the graph is loaded."""
+        return any(name.endswith("convolutions") for name in self.passes)
+
+    @property
     def one_by_one(self) -> bool:
         """Whether rows of a batch would share a range, so that they have to be run one at a time."""
         return "dynamic ranges" in self.passes
 
 
+_WHOLE = ("block kernels", "fused attention", "fused activations")
 FLOAT = (
-    Recipe(("block kernels", "fused attention", "fused activations")),
+    Recipe((*_WHOLE, "narrowing convolutions")),
+    Recipe((*_WHOLE, "pointwise convolutions")),
+    Recipe(_WHOLE),
     Recipe(("block kernels", "fused activations")),
 )
 """Norms stay as they are: fused with the residual they are slower on long sequences (0.8 ms for ``[197, 768]`` where
@@ -76,8 +87,12 @@ INTEGER = (
 
 _SHARED = ("shared cache", "fused norms", "fused activations")
 DECODERS = (
+    Recipe(
+        ("block kernels", "shared cache", "fused activations", "pointwise convolutions"), ("shared cache",)
+    ),
     Recipe(("block kernels", *_SHARED), ("shared cache",)),
     Recipe(("block kernels", "shared cache", "fused activations"), ("shared cache",)),
+    Recipe(("block kernels", "fused activations", "pointwise convolutions")),
     Recipe(("block kernels", "fused activations")),
 )
 INTEGER_DECODERS = (

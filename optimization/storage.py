@@ -12,10 +12,9 @@ import onnxruntime
 
 from blip2edge.errors import BackendError
 from blip2edge.manifest import FileRecord
+from blip2edge.runtime.ort import PROVIDERS, SLOW_FUSIONS
 
 SMALLEST = 1024  # bytes of an initializer that goes to the data file
-SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
-"""What ONNX Runtime would do and the recipes decide."""
 
 
 def settle(model: ir.Model, folder: Path, name: str) -> Path:
@@ -47,7 +46,7 @@ def settle(model: ir.Model, folder: Path, name: str) -> Path:
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         onnxruntime.InferenceSession(
-            str(rewritten), options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW_FUSIONS
+            str(rewritten), options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
         reason = str(error).strip().splitlines()[0]

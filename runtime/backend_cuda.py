@@ -13,6 +13,7 @@ from typing import Any
 from blip2edge.errors import BackendError, BundleError
 from blip2edge.runtime.bound import BoundSession
 from blip2edge.runtime.doctor import check_provider
+from blip2edge.runtime.session import Settled
 
 CUDA = "CUDAExecutionProvider"
 GPU = ("cuda", 0)
@@ -22,7 +23,7 @@ KEPT = ("present.", "cross.")
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1"}
 
 
-def open_graph(path: Path, threads: int | None = None, weights: Path | None = None) -> BoundSession:  # noqa: ARG001
+def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> BoundSession:  # noqa: ARG001
     """Loads a graph on the GPU.
 
     Raises:

@@ -11,11 +11,12 @@ from pathlib import Path
 from blip2edge.manifest import cache_directory
 from blip2edge.runtime.backend_cuda import CUDA, CUDA_OPTIONS, open_with
 from blip2edge.runtime.bound import BoundSession
+from blip2edge.runtime.session import Settled
 
 TENSORRT = "TensorrtExecutionProvider"
 
 
-def open_graph(path: Path, threads: int | None = None, weights: Path | None = None) -> BoundSession:  # noqa: ARG001
+def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> BoundSession:  # noqa: ARG001
     """Loads a graph with TensorRT, and CUDA for what it does not take; errors as those of ``backend_cuda``."""
     kept = cache_directory() / "ort-tensorrt"
     kept.mkdir(parents=True, exist_ok=True)

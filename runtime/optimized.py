@@ -21,10 +21,10 @@ from blip2edge.contract import Parity
 from blip2edge.errors import BundleIntegrityError
 from blip2edge.manifest import Bundle, FileRecord, sha256_of
 from blip2edge.runtime.engines import engines_backend
-from blip2edge.runtime.session import Array, Session, find_backend, open_session
+from blip2edge.runtime.session import Array, Session, Settled, find_backend, open_session
 
 RECORD = "optimized.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "optimized"
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
 """The package that runs a backend's copies."""
@@ -38,6 +38,7 @@ class OptimizedGraph:
         file: Its name in the copy's directory.
         passes: What was done to it.
         one_by_one: Whether rows of a batch are to be run one at a time, as ranges are found over all it is given.
+        layout: Whether weights are laid out for the processor when it is loaded.
         parity: How far its outputs are from the portable graph's.
         cosine: The smallest cosine between its outputs and the portable graph's.
         milliseconds: What a run took, portable first, on the machine that made it.
@@ -46,6 +47,7 @@ class OptimizedGraph:
     file: str
     passes: tuple[str, ...]
     one_by_one: bool
+    layout: bool
     parity: tuple[Parity, ...]
     cosine: float
     milliseconds: tuple[float, float]
@@ -60,7 +62,7 @@ class OptimizedGraph:
         parity = tuple(Parity.from_json(item) for item in values["parity"])
         first, second = values["milliseconds"]
         return cls(
-            str(values["file"]), tuple(values["passes"]), bool(values["one_by_one"]), parity,
+            str(values["file"]), tuple(values["passes"]), bool(values["one_by_one"]), bool(values["layout"]), parity,
             float(values["cosine"]), (float(first), float(second)),
         )  # fmt: skip
 
@@ -229,9 +231,8 @@ class GraphOpener:
         module = import_module(find_backend(self.backend).module)
         directory = self._copy[0]
         self.copied.append(graph)
-        session: Session = module.open_graph(
-            directory / found.file, self.threads, weights_of(self._bundle, directory)
-        )
+        settled = Settled(weights_of(self._bundle, directory), found.layout)
+        session: Session = module.open_graph(directory / found.file, self.threads, settled)
         return OneByOne(session) if found.one_by_one else session
 
 

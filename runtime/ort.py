@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 
 from blip2edge.errors import BackendError, BundleError
-from blip2edge.runtime.session import Array
+from blip2edge.runtime.huge_pages import on_huge_pages
+from blip2edge.runtime.session import Array, Settled
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's option for a graph that is handed over as bytes: a copy's graphs may so use the bundle's weights."""
+
+PROVIDERS = ["CPUExecutionProvider"]
+SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
+"""What ONNX Runtime would do, and a copy's recipe has decided."""
 
 
 class OnnxRuntimeSession:
@@ -23,8 +28,7 @@ class OnnxRuntimeSession:
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         lean: Run the graph as it is written, with as little memory as that takes: no folded constants, no
             repacked weights, no arena. Slow; for checking a graph that is larger than the memory.
-        weights: Of a graph that was optimised for ONNX Runtime when it was written, and is taken as it is: the
-            directory that its weights are found from.
+        settled: Of a graph that was optimised for ONNX Runtime when it was written.
 
     Raises:
         BackendError: onnxruntime is not installed.
@@ -32,7 +36,7 @@ class OnnxRuntimeSession:
     """
 
     def __init__(
-        self, path: Path, threads: int | None = None, *, lean: bool = False, weights: Path | None = None
+        self, path: Path, threads: int | None = None, *, lean: bool = False, settled: Settled | None = None
     ) -> None:
         onnxruntime = _package()
         options = onnxruntime.SessionOptions()
@@ -42,16 +46,19 @@ class OnnxRuntimeSession:
             options.intra_op_num_threads = threads
         # An idle pool that spins takes the cores from the session that runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if lean or weights is not None:
+        if lean or (settled is not None and not settled.layout):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-        if weights is not None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
+        if settled is not None:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(settled.weights))
         try:
-            graph = str(path) if weights is None else path.read_bytes()
-            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            graph = str(path) if settled is None else path.read_bytes()
+            with on_huge_pages():
+                self._session = onnxruntime.InferenceSession(
+                    graph, options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS if settled else None
+                )
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
@@ -130,9 +137,9 @@ class InPlace:
         return result
 
 
-def open_graph(path: Path, threads: int | None = None, weights: Path | None = None) -> OnnxRuntimeSession:
+def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> OnnxRuntimeSession:
     """Loads a graph; arguments as :class:`OnnxRuntimeSession`."""
-    return OnnxRuntimeSession(path, threads, weights=weights)
+    return OnnxRuntimeSession(path, threads, settled=settled)
 
 
 def _package() -> Any:

@@ -1,6 +1,6 @@
 """Running a graph: the protocol that every backend follows, and which backends there are.
 
-A backend is a module with a function ``open_graph(path, threads, weights)``; it is imported when it is asked for, so
+A backend is a module with a function ``open_graph(path, threads, settled)``; it is imported when it is asked for, so
 that a package that is not installed is missed by those alone who want it.
 """
 
@@ -56,11 +56,24 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
+class Settled:
+    """How a graph is loaded that was optimised for its backend when it was written, and is taken as it is.
+
+    Attributes:
+        weights: The directory that its weights are found from.
+        layout: Whether weights are still to be laid out for the processor, which a file cannot carry to another.
+    """
+
+    weights: Path
+    layout: bool = False
+
+
+@dataclass(frozen=True)
 class Backend:
     """What ``--backend`` can name.
 
     Attributes:
-        module: Has ``open_graph(path, threads, weights)``.
+        module: Has ``open_graph(path, threads, settled)``.
         copy: Which of a bundle's optimised copies it runs where there is one; empty for none.
         engines: What a bundle's engines were built for, where it runs those: then the module has an
             ``EngineOpener(bundle, engines)``.

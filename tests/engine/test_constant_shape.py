@@ -29,7 +29,7 @@ from blip2edge.manifest import Bundle
 from blip2edge.runtime.decoder import Decoder
 from blip2edge.runtime.language import load_language_model
 from blip2edge.runtime.ort import open_graph
-from blip2edge.runtime.session import open_session
+from blip2edge.runtime.session import Settled, open_session
 from blip2edge.runtime.slots import HostSlots, SlotDecoder
 from tests.engine.conftest import BundleOf
 from tests.engine.families import DECODERS
@@ -46,7 +46,7 @@ def decoders(path: Path, directory: Path, most_rows: int = 16) -> tuple[Decoder,
     assert cache is not None
     grows: Any = load_language_model(bundle, lambda name: open_session(bundle.file(f"{name}.onnx"), "cpu", 1))
     written = save_constant_shape(bundle.file(spec.file), cache, directory / "constant.onnx")
-    session = open_graph(written, 1, bundle.path)
+    session = open_graph(written, 1, Settled(bundle.path))
     decoder: Decoder = grows.decoder
 
     def open_cache(batch: int, context: Any) -> HostSlots:

@@ -18,6 +18,7 @@ from blip2edge.optimization.integers import (  # noqa: E402
     use_dynamic_ranges,
     use_recorded_ranges,
 )
+from blip2edge.optimization.pointwise import use_pointwise_convolutions  # noqa: E402
 
 FLOAT, INT8, INT4 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT8, onnx.TensorProto.INT4
 K, N = 64, 24
@@ -147,3 +148,37 @@ def test_products_of_one_value_become_one(bits: int) -> None:
         assert np.abs(got - exact).max() < 0.02 * np.abs(exact).max(), name
     alone = run(graph, x[1:, 2:3])[0]
     np.testing.assert_array_equal(alone, run(graph, x)[0][1:, 2:3])  # a row hangs on no other
+
+
+@pytest.mark.parametrize(("narrowing", "found"), [(False, 2), (True, 1)])
+def test_float_products_become_convolutions(narrowing: bool, found: int) -> None:
+    rng = np.random.default_rng(4)
+    node = onnx.helper.make_node
+    wide, narrow = (rng.standard_normal(shape).astype(np.float32) for shape in ((K, 96), (96, 32)))
+    bias = rng.standard_normal(96).astype(np.float32)
+    nodes = [
+        node("MatMul", ["x", "wide"], ["p"]),
+        node("Add", ["bias", "p"], ["h"]),
+        node("Relu", ["h"], ["r"]),
+        node("MatMul", ["r", "narrow"], ["y"]),
+    ]
+    tensors = [tensor("wide", wide), tensor("narrow", narrow), tensor("bias", bias)]
+    rewritten = model(nodes, tensors, {"y": 32})
+    prepare(rewritten)
+    assert use_pointwise_convolutions(rewritten, narrowing=narrowing) == found
+    clean(rewritten)
+    assert kinds(rewritten).count("Conv") == found
+    assert kinds(rewritten).count("Relu") == 1
+    x = rng.standard_normal((3, 5, K)).astype(np.float32)
+    (got,) = run(rewritten, x)
+    wanted = np.maximum(x @ wide + bias, 0) @ narrow
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_odd_widths_stay() -> None:
+    weight = np.ones((K, N + 1), np.float32)
+    rewritten = model(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], [tensor("w", weight)], {"y": N + 1}
+    )
+    prepare(rewritten)
+    assert use_pointwise_convolutions(rewritten) == 0

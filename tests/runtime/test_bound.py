@@ -19,13 +19,13 @@ from blip2edge.runtime import backend_cuda
 from blip2edge.runtime.backend_cuda import is_kept
 from blip2edge.runtime.bound import BoundSession, DeviceArray
 from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.session import BACKENDS
+from blip2edge.runtime.session import BACKENDS, Settled
 from tests.drawing import draw_pictures
 
 CPU = ["CPUExecutionProvider"]
 
 
-def bound(path: Path, threads: int | None = None, weights: Path | None = None) -> BoundSession:
+def bound(path: Path, threads: int | None = None, settled: Settled | None = None) -> BoundSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
