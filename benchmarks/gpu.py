@@ -72,7 +72,7 @@ def bandwidth() -> float:
 def bytes_a_token(bundle: Bundle, context: int) -> int:
     """What a step reads: the decoder's weights once, and keys and values of the whole context."""
     record, cache = bundle.graph(DECODER), bundle.manifest.cache
-    names = (record.spec.file, *record.data_files)
+    names = record.files
     weights = sum(bundle.manifest.files[name].size for name in names)
     width = 2 if record.spec.inputs[0].dtype == "float16" else 4
     slots = 0 if cache is None else 2 * cache.num_layers * cache.num_heads * cache.head_dim * width

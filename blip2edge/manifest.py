@@ -52,6 +52,11 @@ class GraphRecord:
     fp32_exceptions: tuple[str, ...] = ()
     data_files: tuple[str, ...] = ()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All of its files: the graph's own, and those of its weights."""
+        return (self.spec.file, *self.data_files)
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``bundle.json``."""
         return {
@@ -166,6 +171,10 @@ class Manifest:
             calibration=values.get("calibration", {}),
             engines_of=values.get("engines_of", ""),
         )
+
+    def graph_bytes(self, graph: GraphRecord) -> int:
+        """The size of a graph's files; those that this bundle does not hold count nothing."""
+        return sum(self.files[file].size for file in graph.files if file in self.files)
 
     def write(self, directory: Path) -> None:
         """Writes ``bundle.json``."""

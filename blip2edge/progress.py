@@ -8,9 +8,10 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -19,12 +20,31 @@ LINE_SECONDS = 10.0  # without a terminal: one line in ten seconds of silence is
 ESTIMATE_AFTER = 2.0  # seconds of a stage before it is told how long the rest will take
 BAR_WIDTH = 24  # characters between the brackets
 
+Item = TypeVar("Item")
+
 
 class ProgressCallback(Protocol):
     """What long work calls: `done` of `total` units of `stage` are finished (total 0: not known)."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report that `done` of `total` units of `stage` are finished."""
+
+
+def counted(items: Iterable[Item], total: int, progress: Callable[[int, int], None] | None) -> Iterator[Item]:
+    """The items of one stage of long work; before each and at the end, how many are done is reported.
+
+    Args:
+        items: What is worked through.
+        total: How many they are.
+        progress: Called with items done and items in all; None for nobody.
+    """
+    if progress is None:
+        yield from items
+        return
+    for done, item in enumerate(items):
+        progress(done, total)
+        yield item
+    progress(total, total)
 
 
 class Progress:

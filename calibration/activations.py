@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from blip2edge.calibration.agreement import compare_graphs
+from blip2edge.calibration.agreement import Cosine, compare_graphs
 from blip2edge.calibration.batches import Feeds
 from blip2edge.calibration.cache import cache_path, load_observations, save_observations
 from blip2edge.calibration.observations import Observation, Observations, Observer
@@ -63,6 +63,25 @@ class Job:
         """Of all that the graphs are given: the pictures, and the bundle that they go through."""
         return hashlib.sha256(f"{self.parent.sha256} {self.pictures_sha256}".encode()).hexdigest()
 
+    def write(self, model: ir.Model, record: GraphRecord) -> None:
+        """Writes a graph to the staging directory, and checks that it is one."""
+        path = self.staging / record.spec.file
+        ir.save(model, path)
+        onnx.checker.check_model(str(path))
+
+    def compare(self, record: GraphRecord) -> dict[str, Cosine]:
+        """A graph of the staging directory against the parent's; nothing where it was given nothing."""
+        if not self.feeds.count(record.spec.name):
+            return {}
+        return compare_graphs(
+            record.spec,
+            self.parent.file(record.spec.file),
+            self.staging / record.spec.file,
+            self.feeds,
+            threads=self.threads,
+            progress=partial(self.report, f"{record.spec.name}: compare"),
+        )
+
 
 def quantise_activations(job: Job, record: GraphRecord) -> Made:
     """Writes one graph with INT8 activations and weights to the staging directory, and compares it."""
@@ -91,28 +110,17 @@ def write_planned(job: Job, record: GraphRecord, model: ir.Model, targets: Targe
     with DataFile(data) as file:
         quantise_graph(model, plan, file, partial(job.report, f"{name}: write"))
     path = job.staging / record.spec.file
-    ir.save(model, path)
-    onnx.checker.check_model(str(path))
-    compared = compare_graphs(
-        record.spec,
-        job.parent.file(record.spec.file),
-        path,
-        job.feeds,
-        threads=job.threads,
-        progress=partial(job.report, f"{name}: compare"),
-    )
+    job.write(model, record)
     seals = {path.name: FileRecord.of(path), data.name: file.record}
     summary = CalibratedGraph(
         name=name,
         precision=INT8,
         bytes=sum(seal.size for seal in seals.values()),
-        parent_bytes=sum(
-            job.parent.manifest.files[file].size for file in (record.spec.file, *record.data_files)
-        ),
+        parent_bytes=job.parent.manifest.graph_bytes(record),
         seconds=0.0,
         products=sum(len(group.products) for group in plan.groups),
         left={**targets.left, **plan.left},
-        cosine=compared,
+        cosine=job.compare(record),
     )
     return Made(replace(record, precision=INT8, parity=(), data_files=(data.name,)), seals, summary)
 

@@ -14,6 +14,7 @@ from blip2edge.calibration.batches import Feeds, default_prompt
 from blip2edge.calibration.pictures import Picture
 from blip2edge.contract import GraphSpec
 from blip2edge.errors import BundleError
+from blip2edge.progress import counted
 from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.ort import OnnxRuntimeSession
 from blip2edge.runtime.preprocess import load_image
@@ -93,15 +94,13 @@ def compare_graphs(
         for tensor in spec.outputs
         if "float" in tensor.dtype and not tensor.name.startswith("present.")
     ]
-    total = min(RUNS, feeds.count(spec.name))
     session = OnnxRuntimeSession(parent, threads)
     wanted = [session.run(inputs, outputs) for inputs in feeds.runs(spec.name, RUNS)]
     session.close()  # one graph at a time is in memory
     session = OnnxRuntimeSession(ours, threads)
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in outputs}
-    for done, (inputs, parents) in enumerate(zip(feeds.runs(spec.name, RUNS), wanted, strict=True)):
-        if progress is not None:
-            progress(done, total)
+    pairs = zip(feeds.runs(spec.name, RUNS), wanted, strict=True)
+    for inputs, parents in counted(pairs, len(wanted), progress):
         got = session.run(inputs, outputs)
         for name in outputs:
             if not np.isfinite(got[name]).all():
@@ -111,9 +110,7 @@ def compare_graphs(
                 )
             runs[name].append((cosine(parents[name], got[name]), _lowest_token(parents[name], got[name])))
     session.close()
-    if progress is not None:
-        progress(total, total)
-    return {name: _summary(pairs) for name, pairs in runs.items() if pairs}
+    return {name: _summary(seen) for name, seen in runs.items() if seen}
 
 
 def _lowest_token(first: NDArray[Any], second: NDArray[Any]) -> float:
@@ -139,13 +136,9 @@ def caption_pictures(
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
     prompt = default_prompt(captioner.prompter)
     found = []
-    for done, picture in enumerate(pictures):
-        if progress is not None:
-            progress(done, len(pictures))
+    for picture in counted(pictures, len(pictures), progress):
         result = captioner.caption(load_image(picture.read()), prompt=prompt)
         found.append((result.text, result.tokens))
-    if progress is not None:
-        progress(len(pictures), len(pictures))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from blip2edge.contract import (
     VISION,
 )
 from blip2edge.manifest import Bundle
+from blip2edge.progress import counted
 from blip2edge.runtime.embeddings import TokenTable
 from blip2edge.runtime.frames import pictures_of
 from blip2edge.runtime.instruction import Instructor
@@ -55,7 +57,8 @@ class Feeds:
         at = self._counts.get(graph, 0)
         folder = self.directory / graph
         folder.mkdir(exist_ok=True)
-        np.savez(folder / f"{at:06d}.npz", **inputs)  # type: ignore[arg-type]
+        arrays: dict[str, Any] = dict(inputs)
+        np.savez(folder / f"{at:06d}.npz", **arrays)
         self._counts[graph] = at + 1
 
     def count(self, graph: str) -> int:
@@ -127,12 +130,8 @@ def collect(
         return _Recording(OnnxRuntimeSession(path, threads), feeds, graph)
 
     run = PictureRunner(bundle, open_graph, language=bool(texts))
-    for done, picture in enumerate(pictures):
-        if progress is not None:
-            progress(done, len(pictures))
+    for done, picture in enumerate(counted(pictures, len(pictures), progress)):
         run(picture.read(), texts[done] if done < len(texts) else None)
-    if progress is not None:
-        progress(len(pictures), len(pictures))
 
 
 class PictureRunner:

@@ -63,10 +63,6 @@ class BlockFormat:
         fitting = [block for block in BLOCKS[bits] if width % block == 0]
         return cls(bits, fitting[0]) if fitting else None
 
-    def bytes_of(self, rows: int, columns: int, scale_bytes: int = 4) -> int:
-        """Bytes of a matrix ``[rows, columns]``, scales included."""
-        return (rows * columns * self.bits + 7) // 8 + rows // self.block * columns * scale_bytes
-
 
 def largest(weight: Floats, form: BlockFormat) -> Floats:
     """The largest absolute value of each block: ``[K, N]`` to ``[K / block, N]``."""

@@ -34,7 +34,7 @@ def cache_path(bundle: Bundle, record: GraphRecord, feeds_sha256: str) -> Path:
         feeds_sha256: Of what it is given: the pictures, and the graphs before it.
     """
     files = bundle.manifest.files
-    parts = [files[name].sha256 for name in (record.spec.file, *record.data_files)]
+    parts = [files[name].sha256 for name in record.files]
     key = hashlib.sha256("\n".join([str(FORMAT), *parts, feeds_sha256]).encode()).hexdigest()
     return cache_directory() / FOLDER / f"{record.spec.name}-{key[:24]}.npz"
 

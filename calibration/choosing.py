@@ -123,7 +123,7 @@ class Candidates:
         whole.mkdir()
         for item in made.values():
             if item.summary.matrices:
-                for file in (item.record.spec.file, *item.record.data_files):
+                for file in item.record.files:
                     shutil.copyfile(job.staging / file, whole / file)
         if (job.staging / EMBEDDINGS_FILE).is_file():
             shutil.copyfile(job.staging / EMBEDDINGS_FILE, whole / EMBEDDINGS_FILE)

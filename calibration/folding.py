@@ -40,12 +40,12 @@ def _only_read_by(value: ir.Value, readers: set[str]) -> bool:
     )
 
 
-def _own(value: ir.Value | None, width: int) -> str:
-    """The name of a vector ``[.., width]`` that nothing else reads; empty where it is no such."""
+def _own(value: ir.Value | None, width: int | None) -> str:
+    """The name of a constant ``[.., width]`` (None: any) that nothing else reads; empty where it is no such."""
     if value is None or value.const_value is None or len(list(value.uses())) != 1 or value.is_graph_output():
         return ""
     shape = tuple(value.const_value.shape)
-    return str(value.name) if shape and shape[-1] == width else ""
+    return str(value.name) if shape and width in (None, shape[-1]) else ""
 
 
 def _behind_norm(value: ir.Value, width: int) -> Fold:
@@ -125,8 +125,7 @@ def _columns(node: ir.Node | None, part: slice, width: int) -> Fold:
         sums = [given for given in node.inputs if given is not None and given.const_value is None]
         if len(biases) != 1 or len(sums) != 1 or not _single_use(sums[0]):
             return ()
-        shape = tuple(biases[0].const_value.shape)  # type: ignore[union-attr]
-        bias = _own(biases[0], size or int(shape[-1]))
+        bias = _own(biases[0], size)
         if not bias:
             return ()
         found.append((bias, part))
@@ -136,5 +135,5 @@ def _columns(node: ir.Node | None, part: slice, width: int) -> Fold:
     weight = node.inputs[1]
     if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
         return ()
-    name = _own(weight, size or int(weight.const_value.shape[-1]))  # type: ignore[arg-type]
+    name = _own(weight, size)
     return (*found, (name, part)) if name else ()

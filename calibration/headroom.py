@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from blip2edge.calibration.batches import Feeds
 from blip2edge.calibration.observe import open_probe
 from blip2edge.manifest import GraphRecord
+from blip2edge.progress import counted
 
 LARGEST = 65504.0  # of fp16
 SPARE = 4.0
@@ -101,13 +102,9 @@ def sweep(
     names = [PREFIX + name for name in found]
     largest = np.zeros(len(names))
     total = min(RUNS, feeds.count(record.spec.name))
-    for done, inputs in enumerate(feeds.runs(record.spec.name, RUNS)):
-        if progress is not None:
-            progress(done, total)
+    for inputs in counted(feeds.runs(record.spec.name, RUNS), total, progress):
         values = [float(value) if value.size else 0.0 for value in session.run(names, inputs)]
         largest = np.maximum(largest, values)
-    if progress is not None:
-        progress(total, total)
     reaches = [
         TensorReach(name, node.op_type, str(node.name), _reads(node), _dtype(node, name), float(reach))
         for (name, node), reach in zip(found.items(), largest, strict=True)

@@ -8,15 +8,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 from blip2edge.calibration.activations import Job
-from blip2edge.calibration.agreement import compare_graphs
 from blip2edge.calibration.blocks import BlockFormat, Floats, Integers
 from blip2edge.calibration.results import CalibratedGraph, Made, RoundedMatrix
 from blip2edge.calibration.storage import DataFile
-from blip2edge.calibration.targets import Product, Targets, find_targets
+from blip2edge.calibration.targets import Product, Targets, find_targets, held
 from blip2edge.calibration.token_table import BITS as TABLE_BITS
 from blip2edge.calibration.token_table import tied_head, write_rows, write_shared
 from blip2edge.calibration.weight_only import (
@@ -76,9 +74,7 @@ def quantise_weights(job: Job, record: GraphRecord, bits: int, keep: Mapping[str
             store=stores,
             progress=partial(job.report, f"{name}: round"),
         )
-    path = job.staging / record.spec.file
-    ir.save(model, path)
-    onnx.checker.check_model(str(path))
+    job.write(model, record)
     return _made(job, record, bits, matrices, left, file.record, time.perf_counter() - start)
 
 
@@ -113,9 +109,7 @@ def rewrite_weights(job: Job, made: Made, whole: Path, left: Mapping[str, str]) 
             )
         copy_others(model, file, matrices)
     replace_weights(model, matrices)
-    path = job.staging / record.spec.file
-    ir.save(model, path)
-    onnx.checker.check_model(str(path))
+    job.write(model, record)
     return _made(
         job,
         record,
@@ -146,32 +140,21 @@ def _made(
 ) -> Made:
     name = record.spec.name
     path, data = job.staging / record.spec.file, f"{name}.onnx.data"
-    compared = {}
-    if job.feeds.count(name):
-        compared = compare_graphs(
-            record.spec,
-            job.parent.file(record.spec.file),
-            path,
-            job.feeds,
-            threads=job.threads,
-            progress=partial(job.report, f"{name}: compare"),
-        )
     seals = {path.name: FileRecord.of(path), data: seal}
     files: tuple[str, ...] = (data,)
     if any(matrix.integers.location == EMBEDDINGS_FILE for matrix in matrices.values()):
         seals[EMBEDDINGS_FILE] = FileRecord.of(job.staging / EMBEDDINGS_FILE)
         files = (data, EMBEDDINGS_FILE)
-    parent = job.parent.manifest.files
     precision = PRECISIONS[bits] if matrices else record.precision
     summary = CalibratedGraph(
         name,
         precision,
         seals[path.name].size + seal.size,
-        sum(parent[file].size for file in (record.spec.file, *record.data_files)),
+        job.parent.manifest.graph_bytes(record),
         seconds,
         len(matrices),
         left,
-        compared,
+        job.compare(record),
         {
             weight: RoundedMatrix(
                 matrix.form.bits, matrix.form.block, tuple(matrix.integers.shape.numpy()),
@@ -203,7 +186,7 @@ def _table(
     ) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
         return write_shared(path, form, integers, scales, product.weight)
 
-    head = tied_head(table, eight, lambda name: weights[name].const_value.numpy())  # type: ignore[union-attr]
+    head = tied_head(table, eight, lambda name: held(weights[name]).numpy())
     if head is not None:
         return {head: shared}
     if BlockFormat.for_width(table.width, TABLE_BITS) is not None:

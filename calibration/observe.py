@@ -96,12 +96,14 @@ class Probe:
         return dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))
 
 
-def open_probe(graph: onnx.ModelProto, weights: Path, size: int, threads: int | None = None) -> Any:
+def open_probe(
+    graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None
+) -> Any:
     """An ``onnxruntime.InferenceSession`` of a graph that lies in no file.
 
     Args:
         graph: The graph.
-        weights: The directory of its external data.
+        weights: The directory of its external data; None where it has none.
         size: Bytes of that; above :data:`LEAN_ABOVE` the graph runs as it is written, in little memory.
         threads: CPU threads.
     """
@@ -112,7 +114,8 @@ def open_probe(graph: onnx.ModelProto, weights: Path, size: int, threads: int | 
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     if size > LEAN_ABOVE:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")

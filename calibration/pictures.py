@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2edge.errors import DataError, ImageError
+from blip2edge.progress import counted
 from blip2edge.runtime.preprocess import load_image
 
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -104,9 +105,7 @@ def choose_pictures(
         )
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
     digest, kept, skipped = hashlib.sha256(), [], []
-    for done, picture in enumerate(wanted):
-        if progress is not None:
-            progress(done, len(wanted))
+    for picture in counted(wanted, len(wanted), progress):
         content = picture.read()
         try:
             load_image(content)
@@ -115,8 +114,6 @@ def choose_pictures(
             continue
         digest.update(hashlib.sha256(content).digest())
         kept.append(picture)
-    if progress is not None:
-        progress(len(wanted), len(wanted))
     if not kept:
         raise DataError(
             f"{root}: none of the {len(wanted)} pictures can be read, {skipped[0]} among them",

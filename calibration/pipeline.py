@@ -248,24 +248,17 @@ def _captions(job: Job, bundle: Path, pictures: PictureSet, stage: str) -> Said 
 
 def _copied(job: Job, record: GraphRecord) -> Made:
     """A graph that stays as it is."""
-    files = (record.spec.file, *record.data_files)
-    for file in files:
+    for file in record.files:
         shutil.copyfile(job.parent.file(file), job.staging / file)
-    size = _size(job.parent.manifest, record)
+    size = job.parent.manifest.graph_bytes(record)
     summary = CalibratedGraph(record.spec.name, record.precision, size, size, 0.0, 0, {}, {})
-    return Made(record, {file: job.parent.manifest.files[file] for file in files}, summary)
-
-
-def _size(manifest: Manifest, record: GraphRecord) -> int:
-    return sum(manifest.files[file].size for file in (record.spec.file, *record.data_files))
+    return Made(record, {file: job.parent.manifest.files[file] for file in record.files}, summary)
 
 
 def _copy_rest(parent: Bundle, staging: Path) -> None:
     """Everything that belongs to no graph: token table, tokenizers."""
     manifest = parent.manifest
-    of_graphs = {
-        file for record in manifest.graphs.values() for file in (record.spec.file, *record.data_files)
-    }
+    of_graphs = {file for record in manifest.graphs.values() for file in record.files}
     for file in manifest.files:
         if file not in of_graphs and not (staging / file).exists():
             shutil.copyfile(parent.file(file), staging / file)

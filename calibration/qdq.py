@@ -18,7 +18,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from blip2edge.calibration.ranges import LEVELS
 from blip2edge.calibration.storage import TensorStore
-from blip2edge.calibration.targets import Product
+from blip2edge.calibration.targets import Product, held
+from blip2edge.progress import counted
 
 FP16_OPSET = 19
 """The first whose QuantizeLinear takes float16; TensorRT 10.3 reads up to 20."""
@@ -98,10 +99,8 @@ def quantise_graph(
     scales = _weight_changes(plan)
     quantised = {product.weight for group in plan.groups for product in group.products}
     names = list(graph.initializers)
-    for done, name in enumerate(names):
+    for name in counted(names, len(names), progress):
         _store(graph, name, scales.get(name, []), name in quantised, data)
-        if progress is not None:
-            progress(done + 1, len(names))
     for group in plan.groups:
         _insert(graph, group, data)
 
@@ -137,13 +136,10 @@ def _divided(divisor: Array, where: slice) -> Change:
 
 def _store(graph: ir.Graph, name: str, changes: Sequence[Change], quantised: bool, data: TensorStore) -> None:
     value = graph.initializers[name]
-    tensor = value.const_value
-    if tensor is None:
-        raise ValueError(f"the initializer {name} has no value")
+    tensor = held(value)
     if not changes and not quantised:
-        if not isinstance(tensor, ir.ExternalTensor):  # a shape: small constants lie in the graph itself
-            return
-        value.const_value = data.copy(name, tensor)
+        if isinstance(tensor, ir.ExternalTensor):  # no shape: small constants lie in the graph itself
+            value.const_value = data.copy(name, tensor)
         return
     array = np.asarray(tensor.numpy(), np.float32)
     for change in changes:

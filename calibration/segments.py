@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from blip2edge.calibration.targets import Product
+from blip2edge.calibration.observe import open_probe
+from blip2edge.calibration.targets import Product, held
 
 Array = NDArray[Any]
 
@@ -90,7 +90,7 @@ class PieceRunner:
         feeds: Sequence[Mapping[str, Array]],
         threads: int | None = None,
     ) -> None:
-        self._initializers = {name: value.const_value for name, value in model.graph.initializers.items()}
+        self._initializers = {name: held(value) for name, value in model.graph.initializers.items()}
         proto = ir.to_proto(model)
         self._opsets = list(proto.opset_import)
         self._pieces = pieces_of(proto.graph, products)
@@ -134,21 +134,11 @@ class PieceRunner:
         outputs = [onnx.ValueInfoProto(name=name) for name in piece.gives]
         graph = helper.make_graph(list(piece.nodes), "piece", inputs, outputs, tensors)
         model = helper.make_model(graph, opset_imports=self._opsets, ir_version=10)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.inter_op_num_threads = 1
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return open_probe(model, threads=self._threads)
 
     def _value(self, name: str) -> Array:
         changed = self._changed.get(name)
         if changed is not None:
             return changed
-        tensor = self._initializers[name]
-        if tensor is None:
-            raise ValueError(f"the initializer {name} has no value")
-        return np.asarray(tensor.numpy(), order="C")  # not ascontiguousarray, which gives a scalar an axis
+        # not ascontiguousarray, which gives a scalar an axis
+        return np.asarray(self._initializers[name].numpy(), order="C")

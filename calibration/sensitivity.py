@@ -27,6 +27,7 @@ from blip2edge.calibration.storage import Memory
 from blip2edge.calibration.weight_only import all_logits, block_tensors, form_of
 from blip2edge.contract import DECODER
 from blip2edge.manifest import Bundle
+from blip2edge.progress import counted
 from blip2edge.runtime.ort import OnnxRuntimeSession
 from blip2edge.runtime.session import Array, Session
 
@@ -243,9 +244,5 @@ def rank(
         models: Each layer, and what makes its graph.
         progress: Called with layers done and layers in all.
     """
-    found = []
-    for done, (layer, model) in enumerate(models):
-        found.append(yardstick.measure(layer, model()))
-        if progress is not None:
-            progress(done + 1, len(models))
+    found = [yardstick.measure(layer, model()) for layer, model in counted(models, len(models), progress)]
     return sorted(found, key=lambda item: -item.loss)

@@ -19,7 +19,8 @@ from blip2edge.calibration.folding import find_fold
 from blip2edge.calibration.observations import Observation, Observations
 from blip2edge.calibration.qdq import Group, Plan, quantise_columns
 from blip2edge.calibration.ranges import LEVELS
-from blip2edge.calibration.targets import Product, Targets
+from blip2edge.calibration.targets import Product, Targets, held
+from blip2edge.progress import counted
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
 """Powers of the activation's reach that are tried, beside no division at all."""
@@ -77,7 +78,7 @@ def plan_by_output(
     """
     plan = Plan()
     groups = targets.by_activation()
-    for done, (activation, products) in enumerate(groups.items()):
+    for activation, products in counted(groups.items(), len(groups), progress):
         observation = observations[activation]
         if observation.histogram.maximum == 0.0:
             plan.left |= {product.node: "its input is always zero" for product in products}
@@ -93,8 +94,6 @@ def plan_by_output(
             plan.groups.append(
                 Group(activation, tuple(products), choice.threshold, choice.divisor, taken, choice.change)
             )
-        if progress is not None:
-            progress(done + 1, len(groups))
     return plan
 
 
@@ -119,10 +118,7 @@ def choose(observation: Observation, weights: Sequence[Array], folds: bool, shar
 
 
 def _read(model: ir.Model, product: Product) -> Array:
-    tensor = model.graph.initializers[product.weight].const_value
-    if tensor is None:
-        raise ValueError(f"the initializer {product.weight} has no value")
-    return np.asarray(tensor.numpy(), np.float32)
+    return np.asarray(held(model.graph.initializers[product.weight]).numpy(), np.float32)
 
 
 def _some_columns(weight: Array, count: int) -> Array:

@@ -56,7 +56,7 @@ class DataFile:
         self._digest = hashlib.sha256()
         self._offset = 0
 
-    def __enter__(self) -> DataFile:  # noqa: PYI034  (typing.Self is not in Python 3.10)
+    def __enter__(self) -> DataFile:  # noqa: PYI034 - typing.Self is not in Python 3.10
         return self
 
     def __exit__(

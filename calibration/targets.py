@@ -52,6 +52,17 @@ class Targets:
         return dict(groups)
 
 
+def held(value: ir.Value) -> ir.TensorProtocol:
+    """The tensor of an initializer.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if value.const_value is None:
+        raise ValueError(f"the initializer {value.name} has no value")
+    return value.const_value
+
+
 def find_targets(model: ir.Model) -> Targets:
     """Looks through a graph.
 
@@ -75,7 +86,7 @@ def find_targets(model: ir.Model) -> Targets:
         if reason:
             left[name] = reason
             continue
-        inner, outer = (int(size) for size in weight.const_value.shape)  # type: ignore[union-attr, arg-type]
+        inner, outer = held(weight).shape.numpy()
         products.append(Product(name, str(value.name), str(weight.name), inner, outer))
     return Targets(tuple(products), left)
 

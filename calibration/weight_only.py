@@ -29,7 +29,7 @@ from blip2edge.calibration.blocks import (
 from blip2edge.calibration.gptq import Corrector, SecondMoments, nearest
 from blip2edge.calibration.segments import PieceRunner
 from blip2edge.calibration.storage import DataFile
-from blip2edge.calibration.targets import Product
+from blip2edge.calibration.targets import Product, held
 
 Array = NDArray[Any]
 
@@ -171,10 +171,7 @@ class _Writer:
     def write(self, product: Product, corrector: Corrector | None) -> Array:
         """Rounds one; what the graph will compute of it, in the graph's type."""
         form = self.how.formats[product.weight]
-        tensor = self.initializers[product.weight].const_value
-        if tensor is None:
-            raise ValueError(f"the initializer {product.weight} has no value")
-        kept = tensor.numpy()
+        kept = held(self.initializers[product.weight]).numpy()
         weight = np.asarray(kept, np.float32)
         error = plain_error = None
         if corrector is None:

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from blip2edge.progress import Progress
+from blip2edge.progress import Progress, counted
 
 
 def test_log_gets_a_line_at_the_start_and_at_the_end_of_a_stage() -> None:
@@ -70,3 +70,10 @@ def test_a_long_stage_tells_about_how_much_is_left(
         now[0] += seconds
         progress("ranges", 1, 4)
     assert stream.getvalue().splitlines()[-1] == f"ranges: 1/4  {seconds:.1f} s{left}"
+
+
+def test_counted_reports_before_each_item_and_at_the_end() -> None:
+    seen: list[tuple[int, int]] = []
+    assert list(counted("ab", 2, lambda done, total: seen.append((done, total)))) == ["a", "b"]
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert list(counted("ab", 2, None)) == ["a", "b"]

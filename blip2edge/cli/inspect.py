@@ -88,9 +88,8 @@ def _pairs(values: object) -> str:
 
 
 def _graph(name: str, graph: GraphRecord, manifest: Manifest) -> list[str]:
-    names = [graph.spec.file, *graph.data_files]
-    count = sum(manifest.files[file].size for file in names if file in manifest.files)
-    lines = [f"{name}  ({', '.join(names)}; {graph.precision}, {size(count)})"]
+    count = manifest.graph_bytes(graph)
+    lines = [f"{name}  ({', '.join(graph.files)}; {graph.precision}, {size(count)})"]
     lines += [f"  in   {text}" for text in _tensors(graph.spec.inputs)]
     lines += [f"  out  {text}" for text in _tensors(graph.spec.outputs)]
     if graph.fp32_exceptions:
