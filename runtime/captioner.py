@@ -20,7 +20,7 @@ from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageErr
 from blip2edge.manifest import Bundle
 from blip2edge.runtime.completer import Completer
 from blip2edge.runtime.drafting import Drafting
-from blip2edge.runtime.encoder import STAGES, Clock, PictureEncoder
+from blip2edge.runtime.encoder import STAGES, Clock, Encoder, PictureEncoder
 from blip2edge.runtime.frames import ItemSource
 from blip2edge.runtime.instruction import Instructor
 from blip2edge.runtime.language import load_language_model
@@ -29,6 +29,7 @@ from blip2edge.runtime.options import GenerationOptions
 from blip2edge.runtime.prompt import Prompter
 from blip2edge.runtime.request import Request, Span
 from blip2edge.runtime.result import CaptionResult, caption_result
+from blip2edge.runtime.reuse import ReusingEncoder
 from blip2edge.runtime.scheduler import Scheduler
 from blip2edge.runtime.session import check_threads
 from blip2edge.runtime.tokenizer import Tokenizer
@@ -170,12 +171,28 @@ class Captioner:
         return self.completer.pieces(self.encoder([image], [prompt], Clock()), generation)
 
     def scheduler(
-        self, *, max_batch: int = 8, max_waiting: int = 64, trace: Callable[[Span], None] | None = None
+        self,
+        *,
+        max_batch: int = 8,
+        max_waiting: int = 64,
+        trace: Callable[[Span], None] | None = None,
+        encoder: Encoder | None = None,
     ) -> Scheduler:
-        """Continuous batching for requests that come as they like; see :class:`Scheduler`. Close it after use."""
+        """Continuous batching for requests that come as they like; see :class:`Scheduler`. Close it after use.
+
+        Args:
+            max_batch: As of :class:`Scheduler`.
+            max_waiting: As of :class:`Scheduler`.
+            trace: As of :class:`Scheduler`.
+            encoder: In place of the captioner's own.
+        """
         return Scheduler(
-            self.encoder, self.completer, max_batch=max_batch, max_waiting=max_waiting, trace=trace
+            encoder or self.encoder, self.completer, max_batch=max_batch, max_waiting=max_waiting, trace=trace
         )
+
+    def reusing(self, below: float) -> ReusingEncoder:
+        """An encoder to which a picture that hardly differs from the last one is that; see :class:`ReusingEncoder`."""
+        return ReusingEncoder(self.encoder, below, self.completer.language.context)
 
     def options(self, **options: Any) -> GenerationOptions:
         """The bundle's defaults with some fields replaced.

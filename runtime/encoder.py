@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,6 +67,33 @@ class Encoded:
         return Encoded([self.prompts[row] for row in rows], pictures, counts)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A batch about to be looked at.
+
+    Attributes:
+        prompts: A row each.
+        counts: Pictures of each row.
+        pixels: ``pixel_values [N, 3, H, W]`` of all rows' pictures, one row's after the other's.
+        instruction: The bridge's inputs beside the picture, by name; empty where none enters it.
+    """
+
+    prompts: list[Prompt]
+    counts: list[int]
+    pixels: Array
+    instruction: dict[str, Array]
+
+    def seen(self, pictures: Mapping[str, Array]) -> Encoded:
+        """The batch with what the graphs made of its N pictures, several of a row side by side."""
+        if max(self.counts) > 1:
+            pictures = {name: pack(array, self.counts) for name, array in pictures.items()}
+        return Encoded(self.prompts, dict(pictures), self.counts)
+
+
+Encoder = Callable[[Sequence[ItemSource], Sequence[str | None], Clock], Encoded]
+"""Pictures and prompts, a row each, to a batch."""
+
+
 class PictureEncoder:
     """Preprocessing, vision encoder and bridge.
 
@@ -109,6 +136,11 @@ class PictureEncoder:
             PromptError: A prompt does not fit.
             UsageError: A row has several pictures, and the model takes one.
         """
+        prepared = self.prepare(images, texts, clock)
+        return prepared.seen(self.bridged(self.look(prepared.pixels, clock), prepared.instruction, clock))
+
+    def prepare(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: Clock) -> Prepared:
+        """The first part of a call: pixels and tokens, with no graph run."""
         spec = self.prompter.spec
         with clock("preprocess"):
             groups = separate(list(images)) if spec.picture_token else None
@@ -122,12 +154,19 @@ class PictureEncoder:
             instruction = self.instructor(filled) if self.instructor is not None else {}
             prompts = [self.prompter(text, count) for text, count in zip(filled, counts, strict=True)]
             pixels = self.preprocessing.batch(given).astype(self._pixels_dtype, copy=False)
+        return Prepared(prompts, counts, pixels, instruction)
+
+    def look(self, pixels: Array, clock: Clock) -> dict[str, Array]:
+        """The vision encoder's outputs, of ``pixel_values [N, 3, H, W]``."""
         with clock("vision"):
-            pictures = self.vision.run({"pixel_values": pixels})
-        if self.bridge is not None:
-            with clock("bridge"):
-                embeds = {"image_embeds": pictures["image_embeds"]}
-                pictures |= self.bridge.run({**embeds, **instruction}, self._bridged)
-        if max(counts) > 1:
-            pictures = {name: pack(array, counts) for name, array in pictures.items()}
-        return Encoded(prompts, pictures, counts)
+            return self.vision.run({"pixel_values": pixels})
+
+    def bridged(
+        self, pictures: Mapping[str, Array], instruction: Mapping[str, Array], clock: Clock
+    ) -> dict[str, Array]:
+        """The vision encoder's outputs and, where there is a bridge, what that makes of them."""
+        if self.bridge is None:
+            return dict(pictures)
+        with clock("bridge"):
+            given = {"image_embeds": pictures["image_embeds"], **instruction}
+            return {**pictures, **self.bridge.run(given, self._bridged)}

@@ -63,6 +63,13 @@ class LanguageModel(Protocol):
         """Ids that every caption begins with; empty where it goes on from the prompt."""
         ...
 
+    def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
+        """What it computes of pictures whatever the prompts are, by names of its own; empty for nothing.
+
+        Who prefills with the same pictures again may hand it in among them.
+        """
+        ...
+
     def prefill(
         self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
     ) -> tuple[NDArray[np.float32], RowState]:
@@ -71,7 +78,8 @@ class LanguageModel(Protocol):
         Args:
             prompts: One a row.
             pictures: What the graphs before it made of the pictures, by the name of the output:
-                ``image_embeds [B, P, Dv]``, and ``visual_tokens [B, Q, D]`` where there is a bridge.
+                ``image_embeds [B, P, Dv]``, and ``visual_tokens [B, Q, D]`` where there is a bridge; perhaps
+                with their :meth:`context`.
 
         Returns:
             Logits ``[B, V]`` of the first token, and the state.
@@ -137,11 +145,20 @@ class Continuation:
         """The token table."""
         return self.decoder.table
 
+    def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
+        """See :class:`LanguageModel`: the pictures' keys and values."""
+        if self.cross_kv is None:
+            return {}
+        names = self.cross_kv.output_names
+        if all(name in pictures for name in names):
+            return {name: pictures[name] for name in names}
+        return self.cross_kv.run({self.source: pictures[self.source]})
+
     def prefill(
         self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
     ) -> tuple[NDArray[np.float32], RowState]:
         """See :class:`LanguageModel`."""
-        context = self.cross_kv.run({self.source: pictures[self.source]}) if self.cross_kv is not None else {}
+        context = self.context(pictures)
         if prompts[0].looks:
             most = max(prompt.pictures for prompt in prompts)
             keys = pictures[self.source].shape[1]
@@ -179,6 +196,10 @@ class EncoderDecoder:
     def table(self) -> TokenTable:
         """The decoder's token table, and the encoder's where that takes embeddings."""
         return self.decoder.table
+
+    def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:  # noqa: ARG002
+        """See :class:`LanguageModel`: nothing, as the encoder reads pictures and prompt together."""
+        return {}
 
     def prefill(
         self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]

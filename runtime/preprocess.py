@@ -216,6 +216,13 @@ class Preprocessing:
         fixed = self.crop if self.crop is not None else (self.size if self.resize else {})
         return (fixed["height"], fixed["width"]) if "height" in fixed else None
 
+    @property
+    def spans(self) -> NDArray[np.float32]:
+        """What lies between the pixel values of black and of white, by channel, float32 [3]."""
+        table: NDArray[np.float32] = getattr(self, "_table")  # noqa: B009 - set past the frozen fields
+        spans: NDArray[np.float32] = np.abs(table[:, -1] - table[:, 0])
+        return np.where(spans > 0, spans, np.float32(1))
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Preprocessing:
         """Read a `preprocessor_config.json`, or the `image_processor` part of a `processor_config.json`.

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from blip2edge.errors import Blip2EdgeError, OverloadError, UsageError
 from blip2edge.runtime.completer import Completer
-from blip2edge.runtime.encoder import Clock, Encoded, PictureEncoder
+from blip2edge.runtime.encoder import Clock, Encoded, Encoder
 from blip2edge.runtime.frames import ItemSource
 from blip2edge.runtime.generate import Decoding
 from blip2edge.runtime.options import Generated, GenerationOptions
@@ -41,7 +41,7 @@ class Scheduler:
 
     def __init__(
         self,
-        encoder: PictureEncoder,
+        encoder: Encoder,
         completer: Completer,
         *,
         max_batch: int = 8,

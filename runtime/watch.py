@@ -10,7 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ class Seen:
         error: Why not; empty where it could.
         dropped: Frames that came since the last caption and were not looked at.
         age_ms: From the frame's arrival to the end of its caption.
+        reused: Whether it hardly differed from the last encoded frame, and was not encoded.
     """
 
     frame: str
@@ -48,9 +51,32 @@ class Seen:
     error: str
     dropped: int
     age_ms: float
+    reused: bool = False
 
 
-def open_source(source: str, *, follow: bool = True) -> Iterator[Frame]:
+class Source(Iterator[Frame]):
+    """Frames, until they end or :meth:`close` is called, from any thread.
+
+    Args:
+        make: Makes the frames; what it is given is set when no more are wanted.
+    """
+
+    def __init__(self, make: Callable[[threading.Event], Iterator[Frame]]) -> None:
+        self._closed = threading.Event()
+        self._frames = make(self._closed)
+
+    def __next__(self) -> Frame:
+        """The next frame; waits for it."""
+        if self._closed.is_set():
+            raise StopIteration
+        return next(self._frames)
+
+    def close(self) -> None:
+        """Ends the frames; a thread that waits for a picture in a folder waits no longer."""
+        self._closed.set()
+
+
+def open_source(source: str, *, follow: bool = True) -> Source:
     """Frames of a source.
 
     Args:
@@ -64,7 +90,7 @@ def open_source(source: str, *, follow: bool = True) -> Iterator[Frame]:
     """
     path = Path(source)
     if path.is_dir():
-        return _folder(path, follow)
+        return Source(partial(_folder, path, follow))
     if source.isdigit():
         return _video(f"/dev/video{source}", "v4l2")
     if source.startswith("/dev/"):
@@ -77,30 +103,42 @@ def open_source(source: str, *, follow: bool = True) -> Iterator[Frame]:
     )
 
 
-def _folder(path: Path, follow: bool) -> Iterator[Frame]:
+def _folder(path: Path, follow: bool, closed: threading.Event) -> Iterator[Frame]:
     seen: set[tuple[str, int]] = set()
-    while True:
-        pictures = [one for one in path.iterdir() if one.suffix.lower() in SUFFIXES]
-        stamps = {(one.name, one.stat().st_mtime_ns): one for one in pictures}
+    while not closed.is_set():
+        stamps = _pictures(path)
         for key in sorted(stamps.keys() - seen, key=lambda key: (key[1], key[0])):
             yield Frame(key[0], stamps[key])
         seen = set(stamps)
         if not follow:
             return
-        time.sleep(POLL_S)
+        closed.wait(POLL_S)
 
 
-def _video(address: str, kind: str | None) -> Iterator[Frame]:
+def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
+    """The pictures that are in a folder, by name and time; one that is removed meanwhile is none."""
+    found = {}
+    try:
+        for path in folder.iterdir():
+            if path.suffix.lower() in SUFFIXES:
+                with suppress(FileNotFoundError):
+                    found[path.name, path.stat().st_mtime_ns] = path
+    except OSError as error:
+        raise DataError(f"{folder} can be read no more ({error.strerror or error})") from error
+    return found
+
+
+def _video(address: str, kind: str | None) -> Source:
     try:
         import av
     except ImportError as error:
         raise BackendError(
             "videos and cameras are read with PyAV, which is not installed", 'pip install "blip2edge[video]"'
         ) from error
-    return _decoded(av, address, kind)
+    return Source(partial(_decoded, av, address, kind))
 
 
-def _decoded(av: Any, address: str, kind: str | None) -> Iterator[Frame]:
+def _decoded(av: Any, address: str, kind: str | None, closed: threading.Event) -> Iterator[Frame]:
     start = time.perf_counter()
     try:
         with av.open(address, format=kind) as container:
@@ -108,7 +146,9 @@ def _decoded(av: Any, address: str, kind: str | None) -> Iterator[Frame]:
             for frame in container.decode(stream):
                 at = float(frame.time or 0.0)
                 if kind is None and "://" not in address:  # a file plays at its own speed
-                    time.sleep(max(0.0, at - (time.perf_counter() - start)))
+                    closed.wait(max(0.0, at - (time.perf_counter() - start)))
+                if closed.is_set():
+                    return
                 yield Frame(f"{at:.2f} s", frame.to_ndarray(format="rgb24"))
     except (av.error.FFmpegError, IndexError) as error:
         raise DataError(f"{address} cannot be read as a video ({error})") from error
@@ -156,9 +196,11 @@ class Newest:
             return frame, at, dropped
 
     def close(self) -> None:
-        """Lets the thread end with its next frame."""
+        """Lets the thread end: at once where the frames are a :class:`Source` that waits, or else with the next one."""
         with self._changed:
             self._closed = True
+        if isinstance(self._frames, Source):
+            self._frames.close()
 
 
 def watch(
@@ -167,6 +209,7 @@ def watch(
     *,
     prompt: str | None = None,
     every: bool = False,
+    reuse_below: float = 0.0,
     on_piece: Callable[[str | None], None] | None = None,
     **options: Any,
 ) -> Iterator[Seen]:
@@ -177,6 +220,8 @@ def watch(
         frames: From :func:`open_source`.
         prompt: As ``Captioner.caption`` takes it.
         every: Caption every frame in order and drop none.
+        reuse_below: A frame that differs by less from the last encoded one is not encoded; 0: every one is. See
+            :class:`blip2edge.runtime.reuse.ReusingEncoder`.
         on_piece: Called with the pieces of each text as they come, and with None at its end.
         **options: As ``Captioner.caption`` takes them.
 
@@ -185,7 +230,9 @@ def watch(
 
     Raises:
         DataError: The source broke off.
+        UsageError: ``reuse_below`` is no number from 0 to 1.
     """
+    encoder = captioner.reusing(reuse_below) if reuse_below else None
     generation = captioner.options(**options)
     newest = None if every else Newest(frames)
 
@@ -195,7 +242,7 @@ def watch(
         else:
             yield from iter(newest.get, None)
 
-    with captioner.scheduler(max_batch=1, max_waiting=1) as scheduler:
+    with captioner.scheduler(max_batch=1, max_waiting=1, encoder=encoder) as scheduler:
         try:
             for frame, arrived, dropped in coming():
                 request = scheduler.submit(frame.image, generation, prompt=prompt, on_piece=on_piece)
@@ -204,7 +251,9 @@ def watch(
                     result = request.result()
                 except ImageError as error:  # a picture still being written, say: the next one comes
                     told = str(error)
-                yield Seen(frame.name, result, told, dropped, (time.monotonic() - arrived) * 1e3)
+                age_ms = (time.monotonic() - arrived) * 1e3
+                reused = encoder is not None and result is not None and encoder.reused
+                yield Seen(frame.name, result, told, dropped, age_ms, reused)
         finally:
             if newest is not None:
                 newest.close()

@@ -68,6 +68,14 @@ def share(text: str) -> float:
     return value
 
 
+def share_or_zero(text: str) -> float:
+    """A number from 0 to 1."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not {text}")
+    return value
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)

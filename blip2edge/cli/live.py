@@ -26,12 +26,24 @@ def watch(options: argparse.Namespace) -> int:
     captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
     flags = given_generation(options)
     dropped = 0
-    for seen in live(captioner, frames, prompt=options.prompt, every=options.once, **flags):
+    for seen in live(
+        captioner,
+        frames,
+        prompt=options.prompt,
+        every=options.once,
+        reuse_below=options.reuse_below,
+        **flags,
+    ):
         dropped += seen.dropped
         if seen.result is None:
             print(f"{seen.frame}: {seen.error}", file=sys.stderr, flush=True)
         elif options.json:
-            extra = {"frame": seen.frame, "dropped": seen.dropped, "age_ms": round(seen.age_ms, 1)}
+            extra = {
+                "frame": seen.frame,
+                "dropped": seen.dropped,
+                "age_ms": round(seen.age_ms, 1),
+                "reused": seen.reused,
+            }
             print(json.dumps({**seen.result.to_json(), **extra}), flush=True)
         else:
             print(f"{seen.frame}: {seen.result.text}", flush=True)

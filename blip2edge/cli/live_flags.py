@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flags import add_command, non_negative_int, positive_int, positive_number
+from blip2edge.cli.flags import add_command, non_negative_int, positive_int, positive_number, share_or_zero
 from blip2edge.cli.running_flags import add_bundle, add_generation, add_where
 
 if TYPE_CHECKING:
@@ -23,6 +23,14 @@ def add_watch(commands: Commands) -> None:
     parser.add_argument("--prompt", metavar="P", help="how each caption begins")
     parser.add_argument(
         "--once", action="store_true", help="every frame in order, none dropped; a folder as it is now"
+    )
+    parser.add_argument(
+        "--reuse-below",
+        metavar="X",
+        type=share_or_zero,
+        default=0.0,
+        help="do not encode a frame that differs by less than this share of black to white from the last encoded one: "
+        "its words are that one's (0: encode all)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line and frame")
     add_bundle(parser)

@@ -64,7 +64,7 @@ def gated(captioner: Captioner, gate: Gate) -> Iterator[Callable[..., Scheduler]
     made: list[Scheduler] = []
 
     def make(**options: Any) -> Scheduler:
-        made.append(Scheduler(gate, captioner.completer, **options))  # type: ignore[arg-type]
+        made.append(Scheduler(gate, captioner.completer, **options))
         return made[-1]
 
     yield make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.errors import DataError
 from blip2edge.runtime import watch as watch_module
 from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.watch import Frame, open_source, watch
+from blip2edge.runtime.watch import Frame, Newest, open_source, watch
 from tests.drawing import draw_pictures
 
 
@@ -75,6 +76,62 @@ def test_new_pictures_appear(captioner: Captioner, folder: Path, monkeypatch: py
     names = {next(frames).name for _ in range(3)}
     draw_pictures(1, 9)[0].save(folder / "later.png")
     assert names | {next(frames).name} == {"0.png", "1.png", "2.png", "later.png"}
+
+
+def test_a_picture_that_is_removed_while_it_is_looked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Path.iterdir
+
+    def removing(path: Path) -> Iterator[Path]:
+        for one in sorted(there(path)):
+            if one.name == "1.png":
+                one.unlink()
+            yield one
+
+    monkeypatch.setattr(Path, "iterdir", removing)
+    assert [frame.name for frame in open_source(str(folder), follow=False)] == ["0.png", "2.png"]
+
+
+def test_a_folder_that_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    frames = open_source(str(folder))
+    for _ in range(3):
+        next(frames)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="can be read no more"):
+        next(frames)
+
+
+def _readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "blip2edge-frames"]
+
+
+def test_no_thread_goes_on_polling(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder gets no picture more, and a look at it is due in a minute only."""
+    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
+    before = set(_readers())
+    newest = Newest(open_source(str(folder)))
+    assert newest.get() is not None
+    (reader,) = set(_readers()) - before
+    newest.close()
+    reader.join(10)
+    assert not reader.is_alive()
+    while newest.get() is not None:  # what had come is still there, and then it has ended
+        pass
+
+
+def test_who_stops_listening_ends_the_reader(
+    captioner: Captioner, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
+    before = set(_readers())
+    results = watch(captioner, open_source(str(folder)), max_new_tokens=2)
+    assert next(results).result is not None
+    (reader,) = set(_readers()) - before
+    results.close()  # type: ignore[attr-defined]  # a generator
+    reader.join(10)
+    assert not reader.is_alive()
 
 
 def test_a_source_that_breaks_off(captioner: Captioner) -> None:
