@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from blip2edge.errors import BackendError, BundleError
-from blip2edge.runtime.session import Array
+from blip2edge.runtime.session import Array, Settled
 
 
 class OpenVinoSession:
@@ -64,6 +64,6 @@ def _name(port: Any) -> str:
     return str(port.get_any_name())
 
 
-def open_graph(path: Path, threads: int | None = None, weights: Path | None = None) -> OpenVinoSession:  # noqa: ARG001
+def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> OpenVinoSession:  # noqa: ARG001
     """Loads a graph; OpenVINO's own files know where their weights are."""
     return OpenVinoSession(path, threads)
