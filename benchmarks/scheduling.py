@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import SHAPE, cpu_model
+from peers import SHAPE
+from race import cpu_model
 from random_checkpoint import write_checkpoint
 
 from blip2edge.export.pipeline import export_checkpoint

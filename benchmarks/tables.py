@@ -73,6 +73,20 @@ def stages(document: dict[str, Any]) -> list[str]:
     return [*head, *rows, "", f"{machine['processor']}, threads: {machine['threads'] or 'all'}. {limits}"]
 
 
+def reuse(document: dict[str, Any]) -> list[str]:
+    """What ``watch --reuse-below`` saves and costs."""
+    head = [
+        "| `--reuse-below` | frames not encoded | same words as encoding all | CPU ms a frame |",
+        "|---:|---:|---:|---:|",
+    ]
+    rows = [
+        f"| {row['below']:g} | {row['reused']:.0%} | {row['same_words']:.1%} | {row['cpu_ms']:.1f} |"
+        for row in document["results"]
+    ]
+    film = f"{document['frames']} frames of {document['scenes']} scenes, noise of {document['noise']:g}/255"
+    return [*head, *rows, "", f"{film}. {_where(document)}."]
+
+
 def _where(document: dict[str, Any]) -> str:
     return f"{document['machine']['cpu']}, one thread"
 
@@ -84,6 +98,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "language": ("peers-language-cpu.json", language),
     "stages-fp32": ("bench-fp32-cpu.json", stages),
     "stages-int8": ("bench-int8-cpu.json", stages),
+    "watch-reuse": ("watch-reuse.json", reuse),
 }
 """Of a name: the file and what lays it out."""
 

@@ -18,7 +18,7 @@ from blip2edge.runtime.encoder import Clock, Encoded, PictureEncoder, Prepared
 from blip2edge.runtime.frames import ItemSource
 from blip2edge.runtime.session import Array
 
-CELLS = 32
+CELLS = 16
 """Pictures are compared by the means of so many cells a side: noise cancels in them, and what moves stays."""
 
 

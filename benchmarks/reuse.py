@@ -1,0 +1,122 @@
+"""What ``watch --reuse-below`` saves and what it costs: ``python benchmarks/reuse.py --json FILE``.
+
+A film of generated scenes before a camera with noise: each scene stands still, then one of its objects takes another
+colour, then the picture fades into the next scene. The checkpoint that ships captions every frame, with each limit; the
+words are compared with those of encoding every frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from race import cpu_model
+
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.watch import Frame, Seen, watch
+from blip2edge.training.scenes import Scene, scenes
+
+ROOT = Path(__file__).parent.parent
+LIMITS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)
+STILL = 8  # frames of each of a scene's three parts
+NOISE = 3.0  # standard deviation of the camera's, in 255ths
+SEED = 77
+
+Picture = NDArray[np.float32]
+
+
+def recoloured(scene: Scene) -> Picture:
+    """The scene with the channels of its first object's box in another order; the grey around stays grey."""
+    picture = np.asarray(scene.picture, np.float32).copy()
+    thing = scene.first
+    rows, columns = (
+        slice(max(0, int(at - thing.radius - 1)), int(at + thing.radius + 2)) for at in (thing.y, thing.x)
+    )
+    picture[rows, columns] = picture[rows, columns][..., [2, 0, 1]]
+    return picture
+
+
+def film(count: int) -> list[NDArray[np.uint8]]:
+    """The frames of ``count`` scenes."""
+    rng = np.random.default_rng(SEED)
+    shown = list(scenes(count + 1, split="heldout", seed=SEED))
+    frames: list[Picture] = []
+    for scene, following in pairwise(shown):
+        other, coming = recoloured(scene), np.asarray(following.picture, np.float32)
+        frames += [np.asarray(scene.picture, np.float32)] * STILL + [other] * STILL
+        frames += [other + (coming - other) * (step + 1) / STILL for step in range(STILL)]
+    return [
+        np.clip(frame + rng.normal(0, NOISE, frame.shape), 0, 255).round().astype(np.uint8)
+        for frame in frames
+    ]
+
+
+def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> tuple[list[Seen], float]:
+    """What is seen, and CPU seconds."""
+
+    def source() -> Iterator[Frame]:
+        for index, frame in enumerate(frames):
+            yield Frame(str(index), frame)
+
+    start = time.process_time()
+    seen = list(watch(captioner, source(), every=True, reuse_below=below, draft="none"))
+    return seen, time.process_time() - start
+
+
+def measure(captioner: Captioner, frames: list[NDArray[np.uint8]], rounds: int) -> list[dict[str, Any]]:
+    """A row a limit; the limits take turns, and of each the quickest round counts."""
+    watched(captioner, frames[:STILL], 0.0)  # warms up
+    seconds: dict[float, list[float]] = {below: [] for below in LIMITS}
+    found: dict[float, list[Seen]] = {}
+    for _ in range(rounds):
+        for below in LIMITS:
+            found[below], spent = watched(captioner, frames, below)
+            seconds[below].append(spent)
+    texts = {below: [one.result.text for one in seen if one.result] for below, seen in found.items()}
+    return [
+        {
+            "below": below,
+            "reused": sum(one.reused for one in found[below]) / len(frames),
+            "same_words": sum(map(str.__eq__, texts[below], texts[0.0])) / len(frames),
+            "cpu_ms": min(seconds[below]) / len(frames) * 1e3,
+        }
+        for below in LIMITS
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scenes", type=int, default=40, metavar="N")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    frames = film(options.scenes)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export_checkpoint(ROOT / "examples" / "checkpoint", Path(folder) / "bundle").bundle
+        rows = measure(Captioner.load(bundle, backend="cpu", threads=1), frames, options.rounds)
+    document = {
+        "machine": {"cpu": cpu_model()},
+        "frames": len(frames),
+        "scenes": options.scenes,
+        "noise": NOISE,
+        "results": [{name: round(value, 4) for name, value in row.items()} for row in rows],
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    print(text, end="")
+    if options.json:
+        options.json.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
