@@ -298,3 +298,26 @@ class Parity:
         """The inverse of :meth:`to_json`."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         return cls(**{**known, "cases": tuple(known.get("cases", ()))})
+
+
+@dataclass(frozen=True)
+class MergingRecord:
+    """What merging patches in the vision encoder does (Token Merging, arXiv 2210.09461).
+
+    Attributes:
+        merge_tokens: Patches that disappear in each layer.
+        embeds: What the vision encoder hands on.
+        embeds_before: What it hands on without merging.
+        output: What the bridge makes of a picture either way, or the class token where there is no bridge.
+        cosine: Of that output with merging to the same without, in torch: the mean; None where it was not run.
+        lowest: The lowest of a picture.
+        pictures: How many were drawn for it.
+    """
+
+    merge_tokens: int
+    embeds: int
+    embeds_before: int
+    output: str = ""
+    cosine: float | None = None
+    lowest: float | None = None
+    pictures: int = 0

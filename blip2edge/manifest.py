@@ -11,7 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import CacheSpec, CrossSpec, DraftSpec, GraphSpec, Parity, PromptSpec, TensorSpec
+from blip2edge.contract import (
+    CacheSpec,
+    CrossSpec,
+    DraftSpec,
+    GraphSpec,
+    MergingRecord,
+    Parity,
+    PromptSpec,
+    TensorSpec,
+)
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
 
 MANIFEST = "bundle.json"
@@ -104,6 +113,7 @@ class Manifest:
         cross: What the decoder looks at beside its own text; None for nothing.
         draft: The small captioner inside the bridge; None where the checkpoint has none.
         calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty where it did not.
+        merging: Patches that the vision encoder merges; None where it merges none.
         engines_of: Hash of the ``bundle.json`` whose engines this bundle holds in place of its graphs; empty where it
             holds the graphs.
     """
@@ -124,6 +134,7 @@ class Manifest:
     cross: CrossSpec | None = None
     draft: DraftSpec | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    merging: MergingRecord | None = None
     engines_of: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -146,6 +157,7 @@ class Manifest:
             "versions": dict(self.versions),
             "draft": None if self.draft is None else dict(vars(self.draft)),
             "calibration": dict(self.calibration),
+            **({"merging": dict(vars(self.merging))} if self.merging is not None else {}),
             **({"engines_of": self.engines_of} if self.engines_of else {}),
         }
 
@@ -169,6 +181,7 @@ class Manifest:
             versions=values["versions"],
             draft=DraftSpec(**values["draft"]) if values.get("draft") else None,
             calibration=values.get("calibration", {}),
+            merging=MergingRecord(**values["merging"]) if values.get("merging") else None,
             engines_of=values.get("engines_of", ""),
         )
 

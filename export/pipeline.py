@@ -24,11 +24,12 @@ import onnx_ir as ir
 import torch
 
 import blip2edge
-from blip2edge.contract import EMBEDDINGS_FILE, Parity
+from blip2edge.contract import EMBEDDINGS_FILE, MergingRecord, Parity
 from blip2edge.errors import BackendError
 from blip2edge.export import verify
 from blip2edge.export.draft_graph import draft_of
 from blip2edge.export.graphs import cache_of, graphs_of
+from blip2edge.export.merging import merging_of
 from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
@@ -38,7 +39,7 @@ from blip2edge.manifest import FileRecord, GraphRecord, Manifest, sha256_of
 from blip2edge.model.checkpoint import Checkpoint, load_model
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.lavis import open_checkpoint
-from blip2edge.model.models import build_model
+from blip2edge.model.models import build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.runtime.meter import MemoryMeter
 from blip2edge.staging import staged
@@ -71,6 +72,7 @@ class ExportReport:
         verify: ``full`` or ``sample``.
         seconds: From start to end.
         peak_memory_bytes: Largest anonymous and shared memory of this process; 0 where it cannot be told.
+        merging: Patches that are merged, and how near the model is to the one that merges none; None for none.
     """
 
     bundle: Path
@@ -78,6 +80,7 @@ class ExportReport:
     verify: str
     seconds: float
     peak_memory_bytes: int
+    merging: MergingRecord | None = None
 
 
 @dataclass
@@ -98,6 +101,7 @@ def export_checkpoint(
     precision: str = "fp32",
     verify: str | None = None,
     base: str | Path | None = None,
+    merge_tokens: int = 0,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -110,6 +114,7 @@ def export_checkpoint(
         verify: ``full`` runs the whole model against torch; ``sample`` runs single layers on the written weights,
             with the memory of one layer. None chooses by the checkpoint's size.
         base: The directory or hub name that gives a ``.pth`` its frozen parts.
+        merge_tokens: Patches that are merged in each layer of the vision encoder (``model/token_merging.py``).
         force: Replace what is at ``output``.
         progress: Called with a stage's name, steps done and steps in all.
 
@@ -118,6 +123,7 @@ def export_checkpoint(
         ExportError: A graph could not be made, or does not answer as torch does (ParityError).
         OutputError: ``output`` exists, or cannot be written.
         BackendError: onnxruntime is not installed.
+        UsageError: The model cannot merge so many patches, or none.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(
@@ -129,6 +135,7 @@ def export_checkpoint(
     target = Path(output)
     with MemoryMeter() as meter:
         source = open_checkpoint(checkpoint, base)
+        source.config = with_merged_tokens(source.config, merge_tokens)
         side = SideFiles.read(source.directory, source.config)
         mode = verify or ("full" if source.num_bytes() <= FULL_UP_TO else "sample")
         with staged(target, force) as staging:
@@ -136,11 +143,11 @@ def export_checkpoint(
             if isinstance(source.config, CaptionerConfig):
                 _write_embeddings(source, staging, _dtype(precision))
             side.write(staging)
-            _verify(source, written, precision, mode, report)
-            _seal(source, side, staging, written, precision, mode, report)
+            merging = _verify(source, written, precision, mode, report)
+            _seal(source, side, staging, written, precision, mode, merging, report)
         source.files.close()
     graphs = [_graph_report(name, item) for name, item in written.items()]
-    return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak)
+    return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak, merging)
 
 
 def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Progress) -> dict[str, _Written]:
@@ -173,7 +180,8 @@ def _write_embeddings(source: Checkpoint, staging: Path, dtype: torch.dtype) -> 
 
 def _verify(
     source: Checkpoint, written: Mapping[str, _Written], precision: str, mode: str, report: Progress
-) -> None:
+) -> MergingRecord | None:
+    """Fills in the parity of every graph; returns what merging patches does to the model, where it does."""
     table = next(iter(written.values())).weights.file.with_name(EMBEDDINGS_FILE)
     if table.is_file():
         check_token_table(source.read(TOKEN_TABLE), TOKEN_TABLE, table, _dtype(precision))
@@ -186,6 +194,7 @@ def _verify(
         else:
             item.parity = verify.compare_sample(name, source.config, source.read, item.weights, precision)
     report("verify", len(written), len(written))
+    return merging_of(source.config, model)
 
 
 def _dtype(precision: str) -> torch.dtype:
@@ -199,6 +208,7 @@ def _seal(
     written: Mapping[str, _Written],
     precision: str,
     mode: str,
+    merging: MergingRecord | None,
     report: Progress,
 ) -> None:
     sealed = {item.weights.file.name: item.weights.record for item in written.values()}
@@ -233,6 +243,7 @@ def _seal(
         files=sealed,
         versions=_versions(),
         draft=draft_of(config),
+        merging=merging,
     ).write(staging)
 
 

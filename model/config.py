@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from blip2edge.contract import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.layers import ACTIVATIONS
+from blip2edge.model.token_merging import merged_counts
 
 if TYPE_CHECKING:
     from blip2edge.model.draft import DraftConfig
@@ -105,6 +106,7 @@ class VisionConfig:
             ``[D]`` and ``[P, D]``. Else EVA-CLIP as BLIP-2 holds it.
         post_norm: A norm behind the blocks.
         keep_class: The class token is handed on, before the patches.
+        merge_tokens: Patches that are merged in each layer (``token_merging.py``); no checkpoint says so.
     """
 
     hidden_size: int
@@ -119,6 +121,7 @@ class VisionConfig:
     clip: bool = False
     post_norm: bool = True
     keep_class: bool = True
+    merge_tokens: int = 0
 
     def __post_init__(self) -> None:
         check_heads("vision_config", self.hidden_size, self.num_heads)
@@ -134,8 +137,9 @@ class VisionConfig:
 
     @property
     def num_embeds(self) -> int:
-        """What is handed on: patches, and the class token where it is kept."""
-        return self.num_positions - (not self.keep_class)
+        """What is handed on: patches as far as they are not merged, and the class token where it is kept."""
+        merged = merged_counts(self.num_positions - 1, self.num_layers, self.merge_tokens)
+        return self.num_positions - sum(merged) - (not self.keep_class)
 
     @classmethod
     def from_clip(cls, values: Any) -> VisionConfig:

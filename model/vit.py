@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from blip2edge.model.config import VisionConfig
 from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads
+from blip2edge.model.token_merging import Pairs, TokenMatching, merge, merged_counts
 
 
 class BlockConfig(Protocol):
@@ -56,8 +57,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[B, P, D]`` to ``[B, P, D]``; ``bias`` broadcasts to ``[B, H, P, P]``."""
+        return self.with_keys(x, bias)[0]
+
+    def with_keys(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same, and the keys ``[B, H, P, d]``."""
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return self.projection(merge_heads(attend(query, key, value, bias, self.scale)))  # type: ignore[no-any-return]
+        return self.projection(merge_heads(attend(query, key, value, bias, self.scale))), key
 
 
 class MLP(nn.Module):
@@ -89,6 +94,26 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
+    def merging(
+        self, x: Tensor, sizes: Tensor, matching: TokenMatching, count: int, bias: Tensor | None
+    ) -> tuple[Tensor, Pairs]:
+        """The same with ``count`` patches merged between attention and MLP.
+
+        Args:
+            x: ``[B, 1 + n, D]``, the class token first.
+            sizes: ``[B, n]``, patches that each slot stands for.
+            matching: Chooses the pairs.
+            count: Patches that disappear.
+            bias: What the sizes add to the scores; None where each is 1.
+
+        Returns:
+            ``[B, 1 + n - count, D]``, and the pairs with the sizes of what is left.
+        """
+        attended, keys = self.attention.with_keys(self.norm1(x), bias)
+        pairs: Pairs = matching(keys, sizes, count)
+        x = merge(x + attended, pairs)
+        return x + self.mlp(self.norm2(x)), pairs
+
 
 class VisionTransformer(nn.Module):
     """Pixels to one embedding a patch, the class token first where it is kept."""
@@ -103,20 +128,34 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not config.clip)
         self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.clip else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.matching = TokenMatching() if config.merge_tokens else None
         self.post_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.post_norm else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``.
 
-        ``P = 1 + (H / patch)²``, or one less where the class token is not handed on.
+        ``P = 1 + (H / patch)²``, or one less where the class token is not handed on; where patches are merged, less
+        by what disappears in all layers.
         """
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, P - 1, D]
         classes = self.class_embedding.expand(patches.shape[0], 1, -1)
         x = torch.cat([classes, patches], dim=1) + self.position_embedding
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        for block in self.layers:
-            x = block(x)
+        if self.matching is None:
+            for block in self.layers:
+                x = block(x)
+        else:
+            x = self._merging_layers(x, self.matching)
         if self.post_norm is not None:
             x = self.post_norm(x)
         return x if self.config.keep_class else x[:, 1:]
+
+    def _merging_layers(self, x: Tensor, matching: TokenMatching) -> Tensor:
+        """All layers, with patches merged in each: ``[B, 1 + n, D]`` to what is left of it."""
+        sizes, bias = torch.ones_like(x[:, 1:, 0]), None
+        counts = merged_counts(x.shape[1] - 1, len(self.layers), self.config.merge_tokens)
+        for block, count in zip(self.layers, counts, strict=True):
+            x, pairs = block.merging(x, sizes, matching, count, bias)  # type: ignore[operator]
+            sizes, bias = pairs.sizes, pairs.bias
+        return x

@@ -136,6 +136,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["bake"],
         ["export", "checkpoint"],
         ["export", "checkpoint", "-o", "b", "--precision", "fp8"],
+        ["export", "checkpoint", "-o", "b", "--merge-tokens", "-1"],
+        ["export", "checkpoint", "-o", "b", "--merge-tokens", "half"],
         ["caption", "-b", "bundle"],
         ["caption", "a.png"],
         ["caption", "a.png", "-b", "b", "--max-new-tokens", "0"],

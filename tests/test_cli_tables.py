@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from blip2edge.cli import demo, main
+from blip2edge.cli.export import merging_line
 from blip2edge.cli.files import write
 from blip2edge.cli.table import difference, size, table
+from blip2edge.contract import MergingRecord
 from blip2edge.errors import OutputError
 from blip2edge.runtime import doctor
 from tests.test_cli import one_error_line
@@ -32,7 +34,12 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             tolerance=1e-4,
         )
         return SimpleNamespace(
-            bundle=output, graphs=[graph], verify="full", seconds=2.0, peak_memory_bytes=400_000_000
+            bundle=output,
+            graphs=[graph],
+            verify="full",
+            seconds=2.0,
+            peak_memory_bytes=400_000_000,
+            merging=None,
         )
 
     module = ModuleType("blip2edge.export.pipeline")
@@ -42,7 +49,7 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         main(
             [
                 *("export", "some/name", "-o", "out", "--precision", "fp16", "--verify", "sample"),
-                *("--force", "--no-optimize"),
+                *("--force", "--no-optimize", "--merge-tokens", "4"),
             ]
         )
         == 0
@@ -66,8 +73,17 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "verify": "sample",
         "force": True,
         "base": None,
+        "merge_tokens": 4,
         "progress": None,
     }
+
+
+def test_merged_patches_are_told_with_what_they_change() -> None:
+    counts = "merged patches: 4 a layer, 65 embeddings become 53; "
+    seen = MergingRecord(4, 53, 65, "visual_tokens", 0.98765, 0.9, 8)
+    told = "visual_tokens without merging: cosine 0.9877 (lowest 0.9000) on 8 drawn pictures"
+    assert merging_line(seen) == counts + told
+    assert merging_line(MergingRecord(4, 53, 65)).startswith(counts + "not compared")
 
 
 def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from blip2edge.progress import Progress
 if TYPE_CHECKING:
     import argparse
 
+    from blip2edge.contract import MergingRecord
     from blip2edge.export.pipeline import ExportReport
 
 HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")
@@ -28,6 +29,7 @@ def export(options: argparse.Namespace) -> int:
             precision=options.precision,
             verify=options.verify,
             base=options.base,
+            merge_tokens=options.merge_tokens,
             force=options.force,
             progress=progress,
         )
@@ -41,7 +43,8 @@ def report_table(report: ExportReport) -> str:
     """A line a graph, and one for the whole.
 
     The largest difference to torch stands as it is, and relative to the largest value of the output, which is
-    what the tolerance bounds.
+    what the tolerance bounds. Where patches are merged, torch merges them too, and a line tells how near that is to
+    the model without.
     """
     rows = [
         [
@@ -55,7 +58,17 @@ def report_table(report: ExportReport) -> str:
         for graph in report.graphs
     ]
     text = table(HEADER, rows, right=range(1, len(HEADER)))
+    merging = f"{merging_line(report.merging)}\n" if report.merging is not None else ""
     peak = f", peak memory {size(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
+    return f"{text}\n\n{merging}{report.bundle}: verified ({report.verify}) against torch, {report.seconds:.1f} s{peak}"
+
+
+def merging_line(merging: MergingRecord) -> str:
+    """What merging patches made of the vision encoder's output, and how near it is to the model without."""
+    counts = f"{merging.merge_tokens} a layer, {merging.embeds_before} embeddings become {merging.embeds}"
+    if merging.cosine is None or merging.lowest is None:
+        return f"merged patches: {counts}; not compared with the model that merges none (--verify full does)"
     return (
-        f"{text}\n\n{report.bundle}: verified ({report.verify}) against torch, {report.seconds:.1f} s{peak}"
+        f"merged patches: {counts}; {merging.output} without merging: cosine {merging.cosine:.4f} "
+        f"(lowest {merging.lowest:.4f}) on {merging.pictures} drawn pictures"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.cli.export import merging_line
 from blip2edge.cli.table import difference, size, table
 from blip2edge.contract import Axis
 from blip2edge.manifest import Bundle
@@ -50,6 +51,9 @@ def _head(manifest: Manifest) -> list[str]:
         "vocabulary": f"{manifest.vocab_size} tokens",
         "context": f"{manifest.max_positions} positions",
     }
+    if manifest.merging is not None:
+        key, _, told = merging_line(manifest.merging).partition(": ")
+        facts[key] = told
     if manifest.prompt is not None and manifest.cache is not None:
         prompt, cache = manifest.prompt, manifest.cache
         facts |= {

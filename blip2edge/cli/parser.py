@@ -10,6 +10,7 @@ from blip2edge.cli.engine_flags import add_build
 from blip2edge.cli.flags import (
     Parser,
     add_command,
+    non_negative_int,
     positive_int,
 )
 from blip2edge.cli.live_flags import add_bench, add_serve, add_watch
@@ -77,6 +78,13 @@ def _export(commands: Commands) -> None:
         "--verify",
         choices=("full", "sample"),
         help="compare all of it with torch, or a stated sample of layers and shapes (default: by its size)",
+    )
+    parser.add_argument(
+        "--merge-tokens",
+        metavar="R",
+        type=non_negative_int,
+        default=0,
+        help="merge R patches in each layer of the vision encoder: faster, and no longer transformers' answer (0)",
     )
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
     _no_optimize(parser)

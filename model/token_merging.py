@@ -1,0 +1,109 @@
+"""Token merging: in every layer of a ViT, between attention and MLP, the most alike patches become one.
+
+Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3 and appendix D. Patches are dealt in
+turn to two sets; each of the one draws an edge to the patch of the other whose key (the mean over the heads) is nearest
+by cosine; the ``r`` nearest pairs become their mean, weighted by how many patches each stands for. In the layers
+behind, a key that stands for ``s`` patches counts ``s`` times: ``log s`` is added to its score (proportional attention,
+equation 1). The class token is never merged.
+
+``r`` is the same for every picture, so that every shape is known when a graph is made. A pair is added up by a product
+with a matrix of zeros and ones, as scattering with a sum is nothing that every TensorRT takes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def merged_counts(patches: int, layers: int, tokens: int) -> list[int]:
+    """How many patches disappear in each layer: ``tokens``, and never more than half of those that are left.
+
+    Args:
+        patches: Before the first layer, the class token not counted.
+        layers: Of the ViT.
+        tokens: r.
+    """
+    counts: list[int] = []
+    for _ in range(layers):
+        counts.append(min(tokens, patches // 2))
+        patches -= counts[-1]
+    return counts
+
+
+def most_merged(patches: int, layers: int) -> int:
+    """The largest r that leaves a patch even if no layer were bound by half of its patches."""
+    return (patches - 1) // layers
+
+
+class Pairs(NamedTuple):
+    """What becomes of the patches of a layer, n = A + C of them in the two sets A and C.
+
+    Attributes:
+        order: int64 ``[B, A]``, the first set with its merged patches last, the others as they stood.
+        weights: ``[B, C, r]``, each merged patch's share in its partner.
+        kept: ``[B, C, 1]``, what of the partner is its own: with its row of ``weights`` 1.
+        sizes: ``[B, n - r]``, how many patches each slot behind the merge stands for.
+        bias: ``[B, 1, 1, 1 + n - r]``, what they add to the scores of the next layer; nothing for the class token.
+    """
+
+    order: Tensor
+    weights: Tensor
+    kept: Tensor
+    sizes: Tensor
+    bias: Tensor
+
+
+class TokenMatching(nn.Module):
+    """Bipartite soft matching. A module of its own, without weights, so that an fp16 graph leaves it in fp32."""
+
+    def forward(self, keys: Tensor, sizes: Tensor, count: int) -> Pairs:
+        """Chooses the pairs of a layer.
+
+        Args:
+            keys: ``[B, H, 1 + n, d]`` of its attention, the class token first.
+            sizes: ``[B, n]``, patches that each slot stands for.
+            count: r, patches that disappear.
+        """
+        unit = F.normalize(keys.mean(dim=1)[:, 1:], dim=-1)  # [B, n, d]
+        scores = unit[:, 1::2] @ unit[:, ::2].transpose(-1, -2)  # [B, A, C]
+        ranked, partner = self.choose(scores)
+        split = ranked.shape[1] - count
+        merged = ranked[:, :count]
+        staying = ranked[:, count:].topk(split, largest=False).values if split else ranked[:, count:]
+        slots = torch.arange(scores.shape[2], device=keys.device)
+        chosen = torch.gather(partner, 1, merged)  # [B, r]
+        pairs = (chosen[:, None, :] == slots[None, :, None]).to(sizes.dtype)  # [B, C, r]
+        order = torch.cat([staying, merged], dim=1)
+        first, second = torch.gather(sizes[:, 1::2], 1, order), sizes[:, ::2]
+        shares = pairs * first[:, None, split:]  # [B, C, r]
+        total = second + shares.sum(dim=-1)
+        weights, kept = shares / total[:, :, None], (second / total)[:, :, None]
+        sizes = torch.cat([first[:, :split], total], dim=1)
+        bias = torch.cat([torch.zeros_like(sizes[:, :1]), sizes.log()], dim=1)
+        return Pairs(order, weights, kept, sizes, bias[:, None, None, :])
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The first set by the score of its best edge, best first, and where each one's best edge leads.
+
+        Args:
+            scores: ``[B, A, C]``.
+
+        Returns:
+            int64 ``[B, A]`` twice.
+        """
+        best, partner = scores.max(dim=-1)
+        return best.topk(best.shape[1]).indices, partner
+
+
+def merge(x: Tensor, pairs: Pairs) -> Tensor:
+    """``[B, 1 + n, D]``, the class token first, to ``[B, 1 + n - r, D]``."""
+    split = pairs.order.shape[1] - pairs.weights.shape[2]
+    patches = x[:, 1:]
+    first, second = patches[:, 1::2], patches[:, ::2]
+    first = torch.gather(first, 1, pairs.order[:, :, None].expand(-1, -1, x.shape[-1]))
+    merged = second * pairs.kept.to(x.dtype) + pairs.weights.to(x.dtype) @ first[:, split:]
+    return torch.cat([x[:, :1], first[:, :split], merged], dim=1)
