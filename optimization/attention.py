@@ -113,15 +113,35 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     if query is None or key is None or value is None or len(shape) != 4 or not isinstance(shape[1], int):
         return False
     rows = {str(dims(part)[0]) for part in (query, key, value)}
-    if len(rows) > 1 or not _fits(core.bias, dims(query), dims(key)):
+    spread = _spread(graph, core, dims(query), dims(key))
+    if len(rows) > 1 or not _fits(spread, dims(query), dims(key)):
         return False
-    (query, key, value), bias = _without_bias(graph, query, key, value)
-    inputs = [query, key, value, bias, None, core.bias]
+    bias = None
+    if all(_read_once(part) for part in (core.query, core.key, core.value)):
+        (query, key, value), bias = _without_bias(graph, query, key, value)
+    inputs = [query, key, value, bias, None, spread]
     while inputs[-1] is None:
         inputs.pop()
     made = insert(core.last, "MultiHeadAttention", inputs, [merged], num_heads=shape[1], scale=core.scale)
     replace(merged, made[0])
     return True
+
+
+def _read_once(value: ir.Value) -> bool:
+    """Whether a head's values go nowhere but into this attention, from their split on."""
+    node = value.producer()
+    split = node.inputs[0] if node is not None else None
+    return len(users(value)) == 1 and split is not None and len(users(split)) == 1
+
+
+def _spread(graph: ir.Graph, core: Core, query: list[int | str], key: list[int | str]) -> ir.Value | None:
+    """A bias ``[B, 1, 1, T]``, as a key's weight is, written out for every query where their number is known."""
+    shape = dims(core.bias)
+    if core.bias is None or len(shape) != 4 or shape[2:] != [1, key[1]] or not isinstance(query[1], int):
+        return core.bias
+    target = initializer(graph, f"queries_{query[1]}", np.array([1, 1, query[1], 1], np.int64))
+    like = ir.Value(shape=ir.Shape([*core.bias.shape[:2], query[1], key[1]]), type=core.bias.type)  # type: ignore[index]
+    return insert(core.last, "Expand", [core.bias, target], [like], domain="")[0]
 
 
 def _fits(bias: ir.Value | None, query: list[int | str], key: list[int | str]) -> bool:
