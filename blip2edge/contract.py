@@ -90,6 +90,18 @@ class TensorSpec:
         if self.dtype not in DTYPES:
             raise ValueError(f"tensor {self.name}: dtype {self.dtype} is not one of {', '.join(DTYPES)}")
 
+    @property
+    def width(self) -> int:
+        """Its last dimension, where that is the same for all inputs.
+
+        Raises:
+            ValueError: It varies.
+        """
+        last = self.dims[-1]
+        if isinstance(last, Axis):
+            raise ValueError(f"tensor {self.name}: its last dimension varies ({last.name})")
+        return last
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where the elementary axes have the lengths ``sizes``."""
         return tuple(dim if isinstance(dim, int) else dim.value(sizes) for dim in self.dims)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from blip2edge.contract import CROSS_MASK, CacheSpec, GraphSpec
 from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.rows import embedded, forgotten, left_padded, padded, stacked
 from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session
 
 
@@ -44,14 +45,8 @@ class Decoder:
         Returns:
             The logits ``[B, V]`` behind each prompt, and the state to go on from.
         """
-        batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
-        embeds = np.zeros((batch, longest, self.table.width), self.embeds_dtype)
-        mask = np.zeros((batch, longest), np.int64)
-        for row, prompt in enumerate(prompts):  # padded on the left, so that all rows go on in the same slot
-            embeds[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
-        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-        empty = np.zeros((batch, self.cache.num_heads, 0, self.cache.head_dim), self.cache_dtype)
+        embeds, mask, positions = left_padded(prompts, self.embeds_dtype)
+        empty = np.zeros((len(prompts), self.cache.num_heads, 0, self.cache.head_dim), self.cache_dtype)
         past = dict.fromkeys(self.cache.past_names(), empty)
         state = DecoderState(self, past, mask[:, :0], positions[:, -1], dict(context or {}))
         return state.advance(embeds, mask, positions)[:, 0], state
@@ -95,10 +90,9 @@ class DecoderState:
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends k tokens ``[B, k]`` to each row in one pass; the logits ``[B, k, V]`` behind each of them."""
         batch, steps = token_ids.shape
-        rows = self._decoder.table.rows(token_ids.reshape(-1)).reshape(batch, steps, -1)
         positions = self._positions[:, None] + np.arange(1, steps + 1)
         self._positions = positions[:, -1]
-        embeds = rows.astype(self._decoder.embeds_dtype, copy=False)
+        embeds = embedded(self._decoder.table, token_ids, self._decoder.embeds_dtype)
         return self.advance(embeds, np.ones((batch, steps), np.int64), positions, steps)
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
@@ -107,9 +101,7 @@ class DecoderState:
         Raises:
             ValueError: A row has read less than that, or would be left with nothing.
         """
-        cut = self.lengths - lengths
-        if np.any(cut < 0) or np.any(lengths < 1):
-            raise ValueError(f"rows have read {self.lengths.tolist()} tokens: cannot keep {lengths.tolist()}")
+        cut = forgotten(self.lengths, lengths)
         if not cut.any():
             return
         least, kept = int(cut.min()), self._mask.shape[1] - int(cut.min())
@@ -140,13 +132,13 @@ class DecoderState:
     def join(self, other: DecoderState) -> None:
         """The rows of another state of the same decoder become further rows; that one is used up."""
         longest = max(self._mask.shape[1], other._mask.shape[1])
-        self._mask = np.concatenate([_padded(one._mask, 1, longest, left=True) for one in (self, other)])
+        self._mask = np.concatenate([padded(one._mask, 1, longest, left=True) for one in (self, other)])
         self._past = {
-            name: np.concatenate([_padded(one._past[name], 2, longest, left=True) for one in (self, other)])
+            name: np.concatenate([padded(one._past[name], 2, longest, left=True) for one in (self, other)])
             for name in self._past
         }
         self._context = {
-            name: _stacked(name, array, other._context[name]) for name, array in self._context.items()
+            name: stacked(name, array, other._context[name]) for name, array in self._context.items()
         }
         self._origin = np.concatenate([self._origin, other._origin + self._origin.max() + 1])
         self._positions = np.concatenate([self._positions, other._positions])
@@ -199,20 +191,3 @@ class DecoderState:
         if looks.shape[1] == steps:
             return {**self._context, CROSS_MASK: looks}
         return {**self._context, CROSS_MASK: np.repeat(looks, steps, axis=1)}
-
-
-def _padded(array: Array, axis: int, length: int, *, left: bool) -> Array:
-    """Zeros before (or behind) an array, so that the axis has that length."""
-    missing = length - array.shape[axis]
-    if not missing:
-        return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (missing, 0) if left else (0, missing)
-    return np.pad(array, widths)
-
-
-def _stacked(name: str, first: Array, second: Array) -> Array:
-    """Rows of two contexts one below the other; a shorter one gets keys that the mask hides."""
-    axis = -1 if name == CROSS_MASK else 2
-    longest = max(first.shape[axis], second.shape[axis])
-    return np.concatenate([_padded(part, axis, longest, left=False) for part in (first, second)])

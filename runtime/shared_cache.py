@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from blip2edge.contract import CacheSpec, GraphSpec
 from blip2edge.runtime.embeddings import TokenTable
 from blip2edge.runtime.ort import OnnxRuntimeSession
+from blip2edge.runtime.rows import embedded, forgotten
 from blip2edge.runtime.session import NUMPY_DTYPES, Array
 
 LENGTHS = "seqlens_k"
@@ -50,7 +51,7 @@ class SharedDecoder:
         dtypes = {tensor.name: tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
         self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
         self.cache_dtype = NUMPY_DTYPES[dtypes[cache.past_names()[0]]]
-        self.vocabulary = spec.outputs[0].dims[-1]
+        self.vocabulary = spec.outputs[0].width
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
@@ -104,8 +105,7 @@ class SharedState:
         In one pass, or in one a row where several rows get several tokens: the kernel takes no batches of those.
         """
         batch, steps = token_ids.shape
-        rows = self._decoder.table.rows(token_ids.reshape(-1)).reshape(batch, steps, -1)
-        embeds = rows.astype(self._decoder.embeds_dtype, copy=False)
+        embeds = embedded(self._decoder.table, token_ids, self._decoder.embeds_dtype)
         self._make_room(batch, int(self.lengths.max()) + steps)
         indices = np.arange(steps)[None]
         if steps == 1 or batch == 1:
@@ -126,9 +126,7 @@ class SharedState:
         Raises:
             ValueError: A row has read less than that, or would be left with nothing.
         """
-        if np.any(self.lengths < lengths) or np.any(lengths < 1):
-            raise ValueError(f"rows have read {self.lengths.tolist()} tokens: cannot keep {lengths.tolist()}")
-        self.lengths = np.array(lengths, np.int64)
+        self.lengths = self.lengths - forgotten(self.lengths, np.asarray(lengths, np.int64))
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Row i goes on as old row ``rows[i]``."""
@@ -194,11 +192,7 @@ class SharedState:
         if self._held != (row, batch):
             self._held = row, batch
             self._run.hold({name: array[row : row + batch] for name, array in self._buffers.items()})
-        return self._run.run(inputs, "logits", (batch, indices.shape[1], self._vocabulary))
-
-    @property
-    def _vocabulary(self) -> int:
-        return int(self._decoder.vocabulary)  # type: ignore[arg-type]
+        return self._run.run(inputs, "logits", (batch, indices.shape[1], self._decoder.vocabulary))
 
     def _make_room(self, rows: int, slots: int) -> None:
         """Enlarges the buffers where they have not as many rows or slots."""

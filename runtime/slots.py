@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from blip2edge.contract import CROSS_MASK, CacheSpec, GraphSpec
 from blip2edge.errors import BackendError
 from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.rows import embedded, forgotten, left_padded, stacked
 from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session
 
 CACHE_POSITION = "cache_position"
@@ -79,14 +80,9 @@ class SlotDecoder:
         Raises:
             BackendError: More rows or longer prompts than the graph was built for.
         """
-        batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
-        self.check(batch, longest)
-        embeds = np.zeros((batch, longest, self.table.width), self.embeds_dtype)
-        valid = np.zeros((batch, longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            embeds[row, longest - len(prompt) :] = prompt
-            valid[row, longest - len(prompt) :] = 1
-        positions = np.maximum(valid.cumsum(axis=1) - 1, 0)
+        self.check(len(prompts), max(len(prompt) for prompt in prompts))
+        embeds, valid, positions = left_padded(prompts, self.embeds_dtype)
+        batch, longest = valid.shape
         mask = np.ones((batch, self.capacity), np.int64)
         mask[:, :longest] = valid
         looks = dict(context or {})
@@ -146,12 +142,12 @@ class SlotState:
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends k tokens ``[B, k]`` to each row in one pass; the logits ``[B, k, V]`` behind each of them."""
-        batch, steps = token_ids.shape
+        steps = token_ids.shape[1]
         self.make_room(steps)
-        rows = self.decoder.table.rows(token_ids.reshape(-1)).reshape(batch, steps, -1)
         positions = self.positions[:, None] + np.arange(1, steps + 1)
         self.positions = positions[:, -1]
-        return self.advance(rows.astype(self.decoder.embeds_dtype, copy=False), positions, steps)
+        embeds = embedded(self.decoder.table, token_ids, self.decoder.embeds_dtype)
+        return self.advance(embeds, positions, steps)
 
     def make_room(self, steps: int) -> None:
         """Drops slots that no row uses, where S more would not fit.
@@ -174,9 +170,7 @@ class SlotState:
         Raises:
             ValueError: A row has read less than that, or would be left with nothing.
         """
-        cut = self.lengths - lengths
-        if np.any(cut < 0) or np.any(lengths < 1):
-            raise ValueError(f"rows have read {self.lengths.tolist()} tokens: cannot keep {lengths.tolist()}")
+        cut = forgotten(self.lengths, lengths)
         least = int(cut.min())
         self.slot -= least
         for row, by in enumerate(cut.tolist()):
@@ -205,8 +199,7 @@ class SlotState:
         self.mask = np.concatenate([self.mask, other.mask])
         self.positions = np.concatenate([self.positions, other.positions])
         if self._looks is not None and other._looks is not None:
-            widest = max(self._looks.shape[2], other._looks.shape[2])
-            self._looks = np.concatenate([_wide(state._looks[:, -1:], widest) for state in (self, other)])  # type: ignore[index]
+            self._looks = stacked(CROSS_MASK, self._looks[:, -1:], other._looks[:, -1:])
         self.cache.append(other.cache)
 
     def advance(self, embeds: Array, positions: NDArray[np.int64], asked: int) -> NDArray[np.float32]:
@@ -303,23 +296,10 @@ class HostSlots:
             name: np.concatenate([array, other._arrays[name]]) for name, array in self._arrays.items()
         }
         self._context = {
-            name: _joined(name, array, other._context[name]) for name, array in self._context.items()
+            name: stacked(name, array, other._context[name]) for name, array in self._context.items()
         }
 
 
 def _is_per_slot(context: Mapping[str, Array]) -> bool:
     """Whether each slot looks at keys of its own: a mask ``[B, S, E]``."""
     return CROSS_MASK in context and context[CROSS_MASK].ndim == 3
-
-
-def _joined(name: str, first: Array, second: Array) -> Array:
-    """Rows of two contexts one below the other; a shorter one gets keys that the mask hides."""
-    axis = -1 if name == CROSS_MASK else 2
-    widest = max(first.shape[axis], second.shape[axis])
-    return np.concatenate([_wide(part, widest, axis) for part in (first, second)])
-
-
-def _wide(array: Array, length: int, axis: int = -1) -> Array:
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, length - array.shape[axis])
-    return np.pad(array, widths)

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import mmap
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from blip2edge.runtime.session import NUMPY_DTYPES, Array
 
 PIECE = 1 << 24  # bytes of an engine's file read at a time
 OLDEST = (10, 3)  # JetPack 6.1; before it strongly typed networks were no option
+KEPT = 256  # messages of TensorRT: a server that runs for months must not gather them
 JETSON = Path("/etc/nv_tegra_release")
 """There on every Jetson."""
 
@@ -75,9 +77,9 @@ def version_of(trt: Any) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def keeper(trt: Any) -> tuple[Any, list[str]]:
-    """A logger that keeps warnings and errors instead of printing them."""
-    messages: list[str] = []
+def keeper(trt: Any) -> tuple[Any, deque[str]]:
+    """A logger that keeps the last warnings and errors instead of printing them."""
+    messages: deque[str] = deque(maxlen=KEPT)
 
     class Keeper(trt.ILogger):  # type: ignore[misc]  # the module is known at run time only
         """Keeps what matters."""

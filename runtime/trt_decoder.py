@@ -18,6 +18,7 @@ from blip2edge.contract import CROSS_MASK
 from blip2edge.errors import BackendError
 from blip2edge.runtime.embeddings import TokenTable
 from blip2edge.runtime.memory import Mirror
+from blip2edge.runtime.rows import embedded, stacked
 from blip2edge.runtime.session import NUMPY_DTYPES, Array
 from blip2edge.runtime.slots import CACHE_POSITION, SlotDecoder, SlotState
 from blip2edge.runtime.trt_workspace import AHEAD, WIDE, Engines, Workspace, is_cross
@@ -94,10 +95,7 @@ class DeviceSlots:
 
     def append(self, other: DeviceSlots) -> None:
         """See :class:`blip2edge.runtime.slots.SlotCache`."""
-        joined = {}
-        for name, array in self._seen.items():
-            joined[name] = stacked(name, array, other._seen[name])
-        self._seen = joined
+        self._seen = {name: stacked(name, array, other._seen[name]) for name, array in self._seen.items()}
         with self.device.turn:
             first, second = self.workspace, other.workspace
             here, there = first.halves[self.half].address, second.halves[other.half].address
@@ -190,9 +188,8 @@ class DeviceState(SlotState):
     def _put_first(self, token_ids: NDArray[np.int64]) -> None:
         """What the first step reads; the step makes it for all others."""
         cache, device = self.cache, self.cache.device
-        rows = self.decoder.table.rows(token_ids)[:, None].astype(self.decoder.embeds_dtype, copy=False)
         values: dict[str, Array] = {
-            "inputs_embeds": rows,
+            "inputs_embeds": embedded(self.decoder.table, token_ids[:, None], self.decoder.embeds_dtype),
             "position_ids": self.positions[:, None] + 1,
             CACHE_POSITION: np.array([self.slot], np.int64),
             "attention_mask": self.mask,
@@ -275,15 +272,3 @@ class DeviceDecoder(SlotDecoder):
             table,
         )
         self.engines = engines
-
-
-def stacked(name: str, first: Array, second: Array) -> Array:
-    """Rows of two contexts one below the other; a shorter one gets keys that the mask hides."""
-    axis = 1 if name == CROSS_MASK else 2
-    widest = max(first.shape[axis], second.shape[axis])
-    parts = []
-    for part in (first, second):
-        widths = [(0, 0)] * part.ndim
-        widths[axis] = (0, widest - part.shape[axis])
-        parts.append(np.pad(part, widths))
-    return np.concatenate(parts)

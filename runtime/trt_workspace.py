@@ -79,7 +79,7 @@ class Workspace:
         self.row_bytes = cache.num_heads * self.head_bytes
         self.layer_bytes = rows * self.row_bytes
         self.layers = 2 * cache.num_layers
-        self.vocabulary = int(str(self.tensors["logits"].dims[-1]))
+        self.vocabulary = self.tensors["logits"].width
         self.halves = [DeviceBuffer(cuda, self.layers * self.layer_bytes) for _ in range(2)]
         self.cross: dict[str, Mirror] = {}
         self.mirrors: dict[tuple[str, int], Mirror] = {}

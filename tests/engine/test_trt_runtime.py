@@ -25,6 +25,7 @@ from blip2edge.manifest import Bundle, FileRecord
 from blip2edge.runtime import backend_trt
 from blip2edge.runtime.engines import KIND, EngineRecord, EngineSet
 from blip2edge.runtime.fingerprint import Gpu, fingerprint
+from blip2edge.runtime.trt import KEPT, keeper
 from tests.drawing import draw_pictures
 from tests.engine.conftest import BundleOf
 from tests.engine.fake_gpu import FakeCuda, fake_tensorrt, write_fake_engine
@@ -235,3 +236,13 @@ def test_values_cross_to_the_gpu_and_back() -> None:
         mirror.free()
         mirror.free()
         assert not cuda.api.memory
+
+
+def test_a_log_keeps_the_last_messages_alone() -> None:
+    trt = fake_tensorrt(FakeCuda(), VERSION)
+    logger, messages = keeper(trt)
+    for number in range(KEPT + 5):
+        logger.log(trt.ILogger.WARNING, f"warning  {number}")
+    logger.log(trt.ILogger.WARNING + 1, "a trifle")
+    assert len(messages) == KEPT
+    assert messages[-1] == f"warning {KEPT + 4}"
