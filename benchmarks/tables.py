@@ -87,6 +87,21 @@ def reuse(document: dict[str, Any]) -> list[str]:
     return [*head, *rows, "", f"{film}. {_where(document)}."]
 
 
+def opening(document: dict[str, Any]) -> list[str]:
+    """The ``optimized.json`` of a copy for OpenVINO."""
+    head = [
+        "| graph | compiled when opened, CPU ms | from the copy, CPU ms | times |",
+        "|---|---:|---:|---:|",
+    ]
+    rows = []
+    for name, graph in document["graphs"].items():
+        before, after = graph["milliseconds"]
+        rows.append(f"| {name} | {before:.0f} | {after:.0f} | {before / after:.2f} |")
+    size = sum(file["size"] for file in document["files"].values()) / 1e6
+    where = f"{document['machine']}, one thread, OpenVINO {document['versions']['openvino']}"
+    return [*head, *rows, "", f"The copy takes {size:.0f} MB. {where}."]
+
+
 def _where(document: dict[str, Any]) -> str:
     return f"{document['machine']['cpu']}, one thread"
 
@@ -98,6 +113,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "language": ("peers-language-cpu.json", language),
     "stages-fp32": ("bench-fp32-cpu.json", stages),
     "stages-int8": ("bench-int8-cpu.json", stages),
+    "openvino-opening": ("openvino-opening.json", opening),
     "watch-reuse": ("watch-reuse.json", reuse),
 }
 """Of a name: the file and what lays it out."""

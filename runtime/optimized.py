@@ -8,6 +8,7 @@ graph is always right.
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +30,9 @@ KIND = "optimized"
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
 """The package that runs a backend's copies."""
 
+OF_ONE_MACHINE = ("openvino",)
+"""Backends whose copies were compiled for a processor, and are passed over on any other."""
+
 
 @dataclass(frozen=True)
 class OptimizedGraph:
@@ -41,7 +45,8 @@ class OptimizedGraph:
         layout: Whether weights are laid out for the processor when it is loaded.
         parity: How far its outputs are from the portable graph's.
         cosine: The smallest cosine between its outputs and the portable graph's.
-        milliseconds: What a run took, portable first, on the machine that made it.
+        milliseconds: What a run took, portable first, on the machine that made it; of a compiled graph what opening it
+            took.
     """
 
     file: str
@@ -74,7 +79,7 @@ class OptimizedRecord:
     Attributes:
         backend: What it is for.
         bundle_sha256: Hash of the ``bundle.json`` that it was made of.
-        graphs: Those that are faster than the portable ones, by name; the others are run from the bundle.
+        graphs: Those that run or open faster than the portable ones, by name; the others are run from the bundle.
         left: Graphs that are not here, with the reason.
         files: Seal of every file of the copy.
         versions: What made it.
@@ -136,6 +141,8 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
         return None
     if record.versions.get(package) != installed(package):
         return None
+    if backend in OF_ONE_MACHINE and record.machine != processor():
+        return None
     _check(directory, record.files)
     return directory, record
 
@@ -155,6 +162,16 @@ def installed(package: str) -> str:
     return ""
 
 
+def processor() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
 def _check(directory: Path, files: Mapping[str, FileRecord]) -> None:
     """Hashes files whose size and time are not those of the last check."""
     stamp_file = directory / ".verified.json"
@@ -171,7 +188,7 @@ def _check(directory: Path, files: Mapping[str, FileRecord]) -> None:
         if changed or (stamps.get(name) != stamp and sha256_of(path) != record.sha256):
             raise BundleIntegrityError(
                 f"{path} is not the file that was made",
-                f"make it again: blip2edge optimize {_bundle_of(directory)}",
+                f"make it again: blip2edge optimize {_bundle_of(directory)} --backend {directory.name}",
             )
         fresh[name] = stamp
     if fresh != stamps:

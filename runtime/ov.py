@@ -16,15 +16,16 @@ class OpenVinoSession:
     """A graph in OpenVINO on the CPU; it follows :class:`blip2edge.runtime.session.Session`.
 
     Args:
-        path: The ``.onnx`` file; its weights may lie beside it.
+        path: The ``.onnx`` file, whose weights may lie beside it; or what :meth:`export` gave.
         threads: Threads; None leaves the choice to OpenVINO.
+        compiled: Whether the file is of :meth:`export`.
 
     Raises:
         BackendError: openvino is not installed.
         BundleError: The file is no graph that it can run.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, *, compiled: bool = False) -> None:
         try:
             import openvino
         except ImportError as error:
@@ -36,16 +37,28 @@ class OpenVinoSession:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
         try:
-            model: Any = openvino.Core().compile_model(str(path), "CPU", options)
-        except RuntimeError as error:
+            if (
+                compiled
+            ):  # weights are used where they are mapped: the mapping has to stay as long as the model
+                self._mapped: Any = openvino.Tensor(np.memmap(path, np.uint8, "c"), shared_memory=True)
+                self._model: Any = core.import_model(self._mapped, "CPU", options)
+            else:
+                self._model = core.compile_model(str(path), "CPU", options)
+        except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
                 f"OpenVINO cannot load {path} ({reason})", "use --backend cpu for this bundle"
             ) from error
-        self._request: Any = model.create_infer_request()
-        self.input_names = tuple(_name(port) for port in model.inputs)
-        self.output_names = tuple(_name(port) for port in model.outputs)
+        self._request: Any = self._model.create_infer_request()
+        self.input_names = tuple(_name(port) for port in self._model.inputs)
+        self.output_names = tuple(_name(port) for port in self._model.outputs)
+
+    def export(self) -> bytes:
+        """The graph as OpenVINO has compiled it, for the same version on the same processor; weights included."""
+        found: bytes = self._model.export_model().getvalue()
+        return found
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.session.Session`."""
@@ -56,7 +69,8 @@ class OpenVinoSession:
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.session.Session`."""
-        del self._request
+        del self._request, self._model
+        self._mapped = None
 
 
 def _name(port: Any) -> str:
@@ -64,6 +78,6 @@ def _name(port: Any) -> str:
     return str(port.get_any_name())
 
 
-def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> OpenVinoSession:  # noqa: ARG001
-    """Loads a graph; OpenVINO's own files know where their weights are."""
-    return OpenVinoSession(path, threads)
+def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> OpenVinoSession:
+    """Loads a graph, portable or (settled) compiled; OpenVINO's own files know where their weights are."""
+    return OpenVinoSession(path, threads, compiled=settled is not None)
