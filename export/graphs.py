@@ -54,7 +54,7 @@ class VisionGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[B, 3, H, W]`` to ``[B, P, Dv]``."""
-        return self.vision(pixel_values)  # type: ignore[no-any-return]
+        return self.vision(pixel_values)
 
 
 class BridgeGraph(nn.Module):
@@ -71,7 +71,7 @@ class BridgeGraph(nn.Module):
     def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor | tuple[Tensor, ...]:
         """``[B, P, Dv]`` to ``[B, Q, D]``; ``instruction`` is its ids and its mask, int64 ``[B, T]``."""
         if not self.has_draft:
-            return self.bridge(image_embeds, *instruction)  # type: ignore[no-any-return]
+            return self.bridge(image_embeds, *instruction)
         bridge: Any = self.bridge
         queries, key_values = bridge.qformer.read(image_embeds)
         return (bridge.projection(queries), *(tensor for pair in key_values for tensor in pair))
@@ -86,7 +86,7 @@ class TextEncoderGraph(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """``[B, E, D]`` or ids ``[B, E]``, their mask, and perhaps ``image_embeds``, to ``[B, E, D]``."""
-        return self.language.encode(*inputs)  # type: ignore[no-any-return,operator]
+        return self.language.encode(*inputs)
 
 
 class CrossKeyValueGraph(nn.Module):
@@ -98,7 +98,7 @@ class CrossKeyValueGraph(nn.Module):
 
     def forward(self, source: Tensor) -> tuple[Tensor, ...]:
         """``[B, E, Ds]`` to two of ``[B, H, E, d]`` a layer."""
-        pairs: Sequence[KeyValue] = self.language.cross_key_values(source)  # type: ignore[operator]
+        pairs = self.language.cross_key_values(source)
         return tuple(tensor for pair in pairs for tensor in pair)
 
 
@@ -128,7 +128,7 @@ class DecoderGraph(nn.Module):
             *rest: The cache; where the decoder looks at more than its text, then those keys and values, and
                 their mask where there is one.
         """
-        split = 2 * len(self.language.layers)  # type: ignore[arg-type]
+        split = 2 * len(self.language.layers)
         past, more = _pairs(rest[:split]), rest[split:]
         extra: dict[str, Any] = {}
         if self.cross is not None and self.cross.mask != "none":

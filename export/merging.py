@@ -167,7 +167,7 @@ def smooth_pictures(size: int) -> Tensor:
 def _read(model: Model, image_embeds: Tensor) -> tuple[str, Tensor]:
     """What is made of a picture that does not hang on how many patches there are, and its name."""
     if isinstance(model, RetrievalModel):
-        return "image_features", model.matcher.image_features(image_embeds)  # type: ignore[operator]
+        return "image_features", model.matcher.image_features(image_embeds)
     if model.config.bridge.kind == "none":
         return "the class token", image_embeds[:, :1]
     longest = min(model.config.instruction_positions, INSTRUCTION)

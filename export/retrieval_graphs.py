@@ -28,7 +28,7 @@ class ImageFeaturesGraph(nn.Module):
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``[B, P, Dv]`` to ``[B, K, F]``."""
-        return self.matcher.image_features(image_embeds)  # type: ignore[no-any-return,operator]
+        return self.matcher.image_features(image_embeds)
 
 
 class TextEmbedsGraph(nn.Module):
@@ -40,7 +40,7 @@ class TextEmbedsGraph(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Int64 ``[B, S]`` twice to ``[B, F]``."""
-        return self.matcher.text_embeds(input_ids, attention_mask)  # type: ignore[no-any-return,operator]
+        return self.matcher.text_embeds(input_ids, attention_mask)
 
 
 class MatchGraph(nn.Module):
@@ -54,7 +54,7 @@ class MatchGraph(nn.Module):
         self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``[B, P, Dv]`` and int64 ``[B, S]`` twice to ``[B]`` and ``[B, 2]``."""
-        logits: Tensor = self.matcher.match(image_embeds, input_ids, attention_mask)  # type: ignore[operator]
+        logits = self.matcher.match(image_embeds, input_ids, attention_mask)
         return logits.softmax(dim=-1)[:, 1], logits
 
 

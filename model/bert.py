@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from blip2edge.contract import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.config import Fields, check_heads
+from blip2edge.model.interfaces import Decoder
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
-    attend,
     causal_bias,
     gather_positions,
     key_mask_bias,
-    merge_heads,
-    split_heads,
+    stack,
 )
+from blip2edge.model.post_norm import Attention, FeedForward
 
 
 @dataclass(frozen=True)
@@ -131,48 +131,6 @@ class BertConfig:
         }
 
 
-class Attention(nn.Module):
-    """Attention with BERT's residual and norm after it; keys and values are made apart, so that they can be kept."""
-
-    def __init__(self, config: BertConfig, context_width: int) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_heads
-        self.scale = config.head_dim**-0.5
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(context_width, width)
-        self.value = nn.Linear(context_width, width)
-        self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def key_value(self, context: Tensor) -> KeyValue:
-        """``[B, E, C]`` to two of ``[B, H, E, d]``."""
-        return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
-
-    def forward(self, x: Tensor, key_value: KeyValue, bias: Tensor | None) -> Tensor:
-        """``x [B, S, D]`` looks at ``key_value``; ``bias`` broadcasts to ``[B, H, S, E]``."""
-        query = split_heads(self.query(x), self.heads)
-        out = self.dense(merge_heads(attend(query, *key_value, bias, self.scale)))
-        return self.norm(self.dropout(out) + x)  # type: ignore[no-any-return]
-
-
-class FeedForward(nn.Module):
-    """BERT's intermediate and output layers."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, D]`` to ``[B, S, D]``."""
-        return self.norm(self.dropout(self.down(self.activation(self.up(x)))) + x)  # type: ignore[no-any-return]
-
-
 class Layer(nn.Module):
     """Self-attention, a look at other states, feed-forward."""
 
@@ -194,9 +152,9 @@ class Layer(nn.Module):
         key, value = self.self_attention.key_value(x)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        x = self.self_attention(x, (key, value), bias)
+        x = self.self_attention.look(x, (key, value), bias)
         if cross is not None:
-            x = self.cross_attention(x, cross, cross_bias)
+            x = self.cross_attention.look(x, cross, cross_bias)
         return self.feed_forward(x), (key, value)
 
 
@@ -211,7 +169,7 @@ class Embeddings(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """``x [B, S, D]`` and int64 ``[B, S]`` or ``[S]``."""
-        return self.dropout(self.norm(x + self.positions(position_ids)))  # type: ignore[no-any-return]
+        return self.dropout(self.norm(x + self.positions(position_ids)))
 
 
 class BertEncoder(nn.Module):
@@ -222,7 +180,7 @@ class BertEncoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = stack(Layer(config) for _ in range(config.num_layers))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor | None = None
@@ -241,9 +199,9 @@ class BertEncoder(nn.Module):
         x = self.embeddings(self.embed_tokens(input_ids), slots)
         bias = key_mask_bias(attention_mask, x.dtype)
         for layer in self.layers:
-            cross = None if image_embeds is None else layer.cross_attention.key_value(image_embeds)  # type: ignore[operator,union-attr]
+            cross = None if image_embeds is None else layer.cross_attention.key_value(image_embeds)
             x, _ = layer(x, bias, cross=cross)
-        return x  # type: ignore[no-any-return]
+        return x
 
 
 class Head(nn.Linear):
@@ -260,8 +218,10 @@ class Head(nn.Linear):
         return super().forward(self.norm(self.activation(self.dense(x))))
 
 
-class BertDecoder(nn.Module):
+class BertDecoder(Decoder):
     """Embeddings in, logits and the grown cache out; with an encoder before it where it answers questions."""
+
+    layers: Sequence[Layer]
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -269,24 +229,20 @@ class BertDecoder(nn.Module):
         self.encoder = BertEncoder(config) if config.reads_question else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = stack(Layer(config) for _ in range(config.num_layers))
         self.head = Head(config)
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """int64 ``[B, S]`` to ``[B, S, D]``."""
-        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
         """Int64 ``[B, E]`` twice and ``[B, P, Dv]`` to the states of a question about a picture, ``[B, E, D]``."""
         if self.encoder is None:
             raise ValueError("a decoder of captions has no encoder")
-        return self.encoder(input_ids, attention_mask, image_embeds)  # type: ignore[no-any-return]
+        return self.encoder(input_ids, attention_mask, image_embeds)
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
         """``[B, E, C]`` to two of ``[B, H, E, d]`` a layer."""
-        return [layer.cross_attention.key_value(source) for layer in self.layers]  # type: ignore[operator,union-attr]
+        return [layer.cross_attention.key_value(source) for layer in self.layers]
 
     def forward(
         self,
@@ -298,20 +254,7 @@ class BertDecoder(nn.Module):
         cross: Sequence[KeyValue] = (),
         cross_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract.
-
-        Args:
-            inputs_embeds: ``[B, S, D]``.
-            attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
-            position_ids: int64 ``[B, S]``, counted from 0.
-            logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
-            past: A pair of ``[B, H, P, d]`` a layer; None for an empty cache.
-            cross: Two of ``[B, H, E, d]`` a layer, from :meth:`cross_key_values`.
-            cross_attention_mask: int64 ``[B, E]``, 1 where a state is valid; None for all.
-
-        Returns:
-            ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` a layer.
-        """
+        """The decoder contract; see :class:`Decoder`."""
         x = self.embeddings(inputs_embeds, position_ids)
         bias = causal_bias(attention_mask, x.shape[1], x.dtype)
         cross_bias = None if cross_attention_mask is None else key_mask_bias(cross_attention_mask, x.dtype)

@@ -32,7 +32,7 @@ class CaptionerModel(nn.Module):
 
         Where an instruction enters the bridge, its ids and its mask follow, int64 ``[B, T]`` each.
         """
-        return self.bridge(self.vision(pixel_values), *instruction)  # type: ignore[no-any-return]
+        return self.bridge(self.vision(pixel_values), *instruction)
 
     def forward(self, visual_tokens: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Logits of a text behind its visual tokens (teacher forcing).
@@ -46,13 +46,13 @@ class CaptionerModel(nn.Module):
             ``[B, S, V]``: logits after each token of the text.
         """
         batch, queries = visual_tokens.shape[:2]
-        embeds = torch.cat([visual_tokens, self.language.embed(token_ids)], dim=1)  # type: ignore[operator]
+        embeds = torch.cat([visual_tokens, self.language.embed(token_ids)], dim=1)
         text = torch.ones_like(token_ids) if token_mask is None else token_mask
         mask = torch.cat([text.new_ones(batch, queries), text], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         asked = torch.arange(queries, embeds.shape[1], device=embeds.device).expand(batch, -1)
         logits, _ = self.language(embeds, mask, positions, asked)
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every parameter's name and shape; works on the meta device too."""

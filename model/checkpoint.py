@@ -144,7 +144,7 @@ class TensorFiles:
 
     def _stored(self, name: str) -> Tensor:
         file, stored = self._of[name]
-        return file.get_tensor(stored)  # type: ignore[no-any-return]
+        return file.get_tensor(stored)
 
     def lay_over(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts other tensors in the place of the files'."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config import Fields, check_heads
-from blip2edge.model.layers import Unit, causal_bias
+from blip2edge.model.interfaces import Matcher
+from blip2edge.model.layers import Unit, causal_bias, stack
 from blip2edge.model.vit import Block
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class ClipText(nn.Module):
         self.eos_token_id = config.eos_token_id
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.max_positions, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = stack(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class ClipText(nn.Module):
         for layer in self.layers:
             x = layer(x, bias)
         x = self.final_norm(x)
-        return (x * self.end(input_ids).to(x.dtype)[:, :, None]).sum(dim=1)  # type: ignore[no-any-return]
+        return (x * self.end(input_ids).to(x.dtype)[:, :, None]).sum(dim=1)
 
     def end(self, input_ids: Tensor) -> Tensor:
         """1 at the first end token of each row, else 0: ``[B, S]``; at the first slot where there is none."""
@@ -105,7 +106,7 @@ class ClipText(nn.Module):
         return (ends & (count == 1)) | none
 
 
-class ClipMatcher(nn.Module):
+class ClipMatcher(Matcher):
     """CLIP: a vector of the class token, a vector of the text's end, and no head that reads both."""
 
     def __init__(self, config: RetrievalConfig) -> None:
@@ -118,8 +119,8 @@ class ClipMatcher(nn.Module):
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """``[B, P, Dv]`` to ``[B, 1, F]`` of length 1."""
-        return self.unit(self.image_projection(image_embeds[:, :1]))  # type: ignore[no-any-return]
+        return self.unit(self.image_projection(image_embeds[:, :1]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
-        return self.unit(self.text_projection(self.text(input_ids, attention_mask)))  # type: ignore[no-any-return]
+        return self.unit(self.text_projection(self.text(input_ids, attention_mask)))

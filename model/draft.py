@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from blip2edge.errors import CheckpointError
 from blip2edge.model.config import Fields, QFormerConfig
-from blip2edge.model.layers import ACTIVATIONS, KeyValue, gather_positions
-from blip2edge.model.qformer import Attention, FeedForward
+from blip2edge.model.layers import ACTIVATIONS, KeyValue, gather_positions, stack
+from blip2edge.model.post_norm import Attention, FeedForward
 from blip2edge.model.weights import Rule
 
 DRAFT_FILE = "draft.safetensors"
@@ -161,7 +161,7 @@ class DraftHead(nn.Module):
         self.config = config
         self.words = nn.Embedding(config.vocab_size, qformer.hidden_size)
         self.positions = nn.Embedding(config.max_positions, qformer.hidden_size)
-        self.feed_forwards = nn.ModuleList(FeedForward(qformer) for _ in range(qformer.num_layers))
+        self.feed_forwards = stack(FeedForward(qformer) for _ in range(qformer.num_layers))
         self.head = WordHead(qformer, config.vocab_size)
 
     def text_side(self, qformer: Any) -> TextSide:
@@ -170,7 +170,7 @@ class DraftHead(nn.Module):
             (layer.self_attention, feed_forward)
             for layer, feed_forward in zip(qformer.layers, self.feed_forwards, strict=True)
         ]
-        return TextSide(self.words, self.positions, qformer.norm, qformer.dropout, layers, self.head)  # type: ignore[arg-type]
+        return TextSide(self.words, self.positions, qformer.norm, qformer.dropout, layers, self.head)
 
 
 RULES = (

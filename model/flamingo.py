@@ -26,6 +26,7 @@ from blip2edge.model.layers import (
     gather_positions,
     merge_heads,
     split_heads,
+    stack,
 )
 from blip2edge.model.llama import FeedForward, LlamaDecoder
 from blip2edge.model.llama_config import LlamaConfig
@@ -140,7 +141,7 @@ class CrossAttention(nn.Module):
         query = split_heads(self.query(x), self.heads)
         if self.query_norm is not None:
             query = self.query_norm(query)
-        return self.out(merge_heads(attend(query, *cross, bias, self.scale)))  # type: ignore[no-any-return]
+        return self.out(merge_heads(attend(query, *cross, bias, self.scale)))
 
 
 class GatedLayer(nn.Module):
@@ -168,7 +169,7 @@ class GatedLayer(nn.Module):
         """
         seen = self.attention(self.attention_norm(x), cross, bias) * looks
         x = x + torch.tanh(self.attention_gate) * seen
-        return x + torch.tanh(self.feed_forward_gate) * self.feed_forward(self.feed_forward_norm(x))  # type: ignore[no-any-return]
+        return x + torch.tanh(self.feed_forward_gate) * self.feed_forward(self.feed_forward_norm(x))
 
 
 class Flamingo(LlamaDecoder):
@@ -179,11 +180,11 @@ class Flamingo(LlamaDecoder):
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__(config)
         count = config.num_layers // config.cross_interval
-        self.cross_layers = nn.ModuleList(GatedLayer(config) for _ in range(count))
+        self.cross_layers = stack(GatedLayer(config) for _ in range(count))
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
         """``[B, E, Ds]`` to two of ``[B, H, E, d]`` a gated layer."""
-        return [layer.attention.key_value(source) for layer in self.cross_layers]  # type: ignore[operator,union-attr]
+        return [layer.attention.key_value(source) for layer in self.cross_layers]
 
     def forward(
         self,
@@ -195,20 +196,7 @@ class Flamingo(LlamaDecoder):
         cross: Sequence[KeyValue] = (),
         cross_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract.
-
-        Args:
-            inputs_embeds: ``[B, S, D]``.
-            attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
-            position_ids: int64 ``[B, S]``, counted from 0.
-            logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
-            past: A pair of ``[B, H, P, d]`` a layer; None for an empty cache.
-            cross: Two of ``[B, H, E, d]`` a gated layer, from :meth:`cross_key_values`.
-            cross_attention_mask: int64 ``[B, S, E]``, 1 where a slot looks; None for everywhere.
-
-        Returns:
-            ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` a layer.
-        """
+        """The decoder contract; see :class:`Decoder`."""
         x, steps = inputs_embeds, inputs_embeds.shape[1]
         if cross_attention_mask is None:
             cross_attention_mask = attention_mask.new_ones(x.shape[0], steps, cross[0][0].shape[2])

@@ -6,6 +6,7 @@ feed-forward of its own. Only the queries are projected to the language model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config import Fields, QFormerConfig
-from blip2edge.model.layers import key_mask_bias
-from blip2edge.model.qformer import Attention, FeedForward, Projection, Reader
+from blip2edge.model.layers import key_mask_bias, stack
+from blip2edge.model.post_norm import FeedForward
+from blip2edge.model.qformer import Layer, Projection, Reader
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,11 @@ class InstructedQFormerConfig(QFormerConfig):
         }
 
 
-class InstructedLayer(nn.Module):
-    """A Q-Former's layer over queries and text; the parts of the queries are called as in the plain layer."""
+class InstructedLayer(Layer):
+    """A Q-Former's layer over queries and text."""
 
     def __init__(self, config: InstructedQFormerConfig, index: int) -> None:
-        super().__init__()
-        self.self_attention = Attention(config, config.hidden_size)
-        self.cross_attention: Attention | None = None
-        if index % config.cross_attention_frequency == 0:
-            self.cross_attention = Attention(config, config.encoder_hidden_size)
-        self.feed_forward = FeedForward(config)
+        super().__init__(config, index)
         self.text_feed_forward = FeedForward(config)
 
     def forward(
@@ -86,6 +83,8 @@ class InstructedLayer(nn.Module):
 class InstructedQFormer(Reader):
     """``image_embeds [B, P, Dv]`` and an instruction ``[B, T]`` to ``[B, Q, D]``."""
 
+    layers: Sequence[InstructedLayer]
+
     def __init__(self, config: InstructedQFormerConfig) -> None:
         super().__init__()
         self.config = config
@@ -94,7 +93,7 @@ class InstructedQFormer(Reader):
         self.position_embeddings = nn.Embedding(config.instruction_positions, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(InstructedLayer(config, index) for index in range(config.num_layers))
+        self.layers = stack(InstructedLayer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
         """The queries after they have read picture and instruction.
@@ -114,8 +113,8 @@ class InstructedQFormer(Reader):
         for index, layer in enumerate(self.layers):
             queries, text = layer(queries, text, bias, image_embeds)
             if index + 1 < len(self.layers):  # nobody reads the text behind the last layer
-                text = layer.text_feed_forward(text)  # type: ignore[operator]
-        return queries  # type: ignore[no-any-return]
+                text = layer.text_feed_forward(text)
+        return queries
 
 
 class InstructedBridge(nn.Module):
@@ -128,4 +127,4 @@ class InstructedBridge(nn.Module):
 
     def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
         """``[B, P, Dv]`` and int64 ``[B, T]`` twice to ``visual_tokens [B, Q, D]``."""
-        return self.projection(self.qformer(image_embeds, instruction_ids, instruction_mask))  # type: ignore[no-any-return]
+        return self.projection(self.qformer(image_embeds, instruction_ids, instruction_mask))

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model import weight_tables as tables
 from blip2edge.model import weight_tables_blip as blip_tables
 from blip2edge.model.bert import BertConfig, BertDecoder
 from blip2edge.model.config import LanguageConfig
 from blip2edge.model.flamingo import Flamingo, FlamingoConfig
+from blip2edge.model.interfaces import Decoder
 from blip2edge.model.llama import LlamaDecoder
 from blip2edge.model.llama_config import LlamaConfig
 from blip2edge.model.opt import OPTConfig, OPTDecoder
@@ -36,7 +35,7 @@ class Language:
     """
 
     read_config: Callable[[Any], LanguageConfig]
-    build: Callable[[Any], nn.Module]
+    build: Callable[[Any], Decoder]
     rules: Callable[[Any], tuple[Rule, ...]]
     encoder_inputs: tuple[str, ...] = ("inputs_embeds", "attention_mask")
     left_out: tuple[str, ...] = ()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 KeyValue = tuple[Tensor, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 MASKED = -3.0e4
 """Score added where a query may not look.
@@ -36,6 +38,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+def stack(layers: Iterable[Module]) -> Sequence[Module]:
+    """Layers one behind the other: a ``ModuleList`` that is known by what it holds."""
+    return cast("Sequence[Module]", nn.ModuleList(layers))
 
 
 class RMSNorm(nn.Module):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from blip2edge.model.interfaces import Decoder
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
@@ -22,6 +23,7 @@ from blip2edge.model.layers import (
     gather_positions,
     merge_heads,
     split_heads,
+    stack,
 )
 from blip2edge.model.llama_config import LlamaConfig, RopeConfig
 
@@ -126,7 +128,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, S, D]`` to ``[B, S, D]``."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Layer(nn.Module):
@@ -154,25 +156,21 @@ class Layer(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x)), present
 
 
-class LlamaDecoder(nn.Module):
+class LlamaDecoder(Decoder):
     """Embeddings in, logits and the grown cache out."""
+
+    layers: Sequence[Layer]
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = Rotary(config.head_dim, config.rope)
-        self.layers = nn.ModuleList(
-            Layer(config, config.window_of(index)) for index in range(config.num_layers)
-        )
+        self.layers = stack(Layer(config, config.window_of(index)) for index in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """int64 ``[B, S]`` to ``[B, S, D]``."""
-        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -182,26 +180,15 @@ class LlamaDecoder(nn.Module):
         logits_indices: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract.
-
-        Args:
-            inputs_embeds: ``[B, S, D]``.
-            attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
-            position_ids: int64 ``[B, S]``, counted from 0.
-            logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
-            past: A pair of ``[B, Hkv, P, d]`` a layer; None for an empty cache.
-
-        Returns:
-            ``logits [B, K, V]`` and a pair of ``[B, Hkv, P + S, d]`` a layer.
-        """
+        """The decoder contract; see :class:`Decoder`."""
         x, steps = inputs_embeds, inputs_embeds.shape[1]
         cos, sin = self.rotary(position_ids)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))
-        windows: set[int | None] = {layer.window for layer in self.layers}  # type: ignore[misc]
+        windows: set[int | None] = {layer.window for layer in self.layers}
         bias = {window: causal_bias(attention_mask, steps, x.dtype, window) for window in windows}
         presents: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
-            x, present = layer(x, rotation, bias[layer.window], None if past is None else past[index])  # type: ignore[index]
+            x, present = layer(x, rotation, bias[layer.window], None if past is None else past[index])
             presents.append(present)
         if logits_indices is not None:
             x = gather_positions(x, logits_indices)

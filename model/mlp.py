@@ -53,4 +53,4 @@ class MLPBridge(nn.Module):
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``[B, P, Dv]`` to ``[B, P, D]``."""
-        return self.fc2(self.activation(self.fc1(image_embeds)))  # type: ignore[no-any-return]
+        return self.fc2(self.activation(self.fc1(image_embeds)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config import Fields, check_heads
+from blip2edge.model.interfaces import Decoder
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
@@ -21,6 +22,7 @@ from blip2edge.model.layers import (
     gather_positions,
     merge_heads,
     split_heads,
+    stack,
 )
 
 POSITION_OFFSET = 2
@@ -160,7 +162,7 @@ class Layer(nn.Module):
         return x if before else self.final_norm(x), present
 
 
-class OPTDecoder(nn.Module):
+class OPTDecoder(Decoder):
     """Embeddings in, logits and the grown cache out."""
 
     def __init__(self, config: OPTConfig) -> None:
@@ -170,7 +172,7 @@ class OPTDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, narrow)
         self.embed_positions = nn.Embedding(config.max_positions + POSITION_OFFSET, width)
         self.project_in = nn.Linear(narrow, width, bias=False) if narrow != width else None
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = stack(Layer(config) for _ in range(config.num_layers))
         self.final_norm = (
             nn.LayerNorm(width, elementwise_affine=config.norm_affine) if config.final_norm else None
         )
@@ -178,10 +180,6 @@ class OPTDecoder(nn.Module):
         self.head = nn.Linear(narrow, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """int64 ``[B, S]`` to ``[B, S, D]``."""
-        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -191,18 +189,7 @@ class OPTDecoder(nn.Module):
         logits_indices: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract.
-
-        Args:
-            inputs_embeds: ``[B, S, D]``.
-            attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
-            position_ids: int64 ``[B, S]``, counted from 0.
-            logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
-            past: A pair of ``[B, H, P, d]`` a layer; None for an empty cache.
-
-        Returns:
-            ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` a layer.
-        """
+        """The decoder contract; see :class:`Decoder`."""
         x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
         x = x + self.embed_positions(position_ids + POSITION_OFFSET)
         bias = causal_bias(attention_mask, inputs_embeds.shape[1], x.dtype)

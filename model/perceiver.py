@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config import Fields
-from blip2edge.model.layers import attend, merge_heads, split_heads
+from blip2edge.model.layers import attend, merge_heads, split_heads, stack
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         value = split_heads(self.value(seen), self.heads)
-        return self.out(merge_heads(attend(query, key, value, scale=self.scale)))  # type: ignore[no-any-return]
+        return self.out(merge_heads(attend(query, key, value, scale=self.scale)))
 
 
 class FeedForward(nn.Module):
@@ -108,7 +108,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, Q, D]`` to ``[B, Q, D]``."""
-        return self.down(torch.relu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+        return self.down(torch.relu(self.up(self.norm(x))))
 
 
 class Layer(nn.Module):
@@ -122,7 +122,7 @@ class Layer(nn.Module):
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
         latents = latents + self.attention(context, latents)
-        return latents + self.feed_forward(latents)  # type: ignore[no-any-return]
+        return latents + self.feed_forward(latents)
 
 
 class PerceiverResampler(nn.Module):
@@ -132,7 +132,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         self.config = config
         self.latents = nn.Parameter(torch.zeros(config.num_latents, config.width))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = stack(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.output_size) if config.output_size else None
 
@@ -142,4 +142,4 @@ class PerceiverResampler(nn.Module):
         for layer in self.layers:
             latents = layer(image_embeds, latents)
         latents = self.norm(latents)
-        return latents if self.projection is None else self.projection(latents)  # type: ignore[no-any-return]
+        return latents if self.projection is None else self.projection(latents)

@@ -86,7 +86,7 @@ class Pooling(nn.Module):
             split_heads(part, self.heads)
             for part in (self.query(queries), self.key(patches), self.value(patches))
         )
-        return self.out(merge_heads(attend(query, key, value, scale=self.scale)))  # type: ignore[no-any-return]
+        return self.out(merge_heads(attend(query, key, value, scale=self.scale)))
 
 
 class AttentionPoolBridge(nn.Module):
@@ -103,4 +103,4 @@ class AttentionPoolBridge(nn.Module):
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
         queries = self.query_norm(self.query_tokens)  # [1, Q, D]: the same for every picture
-        return self.projection(self.attention(queries, self.patch_norm(image_embeds)))  # type: ignore[no-any-return]
+        return self.projection(self.attention(queries, self.patch_norm(image_embeds)))

@@ -6,58 +6,15 @@ Post-norm layers as in BERT (arXiv 1810.04805). Queries have a feed-forward of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError
 from blip2edge.model.config import QFormerConfig
-from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, split_heads
-
-
-class Attention(nn.Module):
-    """Attention with BERT's residual and norm after it."""
-
-    def __init__(self, config: QFormerConfig, context_width: int) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_heads
-        self.scale = (width // config.num_heads) ** -0.5
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(context_width, width)
-        self.value = nn.Linear(context_width, width)
-        self.dense = nn.Linear(width, width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-
-    def key_value(self, context: Tensor) -> KeyValue:
-        """``[B, T, C]`` to two of ``[B, H, T, d]``."""
-        return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
-
-    def look(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
-        """``x [B, S, D]`` looks at keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
-        query = split_heads(self.query(x), self.heads)
-        out = self.dense(merge_heads(attend(query, *key_value, bias, self.scale)))
-        return self.norm(self.dropout(out) + x)  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [B, S, D]`` looks at ``context [B, T, C]``; a batch of 1 in ``x`` is shared by all rows."""
-        return self.look(x, self.key_value(context), bias)
-
-
-class FeedForward(nn.Module):
-    """BERT's intermediate and output layers."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, D]`` to ``[B, S, D]``."""
-        return self.norm(self.dropout(self.down(self.activation(self.up(x)))) + x)  # type: ignore[no-any-return]
+from blip2edge.model.layers import KeyValue, stack
+from blip2edge.model.post_norm import Attention, FeedForward
 
 
 class Layer(nn.Module):
@@ -79,7 +36,7 @@ class Reader(nn.Module):
     query_tokens: nn.Parameter
     norm: nn.LayerNorm
     dropout: nn.Dropout
-    layers: nn.ModuleList
+    layers: Sequence[Layer]
 
     def read(self, image_embeds: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """The queries after they have read the picture.
@@ -102,11 +59,11 @@ class Reader(nn.Module):
         queries = self.dropout(self.norm(queries))
         seen: list[KeyValue] = []
         for layer in self.layers:
-            key, value = layer.self_attention.key_value(queries)  # type: ignore[operator,union-attr]
-            queries = layer.self_attention.look(queries, (key, value))  # type: ignore[operator,union-attr]
+            key, value = layer.self_attention.key_value(queries)
+            queries = layer.self_attention.look(queries, (key, value))
             if layer.cross_attention is not None:
-                queries = layer.cross_attention(queries, image_embeds)  # type: ignore[operator]
-            queries = layer.feed_forward(queries)  # type: ignore[operator]
+                queries = layer.cross_attention(queries, image_embeds)
+            queries = layer.feed_forward(queries)
             seen.append((key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)))
         return queries, seen
 
@@ -120,7 +77,7 @@ class QFormer(Reader):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.layers = stack(Layer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``image_embeds [B, P, Dv]`` to the queries ``[B, Q, D]``."""
@@ -164,4 +121,4 @@ class QFormerBridge(nn.Module):
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
-        return self.projection(self.qformer(image_embeds))  # type: ignore[no-any-return]
+        return self.projection(self.qformer(image_embeds))

@@ -18,6 +18,7 @@ from blip2edge.model.bert import BertEncoder
 from blip2edge.model.clip import ClipMatcher
 from blip2edge.model.config import VisionConfig
 from blip2edge.model.instruct import InstructedQFormer
+from blip2edge.model.interfaces import Matcher
 from blip2edge.model.layers import Unit, key_mask_bias
 from blip2edge.model.vit import VisionTransformer
 
@@ -66,7 +67,7 @@ class RetrievalConfig:
         return self.text.vocab_size
 
 
-class BlipMatcher(nn.Module):
+class BlipMatcher(Matcher):
     """BLIP: the class token, and a BERT that reads the text with or without the patches in view."""
 
     def __init__(self, config: RetrievalConfig) -> None:
@@ -80,15 +81,15 @@ class BlipMatcher(nn.Module):
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """``[B, P, Dv]`` to ``[B, 1, F]`` of length 1."""
-        return self.unit(self.image_projection(image_embeds[:, :1]))  # type: ignore[no-any-return]
+        return self.unit(self.image_projection(image_embeds[:, :1]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
-        return self.unit(self.text_projection(self.encoder(input_ids, attention_mask)[:, 0]))  # type: ignore[no-any-return]
+        return self.unit(self.text_projection(self.encoder(input_ids, attention_mask)[:, 0]))
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``[B, 2]``: apart, together."""
-        return self.match_head(self.encoder(input_ids, attention_mask, image_embeds)[:, 0])  # type: ignore[no-any-return]
+        return self.match_head(self.encoder(input_ids, attention_mask, image_embeds)[:, 0])
 
 
 class RetrievalQFormer(InstructedQFormer):
@@ -101,11 +102,11 @@ class RetrievalQFormer(InstructedQFormer):
         text = self.dropout(text)
         bias = key_mask_bias(attention_mask, text.dtype)
         for layer in self.layers:
-            text = layer.text_feed_forward(layer.self_attention(text, text, bias))  # type: ignore[operator]
+            text = layer.text_feed_forward(layer.self_attention(text, text, bias))
         return text
 
 
-class Blip2Matcher(nn.Module):
+class Blip2Matcher(Matcher):
     """BLIP-2: a vector a query, of which the nearest to the text counts; matching is the mean over the queries."""
 
     def __init__(self, config: RetrievalConfig) -> None:
@@ -119,20 +120,20 @@ class Blip2Matcher(nn.Module):
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """``[B, P, Dv]`` to ``[B, Q, F]`` of length 1."""
-        return self.unit(self.image_projection(self.qformer.read(image_embeds)[0]))  # type: ignore[no-any-return]
+        return self.unit(self.image_projection(self.qformer.read(image_embeds)[0]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
         states = self.qformer.read_text(input_ids, attention_mask)
-        return self.unit(self.text_projection(states[:, 0]))  # type: ignore[no-any-return]
+        return self.unit(self.text_projection(states[:, 0]))
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``[B, 2]``: apart, together."""
         queries = self.qformer(image_embeds, input_ids, attention_mask)  # [B, Q, D]
-        return self.match_head(queries).mean(dim=1)  # type: ignore[no-any-return]
+        return self.match_head(queries).mean(dim=1)
 
 
-MATCHERS: dict[str, Callable[[RetrievalConfig], nn.Module]] = {
+MATCHERS: dict[str, Callable[[RetrievalConfig], Matcher]] = {
     "blip_text_model": BlipMatcher,
     "clip_text_model": ClipMatcher,
     "instructed-qformer": Blip2Matcher,

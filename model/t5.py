@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blip2edge.contract import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.config import Fields
+from blip2edge.model.interfaces import Decoder
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
@@ -27,6 +28,7 @@ from blip2edge.model.layers import (
     key_mask_bias,
     merge_heads,
     split_heads,
+    stack,
 )
 
 LONGEST = 2048
@@ -166,7 +168,7 @@ class RelativeBias(nn.Module):
             bucket = bucket + (distance >= threshold)
         if self.bidirectional:
             bucket = bucket + (relative > 0) * self.buckets
-        return self.table(bucket).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+        return self.table(bucket).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -188,7 +190,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, key_value: KeyValue, bias: Tensor) -> Tensor:
         """``x [B, S, D]`` looks at keys and values ``[B, H, T, d]``."""
         out = attend(split_heads(self.query(x), self.heads), *key_value, bias)
-        return self.out(merge_heads(out))  # type: ignore[no-any-return]
+        return self.out(merge_heads(out))
 
 
 class FeedForward(nn.Module):
@@ -204,8 +206,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, S, D]`` to ``[B, S, D]``."""
         if self.gate is None:
-            return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
-        return self.down(self.activation(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class EncoderLayer(nn.Module):
@@ -223,7 +225,7 @@ class EncoderLayer(nn.Module):
         """``x [B, S, D]``, ``bias [B, H, S, S]``."""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention(normed, self.attention.key_value(normed), bias))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -258,7 +260,7 @@ class Encoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.relative = RelativeBias(config, bidirectional=True)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
+        self.layers = stack(EncoderLayer(config) for _ in range(config.num_encoder_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -269,11 +271,13 @@ class Encoder(nn.Module):
         x = self.dropout(inputs_embeds)
         for layer in self.layers:
             x = layer(x, bias)
-        return self.dropout(self.final_norm(x))  # type: ignore[no-any-return]
+        return self.dropout(self.final_norm(x))
 
 
-class T5(nn.Module):
+class T5(Decoder):
     """Encoder, keys and values of its states, decoder."""
+
+    layers: Sequence[DecoderLayer]
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -281,24 +285,20 @@ class T5(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.encoder = Encoder(config)
         self.relative = RelativeBias(config, bidirectional=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = stack(DecoderLayer(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """int64 ``[B, S]`` to ``[B, S, D]``."""
-        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
-
     def encode(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """``[B, E, D]`` and int64 ``[B, E]`` to states ``[B, E, D]``."""
-        return self.encoder(inputs_embeds, attention_mask)  # type: ignore[no-any-return]
+        return self.encoder(inputs_embeds, attention_mask)
 
     def cross_key_values(self, states: Tensor) -> list[KeyValue]:
         """``[B, E, D]`` to two of ``[B, H, E, d]`` a layer."""
-        return [layer.cross_attention.key_value(states) for layer in self.layers]  # type: ignore[operator,union-attr]
+        return [layer.cross_attention.key_value(states) for layer in self.layers]
 
     def forward(
         self,
@@ -310,20 +310,7 @@ class T5(nn.Module):
         cross: Sequence[KeyValue] = (),
         cross_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract.
-
-        Args:
-            inputs_embeds: ``[B, S, D]``.
-            attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
-            position_ids: int64 ``[B, S]``, counted from 0.
-            logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
-            past: A pair of ``[B, H, P, d]`` a layer; None for an empty cache.
-            cross: Two of ``[B, H, E, d]`` a layer, from :meth:`cross_key_values`.
-            cross_attention_mask: int64 ``[B, E]``, 1 where a state is valid; None for all.
-
-        Returns:
-            ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` a layer.
-        """
+        """The decoder contract; see :class:`Decoder`."""
         x = self.dropout(inputs_embeds)
         # Positions of the keys count a row's valid slots, so that rows of a batch may be ragged.
         keys = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)

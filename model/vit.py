@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config import VisionConfig
-from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads
+from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads, stack
 from blip2edge.model.token_merging import Pairs, TokenMatching, merge, merged_counts
 
 
@@ -76,7 +76,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, P, D]`` to ``[B, P, D]``."""
-        return self.fc2(self.activation(self.fc1(x)))  # type: ignore[no-any-return]
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -92,7 +92,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[B, P, D]`` to ``[B, P, D]``; ``bias`` hides what a slot may not see."""
         x = x + self.attention(self.norm1(x), bias)
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.norm2(x))
 
     def merging(
         self, x: Tensor, sizes: Tensor, matching: TokenMatching, count: int, bias: Tensor | None
@@ -127,7 +127,7 @@ class VisionTransformer(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(positions if config.clip else (1, *positions)))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not config.clip)
         self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.clip else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = stack(Block(config) for _ in range(config.num_layers))
         self.matching = TokenMatching() if config.merge_tokens else None
         self.post_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.post_norm else None
 
@@ -156,6 +156,6 @@ class VisionTransformer(nn.Module):
         sizes, bias = torch.ones_like(x[:, 1:, 0]), None
         counts = merged_counts(x.shape[1] - 1, len(self.layers), self.config.merge_tokens)
         for block, count in zip(self.layers, counts, strict=True):
-            x, pairs = block.merging(x, sizes, matching, count, bias)  # type: ignore[operator]
+            x, pairs = block.merging(x, sizes, matching, count, bias)
             sizes, bias = pairs.sizes, pairs.bias
         return x

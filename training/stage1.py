@@ -229,7 +229,7 @@ class Stage1Model(RetrievalModel):
         missing = all_ids.shape[1] - texts.input_ids.shape[1]
         ids = F.pad(texts.input_ids, (0, missing), value=self.draft_config.pad_token_id)
         mask = F.pad(texts.attention_mask, (0, missing))
-        logits = self.matcher.match(  # type: ignore[operator]
+        logits = self.matcher.match(
             torch.cat([image_embeds, gather(image_embeds)[other_images], image_embeds]),
             torch.cat([ids, ids, all_ids[other_texts]]),
             torch.cat([mask, mask, all_masks[other_texts]]),

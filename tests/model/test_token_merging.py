@@ -133,8 +133,8 @@ def test_without_merging_nothing_changes() -> None:
     x = torch.cat([plain.class_embedding.expand(2, 1, -1), plain.patch_embedding(pictures).flatten(2).mT], 1)
     x = x + plain.position_embedding
     for block in plain.layers:
-        x = x + block.attention(block.norm1(x))  # type: ignore[operator]
-        x = x + block.mlp(block.norm2(x))  # type: ignore[operator]
+        x = x + block.attention(block.norm1(x))
+        x = x + block.mlp(block.norm2(x))
     assert torch.equal(plain(pictures), plain.post_norm(x))  # type: ignore[misc]
 
 

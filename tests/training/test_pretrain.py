@@ -76,7 +76,7 @@ def test_the_prefix_hints_or_is_noise() -> None:
     language: object = workshop.model.language
     torch.manual_seed(0)
     sure = LanguagePretraining(language, LanguagePhase(prefix_share=1.0, prefix_noise=0.0))  # type: ignore[arg-type]
-    words = workshop.model.language.embed(batch.keyword_ids)  # type: ignore[operator]
+    words = workshop.model.language.embed(batch.keyword_ids)
     assert torch.equal(sure._prefix(batch.keyword_ids), words)
     never = LanguagePretraining(language, LanguagePhase(prefix_share=0.0))  # type: ignore[arg-type]
     noise = never._prefix(batch.keyword_ids)

@@ -111,8 +111,8 @@ def test_negatives_are_drawn_by_similarity_and_never_of_the_same_picture() -> No
         model(images, texts, look)
         queries, _ = model.matcher.qformer.read(images)  # type: ignore[operator,union-attr]
         scores = similarities(
-            model.matcher.image_features(images),  # type: ignore[operator]
-            model.matcher.text_embeds(texts.input_ids, texts.attention_mask),  # type: ignore[operator]
+            model.matcher.image_features(images),
+            model.matcher.text_embeds(texts.input_ids, texts.attention_mask),
         )
     assert queries.shape == (4, QUERIES, 12)
     for weights, ordered in zip(seen, (scores.t(), scores), strict=True):

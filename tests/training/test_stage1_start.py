@@ -80,9 +80,9 @@ def test_scores_of_a_converted_checkpoint_equal_transformers(tmp_path: Path) -> 
     again = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         embeds = model.vision(pixels)
-        match = model.matcher.match(embeds, ids, mask)  # type: ignore[operator]
-        features = model.matcher.image_features(embeds)  # type: ignore[operator]
-        contrast = similarities(features, model.matcher.text_embeds(ids, mask))  # type: ignore[operator]
+        match = model.matcher.match(embeds, ids, mask)
+        features = model.matcher.image_features(embeds)
+        contrast = similarities(features, model.matcher.text_embeds(ids, mask))
         for oracle in (theirs, again):
             wanted = oracle(**given, use_image_text_matching_head=True).logits_per_image
             torch.testing.assert_close(match, wanted, atol=1e-5, rtol=1e-5)

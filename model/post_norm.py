@@ -1,0 +1,83 @@
+"""BERT's two blocks (arXiv 1810.04805), post-norm: of the Q-Former and its text side, and of BLIP's text models."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, split_heads
+
+
+class Sizes(Protocol):
+    """What the blocks read of a config."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the feed-forward."""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads."""
+
+    @property
+    def activation(self) -> str:
+        """A key of :data:`ACTIVATIONS`."""
+
+    @property
+    def norm_eps(self) -> float:
+        """Of the norms."""
+
+    @property
+    def dropout(self) -> float:
+        """Probability, in training."""
+
+
+class Attention(nn.Module):
+    """Attention with the residual and the norm after it; keys and values are made apart, so that they can be kept."""
+
+    def __init__(self, config: Sizes, context_width: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.scale = (width // config.num_heads) ** -0.5
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context_width, width)
+        self.value = nn.Linear(context_width, width)
+        self.dense = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+
+    def key_value(self, context: Tensor) -> KeyValue:
+        """``[B, T, C]`` to two of ``[B, H, T, d]``."""
+        return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
+
+    def look(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
+        """``x [B, S, D]`` looks at keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
+        query = split_heads(self.query(x), self.heads)
+        out = self.dense(merge_heads(attend(query, *key_value, bias, self.scale)))
+        return self.norm(self.dropout(out) + x)
+
+    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [B, S, D]`` looks at ``context [B, T, C]``; a batch of 1 in ``x`` is shared by all rows."""
+        return self.look(x, self.key_value(context), bias)
+
+
+class FeedForward(nn.Module):
+    """The intermediate and the output layer."""
+
+    def __init__(self, config: Sizes) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, S, D]`` to ``[B, S, D]``."""
+        return self.norm(self.dropout(self.down(self.activation(self.up(x)))) + x)
