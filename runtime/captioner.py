@@ -181,13 +181,18 @@ class Captioner:
         """Continuous batching for requests that come as they like; see :class:`Scheduler`. Close it after use.
 
         Args:
-            max_batch: As of :class:`Scheduler`.
+            max_batch: As of :class:`Scheduler`; an engine that was built for fewer rows decodes as many as it takes.
             max_waiting: As of :class:`Scheduler`.
             trace: As of :class:`Scheduler`.
             encoder: In place of the captioner's own.
         """
+        most = self.completer.language.decoder.most_rows
         return Scheduler(
-            encoder or self.encoder, self.completer, max_batch=max_batch, max_waiting=max_waiting, trace=trace
+            encoder or self.encoder,
+            self.completer,
+            max_batch=max_batch if most is None else min(max_batch, most),
+            max_waiting=max_waiting,
+            trace=trace,
         )
 
     def reusing(self, below: float) -> ReusingEncoder:

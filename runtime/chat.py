@@ -68,7 +68,7 @@ def read_request(body: bytes) -> ChatRequest:
         UsageError: It is no JSON object, holds no picture, or has a key or value that means nothing here.
     """
     try:
-        values = json.loads(body)
+        values = json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"expected a JSON object, got what cannot be parsed ({error})") from error
     if not isinstance(values, dict):
@@ -82,6 +82,10 @@ def read_request(body: bytes) -> ChatRequest:
     return ChatRequest(images, prompt, _options(values), stream, deadline)
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _options(values: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for key, value in values.items():
@@ -91,7 +95,7 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
             if value != ONLY[key]:
                 raise UsageError(f"expected {key} to be {ONLY[key]!r}, got {value!r}")
         elif key == "num_beams" and isinstance(value, int) and value > MOST_BEAMS:
-            raise UsageError(f"expected num_beams of at most {MOST_BEAMS}, got {value}")
+            raise UsageError(f"expected num_beams of at most {MOST_BEAMS}, got more")
         elif key in OPTIONS:
             options[OPTIONS[key]] = (value,) if key == "stop" and isinstance(value, str) else value
         else:

@@ -23,6 +23,8 @@ class Decoder:
         table: The token table.
     """
 
+    most_rows: int | None = None
+
     def __init__(self, session: Session, spec: GraphSpec, cache: CacheSpec, table: TokenTable) -> None:
         self.session = session
         self.cache = cache

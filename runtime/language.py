@@ -43,6 +43,11 @@ class AnyDecoder(Protocol):
         """Of the embeddings that it takes."""
         ...
 
+    @property
+    def most_rows(self) -> int | None:
+        """The most rows that it takes at once; None for no such bound."""
+        ...
+
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], RowState]:
@@ -52,6 +57,11 @@ class AnyDecoder(Protocol):
 
 class LanguageModel(Protocol):
     """A decoder, or an encoder and a decoder."""
+
+    @property
+    def decoder(self) -> AnyDecoder:
+        """The decoder."""
+        ...
 
     @property
     def table(self) -> TokenTable:

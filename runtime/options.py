@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +14,20 @@ from blip2edge.errors import UsageError
 
 MOST_BEAMS = 256
 """Every beam holds a cache of its own."""
+
+MOST_COUNTED = 2**31 - 1
+"""Tokens that are asked for or drawn from: more than any context or vocabulary has."""
+
+LARGEST_SEED = 2**64 - 1
+
+PENALTIES = (1e-3, 1e3)
+"""Repetition penalties: beyond them logits leave float32."""
+
+HOTTEST = 1e3
+"""A temperature of it draws all but evenly."""
+
+MOST_STOPS = 64
+"""Stop texts are looked for at every token."""
 
 COLDEST = 1e-5
 """A temperature below it is greedy: the likeliest token has all of the probability in float32."""
@@ -90,7 +103,8 @@ class GenerationOptions:
         early_stopping: Beam search ends as soon as num_beams texts have ended.
         eos_token_ids: Any of these ends a text.
         stop: Strings that end a text; the caller looks for them and passes `stopped`.
-        draft: Who guesses tokens that one pass then verifies, one of `contract.DRAFTS`; the text does not depend on it.
+        draft: Who guesses tokens that one pass then verifies, one of `contract.DRAFTS`; the text does not depend on it,
+            and where tokens are drawn at random nobody guesses.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -111,19 +125,21 @@ class GenerationOptions:
     draft: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("num_beams", 1)):
-            _check_integer(name, getattr(self, name), least)
-        if self.num_beams > MOST_BEAMS:
-            raise UsageError(f"expected --num-beams of at most {MOST_BEAMS}, got {self.num_beams}")
-        for name in ("top_k", "seed"):
+        for name, least, most in (
+            ("max_new_tokens", 1, MOST_COUNTED),
+            ("min_new_tokens", 0, MOST_COUNTED),
+            ("num_beams", 1, MOST_BEAMS),
+        ):
+            _check_integer(name, getattr(self, name), least, most)
+        for name, most in (("top_k", MOST_COUNTED), ("seed", LARGEST_SEED)):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 0)
-        _check_number("length_penalty", self.length_penalty, -10.0, 10.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+                _check_integer(name, getattr(self, name), 0, most)
+        check_number("length_penalty", self.length_penalty, -10.0, 10.0)
+        check_number("repetition_penalty", self.repetition_penalty, *PENALTIES)
         if self.temperature is not None:
-            _check_number("temperature", self.temperature, 0.0, math.inf)
+            check_number("temperature", self.temperature, 0.0, HOTTEST)
         if self.top_p is not None:
-            _check_number("top_p", self.top_p, 0.0, 1.0)
+            check_number("top_p", self.top_p, 0.0, 1.0)
         if self.min_new_tokens > self.max_new_tokens:
             raise UsageError(
                 f"expected --min-new-tokens of at most {self.max_new_tokens}, got {self.min_new_tokens}",
@@ -133,7 +149,7 @@ class GenerationOptions:
         if isinstance(ends, (int, str)):
             raise UsageError(f"expected eos_token_ids to be a list of ids, got {ends!r}")
         for token_id in self.eos_token_ids:
-            _check_integer("eos_token_ids", token_id, 0)
+            _check_integer("eos_token_ids", token_id, 0, MOST_COUNTED)
         _check_texts("stop", self.stop)
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -143,6 +159,11 @@ class GenerationOptions:
             raise UsageError(
                 f"expected --num-beams 1 with --draft {self.draft}, got {self.num_beams}",
                 "beams read no text ahead: leave one of them out",
+            )
+        if self.sampling and self.draft not in ("auto", "none"):
+            raise UsageError(
+                f"expected --draft auto or none with a temperature, --top-p or --top-k, got {self.draft}",
+                "a pass over several tokens rounds otherwise, and may change what is drawn: leave one of them out",
             )
         if self.num_beams > 1 and self.sampling:
             raise UsageError(
@@ -162,27 +183,38 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
-        raise UsageError(f"expected {_flag(name)} to be a whole number of at least {least}, got {value!r}")
+        raise UsageError(
+            f"expected {_flag(name)} to be a whole number of at least {least}, got {_told(value)}"
+        )
+    if value > most:
+        raise UsageError(f"expected {_flag(name)} of at most {most}, got {_told(value)}")
 
 
 def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
-        raise UsageError(f"expected {_flag(name)} to be texts that are not empty, got {value!r}")
+        raise UsageError(f"expected {_flag(name)} to be texts that are not empty, got {_told(value)}")
+    if len(value) > MOST_STOPS:
+        raise UsageError(f"expected {_flag(name)} to be at most {MOST_STOPS} texts, got {len(value)}")
 
 
-def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
+def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    """Raises UsageError unless a value is a number from ``low`` to ``high``; ``above`` excludes ``low`` itself."""
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    number = float(value) if real else math.nan
-    if math.isfinite(number) and low <= number <= high and not (above and number == low):
+    if real and low <= value <= high and not (above and value == low):  # NaN is in no range
         return
-    expected = "a finite number"
-    if math.isfinite(low):
-        expected = f"a number {'above' if above else 'from'} {low:g}"
-        expected += f" to {high:g}" if math.isfinite(high) else ("" if above else " upwards")
-    raise UsageError(f"expected {_flag(name)} to be {expected}, got {value!r}")
+    expected = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
+    raise UsageError(f"expected {_flag(name)} to be {expected}, got {_told(value)}")
+
+
+def _told(value: Any) -> str:
+    """A value for a message of one line, cut where it is long."""
+    if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,12 @@ from blip2edge.runtime.completer import Completer
 from blip2edge.runtime.encoder import Clock, Encoded, Encoder
 from blip2edge.runtime.frames import ItemSource
 from blip2edge.runtime.generate import Decoding
-from blip2edge.runtime.options import Generated, GenerationOptions
+from blip2edge.runtime.options import Generated, GenerationOptions, check_number
 from blip2edge.runtime.request import Request, Span
 from blip2edge.runtime.result import caption_result
+
+LONGEST_DEADLINE = 1e6
+"""Seconds: eleven days."""
 
 
 class Scheduler:
@@ -104,11 +107,11 @@ class Scheduler:
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.
-            UsageError: ``deadline`` is not above 0.
+            UsageError: ``deadline`` is not above 0, or above :data:`LONGEST_DEADLINE`.
             RuntimeError: The scheduler is closed.
         """
-        if deadline is not None and not deadline > 0:
-            raise UsageError(f"a deadline must be a number of seconds above 0, not {deadline}")
+        if deadline is not None:
+            check_number("deadline", deadline, 0.0, LONGEST_DEADLINE, above=True)
         expires = None if deadline is None else time.monotonic() + deadline
         with self._changed:
             while self._is_full() and not self._closing:

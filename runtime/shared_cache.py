@@ -36,6 +36,8 @@ class SharedDecoder:
         max_positions: The longest context.
     """
 
+    most_rows: int | None = None
+
     def __init__(
         self,
         session: OnnxRuntimeSession,

@@ -131,7 +131,6 @@ def test_a_draft_goes_back_to_where_the_text_went_on_otherwise(captioner: Captio
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"repetition_penalty": 1.5, "min_new_tokens": 9},
-    {"temperature": 0.8, "top_k": 5, "seed": 1},
 )
 
 
@@ -152,6 +151,22 @@ def test_captions_do_not_depend_on_the_draft(
             assert "".join(pieces).strip() == wanted.text
     if draft == "lookup" and not options:
         assert max(passes) > 1.0  # random models repeat themselves
+
+
+@pytest.mark.parametrize("draft", ["itg", "lookup"])
+def test_nobody_guesses_what_is_drawn(captioner: Captioner, draft: str) -> None:
+    picture = draw_pictures(1, 3)[0]
+    options: dict[str, Any] = {"temperature": 0.8, "top_k": 5, "seed": 1}
+    alone = captioner.caption(picture, max_new_tokens=TOKENS, draft="none", **options)
+    found = captioner.caption(picture, max_new_tokens=TOKENS, **options)
+    assert (found.tokens, found.tokens_per_pass) == (alone.tokens, 1.0)
+    for call in (captioner.caption, captioner.stream):
+        with pytest.raises(UsageError, match="--draft auto or none with a temperature"):
+            call(picture, draft=draft, **options)
+    cold = captioner.caption(
+        picture, max_new_tokens=TOKENS, draft=draft, temperature=0
+    )  # greedy: nothing is drawn
+    assert cold.tokens == captioner.caption(picture, max_new_tokens=TOKENS).tokens
 
 
 def scripted(captioner: Captioner, texts: dict[int, tuple[int, ...]]) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ from blip2edge.errors import (
 )
 from blip2edge.manifest import FileRecord
 from blip2edge.runtime.captioner import STAGES, Captioner, CaptionResult
+from blip2edge.runtime.request import Span
 from tests.drawing import BOS, Drawn, draw_pictures
 
 NEW = 10
@@ -224,6 +225,17 @@ def test_a_run_may_be_left_early(captioner: Captioner, files: list[Path]) -> Non
         ({"num_beams": 2, "temperature": 0.7}, "--num-beams"),
         ({"length_penalty": float("nan")}, "--length-penalty"),
         ({"repetition_penalty": 0}, "--repetition-penalty"),
+        ({"repetition_penalty": 1e308}, "from 0.001 to 1000"),
+        ({"repetition_penalty": 10**400}, "a number of 1329 bits"),
+        ({"temperature": 10**400}, "from 0 to 1000"),
+        ({"temperature": float("inf")}, "--temperature"),
+        ({"top_p": float("nan")}, "--top-p"),
+        ({"max_new_tokens": 10**5000}, "--max-new-tokens of at most 2147483647"),
+        ({"seed": -(10**5000)}, "a whole number of at least 0"),
+        ({"seed": 2**64}, "--seed of at most"),
+        ({"top_k": 2**31}, "--top-k of at most"),
+        ({"stop": ["a"] * 65}, "at most 64 texts"),
+        ({"stop": "x" * 1000}, "..."),
         ({"temperature": -0.1}, "--temperature"),
         ({"top_p": 1.5}, "--top-p"),
         ({"top_k": -1}, "--top-k"),
@@ -238,6 +250,39 @@ def test_options_outside_their_range(options: dict[str, Any], told: str, caption
         with pytest.raises(UsageError) as caught:  # at the call, not at the first result
             call(argument, **options)
         assert told in str(caught.value)
+        assert len(str(caught.value)) < 250
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1e3, "temperature": 1e3, "seed": 2**64 - 1, "top_k": 2**31 - 1},
+        {"repetition_penalty": 1e-3, "temperature": 1e-5, "seed": 0, "top_p": 0.0},
+        {"length_penalty": 10.0, "num_beams": 2, "repetition_penalty": 1e-3},
+        {"max_new_tokens": 2**31 - 1},
+    ],
+)
+def test_the_ends_of_the_ranges_break_nothing(options: dict[str, Any], captioner: Captioner) -> None:
+    """Warnings of numbers that overflow are errors here."""
+    result = captioner.caption(draw_pictures(1)[0], **{"max_new_tokens": 3, **options})
+    assert result.tokens
+
+
+def test_an_engine_bounds_the_rows(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = draw_pictures(5, 2)
+    alone = [captioner.caption(picture, max_new_tokens=4, min_new_tokens=4).tokens for picture in pictures]
+    together = {}
+    for most in (None, 2):
+        spans: list[Span] = []
+        monkeypatch.setattr(captioner.completer.language.decoder, "most_rows", most, raising=False)
+        with captioner.scheduler(max_batch=5, trace=spans.append) as scheduler:
+            options = captioner.options(max_new_tokens=4, min_new_tokens=4)
+            requests = [scheduler.submit(picture, options) for picture in pictures]
+            assert [request.result().tokens for request in requests] == alone
+        together[most] = max(len(span.requests) for span in spans)
+    assert together[None] > 2
+    assert together[2] <= 2
 
 
 def test_arguments_that_do_not_fit(captioner: Captioner, tiny_bundle: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,10 +197,23 @@ def test_what_is_no_request(body: bytes, told: str, server: Server) -> None:
         ({"deadline_s": "soon"}, "deadline_s"),
         ({"deadline_s": 0}, "deadline"),
         ({"stop": 3}, "--stop"),
+        ({"temperature": 10**400}, "--temperature to be a number from 0 to 1000"),
+        ({"repetition_penalty": 1e308}, "--repetition-penalty to be a number from 0.001 to 1000"),
+        ({"repetition_penalty": 10**4000}, "bits"),
+        ({"top_p": math.nan}, "NaN is no number of JSON"),
+        ({"temperature": math.inf}, "Infinity is no number of JSON"),
+        ({"max_tokens": 10**400}, "--max-new-tokens of at most"),
+        ({"num_beams": 10**400}, "num_beams of at most 8"),
+        ({"seed": 10**400}, "--seed of at most"),
+        ({"top_k": 10**400}, "--top-k of at most"),
+        ({"deadline_s": 10**400}, "--deadline to be a number above 0"),
+        ({"n": 10**400}, "n to be 1"),
     ],
 )
 def test_options_outside_their_range(more: dict[str, Any], told: str, server: Server, png: bytes) -> None:
-    assert told in got(ask(server, "POST", "/v1/chat/completions", chat(png, **more)), 400).error
+    error = got(ask(server, "POST", "/v1/chat/completions", chat(png, **more)), 400).error
+    assert told in error
+    assert "\n" not in error
 
 
 def test_other_statuses(server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
