@@ -102,6 +102,26 @@ def opening(document: dict[str, Any]) -> list[str]:
     return [*head, *rows, "", f"The copy takes {size:.0f} MB. {where}."]
 
 
+def token_merging(document: dict[str, Any]) -> list[str]:
+    """What merging patches saves and costs."""
+    head = [
+        "| R | the miniature: embeddings | right to the last letter | as without merging | vision, CPU ms | times |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in document["results"]["miniature"]:
+        right, same = f"{row['exact_match']:.1%}", f"{row['as_without_merging']:.1%}"
+        head.append(
+            f"| {row['merge_tokens']} | {row['embeds']} | {right} | {same} "
+            f"| {row['run']['cpu_ms']:.2f} | {row['run']['times']:.2f} |"
+        )
+    head += ["", "| R | ViT-B/16, 224 pixels: embeddings | CPU ms | times |", "|---:|---:|---:|---:|"]
+    head += [
+        f"| {row['merge_tokens']} | {row['embeds']} | {row['run']['cpu_ms']:.0f} | {row['run']['times']:.2f} |"
+        for row in document["results"]["vit-b"]
+    ]
+    return [*head, "", f"{_where(document)}, batch 1; {document['heldout_scenes']:,} held-out scenes."]
+
+
 def _where(document: dict[str, Any]) -> str:
     return f"{document['machine']['cpu']}, one thread"
 
@@ -111,6 +131,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "captions-batch": ("peers-batch-cpu.json", captions),
     "vision": ("peers-vision-cpu.json", vision),
     "language": ("peers-language-cpu.json", language),
+    "token-merging": ("token-merging.json", token_merging),
     "stages-fp32": ("bench-fp32-cpu.json", stages),
     "stages-int8": ("bench-int8-cpu.json", stages),
     "openvino-opening": ("openvino-opening.json", opening),

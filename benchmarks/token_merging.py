@@ -1,0 +1,138 @@
+"""What merging patches saves and costs.
+
+    python benchmarks/token_merging.py --json benchmarks/results/token-merging.json
+
+The checkpoint that ships, exported with ``--merge-tokens R``: captions of 1,000 scenes of object pairs that no training
+phase showed, and the CPU time of its vision encoder. A ViT-B/16 at 224 pixels with random weights: its CPU time alone.
+Each bundle has its optimised copy; contestants run in turn, one thread each, by process CPU time.
+
+``--keep DIR`` keeps the bundles and scores and takes those that are there; ``--prepare`` ends before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from race import Contestant, race, table, versions, write
+from random_checkpoint import published, shrunk, write_checkpoint
+
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.manifest import Bundle
+from blip2edge.optimization.pipeline import optimize
+from blip2edge.runtime.captioner import Captioner
+from blip2edge.training.evaluate import evaluate_scenes
+
+ROOT = Path(__file__).parent.parent
+VIT_B = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+MINIATURE, LARGE = "miniature", "vit-b"
+COUNTS = {MINIATURE: (0, 1, 2, 4, 8, 12, 16, 21), LARGE: (0, 4, 8, 12, 16)}
+ROUNDS = {MINIATURE: 150, LARGE: 15}
+
+
+def checkpoint_of(model: str, folder: Path) -> Path:
+    """What is exported."""
+    if model == MINIATURE:
+        return ROOT / "examples" / "checkpoint"
+    path = folder / "checkpoint"
+    if not path.exists():
+        config = shrunk(published("blip2-opt-2.7b"))
+        write_checkpoint(path, config | {"vision_config": config["vision_config"] | VIT_B})
+    return path
+
+
+def bundle_of(model: str, tokens: int, folder: Path) -> Path:
+    """A bundle with its optimised copy."""
+    path = folder / f"{model}-{tokens}"
+    if not path.exists():
+        optimize(export_checkpoint(checkpoint_of(model, folder), path, merge_tokens=tokens).bundle)
+    return path
+
+
+def captions_of(bundle: Path, count: int) -> tuple[list[str], float]:
+    """Captions of held-out scenes, and how many are right to the last letter."""
+    captioner = Captioner.load(bundle, backend="cpu", threads=1)
+    said: list[str] = []
+
+    def caption(pictures: Any) -> list[str]:
+        texts = [result.text for result in captioner.caption_many(pictures, batch_size=16)]
+        said.extend(texts)
+        return texts
+
+    return said, evaluate_scenes(caption, count)["exact_match"]
+
+
+def scores_of(folder: Path, count: int) -> dict[str, Any]:
+    """Of the miniature, by R."""
+    path = folder / f"scores-{count}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    scores: dict[str, Any] = {}
+    plain: list[str] = []
+    for tokens in COUNTS[MINIATURE]:
+        said, right = captions_of(bundle_of(MINIATURE, tokens, folder), count)
+        plain = plain or said
+        same = sum(one == other for one, other in zip(said, plain, strict=True)) / count
+        scores[str(tokens)] = {"exact_match": right, "as_without_merging": same}
+        print(f"R = {tokens}: exact match {right:.2%}, as without merging {same:.2%}", file=sys.stderr)
+    path.write_text(json.dumps(scores))
+    return scores
+
+
+def timed(model: str, folder: Path) -> list[dict[str, Any]]:
+    """CPU time of a model's vision encoders, and what they hand on."""
+    contestants = [
+        Contestant(str(tokens), "vision", str(bundle_of(model, tokens, folder))) for tokens in COUNTS[model]
+    ]
+    rows = table(race(contestants, {"run": ["run"]}, ROUNDS[model]), contestants[0].name)
+    for row, contestant in zip(rows, contestants, strict=True):
+        merging = Bundle.open(contestant.path).manifest.merging
+        outputs = Bundle.open(contestant.path).graph("vision_encoder").spec.outputs
+        row["merge_tokens"] = int(row.pop("name"))
+        row["embeds"] = outputs[0].dims[1]
+        row["cosine"] = None if merging is None else merging.cosine
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["XDG_CACHE_HOME"] = scratch
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = scores_of(folder, options.count)
+        for tokens in COUNTS[LARGE]:
+            bundle_of(LARGE, tokens, folder)
+        if options.prepare:
+            return
+        results = {model: timed(model, folder) for model in COUNTS}
+        for row in results[MINIATURE]:
+            row |= scores[str(row["merge_tokens"])]
+        known = versions([Contestant("", "", "")], ("torch", "onnx", "onnxruntime", "numpy"))
+        write(options.json, heldout_scenes=options.count, rounds=ROUNDS, versions=known, results=results)
+    for model, rows in results.items():
+        for row in rows:
+            print(f"{model:10} R = {row['merge_tokens']:2}  {row['run']['cpu_ms']:8.2f} ms  {row}")
+
+
+if __name__ == "__main__":
+    main()
