@@ -49,6 +49,7 @@ class Running:
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         if self._line() != "ready":
+            self.close()
             raise SystemExit(f"{self.name} did not start")
 
     def ask(self, work: list[Any]) -> float:
@@ -60,8 +61,10 @@ class Running:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     def _line(self) -> str:
         assert self.process.stdout is not None

@@ -24,7 +24,7 @@ from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.encoder import STAGES, Clock, Encoded
 from blip2edge.runtime.energy import EnergyMeter
 from blip2edge.runtime.meter import MemoryMeter, resident_bytes
-from blip2edge.runtime.optimized import installed
+from blip2edge.runtime.optimized import installed, processor
 from blip2edge.runtime.roofline import Roofline, Work, measure
 from blip2edge.runtime.sampling import argmax
 
@@ -94,6 +94,8 @@ class BenchReport:
         sweeps: Tables by name: ``batch``, ``prompt``, ``caption``, ``picture``; a list of rows each.
         left_out: What was not measured, with the reason.
         energy: Joules a caption and what told them; None where nothing does.
+        draft: Who reads ahead, and the tokens a pass of the language model that come of it over whole captions; None
+            where nobody does. The stages are those of plain decoding in either case.
         roofline: This machine's.
     """
 
@@ -108,6 +110,7 @@ class BenchReport:
     sweeps: Mapping[str, list[dict[str, float]]]
     left_out: Mapping[str, str]
     energy: Mapping[str, Any] | None
+    draft: Mapping[str, Any] | None
     roofline: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -164,6 +167,16 @@ class Bench:
             for _ in range(tokens - 1):
                 logits = state.step(argmax(logits))
         return clock
+
+    def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
+        """Who reads ahead in captions of ``tokens`` tokens, and the median of their tokens a pass; None for nobody."""
+        forced = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        kind = self.captioner.completer.drafting.kind(self.captioner.options(**forced))
+        if kind == "none":
+            return None
+        item: Any = self.picture if self.frames == 1 else [self.picture] * self.frames
+        found = [self.captioner.caption(item, prompt=self.prompt, **forced) for _ in range(runs)]
+        return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
     def slots(self, prompt: str | None = None) -> int:
         """Slots of the decoder's prompt."""
@@ -262,6 +275,7 @@ def bench(
         sweeps=sweeps,
         left_out=_left_out(captioner, energy, work_of is not None),
         energy=_energy(energy, options.runs),
+        draft=run.drafted(tokens, options.runs),
         roofline=roofline.to_json(),
     )
 
@@ -315,16 +329,6 @@ def _machine(captioner: Captioner) -> dict[str, Any]:
         "backend": captioner.graphs.backend,
         "threads": captioner.graphs.threads,
     }
-
-
-def processor() -> str:
-    """The processor's own name."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            named = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-            return next(named, platform.machine())
-    except OSError:
-        return platform.processor()
 
 
 def _versions() -> dict[str, str]:

@@ -53,6 +53,10 @@ def facts(report: BenchReport) -> list[str]:
     ]
     if report.energy is not None:
         found.append(f"{report.energy['joules_per_caption']:.2f} J a caption ({report.energy['source']})")
+    if report.draft is not None:
+        found.append(
+            f"{report.draft['tokens_per_pass']:.2f} tokens a pass with --draft {report.draft['kind']}"
+        )
     return found + [f"{what} is left out: {why}" for what, why in report.left_out.items()]
 
 

@@ -94,6 +94,14 @@ class Drafting:
                 "draft.safetensors",
             )
 
+    def kind(self, options: GenerationOptions) -> str:
+        """Who guesses in a text: ``itg``, ``lookup`` or ``none``."""
+        if options.num_beams > 1:
+            return "none"
+        if options.draft == "auto":
+            return "itg" if self.head is not None and not options.sampling else "none"
+        return options.draft
+
     def ahead(
         self, options: GenerationOptions, prompt_ids: Sequence[int], pictures: Mapping[str, Array], row: int
     ) -> Ahead | None:
@@ -105,10 +113,8 @@ class Drafting:
             pictures: The outputs of the graphs before the language model.
             row: Its row of those.
         """
-        kind = options.draft
-        if kind == "auto":
-            kind = "itg" if self.head is not None and not options.sampling else "none"
-        if kind == "none" or options.num_beams > 1:
+        kind = self.kind(options)
+        if kind == "none":
             return None
         drafter: Drafter = Lookup(prompt_ids)
         if kind == "itg" and self.head is not None:

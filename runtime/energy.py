@@ -26,11 +26,12 @@ class EnergyMeter:
     """
 
     def __init__(self) -> None:
-        found = next((name for name, make in SOURCES.items() if make() is not None), "")
-        self.source = found
-        self.reason = "" if found else "no NVML, no power rail and no readable RAPL counter on this machine"
+        counters = ((name, make()) for name, make in SOURCES.items())
+        self.source, self._counter = next((one for one in counters if one[1] is not None), ("", None))
+        self.reason = (
+            "" if self.source else "no NVML, no power rail and no readable RAPL counter on this machine"
+        )
         self.joules: float | None = None
-        self._counter = SOURCES[found]() if found else None
         self._start = 0.0
 
     def __enter__(self) -> EnergyMeter:  # noqa: PYI034  (typing.Self is not in Python 3.10)
@@ -39,6 +40,8 @@ class EnergyMeter:
 
     def __exit__(self, *_: object) -> None:
         self.joules = self._counter() - self._start if self._counter is not None else None
+        if isinstance(self._counter, RailCounter):
+            self._counter.close()
 
 
 Counter = Callable[[], float]
@@ -64,12 +67,22 @@ def _nvml() -> Counter | None:
 
 
 def _rapl() -> Counter | None:
-    """Microjoules of the first package; only root may read them on most systems."""
+    """Microjoules of the first package, which begin again at a range; only root may read them on most systems."""
     try:
-        RAPL.read_text(encoding="ascii")
-    except OSError:
+        last = int(RAPL.read_text(encoding="ascii"))
+        range_uj = int(RAPL.with_name("max_energy_range_uj").read_text(encoding="ascii"))
+    except (OSError, ValueError):
         return None
-    return lambda: int(RAPL.read_text(encoding="ascii")) / 1e6
+    total = 0
+
+    def read() -> float:
+        nonlocal last, total
+        now = int(RAPL.read_text(encoding="ascii"))
+        total += (now - last) % (range_uj + 1)
+        last = now
+        return total / 1e6
+
+    return read
 
 
 class RailCounter:
@@ -78,28 +91,35 @@ class RailCounter:
     Args:
         volts: A file with millivolts.
         amperes: A file with milliamperes.
+        clock: Gives seconds.
     """
 
-    def __init__(self, volts: Path, amperes: Path) -> None:
-        self._volts, self._amperes = volts, amperes
-        self._joules, self._last = 0.0, time.perf_counter()
-        threading.Thread(target=self._watch, daemon=True).start()
+    def __init__(self, volts: Path, amperes: Path, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._volts, self._amperes, self._clock = volts, amperes, clock
+        self._joules, self._last = 0.0, clock()
+        self._sampling, self._closed = threading.Lock(), threading.Event()
+        threading.Thread(target=self._watch, name="blip2edge-rail", daemon=True).start()
 
     def __call__(self) -> float:
-        """Joules so far."""
-        return self._joules
+        """Joules so far, up to now."""
+        with self._sampling:
+            now = self._clock()
+            self._joules += self.watts() * (now - self._last)
+            self._last = now
+            return self._joules
 
     def watts(self) -> float:
         """Power now."""
         values = [int(path.read_text(encoding="ascii")) for path in (self._volts, self._amperes)]
         return values[0] * values[1] / 1e6
 
+    def close(self) -> None:
+        """Ends the sampling."""
+        self._closed.set()
+
     def _watch(self) -> None:
-        while True:
-            time.sleep(SAMPLE)
-            now = time.perf_counter()
-            self._joules += self.watts() * (now - self._last)
-            self._last = now
+        while not self._closed.wait(SAMPLE):
+            self()
 
 
 def _rail() -> Counter | None:

@@ -30,7 +30,9 @@ def bench(options: argparse.Namespace) -> int:
         runs=options.runs, warmup=options.warmup, tokens=options.tokens, batches=tuple(options.batch_sizes)
     )
     start = time.perf_counter()
-    captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
+    captioner = Captioner.load(
+        options.bundle, backend=options.backend, threads=options.threads, draft=options.draft
+    )
     loaded = time.perf_counter() - start
     with Progress() as progress:
         report = bench(captioner, chosen, start_s=loaded, work_of=_work_of(captioner), progress=progress)

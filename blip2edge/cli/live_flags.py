@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.cli.flags import add_command, non_negative_int, positive_int, positive_number, share_or_zero
 from blip2edge.cli.running_flags import add_bundle, add_generation, add_where
+from blip2edge.contract import DRAFTS
 
 if TYPE_CHECKING:
     from blip2edge.cli.flags import Commands
@@ -79,5 +80,11 @@ def add_bench(commands: Commands) -> None:
         "--batch-sizes", metavar="N", type=positive_int, nargs="+", default=[1, 2, 4, 8],
         help="pictures at once, in the sweep (1 2 4 8)",
     )  # fmt: skip
+    parser.add_argument(
+        "--draft",
+        choices=DRAFTS,
+        default="auto",
+        help="whose tokens a pass are told; the stages decode plainly",
+    )
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with pictures to FILE")
