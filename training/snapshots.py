@@ -89,9 +89,8 @@ class Snapshots:
             content = save({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()})
             _write(fresh / TENSORS, content)
             _write(fresh / FACTS, json.dumps(snapshot.facts).encode())
-            old = self._whole()
-            if target in old:  # of a run that was started again
-                shutil.rmtree(target)
+            while target.exists():  # of a run that was started again: it stays until this one is there
+                target = target.with_name(f"{target.name}+")  # which sorts behind it
             fresh.rename(target)
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)

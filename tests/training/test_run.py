@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 pytest.importorskip("safetensors")
 
+
 from blip2edge.errors import ConfigError, DataError, OutputError  # noqa: E402
 from blip2edge.model.checkpoint import load_checkpoint  # noqa: E402
 from blip2edge.training import run as runs  # noqa: E402
@@ -175,6 +176,30 @@ def test_a_full_disk_is_told_in_one_line(path: Path, tmp_path: Path, monkeypatch
         train("stage2", path, tmp_path / "out", evaluation_scenes=0)
     assert not (tmp_path / "out").exists()
     assert [each.name for each in (tmp_path / "out.run").iterdir()] == ["log.jsonl"]
+
+
+def test_a_snapshot_stays_until_its_successor_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = snapshots.Snapshots(tmp_path)
+
+    def content(at: float) -> snapshots.Snapshot:
+        return snapshots.Snapshot({"weight": torch.full((2,), at)}, {"at": at})
+
+    kept.write(7, content(1.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            kept.write(7, content(2.0))
+    newest = kept.newest()
+    assert newest is not None
+    assert newest.facts == {"at": 1.0}
+    for at in (3.0, 4.0):
+        kept.write(7, content(at))
+        newest = kept.newest()
+        assert newest is not None
+        assert newest.facts == {"at": at}
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_output_that_cannot_be_written_is_told(path: Path, tmp_path: Path) -> None:
