@@ -9,8 +9,9 @@ from typing import Protocol
 
 from PIL import Image
 
-from blip2edge.errors import DataError, ImageError
+from blip2edge.errors import Blip2EdgeError, DataError, ImageError
 from blip2edge.runtime.preprocess import load_image
+from blip2edge.training.data.sources import Sample
 
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NAMED = 3  # broken samples that a message names
@@ -195,3 +196,23 @@ def by_picture(entries: Iterable[Entry]) -> list[Shown]:
     for entry in entries:
         groups.setdefault(entry.image_id, []).append(entry)
     return [Shown(image_id, group[0].picture, tuple(group)) for image_id, group in groups.items()]
+
+
+class Rejecting:
+    """The part of a source that counts what cannot be used.
+
+    Args:
+        broken: What counts.
+    """
+
+    def __init__(self, broken: Broken) -> None:
+        self._broken = broken
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """What was left out when the data was read, and what was rejected since."""
+        return self._broken.problems
+
+    def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
+        """Counts a sample that could not be used; see :class:`Broken`."""
+        self._broken.add(sample.sample_id, error.problem)

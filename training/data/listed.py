@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from blip2edge.errors import Blip2EdgeError, DataError
+from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.entries import Broken, Entry
+from blip2edge.training.data.entries import Broken, Entry, Rejecting
 from blip2edge.training.data.sources import Sample
 
 _ORDER, _TEXT = 1, 2  # streams of chance
@@ -39,7 +39,7 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
     return Sample(entry.sample_id, identity, picture.open, entry.text, prompt)
 
 
-class ListedSource:
+class ListedSource(Rejecting):
     """Entries pass after pass, each pass in an order of its own.
 
     Args:
@@ -54,7 +54,7 @@ class ListedSource:
         self, entries: Sequence[Entry], broken: Broken, name: str, config: DataConfig, seed: int
     ) -> None:
         self._entries = entries
-        self._broken = broken
+        super().__init__(broken)
         self._name = name
         self._config = config
         self._seed = seed
@@ -82,15 +82,6 @@ class ListedSource:
             rng = np.random.default_rng([_ORDER, self._seed, number])
             self._order = (number, rng.permutation(len(self._entries)).tolist())
         return self._entries[self._order[1][rest]]
-
-    @property
-    def broken(self) -> Mapping[str, str]:
-        """What was left out when the data was read, and what was rejected since."""
-        return self._broken.problems
-
-    def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Counts a sample that could not be used; see :class:`Broken`."""
-        self._broken.add(sample.sample_id, error.problem)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, what was rejected, and which data it is."""

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blip2edge.errors import Blip2EdgeError, DataError
+from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.entries import Broken, Entry
+from blip2edge.training.data.entries import Broken, Entry, Rejecting
 from blip2edge.training.data.listed import sample_of
-from blip2edge.training.data.shards import read_shard
+from blip2edge.training.data.shards import read_shard, shard_names
 from blip2edge.training.data.sources import Sample
 
 _SHARDS, _BLOCK, _TEXT = 1, 2, 3  # streams of chance
 
 
-class ShardSource:
+class ShardSource(Rejecting):
     """Samples of shards, pass after pass.
 
     In each pass the shards come in an order of their own. Their samples are taken in blocks of `shuffle_buffer`,
@@ -36,7 +36,8 @@ class ShardSource:
         self._paths = list(paths)
         self._config = config
         self._seed = seed
-        self._broken = Broken(self.name, config.max_broken)
+        self._names = shard_names(self._paths)
+        super().__init__(Broken(self.name, config.max_broken))
         self._pass = self._block = self._within = (
             0  # the next sample: pass, block of it, number in that block
         )
@@ -69,7 +70,8 @@ class ShardSource:
         """The rest of the pass: places (shard in its order, entry) and entries."""
         order = np.random.default_rng([_SHARDS, self._seed, self._pass]).permutation(len(self._paths))
         for place in range(shard, len(order)):
-            for number, entry in enumerate(read_shard(self._paths[int(order[place])], self._broken)):
+            at = int(order[place])
+            for number, entry in enumerate(read_shard(self._paths[at], self._broken, self._names[at])):
                 if place > shard or number >= first:
                     yield (place, number), entry
 
@@ -81,15 +83,6 @@ class ShardSource:
             rng = np.random.default_rng([_TEXT, self._seed, self._pass, self._block, within])
             yield sample_of(block[int(order[within])], self._config, rng)
 
-    @property
-    def broken(self) -> Mapping[str, str]:
-        """What was left out when the data was read, and what was rejected since."""
-        return self._broken.problems
-
-    def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Counts a sample that could not be used; see :class:`Broken`."""
-        self._broken.add(sample.sample_id, error.problem)
-
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, what was rejected, and which shards they are."""
         return {
@@ -97,7 +90,7 @@ class ShardSource:
             "block": self._block,
             "within": self._within,
             "start": list(self._start),
-            "shards": [path.name for path in self._paths],
+            "shards": self._names,
             "shuffle_buffer": self._config.shuffle_buffer,
             "broken": dict(self._broken.problems),
         }
@@ -109,7 +102,7 @@ class ShardSource:
             DataError: It is a place in other shards, or blocks had another size.
         """
         for key, value in (
-            ("shards", [path.name for path in self._paths]),
+            ("shards", self._names),
             ("shuffle_buffer", self._config.shuffle_buffer),
         ):
             if state[key] != value:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,23 @@ def shard_paths(pattern: str | Path) -> list[Path]:
     return paths
 
 
-def read_shard(path: Path, broken: Broken) -> Iterator[Entry]:
+def shard_names(paths: Sequence[Path]) -> list[str]:
+    """What each shard is called in the names of its samples: its file, with its folders where two are alike."""
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    whole = [path.absolute() for path in paths]
+    root = os.path.commonpath([path.parent for path in whole])
+    return [path.relative_to(root).as_posix() for path in whole]
+
+
+def read_shard(path: Path, broken: Broken, name: str = "") -> Iterator[Entry]:
     """The entries of one shard, in its order.
 
     Args:
         path: A tar file.
         broken: Counts samples without a picture or text, and a shard that ends too early.
+        name: What it is called, see :func:`shard_names`; empty for its file's name.
 
     Yields:
         An entry for each caption or question.
@@ -121,32 +133,37 @@ def read_shard(path: Path, broken: Broken) -> Iterator[Entry]:
     Raises:
         DataError: The shard is no tar file, or too much is broken.
     """
-    key, parts = "", dict[str, tarfile.TarInfo]()
+    name, key, parts = name or path.name, "", dict[str, tarfile.TarInfo]()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
+                folder, _, file = member.name.rpartition("/")
+                stem, dot, suffix = file.partition(".")
                 if f"{folder}/{stem}" != key and parts:
-                    yield from _entries(path, tar, key, parts, broken)
+                    yield from _entries(path, name, tar, key, parts, broken)
                     parts = {}
                 key = f"{folder}/{stem}"
                 parts[(dot + suffix).lower()] = member
             if parts:
-                yield from _entries(path, tar, key, parts, broken)
+                yield from _entries(path, name, tar, key, parts, broken)
     except tarfile.TarError as error:
-        broken.add(path.name, f"the shard cannot be read further: {error}")
+        broken.add(name, f"the shard cannot be read further: {error}")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _entries(
-    path: Path, tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo], broken: Broken
+    path: Path,
+    name: str,
+    tar: tarfile.TarFile,
+    key: str,
+    parts: dict[str, tarfile.TarInfo],
+    broken: Broken,
 ) -> list[Entry]:
     """The entries of one sample: none where it is broken, which is counted."""
-    sample_id = f"{path.name}:{key.lstrip('/')}"
+    sample_id = f"{name}:{key.lstrip('/')}"
     pictures = (member for member in parts.values() if Path(member.name).suffix.lower() in PICTURE_SUFFIXES)
     picture = next(pictures, None)
     if picture is None:
@@ -179,10 +196,10 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     return file.read().decode("utf-8") if file is not None else ""
 
 
-def read_shards(paths: Iterable[Path], broken: Broken) -> Iterator[Entry]:
+def read_shards(paths: Sequence[Path], broken: Broken) -> Iterator[Entry]:
     """The entries of several shards, one after the other; see :func:`read_shard`."""
-    for path in paths:
-        yield from read_shard(path, broken)
+    for path, name in zip(paths, shard_names(paths), strict=True):
+        yield from read_shard(path, broken, name)
 
 
 @dataclass

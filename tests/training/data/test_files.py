@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 
 from blip2edge.errors import ConfigError, DataError, ImageError
 from blip2edge.training.data.coco import read_captions, read_vqa
+from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.detect import detect
 from blip2edge.training.data.entries import Broken
 from blip2edge.training.data.folder import read_folder
-from blip2edge.training.data.shards import TarPicture, read_shards, shard_paths
+from blip2edge.training.data.shard_source import ShardSource
+from blip2edge.training.data.shards import ShardWriter, TarPicture, read_shards, shard_names, shard_paths
 
 
 def change(path: Path, change: Any) -> None:
@@ -171,9 +175,20 @@ def test_shards_hold_what_was_written(shards: Path, pictures: Path) -> None:
     assert entries[5].picture.suffix == ".png"
 
 
-def test_the_same_samples_make_the_same_bytes(shards: Path, pictures: Path, tmp_path: Path) -> None:
-    from blip2edge.training.data.shards import ShardWriter
+def test_shards_of_one_name_keep_their_samples_apart(shards: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / "parts" / folder).mkdir(parents=True)
+        shutil.copyfile(shards / "000000.tar", tmp_path / "parts" / folder / "0.tar")
+    paths = shard_paths(tmp_path / "parts" / "*" / "0.tar")
+    assert shard_names(paths) == ["a/0.tar", "b/0.tar"]
+    ids = [entry.sample_id for entry in read_shards(paths, Broken("shards", 0))]
+    assert len(set(ids)) == len(ids) == 8
+    source = ShardSource(paths, DataConfig(kind="shards", path=str(tmp_path)), seed=0)
+    assert {sample.sample_id for sample in islice(source, 8)} == set(ids)
+    assert source.state_dict()["shards"] == ["a/0.tar", "b/0.tar"]
 
+
+def test_the_same_samples_make_the_same_bytes(shards: Path, pictures: Path, tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "again", 4)
     for number in range(10):
         content = (pictures / f"{number}.png").read_bytes()
