@@ -115,24 +115,6 @@ def load_constant_shape(path: Path, cache: CacheSpec) -> ir.Model:
     return model
 
 
-def save_constant_shape(path: Path, cache: CacheSpec, output: Path) -> Path:
-    """Writes the turned decoder without its weights: they stay in the file beside the first one, under the same names.
-
-    Args:
-        path: ``decoder.onnx``.
-        cache: Its keys and values.
-        output: The file to write; what opens it is told that its weights lie beside ``path``.
-
-    Returns:
-        ``output``.
-
-    Raises:
-        EngineError: See :func:`to_constant_shape`.
-    """
-    ir.save(load_constant_shape(path, cache), output)
-    return output
-
-
 class _Writer:
     """Inserts the nodes that write new keys and values into the cache.
 

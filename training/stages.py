@@ -8,7 +8,6 @@ alone; Flamingo (arXiv 2204.14198) adds gated layers to the language model, whic
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -227,18 +226,3 @@ def match_scale(model: CaptionerModel) -> None:
     with torch.no_grad():
         for parameter in projection.parameters():
             parameter.mul_(table.float().pow(2).mean().sqrt())
-
-
-def tensor_hashes(module: nn.Module) -> dict[str, str]:
-    """A SHA-256 of every tensor of a part: what "frozen" can be checked with.
-
-    Args:
-        module: Any.
-
-    Returns:
-        From names to hexadecimal digests of the raw bytes.
-    """
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in module.state_dict().items()
-    }

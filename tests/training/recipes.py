@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SIZES = "hidden_size = 32\nintermediate_size = 64\nnum_layers = 1\nnum_heads = 2\n"
 STEPS = 4
@@ -30,3 +35,18 @@ def write(path: Path, top: str = "seed = 1", **sections: str) -> Path:
     """The same, written to a file."""
     path.write_text(recipe(top, **sections))
     return path
+
+
+def tensor_hashes(module: nn.Module) -> dict[str, str]:
+    """A SHA-256 of every tensor of a part: what "frozen" can be checked with.
+
+    Args:
+        module: Any.
+
+    Returns:
+        From names to hexadecimal digests of the raw bytes.
+    """
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in module.state_dict().items()
+    }

@@ -18,9 +18,9 @@ from blip2edge.training import run as runs  # noqa: E402
 from blip2edge.training.config import load_config  # noqa: E402
 from blip2edge.training.parts import build  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
-from blip2edge.training.stages import tensor_hashes  # noqa: E402
 from tests import drawing  # noqa: E402
 from tests.families import drawing_blip, drawing_llama  # noqa: E402
+from tests.training import recipes  # noqa: E402
 
 STEPS = "steps = 3\nbatch_size = 2\nwarmup_steps = 1\nmin_learning_rate = 0.0\n"
 SIZES = "hidden_size = 24\nintermediate_size = 48\nnum_layers = 2\nnum_heads = 3\n"
@@ -66,7 +66,7 @@ def test_every_bridge_between_blip2s_eyes_and_a_bare_llama(bridge: str, parts: P
     table = made.language.get_parameter("embed_tokens.weight")
     assert torch.equal(table[:rows], theirs.get_input_embeddings().weight)
     eyes = load_checkpoint(parts / "blip2").vision
-    assert tensor_hashes(made.vision) == tensor_hashes(eyes)
+    assert recipes.tensor_hashes(made.vision) == recipes.tensor_hashes(eyes)
     if made.config.family == "blip-2":
         model = transformers.Blip2ForConditionalGeneration.from_pretrained(out)
         assert model.config.image_token_id == made.config.image_token_id
@@ -127,7 +127,7 @@ def test_instruct_puts_the_prompt_into_the_qformer(parts: Path) -> None:
 def test_a_whole_checkpoint_is_gone_on_with(parts: Path) -> None:
     path = recipe(parts, "whole", 'checkpoint = "blip2"')
     train("stage2", path, parts / "out-whole", evaluation_scenes=0)
-    before, after = (tensor_hashes(load_checkpoint(parts / name)) for name in ("blip2", "out-whole"))
+    before, after = (recipes.tensor_hashes(load_checkpoint(parts / name)) for name in ("blip2", "out-whole"))
     changed = {name.split(".")[0] for name in before if before[name] != after[name]}
     assert changed == {"bridge"}
 

@@ -13,7 +13,6 @@ from blip2edge.training.data.config import DataConfig  # noqa: E402
 from blip2edge.training.miniature import build_miniature  # noqa: E402
 from blip2edge.training.pretrain import LanguagePretraining, dense_labels  # noqa: E402
 from blip2edge.training.scenes import scenes  # noqa: E402
-from blip2edge.training.stages import tensor_hashes  # noqa: E402
 from tests.training import recipes  # noqa: E402
 
 
@@ -63,7 +62,7 @@ def test_two_processes_read_what_one_would() -> None:
 
 def test_the_same_seed_gives_the_same_weights() -> None:
     made = [
-        tensor_hashes(build_miniature(parse_config(recipes.recipe(f"seed = {seed}"))).model)
+        recipes.tensor_hashes(build_miniature(parse_config(recipes.recipe(f"seed = {seed}"))).model)
         for seed in (3, 3, 4)
     ]
     assert made[0] == made[1]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blip2edge.model.masks import TASKS, attention_mask
 from blip2edge.training.stage1 import TextBatch, draw_negative, itm_loss, prepare_stage1, similarities
-from blip2edge.training.stages import tensor_hashes
+from tests.training import recipes
 from tests.training import stage1_worker as worker
 from tests.training.drawing_stage1 import QUERIES, draw_batch, draw_stage1, slow_losses
 
@@ -72,7 +72,7 @@ def test_nothing_but_the_picture_encoder_is_frozen() -> None:
     model = draw_stage1()
     prepare_stage1(model)
     assert not model.vision.training
-    before = tensor_hashes(model.vision)
+    before = recipes.tensor_hashes(model.vision)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with torch.no_grad():
         embeds = model.vision(torch.randn(4, 3, 16, 16))
@@ -82,7 +82,7 @@ def test_nothing_but_the_picture_encoder_is_frozen() -> None:
     for name, parameter in trained.items():
         assert (parameter.grad is None) == name.startswith("vision."), name
     optimizer.step()
-    assert tensor_hashes(model.vision) == before
+    assert recipes.tensor_hashes(model.vision) == before
     assert float(model.temperature.detach()) != pytest.approx(0.07)
 
 

@@ -29,7 +29,7 @@ from blip2edge.training.loader import PictureBatch, Texts  # noqa: E402
 from blip2edge.training.miniature import build_miniature  # noqa: E402
 from blip2edge.training.optim import learning_rate, make_optimizer  # noqa: E402
 from blip2edge.training.scenes import scenes  # noqa: E402
-from blip2edge.training.stages import GenerativeStage, is_trained, match_scale, tensor_hashes  # noqa: E402
+from blip2edge.training.stages import GenerativeStage, is_trained, match_scale  # noqa: E402
 from blip2edge.training.texts import CaptionTexts  # noqa: E402
 from blip2edge.training.workshop import Workshop  # noqa: E402
 from tests import drawing  # noqa: E402
@@ -179,9 +179,9 @@ def test_every_bridge_trains_its_own_parameters_and_nothing_else(bridge: str) ->
     workshop = tiny(bridge)
     match_scale(workshop.model)
     batch = scene_batch(workshop)
-    before = tensor_hashes(workshop.model)
+    before = recipes.tensor_hashes(workshop.model)
     losses = steps(GenerativeStage(workshop.model, bridge), batch)
-    after = tensor_hashes(workshop.model)
+    after = recipes.tensor_hashes(workshop.model)
     changed = {name for name in before if before[name] != after[name]}
     trained = {name for name, _ in workshop.model.named_parameters() if is_trained(name, bridge)}
     assert all(torch.isfinite(torch.tensor(losses)))
@@ -205,9 +205,9 @@ def test_a_flamingo_trains_its_gated_layers_from_a_gate_of_zero(tmp_path: Path) 
     gauges = stage.gauges()
     assert set(gauges.values()) == {0.0}
     assert len(gauges) == 2 * len(language.cross_layers)
-    before = tensor_hashes(made.ours)
+    before = recipes.tensor_hashes(made.ours)
     losses = steps(stage, made.batch)
-    changed = {name for name, value in tensor_hashes(made.ours).items() if value != before[name]}
+    changed = {name for name, value in recipes.tensor_hashes(made.ours).items() if value != before[name]}
     trained = {name for name, _ in made.ours.named_parameters() if is_trained(name, "flamingo")}
     assert changed == trained
     assert all(torch.isfinite(torch.tensor(losses)))
@@ -216,13 +216,13 @@ def test_a_flamingo_trains_its_gated_layers_from_a_gate_of_zero(tmp_path: Path) 
 
 def test_frozen_parts_keep_their_hash_with_the_text_head_kept_too() -> None:
     workshop = tiny(draft=True)
-    before = tensor_hashes(workshop.model)
+    before = recipes.tensor_hashes(workshop.model)
     stage = GenerativeStage(workshop.model, itg_weight=1.0)
     batch = scene_batch(workshop, own=True)
     losses = {name: float(loss.detach()) for name, loss in stage(batch).items()}
     assert losses["loss"] == pytest.approx(losses["lm"] + losses["itg"])
     steps(stage, batch)
-    changed = {name for name, value in tensor_hashes(workshop.model).items() if value != before[name]}
+    changed = {name for name, value in recipes.tensor_hashes(workshop.model).items() if value != before[name]}
     assert {name.split(".")[0] for name in changed} == {"bridge", "draft"}
     assert not workshop.model.language.training
     for part in (workshop.model.vision, workshop.model.language):
@@ -231,11 +231,11 @@ def test_frozen_parts_keep_their_hash_with_the_text_head_kept_too() -> None:
 
 def test_the_language_model_can_be_trained_too() -> None:
     workshop = tiny()
-    before = tensor_hashes(workshop.model.language)
+    before = recipes.tensor_hashes(workshop.model.language)
     stage = GenerativeStage(workshop.model, unfreeze_language=True)
     assert stage.language.training
     steps(stage, scene_batch(workshop))
-    assert tensor_hashes(workshop.model.language) != before
+    assert recipes.tensor_hashes(workshop.model.language) != before
 
 
 def test_a_text_head_that_is_not_there_is_told() -> None:
