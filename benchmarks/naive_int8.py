@@ -43,7 +43,7 @@ CALIBRATION_SEED, EVALUATION_SEED, PLANT_SEED = 4242, 1000, 99
 NAIVE = "onnxruntime MinMax per tensor"
 
 
-class Pixels(CalibrationDataReader):  # type: ignore[misc]
+class Pixels(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
     """What ONNX Runtime's tool reads its pictures from."""
 
     def __init__(self, batches: Iterator[np.ndarray[Any, Any]]) -> None:

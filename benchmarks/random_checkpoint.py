@@ -91,7 +91,8 @@ def opened(values: dict[str, Any]) -> Config:
     config: Any = read_config(values)
     if values.get("text_config", {}).get("tie_word_embeddings") is False and config.language.tie_embeddings:
         config = replace(config, language=replace(config.language, tie_embeddings=False))
-    return config  # type: ignore[no-any-return]
+    made: Config = config
+    return made
 
 
 def random_tensors(config: Config, dtype: torch.dtype, gain: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -157,8 +158,9 @@ def _write_tokenizers(directory: Path, config: dict[str, Any]) -> None:
     vocabulary = {word: index for index, word in enumerate(words)}
     vocabulary["<image>"] = config.get("image_token_index") or len(words)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # the stubs know no setter
+    template = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    tokenizer.post_processor = template  # type: ignore[assignment]  # nor here
     tokenizer.add_special_tokens(["<image>", "<fake_token_around_image>"])
     (directory / "qformer_tokenizer").mkdir()
     for folder in (directory, directory / "qformer_tokenizer"):

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from blip2edge.contract import DECODER
 from blip2edge.engine.builder import Built, Settings, build_engine, layers_of
@@ -140,7 +141,7 @@ def build_bundle(
     force: bool = False,
     progress: Progress | None = None,
     tell: Tell | None = None,
-    **options: object,
+    **options: Any,
 ) -> BuildReport:
     """Builds the engines of a bundle.
 
@@ -159,7 +160,7 @@ def build_bundle(
         UsageError: An option outside its range.
         OutputError: ``output`` exists or cannot be written.
     """
-    chosen = BuildOptions(target=target, sm=tuple(sm), **options)  # type: ignore[arg-type]
+    chosen = BuildOptions(target=target, sm=tuple(sm), **options)
     job = _job(Bundle.open(bundle), chosen)
     memory = _estimate(job, tell)
     if output is None:

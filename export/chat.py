@@ -33,7 +33,7 @@ def prompt_template(directory: Path, image_token: str, otherwise: str) -> str:
     from transformers import AutoProcessor
 
     try:
-        processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]
+        processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]  # transformers has none
         text = str(processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # jinja2 and transformers raise a dozen kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -107,17 +107,13 @@ def _layer(graph: ir.Graph, index: int) -> Layer | None:
     core = find_core(softmax) if softmax is not None else None
     if core is None or news[0] is None or news[1] is None or not _is_heads_of(core.value, value):
         return None
-    turned = [_before_rotation(part) for part in (core.query, news[0])]
-    rotations = {part[1] for part in turned if part is not None}
-    if len(rotations) != 1:
+    turned_query, turned_key = _before_rotation(core.query), _before_rotation(news[0])
+    if turned_query is None or turned_key is None or turned_query[1] != turned_key[1]:
         return None
-    query, new_key, new_value = (
-        _before_heads(part)
-        for part in (turned[0][0], turned[1][0], news[1])  # type: ignore[index]
-    )
+    query, new_key, new_value = (_before_heads(part) for part in (turned_query[0], turned_key[0], news[1]))
     if query is None or new_key is None or new_value is None:
         return None
-    return Layer(core, query, new_key, new_value, rotations.pop())
+    return Layer(core, query, new_key, new_value, turned_query[1])
 
 
 def _appended(present: ir.Value) -> ir.Value | None:

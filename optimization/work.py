@@ -80,7 +80,8 @@ def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> Work:
     if weight.name not in read and weight.const_value is not None:
         read.add(str(weight.name))
         array_bytes = float(weight.const_value.nbytes)
-        scale = second.producer().inputs[1] if second is not None and second.producer() is not None else None  # type: ignore[union-attr]
+        source = second.producer() if second is not None else None
+        scale = source.inputs[1] if source is not None else None
         if weight is not second and scale is not None and scale.const_value is not None:
             array_bytes += float(scale.const_value.nbytes)
     whole = weight is not second

@@ -126,9 +126,9 @@ class Cuda:
     def end_capture(self, stream: int) -> int:
         """What was written down, as a graph that can be launched."""
         graph = self(self.api.cudaStreamEndCapture, stream)
-        made = self(self.api.cudaGraphInstantiate, graph, 0)
+        made: int = self(self.api.cudaGraphInstantiate, graph, 0)
         self(self.api.cudaGraphDestroy, graph)
-        return made  # type: ignore[no-any-return]
+        return made
 
     def launch(self, graph: int, stream: int) -> None:
         """Does what a graph says."""

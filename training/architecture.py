@@ -85,8 +85,11 @@ class Row:
 
 def _flamingo(language: LanguageConfig, vision: VisionConfig, extra: int) -> FlamingoConfig:
     """A Llama with a gated layer before each of its own."""
-    plain = isinstance(language, LlamaConfig) and language.kind == "llama"
-    if not plain or language.num_kv_heads != language.num_heads:  # type: ignore[attr-defined]
+    if (
+        not isinstance(language, LlamaConfig)
+        or language.kind != "llama"
+        or language.num_kv_heads != language.num_heads
+    ):
         raise ConfigError(
             "bridge = 'flamingo' puts layers into a Llama whose heads have keys of their own, and the language model"
             f" is of type {language.kind!r} with {language.num_kv_heads} heads of keys",

@@ -48,7 +48,7 @@ class OptimizerConfig:
     least_steps: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        name = type(self).__name__.removesuffix("Phase").lower() or "optimizer"
+        name = self._section
         if self.steps < self.least_steps:
             raise ConfigError(f"[{name}] steps must be at least {self.least_steps}, not {self.steps}")
         counts = {"batch_size": self.batch_size, "accumulate": self.accumulate, "clip_norm": self.clip_norm}
@@ -61,6 +61,11 @@ class OptimizerConfig:
         at_least_zero(name, {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay})
         share(name, {"beta1": self.beta1, "beta2": self.beta2})
 
+    @property
+    def _section(self) -> str:
+        """The recipe's section, by the name of the class."""
+        return type(self).__name__.removesuffix("Phase").removesuffix("Config").lower()
+
 
 @dataclass(frozen=True)
 class VisionPhase(OptimizerConfig):
@@ -71,7 +76,7 @@ class VisionPhase(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("vision", {"shape_weight": self.shape_weight})
+        positive(self._section, {"shape_weight": self.shape_weight})
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class LanguagePhase(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share("language", {"prefix_share": self.prefix_share})
-        at_least_zero("language", {"prefix_noise": self.prefix_noise})
+        share(self._section, {"prefix_share": self.prefix_share})
+        at_least_zero(self._section, {"prefix_noise": self.prefix_noise})
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Stage1Phase(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("stage1", {"embed_dim": self.embed_dim})
+        positive(self._section, {"embed_dim": self.embed_dim})
         if self.max_tokens < 3:
             raise ConfigError(f"[stage1] max_tokens must be at least 3, not {self.max_tokens}")
         weights = {
@@ -118,7 +123,7 @@ class Stage1Phase(OptimizerConfig):
             "itm_weight": self.itm_weight,
             "itg_weight": self.itg_weight,
         }
-        at_least_zero("stage1", weights)
+        at_least_zero(self._section, weights)
         if not any(weights.values()):
             raise ConfigError("[stage1] itc_weight, itm_weight and itg_weight must not all be 0")
 
@@ -138,10 +143,6 @@ class Stage2Phase(OptimizerConfig):
         super().__post_init__()
         positive(self._section, {"max_tokens": self.max_tokens})
         at_least_zero(self._section, {"itg_weight": self.itg_weight})
-
-    @property
-    def _section(self) -> str:
-        return type(self).__name__.removesuffix("Phase").lower()
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def gather(tensor: Tensor) -> Tensor:
     """
     if rank_and_size()[1] == 1:
         return tensor
-    gathered: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]  # torch gives `apply` no types
     return gathered
 
 

@@ -257,7 +257,7 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
     draw_weights(model)
     model.vision.load_state_dict(captioner.vision.state_dict())
     qformer: Any = captioner.bridge.qformer
-    model.matcher.qformer.load_state_dict(qformer.state_dict(), strict=False)  # type: ignore[union-attr]
+    model.matcher.get_submodule("qformer").load_state_dict(qformer.state_dict(), strict=False)
     written = captioner.draft.state_dict()
     with torch.no_grad():
         for name, tensor in draft_of(model).items():

@@ -91,7 +91,8 @@ class Pair(nn.Module):
             torch.tensor(values)[:, None, None] for values in (PREPROCESSING.mean, PREPROCESSING.std)
         )
         embeds = self.vision((pictures - mean) / std)  # [B, P, D], the class token first
-        return self.names(self.project(embeds[:, 1:].mean(dim=1)))  # type: ignore[no-any-return]
+        cosines: Tensor = self.names(self.project(embeds[:, 1:].mean(dim=1)))
+        return cosines
 
 
 def fit(pair: Pair, drawings: Drawings, config: OptimizerConfig, seed: int) -> list[float]:
@@ -109,7 +110,7 @@ def fit(pair: Pair, drawings: Drawings, config: OptimizerConfig, seed: int) -> l
         pictures = augment(premultiplied(drawings.pixels[chosen]), mirror[labels], PICTURE_SIZE, draw)
         loss = F.cross_entropy(pair(pictures), labels, label_smoothing=SMOOTHING)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         nn.utils.clip_grad_norm_(pair.parameters(), config.clip_norm)
         optimizer.step()
         losses.append(float(loss.detach()))
