@@ -2,8 +2,9 @@
 
     python benchmarks/scheduling.py --json benchmarks/results/scheduling.json --trace docs/overlap.svg
 
-1. *Overlap*: a row of pictures one by one, and the same through the scheduler with one decoding row, so that nothing
-   but the encoding of the next picture beside the words of this one differs. Wall time in turn (A B A B), same results.
+1. *Overlap*: a row of pictures one by one on all cores, and the same through the scheduler with one decoding row: once
+   with half of the cores for each, so that the next picture is encoded beside the words of this one, and once with all
+   cores for both, which then work in turn. Wall time one after the other (A B C A B C), same results.
 2. *Arrivals*: pictures come at random (a Poisson process) and want captions of mixed lengths. For one by one and for
    continuous batching, the highest rate of arrivals at which 99 % of the captions are there within a bound. Both get
    the same arrivals.
@@ -22,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,9 @@ from random_checkpoint import write_checkpoint
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.request import Span
+from blip2edge.runtime.turns import cores
 
-RATES = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4)  # of what one by one can do without a pause
+RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.7, 2.0)  # of what one by one can do without a pause
 PATIENCE = 6.0  # the bound on 99 % of the waiting times, in captions made one by one
 TOKENS = (5, 40)  # shortest and longest caption of the arrivals
 
@@ -45,34 +48,55 @@ def fixed(tokens: int) -> dict[str, Any]:
     return {"max_new_tokens": tokens, "min_new_tokens": tokens}
 
 
-def overlap(captioner: Captioner, pictures: list[np.ndarray], tokens: int, rounds: int) -> dict[str, Any]:
-    """Wall seconds of both ways, round by round, and the spans of the last round."""
-    options = fixed(tokens)
-    alone: list[float] = []
-    beside: list[float] = []
-    spans: list[Span] = []
-    for _ in range(rounds + 1):  # the first warms up
-        start = time.perf_counter()
-        wanted = [captioner.caption(picture, **options).tokens for picture in pictures]
-        alone.append(time.perf_counter() - start)
-        spans.clear()
-        start = time.perf_counter()
-        with captioner.scheduler(max_batch=1, trace=spans.append) as scheduler:
-            requests = [scheduler.submit(picture, captioner.options(**options)) for picture in pictures]
-            got = [request.result().tokens for request in requests]
-        beside.append(time.perf_counter() - start)
-        if got != wanted:
-            raise SystemExit("the scheduler gave other tokens than one by one")
-    ratios = [one / two for one, two in zip(alone[1:], beside[1:], strict=True)]
-    return {
-        "pictures": len(pictures),
-        "tokens": tokens,
-        "one_by_one_s": [round(value, 3) for value in alone[1:]],
-        "overlapped_s": [round(value, 3) for value in beside[1:]],
-        "throughput_ratio": round(statistics.median(ratios), 3),
-        "busy_together": round(together(spans), 3),
-        "spans": spans,
+Tokens = list[tuple[int, ...]]
+
+
+def streamed(
+    captioner: Captioner, pictures: list[np.ndarray], options: dict[str, Any], spans: list[Span]
+) -> Tokens:
+    """The pictures through a scheduler with one decoding row."""
+    spans.clear()
+    with captioner.scheduler(max_batch=1, trace=spans.append) as scheduler:
+        requests = [scheduler.submit(picture, captioner.options(**options)) for picture in pictures]
+        return [request.result().tokens for request in requests]
+
+
+def overlap(
+    whole: Captioner, half: Captioner, pictures: list[np.ndarray], tokens: int, rounds: int
+) -> tuple[dict[str, Any], list[Span]]:
+    """Wall seconds of the three ways, round by round, and the spans of the last round on half of the cores each.
+
+    Args:
+        whole: Whose graphs take all cores.
+        half: The same on half of them.
+        pictures: What is captioned.
+        tokens: Of every caption.
+        rounds: Behind one that warms up.
+    """
+    options, spans, unseen = fixed(tokens), list[Span](), list[Span]()
+    ways: dict[str, Callable[[], Tokens]] = {
+        "one_by_one": lambda: [whole.caption(picture, **options).tokens for picture in pictures],
+        "overlapped": lambda: streamed(half, pictures, options, spans),
+        "in_turn": lambda: streamed(whole, pictures, options, unseen),
     }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        given = []
+        for name, way in ways.items():
+            start = time.perf_counter()
+            given.append(way())
+            if number:
+                seconds[name].append(round(time.perf_counter() - start, 3))
+        if any(tokens != given[0] for tokens in given):
+            raise SystemExit("the scheduler gave other tokens than one by one")
+    ratios = {
+        f"{name}_throughput": round(
+            statistics.median(one / two for one, two in zip(seconds["one_by_one"], seconds[name], strict=True)), 3
+        )
+        for name in ("overlapped", "in_turn")
+    }  # fmt: skip
+    record = {"pictures": len(pictures), "tokens": tokens, "seconds": seconds, **ratios}
+    return record | {"busy_together": round(together(spans), 3)}, spans
 
 
 def together(spans: list[Span]) -> float:
@@ -158,7 +182,6 @@ def main() -> None:
     parser.add_argument(
         "bundle", nargs="?", type=Path, help="a bundle; by default random weights are exported"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads within an operator (all cores)")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--arrivals", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
@@ -172,13 +195,13 @@ def main() -> None:
             checkpoint = Path(scratch) / "checkpoint"
             write_checkpoint(checkpoint, SHAPE)
             bundle = export_checkpoint(checkpoint, Path(scratch) / "bundle", verify="sample").bundle
-        captioner = Captioner.load(bundle, threads=options.threads)
+        captioner = Captioner.load(bundle)
+        half = Captioner.load(bundle, threads=max(1, cores() // 2))
         rng = np.random.default_rng(0)
         pictures = [rng.integers(0, 256, (224, 224, 3), np.uint8) for _ in range(options.pictures)]
-        beside = overlap(captioner, pictures, 20, options.rounds)
+        beside, spans = overlap(captioner, half, pictures, 20, options.rounds)
         if options.trace is not None:
-            options.trace.write_text(drawing(beside["spans"]), encoding="utf-8")
-        del beside["spans"]
+            options.trace.write_text(drawing(spans), encoding="utf-8")
         lengths = [TOKENS[0], sum(TOKENS) // 2, TOKENS[1]]
         start = time.perf_counter()
         for length in lengths:

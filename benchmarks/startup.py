@@ -1,21 +1,27 @@
 """Starting and staying: seconds to load a bundle and to its first word, and memory over many captions.
 
     python benchmarks/startup.py BUNDLE PICTURE --captions 10000 --json FILE
+    python benchmarks/startup.py … --language SMOLLM2_8 --gguf Q8_0.gguf --llama-python VENV/bin/python
 
-Wall and CPU seconds, the least of some starts: a busy machine stretches the first and hardly the second.
+Wall and CPU seconds, the least of some starts: a busy machine stretches the first and hardly the second. With
+``--language``, a text prompt's first token from a bundle's language model and from llama.cpp, in turn (A B A B), in
+processes of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from race import write
+from race import ONE_THREAD, write
 
 from blip2edge.runtime.bench import Bench
 from blip2edge.runtime.captioner import Captioner
@@ -46,6 +52,39 @@ def load(bundle: Path) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - cpu
 
 
+def first_token(kind: str, path: str, python: str) -> tuple[float, float, str]:
+    """Wall and CPU seconds of a process from its start to a language model's first token, and that token."""
+    script = Path(__file__).with_name("first_token.py")
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [python, str(script), kind, path], text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env={**os.environ, **ONE_THREAD},
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    wall = time.perf_counter() - start
+    process.wait()
+    cpu, _, token = line.strip().partition(" ")
+    if not token:
+        raise SystemExit(f"{kind} gave no token")
+    return wall, float(cpu), token
+
+
+def text_starts(language: str, gguf: str, llama_python: str, starts: int) -> dict[str, Any]:
+    """Starts of both, in turn; ratios of ours to llama.cpp's by round."""
+    rounds = [
+        (first_token("ours", language, sys.executable), first_token("llama", gguf, llama_python))
+        for _ in range(starts + 1)
+    ][1:]  # the first reads the files into the page cache
+    return {
+        "first_token_s": min(ours[0] for ours, _ in rounds),
+        "llama_first_token_s": min(theirs[0] for _, theirs in rounds),
+        "wall_ratio": statistics.median(ours[0] / theirs[0] for ours, theirs in rounds),
+        "cpu_ratio": statistics.median(ours[1] / theirs[1] for ours, theirs in rounds),
+        "tokens": [part[2] for part in rounds[0]],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,6 +93,9 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--captions", type=int, default=10000)
     parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--language", help="a bundle of a language model with 8-bit weights")
+    parser.add_argument("--gguf", help="the same weights for llama.cpp")
+    parser.add_argument("--llama-python", help="an interpreter whose environment has xllamacpp")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     loads = [load(options.bundle) for _ in range(options.starts)]
@@ -68,7 +110,7 @@ def main() -> None:
         for _ in range(options.captions // 10):
             bench.caption(8)
         resident.append(resident_bytes())
-    results = {
+    results: dict[str, Any] = {
         "load_s": min(wall for wall, _ in loads),
         "load_cpu_s": min(cpu for _, cpu in loads),
         "first_word_s": min(wall for wall, _ in words),
@@ -76,6 +118,8 @@ def main() -> None:
         "bundle_bytes": sum(record.size for record in files),
         "resident_bytes": resident,
     }
+    if options.language:
+        results["text"] = text_starts(options.language, options.gguf, options.llama_python, options.starts)
     for name, value in results.items():
         print(name, value)
     write(options.json, captions=options.captions, results=results)

@@ -60,7 +60,8 @@ SLOWER_MOST = 1.1
 """A rewritten graph may be this much slower than the portable one: it opens faster, and measuring has its error."""
 
 ONE_TRY_FROM = 1 << 30
-"""Bytes of a graph from which only the likeliest recipe is tried: each try reads and writes it several times."""
+"""Bytes of a graph from which only the likeliest recipe that shares the bundle's weights is tried: each try reads and
+writes them several times."""
 
 PRECISIONS = ("fp32", "int8", "int4", "int8-weights")
 """What ONNX Runtime's CPU kernels compute as it stands; fp16 is computed in fp32 between casts."""
@@ -221,6 +222,8 @@ def _try_all(
         if passes is None or any(one.recipe.passes == passes for one in tried):
             continue
         done = Recipe(passes)
+        if done.layout and size >= ONE_TRY_FROM:  # it writes weights of its own, and a large copy has none
+            continue
         try:
             settled = settle(model, work.scratch, f"{name}.{number}")
             answers = _answers(work, name, settled, done)

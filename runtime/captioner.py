@@ -192,6 +192,7 @@ class Captioner:
             self.completer,
             max_batch=max_batch if most is None else min(max_batch, most),
             max_waiting=max_waiting,
+            in_turn=self.graphs.takes_all_cores,
             trace=trace,
         )
 

@@ -23,6 +23,7 @@ from blip2edge.errors import BundleIntegrityError
 from blip2edge.manifest import Bundle, FileRecord, sha256_of
 from blip2edge.runtime.engines import engines_backend
 from blip2edge.runtime.session import Array, Session, Settled, find_backend, open_session
+from blip2edge.runtime.turns import cores
 
 RECORD = "optimized.json"
 SCHEMA_VERSION = 2
@@ -227,9 +228,14 @@ class GraphOpener:
         if bundle.manifest.engines_of:
             backend = engines_backend(bundle, backend)
         found = find_backend(backend)
-        copy, engines = found.copy, found.engines
+        copy, engines, self._host = found.copy, found.engines, found.host
         self._engines = import_module(found.module).EngineOpener(bundle, engines) if engines else None
         self._copy = read_copy(bundle, copy) if copy and not portable else None
+
+    @property
+    def takes_all_cores(self) -> bool:
+        """Whether two graphs that run at once would want more cores than there are."""
+        return self._host and 2 * (self.threads or cores()) > cores()
 
     def __call__(self, graph: str) -> Session:
         """Loads a graph by its name.

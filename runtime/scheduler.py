@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 
@@ -23,6 +24,7 @@ from blip2edge.runtime.generate import Decoding
 from blip2edge.runtime.options import Generated, GenerationOptions, check_number
 from blip2edge.runtime.request import Request, Span
 from blip2edge.runtime.result import caption_result
+from blip2edge.runtime.turns import Turns
 
 LONGEST_DEADLINE = 1e6
 """Seconds: eleven days."""
@@ -36,6 +38,7 @@ class Scheduler:
         completer: The half behind it.
         max_batch: Rows decoded together at most.
         max_waiting: Requests that wait at most, before they are encoded.
+        in_turn: Encoding and decoding would each take all cores, and so are done one at a time.
         trace: Called from both threads with every stretch of work; must be quick.
 
     Raises:
@@ -49,6 +52,7 @@ class Scheduler:
         *,
         max_batch: int = 8,
         max_waiting: int = 64,
+        in_turn: bool = False,
         trace: Callable[[Span], None] | None = None,
     ) -> None:
         if max_batch < 1 or max_waiting < 1:
@@ -58,6 +62,7 @@ class Scheduler:
         self._encoder, self._completer = encoder, completer
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._trace = trace or (lambda span: None)
+        self._in_turn, self._turn = in_turn, Turns() if in_turn else nullcontext
         self._waiting: deque[Request] = deque()
         self._ready: deque[tuple[list[Request], Encoded]] = deque()
         self._running: dict[int, Request] = {}  # by the id of their rows
@@ -196,7 +201,9 @@ class Scheduler:
             while not self._closing:
                 room = self._max_batch - sum(len(group) for group, _ in self._ready)
                 if self._waiting and room > 0:
-                    taken = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+                    # Words that wait for a whole batch of pictures would come in jerks.
+                    most = 1 if self._in_turn and self._running else min(room, len(self._waiting))
+                    taken = [self._waiting.popleft() for _ in range(most)]
                     self._encoding = len(taken)
                     self._changed.notify_all()
                     return taken
@@ -209,11 +216,11 @@ class Scheduler:
         groups = deque([alive] if alive else [])
         while groups:
             group = groups.popleft()
-            clock, start = Clock(), time.perf_counter()
+            images, prompts = [request.image for request in group], [request.prompt for request in group]
             try:
-                encoded = self._encoder(
-                    [request.image for request in group], [request.prompt for request in group], clock
-                )
+                with self._turn():
+                    clock, start = Clock(), time.perf_counter()
+                    encoded = self._encoder(images, prompts, clock)
             except Blip2EdgeError as error:
                 if len(group) == 1:
                     group[0].fail(error)
@@ -228,19 +235,24 @@ class Scheduler:
 
     def _decode(self) -> None:
         while (admitted := self._next_to_decode()) is not None:
-            for group, encoded in admitted:
-                try:
-                    self._admit(group, encoded)
-                except Blip2EdgeError as error:
-                    for request in group:
-                        request.fail(error)
+            with self._turn():
+                self._go_on(admitted)
+
+    def _go_on(self, admitted: list[tuple[list[Request], Encoded]]) -> None:
+        """Prefills what came and gives each running row a token."""
+        for group, encoded in admitted:
             try:
-                self._step()
-            except Blip2EdgeError as error:  # no row of this decoder can go on
-                for request in self._running.values():
+                self._admit(group, encoded)
+            except Blip2EdgeError as error:
+                for request in group:
                     request.fail(error)
-                self._running.clear()
-                self._decoding = Decoding()
+        try:
+            self._step()
+        except Blip2EdgeError as error:  # no row of this decoder can go on
+            for request in self._running.values():
+                request.fail(error)
+            self._running.clear()
+            self._decoding = Decoding()
 
     def _next_to_decode(self) -> list[tuple[list[Request], Encoded]] | None:
         """Those that get the free rows, as soon as there is anything to do; None at the end."""

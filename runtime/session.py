@@ -75,6 +75,7 @@ class Backend:
     Attributes:
         module: Has ``open_graph(path, threads, settled)``.
         copy: Which of a bundle's optimised copies it runs where there is one; empty for none.
+        host: Whether it computes on the cores that the rest of the program runs on.
         engines: What a bundle's engines were built for, where it runs those: then the module has an
             ``EngineOpener(bundle, engines)``.
     """
@@ -82,11 +83,12 @@ class Backend:
     module: str
     copy: str = ""
     engines: str = ""
+    host: bool = False
 
 
 BACKENDS = {
-    "cpu": Backend("blip2edge.runtime.ort", copy="cpu"),
-    "openvino": Backend("blip2edge.runtime.ov", copy="openvino"),
+    "cpu": Backend("blip2edge.runtime.ort", copy="cpu", host=True),
+    "openvino": Backend("blip2edge.runtime.ov", copy="openvino", host=True),
     "cuda": Backend("blip2edge.runtime.backend_cuda"),
     "tensorrt": Backend("blip2edge.runtime.backend_trt", engines="tensorrt"),
     "rtx": Backend("blip2edge.runtime.backend_trt", engines="rtx"),

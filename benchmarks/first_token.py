@@ -1,0 +1,49 @@
+"""From the start of a process to the first token of a text prompt: one contestant, which then prints the CPU seconds.
+
+    python benchmarks/first_token.py ours BUNDLE
+    python benchmarks/first_token.py llama FILE.gguf
+
+``benchmarks/startup.py`` starts both in turn. The contestant's own packages are all that it imports.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+PROMPT = "The capital of France is a city that is known for its"
+
+
+def ours(path: str) -> str:
+    """A bundle's language model alone: its decoder, token table and tokenizer."""
+    from blip2edge.contract import DECODER
+    from blip2edge.manifest import Bundle
+    from blip2edge.runtime.language import decoder_of
+    from blip2edge.runtime.optimized import GraphOpener
+    from blip2edge.runtime.tokenizer import Tokenizer
+
+    bundle = Bundle.open(path)
+    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+    decoder = decoder_of(bundle, GraphOpener(bundle, "cpu", 1)(DECODER))
+    logits, _ = decoder.prefill([decoder.table.rows(tokenizer.encode(PROMPT))])
+    return tokenizer.decode([int(logits[0].argmax())])
+
+
+def llama(path: str) -> str:
+    """The same weights in llama.cpp, which is told not to warm up."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
+    for threads in (params.cpuparams, params.cpuparams_batch):
+        threads.n_threads, threads.poll = 1, 0
+    request = {"prompt": PROMPT, "n_predict": 1, "temperature": 0.0, "top_k": 1, "samplers": ["top_k"]}
+    return str(xllamacpp.Server(params).handle_completions(request)["content"])
+
+
+KINDS = {"ours": ours, "llama": llama}
+
+if __name__ == "__main__":
+    token = KINDS[sys.argv[1]](sys.argv[2])
+    print(f"{time.process_time()} {token!r}", flush=True)
