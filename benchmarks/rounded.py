@@ -3,7 +3,7 @@
     python benchmarks/rounded.py BUNDLE --out BUNDLE4 --weights int4
 
 Bytes and kernels are those of ``blip2edge calibrate --weights``; quality is not, which random weights have none of.
-The other graphs are taken as they are, so that BUNDLE may have been calibrated before.
+The other graphs are taken as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from blip2edge.manifest import Bundle, FileRecord
 from blip2edge.optimization.pipeline import optimize
 
 PRECISIONS = {"int8": "int8-weights", "int4": "int4"}
+FLOATS = ("fp32", "fp16")
 BITS = {"int8": 8, "int4": 4}
 
 
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--weights", choices=BITS, required=True)
     options = parser.parse_args()
     source = Bundle.open(options.bundle)
+    if source.graph(DECODER).precision not in FLOATS:
+        raise SystemExit(f"the decoder of {options.bundle} is rounded already: give a bundle in fp32")
     options.out.mkdir(parents=True)
     replaced = {f"{DECODER}.onnx", f"{DECODER}.onnx.data"}
     for name in source.manifest.files.keys() - replaced:

@@ -219,6 +219,7 @@ def main() -> None:
         "overlap": beside,
         "caption_one_by_one_s": round(solo, 3),
         "bound_s": round(PATIENCE * solo, 3),
+        "lengths": TOKENS,
         "arrivals": served,
         "throughput_ratio_at_the_bound": round(best[1] / best[0], 3) if best[0] else None,
     }

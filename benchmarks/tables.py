@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,57 @@ def token_merging(document: dict[str, Any]) -> list[str]:
     return [*head, "", f"{_where(document)}, batch 1; {document['heldout_scenes']:,} held-out scenes."]
 
 
+def scheduling(document: dict[str, Any]) -> list[str]:
+    """What the scheduler brings: pictures in a row, and pictures that come as they like."""
+    row = document["overlap"]
+    ways = {
+        "one_by_one": "one by one, all cores",
+        "overlapped": "vision beside words, half of the cores each",
+        "in_turn": "vision and words in turn, all cores",
+    }
+    lines = [
+        f"| {row['pictures']} pictures of {row['tokens']} tokens | seconds | times one by one |",
+        "|---|---:|---:|",
+    ]
+    for name, said in ways.items():
+        times = row.get(f"{name}_throughput", 1.0)
+        lines.append(f"| {said} | {statistics.median(row['seconds'][name]):.2f} | {times:.2f} |")
+    lines += [
+        "",
+        "| rows decoded together | most captions a second within the bound | 99 % within |",
+        "|---:|---:|---:|",
+    ]
+    for served in document["arrivals"]:
+        kept = served["sustained"]
+        said = f"{kept['captions_per_s']:.2f} | {kept['p99_s']:.2f} s" if kept else "none | "
+        lines.append(f"| {served['max_batch']} | {said} |")
+    bound = f"Arrivals at random, captions of {document['lengths'][0]} to {document['lengths'][1]} tokens"
+    return [
+        *lines,
+        "",
+        f"{bound}; the bound is {document['bound_s']:.1f} s. {document['cpu']}, {document['cores']} cores.",
+    ]
+
+
+def startup(document: dict[str, Any]) -> list[str]:
+    """Seconds to the first word, and memory over many captions."""
+    found = document["results"]
+    text, resident = found["text"], [value / 1e6 for value in found["resident_bytes"]]
+    most = 1.3 * found["bundle_bytes"] / 1e6 + 120
+    return [
+        "| | |", "|---|---:|",
+        f"| `Captioner.load`, the miniature | {found['load_s']:.2f} s |",
+        f"| from the start of the process to the first word of a picture | {found['first_word_s']:.2f} s |",
+        (f"| SmolLM2-135M at 8 bits, from the start of the process to a text prompt's first token "
+        f"| {text['first_token_s']:.2f} s |"),
+        f"| the same in llama.cpp, Q8_0 | {text['llama_first_token_s']:.2f} s |",
+        f"| ours over llama.cpp's, round by round: wall, CPU | {text['wall_ratio']:.2f}, {text['cpu_ratio']:.2f} |",
+        f"| memory of the miniature after 50 captions (bound: {most:.0f} MB) | {resident[0]:.0f} MB |",
+        f"| after {document['captions']:,} captions | {resident[-1]:.0f} MB |",
+        "", f"{_where(document)}.",
+    ]  # fmt: skip
+
+
 def _where(document: dict[str, Any]) -> str:
     return f"{document['machine']['cpu']}, one thread"
 
@@ -136,6 +188,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "stages-int8": ("bench-int8-cpu.json", stages),
     "openvino-opening": ("openvino-opening.json", opening),
     "watch-reuse": ("watch-reuse.json", reuse),
+    "scheduling": ("scheduling.json", scheduling),
+    "startup": ("startup.json", startup),
 }
 """Of a name: the file and what lays it out."""
 

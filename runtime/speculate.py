@@ -145,6 +145,7 @@ class Ahead:
         self._most = most
         self._guesses: list[int] = []  # of the last pass
         self._place = 0  # how many of them were right
+        self._seconds = 0.0  # that they took
         self._logits = np.empty((0, 0), np.float32)  # [guesses + 1, V]
         self.drafted = self.right = 0
 
