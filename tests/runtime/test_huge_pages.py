@@ -1,4 +1,4 @@
-"""Huge pages: what memory a load has added, and that nothing but the size of its pages changes."""
+"""Huge pages: what a load has filled is gathered, whatever was there before is not, and no byte changes."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ import ctypes
 import mmap
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from blip2edge.runtime import huge_pages
-from blip2edge.runtime.huge_pages import PAGE, added, anonymous_regions, huge_pages_allowed, on_huge_pages
+from blip2edge.runtime.huge_pages import anonymous_regions, filled_pages, huge_page_bytes, on_huge_pages
 
-linux = pytest.mark.skipif(not huge_pages_allowed(), reason="this kernel gives no huge pages on request")
+SIZE = huge_page_bytes()
+linux = pytest.mark.skipif(not SIZE, reason="this kernel gives no huge pages on request")
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "wanted"),
-    [
-        ([], [(0, 4)], [(0, 4)]),
-        ([(0, 4)], [(0, 4)], []),
-        ([(2, 4)], [(0, 9)], [(0, 2), (4, 9)]),
-        ([(0, 2), (3, 5)], [(0, 9)], [(2, 3), (5, 9)]),
-        ([(0, 5)], [(3, 9), (11, 12)], [(5, 9), (11, 12)]),
-        ([(4, 8)], [(0, 4), (8, 9)], [(0, 4), (8, 9)]),
-        ([(0, 3), (6, 9)], [(2, 7)], [(3, 6)]),
-    ],
-)
-def test_what_was_added(
-    before: list[tuple[int, int]], after: list[tuple[int, int]], wanted: list[tuple[int, int]]
-) -> None:
-    assert added(before, after) == wanted
+@contextmanager
+def memory(pages: int) -> Iterator[tuple[mmap.mmap, int]]:
+    """So many huge pages' bytes that nothing is written to yet, and the address of the first whole one."""
+    made = mmap.mmap(-1, (pages + 1) * SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held = ctypes.c_char.from_buffer(made)
+    address = ctypes.addressof(held)
+    yield made, -(-address // SIZE) * SIZE
+    del held
+    made.close()
+
+
+def fill(made: mmap.mmap, start: int, count: int) -> None:
+    """Writes each small page's number into it."""
+    for number in range(count):
+        at = start + number * mmap.PAGESIZE
+        made[at : at + 4] = number.to_bytes(4, "little")
 
 
 def huge_kib(address: int) -> int:
@@ -47,22 +50,38 @@ def huge_kib(address: int) -> int:
 
 
 @linux
-def test_memory_of_the_block_is_gathered_and_keeps_its_bytes() -> None:
-    with on_huge_pages():
-        made = mmap.mmap(-1, 8 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for at in range(0, len(made), mmap.PAGESIZE):
-            made[at : at + 4] = at.to_bytes(4, "little")
-        address = ctypes.addressof(ctypes.c_char.from_buffer(made))
-        assert huge_kib(address) == 0
-    if huge_kib(address) == 0:
-        pytest.skip("the kernel had no free huge page, or cannot gather at once (before Linux 6.1)")
-    assert all(int.from_bytes(made[at : at + 4], "little") == at for at in range(0, len(made), mmap.PAGESIZE))
+def test_what_is_filled_within_is_gathered_and_keeps_its_bytes() -> None:
+    small = SIZE // mmap.PAGESIZE
+    with memory(4) as (made, first):
+        offset = first - ctypes.addressof(ctypes.c_char.from_buffer(made))
+        fill(made, offset, small)  # the first page before
+        with on_huge_pages():
+            fill(made, offset + SIZE, 2 * small)  # the second and third within
+            fill(made, offset + 3 * SIZE, small // 2)  # half of the fourth
+        if huge_kib(first + SIZE) == 0:
+            pytest.skip("the kernel had no free huge page, or cannot gather at once (before Linux 6.1)")
+        assert huge_kib(first + SIZE) == 2 * SIZE // 1024
+        for start, count in ((0, small), (SIZE, 2 * small), (3 * SIZE, small // 2)):
+            for number in range(count):
+                at = offset + start + number * mmap.PAGESIZE
+                assert int.from_bytes(made[at : at + 4], "little") == number
+
+
+@linux
+def test_a_page_counts_where_three_quarters_of_it_are_in_use() -> None:
+    small = SIZE // mmap.PAGESIZE
+    with memory(2) as (made, first):
+        offset = first - ctypes.addressof(ctypes.c_char.from_buffer(made))
+        fill(made, offset, small * 3 // 4 - 1)
+        assert first not in filled_pages(SIZE)
+        fill(made, offset, small * 3 // 4)
+        assert first in filled_pages(SIZE)
+        assert first + SIZE not in filled_pages(SIZE)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_the_heap_and_mappings_are_seen() -> None:
-    regions = anonymous_regions()
-    assert regions == sorted(regions)
+def test_memory_of_ones_own_is_seen() -> None:
+    assert anonymous_regions() == sorted(anonymous_regions())
     held = ctypes.create_string_buffer(1 << 20)
     address = ctypes.addressof(held)
     assert any(first <= address < last for first, last in anonymous_regions())
@@ -71,12 +90,17 @@ def test_the_heap_and_mappings_are_seen() -> None:
 def test_a_kernel_that_never_gives_them_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = tmp_path / "enabled"
-    setting.write_text("always madvise [never]\n")
-    monkeypatch.setattr(huge_pages, "SETTING", setting)
+    monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
     monkeypatch.setattr(huge_pages, "MAPS", tmp_path / "not read")
-    assert not huge_pages_allowed()
+    assert huge_page_bytes() == 0  # none at all
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    assert huge_page_bytes() == 0
     with on_huge_pages():
         pass
-    monkeypatch.setattr(huge_pages, "SETTING", tmp_path / "absent")
-    assert not huge_pages_allowed()
+
+
+@linux
+def test_a_system_that_does_not_tell_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "PAGEMAP", tmp_path / "absent")
+    assert filled_pages(SIZE) == set()
