@@ -39,7 +39,7 @@ def llama(path: str) -> str:
     for threads in (params.cpuparams, params.cpuparams_batch):
         threads.n_threads, threads.poll = 1, 0
     request = {"prompt": PROMPT, "n_predict": 1, "temperature": 0.0, "top_k": 1, "samplers": ["top_k"]}
-    return str(xllamacpp.Server(params).handle_completions(request)["content"])
+    return str(xllamacpp.Server(params).handle_completions(request)["choices"][0]["text"])
 
 
 KINDS = {"ours": ours, "llama": llama}

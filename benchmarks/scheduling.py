@@ -157,7 +157,7 @@ def drawing(spans: list[Span], pictures: int = 6) -> str:
     first, last = min(span.start for span in spans), max(span.end for span in spans)
     scale = 860 / (last - first)
     colours = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-    lanes = {"encode": 30, "prefill": 90, "decode": 90}
+    lanes = {"preprocess": 30, "vision": 30, "bridge": 30, "prefill": 90, "decode": 90}
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" width="980" height="160" font-family="sans-serif" font-size="12">',
         '<rect width="980" height="160" fill="white"/>',

@@ -98,6 +98,9 @@ def main() -> None:
     parser.add_argument("--llama-python", help="an interpreter whose environment has xllamacpp")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    text: dict[str, Any] = {}
+    if options.language:
+        text = text_starts(options.language, options.gguf, options.llama_python, options.starts)
     loads = [load(options.bundle) for _ in range(options.starts)]
     words = [first_word(options.bundle, options.picture) for _ in range(options.starts)]
     gc.collect()
@@ -117,9 +120,7 @@ def main() -> None:
         "first_word_cpu_s": min(cpu for _, cpu in words),
         "bundle_bytes": sum(record.size for record in files),
         "resident_bytes": resident,
-    }
-    if options.language:
-        results["text"] = text_starts(options.language, options.gguf, options.llama_python, options.starts)
+    } | ({"text": text} if text else {})
     for name, value in results.items():
         print(name, value)
     write(options.json, captions=options.captions, results=results)

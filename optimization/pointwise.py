@@ -23,6 +23,7 @@ from blip2edge.optimization.graph import (
     insert,
     only_user,
     other_operand,
+    permutation,
     producer,
     replace,
     vector,
@@ -32,7 +33,6 @@ CHANNELS = 16
 """Channels in the largest block; both sides of a product have to be a multiple."""
 
 TO_CHANNELS, TO_ROWS = (0, 3, 1, 2), (0, 2, 3, 1)
-ROWS_FIRST = np.array([1, 1, -1], np.int64)  # and K
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _channels(graph: ir.Graph, product: _Product, inner: int) -> ir.Value:
     relu = producer(product.source, "Relu")
     before = producer(relu.inputs[0], "Reshape") if relu is not None else None
     turned = producer(before.inputs[0], "Transpose") if before is not None else None
-    if turned is not None and producer(turned.inputs[0], "Conv") is not None:
+    if permutation(turned) == list(TO_ROWS) and turned is not None and _is_pointwise(turned.inputs[0]):
         (again,) = insert(product.last, "Relu", [turned.inputs[0]], [None], domain="")
         return again
     target = initializer(graph, f"rows_of_{inner}", np.array([1, 1, -1, inner], np.int64))
@@ -117,11 +117,16 @@ def _channels(graph: ir.Graph, product: _Product, inner: int) -> ir.Value:
     return channels
 
 
+def _is_pointwise(value: ir.Value | None) -> bool:
+    node = producer(value, "Conv")
+    return node is not None and dims(node.inputs[1])[2:] == [1, 1]
+
+
 def _shape(graph: ir.Graph, product: _Product, columns: int) -> ir.Value:
     """The shape of what a product gives: that of its source, or of an input as long, with other columns."""
     leading = dims(product.source)[:-1]
     known = [size for size in leading if isinstance(size, int)]
-    if len(known) == len(leading) - 1:  # one unknown at most: ONNX finds it
+    if len(known) >= len(leading) - 1:  # one unknown at most: ONNX finds it
         sizes = [size if isinstance(size, int) else -1 for size in leading]
         name = "x".join(str(size) for size in (*sizes, columns))
         return initializer(graph, f"shape_{name}", np.array([*sizes, columns], np.int64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from blip2edge.contract import VISION
@@ -20,19 +20,32 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 
 
 class Clock:
-    """Milliseconds by stage."""
+    """Milliseconds by stage.
 
-    def __init__(self) -> None:
+    Args:
+        turn: What a stage that runs a graph waits for, where graphs run one at a time; the wait is not counted.
+
+    Attributes:
+        ms: By stage.
+        spans: Each stage as it was run: its name, start and end (``time.perf_counter`` seconds).
+    """
+
+    def __init__(self, turn: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self.ms = dict.fromkeys(STAGES, 0.0)
+        self.spans: list[tuple[str, float, float]] = []
+        self._turn = turn
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Adds what the block takes to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.ms[stage] += (time.perf_counter() - start) * 1e3
+        with nullcontext() if stage == "preprocess" else self._turn():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                end = time.perf_counter()
+                self.ms[stage] += (end - start) * 1e3
+                self.spans.append((stage, start, end))
 
     def share(self, pictures: int) -> dict[str, float]:
         """The share of one of ``pictures``, stage by stage."""

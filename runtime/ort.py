@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class OnnxRuntimeSession:
             options.add_session_config_entry(WEIGHTS_FOLDER, str(settled.weights))
         try:
             graph = str(path) if settled is None else path.read_bytes()
-            with on_huge_pages():
+            with nullcontext() if lean else on_huge_pages():
                 self._session = onnxruntime.InferenceSession(
                     graph, options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS if settled else None
                 )

@@ -1,4 +1,4 @@
-"""Many pictures at once: the next are encoded while words are decoded, and a free row is taken at the next step.
+"""Many pictures at once: the next are encoded beside the words of others, and a free row is taken at the next step.
 
     submit --> waiting --(encoder's thread)--> ready --(decoder's thread: prefill)--> a running row --> result
 
@@ -38,7 +38,7 @@ class Scheduler:
         completer: The half behind it.
         max_batch: Rows decoded together at most.
         max_waiting: Requests that wait at most, before they are encoded.
-        in_turn: Encoding and decoding would each take all cores, and so are done one at a time.
+        in_turn: A graph takes all cores, and so one is run at a time, encoding and decoding in turn.
         trace: Called from both threads with every stretch of work; must be quick.
 
     Raises:
@@ -199,16 +199,23 @@ class Scheduler:
         """Waits for requests and for room behind; None at the end."""
         with self._changed:
             while not self._closing:
-                room = self._max_batch - sum(len(group) for group, _ in self._ready)
+                room = self._room()
                 if self._waiting and room > 0:
-                    # Words that wait for a whole batch of pictures would come in jerks.
-                    most = 1 if self._in_turn and self._running else min(room, len(self._waiting))
-                    taken = [self._waiting.popleft() for _ in range(most)]
+                    taken = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
                     self._encoding = len(taken)
                     self._changed.notify_all()
                     return taken
                 self._changed.wait()
         return None
+
+    def _room(self) -> int:
+        """How many pictures may be encoded now."""
+        ready = sum(len(group) for group, _ in self._ready)
+        if not self._in_turn:
+            return self._max_batch - ready
+        # Ahead of a free row nothing is won, and words that wait for a whole batch of pictures come in jerks.
+        free = self._max_batch - ready - len(self._running)
+        return min(free, 1) if self._running else free
 
     def _encoded(self, requests: list[Request]) -> Iterator[tuple[list[Request], Encoded]]:
         """Requests of one batch, encoded; where one of them is broken, each by itself, and that one fails."""
@@ -217,17 +224,17 @@ class Scheduler:
         while groups:
             group = groups.popleft()
             images, prompts = [request.image for request in group], [request.prompt for request in group]
+            clock = Clock(self._turn)
             try:
-                with self._turn():
-                    clock, start = Clock(), time.perf_counter()
-                    encoded = self._encoder(images, prompts, clock)
+                encoded = self._encoder(images, prompts, clock)
             except Blip2EdgeError as error:
                 if len(group) == 1:
                     group[0].fail(error)
                 else:
                     groups.extend([request] for request in group)
                 continue
-            self._trace(Span("encode", start, time.perf_counter(), _numbers(group)))
+            for stage, start, end in clock.spans:
+                self._trace(Span(stage, start, end, _numbers(group)))
             _charge(group, clock)
             yield group, encoded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
 
 from blip2edge.errors import BundleIntegrityError, UsageError
 from blip2edge.manifest import Bundle
+from blip2edge.optimization import pipeline, recipes
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
+from blip2edge.optimization.recipes import Recipe
 from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.language import Continuation
 from blip2edge.runtime.optimized import RECORD
@@ -90,10 +93,32 @@ def test_the_record_tells_what_was_done(copied: OptimizedReport, bundle: Path) -
     }
 
 
-def test_weights_that_did_not_change_are_not_stored_twice(copied: OptimizedReport, bundle: Path) -> None:
+WITHOUT_CACHE = ("fused attention", "fused activations")
+
+
+@pytest.mark.parametrize("added", [(), ("pointwise convolutions",)])
+def test_a_recipe_of_its_own_kind(
+    added: tuple[str, ...], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is the fastest here: without convolutions weights are shared, with them they are laid out at load."""
+    whole, decoder = Recipe((*WITHOUT_CACHE, *added)), Recipe(("shared cache", *added), ("shared cache",))
+    monkeypatch.setattr(recipes, "FLOAT", (whole,))
+    monkeypatch.setattr(recipes, "DECODERS", (decoder,))
+    monkeypatch.setattr(pipeline, "SLOWER_MOST", {False: math.inf, True: math.inf})
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    copied = optimize(bundle)
+    graphs = copied.record.graphs
+    assert graphs.keys() == {"vision_encoder", "bridge", "decoder"}
+    assert {graph.layout for graph in graphs.values()} == {bool(added)}
+    assert all(set(added) <= set(graph.passes) for graph in graphs.values())
     own = sum(path.stat().st_size for path in copied.directory.glob("*.data"))
     parents = sum(path.stat().st_size for path in bundle.glob("*.data"))
-    assert own < parents / 4
+    assert (own < parents / 4) is not bool(added)
+    fast, portable = Captioner.load(bundle, threads=1), Captioner.load(tiny_bundle, threads=1)
+    assert set(fast.graphs.copied) == graphs.keys()
+    for options in OPTIONS:
+        assert answers(fast, **options) == answers(portable, **options)
 
 
 def test_a_copy_of_another_bundle_is_passed_over(bundle: Path, tmp_path: Path) -> None:
