@@ -123,6 +123,24 @@ def token_merging(document: dict[str, Any]) -> list[str]:
     return [*head, "", f"{_where(document)}, batch 1; {document['heldout_scenes']:,} held-out scenes."]
 
 
+def streaming(document: dict[str, Any]) -> list[str]:
+    """Products and convolutions whose weights no cache holds."""
+    lines = [
+        "| rows x inner → columns | product | on huge pages | convolution | on huge pages |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    found = {(*row["shape"], row["rows"], row["kind"], row["huge_pages"]): row for row in document["results"]}
+    for inner, columns, rows in dict.fromkeys(key[:3] for key in found):
+        unit, key = ("GB/s", "gigabytes_per_s") if rows == 1 else ("GFLOP/s", "gigaflops")
+        cells = (
+            f"{found[inner, columns, rows, kind, huge][key]:.0f} {unit}"
+            for kind in ("product", "convolution")
+            for huge in (False, True)
+        )
+        lines.append(f"| {rows} x {inner} → {columns} | {' | '.join(cells)} |")
+    return [*lines, "", f"{_where(document)}, ONNX Runtime {document['versions']['onnxruntime']}."]
+
+
 def scheduling(document: dict[str, Any]) -> list[str]:
     """What the scheduler brings: pictures in a row, and pictures that come as they like."""
     row = document["overlap"]
@@ -188,6 +206,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "stages-int8": ("bench-int8-cpu.json", stages),
     "openvino-opening": ("openvino-opening.json", opening),
     "watch-reuse": ("watch-reuse.json", reuse),
+    "streaming": ("streaming.json", streaming),
     "scheduling": ("scheduling.json", scheduling),
     "startup": ("startup.json", startup),
 }

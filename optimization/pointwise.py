@@ -4,8 +4,8 @@
 
 ONNX Runtime lays the weights of a convolution out in blocks of channels for the processor when it loads a graph
 (NCHWc, MLAS' ``MlasNchwcConv``), and takes and gives rows with the channels last in the same pass. For few rows it
-then reads weights at the rate of the memory, which its matrix product does not reach: 27 to 30 GB/s where the product
-has 23 (an EPYC core with 30 GB/s, one row, ONNX Runtime 1.31).
+then reads weights at nearly the rate of the memory, which its matrix product does not reach
+(``benchmarks/results/streaming.json``).
 """
 
 from __future__ import annotations

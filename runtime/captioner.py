@@ -131,7 +131,7 @@ class Captioner:
         batch_size: int = 1,
         **options: Any,
     ) -> Iterator[CaptionResult]:
-        """Captions pictures in order, later ones being encoded while earlier ones are decoded.
+        """Captions pictures in order, later ones being encoded beside the words of earlier ones; see ``scheduler``.
 
         Args:
             images: As in :meth:`caption`.

@@ -1,4 +1,4 @@
-"""Weights on huge pages: a Linux core that walks 2 MiB pages streams a decoder's weights up to a third faster.
+"""Weights on huge pages: a Linux core that walks 2 MiB pages streams a decoder's weights faster.
 
 Decoding reads every weight once a token, and with pages of 4 KiB a core waits for their addresses as much as for the
 bytes, the more so in a virtual machine, where each address is looked up twice. NumPy asks for huge pages by itself;
@@ -6,7 +6,7 @@ ONNX Runtime and the C library it allocates from do not. So what a session has f
 once it is loaded: ``madvise(2)``, MADV_HUGEPAGE and (Linux 6.1) MADV_COLLAPSE.
 
 (Giving back with malloc_trim(3) what loading has freed saves a tenth of the memory, but takes small pages out from
-between the weights, so that fewer huge ones are whole: a step is 4 % slower then. It is not done.)
+between the weights, so that fewer huge ones are whole. It is not done.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cores that two threads share: work that each would spread over all of them goes one at a time.
 
-Two pools of threads that each are as many as the cores wait for each other at every operator: on two cores a stream of
-pictures then takes a seventh longer than one picture after the other (``benchmarks/scheduling.py``).
+Two pools of threads that each are as many as the cores wait for each other at every operator, and a stream of pictures
+then takes longer than one picture after the other.
 """
 
 from __future__ import annotations

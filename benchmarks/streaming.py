@@ -1,0 +1,99 @@
+"""How fast one core multiplies rows by weights that no cache holds: product or convolution, pages small or huge.
+
+    python benchmarks/streaming.py --json benchmarks/results/streaming.json
+
+A graph multiplies the same rows by 30 matrices, 283 MB in all, one after the other, as a decoder does. Each combination
+is loaded in turn, in every round anew; the least process CPU time of its runs counts, and the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+from race import write
+
+from blip2edge.runtime.huge_pages import on_huge_pages
+
+MATRICES, RUNS = 30, 5
+SHAPES = ((768, 3072), (3072, 768))  # inner, columns: into an MLP of OPT-125m, and out of it
+ROWS = (1, 8, 33, 197)  # a token, a batch of them, a prompt, a ViT's patches
+
+
+def graph(kind: str, rows: int, inner: int, columns: int) -> bytes:
+    """A model whose outputs are the same rows times each of the matrices."""
+    rng = np.random.default_rng(0)
+    product = kind == "product"
+    weight = (inner, columns) if product else (columns, inner, 1, 1)
+    source, target = (
+        ([rows, inner], [rows, columns]) if product else ([1, inner, 1, rows], [1, columns, 1, rows])
+    )
+    weights = [
+        numpy_helper.from_array(rng.standard_normal(weight, np.float32), f"w{at}") for at in range(MATRICES)
+    ]
+    nodes = [
+        helper.make_node("MatMul" if product else "Conv", ["x", f"w{at}"], [f"y{at}"])
+        for at in range(MATRICES)
+    ]
+    outputs = [helper.make_tensor_value_info(f"y{at}", TensorProto.FLOAT, target) for at in range(MATRICES)]
+    made = helper.make_graph(
+        nodes, kind, [helper.make_tensor_value_info("x", TensorProto.FLOAT, source)], outputs, weights
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def least_seconds(model: bytes, huge: bool) -> float:
+    """The least CPU time of a run."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    with on_huge_pages() if huge else nullcontext():
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    value = session.get_inputs()[0]
+    feed = {value.name: np.random.default_rng(1).standard_normal(value.shape, np.float32)}
+    session.run(None, feed)
+    times = []
+    for _ in range(RUNS):
+        start = time.process_time()
+        session.run(None, feed)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    for inner, columns in SHAPES:
+        for rows in ROWS:
+            models = {kind: graph(kind, rows, inner, columns) for kind in ("product", "convolution")}
+            ways = [(kind, huge) for huge in (False, True) for kind in models]
+            seconds: dict[tuple[str, bool], list[float]] = {way: [] for way in ways}
+            for _ in range(options.rounds):
+                for kind, huge in ways:
+                    seconds[kind, huge].append(least_seconds(models[kind], huge))
+            for (kind, huge), times in seconds.items():
+                took, weights = statistics.median(times), MATRICES * inner * columns
+                row = {"shape": [inner, columns], "rows": rows, "kind": kind, "huge_pages": huge,
+                       "gigabytes_per_s": round(4 * weights / took / 1e9, 1),
+                       "gigaflops": round(2 * rows * weights / took / 1e9, 1)}  # fmt: skip
+                results.append(row)
+                print(row)
+    versions = {name: version(name) for name in ("onnxruntime", "onnx", "numpy")}
+    write(options.json, versions=versions, results=results)
+
+
+if __name__ == "__main__":
+    main()
