@@ -31,7 +31,7 @@ def add_watch(commands: Commands) -> None:
         type=share_or_zero,
         default=0.0,
         help="do not encode a frame that differs by less than this share of black to white from the last encoded one: "
-        "its words are that one's (0: encode all)",
+        "what was seen of that one is put into words anew (0: encode all)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line and frame")
     add_bundle(parser)
