@@ -136,11 +136,13 @@ def _read_once(value: ir.Value) -> bool:
 
 def _spread(graph: ir.Graph, core: Core, query: list[int | str], key: list[int | str]) -> ir.Value | None:
     """A bias ``[B, 1, 1, T]``, as a key's weight is, written out for every query where their number is known."""
+    if core.bias is None or core.bias.shape is None or not isinstance(query[1], int):
+        return core.bias
     shape = dims(core.bias)
-    if core.bias is None or len(shape) != 4 or shape[2:] != [1, key[1]] or not isinstance(query[1], int):
+    if len(shape) != 4 or shape[2:] != [1, key[1]]:
         return core.bias
     target = initializer(graph, f"queries_{query[1]}", np.array([1, 1, query[1], 1], np.int64))
-    like = ir.Value(shape=ir.Shape([*core.bias.shape[:2], query[1], key[1]]), type=core.bias.type)  # type: ignore[index]
+    like = ir.Value(shape=ir.Shape([*core.bias.shape[:2], query[1], key[1]]), type=core.bias.type)
     return insert(core.last, "Expand", [core.bias, target], [like], domain="")[0]
 
 

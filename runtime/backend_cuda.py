@@ -23,7 +23,11 @@ KEPT = ("present.", "cross.")
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1"}
 
 
-def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> BoundSession:  # noqa: ARG001
+def open_graph(
+    path: Path,
+    threads: int | None = None,
+    settled: Settled | None = None,  # noqa: ARG001 - every backend is asked with it, and there is no copy for this one
+) -> BoundSession:
     """Loads a graph on the GPU.
 
     Raises:

@@ -16,7 +16,11 @@ from blip2edge.runtime.session import Settled
 TENSORRT = "TensorrtExecutionProvider"
 
 
-def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> BoundSession:  # noqa: ARG001
+def open_graph(
+    path: Path,
+    threads: int | None = None,
+    settled: Settled | None = None,  # noqa: ARG001 - every backend is asked with it, and there is no copy for this one
+) -> BoundSession:
     """Loads a graph with TensorRT, and CUDA for what it does not take; errors as those of ``backend_cuda``."""
     kept = cache_directory() / "ort-tensorrt"
     kept.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,17 @@ from blip2edge.runtime.embeddings import TokenTable
 from blip2edge.runtime.engines import STEP, EngineRecord, EngineSet, find_engines
 from blip2edge.runtime.fingerprint import fingerprint
 from blip2edge.runtime.memory import Cuda, load_cuda
-from blip2edge.runtime.session import Session
+from blip2edge.runtime.session import Session, Settled
 from blip2edge.runtime.trt import Device, TrtSession, load_tensorrt
 from blip2edge.runtime.trt_decoder import DeviceDecoder
 from blip2edge.runtime.trt_workspace import Engines
 
 
-def open_graph(path: Path, threads: int | None = None) -> Session:  # noqa: ARG001 - as every backend's
+def open_graph(
+    path: Path,
+    threads: int | None = None,  # noqa: ARG001 - every backend is asked with the same three
+    settled: Settled | None = None,  # noqa: ARG001 - as above
+) -> Session:
     """A single ONNX file is nothing that TensorRT runs; a bundle's engines are.
 
     Raises:

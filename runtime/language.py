@@ -207,7 +207,7 @@ class EncoderDecoder:
         """The decoder's token table, and the encoder's where that takes embeddings."""
         return self.decoder.table
 
-    def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:  # noqa: ARG002
+    def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:  # noqa: ARG002 - the protocol's
         """See :class:`LanguageModel`: nothing, as the encoder reads pictures and prompt together."""
         return {}
 

@@ -135,7 +135,7 @@ def test_without_merging_nothing_changes() -> None:
     for block in plain.layers:
         x = x + block.attention(block.norm1(x))
         x = x + block.mlp(block.norm2(x))
-    assert torch.equal(plain(pictures), plain.post_norm(x))  # type: ignore[misc]
+    assert torch.equal(plain(pictures), plain.post_norm(x))  # type: ignore[misc]  # post_norm may be None
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def test_counts() -> None:
 
 
 def captioner(bridge: Any) -> CaptionerConfig:
-    return CaptionerConfig(vision=EVA, bridge=bridge, language=None)  # type: ignore[arg-type]
+    return CaptionerConfig(vision=EVA, bridge=bridge, language=None)  # type: ignore[arg-type]  # no language is asked
 
 
 def test_what_cannot_be_merged_is_refused() -> None:

@@ -45,7 +45,7 @@ class Joules(EnergyMeter):
     def __init__(self) -> None:
         self.source, self.reason, self.joules = "a fake", "", None
 
-    def __enter__(self) -> Joules:  # noqa: PYI034
+    def __enter__(self) -> Joules:  # noqa: PYI034 - typing.Self is of Python 3.11
         return self
 
     def __exit__(self, *_: object) -> None:

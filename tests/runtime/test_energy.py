@@ -100,11 +100,11 @@ class Driver:
     def nvmlInit_v2(self) -> int:  # noqa: N802 - the driver's name
         return int(self._broken == "init")
 
-    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:  # noqa: N802 - as above
         device._obj.value = 7 + index
         return int(self._broken == "device")
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, device: ctypes.c_void_p, energy: Any) -> int:  # noqa: N802
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: ctypes.c_void_p, energy: Any) -> int:  # noqa: N802 - as above
         assert device.value == 7
         energy._obj.value = self.energy
         return int(self._broken == "energy")

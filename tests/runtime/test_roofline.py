@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,10 @@ def test_the_least_of_some_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([at for took in (5, 3, 9, 4, 8, 7, 6) for at in (100, 100 + took)])
     monkeypatch.setattr("time.process_time", lambda: float(next(ticks)))
     runs: list[int] = []
-    work: Callable[[], None] = lambda: runs.append(1)  # noqa: E731
+
+    def work() -> None:
+        runs.append(1)
+
     assert roofline._least(work) == 3.0
     assert len(runs) == roofline.REPEATS + 1  # one warms up
 
