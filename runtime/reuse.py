@@ -50,7 +50,8 @@ class ReusingEncoder:
     Args:
         encoder: Encodes.
         below: The mean absolute difference below which a picture is not encoded, as a share of the range of pixel
-            values: 0 encodes every one, and 1 none but the first.
+            values: 0 encodes every one, and 1 none but the first. Of several pictures in a row the one that changed
+            most counts.
         context: What the language model computes of pictures whatever the prompt is, by names of their own; it is
             computed with the bridge and used again as well.
 
@@ -77,14 +78,21 @@ class ReusingEncoder:
         self.difference = math.inf
 
     def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: Clock) -> Encoded:
-        """Encodes a batch; arguments and errors as of :class:`PictureEncoder`."""
+        """Encodes a row; arguments and errors as of :class:`PictureEncoder`.
+
+        Raises:
+            ValueError: It is not one row, so that there is no last one to compare it with.
+        """
+        if len(images) != 1:
+            raise ValueError(f"a reusing encoder takes one row a call, not {len(images)}")
         prepared = self._encoder.prepare(images, texts, clock)
         last = self._last
         with clock("preprocess"):
             cells = cells_of(prepared.pixels, self._spans)
             self.difference = math.inf
             if last is not None and last.counts == prepared.counts and last.cells.shape == cells.shape:
-                self.difference = float(np.abs(cells - last.cells).mean())
+                by_picture = np.abs(cells - last.cells).mean(axis=(1, 2, 3))
+                self.difference = float(by_picture.max(initial=0.0))
         self.reused = self.difference < self._below
         if last is None or not self.reused:
             last = self._seen(prepared, cells, self._encoder.look(prepared.pixels, clock), clock)

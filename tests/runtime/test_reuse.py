@@ -208,3 +208,23 @@ def test_several_pictures_between_texts(tmp_path: Path) -> None:
     seen = watched(counted, frames, 0.001)
     assert [again.reused for again in seen] == [False, True, False, False, False]
     assert tokens(seen) == [counted.captioner.caption(frame, max_new_tokens=6).tokens for frame in frames]
+
+
+def test_one_of_several_pictures_that_changed_counts_alone(tmp_path: Path) -> None:
+    """A change of 0.04 in one of four frames would be 0.01 over all of them."""
+    draw_idefics(tmp_path / "checkpoint", 0)
+    counted = Counted(export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle)
+    encoder = counted.captioner.reusing(0.02)
+    still: list[Any] = [grey(100), grey(100), grey(100)]
+    for last, difference in ((grey(100), math.inf), (grey(110), 10 / 255), (grey(110), 0.0)):
+        encoder([[*still, last]], [None], Clock())
+        assert encoder.difference == pytest.approx(difference, abs=1e-6)
+        assert encoder.reused is (difference == 0)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_only_a_row_a_call(counted: Counted, rows: int) -> None:
+    encoder = counted.captioner.reusing(0.5)
+    with pytest.raises(ValueError, match=f"one row a call, not {rows}"):
+        encoder([grey(0)] * rows, [None] * rows, Clock())
+    assert counted.since()["vision"] == 0
