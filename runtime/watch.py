@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +54,9 @@ class Seen:
     reused: bool = False
 
 
+Frames = Generator[Frame, None, None]
+
+
 class Source(Iterator[Frame]):
     """Frames, until they end or :meth:`close` is called, from any thread.
 
@@ -61,19 +64,36 @@ class Source(Iterator[Frame]):
         make: Makes the frames; what it is given is set when no more are wanted.
     """
 
-    def __init__(self, make: Callable[[threading.Event], Iterator[Frame]]) -> None:
+    def __init__(self, make: Callable[[threading.Event], Frames]) -> None:
         self._closed = threading.Event()
+        self._running = threading.Lock()
         self._frames = make(self._closed)
 
     def __next__(self) -> Frame:
         """The next frame; waits for it."""
-        if self._closed.is_set():
-            raise StopIteration
-        return next(self._frames)
+        try:
+            with self._running:
+                if self._closed.is_set():
+                    raise StopIteration
+                return next(self._frames)
+        finally:
+            self._let_go()
 
     def close(self) -> None:
-        """Ends the frames; a thread that waits for a picture in a folder waits no longer."""
+        """Ends the frames; a thread that waits for a picture in a folder waits no longer.
+
+        What they are read from is let go of at once, or as soon as the frame has come that a thread waits for.
+        """
         self._closed.set()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Ends the generator if it is closed; where it runs, whoever runs it comes here after that."""
+        if self._closed.is_set() and self._running.acquire(blocking=False):
+            try:
+                self._frames.close()
+            finally:
+                self._running.release()
 
 
 def open_source(source: str, *, follow: bool = True) -> Source:
@@ -103,7 +123,7 @@ def open_source(source: str, *, follow: bool = True) -> Source:
     )
 
 
-def _folder(path: Path, follow: bool, closed: threading.Event) -> Iterator[Frame]:
+def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
     seen: set[tuple[str, int]] = set()
     while not closed.is_set():
         stamps = _pictures(path)
@@ -138,7 +158,7 @@ def _video(address: str, kind: str | None) -> Source:
     return Source(partial(_decoded, av, address, kind))
 
 
-def _decoded(av: Any, address: str, kind: str | None, closed: threading.Event) -> Iterator[Frame]:
+def _decoded(av: Any, address: str, kind: str | None, closed: threading.Event) -> Frames:
     start = time.perf_counter()
     try:
         with av.open(address, format=kind) as container:
@@ -217,7 +237,7 @@ def watch(
 
     Args:
         captioner: A loaded bundle.
-        frames: From :func:`open_source`.
+        frames: From :func:`open_source`; a :class:`Source` is closed at the end.
         prompt: As ``Captioner.caption`` takes it.
         every: Caption every frame in order and drop none.
         reuse_below: A frame that differs by less from the last encoded one is not encoded; 0: every one is. See
@@ -257,3 +277,5 @@ def watch(
         finally:
             if newest is not None:
                 newest.close()
+            elif isinstance(frames, Source):
+                frames.close()

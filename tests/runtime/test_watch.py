@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.errors import DataError
 from blip2edge.runtime import watch as watch_module
 from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.watch import Frame, Newest, open_source, watch
+from blip2edge.runtime.watch import Frame, Frames, Newest, Source, open_source, watch
 from tests.drawing import draw_pictures
 
 
@@ -132,6 +132,59 @@ def test_who_stops_listening_ends_the_reader(
     results.close()  # type: ignore[attr-defined]  # a generator
     reader.join(10)
     assert not reader.is_alive()
+
+
+class Container:
+    """Something that frames are read from, and that has to be let go of."""
+
+    def __init__(self) -> None:
+        self.waited_for, self.comes, self.let_go = threading.Event(), threading.Event(), threading.Event()
+
+    def frames(self, closed: threading.Event) -> Frames:
+        """One at once; the second when it comes."""
+        try:
+            yield Frame("0", draw_pictures(1)[0])
+            self.waited_for.set()
+            assert self.comes.wait(60)
+            yield Frame("1", draw_pictures(1)[0])
+        finally:
+            self.let_go.set()
+
+
+def test_what_frames_are_read_from_is_let_go_of_at_once() -> None:
+    container = Container()
+    source = Source(container.frames)
+    assert next(source).name == "0"
+    source.close()
+    assert container.let_go.is_set()
+    assert list(source) == []
+    source.close()
+
+
+def test_what_frames_are_read_from_is_let_go_of_behind_the_frame_that_comes() -> None:
+    container = Container()
+    source = Source(container.frames)
+    names: list[str] = []
+    reader = threading.Thread(target=lambda: names.extend(frame.name for frame in source))
+    reader.start()
+    assert container.waited_for.wait(60)
+    source.close()
+    assert not container.let_go.is_set()  # a camera is asked for a picture meanwhile
+    container.comes.set()
+    reader.join(60)
+    assert not reader.is_alive()
+    assert container.let_go.is_set()
+    assert names == ["0", "1"]
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_who_stops_listening_lets_go_of_the_source(captioner: Captioner, every: bool) -> None:
+    container = Container()
+    container.comes.set()
+    results = watch(captioner, Source(container.frames), every=every, max_new_tokens=2)
+    next(results)
+    results.close()  # type: ignore[attr-defined]  # a generator
+    assert container.let_go.wait(60)
 
 
 def test_a_source_that_breaks_off(captioner: Captioner) -> None:
