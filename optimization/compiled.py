@@ -26,8 +26,16 @@ def compile_to(graph: Path, blob: Path) -> tuple[float, float]:
 
     Raises:
         BackendError: openvino is not installed.
-        BundleError: OpenVINO cannot load the graph.
+        BundleError: OpenVINO cannot load the graph, or not what it has compiled of it; no file is left.
     """
+    try:
+        return _written(graph, blob)
+    except BaseException:
+        blob.unlink(missing_ok=True)
+        raise
+
+
+def _written(graph: Path, blob: Path) -> tuple[float, float]:
     session = OpenVinoSession(graph, 1)
     blob.write_bytes(session.export())
     session.close()

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 import blip2edge
 from blip2edge.contract import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
-from blip2edge.errors import BackendError, UsageError
+from blip2edge.errors import BackendError, BundleError, UsageError
 from blip2edge.manifest import Bundle, FileRecord, GraphRecord
 from blip2edge.optimization import probe
 from blip2edge.optimization.compiled import compile_to
@@ -243,15 +243,22 @@ def _try_all(
 
 
 def _compiled(work: _Work, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
-    """A graph as OpenVINO has compiled it, written to the copy; or why the portable one stays."""
+    """A graph as OpenVINO has compiled it, written to the copy; or why the portable one stays.
+
+    A graph that OpenVINO cannot load stays portable as well: the other graphs do not wait for it.
+    """
     record = work.bundle.graph(name)
     parent = work.bundle.file(record.spec.file)
     portable = _answers(work, name, parent)
     exact = _exact(work, name, parent) or portable
     work.seen.update(portable.outputs)
     blob = work.target / f"{name}.blob"
-    took = compile_to(parent, blob)
-    answers = _asked(work, name, OpenVinoSession(blob, 1, compiled=True))
+    try:
+        took = compile_to(parent, blob)
+        answers = _asked(work, name, OpenVinoSession(blob, 1, compiled=True))
+    except BundleError as error:
+        blob.unlink(missing_ok=True)
+        return error.problem
     fault = _fault(answers, portable, exact, _tolerance(record))
     if took[1] > took[0] * CLEARLY_FASTER:
         fault = fault or f"the portable graph opens as fast here ({took[0]:.0f} ms)"

@@ -39,14 +39,13 @@ class OpenVinoSession:
             options["INFERENCE_NUM_THREADS"] = threads
         core = openvino.Core()
         try:
-            if (
-                compiled
-            ):  # weights are used where they are mapped: the mapping has to stay as long as the model
+            if compiled:
+                # Weights are used where they are mapped: the mapping has to stay as long as the model.
                 self._mapped: Any = openvino.Tensor(np.memmap(path, np.uint8, "c"), shared_memory=True)
                 self._model: Any = core.import_model(self._mapped, "CPU", options)
             else:
                 self._model = core.compile_model(str(path), "CPU", options)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:  # TypeError: before 2025.3 it takes no tensor
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
                 f"OpenVINO cannot load {path} ({reason})", "use --backend cpu for this bundle"

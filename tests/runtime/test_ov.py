@@ -161,6 +161,44 @@ def test_what_it_cannot_load_is_refused_in_a_line(tmp_path: Path, compiled: bool
     assert "\n" not in str(caught.value)
 
 
+def test_one_graph_that_it_cannot_load_is_left_alone(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that it has compiled of the bridge is broken: the other graphs have their copies all the same."""
+    export = OpenVinoSession.export
+
+    def broken(session: OpenVinoSession) -> bytes:
+        return b"no blob" * 100 if "image_embeds" in session.input_names else export(session)
+
+    monkeypatch.setattr("blip2edge.optimization.pipeline.CLEARLY_FASTER", np.inf)
+    monkeypatch.setattr(OpenVinoSession, "export", broken)
+    own = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    report = optimize(own, "openvino")
+    assert set(report.record.left) == {"bridge"}
+    assert "OpenVINO cannot load" in report.record.left["bridge"]
+    assert not (report.directory / "bridge.blob").exists()
+    assert {"vision_encoder", "decoder"} <= set(report.record.graphs)
+    captioner = Captioner.load(own, backend="openvino", threads=1)
+    assert "bridge" not in captioner.graphs.copied
+    assert captioner.caption(draw_pictures(1)[0], max_new_tokens=2).tokens
+
+
+def test_an_older_openvino_that_takes_no_tensor_is_refused_in_a_line(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    def refuses(*_: object) -> None:
+        raise TypeError("import_model(): incompatible function arguments.\nThe following are supported: …")
+
+    monkeypatch.setattr(openvino.Core, "import_model", refuses)
+    with pytest.raises(
+        BundleError, match=r"OpenVINO cannot load .*incompatible function arguments"
+    ) as caught:
+        OpenVinoSession(copied / "optimized" / "openvino" / "decoder.blob", 1, compiled=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_without_the_package(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     own = shutil.copytree(tiny_bundle, tmp_path / "bundle")
