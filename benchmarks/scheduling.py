@@ -35,8 +35,8 @@ from random_checkpoint import write_checkpoint
 
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.machine import cores
 from blip2edge.runtime.request import Span
-from blip2edge.runtime.turns import cores
 
 RATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.7, 2.0)  # of what one by one can do without a pause
 PATIENCE = 6.0  # the bound on 99 % of the waiting times, in captions made one by one

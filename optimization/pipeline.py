@@ -31,6 +31,7 @@ from blip2edge.optimization.integers import forget_ranges
 from blip2edge.optimization.recipes import Context, Recipe, cook, recipes_for
 from blip2edge.optimization.storage import SMALLEST, publish, scratch, settle
 from blip2edge.runtime.language import decoder_of
+from blip2edge.runtime.machine import exact_processor
 from blip2edge.runtime.optimized import (
     KIND,
     RECORD,
@@ -38,7 +39,6 @@ from blip2edge.runtime.optimized import (
     OptimizedGraph,
     OptimizedRecord,
     installed,
-    processor,
 )
 from blip2edge.runtime.ort import OnnxRuntimeSession
 from blip2edge.runtime.ov import OpenVinoSession
@@ -174,7 +174,7 @@ def _record(work: _Work, backend: str, report: Progress) -> OptimizedRecord:
         left=left,
         files=files,
         versions=versions(),
-        machine=processor(),
+        machine=exact_processor(),
     )
 
 

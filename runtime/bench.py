@@ -23,8 +23,9 @@ from blip2edge.errors import UsageError
 from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.encoder import STAGES, Clock, Encoded
 from blip2edge.runtime.energy import EnergyMeter
+from blip2edge.runtime.machine import processor
 from blip2edge.runtime.meter import MemoryMeter, resident_bytes
-from blip2edge.runtime.optimized import installed, processor
+from blip2edge.runtime.optimized import installed
 from blip2edge.runtime.roofline import Roofline, Work, measure
 from blip2edge.runtime.sampling import argmax
 

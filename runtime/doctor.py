@@ -12,7 +12,6 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from blip2edge.runtime.machine import cores, facts, processor
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -118,24 +119,12 @@ def _platform() -> Check:
 
 
 def _processor() -> Check:
-    name, features = "", set[str]()
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = (part.strip() for part in line.partition(":"))
-        if key in ("model name", "Model") and not name:
-            name = value
-        elif key in ("flags", "Features"):
-            features.update(value.split())
+    told = facts()
+    features = (told.get("flags") or told.get("Features", "")).split()
     found = [feature for feature in CPU_FEATURES if feature in features]
-    cores = _cores()
-    detail = f"{name or platform.processor() or platform.machine()}, {cores} core{'s' if cores != 1 else ''}"
+    count = cores()
+    detail = f"{processor()}, {count} core{'s' if count != 1 else ''}"
     return Check("CPU", True, f"{detail}; {' '.join(found) if found else 'features not known'}")
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory() -> Check:

@@ -8,7 +8,6 @@ graph is always right.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,8 +21,8 @@ from blip2edge.contract import Parity
 from blip2edge.errors import BundleIntegrityError
 from blip2edge.manifest import Bundle, FileRecord, sha256_of
 from blip2edge.runtime.engines import engines_backend
+from blip2edge.runtime.machine import cores, exact_processor
 from blip2edge.runtime.session import Array, Session, Settled, find_backend, open_session
-from blip2edge.runtime.turns import cores
 
 RECORD = "optimized.json"
 SCHEMA_VERSION = 2
@@ -84,7 +83,7 @@ class OptimizedRecord:
         left: Graphs that are not here, with the reason.
         files: Seal of every file of the copy.
         versions: What made it.
-        machine: The processor it was measured on.
+        machine: The processor it was measured on, with the numbers of its generation.
     """
 
     backend: str
@@ -142,7 +141,7 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
         return None
     if record.versions.get(package) != installed(package):
         return None
-    if backend in OF_ONE_MACHINE and record.machine != processor():
+    if backend in OF_ONE_MACHINE and record.machine != exact_processor():
         return None
     _check(directory, record.files)
     return directory, record
@@ -161,16 +160,6 @@ def installed(package: str) -> str:
         except PackageNotFoundError:
             continue
     return ""
-
-
-def processor() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def _check(directory: Path, files: Mapping[str, FileRecord]) -> None:

@@ -6,7 +6,6 @@ then takes longer than one picture after the other.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -33,11 +32,3 @@ class Turns:
             with self._changed:
                 self._line.popleft()
                 self._changed.notify_all()
-
-
-def cores() -> int:
-    """The cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system: all there are
-        return os.cpu_count() or 1

@@ -121,7 +121,7 @@ def test_a_copy_of_another_processor_or_version_is_passed_over(
 ) -> None:
     assert Captioner.load(copied, backend="openvino", threads=1).graphs.copied
     if fact == "processor":
-        monkeypatch.setattr(optimized_module, "processor", lambda: "another")
+        monkeypatch.setattr(optimized_module, "exact_processor", lambda: "another")
     else:
         monkeypatch.setattr(optimized_module, "installed", lambda package: "0.1")
     assert not Captioner.load(copied, backend="openvino", threads=1).graphs.copied

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.machine import cores
 from blip2edge.runtime.request import Span
-from blip2edge.runtime.turns import Turns, cores
+from blip2edge.runtime.turns import Turns
 from tests.drawing import draw_pictures
 
 
