@@ -18,7 +18,7 @@ from blip2edge.calibration.pipeline import calibrate  # noqa: E402
 from blip2edge.errors import ParityError, UsageError  # noqa: E402
 from blip2edge.export import verify  # noqa: E402
 from blip2edge.export.graphs import GRAPHS, graphs_of  # noqa: E402
-from blip2edge.export.merging import PAIRS, GuidedMatching, merging_of  # noqa: E402
+from blip2edge.export.merging import PAIRS, TOLERANCES, GuidedMatching, merging_of  # noqa: E402
 from blip2edge.manifest import Bundle  # noqa: E402
 from blip2edge.model.checkpoint import load_model  # noqa: E402
 from blip2edge.model.models import build_model, with_merged_tokens  # noqa: E402
@@ -63,9 +63,9 @@ def test_every_precision_is_verified_both_ways(
     vision = manifest.graphs["vision_encoder"]
     found = {parity.output: parity for parity in vision.parity}
     assert set(found) == {"image_embeds", PAIRS}
-    assert all(
-        parity.relative <= parity.tolerance == verify.TOLERANCES[precision] for parity in vision.parity
-    )
+    assert all(parity.relative <= parity.tolerance for parity in vision.parity)
+    bounds = {"image_embeds": verify.TOLERANCES[precision], PAIRS: TOLERANCES[precision]}
+    assert {name: parity.tolerance for name, parity in found.items()} == bounds
     assert vision.spec.outputs[0].dims[1] == manifest.graphs["bridge"].spec.inputs[0].dims[1] == record.embeds
     assert any("token matching" in why for why in vision.fp32_exceptions) == (precision != "fp32")
     if precision != "bf16":
@@ -95,6 +95,15 @@ class WorstPairs(TokenMatching):
         return order, partner
 
 
+class NextPairs(TokenMatching):
+    """Merges each patch that is merged with the second nearest to it."""
+
+    def choose(self, scores: Any) -> Any:
+        best = scores.amax(dim=-1)
+        nearest = (scores == best[:, :, None]).to(scores.dtype)
+        return best.topk(best.shape[1]).indices, (scores - 4 * nearest).argmax(dim=-1)
+
+
 class LostSizes(TokenMatching):
     """Forgets how many patches a slot stands for."""
 
@@ -103,11 +112,21 @@ class LostSizes(TokenMatching):
         return pairs._replace(bias=torch.zeros_like(pairs.bias))
 
 
-@pytest.mark.parametrize(("wrong", "named"), [(WorstPairs, PAIRS), (LostSizes, "image_embeds")])
+@pytest.mark.parametrize(
+    ("wrong", "named", "precision"),
+    [
+        (WorstPairs, rf"{PAIRS} is off by \S+ in cosine", "fp32"),
+        (WorstPairs, rf"{PAIRS} is off by \S+ in cosine", "fp16"),
+        (NextPairs, rf"{PAIRS} is off by \S+ in cosine", "fp32"),
+        (NextPairs, rf"{PAIRS} is off by \S+ in cosine", "fp16"),
+        (LostSizes, r"image_embeds is off by \S+ of its largest value", "fp32"),
+    ],
+)
 @pytest.mark.parametrize("mode", ["full", "sample"])
 def test_wrong_pairs_and_lost_sizes_are_published_by_neither_check(
     wrong: type[TokenMatching],
     named: str,
+    precision: str,
     mode: str,
     checkpoint: Path,
     tmp_path: Path,
@@ -125,8 +144,10 @@ def test_wrong_pairs_and_lost_sizes_are_published_by_neither_check(
     monkeypatch.setattr(pipeline, "graphs_of", lambda _: {"vision_encoder": GRAPHS["vision_encoder"]})
     monkeypatch.setattr(pipeline, "trace", traced_wrong)
     monkeypatch.setattr(verify, "trace", traced_wrong)
-    with pytest.raises(ParityError, match=f"vision_encoder: {named} is off"):
-        pipeline.export_checkpoint(checkpoint, tmp_path / "bundle", verify=mode, merge_tokens=COUNT)
+    with pytest.raises(ParityError, match=f"vision_encoder: {named}"):
+        pipeline.export_checkpoint(
+            checkpoint, tmp_path / "bundle", verify=mode, precision=precision, merge_tokens=COUNT
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -141,6 +162,30 @@ def test_a_tie_may_go_either_way() -> None:
     guide = GuidedMatching([np.array([[1, 0]]), np.array([[0, 0]])])  # the second is as far as can be
     guide(keys, torch.ones(1, 4), 1)
     assert guide.shortfall == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gap_that_is_no_number_is_infinite(value: float) -> None:
+    guide = GuidedMatching([np.array([[0, 1]]), np.array([[0, 0]])])
+    guide.shortfall = 0.25
+    keys = torch.tensor([[9.0, 9.0], [1.0, 0.0], [value, 0.0], [1.0, 0.0], [0.0, 1.0]])[None, None]
+    guide(keys, torch.ones(1, 4), 1)
+    assert guide.shortfall == np.inf
+
+
+@pytest.mark.parametrize(
+    ("order", "partner", "told"),
+    [
+        ([[0, 0]], [[0, 0]], "order of 2 patches does not name each"),
+        ([[1, 2]], [[0, 0]], "order of 2 patches does not name each"),
+        ([[0, 1]], [[0, 2]], "merges into a patch that is none of 2"),
+    ],
+)
+def test_what_is_no_choice_is_refused(order: list[list[int]], partner: list[list[int]], told: str) -> None:
+    keys = torch.tensor([[9.0, 9.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])[None, None]
+    guide = GuidedMatching([np.array(order), np.array(partner)])
+    with pytest.raises(ParityError, match=told):
+        guide(keys, torch.ones(1, 4), 1)
 
 
 SETS = [family for family in FAMILIES if family != "llava"]
