@@ -134,7 +134,7 @@ def test_bundles(name: str, picture: Path, tiny_bundle: Path, tmp_path: Path) ->
         (["--num-beams", "3", "--stream"], 2, "--stream"),
         (["--num-beams", "3", "--temperature", "1"], 2, "--num-beams"),
         (["--min-new-tokens", "9", "--max-new-tokens", "3"], 2, "--min-new-tokens"),
-        (["--backend", "tensorrt"], 1, "blip2edge build"),
+        (["--backend", "tensorrt"], 1, "tensorrt"),
     ],
 )
 def test_prompts_and_options(
