@@ -38,7 +38,21 @@ from blip2edge.runtime.captioner import Captioner
 from blip2edge.runtime.machine import cores
 from blip2edge.runtime.request import Span
 
-RATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.7, 2.0)  # of what one by one can do without a pause
+RATES = (
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    1.0,
+    1.15,
+    1.3,
+    1.5,
+    1.7,
+    2.0,
+)  # of what one by one can do without a pause
 PATIENCE = 6.0  # the bound on 99 % of the waiting times, in captions made one by one
 TOKENS = (5, 40)  # shortest and longest caption of the arrivals
 
