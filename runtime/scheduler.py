@@ -264,6 +264,7 @@ class Scheduler:
     def _next_to_decode(self) -> list[tuple[list[Request], Encoded]] | None:
         """Those that get the free rows, as soon as there is anything to do; None at the end."""
         with self._changed:
+            self._changed.notify_all()  # rows may have come free, for which a picture is to be encoded
             while not (self._closing or self._ready or self._running):
                 self._changed.wait()
             if self._closing:

@@ -64,3 +64,19 @@ def test_graphs_that_take_all_cores_never_run_at_once(
     ordered = sorted(graphs, key=lambda span: span.start)
     if in_turn:
         assert all(one.end <= two.start for one, two in itertools.pairwise(ordered))
+
+
+def test_a_row_that_comes_free_wakes_the_encoder(tiny_bundle: Path) -> None:
+    captioner = Captioner.load(tiny_bundle)
+
+    def look_now(span: Span) -> None:
+        """Lets the encoder's thread see that the row is taken."""
+        if span.stage == "decode":
+            with scheduler._changed:
+                scheduler._changed.notify_all()
+            time.sleep(0.005)
+
+    with captioner.scheduler(max_batch=1, trace=look_now) as scheduler:
+        options = captioner.options(max_new_tokens=3)
+        requests = [scheduler.submit(picture, options) for picture in draw_pictures(3, 4)]
+        assert all(request.future.result(timeout=60).tokens for request in requests)
