@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -133,6 +134,8 @@ def optimize(
     start = time.perf_counter()
     opened = Bundle.open(bundle)
     directory = opened.derive(KIND) / backend
+    if directory.is_dir() and not (directory / RECORD).is_file():
+        shutil.rmtree(directory, ignore_errors=True)  # what is left of a copy: the place is for nothing else
     with staged(directory, True, RECORD) as staging, scratch(staging) as folder:
         work = _Work(
             bundle=opened,

@@ -40,8 +40,8 @@ def facts(report: BenchReport) -> list[str]:
     found = [
         f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens a caption",
         (
-            f"loaded in {report.start_s:.2f} s; resident {report.memory['resident'] / 1e6:.0f} MB, "
-            f"peak {report.memory['peak'] / 1e6:.0f} MB, weights {report.memory['graphs'] / 1e6:.0f} MB"
+            f"loaded in {report.start_s:.2f} s; {report.memory['peak'] / 1e6:.0f} MB at most while captioning, "
+            f"{report.memory['resident'] / 1e6:.0f} MB after all sweeps, weights {report.memory['graphs'] / 1e6:.0f} MB"
         ),
         (
             f"one core: {roof['gigabytes_per_s']} GB/s read, {roof['gigaflops_fp32']} GFLOP/s in fp32, "
@@ -51,12 +51,11 @@ def facts(report: BenchReport) -> list[str]:
         f"threads {report.machine['threads'] or 'all'}; "
         + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     ]
+    found.append(f"graphs of the optimised copy: {', '.join(report.bundle['optimised']) or 'none'}")
     if report.energy is not None:
         found.append(f"{report.energy['joules_per_caption']:.2f} J a caption ({report.energy['source']})")
     if report.draft is not None:
-        found.append(
-            f"{report.draft['tokens_per_pass']:.2f} tokens a pass with --draft {report.draft['kind']}"
-        )
+        found.append(f"{report.draft['tokens_per_pass']:.2f} tokens a pass (draft: {report.draft['kind']})")
     return found + [f"{what} is left out: {why}" for what, why in report.left_out.items()]
 
 

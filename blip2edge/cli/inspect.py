@@ -9,6 +9,7 @@ from blip2edge.cli.table import difference, size, table
 from blip2edge.contract import Axis
 from blip2edge.manifest import Bundle
 from blip2edge.progress import Progress
+from blip2edge.runtime.optimized import KIND, PACKAGES, read_copy
 
 if TYPE_CHECKING:
     import argparse
@@ -31,9 +32,25 @@ def inspect(options: argparse.Namespace) -> int:
         print("\n".join(_graph(name, graph, manifest)))
     print()
     print("\n".join(_files(manifest)))
+    print("\n".join(_copies(bundle)))
     if options.verify:
         print(f"\nverified: every one of the {len(manifest.files)} files has the recorded SHA-256")
     return 0
+
+
+def _copies(bundle: Bundle) -> list[str]:
+    """The optimised copies that lie beside a bundle's graphs, and whether they are run."""
+    lines = []
+    for backend in PACKAGES:
+        if not (bundle.derived(KIND) / backend).is_dir():
+            continue
+        found = read_copy(bundle, backend)
+        if found is None:
+            told = f"not run, as it is of another bundle or version: blip2edge optimize {bundle.path} --backend {backend}"
+        else:
+            told = ", ".join(found[1].graphs) or "no graph, as the portable ones are faster"
+        lines.append(f"optimised for {backend}: {told}")
+    return ["", *lines] if lines else []
 
 
 def bundle_bytes(manifest: Manifest) -> int:

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
 
+from blip2edge.cli import main
 from blip2edge.errors import BundleIntegrityError, UsageError
 from blip2edge.manifest import Bundle
 from blip2edge.optimization import pipeline, recipes
@@ -203,3 +204,20 @@ def test_a_cache_grows_to_the_context(decoder: SharedDecoder) -> None:
     tokens = [5 + at % 7 for at in range(decoder.max_positions - len(TEXTS[0]))]
     logits = [state.step(np.array([token]))[0] for token in tokens]
     close(logits[-1], alone(decoder, 0, tokens))
+
+
+def test_inspect_tells_of_the_copy_and_what_is_left_of_one_is_replaced(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "bundle"
+    shutil.copytree(bundle, other)
+    assert main(["inspect", str(other)]) == 0
+    assert "optimised for cpu: vision_encoder" in capsys.readouterr().out
+    (other / "optimized" / "cpu" / RECORD).unlink()
+    assert main(["inspect", str(other)]) == 0
+    told = f"optimised for cpu: not run, as it is of another bundle or version: blip2edge optimize {other}"
+    assert told in capsys.readouterr().out
+    assert main(["optimize", str(other), "--backend", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(other)]) == 0
+    assert "not run" not in capsys.readouterr().out
