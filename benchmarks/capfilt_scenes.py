@@ -24,9 +24,9 @@ import numpy as np
 from blip2edge import __version__
 from blip2edge.cli import main as command_line
 from blip2edge.training.data.entries import Broken
+from blip2edge.training.data.scenes import make_scene
 from blip2edge.training.data.shards import ShardWriter, read_shards, shard_paths
 from blip2edge.training.metrics.hallucination import probes, things_shown
-from blip2edge.training.scenes import make_scene
 
 TRAINED_ON = {
     "clean": "the captioner that writes",

@@ -16,11 +16,11 @@ PROMPT = "The capital of France is a city that is known for its"
 
 def ours(path: str) -> str:
     """A bundle's language model alone: its decoder, token table and tokenizer."""
-    from blip2edge.contract import DECODER
-    from blip2edge.manifest import Bundle
-    from blip2edge.runtime.language import decoder_of
-    from blip2edge.runtime.optimized import GraphOpener
-    from blip2edge.runtime.tokenizer import Tokenizer
+    from blip2edge.bundle.manifest import Bundle
+    from blip2edge.bundle.schema import DECODER
+    from blip2edge.runtime.backends.open_graph import GraphOpener
+    from blip2edge.runtime.decoding.language_model import decoder_of
+    from blip2edge.runtime.text.tokenizer import Tokenizer
 
     bundle = Bundle.open(path)
     tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))

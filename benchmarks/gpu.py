@@ -31,11 +31,11 @@ import torch
 from export_memory import write_checkpoint
 from peers import SHAPE
 
-from blip2edge.contract import DECODER
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.manifest import Bundle
-from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.captioning.captioner import Captioner
 
 BACKENDS = ("cuda", "ort-tensorrt", "tensorrt")
 COPIED = 1 << 29  # bytes copied to find the bandwidth; twice that moves
@@ -83,7 +83,7 @@ def of_transformers(checkpoint: Path, picture: PIL.Image.Image, tokens: int) -> 
     """transformers in fp16: eager, and with its forward compiled."""
     from transformers import Blip2ForConditionalGeneration
 
-    from blip2edge.runtime.preprocess import Preprocessing
+    from blip2edge.runtime.images.preprocess import Preprocessing
 
     def loaded() -> Any:
         return Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float16).eval().cuda()

@@ -20,10 +20,10 @@ from random_checkpoint import CONFIGS, opened, published
 from blip2edge.export.graphs import graphs_of
 from blip2edge.export.precision import PRECISIONS
 from blip2edge.export.verify import TOLERANCES
-from blip2edge.model.bridges import BRIDGES
+from blip2edge.model.bridges.registry import BRIDGES
 from blip2edge.model.config import CaptionerConfig
-from blip2edge.model.families import FAMILIES
-from blip2edge.model.language import bridged_languages
+from blip2edge.model.families.registry import FAMILIES
+from blip2edge.model.language.registry import bridged_languages
 from blip2edge.model.models import Config, build_model
 from blip2edge.model.retrieval import RetrievalConfig
 

@@ -30,12 +30,12 @@ import torch
 from race import machine
 from random_checkpoint import write_checkpoint
 
-from blip2edge.contract import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
+from blip2edge.bundle.token_table import TokenTable
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.manifest import Bundle
 from blip2edge.optimization.pipeline import optimize
-from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.embeddings import TokenTable
+from blip2edge.runtime.captioning.captioner import Captioner
 
 SHAPE: dict[str, Any] = {
     "model_type": "blip-2",

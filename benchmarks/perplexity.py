@@ -33,18 +33,18 @@ import numpy as np
 import onnx_ir as ir
 from race import cpu_model
 
-from blip2edge.calibration.activations import Job
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE
+from blip2edge.bundle.token_table import TokenTable
+from blip2edge.calibration.activations.quantise import Job
 from blip2edge.calibration.batches import Feeds
-from blip2edge.calibration.language_weights import quantise_weights
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
-from blip2edge.calibration.weight_only import WeightOnly, choose_formats, quantize_weights
-from blip2edge.contract import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE
-from blip2edge.manifest import Bundle
-from blip2edge.runtime.embeddings import TokenTable
-from blip2edge.runtime.ort import OnnxRuntimeSession
-from blip2edge.runtime.session import Array
-from blip2edge.runtime.tokenizer import Tokenizer
+from blip2edge.calibration.weights.language_weights import quantise_weights
+from blip2edge.calibration.weights.weight_only import WeightOnly, choose_formats, quantize_weights
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.text.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens
 FILES = ("decoder.onnx", "decoder.onnx.data", EMBEDDINGS_FILE)

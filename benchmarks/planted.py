@@ -23,9 +23,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip2edge.model.checkpoint import load_model
-from blip2edge.model.lavis import open_checkpoint
-from blip2edge.runtime.preprocess import Preprocessing
+from blip2edge.model.checkpoint.directory import load_model
+from blip2edge.model.checkpoint.lavis import open_checkpoint
+from blip2edge.runtime.images.preprocess import Preprocessing
 
 OUTLIERS = 4  # channels behind each norm
 FACTORS = (20.0, 80.0)  # of those channels

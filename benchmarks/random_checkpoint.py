@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from blip2edge.model.families import read_config, weight_map
+from blip2edge.model.families.registry import read_config, weight_map
 from blip2edge.model.models import Config, build_model
 
 CONFIGS = Path(__file__).parent / "configs"

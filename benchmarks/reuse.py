@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from race import cpu_model
 
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.watch import Frame, Seen, watch
-from blip2edge.training.scenes import Scene, scenes
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.serving.watch import Frame, Seen, watch
+from blip2edge.training.data.scenes import Scene, scenes
 
 ROOT = Path(__file__).parent.parent
 LIMITS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
-from blip2edge.calibration.weight_only import WeightOnly, choose_formats, quantize_weights
-from blip2edge.contract import DECODER
-from blip2edge.manifest import Bundle, FileRecord
+from blip2edge.calibration.weights.weight_only import WeightOnly, choose_formats, quantize_weights
 from blip2edge.optimization.pipeline import optimize
 
 PRECISIONS = {"int8": "int8-weights", "int4": "int4"}

@@ -34,9 +34,9 @@ from race import cpu_model
 from random_checkpoint import write_checkpoint
 
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.machine import cores
-from blip2edge.runtime.request import Span
+from blip2edge.runtime.backends.probe import cores
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.request import Span
 
 RATES = (
     0.3,

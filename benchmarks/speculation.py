@@ -21,12 +21,12 @@ from typing import Any
 
 from race import cpu_model
 
-from blip2edge.contract import DECODER, DRAFT, EMBEDDINGS_FILE
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE
 from blip2edge.errors import DataError
-from blip2edge.manifest import Bundle
-from blip2edge.runtime.captioner import Captioner, CaptionResult
-from blip2edge.runtime.speculate import Payoff
-from blip2edge.training.scenes import scenes
+from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
+from blip2edge.runtime.decoding.speculative import Payoff
+from blip2edge.training.data.scenes import scenes
 
 SERIES = 900  # of the held-out scenes: no training reads it
 

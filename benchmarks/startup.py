@@ -23,12 +23,12 @@ from typing import Any
 
 from race import ONE_THREAD, write
 
-from blip2edge.runtime.bench import Bench
-from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.meter import resident_bytes
+from blip2edge.runtime.bench.measure import Bench
+from blip2edge.runtime.bench.meters import resident_bytes
+from blip2edge.runtime.captioning.captioner import Captioner
 
 FIRST_WORD = (
-    "import sys\nfrom blip2edge.runtime.captioner import Captioner\n"
+    "import sys\nfrom blip2edge.runtime.captioning.captioner import Captioner\n"
     "print(next(iter(Captioner.load(sys.argv[1], threads=1).stream(sys.argv[2]))))"
 )
 

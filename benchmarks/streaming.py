@@ -21,7 +21,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from race import write
 
-from blip2edge.runtime.huge_pages import on_huge_pages
+from blip2edge.runtime.backends.onnxruntime_cpu import on_huge_pages
 
 MATRICES, RUNS = 30, 5
 SHAPES = ((768, 3072), (3072, 768))  # inner, columns: into an MLP of OPT-125m, and out of it

@@ -36,18 +36,18 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
-from blip2edge.model.checkpoint import load_checkpoint
-from blip2edge.runtime.preprocess import Preprocessing
-from blip2edge.training import loop
-from blip2edge.training.batches import IGNORED, caption_batch
+from blip2edge.model.checkpoint.directory import load_checkpoint
+from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.config import OptimizerConfig
 from blip2edge.training.data.sources import Sample
-from blip2edge.training.features import FeatureCache, PictureEncoder
-from blip2edge.training.journal import Journal
-from blip2edge.training.loader import Loader, Texts
-from blip2edge.training.optim import make_optimizer
-from blip2edge.training.snapshots import Snapshot, Snapshots
-from blip2edge.training.stages import GenerativeStage
+from blip2edge.training.loading.batches import IGNORED, caption_batch
+from blip2edge.training.loading.features import FeatureCache, PictureEncoder
+from blip2edge.training.loading.loader import Loader, Texts
+from blip2edge.training.loop import loop
+from blip2edge.training.loop.journal import Journal
+from blip2edge.training.loop.optim import make_optimizer
+from blip2edge.training.loop.snapshots import Snapshot, Snapshots
+from blip2edge.training.phases.stages import GenerativeStage
 
 ROOT = Path(__file__).parents[1]
 WORDS = 16  # tokens of a caption, the end token included

@@ -70,9 +70,9 @@ class Vision:
     """A bundle's vision encoder as blip2edge runs it."""
 
     def __init__(self, path: str) -> None:
-        from blip2edge.contract import VISION
-        from blip2edge.manifest import Bundle
-        from blip2edge.runtime.optimized import GraphOpener
+        from blip2edge.bundle.manifest import Bundle
+        from blip2edge.bundle.schema import VISION
+        from blip2edge.runtime.backends.open_graph import GraphOpener
 
         bundle = Bundle.open(path)
         self.session = GraphOpener(bundle, "cpu", 1)(VISION)
@@ -88,10 +88,10 @@ class Ours:
     """A bundle's decoder as blip2edge runs it; ``path`` may end in ``:portable``."""
 
     def __init__(self, path: str) -> None:
-        from blip2edge.contract import DECODER
-        from blip2edge.manifest import Bundle
-        from blip2edge.runtime.language import decoder_of
-        from blip2edge.runtime.optimized import GraphOpener
+        from blip2edge.bundle.manifest import Bundle
+        from blip2edge.bundle.schema import DECODER
+        from blip2edge.runtime.backends.open_graph import GraphOpener
+        from blip2edge.runtime.decoding.language_model import decoder_of
 
         path, _, portable = path.partition(":")
         bundle = Bundle.open(path)

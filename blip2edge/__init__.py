@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blip2edge.export.pipeline import export_checkpoint
-    from blip2edge.runtime.captioner import Captioner, CaptionResult
-    from blip2edge.runtime.generate import GenerationOptions
-    from blip2edge.runtime.matcher import Matcher, MatchResult
+    from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
+    from blip2edge.runtime.captioning.matcher import Matcher, MatchResult
+    from blip2edge.runtime.decoding.generate import GenerationOptions
 
 __version__ = "0.1.0"
 
@@ -33,11 +33,11 @@ __all__ = [
 
 # Public name -> the module that defines it.
 _HOMES = {
-    "CaptionResult": "blip2edge.runtime.captioner",
-    "Captioner": "blip2edge.runtime.captioner",
-    "GenerationOptions": "blip2edge.runtime.generate",
-    "MatchResult": "blip2edge.runtime.matcher",
-    "Matcher": "blip2edge.runtime.matcher",
+    "CaptionResult": "blip2edge.runtime.captioning.captioner",
+    "Captioner": "blip2edge.runtime.captioning.captioner",
+    "GenerationOptions": "blip2edge.runtime.decoding.generate",
+    "MatchResult": "blip2edge.runtime.captioning.matcher",
+    "Matcher": "blip2edge.runtime.captioning.matcher",
     "export_checkpoint": "blip2edge.export.pipeline",
 }
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from blip2edge.calibration.pictures import PictureSet
-from blip2edge.contract import (
+from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import (
     BRIDGE,
     DECODER,
     EMBEDDINGS_FILE,
@@ -23,18 +24,16 @@ from blip2edge.contract import (
     TOKENIZER_FILE,
     VISION,
 )
-from blip2edge.manifest import Bundle
+from blip2edge.bundle.token_table import TokenTable
+from blip2edge.calibration.pictures import PictureSet
 from blip2edge.progress import counted
-from blip2edge.runtime.embeddings import TokenTable
-from blip2edge.runtime.frames import pictures_of
-from blip2edge.runtime.instruction import Instructor
-from blip2edge.runtime.interleave import pack
-from blip2edge.runtime.language import EncoderDecoder, load_language_model
-from blip2edge.runtime.ort import OnnxRuntimeSession
-from blip2edge.runtime.preprocess import Preprocessing, load_image
-from blip2edge.runtime.prompt import Prompt, Prompter
-from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session
-from blip2edge.runtime.tokenizer import Tokenizer
+from blip2edge.runtime.backends.base import Session
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.decoding.language_model import EncoderDecoder, load_language_model
+from blip2edge.runtime.images.preprocess import Preprocessing, load_image
+from blip2edge.runtime.images.video import pictures_of
+from blip2edge.runtime.text.prompt import Instructor, Prompt, Prompter, pack
+from blip2edge.runtime.text.tokenizer import Tokenizer
 
 QUESTION = "What is in the picture?"
 """Asked where a model captions nothing without a question."""
@@ -87,12 +86,12 @@ class _Recording:
         self.input_names, self.output_names = session.input_names, session.output_names
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.session.Session`."""
+        """See :class:`blip2edge.runtime.backends.base.Session`."""
         self._feeds.add(self._graph, inputs)
         return self._session.run(inputs, outputs)
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.session.Session`."""
+        """See :class:`blip2edge.runtime.backends.base.Session`."""
         self._session.close()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blip2edge.errors import DataError, ImageError
 from blip2edge.progress import counted
-from blip2edge.runtime.preprocess import load_image
+from blip2edge.runtime.images.preprocess import load_image
 
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 SHARD = ".tar"

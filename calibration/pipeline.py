@@ -22,11 +22,18 @@ from typing import Any
 import onnx_ir as ir
 
 import blip2edge
-from blip2edge.calibration import headroom
-from blip2edge.calibration.activations import Job, Progress, quantise_activations
-from blip2edge.calibration.agreement import Captions, caption_pictures, compare_captions
+from blip2edge.bundle.manifest import MANIFEST, STAMP, Bundle, FileRecord, GraphRecord, Manifest
+from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.schema import BRIDGE, VISION
+from blip2edge.calibration.activations import headroom
+from blip2edge.calibration.activations.quantise import Job, Progress, quantise_activations
+from blip2edge.calibration.activations.ranges import THRESHOLDS
 from blip2edge.calibration.batches import Feeds, collect
-from blip2edge.calibration.choosing import (
+from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
+from blip2edge.calibration.report.details import tell
+from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, Made
+from blip2edge.calibration.search.agreement import Captions, caption_pictures, compare_captions
+from blip2edge.calibration.search.choosing import (
     Candidates,
     Choice,
     DropLimit,
@@ -35,16 +42,9 @@ from blip2edge.calibration.choosing import (
     choose,
     measure_layers,
 )
-from blip2edge.calibration.details import tell
-from blip2edge.calibration.language_weights import BITS, RUNS, quantise_weights
-from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
-from blip2edge.calibration.ranges import THRESHOLDS
-from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, Made
-from blip2edge.contract import BRIDGE, VISION
+from blip2edge.calibration.weights.language_weights import BITS, RUNS, quantise_weights
 from blip2edge.errors import BackendError, BundleError, UsageError
-from blip2edge.manifest import MANIFEST, STAMP, Bundle, FileRecord, GraphRecord, Manifest
-from blip2edge.runtime.meter import MemoryMeter
-from blip2edge.staging import staged
+from blip2edge.runtime.bench.meters import MemoryMeter
 
 METHODS = (*THRESHOLDS, "smooth")
 UNSEEN_BITS = 8

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from blip2edge.calibration.agreement import Captions, Cosine
-from blip2edge.calibration.qdq import Plan
-from blip2edge.manifest import FileRecord, GraphRecord
+from blip2edge.bundle.manifest import FileRecord, GraphRecord
+from blip2edge.calibration.activations.qdq import Plan
+from blip2edge.calibration.search.agreement import Captions, Cosine
 
 
 @dataclass(frozen=True)

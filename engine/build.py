@@ -13,18 +13,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import DECODER
+from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.schema import DECODER
 from blip2edge.engine.builder import Built, Settings, build_engine, layers_of
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_bytes
 from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
 from blip2edge.errors import EngineError, UsageError
-from blip2edge.manifest import Bundle, FileRecord
-from blip2edge.runtime.engines import KIND, STEP, EngineRecord, EngineSet
-from blip2edge.runtime.fingerprint import Fingerprint, find_gpu, fingerprint
-from blip2edge.runtime.trt import JETSON, TARGETS, load_tensorrt, version_of
-from blip2edge.staging import staged
+from blip2edge.runtime.backends.engine_files import KIND, STEP, EngineRecord, EngineSet
+from blip2edge.runtime.backends.fingerprint import Fingerprint, find_gpu, fingerprint
+from blip2edge.runtime.tensorrt.session import JETSON, TARGETS, load_tensorrt, version_of
 
 TIMING_CACHE = "timing.cache"
 LEAST_CAPACITY = 2

@@ -20,7 +20,7 @@ from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.prepare import EnginePlan
 from blip2edge.engine.profiles import profiles_of
 from blip2edge.errors import EngineError
-from blip2edge.runtime.trt import keeper, version_of
+from blip2edge.runtime.tensorrt.session import keeper, version_of
 
 MIB = 1 << 20  # bytes
 

@@ -27,9 +27,9 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from blip2edge.contract import Axis, CacheSpec, Dim, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import Axis, CacheSpec, Dim, GraphSpec, TensorSpec
 from blip2edge.errors import EngineError
-from blip2edge.runtime.slots import CACHE_POSITION
+from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
 
 CAPACITY = "capacity"  # the axis
 SLOTS_AXIS = 2  # of [B, H, C, d]

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from blip2edge.contract import DECODER, CacheSpec, GraphSpec
+from blip2edge.bundle.manifest import Bundle, Manifest
+from blip2edge.bundle.schema import DECODER, CacheSpec, GraphSpec
 from blip2edge.engine.adapt import adapt
 from blip2edge.engine.constant_shape import constant_shape_spec, to_constant_shape
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.profiles import PROMPT, with_rows
 from blip2edge.engine.step_graph import StepSource, step_graph
 from blip2edge.engine.support import check_graph, refuse
-from blip2edge.manifest import Bundle, Manifest
-from blip2edge.runtime.engines import STEP
+from blip2edge.runtime.backends.engine_files import STEP
 
 DEFAULT_CAPACITY = 256
 """Slots of a cache beyond the prompt's own visual tokens, where the model's context allows as many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from blip2edge.contract import DECODER, Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
 
 Range = tuple[int, int, int]
 """Smallest, best and largest length."""

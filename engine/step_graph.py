@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from blip2edge.contract import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, GraphSpec, TensorSpec
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, GraphSpec, TensorSpec
+from blip2edge.bundle.token_table import HEADER_LENGTH, TokenTable
 from blip2edge.engine.profiles import with_rows
 from blip2edge.errors import EngineError
-from blip2edge.manifest import Bundle
-from blip2edge.runtime.embeddings import HEADER_LENGTH, TokenTable
-from blip2edge.runtime.engines import STEP
-from blip2edge.runtime.slots import CACHE_POSITION
+from blip2edge.runtime.backends.engine_files import STEP
+from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
 
 NEXT = "next_"
 """Before the names of what the next step reads."""

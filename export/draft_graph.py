@@ -1,4 +1,4 @@
-"""The graph of the draft: the bridge's own text head as a small captioner (``model/draft.py``).
+"""The graph of the draft: the bridge's own text head as a small captioner (``model/bridges/draft.py``).
 
 input_ids [B,S]          the text so far, from [DEC] on, or what is new of it
 attention_mask [B,P+S]   1 where a slot is valid; the first Q slots are the queries
@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blip2edge.contract import DRAFT, QUERIES, Axis, CacheSpec, DraftSpec, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import DRAFT, QUERIES, Axis, CacheSpec, DraftSpec, GraphSpec, TensorSpec
+from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig, QFormerConfig
-from blip2edge.model.draft import DraftConfig
 from blip2edge.model.layers import causal_bias
 
 MAX_BATCH = 8

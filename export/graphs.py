@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blip2edge.contract import (
+from blip2edge.bundle.schema import (
     BRIDGE,
     CROSS_KV,
     DECODER,
@@ -35,7 +35,7 @@ from blip2edge.export import retrieval_graphs as retrieval
 from blip2edge.export.draft_graph import DraftGraph, draft_spec, query_outputs
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
-from blip2edge.model.language import language_of
+from blip2edge.model.language.registry import language_of
 from blip2edge.model.layers import KeyValue
 from blip2edge.model.models import Config, Model
 from blip2edge.model.retrieval import RetrievalConfig

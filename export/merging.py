@@ -1,4 +1,4 @@
-"""Merged patches (``model/token_merging.py``) at export: held to torch, and compared with the model without them.
+"""Merged patches (``model/vision/token_merging.py``) at export: held to torch, compared with the model without.
 
 Two runtimes may find different pairs the nearest where cosines differ in the last digit, and from there on every row is
 another. So a graph is run with its choices as further outputs, and torch follows them.
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2edge.contract import VISION, GraphSpec, MergingRecord
+from blip2edge.bundle.schema import VISION, GraphSpec, MergingRecord
 from blip2edge.errors import ExportError, ParityError
 from blip2edge.model.models import Config, Model
 from blip2edge.model.retrieval import RetrievalModel
-from blip2edge.model.token_merging import Pairs, TokenMatching
-from blip2edge.model.vit import VisionTransformer
+from blip2edge.model.vision.token_merging import Pairs, TokenMatching
+from blip2edge.model.vision.vit import VisionTransformer
 
 PAIRS = "merged_pairs"
 """What the parity of the choices is called."""

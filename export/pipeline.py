@@ -24,7 +24,9 @@ import onnx_ir as ir
 import torch
 
 import blip2edge
-from blip2edge.contract import EMBEDDINGS_FILE, MergingRecord, Parity
+from blip2edge.bundle.manifest import FileRecord, GraphRecord, Manifest, sha256_of
+from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.schema import EMBEDDINGS_FILE, MergingRecord, Parity
 from blip2edge.errors import BackendError
 from blip2edge.export import verify
 from blip2edge.export.draft_graph import draft_of
@@ -35,14 +37,12 @@ from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
 from blip2edge.export.token_table import check_token_table, write_token_table
 from blip2edge.export.weights import Weights, check_hashes, write_weights
-from blip2edge.manifest import FileRecord, GraphRecord, Manifest, sha256_of
-from blip2edge.model.checkpoint import Checkpoint, load_model
+from blip2edge.model.checkpoint.directory import Checkpoint, load_model
+from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.model.config import CaptionerConfig
-from blip2edge.model.lavis import open_checkpoint
 from blip2edge.model.models import build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
-from blip2edge.runtime.meter import MemoryMeter
-from blip2edge.staging import staged
+from blip2edge.runtime.bench.meters import MemoryMeter
 
 FULL_UP_TO = 1 << 30  # bytes of checkpoint that are verified whole unless told otherwise: about 4 GiB in fp32
 
@@ -114,7 +114,7 @@ def export_checkpoint(
         verify: ``full`` runs the whole model against torch; ``sample`` runs single layers on the written weights,
             with the memory of one layer. None chooses by the checkpoint's size.
         base: The directory or hub name that gives a ``.pth`` its frozen parts.
-        merge_tokens: Patches that are merged in each layer of the vision encoder (``model/token_merging.py``).
+        merge_tokens: Patches that are merged in each layer of the vision encoder (``model/vision/token_merging.py``).
         force: Replace what is at ``output``.
         progress: Called with a stage's name, steps done and steps in all.
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
-from blip2edge.contract import GraphSpec
+from blip2edge.bundle.schema import GraphSpec
 from blip2edge.export.to_onnx import Traced
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from blip2edge.contract import IMAGE_FEATURES, MATCH, TEXT_EMBEDS, Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import IMAGE_FEATURES, MATCH, TEXT_EMBEDS, Axis, GraphSpec, TensorSpec
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
 
 MAX_BATCH = 8

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.contract import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
+from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
 from blip2edge.errors import BundleError, CheckpointError
 from blip2edge.export.chat import prompt_template
-from blip2edge.model.checkpoint import read_json
+from blip2edge.model.checkpoint.directory import read_json
 from blip2edge.model.config import CaptionerConfig
-from blip2edge.model.families import FAMILIES
+from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
-from blip2edge.runtime.preprocess import Preprocessing
-from blip2edge.runtime.tokenizer import Tokenizer
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 30
 """Default length of a caption: the longest that BLIP-2's own evaluation on COCO allows."""

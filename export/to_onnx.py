@@ -18,7 +18,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import nn
 
-from blip2edge.contract import Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
 from blip2edge.errors import ExportError
 
 OPSET = 18

@@ -1,6 +1,6 @@
 """The token table's file: one safetensors tensor, which a runtime maps into memory.
 
-The format is written here as it is read in ``runtime/embeddings.py``, so that a table goes through the same
+The format is written here as it is read in ``blip2edge/bundle/token_table.py``, so that a table goes through the same
 checks as any other weight, and a full disk tells itself the same way:
 https://github.com/huggingface/safetensors, "Format".
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2edge.contract import EMBEDDINGS_TENSOR
+from blip2edge.bundle.publishing import output_error
+from blip2edge.bundle.schema import EMBEDDINGS_TENSOR
+from blip2edge.bundle.token_table import HEADER_LENGTH
 from blip2edge.errors import ExportError
 from blip2edge.export.to_onnx import WeightSlot
 from blip2edge.export.weights import to_bytes
-from blip2edge.runtime.embeddings import HEADER_LENGTH
-from blip2edge.staging import output_error
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNMENT = 8  # bytes: the header is filled up with spaces, so that the tensor starts on such an address

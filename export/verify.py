@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from blip2edge.contract import QUERIES, VISION, GraphSpec, Parity, TensorSpec
+from blip2edge.bundle.schema import QUERIES, VISION, GraphSpec, Parity, TensorSpec
 from blip2edge.errors import ParityError
 from blip2edge.export import merging
 from blip2edge.export.graphs import GRAPHS
@@ -25,7 +25,7 @@ from blip2edge.export.precision import convert, exceptions_of
 from blip2edge.export.to_onnx import Traced, trace
 from blip2edge.export.weights import Weights, point_at, write_weights
 from blip2edge.model.models import Config, Model, build_model
-from blip2edge.runtime.ort import OnnxRuntimeSession
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 
 Array = NDArray[Any]
 

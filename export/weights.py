@@ -16,10 +16,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from blip2edge.bundle.manifest import FileRecord
+from blip2edge.bundle.publishing import output_error
 from blip2edge.errors import ExportError
 from blip2edge.export.to_onnx import Traced, WeightSlot
-from blip2edge.manifest import FileRecord
-from blip2edge.staging import output_error
 
 PAGE = 4096  # bytes: a large tensor starts on one, so that a runtime can map it
 LINE = 64  # bytes: a small one starts on a cache line

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.bridges import build_bridge
+from blip2edge.model.bridges.draft import DraftHead
+from blip2edge.model.bridges.registry import build_bridge
 from blip2edge.model.config import CaptionerConfig, QFormerConfig
-from blip2edge.model.draft import DraftHead
-from blip2edge.model.language import language_of
-from blip2edge.model.vit import VisionTransformer
+from blip2edge.model.language.registry import language_of
+from blip2edge.model.vision.vit import VisionTransformer
 
 
 class CaptionerModel(nn.Module):

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from blip2edge.contract import CrossSpec
+from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.layers import ACTIVATIONS
-from blip2edge.model.token_merging import merged_counts
+from blip2edge.model.vision.token_merging import merged_counts
 
 if TYPE_CHECKING:
-    from blip2edge.model.draft import DraftConfig
+    from blip2edge.model.bridges.draft import DraftConfig
 
 
 class Fields:

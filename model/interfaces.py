@@ -23,7 +23,7 @@ class Decoder(nn.Module):
         cross: Where it looks at more than its text: two of ``[B, H, E, d]`` a layer that looks, from
             :meth:`cross_key_values`.
         cross_attention_mask: int64 ``[B, E]``, 1 where a state is valid, or ``[B, S, E]``, 1 where a slot looks
-            (:data:`blip2edge.contract.CROSS_MASKS`); None for all.
+            (:data:`blip2edge.bundle.schema.CROSS_MASKS`); None for all.
 
     It gives ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` a layer.
     """

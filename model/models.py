@@ -8,7 +8,7 @@ from blip2edge.errors import UsageError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
-from blip2edge.model.token_merging import most_merged
+from blip2edge.model.vision.token_merging import most_merged
 
 Config = CaptionerConfig | RetrievalConfig
 Model = CaptionerModel | RetrievalModel

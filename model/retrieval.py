@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.bert import BertEncoder
-from blip2edge.model.clip import ClipMatcher
+from blip2edge.model.bridges.instruct import InstructedQFormer
 from blip2edge.model.config import VisionConfig
-from blip2edge.model.instruct import InstructedQFormer
 from blip2edge.model.interfaces import Matcher
+from blip2edge.model.language.bert import BertEncoder
 from blip2edge.model.layers import Unit, key_mask_bias
-from blip2edge.model.vit import VisionTransformer
+from blip2edge.model.vision.clip import ClipMatcher
+from blip2edge.model.vision.vit import VisionTransformer
 
 
 class TextConfig(Protocol):

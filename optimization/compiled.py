@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from blip2edge.runtime.ov import OpenVinoSession
+from blip2edge.runtime.backends.openvino import OpenVinoSession
 
 ROUNDS = 3
 """Openings that are timed of each kind, in turn; the least counts."""

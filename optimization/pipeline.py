@@ -22,29 +22,24 @@ import numpy as np
 import onnx_ir as ir
 
 import blip2edge
-from blip2edge.contract import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.manifest import Bundle, FileRecord, GraphRecord
+from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
 from blip2edge.errors import BackendError, BundleError, UsageError
-from blip2edge.manifest import Bundle, FileRecord, GraphRecord
 from blip2edge.optimization import probe
 from blip2edge.optimization.compiled import compile_to
 from blip2edge.optimization.graph import prepare
-from blip2edge.optimization.integers import forget_ranges
+from blip2edge.optimization.passes.integers import forget_ranges
 from blip2edge.optimization.recipes import Context, Recipe, cook, recipes_for
 from blip2edge.optimization.storage import SMALLEST, publish, scratch, settle
-from blip2edge.runtime.language import decoder_of
-from blip2edge.runtime.machine import exact_processor
-from blip2edge.runtime.optimized import (
-    KIND,
-    RECORD,
-    OneByOne,
-    OptimizedGraph,
-    OptimizedRecord,
-    installed,
-)
-from blip2edge.runtime.ort import OnnxRuntimeSession
-from blip2edge.runtime.ov import OpenVinoSession
-from blip2edge.runtime.session import Array, Session, Settled
-from blip2edge.staging import staged
+from blip2edge.runtime.backends.base import Session, Settled
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.backends.open_graph import OneByOne
+from blip2edge.runtime.backends.openvino import OpenVinoSession
+from blip2edge.runtime.backends.optimized_copy import KIND, RECORD, OptimizedGraph, OptimizedRecord, installed
+from blip2edge.runtime.backends.probe import exact_processor
+from blip2edge.runtime.decoding.language_model import decoder_of
 
 Progress = Callable[[str, int, int], None]
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blip2edge.contract import BRIDGE, CROSS_MASK, DECODER, MATCH, VISION, Axis, GraphSpec, TensorSpec
-from blip2edge.runtime.language import AnyDecoder
-from blip2edge.runtime.session import NUMPY_DTYPES, Array, Session
+from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.schema import BRIDGE, CROSS_MASK, DECODER, MATCH, VISION, Axis, GraphSpec, TensorSpec
+from blip2edge.runtime.backends.base import Session
+from blip2edge.runtime.decoding.language_model import AnyDecoder
 
 SEED = 6
 ROWS = 2

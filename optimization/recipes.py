@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from blip2edge.contract import DECODER, CacheSpec
-from blip2edge.optimization.activations import fuse_activations
-from blip2edge.optimization.attention import fuse_attention
-from blip2edge.optimization.blocks import use_block_kernels
+from blip2edge.bundle.schema import DECODER, CacheSpec
 from blip2edge.optimization.graph import clean, prepare
-from blip2edge.optimization.integers import quantised_products, use_dynamic_ranges, use_recorded_ranges
-from blip2edge.optimization.norms import fuse_norms
-from blip2edge.optimization.pointwise import use_pointwise_convolutions
-from blip2edge.optimization.shared_cache import share_cache
+from blip2edge.optimization.passes.activations import fuse_activations
+from blip2edge.optimization.passes.attention import fuse_attention
+from blip2edge.optimization.passes.blocks import use_block_kernels
+from blip2edge.optimization.passes.integers import quantised_products, use_dynamic_ranges, use_recorded_ranges
+from blip2edge.optimization.passes.norms import fuse_norms
+from blip2edge.optimization.passes.pointwise import use_pointwise_convolutions
+from blip2edge.optimization.passes.shared_cache import share_cache
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from blip2edge.bundle.manifest import FileRecord
 from blip2edge.errors import BackendError
-from blip2edge.manifest import FileRecord
-from blip2edge.runtime.ort import PROVIDERS, SLOW_FUSIONS
+from blip2edge.runtime.backends.onnxruntime_cpu import PROVIDERS, SLOW_FUSIONS
 
 SMALLEST = 1024  # bytes of an initializer that goes to the data file
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from blip2edge.contract import BRIDGE, DECODER, VISION, GraphSpec
-from blip2edge.manifest import Bundle
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import BRIDGE, DECODER, VISION, GraphSpec
 from blip2edge.optimization.graph import dims, producer
-from blip2edge.runtime.roofline import Work
+from blip2edge.runtime.bench.roofline import Work
 
 PRODUCTS = ("MatMul", "Gemm")
 STORED = ("DequantizeLinear", "Cast")

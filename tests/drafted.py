@@ -9,8 +9,8 @@ import tokenizers
 import torch
 
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
-from blip2edge.training.stage1_texts import QFormerTexts
+from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
+from blip2edge.training.loading.stage1_texts import QFormerTexts
 from tests.drawing import randomize
 
 LENGTH = 24

@@ -1,7 +1,8 @@
 """Makes tests/data/golden: a tiny bundle and what transformers says for it. ``python -m tests.make_golden``
 
-A device has neither torch nor transformers, and its Python may be 3.10: there ``tests/runtime/test_golden.py``
-holds the runtime to these answers. They also hold every later version to bundles of schema version 1.
+A device has neither torch nor transformers, and its Python may be 3.10: there
+``tests/runtime/captioning/test_golden.py`` holds the runtime to these answers.
+They also hold every later version to bundles of schema version 1.
 """
 
 from __future__ import annotations

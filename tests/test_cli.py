@@ -99,9 +99,9 @@ class FakeCaptioner:
 @pytest.fixture
 def captioner(monkeypatch: pytest.MonkeyPatch) -> FakeCaptioner:
     fake = FakeCaptioner()
-    module = ModuleType("blip2edge.runtime.captioner")
+    module = ModuleType("blip2edge.runtime.captioning.captioner")
     module.Captioner = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "blip2edge.runtime.captioner", module)
+    monkeypatch.setitem(sys.modules, "blip2edge.runtime.captioning.captioner", module)
     return fake
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from blip2edge.bundle.schema import MergingRecord
 from blip2edge.cli import demo, main
 from blip2edge.cli.export import merging_line
 from blip2edge.cli.files import write
 from blip2edge.cli.table import difference, size, table
-from blip2edge.contract import MergingRecord
 from blip2edge.errors import OutputError
-from blip2edge.runtime import doctor
+from blip2edge.runtime.backends.probe import Check
+from blip2edge.runtime.bench import doctor
 from tests.test_cli import one_error_line
 
 
@@ -142,9 +143,9 @@ def test_demo_tells_why_no_engine_ran(
     works: tuple[bool, bool], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = [
-        doctor.Check("CPU", False, "of no matter"),
-        doctor.Check("NVIDIA driver", works[0], "none"),
-        doctor.Check("TensorRT", works[1], "not installed"),
+        Check("CPU", False, "of no matter"),
+        Check("NVIDIA driver", works[0], "none"),
+        Check("TensorRT", works[1], "not installed"),
     ]
     monkeypatch.setattr(doctor, "diagnose", lambda: checks)
     assert demo._tensorrt() == said

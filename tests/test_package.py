@@ -36,7 +36,7 @@ class Blocker:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
-import blip2edge, blip2edge.cli.parser, blip2edge.contract, blip2edge.manifest, blip2edge.progress
+import blip2edge, blip2edge.cli.parser, blip2edge.bundle.schema, blip2edge.bundle.manifest, blip2edge.progress
 import blip2edge.runtime
 names = [m.name for m in pkgutil.walk_packages(blip2edge.runtime.__path__, "blip2edge.runtime.")]
 for name in names:

@@ -25,13 +25,13 @@ from blip2edge import __version__
 from blip2edge.errors import ConfigError, OutputError
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
-from blip2edge.training.evaluate import evaluate_scenes
-from blip2edge.training.journal import BOARD, CURVE, LOG, Journal, draw_curve
-from blip2edge.training.judges import JudgeOptions, open_answerer
-from blip2edge.training.loop import Run, run_phase
-from blip2edge.training.parts import build, first_stage, write_stage1
-from blip2edge.training.phases import PHASES, Studio, phases_of
-from blip2edge.training.snapshots import Snapshot, Snapshots
+from blip2edge.training.evaluation.evaluate import evaluate_scenes
+from blip2edge.training.evaluation.judges import JudgeOptions, open_answerer
+from blip2edge.training.loop.journal import BOARD, CURVE, LOG, Journal, draw_curve
+from blip2edge.training.loop.loop import Run, run_phase
+from blip2edge.training.loop.snapshots import Snapshot, Snapshots
+from blip2edge.training.phases.registry import PHASES, Studio, phases_of
+from blip2edge.training.setup.parts import build, first_stage, write_stage1
 
 RECORD = "training.json"  # beside the weights: how they came about
 RUN = ".run"  # behind the output's name: log and snapshots while the run lasts

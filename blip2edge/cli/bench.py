@@ -15,16 +15,16 @@ from blip2edge.progress import Progress
 if TYPE_CHECKING:
     import argparse
 
-    from blip2edge.runtime.bench import WorkOf
-    from blip2edge.runtime.captioner import Captioner
+    from blip2edge.runtime.bench.measure import WorkOf
+    from blip2edge.runtime.captioning.captioner import Captioner
 
 
 def bench(options: argparse.Namespace) -> int:
     """Measure a bundle and print a table, or JSON; a page where one is asked for."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the streaming read is one core's
-    from blip2edge.runtime.bench import BenchOptions, bench
-    from blip2edge.runtime.bench_page import markdown, page
-    from blip2edge.runtime.captioner import Captioner
+    from blip2edge.runtime.bench.measure import BenchOptions, bench
+    from blip2edge.runtime.bench.report import markdown, page
+    from blip2edge.runtime.captioning.captioner import Captioner
 
     chosen = BenchOptions(
         runs=options.runs, warmup=options.warmup, tokens=options.tokens, batches=tuple(options.batch_sizes)

@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Mapping
 
-    from blip2edge.training.capfilt import Judged
+    from blip2edge.training.capfilt.filtering import Judged
 
 
 def capfilt(options: argparse.Namespace) -> int:
     """Write captions, judge all of them, and keep what is good enough in shards."""
     from dataclasses import replace
 
-    from blip2edge.training.capfilt import CapFiltOptions, judge_here
-    from blip2edge.training.capfilt import capfilt as run
+    from blip2edge.training.capfilt.filtering import CapFiltOptions, judge_here
+    from blip2edge.training.capfilt.filtering import capfilt as run
     from blip2edge.training.data.entries import by_picture
     from blip2edge.training.data.registry import read_entries
 
     judge_batches: Callable[..., Iterator[list[Judged]]] = judge_here
     if options.ray is not None:
-        from blip2edge.training.capfilt_ray import judge_on_ray
+        from blip2edge.training.capfilt.on_ray import judge_on_ray
 
         judge_batches = judge_on_ray(options.ray, options.workers)
     config, base = data_config(options)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from blip2edge.bundle.schema import MARKERS
 from blip2edge.cli.running_flags import given_generation
-from blip2edge.contract import MARKERS
 from blip2edge.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
 
-    from blip2edge.runtime.captioner import Captioner, CaptionResult
+    from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 
 
 def caption(options: argparse.Namespace) -> int:
@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> Captioner:
-    from blip2edge.runtime.captioner import Captioner
+    from blip2edge.runtime.captioning.captioner import Captioner
 
     return Captioner.load(
         options.bundle, backend=options.backend, threads=options.threads, draft=options.draft

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import blip2edge
+from blip2edge.bundle.manifest import MANIFEST, Bundle, cache_directory
 from blip2edge.cli.calibrate import report_table as calibration_table
 from blip2edge.cli.export import report_table
 from blip2edge.cli.inspect import bundle_bytes
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BackendError, OutputError
-from blip2edge.manifest import MANIFEST, Bundle, cache_directory
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from blip2edge.calibration.results import CalibrationReport
     from blip2edge.export.pipeline import ExportReport
-    from blip2edge.runtime.captioner import CaptionResult
+    from blip2edge.runtime.captioning.captioner import CaptionResult
 
 EXAMPLES = Path(blip2edge.__file__).parent / "examples"
 CHECKPOINT = EXAMPLES / "checkpoint"
@@ -43,7 +43,7 @@ def demo(options: argparse.Namespace) -> int:
     _check_installed()
     target = _target(options.out)
     from blip2edge.export.pipeline import export_checkpoint
-    from blip2edge.runtime.captioner import Captioner
+    from blip2edge.runtime.captioning.captioner import Captioner
 
     with Progress() as progress:
         report = export_checkpoint(CHECKPOINT, target, force=True, progress=progress)
@@ -105,7 +105,7 @@ def _target(out: Path | None) -> Path:
 def _calibrate(parent: Path, progress: Progress) -> CalibrationReport:
     """An INT8 bundle beside the other, on scenes of the kind that the checkpoint was trained on."""
     from blip2edge.calibration.pipeline import calibrate
-    from blip2edge.training.scenes import scenes
+    from blip2edge.training.data.scenes import scenes
 
     with tempfile.TemporaryDirectory() as folder:
         for index, scene in enumerate(scenes(CALIBRATION_SCENES, split="train", seed=CALIBRATION_SEED)):
@@ -143,7 +143,7 @@ def _closing(report: ExportReport) -> list[str]:
 
 def _tensorrt() -> str:
     """Why no TensorRT engine ran: what `doctor` says is missing here, or the demo's own scope."""
-    from blip2edge.runtime.doctor import diagnose
+    from blip2edge.runtime.bench.doctor import diagnose
 
     found = [check for check in diagnose() if check.name in ("NVIDIA driver", "TensorRT")]
     missing = [f"{check.name}: {check.detail}" for check in found if not check.ok]

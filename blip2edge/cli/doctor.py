@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def doctor(_options: argparse.Namespace) -> int:
     """Print what this machine can run; status 1 when it cannot caption at all."""
-    from blip2edge.runtime.doctor import diagnose
+    from blip2edge.runtime.bench.doctor import diagnose
 
     checks = diagnose()
     width = max(len(check.name) for check in checks)

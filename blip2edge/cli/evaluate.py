@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from blip2edge.training.data.config import DataConfig
-    from blip2edge.training.judges import JudgeOptions
+    from blip2edge.training.evaluation.judges import JudgeOptions
 
 SCENES = "scenes"
 SCENES_COUNT = 1000  # pictures, where nothing is said
@@ -26,8 +26,8 @@ _TEXTS = ("wrong", "broken_named")  # figures that are lists of texts
 
 def evaluate(options: argparse.Namespace) -> int:
     """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
-    from blip2edge.training.judges import open_judge
-    from blip2edge.training.scoring import Wanted, score_entries, score_scenes
+    from blip2edge.training.evaluation.judges import open_judge
+    from blip2edge.training.evaluation.scoring import Wanted, score_entries, score_scenes
 
     data = None if options.data == SCENES else _entries(options)
     if data is None and options.count is not None and options.count < 2:
@@ -56,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def judge_options(options: argparse.Namespace) -> JudgeOptions:
     """How the model is run, by the flags."""
-    from blip2edge.training.judges import JudgeOptions
+    from blip2edge.training.evaluation.judges import JudgeOptions
 
     return JudgeOptions(options.backend, options.threads, options.batch_size, given_generation(options))
 

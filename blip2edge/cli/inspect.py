@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import Axis
 from blip2edge.cli.export import merging_line
 from blip2edge.cli.table import difference, size, table
-from blip2edge.contract import Axis
-from blip2edge.manifest import Bundle
 from blip2edge.progress import Progress
-from blip2edge.runtime.optimized import KIND, PACKAGES, read_copy
+from blip2edge.runtime.backends.optimized_copy import KIND, PACKAGES, read_copy
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-    from blip2edge.contract import TensorSpec
-    from blip2edge.manifest import GraphRecord, Manifest
+    from blip2edge.bundle.manifest import GraphRecord, Manifest
+    from blip2edge.bundle.schema import TensorSpec
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -46,7 +46,8 @@ def _copies(bundle: Bundle) -> list[str]:
             continue
         found = read_copy(bundle, backend)
         if found is None:
-            told = f"not run, as it is of another bundle or version: blip2edge optimize {bundle.path} --backend {backend}"
+            remake = f"blip2edge optimize {bundle.path} --backend {backend}"
+            told = f"not run, as it is of another bundle or version: {remake}"
         else:
             told = ", ".join(found[1].graphs) or "no graph, as the portable ones are faster"
         lines.append(f"optimised for {backend}: {told}")

@@ -18,9 +18,9 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def watch(options: argparse.Namespace) -> int:
     """Print a caption of the newest frame, again and again, until the source ends or Ctrl-C."""
-    from blip2edge.runtime.captioner import Captioner
-    from blip2edge.runtime.watch import open_source
-    from blip2edge.runtime.watch import watch as live
+    from blip2edge.runtime.captioning.captioner import Captioner
+    from blip2edge.runtime.serving.watch import open_source
+    from blip2edge.runtime.serving.watch import watch as live
 
     frames = open_source(options.source, follow=not options.once)
     captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
@@ -60,8 +60,8 @@ def serve(options: argparse.Namespace) -> int:
         raise BackendError(
             "serving needs uvicorn, which is not installed", 'pip install "blip2edge[serve]"'
         ) from error
-    from blip2edge.runtime.captioner import Captioner
-    from blip2edge.runtime.server import Server
+    from blip2edge.runtime.captioning.captioner import Captioner
+    from blip2edge.runtime.serving.http import Server
 
     listening = _listen(options.host, options.port)
     captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)

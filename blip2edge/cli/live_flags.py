@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2edge.bundle.schema import DRAFTS
 from blip2edge.cli.flags import add_command, non_negative_int, positive_int, positive_number, share_or_zero
 from blip2edge.cli.running_flags import add_bundle, add_generation, add_where
-from blip2edge.contract import DRAFTS
 
 if TYPE_CHECKING:
     from blip2edge.cli.flags import Commands

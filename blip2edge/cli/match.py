@@ -12,7 +12,7 @@ from blip2edge.errors import UsageError
 if TYPE_CHECKING:
     import argparse
 
-    from blip2edge.runtime.matcher import Matcher, MatchResult
+    from blip2edge.runtime.captioning.matcher import Matcher, MatchResult
 
 
 def match(options: argparse.Namespace) -> int:
@@ -55,6 +55,6 @@ def _scores(result: MatchResult) -> str:
 
 
 def _load(options: argparse.Namespace) -> Matcher:
-    from blip2edge.runtime.matcher import Matcher
+    from blip2edge.runtime.captioning.matcher import Matcher
 
     return Matcher.load(options.bundle, backend=options.backend, threads=options.threads)

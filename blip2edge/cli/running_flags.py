@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.bundle.schema import DRAFTS
 from blip2edge.cli.flags import (
     BACKENDS,
     non_negative_int,
@@ -14,7 +15,6 @@ from blip2edge.cli.flags import (
     positive_number,
     share,
 )
-from blip2edge.contract import DRAFTS
 
 if TYPE_CHECKING:
     from argparse import Namespace

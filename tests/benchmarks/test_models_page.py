@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("onnxscript", reason="graphs are described by the export extra")
 
-from blip2edge.model.families import FAMILIES, read_config
+from blip2edge.model.families.registry import FAMILIES, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = {"blip2-opt-2.7b": 3_744_761_856, "clip-vit-base-patch32": 151_277_312}

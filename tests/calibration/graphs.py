@@ -11,9 +11,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
 from blip2edge.calibration.batches import Feeds
-from blip2edge.contract import Axis, GraphSpec, TensorSpec
-from blip2edge.manifest import GraphRecord
 
 Array = NDArray[Any]
 

@@ -14,16 +14,16 @@ import pytest
 pytest.importorskip("torch", reason="the parent is exported with torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 
+from blip2edge.bundle.manifest import MANIFEST, Bundle, cache_directory
+from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
+from blip2edge.calibration.activations.cache import FOLDER
 from blip2edge.calibration.batches import Feeds, collect
-from blip2edge.calibration.cache import FOLDER
 from blip2edge.calibration.pictures import ADVISED, choose_pictures
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.calibration.results import CalibrationReport
 from blip2edge.cli import main
-from blip2edge.contract import BRIDGE, DECODER, VISION
 from blip2edge.errors import BundleError, DataError, OutputError, UsageError
-from blip2edge.manifest import MANIFEST, Bundle, cache_directory
-from blip2edge.runtime.captioner import Captioner
+from blip2edge.runtime.captioning.captioner import Captioner
 from tests.drawing import draw_pictures
 
 PICTURES = 6
@@ -179,7 +179,7 @@ def test_what_fails_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("blip2edge.calibration.activations.quantise_graph", full)
+    monkeypatch.setattr("blip2edge.calibration.activations.quantise.quantise_graph", full)
     with pytest.raises(OutputError, match="the disk is full"):
         calibrate(tiny_bundle, tmp_path / "out" / "bundle", images=images, threads=1)
     assert not list((tmp_path / "out").iterdir())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blip2edge.contract import VISION
+from blip2edge.bundle.schema import VISION
 
 BundleOf = Callable[..., Path]
 PICTURES = 2

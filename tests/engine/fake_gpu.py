@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from blip2edge.runtime.session import NUMPY_DTYPES
+from blip2edge.bundle.dtypes import NUMPY_DTYPES
 
 OK, INVALID = 0, 1
 Work = Callable[[], None]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from blip2edge.contract import DECODER
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER
 from blip2edge.engine.builder import Settings, build_engine
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import EnginePlan, plans_of
 from blip2edge.engine.support import check_graph
-from blip2edge.manifest import Bundle
-from blip2edge.runtime.trt import load_tensorrt
+from blip2edge.runtime.tensorrt.session import load_tensorrt
 from tests.engine.conftest import BundleOf
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None

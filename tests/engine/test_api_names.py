@@ -19,8 +19,12 @@ API: dict[str, dict[str, list[str]]] = json.loads((ROOT / "tests/data/tensorrt_a
 CUDA: list[str] = json.loads((ROOT / "tests/data/cuda_api.json").read_text())
 """Names of cuda-python's runtime API that 12.8, 13.0 and 13.5 all have."""
 
-TENSORRT_FILES = ("engine/builder.py", "runtime/trt.py", "runtime/trt_decoder.py", "runtime/trt_workspace.py")
-CUDA_FILES = ("runtime/memory.py", "runtime/trt.py", "runtime/trt_decoder.py", "runtime/trt_workspace.py")
+RUNTIME = "runtime/tensorrt"
+TENSORRT_FILES = (
+    "engine/builder.py",
+    *(f"{RUNTIME}/{name}.py" for name in ("session", "kv_cache", "workspace")),
+)
+CUDA_FILES = tuple(f"{RUNTIME}/{name}.py" for name in ("cuda", "session", "kv_cache", "workspace"))
 
 CLASS_OF = {
     "builder": "Builder",
@@ -38,7 +42,7 @@ CLASS_OF = {
 """What the variables and attributes of that name hold."""
 
 OURS = {
-    "runtime/trt.py": {"ICudaEngine": set(), "IExecutionContext": {"bind", "enqueue"}},
+    "runtime/tensorrt/session.py": {"ICudaEngine": set(), "IExecutionContext": {"bind", "enqueue"}},
 }
 """Members of our own classes under such a name."""
 
@@ -120,7 +124,7 @@ def test_each_guard_is_needed_and_stands_in_the_code() -> None:
         for version in versions:
             known = API[version].get(owner, []) if owner else API[version][""]
             assert member not in known, f"{name} is in {version}: no guard is needed"
-    assert 'hasattr(self.trt, "IStreamReaderV2")' in (ROOT / "runtime/trt.py").read_text()
+    assert 'hasattr(self.trt, "IStreamReaderV2")' in (ROOT / "runtime/tensorrt/session.py").read_text()
     builder = (ROOT / "engine/builder.py").read_text()
     assert "if settings.compute_capabilities:" in builder
 

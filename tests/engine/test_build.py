@@ -11,8 +11,9 @@ import pytest
 
 pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
 from blip2edge.cli import main
-from blip2edge.contract import DECODER, Axis, GraphSpec, TensorSpec
 from blip2edge.engine import build
 from blip2edge.engine.build import BuildOptions, build_bundle
 from blip2edge.engine.builder import build_engine
@@ -22,10 +23,9 @@ from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import EnginePlan
 from blip2edge.engine.profiles import profiles_of, with_rows
 from blip2edge.errors import EngineError, OutputError, UsageError
-from blip2edge.manifest import Bundle
-from blip2edge.runtime.engines import RECORD, EngineSet
-from blip2edge.runtime.fingerprint import Fingerprint, check_fingerprint, fingerprint
-from blip2edge.runtime.trt import load_tensorrt
+from blip2edge.runtime.backends.engine_files import RECORD, EngineSet
+from blip2edge.runtime.backends.fingerprint import Fingerprint, check_fingerprint, fingerprint
+from blip2edge.runtime.tensorrt.session import load_tensorrt
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed (extra rtx)"
@@ -83,7 +83,7 @@ def test_more_rows_for_more_beams() -> None:
 
 
 def test_without_a_gpu_and_without_sm_the_error_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: None)
+    monkeypatch.setattr("blip2edge.runtime.backends.fingerprint.find_gpu", lambda: None)
     with pytest.raises(EngineError, match="--target rtx --sm 86"):
         fingerprint("tensorrt", "10.3.0", "a" * 64, ())
 

@@ -17,19 +17,19 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from blip2edge.contract import DECODER, Axis, CacheSpec
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER, Axis, CacheSpec
 from blip2edge.engine.constant_shape import (
     constant_shape_spec,
     load_constant_shape,
     to_constant_shape,
 )
 from blip2edge.errors import BackendError, EngineError
-from blip2edge.manifest import Bundle
-from blip2edge.runtime.decoder import Decoder
-from blip2edge.runtime.language import load_language_model
-from blip2edge.runtime.ort import open_graph
-from blip2edge.runtime.session import Settled, open_session
-from blip2edge.runtime.slots import HostSlots, SlotDecoder
+from blip2edge.runtime.backends.base import Settled, open_session
+from blip2edge.runtime.backends.onnxruntime_cpu import open_graph
+from blip2edge.runtime.decoding.kv.fixed import HostSlots, SlotDecoder
+from blip2edge.runtime.decoding.kv.growing import Decoder
+from blip2edge.runtime.decoding.language_model import load_language_model
 from tests.engine.conftest import BundleOf
 from tests.engine.families import DECODERS
 
@@ -160,7 +160,7 @@ def test_the_weights_are_on_disk_once(bundle_of: BundleOf, tmp_path: Path) -> No
 
 def test_another_graph_is_refused() -> None:
     """Nothing is guessed where the cache is not appended to as the export does it."""
-    from blip2edge.contract import CacheSpec
+    from blip2edge.bundle.schema import CacheSpec
 
     def value(name: str, shape: list[Any]) -> ir.Value:
         return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))

@@ -11,7 +11,7 @@ pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 pytest.importorskip("onnxruntime", reason="bundles are checked and calibrated in ONNX Runtime")
 
 from blip2edge.engine.build import build_bundle
-from blip2edge.runtime.engines import STEP
+from blip2edge.runtime.backends.engine_files import STEP
 from tests.engine.conftest import BundleOf
 from tests.engine.families import FAMILIES
 from tests.engine.rtx import CAPACITY, HAS_RTX, SM, assert_taken_and_built

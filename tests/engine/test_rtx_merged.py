@@ -10,15 +10,15 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 pytest.importorskip("onnxruntime", reason="bundles are checked and calibrated in ONNX Runtime")
 
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.pipeline import calibrate
-from blip2edge.contract import VISION
 from blip2edge.engine.builder import Settings, build_engine
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import plans_of
 from blip2edge.engine.support import check_graph
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.manifest import Bundle
-from blip2edge.runtime.trt import load_tensorrt
+from blip2edge.runtime.tensorrt.session import load_tensorrt
 from tests.drawing import Drawn, draw_pictures
 from tests.engine.rtx import HAS_RTX, SM
 

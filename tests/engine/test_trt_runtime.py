@@ -18,14 +18,14 @@ pytest.importorskip("onnxruntime", reason="the stand-in computes in ONNX Runtime
 import onnx_ir as ir
 
 from blip2edge import Captioner
+from blip2edge.bundle.manifest import Bundle, FileRecord
 from blip2edge.engine.prepare import capacity_of, plans_of
 from blip2edge.engine.profiles import profiles_of
 from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
-from blip2edge.manifest import Bundle, FileRecord
-from blip2edge.runtime import backend_trt
-from blip2edge.runtime.engines import KIND, EngineRecord, EngineSet
-from blip2edge.runtime.fingerprint import Gpu, fingerprint
-from blip2edge.runtime.trt import KEPT, keeper
+from blip2edge.runtime.backends.engine_files import KIND, EngineRecord, EngineSet
+from blip2edge.runtime.backends.fingerprint import Gpu, fingerprint
+from blip2edge.runtime.tensorrt import backend as backend_trt
+from blip2edge.runtime.tensorrt.session import KEPT, keeper
 from tests.drawing import draw_pictures
 from tests.engine.conftest import BundleOf
 from tests.engine.fake_gpu import FakeCuda, fake_tensorrt, write_fake_engine
@@ -70,7 +70,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tupl
     values = getattr(request, "param", {})
     cuda = FakeCuda(values.get("integrated", False))
     trt = fake_tensorrt(cuda, VERSION, values.get("streamed", True))
-    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: GPU)
+    monkeypatch.setattr("blip2edge.runtime.backends.fingerprint.find_gpu", lambda: GPU)
     monkeypatch.setattr(backend_trt, "check_driver", lambda: None)
     monkeypatch.setattr(backend_trt, "load_cuda", lambda: cuda)
     monkeypatch.setattr(backend_trt, "load_tensorrt", lambda target: trt)
@@ -182,13 +182,15 @@ def test_engines_are_refused_with_the_command_that_builds_them_again(
     with pytest.raises(EngineError, match=f"has no engines for tensorrt; build them: blip2edge build {path}"):
         Captioner.load(path, backend="tensorrt")
     directory = write_engines(path, path / KIND, capacity=40)
-    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: Gpu("Orin Nano", 87, "12.6"))
+    monkeypatch.setattr(
+        "blip2edge.runtime.backends.fingerprint.find_gpu", lambda: Gpu("Orin Nano", 87, "12.6")
+    )
     with pytest.raises(EngineError, match=r"built for GPU Orin, but here it is Orin Nano.*--capacity 40"):
         Captioner.load(path, backend="tensorrt")
-    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: None)
+    monkeypatch.setattr("blip2edge.runtime.backends.fingerprint.find_gpu", lambda: None)
     with pytest.raises(EngineError, match="no NVIDIA GPU"):
         Captioner.load(path, backend="tensorrt")
-    monkeypatch.setattr("blip2edge.runtime.fingerprint.find_gpu", lambda: GPU)
+    monkeypatch.setattr("blip2edge.runtime.backends.fingerprint.find_gpu", lambda: GPU)
     file = directory / "bridge.engine"
     file.write_bytes(file.read_bytes()[:-1] + b" ")
     with pytest.raises(BundleIntegrityError, match=r"bridge\.engine is missing or not the file"):
@@ -207,7 +209,7 @@ def test_what_does_not_fit_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path,
 
 
 def test_a_failing_call_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path) -> None:
-    from blip2edge.runtime.memory import Cuda, DeviceBuffer
+    from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer
 
     cuda, _ = gpu
     loaded = Cuda(cuda)
@@ -219,7 +221,7 @@ def test_a_failing_call_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tm
 
 
 def test_values_cross_to_the_gpu_and_back() -> None:
-    from blip2edge.runtime.memory import Cuda, Mirror
+    from blip2edge.runtime.tensorrt.cuda import Cuda, Mirror
 
     for integrated in (False, True):
         cuda = Cuda(FakeCuda(integrated))

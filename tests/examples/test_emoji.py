@@ -23,11 +23,11 @@ from blip2edge.examples.recipes.emoji import prepare as recipe
 from blip2edge.examples.recipes.emoji import vision
 from blip2edge.examples.recipes.emoji.icons import IconSet, caption, names_of
 from blip2edge.examples.recipes.emoji.vision import Names
-from blip2edge.model.checkpoint import load_checkpoint, read_json
-from blip2edge.runtime.preprocess import Preprocessing
-from blip2edge.training.batches import PREPROCESSING
+from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
+from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.registry import open_source
+from blip2edge.training.loading.batches import PREPROCESSING
 
 ICONS = Path(__file__).parent / "icons"
 NAMES = ["fish", "green-apple", "left-leaf", "red-apple"]

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 
 from blip2edge import Captioner
+from blip2edge.bundle.manifest import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.draft_graph import DraftGraph, draft_spec
@@ -19,14 +20,13 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.export.to_onnx import trace
 from blip2edge.export.verify import compare_sample
 from blip2edge.export.weights import write_weights
-from blip2edge.manifest import Bundle
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint import Checkpoint
+from blip2edge.model.checkpoint.directory import Checkpoint
 from blip2edge.model.masks import attention_mask, mask_bias
 from blip2edge.model.models import build_model
-from blip2edge.runtime.draft import DraftText
-from blip2edge.runtime.encoder import Clock
-from blip2edge.runtime.speculate import Payoff
+from blip2edge.runtime.captioning.encode import Clock
+from blip2edge.runtime.decoding.draft_model import DraftText
+from blip2edge.runtime.decoding.speculative import Payoff
 from tests.drafted import LENGTH, add_draft
 from tests.drawing import Drawn, draw_pictures, save
 

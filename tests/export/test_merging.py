@@ -14,17 +14,17 @@ torch = pytest.importorskip("torch", reason="export needs torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 pytest.importorskip("onnxruntime", reason="exports are verified in ONNX Runtime")
 
+from blip2edge.bundle.manifest import Bundle  # noqa: E402
 from blip2edge.calibration.pipeline import calibrate  # noqa: E402
 from blip2edge.errors import ParityError, UsageError  # noqa: E402
 from blip2edge.export import verify  # noqa: E402
 from blip2edge.export.graphs import GRAPHS, graphs_of  # noqa: E402
 from blip2edge.export.merging import PAIRS, TOLERANCES, GuidedMatching, merging_of  # noqa: E402
-from blip2edge.manifest import Bundle  # noqa: E402
-from blip2edge.model.checkpoint import load_model  # noqa: E402
+from blip2edge.model.checkpoint.directory import load_model  # noqa: E402
 from blip2edge.model.models import build_model, with_merged_tokens  # noqa: E402
-from blip2edge.model.token_merging import TokenMatching  # noqa: E402
-from blip2edge.runtime.captioner import Captioner  # noqa: E402
-from blip2edge.runtime.ort import OnnxRuntimeSession  # noqa: E402
+from blip2edge.model.vision.token_merging import TokenMatching  # noqa: E402
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession  # noqa: E402
+from blip2edge.runtime.captioning.captioner import Captioner  # noqa: E402
 from tests.drawing import Drawn, draw_pictures  # noqa: E402
 from tests.engine.families import FAMILIES  # noqa: E402
 

@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch", reason="export needs torch")
 pytest.importorskip("transformers", reason="transformers is the oracle")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
+from blip2edge.bundle.manifest import Bundle  # noqa: E402
 from blip2edge.export.pipeline import export_checkpoint  # noqa: E402
-from blip2edge.manifest import Bundle  # noqa: E402
-from blip2edge.runtime.captioner import Captioner  # noqa: E402
-from blip2edge.runtime.ort import OnnxRuntimeSession  # noqa: E402
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession  # noqa: E402
+from blip2edge.runtime.captioning.captioner import Captioner  # noqa: E402
 from tests.drawing import BOS, IMAGE, Drawn, Variant, draw_pictures, save, with_ends  # noqa: E402
 
 RELATIVE = 1e-4  # of an output's largest value
@@ -89,7 +89,9 @@ def test_every_stage_equals_transformers(exported: Exported) -> None:
     queries = model.query_tokens.expand(2, -1, -1)
     read = model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
     visual = model.language_projection(read)
-    if variant.embed_dim is not None:  # masked_scatter fills the slots from the front, see model/qformer.py
+    if (
+        variant.embed_dim is not None
+    ):  # masked_scatter fills the slots from the front, see model/bridges/qformer.py
         visual = visual.flatten(1)[:, : variant.queries * variant.embed_dim].unflatten(
             1, (variant.queries, -1)
         )
@@ -152,7 +154,7 @@ def test_the_caption_depends_on_the_picture(exported: Exported) -> None:
 
 def test_the_same_ids_as_a_padded_batch_of_transformers(exported: Exported) -> None:
     if exported.drawn.variant.embed_dim is not None:
-        pytest.skip("transformers shifts the pictures of such a batch (model/qformer.py)")
+        pytest.skip("transformers shifts the pictures of such a batch (model/bridges/qformer.py)")
     images, prompts = draw_pictures(3, 7), ("a photo of", "two red", "what is it")
     for options in ({}, {"num_beams": 3}):
         wanted = exported.drawn.generate_batch(images, prompts, max_new_tokens=NEW_TOKENS, **options)

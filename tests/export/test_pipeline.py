@@ -17,13 +17,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="export needs torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 
+from blip2edge.bundle.manifest import Bundle  # noqa: E402
+from blip2edge.bundle.token_table import TokenTable  # noqa: E402
 from blip2edge.errors import CheckpointError, ExportError, OutputError, ParityError  # noqa: E402
 from blip2edge.export import pipeline as pipeline_module  # noqa: E402
 from blip2edge.export import token_table, verify, weights  # noqa: E402
 from blip2edge.export.to_onnx import WeightSlot  # noqa: E402
-from blip2edge.manifest import Bundle  # noqa: E402
-from blip2edge.runtime.captioner import Captioner  # noqa: E402
-from blip2edge.runtime.embeddings import TokenTable  # noqa: E402
+from blip2edge.runtime.captioning.captioner import Captioner  # noqa: E402
 from tests.drawing import Drawn, draw_pictures, rewrite_tensors  # noqa: E402
 
 Export = Callable[..., Path]

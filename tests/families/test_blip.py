@@ -16,7 +16,7 @@ from blip2edge import Captioner, Matcher
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, CheckpointError, UnsupportedModelError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
+from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
 from tests.drawing import draw_pictures
 from tests.families import drawing_blip as drawing
 

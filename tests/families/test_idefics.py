@@ -16,14 +16,14 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 import torch
 from transformers import IdeficsForVisionText2Text, IdeficsImageProcessorPil
 
+from blip2edge.bundle.schema import PromptSpec
 from blip2edge.cli.caption import _items
-from blip2edge.contract import PromptSpec
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
-from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.interleave import look_mask, looks_at, pack, weave
-from blip2edge.runtime.preprocess import Preprocessing
+from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.text.prompt import look_mask, looks_at, pack, weave
 from tests.families.drawing_idefics import IMAGE_SIZE, TINY_VISION, draw_idefics
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {

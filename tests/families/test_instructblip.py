@@ -20,8 +20,8 @@ from transformers import InstructBlipForConditionalGeneration
 
 from blip2edge.errors import CheckpointError, PromptError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
-from blip2edge.runtime.captioner import Captioner
+from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
+from blip2edge.runtime.captioning.captioner import Captioner
 from tests.families.drawing_instruct import SIZE, draw_instructblip
 
 PROMPTS = ("A short image caption.", "what is it doing?", "Question: what is it, two cats? Short answer:")

@@ -18,9 +18,9 @@ from PIL import Image
 from blip2edge.cli import main
 from blip2edge.errors import ImageError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.frames import chosen, load_frames, pictures_of
-from blip2edge.runtime.preprocess import Preprocessing
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.images.video import chosen, load_frames, pictures_of
 from tests.families.drawing_instruct import FRAMES, QUERIES, draw_instructblipvideo
 
 PROMPTS = ("A short video caption.", "what is it doing?", "Question: what is it, two cats? Short answer:")

@@ -17,13 +17,13 @@ pytest.importorskip("onnxruntime", reason="bundles run on ONNX Runtime")
 import torch
 from torch import Tensor
 
+from blip2edge.bundle.manifest import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.manifest import Bundle
-from blip2edge.model.checkpoint import load_checkpoint, load_model
-from blip2edge.model.lavis import open_checkpoint
-from blip2edge.runtime.captioner import Captioner
+from blip2edge.model.checkpoint.directory import load_checkpoint, load_model
+from blip2edge.model.checkpoint.lavis import open_checkpoint
+from blip2edge.runtime.captioning.captioner import Captioner
 from tests import drawing
 from tests.families.drawing_instruct import draw_instructblip
 

@@ -16,11 +16,11 @@ from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.export.graphs import DecoderGraph, cache_of, decoder_spec
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.export.to_onnx import trace
-from blip2edge.model.language import language_of
-from blip2edge.model.weights import WeightMap
+from blip2edge.model.language.registry import language_of
+from blip2edge.model.weights.rules import WeightMap
 from blip2edge.optimization.graph import prepare
+from blip2edge.optimization.passes.shared_cache import share_cache
 from blip2edge.optimization.pipeline import optimize
-from blip2edge.optimization.shared_cache import share_cache
 from tests.families import drawing_llama as drawing
 
 LLAMA3 = {

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from blip2edge import Captioner
 from blip2edge.errors import CheckpointError, PromptError, UnsupportedModelError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
-from blip2edge.model.families import read_config
+from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
+from blip2edge.model.families.registry import read_config
 from tests.families import drawing_llama as drawing
 
 FULL = {
@@ -92,9 +92,9 @@ def test_eos_comes_from_generation_config(tmp_path: Path) -> None:
 
 def test_prompt_ids_equal_the_processors(tmp_path: Path) -> None:
     """The ids that the repetition penalty sees are transformers' input_ids."""
-    from blip2edge.contract import PromptSpec
-    from blip2edge.runtime.prompt import Prompter
-    from blip2edge.runtime.tokenizer import Tokenizer
+    from blip2edge.bundle.schema import PromptSpec
+    from blip2edge.runtime.text.prompt import Prompter
+    from blip2edge.runtime.text.tokenizer import Tokenizer
 
     _, processor = drawing.draw_llava(tmp_path, 0)
     spec = PromptSpec(

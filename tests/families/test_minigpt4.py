@@ -12,7 +12,7 @@ import torch
 from blip2edge import Captioner
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
+from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
 from tests.families import drawing_llama as drawing
 
 BEFORE, BEHIND = "###Human: <Img>", "</Img> {prompt}###Assistant:"

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
-from blip2edge.model.families import read_config, write_config
-from blip2edge.model.pool import AttentionPoolBridge, AttentionPoolConfig
-from blip2edge.runtime.captioner import Captioner
+from blip2edge.model.bridges.pool import AttentionPoolBridge, AttentionPoolConfig
+from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
+from blip2edge.model.families.registry import read_config, write_config
+from blip2edge.runtime.captioning.captioner import Captioner
 from tests import drawing
 
 PROMPTS = ("a photo of", "Question: what is it? Short answer:", "two red cats")

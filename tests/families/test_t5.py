@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from blip2edge import Captioner
+from blip2edge.bundle.manifest import Bundle
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.manifest import Bundle
-from blip2edge.model.t5 import bucket_thresholds
+from blip2edge.model.language.t5 import bucket_thresholds
 from blip2edge.optimization.pipeline import optimize
 from tests.drawing import BOS, IMAGE, PAD, VOCABULARY, Variant, draw_pictures, draw_processor, randomize
 

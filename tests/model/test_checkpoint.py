@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="transformers is the oracle")
 from transformers import Blip2ForConditionalGeneration  # noqa: E402
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError  # noqa: E402
-from blip2edge.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
+from blip2edge.model.checkpoint.directory import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
 from tests.drawing import BOS, IMAGE, PAD, Drawn, Variant, draw_model, rewrite_tensors, save  # noqa: E402
 
 RELATIVE = 1e-5  # of the largest logit; seen: 2e-6
@@ -43,7 +43,7 @@ def tokens(variant: Variant, rows: int) -> Any:
 
 @torch.no_grad()
 def logits_of_transformers(model: Any, pixels: Any, ids: Any, queries: int) -> Any:
-    """Logits behind the text; picture by picture where the table is narrow (see model/qformer.py)."""
+    """Logits behind the text; picture by picture where the table is narrow (see model/bridges/qformer.py)."""
     rows = [model(pixel_values=pixels[i : i + 1], input_ids=ids[i : i + 1]).logits for i in range(len(ids))]
     return torch.cat(rows)[:, queries:]
 

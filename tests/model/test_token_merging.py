@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="the model is torch's")
 
 from blip2edge.errors import UsageError  # noqa: E402
+from blip2edge.model.bridges.mlp import MLPConfig  # noqa: E402
+from blip2edge.model.bridges.pool import AttentionPoolConfig  # noqa: E402
 from blip2edge.model.config import CaptionerConfig, VisionConfig  # noqa: E402
-from blip2edge.model.mlp import MLPConfig  # noqa: E402
 from blip2edge.model.models import with_merged_tokens  # noqa: E402
-from blip2edge.model.pool import AttentionPoolConfig  # noqa: E402
-from blip2edge.model.token_merging import merged_counts, most_merged  # noqa: E402
-from blip2edge.model.vit import VisionTransformer  # noqa: E402
+from blip2edge.model.vision.token_merging import merged_counts, most_merged  # noqa: E402
+from blip2edge.model.vision.vit import VisionTransformer  # noqa: E402
 
 EVA = VisionConfig(24, 48, 3, 4, image_size=32, patch_size=8)
 CLIP = replace(EVA, clip=True, post_norm=False, activation="quick_gelu")

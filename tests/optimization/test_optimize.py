@@ -14,18 +14,18 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
 
+from blip2edge.bundle.manifest import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import BundleIntegrityError, UsageError
-from blip2edge.manifest import Bundle
 from blip2edge.optimization import pipeline, recipes
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.optimization.recipes import Recipe
-from blip2edge.runtime.captioner import Captioner
-from blip2edge.runtime.language import Continuation
-from blip2edge.runtime.optimized import RECORD
-from blip2edge.runtime.shared_cache import SharedDecoder, SharedState
+from blip2edge.runtime.backends.optimized_copy import RECORD
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.decoding.kv.in_place import SharedDecoder, SharedState
+from blip2edge.runtime.decoding.language_model import Continuation
 from tests.drawing import draw_pictures
-from tests.runtime.test_decoder import TAIL, TEXTS, alone, close
+from tests.runtime.decoding.test_growing import TAIL, TEXTS, alone, close
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},

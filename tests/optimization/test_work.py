@@ -12,9 +12,9 @@ pytest.importorskip("onnx", reason="graphs are made here")
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from blip2edge.contract import Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
 from blip2edge.optimization.work import graph_work
-from blip2edge.runtime.roofline import Work
+from blip2edge.runtime.bench.roofline import Work
 
 BATCH, STEPS = Axis("batch", 1, 1, 8), Axis("steps", 1, 4, 16)
 

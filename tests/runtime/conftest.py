@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from blip2edge.runtime.generate import Generated, GenerationOptions, generate
+from blip2edge.runtime.decoding.generate import Generated, GenerationOptions, generate
 
 if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
     import torch

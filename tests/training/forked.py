@@ -28,16 +28,16 @@ from torch.distributed.fsdp import fully_shard
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.progress import ProgressCallback
 from blip2edge.training import run as runs
-from blip2edge.training import snapshots, states
-from blip2edge.training.batches import KeywordTexts, SceneSeries
 from blip2edge.training.config import OptimizerConfig, parse_config
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.loader import PictureBatch
-from blip2edge.training.miniature import build_miniature
-from blip2edge.training.optim import make_optimizer
+from blip2edge.training.loading.batches import KeywordTexts, SceneSeries
+from blip2edge.training.loading.loader import PictureBatch
+from blip2edge.training.loop import snapshots, states
+from blip2edge.training.loop.optim import make_optimizer
+from blip2edge.training.loop.snapshots import Snapshot
+from blip2edge.training.phases.stages import GenerativeStage
 from blip2edge.training.run import train
-from blip2edge.training.snapshots import Snapshot
-from blip2edge.training.stages import GenerativeStage
+from blip2edge.training.setup.miniature import build_miniature
 
 ROOT = Path(__file__).parents[2]
 KILLED_AFTER = 3  # steps; a snapshot is written every second one

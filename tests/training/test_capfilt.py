@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from blip2edge.errors import DataError, OutputError
-from blip2edge.training.capfilt import CapFiltOptions, Judged, capfilt, judge
-from blip2edge.training.capfilt_ray import batch_from_json, batch_to_json
+from blip2edge.training.capfilt.filtering import CapFiltOptions, Judged, capfilt, judge
+from blip2edge.training.capfilt.on_ray import batch_from_json, batch_to_json
 from blip2edge.training.data.entries import Broken, Shown, by_picture
 from blip2edge.training.data.folder import read_folder
 from blip2edge.training.data.shards import read_shards, shard_paths
-from blip2edge.training.judges import JudgeOptions, Vectors
+from blip2edge.training.evaluation.judges import JudgeOptions, Vectors
 
 if TYPE_CHECKING:
     from tests.drawing import Drawn

@@ -15,12 +15,12 @@ pytest.importorskip("safetensors")
 
 
 from blip2edge.errors import ConfigError, DataError, OutputError  # noqa: E402
-from blip2edge.model.checkpoint import load_checkpoint  # noqa: E402
+from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
 from blip2edge.training import run as runs  # noqa: E402
-from blip2edge.training import snapshots  # noqa: E402
-from blip2edge.training.judges import JudgeOptions, open_answerer  # noqa: E402
+from blip2edge.training.data.scenes import scenes  # noqa: E402
+from blip2edge.training.evaluation.judges import JudgeOptions, open_answerer  # noqa: E402
+from blip2edge.training.loop import snapshots  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
-from blip2edge.training.scenes import scenes  # noqa: E402
 from tests.training import recipes  # noqa: E402
 
 

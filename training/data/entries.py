@@ -10,7 +10,7 @@ from typing import Protocol
 from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError
-from blip2edge.runtime.preprocess import load_image
+from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.sources import Sample
 
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

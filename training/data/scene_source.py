@@ -9,8 +9,8 @@ import numpy as np
 
 from blip2edge.errors import Blip2EdgeError, DataError
 from blip2edge.training.data.config import DataConfig
+from blip2edge.training.data.scenes import make_scene
 from blip2edge.training.data.sources import Sample
-from blip2edge.training.scenes import make_scene
 
 _ORDER, _PROMPT = 1, 2  # streams of chance beside those of the scenes themselves
 

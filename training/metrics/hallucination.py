@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from blip2edge.errors import DataError
+from blip2edge.training.data.scenes import COLOURS, SHAPES, Kind, Scene
 from blip2edge.training.metrics.tokens import words
-from blip2edge.training.scenes import COLOURS, SHAPES, Kind, Scene
 
 NEGATIVES = ("random", "popular", "adversarial")
 

@@ -27,11 +27,11 @@ from torch.nn import functional as F
 
 from blip2edge.examples.recipes.emoji.augment import augment, may_mirror, premultiplied
 from blip2edge.examples.recipes.emoji.prepare import PICTURE_SIZE
-from blip2edge.model.checkpoint import load_checkpoint, save_checkpoint
-from blip2edge.model.vit import VisionTransformer
-from blip2edge.training.batches import PREPROCESSING
+from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
+from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.training.config import OptimizerConfig
-from blip2edge.training.optim import learning_rate, make_optimizer
+from blip2edge.training.loading.batches import PREPROCESSING
+from blip2edge.training.loop.optim import learning_rate, make_optimizer
 
 START = Path(__file__).parents[2] / "checkpoint"
 TEXT_WIDTH = 128

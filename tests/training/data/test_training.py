@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from blip2edge.errors import DataError
+from blip2edge.training.data.scenes import scenes
 from blip2edge.training.run import train
-from blip2edge.training.scenes import scenes
 
 CHECKPOINT = Path(__file__).parents[3] / "examples" / "checkpoint"
 RECIPE = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from blip2edge.errors import DataError
+from blip2edge.training.data.scenes import scenes
 from blip2edge.training.metrics.hallucination import (
     NEGATIVES,
     chair,
@@ -14,7 +15,6 @@ from blip2edge.training.metrics.hallucination import (
     things_named,
     things_shown,
 )
-from blip2edge.training.scenes import scenes
 
 
 def test_things_are_read_off_a_caption() -> None:

@@ -1,0 +1,1 @@
+"""INT8 activations: observe, smooth, choose ranges, write Q/DQ."""

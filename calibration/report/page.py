@@ -1,0 +1,364 @@
+"""``report.html``: what a calibration did, on one page that needs no network and no scripts.
+
+Everything is computed from the object of ``report.json`` (``details.py``) and from thumbnails of the pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from blip2edge.calibration.activations.headroom import LARGEST, SPARE
+from blip2edge.calibration.report.charts import bars, grid, histogram, spread
+from blip2edge.calibration.report.style import CSS
+
+REPORT_PAGE = "report.html"
+SHOWN = 24  # pictures with their captions; those that differ come first
+SIDE = 112  # px of a thumbnail
+ROWS = 12  # of a table or chart that shows the worst
+
+BANDWIDTHS = {"Jetson Orin Nano": 68, "Orin Nano Super, Orin NX": 102, "AGX Orin": 205, "Thor": 273}
+"""GB/s of memory, by NVIDIA's data sheets: what bounds decoding."""
+
+CACHED = 32 << 20
+"""Bytes a token below which memory does not bound decoding."""
+
+WEIGHT = re.compile(r"^(?P<path>.*?\.)(?P<layer>\d+)\.(?P<kind>.*?)(\.weight)?(\.T)?$")
+"""An initializer of a layer: its number, and what it is there."""
+
+Graphs = Mapping[str, Mapping[str, Any]]
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """A small JPEG of a picture as a data URI."""
+    small = picture.convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def shown_pictures(captions: Sequence[Mapping[str, str]]) -> list[int]:
+    """Which pictures the page shows: those whose captions differ first."""
+    order = sorted(range(len(captions)), key=lambda at: captions[at]["parent"] == captions[at]["ours"])
+    return order[:SHOWN]
+
+
+def page(document: Mapping[str, Any], title: str, thumbnails: Mapping[int, str]) -> str:
+    """The whole page.
+
+    Args:
+        document: The object of ``report.json``.
+        title: The bundle's name.
+        thumbnails: Data URIs by the place in ``document["captions"]``.
+    """
+    sections: list[tuple[str, Callable[[], str]]] = [
+        ("Size", lambda: _sizes(document)),
+        ("Captions beside the parent's", lambda: _captions(document, thumbnails)),
+        ("How near each graph is", lambda: _stages(document)),
+        ("What rounding changes of each layer", lambda: _layers(document["graphs"])),
+        ("Ranges of the activations", lambda: _ranges(document["graphs"])),
+        ("Sensitivity", lambda: _sensitivity(document["calibration"].get("sensitivity"))),
+        ("Left in floating point", lambda: _left(document["graphs"])),
+        ("Would FP16 overflow", lambda: _headroom(document["graphs"])),
+    ]
+    body = "".join(
+        f"<section><h2>{escape(name)}</h2>{content}</section>"
+        for name, content in ((name, make()) for name, make in sections)
+        if content
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}: calibration</title><style>{CSS}</style></head>"
+        f"<body><main>{_head(document, title)}{body}</main></body></html>\n"
+    )
+
+
+def _head(document: Mapping[str, Any], title: str) -> str:
+    record, graphs = document["calibration"], document["graphs"]
+    now = sum(graph["bytes"] for graph in graphs.values()) + document["token_table"]["bytes"]
+    before = sum(graph["parent_bytes"] for graph in graphs.values()) + document["token_table"]["parent_bytes"]
+    tiles = [(_size(now), f"{now / before:.0%} of the parent's {_size(before)}")]
+    if record["captions"]:
+        tiles.append(
+            (
+                f"{record['captions']['same']:.1%}",
+                f"of {record['captions']['pictures']} captions as the parent's",
+            )
+        )
+    lowest = [value["mean"] for outputs in record["cosine"].values() for value in outputs.values()]
+    if lowest:
+        tiles.append((f"{min(lowest):.5f}", "lowest mean cosine of a graph's output"))
+    decode = document.get("decode")
+    if decode:
+        share = decode["bytes"] / decode["parent_bytes"]
+        tiles.append(
+            (_size(decode["bytes"]), f"read for a token, {share:.0%} of {_size(decode['parent_bytes'])}")
+        )
+    cards = "".join(
+        f"<div><b>{escape(figure)}</b><span>{escape(text)}</span></div>" for figure, text in tiles
+    )
+    kinds = ", ".join(f"{name} {graph['precision']}" for name, graph in graphs.items())
+    return (
+        f"<header><h1>{escape(title)}</h1><p>Calibrated by <i>{escape(record['method'])}</i> on "
+        f"{record['pictures']} pictures. {escape(kinds)}.</p><div class=tiles>{cards}</div></header>"
+    )
+
+
+def _sizes(document: Mapping[str, Any]) -> str:
+    rows: list[tuple[str, str, float, str]] = []
+    table = {"token table": {"precision": "", **document["token_table"]}}
+    for name, graph in {**document["graphs"], **table}.items():
+        if not graph["parent_bytes"]:
+            continue
+        now, before = graph["bytes"], graph["parent_bytes"]
+        rows.append((name, "before", before, _size(before)))
+        rows.append((graph["precision"], "now", now, f"{_size(now)} · {now / before:.2f}"))
+    text = "<p>Grey is the parent. A head that is the token table is counted with the table, where both are one.</p>"
+    return text + bars(rows) + _decode(document.get("decode"))
+
+
+def _decode(decode: Mapping[str, Any] | None) -> str:
+    if not decode:
+        return ""
+    text = (
+        f"<p>Each new token reads the decoder's weights, {_size(decode['weight_bytes'])}, and the cache: "
+        f"{_size(decode['cache_bytes_per_position'])} a position, here at {decode['positions']} positions."
+    )
+    if decode["bytes"] < CACHED:
+        return text + " That is so little that a processor's cache may hold it.</p>"
+    rows = "".join(
+        f"<tr><td>{escape(device)}</td><td class=n>{bandwidth} GB/s</td>"
+        f"<td class=n>{bandwidth * 1e9 / decode['parent_bytes']:.0f}</td>"
+        f"<td class=n>{bandwidth * 1e9 / decode['bytes']:.0f}</td></tr>"
+        for device, bandwidth in BANDWIDTHS.items()
+    )
+    return (
+        f"{text} Memory bandwidth alone allows so many tokens a second; nothing was run on these devices:</p>"
+        "<table><tr><th>device<th class=n>memory<th class=n>parent, at most<th class=n>this, at most</tr>"
+        f"{rows}</table>"
+    )
+
+
+def _captions(document: Mapping[str, Any], thumbnails: Mapping[int, str]) -> str:
+    captions = document["captions"]
+    if not captions:
+        return ""
+    cards = []
+    for at in shown_pictures(captions):
+        pair = captions[at]
+        same = pair["parent"] == pair["ours"]
+        source = thumbnails.get(at)
+        image = f'<img src="{source}" alt="">' if source else ""
+        text = (
+            f"<p>{escape(pair['ours'])}</p>"
+            if same
+            else f"<p class=was>{escape(pair['parent'])}</p><p class=is>{escape(pair['ours'])}</p>"
+        )
+        cards.append(
+            f"<figure class={'same' if same else 'differs'}>{image}<figcaption><small>{escape(pair['picture'])}"
+            f"</small>{text}</figcaption></figure>"
+        )
+    differ = sum(pair["parent"] != pair["ours"] for pair in captions)
+    what = (
+        f"{differ} of {len(captions)} captions differ; they come first, the parent's struck through."
+        if differ
+        else f"All {len(captions)} captions are the parent's, word for word."
+    )
+    more = f" {len(cards)} pictures are shown." if len(cards) < len(captions) else ""
+    return f"<p>{what}{more}</p><div class=captions>{''.join(cards)}</div>"
+
+
+def _stages(document: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(output)}</td>"
+        + "".join(f"<td class=n>{value[key]:.6f}</td>" for key in ("mean", "lowest", "lowest_token"))
+        + "</tr>"
+        for name, outputs in document["calibration"]["cosine"].items()
+        for output, value in outputs.items()
+    )
+    if not rows:
+        return ""
+    return (
+        "<p>Cosine of each output to the parent's, on the parent's inputs.</p>"
+        "<table><tr><th>graph<th>output<th class=n>mean<th class=n>lowest picture<th class=n>lowest token</tr>"
+        f"{rows}</table>"
+    )
+
+
+def _layers(graphs: Graphs) -> str:
+    parts = []
+    for name, graph in graphs.items():
+        changes = {
+            weight: math.sqrt(max(detail["change"], 0.0))
+            for detail in graph["activations"]
+            for weight in detail["products"]
+        }
+        plain = {}
+        for weight, matrix in graph["weights"].items():
+            if matrix["error"] is not None:
+                changes[weight], plain[weight] = matrix["error"], matrix["plain_error"]
+        if changes:
+            parts.append(f"<h3>{escape(name)} <span>{escape(graph['precision'])}</span></h3>")
+            parts.append(_grids(changes))
+            parts.append(_worst(changes, plain))
+    if not parts:
+        return ""
+    text = (
+        "<p>The share of a product's output that rounding changes, on the calibration's activations: root mean square "
+        "of the difference over that of the output. Darker is more; point at a square for its figure.</p>"
+    )
+    return text + "".join(parts)
+
+
+def _grids(changes: Mapping[str, float]) -> str:
+    stacks: dict[str, dict[tuple[str, int], float]] = {}
+    for weight, value in changes.items():
+        match = WEIGHT.match(weight)
+        if match:
+            stacks.setdefault(match["path"], {})[match["kind"], int(match["layer"])] = value
+    return "".join(f"<div class=wide>{grid(cells, 'changed')}</div>" for cells in stacks.values())
+
+
+def _worst(changes: Mapping[str, float], plain: Mapping[str, float]) -> str:
+    worst = sorted(changes, key=lambda weight: -changes[weight])[:5]
+    named = " · ".join(f"{escape(_short(weight))} {changes[weight]:.1%}" for weight in worst)
+    text = f"<p class=note>Most: {named}.</p>"
+    if plain:
+        ours = sum(changes[weight] for weight in plain) / len(plain)
+        nearest = sum(plain.values()) / len(plain)
+        text += (
+            f"<p class=note>Mean over {len(plain)} matrices {ours:.2%}; rounding to the nearest in the same format "
+            f"would change {nearest:.2%}.</p>"
+        )
+    return text
+
+
+def _ranges(graphs: Graphs) -> str:
+    parts = []
+    for name, graph in graphs.items():
+        rows = "".join(_range(detail) for detail in graph["activations"])
+        if rows:
+            parts.append(
+                f"<details><summary>{escape(name)}: {len(graph['activations'])} activations</summary>"
+                "<table><tr><th>read by<th>values<th class=n>largest<th class=n>range<th class=n>widest channel"
+                f"<th class=n>changed<th>smoothing</tr>{rows}</table></details>"
+            )
+    if not parts:
+        return ""
+    text = (
+        "<p>|x| of the activations that became INT8: how often, on a logarithmic scale; what lies behind the red line "
+        "saturates. Where channels are divided first (smoothing), the picture shows them before and the figures "
+        "behind the division. The widest channel is told in times of the median one.</p>"
+    )
+    return text + "".join(parts)
+
+
+def _range(detail: Mapping[str, Any]) -> str:
+    middle = detail["median_channel"]
+    ratio = f"{detail['largest_channel'] / middle:.1f}×" if middle else ""
+    names = ", ".join(map(_short, detail["products"]))
+    line = detail["threshold"] if detail["division"] == "none" else None
+    return (
+        f"<tr><td>{escape(names)}</td>"
+        f"<td>{histogram(detail['histogram'], detail['histogram_end'], line)}</td>"
+        f"<td class=n>{detail['maximum']:.3g}</td><td class=n>{detail['threshold']:.3g}</td>"
+        f"<td class=n>{ratio}</td><td class=n>{math.sqrt(max(detail['change'], 0.0)):.2%}</td>"
+        f"<td>{escape(detail['division'])}</td></tr>"
+    )
+
+
+def _sensitivity(record: Mapping[str, Any] | None) -> str:
+    if not record:
+        return ""
+    left = {(item["graph"], item["layer"]) for item in record["left"]}
+    rows = [
+        (
+            _short(item["layer"]),
+            "bad" if (item["graph"], item["layer"]) in left else "now",
+            item["loss"],
+            f"{item['loss']:.2g} nats",
+        )
+        for item in record["layers"][: max(ROWS, len(left))]
+    ]
+    counted = "% of the captions differ" if record["measure"] == "captions" else "points of CIDEr are lost"
+    tried = ", ".join(f"{count} left: {drop:.1f}" for count, drop in record["tried"].items())
+    return (
+        "<p>How much each layer alone changes the next token (Kullback-Leibler divergence from the parent, nats a "
+        f"token), the worst {len(rows)} of {len(record['layers'])}. With everything quantised "
+        f"{record['drop_with_all_quantised']:.1f} {counted}; {record['limit']:g} are allowed. "
+        f"{len(left)} layers stay as they are (red), and {record['drop']:.1f} {counted}.</p>{bars(rows)}"
+        f"<p class=note>By the number of layers left: {tried}.</p>"
+    )
+
+
+def _left(graphs: Graphs) -> str:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, graph in graphs.items():
+        for node, reason in graph["left"].items():
+            reasons.setdefault((name, reason), []).append(node)
+    if not reasons:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td class=n>{len(nodes)}</td><td>{escape(reason)}</td>"
+        f"<td class=names>{escape(', '.join(map(_short, nodes[:4])))}{' …' if len(nodes) > 4 else ''}</td></tr>"
+        for (name, reason), nodes in reasons.items()
+    )
+    return f"<table><tr><th>graph<th class=n>products<th>why<th>which</tr>{rows}</table>"
+
+
+def _headroom(graphs: Graphs) -> str:
+    parts = []
+    for name, graph in graphs.items():
+        found = graph["headroom"]
+        if not found or not found["tensors"]:
+            continue
+        values = [tensor["headroom"] for tensor in found["tensors"] if tensor["headroom"] is not None]
+        least = found["tensors"][0]
+        verdict = (
+            f"{len(found['keep_fp32'])} tensors have less than {SPARE:g} times and should stay in FP32."
+            if found["keep_fp32"]
+            else "FP16 is safe on these pictures."
+        )
+        parts.append(
+            f"<h3>{escape(name)}</h3><p class=note>Least: {escape(least['tensor'])} ({escape(least['op_type'])}) "
+            f"reaches {least['largest']:.4g}, {_times(least['headroom'])}. {verdict}</p>"
+            f"<div class=wide>{spread(values, 1.0, SPARE)}</div>"
+        )
+    if not parts:
+        return ""
+    text = (
+        f"<p>{LARGEST:.0f} is the largest FP16 number; headroom is that over a tensor's largest value on the "
+        "pictures. The bars count tensors; left of the red line they overflow, left of the grey one "
+        f"({SPARE:g} times) they might. "
+        "A CPU computes FP16 graphs in FP32, so that this, not a run, is what tells.</p>"
+    )
+    return text + "".join(parts)
+
+
+def _times(headroom: float | None) -> str:
+    if headroom is None:
+        return "always zero"
+    times, side = (headroom, "below") if headroom >= 1 else (1 / headroom, "above")
+    return f"{times:,.0f} times {side} the limit" if times >= 100 else f"{times:.3g} times {side} the limit"
+
+
+def _short(weight: str) -> str:
+    """An initializer's name without what all have in common."""
+    return re.sub(r"(\.weight)?(\.T)?$", "", weight)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -1,0 +1,1 @@
+"""Which precision each part gets: sensitivity, agreement of captions, the choice."""

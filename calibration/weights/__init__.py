@@ -1,0 +1,1 @@
+"""INT8 and INT4 weights in blocks."""

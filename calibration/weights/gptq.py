@@ -1,0 +1,189 @@
+"""Rounding that makes up for itself: the error of one input's weights is taken over by the inputs still to come.
+
+GPTQ (Frantar et al., arXiv 2210.17323): with ``H = XᵀX`` over the activations X that a matrix meets, the weights are
+rounded one input after the other, and the rest is moved to where the output changes least, by the Cholesky factor
+of the inverse of H. Scales are fixed beforehand, so that inputs can be taken in the order of their size (act-order)
+and blocks stay contiguous; afterwards the scales are fitted once more to the integers that came out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.calibration.weights.blocks import (
+    BlockFormat,
+    Floats,
+    Integers,
+    restored,
+    rounded,
+    searched_scales,
+)
+from blip2edge.errors import BundleError
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to H (arXiv 2210.17323, section 3.3)."""
+
+LAZY = 128
+"""Inputs whose corrections are collected before the rest of the matrix is touched."""
+
+LEAF = 256
+"""Rows of a triangular matrix that are inverted at once."""
+
+VALUES = 1 << 22
+"""Weights that are rounded at a time, 16 MiB of them: outputs do not depend on each other."""
+
+
+Scales = Callable[[Floats, BlockFormat], Floats]
+"""A rule that gives a matrix ``[K, N]`` its scales ``[K / block, N]``."""
+
+
+class SecondMoments:
+    """The sum of ``XᵀX`` over batches of activations.
+
+    Args:
+        width: K.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.total = np.zeros((width, width), np.float64)
+        self.rows = 0
+
+    def add(self, activations: NDArray[Any]) -> None:
+        """Counts ``[..., K]``."""
+        flat = activations.reshape(-1, activations.shape[-1]).astype(np.float32, copy=False)
+        self.total += flat.T @ flat
+        self.rows += len(flat)
+
+    def mean(self) -> NDArray[np.float64]:
+        """``[K, K]``, the mean over the activations."""
+        return self.total / max(self.rows, 1)
+
+
+class Corrector:
+    """What the matrices that meet the same activations share.
+
+    Args:
+        moments: ``[K, K]``, mean of ``XᵀX``.
+
+    Raises:
+        BundleError: It is not finite.
+    """
+
+    def __init__(self, moments: NDArray[np.float64]) -> None:
+        diagonal = np.diag(moments).copy()
+        if not np.isfinite(moments).all():
+            raise BundleError(
+                "an activation is not finite on these pictures: the bundle overflows",
+                "export with --precision fp32, and calibrate that",
+            )
+        self.importance = np.maximum(diagonal, 1e-8 * max(float(diagonal.mean()), 1e-30)).astype(np.float32)
+        self.order = np.argsort(-diagonal, kind="stable")
+        self.moments = moments.astype(np.float32)
+        self.damping = np.float32(max(DAMPING * float(diagonal.mean()), 1e-12))
+        ordered = moments[np.ix_(self.order, self.order)]
+        ordered[np.diag_indices_from(ordered)] += self.damping
+        self.factor = _factor(ordered)
+
+    def quantize(self, weight: Floats, form: BlockFormat) -> tuple[Integers, Floats]:
+        """Integers ``[K, N]`` and scales ``[K / block, N]`` of a matrix ``[K, N]``."""
+        integers = np.empty(weight.shape, np.int8)
+        scales = np.empty((len(weight) // form.block, weight.shape[1]), np.float32)
+        for part in _columns(weight):
+            chosen = searched_scales(weight[part], form, self.importance)
+            integers[part] = self._round(weight[part], chosen, form)
+            scales[part] = self._fitted(weight[part], integers[part], chosen, form)
+        return integers, scales
+
+    def error(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> float:
+        """The share of a matrix's output that rounding changes: ``|X(W - Ŵ)| / |XW|`` over the activations."""
+        moments = self.moments
+        lost = whole = 0.0
+        for part in _columns(weight):
+            given = weight[part]
+            gap = given - restored(integers[part], scales[part], form)
+            lost += float(np.vdot(gap, moments @ gap))
+            whole += float(np.vdot(given, moments @ given))
+        return float(np.sqrt(max(lost, 0.0) / whole)) if whole > 0 else 0.0
+
+    def _round(self, weight: Floats, scales: Floats, form: BlockFormat) -> Integers:
+        rest = weight[self.order]  # a copy, in the order in which inputs are rounded
+        steps = scales[self.order // form.block]
+        out = np.empty(rest.shape, np.int8)
+        factor = self.factor
+        for start in range(0, len(rest), LAZY):
+            end = min(start + LAZY, len(rest))
+            errors = np.empty((end - start, rest.shape[1]), np.float32)
+            for row in range(start, end):
+                values = np.clip(np.rint(rest[row] / steps[row]), form.low, form.high)
+                out[row] = values
+                error = (rest[row] - values * steps[row]) / factor[row, row]
+                rest[row + 1 : end] -= np.outer(factor[row, row + 1 : end], error)
+                errors[row - start] = error
+            rest[end:] -= factor[start:end, end:].T @ errors
+        integers = np.empty_like(out)
+        integers[self.order] = out
+        return integers
+
+    def _fitted(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> Floats:
+        """The scales with which the integers come closest, one block after the other with the others fixed.
+
+        The error of an output is ``eᵀ H e`` with ``e = w - Σ s_b q_b``; its minimum over one ``s_b`` is linear.
+        """
+        fitted = scales.copy()
+        moments = self.moments
+        spread = np.repeat(scales, form.block, axis=0)
+        error = weight - integers * spread
+        pull = moments @ error + self.damping * error  # [K, N]
+        for block in range(len(scales)):
+            rows = slice(block * form.block, (block + 1) * form.block)
+            values = integers[rows].astype(np.float32)
+            bent = moments[:, rows] @ values
+            bent[rows] += self.damping * values
+            change = (values * pull[rows]).sum(axis=0) / np.maximum((values * bent[rows]).sum(axis=0), 1e-30)
+            change = np.clip(change, -0.5 * fitted[block], fitted[block])  # a scale stays positive
+            fitted[block] += change
+            pull -= bent * change
+        return fitted
+
+
+def nearest(weight: Floats, form: BlockFormat, scales_of: Scales) -> tuple[Integers, Floats]:
+    """Rounding to the nearest: integers ``[K, N]`` and scales ``[K / block, N]``, by a rule for the scales."""
+    integers = np.empty(weight.shape, np.int8)
+    scales = np.empty((len(weight) // form.block, weight.shape[1]), np.float32)
+    for part in _columns(weight):
+        scales[part] = scales_of(weight[part], form)
+        integers[part] = rounded(weight[part], scales[part], form)
+    return integers, scales
+
+
+def _columns(weight: Floats) -> Iterator[tuple[slice, slice]]:
+    """Index expressions of some columns each."""
+    step = max(64, VALUES // len(weight))
+    for start in range(0, weight.shape[1], step):
+        yield np.s_[:, start : start + step]
+
+
+def _factor(moments: NDArray[np.float64]) -> Floats:
+    """The upper triangular U with ``UᵀU`` the inverse of a positive definite matrix.
+
+    With the rows and columns reversed, ``M = LLᵀ`` gives ``M⁻¹ = L⁻ᵀL⁻¹``; reversed back, ``L⁻¹`` is upper triangular.
+    """
+    lower = np.linalg.cholesky(moments[::-1, ::-1])
+    return np.ascontiguousarray(_inverse(lower)[::-1, ::-1]).astype(np.float32)
+
+
+def _inverse(lower: NDArray[Any]) -> NDArray[Any]:
+    """Of a lower triangular matrix, by halves: a third of the work of a general inverse, nearly all of it products."""
+    if len(lower) <= LEAF:
+        leaf: NDArray[Any] = np.linalg.inv(lower)
+        return leaf
+    half = len(lower) // 2
+    out = np.zeros_like(lower)
+    out[:half, :half] = _inverse(lower[:half, :half])
+    out[half:, half:] = _inverse(lower[half:, half:])
+    out[half:, :half] = -out[half:, half:] @ (lower[half:, :half] @ out[:half, :half])
+    return out

@@ -1,0 +1,199 @@
+"""The Q-Former's own text head: a small captioner inside the bridge, left there by image-grounded generation.
+
+A text is written behind the queries: its first token is [DEC], a token sees the queries' keys and values and the
+text before it, and a head says what comes next (Li et al., arXiv 2301.12597, section 3.1). Self-attention and the
+first norm are the Q-Former's; words, places, feed-forward and head are the text's own. A checkpoint keeps those
+beside its weights, as ``draft.safetensors`` and ``draft.json``; transformers drops them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip2edge.errors import CheckpointError
+from blip2edge.model.config import Fields, QFormerConfig
+from blip2edge.model.layers import ACTIVATIONS, KeyValue, gather_positions, stack
+from blip2edge.model.post_norm import Attention, FeedForward
+from blip2edge.model.weights.rules import Rule
+
+DRAFT_FILE = "draft.safetensors"
+DRAFT_CONFIG = "draft.json"
+DRAFT_PREFIX = "draft."
+"""Of our parameters, and of the file's tensors among the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """What ``draft.json`` holds; the other sizes are those of the Q-Former that it belongs to.
+
+    Attributes:
+        vocab_size: Rows of the word table, [DEC] included; its tokenizer is ``draft_tokenizer.json``.
+        max_positions: Rows of the position table, and so the longest text, [DEC] included.
+        dec_token_id: [DEC], what every written text begins with.
+        end_token_id: What ends one.
+        pad_token_id: What fills up a batch.
+    """
+
+    vocab_size: int
+    max_positions: int
+    dec_token_id: int
+    end_token_id: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        ids = {"dec": self.dec_token_id, "end": self.end_token_id, "pad": self.pad_token_id}
+        for name, token_id in ids.items():
+            if not 0 <= token_id < self.vocab_size:
+                raise CheckpointError(
+                    f"draft.json: {name}_token_id {token_id} is not below vocab_size {self.vocab_size}"
+                )
+
+    @classmethod
+    def from_json(cls, values: Any) -> DraftConfig:
+        """Reads ``draft.json``.
+
+        Raises:
+            CheckpointError: A key is missing or has a wrong value.
+        """
+        f = Fields("draft.json", values)
+        ids: dict[str, int] = {}
+        for name in ("dec_token_id", "end_token_id", "pad_token_id"):
+            token_id = f.token_id(name, None)
+            if token_id is None:
+                raise CheckpointError(f"draft.json has no {name}")
+            ids[name] = token_id
+        return cls(f.integer("vocab_size", None), f.integer("max_positions", None), **ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_json`."""
+        return asdict(self)
+
+
+class WordHead(nn.Module):
+    """BERT's transform, and the token table as the matrix behind it (arXiv 1810.04805, and LAVIS' ``cls``)."""
+
+    def __init__(self, config: QFormerConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """``x [B, K, D]`` and the table ``[V, D]`` to logits ``[B, K, V]``."""
+        x = self.norm(self.activation(self.dense(x)))
+        return x @ table.t() + self.bias
+
+
+class TextSide(NamedTuple):
+    """The modules that a text goes through, wherever they stand.
+
+    Attributes:
+        words: Token table.
+        positions: Position table, counted from [DEC] on.
+        norm: The norm before the first layer, which is the queries' too.
+        dropout: Behind it.
+        layers: Self-attention, which is the queries' too, and the text's feed-forward, layer by layer.
+        head: From states to logits.
+    """
+
+    words: nn.Embedding
+    positions: nn.Embedding
+    norm: nn.LayerNorm
+    dropout: nn.Dropout
+    layers: Sequence[tuple[Attention, FeedForward]]
+    head: WordHead
+
+    def write(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        bias: Tensor,
+        past: Iterable[KeyValue],
+        logits_indices: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Goes on with a text behind the queries.
+
+        Args:
+            input_ids: int64 ``[B, S]``; the first of a text is [DEC].
+            positions: int64 ``[B, S]`` or ``[S]``, 0 at [DEC].
+            bias: Added to the scores, broadcastable to ``[B, H, S, P + S]``.
+            past: Two of ``[B, H, P, d]`` a layer: the queries' keys and values, and those of the text before.
+            logits_indices: int64 ``[B, K]``, which of the S tokens need logits; None for all.
+
+        Returns:
+            Logits ``[B, K, V]``, and two of ``[B, H, P + S, d]`` a layer.
+        """
+        x = self.dropout(self.norm(self._embed(input_ids) + self.positions(positions)))
+        presents: list[KeyValue] = []
+        for (attention, feed_forward), before in zip(self.layers, past, strict=True):
+            key, value = attention.key_value(x)
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+            x = feed_forward(attention.look(x, (key, value), bias))
+            presents.append((key, value))
+        if logits_indices is not None:
+            x = gather_positions(x, logits_indices)
+        return self.head(x, self.words.weight), presents
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """int64 ``[B, S]`` to ``[B, S, D]``."""
+        if not torch.compiler.is_exporting():
+            return F.embedding(input_ids, self.words.weight)
+        # Columns of the turned table, which is the head's matrix: a graph then holds the table once.
+        columns = self.words.weight.t().index_select(1, input_ids.flatten())  # [D, B * S]
+        return columns.t().reshape(*input_ids.shape, -1)
+
+
+class DraftHead(nn.Module):
+    """The text's own parts, beside a bridge whose Q-Former has none."""
+
+    def __init__(self, config: DraftConfig, qformer: QFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(config.vocab_size, qformer.hidden_size)
+        self.positions = nn.Embedding(config.max_positions, qformer.hidden_size)
+        self.feed_forwards = stack(FeedForward(qformer) for _ in range(qformer.num_layers))
+        self.head = WordHead(qformer, config.vocab_size)
+
+    def text_side(self, qformer: Any) -> TextSide:
+        """With what it shares with its Q-Former (``model.bridge.qformer``)."""
+        layers = [
+            (layer.self_attention, feed_forward)
+            for layer, feed_forward in zip(qformer.layers, self.feed_forwards, strict=True)
+        ]
+        return TextSide(self.words, self.positions, qformer.norm, qformer.dropout, layers, self.head)
+
+
+RULES = (
+    Rule("words", "embeddings.word_embeddings"),
+    Rule("positions", "embeddings.position_embeddings"),
+    Rule("feed_forwards.*.up", "qformer.encoder.layer.*.intermediate.dense"),
+    Rule("feed_forwards.*.down", "qformer.encoder.layer.*.output.dense"),
+    Rule("feed_forwards.*.norm", "qformer.encoder.layer.*.output.LayerNorm"),
+    Rule("head.dense", "cls.predictions.transform.dense"),
+    Rule("head.norm", "cls.predictions.transform.LayerNorm"),
+    Rule("head.bias", "cls.predictions.bias"),
+)
+"""Ours and ``draft.safetensors``'s: names of transformers' ``Blip2ForImageTextRetrieval``; LAVIS' for the head."""
+
+
+def write_draft(directory: Path, tensors: Mapping[str, Tensor], config: DraftConfig) -> None:
+    """Writes ``draft.safetensors`` and ``draft.json``.
+
+    Args:
+        directory: A checkpoint's.
+        tensors: By the file's names, see :data:`RULES`.
+        config: The sizes.
+    """
+    save_file(dict(tensors), directory / DRAFT_FILE, metadata={"format": "pt"})
+    text = json.dumps(config.to_json(), indent=2) + "\n"
+    (directory / DRAFT_CONFIG).write_text(text, encoding="utf-8")

@@ -1,0 +1,130 @@
+"""The Q-Former that also reads an instruction (InstructBLIP: Dai et al., arXiv 2305.06500, section 2.3).
+
+Queries and instruction share each layer's self-attention; the queries alone look at the picture; each side has a
+feed-forward of its own. Only the queries are projected to the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.model.bridges.qformer import Layer, Projection, Reader
+from blip2edge.model.config import Fields, QFormerConfig
+from blip2edge.model.layers import key_mask_bias, stack
+from blip2edge.model.post_norm import FeedForward
+
+
+@dataclass(frozen=True)
+class InstructedQFormerConfig(QFormerConfig):
+    """A Q-Former with the text side of its BERT.
+
+    Attributes:
+        vocab_size: Rows of its word table; its tokenizer is BERT's, not the language model's.
+        instruction_positions: Rows of its position table, and so the longest instruction.
+    """
+
+    vocab_size: int = 30522
+    instruction_positions: int = 512
+
+    kind = "instructed-qformer"
+
+    @classmethod
+    def from_hf(
+        cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int
+    ) -> InstructedQFormerConfig:
+        """Reads ``qformer_config`` of an InstructBLIP ``config.json``."""
+        plain = QFormerConfig.from_hf(
+            values, num_query_tokens=num_query_tokens, encoder_hidden_size=encoder_hidden_size
+        )
+        f = Fields("qformer_config", values)
+        return cls(
+            **{field.name: getattr(plain, field.name) for field in fields(plain)},
+            vocab_size=f.integer("vocab_size", 30522),
+            instruction_positions=f.integer("max_position_embeddings", 512),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The section that :meth:`from_hf` reads."""
+        return super().to_hf() | {
+            "model_type": "instructblip_qformer",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.instruction_positions,
+        }
+
+
+class InstructedLayer(Layer):
+    """A Q-Former's layer over queries and text."""
+
+    def __init__(self, config: InstructedQFormerConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.text_feed_forward = FeedForward(config)
+
+    def forward(
+        self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, Q, D]`` and text ``[B, T, D]`` to the same; ``bias [B, 1, 1, Q + T]`` hides padding.
+
+        The text is what comes out of self-attention: its feed-forward is left to who goes on from it.
+        """
+        count = queries.shape[1]
+        both = torch.cat([queries, text], dim=1)  # [B, Q + T, D]
+        both = self.self_attention(both, both, bias)
+        queries, text = both[:, :count], both[:, count:]
+        if self.cross_attention is not None:
+            queries = self.cross_attention(queries, image_embeds)
+        return self.feed_forward(queries), text
+
+
+class InstructedQFormer(Reader):
+    """``image_embeds [B, P, Dv]`` and an instruction ``[B, T]`` to ``[B, Q, D]``."""
+
+    layers: Sequence[InstructedLayer]
+
+    def __init__(self, config: InstructedQFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.instruction_positions, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = stack(InstructedLayer(config, index) for index in range(config.num_layers))
+
+    def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
+        """The queries after they have read picture and instruction.
+
+        Args:
+            image_embeds: ``[B, P, Dv]``.
+            instruction_ids: int64 ``[B, T]``, padded on the right, as a token's slot is its position.
+            instruction_mask: int64 ``[B, T]``, 1 where a token is valid.
+        """
+        slots = torch.arange(instruction_ids.shape[1], device=instruction_ids.device)
+        words = self.word_embeddings(instruction_ids) + self.position_embeddings(slots)  # [B, T, D]
+        text = self.dropout(self.norm(words))
+        queries = self.norm(self.query_tokens).expand(image_embeds.shape[0], -1, -1)
+        queries = self.dropout(queries)
+        seen = instruction_mask.new_ones(instruction_mask.shape[0], queries.shape[1])
+        bias = key_mask_bias(torch.cat([seen, instruction_mask], dim=1), text.dtype)
+        for index, layer in enumerate(self.layers):
+            queries, text = layer(queries, text, bias, image_embeds)
+            if index + 1 < len(self.layers):  # nobody reads the text behind the last layer
+                text = layer.text_feed_forward(text)
+        return queries
+
+
+class InstructedBridge(nn.Module):
+    """The instructed Q-Former and the projection to the language model."""
+
+    def __init__(self, config: InstructedQFormerConfig, hidden_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.qformer = InstructedQFormer(config)
+        self.projection = Projection(config.hidden_size, hidden_size, embed_dim)
+
+    def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
+        """``[B, P, Dv]`` and int64 ``[B, T]`` twice to ``visual_tokens [B, Q, D]``."""
+        return self.projection(self.qformer(image_embeds, instruction_ids, instruction_mask))

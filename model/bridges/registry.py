@@ -1,0 +1,34 @@
+"""The bridges from picture to language model: one row a kind of config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from blip2edge.model.bridges.instruct import InstructedBridge
+from blip2edge.model.bridges.mlp import MLPBridge
+from blip2edge.model.bridges.perceiver import PerceiverResampler
+from blip2edge.model.bridges.pool import AttentionPoolBridge
+from blip2edge.model.bridges.qformer import QFormerBridge
+from blip2edge.model.config import BridgeConfig, LanguageConfig
+
+BRIDGES: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
+    "none": lambda config, language: nn.Identity(),
+    "mlp": lambda config, language: MLPBridge(config),
+    "pool": lambda config, language: AttentionPoolBridge(config, language.embed_dim),
+    "perceiver": lambda config, language: PerceiverResampler(config),
+    "qformer": lambda config, language: QFormerBridge(config, language.hidden_size, language.embed_dim),
+    "instructed-qformer": lambda config, language: InstructedBridge(
+        config, language.hidden_size, language.embed_dim
+    ),
+}
+
+
+def build_bridge(config: BridgeConfig, language: LanguageConfig) -> nn.Module:
+    """The module of a bridge's config: ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+
+    Where an instruction enters the bridge, it also takes ``instruction_ids`` and ``instruction_mask`` ``[B, T]``.
+    """
+    return BRIDGES[config.kind](config, language)

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: directories of save_pretrained, and LAVIS files."""

@@ -1,0 +1,191 @@
+"""LAVIS' own checkpoints: the trained part in a ``.pth``, merged with the frozen parts from a directory.
+
+A ``.pth`` of salesforce/LAVIS (and of MiniGPT-4, which is built on it) is ``{"model": state_dict}`` with the
+parameters that were trained: the Q-Former and ``ln_vision`` after stage 1; these and the projection after stage 2;
+the vision encoder too where it was fine-tuned; the projection alone for MiniGPT-4. The rest comes from a checkpoint
+directory of the same shape.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip2edge.errors import CheckpointError, UsageError
+from blip2edge.model.checkpoint.directory import Checkpoint, find_checkpoint
+from blip2edge.model.weights.rules import some
+
+_VIT = r"visual_encoder\.blocks\.(\d+)\."
+_LAYER = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
+
+RENAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"query_tokens", (r"query_tokens",)),
+    (r"ln_vision\.(.+)", (r"vision_model.post_layernorm.\1",)),
+    (r"visual_encoder\.cls_token", (r"vision_model.embeddings.class_embedding",)),
+    (r"visual_encoder\.pos_embed", (r"vision_model.embeddings.position_embedding",)),
+    (r"visual_encoder\.patch_embed\.proj\.(.+)", (r"vision_model.embeddings.patch_embedding.\1",)),
+    (_VIT + r"norm([12])\.(.+)", (r"vision_model.encoder.layers.\1.layer_norm\2.\3",)),
+    (_VIT + r"attn\.qkv\.weight", (r"vision_model.encoder.layers.\1.self_attn.qkv.weight",)),
+    (_VIT + r"attn\.qkv_bias", (r"vision_model.encoder.layers.\1.self_attn.qkv.bias",)),
+    (_VIT + r"attn\.proj\.(.+)", (r"vision_model.encoder.layers.\1.self_attn.projection.\2",)),
+    (_VIT + r"mlp\.(.+)", (r"vision_model.encoder.layers.\1.mlp.\2",)),
+    (
+        r"Qformer\.bert\.embeddings\.LayerNorm\.(.+)",
+        (r"qformer.layernorm.\1", r"qformer.embeddings.layernorm.\1"),
+    ),
+    (r"Qformer\.bert\.embeddings\.(.+)", (r"qformer.embeddings.\1", r"embeddings.\1")),
+    (_LAYER + r"(attention|crossattention)\.self\.(.+)", (r"qformer.encoder.layer.\1.\2.attention.\3",)),
+    (_LAYER + r"(.+)", (r"qformer.encoder.layer.\1.\2",)),
+    (r"(?:opt|t5|llm|llama)_proj\.(.+)", (r"language_projection.\1",)),
+    (r"(?:opt|t5|llm|llama)_model\.(.+)", (r"language_model.\1",)),
+    (r"(vision|text)_proj\.(.+)", (r"\1_projection.\2",)),
+    (r"(itm_head\..+)", (r"\1",)),
+)
+"""LAVIS' names and transformers'; where there are several, the first that the directory has."""
+
+UNUSED = (
+    r"temp",
+    r"(vision_proj|text_proj|itm_head)\..+",
+    r"Qformer\.cls\..+",
+    r"Qformer\.bert\.embeddings\..+",
+    _LAYER + r"(intermediate|output)\..+",
+)
+"""Of stage 1 alone, or the Q-Former's text side: dropped where the directory has no place for them."""
+
+PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("qformer.", ("qformer.", "query_tokens")),
+    ("language_projection.", ("language_projection.",)),
+    ("vision_model.post_layernorm.", ("vision_model.post_layernorm.",)),
+    ("vision_model.encoder.", ("vision_model.encoder.", "vision_model.embeddings.")),
+    ("language_model.", ("language_model.",)),
+)
+"""Where a file holds a tensor of a part, it must hold all that belongs to it."""
+
+
+def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> Checkpoint:
+    """A directory, a hub name, or a ``.pth`` of LAVIS on a directory.
+
+    Args:
+        checkpoint: What is exported.
+        base: Where the frozen parts of a ``.pth`` are: a checkpoint directory or a hub name.
+
+    Raises:
+        CheckpointError: It cannot be read, or does not fit its config or its base.
+        UsageError: A ``.pth`` without a base, or a base for what needs none.
+    """
+    path = Path(checkpoint)
+    is_lavis = path.suffix in (".pth", ".pt") and not path.is_dir()
+    if not is_lavis:
+        if base is not None:
+            raise UsageError(
+                f"--base gives a .pth of LAVIS its frozen parts, but {checkpoint} is none", "leave --base out"
+            )
+        return Checkpoint(find_checkpoint(checkpoint))
+    if base is None:
+        raise UsageError(
+            f"{path} holds the trained parts alone",
+            "give the directory that has the others: --base DIRECTORY",
+        )
+    source = Checkpoint(find_checkpoint(base))
+    source.lay_over(translate(read_lavis(path), source.files.shapes, path), path)
+    return source
+
+
+def read_lavis(path: Path) -> dict[str, Tensor]:
+    """The state of a ``.pth``, mapped into memory; nothing in it is executed.
+
+    Raises:
+        CheckpointError: Missing, broken, or not of LAVIS' form.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file", "give a .pth that LAVIS wrote")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read as a file of tensors ({reason})", "copy or download it again"
+        ) from error
+    state = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(
+            f'{path} is no checkpoint of LAVIS: expected {{"model": tensors by name}}',
+            "give a .pth that LAVIS wrote",
+        )
+    return {str(name): value for name, value in state.items()}
+
+
+def translate(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, Tensor]:
+    """A state of LAVIS under transformers' names.
+
+    Args:
+        state: LAVIS' tensors.
+        shapes: Those of the directory.
+        path: The file, for what goes wrong.
+
+    Raises:
+        CheckpointError: A tensor is unknown, or a part of the model is there by half.
+    """
+    found: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in _with_whole_biases(state, path).items():
+        ours = next((candidate for candidate in _candidates(name) if candidate in shapes), None)
+        if ours is not None:
+            found[ours] = tensor
+        elif not any(re.fullmatch(pattern, name) for pattern in UNUSED):
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"{path} holds tensors that the base has no place for: {some(sorted(unknown))}",
+            "give the --base that this file was trained on",
+        )
+    needed = {name for part in _touched(found) for name in shapes if name.startswith(part)}
+    missing = sorted(name for name in needed - found.keys() if not name.endswith("position_ids"))
+    if missing:
+        raise CheckpointError(
+            f"{path} holds a part of the model by half: it lacks {some(missing)}", "copy or download it again"
+        )
+    if not found:
+        raise CheckpointError(f"{path} holds no tensor of the model", "give a .pth that LAVIS wrote")
+    return found
+
+
+def _candidates(name: str) -> list[str]:
+    for pattern, targets in RENAMES:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return [match.expand(target) for target in targets]
+    return []
+
+
+def _touched(found: Mapping[str, Tensor]) -> set[str]:
+    """Prefixes of the parts of which there is a tensor."""
+    return {
+        prefix
+        for part, prefixes in PARTS
+        if any(name.startswith(part) for name in found)
+        for prefix in prefixes
+    }
+
+
+def _with_whole_biases(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """``q_bias`` and ``v_bias`` as one ``qkv_bias``: (q, 0, v), as keys have none (BEiT, arXiv 2106.08254)."""
+    whole = {
+        name: tensor for name, tensor in state.items() if not name.endswith(("attn.q_bias", "attn.v_bias"))
+    }
+    stems = sorted({name[: -len("q_bias")] for name in state.keys() - whole.keys()})
+    for stem in stems:
+        query, value = state.get(f"{stem}q_bias"), state.get(f"{stem}v_bias")
+        if query is None or value is None:
+            lacking = "q_bias" if query is None else "v_bias"
+            raise CheckpointError(f"{path} lacks {stem}{lacking}", "copy or download it again")
+        whole[f"{stem}qkv_bias"] = torch.cat([query, torch.zeros_like(query), value])
+    return whole

@@ -1,0 +1,73 @@
+"""BLIP: captions and answers from a decoder that looks at patches, or at the states of a question about them.
+
+Li et al., arXiv 2201.12086. There is no bridge: pictures take no slots among the text's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from blip2edge.model.config import CaptionerConfig, Fields, NoBridge, VisionConfig
+from blip2edge.model.language.bert import BertConfig
+
+VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 384,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-5,
+}
+"""Where ``vision_config`` leaves them out: the defaults of transformers' BlipVisionConfig."""
+
+TOKEN_DEFAULTS = {"bos_token_id": 30522, "sep_token_id": 102, "pad_token_id": 0}
+"""Of BlipTextConfig; the BOS is [DEC], the 30523rd token of BLIP's BERT."""
+
+
+def read_vision(f: Fields) -> VisionConfig:
+    """The ``vision_config`` of a BLIP ``config.json``."""
+    values = Fields("vision_config", f.values.get("vision_config", {})).values
+    return VisionConfig.from_hf({**VISION_DEFAULTS, **values})
+
+
+def read_text(f: Fields, vision: VisionConfig) -> tuple[BertConfig, dict[str, int | None]]:
+    """The ``text_config`` of a BLIP ``config.json``, and its special tokens' ids."""
+    text = Fields("text_config", f.values.get("text_config", {}))
+    # As in transformers, whatever text_config says of encoder_hidden_size.
+    config = BertConfig.from_hf({**text.values, "encoder_hidden_size": vision.hidden_size})
+    return config, {name: text.token_id(name, default) for name, default in TOKEN_DEFAULTS.items()}
+
+
+def read_blip(f: Fields, family: str = "blip", reads_question: bool = False) -> CaptionerConfig:
+    """``BlipForConditionalGeneration`` and ``BlipForQuestionAnswering``: a text ends with the separator."""
+    vision = read_vision(f)
+    language, ids = read_text(f, vision)
+    sep = ids["sep_token_id"]
+    return CaptionerConfig(
+        family=family,
+        vision=vision,
+        bridge=NoBridge(),
+        language=replace(language, reads_question=reads_question),
+        bos_token_id=ids["bos_token_id"],
+        eos_token_ids=() if sep is None else (sep,),
+        pad_token_id=ids["pad_token_id"],
+        decoder_start_token_id=ids["bos_token_id"] if reads_question else None,
+    )
+
+
+def write_blip(config: CaptionerConfig, architecture: str = "BlipForConditionalGeneration") -> dict[str, Any]:
+    """The ``config.json`` that :func:`read_blip` and transformers read."""
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "sep_token_id": config.eos_token_ids[0] if config.eos_token_ids else None,
+        "pad_token_id": config.pad_token_id,
+    }
+    return {
+        "model_type": "blip",
+        "architectures": [architecture],
+        "tie_word_embeddings": config.language.tie_embeddings,
+        "vision_config": config.vision.to_hf() | {"model_type": "blip_vision_model"},
+        "text_config": config.language.to_hf() | ids,
+    }

@@ -1,0 +1,69 @@
+"""Idefics: transformers' Flamingo (Alayrac et al., arXiv 2204.14198)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blip2edge.model.bridges.perceiver import PerceiverConfig
+from blip2edge.model.config import BridgeConfig, CaptionerConfig, Fields, NoBridge, VisionConfig
+from blip2edge.model.families.tokens import read_tokens, write_tokens
+from blip2edge.model.language.flamingo import FlamingoConfig
+from blip2edge.model.weights.blip2 import CLIP_VISION
+from blip2edge.model.weights.idefics import PERCEIVER
+from blip2edge.model.weights.rules import under
+
+VISION_DEFAULTS = {
+    "embed_dim": 768,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+"""Where ``vision_config`` leaves them out: the defaults of transformers' IdeficsVisionConfig."""
+
+TOKEN_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+"""Of IdeficsConfig."""
+
+RULES = (
+    *under("vision.", "model.vision_model.", CLIP_VISION),
+    *under("bridge.", "model.perceiver_resampler.", PERCEIVER),
+)
+
+LEFT_OUT = (
+    r"model\.vision_model\.post_layernorm\.(weight|bias)",
+    r"model\.vision_model\.embeddings\.position_ids",
+)
+"""The norm behind the pooled class token, and a buffer of older checkpoints."""
+
+
+def read_idefics(f: Fields) -> CaptionerConfig:
+    """``IdeficsForVisionText2Text``: the text's sizes stand at the top level; a resampler is optional."""
+    section = Fields("vision_config", f.values.get("vision_config") or {}).values
+    values = {**VISION_DEFAULTS, **section}
+    vision = VisionConfig.from_clip({**values, "hidden_size": values["embed_dim"]})
+    bridge: BridgeConfig = NoBridge()
+    if f.flag("use_resampler", False):
+        bridge = PerceiverConfig.from_hf(f.values.get("perceiver_config") or {}, width=vision.hidden_size)
+    return CaptionerConfig(
+        family="idefics",
+        vision=vision,
+        bridge=bridge,
+        language=FlamingoConfig.from_hf(f.values),
+        **read_tokens(Fields("the top level", {**TOKEN_DEFAULTS, **f.values})),
+    )
+
+
+def write_idefics(config: CaptionerConfig) -> dict[str, Any]:
+    """The ``config.json`` that :func:`read_idefics` and transformers read."""
+    vision = config.vision.to_hf()
+    vision |= {"model_type": "idefics_vision", "embed_dim": vision.pop("hidden_size")}
+    return {
+        "model_type": "idefics",
+        "architectures": ["IdeficsForVisionText2Text"],
+        **config.language.to_hf(),
+        **write_tokens(config),
+        "vision_config": vision,
+        "perceiver_config": config.bridge.to_hf()
+        or {"model_type": "idefics_perciever", "use_resampler": False},
+    }

@@ -1,0 +1,102 @@
+"""This project's own checkpoints: any bridge between BLIP-2's vision encoder and any language model.
+
+A directory with ``model.safetensors``, the processor's files and this ``config.json``::
+
+    {
+      "model_type": "blip2edge",
+      "image_token_index": 50265,
+      "vision_config": {…},     as BLIP-2's (blip_2_vision_model)
+      "bridge_config": {
+        "kind": "pool",         a key of BRIDGE_CONFIGS; what follows depends on it
+        "num_query_tokens": 32, "hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-6
+      },
+      "text_config": {…}        any language model's, with its model_type
+    }
+
+Tensors: ``vision_model.…`` as in BLIP-2, ``bridge.…`` as our modules name them, ``language_model.…`` as
+transformers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from blip2edge.errors import UnsupportedModelError
+from blip2edge.model.bridges.mlp import MLPConfig
+from blip2edge.model.bridges.perceiver import PerceiverConfig
+from blip2edge.model.bridges.pool import AttentionPoolConfig
+from blip2edge.model.config import BridgeConfig, CaptionerConfig, Fields, LanguageConfig, VisionConfig
+from blip2edge.model.families.tokens import read_tokens, write_tokens
+from blip2edge.model.language.registry import bridged_language
+from blip2edge.model.weights.blip2 import BLIP2_VISION
+from blip2edge.model.weights.rules import Rule, under
+
+
+def _mlp(f: Fields, vision: VisionConfig, language: LanguageConfig) -> MLPConfig:
+    return MLPConfig(
+        input_size=vision.hidden_size,
+        hidden_size=language.embed_dim,
+        num_patches=vision.num_embeds,
+        activation=f.activation("projector_hidden_act", "gelu"),
+        bias=f.flag("multimodal_projector_bias", True),
+    )
+
+
+def _perceiver(f: Fields, vision: VisionConfig, language: LanguageConfig) -> PerceiverConfig:
+    plain = PerceiverConfig.from_hf(f.values, width=vision.hidden_size)
+    return replace(plain, output_size=language.embed_dim)
+
+
+def _pool(f: Fields, vision: VisionConfig, _: LanguageConfig) -> AttentionPoolConfig:
+    return AttentionPoolConfig.from_hf(f.values, encoder_hidden_size=vision.hidden_size)
+
+
+BRIDGE_CONFIGS: dict[str, Callable[[Fields, VisionConfig, LanguageConfig], BridgeConfig]] = {
+    "pool": _pool,
+    "mlp": _mlp,
+    "perceiver": _perceiver,
+}
+"""Readers of ``bridge_config``."""
+
+RULES = (*under("vision.", "vision_model.", BLIP2_VISION), Rule("bridge", "bridge"))
+
+
+def read_own(f: Fields) -> CaptionerConfig:
+    """Reads the ``config.json`` above.
+
+    Raises:
+        UnsupportedModelError: A bridge or a language model without a row.
+        CheckpointError: A key is missing or has a wrong value.
+    """
+    vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
+    section = Fields("bridge_config", f.values.get("bridge_config", {}))
+    kind = section.values.get("kind")
+    if kind not in BRIDGE_CONFIGS:
+        raise UnsupportedModelError(
+            f"the bridge is of kind {kind!r}, which is not supported",
+            f"supported: {', '.join(BRIDGE_CONFIGS)}",
+        )
+    text = Fields("text_config", f.values.get("text_config", {}))
+    language = bridged_language(text.values.get("model_type", "opt")).read_config(text.values)
+    return CaptionerConfig(
+        family="blip2edge",
+        vision=vision,
+        bridge=BRIDGE_CONFIGS[kind](section, vision, language),
+        language=language,
+        image_token_id=f.token_id("image_token_id", f.token_id("image_token_index", None)),
+        **read_tokens(text),
+    )
+
+
+def write_own(config: CaptionerConfig) -> dict[str, Any]:
+    """The ``config.json`` that :func:`read_own` reads."""
+    return {
+        "model_type": config.family,
+        "image_token_index": config.image_token_id,
+        "tie_word_embeddings": config.language.tie_embeddings,
+        "vision_config": config.vision.to_hf(),
+        "bridge_config": config.bridge.to_hf() | {"kind": config.bridge.kind},
+        "text_config": config.language.to_hf() | write_tokens(config),
+    }

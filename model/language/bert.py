@@ -1,0 +1,267 @@
+"""BERT with attention to a picture: BLIP's text models (Li et al., arXiv 2201.12086, section 3.1).
+
+Post-norm layers as in BERT (arXiv 1810.04805), each with a look at other states between self-attention and
+feed-forward. One kind of layer makes three models: the encoder of questions and captions, which looks at patches;
+the decoder of captions, which looks at patches too; the decoder of answers, which looks at the encoder's states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.bundle.schema import CrossSpec
+from blip2edge.errors import CheckpointError
+from blip2edge.model.config import Fields, check_heads
+from blip2edge.model.interfaces import Decoder
+from blip2edge.model.layers import (
+    ACTIVATIONS,
+    KeyValue,
+    causal_bias,
+    gather_positions,
+    key_mask_bias,
+    stack,
+)
+from blip2edge.model.post_norm import Attention, FeedForward
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes of BLIP's text models.
+
+    Attributes:
+        encoder_hidden_size: Width of what the layers look at.
+        reads_question: Whether an encoder reads a question first, whose states the decoder looks at (VQA).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    encoder_hidden_size: int
+    max_positions: int = 512
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    reads_question: bool = False
+
+    kind = "blip_text_model"
+
+    def __post_init__(self) -> None:
+        check_heads("text_config", self.hidden_size, self.num_heads)
+        if self.reads_question and self.encoder_hidden_size != self.hidden_size:
+            raise CheckpointError(
+                f"config.json: text_config: the decoder looks at states of width {self.encoder_hidden_size}, but the "
+                f"question's have {self.hidden_size}"
+            )
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the token table."""
+        return self.hidden_size
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of the cache."""
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the prompt goes to an encoder."""
+        return self.reads_question
+
+    @property
+    def cross(self) -> CrossSpec:
+        """Every layer looks at the patches, or at the states of the question."""
+        return CrossSpec(
+            self.num_layers,
+            self.num_heads,
+            self.head_dim,
+            self.encoder_hidden_size,
+            mask="keys" if self.reads_question else "none",
+            source="encoder_states" if self.reads_question else "image_embeds",
+        )
+
+    @classmethod
+    def from_hf(cls, values: Any) -> BertConfig:
+        """Reads the ``text_config`` of a BLIP ``config.json``."""
+        f = Fields("text_config", values)
+        hidden = f.integer("hidden_size", 768)
+        return cls(
+            vocab_size=f.integer("vocab_size", 30524),
+            hidden_size=hidden,
+            intermediate_size=f.integer("intermediate_size", 3072),
+            num_layers=f.integer("num_hidden_layers", 12),
+            num_heads=f.integer("num_attention_heads", 8),
+            encoder_hidden_size=f.integer("encoder_hidden_size", 768),
+            max_positions=f.integer("max_position_embeddings", 512),
+            activation=f.activation("hidden_act", "gelu"),
+            norm_eps=f.number("layer_norm_eps", 1e-12),
+            dropout=f.number("hidden_dropout_prob", 0.0),
+            tie_embeddings=f.flag("tie_word_embeddings", True),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``text_config`` that :meth:`from_hf` reads."""
+        return {
+            "model_type": "blip_text_model",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "encoder_hidden_size": self.encoder_hidden_size,
+            "max_position_embeddings": self.max_positions,
+            "hidden_act": self.activation,
+            "layer_norm_eps": self.norm_eps,
+            "hidden_dropout_prob": self.dropout,
+            "tie_word_embeddings": self.tie_embeddings,
+            "is_decoder": True,
+        }
+
+
+class Layer(nn.Module):
+    """Self-attention, a look at other states, feed-forward."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self_attention = Attention(config, config.hidden_size)
+        self.cross_attention = Attention(config, config.encoder_hidden_size)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        past: KeyValue | None = None,
+        cross: KeyValue | None = None,
+        cross_bias: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; without ``cross`` it reads text alone."""
+        key, value = self.self_attention.key_value(x)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        x = self.self_attention.look(x, (key, value), bias)
+        if cross is not None:
+            x = self.cross_attention.look(x, cross, cross_bias)
+        return self.feed_forward(x), (key, value)
+
+
+class Embeddings(nn.Module):
+    """Places of the tokens, and the norm before the first layer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """``x [B, S, D]`` and int64 ``[B, S]`` or ``[S]``."""
+        return self.dropout(self.norm(x + self.positions(position_ids)))
+
+
+class BertEncoder(nn.Module):
+    """Token ids, and patches where there is a picture, to states."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = Embeddings(config)
+        self.layers = stack(Layer(config) for _ in range(config.num_layers))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Reads a text.
+
+        Args:
+            input_ids: int64 ``[B, S]``, padded on the right, as a token's slot is its position.
+            attention_mask: int64 ``[B, S]``, 1 where a token is valid.
+            image_embeds: ``[B, P, Dv]``; None to read the text alone.
+
+        Returns:
+            ``[B, S, D]``.
+        """
+        slots = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.embeddings(self.embed_tokens(input_ids), slots)
+        bias = key_mask_bias(attention_mask, x.dtype)
+        for layer in self.layers:
+            cross = None if image_embeds is None else layer.cross_attention.key_value(image_embeds)
+            x, _ = layer(x, bias, cross=cross)
+        return x
+
+
+class Head(nn.Linear):
+    """Logits behind BERT's transform; the matrix may be the token table, the bias is its own."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, K, D]`` to ``[B, K, V]``."""
+        return super().forward(self.norm(self.activation(self.dense(x))))
+
+
+class BertDecoder(Decoder):
+    """Embeddings in, logits and the grown cache out; with an encoder before it where it answers questions."""
+
+    layers: Sequence[Layer]
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = BertEncoder(config) if config.reads_question else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = Embeddings(config)
+        self.layers = stack(Layer(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        if config.tie_embeddings:
+            self.head.weight = self.embed_tokens.weight
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
+        """Int64 ``[B, E]`` twice and ``[B, P, Dv]`` to the states of a question about a picture, ``[B, E, D]``."""
+        if self.encoder is None:
+            raise ValueError("a decoder of captions has no encoder")
+        return self.encoder(input_ids, attention_mask, image_embeds)
+
+    def cross_key_values(self, source: Tensor) -> list[KeyValue]:
+        """``[B, E, C]`` to two of ``[B, H, E, d]`` a layer."""
+        return [layer.cross_attention.key_value(source) for layer in self.layers]
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_indices: Tensor | None = None,
+        past: Sequence[KeyValue] | None = None,
+        cross: Sequence[KeyValue] = (),
+        cross_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """The decoder contract; see :class:`Decoder`."""
+        x = self.embeddings(inputs_embeds, position_ids)
+        bias = causal_bias(attention_mask, x.shape[1], x.dtype)
+        cross_bias = None if cross_attention_mask is None else key_mask_bias(cross_attention_mask, x.dtype)
+        presents: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            x, present = layer(x, bias, None if past is None else past[index], cross[index], cross_bias)
+            presents.append(present)
+        if logits_indices is not None:
+            x = gather_positions(x, logits_indices)
+        return self.head(x), presents

@@ -1,0 +1,218 @@
+"""Flamingo's decoder: a Llama that looks at pictures through gated layers between its own (arXiv 2204.14198, 3.2).
+
+Before every ``cross_interval``-th layer stands one that looks at the visual tokens of the last picture before each
+slot. The keys and values of those tokens are computed once a request. What such a layer adds is multiplied by the
+tanh of a learned gate, which is 0 where training begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.bundle.schema import CrossSpec
+from blip2edge.errors import CheckpointError
+from blip2edge.model.config import Fields, check_heads
+from blip2edge.model.language.llama import FeedForward, LlamaDecoder
+from blip2edge.model.language.llama_config import LlamaConfig
+from blip2edge.model.layers import (
+    MASKED,
+    KeyValue,
+    RMSNorm,
+    attend,
+    causal_bias,
+    gather_positions,
+    merge_heads,
+    split_heads,
+    stack,
+)
+
+GATES = ("float", "vector")
+"""``alpha_type``: a gate a layer, or one a channel."""
+
+
+@dataclass(frozen=True)
+class FlamingoConfig(LlamaConfig):
+    """A Llama and its gated layers, as Idefics has them.
+
+    Attributes:
+        base_vocab_size: Rows of the token table and the head that came with the Llama; those behind them, up to
+            ``vocab_size``, stand in tensors of their own in a checkpoint.
+        cross_interval: A gated layer stands before every layer whose number it divides.
+        qk_norms: Queries and keys of the gated layers are normed.
+        gates: One of :data:`GATES`.
+        source: What the gated layers look at: ``visual_tokens``, or ``image_embeds`` without a resampler.
+        source_dim: Its width.
+    """
+
+    base_vocab_size: int = 0
+    cross_interval: int = 1
+    qk_norms: bool = False
+    gates: str = "float"
+    source: str = "visual_tokens"
+    source_dim: int = 768
+    kind: str = "idefics"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads("the top level", self.hidden_size, self.num_heads)
+        if self.gates not in GATES:
+            raise CheckpointError(f"config.json: alpha_type is {self.gates!r}, not one of {', '.join(GATES)}")
+        if self.num_layers % self.cross_interval:
+            raise CheckpointError(
+                f"config.json: a cross_layer_interval of {self.cross_interval} does not divide {self.num_layers} "
+                "layers, and no layer is there for the rest"
+            )
+
+    @property
+    def cross(self) -> CrossSpec:
+        """Every gated layer looks at the pictures, each slot at its own."""
+        layers = self.num_layers // self.cross_interval
+        return CrossSpec(layers, self.num_heads, self.head_dim, self.source_dim, "steps", self.source)
+
+    @classmethod
+    def from_hf(cls, values: Any) -> FlamingoConfig:
+        """Reads an Idefics ``config.json``, whose text part stands at the top level."""
+        f = Fields("the top level", values)
+        own = Fields("vision_config", f.values.get("vision_config") or {})
+        resampled = f.flag("use_resampler", False)
+        llama = LlamaConfig.from_hf({**f.values, "model_type": "llama", "num_key_value_heads": None})
+        base = {field.name: getattr(llama, field.name) for field in fields(llama) if field.name != "kind"}
+        additional = f.values.get("additional_vocab_size") or 0
+        return cls(
+            **{**base, "vocab_size": llama.vocab_size + int(additional)},
+            base_vocab_size=llama.vocab_size,
+            cross_interval=f.integer("cross_layer_interval", 1),
+            qk_norms=f.flag("qk_layer_norms", False),
+            gates=str(f.values.get("alpha_type", "float")),
+            source="visual_tokens" if resampled else "image_embeds",
+            source_dim=own.integer("embed_dim", own.integer("hidden_size", 768)),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The keys of an Idefics ``config.json`` that :meth:`from_hf` reads."""
+        return {
+            "vocab_size": self.base_vocab_size,
+            "additional_vocab_size": self.vocab_size - self.base_vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_dim,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "max_position_embeddings": self.max_positions,
+            "hidden_act": self.activation,
+            "rms_norm_eps": self.norm_eps,
+            "rope_parameters": self.rope.to_hf(),
+            "tie_word_embeddings": self.tie_embeddings,
+            "cross_layer_interval": self.cross_interval,
+            "qk_layer_norms": self.qk_norms,
+            "alpha_type": self.gates,
+            "use_resampler": self.source == "visual_tokens",
+        }
+
+
+class CrossAttention(nn.Module):
+    """Text looks at pictures; no positions, no bias in the matrices."""
+
+    def __init__(self, config: FlamingoConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.scale = config.head_dim**-0.5
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(config.source_dim, width, bias=False)
+        self.value = nn.Linear(config.source_dim, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norms else None
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norms else None
+
+    def key_value(self, source: Tensor) -> KeyValue:
+        """``[B, E, Ds]`` to two of ``[B, H, E, d]``."""
+        key = split_heads(self.key(source), self.heads)
+        if self.key_norm is not None:
+            key = self.key_norm(key)
+        return key, split_heads(self.value(source), self.heads)
+
+    def forward(self, x: Tensor, cross: KeyValue, bias: Tensor) -> Tensor:
+        """``x [B, S, D]``, ``cross`` two of ``[B, H, E, d]``, ``bias [B, 1, S, E]``."""
+        query = split_heads(self.query(x), self.heads)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        return self.out(merge_heads(attend(query, *cross, bias, self.scale)))
+
+
+class GatedLayer(nn.Module):
+    """Attention to the pictures and a feed-forward, each behind a norm and a gate."""
+
+    def __init__(self, config: FlamingoConfig) -> None:
+        super().__init__()
+        shape = (1, 1, config.hidden_size) if config.gates == "vector" else (1,)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = CrossAttention(config)
+        self.attention_gate = nn.Parameter(torch.zeros(shape))
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_gate = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor, cross: KeyValue, bias: Tensor, looks: Tensor) -> Tensor:
+        """Adds what the pictures say.
+
+        Args:
+            x: ``[B, S, D]``.
+            cross: Two of ``[B, H, E, d]``.
+            bias: ``[B, 1, S, E]``.
+            looks: ``[B, S, 1]``, 0 where a slot looks at no picture: the attention then adds nothing there. The
+                feed-forward adds to every slot.
+        """
+        seen = self.attention(self.attention_norm(x), cross, bias) * looks
+        x = x + torch.tanh(self.attention_gate) * seen
+        return x + torch.tanh(self.feed_forward_gate) * self.feed_forward(self.feed_forward_norm(x))
+
+
+class Flamingo(LlamaDecoder):
+    """A Llama with gated layers; the additional rows of its token table stand behind the others."""
+
+    config: FlamingoConfig
+
+    def __init__(self, config: FlamingoConfig) -> None:
+        super().__init__(config)
+        count = config.num_layers // config.cross_interval
+        self.cross_layers = stack(GatedLayer(config) for _ in range(count))
+
+    def cross_key_values(self, source: Tensor) -> list[KeyValue]:
+        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` a gated layer."""
+        return [layer.attention.key_value(source) for layer in self.cross_layers]
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_indices: Tensor | None = None,
+        past: Sequence[KeyValue] | None = None,
+        cross: Sequence[KeyValue] = (),
+        cross_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """The decoder contract; see :class:`Decoder`."""
+        x, steps = inputs_embeds, inputs_embeds.shape[1]
+        if cross_attention_mask is None:
+            cross_attention_mask = attention_mask.new_ones(x.shape[0], steps, cross[0][0].shape[2])
+        seen = cross_attention_mask.to(x.dtype)
+        looks = seen.amax(dim=-1, keepdim=True)  # [B, S, 1]
+        cross_bias = ((1 - seen) * MASKED)[:, None]  # [B, 1, S, E]
+        cos, sin = self.rotary(position_ids)
+        rotation = (cos.to(x.dtype), sin.to(x.dtype))
+        bias = causal_bias(attention_mask, steps, x.dtype)
+        presents: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            number, rest = divmod(index, self.config.cross_interval)
+            if not rest:
+                x = self.cross_layers[number](x, cross[number], cross_bias, looks)
+            x, present = layer(x, rotation, bias, None if past is None else past[index])
+            presents.append(present)
+        if logits_indices is not None:
+            x = gather_positions(x, logits_indices)
+        return self.head(self.final_norm(x)), presents

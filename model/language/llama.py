@@ -1,0 +1,195 @@
+"""Llama and its kin in one module: Vicuna, Mistral, Qwen2, Qwen3, SmolLM; what differs are flags of the config.
+
+Touvron et al., arXiv 2302.13971; rotary positions: Su et al., arXiv 2104.09864; grouped heads: Ainslie et al.,
+arXiv 2305.13245; sliding window: Jiang et al., arXiv 2310.06825. One forward serves prefill, decoding and
+verification: the cache is an argument, not a state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.model.interfaces import Decoder
+from blip2edge.model.language.llama_config import LlamaConfig, RopeConfig
+from blip2edge.model.layers import (
+    ACTIVATIONS,
+    KeyValue,
+    RMSNorm,
+    attend,
+    causal_bias,
+    gather_positions,
+    merge_heads,
+    split_heads,
+    stack,
+)
+
+
+class Rotary(nn.Module):
+    """Positions as angles.
+
+    Always in FP32, whatever the rest computes in. The exporter knows it by the name ``rotary`` of the submodule.
+    """
+
+    def __init__(self, head_dim: int, rope: RopeConfig) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.rope = rope
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 ``[B, S]`` to cosines and sines, FP32 ``[B, 1, S, d / 2]``."""
+        positions = position_ids[:, None, :, None].to(torch.float32)
+        angles = positions * self._speeds(position_ids.device)
+        return angles.cos(), angles.sin()
+
+    def _speeds(self, device: torch.device) -> Tensor:
+        """Radians a position, ``[d / 2]``."""
+        rope = self.rope
+        exponents = torch.arange(0, self.head_dim, 2, device=device).to(torch.float32) / self.head_dim
+        speeds = 1.0 / rope.theta**exponents
+        if rope.kind == "linear":
+            return speeds / rope.factor
+        if rope.kind == "llama3":  # meta-llama/llama-models, apply_scaling
+            turns = rope.original_positions * speeds / (2 * math.pi)  # within the original context
+            kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+            kept = kept.clamp(0.0, 1.0)
+            return (1 - kept) * speeds / rope.factor + kept * speeds
+        return speeds
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns ``x [B, H, S, d]``: its first half are real parts, its second imaginary ones."""
+    real, imaginary = x.chunk(2, dim=-1)
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the cache and the new slots; several query heads share a key/value head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.num_heads * config.head_dim
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.scale = config.head_dim**-0.5
+        self.query = nn.Linear(width, inner, bias=config.qkv_bias)
+        self.key = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(inner, width, bias=config.out_bias)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """Looks back.
+
+        Args:
+            x: ``[B, S, D]``.
+            rotation: Two of ``[B, 1, S, d / 2]`` in the dtype of ``x``, from :class:`Rotary`.
+            bias: ``[B, 1, S, P + S]``.
+            past: Two of ``[B, Hkv, P, d]``; keys are stored turned.
+
+        Returns:
+            ``[B, S, D]``, and two of ``[B, Hkv, P + S, d]``.
+        """
+        query = rotate(self.query_norm(split_heads(self.query(x), self.heads)), *rotation)
+        key = rotate(self.key_norm(split_heads(self.key(x), self.kv_heads)), *rotation)
+        value = split_heads(self.value(x), self.kv_heads)
+        if past is not None:
+            key = torch.cat([past[0], key], dim=2)
+            value = torch.cat([past[1], value], dim=2)
+        return self.out(merge_heads(self._attend(query, key, value, bias))), (key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        groups = self.heads // self.kv_heads
+        if groups == 1:
+            return attend(query, key, value, bias, self.scale)
+        if not torch.compiler.is_exporting():
+            key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+            return attend(query, key, value, bias, self.scale)
+        # In the graph a further dimension, so that the shared keys and values are never copied.
+        query = query.reshape(query.shape[0], self.kv_heads, groups, *query.shape[2:])  # [B, Hkv, G, S, d]
+        out = attend(query, key[:, :, None], value[:, :, None], bias[:, :, None], self.scale)
+        return out.flatten(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Three matrices: gate, up, down (SwiGLU; Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.mlp_bias)
+        self.up = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.mlp_bias)
+        self.down = nn.Linear(config.ffn_dim, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, S, D]`` to ``[B, S, D]``."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Layer(nn.Module):
+    """Self-attention and feed-forward, each behind a norm.
+
+    Args:
+        config: Sizes.
+        window: What ``bias`` is to be made for; the layer itself does not use it.
+    """
+
+    def __init__(self, config: LlamaConfig, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; see :class:`Attention`."""
+        out, present = self.attention(self.attention_norm(x), rotation, bias, past)
+        x = x + out
+        return x + self.feed_forward(self.feed_forward_norm(x)), present
+
+
+class LlamaDecoder(Decoder):
+    """Embeddings in, logits and the grown cache out."""
+
+    layers: Sequence[Layer]
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = Rotary(config.head_dim, config.rope)
+        self.layers = stack(Layer(config, config.window_of(index)) for index in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_indices: Tensor | None = None,
+        past: Sequence[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """The decoder contract; see :class:`Decoder`."""
+        x, steps = inputs_embeds, inputs_embeds.shape[1]
+        cos, sin = self.rotary(position_ids)
+        rotation = (cos.to(x.dtype), sin.to(x.dtype))
+        windows: set[int | None] = {layer.window for layer in self.layers}
+        bias = {window: causal_bias(attention_mask, steps, x.dtype, window) for window in windows}
+        presents: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            x, present = layer(x, rotation, bias[layer.window], None if past is None else past[index])
+            presents.append(present)
+        if logits_indices is not None:
+            x = gather_positions(x, logits_indices)
+        return self.head(self.final_norm(x)), presents

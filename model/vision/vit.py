@@ -1,0 +1,161 @@
+"""The frozen picture encoder: a ViT with EVA-CLIP's qkv bias and a norm at the end, or OpenAI's CLIP.
+
+Dosovitskiy et al., arXiv 2010.11929; the bias without a key part is from BEiT (arXiv 2106.08254) by way of
+EVA (arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from blip2edge.model.config import VisionConfig
+from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads, stack
+from blip2edge.model.vision.token_merging import Pairs, TokenMatching, merge, merged_counts
+
+
+class BlockConfig(Protocol):
+    """What a block asks of a config."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the MLP."""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the attention."""
+
+    @property
+    def activation(self) -> str:
+        """Of the MLP."""
+
+    @property
+    def norm_eps(self) -> float:
+        """Of both norms."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+
+
+class Attention(nn.Module):
+    """Self-attention over patches; one matrix makes queries, keys and values."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.scale = (width // config.num_heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)  # [B, P, D] -> [B, P, 3D]
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[B, P, D]`` to ``[B, P, D]``; ``bias`` broadcasts to ``[B, H, P, P]``."""
+        return self.with_keys(x, bias)[0]
+
+    def with_keys(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same, and the keys ``[B, H, P, d]``."""
+        query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return self.projection(merge_heads(attend(query, key, value, bias, self.scale))), key
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, P, D]`` to ``[B, P, D]``."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[B, P, D]`` to ``[B, P, D]``; ``bias`` hides what a slot may not see."""
+        x = x + self.attention(self.norm1(x), bias)
+        return x + self.mlp(self.norm2(x))
+
+    def merging(
+        self, x: Tensor, sizes: Tensor, matching: TokenMatching, count: int, bias: Tensor | None
+    ) -> tuple[Tensor, Pairs]:
+        """The same with ``count`` patches merged between attention and MLP.
+
+        Args:
+            x: ``[B, 1 + n, D]``, the class token first.
+            sizes: ``[B, n]``, patches that each slot stands for.
+            matching: Chooses the pairs.
+            count: Patches that disappear.
+            bias: What the sizes add to the scores; None where each is 1.
+
+        Returns:
+            ``[B, 1 + n - count, D]``, and the pairs with the sizes of what is left.
+        """
+        attended, keys = self.attention.with_keys(self.norm1(x), bias)
+        pairs: Pairs = matching(keys, sizes, count)
+        x = merge(x + attended, pairs)
+        return x + self.mlp(self.norm2(x)), pairs
+
+
+class VisionTransformer(nn.Module):
+    """Pixels to one embedding a patch, the class token first where it is kept."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.zeros(width if config.clip else (1, 1, width)))
+        positions = (config.num_positions, width)
+        self.position_embedding = nn.Parameter(torch.zeros(positions if config.clip else (1, *positions)))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not config.clip)
+        self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.clip else None
+        self.layers = stack(Block(config) for _ in range(config.num_layers))
+        self.matching = TokenMatching() if config.merge_tokens else None
+        self.post_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.post_norm else None
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``.
+
+        ``P = 1 + (H / patch)²``, or one less where the class token is not handed on; where patches are merged, less
+        by what disappears in all layers.
+        """
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, P - 1, D]
+        classes = self.class_embedding.expand(patches.shape[0], 1, -1)
+        x = torch.cat([classes, patches], dim=1) + self.position_embedding
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        if self.matching is None:
+            for block in self.layers:
+                x = block(x)
+        else:
+            x = self._merging_layers(x, self.matching)
+        if self.post_norm is not None:
+            x = self.post_norm(x)
+        return x if self.config.keep_class else x[:, 1:]
+
+    def _merging_layers(self, x: Tensor, matching: TokenMatching) -> Tensor:
+        """All layers, with patches merged in each: ``[B, 1 + n, D]`` to what is left of it."""
+        sizes, bias = torch.ones_like(x[:, 1:, 0]), None
+        counts = merged_counts(x.shape[1] - 1, len(self.layers), self.config.merge_tokens)
+        for block, count in zip(self.layers, counts, strict=True):
+            x, pairs = block.merging(x, sizes, matching, count, bias)
+            sizes, bias = pairs.sizes, pairs.bias
+        return x

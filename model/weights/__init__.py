@@ -1,0 +1,1 @@
+"""Weight tables: which tensor of a checkpoint goes where."""

@@ -1,0 +1,1 @@
+"""Rewrites of a graph for one backend, a module each."""

@@ -1,0 +1,191 @@
+"""Products whose weights are integers in blocks: ONNX Runtime's MatMulNBits, and several of them as one.
+
+Decoding reads every weight once a token, so that fewer bytes are fewer milliseconds; the kernel multiplies bytes by
+bytes, an activation having a scale a row and block, so that what one row of a batch gets hangs on no other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from blip2edge.optimization.graph import (
+    Array,
+    constant,
+    dims,
+    initializer,
+    insert,
+    only_user,
+    other_operand,
+    producer,
+    replace,
+    vector,
+)
+from blip2edge.optimization.passes.integers import quantised_products
+
+INT8_COMPUTE = 4
+"""MatMulNBits' ``accuracy_level``: activations are rounded to int8 by block."""
+
+BITS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
+LARGEST_BLOCK = 256
+SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """A weight in blocks.
+
+    Attributes:
+        name: Of the initializer.
+        integers: int8 ``[K, N]``.
+        scales: float32 ``[K / block, N]``.
+        bits: 4 or 8.
+        bias: ``[N]``; None for nothing.
+    """
+
+    name: str
+    integers: Array
+    scales: Array
+    bits: int
+    bias: Array | None
+
+    @property
+    def block(self) -> int:
+        """Rows that share a scale."""
+        return len(self.integers) // len(self.scales)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A product with such a weight: what it reads, and the node whose result it gives."""
+
+    source: ir.Value
+    matrix: BlockMatrix
+    out: ir.Value
+    node: ir.Node
+
+
+def use_block_kernels(model: ir.Model, *, columns_too: bool = False) -> int:
+    """Puts MatMulNBits in place of products with block weights, those that read the same value as one.
+
+    Args:
+        model: A prepared graph.
+        columns_too: Products with a scale a column and an int8 activation as well; the recorded range of the
+            activation is not used then.
+
+    Returns:
+        How many products there were.
+    """
+    found = [found for node in model.graph if (found := _block_product(node)) is not None]
+    if columns_too:
+        found += _column_products(model)
+    groups: dict[tuple[str, int, int, int], list[_Found]] = defaultdict(list)
+    for one in found:
+        matrix = one.matrix
+        key = (str(one.source.name), matrix.bits, matrix.block, len(matrix.integers))
+        groups[key].append(one)
+    for group in groups.values():
+        _replace(model.graph, group)
+    return len(found)
+
+
+def _block_product(node: ir.Node) -> _Found | None:
+    weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type == "MatMul" else None
+    if weight is None or "block_size" not in weight.attributes or node.inputs[0] is None:
+        return None
+    block = weight.attributes["block_size"].as_int()
+    integers, scales = constant(weight.inputs[0]), constant(weight.inputs[1])
+    kind = weight.inputs[0].dtype if weight.inputs[0] is not None else None
+    if (
+        integers is None
+        or scales is None
+        or kind not in BITS
+        or not _fits(block)
+        or scales.dtype != np.float32
+    ):
+        return None
+    zero = constant(weight.inputs[2]) if len(weight.inputs) > 2 else None
+    if zero is not None and np.any(zero.astype(np.int8)):
+        return None
+    out, last, bias = _with_bias(node)
+    name = str(weight.inputs[0].name) if weight.inputs[0] is not None else ""
+    return _Found(
+        node.inputs[0], BlockMatrix(name, integers.astype(np.int8), scales, BITS[kind], bias), out, last
+    )
+
+
+def _fits(block: int) -> bool:
+    return SMALLEST_BLOCK <= block <= LARGEST_BLOCK and block & (block - 1) == 0
+
+
+def _with_bias(node: ir.Node) -> tuple[ir.Value, ir.Node, Array | None]:
+    """What a product gives with the vector that is added to it."""
+    plus = only_user(node.outputs[0], "Add")
+    if plus is not None:
+        bias = vector(other_operand(plus, node.outputs[0]))
+        if bias is not None:
+            return plus.outputs[0], plus, bias
+    return node.outputs[0], node, None
+
+
+def _column_products(model: ir.Model) -> list[_Found]:
+    found = []
+    for product in quantised_products(model):
+        integers, scales = constant(product.weight), constant(product.scales)
+        rows = dims(product.weight)[0]
+        block = int(rows) & -int(rows)  # the largest power of two that divides it
+        if integers is None or scales is None or not _fits(min(block, LARGEST_BLOCK)):
+            continue
+        spread = np.repeat(scales[None], int(rows) // min(block, LARGEST_BLOCK), axis=0)
+        bias = constant(product.bias)
+        matrix = BlockMatrix(str(product.weight.name), integers, spread, 8, bias)
+        found.append(_Found(product.activation, matrix, product.out, product.last))
+    return found
+
+
+def _replace(graph: ir.Graph, group: Sequence[_Found]) -> None:
+    """One node for products of one value; their results are parts of its result."""
+    first, matrices = group[0], [one.matrix for one in group]
+    place = next(node for node in graph if node in {one.node for one in group})
+    rows, bits, block = len(matrices[0].integers), matrices[0].bits, matrices[0].block
+    widths = [matrix.integers.shape[1] for matrix in matrices]
+    name = matrices[0].name
+    packed = np.concatenate([_packed(matrix.integers, bits, block) for matrix in matrices])
+    scales = np.concatenate([matrix.scales.T for matrix in matrices])
+    inputs: list[ir.Value | None] = [
+        first.source,
+        initializer(graph, f"{name}.blocks", packed),
+        initializer(graph, f"{name}.scales", np.ascontiguousarray(scales, np.float32)),
+    ]
+    if any(matrix.bias is not None for matrix in matrices):
+        parts = [
+            np.zeros(width, np.float32) if matrix.bias is None else matrix.bias
+            for matrix, width in zip(matrices, widths, strict=True)
+        ]
+        inputs += [None, None, initializer(graph, f"{name}.bias", np.concatenate(parts))]
+    like = first.out if len(group) == 1 else None
+    made = insert(
+        place, "MatMulNBits", inputs, [like],
+        K=rows, N=sum(widths), bits=bits, block_size=block, accuracy_level=INT8_COMPUTE,
+    )  # fmt: skip
+    if len(group) > 1:
+        source = first.out
+        made[0].type = source.type
+        made[0].shape = ir.Shape([*dims(source)[:-1], sum(widths)])
+        parts_of = initializer(graph, f"{name}.widths", np.array(widths, np.int64))
+        made = insert(place, "Split", [made[0], parts_of], [one.out for one in group], domain="", axis=-1)
+    for one, value in zip(group, made, strict=True):
+        replace(one.out, value)
+
+
+def _packed(integers: Array, bits: int, block: int) -> Array:
+    """int8 ``[K, N]`` as the kernel reads it: uint8 ``[N, K / block, block * bits / 8]``, zero in the middle."""
+    shifted = (integers.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8).T
+    blocks = np.ascontiguousarray(shifted).reshape(shifted.shape[0], -1, block)
+    if bits == 8:
+        return blocks
+    return np.asarray(blocks[:, :, 0::2] | (blocks[:, :, 1::2] << 4), np.uint8)

@@ -1,0 +1,302 @@
+"""A decoder whose cache is one buffer a layer, written in place: ONNX Runtime's GroupQueryAttention.
+
+The portable form joins past and new keys anew at every step and takes a mask. Here each row's cache has room for C
+slots, the row's text begins in slot 0, and ``seqlens_k`` says where it ends:
+
+    inputs_embeds        [B, S, D]     rows of one prefill may end early: what is behind their text is not read
+    position_ids         [B, S]        only where the model adds positions itself (OPT)
+    seqlens_k            int32 [B]     tokens of each row after this pass, minus 1
+    total_sequence_length int32 []     the longest row after this pass
+    logits_indices       [B, K]
+    past_key_values.{i}.{key,value}    [B, Hkv, C, d], the same buffers as present.{i}.{key,value}
+
+Rows of several new tokens behind a past must come one by one: the kernel takes no batches of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from blip2edge.bundle.schema import CacheSpec
+from blip2edge.optimization.evaluate import evaluate
+from blip2edge.optimization.graph import (
+    Array,
+    clean,
+    dims,
+    initializer,
+    insert,
+    operands,
+    permutation,
+    producer,
+    replace,
+    users,
+)
+from blip2edge.optimization.passes.attention import Core, find_core
+
+MASKED = -1.0e4
+"""A score below it hides a key."""
+
+PROBED = 3
+"""Slots that ask at once while the mask is looked at."""
+
+
+ROTARY_WIDTH = 16
+"""The kernel turns heads whose width is a multiple of it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's attention.
+
+    Attributes:
+        core: What is around its softmax.
+        query: ``[B, S, H d]`` before heads are split and turned.
+        key: ``[B, S, Hkv d]``, likewise.
+        value: ``[B, S, Hkv d]``.
+        rotation: Cosines and sines, ``[B, 1, S, d / 2]``; None where nothing is turned.
+    """
+
+    core: Core
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    rotation: tuple[ir.Value, ir.Value] | None
+
+
+def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
+    """Rewrites a decoder; False, and nothing changed, where it is not a plain causal one.
+
+    Args:
+        model: The portable decoder, prepared.
+        cache: Its cache.
+        max_positions: The longest context, for which rotary angles are tabulated.
+    """
+    graph = model.graph
+    layers = [_layer(graph, index) for index in range(cache.num_layers)]
+    found = [layer for layer in layers if layer is not None]
+    if len(found) < len(layers) or "cross" in " ".join(value.name or "" for value in graph.inputs):
+        return False
+    window = _window(model, found, max_positions)
+    if window is None:
+        return False
+    rotation = found[0].rotation
+    if any(layer.rotation != rotation for layer in found):
+        return False
+    if rotation is not None and cache.head_dim % ROTARY_WIDTH:
+        return False
+    tables = _tables(model, rotation, max_positions)
+    if rotation is not None and tables is None:
+        return False
+    lengths = _inputs(graph)
+    for index, layer in enumerate(found):
+        _rewrite(graph, index, layer, lengths, tables, window, cache)
+    _finish(model)
+    return True
+
+
+def _layer(graph: ir.Graph, index: int) -> Layer | None:
+    """A layer's parts, found from the cache on."""
+    outputs = {value.name: value for value in graph.outputs}
+    key, value = outputs[f"present.{index}.key"], outputs[f"present.{index}.value"]
+    news = [_appended(part) for part in (key, value)]
+    softmax = _softmax_of(key)
+    core = find_core(softmax) if softmax is not None else None
+    if core is None or news[0] is None or news[1] is None or not _is_heads_of(core.value, value):
+        return None
+    turned_query, turned_key = _before_rotation(core.query), _before_rotation(news[0])
+    if turned_query is None or turned_key is None or turned_query[1] != turned_key[1]:
+        return None
+    query, new_key, new_value = (_before_heads(part) for part in (turned_query[0], turned_key[0], news[1]))
+    if query is None or new_key is None or new_value is None:
+        return None
+    return Layer(core, query, new_key, new_value, turned_query[1])
+
+
+def _appended(present: ir.Value) -> ir.Value | None:
+    """What is put behind the past."""
+    node = producer(present, "Concat")
+    past = str(present.name).replace("present", "past_key_values")
+    if node is None or len(node.inputs) != 2 or node.inputs[0] is None or node.inputs[0].name != past:
+        return None
+    return node.inputs[1]
+
+
+NEXT = {None: ("Unsqueeze", "Transpose"), "Unsqueeze": ("Transpose",), "Transpose": ("MatMul",), "MatMul": ("Add",),
+        "Add": ("Softmax",)}  # fmt: skip
+"""What follows on the way from a layer's keys to the softmax over its scores."""
+
+
+def _softmax_of(key: ir.Value) -> ir.Node | None:
+    """The softmax over the scores of a layer's keys."""
+    value, kind = key, None
+    while True:
+        node = next((user for user in users(value) if user.op_type in NEXT[kind]), None)
+        if node is None or node.op_type == "Softmax":
+            return node
+        value, kind = node.outputs[0], node.op_type
+
+
+def _is_heads_of(value: ir.Value, present: ir.Value) -> bool:
+    """Whether an attention's values are the layer's, with or without an axis for the group."""
+    node = producer(value, "Unsqueeze")
+    return (node.inputs[0] if node is not None else value) is present
+
+
+def _before_rotation(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Value, ir.Value] | None] | None:
+    """Heads ``[B, H, S, d]`` before they are turned, and cosines and sines; those None where nothing is."""
+    if value is None:
+        return None
+    grouped = producer(value, "Reshape")
+    if grouped is not None and len(dims(value)) == 5 and grouped.inputs[0] is not None:
+        value = grouped.inputs[0]
+    joined = producer(value, "Concat")
+    if joined is None:
+        return value, None
+    real, imaginary = operands(joined)
+    minus, plus = producer(real, "Sub"), producer(imaginary, "Add")
+    if minus is None or plus is None:
+        return None
+    factors = [
+        [operands(node) for node in (_mul(part) for part in operands(half)) if node] for half in (minus, plus)
+    ]
+    if any(len(half) != 2 for half in factors):
+        return None
+    (first, cos), (second, sin) = factors[0]
+    halves = producer(first, "Split")
+    same = factors[1][0] == (second, cos) and factors[1][1] == (first, sin)
+    if halves is None or not same or list(halves.outputs) != [first, second] or halves.inputs[0] is None:
+        return None
+    return halves.inputs[0], (cos, sin)
+
+
+def _mul(value: ir.Value) -> ir.Node | None:
+    return producer(value, "Mul")
+
+
+def _before_heads(value: ir.Value | None) -> ir.Value | None:
+    """``[B, S, H d]`` of heads ``[B, H, S, d]``; norms over a head (Qwen3) are carried out before the transposition."""
+    node = producer(value, "Transpose")
+    if node is None or permutation(node) != [0, 2, 1, 3]:
+        return None
+    split = producer(node.inputs[0], "Reshape")
+    return split.inputs[0] if split is not None else None
+
+
+def _window(model: ir.Model, layers: Sequence[Layer], longest: int) -> int | None:
+    """How many slots a slot sees, -1 for all before it; None where the bias is not that of a causal mask.
+
+    The bias is computed, for a row without padding and one with, over the longest context: no pattern of nodes is
+    relied on.
+    """
+    biases = {_without_group(layer.core.bias) for layer in layers}
+    bias = biases.pop()
+    if biases or bias is None:
+        return None
+    padded = min(2, longest - PROBED - 1)
+    mask = np.ones((2, longest), np.int64)
+    mask[1, :padded] = 0
+    given = {"attention_mask": mask}
+    for value in model.graph.inputs:
+        name = str(value.name)
+        if name == "inputs_embeds" or name.startswith("past_key_values"):
+            given[name] = np.zeros(_probe_shape(value, longest), np.float32)
+    scores = evaluate(model, [bias], given)
+    if scores is None:
+        return None
+    seen = np.broadcast_to(scores[0], (2, 1, PROBED, longest))[:, 0] > MASKED
+    for window in (longest, int(seen[0, -1].sum())):
+        if np.array_equal(seen, _causal(mask, window)) and not scores[0][scores[0] > MASKED].any():
+            return -1 if window == longest else window
+    return None
+
+
+def _probe_shape(value: ir.Value, longest: int) -> list[int]:
+    """Two rows, :data:`PROBED` new slots, and the longest past that leaves room for them."""
+    free = {"batch": 2, "steps": PROBED, "past": longest - PROBED}
+    return [size if isinstance(size, int) else free[size] for size in dims(value)]
+
+
+def _without_group(bias: ir.Value | None) -> ir.Value | None:
+    """A bias before it gets an axis for grouped heads."""
+    node = producer(bias, "Unsqueeze")
+    return node.inputs[0] if node is not None and len(dims(bias)) == 5 else bias
+
+
+def _causal(mask: Array, window: int) -> Array:
+    """Which of the slots the last :data:`PROBED` see: ``[B, S, T]``."""
+    total = mask.shape[1]
+    slots, asking = np.arange(total), np.arange(total - PROBED, total)[:, None]
+    near = (slots <= asking) & (slots > asking - window)
+    return np.asarray(near[None] & (mask[:, None, :] == 1))
+
+
+def _tables(
+    model: ir.Model, rotation: tuple[ir.Value, ir.Value] | None, longest: int
+) -> tuple[ir.Value, ir.Value] | None:
+    """Cosines and sines of every position, ``[longest, d / 2]``."""
+    if rotation is None:
+        return None
+    found = evaluate(model, list(rotation), {"position_ids": np.arange(longest)[None]})
+    if found is None:
+        return None
+    cos, sin = (
+        initializer(model.graph, f"rotary.{kind}", array.reshape(longest, -1))
+        for kind, array in zip(("cos", "sin"), found, strict=True)
+    )
+    return cos, sin
+
+
+def _inputs(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+    """The two inputs that replace the mask."""
+    lengths = ir.Value(name="seqlens_k", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
+    total = ir.Value(name="total_sequence_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
+    graph.inputs.extend([lengths, total])
+    return lengths, total
+
+
+def _rewrite(
+    graph: ir.Graph,
+    index: int,
+    layer: Layer,
+    lengths: tuple[ir.Value, ir.Value],
+    tables: tuple[ir.Value, ir.Value] | None,
+    window: int,
+    cache: CacheSpec,
+) -> None:
+    """Puts one node in place of a layer's attention."""
+    named = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
+    pasts = [named[f"past_key_values.{index}.{kind}"] for kind in ("key", "value")]
+    presents = [named[f"present.{index}.{kind}"] for kind in ("key", "value")]
+    for value in (*pasts, *presents):
+        value.shape = ir.Shape(["batch", cache.num_heads, "capacity", cache.head_dim])
+    merged = layer.core.last.outputs[0]
+    heads = dims(layer.core.query)
+    count = int(heads[1]) * (int(heads[2]) if len(heads) == 5 else 1)
+    made = insert(
+        layer.core.last,
+        "GroupQueryAttention",
+        [layer.query, layer.key, layer.value, *pasts, *lengths, *(tables or ())],
+        [merged, *presents],
+        num_heads=count,
+        kv_num_heads=cache.num_heads,
+        scale=layer.core.scale,
+        do_rotary=int(tables is not None),
+        local_window_size=window,
+    )
+    replace(merged, made[0])
+    for old, new in zip(presents, made[1:], strict=True):
+        replace(old, new)
+
+
+def _finish(model: ir.Model) -> None:
+    """Drops the mask and what was made of it."""
+    model.graph.sort()
+    clean(model)
+    for name in ("attention_mask", "position_ids"):
+        value = next(value for value in model.graph.inputs if value.name == name)
+        if not value.uses():
+            model.graph.inputs.remove(value)

@@ -1,0 +1,94 @@
+"""Which file a graph is run from, and on which backend: the one place that opens a bundle's graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+
+import numpy as np
+
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.runtime.backends.base import Session, Settled, find_backend, open_session
+from blip2edge.runtime.backends.engine_files import engines_backend
+from blip2edge.runtime.backends.optimized_copy import read_copy, weights_of
+from blip2edge.runtime.backends.probe import cores
+
+
+class GraphOpener:
+    """Loads a bundle's graphs, each from the copy that suits the backend or else from the bundle.
+
+    Args:
+        bundle: An opened bundle.
+        backend: ``auto``, or a backend by name.
+        threads: Threads within an operator.
+        portable: Passes over copies.
+
+    Attributes:
+        copied: The graphs that were loaded from a copy.
+
+    Raises:
+        BackendError: The backend is unknown.
+        BundleIntegrityError: A file of the copy was changed.
+    """
+
+    def __init__(
+        self, bundle: Bundle, backend: str = "auto", threads: int | None = None, *, portable: bool = False
+    ) -> None:
+        self._bundle, self.backend, self.threads = bundle, backend, threads
+        self.copied: list[str] = []
+        if bundle.manifest.engines_of:
+            backend = engines_backend(bundle, backend)
+        found = find_backend(backend)
+        copy, engines, self._host = found.copy, found.engines, found.host
+        self._engines = import_module(found.module).EngineOpener(bundle, engines) if engines else None
+        self._copy = read_copy(bundle, copy) if copy and not portable else None
+
+    @property
+    def takes_all_cores(self) -> bool:
+        """Whether two graphs that run at once would want more cores than there are."""
+        return self._host and 2 * (self.threads or cores()) > cores()
+
+    def __call__(self, graph: str) -> Session:
+        """Loads a graph by its name.
+
+        Raises:
+            BundleError: The bundle has no such graph.
+            BackendError: The backend is not there.
+        """
+        spec = self._bundle.graph(graph).spec
+        if self._engines is not None:
+            engine: Session = self._engines(graph)
+            return engine
+        found = self._copy[1].graphs.get(graph) if self._copy is not None else None
+        if self._copy is None or found is None:
+            return open_session(self._bundle.file(spec.file), self.backend, self.threads)
+        module = import_module(find_backend(self.backend).module)
+        directory = self._copy[0]
+        self.copied.append(graph)
+        settled = Settled(weights_of(self._bundle, directory), found.layout)
+        session: Session = module.open_graph(directory / found.file, self.threads, settled)
+        return OneByOne(session) if found.one_by_one else session
+
+
+class OneByOne:
+    """A session whose batches are run a row at a time, so that no row hangs on another."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.input_names, self.output_names = session.input_names, session.output_names
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        rows = len(next(iter(inputs.values())))
+        if rows == 1:
+            return self._session.run(inputs, outputs)
+        parts = [
+            self._session.run({name: array[row : row + 1] for name, array in inputs.items()}, outputs)
+            for row in range(rows)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def close(self) -> None:
+        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        self._session.close()

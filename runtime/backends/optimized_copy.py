@@ -1,0 +1,187 @@
+"""A bundle's optimised copies: what stands in ``optimized.json``, and which file a graph is run from.
+
+``optimized/<backend>/`` holds graphs rewritten for one backend and their own manifest, which names the bundle they
+were made of by its hash. A copy of another bundle, or by another version of the backend, is passed over: the portable
+graph is always right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.manifest import Bundle, FileRecord, sha256_of
+from blip2edge.bundle.schema import Parity
+from blip2edge.errors import BundleIntegrityError
+from blip2edge.runtime.backends.probe import exact_processor
+
+RECORD = "optimized.json"
+SCHEMA_VERSION = 2
+KIND = "optimized"
+PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
+"""The package that runs a backend's copies."""
+
+OF_ONE_MACHINE = ("openvino",)
+"""Backends whose copies were compiled for a processor, and are passed over on any other."""
+
+
+@dataclass(frozen=True)
+class OptimizedGraph:
+    """A graph of a copy.
+
+    Attributes:
+        file: Its name in the copy's directory.
+        passes: What was done to it.
+        one_by_one: Whether rows of a batch are to be run one at a time, as ranges are found over all it is given.
+        layout: Whether weights are laid out for the processor when it is loaded.
+        parity: How far its outputs are from the portable graph's.
+        cosine: The smallest cosine between its outputs and the portable graph's.
+        milliseconds: What a run took, portable first, on the machine that made it; of a compiled graph what opening it
+            took.
+    """
+
+    file: str
+    passes: tuple[str, ...]
+    one_by_one: bool
+    layout: bool
+    parity: tuple[Parity, ...]
+    cosine: float
+    milliseconds: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``optimized.json``."""
+        return {**vars(self), "parity": [parity.to_json() for parity in self.parity]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> OptimizedGraph:
+        """The inverse of :meth:`to_json`."""
+        parity = tuple(Parity.from_json(item) for item in values["parity"])
+        first, second = values["milliseconds"]
+        return cls(
+            str(values["file"]), tuple(values["passes"]), bool(values["one_by_one"]), bool(values["layout"]), parity,
+            float(values["cosine"]), (float(first), float(second)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimizedRecord:
+    """The contents of ``optimized.json``.
+
+    Attributes:
+        backend: What it is for.
+        bundle_sha256: Hash of the ``bundle.json`` that it was made of.
+        graphs: Those that run or open faster than the portable ones, by name; the others are run from the bundle.
+        left: Graphs that are not here, with the reason.
+        files: Seal of every file of the copy.
+        versions: What made it.
+        machine: The processor it was measured on, with the numbers of its generation.
+    """
+
+    backend: str
+    bundle_sha256: str
+    graphs: Mapping[str, OptimizedGraph]
+    left: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    versions: Mapping[str, str]
+    machine: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of ``optimized.json``."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **vars(self),
+            "graphs": {name: graph.to_json() for name, graph in self.graphs.items()},
+            "files": {name: dict(vars(record)) for name, record in sorted(self.files.items())},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> OptimizedRecord:
+        """The inverse of :meth:`to_json`; raises KeyError, TypeError or ValueError on a wrong shape."""
+        return cls(
+            backend=values["backend"],
+            bundle_sha256=values["bundle_sha256"],
+            graphs={name: OptimizedGraph.from_json(graph) for name, graph in values["graphs"].items()},
+            left=values["left"],
+            files={name: FileRecord(**record) for name, record in values["files"].items()},
+            versions=values["versions"],
+            machine=values["machine"],
+        )
+
+    def write(self, directory: Path) -> None:
+        """Writes ``optimized.json``."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        (directory / RECORD).write_text(text, encoding="utf-8")
+
+
+def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | None:
+    """A bundle's copy for a backend and where it lies; None where there is none of this bundle and version.
+
+    Raises:
+        BundleIntegrityError: A file of the copy is missing or was changed.
+    """
+    directory = bundle.derived(KIND) / backend
+    try:
+        values = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        if values["schema_version"] != SCHEMA_VERSION:
+            return None
+        record = OptimizedRecord.from_json(values)
+    except (OSError, ValueError, KeyError, TypeError):  # none, or of another version
+        return None
+    package = PACKAGES.get(record.backend, "")
+    if record.backend != backend or record.bundle_sha256 != bundle.sha256:
+        return None
+    if record.versions.get(package) != installed(package):
+        return None
+    if backend in OF_ONE_MACHINE and record.machine != exact_processor():
+        return None
+    _check(directory, record.files)
+    return directory, record
+
+
+def weights_of(bundle: Bundle, directory: Path) -> Path:
+    """Where a copy's graphs find their weights: from the bundle on where the copy is in it, so that both share them."""
+    return bundle.path if directory.is_relative_to(bundle.path) else directory
+
+
+def installed(package: str) -> str:
+    """The version of a package; empty where it is not installed."""
+    for name in (package, f"{package}-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def _check(directory: Path, files: Mapping[str, FileRecord]) -> None:
+    """Hashes files whose size and time are not those of the last check."""
+    stamp_file = directory / ".verified.json"
+    try:
+        stamps = json.loads(stamp_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no stamp: everything is hashed
+        stamps = {}
+    fresh: dict[str, list[Any]] = {}
+    for name, record in files.items():
+        path = directory / name
+        status = path.stat() if path.is_file() else None
+        stamp = [status.st_size, status.st_mtime_ns, record.sha256] if status is not None else []
+        changed = status is None or status.st_size != record.size
+        if changed or (stamps.get(name) != stamp and sha256_of(path) != record.sha256):
+            raise BundleIntegrityError(
+                f"{path} is not the file that was made",
+                f"make it again: blip2edge optimize {_bundle_of(directory)} --backend {directory.name}",
+            )
+        fresh[name] = stamp
+    if fresh != stamps:
+        try:
+            stamp_file.write_text(json.dumps(fresh), encoding="utf-8")
+        except OSError:  # read-only: hashed again at the next load
+            return
+
+
+def _bundle_of(directory: Path) -> str:
+    return str(directory.parents[1])

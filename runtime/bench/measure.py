@@ -1,0 +1,352 @@
+"""Measuring a bundle on the machine at hand: stages, throughput, memory, growth; what ``blip2edge bench`` runs.
+
+Every stage is timed by the wall clock (what a user waits) and by process CPU time (what it costs, whatever else the
+machine does). Captions are forced to a length, so that runs can be compared.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import blip2edge
+from blip2edge.bundle.schema import VISION
+from blip2edge.errors import UsageError
+from blip2edge.runtime.backends.optimized_copy import installed
+from blip2edge.runtime.backends.probe import processor
+from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
+from blip2edge.runtime.bench.roofline import Roofline, Work, measure
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.encode import STAGES, Clock, Encoded
+from blip2edge.runtime.decoding.sampling import argmax
+
+PERCENTILES = (50, 90, 99)
+PACKAGES = ("onnxruntime", "openvino", "numpy")
+SIZE = (480, 640)  # of the picture, where none is given: rows and columns
+GROWTH_RUNS = 3
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured.
+
+    Attributes:
+        runs: Captions that are timed.
+        warmup: Captions before them.
+        tokens: Length of every caption.
+        batches: Pictures at once, in the sweep.
+        prompts: Words of the prompt, in its sweep.
+        lengths: Tokens of a caption, in its sweep.
+    """
+
+    runs: int = 10
+    warmup: int = 2
+    tokens: int = 20
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    prompts: tuple[int, ...] = (0, 8, 32)
+    lengths: tuple[int, ...] = (10, 20, 40)
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """A stage.
+
+    Attributes:
+        ms: Percentiles of the wall time, by ``p50`` and so on.
+        cpu_ms: Median CPU time.
+        least_cpu_ms: The least; what its share of the roofline is counted from.
+        share: How much of what the machine can do it reaches; None where its work is not known.
+        bound: What limits it, ``products`` or ``bytes``; empty where that is not known.
+    """
+
+    ms: Mapping[str, float]
+    cpu_ms: float
+    least_cpu_ms: float
+    share: float | None = None
+    bound: str = ""
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything that was measured; :meth:`to_json` is what ``--json`` prints.
+
+    Attributes:
+        machine, versions, bundle: Where, with what, of what.
+        stages: By name, and ``total``.
+        tokens_per_s: While decoding, by the median.
+        start_s: Seconds to load the bundle.
+        memory: Bytes: ``peak``, ``resident`` and ``graphs`` (of the files).
+        sweeps: Tables by name: ``batch``, ``prompt``, ``caption``, ``picture``; a list of rows each.
+        left_out: What was not measured, with the reason.
+        energy: Joules a caption and what told them; None where nothing does.
+        draft: Who reads ahead, and the tokens a pass of the language model that come of it over whole captions; None
+            where nobody does. The stages are those of plain decoding in either case.
+        roofline: This machine's.
+    """
+
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    bundle: Mapping[str, Any]
+    options: BenchOptions
+    stages: Mapping[str, StageTimes]
+    tokens_per_s: float
+    start_s: float
+    memory: Mapping[str, int]
+    sweeps: Mapping[str, list[dict[str, float]]]
+    left_out: Mapping[str, str]
+    energy: Mapping[str, Any] | None
+    draft: Mapping[str, Any] | None
+    roofline: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the attributes as keys."""
+        return asdict(self)
+
+
+class CpuClock(Clock):
+    """Milliseconds by stage, by the wall and by CPU time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cpu_ms = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds what the block takes to a stage."""
+        start = time.process_time()
+        with super().__call__(stage):
+            yield
+        self.cpu_ms[stage] += (time.process_time() - start) * 1e3
+
+
+class Bench:
+    """The measurements of one loaded captioner.
+
+    Args:
+        captioner: The captioner.
+        picture: What is captioned: ``[H, W, 3]`` uint8; made where None.
+    """
+
+    def __init__(self, captioner: Captioner, picture: NDArray[np.uint8] | None = None) -> None:
+        self.captioner = captioner
+        made = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+        self.picture = made if picture is None else picture
+        spec = captioner.bundle.manifest.prompt
+        self.frames = 1 if spec is None else spec.frames
+        self.prompt = "" if spec is not None and spec.required and spec.default is None else None
+
+    def caption(self, tokens: int, pictures: int = 1, prompt: str | None = None) -> CpuClock:
+        """Captions of exactly ``tokens`` tokens; what each stage took, all pictures together.
+
+        Args:
+            tokens: Length.
+            pictures: How many at once.
+            prompt: None for the bundle's default.
+        """
+        clock = CpuClock()
+        item: Any = self.picture if self.frames == 1 else [self.picture] * self.frames
+        text = self.prompt if prompt is None else prompt
+        encoded: Encoded = self.captioner.encoder([item] * pictures, [text] * pictures, clock)
+        logits, state = self.captioner.completer.prefill(encoded, clock)
+        with clock("decode"):
+            for _ in range(tokens - 1):
+                logits = state.step(argmax(logits))
+        return clock
+
+    def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
+        """Who reads ahead in captions of ``tokens`` tokens, and the median of their tokens a pass; None for nobody."""
+        forced = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        kind = self.captioner.completer.drafting.kind(self.captioner.options(**forced))
+        if kind == "none":
+            return None
+        item: Any = self.picture if self.frames == 1 else [self.picture] * self.frames
+        found = [self.captioner.caption(item, prompt=self.prompt, **forced) for _ in range(runs)]
+        return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
+
+    def slots(self, prompt: str | None = None) -> int:
+        """Slots of the decoder's prompt."""
+        text = self.captioner.prompter.filled(self.prompt if prompt is None else prompt)
+        initial = self.captioner.completer.language.initial
+        return len(initial) or self.captioner.prompter(text, self.frames).length
+
+    def sweep_batches(self, batches: Sequence[int], tokens: int) -> list[dict[str, float]]:
+        """Pictures a CPU-second and a second, by batch size."""
+        rows = []
+        for size in batches:
+            runs = [self.caption(tokens, size) for _ in range(GROWTH_RUNS)]
+            cpu = min(sum(run.cpu_ms.values()) for run in runs) / 1e3
+            wall = min(sum(run.ms.values()) for run in runs) / 1e3
+            rows.append(
+                {"batch": float(size), "pictures_per_cpu_s": size / cpu, "pictures_per_s": size / wall}
+            )
+        return rows
+
+    def sweep_prompts(self, words: Sequence[int]) -> list[dict[str, float]]:
+        """CPU milliseconds of reading the prompt, by its slots."""
+        rows = []
+        for count in words:
+            text = "a " * count
+            slots = self.slots(text)
+            if slots + 1 > self.captioner.bundle.manifest.max_positions:
+                break
+            runs = [self.caption(1, prompt=text) for _ in range(GROWTH_RUNS)]
+            rows.append({"slots": float(slots), "prefill_cpu_ms": min(run.cpu_ms["prefill"] for run in runs)})
+        return rows
+
+    def sweep_lengths(self, lengths: Sequence[int]) -> list[dict[str, float]]:
+        """CPU milliseconds a token, by the caption's length."""
+        rows = []
+        for tokens in lengths:
+            if tokens < 2 or self.slots() + tokens > self.captioner.bundle.manifest.max_positions:
+                continue
+            runs = [self.caption(tokens) for _ in range(GROWTH_RUNS)]
+            least = min(run.cpu_ms["decode"] for run in runs)
+            rows.append({"tokens": float(tokens), "decode_cpu_ms_per_token": least / (tokens - 1)})
+        return rows
+
+
+WorkOf = Callable[[int, int], Mapping[str, Work]]
+"""The work of each stage for a prompt of so many slots and a caption of so many tokens."""
+
+
+def bench(
+    captioner: Captioner,
+    options: BenchOptions,
+    *,
+    start_s: float,
+    work_of: WorkOf | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measures a captioner.
+
+    Args:
+        captioner: A loaded bundle.
+        options: What is measured.
+        start_s: Seconds that loading it took.
+        work_of: Counts the work of the stages; None where the graphs cannot be looked into.
+        progress: Called with a stage's name, steps done and steps in all.
+    """
+    report = progress or (lambda stage, done, total: None)
+    run = Bench(captioner)
+    room = captioner.bundle.manifest.max_positions - run.slots()
+    tokens = max(1, min(options.tokens, room))
+    clocks: list[CpuClock] = []
+    energy = EnergyMeter()
+    for _ in range(options.warmup):
+        run.caption(tokens)
+    with MemoryMeter() as meter, energy:
+        for number in range(options.runs):
+            report("captions", number, options.runs)
+            clocks.append(run.caption(tokens))
+    report("roofline", 0, 1)
+    roofline = measure()
+    stages = _stages(clocks, work_of(run.slots(), tokens) if work_of is not None else {}, roofline)
+    report("sweeps", 0, 3)
+    sweeps = {"batch": run.sweep_batches(options.batches, tokens)}
+    report("sweeps", 1, 3)
+    sweeps["prompt"] = run.sweep_prompts(options.prompts)
+    report("sweeps", 2, 3)
+    sweeps["caption"] = run.sweep_lengths(options.lengths)
+    decode = stages["decode"].ms["p50"] / 1e3
+    return BenchReport(
+        machine=_machine(captioner),
+        versions={"blip2edge": blip2edge.__version__, "python": platform.python_version(), **_versions()},
+        bundle=_bundle(captioner),
+        options=options,
+        stages=stages,
+        tokens_per_s=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
+        start_s=start_s,
+        memory={"peak": meter.peak, "resident": resident_bytes(), "graphs": _graph_bytes(captioner)},
+        sweeps=sweeps,
+        left_out=_left_out(captioner, energy, work_of is not None),
+        energy=_energy(energy, options.runs),
+        draft=run.drafted(tokens, options.runs),
+        roofline=roofline.to_json(),
+    )
+
+
+def _stages(
+    clocks: Sequence[CpuClock], work: Mapping[str, Work], roofline: Roofline
+) -> dict[str, StageTimes]:
+    stages: dict[str, StageTimes] = {}
+    for stage in STAGES:
+        wall = [clock.ms[stage] for clock in clocks]
+        cpu = [clock.cpu_ms[stage] for clock in clocks]
+        stages[stage] = _times(wall, cpu, work.get(stage), roofline)
+    total = [sum(clock.ms.values()) for clock in clocks]
+    stages["total"] = _times(total, [sum(clock.cpu_ms.values()) for clock in clocks], None, roofline)
+    return stages
+
+
+def _times(wall: Sequence[float], cpu: Sequence[float], work: Work | None, roofline: Roofline) -> StageTimes:
+    ms = {f"p{part}": float(np.percentile(wall, part)) for part in PERCENTILES}
+    least = min(cpu)
+    share = work.seconds(roofline) * 1e3 / least if work is not None and least > 0 else None
+    bound = work.bound(roofline) if work is not None else ""
+    return StageTimes(ms, float(np.median(cpu)), least, share, bound)
+
+
+def _left_out(captioner: Captioner, energy: EnergyMeter, has_work: bool) -> dict[str, str]:
+    left: dict[str, str] = {}
+    if energy.reason:
+        left["energy"] = energy.reason
+    if not has_work:
+        left["roofline shares"] = "the graphs are looked into with the onnx package, which is not installed"
+    sizes = captioner.bundle.graph(VISION).spec.inputs[0].dims[2:]
+    if all(isinstance(size, int) for size in sizes):
+        left["growth with picture size"] = (
+            f"the vision encoder takes {sizes[0]} x {sizes[1]} pixels, whatever the picture's size"
+        )
+    return left
+
+
+def _energy(meter: EnergyMeter, captions: int) -> dict[str, Any] | None:
+    if meter.joules is None:
+        return None
+    return {"source": meter.source, "joules_per_caption": meter.joules / captions}
+
+
+def _machine(captioner: Captioner) -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count() or 0,
+        "system": platform.platform(),
+        "backend": captioner.graphs.backend,
+        "threads": captioner.graphs.threads,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: found for name in PACKAGES if (found := installed(name))}
+
+
+def _bundle(captioner: Captioner) -> dict[str, Any]:
+    manifest = captioner.bundle.manifest
+    return {
+        "family": manifest.family,
+        "precision": {name: graph.precision for name, graph in manifest.graphs.items()},
+        "optimised": sorted(captioner.graphs.copied),
+        "sha256": captioner.bundle.sha256,
+    }
+
+
+def _graph_bytes(captioner: Captioner) -> int:
+    """Bytes of the weights that are loaded: of each graph in the bundle."""
+    files = captioner.bundle.manifest.files
+    names = {data for graph in captioner.bundle.manifest.graphs.values() for data in graph.data_files}
+    return sum(files[name].size for name in names)

@@ -1,0 +1,1 @@
+"""Pictures in, captions out: the pipeline, the scheduler, and matching of pictures and texts."""

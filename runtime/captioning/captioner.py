@@ -1,0 +1,260 @@
+"""Pictures in, captions out: the whole runtime in one place.
+
+    picture --preprocess--> pixel_values --vision--> image_embeds --bridge--> visual_tokens
+    prompt  --tokenise---> token rows   ----------------------------------> inputs_embeds --prefill--> logits, cache
+                                                                            token by token --decode--> ids --> text
+
+Neither torch nor transformers is imported here or below.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
+from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageError
+from blip2edge.runtime.backends.base import check_threads
+from blip2edge.runtime.backends.open_graph import GraphOpener
+from blip2edge.runtime.captioning.complete import CaptionResult, Completer, caption_result
+from blip2edge.runtime.captioning.encode import STAGES, Clock, Encoder, PictureEncoder
+from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
+from blip2edge.runtime.captioning.request import Request, Span
+from blip2edge.runtime.captioning.scheduler import Scheduler
+from blip2edge.runtime.decoding.draft_model import Drafting
+from blip2edge.runtime.decoding.language_model import load_language_model
+from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.text.prompt import Instructor, Prompter
+from blip2edge.runtime.text.tokenizer import Tokenizer
+
+__all__ = ["STAGES", "CaptionResult", "Captioner"]
+
+AHEAD = 3  # batches that are on their way at once: one decoded, one encoded, one waiting
+
+
+class Captioner:
+    """A loaded bundle. Make one with :meth:`load`."""
+
+    def __init__(
+        self, bundle: Bundle, backend: str = "auto", threads: int | None = None, draft: str = "auto"
+    ) -> None:
+        manifest = bundle.manifest
+        if manifest.prompt is None:
+            raise BundleError(
+                f"{bundle.path} compares pictures with texts and captions none",
+                "use blip2edge match or blip2edge embed",
+            )
+        if manifest.precision == "bf16" and backend in ("auto", "cpu"):
+            raise BackendError(
+                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
+                "export with --precision fp32 or fp16",
+            )
+
+        session = self.graphs = GraphOpener(bundle, backend, threads)
+        self.bundle = bundle
+        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
+        language = load_language_model(bundle, session)
+        spec, positions = manifest.prompt, manifest.max_positions
+        self.prompter = Prompter(spec, self.tokenizer, positions, language.table.num_rows)
+        instructor = None
+        if spec.instruction_positions:
+            tokenizer = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
+            instructor = Instructor(tokenizer, spec.instruction_positions, spec.frames)
+        bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
+        drafting = Drafting.load(bundle, session, self.tokenizer, draft, backend)
+        self.encoder = PictureEncoder(
+            bundle, session(VISION), bridge, self.prompter, instructor, drafting.has_head
+        )
+        self.completer = Completer(language, self.tokenizer, positions, drafting)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        draft: str = "auto",
+    ) -> Captioner:
+        """Opens a bundle and loads its graphs.
+
+        Args:
+            bundle: The directory that ``blip2edge export`` made.
+            backend: ``auto``, or a backend by name.
+            threads: CPU threads within an operator; None for as many as there are cores.
+            draft: Who guesses tokens that one pass verifies, where a caption does not say otherwise; one of
+                :data:`blip2edge.bundle.schema.DRAFTS`.
+
+        Raises:
+            BundleError: No bundle, a newer one, or one whose files were changed.
+            BackendError: The backend is not there.
+            UsageError: ``threads`` is below 1, or ``draft`` is none that the bundle has.
+        """
+        check_threads(threads)
+        return cls(Bundle.open(bundle), backend, threads, draft)
+
+    def caption(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> CaptionResult:
+        """Captions one picture.
+
+        Args:
+            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. Where the model takes videos: a list
+                of those, an array ``[F, H, W, 3]``, a folder of frames or a video file. Where it reads pictures
+                between texts (Flamingo): one, or a list.
+            prompt: Text that the caption goes on from, or the instruction; None for the bundle's default. Of
+                several pictures each stands where ``<image>`` does: ``"<image>A cat.<image>A"``; without it all
+                stand before the text.
+            **options: Fields of :class:`GenerationOptions`; what is left out is the bundle's default.
+
+        Raises:
+            ImageError: The picture cannot be read.
+            PromptError: The prompt does not fit.
+            UsageError: An option is outside its range.
+        """
+        return next(self.caption_many([image], prompts=[prompt], **options))
+
+    def ask(self, image: ItemSource, question: str, **options: Any) -> CaptionResult:
+        """Answers a question on a picture, by the family's question template; arguments as :meth:`caption`."""
+        return self.caption(image, prompt=self.prompter.question(question), **options)
+
+    def caption_many(
+        self,
+        images: Iterable[ItemSource],
+        *,
+        prompts: Sequence[str | None] | None = None,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> Iterator[CaptionResult]:
+        """Captions pictures in order, later ones being encoded beside the words of earlier ones; see ``scheduler``.
+
+        Args:
+            images: As in :meth:`caption`.
+            prompts: One a picture; None for none at all.
+            batch_size: Pictures decoded together; a result does not depend on it.
+            **options: As in :meth:`caption`.
+
+        Yields:
+            A result a picture.
+
+        Raises:
+            ImageError, PromptError, UsageError: As in :meth:`caption`; results before it have been given.
+        """
+        pictures = list(images)
+        texts: list[str | None] = [None] * len(pictures) if prompts is None else list(prompts)
+        if len(texts) != len(pictures):
+            raise UsageError(
+                f"there are {len(texts)} prompts for {len(pictures)} pictures", "give one prompt a picture"
+            )
+        if batch_size < 1:
+            raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+        generation = self.options(**options)
+        if len(pictures) > batch_size and (os.cpu_count() or 1) > 1:
+            return self._scheduled(pictures, texts, generation, batch_size)
+        return self._in_turn(pictures, texts, generation, batch_size)
+
+    def stream(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
+        """The pieces of one picture's caption as they are decided; joined and stripped, they are its text.
+
+        Arguments and errors as in :meth:`caption`; beams cannot be streamed.
+        """
+        generation = self.options(**options)
+        if generation.num_beams > 1:
+            raise UsageError(
+                "--stream and --num-beams above 1 exclude each other: beams choose the words at the end"
+            )
+        return self.completer.pieces(self.encoder([image], [prompt], Clock()), generation)
+
+    def scheduler(
+        self,
+        *,
+        max_batch: int = 8,
+        max_waiting: int = 64,
+        trace: Callable[[Span], None] | None = None,
+        encoder: Encoder | None = None,
+    ) -> Scheduler:
+        """Continuous batching for requests that come as they like; see :class:`Scheduler`. Close it after use.
+
+        Args:
+            max_batch: As of :class:`Scheduler`; an engine that was built for fewer rows decodes as many as it takes.
+            max_waiting: As of :class:`Scheduler`.
+            trace: As of :class:`Scheduler`.
+            encoder: In place of the captioner's own.
+        """
+        most = self.completer.language.decoder.most_rows
+        return Scheduler(
+            encoder or self.encoder,
+            self.completer,
+            max_batch=max_batch if most is None else min(max_batch, most),
+            max_waiting=max_waiting,
+            in_turn=self.graphs.takes_all_cores,
+            trace=trace,
+        )
+
+    def reusing(self, below: float) -> ReusingEncoder:
+        """An encoder to which a picture that hardly differs from the last one is that; see :class:`ReusingEncoder`."""
+        return ReusingEncoder(self.encoder, below, self.completer.language.context)
+
+    def options(self, **options: Any) -> GenerationOptions:
+        """The bundle's defaults with some fields replaced.
+
+        Raises:
+            UsageError: An unknown field, or a value outside its range.
+        """
+        defaults = self.bundle.manifest.generation
+        known = GenerationOptions.__dataclass_fields__
+        unknown = sorted(options.keys() - known.keys())
+        if unknown:
+            raise UsageError(f"there is no option {unknown[0]}", f"options are {', '.join(known)}")
+        least = options.get("min_new_tokens", 0)
+        merged = {
+            "eos_token_ids": tuple(defaults["eos_token_ids"]),
+            "stop": tuple(defaults.get("stop", ())),
+            "max_new_tokens": max(defaults["max_new_tokens"], least if isinstance(least, int) else 0),
+            "draft": self.completer.drafting.default,
+            **options,
+        }
+        chosen = GenerationOptions(**merged)
+        self.completer.drafting.check(chosen)
+        return chosen
+
+    def _in_turn(
+        self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
+    ) -> Iterator[CaptionResult]:
+        """Results batch by batch, by this thread alone."""
+        for first in range(0, len(images), batch_size):
+            yield from self._batch(range(first, min(first + batch_size, len(images))), images, texts, options)
+
+    def _batch(
+        self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
+    ) -> Iterator[CaptionResult]:
+        """Results of a batch; where one item is broken, those before it, and then its error."""
+        clock = Clock()
+        try:
+            batch = self.encoder(images[rows.start : rows.stop], texts[rows.start : rows.stop], clock)
+        except Blip2EdgeError:
+            if len(rows) == 1:
+                raise
+            for row in rows:
+                yield from self._batch(range(row, row + 1), images, texts, options)
+            return
+        generated = self.completer.complete(batch, options, rows, clock)
+        stage_ms = clock.share(len(rows))
+        for row, text in zip(rows, generated, strict=True):
+            yield caption_result(images[row], texts[row], text, options, self.tokenizer, stage_ms)
+
+    def _scheduled(
+        self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
+    ) -> Iterator[CaptionResult]:
+        """Results in order, while later pictures are on their way already."""
+        with self.scheduler(max_batch=batch_size, max_waiting=AHEAD * batch_size) as scheduler:
+            coming: deque[Request] = deque()
+            for image, text in zip(images, texts, strict=True):
+                if len(coming) == AHEAD * batch_size:
+                    yield coming.popleft().result()
+                coming.append(scheduler.submit(image, options, prompt=text))
+            while coming:
+                yield coming.popleft().result()

@@ -1,0 +1,270 @@
+"""Pictures and texts compared: how likely they belong together, how near they are, and their vectors.
+
+    picture --preprocess--> pixel_values --vision--> image_embeds --image_features--> K vectors of length 1
+    text    --tokenise---> input_ids    -----------------------------text_embeds--> one vector of length 1
+    image_embeds, input_ids ------------------------------------------------match--> probability
+
+The cosine of a picture and a text is the largest product of the text's vector with one of the picture's. Neither
+torch nor transformers is imported here or below.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKENIZER_FILE, VISION
+from blip2edge.errors import BackendError, BundleError, PromptError, UsageError
+from blip2edge.runtime.backends.base import check_threads
+from blip2edge.runtime.backends.open_graph import GraphOpener
+from blip2edge.runtime.images.preprocess import ImageSource, Preprocessing
+from blip2edge.runtime.text.tokenizer import Tokenizer
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """How a picture and a text go together.
+
+    Attributes:
+        image: The picture's path; None where it was given as an object.
+        text: The text as given.
+        probability: Of the matching head; None where the model has none (CLIP).
+        cosine: Of the two vectors, −1 to 1.
+    """
+
+    image: str | None
+    text: str
+    probability: float | None
+    cosine: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the attributes as keys."""
+        return dict(vars(self))
+
+
+class Matcher:
+    """A loaded bundle that compares. Make one with :meth:`load`."""
+
+    def __init__(self, bundle: Bundle, backend: str = "auto", threads: int | None = None) -> None:
+        manifest = bundle.manifest
+        if TEXT_EMBEDS not in manifest.graphs:
+            required = manifest.prompt is not None and manifest.prompt.required
+            verb = "answers questions on" if required else "captions"
+            raise BundleError(
+                f"{bundle.path} {verb} pictures and compares them with no text"
+                if DECODER in manifest.graphs
+                else f"{bundle.path} has no graph {TEXT_EMBEDS}",
+                f"use blip2edge {'ask' if required else 'caption'}",
+            )
+        if manifest.precision == "bf16" and backend in ("auto", "cpu"):
+            raise BackendError(
+                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
+                "export with --precision fp32 or fp16",
+            )
+
+        session = GraphOpener(bundle, backend, threads)
+        self.bundle = bundle
+        self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
+        self.vision = session(VISION)
+        self.features = session(IMAGE_FEATURES)
+        self.texts = session(TEXT_EMBEDS)
+        self.head = session(MATCH) if MATCH in manifest.graphs else None
+        self._pixels_dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
+
+    @classmethod
+    def load(cls, bundle: str | Path, *, backend: str = "auto", threads: int | None = None) -> Matcher:
+        """Opens a bundle and loads its graphs.
+
+        Args:
+            bundle: The directory that ``blip2edge export`` made.
+            backend: ``auto``, or a backend by name.
+            threads: CPU threads within an operator; None for as many as there are cores.
+
+        Raises:
+            BundleError: No bundle, a newer one, one whose files were changed, or one that captions.
+            BackendError: The backend is not there.
+            UsageError: ``threads`` is below 1.
+        """
+        check_threads(threads)
+        return cls(Bundle.open(bundle), backend, threads)
+
+    def match(self, image: ImageSource, text: str) -> MatchResult:
+        """Compares a picture with a text.
+
+        Args:
+            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8.
+            text: What the picture may show.
+
+        Raises:
+            ImageError: The picture cannot be read.
+            PromptError: The text is empty or too long.
+        """
+        return next(self.match_many([image], [text]))
+
+    def match_many(
+        self, images: Iterable[ImageSource], texts: Sequence[str], *, batch_size: int = 1
+    ) -> Iterator[MatchResult]:
+        """Compares every picture with every text, picture by picture; arguments and errors as :meth:`match`."""
+        pictures, ids = list(images), [self._ids(text) for text in texts]
+        starts = _starts(len(pictures), batch_size)
+        return self._match_batches(pictures, list(texts), ids, starts, batch_size)
+
+    def probabilities(
+        self, images: Sequence[ImageSource], texts: Sequence[Sequence[str]], *, batch_size: int = 1
+    ) -> list[list[float]]:
+        """How likely each picture and each of its own texts belong together.
+
+        Args:
+            images: N pictures; they are looked at together.
+            texts: Those of each picture, any number of them.
+            batch_size: Pairs that the matching head reads at once.
+
+        Raises:
+            ImageError, PromptError: As :meth:`match`.
+            UsageError: The model has no matching head.
+        """
+        if self.head is None:
+            raise UsageError(
+                f"{self.bundle.path} compares by cosine alone and has no matching head",
+                "use a bundle of BLIP or BLIP-2, such as Salesforce/blip2-itm-vit-g",
+            )
+        pairs = [(row, self._ids(text)) for row, own in enumerate(texts) for text in own]
+        found: list[list[float]] = [[] for _ in images]
+        if not pairs:
+            return found
+        embeds = self._look(list(images))
+        for at in _starts(len(pairs), batch_size):
+            part = pairs[at : at + batch_size]
+            feeds = {"image_embeds": embeds[[row for row, _ in part]], **_padded([ids for _, ids in part])}
+            values = self.head.run(feeds, ["probability"])["probability"]
+            for (row, _), value in zip(part, values, strict=True):
+                found[row].append(float(value))
+        return found
+
+    def embed_image(self, image: ImageSource) -> Vectors:
+        """A picture's vector ``[F]``; of BLIP-2 one a query, ``[K, F]``; errors as :meth:`match`."""
+        vectors: Vectors = self.embed_images([image])[0]
+        return vectors
+
+    def embed_images(self, images: Iterable[ImageSource], *, batch_size: int = 1) -> Vectors:
+        """The same of N pictures: ``[N, F]`` or ``[N, K, F]``, of length 1."""
+        pictures = list(images)
+        parts = [
+            self._features(self._look(pictures[at : at + batch_size]))
+            for at in _starts(len(pictures), batch_size)
+        ]
+        if not parts:
+            raise UsageError("there is no picture", "give at least one")
+        vectors = np.concatenate(parts)
+        return vectors[:, 0] if vectors.shape[1] == 1 else vectors
+
+    def embed_text(self, text: str) -> Vectors:
+        """A text's vector ``[F]``; errors as :meth:`match`."""
+        vectors: Vectors = self.embed_texts([text])[0]
+        return vectors
+
+    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1) -> Vectors:
+        """The same of N texts: ``[N, F]``, of length 1."""
+        ids = [self._ids(text) for text in texts]
+        parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]
+        if not parts:
+            raise UsageError("there is no text", "give at least one")
+        return np.concatenate(parts)
+
+    def _match_batches(
+        self,
+        pictures: list[ImageSource],
+        texts: list[str],
+        ids: list[list[int]],
+        starts: Sequence[int],
+        batch_size: int,
+    ) -> Iterator[MatchResult]:
+        vectors = [self._embed([row])[0] for row in ids]
+        for at in starts:
+            batch = pictures[at : at + batch_size]
+            embeds = self._look(batch)
+            cosines = [(self._features(embeds) @ vector).max(axis=1) for vector in vectors]
+            probabilities = [self._probabilities(embeds, row) for row in ids]
+            for row, picture in enumerate(batch):
+                for text, cosine, probability in zip(texts, cosines, probabilities, strict=True):
+                    yield MatchResult(
+                        image=os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else None,
+                        text=text,
+                        probability=None if probability is None else float(probability[row]),
+                        cosine=float(cosine[row]),
+                    )
+
+    def _look(self, pictures: list[ImageSource]) -> Array:
+        """``image_embeds [B, P, Dv]``."""
+        pixels = self.preprocessing.batch(pictures).astype(self._pixels_dtype, copy=False)
+        return self.vision.run({"pixel_values": pixels})["image_embeds"]
+
+    def _features(self, image_embeds: Array) -> Vectors:
+        """``[B, K, F]``."""
+        return self.features.run({"image_embeds": image_embeds})["image_features"].astype(np.float32)
+
+    def _embed(self, ids: list[list[int]]) -> Vectors:
+        """``[B, F]``."""
+        return self.texts.run(_padded(ids))["text_embeds"].astype(np.float32)
+
+    def _probabilities(self, image_embeds: Array, ids: list[int]) -> Vectors | None:
+        """``[B]``: of every picture with one text."""
+        if self.head is None:
+            return None
+        text = _padded([ids] * len(image_embeds))
+        return self.head.run({"image_embeds": image_embeds, **text}, ["probability"])["probability"]
+
+    def _ids(self, text: str) -> list[int]:
+        """The text's tokens, framed as the tokenizer does.
+
+        Raises:
+            PromptError: It is empty, too long, or has a token that the model lacks.
+        """
+        if not text.strip():
+            raise PromptError("the text is empty", "give a --text")
+        manifest = self.bundle.manifest
+        ids = self.tokenizer.encode(text)
+        if len(ids) > manifest.max_positions:
+            raise PromptError(
+                f"the text has {len(ids)} tokens, but the model reads up to {manifest.max_positions}",
+                "shorten it",
+            )
+        if max(ids) >= manifest.vocab_size:
+            raise PromptError(
+                f"the text holds the token {self.tokenizer.id_to_token(max(ids))!r} (id {max(ids)}), which the model "
+                f"with its {manifest.vocab_size} tokens does not know",
+                "leave it out",
+            )
+        return ids
+
+
+def _padded(rows: list[list[int]]) -> dict[str, Array]:
+    """Texts of one batch, padded on the right."""
+    longest = max(map(len, rows))
+    ids, mask = np.zeros((2, len(rows), longest), np.int64)
+    for row, values in enumerate(rows):
+        ids[row, : len(values)] = values
+        mask[row, : len(values)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _starts(count: int, batch_size: int) -> range:
+    """Where each batch begins.
+
+    Raises:
+        UsageError: A batch of nothing.
+    """
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    return range(0, count, batch_size)

@@ -1,0 +1,182 @@
+"""Beam search, as `GenerationMixin._beam_search` of transformers 5.23 does it, but picture by picture.
+
+Per step and picture the best max(2, 1 + number of end tokens) × num_beams continuations are looked at, so
+that num_beams unfinished ones are always among them. Only a finished text among the first num_beams of them
+may enter the result. transformers runs a batch until its last picture is done; the results of those that
+were done earlier no longer change then, so here they leave the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.runtime.decoding.options import (
+    Generated,
+    GenerationOptions,
+    Stopped,
+    end_ids,
+    finish_reason,
+)
+from blip2edge.runtime.decoding.sampling import log_softmax, penalize_repetition, top_k_indices
+from blip2edge.runtime.decoding.state import DecodeState, check_rows
+
+_EXCLUDED = np.float32(-1e9)  # added to a score that must not be chosen, as in transformers
+
+
+def beam_search(
+    first_logits: NDArray[np.float32],
+    state: DecodeState,
+    prompt_ids: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    *,
+    stopped: Stopped | None = None,
+    initial: Sequence[int] = (),
+) -> list[Generated]:
+    """Find the best text of every row with `options.num_beams` beams; the arguments are those of `generate`.
+
+    The state is widened to num_beams rows a picture before its first step, by `select`.
+
+    Raises:
+        BackendError: The decoder returned NaN.
+    """
+    check_rows(first_logits, state, prompt_ids)
+    width, vocabulary = options.num_beams, first_logits.shape[-1]
+    ends = end_ids(options, vocabulary)
+    active = [_Picture(ids, initial, options, vocabulary, stopped) for ids in prompt_ids]
+    pictures = list(active)
+    logits = np.repeat(first_logits, width, axis=0)
+    offsets = np.arange(len(active))  # the state's row of each picture's first beam
+    spread = 0  # 0: the picture's beams are one row of the state; 1: a row each
+    while True:
+        scores = log_softmax(np.asarray(logits, np.float32)).reshape(len(active), width, vocabulary)
+        for picture, beams in zip(active, scores, strict=True):
+            picture.advance(beams, ends)
+        going = [position for position, picture in enumerate(active) if not picture.done]
+        if not going:
+            return [picture.result(initial) for picture in pictures]
+        rows = np.concatenate([offsets[at] + spread * active[at].sources for at in going])
+        active = [active[at] for at in going]
+        if len(rows) != state.batch_size or not np.array_equal(rows, np.arange(len(rows))):
+            state.select(rows)
+        logits = state.step(np.concatenate([picture.latest for picture in active]))
+        offsets, spread = np.arange(len(active)) * width, 1
+
+
+class _Picture:
+    """The running and the finished beams of one picture.
+
+    Attributes:
+        sources: int64 [num_beams], the beam that each running beam continues.
+        done: Whether nothing can change the result any more.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        initial: Sequence[int],
+        options: GenerationOptions,
+        vocabulary: int,
+        stopped: Stopped | None,
+    ) -> None:
+        width = options.num_beams
+        before = np.unique(np.array([*prompt, *initial], np.int64))
+        self._before = before[(before >= 0) & (before < vocabulary)]
+        self._options, self._stopped = options, stopped
+        self._length = 0
+        self._running = np.zeros((width, options.max_new_tokens), np.int64)
+        self._scores = np.full(width, _EXCLUDED, np.float32)
+        self._scores[0] = 0.0  # all beams are equal at first: only one of them counts
+        self._finished: list[tuple[tuple[int, ...], str]] = [((), "")] * width
+        self._finished_scores = np.full(width, _EXCLUDED, np.float32)
+        self._is_finished = np.zeros(width, bool)
+        self._improvable = True
+        self.sources: NDArray[np.int64] = np.zeros(width, np.int64)
+        self.done = False
+
+    @property
+    def latest(self) -> NDArray[np.int64]:
+        """The last token of each running beam, int64 [num_beams]."""
+        return self._running[:, self._length - 1]
+
+    def advance(self, log_probs: NDArray[np.float32], ends: NDArray[np.int64]) -> None:
+        """Go one token further.
+
+        Args:
+            log_probs: [num_beams,V], of the running beams' next token; changed in place.
+            ends: The end tokens.
+        """
+        self._process(log_probs, ends)
+        log_probs += self._scores[:, None]
+        scores, sources, texts = self._continuations(log_probs)
+        length = self._length + 1
+        reasons = [
+            finish_reason(text, length, self._options, self._stopped) for text in texts[:, :length].tolist()
+        ]
+        ended = np.array([reason is not None for reason in reasons])
+
+        continued = scores + ended.astype(np.float32) * _EXCLUDED
+        chosen = np.argsort(-continued, kind="stable")[: self._options.num_beams]
+        self._collect(scores, texts[:, :length], reasons, ended)
+        self._running, self._scores, self.sources = texts[chosen], continued[chosen], sources[chosen]
+        self._length = length
+        self._improvable = self._improvable and self._can_improve()
+        full = self._options.early_stopping and bool(self._is_finished.all())
+        self.done = full or not self._improvable or bool(ended.all())
+
+    def result(self, initial: Sequence[int]) -> Generated:
+        """The best finished text."""
+        tokens, reason = self._finished[0]
+        return Generated((*initial, *tokens), reason, float(self._finished_scores[0]))
+
+    def _process(self, log_probs: NDArray[np.float32], ends: NDArray[np.int64]) -> None:
+        if self._options.repetition_penalty != 1.0:
+            for scores, text in zip(log_probs, self._running, strict=True):
+                seen = np.concatenate((self._before, text[: self._length]))
+                penalize_repetition(scores, seen, self._options.repetition_penalty)
+        if self._length < self._options.min_new_tokens:
+            log_probs[:, ends] = -np.inf
+
+    def _continuations(
+        self, log_probs: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """The best continuations, best first: scores [K], beams continued [K], texts [K,max_new_tokens]."""
+        keep = max(2, 1 + len(self._options.eos_token_ids)) * self._options.num_beams
+        flat = log_probs.reshape(-1)
+        best = top_k_indices(flat, min(keep, len(flat)))
+        sources, tokens = np.divmod(best, log_probs.shape[1])
+        texts = self._running[sources]
+        texts[:, self._length] = tokens
+        return flat[best], sources, texts
+
+    def _collect(
+        self,
+        scores: NDArray[np.float32],
+        texts: NDArray[np.int64],
+        reasons: Sequence[str | None],
+        ended: NDArray[np.bool_],
+    ) -> None:
+        """Take the texts that just ended into the finished ones, where their penalised scores are better."""
+        width = self._options.num_beams
+        ripe = ended & (np.arange(len(ended)) < width)
+        if not ripe.any():
+            return
+        penalised = scores / np.float32(texts.shape[1] ** self._options.length_penalty)
+        entries = list(zip(self._finished_scores, self._finished, self._is_finished, strict=True))
+        entries += [
+            (penalised[at], (tuple(texts[at].tolist()), reasons[at] or ""), np.True_)
+            for at in np.flatnonzero(ripe).tolist()
+        ]
+        entries.sort(key=lambda entry: -entry[0])
+        del entries[width:]
+        self._finished_scores = np.array([score for score, _, _ in entries], np.float32)
+        self._finished = [finished for _, finished, _ in entries]
+        self._is_finished = np.array([flag for _, _, flag in entries])
+
+    def _can_improve(self) -> bool:
+        """Whether the best running beam, at its present length, would beat a finished one."""
+        best = self._scores[0] / np.float32(self._length**self._options.length_penalty)
+        worst = np.where(self._is_finished, self._finished_scores.min(), _EXCLUDED)
+        return bool((best > worst).any())

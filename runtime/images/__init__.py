@@ -1,0 +1,1 @@
+"""Pictures and videos to pixel values, on NumPy and Pillow alone."""

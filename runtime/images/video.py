@@ -1,0 +1,120 @@
+"""Videos as a few pictures: from a list, a folder of frames, a video file, or one picture that stands still."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2edge.errors import ImageError, UsageError
+from blip2edge.runtime.images.preprocess import ImageSource
+
+ItemSource = ImageSource | Sequence[ImageSource]
+"""A picture; where the model takes videos, also several pictures or an array ``[F, H, W, 3]``."""
+
+VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
+
+
+def chosen(total: int, count: int) -> list[int]:
+    """Indices of ``count`` of ``total`` frames; where there are fewer, frames repeat.
+
+    At equal distances from the first on, as transformers' example for InstructBlipVideo takes them.
+    """
+    return [index * total // count for index in range(count)]
+
+
+def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
+    """The pictures of several items, one item's after the other's.
+
+    Args:
+        items: As in :func:`load_frames`; single pictures where ``frames`` is 1.
+        frames: Pictures an item.
+
+    Raises:
+        ImageError: As in :func:`load_frames`.
+        UsageError: Several pictures where one is taken.
+    """
+    if frames == 1:
+        for item in items:
+            if isinstance(item, (list, tuple)):
+                raise UsageError(
+                    f"expected one picture a prompt, which is what this model takes, got {len(item)}"
+                )
+        return list(items)  # type: ignore[arg-type]  # preprocessing refuses what is no picture
+    return [picture for item in items for picture in load_frames(item, frames)]
+
+
+def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
+    """The frames of a video.
+
+    Args:
+        item: Pictures; an array ``[F, H, W, 3]`` uint8; a folder, whose files are taken in the order of their
+            names, numbers in them as numbers; a video file; or one picture, which stands still.
+        count: How many frames are wanted.
+
+    Returns:
+        ``count`` pictures.
+
+    Raises:
+        ImageError: There is no frame, the video cannot be read, or the package that reads videos is missing.
+    """
+    if isinstance(item, (str, os.PathLike)):
+        path = Path(item)
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+            return _from_video(path, count)
+        frames: Sequence[ImageSource] = _from_folder(path) if path.is_dir() else [item]
+    elif isinstance(item, (list, tuple)) or (isinstance(item, np.ndarray) and item.ndim == 4):
+        frames = list(item)
+    else:
+        frames = [item]  # type: ignore[list-item]
+    if not frames:
+        raise ImageError("expected a video of at least one frame, got none")
+    return [frames[index] for index in chosen(len(frames), count)]
+
+
+def _from_folder(folder: Path) -> list[ImageSource]:
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    if not files:
+        raise ImageError(f"{folder}: expected a folder of frames, got an empty one")
+    return [*sorted(files, key=lambda path: _by_number(path.name))]
+
+
+def _by_number(name: str) -> list[Any]:
+    """A key that sorts ``frame2`` before ``frame10``; every second part is a number."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def _from_video(path: Path, count: int) -> list[ImageSource]:
+    try:
+        import av  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ImageError(
+            f"{path}: reading a video needs PyAV, which is not installed",
+            'install it: pip install "blip2edge[video]"',
+        ) from error
+    try:
+        with av.open(str(path)) as container:
+            total = container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
+        with av.open(str(path)) as container:
+            found = _pick(container, set(chosen(total, count)))
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ImageError(f"{path}: cannot be read as a video ({error})", "convert it to MP4") from error
+    if not found:
+        raise ImageError(f"{path}: expected a video of at least one frame, got none")
+    last = found[max(found)]  # where the header promises more frames than there are
+    return [found.get(index, last) for index in chosen(total, count)]
+
+
+def _pick(container: Any, wanted: set[int]) -> dict[int, ImageSource]:
+    """The wanted frames as Pillow pictures; nothing is decoded behind the last."""
+    found: dict[int, ImageSource] = {}
+    for index, frame in enumerate(container.decode(video=0)):
+        if index in wanted:
+            found[index] = frame.to_image()
+        if index >= max(wanted):
+            break
+    return found

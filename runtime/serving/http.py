@@ -1,0 +1,329 @@
+"""``blip2edge serve``: captions over HTTP, as an ASGI application on one scheduler.
+
+| request | answer |
+|---|---|
+| ``GET /`` | a page that captions what the camera sees |
+| ``GET /health`` | 200 and the queue's load as JSON; 503 once the scheduler has failed |
+| ``GET /metrics`` | counters in the Prometheus text format |
+| ``GET /v1/models`` | the bundle, in OpenAI's format |
+| ``POST /v1/chat/completions`` | OpenAI's format (``openai_api.py``); with ``"stream": true`` server-sent events |
+| ``POST /caption?prompt=…`` | the body is a picture file; the answer is an object of ``caption --json`` |
+
+A request whose client has gone is cancelled at the next step. A full queue answers 503, a missed deadline 504.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from blip2edge.errors import (
+    Blip2EdgeError,
+    DeadlineError,
+    ImageError,
+    OverloadError,
+    PromptError,
+    UsageError,
+)
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.complete import CaptionResult
+from blip2edge.runtime.captioning.encode import STAGES
+from blip2edge.runtime.captioning.request import Request
+from blip2edge.runtime.captioning.scheduler import Scheduler
+from blip2edge.runtime.serving.openai_api import chunk, completion, read_request
+
+MOST_BYTES = 32 << 20  # of a request's body
+PAGE = Path(__file__).with_name("page.html")
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+STATUSES: tuple[tuple[type[Exception], int], ...] = (
+    (OverloadError, 503),
+    (DeadlineError, 504),
+    (UsageError, 400),
+    (ImageError, 400),
+    (PromptError, 400),
+    (Exception, 500),
+)
+"""What an error is answered with; the first that fits."""
+
+
+class _TooLargeError(UsageError):
+    """The body is over :data:`MOST_BYTES`."""
+
+
+class _ClientGone(Exception):  # noqa: N818 - no error: nobody is left to be told
+    """The client has closed the connection."""
+
+
+class Server:
+    """The ASGI application.
+
+    Args:
+        captioner: A loaded bundle.
+        max_batch, max_waiting: As of :class:`Scheduler`.
+        deadline: Seconds for a caption, where the request gives none; None for no bound.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        *,
+        max_batch: int = 8,
+        max_waiting: int = 64,
+        deadline: float | None = None,
+    ) -> None:
+        self.captioner = captioner
+        self.model = captioner.bundle.path.resolve().name
+        self.deadline = deadline
+        self.scheduler: Scheduler = captioner.scheduler(max_batch=max_batch, max_waiting=max_waiting)
+        self.counts = {"done": 0, "failed": 0, "refused": 0, "cancelled": 0}
+        self.tokens = 0
+        self.stage_ms = dict.fromkeys(STAGES, 0.0)
+        self._gets: dict[str, Callable[[Send], Awaitable[None]]] = {
+            "/": self._page,
+            "/health": self._health,
+            "/metrics": self._metrics,
+            "/v1/models": self._models,
+        }
+        self._posts: dict[str, Callable[[Scope, bytes, Receive, Send], Awaitable[None]]] = {
+            "/v1/chat/completions": self._chat,
+            "/caption": self._caption,
+        }
+
+    def close(self) -> None:
+        """Cancels what is not done."""
+        self.scheduler.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection, by the ASGI specification."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        method, path = scope["method"], scope["path"]
+        try:
+            if method == "GET" and path in self._gets:
+                await self._gets[path](send)
+            elif method == "POST" and path in self._posts:
+                await self._posts[path](scope, await _body(receive), receive, send)
+            else:
+                known = path in self._gets or path in self._posts
+                await _json(send, 405 if known else 404, _error(f"there is no {method} {path}"))
+        except _ClientGone:
+            self.counts["cancelled"] += 1
+        except _TooLargeError as error:
+            self.counts["refused"] += 1
+            await _json(send, 413, _error(str(error)))
+        except Blip2EdgeError as error:
+            status = next(number for kind, number in STATUSES if isinstance(error, kind))
+            self.counts["failed" if status in (500, 504) else "refused"] += 1
+            await _json(send, status, _error(str(error)), {"retry-after": "1"} if status == 503 else {})
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                self.close()
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+
+    async def _page(self, send: Send) -> None:
+        await _answer(send, 200, PAGE.read_bytes(), "text/html; charset=utf-8")
+
+    async def _health(self, send: Send) -> None:
+        failed = self.scheduler.failed
+        told = {"status": "failed" if failed else "ok", "model": self.model, "load": self.scheduler.load}
+        await _json(send, 503 if failed else 200, told)
+
+    async def _models(self, send: Send) -> None:
+        model = {"id": self.model, "object": "model", "owned_by": "blip2edge"}
+        await _json(send, 200, {"object": "list", "data": [model]})
+
+    async def _metrics(self, send: Send) -> None:
+        lines = ["# TYPE blip2edge_requests_total counter"]
+        lines += [f'blip2edge_requests_total{{outcome="{name}"}} {n}' for name, n in self.counts.items()]
+        lines += ["# TYPE blip2edge_tokens_total counter", f"blip2edge_tokens_total {self.tokens}"]
+        lines += ["# TYPE blip2edge_stage_seconds_total counter"]
+        lines += [
+            f'blip2edge_stage_seconds_total{{stage="{stage}"}} {ms / 1e3:.6f}'
+            for stage, ms in self.stage_ms.items()
+        ]
+        lines += ["# TYPE blip2edge_load gauge"]
+        lines += [f'blip2edge_load{{where="{where}"}} {n}' for where, n in self.scheduler.load.items()]
+        await _answer(send, 200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
+
+    async def _caption(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        query = {
+            key: values[-1]
+            for key, values in parse_qs(scope["query_string"].decode(errors="replace")).items()
+        }
+        unknown = sorted(query.keys() - {"prompt"})
+        if unknown:
+            raise UsageError(f"there is no parameter {unknown[0]!r}", "the only one is prompt")
+        async with _Line(receive) as line:
+            request = self._submit(line, body, query.get("prompt"), {}, None)
+            result = await self._finished(line, request)
+        await _json(send, 200, result.to_json())
+
+    async def _chat(self, _scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        asked = read_request(body)
+        image: Any = asked.images[0] if len(asked.images) == 1 else list(asked.images)
+        async with _Line(receive) as line:
+            request = self._submit(line, image, asked.prompt, asked.options, asked.deadline)
+            names: dict[str, Any] = {
+                "number": request.number,
+                "created": int(time.time()),
+                "model": self.model,
+            }
+            if not asked.stream:
+                result = await self._finished(line, request)
+                await _json(send, 200, completion(result, **names))
+                return
+            first = await line.next(request)
+            if first is None:  # an error before the first word has a status of its own
+                self._outcome(request)
+            await _start(send, 200, "text/event-stream", {"cache-control": "no-cache"})
+            async for event in self._events(line, request, first, names):
+                data = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+                await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+    def _submit(
+        self,
+        line: _Line,
+        image: Any,
+        prompt: str | None,
+        options: Mapping[str, Any],
+        deadline: float | None,
+    ) -> Request:
+        generation = self.captioner.options(**options)
+        seconds = self.deadline if deadline is None else deadline
+        return self.scheduler.submit(
+            image, generation, prompt=prompt, deadline=seconds, wait=False, on_piece=line.put
+        )
+
+    async def _finished(self, line: _Line, request: Request) -> CaptionResult:
+        while await line.next(request) is not None:
+            pass
+        return self._counted(request)
+
+    async def _events(
+        self, line: _Line, request: Request, piece: str | None, names: Mapping[str, Any]
+    ) -> AsyncIterator[dict[str, Any] | str]:
+        """Chunks, then the reason of the end, then ``[DONE]``; an error in the middle is an event as well."""
+        while piece is not None:
+            yield chunk(piece, **names)
+            piece = await line.next(request)
+        try:
+            result = self._counted(request)
+        except Blip2EdgeError as error:
+            self.counts["failed"] += 1
+            yield _error(str(error))
+            return
+        yield chunk("", reason=result.finish_reason, **names)
+        yield "[DONE]"
+
+    def _outcome(self, request: Request) -> CaptionResult:
+        try:
+            return request.result(0)
+        except CancelledError as error:  # the server is closing
+            raise OverloadError("the server is closing", "try again later") from error
+
+    def _counted(self, request: Request) -> CaptionResult:
+        result = self._outcome(request)
+        self.counts["done"] += 1
+        self.tokens += len(result.tokens)
+        for stage in STAGES:
+            self.stage_ms[stage] += result.timings_ms[stage]
+        return result
+
+
+class _Line:
+    """From the scheduler's threads to a client: pieces of text, and whether the client is still there."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self._gone = asyncio.ensure_future(_disconnected(receive))
+
+    async def __aenter__(self) -> _Line:  # noqa: PYI034 - typing.Self is of Python 3.11
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._gone.cancel()
+
+    def put(self, piece: str | None) -> None:
+        """Hands on a piece, from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    async def next(self, request: Request) -> str | None:
+        """The next piece, None behind the last; a client that has gone cancels the request.
+
+        A request is told of its deadline when that has come, wherever it waits.
+        """
+        coming = asyncio.ensure_future(self._pieces.get())
+        try:
+            while not coming.done():
+                left = None
+                if request.expires is not None and not request.over:  # if it is over, its end is on the way
+                    left = max(0.0, request.expires - time.monotonic())
+                await asyncio.wait({self._gone, coming}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if self._gone.done() and not coming.done():
+                    request.cancel()
+                    raise _ClientGone
+            return coming.result()
+        finally:
+            coming.cancel()
+
+
+async def _body(receive: Receive) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MOST_BYTES:
+            raise _TooLargeError(f"expected at most {MOST_BYTES} bytes, got more", "scale the picture down")
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _start(send: Send, status: int, kind: str, headers: Mapping[str, str]) -> None:
+    pairs = [(b"content-type", kind.encode())]
+    pairs += [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+
+
+async def _answer(
+    send: Send, status: int, body: bytes, kind: str, headers: Mapping[str, str] | None = None
+) -> None:
+    await _start(send, status, kind, {"content-length": str(len(body)), **(headers or {})})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _json(send: Send, status: int, values: Any, headers: Mapping[str, str] | None = None) -> None:
+    await _answer(send, status, json.dumps(values).encode(), "application/json", headers)
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message}}

@@ -1,0 +1,281 @@
+"""``blip2edge watch``: live captions of a camera, a video or a folder, newest frame first.
+
+A reader thread takes frames as fast as they come and keeps only the newest. Whenever the captioner has room for one,
+that frame is captioned; what came in between is dropped and counted. So the words are as fresh as the device can make
+them, and nothing piles up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import BackendError, DataError, ImageError
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.complete import CaptionResult
+from blip2edge.runtime.images.video import VIDEO_SUFFIXES
+
+SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+POLL_S = 0.2  # between two looks at a folder
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture and where it came from: a file's name, or seconds into the video."""
+
+    name: str
+    image: Any
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A caption of the newest frame.
+
+    Attributes:
+        frame: Which one.
+        result: The caption; None where the picture could not be read.
+        error: Why not; empty where it could.
+        dropped: Frames that came since the last caption and were not looked at.
+        age_ms: From the frame's arrival to the end of its caption.
+        reused: Whether it hardly differed from the last encoded frame, and was not encoded.
+    """
+
+    frame: str
+    result: CaptionResult | None
+    error: str
+    dropped: int
+    age_ms: float
+    reused: bool = False
+
+
+Frames = Generator[Frame, None, None]
+
+
+class Source(Iterator[Frame]):
+    """Frames, until they end or :meth:`close` is called, from any thread.
+
+    Args:
+        make: Makes the frames; what it is given is set when no more are wanted.
+    """
+
+    def __init__(self, make: Callable[[threading.Event], Frames]) -> None:
+        self._closed = threading.Event()
+        self._running = threading.Lock()
+        self._frames = make(self._closed)
+
+    def __next__(self) -> Frame:
+        """The next frame; waits for it."""
+        try:
+            with self._running:
+                if self._closed.is_set():
+                    raise StopIteration
+                return next(self._frames)
+        finally:
+            self._let_go()
+
+    def close(self) -> None:
+        """Ends the frames; a thread that waits for a picture in a folder waits no longer.
+
+        What they are read from is let go of at once, or as soon as the frame has come that a thread waits for.
+        """
+        self._closed.set()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Ends the generator if it is closed; where it runs, whoever runs it comes here after that."""
+        if self._closed.is_set() and self._running.acquire(blocking=False):
+            try:
+                self._frames.close()
+            finally:
+                self._running.release()
+
+
+def open_source(source: str, *, follow: bool = True) -> Source:
+    """Frames of a source.
+
+    Args:
+        source: A number or ``/dev/video…`` for a camera, a video file, an address that FFmpeg reads (``rtsp:…``), or a
+            folder, in which new pictures appear.
+        follow: Go on looking for new pictures in a folder; otherwise what is there now.
+
+    Raises:
+        DataError: There is no such source.
+        BackendError: Videos and cameras need PyAV, which is not installed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return Source(partial(_folder, path, follow))
+    if source.isdigit():
+        return _video(f"/dev/video{source}", "v4l2")
+    if source.startswith("/dev/"):
+        return _video(source, "v4l2")
+    if "://" in source or (path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES):
+        return _video(source, None)
+    raise DataError(
+        f"{source} is no folder, no video file and no camera",
+        "give a folder of pictures, a video, a camera's number, or an address as rtsp://…",
+    )
+
+
+def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
+    seen: set[tuple[str, int]] = set()
+    while not closed.is_set():
+        stamps = _pictures(path)
+        for key in sorted(stamps.keys() - seen, key=lambda key: (key[1], key[0])):
+            yield Frame(key[0], stamps[key])
+        seen = set(stamps)
+        if not follow:
+            return
+        closed.wait(POLL_S)
+
+
+def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
+    """The pictures that are in a folder, by name and time; one that is removed meanwhile is none."""
+    found = {}
+    try:
+        for path in folder.iterdir():
+            if path.suffix.lower() in SUFFIXES:
+                with suppress(FileNotFoundError):
+                    found[path.name, path.stat().st_mtime_ns] = path
+    except OSError as error:
+        raise DataError(f"{folder} can be read no more ({error.strerror or error})") from error
+    return found
+
+
+def _video(address: str, kind: str | None) -> Source:
+    try:
+        import av
+    except ImportError as error:
+        raise BackendError(
+            "videos and cameras are read with PyAV, which is not installed", 'pip install "blip2edge[video]"'
+        ) from error
+    return Source(partial(_decoded, av, address, kind))
+
+
+def _decoded(av: Any, address: str, kind: str | None, closed: threading.Event) -> Frames:
+    start = time.perf_counter()
+    try:
+        with av.open(address, format=kind) as container:
+            stream = container.streams.video[0]
+            for frame in container.decode(stream):
+                at = float(frame.time or 0.0)
+                if kind is None and "://" not in address:  # a file plays at its own speed
+                    closed.wait(max(0.0, at - (time.perf_counter() - start)))
+                if closed.is_set():
+                    return
+                yield Frame(f"{at:.2f} s", frame.to_ndarray(format="rgb24"))
+    except (av.error.FFmpegError, IndexError) as error:
+        raise DataError(f"{address} cannot be read as a video ({error})") from error
+
+
+class Newest:
+    """Reads a source in a thread of its own and hands out its newest frame."""
+
+    def __init__(self, frames: Iterator[Frame]) -> None:
+        self._frames = frames
+        self._changed = threading.Condition()
+        self._latest: tuple[Frame, float] | None = None
+        self._dropped = 0
+        self._ended = self._closed = False
+        self._error: BaseException | None = None
+        threading.Thread(target=self._read, name="blip2edge-frames", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for frame in self._frames:
+                with self._changed:
+                    self._dropped += self._latest is not None
+                    self._latest = (frame, time.monotonic())
+                    self._changed.notify()
+                    if self._closed:
+                        return
+        except Exception as error:  # noqa: BLE001 - raised in the thread that asks for the next frame
+            self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify()
+
+    def get(self) -> tuple[Frame, float, int] | None:
+        """The newest frame, when it came (``time.monotonic``) and how many were dropped for it; None at the end."""
+        with self._changed:
+            while self._latest is None and not self._ended:
+                self._changed.wait()
+            if self._latest is None:
+                if self._error is not None:
+                    raise self._error
+                return None
+            (frame, at), dropped = self._latest, self._dropped
+            self._latest, self._dropped = None, 0
+            return frame, at, dropped
+
+    def close(self) -> None:
+        """Lets the thread end: at once where the frames are a :class:`Source` that waits, or else with the next one."""
+        with self._changed:
+            self._closed = True
+        if isinstance(self._frames, Source):
+            self._frames.close()
+
+
+def watch(
+    captioner: Captioner,
+    frames: Iterator[Frame],
+    *,
+    prompt: str | None = None,
+    every: bool = False,
+    reuse_below: float = 0.0,
+    on_piece: Callable[[str | None], None] | None = None,
+    **options: Any,
+) -> Iterator[Seen]:
+    """Captions the newest frame, again and again.
+
+    Args:
+        captioner: A loaded bundle.
+        frames: From :func:`open_source`; a :class:`Source` is closed at the end.
+        prompt: As ``Captioner.caption`` takes it.
+        every: Caption every frame in order and drop none.
+        reuse_below: A frame that differs by less from the last encoded one is not encoded; 0: every one is. See
+            :class:`blip2edge.runtime.captioning.frame_reuse.ReusingEncoder`.
+        on_piece: Called with the pieces of each text as they come, and with None at its end.
+        **options: As ``Captioner.caption`` takes them.
+
+    Yields:
+        A result a frame that was looked at.
+
+    Raises:
+        DataError: The source broke off.
+        UsageError: ``reuse_below`` is no number from 0 to 1.
+    """
+    encoder = captioner.reusing(reuse_below) if reuse_below else None
+    generation = captioner.options(**options)
+    newest = None if every else Newest(frames)
+
+    def coming() -> Iterator[tuple[Frame, float, int]]:
+        if newest is None:
+            yield from ((frame, time.monotonic(), 0) for frame in frames)
+        else:
+            yield from iter(newest.get, None)
+
+    with captioner.scheduler(max_batch=1, max_waiting=1, encoder=encoder) as scheduler:
+        try:
+            for frame, arrived, dropped in coming():
+                request = scheduler.submit(frame.image, generation, prompt=prompt, on_piece=on_piece)
+                result, told = None, ""
+                try:
+                    result = request.result()
+                except ImageError as error:  # a picture still being written, say: the next one comes
+                    told = str(error)
+                age_ms = (time.monotonic() - arrived) * 1e3
+                reused = encoder is not None and result is not None and encoder.reused
+                yield Seen(frame.name, result, told, dropped, age_ms, reused)
+        finally:
+            if newest is not None:
+                newest.close()
+            elif isinstance(frames, Source):
+                frames.close()

@@ -1,0 +1,1 @@
+"""TensorRT engines: sessions, the KV cache on the GPU, CUDA graphs."""

@@ -1,0 +1,134 @@
+"""The backends ``tensorrt`` and ``rtx``: a bundle's engines behind the session and decoder protocols.
+
+Its code is tested against a stand-in for CUDA and TensorRT that computes on the CPU; it was not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.schema import DECODER
+from blip2edge.bundle.token_table import TokenTable
+from blip2edge.errors import BackendError
+from blip2edge.runtime.backends.base import Session, Settled
+from blip2edge.runtime.backends.engine_files import STEP, EngineRecord, EngineSet, find_engines
+from blip2edge.runtime.backends.fingerprint import fingerprint
+from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
+from blip2edge.runtime.tensorrt.kv_cache import DeviceDecoder
+from blip2edge.runtime.tensorrt.session import Device, TrtSession, load_tensorrt
+from blip2edge.runtime.tensorrt.workspace import Engines
+
+
+def open_graph(
+    path: Path,
+    threads: int | None = None,  # noqa: ARG001 - every backend is asked with the same three
+    settled: Settled | None = None,  # noqa: ARG001 - as above
+) -> Session:
+    """A single ONNX file is nothing that TensorRT runs; a bundle's engines are.
+
+    Raises:
+        BackendError: Always.
+    """
+    raise BackendError(
+        f"TensorRT runs engines, and {path.name} is a graph", f"build them: blip2edge build {path.parent}"
+    )
+
+
+class EngineOpener:
+    """Opens a bundle's engines, after it has made sure that this machine runs them.
+
+    Args:
+        bundle: An opened bundle.
+        target: ``tensorrt`` or ``rtx``.
+
+    Raises:
+        EngineError: TensorRT is absent or too old, there is no GPU, or the engines were built for something else.
+        BackendError: There is no driver, or cuda-python is absent.
+    """
+
+    def __init__(self, bundle: Bundle, target: str) -> None:
+        trt = load_tensorrt(target)
+        check_driver()
+        here = fingerprint(target, str(trt.__version__), bundle.sha256, ())
+        self._bundle = bundle
+        self._set: EngineSet = find_engines(bundle, here)
+        self._device = Device(trt, Cuda(load_cuda()))
+
+    def __call__(self, graph: str) -> Session:
+        """Loads a graph's engine.
+
+        Raises:
+            EngineError: There is none, or TensorRT refuses it.
+            BundleIntegrityError: Its file was changed.
+        """
+        record = self._set.record(graph)
+        engine = self._open(graph)
+        if graph != DECODER:
+            return TrtSession(self._device, engine, record)
+        return DecoderSession(self._device, engine, record, self)
+
+    def decoder(self, session: DecoderSession, table: TokenTable) -> DeviceDecoder:
+        """The decoder and the choice of its tokens.
+
+        Raises:
+            BackendError: The bundle tells nothing of the cache, or the engine has a cache that grows.
+        """
+        cache = self._bundle.manifest.cache
+        if cache is None:
+            raise BackendError(
+                f"{self._bundle.path} has no cache, though it has a decoder", "export it again"
+            )
+        step = self._set.record(STEP)
+        engines = Engines(
+            self._device,
+            session.engine,
+            session.record,
+            self._open(STEP),
+            step,
+            cache,
+            self._set.capacity,
+        )
+        return DeviceDecoder(engines, table)
+
+    def _open(self, name: str) -> object:
+        host_code = bool(self._set.fingerprint.get("version_compatible"))
+        return self._device.open(self._set.file(name), host_code=host_code)
+
+
+class DecoderSession(TrtSession):
+    """A decoder's engine, from which the whole decoder is made.
+
+    Args:
+        device: Where it runs.
+        engine: The deserialised engine.
+        record: Its tensors.
+        opener: Where it comes from.
+    """
+
+    def __init__(self, device: Device, engine: object, record: EngineRecord, opener: EngineOpener) -> None:
+        super().__init__(device, engine, record)
+        self.engine, self.record = engine, record
+        self._opener = opener
+
+    def decoder(self, table: TokenTable) -> DeviceDecoder:
+        """The decoder that runs on it."""
+        return self._opener.decoder(self, table)
+
+
+def check_driver() -> None:
+    """Opening an engine without a driver can end the process, so it is looked for first.
+
+    Raises:
+        BackendError: There is none, or it does not start.
+    """
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuInit(0)
+    except OSError as error:
+        raise BackendError(
+            "there is no NVIDIA driver here: libcuda.so.1 is missing",
+            "use --backend cpu, or see `blip2edge doctor`",
+        ) from error
+    if status != 0:
+        raise BackendError(f"NVIDIA's driver does not start (cuInit: {status})", "see `blip2edge doctor`")

@@ -1,0 +1,225 @@
+"""CUDA as this project uses it: buffers, streams, events and graphs over cuda-python, every call checked.
+
+What a host and a GPU both touch is a :class:`Mirror`: pinned memory on the host and memory on the GPU with a copy
+between them, or, where both share one memory (Jetson), a single pinned buffer that each sees under its own address.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from blip2edge.bundle.dtypes import Array
+from blip2edge.errors import BackendError
+
+MODULES = ("cuda.bindings.runtime", "cuda.cudart")
+"""Where cuda-python keeps the runtime API, newest first."""
+
+
+def load_cuda() -> Any:
+    """cuda-python's module of the runtime API.
+
+    Raises:
+        BackendError: It is not installed or does not load.
+    """
+    reasons = []
+    for name in MODULES:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            reasons.append(str(error))
+    raise BackendError(
+        f"cuda-python is not installed or does not load ({'; '.join(reasons)})",
+        "install it: pip install cuda-bindings, of the CUDA version that nvidia-smi names",
+    )
+
+
+class Cuda:
+    """The CUDA runtime of one process.
+
+    Args:
+        api: The module from :func:`load_cuda`.
+
+    Attributes:
+        shares_memory: Whether host and GPU have one memory.
+
+    Raises:
+        BackendError: There is no driver or no GPU.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self.api = api
+        self.shares_memory = bool(self(api.cudaGetDeviceProperties, 0).integrated)
+
+    def __call__(self, function: Any, *arguments: Any) -> Any:
+        """Calls a function of the API; its result without the status.
+
+        Raises:
+            BackendError: The status is no success.
+        """
+        status, *results = function(*arguments)
+        if int(status) != 0:
+            text = self.api.cudaGetErrorString(status)[1]
+            text = text.decode() if isinstance(text, bytes) else str(text)
+            name = getattr(function, "__name__", "CUDA")
+            hint = "see `blip2edge doctor`"
+            if "memory" in text:
+                hint = "build with a smaller --capacity or --max-batch, or stop what else uses the GPU"
+            raise BackendError(f"{name} failed: {text}", hint)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def stream(self) -> int:
+        """A new stream that does not wait for the default one."""
+        return int(self(self.api.cudaStreamCreateWithFlags, self.api.cudaStreamNonBlocking))
+
+    def synchronize(self, stream: int) -> None:
+        """Waits for a stream."""
+        self(self.api.cudaStreamSynchronize, stream)
+
+    def event(self) -> int:
+        """A new event without a clock."""
+        return int(self(self.api.cudaEventCreateWithFlags, self.api.cudaEventDisableTiming))
+
+    def record(self, event: int, stream: int) -> None:
+        """Marks where a stream is."""
+        self(self.api.cudaEventRecord, event, stream)
+
+    def wait(self, event: int) -> None:
+        """Waits until a stream has come to the mark."""
+        self(self.api.cudaEventSynchronize, event)
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Copies bytes, from wherever to wherever."""
+        self(self.api.cudaMemcpyAsync, target, source, size, self._anywhere, stream)
+
+    def copy_rows(
+        self,
+        target: int,
+        target_pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        height: int,
+        stream: int,
+    ) -> None:
+        """Copies ``height`` rows of ``width`` bytes."""
+        copy = self.api.cudaMemcpy2DAsync
+        self(copy, target, target_pitch, source, source_pitch, width, height, self._anywhere, stream)
+
+    def zero(self, target: int, size: int, stream: int) -> None:
+        """Fills with zeros."""
+        self(self.api.cudaMemsetAsync, target, 0, size, stream)
+
+    def begin_capture(self, stream: int) -> None:
+        """What this thread asks of the stream from now on is written down, not done."""
+        self(
+            self.api.cudaStreamBeginCapture,
+            stream,
+            self.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal,
+        )
+
+    def end_capture(self, stream: int) -> int:
+        """What was written down, as a graph that can be launched."""
+        graph = self(self.api.cudaStreamEndCapture, stream)
+        made: int = self(self.api.cudaGraphInstantiate, graph, 0)
+        self(self.api.cudaGraphDestroy, graph)
+        return made
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Does what a graph says."""
+        self(self.api.cudaGraphLaunch, graph, stream)
+
+    @property
+    def _anywhere(self) -> Any:
+        return self.api.cudaMemcpyKind.cudaMemcpyDefault
+
+
+class DeviceBuffer:
+    """Memory on the GPU.
+
+    Args:
+        cuda: Whose.
+        size: Bytes.
+    """
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self._cuda = cuda
+        self.size = size
+        self.address = int(cuda(cuda.api.cudaMalloc, max(size, 1)))
+
+    def free(self) -> None:
+        """Gives it back; a second call does nothing."""
+        if self.address:
+            address, self.address = self.address, 0
+            self._cuda(self._cuda.api.cudaFree, address)
+
+
+class Mirror:
+    """A tensor that host and GPU both touch.
+
+    Args:
+        cuda: Whose.
+        shape: The largest that it takes.
+        dtype: Of its elements.
+
+    Attributes:
+        address: Where the GPU finds it.
+    """
+
+    def __init__(self, cuda: Cuda, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+        self._cuda = cuda
+        self.dtype = dtype
+        self._count = math.prod(shape)
+        size = max(self._count * dtype.itemsize, 1)
+        flags = cuda.api.cudaHostAllocMapped if cuda.shares_memory else cuda.api.cudaHostAllocDefault
+        self._pinned = int(cuda(cuda.api.cudaHostAlloc, size, flags))
+        view = (ctypes.c_uint8 * size).from_address(self._pinned)
+        self._host: Array = np.frombuffer(memoryview(view), dtype, count=self._count)
+        self._device: DeviceBuffer | None = None
+        if cuda.shares_memory:
+            self.address = int(cuda(cuda.api.cudaHostGetDevicePointer, self._pinned, 0))
+        else:
+            self._device = DeviceBuffer(cuda, size)
+            self.address = self._device.address
+
+    def view(self, shape: Sequence[int]) -> Array:
+        """The host's side as a tensor; a smaller one lies at its beginning.
+
+        Raises:
+            ValueError: It is larger than the buffer.
+        """
+        count = math.prod(shape)
+        if count > self._count:
+            raise ValueError(f"a tensor {tuple(shape)} does not fit a buffer of {self._count} elements")
+        return self._host[:count].reshape(shape)
+
+    def holds(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor fits."""
+        return math.prod(shape) <= self._count
+
+    def put(self, values: Array, stream: int) -> None:
+        """Brings values to the GPU; the caller waits for the stream before it puts others."""
+        self.view(values.shape)[...] = values
+        if self._device is not None:
+            self._cuda.copy(self.address, self._pinned, values.size * self.dtype.itemsize, stream)
+
+    def fetch(self, shape: Sequence[int], stream: int) -> Array:
+        """Asks for values from the GPU; they are there when the stream has come to this place."""
+        if self._device is not None:
+            size = math.prod(shape) * self.dtype.itemsize
+            self._cuda.copy(self._pinned, self.address, size, stream)
+        return self.view(shape)
+
+    def free(self) -> None:
+        """Gives its memory back; a second call does nothing."""
+        if self._pinned:
+            pinned, self._pinned = self._pinned, 0
+            self._host = np.empty(0, self.dtype)
+            self._cuda(self._cuda.api.cudaFreeHost, pinned)
+        if self._device is not None:
+            self._device.free()

@@ -1,0 +1,274 @@
+"""The constant-shape decoder on a GPU: its cache, a CUDA graph of the step, tokens that are chosen without the host.
+
+A workspace holds all that a batch of B rows touches, under addresses that never change, and the contexts that run on
+it. Keys and values lie in two halves: a step reads one and writes the other, and so do its small tensors. There
+are then two steps, from the first half to the second and back; each is captured as a CUDA graph once, and from then on
+launched as a whole: decoder, choice of the token, its row of the table.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.schema import CROSS_MASK
+from blip2edge.bundle.token_table import TokenTable
+from blip2edge.errors import BackendError
+from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, SlotDecoder, SlotState
+from blip2edge.runtime.decoding.state import embedded, stacked
+from blip2edge.runtime.tensorrt.cuda import Mirror
+from blip2edge.runtime.tensorrt.workspace import AHEAD, WIDE, Engines, Workspace, is_cross
+
+NEXT = "next_"
+GREEDY = ("inputs_embeds", "position_ids", CACHE_POSITION)
+"""What the choice of a token makes for the next step."""
+
+
+class DeviceSlots:
+    """A cache on the GPU; see :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`.
+
+    Args:
+        engines: The decoder.
+        rows: B.
+        context: What the rows look at beside their text.
+    """
+
+    def __init__(self, engines: Engines, rows: int, context: Mapping[str, Array]) -> None:
+        self.engines, self.device = engines, engines.device
+        self._seen = dict(context)
+        self.half = 0
+        with self.device.turn:
+            self._adopt(rows)
+            for half in self.workspace.halves:
+                self.device.cuda.zero(half.address, half.size, self.device.stream)
+
+    def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
+        device, space = self.device, self.workspace
+        steps, asked = inputs["inputs_embeds"].shape[1], inputs["logits_indices"].shape[1]
+        profile = "verify" if asked > 1 else "decode" if steps == 1 else "prefill"
+        context, place = space.contexts[profile], self.half if profile == "decode" else WIDE
+        with device.turn:
+            for name, values in inputs.items():
+                mirror = space.mirror(name, place, values.shape)
+                mirror.put(values, device.stream)
+                context.bind(name, mirror.address, values.shape)
+            shape = (space.rows, asked, space.vocabulary)
+            logits = space.mirror("logits", 0 if profile == "decode" else WIDE, shape)
+            context.bind("logits", logits.address)
+            space.bind_cache(context, self.half)
+            context.enqueue()
+            self.half = 1 - self.half
+            view = logits.fetch(shape, device.stream)
+            device.cuda.synchronize(device.stream)
+            return np.array(view, np.float32)
+
+    def select(self, rows: NDArray[np.int64]) -> None:
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
+        self._seen = {name: array[rows] for name, array in self._seen.items()}
+        with self.device.turn:
+            old = self.workspace
+            source, release = old.halves[self.half], self._release
+            self._adopt(len(rows))
+            self.half = 0
+            for row, origin in enumerate(rows.tolist()):
+                self._copy_row(row, old, source.address, origin)
+            release()
+
+    def shift(self, row: int, by: int, length: int) -> None:
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`; by way of the half that the next step writes."""
+        space, device = self.workspace, self.device
+        source, target = max(-by, 0) * space.slot_bytes, max(by, 0) * space.slot_bytes
+        width, pitch = (length - max(-by, 0)) * space.slot_bytes, space.head_bytes
+        start, heads = row * space.row_bytes, self.engines.cache.num_heads
+        with device.turn:
+            for layer in range(space.layers):
+                offset = start + layer * space.layer_bytes
+                here, there = (space.halves[half].address + offset for half in (self.half, 1 - self.half))
+                copy = device.cuda.copy_rows
+                copy(there + target, pitch, here + source, pitch, width, heads, device.stream)
+                copy(here + target, pitch, there + target, pitch, width, heads, device.stream)
+
+    def append(self, other: DeviceSlots) -> None:
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
+        self._seen = {name: stacked(name, array, other._seen[name]) for name, array in self._seen.items()}
+        with self.device.turn:
+            first, second = self.workspace, other.workspace
+            here, there = first.halves[self.half].address, second.halves[other.half].address
+            release = self._release
+            self._adopt(first.rows + second.rows)
+            self.half = 0
+            for row in range(first.rows):
+                self._copy_row(row, first, here, row)
+            for row in range(second.rows):
+                self._copy_row(first.rows + row, second, there, row)
+            release()
+            other._release()
+
+    def _adopt(self, rows: int) -> None:
+        """Takes a workspace for so many rows and brings there what they look at."""
+        lengths = tuple(
+            self._seen[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
+            for tensor in self.engines.decoder_record.spec.inputs
+            if is_cross(tensor.name) and tensor.name in self._seen
+        )
+        self.workspace = space = self.engines.take(rows, lengths)
+        self._release = weakref.finalize(self, self.engines.give, space)
+        for name, values in self._seen.items():
+            if name not in space.cross:
+                space.cross[name] = Mirror(
+                    self.device.cuda, values.shape, NUMPY_DTYPES[space.tensors[name].dtype]
+                )
+            space.cross[name].put(values, self.device.stream)
+
+    def _copy_row(self, row: int, old: Workspace, source: int, origin: int) -> None:
+        """A row of another workspace into this one's half, all layers at once."""
+        space = self.workspace
+        self.device.cuda.copy_rows(
+            space.halves[self.half].address + row * space.row_bytes,
+            space.layer_bytes,
+            source + origin * old.row_bytes,
+            old.layer_bytes,
+            space.row_bytes,
+            space.layers,
+            self.device.stream,
+        )
+
+
+class DeviceState(SlotState):
+    """The rows of a batch on a GPU; beside what every state does, it can choose the likeliest tokens by itself."""
+
+    cache: DeviceSlots
+
+    def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
+        """The likeliest tokens from here on, ``[B]`` each; the next step is under way when one is given.
+
+        A step is launched before the token of the one before is read. When the caller stops, the state is behind the
+        last token that it was given, but for that token itself, as after :meth:`step`.
+
+        Args:
+            token_ids: What each row goes on from, ``[B]``.
+
+        Raises:
+            BackendError: The cache is full.
+        """
+        while True:
+            self.make_room(1)
+            for tokens in self._run_ahead(token_ids):
+                token_ids = tokens
+                yield tokens
+
+    def _run_ahead(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
+        """The same until the last slot is written."""
+        cache, device = self.cache, self.cache.device
+        space, cuda = cache.workspace, device.cuda
+        first, launched, given = self.slot, 0, 0
+        start, room = self.positions.copy(), self.decoder.capacity - self.slot
+        with device.turn:
+            self._put_first(token_ids)
+        try:
+            while given < room:
+                with device.turn:
+                    while launched < min(given + 2, room):
+                        self._launch(launched)
+                        launched += 1
+                cuda.wait(space.events[given % AHEAD])
+                tokens = space.ring[given % AHEAD].view((space.rows, 1))[:, 0].copy()
+                given += 1
+                self.slot, self.positions = first + given, start + given
+                yield tokens
+        finally:
+            with device.turn:
+                cuda.synchronize(device.stream)
+
+    def _put_first(self, token_ids: NDArray[np.int64]) -> None:
+        """What the first step reads; the step makes it for all others."""
+        cache, device = self.cache, self.cache.device
+        values: dict[str, Array] = {
+            "inputs_embeds": embedded(self.decoder.table, token_ids[:, None], self.decoder.embeds_dtype),
+            "position_ids": self.positions[:, None] + 1,
+            CACHE_POSITION: np.array([self.slot], np.int64),
+            "attention_mask": self.mask,
+            "logits_indices": np.zeros((self.batch_size, 1), np.int64),
+        }
+        if self._looks is not None:
+            values[CROSS_MASK] = self._looks[:, -1:]
+        for name, array in values.items():
+            halves = (0, 1) if name not in GREEDY else (cache.half,)
+            for half in halves:
+                cache.workspace.mirror(name, half, array.shape).put(array, device.stream)
+        self._shapes = {name: array.shape for name, array in values.items()}
+
+    def _launch(self, number: int) -> None:
+        """One step: decoder, token, its row; then the token is sent to the host."""
+        cache, device = self.cache, self.cache.device
+        space, half = cache.workspace, cache.half
+        cuda = device.cuda
+        if half in space.graphs:
+            cuda.launch(space.graphs[half], device.stream)
+        elif half in space.warm:  # TensorRT wants to have run once in these shapes before it is captured
+            cuda.begin_capture(device.stream)
+            self._enqueue(half)
+            space.graphs[half] = cuda.end_capture(device.stream)
+            cuda.launch(space.graphs[half], device.stream)
+        else:
+            self._enqueue(half)
+            space.warm.add(half)
+        ring = space.ring[number % AHEAD]
+        cuda.copy(
+            ring.address, space.tokens[1 - half].address, ring.dtype.itemsize * space.rows, device.stream
+        )
+        ring.fetch((space.rows, 1), device.stream)
+        cuda.record(space.events[number % AHEAD], device.stream)
+        cache.half = 1 - half
+
+    def _enqueue(self, half: int) -> None:
+        space = self.cache.workspace
+        context, choice = space.contexts["decode"], space.choice
+        for name, shape in self._shapes.items():
+            context.bind(name, space.mirror(name, half, shape).address, shape)
+        shape = (space.rows, 1, space.vocabulary)
+        logits = space.mirror("logits", 0, shape)
+        context.bind("logits", logits.address)
+        space.bind_cache(context, half)
+        context.enqueue()
+        choice.bind("logits", logits.address, shape)
+        for name in GREEDY[1:]:
+            choice.bind(name, space.mirror(name, half, self._shapes[name]).address, self._shapes[name])
+            after = space.mirror(name, 1 - half, self._shapes[name])
+            choice.bind(f"{NEXT}{name}", after.address)
+        embeds = space.mirror("inputs_embeds", 1 - half, self._shapes["inputs_embeds"])
+        choice.bind("inputs_embeds", embeds.address)
+        choice.bind("token_ids", space.tokens[1 - half].address)
+        choice.enqueue()
+
+
+class DeviceDecoder(SlotDecoder):
+    """The decoder of a bundle's engines.
+
+    Args:
+        engines: The engines.
+        table: The token table, for prompts and for what is not greedy.
+    """
+
+    state_class = DeviceState
+
+    def __init__(self, engines: Engines, table: TokenTable) -> None:
+        spec = engines.decoder_record.spec
+        if not engines.capacity:
+            raise BackendError(
+                "the decoder's engine has a cache that grows, which this runtime does not run",
+                "build it again without --decoder concatenated",
+            )
+        super().__init__(
+            lambda rows, context: DeviceSlots(engines, rows, context),
+            spec,
+            engines.capacity,
+            spec.axes()["batch"].max,
+            table,
+        )
+        self.engines = engines

@@ -1,0 +1,323 @@
+"""TensorRT: found, checked for its version, and its engines opened; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import mmap
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
+from blip2edge.errors import EngineError
+from blip2edge.runtime.backends.engine_files import EngineRecord
+from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer, Mirror
+
+PIECE = 1 << 24  # bytes of an engine's file read at a time
+OLDEST = (10, 3)  # JetPack 6.1; before it strongly typed networks were no option
+KEPT = 256  # messages of TensorRT: a server that runs for months must not gather them
+JETSON = Path("/etc/nv_tegra_release")
+"""There on every Jetson."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A TensorRT.
+
+    Attributes:
+        module: Its Python module.
+        extra: What of blip2edge installs it.
+        builds_anywhere: Whether it builds without a GPU, for the compute capabilities that are named.
+    """
+
+    module: str
+    extra: str
+    builds_anywhere: bool = False
+
+
+TARGETS = {
+    "tensorrt": Target("tensorrt", "tensorrt"),
+    "rtx": Target("tensorrt_rtx", "rtx", builds_anywhere=True),
+}
+
+
+def load_tensorrt(target: str) -> Any:
+    """The binding's module.
+
+    Raises:
+        EngineError: It is not installed, cannot be loaded, or is too old.
+    """
+    wanted = TARGETS[target]
+    try:
+        trt = importlib.import_module(wanted.module)
+    except ImportError as error:
+        hint = f"install it: pip install 'blip2edge[{wanted.extra}]'"
+        if target == "tensorrt":
+            hint += "; on a Jetson it comes with JetPack: make the environment with --system-site-packages"
+        raise EngineError(f"{wanted.module} is not installed or does not load ({error})", hint) from error
+    if target == "tensorrt" and version_of(trt) < OLDEST:
+        raise EngineError(
+            f"TensorRT {trt.__version__} is older than 10.3",
+            "upgrade to JetPack 6.1 or newer, which brings 10.3, or install tensorrt>=10.3",
+        )
+    return trt
+
+
+def version_of(trt: Any) -> tuple[int, int]:
+    """Major and minor."""
+    major, minor = str(trt.__version__).split(".")[:2]
+    return int(major), int(minor)
+
+
+def keeper(trt: Any) -> tuple[Any, deque[str]]:
+    """A logger that keeps the last warnings and errors instead of printing them."""
+    messages: deque[str] = deque(maxlen=KEPT)
+
+    class Keeper(trt.ILogger):  # type: ignore[misc]  # the module is known at run time only
+        """Keeps what matters."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            """Called by TensorRT; 0 is an internal error, 1 an error, 2 a warning."""
+            if int(severity) <= int(trt.ILogger.WARNING):
+                messages.append(" ".join(message.split()))
+
+    return Keeper(), messages
+
+
+class Device:
+    """TensorRT and CUDA of one process: what the engines of a bundle share.
+
+    Args:
+        trt: The binding.
+        cuda: The CUDA runtime.
+
+    Attributes:
+        stream: On which all engines of the bundle run, one after the other.
+        turn: Held by the thread that asks something of the stream.
+    """
+
+    def __init__(self, trt: Any, cuda: Cuda) -> None:
+        self.trt = trt
+        self.cuda = cuda
+        self.logger, self.messages = keeper(trt)
+        self.runtime = trt.Runtime(self.logger)
+        self.stream = cuda.stream()
+        self.turn = threading.RLock()
+        self._scratch: list[DeviceBuffer] = []
+        self._most = 0
+
+    def open(self, path: Path, *, host_code: bool = False) -> Any:
+        """Deserialises an engine, read piece by piece where the version can, else from a mapped file.
+
+        Args:
+            path: The file.
+            host_code: Whether the engine may bring code for the host, as version-compatible ones do.
+
+        Raises:
+            EngineError: TensorRT refuses it.
+        """
+        if host_code:
+            self.runtime.engine_host_code_allowed = True
+        if hasattr(self.trt, "IStreamReaderV2"):
+            with path.open("rb") as file:
+                engine = self.runtime.deserialize_cuda_engine(self._reader(file))
+        else:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                engine = self.runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            said = self.messages[-1] if self.messages else "no reason given"
+            raise EngineError(
+                f"TensorRT cannot open {path} ({said})", "build the engines again on this machine"
+            )
+        self._most = max(self._most, int(engine.device_memory_size_v2))
+        return engine
+
+    @property
+    def scratch(self) -> DeviceBuffer:
+        """Memory that contexts share, since they run one after the other.
+
+        Graphs of CUDA remember where it is: one that became too small is kept until the end.
+        """
+        if not self._scratch or self._scratch[-1].size < self._most:
+            self._scratch.append(DeviceBuffer(self.cuda, self._most))
+        return self._scratch[-1]
+
+    def close(self) -> None:
+        """Gives the memory back, when nothing runs any more."""
+        self.cuda.synchronize(self.stream)
+        for buffer in self._scratch:
+            buffer.free()
+        self._scratch.clear()
+
+    def _reader(self, file: BinaryIO) -> Any:
+        trt: Any = self.trt
+        cuda, stream = self.cuda, self.stream
+        whence = {trt.SeekPosition.SET: 0, trt.SeekPosition.CUR: 1, trt.SeekPosition.END: 2}
+        piece = Mirror(cuda, (PIECE,), np.dtype(np.uint8))
+
+        class Reader(trt.IStreamReaderV2):  # type: ignore[misc]  # known at run time only
+            """Gives TensorRT a file piece by piece, to where it asks, on the host or on the GPU."""
+
+            def __init__(self) -> None:
+                trt.IStreamReaderV2.__init__(self)
+
+            def read(self, destination: Any, num_bytes: int, _: int) -> int:
+                """Bytes that were read; fewer at the end."""
+                target, done = address_of(destination), 0
+                while done < num_bytes:
+                    view = piece.view((min(PIECE, num_bytes - done),))
+                    count = file.readinto(memoryview(view.data))  # type: ignore[attr-defined]
+                    if not count:
+                        break
+                    cuda.copy(target + done, view.ctypes.data, count, stream)
+                    cuda.synchronize(stream)
+                    done += count
+                return done
+
+            def seek(self, offset: int, where: Any) -> bool:
+                """Whether the place exists."""
+                file.seek(offset, whence[where])
+                return True
+
+        return Reader()
+
+
+def address_of(capsule: Any) -> int:
+    """The address that TensorRT wraps in a capsule."""
+    if isinstance(capsule, int):
+        return capsule
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return int(pointer(capsule, None) or 0)
+
+
+class Context:
+    """An engine's execution context for one profile.
+
+    Args:
+        device: Where it runs.
+        engine: The deserialised engine.
+        record: Its tensors and profiles.
+        profile: A profile's name.
+    """
+
+    def __init__(self, device: Device, engine: Any, record: EngineRecord, profile: str) -> None:
+        self._device = device
+        self._name = record.spec.name
+        strategy = device.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._context = engine.create_execution_context(strategy)
+        if self._context is None:
+            raise EngineError(
+                f"the engine {self._name} has no room to run",
+                "stop what else uses the GPU, or build smaller engines",
+            )
+        self._size = int(engine.device_memory_size_v2)
+        index = record.profiles.index(profile)
+        if not self._context.set_optimization_profile_async(index, device.stream):
+            raise EngineError(f"the engine {self._name} has no profile {profile}", "build the engines again")
+
+    def bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
+        """Says where a tensor lies, and of an input its shape.
+
+        Raises:
+            EngineError: The engine was not built for that shape.
+        """
+        if shape is not None and not self._context.set_input_shape(name, tuple(shape)):
+            raise EngineError(
+                f"the engine {self._name} was not built for {name} of shape {list(shape)}",
+                "build again with a larger --capacity or --max-batch, or give fewer pictures at once",
+            )
+        if not self._context.set_tensor_address(name, address):
+            raise EngineError(f"the engine {self._name} has no tensor {name}", "build the engines again")
+
+    def enqueue(self) -> None:
+        """Asks the stream to run it.
+
+        Raises:
+            EngineError: TensorRT refuses.
+        """
+        self._context.set_device_memory(self._device.scratch.address, self._size)
+        if not self._context.execute_async_v3(self._device.stream):
+            said = self._device.messages[-1] if self._device.messages else "no reason given"
+            raise EngineError(f"the engine {self._name} did not run ({said})", "see `blip2edge doctor`")
+
+
+class TrtSession:
+    """An engine behind the session protocol: arrays of the host in, arrays of the host out.
+
+    Args:
+        device: Where it runs.
+        engine: The deserialised engine.
+        record: Its tensors.
+    """
+
+    def __init__(self, device: Device, engine: Any, record: EngineRecord) -> None:
+        self._device = device
+        self._spec = record.spec
+        self.input_names = tuple(tensor.name for tensor in record.spec.inputs)
+        self.output_names = tuple(tensor.name for tensor in record.spec.outputs)
+        self._make = partial(Context, device, engine, record, record.profiles[0])
+        self._context: Context | None = None
+        self._mirrors: dict[str, Mirror] = {}
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        device = self._device
+        with device.turn:
+            if self._context is None:
+                self._context = self._make()
+            context = self._context
+            sizes = lengths(self._spec, {name: array.shape for name, array in inputs.items()})
+            for tensor in self._spec.inputs:
+                mirror = self._mirror(tensor, tensor.shape(sizes))
+                mirror.put(inputs[tensor.name], device.stream)
+                context.bind(tensor.name, mirror.address, inputs[tensor.name].shape)
+            for tensor in self._spec.outputs:
+                context.bind(tensor.name, self._mirror(tensor, tensor.shape(sizes)).address)
+            context.enqueue()
+            wanted = self.output_names if outputs is None else outputs
+            shapes = {tensor.name: tensor.shape(sizes) for tensor in self._spec.outputs}
+            views = {name: self._mirrors[name].fetch(shapes[name], device.stream) for name in wanted}
+            device.cuda.synchronize(device.stream)
+            return {name: view.copy() for name, view in views.items()}
+
+    def close(self) -> None:
+        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        for mirror in self._mirrors.values():
+            mirror.free()
+        self._mirrors.clear()
+
+    def _mirror(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Mirror:
+        """The tensor's buffer, replaced where it is too small."""
+        known = self._mirrors.get(tensor.name)
+        if known is not None and known.holds(shape):
+            return known
+        if known is not None:
+            known.free()
+        made = self._mirrors[tensor.name] = Mirror(self._device.cuda, shape, NUMPY_DTYPES[tensor.dtype])
+        return made
+
+
+def lengths(spec: GraphSpec, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The lengths of a graph's axes, from the shapes of its inputs.
+
+    Raises:
+        ValueError: A shape has another rank than its tensor.
+    """
+    found: dict[str, int] = {}
+    for tensor in spec.inputs:
+        for dim, length in zip(tensor.dims, shapes[tensor.name], strict=True):
+            if isinstance(dim, Axis) and "+" not in dim.name:
+                found[dim.name] = length
+    return found

@@ -1,0 +1,133 @@
+"""What a batch of B rows touches on a GPU, under addresses that do not change, and the contexts that run on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from blip2edge.bundle.dtypes import NUMPY_DTYPES
+from blip2edge.bundle.schema import CacheSpec, TensorSpec
+from blip2edge.runtime.backends.engine_files import EngineRecord
+from blip2edge.runtime.tensorrt.cuda import DeviceBuffer, Mirror
+from blip2edge.runtime.tensorrt.session import Context, Device
+
+AHEAD = 4
+"""Tokens that may be on their way from the GPU at once."""
+
+WIDE = 2
+"""In place of a half: tensors of prompts and of several tokens at once."""
+
+
+@dataclass
+class Engines:
+    """The two engines that decode.
+
+    Attributes:
+        device: Where they run.
+        decoder: The deserialised decoder.
+        decoder_record: Its tensors.
+        step: The deserialised choice of the next token.
+        step_record: Its tensors.
+        cache: Keys and values.
+        capacity: C.
+    """
+
+    device: Device
+    decoder: Any
+    decoder_record: EngineRecord
+    step: Any
+    step_record: EngineRecord
+    cache: CacheSpec
+    capacity: int
+    free: dict[tuple[int, tuple[int, ...]], list[Workspace]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Inputs and outputs of both by name; names that both have are the same tensors."""
+        records = (self.decoder_record.spec, self.step_record.spec)
+        return {tensor.name: tensor for spec in records for tensor in (*spec.inputs, *spec.outputs)}
+
+    def take(self, rows: int, cross: tuple[int, ...]) -> Workspace:
+        """A workspace for B rows; ``cross`` are the lengths of what they look at."""
+        known = self.free.get((rows, cross))
+        return known.pop() if known else Workspace(self, rows, cross)
+
+    def give(self, workspace: Workspace) -> None:
+        """Takes one back; it serves the next batch of its size."""
+        self.free.setdefault(workspace.key, []).append(workspace)
+
+
+class Workspace:
+    """Buffers and contexts of a batch of B rows.
+
+    Args:
+        engines: What runs on them.
+        rows: B.
+        cross: Lengths E of the keys that the decoder looks at beside its text, tensor by tensor.
+    """
+
+    def __init__(self, engines: Engines, rows: int, cross: tuple[int, ...]) -> None:
+        self.key = (rows, cross)
+        self.rows = rows
+        self._engines, self._device = engines, engines.device
+        cuda, cache = engines.device.cuda, engines.cache
+        self.tensors = engines.tensors()
+        dtype = NUMPY_DTYPES[self.tensors[cache.past_names()[0]].dtype]
+        self.slot_bytes = cache.head_dim * dtype.itemsize
+        self.head_bytes = engines.capacity * self.slot_bytes
+        self.row_bytes = cache.num_heads * self.head_bytes
+        self.layer_bytes = rows * self.row_bytes
+        self.layers = 2 * cache.num_layers
+        self.vocabulary = self.tensors["logits"].width
+        self.halves = [DeviceBuffer(cuda, self.layers * self.layer_bytes) for _ in range(2)]
+        self.cross: dict[str, Mirror] = {}
+        self.mirrors: dict[tuple[str, int], Mirror] = {}
+        self.tokens = [Mirror(cuda, (rows, 1), np.dtype(np.int64)) for _ in range(2)]
+        self.events = [cuda.event() for _ in range(AHEAD)]
+        self.ring = [Mirror(cuda, (rows, 1), np.dtype(np.int64)) for _ in range(AHEAD)]
+        self.graphs: dict[int, int] = {}
+        self.warm: set[int] = set()
+        self.contexts = {
+            profile: Context(engines.device, engines.decoder, engines.decoder_record, profile)
+            for profile in engines.decoder_record.profiles
+        }
+        self.choice = Context(
+            engines.device, engines.step, engines.step_record, engines.step_record.profiles[0]
+        )
+
+    def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
+        """The buffer of a small tensor, in one of the two halves or :data:`WIDE`; those of a step never move."""
+        known = self.mirrors.get((name, half))
+        if known is not None and known.holds(shape):
+            return known
+        if known is not None:
+            self._device.cuda.synchronize(self._device.stream)
+            known.free()
+        made = Mirror(self._device.cuda, shape, NUMPY_DTYPES[self.tensors[name].dtype])
+        self.mirrors[name, half] = made
+        return made
+
+    def bind_cache(self, context: Context, half: int) -> None:
+        """Reads one half, writes the other."""
+        cache = self._engines.cache
+        for index, (past, present) in enumerate(zip(cache.past_names(), cache.present_names(), strict=True)):
+            offset = index * self.layer_bytes
+            shape = (self.rows, cache.num_heads, self._engines.capacity, cache.head_dim)
+            context.bind(past, self.halves[half].address + offset, shape)
+            context.bind(present, self.halves[1 - half].address + offset)
+        for name, mirror in self.cross.items():
+            context.bind(name, mirror.address, self.cross_shape(name))
+
+    def cross_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that the decoder looks at."""
+        names = [tensor.name for tensor in self._engines.decoder_record.spec.inputs if is_cross(tensor.name)]
+        length = self.key[1][names.index(name)]
+        dims = self.tensors[name].dims
+        fixed = [dim for dim in dims if isinstance(dim, int)]
+        return (self.rows, length) if len(dims) == 2 else (self.rows, fixed[0], length, fixed[-1])
+
+
+def is_cross(name: str) -> bool:
+    """Whether a decoder's input is of what it looks at beside its text."""
+    return name.startswith("cross")

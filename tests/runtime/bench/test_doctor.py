@@ -1,0 +1,167 @@
+"""The doctor: what it finds, and that a missing part is a finding and no failure."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blip2edge.cli import main
+from blip2edge.runtime.backends.probe import Check, check_provider
+from blip2edge.runtime.bench import doctor
+from blip2edge.runtime.bench.doctor import diagnose
+
+
+def by_name(checks: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def test_findings_on_this_machine() -> None:
+    checks = by_name(diagnose())
+    assert checks["Python"].ok
+    assert "numpy" in checks["packages"].detail
+    assert {
+        "platform",
+        "CPU",
+        "memory",
+        "NVIDIA driver",
+        "TensorRT",
+        "TensorRT-RTX",
+        "torch",
+    } <= checks.keys()
+    for check in checks.values():
+        assert "\n" not in check.detail
+        assert check.ok or check.fix or check.required
+
+
+def test_cpu_provider_is_proven_by_a_kernel() -> None:
+    pytest.importorskip("onnxruntime", reason="the CPU backend is not installed")
+    check = by_name(diagnose())["CPUExecutionProvider"]
+    assert check.ok
+    assert "matrices" in check.detail
+
+
+def test_doctor_command(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="the CPU backend is not installed")
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr()
+    assert "ok    Python" in output.out
+    assert output.err == ""
+
+
+def test_torch_is_never_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(sys.modules)
+    diagnose()
+    assert not {name for name in set(sys.modules) - before if name.split(".")[0] in ("torch", "tensorrt")}
+
+
+class FakeSession:
+    """A session that claims a provider, and answers as told."""
+
+    def __init__(self, providers: list[str], answer: Any) -> None:
+        self._providers, self._answer = providers, answer
+
+    def get_providers(self) -> list[str]:
+        return self._providers
+
+    def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return [self._answer * (feeds["a"] @ feeds["b"])]
+
+
+def fake_runtime(session_providers: list[str], answer: Any) -> Any:
+    options = SimpleNamespace(add_session_config_entry=lambda key, value: None)
+    return SimpleNamespace(
+        SessionOptions=lambda: options,
+        InferenceSession=lambda model, options, providers: FakeSession(session_providers, answer),
+    )
+
+
+@pytest.mark.parametrize(
+    ("providers", "answer", "told"),
+    [
+        (["CPUExecutionProvider"], 1.0, "fell back"),
+        (["CUDAExecutionProvider"], RuntimeError("no kernel\nimage"), "named, but fails: no kernel image"),
+        (["CUDAExecutionProvider"], 1.5, "is wrong by"),
+        (["CUDAExecutionProvider"], np.nan, "is wrong by"),
+    ],
+)
+def test_provider_that_lies_is_found_out(providers: list[str], answer: Any, told: str) -> None:
+    check = check_provider(fake_runtime(providers, answer), "CUDAExecutionProvider")
+    assert not check.ok
+    assert told in check.detail
+
+
+def test_provider_that_works() -> None:
+    assert check_provider(fake_runtime(["CUDAExecutionProvider"], 1.0), "CUDAExecutionProvider").ok
+
+
+def test_without_onnxruntime_the_status_is_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else real(name, *rest)
+    )
+    assert main(["doctor"]) == 1
+    assert "pip install 'blip2edge[cpu]'" in capsys.readouterr().out
+
+
+def test_tensorrt_without_a_driver_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_spec", lambda module: object())
+    monkeypatch.setattr(doctor, "_version", lambda package: "10.3.0")
+    absent = Check("NVIDIA driver", False, "none", "install it")
+    check = doctor._tensorrt("TensorRT", "tensorrt", ("tensorrt",), "tensorrt", absent)
+    assert not check.ok
+    assert check.detail == "10.3.0 is installed, but cannot run: no working driver"
+    present = Check("NVIDIA driver", True, "CUDA 12.6")
+    assert doctor._tensorrt("TensorRT", "tensorrt", ("tensorrt",), "tensorrt", present).ok
+
+
+class FakeCuda:
+    """libcuda with one Orin."""
+
+    def __init__(self, status: int = 0, count: int = 1) -> None:
+        self.status, self.count = status, count
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self.status
+
+    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
+        version._obj.value = 12060
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = self.count
+        return 0
+
+    def cuDeviceGet(self, handle: Any, index: int) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGetName(self, name: Any, length: int, handle: Any) -> int:  # noqa: N802
+        name.value = b"Orin"
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, handle: Any) -> int:  # noqa: N802
+        value._obj.value = {75: 8, 76: 7}[attribute]
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("cuda", "ok", "told"),
+    [
+        (FakeCuda(), True, "for CUDA 12.6; Orin (sm_87)"),
+        (FakeCuda(count=0), False, "for CUDA 12.6, no GPU"),
+        (FakeCuda(status=100), False, "libcuda.so.1 is there, but cuInit fails with 100"),
+    ],
+)
+def test_driver(cuda: FakeCuda, ok: bool, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: cuda)
+    check = doctor._driver()
+    assert (check.ok, check.detail) == (ok, told)

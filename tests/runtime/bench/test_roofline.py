@@ -1,0 +1,92 @@
+"""The roofline: limits from known times, the least time of known work, products that are products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime", reason="products are run in it")
+
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.bench import roofline
+from blip2edge.runtime.bench.roofline import Roofline, Work, product_graph
+
+MACHINE = Roofline(bytes_per_s=1e9, float_ops_per_s=2e9, integer_ops_per_s=8e9)
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "bound"),
+    [
+        (Work(4e9, 0.0, 1e9), 2.0, "products"),
+        (Work(4e9, 8e9, 1e9), 3.0, "products"),
+        (Work(1e9, 0.0, 3e9), 3.0, "bytes"),
+        (Work(2e9, 0.0, 1e9), 1.0, "bytes"),  # a tie: more products would not be free
+    ],
+)
+def test_the_least_time(work: Work, seconds: float, bound: str) -> None:
+    assert work.seconds(MACHINE) == pytest.approx(seconds)
+    assert work.bound(MACHINE) == bound
+
+
+def test_work_adds_up() -> None:
+    assert Work(1.0, 2.0, 3.0) + Work(10.0, 20.0, 30.0) == Work(11.0, 22.0, 33.0)
+
+
+@pytest.mark.parametrize("kind", ["MatMul", "MatMulInteger"])
+def test_a_product_is_one(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    if kind == "MatMul":
+        first, second = (rng.standard_normal(size).astype(np.float32) for size in ((3, 300), (300, 5)))
+    else:
+        first = rng.integers(0, 256, (3, 300), np.uint8)
+        second = rng.integers(-127, 128, (300, 5), np.int8)
+    path = tmp_path / "product.onnx"
+    path.write_bytes(product_graph(kind, first, second))
+    found = OnnxRuntimeSession(path, 1).run({"a": first})["c"]
+    wanted = first.astype(np.float64) @ second.astype(np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+    assert found.dtype == (np.float32 if kind == "MatMul" else np.int32)
+
+
+def test_the_best_rate_of_some_sizes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: Iterator[float] = iter((0.5, 0.25, 0.25))
+    asked: list[tuple[Any, ...]] = []
+
+    def seconds(kind: str, first: Any, second: Any) -> float:
+        asked.append((kind, first.shape, second.shape, first.dtype.name, second.dtype.name))
+        return next(times)
+
+    monkeypatch.setattr(roofline, "SIZES", ((2, 3, 5), (10, 10, 10), (4, 4, 4)))
+    monkeypatch.setattr(roofline, "_seconds", seconds)
+    assert roofline._rate("MatMulInteger") == 2 * 10 * 10 * 10 / 0.25
+    assert asked[0] == ("MatMulInteger", (2, 3), (3, 5), "uint8", "int8")
+
+
+def test_the_least_of_some_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([at for took in (5, 3, 9, 4, 8, 7, 6) for at in (100, 100 + took)])
+    monkeypatch.setattr("time.process_time", lambda: float(next(ticks)))
+    runs: list[int] = []
+
+    def work() -> None:
+        runs.append(1)
+
+    assert roofline._least(work) == 3.0
+    assert len(runs) == roofline.REPEATS + 1  # one warms up
+
+
+def test_bytes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "STREAMED", 1 << 20)
+    monkeypatch.setattr(roofline, "_least", lambda work: (work(), 0.5)[1])
+    assert roofline._bandwidth() == (1 << 20) / 0.5
+
+
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "STREAMED", 1 << 22)
+    monkeypatch.setattr(roofline, "SIZES", ((64, 64, 64),))
+    found = roofline.measure().to_json()
+    assert all(value > 0 for value in found.values())
+    assert MACHINE.to_json() == {"gigabytes_per_s": 1.0, "gigaflops_fp32": 2.0, "gigaops_int8": 8.0}

@@ -1,0 +1,218 @@
+"""Live captions: the newest frame first, nothing piles up."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="the bundle is exported here")
+pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
+
+from blip2edge.errors import DataError
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.serving import watch as watch_module
+from blip2edge.runtime.serving.watch import Frame, Frames, Newest, Source, open_source, watch
+from tests.drawing import draw_pictures
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_bundle: Path) -> Captioner:
+    return Captioner.load(tiny_bundle, threads=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for index, picture in enumerate(draw_pictures(3, 2)):
+        picture.save(tmp_path / f"{index}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_every_picture_of_a_folder_once(captioner: Captioner, folder: Path) -> None:
+    seen = list(watch(captioner, open_source(str(folder), follow=False), every=True, max_new_tokens=4))
+    assert sorted(one.frame for one in seen) == ["0.png", "1.png", "2.png"]
+    for one in seen:
+        assert one.result is not None
+        assert one.result.tokens == captioner.caption(folder / one.frame, max_new_tokens=4).tokens
+        assert one.age_ms > 0
+
+
+def test_frames_that_come_too_fast_are_dropped_and_counted(captioner: Captioner) -> None:
+    pictures = draw_pictures(6, 2)
+    given, first_done = threading.Event(), threading.Event()
+
+    def frames() -> Iterator[Frame]:
+        yield Frame("0", pictures[0])
+        assert first_done.wait(60)
+        for index in range(1, 6):
+            yield Frame(str(index), pictures[index])
+        given.set()
+
+    results = watch(captioner, frames(), max_new_tokens=3)
+    first = next(results)
+    first_done.set()
+    assert given.wait(60)
+    second = next(results)
+    assert [first.frame, first.dropped, second.frame, second.dropped] == ["0", 0, "5", 4]
+    assert list(results) == []
+
+
+def test_a_broken_picture_does_not_end_it(captioner: Captioner, folder: Path) -> None:
+    (folder / "1.png").write_bytes(b"half a pict")
+    seen = list(watch(captioner, open_source(str(folder), follow=False), every=True, max_new_tokens=2))
+    errors = {one.frame: one.error for one in seen}
+    assert "1.png" in errors["1.png"]
+    assert errors["0.png"] == errors["2.png"] == ""
+
+
+def test_new_pictures_appear(captioner: Captioner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    frames = open_source(str(folder))
+    names = {next(frames).name for _ in range(3)}
+    draw_pictures(1, 9)[0].save(folder / "later.png")
+    assert names | {next(frames).name} == {"0.png", "1.png", "2.png", "later.png"}
+
+
+def test_a_picture_that_is_removed_while_it_is_looked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Path.iterdir
+
+    def removing(path: Path) -> Iterator[Path]:
+        for one in sorted(there(path)):
+            if one.name == "1.png":
+                one.unlink()
+            yield one
+
+    monkeypatch.setattr(Path, "iterdir", removing)
+    assert [frame.name for frame in open_source(str(folder), follow=False)] == ["0.png", "2.png"]
+
+
+def test_a_folder_that_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    frames = open_source(str(folder))
+    for _ in range(3):
+        next(frames)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="can be read no more"):
+        next(frames)
+
+
+def _readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "blip2edge-frames"]
+
+
+def test_no_thread_goes_on_polling(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder gets no picture more, and a look at it is due in a minute only."""
+    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
+    before = set(_readers())
+    newest = Newest(open_source(str(folder)))
+    assert newest.get() is not None
+    (reader,) = set(_readers()) - before
+    newest.close()
+    reader.join(10)
+    assert not reader.is_alive()
+    while newest.get() is not None:  # what had come is still there, and then it has ended
+        pass
+
+
+def test_who_stops_listening_ends_the_reader(
+    captioner: Captioner, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
+    before = set(_readers())
+    results = watch(captioner, open_source(str(folder)), max_new_tokens=2)
+    assert next(results).result is not None
+    (reader,) = set(_readers()) - before
+    results.close()  # type: ignore[attr-defined]  # a generator
+    reader.join(10)
+    assert not reader.is_alive()
+
+
+class Container:
+    """Something that frames are read from, and that has to be let go of."""
+
+    def __init__(self) -> None:
+        self.waited_for, self.comes, self.let_go = threading.Event(), threading.Event(), threading.Event()
+
+    def frames(self, closed: threading.Event) -> Frames:
+        """One at once; the second when it comes."""
+        try:
+            yield Frame("0", draw_pictures(1)[0])
+            self.waited_for.set()
+            assert self.comes.wait(60)
+            yield Frame("1", draw_pictures(1)[0])
+        finally:
+            self.let_go.set()
+
+
+def test_what_frames_are_read_from_is_let_go_of_at_once() -> None:
+    container = Container()
+    source = Source(container.frames)
+    assert next(source).name == "0"
+    source.close()
+    assert container.let_go.is_set()
+    assert list(source) == []
+    source.close()
+
+
+def test_what_frames_are_read_from_is_let_go_of_behind_the_frame_that_comes() -> None:
+    container = Container()
+    source = Source(container.frames)
+    names: list[str] = []
+    reader = threading.Thread(target=lambda: names.extend(frame.name for frame in source))
+    reader.start()
+    assert container.waited_for.wait(60)
+    source.close()
+    assert not container.let_go.is_set()  # a camera is asked for a picture meanwhile
+    container.comes.set()
+    reader.join(60)
+    assert not reader.is_alive()
+    assert container.let_go.is_set()
+    assert names == ["0", "1"]
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_who_stops_listening_lets_go_of_the_source(captioner: Captioner, every: bool) -> None:
+    container = Container()
+    container.comes.set()
+    results = watch(captioner, Source(container.frames), every=every, max_new_tokens=2)
+    next(results)
+    results.close()  # type: ignore[attr-defined]  # a generator
+    assert container.let_go.wait(60)
+
+
+def test_a_source_that_breaks_off(captioner: Captioner) -> None:
+    def frames() -> Iterator[Frame]:
+        yield Frame("0", draw_pictures(1)[0])
+        raise DataError("the camera is gone")
+
+    with pytest.raises(DataError, match="gone"):
+        list(watch(captioner, frames(), max_new_tokens=2))
+
+
+@pytest.mark.parametrize("source", ["nowhere", "pyproject.toml"])
+def test_what_is_no_source(source: str) -> None:
+    with pytest.raises(DataError, match="no folder, no video file and no camera"):
+        open_source(source)
+
+
+def test_a_video(captioner: Captioner, tmp_path: Path) -> None:
+    av: Any = pytest.importorskip("av", reason="videos are read with PyAV")
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for picture in draw_pictures(4, 1):
+            for packet in stream.encode(av.VideoFrame.from_image(picture.resize((64, 64)))):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    seen = list(watch(captioner, open_source(str(path)), every=True, max_new_tokens=2))
+    assert [one.frame for one in seen] == ["0.00 s", "0.05 s", "0.10 s", "0.15 s"]

@@ -1,0 +1,281 @@
+"""A model scored on data or on the generated scenes: what is asked of it, and which figures come of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from blip2edge.errors import DataError, ImageError, UsageError
+from blip2edge.training.data.entries import Broken, Entry, Picture, Shown, by_picture
+from blip2edge.training.data.scenes import Scene, Split, scenes
+from blip2edge.training.evaluation.evaluate import CHUNK, EVALUATION_SEED, evaluate_scenes
+from blip2edge.training.evaluation.judges import Answerer, Comparer, Judge, Vectors
+from blip2edge.training.metrics.captions import caption_scores
+from blip2edge.training.metrics.hallucination import chair, pope, probes, said_yes, things_named, things_shown
+from blip2edge.training.metrics.retrieval import (
+    match_pairs,
+    pairs_to_match,
+    retrieval_scores,
+    similarities,
+)
+from blip2edge.training.metrics.vqa import vqa_scores
+
+Say = Callable[[int, int], None]
+TOP = 16  # so many of the nearest are put in order anew by the matching head
+YES = 0.5  # probability from which a picture and a text belong together
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be found out, and how.
+
+    Attributes:
+        metrics: Names of metrics; empty: all that the model and the data allow.
+        prompt: Of captions; None for the model's own.
+        top: How many of the nearest the matching head reads; 0: none, the cosine decides.
+        ask: POPE's questions are put to the model; else they are read off its captions.
+        progress: Called with (done, all) as pictures go by.
+    """
+
+    metrics: tuple[str, ...] = ()
+    prompt: str | None = None
+    top: int = TOP
+    ask: bool = False
+    progress: Say = field(default=lambda done, total: None)
+
+    def chosen(self, possible: Sequence[str]) -> tuple[str, ...]:
+        """The metrics to compute.
+
+        Raises:
+            UsageError: One that the model or the data do not allow.
+        """
+        for name in self.metrics:
+            if name not in possible:
+                raise UsageError(
+                    f"the metric {name} cannot be had of this model on this data",
+                    f"metrics here are {', '.join(possible)}",
+                )
+        return self.metrics or tuple(possible)
+
+
+Figures = dict[str, Any]
+
+
+def score_scenes(judge: Judge, count: int, split: Split, wanted: Wanted) -> Figures:
+    """Scores a model on generated scenes.
+
+    Args:
+        judge: The model.
+        count: How many scenes, at least 2.
+        split: Which pairs of (colour, shape) they show.
+        wanted: What is to be found out.
+
+    Returns:
+        Figures by name. A captioner: exact match with its control (see `evaluate_scenes`), the caption scores, CHAIR
+        and POPE. A model that compares: retrieval, and POPE.
+
+    Raises:
+        UsageError: Too few scenes, or a metric that cannot be had.
+    """
+    if count < 2:
+        raise UsageError(f"an evaluation needs at least 2 pictures, not {count}")
+    shown = list(scenes(count, split=split, seed=EVALUATION_SEED))
+    if judge.answerer is not None:
+        return _captioned_scenes(judge.answerer, shown, split, wanted)
+    if judge.comparer is None:
+        raise UsageError("expected a model that captions or compares")
+    return _compared_scenes(judge.comparer, shown, split, wanted)
+
+
+def _captioned_scenes(answerer: Answerer, shown: list[Scene], split: Split, wanted: Wanted) -> Figures:
+    metrics = wanted.chosen(("exact", "captions", "chair", "pope"))
+    said: list[str] = []
+
+    def caption_many(pictures: Sequence[Image.Image]) -> list[str]:
+        texts = answerer(pictures, [wanted.prompt] * len(pictures))
+        said.extend(texts)
+        return texts
+
+    exact = evaluate_scenes(caption_many, len(shown), split=split, progress=wanted.progress)
+    figures: Figures = (
+        dict(exact) if "exact" in metrics else {"n": len(shown), "split": split, "seed": exact["seed"]}
+    )
+    things = [things_shown(scene) for scene in shown]
+    if "captions" in metrics:
+        figures |= caption_scores(said, [[scene.caption] for scene in shown])
+    if "chair" in metrics:
+        figures |= chair(said, things)
+    if "pope" in metrics:
+        asked = probes(things)
+        if wanted.ask:
+            pictures = [shown[probe.picture].picture for probe in asked]
+            answers = answerer(pictures, [answerer.question(probe.question) for probe in asked])
+            yes = [said_yes(answer) for answer in answers]
+        else:
+            named = [set(things_named(text)) for text in said]
+            yes = [probe.thing in named[probe.picture] for probe in asked]
+        figures["pope"] = {"by": "questions" if wanted.ask else "captions"} | pope(asked, yes)
+    return figures
+
+
+def _compared_scenes(comparer: Comparer, shown: list[Scene], split: Split, wanted: Wanted) -> Figures:
+    metrics = wanted.chosen(("retrieval", "pope") if comparer.has_head else ("retrieval",))
+    # Of scenes with the same caption only the first is kept: both pictures would be right for it.
+    first = {scene.caption: scene for scene in reversed(shown)}
+    kept = [scene for scene in shown if first[scene.caption] is scene]
+    figures: Figures = {"n": len(kept), "split": split, "seed": EVALUATION_SEED}
+    if "retrieval" in metrics:
+        vectors = []
+        for at in range(0, len(kept), CHUNK):
+            vectors.append(comparer.image_vectors([scene.picture for scene in kept[at : at + CHUNK]]))
+            wanted.progress(min(at + CHUNK, len(kept)), len(kept))
+        texts = [scene.caption for scene in kept]
+        gallery = _Gallery(np.concatenate(vectors), lambda number: kept[number].picture)
+        figures |= _retrieval(comparer, gallery, texts, list(range(len(kept))), wanted)
+    if "pope" in metrics:
+        asked = probes([things_shown(scene) for scene in kept])
+        statements: list[list[str]] = [[] for _ in kept]
+        for probe in asked:
+            statements[probe.picture].append(probe.statement(kept[probe.picture].caption))
+        found: list[float] = []
+        for at in range(0, len(kept), CHUNK):
+            part = [scene.picture for scene in kept[at : at + CHUNK]]
+            for values in comparer.probabilities(part, statements[at : at + CHUNK]):
+                found += values
+            wanted.progress(min(at + CHUNK, len(kept)), len(kept))
+        figures["pope"] = {"by": "matching"} | pope(asked, [value >= YES for value in found])
+    return figures
+
+
+def score_entries(judge: Judge, entries: Sequence[Entry], broken: Broken, wanted: Wanted) -> Figures:
+    """Scores a model on data from files.
+
+    Args:
+        judge: The model.
+        entries: Captions, or questions with answers.
+        broken: Counts pictures that cannot be opened; what was left out when the data was read is in it.
+        wanted: What is to be found out.
+
+    Returns:
+        Figures by name: of captions BLEU, ROUGE-L and CIDEr-D, of questions the VQA accuracy, of a model that
+        compares the recalls; `predictions`, what it said, in COCO's format; and what was broken.
+
+    Raises:
+        DataError: There is nothing to score, or too much is broken.
+        UsageError: The model does not do what the data asks for, or a metric cannot be had.
+    """
+    if not entries:
+        raise DataError("expected at least one sample, got none")
+    asks = bool(entries[0].question)
+    if judge.answerer is not None and asks:
+        wanted.chosen(("vqa",))
+        figures = _answered(judge.answerer, entries, broken, wanted)
+    elif judge.answerer is not None:
+        wanted.chosen(("captions",))
+        figures = _captioned(judge.answerer, by_picture(entries), broken, wanted)
+    elif judge.comparer is not None and not asks:
+        wanted.chosen(("retrieval",))
+        figures = _retrieved(judge.comparer, by_picture(entries), broken, wanted)
+    else:
+        raise UsageError(
+            "this model compares pictures with texts, and the data asks questions", "give a captioner"
+        )
+    problems = broken.problems
+    return figures | {"broken": len(problems), "broken_named": dict(list(problems.items())[:10])}
+
+
+def _opened(
+    pictures: Sequence[tuple[str, Picture]], broken: Broken, progress: Say
+) -> Iterator[tuple[list[int], list[Image.Image]]]:
+    """Pictures in chunks, with their numbers; those that cannot be opened are counted and left out."""
+    for start in range(0, len(pictures), CHUNK):
+        numbers, images = [], []
+        for number, (name, picture) in enumerate(pictures[start : start + CHUNK], start):
+            try:
+                images.append(picture.open())
+                numbers.append(number)
+            except ImageError as error:
+                broken.add(name, error.problem)
+        if images:
+            yield numbers, images
+        progress(min(start + CHUNK, len(pictures)), len(pictures))
+
+
+def _captioned(answerer: Answerer, shown: Sequence[Shown], broken: Broken, wanted: Wanted) -> Figures:
+    said: dict[int, str] = {}
+    pictures = [(each.image_id, each.picture) for each in shown]
+    for numbers, images in _opened(pictures, broken, wanted.progress):
+        said |= dict(zip(numbers, answerer(images, [wanted.prompt] * len(images)), strict=True))
+    scores = caption_scores(list(said.values()), [shown[number].captions for number in said])
+    predictions = [{"image_id": _number(shown[at].image_id), "caption": text} for at, text in said.items()]
+    return {"n": len(said), **scores, "predictions": predictions}
+
+
+def _answered(answerer: Answerer, entries: Sequence[Entry], broken: Broken, wanted: Wanted) -> Figures:
+    said: dict[int, str] = {}
+    pictures = [(entry.sample_id, entry.picture) for entry in entries]
+    for numbers, images in _opened(pictures, broken, wanted.progress):
+        prompts = [answerer.question(entries[number].question) for number in numbers]
+        said |= dict(zip(numbers, answerer(images, prompts), strict=True))
+    asked = [entries[number] for number in said]
+    scores: Mapping[str, Any] = vqa_scores(
+        list(said.values()), [entry.answers for entry in asked], [entry.kinds for entry in asked]
+    )
+    predictions = [
+        {"question_id": _number(entries[number].sample_id), "answer": text} for number, text in said.items()
+    ]
+    return {"n": len(said), **scores, "predictions": predictions}
+
+
+def _retrieved(comparer: Comparer, shown: Sequence[Shown], broken: Broken, wanted: Wanted) -> Figures:
+    usable: list[Shown] = []
+    vectors = []
+    pictures = [(each.image_id, each.picture) for each in shown]
+    for numbers, images in _opened(pictures, broken, wanted.progress):
+        usable += [shown[number] for number in numbers]
+        vectors.append(comparer.image_vectors(images))
+    texts = [text for each in usable for text in each.captions]
+    owners = [row for row, each in enumerate(usable) for _ in each.captions]
+    if not texts:
+        raise DataError("expected at least one picture with a caption, got none")
+    gallery = _Gallery(np.concatenate(vectors), lambda number: usable[number].picture.open())
+    return {"n": len(usable), "texts": len(texts), **_retrieval(comparer, gallery, texts, owners, wanted)}
+
+
+class _Gallery(NamedTuple):
+    """Pictures that are searched.
+
+    Attributes:
+        vectors: float32 [N, F] or [N, K, F].
+        open: Opens one by its number, for the matching head.
+    """
+
+    vectors: Vectors
+    open: Callable[[int], Image.Image]
+
+
+def _retrieval(
+    comparer: Comparer, gallery: _Gallery, texts: Sequence[str], owners: Sequence[int], wanted: Wanted
+) -> Figures:
+    """Recalls; what the matching head reads is opened once more."""
+    scores = similarities(gallery.vectors, comparer.text_vectors(texts))
+    top = wanted.top if comparer.has_head else 0
+    matched = {}
+    if top:
+        pairs = pairs_to_match(scores, top)
+
+        def match(image: int, numbers: Sequence[int]) -> Sequence[float]:
+            wanted.progress(image + 1, len(pairs))
+            return comparer.probabilities([gallery.open(image)], [[texts[number] for number in numbers]])[0]
+
+        matched = match_pairs(pairs, match)
+    return {**retrieval_scores(scores, owners, top=top, matched=matched), "reranked": top}
+
+
+def _number(name: str) -> int | str:
+    """A COCO id as the number that it was."""
+    return int(name) if name.isdecimal() else name

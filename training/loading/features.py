@@ -1,0 +1,187 @@
+"""The frozen picture encoder's part of a step: pictures opened, prepared, encoded, and kept on disk if asked for.
+
+The cache is a directory for one encoder and one preprocessing, named by their hash. Each run appends to files of
+its own: rows of fixed size, and an index with a line a batch. A line is written after its rows, so that a run that
+is killed leaves whole batches behind; a batch of which a part is missing is encoded whole, and comes out the same
+whether or not a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from blip2edge.errors import OutputError
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.training.data.sources import Sample
+
+ROWS, INDEX = ".rows", ".index.jsonl"
+
+
+def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> str:
+    """What two runs that may share features have in common: weights, preprocessing, and the kind of the numbers."""
+    digest = hashlib.sha256(json.dumps([preprocessing.to_json(), kind], sort_keys=True).encode())
+    for name, tensor in vision.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+class FeatureCache:
+    """Rows `[P, D]` on disk by the name of their picture.
+
+    Args:
+        directory: Of one encoder.
+        shape: (P, D).
+        dtype: "float32" or "float16", how rows are kept.
+    """
+
+    def __init__(self, directory: Path, shape: tuple[int, int], dtype: str) -> None:
+        self._directory = directory
+        self._shape = shape
+        self._dtype = np.dtype(dtype)
+        self._row_bytes = shape[0] * shape[1] * self._dtype.itemsize
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._open: dict[Path, int] = {}
+        self._own: tuple[IO[bytes], IO[str], Path] | None = None
+        self._written = 0
+        for index in sorted(directory.glob(f"*{INDEX}")):
+            rows = index.with_name(index.name.removesuffix(INDEX) + ROWS)
+            names = [name for line in _whole_lines(index) for name in json.loads(line)]
+            held = rows.stat().st_size // self._row_bytes if rows.exists() else 0
+            for number, name in enumerate(names[:held]):
+                self._places.setdefault(name, (rows, number))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, names: Sequence[str]) -> NDArray[np.float32]:
+        """float32 [B, P, D]."""
+        rows = np.empty((len(names), *self._shape), np.float32)
+        for number, name in enumerate(names):
+            path, place = self._places[name]
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+            content = os.pread(self._open[path], self._row_bytes, place * self._row_bytes)
+            rows[number] = np.frombuffer(content, self._dtype).reshape(self._shape)
+        return rows
+
+    def add(self, names: Sequence[str], rows: NDArray[np.float32]) -> None:
+        """Keeps a batch.
+
+        Raises:
+            OutputError: The disk is full or not writable; what was kept before stays usable.
+        """
+        fresh = {name: number for number, name in enumerate(names) if name not in self._places}
+        if not fresh:
+            return
+        try:
+            file, index, path = self._files()
+            file.write(np.ascontiguousarray(rows[list(fresh.values())].astype(self._dtype)).tobytes())
+            file.flush()
+            index.write(json.dumps(list(fresh)) + "\n")
+            index.flush()
+        except OSError as error:
+            raise OutputError(
+                f"cannot keep features in {self._directory}: {error.strerror or error}",
+                "make room and run the command again, or set cache_features to false",
+            ) from error
+        for name in fresh:
+            self._places[name] = (path, self._written)
+            self._written += 1
+
+    def _files(self) -> tuple[IO[bytes], IO[str], Path]:
+        if self._own is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            stem = self._directory / uuid.uuid4().hex
+            path = stem.with_name(stem.name + ROWS)
+            index = stem.with_name(stem.name + INDEX)
+            self._own = (open(path, "wb"), open(index, "w", encoding="utf-8"), path)  # noqa: SIM115 - closed in close
+        return self._own
+
+    def close(self) -> None:
+        """Closes its files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+        if self._own is not None:
+            self._own[0].close()
+            self._own[1].close()
+
+
+def _whole_lines(index: Path) -> list[str]:
+    """The lines that were written to their end."""
+    text = index.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+class PictureEncoder:
+    """From samples to the frozen encoder's embeddings.
+
+    Args:
+        vision: Frozen, in eval mode.
+        preprocessing: As it was trained.
+        accelerator: Device and arithmetic.
+        cache: Where its output is kept; None encodes every time.
+    """
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        preprocessing: Preprocessing,
+        accelerator: Accelerator,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.vision = vision.to(accelerator.device)
+        self.preprocessing = preprocessing
+        self.cache = cache
+        self._accelerator = accelerator
+
+    def open(self, sample: Sample) -> NDArray[np.float32] | None:
+        """A sample's pixel values [3, H, W]; None where its embeddings are kept already.
+
+        Raises:
+            ImageError: The picture is broken.
+        """
+        if self.cache is not None and sample.image_id in self.cache:
+            return None
+        return self.preprocessing(sample.open_picture())
+
+    @torch.no_grad()
+    def encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:
+        """Embeddings of a batch: float32 [B, P, Dv] on the device.
+
+        Args:
+            samples: B of them.
+            pixels: From `open`.
+        """
+        device = self._accelerator.device
+        names = [sample.image_id for sample in samples]
+        if self.cache is not None and all(name in self.cache for name in names):
+            return torch.from_numpy(self.cache.read(names)).to(device)
+        opened = [
+            self.preprocessing(sample.open_picture()) if each is None else each
+            for sample, each in zip(samples, pixels, strict=True)
+        ]
+        with self._accelerator.autocast():
+            embeds: Tensor = self.vision(torch.from_numpy(np.stack(opened)).to(device))
+        embeds = embeds.float()
+        if self.cache is None:
+            return embeds
+        self.cache.add(names, embeds.cpu().numpy())
+        # What was kept is what counts, so that the first pass and later ones see the same.
+        return torch.from_numpy(self.cache.read(names)).to(device)

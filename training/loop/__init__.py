@@ -1,0 +1,1 @@
+"""The training loop: optimiser, journal, snapshots to resume from."""

@@ -1,0 +1,1 @@
+"""Training phases: what each trains, on what, with which loss."""

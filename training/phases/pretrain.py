@@ -1,0 +1,179 @@
+"""What the miniature has instead of EVA-CLIP and OPT's web text: two short pretraining phases.
+
+The real parts of a BLIP-2 come trained. These two phases make small ones that are good for the same
+reasons: a picture encoder whose patches know what lies on them and where (dense, object-level labels),
+and a language model that already lets a prefix steer it. Both see the training scenes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip2edge.model.language.opt import OPTDecoder
+from blip2edge.model.vision.vit import VisionTransformer
+from blip2edge.training.config import LanguagePhase, VisionPhase
+from blip2edge.training.data.scenes import (
+    COLOURS,
+    PICTURE_SIZE,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+    coverage,
+)
+from blip2edge.training.loading.batches import IGNORED, KeywordBatch
+from blip2edge.training.phases.stages import caption_loss
+
+_COLOURS, _RELATIONS = list(COLOURS), list(RELATIONS)
+_OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
+ROLES = 3  # nothing, the object named first, the other one
+CLASSES = (ROLES, len(COLOURS), len(SHAPES), len(SIZES), len(RELATIONS))
+SHAPE = 2  # index of the shape in CLASSES
+BOX = 3  # centre of the object from that of the patch (x, y), and its radius
+
+
+class DenseLabels(NamedTuple):
+    """What every patch has to tell.
+
+    Attributes:
+        classes: int64 [B, N, 5]: role, colour, shape, size and relation to the other object, as in
+            `CLASSES`; `IGNORED` where no object lies (the role is 0 there).
+        box: float32 [B, N, 3] in units of the picture's side.
+    """
+
+    classes: Tensor
+    box: Tensor
+
+
+def _object_labels(thing: SceneObject, role: int, relation: str) -> list[int]:
+    """The five classes of a patch that this object covers."""
+    indices = (_COLOURS.index(thing.colour), SHAPES.index(thing.shape), SIZES.index(thing.size))
+    return [role, *indices, _RELATIONS.index(relation)]
+
+
+def dense_labels(batch: Sequence[Scene], patch: int) -> DenseLabels:
+    """Labels of all patches of some scenes.
+
+    Args:
+        batch: B scenes.
+        patch: Side of a patch in pixels.
+
+    Returns:
+        Labels for N = (64 / patch)² patches, without the class token.
+    """
+    side = PICTURE_SIZE // patch
+    classes = np.full((len(batch), side * side, len(CLASSES)), IGNORED, dtype=np.int64)
+    classes[:, :, 0] = 0
+    box = np.zeros((len(batch), side * side, BOX), dtype=np.float32)
+    middle = (np.stack(np.meshgrid(*[np.arange(side)] * 2), axis=-1).reshape(-1, 2) + 0.5) * patch
+    for row, scene in enumerate(batch):
+        opposite = _OPPOSITE[scene.relation]
+        for role, (thing, relation) in enumerate(
+            ((scene.first, scene.relation), (scene.second, opposite)), 1
+        ):
+            covered = coverage(thing, patch)
+            classes[row, covered] = _object_labels(thing, role, relation)
+            box[row, covered, :2] = (np.array([thing.x, thing.y]) - middle[covered]) / PICTURE_SIZE
+            box[row, covered, 2] = thing.radius / PICTURE_SIZE
+    return DenseLabels(torch.from_numpy(classes), torch.from_numpy(box))
+
+
+def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) -> Tensor:
+    """Cross-entropy of the five classes plus the distance of the box.
+
+    Args:
+        outputs: float32 [B, N, sum(CLASSES) + BOX], a linear head's answer for every patch.
+        labels: What it should have been.
+        shape_weight: Factor on the shape's part: the one label that no single patch can tell.
+
+    Returns:
+        A scalar: patches without an object count for the role only.
+    """
+    parts = torch.split(outputs, [*CLASSES, BOX], dim=-1)
+    loss = outputs.new_zeros(())
+    for index, logits in enumerate(parts[:-1]):
+        part = F.cross_entropy(
+            logits.flatten(0, 1), labels.classes[:, :, index].flatten(), ignore_index=IGNORED
+        )
+        loss = loss + (shape_weight * part if index == SHAPE else part)
+    covered = labels.classes[:, :, 0] > 0
+    return loss + 4.0 * F.l1_loss(parts[-1][covered], labels.box[covered])
+
+
+class DenseBatch(NamedTuple):
+    """Scenes and what their patches have to tell.
+
+    Attributes:
+        sample_ids: B names.
+        pixel_values: float32 [B, 3, 64, 64].
+        labels: Of all patches.
+    """
+
+    sample_ids: tuple[str, ...]
+    pixel_values: Tensor
+    labels: DenseLabels
+
+    @property
+    def weight(self) -> int:
+        """Rows."""
+        return len(self.sample_ids)
+
+
+class VisionPretraining(nn.Module):
+    """The picture encoder behind a head that is dropped at the end; its class token gives no loss.
+
+    Args:
+        vision: Trained.
+        phase: Has the factor on the shape's loss.
+    """
+
+    def __init__(self, vision: VisionTransformer, phase: VisionPhase) -> None:
+        super().__init__()
+        self.vision = vision
+        self.head = nn.Linear(vision.config.hidden_size, sum(CLASSES) + BOX)
+        self._shape_weight = phase.shape_weight
+        self.vision.requires_grad_(True)
+        self.train()
+
+    def forward(self, batch: DenseBatch) -> dict[str, Tensor]:
+        """The dense loss."""
+        outputs = self.head(self.vision(batch.pixel_values)[:, 1:])
+        return {"dense": dense_loss(outputs, batch.labels, self._shape_weight)}
+
+
+class LanguagePretraining(nn.Module):
+    """The language model behind a prefix that hints at the caption.
+
+    A frozen language model that saw bare captions only cannot be steered by visual tokens afterwards; one
+    that read most captions behind their seven keywords can.
+
+    Args:
+        language: Trained.
+        phase: Shares and noise of the prefix.
+    """
+
+    def __init__(self, language: OPTDecoder, phase: LanguagePhase) -> None:
+        super().__init__()
+        self.language = language
+        self._phase = phase
+        self.language.requires_grad_(True)
+        self.train()
+
+    def _prefix(self, keyword_ids: Tensor) -> Tensor:
+        """Slots before the text, [B, Q, D]: keywords with noise on them, or noise alone."""
+        words = self.language.embed(keyword_ids)  # [B, Q, D]
+        scale = words.detach().pow(2).mean().sqrt()
+        noise = torch.randn_like(words) * scale
+        hinted = torch.rand(words.shape[0], 1, 1, device=words.device) < self._phase.prefix_share
+        return torch.where(hinted, words + self._phase.prefix_noise * noise, noise)
+
+    def forward(self, batch: KeywordBatch) -> dict[str, Tensor]:
+        """The mean cross-entropy of the captions' tokens, the end token included."""
+        return {"lm": caption_loss(self.language, self._prefix(batch.keyword_ids), batch.captions)}

@@ -1,0 +1,1 @@
+"""The model that a recipe asks for: parts put together, loaded or fresh."""

@@ -1,0 +1,168 @@
+"""The architecture of the miniature: a BLIP-2 with an OPT language model, small enough to ship."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.config import VisionConfig
+from blip2edge.model.language.opt import OPTConfig
+from blip2edge.model.layers import RMSNorm
+from blip2edge.training.config import ModelConfig, TrainingConfig
+from blip2edge.training.data.scenes import PICTURE_SIZE
+from blip2edge.training.loading.batches import PREPROCESSING
+from blip2edge.training.loading.stage1_texts import QFormerTexts
+from blip2edge.training.setup.architecture import architecture
+from blip2edge.training.setup.pretrained import PROCESSORS
+from blip2edge.training.setup.vocabulary import END_ID, IMAGE, PAD_ID, make_tokenizer, tokenizer_config
+from blip2edge.training.setup.workshop import Workshop
+
+EMBEDDING_STD = 0.02  # of token and position tables, as OPT and BERT
+# Both stand beside values of size 1 (a normalised picture's patches, a LayerNorm's output), and learn at the
+# speed of an Adam step whatever their size: started small, places and queries stay unheard for long.
+PLACE_STD = 0.4
+QUERY_STD = 1.0
+# The head is tied to the table, which must not keep a matrix's scale: drawn last.
+_SPECIAL_STD = {
+    "language.embed_tokens.weight": EMBEDDING_STD,
+    "vision.position_embedding": PLACE_STD,
+    "query_tokens": QUERY_STD,
+    "latents": QUERY_STD,
+}
+
+
+def _vision(sizes: ModelConfig) -> VisionConfig:
+    block = sizes.vision
+    return VisionConfig(
+        hidden_size=block.hidden_size,
+        intermediate_size=block.intermediate_size,
+        num_layers=block.num_layers,
+        num_heads=block.num_heads,
+        image_size=PICTURE_SIZE,
+        patch_size=sizes.patch_size,
+    )
+
+
+def _language(sizes: ModelConfig, tokenizer: Tokenizer) -> OPTConfig:
+    block = sizes.language
+    return OPTConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=block.hidden_size,
+        ffn_dim=block.intermediate_size,
+        num_layers=block.num_layers,
+        num_heads=block.num_heads,
+        max_positions=sizes.max_positions,
+        dropout=0.0,
+    )
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draws all weights of a miniature, of the model of its first stage, or of a fresh bridge.
+
+    Matrices get N(0, 1/fan_in), tables and single tokens N(0, 0.02²), biases and gates 0 and norms 1; the
+    picture's places and the queries start larger, see `PLACE_STD`.
+
+    Args:
+        model: Changed in place.
+        seed: Same seed, same weights.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+                continue
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias" or name.endswith("_gate"):
+                    parameter.zero_()
+                elif isinstance(module, (nn.Linear, nn.Conv2d)):
+                    parameter.normal_(0.0, (parameter[0].numel()) ** -0.5, generator=draw)
+                elif name != "temperature":
+                    parameter.normal_(0.0, EMBEDDING_STD, generator=draw)
+        for name, parameter in model.named_parameters():
+            for end, std in _SPECIAL_STD.items():
+                if name.endswith(end):
+                    parameter.normal_(0.0, std, generator=draw)
+
+
+def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: bool = False) -> Workshop:
+    """A freshly drawn miniature, and what belongs to it.
+
+    Args:
+        config: The recipe.
+        draft: With the Q-Former's own text head.
+        instructed: With a Q-Former that reads the prompt.
+
+    Returns:
+        A workshop whose model is float32; no dropout, as the data never repeats.
+    """
+    tokenizer = make_tokenizer(config.data.prompts)
+    texts = QFormerTexts(tokenizer, config.stage1.max_tokens)
+    sizes = config.model
+    built = architecture(
+        config.bridge,
+        sizes,
+        _vision(sizes),
+        _language(sizes, tokenizer),
+        text=texts.draft_config() if draft or instructed else None,
+        instructed=instructed,
+    )
+    model = CaptionerModel(
+        replace(
+            built,
+            bos_token_id=END_ID,
+            eos_token_ids=(END_ID,),
+            pad_token_id=PAD_ID,
+            image_token_id=tokenizer.token_to_id(IMAGE),
+        )
+    )
+    initialise(model, config.seed)
+    files = _files(model, tokenizer)
+    if instructed:
+        files["qformer_tokenizer/tokenizer.json"] = texts.tokenizer.to_str().encode()
+    return Workshop(model, PREPROCESSING, tokenizer, texts, files)
+
+
+def _image_processor() -> dict[str, Any]:
+    """The preprocessing in transformers' words."""
+    return {
+        "image_processor_type": "BlipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": PREPROCESSING.resize,
+        "size": dict(PREPROCESSING.size),
+        "resample": PREPROCESSING.resample,
+        "do_rescale": PREPROCESSING.do_rescale,
+        "rescale_factor": PREPROCESSING.rescale_factor,
+        "do_normalize": PREPROCESSING.do_normalize,
+        "image_mean": list(PREPROCESSING.mean),
+        "image_std": list(PREPROCESSING.std),
+    }
+
+
+def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What stands beside the weights, so that transformers' processor reads the directory too."""
+    config = model.config
+    named = {"processor_class": PROCESSORS[config.family]}
+    slots = {**named, "num_query_tokens": config.bridge.num_visual_tokens}
+    files = {
+        "preprocessor_config.json": _image_processor() | named,
+        "processor_config.json": slots,
+        "tokenizer_config.json": tokenizer_config(config.language.max_positions) | named,
+        "generation_config.json": {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_ids[0],
+            "pad_token_id": config.pad_token_id,
+            "max_new_tokens": 20,
+        },
+    }
+    content = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
+    return content | {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}

@@ -1,0 +1,79 @@
+"""The miniature's tokenizer: byte-level BPE as OPT's, with a word of the scenes in one token each.
+
+OPT's conventions (Zhang et al., arXiv 2205.01068): `<pad>` is 1, `</s>` is 2, stands before every text
+and ends it. Bytes keep every other text encodable, so any prompt is accepted. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from blip2edge.training.data.scenes import COLOURS, RELATIONS, SHAPES, SIZES, all_captions
+
+UNK, PAD, END, IMAGE = "<unk>", "<pad>", "</s>", "<image>"
+UNK_ID, PAD_ID, END_ID = 0, 1, 2
+LARGEST = 512  # more entries than the merges of the scenes' words ever need
+
+
+def make_tokenizer(prompts: Iterable[str]) -> Tokenizer:
+    """Learns the merges from the training captions.
+
+    Args:
+        prompts: Short texts that must be cheap to write as well.
+
+    Returns:
+        A tokenizer that puts `</s>` before a text; `<image>` has the last id.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=LARGEST,
+        special_tokens=[UNK, PAD, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = [*all_captions("train"), *prompts]
+    tokenizer.train_from_iterator(texts + [f" {text}" for text in texts], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, END_ID)]
+    )
+    tokenizer.add_special_tokens([AddedToken(IMAGE, normalized=False, special=True)])
+    return tokenizer
+
+
+def keyword_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The token of every word that decides a caption.
+
+    Args:
+        tokenizer: From `make_tokenizer`.
+
+    Returns:
+        From sizes, colours, shapes and relations to the id of the word with a space before it.
+    """
+    words = [*SIZES, *COLOURS, *SHAPES, *RELATIONS]
+    return {word: tokenizer.encode(f" {word}", add_special_tokens=False).ids[-1] for word in words}
+
+
+def tokenizer_config(max_positions: int) -> dict[str, Any]:
+    """`tokenizer_config.json`, so that transformers' AutoTokenizer reads the same tokenizer.
+
+    Args:
+        max_positions: Longest context of the language model.
+
+    Returns:
+        The file's content.
+    """
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "pad_token": PAD,
+        "unk_token": UNK,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_positions,
+        "padding_side": "left",
+    }
