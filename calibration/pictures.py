@@ -10,9 +10,8 @@ from pathlib import Path
 
 from blip2edge.errors import DataError, ImageError
 from blip2edge.progress import counted
-from blip2edge.runtime.images.preprocess import load_image
+from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
 
-SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 SHARD = ".tar"
 ADVISED = 100
 """Pictures below which ranges are uncertain: with fewer, a warning tells the number."""
@@ -100,7 +99,7 @@ def choose_pictures(
     found = list(_search(root))
     if not found:
         raise DataError(
-            f"{root}: expected pictures ({', '.join(sorted(SUFFIXES))}) or .tar shards of them, found none",
+            f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none",
             "give --images a folder with pictures of the kind that the device will see",
         )
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
@@ -137,7 +136,7 @@ def _search(root: Path) -> Iterator[Picture]:
             continue
         if path.suffix.lower() == SHARD:
             yield from _shard(path)
-        elif path.suffix.lower() in SUFFIXES:
+        elif path.suffix.lower() in PICTURE_SUFFIXES:
             yield Picture(path)
 
 
@@ -148,7 +147,7 @@ def _shard(path: Path) -> Sequence[Picture]:
             members = [
                 Picture(path, member.name, member.offset_data, member.size)
                 for member in archive
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES
+                if member.isfile() and Path(member.name).suffix.lower() in PICTURE_SUFFIXES
             ]
     except (tarfile.TarError, OSError) as error:
         raise DataError(

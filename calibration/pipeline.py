@@ -26,7 +26,7 @@ from blip2edge.bundle.manifest import MANIFEST, STAMP, Bundle, FileRecord, Graph
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import BRIDGE, VISION
 from blip2edge.calibration.activations import headroom
-from blip2edge.calibration.activations.quantise import Job, Progress, quantise_activations
+from blip2edge.calibration.activations.quantise import Job, quantise_activations
 from blip2edge.calibration.activations.ranges import THRESHOLDS
 from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
@@ -44,6 +44,7 @@ from blip2edge.calibration.search.choosing import (
 )
 from blip2edge.calibration.weights.language_weights import BITS, RUNS, quantise_weights
 from blip2edge.errors import BackendError, BundleError, UsageError
+from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
 
 METHODS = (*THRESHOLDS, "smooth")
@@ -67,7 +68,7 @@ def calibrate(
     count: int = DEFAULT_COUNT,
     force: bool = False,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> CalibrationReport:
     """Makes an INT8 bundle.
 

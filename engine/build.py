@@ -22,6 +22,7 @@ from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_b
 from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
 from blip2edge.errors import EngineError, UsageError
+from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.engine_files import KIND, STEP, EngineRecord, EngineSet
 from blip2edge.runtime.backends.fingerprint import Fingerprint, find_gpu, fingerprint
 from blip2edge.runtime.tensorrt.session import JETSON, TARGETS, load_tensorrt, version_of
@@ -29,7 +30,6 @@ from blip2edge.runtime.tensorrt.session import JETSON, TARGETS, load_tensorrt, v
 TIMING_CACHE = "timing.cache"
 LEAST_CAPACITY = 2
 
-Progress = Callable[[str, int, int], None]
 Tell = Callable[[str], None]
 
 
@@ -139,7 +139,7 @@ def build_bundle(
     sm: Sequence[int] = (),
     output: str | Path | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     tell: Tell | None = None,
     **options: Any,
 ) -> BuildReport:
@@ -222,7 +222,7 @@ def _estimate(job: _Job, tell: Tell | None) -> int:
     return most
 
 
-def _build_into(job: _Job, root: Path, progress: Progress | None) -> Path:
+def _build_into(job: _Job, root: Path, progress: ProgressCallback | None) -> Path:
     """Builds every engine in a folder beside its place, which it takes when all are there."""
     if job.options.target == "tensorrt" and job.settings.timing_cache is None:
         job.settings = replace(job.settings, timing_cache=job.bundle.derive(KIND) / TIMING_CACHE)

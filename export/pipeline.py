@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -42,13 +42,12 @@ from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.models import build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
 
 FULL_UP_TO = 1 << 30  # bytes of checkpoint that are verified whole unless told otherwise: about 4 GiB in fp32
 
 TOKEN_TABLE = "language.embed_tokens.weight"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def export_checkpoint(
     base: str | Path | None = None,
     merge_tokens: int = 0,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ExportReport:
     """Exports a checkpoint to a bundle.
 
@@ -150,7 +149,9 @@ def export_checkpoint(
     return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak, merging)
 
 
-def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Progress) -> dict[str, _Written]:
+def _write_graphs(
+    source: Checkpoint, staging: Path, precision: str, report: ProgressCallback
+) -> dict[str, _Written]:
     written: dict[str, _Written] = {}
     for name, definition in graphs_of(source.config).items():
         start = time.perf_counter()
@@ -179,7 +180,7 @@ def _write_embeddings(source: Checkpoint, staging: Path, dtype: torch.dtype) -> 
 
 
 def _verify(
-    source: Checkpoint, written: Mapping[str, _Written], precision: str, mode: str, report: Progress
+    source: Checkpoint, written: Mapping[str, _Written], precision: str, mode: str, report: ProgressCallback
 ) -> MergingRecord | None:
     """Fills in the parity of every graph; returns what merging patches does to the model, where it does."""
     table = next(iter(written.values())).weights.file.with_name(EMBEDDINGS_FILE)
@@ -209,7 +210,7 @@ def _seal(
     precision: str,
     mode: str,
     merging: MergingRecord | None,
-    report: Progress,
+    report: ProgressCallback,
 ) -> None:
     sealed = {item.weights.file.name: item.weights.record for item in written.values()}
     for path in sorted(staging.iterdir()):
@@ -247,7 +248,7 @@ def _seal(
     ).write(staging)
 
 
-def _source_of(source: Checkpoint, report: Progress) -> dict[str, str]:
+def _source_of(source: Checkpoint, report: ProgressCallback) -> dict[str, str]:
     """Where a checkpoint lay, and one hash over the names and hashes of its files."""
     digest = hashlib.sha256()
     paths = source.paths()

@@ -33,6 +33,7 @@ from blip2edge.optimization.graph import prepare
 from blip2edge.optimization.passes.integers import forget_ranges
 from blip2edge.optimization.recipes import Context, Recipe, cook, recipes_for
 from blip2edge.optimization.storage import SMALLEST, publish, scratch, settle
+from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import Session, Settled
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import OneByOne
@@ -40,8 +41,6 @@ from blip2edge.runtime.backends.openvino import OpenVinoSession
 from blip2edge.runtime.backends.optimized_copy import KIND, RECORD, OptimizedGraph, OptimizedRecord, installed
 from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.decoding.language_model import decoder_of
-
-Progress = Callable[[str, int, int], None]
 
 TOLERANCE = 1e-4
 """Largest difference to the portable graph in fp32, as a share of the output's largest value."""
@@ -101,7 +100,7 @@ class _Work:
 
 
 def optimize(
-    bundle: str | Path, backend: str = "cpu", *, progress: Progress | None = None
+    bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None
 ) -> OptimizedReport:
     """Makes a bundle's copy for a backend; one that is there is replaced.
 
@@ -145,7 +144,7 @@ def optimize(
     return OptimizedReport(directory, record, time.perf_counter() - start)
 
 
-def _record(work: _Work, backend: str, report: Progress) -> OptimizedRecord:
+def _record(work: _Work, backend: str, report: ProgressCallback) -> OptimizedRecord:
     """Makes the copies of all graphs, and tells of them."""
     manifest, maker = work.bundle.manifest, BACKENDS[backend]
     graphs: dict[str, OptimizedGraph] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from blip2edge.bundle.schema import (
     TensorSpec,
 )
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
+from blip2edge.progress import ProgressCallback
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
@@ -232,7 +233,7 @@ class Bundle:
         bundle._check(_read_stamps(directory))
         return bundle
 
-    def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+    def verify(self, progress: ProgressCallback | None = None) -> None:
         """Hashes every file, whatever the stamps say.
 
         Args:
@@ -296,9 +297,7 @@ class Bundle:
             )
         return self.manifest.graphs[name]
 
-    def _check(
-        self, stamps: Mapping[str, Any], progress: Callable[[str, int, int], None] | None = None
-    ) -> None:
+    def _check(self, stamps: Mapping[str, Any], progress: ProgressCallback | None = None) -> None:
         fresh: dict[str, list[Any]] = {}
         total = len(self.manifest.files)
         for done, (name, record) in enumerate(self.manifest.files.items()):

@@ -19,6 +19,7 @@ from blip2edge.cli.optimize import optimized
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BackendError, OutputError
 from blip2edge.progress import Progress
+from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
     import argparse
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 EXAMPLES = Path(blip2edge.__file__).parent / "examples"
 CHECKPOINT = EXAMPLES / "checkpoint"
 PICTURES = EXAMPLES / "pictures"
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")
 CALIBRATION_SCENES, CALIBRATION_SEED = 128, 4242  # a series that neither training nor evaluation draws
 EXPORT_PYTHON = (3, 11)  # what transformers and the newest ONNX Runtime ask for

@@ -31,8 +31,6 @@ from blip2edge.calibration.targets import Targets, find_targets
 INT8 = "int8"
 BARS = 64  # of a histogram in the report
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass
 class Job:
@@ -54,7 +52,7 @@ class Job:
     feeds: Feeds
     method: str
     threads: int | None
-    report: Progress
+    report: ProgressCallback
     warn: Callable[[str], None]
     pictures_sha256: str
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 import blip2edge
 from blip2edge.bundle.schema import VISION
 from blip2edge.errors import UsageError
+from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.optimized_copy import installed
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
@@ -32,8 +33,6 @@ PERCENTILES = (50, 90, 99)
 PACKAGES = ("onnxruntime", "openvino", "numpy")
 SIZE = (480, 640)  # of the picture, where none is given: rows and columns
 GROWTH_RUNS = 3
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def bench(
     *,
     start_s: float,
     work_of: WorkOf | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> BenchReport:
     """Measures a captioner.
 

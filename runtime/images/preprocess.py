@@ -37,6 +37,9 @@ _UPRIGHT = 1  # EXIF orientation of a picture that needs no turning
 _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box, hamming
 _warning_filters = threading.Lock()
 
+PICTURE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+"""Endings, in lower case, of the files that a folder or a shard is searched for."""
+
 ImageSource = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
 
 

@@ -19,9 +19,9 @@ from typing import Any
 from blip2edge.errors import BackendError, DataError, ImageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.complete import CaptionResult
+from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 
-SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 POLL_S = 0.2  # between two looks at a folder
 
 
@@ -140,7 +140,7 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
     found = {}
     try:
         for path in folder.iterdir():
-            if path.suffix.lower() in SUFFIXES:
+            if path.suffix.lower() in PICTURE_SUFFIXES:
                 with suppress(FileNotFoundError):
                     found[path.name, path.stat().st_mtime_ns] = path
     except OSError as error:

@@ -13,7 +13,6 @@ from blip2edge.errors import Blip2EdgeError, DataError, ImageError
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.sources import Sample
 
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NAMED = 3  # broken samples that a message names
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2edge.errors import DataError
-from blip2edge.training.data.entries import PICTURE_SUFFIXES, Broken, Entry, FilePicture
+from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
+from blip2edge.training.data.entries import Broken, Entry, FilePicture
 
 
 def captions_of(text: str) -> list[str]:

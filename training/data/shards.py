@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image
 
 from blip2edge.errors import DataError, ImageError, OutputError
-from blip2edge.runtime.images.preprocess import load_image
-from blip2edge.training.data.entries import PICTURE_SUFFIXES, Broken, Entry, file_identity
+from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
+from blip2edge.training.data.entries import Broken, Entry, file_identity
 from blip2edge.training.data.folder import captions_of
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
