@@ -27,6 +27,7 @@ from blip2edge.calibration.results import CalibratedGraph, Made
 from blip2edge.calibration.search.agreement import Cosine, compare_graphs
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import Targets, find_targets
+from blip2edge.progress import ProgressCallback
 
 INT8 = "int8"
 BARS = 64  # of a histogram in the report
