@@ -21,7 +21,7 @@ from blip2edge.runtime.decoding.options import (
     finish_reason,
 )
 from blip2edge.runtime.decoding.sampling import log_softmax, penalize_repetition, top_k_indices
-from blip2edge.runtime.decoding.state import DecodeState, check_rows
+from blip2edge.runtime.decoding.state import DecodeState
 
 _EXCLUDED = np.float32(-1e9)  # added to a score that must not be chosen, as in transformers
 
@@ -42,7 +42,6 @@ def beam_search(
     Raises:
         BackendError: The decoder returned NaN.
     """
-    check_rows(first_logits, state, prompt_ids)
     width, vocabulary = options.num_beams, first_logits.shape[-1]
     ends = end_ids(options, vocabulary)
     active = [_Picture(ids, initial, options, vocabulary, stopped) for ids in prompt_ids]

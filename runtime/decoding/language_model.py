@@ -25,7 +25,7 @@ from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.decoding.kv.growing import Decoder
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, SharedDecoder
 from blip2edge.runtime.decoding.state import RowState
-from blip2edge.runtime.text.prompt import Prompt, look_mask
+from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 
 
 @runtime_checkable
@@ -122,6 +122,12 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
     return EncoderDecoder(decoder, open_graph(TEXT_ENCODER), takes, cross_kv, start)
 
 
+def token_table(bundle: Bundle) -> TokenTable:
+    """A bundle's token table, in the dtype of the decoder's embeddings."""
+    dtype = bundle.graph(DECODER).spec.inputs[0].dtype
+    return TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, dtype)
+
+
 def decoder_of(bundle: Bundle, session: Session) -> AnyDecoder:
     """A bundle's decoder over a loaded graph, portable or with a shared cache.
 
@@ -133,7 +139,7 @@ def decoder_of(bundle: Bundle, session: Session) -> AnyDecoder:
         raise BundleError(
             f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again"
         )
-    table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
+    table = token_table(bundle)
     if isinstance(session, OpensDecoder):
         return session.decoder(table)
     if isinstance(session, OnnxRuntimeSession) and LENGTHS in session.input_names:
@@ -176,10 +182,10 @@ class Continuation:
     ) -> tuple[NDArray[np.float32], RowState]:
         """See :class:`LanguageModel`."""
         context = self.context(pictures)
-        if prompts[0].looks:
-            most = max(prompt.pictures for prompt in prompts)
+        if prompts[0].attends_to:
+            most = max(prompt.images for prompt in prompts)
             keys = pictures[self.source].shape[1]
-            context[CROSS_MASK] = look_mask([prompt.looks for prompt in prompts], most, keys)
+            context[CROSS_MASK] = cross_attention_mask([prompt.attends_to for prompt in prompts], most, keys)
         return self.decoder.prefill(_embedded(self.table, prompts, pictures), context)
 
 

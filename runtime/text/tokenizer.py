@@ -232,3 +232,23 @@ def _overlap(text: str, stop: str) -> int:
     """How many of the last characters of `text` are the first of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class TextPieces:
+    """A growing text, handed out in whole characters and up to the first stop text.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        stops: The stop texts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._text, self._stops = TextStream(tokenizer), StopText(stops)
+
+    def push(self, token: int) -> str:
+        """Adds a token; returns the text that is final now, which may be empty."""
+        return self._stops.push(self._text.push(token))
+
+    def flush(self) -> str:
+        """The rest."""
+        return self._stops.push(self._text.flush()) + self._stops.flush()

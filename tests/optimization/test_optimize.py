@@ -55,7 +55,7 @@ def fast(bundle: Path) -> Captioner:
 
 @pytest.fixture(scope="module")
 def decoder(fast: Captioner) -> SharedDecoder:
-    language = fast.completer.language
+    language = fast.generator.language
     assert isinstance(language, Continuation)
     decoder = language.decoder
     if not isinstance(decoder, SharedDecoder):

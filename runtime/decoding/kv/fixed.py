@@ -18,7 +18,8 @@ from blip2edge.bundle.schema import CROSS_MASK, CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.decoding.state import embedded, forgotten, left_padded, stacked
+from blip2edge.runtime.decoding.state import stacked, tokens_to_drop
+from blip2edge.runtime.text.prompt import left_padded
 
 CACHE_POSITION = "cache_position"
 
@@ -72,6 +73,10 @@ class SlotDecoder:
         self.table = table
         dtypes = {tensor.name: tensor.dtype for tensor in spec.inputs}
         self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Array:
+        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
+        return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
@@ -147,7 +152,7 @@ class SlotState:
         self.make_room(steps)
         positions = self.positions[:, None] + np.arange(1, steps + 1)
         self.positions = positions[:, -1]
-        embeds = embedded(self.decoder.table, token_ids, self.decoder.embeds_dtype)
+        embeds = self.decoder.embed(token_ids)
         return self.advance(embeds, positions, steps)
 
     def make_room(self, steps: int) -> None:
@@ -171,7 +176,7 @@ class SlotState:
         Raises:
             ValueError: A row has read less than that, or would be left with nothing.
         """
-        cut = forgotten(self.lengths, lengths)
+        cut = tokens_to_drop(self.lengths, lengths)
         least = int(cut.min())
         self.slot -= least
         for row, by in enumerate(cut.tolist()):

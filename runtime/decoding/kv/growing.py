@@ -11,7 +11,8 @@ from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK, CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.decoding.state import embedded, forgotten, left_padded, padded, stacked
+from blip2edge.runtime.decoding.state import padded, stacked, tokens_to_drop
+from blip2edge.runtime.text.prompt import left_padded
 
 
 class Decoder:
@@ -32,7 +33,13 @@ class Decoder:
         self.table = table
         dtypes = {tensor.name: tensor.dtype for tensor in spec.inputs}
         self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
-        self.cache_dtype = NUMPY_DTYPES[dtypes[cache.past_names()[0]]]
+        self.past_names = cache.past_names()
+        self.present_of = dict(zip(self.past_names, cache.present_names(), strict=True))
+        self.cache_dtype = NUMPY_DTYPES[dtypes[self.past_names[0]]]
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Array:
+        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
+        return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
@@ -50,7 +57,7 @@ class Decoder:
         """
         embeds, mask, positions = left_padded(prompts, self.embeds_dtype)
         empty = np.zeros((len(prompts), self.cache.num_heads, 0, self.cache.head_dim), self.cache_dtype)
-        past = dict.fromkeys(self.cache.past_names(), empty)
+        past = dict.fromkeys(self.past_names, empty)
         state = DecoderState(self, past, mask[:, :0], positions[:, -1], dict(context or {}))
         return state.advance(embeds, mask, positions)[:, 0], state
 
@@ -95,7 +102,7 @@ class DecoderState:
         batch, steps = token_ids.shape
         positions = self._positions[:, None] + np.arange(1, steps + 1)
         self._positions = positions[:, -1]
-        embeds = embedded(self._decoder.table, token_ids, self._decoder.embeds_dtype)
+        embeds = self._decoder.embed(token_ids)
         return self.advance(embeds, np.ones((batch, steps), np.int64), positions, steps)
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
@@ -104,7 +111,7 @@ class DecoderState:
         Raises:
             ValueError: A row has read less than that, or would be left with nothing.
         """
-        cut = forgotten(self.lengths, lengths)
+        cut = tokens_to_drop(self.lengths, lengths)
         if not cut.any():
             return
         least, kept = int(cut.min()), self._mask.shape[1] - int(cut.min())
@@ -179,9 +186,7 @@ class DecoderState:
                 **self._seen_by(steps),
             }
         )
-        cache = self._decoder.cache
-        names = zip(cache.past_names(), cache.present_names(), strict=True)
-        self._past = {past: outputs[present] for past, present in names}
+        self._past = {past: outputs[present] for past, present in self._decoder.present_of.items()}
         logits: NDArray[np.float32] = outputs["logits"]
         return logits
 

@@ -16,7 +16,7 @@ from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.decoding.state import embedded, forgotten
+from blip2edge.runtime.decoding.state import tokens_to_drop
 
 LENGTHS = "seqlens_k"
 TOTAL = "total_sequence_length"
@@ -54,6 +54,12 @@ class SharedDecoder:
         self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
         self.cache_dtype = NUMPY_DTYPES[dtypes[cache.past_names()[0]]]
         self.vocabulary = spec.outputs[0].width
+        self.past_names = cache.past_names()
+        self.past_of = dict(zip(cache.present_names(), self.past_names, strict=True))
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Array:
+        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
+        return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
@@ -83,9 +89,7 @@ class SharedState:
 
     def __init__(self, decoder: SharedDecoder, rows: int, slots: int) -> None:
         self._decoder = decoder
-        self._run = decoder.session.in_place(
-            dict(zip(decoder.cache.present_names(), decoder.cache.past_names(), strict=True))
-        )
+        self._run = decoder.session.in_place(decoder.past_of)
         self._takes_positions = POSITIONS in decoder.session.input_names
         self._held: tuple[int, int] | None = None  # the rows that the session reads and writes
         self._buffers: dict[str, Array] = {}
@@ -107,7 +111,7 @@ class SharedState:
         In one pass, or in one a row where several rows get several tokens: the kernel takes no batches of those.
         """
         batch, steps = token_ids.shape
-        embeds = embedded(self._decoder.table, token_ids, self._decoder.embeds_dtype)
+        embeds = self._decoder.embed(token_ids)
         self._make_room(batch, int(self.lengths.max()) + steps)
         indices = np.arange(steps)[None]
         if steps == 1 or batch == 1:
@@ -128,7 +132,7 @@ class SharedState:
         Raises:
             ValueError: A row has read less than that, or would be left with nothing.
         """
-        self.lengths = self.lengths - forgotten(self.lengths, np.asarray(lengths, np.int64))
+        self.lengths = self.lengths - tokens_to_drop(self.lengths, np.asarray(lengths, np.int64))
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Row i goes on as old row ``rows[i]``."""
@@ -205,7 +209,7 @@ class SharedState:
         capacity = max(slots, min(-(-wanted // ROOM) * ROOM + ROOM, self._decoder.max_positions))
         cache, kept = self._decoder.cache, min(self.batch_size, had[0])
         used = min(int(self.lengths.max(initial=0)), had[2])
-        for name in cache.past_names():
+        for name in self._decoder.past_names:
             buffer = np.empty(
                 (max(rows, had[0]), cache.num_heads, capacity, cache.head_dim), self._decoder.cache_dtype
             )

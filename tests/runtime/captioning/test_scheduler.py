@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.errors import BackendError, DeadlineError, ImageError, OverloadError, PromptError, UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.encode import Clock, Encoded
+from blip2edge.runtime.captioning.pipeline import EncodedBatch, StageClock
 from blip2edge.runtime.captioning.request import Span
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding import generate as generate_module
@@ -48,7 +48,9 @@ class Gate:
         self.open = threading.Semaphore(0)
         self.entered = threading.Semaphore(0)
 
-    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: Clock) -> Encoded:
+    def __call__(
+        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
+    ) -> EncodedBatch:
         self.entered.release()
         assert self.open.acquire(timeout=LONG)
         return self.inner(images, texts, clock)
@@ -64,7 +66,7 @@ def gated(captioner: Captioner, gate: Gate) -> Iterator[Callable[..., Scheduler]
     made: list[Scheduler] = []
 
     def make(**options: Any) -> Scheduler:
-        made.append(Scheduler(gate, captioner.completer, **options))
+        made.append(Scheduler(gate, captioner.generator, **options))
         return made[-1]
 
     yield make
@@ -214,15 +216,15 @@ def test_a_broken_request_fails_alone(captioner: Captioner, tmp_path: Path) -> N
 def test_a_decoder_that_breaks_fails_those_that_run_and_no_others(
     captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = generate_module.Decoding.step
+    step = generate_module.GenerationBatch.step
     broken = [True]
 
-    def breaking(self: generate_module.Decoding) -> Any:
+    def breaking(self: generate_module.GenerationBatch) -> Any:
         if broken.pop() if broken else False:
             raise BackendError("the decoder returned NaN")
         return step(self)
 
-    monkeypatch.setattr(generate_module.Decoding, "step", breaking)
+    monkeypatch.setattr(generate_module.GenerationBatch, "step", breaking)
     image = draw_pictures(1)[0]
     with captioner.scheduler() as scheduler:
         with pytest.raises(BackendError):

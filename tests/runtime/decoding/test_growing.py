@@ -20,7 +20,7 @@ TAIL = np.array([[4, 9, 5], [7, 7, 6], [11, 4, 8]])
 
 @pytest.fixture(scope="module")
 def decoder(tiny_bundle: Path) -> Decoder:
-    language = Captioner.load(tiny_bundle, threads=1).completer.language
+    language = Captioner.load(tiny_bundle, threads=1).generator.language
     assert isinstance(language, Continuation)
     decoder = language.decoder
     assert isinstance(decoder, Decoder)
