@@ -161,7 +161,7 @@ class Captioner:
             trace: As of :class:`Scheduler`.
             encoder: Replaces the captioner's own.
         """
-        most = self.generator.language.decoder.most_rows
+        most = self.generator.language.decoder.max_rows
         return Scheduler(
             encoder or self.encoder,
             self.generator,

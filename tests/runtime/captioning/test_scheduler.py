@@ -250,8 +250,8 @@ def test_a_decoder_without_room_for_one_more_goes_on_with_the_others(
     long = scheduler.submit(first, captioner.options(max_new_tokens=8, min_new_tokens=8))
     gate.open.release()
     assert begun.wait(LONG)
-    monkeypatch.setattr("blip2edge.runtime.decoding.kv.growing.DecoderState.join", full)
-    monkeypatch.setattr("blip2edge.runtime.decoding.kv.in_place.SharedState.join", full)
+    monkeypatch.setattr("blip2edge.runtime.decoding.kv.growing.GrowingState.join", full)
+    monkeypatch.setattr("blip2edge.runtime.decoding.kv.in_place.InPlaceState.join", full)
     late = scheduler.submit(second, captioner.options())
     gate.open.release()
     while scheduler.load["ready"] == 0:
