@@ -31,7 +31,7 @@ def start(decoder: GrowingDecoder, rows: tuple[int, ...] = (0, 1, 2)) -> Growing
     return decoder.prefill([decoder.table.rows(TEXTS[row]) for row in rows])[1]
 
 
-def alone(decoder: Decoder, row: int, tokens: list[int]) -> np.ndarray:
+def alone(decoder: GrowingDecoder, row: int, tokens: list[int]) -> np.ndarray:
     """Logits behind a prompt and tokens, everything read at once."""
     logits, _ = decoder.prefill([decoder.table.rows([*TEXTS[row], *tokens])])
     return logits[0]
