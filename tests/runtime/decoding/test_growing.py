@@ -12,7 +12,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder, GrowingState
-from blip2edge.runtime.decoding.language_model import DecoderOnly
+from blip2edge.runtime.decoding.language_model import Decoder, DecoderOnly
 
 TEXTS = ((5, 9, 11, 7), (6, 8), (10, 12, 5))  # prompts of different lengths
 TAIL = np.array([[4, 9, 5], [7, 7, 6], [11, 4, 8]])
@@ -31,7 +31,7 @@ def start(decoder: GrowingDecoder, rows: tuple[int, ...] = (0, 1, 2)) -> Growing
     return decoder.prefill([decoder.table.rows(TEXTS[row]) for row in rows])[1]
 
 
-def alone(decoder: GrowingDecoder, row: int, tokens: list[int]) -> np.ndarray:
+def alone(decoder: Decoder, row: int, tokens: list[int]) -> np.ndarray:
     """Logits behind a prompt and tokens, everything read at once."""
     logits, _ = decoder.prefill([decoder.table.rows([*TEXTS[row], *tokens])])
     return logits[0]
