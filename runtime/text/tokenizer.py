@@ -1,4 +1,4 @@
-"""Text to token ids and back, on the `tokenizers` package alone, and text that grows token by token."""
+"""Text to token ids and back with the `tokenizers` package, and text that grows token by token."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def clean_up_spaces(text: str) -> str:
 
 
 class TextStream:
-    """Turns tokens into text as they come; what was handed out never changes afterwards.
+    """Turns tokens into text one by one; text that was returned never changes afterwards.
 
     The pieces of `push` and the rest from `flush`, joined, equal `tokenizer.decode(all ids)`. Held back are:
     bytes that are not yet a whole UTF-8 character; with byte-fallback tokenizers (Llama) a run of byte
@@ -179,7 +179,7 @@ class TextStream:
         return self._tokenizer.decode_raw(self._window, skip_special_tokens=False)
 
     def _let_go(self) -> None:
-        """Shorten a long window; some tokens stay, as decoders treat a text's first token differently."""
+        """Shortens a long window; some tokens stay, as decoders treat the first token differently."""
         if len(self._window) >= _TRIM_AT:
             self._window = self._window[self._boundary :]
             self._taken = len(self._decode_window())
@@ -199,10 +199,10 @@ class TextStream:
 
 
 class StopText:
-    """Lets a growing text through up to the first of some strings; what may yet become one is held back.
+    """Passes a growing text on up to the first stop string; a possible start of one is held back.
 
     Args:
-        stops: The strings; none lets everything through at once.
+        stops: The strings; without any, all text is passed on at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
