@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, GraphSpec, TensorSpec
 from blip2edge.bundle.token_table import HEADER_LENGTH, TokenTable
 from blip2edge.engine.profiles import with_rows

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from blip2edge.bundle.manifest import FileRecord
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.publishing import output_error
 from blip2edge.errors import ExportError
 from blip2edge.export.to_onnx import Traced, WeightSlot

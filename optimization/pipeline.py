@@ -22,8 +22,10 @@ import numpy as np
 import onnx_ir as ir
 
 import blip2edge
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle, FileRecord, GraphRecord
+from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
 from blip2edge.errors import BackendError, BundleError, UsageError

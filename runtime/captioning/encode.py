@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import VISION
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.images.preprocess import Preprocessing

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
 from blip2edge.cli import main
 from blip2edge.engine import build

@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="export needs torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 
-from blip2edge.bundle.manifest import Bundle  # noqa: E402
+from blip2edge.bundle.bundle import Bundle  # noqa: E402
 from blip2edge.bundle.token_table import TokenTable  # noqa: E402
 from blip2edge.errors import CheckpointError, ExportError, OutputError, ParityError  # noqa: E402
 from blip2edge.export import pipeline as pipeline_module  # noqa: E402
