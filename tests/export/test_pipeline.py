@@ -166,28 +166,6 @@ def test_a_bundle_without_parity_is_not_published(
     assert os.listdir(out) == []
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()])
-def test_a_failure_while_replacing_gives_the_old_bundle_back(
-    error: BaseException, quick: Export, small: Drawn, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quick(small.directory, out / "bundle")
-    before = snapshot(out)
-    rename, calls = Path.rename, []
-
-    def second_fails(self: Path, target: Path) -> Path:
-        calls.append(self)
-        if len(calls) == 2:
-            raise error
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", second_fails)
-    with pytest.raises((OutputError, KeyboardInterrupt)):
-        quick(small.directory, out / "bundle", force=True)
-    assert len(calls) == 3
-    assert snapshot(out) == before
-    assert os.listdir(out) == ["bundle"]
-
-
 def test_force_replaces(quick: Export, small: Drawn, out: Path) -> None:
     bundle = quick(small.directory, out / "bundle")
     (bundle / "optimized").mkdir()
