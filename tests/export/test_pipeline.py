@@ -136,7 +136,7 @@ FAILURES: dict[str, tuple[Any, str, BaseException]] = {
     "disk full: weights": (os, "fsync", FULL),
     "disk full: graph": (pipeline.ir, "save", FULL),
     "disk full: manifest": (pipeline.Manifest, "write", FULL),
-    "disk full: table": (token_table, "_header", FULL),
+    "disk full: table": (token_table, "write_safetensors", FULL),
 }
 
 
