@@ -110,7 +110,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
     manifest = Bundle.open(bundle).manifest
     cache, table = manifest.cache, TokenTable(bundle / EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, "float32")
     assert cache is not None
-    prompt = Captioner.load(bundle, threads=1).prompter(None)
+    prompt = Captioner.load(bundle, threads=1).prompts(None)
 
     def caption() -> list[list[int]]:
         batch = len(pixels)

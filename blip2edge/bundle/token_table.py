@@ -136,12 +136,14 @@ class TokenTable:
         """The embeddings of some tokens.
 
         Args:
-            token_ids: N ids below V.
+            token_ids: Ids below V, ``[…]``.
 
         Returns:
-            ``[N, D]``, a copy.
+            ``[…, D]``, a copy.
         """
-        return self._rows.read(np.asarray(token_ids, np.int64)).astype(self._dtype, copy=False)
+        ids = np.asarray(token_ids, np.int64)
+        rows = self._rows.read(ids.reshape(-1)).astype(self._dtype, copy=False)
+        return rows.reshape(*ids.shape, rows.shape[-1])
 
 
 def _open(file: SafetensorsFile, tensor: str) -> _Rows:

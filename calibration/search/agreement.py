@@ -134,7 +134,7 @@ def caption_pictures(
 ) -> list[tuple[str, tuple[int, ...]]]:
     """The captions of a bundle, greedily, as texts and token ids."""
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
-    prompt = default_prompt(captioner.prompter)
+    prompt = default_prompt(captioner.prompts)
     found = []
     for picture in counted(pictures, len(pictures), progress):
         result = captioner.caption(load_image(picture.read()), prompt=prompt)

@@ -32,9 +32,7 @@ from blip2edge.errors import (
     UsageError,
 )
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.complete import CaptionResult
-from blip2edge.runtime.captioning.encode import STAGES
-from blip2edge.runtime.captioning.request import Request
+from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.serving.openai_api import chunk, completion, read_request
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2edge.errors import UsageError
-from blip2edge.runtime.captioning.complete import CaptionResult
+from blip2edge.runtime.captioning.request import CaptionResult
 
 OPTIONS: dict[str, str] = {
     "max_tokens": "max_new_tokens",

@@ -18,7 +18,7 @@ from typing import Any
 
 from blip2edge.errors import BackendError, DataError, ImageError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.complete import CaptionResult
+from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 

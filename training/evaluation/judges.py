@@ -97,7 +97,7 @@ class BundleAnswerer:
 
     def question(self, text: str) -> str:
         """The prompt that asks a question."""
-        return self._captioner.prompter.question(text)
+        return self._captioner.prompts.question(text)
 
 
 class BundleComparer:
