@@ -26,7 +26,8 @@ import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from planted import plant
 
-from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.pipeline import METHODS, calibrate
 from blip2edge.calibration.search.agreement import cosine

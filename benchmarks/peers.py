@@ -30,7 +30,7 @@ import torch
 from race import machine
 from random_checkpoint import write_checkpoint
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.export.pipeline import export_checkpoint

@@ -21,7 +21,7 @@ from typing import Any
 
 from race import cpu_model
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import (
     IMAGE_FEATURES,
 )

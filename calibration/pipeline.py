@@ -22,7 +22,9 @@ from typing import Any
 import onnx_ir as ir
 
 import blip2edge
-from blip2edge.bundle.manifest import MANIFEST, STAMP, Bundle, FileRecord, GraphRecord, Manifest
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import STAMPS, FileRecord
+from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import BRIDGE, VISION
 from blip2edge.calibration.activations import headroom
@@ -268,7 +270,7 @@ def _copy_rest(parent: Bundle, staging: Path) -> None:
 def _seal(job: Job, graphs: Mapping[str, Made]) -> Manifest:
     seals = {file: seal for made in graphs.values() for file, seal in made.seals.items()}
     for path in sorted(job.staging.iterdir()):
-        if path.name not in (*seals, MANIFEST, STAMP):
+        if path.name not in (*seals, MANIFEST, STAMPS):
             seals[path.name] = FileRecord.of(path)
     manifest = job.parent.manifest
     return replace(

@@ -14,8 +14,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle, FileRecord, GraphRecord
+from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.calibration.activations.cache import cache_path, load_observations, save_observations
 from blip2edge.calibration.activations.observations import Observation, Observations, Observer
 from blip2edge.calibration.activations.observe import run_probed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION, PromptSpec
 from blip2edge.errors import BundleError
 from blip2edge.runtime.backends.base import Session

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, DRAFT_TOKENIZER_FILE, DRAFTS, QUERIES, Axis, DraftSpec
 from blip2edge.errors import UsageError
 from blip2edge.runtime.backends.base import Session

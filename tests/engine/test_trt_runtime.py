@@ -18,7 +18,8 @@ pytest.importorskip("onnxruntime", reason="the stand-in computes in ONNX Runtime
 import onnx_ir as ir
 
 from blip2edge import Captioner
-from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.engine.prepare import capacity_of, plans_of
 from blip2edge.engine.profiles import profiles_of
 from blip2edge.errors import BackendError, BundleIntegrityError, EngineError

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 
 from blip2edge import Captioner
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.draft_graph import DraftGraph, draft_spec

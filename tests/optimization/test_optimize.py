@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import BundleIntegrityError, UsageError
 from blip2edge.optimization import pipeline, recipes

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from blip2edge.bundle.manifest import MANIFEST, Bundle
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.errors import BundleError, UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from blip2edge.bundle.manifest import cache_directory
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import ConfigError
 from blip2edge.model.config import QFormerConfig
 from blip2edge.runtime.text.prompt import InstructionTokenizer
