@@ -31,7 +31,7 @@ from race import cpu_model
 from random_checkpoint import write_checkpoint
 
 from blip2edge.bundle.schema import VISION
-from blip2edge.calibration.search.agreement import cosine
+from blip2edge.calibration.agreement import cosine
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.recipes import Context, Recipe, cook
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession

@@ -28,8 +28,8 @@ from planted import plant
 
 from blip2edge.bundle.manifest import Bundle, FileRecord
 from blip2edge.bundle.schema import VISION
+from blip2edge.calibration.agreement import cosine
 from blip2edge.calibration.pipeline import METHODS, calibrate
-from blip2edge.calibration.search.agreement import cosine
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner
