@@ -57,8 +57,8 @@ class Targets:
 def find_targets(model: ir.Model) -> Targets:
     """Finds the products of a graph that can be quantized.
 
-    Products of two activations (attention) are kept in floating point: TensorRT has no fused attention kernel for
-    quantized ones, and softmax would need its own range (TensorRT#3724). Convolutions are kept too: a ViT has only
+    Products of two activations (attention) are kept in floating point: if they are quantized, TensorRT does not use
+    its fused attention kernels, and softmax would need its own range (TensorRT#3724). Convolutions are kept too: a ViT has only
     the patch embedding, which reads the pixels and holds a hundredth of the weights.
     """
     products: list[Product] = []

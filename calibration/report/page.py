@@ -85,7 +85,7 @@ def _head(document: Mapping[str, Any], title: str) -> str:
         tiles.append(
             (
                 f"{record['captions']['same']:.1%}",
-                f"of {record['captions']['pictures']} captions as the parent's",
+                f"of {record['captions']['pictures']} captions are equal to the parent's",
             )
         )
     lowest = [value["mean"] for outputs in record["cosine"].values() for value in outputs.values()]
