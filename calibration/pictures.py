@@ -11,8 +11,8 @@ from pathlib import Path
 from blip2edge.errors import DataError, ImageError
 from blip2edge.progress import counted
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
+from blip2edge.runtime.images.shards import SHARD_SUFFIX, ShardFile, open_shard
 
-SHARD = ".tar"
 ADVISED = 100
 """Pictures below which ranges are uncertain: with fewer, a warning tells the number."""
 
@@ -26,19 +26,20 @@ class Picture:
 
     Attributes:
         path: The file, or the shard.
-        member: Its name in the shard; empty for a file.
-        offset: Where it begins in the shard, in bytes.
-        size: Bytes in the shard.
+        stored: The picture's place in the shard; None for a file.
     """
 
     path: Path
-    member: str = ""
-    offset: int = 0
-    size: int = 0
+    stored: ShardFile | None = None
+
+    @property
+    def member(self) -> str:
+        """Name of the picture in its shard; empty for a file."""
+        return self.stored.name if self.stored is not None else ""
 
     @property
     def name(self) -> str:
-        """What a message calls it."""
+        """Its name in messages."""
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
     def references(self) -> list[str]:
@@ -50,12 +51,12 @@ class Picture:
         return [line.strip() for line in lines if line.strip()]
 
     def read(self) -> bytes:
-        """The bytes of the picture file."""
-        if not self.member:
-            return self.path.read_bytes()
-        with self.path.open("rb") as shard:
-            shard.seek(self.offset)
-            return shard.read(self.size)
+        """The bytes of the picture file.
+
+        Raises:
+            ImageError: The shard cannot be read, or is cut off.
+        """
+        return self.path.read_bytes() if self.stored is None else self.stored.read()
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def choose_pictures(
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
     digest, kept, skipped = hashlib.sha256(), [], []
     for picture in counted(wanted, len(wanted), progress):
-        content = picture.read()
         try:
+            content = picture.read()
             load_image(content)
         except ImageError:
             skipped.append(picture.name)
@@ -122,7 +123,7 @@ def choose_pictures(
 
 
 def _search(root: Path) -> Iterator[Picture]:
-    if root.is_file() and root.suffix.lower() == SHARD:
+    if root.is_file() and root.suffix.lower() == SHARD_SUFFIX:
         yield from _shard(root)
         return
     if not root.is_dir():
@@ -134,23 +135,19 @@ def _search(root: Path) -> Iterator[Picture]:
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         if hidden or not path.is_file():
             continue
-        if path.suffix.lower() == SHARD:
+        if path.suffix.lower() == SHARD_SUFFIX:
             yield from _shard(path)
         elif path.suffix.lower() in PICTURE_SUFFIXES:
             yield Picture(path)
 
 
 def _shard(path: Path) -> Sequence[Picture]:
-    """The pictures of a tar file, by name; only its headers are read."""
+    """The pictures of a shard, by name."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            members = [
-                Picture(path, member.name, member.offset_data, member.size)
-                for member in archive
-                if member.isfile() and Path(member.name).suffix.lower() in PICTURE_SUFFIXES
-            ]
+        with open_shard(path) as files:
+            pictures = [Picture(path, file) for file, _ in files if file.is_picture]
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{path}: cannot be read as an uncompressed tar file ({error})", "copy the shard again"
         ) from error
-    return sorted(members, key=lambda picture: picture.member)
+    return sorted(pictures, key=lambda picture: picture.member)

@@ -17,7 +17,7 @@ import tomllib
 
 from blip2edge.errors import ConfigError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.fields import at_least_zero, one_of, positive, read_section, share
+from blip2edge.training.fields import at_least_zero, one_of, positive, read_section, unit_interval
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class OptimizerConfig:
                 f" not {self.min_learning_rate}"
             )
         at_least_zero(name, {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay})
-        share(name, {"beta1": self.beta1, "beta2": self.beta2})
+        unit_interval(name, {"beta1": self.beta1, "beta2": self.beta2})
 
     @property
     def _section(self) -> str:
@@ -90,7 +90,7 @@ class LanguagePhase(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share(self._section, {"prefix_share": self.prefix_share})
+        unit_interval(self._section, {"prefix_share": self.prefix_share})
         at_least_zero(self._section, {"prefix_noise": self.prefix_noise})
 
 
@@ -235,7 +235,7 @@ class ModelConfig:
                 f"[model] patch_size must divide the picture's 64 pixels, not {self.patch_size}"
             )
         positive("model", {"num_query_tokens": self.num_query_tokens})
-        share("model", {"dropout": self.dropout})
+        unit_interval("model", {"dropout": self.dropout})
         if self.is_miniature and self.num_query_tokens < 7:
             raise ConfigError(f"[model] num_query_tokens must be at least 7, not {self.num_query_tokens}")
         if self.max_positions < 40:

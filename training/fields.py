@@ -14,7 +14,7 @@ from blip2edge.errors import ConfigError
 Section = TypeVar("Section")
 
 
-def named(section: str, key: str) -> str:
+def key_name(section: str, key: str) -> str:
     """How a message names a key; an empty section is the top of the file."""
     return f"[{section}] {key}" if section else key
 
@@ -23,21 +23,21 @@ def positive(section: str, values: Mapping[str, float]) -> None:
     """Raises ConfigError unless all values exceed 0."""
     for key, value in values.items():
         if value <= 0:
-            raise ConfigError(f"{named(section, key)} must be greater than 0, not {value}")
+            raise ConfigError(f"{key_name(section, key)} must be greater than 0, not {value}")
 
 
 def at_least_zero(section: str, values: Mapping[str, float]) -> None:
     """Raises ConfigError where a value is below 0."""
     for key, value in values.items():
         if value < 0:
-            raise ConfigError(f"{named(section, key)} must be at least 0, not {value}")
+            raise ConfigError(f"{key_name(section, key)} must be at least 0, not {value}")
 
 
-def share(section: str, values: Mapping[str, float]) -> None:
+def unit_interval(section: str, values: Mapping[str, float]) -> None:
     """Raises ConfigError unless all values lie between 0 and 1."""
     for key, value in values.items():
         if not 0.0 <= value <= 1.0:
-            raise ConfigError(f"{named(section, key)} must lie between 0 and 1, not {value}")
+            raise ConfigError(f"{key_name(section, key)} must lie between 0 and 1, not {value}")
 
 
 def one_of(section: str, key: str, value: str, choices: Sequence[str]) -> None:
@@ -46,7 +46,7 @@ def one_of(section: str, key: str, value: str, choices: Sequence[str]) -> None:
         return
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else None
-    raise ConfigError(f"{named(section, key)} must be one of {', '.join(choices)}, not {value!r}", hint)
+    raise ConfigError(f"{key_name(section, key)} must be one of {', '.join(choices)}, not {value!r}", hint)
 
 
 def _value(path: str, kind: Any, value: Any) -> Any:

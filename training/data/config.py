@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blip2edge.errors import ConfigError
-from blip2edge.training.fields import at_least_zero, one_of, positive, share
+from blip2edge.training.fields import at_least_zero, one_of, positive, unit_interval
 
-KINDS = ("scenes", "coco-captions", "coco-vqa", "folder", "shards")
+DATA_KINDS = ("scenes", "coco-captions", "coco-vqa", "folder", "shards")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DataConfig:
     """Share of captions behind one of the prompts; the others follow the empty prompt."""
 
     def __post_init__(self) -> None:
-        one_of("data", "kind", self.kind, KINDS)
+        one_of("data", "kind", self.kind, DATA_KINDS)
         at_least_zero("data", {"count": self.count, "series": self.series, "max_broken": self.max_broken})
         positive("data", {"shuffle_buffer": self.shuffle_buffer})
         if self.kind != "scenes" and not self.path:
@@ -52,6 +52,6 @@ class DataConfig:
             raise ConfigError(
                 f"[data] question must hold {{}} once, where the question goes: {self.question!r}"
             )
-        share("data", {"prompt_share": self.prompt_share})
+        unit_interval("data", {"prompt_share": self.prompt_share})
         if self.prompt_share > 0 and not self.prompts:
             raise ConfigError("[data] prompts is empty and prompt_share is not 0")

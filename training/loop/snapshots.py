@@ -21,8 +21,8 @@ from torch import Tensor
 
 from blip2edge.errors import DataError, OutputError
 
-TENSORS, FACTS = "state.safetensors", "state.json"
-PREFIX = "step-"  # of a whole snapshot; what is being written begins with a dot
+_TENSORS, FACTS = "state.safetensors", "state.json"
+_PREFIX = "step-"  # of a whole snapshot; what is being written begins with a dot
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Snapshots:
         path = found[-1]
         try:
             facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-            return Snapshot(load_file(path / TENSORS), facts)
+            return Snapshot(load_file(path / _TENSORS), facts)
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(
                 f"the snapshot {path} cannot be read ({error})", f"start again with --force, or remove {path}"
@@ -81,13 +81,13 @@ class Snapshots:
         Raises:
             OutputError: The disk is full or not writable; the snapshot before stays.
         """
-        fresh = self.directory / f".{PREFIX}{step:09d}-{os.getpid()}"
-        target = self.directory / f"{PREFIX}{step:09d}"
+        fresh = self.directory / f".{_PREFIX}{step:09d}-{os.getpid()}"
+        target = self.directory / f"{_PREFIX}{step:09d}"
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             content = save({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()})
-            _write(fresh / TENSORS, content)
+            _write(fresh / _TENSORS, content)
             _write(fresh / FACTS, json.dumps(snapshot.facts).encode())
             while target.exists():  # of a run that was started again: it stays until this one is there
                 target = target.with_name(f"{target.name}+")  # which sorts behind it
@@ -98,7 +98,7 @@ class Snapshots:
                 f"cannot write a snapshot to {self.directory}: {error.strerror or error}",
                 "make room and run the command again: it goes on from the snapshot before",
             ) from error
-        for path in [*self._whole(), *self.directory.glob(f".{PREFIX}*")]:
+        for path in [*self._whole(), *self.directory.glob(f".{_PREFIX}*")]:
             if path != target:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -107,7 +107,7 @@ class Snapshots:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _whole(self) -> list[Path]:
-        return sorted(self.directory.glob(f"{PREFIX}*"))
+        return sorted(self.directory.glob(f"{_PREFIX}*"))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -23,7 +23,7 @@ from blip2edge.model.language.flamingo import FlamingoConfig
 from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.training.config import ModelConfig
 
-Maker = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
+MakeBridge = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
 
 
 def _qformer(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> QFormerConfig:
@@ -65,7 +65,7 @@ def _pool(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> Attent
 
 
 @dataclass(frozen=True)
-class Row:
+class Architecture:
     """One choice of the key `bridge`.
 
     Attributes:
@@ -75,7 +75,7 @@ class Row:
         language: Makes the language model's config of the given one and the rows behind its token table.
     """
 
-    bridge: Maker
+    bridge: MakeBridge
     family: str
     clip_family: str = ""
     language: Callable[[Any, VisionConfig, int], LanguageConfig] = lambda language, vision, extra: replace(
@@ -107,13 +107,13 @@ def _flamingo(language: LanguageConfig, vision: VisionConfig, extra: int) -> Fla
     )
 
 
-ROWS: dict[str, Row] = {
-    "qformer": Row(_qformer, "blip-2"),
-    "projection": Row(_qformer, "blip-2"),
-    "mlp": Row(_mlp, "blip2edge", clip_family="llava"),
-    "perceiver": Row(_perceiver, "blip2edge"),
-    "pool": Row(_pool, "blip2edge"),
-    "flamingo": Row(_resampler, "", clip_family="idefics", language=_flamingo),
+ARCHITECTURES: dict[str, Architecture] = {
+    "qformer": Architecture(_qformer, "blip-2"),
+    "projection": Architecture(_qformer, "blip-2"),
+    "mlp": Architecture(_mlp, "blip2edge", clip_family="llava"),
+    "perceiver": Architecture(_perceiver, "blip2edge"),
+    "pool": Architecture(_pool, "blip2edge"),
+    "flamingo": Architecture(_resampler, "", clip_family="idefics", language=_flamingo),
 }
 
 
@@ -123,7 +123,7 @@ def family_of(bridge: str, vision: VisionConfig) -> str:
     Raises:
         ConfigError: The choice is not for this kind of picture encoder.
     """
-    row = ROWS[bridge]
+    row = ARCHITECTURES[bridge]
     family = row.clip_family if vision.clip else row.family
     if not family:
         kind, other = ("a CLIP", "BLIP-2's") if vision.clip else ("BLIP-2's", "a CLIP")
@@ -134,7 +134,7 @@ def family_of(bridge: str, vision: VisionConfig) -> str:
     return family
 
 
-def architecture(
+def captioner_config(
     bridge: str,
     sizes: ModelConfig,
     vision: VisionConfig,
@@ -158,7 +158,7 @@ def architecture(
     Raises:
         ConfigError: These parts do not go together.
     """
-    row = ROWS[bridge]
+    row = ARCHITECTURES[bridge]
     family = family_of(bridge, vision)
     language = row.language(language, vision, extra)
     made = row.bridge(sizes, vision, language)

@@ -17,11 +17,11 @@ from blip2edge.model.layers import RMSNorm
 from blip2edge.training.config import ModelConfig, TrainingConfig
 from blip2edge.training.data.scenes import PICTURE_SIZE
 from blip2edge.training.loading.batches import PREPROCESSING
-from blip2edge.training.loading.stage1_texts import QFormerTexts
-from blip2edge.training.setup.architecture import architecture
+from blip2edge.training.loading.qformer_texts import QFormerTexts
+from blip2edge.training.setup.architecture import captioner_config
+from blip2edge.training.setup.model_parts import ModelParts
 from blip2edge.training.setup.pretrained import PROCESSORS
-from blip2edge.training.setup.vocabulary import END_ID, IMAGE, PAD_ID, make_tokenizer, tokenizer_config
-from blip2edge.training.setup.workshop import Workshop
+from blip2edge.training.setup.vocabulary import END_ID, IMAGE_TOKEN, PAD_ID, make_tokenizer, tokenizer_config
 
 EMBEDDING_STD = 0.02  # of token and position tables, as OPT and BERT
 # Both stand beside values of size 1 (a normalised picture's patches, a LayerNorm's output), and learn at the
@@ -94,7 +94,7 @@ def initialise(model: nn.Module, seed: int) -> None:
                     parameter.normal_(0.0, std, generator=draw)
 
 
-def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: bool = False) -> Workshop:
+def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: bool = False) -> ModelParts:
     """A freshly drawn miniature, and what belongs to it.
 
     Args:
@@ -103,12 +103,12 @@ def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: 
         instructed: With a Q-Former that reads the prompt.
 
     Returns:
-        A workshop whose model is float32; no dropout, as the data never repeats.
+        A parts whose model is float32; no dropout, as the data never repeats.
     """
     tokenizer = make_tokenizer(config.data.prompts)
     texts = QFormerTexts(tokenizer, config.stage1.max_tokens)
     sizes = config.model
-    built = architecture(
+    built = captioner_config(
         config.bridge,
         sizes,
         _vision(sizes),
@@ -122,14 +122,14 @@ def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: 
             bos_token_id=END_ID,
             eos_token_ids=(END_ID,),
             pad_token_id=PAD_ID,
-            image_token_id=tokenizer.token_to_id(IMAGE),
+            image_token_id=tokenizer.token_to_id(IMAGE_TOKEN),
         )
     )
     initialise(model, config.seed)
     files = _files(model, tokenizer)
     if instructed:
         files["qformer_tokenizer/tokenizer.json"] = texts.tokenizer.to_str().encode()
-    return Workshop(model, PREPROCESSING, tokenizer, texts, files)
+    return ModelParts(model, PREPROCESSING, tokenizer, texts, files)
 
 
 def _image_processor() -> dict[str, Any]:

@@ -208,11 +208,11 @@ def picture_tokens(family: str) -> list[str]:
     return [row.image_token or PICTURE, *([row.around_image] if row.around_image else [])]
 
 
-def put_together(config: CaptionerConfig, vision: VisionPart, language: LanguagePart) -> CaptionerModel:
+def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: LanguagePart) -> CaptionerModel:
     """A captioner of trained parts and a bridge that is still to be drawn.
 
     Args:
-        config: What `architecture` made, with its special tokens.
+        config: What `captioner_config` made, with its special tokens.
         vision: Its picture encoder.
         language: Its language model; gated layers between those of a Flamingo are still to be drawn too.
 

@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from blip2edge.training.data.scenes import COLOURS, RELATIONS, SHAPES, SIZES, all_captions
 
-UNK, PAD, END, IMAGE = "<unk>", "<pad>", "</s>", "<image>"
+_UNK, _PAD, _END, IMAGE_TOKEN = "<unk>", "<pad>", "</s>", "<image>"
 UNK_ID, PAD_ID, END_ID = 0, 1, 2
-LARGEST = 512  # more entries than the merges of the scenes' words ever need
+_MAX_VOCABULARY = 512  # more entries than the merges of the scenes' words ever need
 
 
 def make_tokenizer(prompts: Iterable[str]) -> Tokenizer:
@@ -31,17 +31,17 @@ def make_tokenizer(prompts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LARGEST,
-        special_tokens=[UNK, PAD, END],
+        vocab_size=_MAX_VOCABULARY,
+        special_tokens=[_UNK, _PAD, _END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     texts = [*all_captions("train"), *prompts]
     tokenizer.train_from_iterator(texts + [f" {text}" for text in texts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, END_ID)]
+        single=f"{_END} $A", pair=f"{_END} $A $B", special_tokens=[(_END, END_ID)]
     )
-    tokenizer.add_special_tokens([AddedToken(IMAGE, normalized=False, special=True)])
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     return tokenizer
 
 
@@ -69,10 +69,10 @@ def tokenizer_config(max_positions: int) -> dict[str, Any]:
     """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "pad_token": PAD,
-        "unk_token": UNK,
+        "bos_token": _END,
+        "eos_token": _END,
+        "pad_token": _PAD,
+        "unk_token": _UNK,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
         "padding_side": "left",

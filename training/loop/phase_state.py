@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from blip2edge.errors import DataError
 from blip2edge.training.loop.snapshots import Snapshot
 
-WEIGHTS, MOMENTS, CHANCE = "weights.", "moments.", "chance."
-SCALE = "scale"  # of the loss, under float16
-SCALE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+_WEIGHTS, _MOMENTS, _CHANCE = "weights.", "moments.", "chance."
+_SCALE = "scale"  # of the loss, under float16
+_SCALE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _OWN = StateDictOptions(ignore_frozen_params=True)  # this process' part
@@ -48,14 +48,14 @@ def capture(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> dict
     """
     weights: Any = get_model_state_dict(module, options=_WHOLE)
     moments: Any = get_optimizer_state_dict(module, optimizer.optimizer, options=_WHOLE).get("state", {})
-    tensors = {f"{WEIGHTS}{name}": _copy(tensor) for name, tensor in weights.items()}
+    tensors = {f"{_WEIGHTS}{name}": _copy(tensor) for name, tensor in weights.items()}
     for name, values in moments.items():
-        tensors |= {f"{MOMENTS}{name}/{key}": _copy(torch.as_tensor(value)) for key, value in values.items()}
+        tensors |= {f"{_MOMENTS}{name}/{key}": _copy(torch.as_tensor(value)) for key, value in values.items()}
     for rank, chance in enumerate(gather_object([_generators(accelerator)])):
-        tensors |= {f"{CHANCE}{rank}.{name}": state for name, state in chance.items()}
+        tensors |= {f"{_CHANCE}{rank}.{name}": state for name, state in chance.items()}
     if accelerator.scaler is not None:
         scale = accelerator.scaler.state_dict()
-        tensors[SCALE] = torch.tensor([float(scale[key]) for key in SCALE_KEYS], dtype=torch.float64)
+        tensors[_SCALE] = torch.tensor([float(scale[key]) for key in _SCALE_KEYS], dtype=torch.float64)
     return tensors
 
 
@@ -77,7 +77,7 @@ def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapsho
             f" and these are {accelerator.num_processes}",
             "start as many, or start again with --force",
         )
-    weights = _under(WEIGHTS, snapshot.tensors)
+    weights = _under(_WEIGHTS, snapshot.tensors)
     trained = get_model_state_dict(module, options=_OWN)
     if trained.keys() != weights.keys():
         raise DataError(
@@ -85,21 +85,21 @@ def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapsho
         )
     set_model_state_dict(module, dict(weights), options=_LOOSE)
     moments: dict[str, Any] = get_optimizer_state_dict(module, optimizer.optimizer, options=_OWN)
-    for path, tensor in _under(MOMENTS, snapshot.tensors).items():
+    for path, tensor in _under(_MOMENTS, snapshot.tensors).items():
         name, _, key = path.rpartition("/")
         moments["state"][name][key] = _spread_like(moments["state"][name][key], tensor)
     set_optimizer_state_dict(module, optimizer.optimizer, moments, options=_OWN)
-    own = _under(f"{CHANCE}{accelerator.process_index}.", snapshot.tensors)
+    own = _under(f"{_CHANCE}{accelerator.process_index}.", snapshot.tensors)
     torch.set_rng_state(own["cpu"])
     if accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"], accelerator.device)
-    if accelerator.scaler is not None and SCALE in snapshot.tensors:
-        values = dict(zip(SCALE_KEYS, snapshot.tensors[SCALE].tolist(), strict=True))
+    if accelerator.scaler is not None and _SCALE in snapshot.tensors:
+        values = dict(zip(_SCALE_KEYS, snapshot.tensors[_SCALE].tolist(), strict=True))
         whole = {key: int(values[key]) for key in ("growth_interval", "_growth_tracker")}
         accelerator.scaler.load_state_dict(values | whole)
 
 
-def collect(accelerator: Accelerator, module: nn.Module, plain: nn.Module) -> None:
+def gather_parameters(accelerator: Accelerator, module: nn.Module, plain: nn.Module) -> None:
     """Takes the wrappers off, so that `plain` and what it shares parameters with are whole on every process."""
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)
     plain.zero_grad(set_to_none=True)
