@@ -1,4 +1,4 @@
-"""Configuration as frozen dataclasses: a table of a file becomes one, key by key, or is refused in one line."""
+"""Reads sections of a configuration file into frozen dataclasses, and checks every key and value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Section = TypeVar("Section")
 
 
 def key_name(section: str, key: str) -> str:
-    """How a message names a key; an empty section is the top of the file."""
+    """Name of a key in messages; an empty section is the top of the file."""
     return f"[{section}] {key}" if section else key
 
 
@@ -50,7 +50,7 @@ def one_of(section: str, key: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _value(path: str, kind: Any, value: Any) -> Any:
-    """One value in the type that its field declares."""
+    """Checks one value and converts it to the type of its field."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a table [{path}], not {value!r}")
@@ -70,18 +70,18 @@ def _value(path: str, kind: Any, value: Any) -> Any:
 
 
 def read_section(path: str, kind: type[Section], table: Mapping[str, Any]) -> Section:
-    """A table of the file as the dataclass that describes it.
+    """Reads a table of the file into a dataclass.
 
     Args:
-        path: Where the table stands, for messages; empty at the top.
+        path: Name of the table in messages; empty at the top.
         kind: A dataclass whose fields are int, float, str, bool, tuples of str or such dataclasses.
-        table: As the file has it.
+        table: The parsed table.
 
     Returns:
-        An instance, with the defaults of the dataclass where the table is silent.
+        An instance; keys that the table does not have get the defaults of the dataclass.
 
     Raises:
-        ConfigError: An unknown key (the nearest one is named), or a value of the wrong type or range.
+        ConfigError: An unknown key (the error suggests the nearest one), or a value of the wrong type or range.
     """
     types = typing.get_type_hints(kind)
     known = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]  # no type variable stands for dataclasses

@@ -1,4 +1,4 @@
-"""Where a run's parts come from: drawn here as a miniature, or read from checkpoints."""
+"""Builds the model of a run: a new miniature, a whole checkpoint, or a captioner composed of trained parts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # InstructBLIP's, beside
 
 
 def has_text_side(stage: str, config: TrainingConfig) -> bool:
-    """Whether the Q-Former has a text side of its own in this run."""
+    """Whether the Q-Former has its own text side in this run."""
     if config.bridge not in ("qformer", "projection"):
         return False
     kept = config.stage1.steps or config.model.bridge_from or config.stage2.itg_weight
@@ -46,16 +46,16 @@ def has_text_side(stage: str, config: TrainingConfig) -> bool:
 
 
 def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
-    """The parts of a run.
+    """Builds the model of a run.
 
     Args:
-        stage: What is to be run.
+        stage: "stage1", "stage2" or "instruct".
         config: The recipe.
-        base: Where its relative paths start.
+        base: Directory of the recipe; its relative paths start there.
 
     Raises:
-        ConfigError: The parts do not go together.
-        CheckpointError: One cannot be read.
+        ConfigError: The parts do not fit together.
+        CheckpointError: A checkpoint cannot be read.
     """
     kept = None
     if config.model.bridge_from:
@@ -77,7 +77,7 @@ def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
 
 
 def _whole(stage: str, config: TrainingConfig, base: Path) -> ModelParts | None:
-    """A checkpoint that has all that is asked for, bridge included; None where a part is another."""
+    """A checkpoint that has all parts of the recipe, the bridge included; None if one part differs."""
     model = config.model
     if not model.checkpoint or model.vision_from or model.language_from:
         return None
@@ -102,11 +102,11 @@ _KINDS = {
     "pool": "pool",
     "flamingo": "perceiver",
 }
-"""The kind of bridge that each choice of the recipe's key has."""
+"""The kind of bridge for each value of the recipe's key `bridge`."""
 
 
 def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
-    """The tokenizer of the Q-Former's text side, from wherever the recipe has one."""
+    """The tokenizer of the Q-Former's text side, from the first of the recipe's checkpoints that has one."""
     for name in (config.model.bridge_from, config.model.checkpoint, config.model.bert):
         if not name:
             continue
@@ -122,7 +122,7 @@ def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
 
 
 def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> ModelParts:
-    """A captioner of parts, with a fresh bridge; with the sizes of the Q-Former that is kept, where one is."""
+    """A captioner of trained parts with a new bridge, which gets the sizes of `kept` if there is one."""
     model = config.model
     vision = pretrained.load_vision(model.vision_from or model.checkpoint, base)
     language = pretrained.load_language(model.language_from or model.checkpoint, base)
@@ -157,7 +157,7 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model 
 def _text_config(
     own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Model | None
 ) -> DraftConfig:
-    """The special tokens of the Q-Former's text side, and as many positions as what it begins with has."""
+    """Config of the Q-Former's text side: special tokens, and the positions of the model that initialises it."""
     if kept is not None:
         return kept.draft_config
     if not config.model.bert:
@@ -167,7 +167,7 @@ def _text_config(
 
 
 def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
-    """With the sizes of a kept Q-Former."""
+    """The config with the sizes of the kept Q-Former."""
     if kept is None or not isinstance(built.bridge, QFormerConfig):
         return built
     given: Any = kept.config.text
@@ -176,7 +176,7 @@ def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
 
 
 def _fresh(model: CaptionerModel) -> list[nn.Module]:
-    """The parts that no checkpoint gave."""
+    """The modules that no checkpoint provides."""
     parts: list[nn.Module] = [model.bridge]
     parts += [] if model.draft is None else [model.draft]
     gated = getattr(model.language, "cross_layers", None)
@@ -193,7 +193,7 @@ def _processor(config: CaptionerConfig) -> bytes:
 
 
 def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> Stage1Model:
-    """A fresh model of stage 1 around the parts's picture encoder.
+    """Builds a new stage-1 model around the captioner's picture encoder.
 
     Raises:
         ConfigError: The bridge is no Q-Former.
@@ -205,7 +205,10 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
             f"stage1 trains a Q-Former, and bridge is {config.bridge!r}", "set bridge to 'qformer'"
         )
     if parts.model.config.vision.clip:
-        raise ConfigError("stage1 needs BLIP-2's kind of picture encoder, and model.vision_from is a CLIP")
+        raise ConfigError(
+            "stage1 supports BLIP-2's kind of picture encoder only, and model.vision_from is a CLIP",
+            "set model.vision_from to the checkpoint of a BLIP-2, or run stage2",
+        )
     draft = parts.model.config.draft or _text_config(texts, config, base, None)
     own: dict[str, Any] = {each.name: getattr(bridge, each.name) for each in fields(QFormerConfig)}
     text = InstructedQFormerConfig(
@@ -231,7 +234,7 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
 
 
 def write_stage1(parts: ModelParts, model: Stage1Model, directory: Path) -> None:
-    """Writes what stage 1 made, with its tokenizer and preprocessing."""
+    """Writes the result of stage 1 with its tokenizer and preprocessing."""
     save_stage1(model, directory)
     name = "preprocessor_config.json"
     (directory / name).write_bytes(parts.files[name])

@@ -100,7 +100,7 @@ def test_a_language_model_is_swapped_on_a_kept_bridge(parts: Path) -> None:
     first.write_text(first.read_text() + f"[stage1]\n{STEPS}embed_dim = 8\nmax_tokens = 12\n")
     train("stage1", first, parts / "stage1")
     kept = 'vision_from = "blip2"\nlanguage_from = "llama"\nbridge_from = "stage1"'
-    texts = build_parts("stage2", load_config(recipe(parts, "kept", kept)), parts).texts
+    texts = build_parts("stage2", load_config(recipe(parts, "kept", kept)), parts).qformer_texts
     assert texts is not None
     assert texts.max_length == 12, "as many places as stage 1 gave, though this recipe would take 32"
     path = recipe(parts, "swapped", kept, 'bridge = "projection"', "itg_weight = 0.5\n")
