@@ -1,8 +1,8 @@
 """Initialises, loads and saves the model of stage 1, and copies its result into a captioner.
 
 :func:`start_from_bert` initialises it from a BERT. :func:`load_stage1` and :func:`save_stage1` use directories of
-transformers' ``Blip2ForImageTextRetrieval`` with the draft beside it. :func:`begin_stage2` copies the trained parts into
-the bridge and the draft of a captioner.
+transformers' ``Blip2ForImageTextRetrieval`` with the draft beside it. :func:`begin_stage2` copies the trained parts
+into the bridge and the draft of a captioner.
 """
 
 from __future__ import annotations

@@ -127,10 +127,10 @@ def family_of(bridge: str, vision: VisionConfig) -> str:
     row = ARCHITECTURES[bridge]
     family = row.clip_family if vision.clip else row.family
     if not family:
-        kind, other = ("a CLIP", "BLIP-2's") if vision.clip else ("BLIP-2's", "a CLIP")
+        kind, other = ("CLIP", "BLIP-2") if vision.clip else ("BLIP-2", "CLIP")
         raise ConfigError(
-            f"bridge = {bridge!r} does not support {kind} as picture encoder",
-            f"set model.vision_from to {other}, or choose another bridge",
+            f"bridge = {bridge!r} does not support the picture encoder of a {kind}",
+            f"set model.vision_from to a {other}, or choose another bridge",
         )
     return family
 

@@ -103,7 +103,7 @@ def test_one_who_sees_things_and_no_relation() -> None:
 
 
 def test_metrics_that_cannot_be_had() -> None:
-    with pytest.raises(UsageError, match="the metric vqa cannot be had"):
+    with pytest.raises(UsageError, match="the metric vqa cannot be computed"):
         score_scenes(EvaluatedModel(captioner=Knowing(2)), 2, "heldout", ScoringOptions(metrics=("vqa",)))
     with pytest.raises(UsageError, match="at least 2 pictures"):
         score_scenes(EvaluatedModel(captioner=Knowing(2)), 1, "heldout", ScoringOptions())
