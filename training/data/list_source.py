@@ -11,9 +11,9 @@ import numpy as np
 from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.entries import BrokenSamples, Entry, RejectingSource
-from blip2edge.training.data.sources import Sample
+from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
 
-_ORDER, _TEXT = 1, 2  # independent random streams
+_TEXT = 2  # random stream of prompts and answers
 
 
 def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sample:
@@ -33,10 +33,7 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
         return Sample(
             entry.sample_id, identity, picture.open, text, config.question.replace("{}", entry.question)
         )
-    prompt = ""
-    if rng.random() < config.prompt_share:
-        prompt = config.prompts[int(rng.integers(len(config.prompts)))]
-    return Sample(entry.sample_id, identity, picture.open, entry.text, prompt)
+    return Sample(entry.sample_id, identity, picture.open, entry.text, draw_prompt(config, rng))
 
 
 class ListSource(RejectingSource):
@@ -59,7 +56,7 @@ class ListSource(RejectingSource):
         self._config = config
         self._seed = seed
         self._position = 0
-        self._order: tuple[int, list[int]] = (-1, [])  # number and order of the current pass
+        self._order = PassOrder(len(entries), seed)
         ids = "\n".join(entry.sample_id for entry in entries)
         self._digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
 
@@ -74,14 +71,7 @@ class ListSource(RejectingSource):
             position = self._position
             self._position += 1
             rng = np.random.default_rng([_TEXT, self._seed, position])
-            yield sample_of(self._entry(position), self._config, rng)
-
-    def _entry(self, position: int) -> Entry:
-        number, rest = divmod(position, len(self._entries))
-        if self._order[0] != number:
-            rng = np.random.default_rng([_ORDER, self._seed, number])
-            self._order = (number, rng.permutation(len(self._entries)).tolist())
-        return self._entries[self._order[1][rest]]
+            yield sample_of(self._entries[self._order[position]], self._config, rng)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, the rejected samples, and a fingerprint of the data."""

@@ -10,9 +10,9 @@ import numpy as np
 from blip2edge.errors import Blip2EdgeError, DataError
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.scenes import make_scene
-from blip2edge.training.data.sources import Sample
+from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
 
-_ORDER, _PROMPT = 1, 2  # random streams, independent of those of the scenes
+_PROMPT = 2  # random stream of prompts
 
 
 class SceneSource:
@@ -28,7 +28,7 @@ class SceneSource:
         self._seed = seed
         self._series = config.series if config.count else seed
         self._position = 0
-        self._order: tuple[int, list[int]] = (-1, [])  # number and order of the current pass
+        self._order = PassOrder(config.count, seed)
 
     @property
     def name(self) -> str:
@@ -42,27 +42,14 @@ class SceneSource:
             self._position += 1
             yield self._sample(position)
 
-    def _number(self, position: int) -> int:
-        """Number of the scene at a position of the stream."""
-        count = self._config.count
-        if not count:
-            return position
-        number, rest = divmod(position, count)
-        if self._order[0] != number:
-            rng = np.random.default_rng([_ORDER, self._seed, number])
-            self._order = (number, rng.permutation(count).tolist())
-        return self._order[1][rest]
-
     def _sample(self, position: int) -> Sample:
-        number = self._number(position)
+        number = self._order[position] if self._config.count else position
         scene = make_scene(number, seed=self._series)
         rng = np.random.default_rng([_PROMPT, self._seed, position])
-        prompts = self._config.prompts
-        prompt = ""
-        if rng.random() < self._config.prompt_share:
-            prompt = prompts[int(rng.integers(len(prompts)))]
         identity = f"scene-{self._series}-{number}"
-        return Sample(identity, identity, lambda: scene.picture, scene.caption, prompt)
+        return Sample(
+            identity, identity, lambda: scene.picture, scene.caption, draw_prompt(self._config, rng)
+        )
 
     @property
     def broken(self) -> Mapping[str, str]:

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError
+from blip2edge.training.data.config import DataConfig
+
+_ORDER = 1  # random stream of orders; sources draw prompts and answers from others
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,34 @@ class Sample:
     open_picture: Callable[[], Image.Image]
     text: str
     prompt: str = ""
+
+
+def draw_prompt(config: DataConfig, rng: np.random.Generator) -> str:
+    """Draws one of the recipe's prompts with probability `prompt_share`, else the empty prompt."""
+    if rng.random() >= config.prompt_share:
+        return ""
+    return config.prompts[int(rng.integers(len(config.prompts)))]
+
+
+class PassOrder:
+    """The order of a list in endless passes; each pass has its own permutation.
+
+    Args:
+        count: Length of the list.
+        seed: Seed of all permutations.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._pass, self._permutation = -1, list[int]()
+
+    def __getitem__(self, position: int) -> int:
+        """Index in the list of the item at a position of the stream."""
+        number, rest = divmod(position, self._count)
+        if self._pass != number:
+            rng = np.random.default_rng([_ORDER, self._seed, number])
+            self._pass, self._permutation = number, rng.permutation(self._count).tolist()
+        return self._permutation[rest]
 
 
 class SampleSource(Protocol):

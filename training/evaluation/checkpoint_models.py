@@ -12,24 +12,24 @@ from PIL import Image
 from torch import Tensor
 
 from blip2edge.bundle.schema import TOKENIZER_FILE
-from blip2edge.errors import CheckpointError, UsageError
+from blip2edge.errors import UsageError
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint.directory import load_model, read_json
+from blip2edge.model.checkpoint.directory import load_model
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.language.bert import BertDecoder
 from blip2edge.model.retrieval import RetrievalModel
 from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.runtime.text.prompt import Instructor, Prompt, Prompter
+from blip2edge.runtime.text.prompt import Instructor, Prompt
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.evaluation.models import EvaluatedModel, ModelOptions, Prompts, Vectors
-from blip2edge.training.loading.batches import pad_rows
-from blip2edge.training.loading.caption_texts import prompt_spec
+from blip2edge.training.loading.batches import pad_with_mask
+from blip2edge.training.loading.caption_texts import captioner_prompter
+from blip2edge.training.setup.pretrained import load_preprocessing
 
 Step = Callable[[Tensor], Tensor]
 """Maps the generated ids [B, N] to the logits of the next token [B, V]."""
 
 _MAX_NEW_TOKENS = 30  # the default of an exported bundle
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class CheckpointCaptioner:
@@ -68,9 +68,7 @@ class CheckpointCaptioner:
         self._model = model
         self._tokenizer = tokenizer
         self._preprocessing = preprocessing
-        self._spec = prompt_spec(config)
-        language = config.language
-        self._prompter = Prompter(self._spec, tokenizer, language.max_positions, language.vocab_size)
+        self._prompter = captioner_prompter(config, tokenizer)
         self._instructor = None
         if instructions is not None:
             self._instructor = Instructor(instructions, config.instruction_positions, config.frames)
@@ -98,7 +96,7 @@ class CheckpointCaptioner:
         return cls(
             model,
             Tokenizer.from_file(directory / TOKENIZER_FILE),
-            read_preprocessing(directory),
+            load_preprocessing(directory)[0],
             instructions,
             batch_size=options.batch_size,
             max_new_tokens=options.generation.get("max_new_tokens", _MAX_NEW_TOKENS),
@@ -288,7 +286,7 @@ class CheckpointMatcher:
         longest = self._model.config.max_positions
         rows = [self._tokenizer.encode(text) for text in texts]
         rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
-        return pad_rows(rows, 0), pad_rows([[1] * len(row) for row in rows], 0)
+        return pad_with_mask(rows, 0)
 
 
 def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedModel:
@@ -308,20 +306,5 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
     if isinstance(model, CaptionerModel):
         return EvaluatedModel(captioner=CheckpointCaptioner.load(directory, model, options))
     tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
-    preprocessing = read_preprocessing(directory)
+    preprocessing = load_preprocessing(directory)[0]
     return EvaluatedModel(matcher=CheckpointMatcher(model, tokenizer, preprocessing, options.batch_size))
-
-
-def read_preprocessing(directory: Path) -> Preprocessing:
-    """Reads the preprocessing of a checkpoint's pictures.
-
-    Raises:
-        CheckpointError: The checkpoint has no preprocessing.
-    """
-    for name in _PROCESSOR_FILES:
-        if (directory / name).is_file():
-            return Preprocessing.from_hf(read_json(directory / name))
-    raise CheckpointError(
-        f"{directory} has no {_PROCESSOR_FILES[0]}",
-        "save its processor there: AutoProcessor.from_pretrained(NAME).save_pretrained(DIRECTORY)",
-    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.scenes import PICTURE_SIZE, Scene, scenes
+from blip2edge.training.data.sources import draw_prompt
 from blip2edge.training.setup.vocabulary import END_ID, PAD_ID, keyword_ids
 
 IGNORED = -100  # label of a position without loss
@@ -70,15 +71,19 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
+def pad_with_mask(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pads token ids on the right. Returns the ids and their attention mask, int64 [B, longest] each."""
+    return pad_rows(rows, pad_id), pad_rows([[1] * len(row) for row in rows], 0)
+
+
 def caption_batch(
     prompts: Sequence[Sequence[int]], captions: Sequence[Sequence[int]], pad_id: int = PAD_ID
 ) -> CaptionBatch:
     """Makes a batch of prompts and captions, given as token ids, with nothing before the picture."""
     rows = [[*prompt, *caption] for prompt, caption in zip(prompts, captions, strict=True)]
     labels = [[*[IGNORED] * len(prompt), *caption] for prompt, caption in zip(prompts, captions, strict=True)]
-    mask = [[1] * len(row) for row in rows]
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return CaptionBatch(pad_rows(rows, pad_id), pad_rows(mask, 0), pad_rows(labels, IGNORED), nothing)
+    before_ids = torch.zeros(0, dtype=torch.int64)
+    return CaptionBatch(*pad_with_mask(rows, pad_id), pad_rows(labels, IGNORED), before_ids)
 
 
 class KeywordBatch(NamedTuple):
@@ -118,9 +123,7 @@ class KeywordTexts:
     def _prompt(self, name: str) -> str:
         """The prompt of a scene. It depends on the scene's name only, so it is the same in every run."""
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        if rng.random() >= self._data.prompt_share:
-            return ""
-        return self._data.prompts[int(rng.integers(len(self._data.prompts)))]
+        return draw_prompt(self._data, rng)
 
     def __call__(self, batch: Sequence[Scene], names: Sequence[str]) -> KeywordBatch:
         """Makes a batch of scenes."""

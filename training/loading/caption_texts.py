@@ -13,7 +13,7 @@ from blip2edge.model.families.registry import FAMILIES
 from blip2edge.runtime.text.prompt import Prompter
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.data.sources import Sample
-from blip2edge.training.loading.batches import IGNORED, CaptionBatch, caption_batch, pad_rows
+from blip2edge.training.loading.batches import IGNORED, CaptionBatch, caption_batch, pad_rows, pad_with_mask
 
 SHORTEST = 2  # shortest target text in tokens: one token and the end token
 
@@ -40,6 +40,12 @@ def prompt_spec(config: CaptionerConfig) -> PromptSpec:
     )
 
 
+def captioner_prompter(config: CaptionerConfig, tokenizer: Tokenizer) -> Prompter:
+    """Makes the prompts of a captioner."""
+    language = config.language
+    return Prompter(prompt_spec(config), tokenizer, language.max_positions, language.vocab_size)
+
+
 class CaptionTexts:
     """Makes batches of texts for one captioner.
 
@@ -53,9 +59,8 @@ class CaptionTexts:
         self._config = config
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self._spec = prompt_spec(config)
-        language = config.language
-        self._prompter = Prompter(self._spec, tokenizer, language.max_positions, language.vocab_size)
+        self._prompter = captioner_prompter(config, tokenizer)
+        self._spec = self._prompter.spec
         first = tokenizer.encode("a", add_special_tokens=False)
         start = tokenizer.id_to_token(first[0]) if first else None
         # SentencePiece itself adds a space before a text.
@@ -95,10 +100,10 @@ class CaptionTexts:
         pad = self._config.pad_token_id or 0
         after = [prompt.runs[-1] for prompt in prompts]
         if apart:
-            mask = pad_rows([[1] * len(row) for row in after], 0)
+            input_ids, mask = pad_with_mask(after, pad)
             start = self._config.decoder_start_token_id or 0
             decoder_ids = pad_rows([[start, *caption[:-1]] for caption in captions], pad)
-            return CaptionBatch(pad_rows(after, pad), mask, pad_rows(captions, IGNORED), before, decoder_ids)
+            return CaptionBatch(input_ids, mask, pad_rows(captions, IGNORED), before, decoder_ids)
         picture_mask = None
         if self._spec.picture_token:
             picture_mask = pad_rows(

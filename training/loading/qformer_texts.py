@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import UsageError
 from blip2edge.model.bridges.draft import DraftConfig
-from blip2edge.training.loading.batches import TextBatch
+from blip2edge.training.loading.batches import TextBatch, pad_with_mask
 
 CLS, SEP, PAD, DEC = "[CLS]", "[SEP]", "[PAD]", "[DEC]"
 MAX_LENGTH = 32
@@ -67,13 +67,8 @@ class QFormerTexts:
         room = self.max_length - 2
         encoded = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
         rows = [[self._cls, *encoding.ids[:room], self._sep] for encoding in encoded]
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._pad)
-        mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return TextBatch(ids, mask, None if pictures is None else torch.tensor(list(pictures)))
+        numbers = None if pictures is None else torch.tensor(list(pictures))
+        return TextBatch(*pad_with_mask(rows, self._pad), numbers)
 
     def save(self, directory: Path) -> None:
         """Writes ``draft_tokenizer.json`` beside a draft."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from blip2edge.model.bridges.draft import (
     DraftConfig,
     write_draft,
 )
-from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.bridges.qformer import Reader
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import (
@@ -37,9 +35,10 @@ from blip2edge.model.checkpoint.directory import (
     save_checkpoint,
 )
 from blip2edge.model.config import QFormerConfig
-from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
+from blip2edge.model.retrieval import RetrievalModel
 from blip2edge.model.weights.rules import Rule, WeightMap, some, under
 from blip2edge.training.phases.stage1 import Stage1Model
+from blip2edge.training.setup.architecture import stage1_config
 
 STAGE1_FILE = "stage1.json"  # holds the temperature, which is in no other file
 EMBED_DIM = 256  # of picture and text vectors where they are newly initialised, as in LAVIS
@@ -251,18 +250,7 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
             f"expected a plain Q-Former with a draft in {directory}, found a bridge of kind {bridge.kind}",
             "give the output of train stage1",
         )
-    own: dict[str, Any] = {each.name: getattr(bridge, each.name) for each in fields(QFormerConfig)}
-    positions = draft.max_positions
-    text = InstructedQFormerConfig(**own, vocab_size=draft.vocab_size, instruction_positions=positions)
-    config = RetrievalConfig(
-        family="blip-2-itm",
-        vision=captioner.config.vision,
-        text=text,
-        embed_dim=EMBED_DIM,
-        max_positions=positions,
-        num_features=bridge.num_query_tokens,
-    )
-    model = Stage1Model(config, draft)
+    model = Stage1Model(stage1_config(captioner.config.vision, bridge, draft, EMBED_DIM), draft)
     draw_weights(model)
     model.vision.load_state_dict(captioner.vision.state_dict())
     qformer: Any = captioner.bridge.qformer
