@@ -34,9 +34,9 @@ from blip2edge.optimization.passes.integers import forget_ranges
 from blip2edge.optimization.recipes import Context, Recipe, cook, recipes_for
 from blip2edge.optimization.storage import SMALLEST, publish, scratch, settle
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.backends.base import Session, Settled
+from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.backends.open_graph import OneByOne
+from blip2edge.runtime.backends.open_graph import RowByRow
 from blip2edge.runtime.backends.openvino import OpenVinoSession
 from blip2edge.runtime.backends.optimized_copy import KIND, RECORD, OptimizedGraph, OptimizedRecord, installed
 from blip2edge.runtime.backends.probe import exact_processor
@@ -281,7 +281,7 @@ def _agreement(
 def _answers(work: _Work, name: str, path: Path, recipe: Recipe | None = None) -> probe.Answers:
     """What a graph says in ONNX Runtime, portable or (with its recipe) rewritten."""
     opened = OnnxRuntimeSession(
-        path, 1, settled=None if recipe is None else Settled(path.parent, recipe.layout)
+        path, 1, optimized=None if recipe is None else OptimizedFile(path.parent, recipe.layout)
     )
     return _asked(work, name, opened, one_by_one=recipe is not None and recipe.one_by_one)
 
@@ -289,7 +289,7 @@ def _answers(work: _Work, name: str, path: Path, recipe: Recipe | None = None) -
 def _asked(work: _Work, name: str, opened: Session, *, one_by_one: bool = False) -> probe.Answers:
     """What an opened graph says; it is closed."""
     try:
-        session = OneByOne(opened) if one_by_one else opened
+        session = RowByRow(opened) if one_by_one else opened
         manifest = work.bundle.manifest
         if name != DECODER:
             return probe.ask(session, probe.draw_inputs(work.bundle.graph(name).spec, work.seen))

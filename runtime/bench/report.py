@@ -1,4 +1,4 @@
-"""A measured bundle as a Markdown table and as a page with pictures that needs no other file."""
+"""Writes the report of ``bench`` as Markdown, and as one HTML page with charts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ UNITS = {
     "prompt": ("slots of the prompt", "CPU ms of reading it", "slots", "prefill_cpu_ms"),
     "caption": ("tokens of the caption", "CPU ms a token", "tokens", "decode_cpu_ms_per_token"),
 }
-"""Of a sweep: what the axes mean, and the keys of its rows."""
+"""For each sweep: labels of the x and y axes, and the keys of its rows for x and y."""
 
 
 def markdown(report: BenchReport) -> str:
-    """The stages as a table, and what else was measured below it."""
+    """The report as Markdown: the stages as a table, then single figures, then the sweeps."""
     lines = [
         "| stage | p50 ms | p90 ms | p99 ms | CPU ms | share of the roofline |",
         "|---|---:|---:|---:|---:|---:|",
@@ -35,28 +35,26 @@ def markdown(report: BenchReport) -> str:
 
 
 def facts(report: BenchReport) -> list[str]:
-    """Single figures, in words."""
-    roof = report.roofline
+    """Single figures, one sentence each."""
     found = [
         f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens a caption",
         (
             f"loaded in {report.start_s:.2f} s; {report.memory['peak'] / 1e6:.0f} MB at most while captioning, "
             f"{report.memory['resident'] / 1e6:.0f} MB after all sweeps, weights {report.memory['graphs'] / 1e6:.0f} MB"
         ),
-        (
-            f"one core: {roof['gigabytes_per_s']} GB/s read, {roof['gigaflops_fp32']} GFLOP/s in fp32, "
-            f"{roof['gigaops_int8']} GOP/s in int8"
-        ),
         f"{report.machine['processor']}, backend {report.machine['backend']}, "
         f"threads {report.machine['threads'] or 'all'}; "
         + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     ]
+    if roof := report.roofline:
+        speed = f"{roof['gigaflops_fp32']} GFLOP/s in fp32, {roof['gigaops_int8']} GOP/s in int8"
+        found.append(f"one core: {roof['gigabytes_per_s']} GB/s read, {speed}")
     found.append(f"graphs of the optimised copy: {', '.join(report.bundle['optimised']) or 'none'}")
     if report.energy is not None:
         found.append(f"{report.energy['joules_per_caption']:.2f} J a caption ({report.energy['source']})")
     if report.draft is not None:
         found.append(f"{report.draft['tokens_per_pass']:.2f} tokens a pass (draft: {report.draft['kind']})")
-    return found + [f"{what} is left out: {why}" for what, why in report.left_out.items()]
+    return found + [f"not measured: {what} ({why})" for what, why in report.left_out.items()]
 
 
 def _share(stage: StageTimes) -> str:
@@ -69,7 +67,7 @@ def _table(name: str, rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def page(report: BenchReport) -> str:
-    """The same with bars and curves, as HTML."""
+    """The report as an HTML page with bars and curves."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>blip2edge bench</title>",
         (
@@ -82,7 +80,8 @@ def page(report: BenchReport) -> str:
         "<h2>Where the time goes</h2>",
         _stage_table(report),
         _figure(
-            _bars(report), "Wall time (light, median), CPU time (dark), and the least it could be (red line)."
+            _bars(report),
+            "Median wall time (light), CPU time (dark), and the time at the roofline (red line).",
         ),
         "<h2>Growth</h2>",
     ]
@@ -109,7 +108,7 @@ def _figure(picture: str, caption: str) -> str:
 
 
 def _bars(report: BenchReport) -> str:
-    """A pair of bars a stage, and a line where its roofline is."""
+    """Two bars for each stage (wall time, CPU time), and a line at its time at the roofline."""
     stages = {name: stage for name, stage in report.stages.items() if name != "total"}
     longest = max(max(stage.ms["p50"], stage.cpu_ms) for stage in stages.values()) or 1.0
     scale = (WIDTH - LEFT - 90) / longest
@@ -135,7 +134,7 @@ def _bars(report: BenchReport) -> str:
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> str:
-    """A line through points, from zero on."""
+    """A line through points ``(x, y)``; both axes start at zero."""
     height, bottom = 180, 150
     most_x = max(x for x, _ in points) or 1.0
     most_y = max(y for _, y in points) or 1.0

@@ -17,7 +17,7 @@ from typing import Any
 
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
-from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageError
+from blip2edge.errors import Blip2EdgeError, BundleError, UsageError
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.complete import CaptionResult, Completer, caption_result
@@ -49,12 +49,6 @@ class Captioner:
                 f"{bundle.path} compares pictures with texts and captions none",
                 "use blip2edge match or blip2edge embed",
             )
-        if manifest.precision == "bf16" and backend in ("auto", "cpu"):
-            raise BackendError(
-                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
-                "export with --precision fp32 or fp16",
-            )
-
         session = self.graphs = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKENIZER_FILE, VISION
-from blip2edge.errors import BackendError, BundleError, PromptError, UsageError
+from blip2edge.errors import BundleError, PromptError, UsageError
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.images.preprocess import ImageSource, Preprocessing
@@ -66,12 +66,6 @@ class Matcher:
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
                 f"use blip2edge {'ask' if required else 'caption'}",
             )
-        if manifest.precision == "bf16" and backend in ("auto", "cpu"):
-            raise BackendError(
-                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
-                "export with --precision fp32 or fp16",
-            )
-
         session = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
         self.preprocessing = Preprocessing.from_json(manifest.preprocessing)

@@ -25,7 +25,7 @@ from blip2edge.engine.constant_shape import (
     to_constant_shape,
 )
 from blip2edge.errors import BackendError, EngineError
-from blip2edge.runtime.backends.base import Settled, open_session
+from blip2edge.runtime.backends.base import OptimizedFile, open_session
 from blip2edge.runtime.backends.onnxruntime_cpu import open_graph
 from blip2edge.runtime.decoding.kv.fixed import HostSlots, SlotDecoder
 from blip2edge.runtime.decoding.kv.growing import Decoder
@@ -51,7 +51,7 @@ def decoders(path: Path, directory: Path, most_rows: int = 16) -> tuple[Decoder,
     assert cache is not None
     grows: Any = load_language_model(bundle, lambda name: open_session(bundle.file(f"{name}.onnx"), "cpu", 1))
     written = save_constant_shape(bundle.file(spec.file), cache, directory / "constant.onnx")
-    session = open_graph(written, 1, Settled(bundle.path))
+    session = open_graph(written, 1, OptimizedFile(bundle.path))
     decoder: Decoder = grows.decoder
 
     def open_cache(batch: int, context: Any) -> HostSlots:
