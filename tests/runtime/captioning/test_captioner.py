@@ -325,7 +325,9 @@ def test_bf16_is_refused_with_the_reason(backend: str, copy: Path) -> None:
     reseal(copy, precision="bf16")
     reason = "no CPU kernels" if backend in ("auto", "cpu") else "NumPy has no bfloat16"
     hint = "use --backend openvino, or export with --precision fp32 or fp16"
-    with pytest.raises(BackendError, match=rf"bf16, which the backend \S+ does not run: .*{reason}.*; {hint}"):
+    with pytest.raises(
+        BackendError, match=rf"bf16, which the backend \S+ does not run: .*{reason}.*; {hint}"
+    ):
         Captioner.load(copy, backend=backend)
 
 
