@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import CHECKPOINT, parser_of, write_json
 
 from blip2edge import __version__
 from blip2edge.cli import main as command_line
@@ -34,8 +35,6 @@ TRAINED_ON = {
     "filtered": "after: what CapFilt made of it",
 }
 SIZES = ("web", "clean", "share", "steps", "captioner_steps", "scenes")
-ROOT = Path(__file__).parents[1]
-CHECKPOINT = ROOT / "examples" / "checkpoint"  # gives the frozen picture encoder and language model
 WEB_SERIES, CLEAN_SERIES = 31, 32  # of scenes; neither trained that checkpoint
 RECIPE = """
 seed = {seed}
@@ -191,9 +190,7 @@ def filtering(kept: Path, web: list[str], right: list[str]) -> dict[str, Any]:
 
 def parsed() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="directory for data and checkpoints")
     parser.add_argument("--write", type=Path, help="write the figures as JSON")
     parser.add_argument("--web", type=int, default=1000, help="web pictures (1000)")
@@ -244,10 +241,8 @@ def main() -> None:
         "blip2edge": __version__,
         "seed": options.seed,
     }
-    text = json.dumps(result, indent=2)
-    if options.write is not None:
-        options.write.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write_json(options.write, result)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ stays at Q8_0, as llama.cpp's own quantiser leaves it where its rows are no mult
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants
+from reporting import parser_of
 
 TABLE = "token_embd.weight"
 FORMATS = {
@@ -52,9 +52,7 @@ def write(source: GGUFReader, out: Path, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

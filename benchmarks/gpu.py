@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import PIL.Image
 import torch
 from export_memory import write_checkpoint
 from peers import SHAPE
+from reporting import parser_of, write_json
 
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER
@@ -186,9 +186,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Parses the command line and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint; left out: random weights")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--tokens", type=int, default=30)
@@ -207,9 +205,7 @@ def main() -> int:
         )
     for name, reason in result["not_run"].items():
         print(f"{name:24} not run: {reason}")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.json, result)
     return 0
 
 

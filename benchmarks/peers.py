@@ -13,22 +13,18 @@ made of ``DIR/bundle`` by ``blip2edge calibrate`` and ``blip2edge optimize``.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from race import machine
 from random_checkpoint import write_checkpoint
+from reporting import command, machine, named_path, parser_of, python, write_json
 
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
@@ -179,9 +175,7 @@ def race(contestants: list[Contestant], rounds: int) -> tuple[dict[str, list[flo
 
 def main() -> None:
     """Makes the checkpoint, exports it, and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -190,7 +184,7 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, required=True, help="checkpoint and bundle, made where absent (3 GB)"
     )
-    parser.add_argument("--bundle", type=_named, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--bundle", type=named_path, action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (1)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -218,11 +212,6 @@ def main() -> None:
     report(seconds, same, {name: rows[1:] for name, rows in stages.items()}, options)
 
 
-def _named(text: str) -> tuple[str, Path]:
-    name, _, path = text.partition("=")
-    return name, Path(path)
-
-
 def report(
     seconds: dict[str, list[float]],
     same: dict[str, float],
@@ -240,8 +229,6 @@ def report(
         name: {stage: round(statistics.median(run[stage] for run in runs), 1) for stage in runs[0]}
         for name, runs in stages.items()
     }
-    packages = ("torch", "transformers", "onnxruntime", "numpy")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     where = machine()
     print(
         f"{where['cpu']}, one thread, {options.tokens} tokens, batch {options.batch}, {options.rounds} rounds\n"
@@ -251,9 +238,9 @@ def report(
         print(f"| {row['name']} | {row['cpu_seconds']:.3f} | {row['speedup']:.2f} | {row['same_ids']:.0%} |")
     if options.json:
         document = {
-            "command": "python benchmarks/peers.py " + " ".join(sys.argv[1:]),
+            "command": command(),
             "machine": where,
-            "versions": versions,
+            "versions": python("torch", "transformers", "onnxruntime", "numpy"),
             "shape": SHAPE,
             "tokens": options.tokens,
             "batch": options.batch,
@@ -261,7 +248,7 @@ def report(
             "results": rows,
             "stages_ms": medians,
         }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(options.json, document)
 
 
 if __name__ == "__main__":

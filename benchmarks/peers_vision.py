@@ -7,16 +7,14 @@ Both are bundles, INT8 made by ``blip2edge calibrate``: the same symmetric Q/DQ 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from race import Contestant, race, table, versions, write
+from race import Contestant, race, table, versions
+from reporting import parser_of, write_result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("fp32", type=Path)
     parser.add_argument("int8", type=Path)
     parser.add_argument("--openvino-python", help="an interpreter whose environment has openvino")
@@ -42,7 +40,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['name']:40s} {row['run']['cpu_ms']:8.1f} ms  {row['run']['times']:.2f}")
     packages = ("onnxruntime", "openvino", "numpy")
-    write(options.json, versions=versions(contestants, packages), rounds=seconds, results=rows)
+    write_result(options.json, versions=versions(contestants, packages), rounds=seconds, results=rows)
 
 
 if __name__ == "__main__":

@@ -15,30 +15,26 @@ scales that put the largest value on the largest integer: the same blocks, the s
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from race import cpu_model
+from reporting import machine, parser_of, versions, write_json
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.calibration.activations.quantize import CalibrationContext
 from blip2edge.calibration.batches import Feeds
+from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import quantize_weights
@@ -96,12 +92,12 @@ def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, "float32")
     for given in inputs(bundle, table, rows):
         feeds.add(DECODER, given)
-    job = CalibrationContext(bundle, folder, feeds, "smooth", 1, lambda *_: None, print, "")
-    made = quantize_weights(job, bundle.graph(DECODER), bits)
+    context = CalibrationContext(bundle, folder, feeds, "smooth", 1, lambda *_: None, print, "")
+    graph = quantize_weights(context, bundle.graph(DECODER), bits)
     shutil.rmtree(folder / "feeds")
     if not (folder / EMBEDDINGS_FILE).exists():
         shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
-    errors = [(matrix.error, matrix.plain_error) for matrix in made.summary.matrices.values()]
+    errors = [(matrix.error, matrix.plain_error) for matrix in graph.summary.matrices.values()]
     ours, plain = (float(np.mean([pair[at] for pair in errors if pair[at] is not None])) for at in (0, 1))
     return {"matrices": len(errors), "mean_error": ours, "mean_error_plain": plain}
 
@@ -152,7 +148,7 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path, help="in fp32")
     parser.add_argument("--texts", type=Path, required=True, help="what benchmarks/texts.py wrote")
     parser.add_argument("--tokens", type=int, default=20480, help="of the evaluation, at least")
@@ -175,12 +171,10 @@ def main() -> None:
         document |= {
             "command": "python benchmarks/perplexity.py BUNDLE --texts TEXTS",
             "machine": {
-                "cpu": cpu_model(),
-                "system": platform.platform(),
+                **machine(),
                 "threads": 1,
-                "cores": os.cpu_count(),
             },
-            "versions": {name: version(name) for name in ("onnxruntime", "onnx", "onnx_ir", "numpy")},
+            "versions": versions("onnxruntime", "onnx", "onnx_ir", "numpy"),
             "texts_sha256": {
                 part: hashlib.sha256(path.read_bytes()).hexdigest() for part, path in texts.items()
             },
@@ -188,8 +182,7 @@ def main() -> None:
             "calibration_tokens": calibration.size,
             "summary": summary(document["results"]),
         }
-        if options.json:
-            options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, document)
     print(document["summary"])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -104,20 +103,6 @@ def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[st
     return rows
 
 
-def cpu_model() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def machine() -> dict[str, Any]:
-    """Where a race was run."""
-    return {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
-
-
 def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """The versions of some packages in each environment that takes part."""
     code = (
@@ -132,12 +117,3 @@ def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[s
         ).stdout
         found[f"environment {number + 1}"] = json.loads(out)
     return found
-
-
-def write(path: Path | None, **document: Any) -> None:
-    """The JSON of a race, with the command that made it."""
-    if path is not None:
-        command = "python " + " ".join(
-            [Path(sys.argv[0]).name and f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-        )
-        path.write_text(json.dumps({"command": command, "machine": machine(), **document}, indent=2) + "\n")

@@ -8,13 +8,13 @@ The other graphs are taken as they are.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
+from reporting import parser_of
 
 from blip2edge.bundle.manifest import Bundle, FileRecord
 from blip2edge.bundle.schema import DECODER
@@ -29,9 +29,7 @@ BITS = {"int8": 8, "int4": 4}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", choices=BITS, required=True)

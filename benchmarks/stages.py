@@ -22,11 +22,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from reporting import RESULTS, ROOT, write_json
 
 from blip2edge.training.run import train
 
-ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "stages.json"
+RESULT = RESULTS / "stages.json"
 PICTURE = ROOT / "docs" / "stages.png"
 SHARE = 3  # one step in three is of stage 1
 BLOCK = "hidden_size = 128\nintermediate_size = 512\nnum_layers = 4\nnum_heads = 4\n"
@@ -111,8 +111,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"processor": platform.processor() or platform.machine(), "threads": 1},
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULT, result)
     draw(runs)
 
 

@@ -10,7 +10,6 @@ processes of their own.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import resource
@@ -21,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from race import ONE_THREAD, write
+from race import ONE_THREAD
+from reporting import parser_of, write_result
 
 from blip2edge.runtime.bench.measure import Bench
 from blip2edge.runtime.bench.meters import resident_bytes
@@ -86,9 +86,7 @@ def text_starts(language: str, gguf: str, llama_python: str, starts: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--captions", type=int, default=10000)
@@ -123,7 +121,7 @@ def main() -> None:
     } | ({"text": text} if text else {})
     for name, value in results.items():
         print(name, value)
-    write(options.json, captions=options.captions, results=results)
+    write_result(options.json, captions=options.captions, results=results)
 
 
 if __name__ == "__main__":

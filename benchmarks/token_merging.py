@@ -11,7 +11,6 @@ Each bundle has its optimised copy; contestants run in turn, one thread each, by
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,8 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from race import Contestant, race, table, versions, write
+from race import Contestant, race, table, versions
 from random_checkpoint import published, shrunk, write_checkpoint
+from reporting import CHECKPOINT, parser_of, write_result
 
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.export.pipeline import export_checkpoint
@@ -28,7 +28,6 @@ from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.evaluation.evaluate import evaluate_scenes
 
-ROOT = Path(__file__).parent.parent
 VIT_B = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -45,7 +44,7 @@ ROUNDS = {MINIATURE: 150, LARGE: 15}
 def checkpoint_of(model: str, folder: Path) -> Path:
     """What is exported."""
     if model == MINIATURE:
-        return ROOT / "examples" / "checkpoint"
+        return CHECKPOINT
     path = folder / "checkpoint"
     if not path.exists():
         config = shrunk(published("blip2-opt-2.7b"))
@@ -107,9 +106,7 @@ def timed(model: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--prepare", action="store_true")
@@ -128,7 +125,9 @@ def main() -> None:
         for row in results[MINIATURE]:
             row |= scores[str(row["merge_tokens"])]
         known = versions([Contestant("", "", "")], ("torch", "onnx", "onnxruntime", "numpy"))
-        write(options.json, heldout_scenes=options.count, rounds=ROUNDS, versions=known, results=results)
+        write_result(
+            options.json, heldout_scenes=options.count, rounds=ROUNDS, versions=known, results=results
+        )
     for model, rows in results.items():
         for row in rows:
             print(f"{model:10} R = {row['merge_tokens']:2}  {row['run']['cpu_ms']:8.2f} ms  {row}")

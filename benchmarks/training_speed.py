@@ -11,17 +11,13 @@ ViT-B/16 at 224 pixels with the 12-layer Q-Former of 32 queries and OPT-125m.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peers import SHAPE, cpu_model
+from peers import SHAPE
 from PIL import Image
+from reporting import command, machine, parser_of, python, write_json
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
@@ -228,9 +225,7 @@ def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--rounds", type=int, default=5, help="of the large shape; the small one has ten times as many"
     )
@@ -247,20 +242,14 @@ def main() -> None:
         for row in rows:
             print(f"| {row['name']} | {row['cpu_seconds']:.3f} | {row['ratio']:.2f} |")
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "numpy")
         document = {
-            "command": "python benchmarks/training_speed.py " + " ".join(sys.argv[1:]),
-            "machine": {
-                "cpu": cpu_model(),
-                "cores": os.cpu_count(),
-                "system": platform.platform(),
-                "threads": 1,
-            },
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "command": command(),
+            "machine": {**machine(), "threads": 1},
+            "versions": python("torch", "transformers", "accelerate", "numpy"),
             "caption_tokens": WORDS,
             "shapes": results,
         }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(options.json, document)
 
 
 if __name__ == "__main__":
