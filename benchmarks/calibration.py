@@ -1,9 +1,9 @@
-"""What calibrating costs and gives: ``python benchmarks/calibration.py memory``, and ``race``.
+"""Cost and result of a calibration: ``python benchmarks/calibration.py memory``, and ``race``.
 
-For the memory, the checkpoint that ships is calibrated on 50 and on 500 scenes, each time in a process of its own whose
-anonymous memory is sampled. For the race, a ViT-B/16 with random weights runs at 224 pixels in turn (A B C A B C ...)
-in one process on one thread, by process CPU time: fp32, the INT8 file that TensorRT takes, and that file as
-``optimize`` rewrites it for the CPU.
+``memory`` calibrates the example checkpoint on 50 and on 500 scenes, each time in its own process, whose anonymous
+memory is sampled. ``race`` compares three graphs of a ViT-B/16 with random weights at 224 pixels: fp32, the INT8 file
+that TensorRT takes, and that file as ``optimize`` rewrites it for the CPU. They run in turn (A B C A B C ...) in one
+process on one thread, by process CPU time.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""CapFilt on scenes with planted wrong captions: a captioner trained before, and after.
+"""CapFilt on scenes with planted wrong captions: scores of a captioner trained without it and with it.
 
     python benchmarks/capfilt_scenes.py --work DIR --write benchmarks/results/capfilt-scenes.json
 
-Web pictures are scenes of which a share has a wrong caption: half of those another scene's, half the right one with
-one thing of it replaced. A small clean set plays the part that COCO has in BLIP: a captioner trained on it (stage 2)
-writes the synthetic captions. The matching head that filters is trained on right captions of other scenes (stage 1).
-Then captioners are trained on the web as it is and on what CapFilt made of it, with the same frozen parts, recipe and
-number of steps. Scores are those of `eval` on held-out scenes. Everything goes through the commands that users call.
+The web pictures are scenes, a share of which have a wrong caption: half of these are another scene's caption, half the
+right one with one object changed. A captioner trained on a small clean set (stage 2; COCO in BLIP) writes the synthetic
+captions. The matching head that filters is trained on right captions of other scenes (stage 1). Then one captioner is
+trained on the web captions and one on CapFilt's output, with the same frozen parts, recipe and number of steps. The
+scores are those of `eval` on held-out scenes. Every step uses the public commands.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What INT8 and INT4 cost the demo's captions: ``python benchmarks/demo_precision.py``.
+"""The error of INT8 and INT4 on the demo's captions: ``python benchmarks/demo_precision.py``.
 
-Exports the checkpoint that ships, calibrates it on scenes of the training split, and captions 1,000 scenes of object
-pairs that neither training nor calibration ever showed, with the portable graphs.
+Exports the example checkpoint, calibrates it on scenes of the training split, and captions 1,000 scenes with pairs of
+objects that neither training nor calibration used. It runs the portable graphs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How much memory an export takes at true size: ``python benchmarks/export_memory.py blip2-opt-2.7b``.
+"""Memory of an export at full size: ``python benchmarks/export_memory.py blip2-opt-2.7b``.
 
-Writes a checkpoint of the named size with random fp16 weights (shard by shard, itself in little memory), exports
-it in a process of its own, and samples RssAnon + RssShmem over that process and its children. ``--depth 0.5`` halves
-every stack, to show that the need does not grow with the model.
+Writes a checkpoint of the named size with random fp16 weights (one shard at a time, in little memory), exports it in
+its own process, and samples RssAnon + RssShmem of that process and its children. ``--depth 0.5`` halves every stack of
+layers, to show that the memory does not grow with the model.
 """
 
 from __future__ import annotations

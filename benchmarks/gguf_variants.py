@@ -1,9 +1,9 @@
-"""GGUF files of one model in other formats, with llama.cpp's own rounding (its ``gguf`` package).
+"""Writes a GGUF file in other formats, with llama.cpp's own rounding (its ``gguf`` package).
 
     python benchmarks/gguf_variants.py SOURCE.gguf --out DIR
 
-Writes ``Q8_0.gguf`` (every matrix) and ``Q4_0.gguf`` (every matrix but the token table, which is also the head and
-stays at Q8_0, as llama.cpp's own quantiser leaves it where its rows are no multiple of 256). Needs
+Writes ``Q8_0.gguf`` (every matrix) and ``Q4_0.gguf`` (every matrix but the token table, which is also the head). The
+table stays at Q8_0, as in llama.cpp's own quantizer where the row size is no multiple of 256. Needs
 ``pip install gguf``.
 """
 

@@ -1,15 +1,15 @@
-"""Parity and speed on an NVIDIA GPU, in one command. It was never run on a GPU yet: its figures are nobody's so far.
+"""Parity and speed on an NVIDIA GPU. This script has not been run on a GPU yet, so there are no results.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json             # random weights, ViT-B + OPT-125m, fp16
     python benchmarks/gpu.py --checkpoint DIR --backends cuda tensorrt      # your own
 
-1. The checkpoint is exported in fp16, and engines are built where TensorRT is there.
-2. Every backend captions the same picture; its tokens are compared with the CPU backend's of the fp32 bundle, token by
-   token up to the first difference.
-3. transformers in fp16, eager and compiled, and every backend caption in turn (A B C A B C …). Milliseconds come from
-   CUDA events around the whole caption; medians and ratios round by round.
-4. Beside tokens/s stands the share of the GPU's bandwidth: bytes of the decoder's weights and of the cache read a
-   token, over what a copy on this GPU reaches.
+1. Exports the checkpoint in fp16, and builds engines where TensorRT is installed.
+2. Captions the same picture with every backend, and compares the tokens with those of the CPU backend on the fp32
+   bundle, up to the first difference.
+3. Captions in turn (A B C A B C …) with transformers in fp16, eager and compiled, and with every backend. Milliseconds
+   come from CUDA events around the whole caption; results are medians, and ratios within each round.
+4. Computes the share of the GPU's bandwidth: bytes of the decoder's weights and cache that each token reads, over the
+   bandwidth of a copy on this GPU.
 """
 
 from __future__ import annotations

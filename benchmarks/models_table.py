@@ -1,7 +1,7 @@
 """Writes ``docs/models.md``: ``python benchmarks/models_table.py --write docs/models.md`` (or ``make docs``).
 
-The rows come from the registries (families, bridges, language models), the figures from the configurations of
-published checkpoints in ``benchmarks/configs`` built without weights, the precisions from
+The rows come from the registries (families, bridges, language models). The sizes come from configurations of published
+checkpoints in ``benchmarks/configs``, built without weights. The precisions come from
 ``benchmarks/results/parity.json`` (``python benchmarks/parity.py``), the notes from ``benchmarks/models_notes.md``.
 """
 

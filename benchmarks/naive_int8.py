@@ -1,8 +1,9 @@
-"""INT8 done naively against ours, where it matters: ``python benchmarks/naive_int8.py``.
+"""INT8 by ONNX Runtime's tool compared with each method of ``calibrate``: ``python benchmarks/naive_int8.py``.
 
-The checkpoint that ships gets outlier channels and massive-activation tokens (``planted.py``), is exported, and its
-vision encoder is quantised by ONNX Runtime's own tool with MinMax a tensor, and by each method of ``calibrate``. The
-table shows the cosine of the encoder's output to fp32 and the captions on scenes that no calibration saw.
+Outlier channels and massive-activation tokens are planted into the example checkpoint (``planted.py``). It is exported,
+and its vision encoder is quantized by ONNX Runtime's ``quantize_static`` with MinMax per tensor, and by each method of
+``calibrate``. The table shows the cosine of the encoder's output to fp32, and the captions of scenes that were not used
+for calibration.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The same weights, picture and lengths through transformers, plain ONNX Runtime and blip2edge, in one run.
+"""Captions with transformers, plain ONNX Runtime and blip2edge: the same weights, picture and lengths, in one run.
 
     python benchmarks/peers.py --keep DIR --compile --json benchmarks/results/peers-cpu.json
     python benchmarks/peers.py --keep DIR --bundle INT8=DIR8 --bundle INT8+INT4=DIR4 --json …
     python benchmarks/peers.py --keep DIR --batch 8 --json …
 
-One process, one thread, the contestants in turn (A B C A B C …), process CPU time, medians of the rounds and ratios
-round by round: a shared machine drifts, and what stands beside each other drifts together. The captioner has random
-weights in the shape of ViT-B/16 at 224 pixels, a 12-layer Q-Former of 32 queries and OPT-125m. Further bundles are
-made of ``DIR/bundle`` by ``blip2edge calibrate`` and ``blip2edge optimize``.
+All contestants run in one process on one thread, in turn (A B C A B C …), by process CPU time. Results are medians,
+and ratios within each round, because the speed of a shared machine drifts. The captioner has random weights in the
+shape of ViT-B/16 at 224 pixels, a 12-layer Q-Former of 32 queries and OPT-125m. The other bundles are made from
+``DIR/bundle`` by ``blip2edge calibrate`` and ``blip2edge optimize``.
 """
 
 from __future__ import annotations

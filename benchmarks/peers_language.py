@@ -1,11 +1,11 @@
-"""A language model's decoder against transformers, optimum-onnx and llama.cpp, on the same weights.
+"""The decoder of a language model in blip2edge, transformers, optimum-onnx and llama.cpp, with the same weights.
 
     python benchmarks/peers_language.py --bundle fp32=BUNDLE --bundle int8=BUNDLE8 --eager SMOLLM2
         --gguf Q8_0=FILE --llama-python VENV/bin/python --json FILE
 
-Bundles are of ``benchmarks/smollm2_captioner.py``, calibrated with ``--weights int8`` or ``int4``; the GGUF files that
-``benchmarks/gguf_variants.py`` makes hold the same weights, from the file that ``benchmarks/smollm2.py`` fetches.
-Prefill is ``--prompt`` tokens, decoding ``--tokens`` behind them.
+The bundles come from ``benchmarks/smollm2_captioner.py``, calibrated with ``--weights int8`` or ``int4``. The GGUF
+files of ``benchmarks/gguf_variants.py`` have the same weights, from the file that ``benchmarks/smollm2.py`` fetches.
+Measures the prefill of ``--prompt`` tokens, and the decoding of ``--tokens`` more.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A vision encoder in fp32 and INT8: ONNX Runtime as it comes, OpenVINO, and as blip2edge runs it.
+"""A vision encoder in fp32 and INT8, in ONNX Runtime with default options, OpenVINO and blip2edge.
 
     python benchmarks/peers_vision.py FP32 INT8 --openvino-python VENV/bin/python --json FILE
 
-Both are bundles, INT8 made by ``blip2edge calibrate``: the same symmetric Q/DQ file that TensorRT takes.
+Both arguments are bundles. ``blip2edge calibrate`` made the INT8 one: the symmetric Q/DQ file that TensorRT takes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What INT8 and INT4 weights cost a real language model: perplexity against fp32 and against plain rounding.
+"""Perplexity of a real language model with INT8 and INT4 weights, against fp32 and against rounding to nearest.
 
     python benchmarks/smollm2.py --out SMOLLM2
     python benchmarks/smollm2_captioner.py SMOLLM2 --out CHECKPOINT
@@ -6,11 +6,11 @@
     python benchmarks/texts.py --out TEXTS
     python benchmarks/perplexity.py BUNDLE --texts TEXTS --json benchmarks/results/perplexity.json
 
-The decoder of a bundle and its token table go through the code of `blip2edge calibrate --weights`, with windows of
-``calibration.txt`` in the place of captions. Perplexity is that of windows of ``evaluation.txt``, whose documents are
-others; the first token of a window is not scored. ONNX Runtime runs the graphs as it loads them: it fuses the blocks
-to MatMulNBits, which rounds activations to eight bits a block too. "plain" rounds every matrix to the nearest, with
-scales that put the largest value on the largest integer: the same blocks, the same file size.
+The decoder of a bundle and its token table are quantized by the code of `blip2edge calibrate --weights`, with windows
+of ``calibration.txt`` instead of captions. Perplexity is measured on windows of ``evaluation.txt``, which has other
+documents; the first token of a window is not scored. ONNX Runtime fuses the blocks into MatMulNBits, which also rounds
+activations to eight bits per block. "plain" rounds every matrix to nearest, with scales that map the largest value to
+the largest integer, in the same blocks and the same file size.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The perplexity of llama.cpp's formats, on the windows of ``benchmarks/perplexity.py``.
+"""Perplexity of llama.cpp's formats, on the windows of ``benchmarks/perplexity.py``.
 
     python benchmarks/gguf_variants.py SOURCE.gguf --out GGUF
     python benchmarks/perplexity_gguf.py BUNDLE --texts TEXTS --gguf Q8_0=GGUF/Q8_0.gguf --gguf Q4_0=GGUF/Q4_0.gguf
 
-transformers reads each file (``pip install gguf``) and computes in float32 with the weights as they were rounded: the
-best that the format can do, as llama.cpp rounds activations too. The bundle lends its tokenizer.
+transformers reads each file (``pip install gguf``) and computes in float32 with the rounded weights. This is the best
+result of a format, because llama.cpp also rounds activations. The tokenizer is the bundle's.
 """
 
 from __future__ import annotations

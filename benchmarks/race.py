@@ -1,7 +1,7 @@
-"""Races of contestants in processes of their own: in turn, one thread each, by process CPU time, ratios by round.
+"""Measures contestants in turn, each in its own process on one thread, by process CPU time.
 
-What stands beside each other in a round met the same machine, so that the median of the rounds' ratios says more than
-the ratio of two medians.
+Ratios are taken within each round: contestants of a round run under the same load of the machine. The median of these
+ratios is more reliable than the ratio of two medians.
 """
 
 from __future__ import annotations

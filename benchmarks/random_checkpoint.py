@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, of any family: at true size in little memory, or shrunk to a few layers.
+"""Writes checkpoints with random weights, of any family: at full size in little memory, or shrunk to a few layers.
 
 A configuration is the ``config.json`` of a published checkpoint, as in ``benchmarks/configs``.
 """

@@ -1,8 +1,8 @@
-"""What ``watch --reuse-below`` saves and what it costs: ``python benchmarks/reuse.py --json FILE``.
+"""Time saved and captions changed by ``watch --reuse-below``: ``python benchmarks/reuse.py --json FILE``.
 
-A film of generated scenes before a camera with noise: each scene stands still, then one of its objects takes another
-colour, then the picture fades into the next scene. The checkpoint that ships captions every frame, with each limit; the
-words are compared with those of encoding every frame.
+The video is made of generated scenes with camera noise: each scene stands still, then one of its objects changes its
+colour, then the picture fades into the next scene. The example checkpoint captions every frame with each limit. The
+captions are compared with those of a run that encodes every frame.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A bundle whose decoder has its weights rounded to the nearest in blocks, without pictures: to measure speed alone.
+"""Writes a bundle with the decoder's weights rounded to nearest in blocks, without pictures, to measure speed alone.
 
     python benchmarks/rounded.py BUNDLE --out BUNDLE4 --weights int4
 
-Bytes and kernels are those of ``blip2edge calibrate --weights``; quality is not, which random weights have none of.
-The other graphs are taken as they are.
+Size and kernels are those of ``blip2edge calibrate --weights``. The quality is not, which does not matter for random
+weights. The other graphs are copied.
 """
 
 from __future__ import annotations

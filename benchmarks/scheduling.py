@@ -1,16 +1,17 @@
-"""What the scheduler brings: vision beside words, and pictures that come as they like.
+"""The gain of the scheduler: vision overlapped with decoding, and continuous batching of random arrivals.
 
     python benchmarks/scheduling.py --json benchmarks/results/scheduling.json --trace docs/overlap.svg
 
-1. *Overlap*: a row of pictures one by one on all cores, and the same through the scheduler with one decoding row: once
-   with half of the cores for each, so that the next picture is encoded beside the words of this one, and once with all
-   cores for both, which then work in turn. Wall time one after the other (A B C A B C), same results.
-2. *Arrivals*: pictures come at random (a Poisson process) and want captions of mixed lengths. For one by one and for
-   continuous batching, the highest rate of arrivals at which 99 % of the captions are there within a bound. Both get
-   the same arrivals.
+1. *Overlap*: captions several pictures one by one on all cores, and through the scheduler with one decoding row. The
+   scheduler runs with half of the cores for each thread, so that the next picture is encoded while this one is
+   decoded, and with all cores for both threads, which then work in turn. Wall time, in turn (A B C A B C); the
+   captions are equal.
+2. *Arrivals*: pictures arrive at random (a Poisson process) and need captions of mixed lengths. Finds the highest rate
+   of arrivals at which 99 % of the captions are ready within a time limit, one by one and with continuous batching.
+   Both get the same arrivals.
 
-The captioner has random weights in the shape of `benchmarks/peers.py`. All cores are used: wall time is what counts
-here, so the machine should have nothing else to do; its load is written down.
+The captioner has random weights in the shape of `benchmarks/peers.py`. It uses all cores and measures wall time, so the
+machine should do nothing else; its load is recorded.
 """
 
 from __future__ import annotations

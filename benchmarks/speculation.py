@@ -1,10 +1,10 @@
-"""What reading ahead saves: the same bundle with and without its draft, on held-out pictures, in one run.
+"""The gain of speculative decoding: the same bundle with and without its draft model, on held-out pictures, in one run.
 
     python benchmarks/speculation.py smollm2=BUNDLE miniature=BUNDLE --json benchmarks/results/speculation.json
 
-The contestants caption the same picture one after the other, in turning order, on one thread. Seconds are process CPU
-time of the whole caption, from the picture to its text, the draft's cost within it. The texts must be equal token for
-token, or nothing is written. "always" is the bridge's text head used at every step, whether it pays or not.
+The contestants caption the same picture one after the other, in rotating order, on one thread. Seconds are process CPU
+time of the whole caption, from the picture to its text, including the draft model. If the texts are not equal token for
+token, nothing is written. "always" uses the bridge's text head at every step, whether it saves time or not.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Starting and staying: seconds to load a bundle and to its first word, and memory over many captions.
+"""Start-up time and memory: seconds to load a bundle and to the first word, and memory over many captions.
 
     python benchmarks/startup.py BUNDLE PICTURE --captions 10000 --json FILE
     python benchmarks/startup.py … --language SMOLLM2_8 --gguf Q8_0.gguf --llama-python VENV/bin/python
 
-Wall and CPU seconds, the least of some starts: a busy machine stretches the first and hardly the second. With
-``--language``, a text prompt's first token from a bundle's language model and from llama.cpp, in turn (A B A B), in
-processes of their own.
+Wall and CPU seconds are the least of several starts; a busy machine increases wall time and hardly CPU time. With
+``--language``, also measures a text prompt's first token with a bundle's language model and with llama.cpp, in turn
+(A B A B), each in its own process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How fast one core multiplies rows by weights that no cache holds: product or convolution, pages small or huge.
+"""How fast one core multiplies rows by weights larger than its caches: product or convolution, small or huge pages.
 
     python benchmarks/streaming.py --json benchmarks/results/streaming.json
 
 A graph multiplies the same rows by 30 matrices, 283 MB in all, one after the other, as a decoder does. Each combination
-is loaded in turn, in every round anew; the least process CPU time of its runs counts, and the median of the rounds.
+is loaded in turn, again in every round. The result is the least process CPU time of its runs, median over rounds.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/tables.py README.md docs/speed.md [--check]
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a key of :data:`TABLES`. What a page says
-so comes from a file that a run wrote. A table whose file is absent is left as it is; ``--check`` writes nothing and
-fails where a page would change.
+A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a key of :data:`TABLES`. So its numbers
+come from a file that a benchmark wrote. A table whose file is missing is not changed. ``--check`` writes nothing, and
+fails if a page would change.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What merging patches saves and costs.
+"""Time saved and captions changed by token merging.
 
     python benchmarks/token_merging.py --json benchmarks/results/token-merging.json
 
-The checkpoint that ships, exported with ``--merge-tokens R``: captions of 1,000 scenes of object pairs that no training
-phase showed, and the CPU time of its vision encoder. A ViT-B/16 at 224 pixels with random weights: its CPU time alone.
-Each bundle has its optimised copy; contestants run in turn, one thread each, by process CPU time.
+The example checkpoint is exported with ``--merge-tokens R``: captions of 1,000 scenes with pairs of objects that no
+training phase used, and the CPU time of its vision encoder. For a ViT-B/16 at 224 pixels with random weights, only the
+CPU time. Each bundle has its optimized copy. The contestants run in turn, on one thread each, by process CPU time.
 
-``--keep DIR`` keeps the bundles and scores and takes those that are there; ``--prepare`` ends before anything is timed.
+``--keep DIR`` keeps the bundles and scores, and uses those that exist; ``--prepare`` ends before the measurements.
 """
 
 from __future__ import annotations

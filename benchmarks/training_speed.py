@@ -1,12 +1,12 @@
-"""A step of stage 2 by this project's loop, and the same maths written with transformers' modules, in one run.
+"""A step of stage 2 in this project's loop, and the same computation with transformers' modules, in one run.
 
     python benchmarks/training_speed.py --json benchmarks/results/training-speed.json
 
-One process, one thread, the contestants in turn (A B C A B C …), process CPU time, medians of the rounds and ratios
-round by round. Random weights, no dropout; transformers' step has torch's AdamW as it comes.
-transformers' pictures are opened and prepared beforehand; this project's loop opens, prepares and logs as it does in a
-run. In the last contestant the features of all pictures are in the cache on disk. Two shapes: the miniature's, and
-ViT-B/16 at 224 pixels with the 12-layer Q-Former of 32 queries and OPT-125m.
+All contestants run in one process on one thread, in turn (A B C A B C …), by process CPU time. Results are medians, and
+ratios within each round. Weights are random, without dropout; transformers' step uses torch's AdamW with its defaults.
+transformers' pictures are loaded and preprocessed beforehand; this project's loop loads, preprocesses and logs as in
+training. The last contestant has the features of all pictures in the disk cache. There are two shapes: the miniature's,
+and ViT-B/16 at 224 pixels with the 12-layer Q-Former of 32 queries and OPT-125m.
 """
 
 from __future__ import annotations
