@@ -23,8 +23,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from export_memory import INTERVAL, tree_bytes
-from peers import SHAPE
-from random_checkpoint import write_checkpoint
+from random_checkpoint import SHAPE, write_checkpoint
 from reporting import CHECKPOINT, RESULTS, command, cpu_model, parser_of, system, write_json
 
 from blip2edge.bundle.schema import VISION

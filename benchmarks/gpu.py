@@ -27,8 +27,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from export_memory import write_checkpoint
-from peers import SHAPE
+from random_checkpoint import SHAPE, write_checkpoint
 from reporting import parser_of, write_json
 
 from blip2edge.bundle.manifest import Bundle

@@ -19,11 +19,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from random_checkpoint import write_checkpoint
+from random_checkpoint import SHAPE, write_checkpoint
 from reporting import command, machine, named_path, parser_of, python, write_json
 
 from blip2edge.bundle.manifest import Bundle
@@ -32,23 +31,6 @@ from blip2edge.bundle.token_table import TokenTable
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
-
-SHAPE: dict[str, Any] = {
-    "model_type": "blip-2",
-    "num_query_tokens": 32,
-    "image_token_index": 50271,
-    "vision_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-    },
-    "qformer_config": {},
-    "text_config": {"model_type": "opt"},
-}
-"""ViT-B/16, the Q-Former of BLIP-2 and OPT-125m (transformers' defaults)."""
 
 
 @dataclass(frozen=True)

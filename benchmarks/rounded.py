@@ -20,12 +20,11 @@ from blip2edge.bundle.manifest import Bundle, FileRecord
 from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
+from blip2edge.calibration.weights.quantize import BITS, PRECISIONS
 from blip2edge.calibration.weights.weight_only import WeightOnlyOptions, choose_formats, quantize_matrices
 from blip2edge.optimization.pipeline import optimize
 
-PRECISIONS = {"int8": "int8-weights", "int4": "int4"}
 FLOATS = ("fp32", "fp16")
-BITS = {"int8": 8, "int4": 4}
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
         quantize_matrices(model, targets.products, file, WeightOnlyOptions(formats, plain=True))
     ir.save(model, options.out / f"{DECODER}.onnx")
     graphs = dict(source.manifest.graphs)
-    graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[options.weights], parity=())
+    graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[BITS[options.weights]], parity=())
     files = {
         name: FileRecord.of(options.out / name) if name in replaced else record
         for name, record in source.manifest.files.items()

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import SHAPE
-from random_checkpoint import write_checkpoint
+from random_checkpoint import SHAPE, write_checkpoint
 from reporting import cpu_model, parser_of, write_json
 
 from blip2edge.charts import element, label, svg_file

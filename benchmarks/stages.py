@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from reporting import RESULTS, ROOT, write_json
+from reporting import CHECKPOINT, RESULTS, ROOT, write_json
 
 from blip2edge.training.run import train
 
@@ -89,7 +89,7 @@ def draw(runs: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--work", type=Path, required=True, help="where the runs are written")
-    parser.add_argument("--start", type=Path, default=ROOT / "examples" / "checkpoint")
+    parser.add_argument("--start", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, nargs="+", default=[150, 300, 900], help="of either way, in all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes that tell the score")

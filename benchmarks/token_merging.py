@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from race import Contestant, race, table, versions
-from random_checkpoint import published, shrunk, write_checkpoint
+from random_checkpoint import VIT_B, published, shrunk, write_checkpoint
 from reporting import CHECKPOINT, parser_of, write_result
 
 from blip2edge.bundle.manifest import Bundle
@@ -28,14 +28,6 @@ from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.evaluation.evaluate import evaluate_scenes
 
-VIT_B = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-}
 MINIATURE, LARGE = "miniature", "vit-b"
 COUNTS = {MINIATURE: (0, 1, 2, 4, 8, 12, 16, 21), LARGE: (0, 4, 8, 12, 16)}
 ROUNDS = {MINIATURE: 150, LARGE: 15}

@@ -26,9 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peers import SHAPE
 from PIL import Image
-from reporting import command, machine, parser_of, python, write_json
+from random_checkpoint import SHAPE
+from reporting import CHECKPOINT, command, machine, parser_of, python, write_json
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
@@ -46,7 +46,6 @@ from blip2edge.training.loop.optim import make_optimizer
 from blip2edge.training.loop.snapshots import Snapshot, Snapshots
 from blip2edge.training.phases.stages import GenerativeStage
 
-ROOT = Path(__file__).parents[1]
 WORDS = 16  # tokens of a caption, the end token included
 CONFIG = OptimizerConfig(steps=1000, learning_rate=1e-5, min_learning_rate=0.0, warmup_steps=0)
 BOS = 2
@@ -79,7 +78,7 @@ class Shape:
 
 def shapes() -> dict[str, Shape]:
     """The miniature's sizes stand in its own checkpoint."""
-    miniature = json.loads((ROOT / "examples" / "checkpoint" / "config.json").read_text())
+    miniature = json.loads((CHECKPOINT / "config.json").read_text())
     return {"miniature": Shape(miniature, 16), "ViT-B/16, OPT-125m": Shape(SHAPE, 4)}
 
 
