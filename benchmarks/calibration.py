@@ -29,7 +29,7 @@ from reporting import CHECKPOINT, RESULTS, command, cpu_model, parser_of, system
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.agreement import cosine_similarity
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.optimization.recipes import Context, Recipe, cook
+from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.training.data.scenes import scenes
 
@@ -94,7 +94,7 @@ def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
     found = {"fp32": parent / f"{VISION}.onnx", "int8 as TensorRT takes it": bundle / f"{VISION}.onnx"}
     for index, (name, passes) in enumerate(COPIES.items()):
         model = ir.load(bundle / f"{VISION}.onnx")
-        if cook(model, Recipe(passes), Context(None, 0)) is None:
+        if apply_recipe(model, Recipe(passes), PassContext(None, 0)) is None:
             raise SystemExit(f"{name}: nothing to rewrite")
         path = folder / f"copy{index}.onnx"
         ir.save(model, path, external_data=f"{path.name}.data")

@@ -13,12 +13,12 @@ from typing import Any
 
 from reporting import CHECKPOINT, RESULTS, command, parser_of, system, write_json
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.data.scenes import scenes
-from blip2edge.training.evaluation.evaluate import evaluate_scenes
+from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
 CALIBRATION_SEED = 4242
 

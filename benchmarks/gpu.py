@@ -30,7 +30,7 @@ import torch
 from random_checkpoint import SHAPE, write_checkpoint
 from reporting import parser_of, write_json
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.export.pipeline import export_checkpoint

@@ -23,7 +23,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from planted import plant
 from reporting import CHECKPOINT, RESULTS, command, parser_of, system, write_json
 
-from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.agreement import cosine_similarity
 from blip2edge.calibration.pipeline import METHODS, calibrate
@@ -32,7 +33,7 @@ from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.scenes import Scene, scenes
-from blip2edge.training.metrics import exact_match
+from blip2edge.training.metrics.exact import exact_match
 
 CALIBRATION_SEED, EVALUATION_SEED, PLANT_SEED = 4242, 1000, 99
 NAIVE = "onnxruntime MinMax per tensor"

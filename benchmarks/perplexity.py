@@ -29,8 +29,8 @@ import numpy as np
 import onnx_ir as ir
 from reporting import machine, parser_of, versions, write_json
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.calibration.batches import Feeds

@@ -16,7 +16,7 @@ from perplexity import WINDOW, windows
 from reporting import named_path, parser_of, versions, write_result
 from transformers import AutoModelForCausalLM
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 
 
 @torch.no_grad()

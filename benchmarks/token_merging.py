@@ -22,11 +22,11 @@ from race import Contestant, race, table, versions
 from random_checkpoint import VIT_B, published, shrunk, write_checkpoint
 from reporting import CHECKPOINT, parser_of, write_result
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.training.evaluation.evaluate import evaluate_scenes
+from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
 MINIATURE, LARGE = "miniature", "vit-b"
 COUNTS = {MINIATURE: (0, 1, 2, 4, 8, 12, 16, 21), LARGE: (0, 4, 8, 12, 16)}

@@ -158,7 +158,7 @@ def caption_pictures(
 ) -> list[GreedyCaption]:
     """Captions pictures greedily with a bundle."""
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
-    prompt = default_prompt(captioner.prompter)
+    prompt = default_prompt(captioner.prompts)
     found = []
     for picture in counted(pictures, len(pictures), progress):
         result = captioner.caption(load_image(picture.read()), prompt=prompt)

@@ -22,7 +22,9 @@ from typing import Any
 import onnx_ir as ir
 
 import blip2edge
-from blip2edge.bundle.manifest import MANIFEST, STAMP, Bundle, FileRecord, GraphRecord, Manifest
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import STAMPS, FileRecord
+from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import BRIDGE, VISION
 from blip2edge.calibration.activations.choose_ranges import METHODS
@@ -299,7 +301,7 @@ def _seal(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> Man
     """The new manifest, with hash and size of each file of the staging directory."""
     seals = {file: seal for graph in graphs.values() for file, seal in graph.seals.items()}
     for path in sorted(context.staging.iterdir()):
-        if path.name not in (*seals, MANIFEST, STAMP):
+        if path.name not in (*seals, MANIFEST, STAMPS):
             seals[path.name] = FileRecord.of(path)
     manifest = context.parent.manifest
     return replace(

@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.activations.probe import open_probe
 from blip2edge.calibration.activations.qdq import ActivationPlan, insert_qdq

@@ -14,8 +14,10 @@ import pytest
 pytest.importorskip("torch", reason="the parent is exported with torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 
-from blip2edge.bundle.manifest import MANIFEST, Bundle, cache_directory
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.calibration.activations.cache import FOLDER
 from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.pictures import ADVISED, choose_pictures

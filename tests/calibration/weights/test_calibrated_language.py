@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("torch", reason="the parent is exported with torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.calibration.pipeline import calibrate

@@ -24,7 +24,7 @@ from blip2edge.runtime.bench.meters import EnergyMeter
 from blip2edge.runtime.bench.report import bench_page, facts, markdown
 from blip2edge.runtime.bench.roofline import Roofline, Work
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.decoding.speculative import Payoff
+from blip2edge.runtime.decoding.speculative import SpeculationCost
 from tests.drafted import add_draft
 from tests.drawing import save
 
@@ -141,7 +141,7 @@ def test_a_whole_run_as_json(tiny_bundle: Path, tmp_path: Path, capsys: pytest.C
 def test_tokens_a_pass_with_a_draft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Payoff, "pays", True)
+    monkeypatch.setattr(SpeculationCost, "pays", True)
     save(tmp_path / "checkpoint", seed=5, vision_layers=1)
     add_draft(tmp_path / "checkpoint")
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle
