@@ -1,7 +1,7 @@
-"""Weights on their way from the checkpoint to the file beside a graph, one tensor at a time.
+"""Writes the weights of a graph to the file beside it, one tensor at a time.
 
-Memory holds one tensor, whatever the model's size: it is read from the mapped checkpoint, turned, cast, hashed
-and written, and then forgotten.
+Memory holds one tensor, whatever the model's size: it is read from the mapped checkpoint, transposed, cast, hashed,
+written and released.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LARGE = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor lies in the file beside a graph."""
+    """The place of a tensor in the file beside a graph."""
 
     offset: int  # bytes
     length: int  # bytes
@@ -35,7 +35,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Weights:
-    """A graph's written weights."""
+    """The written weights of a graph: the file, its record, and the place of each tensor."""
 
     file: Path
     record: FileRecord
@@ -52,8 +52,8 @@ def write_weights(
     """Writes every weight of a graph to ``file`` and points the graph there.
 
     Args:
-        traced: A graph whose weights are still empty.
-        read: Gives a parameter of the checkpoint by our name.
+        traced: A graph without weights.
+        read: Returns a parameter of the checkpoint by blip2edge's name.
         file: The file beside the graph.
         dtype: dtype of the floating weights.
         progress: Called with tensors done and tensors in all.
@@ -84,23 +84,23 @@ def write_weights(
 
 
 def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> memoryview:
-    """The bytes of a weight as its graph reads it: turned, cast, contiguous; bf16 as its 16-bit patterns.
+    """The bytes of a weight as its graph reads it: transposed, cast, contiguous; bf16 as its 16-bit patterns.
 
     Raises:
-        ExportError: It holds values that are not finite, or that the dtype cannot hold.
+        ExportError: It has values that are not finite, or that are too large for the dtype.
     """
-    turned = (tensor.t() if slot.transposed else tensor).to(dtype).contiguous()
-    if tensor.is_floating_point() and not bool(torch.isfinite(turned.sum(dtype=torch.float32))):
+    converted = (tensor.t() if slot.transposed else tensor).to(dtype).contiguous()
+    if tensor.is_floating_point() and not bool(torch.isfinite(converted.sum(dtype=torch.float32))):
         _explain_not_finite(tensor, slot, dtype)
-    return (turned.view(torch.int16) if dtype == torch.bfloat16 else turned).numpy().data.cast("B")
+    return (converted.view(torch.int16) if dtype == torch.bfloat16 else converted).numpy().data.cast("B")
 
 
 def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> None:
-    """A sum may overflow where no element does, so that only now every element is looked at."""
+    """Raises ExportError for a value that is not finite; the sum alone may overflow where no element does."""
     if not bool(torch.isfinite(tensor).all()):
         raise ExportError(
             f"the weight {slot.parameter} holds values that are not finite",
-            "mend the checkpoint: training diverged",
+            "use another checkpoint: the training of this one diverged",
         )
     largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
     if largest > limit:
@@ -111,7 +111,7 @@ def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) ->
 
 
 def point_at(traced: Traced, file: Path, placed: Mapping[str, Placed]) -> None:
-    """Makes the initializers of a graph refer to their places in ``file``."""
+    """Makes the initializers of a graph refer to ``file``."""
     for name in traced.slots:
         value = traced.model.graph.initializers[name]
         if value.dtype is None or value.shape is None:
@@ -126,7 +126,7 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
     """Reads every written weight back and compares it with the checkpoint's.
 
     Returns:
-        How many were compared.
+        The number of weights.
 
     Raises:
         ExportError: One differs.

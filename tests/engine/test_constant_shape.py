@@ -21,7 +21,6 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis, CacheSpec
 from blip2edge.engine.constant_shape import (
     constant_shape_spec,
-    load_constant_shape,
     to_constant_shape,
 )
 from blip2edge.errors import BackendError, EngineError
@@ -36,6 +35,12 @@ from tests.engine.families import DECODERS
 WITHIN = 1e-4  # of logits; the largest seen is 1.3e-5
 CAPACITY = 40
 RAGGED = (3, 9, 6)  # lengths of the prompts
+
+
+def load_constant_shape(path: Path, cache: CacheSpec) -> ir.Model:
+    model = ir.load(path)
+    to_constant_shape(model, cache, str(path))
+    return model
 
 
 def save_constant_shape(path: Path, cache: CacheSpec, output: Path) -> Path:
