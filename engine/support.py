@@ -73,7 +73,7 @@ def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
     if not findings:
         return
     first, rest = findings[0], len(findings) - 1
-    more = f", nor {rest} more of its nodes" if rest else ""
+    more = f", and {rest} more nodes are not supported" if rest else ""
     raise EngineError(
         f"{version.name} does not take the node {first.node!r} ({first.operator}) of {file}: {first.problem}{more}",
         first.fix,

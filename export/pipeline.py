@@ -15,7 +15,7 @@ import importlib.util
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,8 +38,13 @@ from blip2edge.export.merging import merging_of
 from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
-from blip2edge.export.token_table import check_token_table, write_token_table
-from blip2edge.export.weights import Weights, check_hashes, write_weights
+from blip2edge.export.weights import (
+    Weights,
+    check_hashes,
+    check_token_table,
+    write_token_table,
+    write_weights,
+)
 from blip2edge.model.checkpoint.directory import Checkpoint, load_model
 from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.model.config import CaptionerConfig
@@ -153,7 +158,9 @@ def export_checkpoint(
         with staged(target, force) as staging:
             written = _write_graphs(source, staging, precision, report)
             if isinstance(source.config, CaptionerConfig):
-                _write_embeddings(source, staging, _dtype(precision))
+                write_token_table(
+                    source.read(TOKEN_TABLE), TOKEN_TABLE, staging / EMBEDDINGS_FILE, _dtype(precision)
+                )
             side.write(staging)
             merging = _verify(source, written, precision, mode, report)
             _write_manifest(source, side, staging, written, precision, mode, merging, report)
@@ -186,10 +193,6 @@ def _write_graphs(
         record = GraphRecord(traced.spec, precision, fp32_exceptions=exceptions, data_files=(data.name,))
         written[name] = _Written(record, weights, traced, time.perf_counter() - start)
     return written
-
-
-def _write_embeddings(source: Checkpoint, staging: Path, dtype: torch.dtype) -> None:
-    write_token_table(source.read(TOKEN_TABLE), TOKEN_TABLE, staging / EMBEDDINGS_FILE, dtype)
 
 
 def _verify(
@@ -231,16 +234,7 @@ def _write_manifest(
             files[path.name] = FileRecord.of(path)
     config = source.config
     text: Any = config if isinstance(config, RetrievalConfig) else config.language
-    graphs = {
-        name: GraphRecord(
-            item.record.spec,
-            precision,
-            tuple(item.parity),
-            item.record.fp32_exceptions,
-            item.record.data_files,
-        )
-        for name, item in written.items()
-    }
+    graphs = {name: replace(item.record, parity=tuple(item.parity)) for name, item in written.items()}
     Manifest(
         family=config.family,
         source=_source_of(source, report),

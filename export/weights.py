@@ -1,4 +1,4 @@
-"""Writes the weights of a graph to the file beside it, one tensor at a time.
+"""Writes the weights of a graph to the file beside it, one tensor at a time; and the token table.
 
 Memory holds one tensor, whatever the model's size: it is read from the mapped checkpoint, transposed, cast, hashed,
 written and released.
@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.safetensors_file import SafetensorsFile, StoredTensor, write_safetensors
+from blip2edge.bundle.schema import EMBEDDINGS_TENSOR
 from blip2edge.errors import ExportError
 from blip2edge.export.to_onnx import Traced, WeightSlot
 
 PAGE = 4096  # bytes: a large tensor starts on one, so that a runtime can map it
 LINE = 64  # bytes: a small one starts on a cache line
 LARGE = 1 << 20  # bytes
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -140,3 +143,35 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
             if written != wanted:
                 raise ExportError(f"{weights.file} does not hold the weight {name} as the checkpoint has it")
     return len(traced.slots)
+
+
+def write_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dtype) -> None:
+    """Writes a table.
+
+    Args:
+        table: ``[V, D]``, as the checkpoint has it.
+        parameter: Its name, for errors.
+        path: The file.
+        dtype: float32, float16 or bfloat16.
+
+    Raises:
+        ExportError: A value is not finite, or does not fit the dtype.
+        OSError: The disk is full.
+    """
+    stored = StoredTensor(SAFETENSORS_DTYPES[dtype], tuple(table.shape))
+    write_safetensors(path, {EMBEDDINGS_TENSOR: stored}, [_bytes(table, parameter, dtype)])
+
+
+def check_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dtype) -> None:
+    """Reads a written table back and compares it with the checkpoint's.
+
+    Raises:
+        ExportError: It differs.
+    """
+    written = SafetensorsFile(path).array(EMBEDDINGS_TENSOR)
+    if hashlib.sha256(written.data).digest() != hashlib.sha256(_bytes(table, parameter, dtype)).digest():
+        raise ExportError(f"{path} does not hold the weight {parameter} as the checkpoint has it")
+
+
+def _bytes(table: Tensor, parameter: str, dtype: torch.dtype) -> memoryview:
+    return to_bytes(table, WeightSlot(parameter, tuple(table.shape)), dtype)
