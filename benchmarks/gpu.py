@@ -112,7 +112,7 @@ def of_backend(name: str, bundle: Path, picture: PIL.Image.Image, tokens: int) -
     if name == "tensorrt":
         from blip2edge.engine.build import build_bundle
 
-        build_bundle(bundle, tell=lambda sentence: print(sentence, file=sys.stderr))
+        build_bundle(bundle, notify=lambda sentence: print(sentence, file=sys.stderr))
     captioner = Captioner.load(bundle, backend=name)
 
     def caption() -> list[int]:
