@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.bridges.draft import DraftHead
 from blip2edge.model.bridges.registry import build_bridge
+from blip2edge.model.bridges.text_head import TextHead
 from blip2edge.model.config import CaptionerConfig, QFormerConfig
 from blip2edge.model.language.registry import language_of
 from blip2edge.model.vision.vit import VisionTransformer
@@ -23,9 +23,9 @@ class CaptionerModel(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.bridge = build_bridge(config.bridge, config.language)
         self.language = language_of(config.language.kind).build(config.language)
-        self.draft: DraftHead | None = None
+        self.draft: TextHead | None = None
         if config.draft is not None and isinstance(config.bridge, QFormerConfig):
-            self.draft = DraftHead(config.draft, config.bridge)
+            self.draft = TextHead(config.draft, config.bridge)
 
     def visual_tokens(self, pixel_values: Tensor, *instruction: Tensor) -> Tensor:
         """``pixel_values [B, 3, H, W]`` to ``[B, Q, D]``.

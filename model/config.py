@@ -1,99 +1,39 @@
-"""Shapes of every block, validated at the door.
+"""Configs of the models: sizes and variants of every part, checked when they are made.
 
-The dataclasses hold what the modules need and nothing else; the ``from_hf`` readers know the names and the
-defaults of transformers' ``config.json``.
+A config holds only what the modules need. ``from_hf`` reads the section of transformers' ``config.json``, with
+transformers' defaults; ``to_hf`` writes it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.layers import ACTIVATIONS
+from blip2edge.model.config_json import Fields, Key, check_heads, transformer_keys, write_keys
 from blip2edge.model.vision.token_merging import merged_counts
 
-if TYPE_CHECKING:
-    from blip2edge.model.bridges.draft import DraftConfig
+VISION_KEYS = (
+    *transformer_keys(1408, 6144, 39, 16),
+    Key("image_size", "image_size", "integer", 224),
+    Key("patch_size", "patch_size", "integer", 14),
+    Key("activation", "hidden_act", "activation", "gelu"),
+    Key("norm_eps", "layer_norm_eps", "number", 1e-6),
+    Key("qkv_bias", "qkv_bias", "flag", True),
+)
+"""``vision_config`` with the defaults of transformers' Blip2VisionConfig."""
 
-
-class Fields:
-    """A section of ``config.json``, read key by key with the section named in what goes wrong."""
-
-    def __init__(self, section: str, values: Any) -> None:
-        if not isinstance(values, Mapping):
-            raise CheckpointError(
-                f"config.json: {section} must be an object, not {type(values).__name__}",
-                "save the checkpoint again with transformers' save_pretrained",
-            )
-        self.section = section
-        self.values: Mapping[str, Any] = values
-
-    def integer(self, key: str, default: int | None) -> int:
-        """A positive integer."""
-        value = self._get(key, default)
-        if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(
-                f"config.json: {self.section}.{key} must be a positive integer, not {value!r}"
-            )
-        return value
-
-    def number(self, key: str, default: float | None) -> float:
-        """A finite number."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a finite number, not {value!r}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be true or false, not {value!r}")
-        return value
-
-    def activation(self, key: str, default: str) -> str:
-        """The name of an activation that :data:`ACTIVATIONS` knows."""
-        value = self._get(key, default)
-        if value not in ACTIVATIONS:
-            raise CheckpointError(
-                f"config.json: {self.section}.{key} is {value!r}, which is not one of {', '.join(sorted(ACTIVATIONS))}"
-            )
-        return str(value)
-
-    def token_id(self, key: str, default: int | None) -> int | None:
-        """A token id; None where there is none, which some configs write as a negative number."""
-        ids = self.token_ids(key, default)
-        if len(ids) > 1:
-            raise CheckpointError(f"config.json: {self.section}.{key} must be one token id, not {len(ids)}")
-        return ids[0] if ids else None
-
-    def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
-        """One token id or a list of them."""
-        value = self.values.get(key, default)
-        ids = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a token id, not {value!r}")
-        return tuple(token for token in ids if token >= 0)
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(key, default)
-        if value is None:
-            value = default
-        if value is None:
-            raise CheckpointError(f"config.json: {self.section} has no {key}")
-        return value
-
-
-def check_heads(section: str, width: int, heads: int) -> None:
-    """Raises CheckpointError unless ``heads`` divides ``width``."""
-    if width % heads:
-        raise CheckpointError(f"config.json: {section}: {heads} heads do not divide a width of {width}")
+CLIP_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""Defaults of transformers' CLIPVisionConfig where they differ from :data:`VISION_KEYS`."""
 
 
 @dataclass(frozen=True)
@@ -143,51 +83,30 @@ class VisionConfig:
 
     @classmethod
     def from_clip(cls, values: Any) -> VisionConfig:
-        """Reads a CLIP ``vision_config``; all its blocks, no norm behind them."""
+        """Reads a CLIP ``vision_config``. The result has all its blocks and no norm behind them."""
         f = Fields("vision_config", values)
-        return cls(
-            hidden_size=f.integer("hidden_size", 768),
-            intermediate_size=f.integer("intermediate_size", 3072),
-            num_layers=f.integer("num_hidden_layers", 12),
-            num_heads=f.integer("num_attention_heads", 12),
-            image_size=f.integer("image_size", 224),
-            patch_size=f.integer("patch_size", 32),
-            activation=f.activation("hidden_act", "quick_gelu"),
-            norm_eps=f.number("layer_norm_eps", 1e-5),
-            clip=True,
-            post_norm=False,
-        )
+        keys = (key for key in VISION_KEYS if key.name != "qkv_bias")
+        return cls(**f.read(keys, CLIP_VISION_DEFAULTS), clip=True, post_norm=False)
 
     @classmethod
     def from_hf(cls, values: Any) -> VisionConfig:
         """Reads ``vision_config`` of a BLIP-2 ``config.json``."""
-        f = Fields("vision_config", values)
-        return cls(
-            hidden_size=f.integer("hidden_size", 1408),
-            intermediate_size=f.integer("intermediate_size", 6144),
-            num_layers=f.integer("num_hidden_layers", 39),
-            num_heads=f.integer("num_attention_heads", 16),
-            image_size=f.integer("image_size", 224),
-            patch_size=f.integer("patch_size", 14),
-            activation=f.activation("hidden_act", "gelu"),
-            norm_eps=f.number("layer_norm_eps", 1e-6),
-            qkv_bias=f.flag("qkv_bias", True),
-        )
+        return cls(**Fields("vision_config", values).read(VISION_KEYS))
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
-        return {
-            "model_type": "clip_vision_model" if self.clip else "blip_2_vision_model",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "hidden_act": self.activation,
-            "layer_norm_eps": self.norm_eps,
-            "qkv_bias": self.qkv_bias,
-        }
+        model_type = "clip_vision_model" if self.clip else "blip_2_vision_model"
+        return {"model_type": model_type, **write_keys(self, VISION_KEYS)}
+
+
+QFORMER_KEYS = (
+    *transformer_keys(768, 3072, 12, 12),
+    Key("cross_attention_frequency", "cross_attention_frequency", "integer", 2),
+    Key("activation", "hidden_act", "activation", "gelu"),
+    Key("norm_eps", "layer_norm_eps", "number", 1e-12),
+    Key("dropout", "hidden_dropout_prob", "number", 0.1),
+)
+"""``qformer_config`` with the defaults of transformers' Blip2QFormerConfig."""
 
 
 @dataclass(frozen=True)
@@ -218,33 +137,18 @@ class QFormerConfig:
     @classmethod
     def from_hf(cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int) -> QFormerConfig:
         """Reads ``qformer_config`` of a BLIP-2 ``config.json``."""
-        f = Fields("qformer_config", values)
         return cls(
-            hidden_size=f.integer("hidden_size", 768),
-            intermediate_size=f.integer("intermediate_size", 3072),
-            num_layers=f.integer("num_hidden_layers", 12),
-            num_heads=f.integer("num_attention_heads", 12),
             num_query_tokens=num_query_tokens,
             encoder_hidden_size=encoder_hidden_size,
-            cross_attention_frequency=f.integer("cross_attention_frequency", 2),
-            activation=f.activation("hidden_act", "gelu"),
-            norm_eps=f.number("layer_norm_eps", 1e-12),
-            dropout=f.number("hidden_dropout_prob", 0.1),
+            **Fields("qformer_config", values).read(QFORMER_KEYS),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
         return {
             "model_type": "blip_2_qformer",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
+            **write_keys(self, QFORMER_KEYS),
             "encoder_hidden_size": self.encoder_hidden_size,
-            "cross_attention_frequency": self.cross_attention_frequency,
-            "hidden_act": self.activation,
-            "layer_norm_eps": self.norm_eps,
-            "hidden_dropout_prob": self.dropout,
             "attention_probs_dropout_prob": self.dropout,
         }
 
@@ -325,6 +229,53 @@ class LanguageConfig(Protocol):
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` of a ``config.json``."""
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """What ``draft.json`` holds; the other sizes are those of the Q-Former that it belongs to.
+
+    Attributes:
+        vocab_size: Rows of the word table, [DEC] included; its tokenizer is ``draft_tokenizer.json``.
+        max_positions: Rows of the position table, and so the longest text, [DEC] included.
+        dec_token_id: [DEC], what every written text begins with.
+        end_token_id: What ends one.
+        pad_token_id: What fills up a batch.
+    """
+
+    vocab_size: int
+    max_positions: int
+    dec_token_id: int
+    end_token_id: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        ids = {"dec": self.dec_token_id, "end": self.end_token_id, "pad": self.pad_token_id}
+        for name, token_id in ids.items():
+            if not 0 <= token_id < self.vocab_size:
+                raise CheckpointError(
+                    f"draft.json: {name}_token_id {token_id} is not below vocab_size {self.vocab_size}"
+                )
+
+    @classmethod
+    def from_json(cls, values: Any) -> DraftConfig:
+        """Reads ``draft.json``.
+
+        Raises:
+            CheckpointError: A key is missing or has a wrong value.
+        """
+        f = Fields("draft.json", values)
+        ids: dict[str, int] = {}
+        for name in ("dec_token_id", "end_token_id", "pad_token_id"):
+            token_id = f.token_id(name, None)
+            if token_id is None:
+                raise CheckpointError(f"draft.json has no {name}")
+            ids[name] = token_id
+        return cls(f.integer("vocab_size", None), f.integer("max_positions", None), **ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_json`."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from blip2edge.model.layers import KeyValue
 
 
-class Decoder(nn.Module):
+class DecoderModule(nn.Module):
     """A language model, embeddings in, logits and the grown cache out: what every kind of them has.
 
     The decoder contract, ``forward``:
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
 
-class Matcher(nn.Module):
+class MatcherModule(nn.Module):
     """What compares a picture with a text."""
 
     def image_features(self, image_embeds: Tensor) -> Tensor:

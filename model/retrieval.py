@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from blip2edge.model.bridges.instruct import InstructedQFormer
 from blip2edge.model.config import VisionConfig
-from blip2edge.model.interfaces import Matcher
+from blip2edge.model.interfaces import MatcherModule
 from blip2edge.model.language.bert import BertEncoder
+from blip2edge.model.language.clip_text import ClipText
 from blip2edge.model.layers import Unit, key_mask_bias
-from blip2edge.model.vision.clip import ClipMatcher
 from blip2edge.model.vision.vit import VisionTransformer
 
 
@@ -67,7 +67,7 @@ class RetrievalConfig:
         return self.text.vocab_size
 
 
-class BlipMatcher(Matcher):
+class BlipMatcher(MatcherModule):
     """BLIP: the class token, and a BERT that reads the text with or without the patches in view."""
 
     def __init__(self, config: RetrievalConfig) -> None:
@@ -106,7 +106,7 @@ class RetrievalQFormer(InstructedQFormer):
         return text
 
 
-class Blip2Matcher(Matcher):
+class Blip2Matcher(MatcherModule):
     """BLIP-2: a vector a query, of which the nearest to the text counts; matching is the mean over the queries."""
 
     def __init__(self, config: RetrievalConfig) -> None:
@@ -133,7 +133,27 @@ class Blip2Matcher(Matcher):
         return self.match_head(queries).mean(dim=1)
 
 
-MATCHERS: dict[str, Callable[[RetrievalConfig], Matcher]] = {
+class ClipMatcher(MatcherModule):
+    """CLIP: a vector of the class token, a vector of the text's end, and no head that reads both."""
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        super().__init__()
+        text: Any = config.text
+        self.text = ClipText(text)
+        self.image_projection = nn.Linear(config.vision.hidden_size, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.embed_dim, bias=False)
+        self.unit = Unit()
+
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """``[B, P, Dv]`` to ``[B, 1, F]`` of length 1."""
+        return self.unit(self.image_projection(image_embeds[:, :1]))
+
+    def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
+        return self.unit(self.text_projection(self.text(input_ids, attention_mask)))
+
+
+MATCHERS: dict[str, Callable[[RetrievalConfig], MatcherModule]] = {
     "blip_text_model": BlipMatcher,
     "clip_text_model": ClipMatcher,
     "instructed-qformer": Blip2Matcher,

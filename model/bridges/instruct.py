@@ -7,16 +7,23 @@ feed-forward of its own. Only the queries are projected to the language model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.bridges.qformer import Layer, Projection, Reader
-from blip2edge.model.config import Fields, QFormerConfig
+from blip2edge.model.bert_blocks import BertFeedForward
+from blip2edge.model.bridges.qformer import Projection, QFormerBase, QFormerLayer
+from blip2edge.model.config import QFORMER_KEYS, QFormerConfig
+from blip2edge.model.config_json import Fields, Key, write_keys
 from blip2edge.model.layers import key_mask_bias, stack
-from blip2edge.model.post_norm import FeedForward
+
+INSTRUCTION_KEYS = (
+    Key("vocab_size", "vocab_size", "integer", 30522),
+    Key("instruction_positions", "max_position_embeddings", "integer", 512),
+)
+"""Further keys of ``qformer_config``, with the defaults of transformers' InstructBlipQFormerConfig."""
 
 
 @dataclass(frozen=True)
@@ -38,31 +45,26 @@ class InstructedQFormerConfig(QFormerConfig):
         cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int
     ) -> InstructedQFormerConfig:
         """Reads ``qformer_config`` of an InstructBLIP ``config.json``."""
-        plain = QFormerConfig.from_hf(
-            values, num_query_tokens=num_query_tokens, encoder_hidden_size=encoder_hidden_size
-        )
-        f = Fields("qformer_config", values)
         return cls(
-            **{field.name: getattr(plain, field.name) for field in fields(plain)},
-            vocab_size=f.integer("vocab_size", 30522),
-            instruction_positions=f.integer("max_position_embeddings", 512),
+            num_query_tokens=num_query_tokens,
+            encoder_hidden_size=encoder_hidden_size,
+            **Fields("qformer_config", values).read((*QFORMER_KEYS, *INSTRUCTION_KEYS)),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
         return super().to_hf() | {
             "model_type": "instructblip_qformer",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.instruction_positions,
+            **write_keys(self, INSTRUCTION_KEYS),
         }
 
 
-class InstructedLayer(Layer):
+class InstructedLayer(QFormerLayer):
     """A Q-Former's layer over queries and text."""
 
     def __init__(self, config: InstructedQFormerConfig, index: int) -> None:
         super().__init__(config, index)
-        self.text_feed_forward = FeedForward(config)
+        self.text_feed_forward = BertFeedForward(config)
 
     def forward(
         self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor
@@ -80,7 +82,7 @@ class InstructedLayer(Layer):
         return self.feed_forward(queries), text
 
 
-class InstructedQFormer(Reader):
+class InstructedQFormer(QFormerBase):
     """``image_embeds [B, P, Dv]`` and an instruction ``[B, T]`` to ``[B, Q, D]``."""
 
     layers: Sequence[InstructedLayer]

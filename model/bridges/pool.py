@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.config import Fields, check_heads
+from blip2edge.model.config_json import Fields, Key, check_heads, write_keys
 from blip2edge.model.layers import attend, merge_heads, split_heads
+
+POOL_KEYS = (
+    Key("hidden_size", "hidden_size", "integer", 768),
+    Key("num_heads", "num_attention_heads", "integer", 12),
+    Key("num_query_tokens", "num_query_tokens", "integer", 32),
+    Key("norm_eps", "layer_norm_eps", "number", 1e-6),
+)
+"""``bridge_config`` of an attention pool."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +55,13 @@ class AttentionPoolConfig:
 
     @classmethod
     def from_hf(cls, values: Any, *, encoder_hidden_size: int) -> AttentionPoolConfig:
-        """Reads the ``bridge_config`` of this project's own ``config.json`` (``family_own.py``)."""
-        f = Fields("bridge_config", values)
-        return cls(
-            hidden_size=f.integer("hidden_size", 768),
-            num_heads=f.integer("num_attention_heads", 12),
-            num_query_tokens=f.integer("num_query_tokens", 32),
-            encoder_hidden_size=encoder_hidden_size,
-            norm_eps=f.number("layer_norm_eps", 1e-6),
-        )
+        """Reads the ``bridge_config`` of this project's own ``config.json`` (``families/native.py``)."""
+        found = Fields("bridge_config", values).read(POOL_KEYS)
+        return cls(encoder_hidden_size=encoder_hidden_size, **found)
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
-        return {
-            "hidden_size": self.hidden_size,
-            "num_attention_heads": self.num_heads,
-            "num_query_tokens": self.num_query_tokens,
-            "layer_norm_eps": self.norm_eps,
-        }
+        return write_keys(self, POOL_KEYS)
 
 
 class Pooling(nn.Module):

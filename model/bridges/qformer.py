@@ -12,31 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError
+from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
 from blip2edge.model.config import QFormerConfig
 from blip2edge.model.layers import KeyValue, stack
-from blip2edge.model.post_norm import Attention, FeedForward
 
 
-class Layer(nn.Module):
+class QFormerLayer(nn.Module):
     """The parts of a layer: self-attention, attention to the picture in some layers, feed-forward."""
 
     def __init__(self, config: QFormerConfig, index: int) -> None:
         super().__init__()
-        self.self_attention = Attention(config, config.hidden_size)
-        self.cross_attention: Attention | None = None
+        self.self_attention = BertAttention(config, config.hidden_size)
+        self.cross_attention: BertAttention | None = None
         if index % config.cross_attention_frequency == 0:
-            self.cross_attention = Attention(config, config.encoder_hidden_size)
-        self.feed_forward = FeedForward(config)
+            self.cross_attention = BertAttention(config, config.encoder_hidden_size)
+        self.feed_forward = BertFeedForward(config)
 
 
-class Reader(nn.Module):
+class QFormerBase(nn.Module):
     """Queries, and the layers through which they read a picture."""
 
     config: QFormerConfig
     query_tokens: nn.Parameter
     norm: nn.LayerNorm
     dropout: nn.Dropout
-    layers: Sequence[Layer]
+    layers: Sequence[QFormerLayer]
 
     def read(self, image_embeds: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """The queries after they have read the picture.
@@ -60,7 +60,7 @@ class Reader(nn.Module):
         seen: list[KeyValue] = []
         for layer in self.layers:
             key, value = layer.self_attention.key_value(queries)
-            queries = layer.self_attention.look(queries, (key, value))
+            queries = layer.self_attention.attend_to(queries, (key, value))
             if layer.cross_attention is not None:
                 queries = layer.cross_attention(queries, image_embeds)
             queries = layer.feed_forward(queries)
@@ -68,7 +68,7 @@ class Reader(nn.Module):
         return queries, seen
 
 
-class QFormer(Reader):
+class QFormer(QFormerBase):
     """``image_embeds [B, P, Dv]`` to ``[B, Q, D]``."""
 
     def __init__(self, config: QFormerConfig) -> None:
@@ -77,7 +77,7 @@ class QFormer(Reader):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = stack(Layer(config, index) for index in range(config.num_layers))
+        self.layers = stack(QFormerLayer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``image_embeds [B, P, Dv]`` to the queries ``[B, Q, D]``."""

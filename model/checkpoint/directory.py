@@ -18,9 +18,9 @@ from torch import Tensor
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import CheckpointError
-from blip2edge.model.bridges.draft import DRAFT_CONFIG, DRAFT_FILE, DRAFT_PREFIX, DraftConfig, write_draft
+from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, DRAFT_PREFIX, write_draft
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config import CaptionerConfig, DraftConfig
 from blip2edge.model.families.registry import (
     canonical_name,
     head_names,

@@ -9,22 +9,28 @@ from functools import partial
 from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
-from blip2edge.model.bridges.draft import DRAFT_PREFIX
-from blip2edge.model.bridges.draft import RULES as DRAFT_RULES
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
-from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
-from blip2edge.model.families import idefics, retrieval
-from blip2edge.model.families import own as family_own
-from blip2edge.model.families.blip import read_blip, write_blip
-from blip2edge.model.families.llava import LEFT_OUT as LLAVA_LEFT_OUT
-from blip2edge.model.families.llava import RENAMED as LLAVA_RENAMED
-from blip2edge.model.families.llava import read_llava, write_llava
-from blip2edge.model.families.tokens import read_tokens, write_tokens
-from blip2edge.model.language.registry import bridged_language, bridged_languages, language_of
+from blip2edge.model.bridges.text_head import DRAFT_PREFIX, TEXT_HEAD_RULES
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config_json import Fields
+from blip2edge.model.families.blip import BLIP_LEFT_OUT, BLIP_RENAMED, read_blip, write_blip
+from blip2edge.model.families.blip2 import BLIP2_LEFT_OUT, VIDEO_FRAMES, read_blip2, write_blip2
+from blip2edge.model.families.idefics import IDEFICS_LEFT_OUT, IDEFICS_RULES, read_idefics, write_idefics
+from blip2edge.model.families.llava import LLAVA_LEFT_OUT, LLAVA_RENAMED, read_llava, write_llava
+from blip2edge.model.families.native import NATIVE_RULES, read_native, write_native
+from blip2edge.model.families.retrieval import (
+    read_blip2_itm,
+    read_blip_itm,
+    read_clip,
+    write_blip2_itm,
+    write_blip_itm,
+    write_clip,
+)
+from blip2edge.model.language.registry import bridged_languages, language_of
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
-from blip2edge.model.weights import blip as blip_tables
-from blip2edge.model.weights import blip2 as tables
+from blip2edge.model.weights.blip import BLIP2_ITM, BLIP_ITM, BLIP_VISION, CLIP
+from blip2edge.model.weights.blip2 import BLIP2, INSTRUCTBLIP, LLAVA
 from blip2edge.model.weights.rules import Rule, WeightMap, under
 
 VQA_QUESTION = "Question: {question} Short answer:"
@@ -78,83 +84,20 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
 
 
-def read_blip2(
-    f: Fields,
-    family: str = "blip-2",
-    bridge_config: type[QFormerConfig] = QFormerConfig,
-    slot: str = "image_token",
-    frames: int = 1,
-) -> CaptionerConfig:
-    """``Blip2ForConditionalGeneration`` and its descendants.
-
-    Args:
-        f: Its ``config.json``.
-        family: Its row.
-        bridge_config: Reads ``qformer_config``.
-        slot: What the id that stands for a visual token is called by.
-        frames: Pictures an item.
-    """
-    vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
-    bridge = bridge_config.from_hf(
-        f.values.get("qformer_config", {}),
-        num_query_tokens=f.integer("num_query_tokens", 32),
-        encoder_hidden_size=vision.hidden_size,
-    )
-    text = Fields("text_config", f.values.get("text_config", {}))
-    return CaptionerConfig(
-        family=family,
-        frames=frames,
-        vision=vision,
-        bridge=bridge,
-        language=bridged_language(text.values.get("model_type", "opt")).read_config(text.values),
-        image_token_id=f.token_id(f"{slot}_id", f.token_id(f"{slot}_index", None)),
-        **read_tokens(text),
-    )
-
-
-def write_blip2(
-    config: CaptionerConfig, architecture: str = "Blip2", slot: str = "image_token", part: str = "blip_2"
-) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_blip2` and transformers read; ``part`` begins its sections' types."""
-    return {
-        "model_type": config.family,
-        "architectures": [f"{architecture}ForConditionalGeneration"],
-        "num_query_tokens": config.bridge.num_visual_tokens,
-        f"{slot}_index": config.image_token_id,
-        "tie_word_embeddings": config.language.tie_embeddings,
-        "use_decoder_only_language_model": not config.language.is_encoder_decoder,
-        "vision_config": config.vision.to_hf() | {"model_type": f"{part}_vision_model"},
-        "qformer_config": config.bridge.to_hf() | {"model_type": f"{part}_qformer"},
-        "text_config": config.language.to_hf() | write_tokens(config),
-    }
-
-
-POSITION_IDS = (r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids")
-"""Buffers of older checkpoints: whole numbers counted up."""
-
-BLIP_LEFT_OUT = (r"(vision_model|text_decoder\.bert|text_encoder)\.embeddings\.position_ids",)
-"""Buffers of older checkpoints."""
-
-BLIP_RENAMED = ((r"text_decoder\.cls\.predictions\.decoder\.bias$", "text_decoder.cls.predictions.bias"),)
-"""The head's bias has two names, of which a file holds either or both."""
-
-VIDEO_FRAMES = 4
-"""Frames of a video: transformers' InstructBlipVideoProcessor writes the slots of four, whatever it is given."""
-
 FAMILIES: dict[str, Family] = {
     "blip-2": Family(
         title="BLIP-2",
         read=read_blip2,
         write=write_blip2,
-        rules=tables.BLIP2,
+        rules=BLIP2,
         architectures=("Blip2ForConditionalGeneration",),
-        left_out=POSITION_IDS,
+        left_out=BLIP2_LEFT_OUT,
     ),
     "blip": Family(
         title="BLIP captioning",
         read=read_blip,
         write=write_blip,
-        rules=blip_tables.BLIP_VISION,
+        rules=BLIP_VISION,
         language_prefix="",
         template="{prompt}",
         question="",
@@ -167,7 +110,7 @@ FAMILIES: dict[str, Family] = {
         title="BLIP VQA",
         read=partial(read_blip, family="blip-vqa", reads_question=True),
         write=partial(write_blip, architecture="BlipForQuestionAnswering"),
-        rules=blip_tables.BLIP_VISION,
+        rules=BLIP_VISION,
         language_prefix="",
         template="{prompt}",
         question="{question}",
@@ -179,27 +122,27 @@ FAMILIES: dict[str, Family] = {
     ),
     "blip-itm": Family(
         title="BLIP ITM and ITC",
-        read=retrieval.read_blip_itm,
-        write=retrieval.write_blip_itm,
-        rules=blip_tables.BLIP_ITM,
+        read=read_blip_itm,
+        write=write_blip_itm,
+        rules=BLIP_ITM,
         model_type="blip",
         architectures=("BlipForImageTextRetrieval",),
         left_out=BLIP_LEFT_OUT,
     ),
     "blip-2-itm": Family(
         title="BLIP-2 ITM and ITC",
-        read=retrieval.read_blip2_itm,
-        write=retrieval.write_blip2_itm,
-        rules=blip_tables.BLIP2_ITM,
+        read=read_blip2_itm,
+        write=write_blip2_itm,
+        rules=BLIP2_ITM,
         model_type="blip-2",
         architectures=("Blip2ForImageTextRetrieval",),
-        left_out=(*POSITION_IDS, r"embeddings\.position_ids"),
+        left_out=(*BLIP2_LEFT_OUT, r"embeddings\.position_ids"),
     ),
     "clip": Family(
         title="CLIP",
-        read=retrieval.read_clip,
-        write=retrieval.write_clip,
-        rules=blip_tables.CLIP,
+        read=read_clip,
+        write=write_clip,
+        rules=CLIP,
         architectures=("CLIPModel",),
         left_out=(r"(vision|text)_model\.embeddings\.position_ids", "logit_scale"),
     ),
@@ -207,9 +150,9 @@ FAMILIES: dict[str, Family] = {
         title="InstructBLIP",
         read=partial(read_blip2, family="instructblip", bridge_config=InstructedQFormerConfig),
         write=partial(write_blip2, architecture="InstructBlip", part="instructblip"),
-        rules=tables.INSTRUCTBLIP,
+        rules=INSTRUCTBLIP,
         default_prompt="A short image caption.",
-        left_out=POSITION_IDS,
+        left_out=BLIP2_LEFT_OUT,
     ),
     "instructblipvideo": Family(
         title="InstructBlipVideo",
@@ -223,32 +166,32 @@ FAMILIES: dict[str, Family] = {
         write=partial(
             write_blip2, architecture="InstructBlipVideo", slot="video_token", part="instructblipvideo"
         ),
-        rules=tables.INSTRUCTBLIP,
+        rules=INSTRUCTBLIP,
         default_prompt="A short video caption.",
-        left_out=POSITION_IDS,
+        left_out=BLIP2_LEFT_OUT,
     ),
     "blip2edge": Family(
         title="Attention pool",
-        read=family_own.read_own,
-        write=family_own.write_own,
-        rules=family_own.RULES,
+        read=read_native,
+        write=write_native,
+        rules=NATIVE_RULES,
     ),
     "minigpt4": Family(
         title="MiniGPT-4",
         read=partial(read_blip2, family="minigpt4"),
         write=partial(write_blip2, architecture="MiniGPT4"),
-        rules=tables.BLIP2,
+        rules=BLIP2,
         template="###Human: <Img>{image}</Img> {prompt}###Assistant:",
         default_prompt="Describe this image in detail.",
         question="{question}",
         stop=("###",),
-        left_out=POSITION_IDS,
+        left_out=BLIP2_LEFT_OUT,
     ),
     "llava": Family(
         title="LLaVA",
         read=read_llava,
         write=write_llava,
-        rules=tables.LLAVA,
+        rules=LLAVA,
         template="USER: {image}\n{prompt} ASSISTANT:",
         architectures=("LlavaForConditionalGeneration",),
         default_prompt="Describe the image concisely.",
@@ -260,15 +203,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "idefics": Family(
         title="Flamingo (Idefics)",
-        read=idefics.read_idefics,
-        write=idefics.write_idefics,
-        rules=idefics.RULES,
+        read=read_idefics,
+        write=write_idefics,
+        rules=IDEFICS_RULES,
         language_prefix="",
         question="Question: {question} Answer:",
         image_token="<image>",
         around_image="<fake_token_around_image>",
         generation=True,
-        left_out=idefics.LEFT_OUT,
+        left_out=IDEFICS_LEFT_OUT,
     ),
 }
 
@@ -337,7 +280,7 @@ def weight_map(config: Config) -> WeightMap:
             "language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens")
         )
         rules = (*(rule for rule in rules if rule.ours != "language.head"), tied)
-    drafted = under(DRAFT_PREFIX, DRAFT_PREFIX, DRAFT_RULES)
+    drafted = under(DRAFT_PREFIX, DRAFT_PREFIX, TEXT_HEAD_RULES)
     return WeightMap((*family.rules, *rules, *drafted), left_out)
 
 

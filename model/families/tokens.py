@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from blip2edge.model.config import CaptionerConfig, Fields
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config_json import Fields
 
 LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
     "opt": {"bos": 2, "eos": 2, "pad": 1},

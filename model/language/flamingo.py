@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config import Fields, check_heads
-from blip2edge.model.language.llama import FeedForward, LlamaDecoder
-from blip2edge.model.language.llama_config import LlamaConfig
+from blip2edge.model.config_json import Fields, check_heads, write_keys
+from blip2edge.model.language.llama import LlamaDecoder, LlamaFeedForward
+from blip2edge.model.language.llama_config import LLAMA_KEYS, LlamaConfig
 from blip2edge.model.layers import (
     MASKED,
     KeyValue,
@@ -96,17 +96,10 @@ class FlamingoConfig(LlamaConfig):
     def to_hf(self) -> dict[str, Any]:
         """The keys of an Idefics ``config.json`` that :meth:`from_hf` reads."""
         return {
+            **write_keys(self, LLAMA_KEYS),
             "vocab_size": self.base_vocab_size,
             "additional_vocab_size": self.vocab_size - self.base_vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_dim,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "max_position_embeddings": self.max_positions,
-            "hidden_act": self.activation,
-            "rms_norm_eps": self.norm_eps,
             "rope_parameters": self.rope.to_hf(),
-            "tie_word_embeddings": self.tie_embeddings,
             "cross_layer_interval": self.cross_interval,
             "qk_layer_norms": self.qk_norms,
             "alpha_type": self.gates,
@@ -154,7 +147,7 @@ class GatedLayer(nn.Module):
         self.attention = CrossAttention(config)
         self.attention_gate = nn.Parameter(torch.zeros(shape))
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = LlamaFeedForward(config)
         self.feed_forward_gate = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor, cross: KeyValue, bias: Tensor, looks: Tensor) -> Tensor:
@@ -196,7 +189,7 @@ class Flamingo(LlamaDecoder):
         cross: Sequence[KeyValue] = (),
         cross_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`Decoder`."""
+        """The decoder contract; see :class:`DecoderModule`."""
         x, steps = inputs_embeds, inputs_embeds.shape[1]
         if cross_attention_mask is None:
             cross_attention_mask = attention_mask.new_ones(x.shape[0], steps, cross[0][0].shape[2])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.interfaces import Decoder
+from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.language.llama_config import LlamaConfig, RopeConfig
 from blip2edge.model.layers import (
     ACTIVATIONS,
@@ -66,7 +66,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
 
 
-class Attention(nn.Module):
+class LlamaAttention(nn.Module):
     """Causal self-attention over the cache and the new slots; several query heads share a key/value head."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         return out.flatten(1, 2)
 
 
-class FeedForward(nn.Module):
+class LlamaFeedForward(nn.Module):
     """Three matrices: gate, up, down (SwiGLU; Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -131,7 +131,7 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class Layer(nn.Module):
+class LlamaLayer(nn.Module):
     """Self-attention and feed-forward, each behind a norm.
 
     Args:
@@ -143,30 +143,30 @@ class Layer(nn.Module):
         super().__init__()
         self.window = window
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = LlamaAttention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = LlamaFeedForward(config)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; see :class:`Attention`."""
+        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; see :class:`LlamaAttention`."""
         out, present = self.attention(self.attention_norm(x), rotation, bias, past)
         x = x + out
         return x + self.feed_forward(self.feed_forward_norm(x)), present
 
 
-class LlamaDecoder(Decoder):
+class LlamaDecoder(DecoderModule):
     """Embeddings in, logits and the grown cache out."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[LlamaLayer]
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = Rotary(config.head_dim, config.rope)
-        self.layers = stack(Layer(config, config.window_of(index)) for index in range(config.num_layers))
+        self.layers = stack(LlamaLayer(config, config.window_of(index)) for index in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -180,7 +180,7 @@ class LlamaDecoder(Decoder):
         logits_indices: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`Decoder`."""
+        """The decoder contract; see :class:`DecoderModule`."""
         x, steps = inputs_embeds, inputs_embeds.shape[1]
         cos, sin = self.rotary(position_ids)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))

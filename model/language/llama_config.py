@@ -8,7 +8,7 @@ from typing import Any
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError, UnsupportedModelError
-from blip2edge.model.config import Fields
+from blip2edge.model.config_json import Fields, Key, write_keys
 
 ROPE_KINDS = ("default", "linear", "llama3")
 
@@ -77,6 +77,20 @@ class RopeConfig:
         return found
 
 
+LLAMA_KEYS = (
+    Key("vocab_size", "vocab_size", "integer"),
+    Key("hidden_size", "hidden_size", "integer", 4096),
+    Key("ffn_dim", "intermediate_size", "integer"),
+    Key("num_layers", "num_hidden_layers", "integer", 32),
+    Key("num_heads", "num_attention_heads", "integer", 32),
+    Key("max_positions", "max_position_embeddings", "integer"),
+    Key("activation", "hidden_act", "activation", "silu"),
+    Key("norm_eps", "rms_norm_eps", "number", 1e-6),
+    Key("tie_embeddings", "tie_word_embeddings", "flag", False),
+)
+"""``text_config`` of Llama and its relatives; :data:`DEFAULTS` has the sizes that differ between them."""
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and variants.
@@ -143,27 +157,18 @@ class LlamaConfig:
         f = Fields("text_config", values)
         kind = str(f.values.get("model_type", "llama"))
         sizes = DEFAULTS[kind]
-        heads = f.integer("num_attention_heads", 32)
-        hidden, layers = f.integer("hidden_size", 4096), f.integer("num_hidden_layers", 32)
-        longest = f.integer("max_position_embeddings", sizes["max_position_embeddings"])
+        found = f.read(LLAMA_KEYS, sizes)
+        heads, longest = found["num_heads"], found["max_positions"]
         bias = kind in ("llama", "qwen3") and f.flag("attention_bias", False)
-        window, window_layers = _window(kind, f, layers)
+        window, window_layers = _window(kind, f, found["num_layers"])
         return cls(
-            vocab_size=f.integer("vocab_size", sizes["vocab_size"]),
-            hidden_size=hidden,
-            ffn_dim=f.integer("intermediate_size", sizes["intermediate_size"]),
-            num_layers=layers,
-            num_heads=heads,
+            **found,
             num_kv_heads=_kv_heads(f, heads, sizes),
-            head_dim=f.integer("head_dim", sizes.get("head_dim", hidden // heads)),
-            max_positions=longest,
-            activation=f.activation("hidden_act", "silu"),
-            norm_eps=f.number("rms_norm_eps", 1e-6),
+            head_dim=f.integer("head_dim", sizes.get("head_dim", found["hidden_size"] // heads)),
             qkv_bias=bias or kind == "qwen2",
             out_bias=bias,
             mlp_bias=kind == "llama" and f.flag("mlp_bias", False),
             qk_norm=kind == "qwen3",
-            tie_embeddings=f.flag("tie_word_embeddings", False),
             window=window,
             window_layers=window_layers,
             rope=RopeConfig.from_hf(f.values, longest),
@@ -190,18 +195,10 @@ class LlamaConfig:
         return {
             "model_type": self.kind,
             "architectures": [f"{names[self.kind]}ForCausalLM"],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_dim,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
+            **write_keys(self, LLAMA_KEYS),
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_positions,
-            "hidden_act": self.activation,
-            "rms_norm_eps": self.norm_eps,
             "rope_parameters": self.rope.to_hf(),
-            "tie_word_embeddings": self.tie_embeddings,
             **own[self.kind],
         }
 

@@ -8,16 +8,16 @@ from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model.config import LanguageConfig
-from blip2edge.model.interfaces import Decoder
+from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.language.bert import BertConfig, BertDecoder
 from blip2edge.model.language.flamingo import Flamingo, FlamingoConfig
 from blip2edge.model.language.llama import LlamaDecoder
 from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.model.language.opt import OPTConfig, OPTDecoder
 from blip2edge.model.language.t5 import T5, T5Config
-from blip2edge.model.weights import blip as blip_tables
-from blip2edge.model.weights import blip2 as tables
-from blip2edge.model.weights.idefics import flamingo
+from blip2edge.model.weights.blip import BLIP_DECODER
+from blip2edge.model.weights.idefics import flamingo_rules
+from blip2edge.model.weights.language import LLAMA, OPT, t5_rules
 from blip2edge.model.weights.rules import Rule
 
 
@@ -35,7 +35,7 @@ class Language:
     """
 
     read_config: Callable[[Any], LanguageConfig]
-    build: Callable[[Any], Decoder]
+    build: Callable[[Any], DecoderModule]
     rules: Callable[[Any], tuple[Rule, ...]]
     encoder_inputs: tuple[str, ...] = ("inputs_embeds", "attention_mask")
     left_out: tuple[str, ...] = ()
@@ -43,34 +43,34 @@ class Language:
 
 
 LANGUAGES: dict[str, Language] = {
-    "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: tables.OPT),
+    "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: OPT),
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3"),
         Language(
             LlamaConfig.from_hf,
             LlamaDecoder,
-            lambda config: tables.LLAMA,
+            lambda config: LLAMA,
             left_out=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
         ),
     ),
     "blip_text_model": Language(
         BertConfig.from_hf,
         BertDecoder,
-        lambda config: blip_tables.BLIP_DECODER,
+        lambda config: BLIP_DECODER,
         encoder_inputs=("input_ids", "attention_mask", "image_embeds"),
         bridged=False,
     ),
     "idefics": Language(
         FlamingoConfig.from_hf,
         Flamingo,
-        lambda config: flamingo(config.base_vocab_size, config.vocab_size - config.base_vocab_size),
+        lambda config: flamingo_rules(config.base_vocab_size, config.vocab_size - config.base_vocab_size),
         left_out=(r"model\.(layers|gated_cross_attn_layers)\.\d+\.\w+\.rotary_emb\.inv_freq",),
         bridged=False,
     ),
     "t5": Language(
         T5Config.from_hf,
         T5,
-        lambda config: tables.t5(config.gated),
+        lambda config: t5_rules(config.gated),
         left_out=(
             r"(encoder|decoder)\.embed_tokens\.weight",
             r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative.*",

@@ -44,7 +44,7 @@ class BlockConfig(Protocol):
         """Whether queries, keys and values have biases."""
 
 
-class Attention(nn.Module):
+class PatchAttention(nn.Module):
     """Self-attention over patches; one matrix makes queries, keys and values."""
 
     def __init__(self, config: BlockConfig) -> None:
@@ -85,7 +85,7 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = PatchAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 

@@ -1,4 +1,4 @@
-"""Which tensor is which in BLIP and its descendants for retrieval."""
+"""Weight tables of BLIP, and of the retrieval models BLIP-ITM, BLIP-2-ITM and CLIP."""
 
 from __future__ import annotations
 

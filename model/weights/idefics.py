@@ -1,8 +1,8 @@
-"""Which tensor is which in Idefics: Flamingo as transformers holds it."""
+"""Weight tables of Idefics, transformers' Flamingo."""
 
 from __future__ import annotations
 
-from blip2edge.model.weights.blip2 import LLAMA, LLAMA_LAYER
+from blip2edge.model.weights.language import LLAMA, LLAMA_LAYER
 from blip2edge.model.weights.rules import Rule, under
 
 ADDITIONAL = (
@@ -40,7 +40,7 @@ PERCEIVER = (
 )
 
 
-def flamingo(rows: int, additional: int) -> tuple[Rule, ...]:
+def flamingo_rules(rows: int, additional: int) -> tuple[Rule, ...]:
     """The decoder.
 
     Args:

@@ -14,11 +14,11 @@ from torch import nn
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
-from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig
+from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.loading.stage1_texts import CLS, SEP, QFormerTexts

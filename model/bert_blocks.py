@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, split_heads
 
 
-class Sizes(Protocol):
+class BertSizes(Protocol):
     """What the blocks read of a config."""
 
     @property
@@ -37,10 +37,10 @@ class Sizes(Protocol):
         """Probability, in training."""
 
 
-class Attention(nn.Module):
+class BertAttention(nn.Module):
     """Attention with the residual and the norm after it; keys and values are made apart, so that they can be kept."""
 
-    def __init__(self, config: Sizes, context_width: int) -> None:
+    def __init__(self, config: BertSizes, context_width: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_heads
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         """``[B, T, C]`` to two of ``[B, H, T, d]``."""
         return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
 
-    def look(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
+    def attend_to(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
         """``x [B, S, D]`` looks at keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
         query = split_heads(self.query(x), self.heads)
         out = self.dense(merge_heads(attend(query, *key_value, bias, self.scale)))
@@ -64,13 +64,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [B, S, D]`` looks at ``context [B, T, C]``; a batch of 1 in ``x`` is shared by all rows."""
-        return self.look(x, self.key_value(context), bias)
+        return self.attend_to(x, self.key_value(context), bias)
 
 
-class FeedForward(nn.Module):
+class BertFeedForward(nn.Module):
     """The intermediate and the output layer."""
 
-    def __init__(self, config: Sizes) -> None:
+    def __init__(self, config: BertSizes) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,63 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2edge.errors import CheckpointError
-from blip2edge.model.config import Fields, QFormerConfig
+from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
+from blip2edge.model.config import DraftConfig, QFormerConfig
 from blip2edge.model.layers import ACTIVATIONS, KeyValue, gather_positions, stack
-from blip2edge.model.post_norm import Attention, FeedForward
 from blip2edge.model.weights.rules import Rule
 
 DRAFT_FILE = "draft.safetensors"
 DRAFT_CONFIG = "draft.json"
 DRAFT_PREFIX = "draft."
 """Of our parameters, and of the file's tensors among the checkpoint's."""
-
-
-@dataclass(frozen=True)
-class DraftConfig:
-    """What ``draft.json`` holds; the other sizes are those of the Q-Former that it belongs to.
-
-    Attributes:
-        vocab_size: Rows of the word table, [DEC] included; its tokenizer is ``draft_tokenizer.json``.
-        max_positions: Rows of the position table, and so the longest text, [DEC] included.
-        dec_token_id: [DEC], what every written text begins with.
-        end_token_id: What ends one.
-        pad_token_id: What fills up a batch.
-    """
-
-    vocab_size: int
-    max_positions: int
-    dec_token_id: int
-    end_token_id: int
-    pad_token_id: int
-
-    def __post_init__(self) -> None:
-        ids = {"dec": self.dec_token_id, "end": self.end_token_id, "pad": self.pad_token_id}
-        for name, token_id in ids.items():
-            if not 0 <= token_id < self.vocab_size:
-                raise CheckpointError(
-                    f"draft.json: {name}_token_id {token_id} is not below vocab_size {self.vocab_size}"
-                )
-
-    @classmethod
-    def from_json(cls, values: Any) -> DraftConfig:
-        """Reads ``draft.json``.
-
-        Raises:
-            CheckpointError: A key is missing or has a wrong value.
-        """
-        f = Fields("draft.json", values)
-        ids: dict[str, int] = {}
-        for name in ("dec_token_id", "end_token_id", "pad_token_id"):
-            token_id = f.token_id(name, None)
-            if token_id is None:
-                raise CheckpointError(f"draft.json has no {name}")
-            ids[name] = token_id
-        return cls(f.integer("vocab_size", None), f.integer("max_positions", None), **ids)
-
-    def to_json(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_json`."""
-        return asdict(self)
 
 
 class WordHead(nn.Module):
@@ -110,7 +61,7 @@ class TextSide(NamedTuple):
     positions: nn.Embedding
     norm: nn.LayerNorm
     dropout: nn.Dropout
-    layers: Sequence[tuple[Attention, FeedForward]]
+    layers: Sequence[tuple[BertAttention, BertFeedForward]]
     head: WordHead
 
     def write(
@@ -138,7 +89,7 @@ class TextSide(NamedTuple):
         for (attention, feed_forward), before in zip(self.layers, past, strict=True):
             key, value = attention.key_value(x)
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-            x = feed_forward(attention.look(x, (key, value), bias))
+            x = feed_forward(attention.attend_to(x, (key, value), bias))
             presents.append((key, value))
         if logits_indices is not None:
             x = gather_positions(x, logits_indices)
@@ -153,7 +104,7 @@ class TextSide(NamedTuple):
         return columns.t().reshape(*input_ids.shape, -1)
 
 
-class DraftHead(nn.Module):
+class TextHead(nn.Module):
     """The text's own parts, beside a bridge whose Q-Former has none."""
 
     def __init__(self, config: DraftConfig, qformer: QFormerConfig) -> None:
@@ -161,7 +112,7 @@ class DraftHead(nn.Module):
         self.config = config
         self.words = nn.Embedding(config.vocab_size, qformer.hidden_size)
         self.positions = nn.Embedding(config.max_positions, qformer.hidden_size)
-        self.feed_forwards = stack(FeedForward(qformer) for _ in range(qformer.num_layers))
+        self.feed_forwards = stack(BertFeedForward(qformer) for _ in range(qformer.num_layers))
         self.head = WordHead(qformer, config.vocab_size)
 
     def text_side(self, qformer: Any) -> TextSide:
@@ -173,7 +124,7 @@ class DraftHead(nn.Module):
         return TextSide(self.words, self.positions, qformer.norm, qformer.dropout, layers, self.head)
 
 
-RULES = (
+TEXT_HEAD_RULES = (
     Rule("words", "embeddings.word_embeddings"),
     Rule("positions", "embeddings.position_embeddings"),
     Rule("feed_forwards.*.up", "qformer.encoder.layer.*.intermediate.dense"),
@@ -191,7 +142,7 @@ def write_draft(directory: Path, tensors: Mapping[str, Tensor], config: DraftCon
 
     Args:
         directory: A checkpoint's.
-        tensors: By the file's names, see :data:`RULES`.
+        tensors: By the file's names, see :data:`TEXT_HEAD_RULES`.
         config: The sizes.
     """
     save_file(dict(tensors), directory / DRAFT_FILE, metadata={"format": "pt"})
