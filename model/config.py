@@ -44,9 +44,9 @@ class VisionConfig:
         qkv_bias: Queries, keys and values have biases.
         clip: As OpenAI's CLIP: a norm before the blocks, patches without a bias, and class token and positions as
             ``[D]`` and ``[P, D]``. Else EVA-CLIP as BLIP-2 holds it.
-        post_norm: A norm behind the blocks.
-        keep_class: The class token is handed on, before the patches.
-        merge_tokens: Patches that are merged in each layer (``token_merging.py``); no checkpoint says so.
+        post_norm: There is a norm after the blocks.
+        keep_class: The class token stays in the output, before the patches.
+        merge_tokens: Patches merged in each layer (``token_merging.py``). Not part of a checkpoint.
     """
 
     hidden_size: int
@@ -77,13 +77,13 @@ class VisionConfig:
 
     @property
     def num_embeds(self) -> int:
-        """What is handed on: patches as far as they are not merged, and the class token where it is kept."""
+        """Rows of the output: the patches left after merging, and the class token if it is kept."""
         merged = merged_counts(self.num_positions - 1, self.num_layers, self.merge_tokens)
         return self.num_positions - sum(merged) - (not self.keep_class)
 
     @classmethod
     def from_clip(cls, values: Any) -> VisionConfig:
-        """Reads a CLIP ``vision_config``. The result has all its blocks and no norm behind them."""
+        """Reads a CLIP ``vision_config``. The result has all blocks and no norm after them."""
         f = Fields("vision_config", values)
         keys = (key for key in VISION_KEYS if key.name != "qkv_bias")
         return cls(**f.read(keys, CLIP_VISION_DEFAULTS), clip=True, post_norm=False)
@@ -128,7 +128,7 @@ class QFormerConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
         return self.num_query_tokens
 
     def __post_init__(self) -> None:
@@ -154,15 +154,15 @@ class QFormerConfig:
 
 
 class BridgeConfig(Protocol):
-    """What the rest of the project asks of any bridge's config."""
+    """What every bridge's config has."""
 
     @property
     def kind(self) -> str:
-        """The row of ``bridges.py``."""
+        """Key in ``bridges/registry.py``."""
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
 
     def to_hf(self) -> dict[str, Any]:
         """Its section of a ``config.json``."""
@@ -170,7 +170,7 @@ class BridgeConfig(Protocol):
 
 @dataclass(frozen=True)
 class NoBridge:
-    """The decoder looks at the patches themselves (BLIP); a picture takes no slots among the text's."""
+    """No bridge: the decoder attends to the patches directly (BLIP), and a picture adds no tokens to the text."""
 
     kind = "none"
     num_visual_tokens = 0
@@ -181,7 +181,7 @@ class NoBridge:
 
 
 class LanguageConfig(Protocol):
-    """What the rest of the project asks of any language model's config."""
+    """What every language model's config has."""
 
     @property
     def kind(self) -> str:
@@ -193,7 +193,7 @@ class LanguageConfig(Protocol):
 
     @property
     def hidden_size(self) -> int:
-        """Width inside, and of a bridge's projection."""
+        """Width of the layers, and of the output of a bridge's projection."""
 
     @property
     def embed_dim(self) -> int:
@@ -213,19 +213,19 @@ class LanguageConfig(Protocol):
 
     @property
     def max_positions(self) -> int:
-        """Longest context: visual tokens, prompt and caption."""
+        """Longest context in tokens: visual tokens, prompt and caption."""
 
     @property
     def tie_embeddings(self) -> bool:
-        """Whether the head is the token table."""
+        """Whether the head shares the weight of the token table."""
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the prompt goes to an encoder."""
+        """Whether an encoder reads the prompt."""
 
     @property
     def cross(self) -> CrossSpec | None:
-        """What the decoder looks at beside its own text."""
+        """What the decoder attends to besides its own text; None for nothing."""
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` of a ``config.json``."""
@@ -233,14 +233,14 @@ class LanguageConfig(Protocol):
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """What ``draft.json`` holds; the other sizes are those of the Q-Former that it belongs to.
+    """Content of ``draft.json``. The other sizes are those of the Q-Former.
 
     Attributes:
         vocab_size: Rows of the word table, [DEC] included; its tokenizer is ``draft_tokenizer.json``.
         max_positions: Rows of the position table, and so the longest text, [DEC] included.
-        dec_token_id: [DEC], what every written text begins with.
-        end_token_id: What ends one.
-        pad_token_id: What fills up a batch.
+        dec_token_id: [DEC], first token of every text.
+        end_token_id: Ends a text.
+        pad_token_id: Fills up the shorter rows of a batch.
     """
 
     vocab_size: int
@@ -285,10 +285,10 @@ class CaptionerConfig:
     Attributes:
         bos_token_id: Begins every text after the visual tokens.
         eos_token_ids: Any of them ends a caption.
-        image_token_id: Stands for a visual token in transformers' ``input_ids``; the repetition penalty sees it.
-        decoder_start_token_id: What the decoder of an encoder-decoder model begins with.
-        family: Its row of ``families.py``.
-        frames: Pictures an item: 1, or the frames of a video.
+        image_token_id: Stands for a visual token in transformers' ``input_ids``; the repetition penalty counts it.
+        decoder_start_token_id: First token of the decoder of an encoder-decoder model.
+        family: Key in ``families/registry.py``.
+        frames: Pictures per item: 1, or the frames of a video.
         draft: The text head of its Q-Former, where the checkpoint has one.
     """
 

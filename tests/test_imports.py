@@ -28,7 +28,6 @@ KNOWN_NAMES: set[str] = {
     "BACKENDS",
     "BINS",
     "BITS",
-    "BRIDGES",
     "CHUNK",
     "CLOSE",
     "COLOURS",

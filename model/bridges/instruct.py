@@ -1,7 +1,7 @@
 """The Q-Former that also reads an instruction (InstructBLIP: Dai et al., arXiv 2305.06500, section 2.3).
 
-Queries and instruction share each layer's self-attention; the queries alone look at the picture; each side has a
-feed-forward of its own. Only the queries are projected to the language model.
+Queries and instruction share each layer's self-attention; only the queries attend to the picture; queries and
+instruction have separate feed-forwards. Only the queries are projected to the language model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INSTRUCTION_KEYS = (
 
 @dataclass(frozen=True)
 class InstructedQFormerConfig(QFormerConfig):
-    """A Q-Former with the text side of its BERT.
+    """A Q-Former that also reads a text.
 
     Attributes:
         vocab_size: Rows of its word table; its tokenizer is BERT's, not the language model's.
@@ -71,7 +71,7 @@ class InstructedLayer(QFormerLayer):
     ) -> tuple[Tensor, Tensor]:
         """Queries ``[B, Q, D]`` and text ``[B, T, D]`` to the same; ``bias [B, 1, 1, Q + T]`` hides padding.
 
-        The text is what comes out of self-attention: its feed-forward is left to who goes on from it.
+        The text is returned after self-attention; the caller applies ``text_feed_forward``.
         """
         count = queries.shape[1]
         both = torch.cat([queries, text], dim=1)  # [B, Q + T, D]
@@ -98,7 +98,7 @@ class InstructedQFormer(QFormerBase):
         self.layers = stack(InstructedLayer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
-        """The queries after they have read picture and instruction.
+        """The queries after all layers.
 
         Args:
             image_embeds: ``[B, P, Dv]``.
@@ -110,11 +110,11 @@ class InstructedQFormer(QFormerBase):
         text = self.dropout(self.norm(words))
         queries = self.norm(self.query_tokens).expand(image_embeds.shape[0], -1, -1)
         queries = self.dropout(queries)
-        seen = instruction_mask.new_ones(instruction_mask.shape[0], queries.shape[1])
-        bias = key_mask_bias(torch.cat([seen, instruction_mask], dim=1), text.dtype)
+        query_mask = instruction_mask.new_ones(instruction_mask.shape[0], queries.shape[1])
+        bias = key_mask_bias(torch.cat([query_mask, instruction_mask], dim=1), text.dtype)
         for index, layer in enumerate(self.layers):
             queries, text = layer(queries, text, bias, image_embeds)
-            if index + 1 < len(self.layers):  # nobody reads the text behind the last layer
+            if index + 1 < len(self.layers):  # the text after the last layer is not used
                 text = layer.text_feed_forward(text)
         return queries
 

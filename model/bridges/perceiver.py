@@ -1,6 +1,6 @@
 """The perceiver resampler: learned latents that read a picture of any length (Alayrac et al., arXiv 2204.14198, 3.1).
 
-Flamingo's form of the Perceiver (arXiv 2103.03206): in every layer the latents look at the picture and at
+Flamingo's form of the Perceiver (arXiv 2103.03206): in every layer the latents attend to the picture and to
 themselves, then pass a feed-forward. The output is as wide as the picture's embeddings.
 """
 
@@ -30,10 +30,10 @@ class PerceiverConfig:
     """Sizes of the resampler.
 
     Attributes:
-        width: Of the picture's embeddings and of the latents.
-        num_latents: Latents, and so visual tokens.
-        output_size: Width of the visual tokens behind a linear layer; 0 for none, the latents themselves being what a
-            Flamingo looks at.
+        width: Width of the picture's embeddings and of the latents.
+        num_latents: Number of latents, and of visual tokens.
+        output_size: Width of the visual tokens after a linear layer; 0 for no such layer, as in Flamingo, which
+            attends to the latents themselves.
     """
 
     width: int
@@ -48,7 +48,7 @@ class PerceiverConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
         return self.num_latents
 
     @classmethod
@@ -66,7 +66,7 @@ class PerceiverConfig:
 
 
 class PerceiverAttention(nn.Module):
-    """Latents look at the picture and at themselves; no bias in the matrices."""
+    """Latents attend to the picture and to themselves; no bias in the matrices."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -85,12 +85,12 @@ class PerceiverAttention(nn.Module):
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
         latents = self.latents_norm(latents)
-        seen = torch.cat([self.context_norm(context), latents], dim=1)  # [B, P + Q, D]
+        context = torch.cat([self.context_norm(context), latents], dim=1)  # [B, P + Q, D]
         query = split_heads(self.query(latents), self.heads)
-        key = split_heads(self.key(seen), self.heads)
+        key = split_heads(self.key(context), self.heads)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        value = split_heads(self.value(seen), self.heads)
+        value = split_heads(self.value(context), self.heads)
         return self.out(merge_heads(attend(query, key, value, scale=self.scale)))
 
 
@@ -123,7 +123,7 @@ class PerceiverLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; D is Dv where there is no linear layer behind it."""
+    """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; D is Dv without a linear layer after it."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class PerceiverResampler(nn.Module):
         self.projection = nn.Linear(config.width, config.output_size) if config.output_size else None
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """The latents after they have read the picture."""
+        """The latents after all layers."""
         latents = self.latents.expand(image_embeds.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(image_embeds, latents)

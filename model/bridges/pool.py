@@ -1,8 +1,8 @@
-"""An attention pool: learned queries that look at the patches once.
+"""An attention pool: learned queries that attend to the patches once.
 
 The attentional pooler of CoCa (Yu et al., arXiv 2205.01917, section 3.2): one layer of multi-head attention between
 a norm on the patches and one on the queries. CLIP's attention pool (arXiv 2103.00020) and the pooling bridges
-of VILA (arXiv 2312.07533) are of this kind: a few tokens a picture for the price of one layer.
+of VILA (arXiv 2312.07533) are of this kind: a few tokens per picture at the cost of one layer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class AttentionPoolConfig:
     Attributes:
         hidden_size: Width of a query.
         num_heads: Heads.
-        num_query_tokens: Queries, and so visual tokens.
+        num_query_tokens: Number of queries, and of visual tokens.
         encoder_hidden_size: Width of a patch.
-        norm_eps: Of both norms.
+        norm_eps: Epsilon of both norms.
     """
 
     hidden_size: int
@@ -50,7 +50,7 @@ class AttentionPoolConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
         return self.num_query_tokens
 
     @classmethod
@@ -65,7 +65,7 @@ class AttentionPoolConfig:
 
 
 class Pooling(nn.Module):
-    """Queries look at patches."""
+    """Queries attend to patches."""
 
     def __init__(self, config: AttentionPoolConfig) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
-"""The Q-Former's own text head: a small captioner inside the bridge, left there by image-grounded generation.
+"""The text head of the Q-Former, used as draft model: a small captioner from image-grounded text generation (ITG).
 
-A text is written behind the queries: its first token is [DEC], a token sees the queries' keys and values and the
-text before it, and a head says what comes next (Li et al., arXiv 2301.12597, section 3.1). Self-attention and the
-first norm are the Q-Former's; words, places, feed-forward and head are the text's own. A checkpoint keeps those
-beside its weights, as ``draft.safetensors`` and ``draft.json``; transformers drops them.
+A text follows the queries. Its first token is [DEC]; a token attends to the queries' keys and values and to the
+tokens before it, and a head gives the logits of the next token (Li et al., arXiv 2301.12597,
+section 3.1). Self-attention and the first norm are the Q-Former's;
+token table, position table, feed-forward and head belong to the text head.
+A checkpoint keeps them in files of their own, ``draft.safetensors`` and ``draft.json``, which transformers ignores.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from blip2edge.model.weights.rules import Rule
 DRAFT_FILE = "draft.safetensors"
 DRAFT_CONFIG = "draft.json"
 DRAFT_PREFIX = "draft."
-"""Of our parameters, and of the file's tensors among the checkpoint's."""
+"""Prefix of our parameters, and of the names of the file's tensors in a checkpoint."""
 
 
 class WordHead(nn.Module):
-    """BERT's transform, and the token table as the matrix behind it (arXiv 1810.04805, and LAVIS' ``cls``)."""
+    """BERT's transform, then the token table as the output matrix (arXiv 1810.04805, and LAVIS' ``cls``)."""
 
     def __init__(self, config: QFormerConfig, vocab_size: int) -> None:
         super().__init__()
@@ -46,14 +47,14 @@ class WordHead(nn.Module):
 
 
 class TextSide(NamedTuple):
-    """The modules that a text goes through, wherever they stand.
+    """The modules that a text passes, some of them shared with the Q-Former.
 
     Attributes:
         words: Token table.
         positions: Position table, counted from [DEC] on.
-        norm: The norm before the first layer, which is the queries' too.
-        dropout: Behind it.
-        layers: Self-attention, which is the queries' too, and the text's feed-forward, layer by layer.
+        norm: The norm before the first layer, shared with the queries.
+        dropout: Dropout after the norm.
+        layers: Per layer, self-attention (shared with the queries) and the text's feed-forward.
         head: From states to logits.
     """
 
@@ -72,17 +73,17 @@ class TextSide(NamedTuple):
         past: Iterable[KeyValue],
         logits_indices: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Goes on with a text behind the queries.
+        """Runs the layers on further tokens of a text.
 
         Args:
             input_ids: int64 ``[B, S]``; the first of a text is [DEC].
             positions: int64 ``[B, S]`` or ``[S]``, 0 at [DEC].
             bias: Added to the scores, broadcastable to ``[B, H, S, P + S]``.
-            past: Two of ``[B, H, P, d]`` a layer: the queries' keys and values, and those of the text before.
+            past: Two of ``[B, H, P, d]`` per layer: the queries' keys and values, and those of the text before.
             logits_indices: int64 ``[B, K]``, which of the S tokens need logits; None for all.
 
         Returns:
-            Logits ``[B, K, V]``, and two of ``[B, H, P + S, d]`` a layer.
+            Logits ``[B, K, V]``, and two of ``[B, H, P + S, d]`` per layer.
         """
         x = self.dropout(self.norm(self._embed(input_ids) + self.positions(positions)))
         presents: list[KeyValue] = []
@@ -99,13 +100,13 @@ class TextSide(NamedTuple):
         """int64 ``[B, S]`` to ``[B, S, D]``."""
         if not torch.compiler.is_exporting():
             return F.embedding(input_ids, self.words.weight)
-        # Columns of the turned table, which is the head's matrix: a graph then holds the table once.
+        # Columns of the transposed table, which is the head's matrix, so that a graph holds the table once.
         columns = self.words.weight.t().index_select(1, input_ids.flatten())  # [D, B * S]
         return columns.t().reshape(*input_ids.shape, -1)
 
 
 class TextHead(nn.Module):
-    """The text's own parts, beside a bridge whose Q-Former has none."""
+    """The parts of the text head that the Q-Former does not have."""
 
     def __init__(self, config: DraftConfig, qformer: QFormerConfig) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class TextHead(nn.Module):
         self.head = WordHead(qformer, config.vocab_size)
 
     def text_side(self, qformer: Any) -> TextSide:
-        """With what it shares with its Q-Former (``model.bridge.qformer``)."""
+        """Joins it with the parts of its Q-Former (``model.bridge.qformer``)."""
         layers = [
             (layer.self_attention, feed_forward)
             for layer, feed_forward in zip(qformer.layers, self.feed_forwards, strict=True)
@@ -134,14 +135,14 @@ TEXT_HEAD_RULES = (
     Rule("head.norm", "cls.predictions.transform.LayerNorm"),
     Rule("head.bias", "cls.predictions.bias"),
 )
-"""Ours and ``draft.safetensors``'s: names of transformers' ``Blip2ForImageTextRetrieval``; LAVIS' for the head."""
+"""Our names and those in ``draft.safetensors``: transformers' ``Blip2ForImageTextRetrieval``, LAVIS' for the head."""
 
 
 def write_draft(directory: Path, tensors: Mapping[str, Tensor], config: DraftConfig) -> None:
     """Writes ``draft.safetensors`` and ``draft.json``.
 
     Args:
-        directory: A checkpoint's.
+        directory: Directory of the checkpoint.
         tensors: By the file's names, see :data:`TEXT_HEAD_RULES`.
         config: The sizes.
     """

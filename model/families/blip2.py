@@ -10,10 +10,10 @@ from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
 
 BLIP2_LEFT_OUT = (r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids")
-"""Buffers of older checkpoints: whole numbers counted up."""
+"""Buffers of older checkpoints."""
 
 VIDEO_FRAMES = 4
-"""Frames of a video: transformers' InstructBlipVideoProcessor writes the slots of four, whatever it is given."""
+"""Frames of a video: transformers' InstructBlipVideoProcessor always writes visual tokens for four."""
 
 
 def read_blip2(
@@ -23,14 +23,14 @@ def read_blip2(
     slot: str = "image_token",
     frames: int = 1,
 ) -> CaptionerConfig:
-    """``Blip2ForConditionalGeneration`` and its descendants.
+    """``Blip2ForConditionalGeneration`` and the families derived from it.
 
     Args:
         f: Its ``config.json``.
-        family: Its row.
-        bridge_config: Reads ``qformer_config``.
-        slot: What the id that stands for a visual token is called by.
-        frames: Pictures an item.
+        family: Key in ``families/registry.py``.
+        bridge_config: Class that reads ``qformer_config``.
+        slot: Prefix of the key with the id of a visual token: ``image_token`` or ``video_token``.
+        frames: Pictures per item.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
     bridge = bridge_config.from_hf(
@@ -53,7 +53,7 @@ def read_blip2(
 def write_blip2(
     config: CaptionerConfig, architecture: str = "Blip2", slot: str = "image_token", part: str = "blip_2"
 ) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_blip2` and transformers read; ``part`` begins its sections' types."""
+    """The ``config.json`` that :func:`read_blip2` and transformers read; ``part`` is their types' prefix."""
     return {
         "model_type": config.family,
         "architectures": [f"{architecture}ForConditionalGeneration"],

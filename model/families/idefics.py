@@ -21,10 +21,10 @@ IDEFICS_VISION_DEFAULTS = {
     "patch_size": 14,
     "hidden_act": "gelu",
 }
-"""Where ``vision_config`` leaves them out: the defaults of transformers' IdeficsVisionConfig."""
+"""Defaults of transformers' IdeficsVisionConfig."""
 
 IDEFICS_TOKEN_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-"""Of IdeficsConfig."""
+"""Defaults of IdeficsConfig."""
 
 IDEFICS_RULES = (
     *under("vision.", "model.vision_model.", CLIP_VISION),
@@ -35,11 +35,11 @@ IDEFICS_LEFT_OUT = (
     r"model\.vision_model\.post_layernorm\.(weight|bias)",
     r"model\.vision_model\.embeddings\.position_ids",
 )
-"""The norm behind the pooled class token, and a buffer of older checkpoints."""
+"""The norm after the pooled class token, and a buffer of older checkpoints."""
 
 
 def read_idefics(f: Fields) -> CaptionerConfig:
-    """``IdeficsForVisionText2Text``: the text's sizes stand at the top level; a resampler is optional."""
+    """``IdeficsForVisionText2Text``: the text model's sizes are at the top level; a resampler is optional."""
     section = Fields("vision_config", f.values.get("vision_config") or {}).values
     values = {**IDEFICS_VISION_DEFAULTS, **section}
     vision = VisionConfig.from_clip({**values, "hidden_size": values["embed_dim"]})

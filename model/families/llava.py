@@ -1,4 +1,4 @@
-"""LLaVA: how its ``config.json`` is read and written."""
+"""LLaVA: reads and writes its ``config.json``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LLAVA_VISION_DEFAULTS: dict[str, Any] = {
     "image_size": 336,
     "patch_size": 14,
 }
-"""CLIP ViT-L/14 at 336, where a config names no vision tower at all."""
+"""CLIP ViT-L/14 at 336, for configs without a vision tower."""
 
 LLAVA_RENAMED = (
     (r"model\.(vision_tower|multi_modal_projector)\.", r"\1."),
@@ -29,14 +29,14 @@ LLAVA_RENAMED = (
     (r"lm_head\.", "language_model.lm_head."),
     (r"vision_tower\.vision_model\.", "vision_tower."),
 )
-"""The names that other versions of transformers write, and what they stand for."""
+"""Names that other versions of transformers write, and their replacements."""
 
 LLAVA_LEFT_OUT = (
     r"vision_tower\.embeddings\.position_ids",
     r"vision_tower\.post_layernorm\..*",
     r"vision_tower\.encoder\.layers\.\d+\..*",
 )
-"""Parts of the tower behind the layer whose output is used."""
+"""Parts of the tower after the layer whose output is used."""
 
 
 def read_llava(f: Fields) -> CaptionerConfig:
@@ -98,7 +98,7 @@ def _layers(feature_layer: Any, depth: int) -> int:
 
 
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_llava` and transformers read; the tower ends where its features are."""
+    """The ``config.json`` that :func:`read_llava` and transformers read; the tower ends at its feature layer."""
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],

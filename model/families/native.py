@@ -1,4 +1,4 @@
-"""This project's own checkpoints: any bridge between BLIP-2's vision encoder and any language model.
+"""blip2edge's native checkpoints: any bridge between BLIP-2's vision encoder and any language model.
 
 A directory with ``model.safetensors``, the processor's files and this ``config.json``::
 
@@ -68,7 +68,7 @@ def read_native(f: Fields) -> CaptionerConfig:
     """Reads the ``config.json`` above.
 
     Raises:
-        UnsupportedModelError: A bridge or a language model without a row.
+        UnsupportedModelError: The bridge or the language model is not supported.
         CheckpointError: A key is missing or has a wrong value.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))

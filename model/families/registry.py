@@ -1,4 +1,4 @@
-"""The families of checkpoints: one row a ``model_type``, what is particular to each standing in its data."""
+"""The families of checkpoints, one row each. A row holds everything that is specific to its family."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ VQA_QUESTION = "Question: {question} Short answer:"
 
 @dataclass(frozen=True)
 class Family:
-    """How a kind of checkpoint is read, named and prompted.
+    """How the checkpoints of a family are read and prompted.
 
     Attributes:
         title: Its name in tables.
-        read: Makes the config of a ``config.json``.
+        read: Makes the config from a ``config.json``.
         write: The inverse.
-        rules: Vision encoder and bridge, in names of the checkpoint.
-        language_prefix: Where the language model's tensors stand.
-        template: Where picture and prompt stand in the text.
-        default_prompt: What ``caption`` fills in where no prompt is given; None for nothing.
-        question: What ``ask`` fills in for the prompt.
-        framed: Whether the tokenizer's special tokens frame a prompt; else it stands behind the BOS alone.
-        prompt_required: Whether there is no captioning without a prompt.
-        model_type: Of its ``config.json``; empty where it is the row's name.
-        architectures: Classes of transformers that are read so; empty for any of the ``model_type``.
-        image_token: The token of the tokenizer that stands for a picture in its text; empty where there is none.
-        around_image: The token before and behind that one, where a text may hold several pictures that take no
-            slots: the decoder looks at them from between its layers.
-        generation: Whether ``generation_config.json`` says what ends a text (else the language model's config).
-        stop: Text that ends a caption, where the language model was trained to write it instead of an end token.
-        left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
-        renamed: Names of other versions of transformers and their replacement, as in ``re.sub``, matched at a
-            name's start one after the other.
+        rules: Weight table of vision encoder and bridge.
+        language_prefix: Prefix of the language model's tensors.
+        template: Positions of picture and prompt in the text.
+        default_prompt: Prompt of ``caption`` if none is given; None for no prompt.
+        question: Prompt of ``ask``, with the question in it.
+        framed: Whether the tokenizer adds its special tokens to a prompt; else only the BOS stands before it.
+        prompt_required: Whether captions need a prompt.
+        model_type: ``model_type`` of its ``config.json``; empty if it equals the row's key.
+        architectures: Classes of transformers that this row reads; empty for any of the ``model_type``.
+        image_token: The tokenizer's token for a picture in a text; empty if it has none.
+        around_image: The token before and after ``image_token``, for families whose texts hold several pictures that
+            the decoder reaches by cross-attention.
+        generation: Whether the end tokens come from ``generation_config.json``; else from the language model's config.
+        stop: Texts that end a caption, for language models trained to write them instead of an end token.
+        left_out: Tensors of a checkpoint that are not used (regular expressions).
+        renamed: Names of other versions of transformers and their replacements, as in ``re.sub``; applied in order,
+            each at the start of a name.
     """
 
     title: str
@@ -220,7 +220,7 @@ def read_config(config: Any) -> Config:
     """Reads a ``config.json``.
 
     Raises:
-        UnsupportedModelError: A ``model_type`` or a language model without a row.
+        UnsupportedModelError: The ``model_type`` or the language model is not supported.
         CheckpointError: A key is missing or has a wrong value.
     """
     f = Fields("the top level", config)
@@ -228,7 +228,7 @@ def read_config(config: Any) -> Config:
 
 
 def _family_of(f: Fields) -> Family:
-    """The row of a ``model_type``, and of an architecture where several classes share that.
+    """The row of a ``model_type`` and, if several rows share it, of the class.
 
     Raises:
         UnsupportedModelError: No such row.
@@ -252,7 +252,7 @@ def _family_of(f: Fields) -> Family:
 
 
 def canonical_name(config: Any, name: str) -> str:
-    """What a tensor of a checkpoint is called in the family's table of weights."""
+    """Name of a checkpoint's tensor in the family's weight table."""
     for pattern, replacement in FAMILIES[config.family].renamed:
         name = re.sub(f"^{pattern}", replacement, name)
     return name
@@ -264,7 +264,7 @@ def write_config(config: Config) -> dict[str, Any]:
 
 
 def weight_map(config: Config) -> WeightMap:
-    """Our parameters and the checkpoint's tensors."""
+    """Maps our parameters to the checkpoint's tensors."""
     family = FAMILIES[config.family]
     if isinstance(config, RetrievalConfig):
         return WeightMap(family.rules, family.left_out)
@@ -280,8 +280,8 @@ def weight_map(config: Config) -> WeightMap:
             "language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens")
         )
         rules = (*(rule for rule in rules if rule.ours != "language.head"), tied)
-    drafted = under(DRAFT_PREFIX, DRAFT_PREFIX, TEXT_HEAD_RULES)
-    return WeightMap((*family.rules, *rules, *drafted), left_out)
+    text_head = under(DRAFT_PREFIX, DRAFT_PREFIX, TEXT_HEAD_RULES)
+    return WeightMap((*family.rules, *rules, *text_head), left_out)
 
 
 def head_names(config: CaptionerConfig) -> Mapping[str, frozenset[str]]:

@@ -1,4 +1,4 @@
-"""Checkpoints that compare pictures with texts: how their ``config.json`` is read and written."""
+"""Retrieval models: reads and writes their ``config.json``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_blip2_itm(f: Fields) -> RetrievalConfig:
     """``Blip2ForImageTextRetrieval``.
 
     Raises:
-        CheckpointError: Its Q-Former reads no text.
+        CheckpointError: The Q-Former does not read text.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
     values = f.values.get("qformer_config", {})

@@ -1,4 +1,4 @@
-"""Special token ids as ``config.json`` holds them."""
+"""Reads and writes the special token ids of a ``config.json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
     "mistral": {"bos": 1, "eos": 2},
     "t5": {"eos": 1, "pad": 0, "decoder_start": 0},
 }
-"""Special ids where ``text_config`` leaves them out: the defaults of transformers' configs."""
+"""Default special ids of transformers' configs."""
 
 
 def read_tokens(text: Fields) -> dict[str, Any]:

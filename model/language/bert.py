@@ -1,8 +1,8 @@
 """BERT with attention to a picture: BLIP's text models (Li et al., arXiv 2201.12086, section 3.1).
 
-Post-norm layers as in BERT (arXiv 1810.04805), each with a look at other states between self-attention and
-feed-forward. One kind of layer makes three models: the encoder of questions and captions, which looks at patches;
-the decoder of captions, which looks at patches too; the decoder of answers, which looks at the encoder's states.
+Post-norm layers as in BERT (arXiv 1810.04805), each with cross-attention between self-attention and
+feed-forward. The same layer serves three models: the encoder of questions and captions and the decoder of captions,
+which attend to patches, and the decoder of answers, which attends to the encoder's states.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class BertConfig:
     """Sizes of BLIP's text models.
 
     Attributes:
-        encoder_hidden_size: Width of what the layers look at.
-        reads_question: Whether an encoder reads a question first, whose states the decoder looks at (VQA).
+        encoder_hidden_size: Width of the states that the layers attend to.
+        reads_question: Whether an encoder reads a question first, whose states the decoder attends to (VQA).
     """
 
     vocab_size: int
@@ -69,7 +69,7 @@ class BertConfig:
         check_heads("text_config", self.hidden_size, self.num_heads)
         if self.reads_question and self.encoder_hidden_size != self.hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: the decoder looks at states of width {self.encoder_hidden_size}, but the "
+                f"config.json: text_config: the decoder attends to states of width {self.encoder_hidden_size}, but the "
                 f"question's have {self.hidden_size}"
             )
 
@@ -90,12 +90,12 @@ class BertConfig:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the prompt goes to an encoder."""
+        """Whether an encoder reads the prompt."""
         return self.reads_question
 
     @property
     def cross(self) -> CrossSpec:
-        """Every layer looks at the patches, or at the states of the question."""
+        """Every layer attends to the patches, or to the states of the question."""
         return CrossSpec(
             self.num_layers,
             self.num_heads,
@@ -116,7 +116,7 @@ class BertConfig:
 
 
 class BertLayer(nn.Module):
-    """Self-attention, a look at other states, feed-forward."""
+    """Self-attention, cross-attention, feed-forward."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class BertLayer(nn.Module):
         cross: KeyValue | None = None,
         cross_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; without ``cross`` it reads text alone."""
+        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; no cross-attention without ``cross``."""
         key, value = self.self_attention.key_value(x)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
@@ -143,7 +143,7 @@ class BertLayer(nn.Module):
 
 
 class BertEmbeddings(nn.Module):
-    """Places of the tokens, and the norm before the first layer."""
+    """Position embeddings, and the norm before the first layer."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class BertEncoder(nn.Module):
 
 
 class BertHead(nn.Linear):
-    """Logits behind BERT's transform; the matrix may be the token table, the bias is its own."""
+    """BERT's transform and the output matrix, which may be the token table; the bias is separate."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config.hidden_size, config.vocab_size)
@@ -203,7 +203,7 @@ class BertHead(nn.Linear):
 
 
 class BertDecoder(DecoderModule):
-    """BertEmbeddings in, logits and the grown cache out; with an encoder before it where it answers questions."""
+    """BertThe decoder, with an encoder of questions for VQA."""
 
     layers: Sequence[BertLayer]
 
@@ -225,7 +225,7 @@ class BertDecoder(DecoderModule):
         return self.encoder(input_ids, attention_mask, image_embeds)
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """``[B, E, C]`` to two of ``[B, H, E, d]`` a layer."""
+        """``[B, E, C]`` to two of ``[B, H, E, d]`` per layer."""
         return [layer.cross_attention.key_value(source) for layer in self.layers]
 
     def forward(

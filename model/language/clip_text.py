@@ -13,7 +13,7 @@ from blip2edge.model.layers import causal_bias, stack
 from blip2edge.model.vision.vit import Block
 
 LEGACY_EOS = 2
-"""An ``eos_token_id`` that older configs hold by mistake: there the largest id of a text stands at its end."""
+"""Wrong ``eos_token_id`` of older configs. With it, the largest id of a text marks its end."""
 
 
 CLIP_EOS = 49407
@@ -30,7 +30,7 @@ CLIP_TEXT_KEYS = (
 
 @dataclass(frozen=True)
 class ClipTextConfig:
-    """A causal transformer whose state at the text's end is the text."""
+    """A causal transformer; its state at the end token represents the text."""
 
     vocab_size: int
     hidden_size: int
@@ -65,7 +65,7 @@ class ClipTextConfig:
 
 
 class ClipText(nn.Module):
-    """Token ids to the state at the text's end."""
+    """Token ids to the state at the end token."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Llama and its kin in one module: Vicuna, Mistral, Qwen2, Qwen3, SmolLM; what differs are flags of the config.
+"""Llama and its relatives Vicuna, Mistral, Qwen2, Qwen3 and SmolLM; flags of the config select the differences.
 
 Touvron et al., arXiv 2302.13971; rotary positions: Su et al., arXiv 2104.09864; grouped heads: Ainslie et al.,
 arXiv 2305.13245; sliding window: Jiang et al., arXiv 2310.06825. One forward serves prefill, decoding and
@@ -29,9 +29,9 @@ from blip2edge.model.layers import (
 
 
 class Rotary(nn.Module):
-    """Positions as angles.
+    """Rotary positions as cosines and sines.
 
-    Always in FP32, whatever the rest computes in. The exporter knows it by the name ``rotary`` of the submodule.
+    Always in FP32. The exporter finds it by the submodule's name, ``rotary``.
     """
 
     def __init__(self, head_dim: int, rope: RopeConfig) -> None:
@@ -61,7 +61,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns ``x [B, H, S, d]``: its first half are real parts, its second imaginary ones."""
+    """Rotates ``x [B, H, S, d]``: its first half are real parts, its second imaginary ones."""
     real, imaginary = x.chunk(2, dim=-1)
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
 
@@ -84,13 +84,13 @@ class LlamaAttention(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """Looks back.
+        """Attends to the cache and the new slots.
 
         Args:
             x: ``[B, S, D]``.
             rotation: Two of ``[B, 1, S, d / 2]`` in the dtype of ``x``, from :class:`Rotary`.
             bias: ``[B, 1, S, P + S]``.
-            past: Two of ``[B, Hkv, P, d]``; keys are stored turned.
+            past: Two of ``[B, Hkv, P, d]``; keys are stored rotated.
 
         Returns:
             ``[B, S, D]``, and two of ``[B, Hkv, P + S, d]``.
@@ -110,7 +110,7 @@ class LlamaAttention(nn.Module):
         if not torch.compiler.is_exporting():
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
             return attend(query, key, value, bias, self.scale)
-        # In the graph a further dimension, so that the shared keys and values are never copied.
+        # A further dimension in the graph avoids copies of the shared keys and values.
         query = query.reshape(query.shape[0], self.kv_heads, groups, *query.shape[2:])  # [B, Hkv, G, S, d]
         out = attend(query, key[:, :, None], value[:, :, None], bias[:, :, None], self.scale)
         return out.flatten(1, 2)
@@ -132,11 +132,11 @@ class LlamaFeedForward(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """Self-attention and feed-forward, each behind a norm.
+    """Self-attention and feed-forward, each after a norm.
 
     Args:
         config: Sizes.
-        window: What ``bias`` is to be made for; the layer itself does not use it.
+        window: Window of the ``bias`` that the caller passes; the layer itself does not use it.
     """
 
     def __init__(self, config: LlamaConfig, window: int | None = None) -> None:
@@ -157,7 +157,7 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaDecoder(DecoderModule):
-    """Embeddings in, logits and the grown cache out."""
+    """The decoder."""
 
     layers: Sequence[LlamaLayer]
 

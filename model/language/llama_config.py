@@ -1,4 +1,4 @@
-"""Sizes and variants of Llama and its kin, as ``config.json`` holds them."""
+"""Configs of Llama and its relatives."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ROPE_KINDS = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How fast the rotary positions turn.
+    """Frequencies of the rotary positions.
 
     Attributes:
         theta: Base of the wavelengths.
-        kind: One of :data:`ROPE_KINDS`: as they are, all slowed by ``factor``, or (Llama 3.1) the slow ones alone.
-        factor: How much slower.
-        low_freq_factor: Llama 3.1: wavelengths beyond ``original_positions / low_freq_factor`` are slowed.
-        high_freq_factor: Llama 3.1: wavelengths below ``original_positions / high_freq_factor`` are not.
+        kind: One of :data:`ROPE_KINDS`: unchanged, all divided by ``factor``, or (Llama 3.1) only the low ones.
+        factor: Divisor of the frequencies.
+        low_freq_factor: Llama 3.1: wavelengths above ``original_positions / low_freq_factor`` are scaled.
+        high_freq_factor: Llama 3.1: wavelengths below ``original_positions / high_freq_factor`` are not scaled.
         original_positions: Context that the model was first trained with.
     """
 
@@ -38,7 +38,7 @@ class RopeConfig:
         """Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
 
         Raises:
-            UnsupportedModelError: A kind without a row.
+            UnsupportedModelError: The kind is not supported.
         """
         f = Fields("rope_parameters", values.get("rope_parameters") or values.get("rope_scaling") or {})
         kind = f.values.get("rope_type", f.values.get("type", "default"))
@@ -97,11 +97,11 @@ class LlamaConfig:
 
     Attributes:
         qkv_bias: Queries, keys and values have biases (Qwen2).
-        out_bias: So has the matrix behind the heads.
-        mlp_bias: So have the three of the feed-forward.
-        qk_norm: Each head's queries and keys are normed before they are turned (Qwen3).
-        window: A slot sees this many slots, its own included; None for all (Mistral 0.1, Qwen2).
-        window_layers: The layers that the window holds for.
+        out_bias: The matrix after the heads has a bias.
+        mlp_bias: The three matrices of the feed-forward have biases.
+        qk_norm: Each head's queries and keys are normed before the rotation (Qwen3).
+        window: A token attends to this many tokens, itself included; None for all (Mistral 0.1, Qwen2).
+        window_layers: Layers with the window.
         kind: transformers' ``model_type``, a key of :data:`DEFAULTS`.
     """
 
@@ -144,7 +144,7 @@ class LlamaConfig:
 
     @property
     def cross(self) -> CrossSpec | None:
-        """It looks at nothing but its text."""
+        """None: it has no cross-attention."""
         return None
 
     def window_of(self, layer: int) -> int | None:
@@ -153,7 +153,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, values: Any) -> LlamaConfig:
-        """Reads a ``config.json`` or ``text_config`` of Llama or its kin, with each one's defaults."""
+        """Reads a ``config.json`` or ``text_config`` of Llama or a relative, with its own defaults."""
         f = Fields("text_config", values)
         kind = str(f.values.get("model_type", "llama"))
         sizes = DEFAULTS[kind]
@@ -225,18 +225,18 @@ DEFAULTS: dict[str, dict[str, int]] = {
         "head_dim": 128,
     },
 }
-"""What transformers' configs assume where ``config.json`` is silent."""
+"""Defaults of transformers' configs."""
 
 
 def _kv_heads(f: Fields, heads: int, sizes: Mapping[str, int]) -> int:
-    """An absent number is the class's default, a null as many as there are heads: as in transformers."""
+    """A missing key gives the class's default, null gives one per head; as in transformers."""
     if "num_key_value_heads" in f.values:
         return f.integer("num_key_value_heads", heads)
     return sizes.get("num_key_value_heads", heads)
 
 
 def _window(kind: str, f: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """The sliding window, and which layers it holds for."""
+    """The sliding window, and the layers that have it."""
     used = kind == "mistral" or (kind in ("qwen2", "qwen3") and f.flag("use_sliding_window", False))
     if not used or f.values.get("sliding_window", 4096) is None:
         return None, ()

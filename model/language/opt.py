@@ -26,7 +26,7 @@ from blip2edge.model.layers import (
 )
 
 POSITION_OFFSET = 2
-"""OPT's table of positions starts with two rows that no position uses (metaseq's padding_idx + 1)."""
+"""Unused rows at the start of OPT's position table (metaseq's padding_idx + 1)."""
 
 
 OPT_KEYS = (
@@ -48,7 +48,7 @@ OPT_KEYS = (
 
 @dataclass(frozen=True)
 class OPTConfig:
-    """Sizes and variants: 350m has its norm after the block and a narrower token table."""
+    """Sizes and variants: 350m has its norms after the blocks and a narrower token table."""
 
     vocab_size: int
     hidden_size: int
@@ -157,7 +157,7 @@ class OPTLayer(nn.Module):
 
 
 class OPTDecoder(DecoderModule):
-    """Embeddings in, logits and the grown cache out."""
+    """The decoder."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()

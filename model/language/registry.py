@@ -1,4 +1,4 @@
-"""The language models that a bridge can feed: one row a ``model_type``."""
+"""The supported language models: one row per ``model_type``."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Language:
     """How a language model is read and built.
 
     Attributes:
-        read_config: Makes its config of a ``text_config``.
-        build: Makes the module of a config.
-        rules: Its table of weights; some depend on the config.
-        encoder_inputs: What its encoder reads, by name; for encoder-decoder models.
-        left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
-        bridged: Whether any bridge can feed it; else it belongs to one family alone.
+        read_config: Makes its config from a ``text_config``.
+        build: Makes the module from a config.
+        rules: Its weight table, which may depend on the config.
+        encoder_inputs: Names of the encoder's inputs, for encoder-decoder models.
+        left_out: Tensors of a checkpoint that are not used (regular expressions).
+        bridged: Whether it works with any bridge; else only one family has it.
     """
 
     read_config: Callable[[Any], LanguageConfig]
@@ -91,7 +91,7 @@ def language_of(model_type: Any) -> Language:
 
 
 def bridged_language(model_type: Any) -> Language:
-    """The row of a language model that any bridge can feed.
+    """The row of a language model that works with any bridge.
 
     Raises:
         UnsupportedModelError: No such row.

@@ -1,7 +1,7 @@
-"""T5 and Flan-T5: an encoder over the prompt, a decoder that looks back at it (Raffel et al., arXiv 1910.10683).
+"""T5 and Flan-T5: an encoder over the prompt, a decoder that attends to it (Raffel et al., arXiv 1910.10683).
 
 The decoder follows the same contract as the other language models; its keys and values of the encoder's states are
-computed once a request and handed in.
+computed once per request and passed in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from blip2edge.model.layers import (
 )
 
 T5_MAX_POSITIONS = 2048
-"""Slots that engines and checks are made for; the relative positions themselves have no end."""
+"""Longest context of engines and checks. The relative positions themselves have no limit."""
 
 
 T5_KEYS = (
@@ -86,7 +86,7 @@ class T5Config:
 
     @property
     def cross(self) -> CrossSpec:
-        """Every layer looks at the encoder's states."""
+        """Every layer attends to the encoder's states."""
         return CrossSpec(self.num_layers, self.num_heads, self.head_dim, self.hidden_size, mask="keys")
 
     @classmethod
@@ -185,7 +185,7 @@ class T5Attention(nn.Module):
         return split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
 
     def forward(self, x: Tensor, key_value: KeyValue, bias: Tensor) -> Tensor:
-        """``x [B, S, D]`` looks at keys and values ``[B, H, T, d]``."""
+        """``x [B, S, D]`` attends to keys and values ``[B, H, T, d]``."""
         out = attend(split_heads(self.query(x), self.heads), *key_value, bias)
         return self.out(merge_heads(out))
 
@@ -208,7 +208,7 @@ class T5FeedForward(nn.Module):
 
 
 class T5EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each behind a norm."""
+    """Self-attention and feed-forward, each after a norm."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class T5Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """``attention_mask`` int64 ``[B, E]``; padding stands behind the text, so that slots are positions."""
+        """``attention_mask`` int64 ``[B, E]``; padding follows the text, so that slots are positions."""
         slots = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         bias = self.relative(slots, slots) + key_mask_bias(attention_mask, inputs_embeds.dtype)
         x = self.dropout(inputs_embeds)
@@ -294,7 +294,7 @@ class T5(DecoderModule):
         return self.encoder(inputs_embeds, attention_mask)
 
     def cross_key_values(self, states: Tensor) -> list[KeyValue]:
-        """``[B, E, D]`` to two of ``[B, H, E, d]`` a layer."""
+        """``[B, E, D]`` to two of ``[B, H, E, d]`` per layer."""
         return [layer.cross_attention.key_value(states) for layer in self.layers]
 
     def forward(

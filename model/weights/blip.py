@@ -30,7 +30,7 @@ BLIP_DECODER = (
     Rule("head.dense", "text_decoder.cls.predictions.transform.dense"),
     Rule("head.norm", "text_decoder.cls.predictions.transform.LayerNorm"),
 )
-"""The decoder of captions, or of answers behind the encoder of questions."""
+"""The decoder of captions, or the encoder of questions and the decoder of answers."""
 
 BLIP_VISION = under("vision.", "vision_model.", BLIP2_VISION)
 

@@ -9,7 +9,7 @@ ADDITIONAL = (
     Rule("embed_tokens", ("model.embed_tokens", "model.embed_tokens.additional_embedding")),
     Rule("head", ("lm_head", "lm_head.additional_fc")),
 )
-"""The token table and the head with rows of their own behind those of the Llama."""
+"""The token table and the head, with additional rows after those of the Llama."""
 
 GATED_LAYER = (
     *(rule for rule in LLAMA_LAYER if not rule.ours.startswith("attention.")),
@@ -41,11 +41,11 @@ PERCEIVER = (
 
 
 def flamingo_rules(rows: int, additional: int) -> tuple[Rule, ...]:
-    """The decoder.
+    """Weight table of the decoder.
 
     Args:
-        rows: Of the Llama's own token table.
-        additional: Rows behind them; 0 where there are none, and no tensors for them.
+        rows: Rows of the Llama's token table.
+        additional: Additional rows after them; 0 if the checkpoint has none.
     """
     gated = under("cross_layers.*.", "model.gated_cross_attn_layers.*.", GATED_LAYER)
     if not additional:
