@@ -15,9 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from blip2edge.bundle.schema import DRAFT, QUERIES, Axis, CacheSpec, DraftSpec, GraphSpec, TensorSpec
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.config import CaptionerConfig, QFormerConfig
+from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.layers import causal_bias
 
 MAX_BATCH = 8

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from blip2edge.errors import ConfigError
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.bridges.mlp import MLPConfig
 from blip2edge.model.bridges.perceiver import PerceiverConfig
@@ -15,6 +14,7 @@ from blip2edge.model.bridges.pool import AttentionPoolConfig
 from blip2edge.model.config import (
     BridgeConfig,
     CaptionerConfig,
+    DraftConfig,
     LanguageConfig,
     QFormerConfig,
     VisionConfig,

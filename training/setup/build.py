@@ -12,9 +12,9 @@ from tokenizers.processors import TemplateProcessing
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
-from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig
+from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
 from blip2edge.training.phases.stage1 import Stage1Model
