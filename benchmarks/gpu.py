@@ -42,7 +42,7 @@ COPIED = 1 << 29  # bytes copied to find the bandwidth; twice that moves
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name and what captions the picture."""
+    """A name, and the function that captions the picture."""
 
     name: str
     caption: Callable[[], list[int]]
