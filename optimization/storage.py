@@ -68,7 +68,7 @@ def write_copy(
     Args:
         optimized: The graph.
         parent: The portable graph's file.
-        target: The copy's directory, as it is being written.
+        target: The directory that becomes the copy.
         name: The graph's name.
         within: The copy's path inside the bundle; None where it is elsewhere and shares no weights.
 
