@@ -22,8 +22,15 @@ from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
 from blip2edge.errors import EngineError, UsageError
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.backends.engine_files import KIND, STEP, EngineRecord, EngineSet
-from blip2edge.runtime.backends.fingerprint import Fingerprint, find_gpu, fingerprint
+from blip2edge.runtime.backends import probe
+from blip2edge.runtime.backends.engine_files import (
+    KIND,
+    STEP,
+    EngineRecord,
+    EngineSet,
+    Fingerprint,
+    fingerprint,
+)
 from blip2edge.runtime.tensorrt.session import JETSON, TARGETS, load_tensorrt, version_of
 
 TIMING_CACHE = "timing.cache"
@@ -242,7 +249,7 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
     """Builds one engine in a new process, so that all memory of the builder is free afterwards."""
     context = multiprocessing.get_context("spawn")
     output = staging / f"{plan.name}.engine"
-    inspect_layers = not task.options.sm and find_gpu() is not None
+    inspect_layers = not task.options.sm and bool(probe.nvidia_driver().gpus)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         future = pool.submit(
             _build_one, task.options.target, plan, task.version, output, task.settings, inspect_layers

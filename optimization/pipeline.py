@@ -35,9 +35,9 @@ from blip2edge.optimization.passes.integers import without_rounding
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
 from blip2edge.optimization.storage import SMALLEST, optimize_offline, scratch_directory, write_copy
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.backends.base import Session, Settled
+from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.backends.open_graph import OneByOne
+from blip2edge.runtime.backends.open_graph import RowByRow
 from blip2edge.runtime.backends.openvino import OpenVinoSession
 from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord, installed
 from blip2edge.runtime.backends.probe import exact_processor
@@ -301,7 +301,7 @@ def _agreement(
 def _run(task: _CopyTask, name: str, path: Path, recipe: Recipe | None = None) -> probe.ProbeResult:
     """Runs a graph in ONNX Runtime: the portable one, or with a recipe a rewritten one."""
     opened = OnnxRuntimeSession(
-        path, 1, settled=None if recipe is None else Settled(path.parent, recipe.layout)
+        path, 1, optimized=None if recipe is None else OptimizedFile(path.parent, recipe.layout)
     )
     return _probe(task, name, opened, one_by_one=recipe is not None and recipe.one_by_one)
 
@@ -309,7 +309,7 @@ def _run(task: _CopyTask, name: str, path: Path, recipe: Recipe | None = None) -
 def _probe(task: _CopyTask, name: str, opened: Session, *, one_by_one: bool = False) -> probe.ProbeResult:
     """Runs and times an opened graph, and closes it."""
     try:
-        session = OneByOne(opened) if one_by_one else opened
+        session = RowByRow(opened) if one_by_one else opened
         manifest = task.bundle.manifest
         if name != DECODER:
             return probe.run_and_time(session, probe.draw_inputs(task.bundle.graph(name).spec, task.upstream))

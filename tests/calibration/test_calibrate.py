@@ -181,7 +181,7 @@ def test_what_fails_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("blip2edge.calibration.activations.quantise.quantise_graph", full)
+    monkeypatch.setattr("blip2edge.calibration.activations.quantize.insert_qdq", full)
     with pytest.raises(OutputError, match="the disk is full"):
         calibrate(tiny_bundle, tmp_path / "out" / "bundle", images=images, threads=1)
     assert not list((tmp_path / "out").iterdir())

@@ -40,7 +40,6 @@ def test_fewer_are_spread_over_all_and_always_the_same(folder: Path) -> None:
     assert [picture.path.name for picture in first] == ["000.png", "003.png", "006.png"]
     assert first == second
     assert first.sha256 != choose_pictures(folder, 4).sha256
-    assert first.found == 9
 
 
 def test_a_shard_gives_what_the_folder_gives(folder: Path, tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_no_picture_is_an_error_that_says_what_to_give(tmp_path: Path, folder: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found none; give --images a folder"):
         choose_pictures(tmp_path / "empty")
-    with pytest.raises(DataError, match="there is none"):
+    with pytest.raises(DataError, match="found neither"):
         choose_pictures(tmp_path / "absent")
     for path in folder.iterdir():
         path.write_bytes(b"no picture")

@@ -1,49 +1,49 @@
-"""Which kind of data a path is, so that a command needs no configuration for it."""
+"""Detects the kind of data at a path, so that a command needs no recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from blip2edge.errors import ConfigError, DataError, UsageError
-from blip2edge.training.data.coco import read_json
+from blip2edge.training.data.coco import load_json_object
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import read_section
 
-KNOWN = (
+_EXPECTED = (
     "COCO's JSON of captions or of VQA questions, a folder of pictures with texts, tar shards, or a recipe's section"
     " [data]"
 )
 
 
-def detect(
+def detect_data(
     path: str, images: str | None, annotations: str | None, max_broken: int
 ) -> tuple[DataConfig, Path]:
-    """What a path holds.
+    """Detects the kind of data at a path.
 
     Args:
         path: A JSON file, a folder, shards (a tar file, a pattern, a directory of them), or a recipe (TOML).
-        images: The directory of a JSON file's pictures; None: beside the file.
-        annotations: The answers to VQA's questions; None: the file beside it.
-        max_broken: How many samples may be broken; of a recipe its own key counts.
+        images: Directory of a JSON file's pictures; None: beside the file.
+        annotations: File of the answers to VQA's questions; None: the file beside the questions.
+        max_broken: Largest number of broken samples; a recipe's own value overrides it.
 
     Returns:
         The configuration, and the directory that its paths are relative to.
 
     Raises:
-        DataError: It is none of these.
-        ConfigError: A recipe with a wrong section [data].
+        DataError: The kind is not known.
+        ConfigError: The section [data] of the recipe is wrong.
     """
     place = Path(path)
     if place.suffix == ".toml":
         return _of_recipe(place), place.parent
     if place.suffix == ".json":
-        kind = "coco-vqa" if "questions" in read_json(place) else "coco-captions"
+        kind = "coco-vqa" if "questions" in load_json_object(place) else "coco-captions"
     elif place.is_dir():
         kind = "shards" if any(place.glob("*.tar")) else "folder"
     elif place.suffix == ".tar":
         kind = "shards"
     else:
-        raise DataError(f"expected {KNOWN}, got {path}", "check the path")
+        raise DataError(f"expected {_EXPECTED}, got {path}", "check the path")
     here = Path.cwd()
     return (
         DataConfig(
@@ -58,11 +58,13 @@ def detect(
 
 
 def _of_recipe(path: Path) -> DataConfig:
-    """The section [data] of a recipe; its other sections are not looked at."""
+    """Reads the section [data] of a recipe; other sections are ignored."""
     try:
         import tomllib
     except ModuleNotFoundError as error:  # Python 3.10, where bundles run
-        raise UsageError(f"reading {path.name} needs Python 3.11", "name the data itself") from error
+        raise UsageError(
+            f"reading {path.name} needs Python 3.11", "give the path of the data instead of a recipe"
+        ) from error
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

@@ -1,4 +1,4 @@
-"""The kinds of data: one row a `[data] kind`."""
+"""Opens the data that a recipe's section `[data]` describes, by its `kind`."""
 
 from __future__ import annotations
 
@@ -8,91 +8,91 @@ from pathlib import Path
 from blip2edge.errors import UsageError
 from blip2edge.training.data.coco import read_captions, read_vqa
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.entries import Broken, Entry
+from blip2edge.training.data.entries import BrokenSamples, Entry
 from blip2edge.training.data.folder import read_folder
-from blip2edge.training.data.listed import ListedSource
+from blip2edge.training.data.list_source import ListSource
 from blip2edge.training.data.scene_source import SceneSource
 from blip2edge.training.data.shard_source import ShardSource
 from blip2edge.training.data.shards import read_shards, shard_paths
-from blip2edge.training.data.sources import Source
+from blip2edge.training.data.sources import SampleSource
 
 
 def _path(base: Path, text: str) -> Path | None:
-    """A path of the configuration; None where it is silent."""
+    """A path of the configuration; None if it is empty."""
     return base / text if text else None
 
 
-def _captions(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+def _captions(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]:
     return read_captions(base / config.path, _path(base, config.images), config.max_broken)
 
 
-def _vqa(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+def _vqa(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]:
     annotations, images = _path(base, config.annotations), _path(base, config.images)
     return read_vqa(base / config.path, annotations, images, config.max_broken)
 
 
-def _folder(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+def _folder(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]:
     return read_folder(base / config.path, config.max_broken)
 
 
-def _shards(config: DataConfig, base: Path) -> tuple[Iterable[Entry], Broken]:
-    broken = Broken(config.path, config.max_broken)
+def _shards(config: DataConfig, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:
+    broken = BrokenSamples(config.path, config.max_broken)
     return read_shards(shard_paths(base / config.path), broken), broken
 
 
-LISTS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], Broken]]] = {
+LIST_READERS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], BrokenSamples]]] = {
     "coco-captions": _captions,
     "coco-vqa": _vqa,
     "folder": _folder,
 }
-"""What reads a kind whole, given the directory that paths are relative to."""
+"""Reads all entries of a kind; paths are relative to the given directory."""
 
 
-def _listed(config: DataConfig, seed: int, base: Path) -> Source:
-    entries, broken = LISTS[config.kind](config, base)
-    return ListedSource(entries, broken, config.path, config, seed)
+def _listed(config: DataConfig, seed: int, base: Path) -> SampleSource:
+    entries, broken = LIST_READERS[config.kind](config, base)
+    return ListSource(entries, broken, config.path, config, seed)
 
 
-SOURCES: dict[str, Callable[[DataConfig, int, Path], Source]] = {
+SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path], SampleSource]] = {
     "scenes": lambda config, seed, base: SceneSource(config, seed),
     "shards": lambda config, seed, base: ShardSource(shard_paths(base / config.path), config, seed),
-    **dict.fromkeys(LISTS, _listed),
+    **dict.fromkeys(LIST_READERS, _listed),
 }
-"""What makes a source of its configuration, the seed of its order, and the directory that paths are relative to."""
+"""Makes a source from its configuration, the seed of its order, and the directory that paths are relative to."""
 
 
-def open_source(config: DataConfig, *, seed: int, base: Path) -> Source:
-    """The source that a configuration describes.
+def open_sample_source(config: DataConfig, *, seed: int, base: Path) -> SampleSource:
+    """Opens the source that a recipe describes.
 
     Args:
         config: The section [data].
-        seed: Of the order; each phase of a recipe has its own.
-        base: The configuration file's directory: relative paths start there.
+        seed: Seed of the order; each phase of a recipe has its own.
+        base: Directory of the recipe; relative paths start there.
 
     Returns:
         The source, at its first sample.
 
     Raises:
-        DataError: Its files are missing or cannot be parsed.
+        DataError: A file is missing or cannot be parsed.
     """
-    return SOURCES[config.kind](config, seed, base)
+    return SOURCE_MAKERS[config.kind](config, seed, base)
 
 
-def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Broken]:
-    """The data once through, in the order of its files: to be scored or filtered.
+def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:
+    """Reads all entries once, in the order of the files, for evaluation or filtering.
 
     Args:
-        config: The section [data]; any kind but the scenes.
-        base: The directory that relative paths start from.
+        config: The section [data]; any kind but "scenes".
+        base: Directory that relative paths start from.
 
     Returns:
-        The entries, and what is left out of them; of shards, which are read as they are asked for, that is known
-        at the end.
+        The entries and the broken samples. Shards are read during the iteration, so their broken samples are complete
+        at its end.
 
     Raises:
-        DataError: Its files are missing or cannot be parsed.
-        UsageError: The kind is "scenes", which have no end.
+        DataError: A file is missing or cannot be parsed.
+        UsageError: The kind is "scenes", which are endless.
     """
     if config.kind == "scenes":
-        raise UsageError("expected data from files, got the generated scenes", "name a file or folder")
-    return (_shards if config.kind == "shards" else LISTS[config.kind])(config, base)
+        raise UsageError("expected data from files, got the generated scenes", "give a file or folder")
+    return (_shards if config.kind == "shards" else LIST_READERS[config.kind])(config, base)

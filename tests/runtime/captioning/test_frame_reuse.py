@@ -20,7 +20,7 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.frame_reuse import CELLS, cells_of
 from blip2edge.runtime.captioning.pipeline import StageClock
-from blip2edge.runtime.serving.watch import Frame, Seen, watch
+from blip2edge.runtime.serving.watch import Frame, WatchResult, watch
 from tests.drawing import draw_pictures
 from tests.families.drawing_blip import save_blip
 from tests.families.drawing_idefics import draw_idefics
@@ -78,7 +78,7 @@ def _from_zero(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("counted").since()
 
 
-def watched(counted: Counted, pictures: Sequence[Any], below: float, **options: Any) -> list[Seen]:
+def watched(counted: Counted, pictures: Sequence[Any], below: float, **options: Any) -> list[WatchResult]:
     def frames() -> Iterator[Frame]:
         for index, picture in enumerate(pictures):
             yield Frame(str(index), picture)
@@ -87,7 +87,7 @@ def watched(counted: Counted, pictures: Sequence[Any], below: float, **options: 
     return list(watch(counted.captioner, frames(), every=True, reuse_below=below, **options))
 
 
-def tokens(seen: Sequence[Seen]) -> list[tuple[int, ...]]:
+def tokens(seen: Sequence[WatchResult]) -> list[tuple[int, ...]]:
     return [one.result.tokens for one in seen if one.result is not None]
 
 

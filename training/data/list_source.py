@@ -1,0 +1,98 @@
+"""A source of samples from a list of entries: endless, shuffled and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from blip2edge.errors import DataError
+from blip2edge.training.data.config import DataConfig
+from blip2edge.training.data.entries import BrokenSamples, Entry, RejectingSource
+from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
+
+_TEXT = 2  # random stream of prompts and answers
+
+
+def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sample:
+    """Makes the training sample of an entry.
+
+    Args:
+        entry: A caption or a question.
+        config: Prompts for captions, and the template for questions.
+        rng: Draws the prompt, or one of the answers; an answer that more people gave is more likely.
+
+    Returns:
+        The sample.
+    """
+    picture, identity = entry.picture, entry.picture.identity
+    if entry.question:
+        text = entry.answers[int(rng.integers(len(entry.answers)))].strip()
+        return Sample(
+            entry.sample_id, identity, picture.open, text, config.question.replace("{}", entry.question)
+        )
+    return Sample(entry.sample_id, identity, picture.open, entry.text, draw_prompt(config, rng))
+
+
+class ListSource(RejectingSource):
+    """Samples of a list of entries, pass after pass, each pass in its own order.
+
+    Args:
+        entries: All entries.
+        broken: Samples that were skipped when the entries were read.
+        name: The file or folder, for messages.
+        config: Prompts and template.
+        seed: Seed of orders, prompts and answers.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], broken: BrokenSamples, name: str, config: DataConfig, seed: int
+    ) -> None:
+        self._entries = entries
+        super().__init__(broken)
+        self._name = name
+        self._config = config
+        self._seed = seed
+        self._position = 0
+        self._order = PassOrder(len(entries), seed)
+        ids = "\n".join(entry.sample_id for entry in entries)
+        self._digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """The file or folder."""
+        return self._name
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples from the current position, without end."""
+        while True:
+            position = self._position
+            self._position += 1
+            rng = np.random.default_rng([_TEXT, self._seed, position])
+            yield sample_of(self._entries[self._order[position]], self._config, rng)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream, the rejected samples, and a fingerprint of the data."""
+        return {
+            "position": self._position,
+            "samples": len(self._entries),
+            "digest": self._digest,
+            "broken": dict(self._broken.problems),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at a saved position.
+
+        Raises:
+            DataError: The position belongs to other data.
+        """
+        if (state["samples"], state["digest"]) != (len(self._entries), self._digest):
+            raise DataError(
+                f"{self._name}: the data has changed since the run was started: {state['samples']} samples then,"
+                f" {len(self._entries)} now",
+                "resume with the same data",
+            )
+        self._position = int(state["position"])
+        self._broken.problems |= state["broken"]

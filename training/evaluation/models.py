@@ -1,0 +1,81 @@
+"""The interfaces of models under evaluation: a captioner or a matcher.
+
+A bundle runs in the runtime, without torch; a checkpoint runs in torch. Both have the same interface, so that the same
+scores show what an export or a precision costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Vectors = NDArray[np.float32]
+Prompts = Sequence[str | None]
+
+
+class CaptionModel(Protocol):
+    """A model that generates texts about pictures."""
+
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
+        """Generates one text for each picture, in order.
+
+        Args:
+            pictures: RGB pictures.
+            prompts: One prompt, or None, for each picture; None for no prompts.
+        """
+
+    def question(self, text: str) -> str:
+        """The prompt that asks a question.
+
+        Raises:
+            UsageError: The model answers no questions.
+        """
+
+
+class MatchModel(Protocol):
+    """A model that scores how well pictures and texts match."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it has a matching head (ITM) beside its vectors (ITC)."""
+
+    def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
+        """Unit vectors of pictures: float32 [N, F], or [N, K, F] if a picture has K vectors."""
+
+    def text_vectors(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors of texts: float32 [M, F]."""
+
+    def probabilities(
+        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Probability of the matching head for each picture with each of its own texts."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is run.
+
+    Attributes:
+        backend: Backend of a bundle: "auto", or a backend by name.
+        threads: CPU threads; None for all cores.
+        batch_size: Pictures, or pairs of a picture and a text, in one batch.
+        generation: Fields of `GenerationOptions`; a checkpoint supports `max_new_tokens` only.
+    """
+
+    backend: str = "auto"
+    threads: int | None = None
+    batch_size: int = 16
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A loaded model: either a captioner or a matcher."""
+
+    captioner: CaptionModel | None = None
+    matcher: MatchModel | None = None
