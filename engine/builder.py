@@ -130,8 +130,8 @@ def layers_of(trt: Any, path: Path) -> dict[str, int]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         opened = runtime.deserialize_cuda_engine(content)
     if opened is None:
-        said = messages[-1] if messages else "no reason given"
-        raise EngineError(f"{path} cannot be opened on this machine ({said})", "build it again here")
+        reason = messages[-1] if messages else "no reason given"
+        raise EngineError(f"{path} cannot be opened on this machine ({reason})", "build it again here")
     inspector = opened.create_engine_inspector()
     return count_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -192,10 +192,12 @@ def _read_timings(config: Any, path: Path | None) -> Any:
 
 
 def _build_error(graph: Path, messages: Sequence[str]) -> EngineError:
-    said = next((text for text in reversed(messages)), "no reason given")
-    if "memory" in said.lower() or "alloc" in said.lower():
+    reason = next((text for text in reversed(messages)), "no reason given")
+    if "memory" in reason.lower() or "alloc" in reason.lower():
         return EngineError(
-            f"TensorRT ran out of memory while it built {graph.name} ({said})",
+            f"TensorRT ran out of memory while it built {graph.name} ({reason})",
             "lower --workspace, --capacity or --max-batch, add swap, or stop what else runs on the board",
         )
-    return EngineError(f"TensorRT could not build {graph.name} ({said})", "try another --precision at export")
+    return EngineError(
+        f"TensorRT could not build {graph.name} ({reason})", "try another --precision at export"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, one_line
 
 FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
 """Files in which a checkpoint may hold a chat template."""
@@ -36,9 +36,8 @@ def prompt_template(directory: Path, image_token: str, otherwise: str) -> str:
         processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]  # transformers has none
         text = str(processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # jinja2 and transformers raise a dozen kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"the chat template of {directory} could not be rendered ({reason})",
+            f"the chat template of {directory} could not be rendered ({one_line(error)})",
             "save the processor again, or remove its chat template",
         ) from error
     bos = getattr(processor.tokenizer, "bos_token", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
-from blip2edge.errors import BundleError, CheckpointError
+from blip2edge.errors import BundleError, CheckpointError, one_line
 from blip2edge.export.chat import prompt_template
 from blip2edge.model.checkpoint.directory import read_json
 from blip2edge.model.config import CaptionerConfig
@@ -132,9 +132,8 @@ def _tokenizer(directory: Path) -> bytes:
     try:
         backend = AutoTokenizer.from_pretrained(directory, use_fast=True).backend_tokenizer
     except Exception as error:  # transformers raises ValueError, OSError, ImportError and more
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"the slow tokenizer of {directory} could not be converted ({reason})", SAVE_PROCESSOR
+            f"the slow tokenizer of {directory} could not be converted ({one_line(error)})", SAVE_PROCESSOR
         ) from error
     return str(backend.to_str()).encode()
 

@@ -19,7 +19,7 @@ from onnxscript import optimizer
 from torch import nn
 
 from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
-from blip2edge.errors import ExportError
+from blip2edge.errors import ExportError, one_line
 
 OPSET = 18
 """The newest opset that TensorRT 10.3 (JetPack 6.2) supports completely; it has LayerNormalization."""
@@ -73,10 +73,7 @@ def trace(module: nn.Module, spec: GraphSpec) -> Traced:
                 program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
             )
     except Exception as error:  # torch.export and the exporter raise a dozen kinds
-        reason = str(error).strip().splitlines()
-        raise ExportError(
-            f"the graph {spec.name} could not be traced ({reason[0] if reason else type(error).__name__})"
-        ) from error
+        raise ExportError(f"the graph {spec.name} could not be traced ({one_line(error)})") from error
     if onnx_program is None:
         raise ExportError(f"the graph {spec.name} could not be converted to ONNX")
     model = onnx_program.model
