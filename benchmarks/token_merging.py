@@ -22,7 +22,7 @@ from typing import Any
 from race import Contestant, race, table, versions, write
 from random_checkpoint import published, shrunk, write_checkpoint
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from blip2edge import __version__
+from blip2edge.bundle.publishing import publish
 from blip2edge.errors import ConfigError, OutputError
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
@@ -203,7 +203,7 @@ def train(
         session.run(snapshot)
     record = _record(session, config_path, time.monotonic() - start, time.process_time() - clock)
     if first:
-        _publish(session, target, record, evaluation_scenes)
+        _publish(session, target, record, evaluation_scenes, force)
         snapshots.clear()
     accelerator.wait_for_everyone()
     return record
@@ -294,7 +294,9 @@ def _record(session: _Session, config_path: str | Path, seconds: float, cpu_seco
     }
 
 
-def _publish(session: _Session, target: Path, record: dict[str, Any], evaluation_scenes: int) -> None:
+def _publish(
+    session: _Session, target: Path, record: dict[str, Any], evaluation_scenes: int, force: bool
+) -> None:
     """Writes a temporary sibling, scores what was written, and renames it to `target`."""
     beside = session.snapshots.directory
     config, workshop = session.config, session.studio.workshop
@@ -320,21 +322,9 @@ def _publish(session: _Session, target: Path, record: dict[str, Any], evaluation
             if (beside / BOARD).is_dir():
                 shutil.copytree(beside / BOARD, fresh / BOARD)
             draw_curve(session.journal.lines, fresh / CURVE)
-            _swap(fresh, target, Path(temporary) / "old")
+            publish(fresh, target, replace=force)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
             f"cannot write {target}: {reason}", "give a directory on a disk with room"
         ) from error
-
-
-def _swap(fresh: Path, target: Path, old: Path) -> None:
-    """Puts `fresh` in the place of `target`; when that fails or is interrupted, what was there comes back."""
-    try:
-        if target.exists():
-            os.replace(target, old)
-        os.replace(fresh, target)
-    except BaseException:
-        if old.exists():
-            os.replace(old, target)
-        raise

@@ -7,8 +7,8 @@ from importlib import import_module
 
 import numpy as np
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.runtime.backends.base import Session, Settled, find_backend, open_session
 from blip2edge.runtime.backends.engine_files import engines_backend
 from blip2edge.runtime.backends.optimized_copy import read_copy, weights_of

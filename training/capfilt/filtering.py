@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from blip2edge.bundle.manifest import sha256_of
+from blip2edge.bundle.integrity import sha256_of
 from blip2edge.bundle.publishing import staged
 from blip2edge.errors import DataError, ImageError
 from blip2edge.training.data.entries import Broken, Shown

@@ -15,15 +15,16 @@ from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_model, read_json
+from blip2edge.model.families.prompts import prompt_spec
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.language.bert import BertDecoder
 from blip2edge.model.retrieval import RetrievalModel
+from blip2edge.runtime.captioning.assemble import text_parts
 from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.runtime.text.prompt import Instructor, Prompt, Prompter
+from blip2edge.runtime.text.prompt import Prompt
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.evaluation.judges import Judge, JudgeOptions, Texts, Vectors
 from blip2edge.training.loading.batches import pad_rows
-from blip2edge.training.loading.texts import prompt_spec
 
 Step = Callable[[Tensor], Tensor]
 """From the ids written so far [B, N] to the logits of the next [B, V]."""
@@ -70,10 +71,14 @@ class CheckpointAnswerer:
         self._preprocessing = preprocessing
         self._spec = prompt_spec(config)
         language = config.language
-        self._prompter = Prompter(self._spec, tokenizer, language.max_positions, language.vocab_size)
-        self._instructor = None
-        if instructions is not None:
-            self._instructor = Instructor(instructions, config.instruction_positions, config.frames)
+        text = text_parts(
+            self._spec,
+            tokenizer,
+            instructions,
+            max_positions=language.max_positions,
+            vocab_size=language.vocab_size,
+        )
+        self._prompts, self._instructions = text.prompts, text.instructions
         self._stops = FAMILIES[config.family].stop
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
@@ -106,16 +111,16 @@ class CheckpointAnswerer:
 
     def question(self, text: str) -> str:
         """The prompt that asks a question."""
-        return self._prompter.question(text)
+        return self._prompts.question(text)
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image.Image], prompts: Texts | None = None) -> list[str]:
         """A text a picture; rows whose prompts are of one length go together."""
-        given = [self._prompter.filled(text) for text in prompts or [None] * len(pictures)]
-        made = [self._prompter(text) for text in given]
+        given = [self._prompts.with_default(text) for text in prompts or [None] * len(pictures)]
+        made = [self._prompts(text) for text in given]
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(made):
-            groups.setdefault(tuple(map(len, prompt.runs)), []).append(row)
+            groups.setdefault(tuple(map(len, prompt.segments)), []).append(row)
         texts = [""] * len(pictures)
         for group in groups.values():
             for start in range(0, len(group), self._batch_size):
@@ -129,7 +134,7 @@ class CheckpointAnswerer:
     def _look(self, pictures: list[Image.Image], prompts: list[str | None]) -> Tensor:
         """float32 [B, Q, D]."""
         pixels = torch.from_numpy(self._preprocessing.batch(pictures))
-        instruction = self._instructor(prompts).values() if self._instructor is not None else ()
+        instruction = self._instructions(prompts).values() if self._instructions is not None else ()
         return self._model.visual_tokens(pixels, *(torch.from_numpy(array) for array in instruction))
 
     def _written(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
@@ -151,14 +156,16 @@ class CheckpointAnswerer:
         """What gives the logits of the next token, for the way in which this language model sees a picture."""
         language = self._language
         before, behind = (
-            torch.tensor([prompt.runs[side] for prompt in prompts], dtype=torch.int64).view(len(prompts), -1)
+            torch.tensor([prompt.segments[side] for prompt in prompts], dtype=torch.int64).view(
+                len(prompts), -1
+            )
             for side in (0, -1)
         )
         if language.config.is_encoder_decoder:
             states = self._around(visual_tokens, before, behind)
             return self._decoder_step(states, torch.ones(states.shape[:2], dtype=torch.int64))
         if language.config.cross is not None:
-            looks = [prompt.looks for prompt in prompts]
+            looks = [prompt.attends_to for prompt in prompts]
             return self._cross_step(visual_tokens, behind, (torch.tensor(looks) >= 0).long())
         start = self._around(visual_tokens, before, behind)
         return lambda written: self._logits(torch.cat([start, language.embed(written)], dim=1))

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from blip2edge.bundle.manifest import MANIFEST, Bundle
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.errors import BundleError, UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
@@ -96,7 +97,7 @@ class BundleAnswerer:
 
     def question(self, text: str) -> str:
         """The prompt that asks a question."""
-        return self._captioner.prompter.question(text)
+        return self._captioner.prompts.question(text)
 
 
 class BundleComparer:

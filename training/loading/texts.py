@@ -6,38 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from blip2edge.bundle.schema import PromptSpec
+from blip2edge.bundle.schema import INTERLEAVED
 from blip2edge.errors import DataError
 from blip2edge.model.config import CaptionerConfig
-from blip2edge.model.families.registry import FAMILIES
-from blip2edge.runtime.text.prompt import Prompter
+from blip2edge.model.families.prompts import prompt_spec
+from blip2edge.runtime.text.prompt import PromptBuilder
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.data.sources import Sample
 from blip2edge.training.loading.batches import IGNORED, CaptionBatch, pad_rows
 
 SHORTEST = 2  # tokens that must be left for a caption: one and the end
-
-
-def prompt_spec(config: CaptionerConfig) -> PromptSpec:
-    """How a captioner's prompts are written; what the export puts into a bundle of it."""
-    family = FAMILIES[config.family]
-    interleaved = bool(family.around_image)
-    return PromptSpec(
-        template=family.template,
-        image_token="" if interleaved else family.image_token,
-        question=family.question,
-        default=family.default_prompt,
-        frames=config.frames,
-        instruction_positions=config.instruction_positions,
-        visual_tokens=0 if interleaved else config.frames * config.bridge.num_visual_tokens,
-        bos_token_id=config.bos_token_id,
-        framed=family.framed,
-        required=family.prompt_required,
-        image_token_id=config.image_token_id,
-        picture_token=family.image_token if interleaved else "",
-        around_picture=family.around_image,
-        end_token_id=next(iter(config.eos_token_ids), None),
-    )
 
 
 class CaptionTexts:
@@ -55,7 +33,7 @@ class CaptionTexts:
         self._max_tokens = max_tokens
         self._spec = prompt_spec(config)
         language = config.language
-        self._prompter = Prompter(self._spec, tokenizer, language.max_positions, language.vocab_size)
+        self._prompter = PromptBuilder(self._spec, tokenizer, language.max_positions, language.vocab_size)
         first = tokenizer.encode("a", add_special_tokens=False)
         start = tokenizer.id_to_token(first[0]) if first else None
         self._adds_space = (start or "").startswith(
@@ -92,9 +70,11 @@ class CaptionTexts:
         for sample, prompt in zip(samples, prompts, strict=True):
             room = longest if apart else longest - prompt.length
             captions.append(self._caption(sample, min(room, self._max_tokens)))
-        before = torch.tensor(prompts[0].runs[0] if len(prompts[0].runs) > 1 else (), dtype=torch.int64)
+        before = torch.tensor(
+            prompts[0].segments[0] if len(prompts[0].segments) > 1 else (), dtype=torch.int64
+        )
         pad = self._config.pad_token_id or 0
-        behind = [list(prompt.runs[-1]) for prompt in prompts]
+        behind = [list(prompt.segments[-1]) for prompt in prompts]
         if apart:
             mask = pad_rows([[1] * len(row) for row in behind], 0)
             start = self._config.decoder_start_token_id or 0
@@ -106,8 +86,8 @@ class CaptionTexts:
         ]
         mask = pad_rows([[1] * len(row) for row in rows], 0)
         looks = None
-        if self._spec.picture_token:
-            seen = [[int(look >= 0) for look in prompt.looks] for prompt in prompts]
+        if self._spec.kind == INTERLEAVED:
+            seen = [[int(look >= 0) for look in prompt.attends_to] for prompt in prompts]
             looks = pad_rows(
                 [[*row, *[1] * len(caption)] for row, caption in zip(seen, captions, strict=True)], 0
             )

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from blip2edge.bundle.manifest import cache_directory
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import ConfigError
 from blip2edge.model.config import QFormerConfig
-from blip2edge.runtime.text.prompt import Instructor
+from blip2edge.runtime.text.prompt import InstructionTokenizer
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.config import Stage2Phase, TrainingConfig
 from blip2edge.training.data.registry import open_source
@@ -202,7 +202,7 @@ def _instruction(
             "instruct: the Q-Former has no tokenizer", "give model.bert, or a checkpoint that has one"
         )
     longest = workshop.model.config.instruction_positions
-    instructor = Instructor(Tokenizer(workshop.texts.tokenizer), longest, 1)
+    instructor = InstructionTokenizer(Tokenizer(workshop.texts.tokenizer), longest, 1)
 
     def rows(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         arrays = instructor([captions.prompt(sample) for sample in samples])

@@ -10,7 +10,7 @@ import pytest
 from blip2edge.errors import DataError, UsageError
 from blip2edge.training.data.scenes import scenes
 from blip2edge.training.evaluation.evaluate import EVALUATION_SEED, evaluate_scenes
-from blip2edge.training.metrics import exact_match, shuffled_match
+from blip2edge.training.metrics.exact import exact_match, shuffled_match
 
 
 def test_exact_match() -> None:

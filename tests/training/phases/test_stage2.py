@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: E402
 from blip2edge.errors import ConfigError  # noqa: E402
 from blip2edge.model.captioner import CaptionerModel  # noqa: E402
 from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
-from blip2edge.runtime.text.prompt import Instructor  # noqa: E402
+from blip2edge.runtime.text.prompt import InstructionTokenizer  # noqa: E402
 from blip2edge.runtime.text.tokenizer import Tokenizer  # noqa: E402
 from blip2edge.training.config import OptimizerConfig, TrainingConfig, parse_config  # noqa: E402
 from blip2edge.training.data.scenes import scenes  # noqa: E402
@@ -71,7 +71,9 @@ def case(theirs: Any, directory: Path, prompts: tuple[str, ...] = PROMPTS) -> Ca
     instruction = None
     inputs = {"pixel_values": pixels}
     if ours.config.instruction_positions:
-        reader = Instructor(_tokenizer(directory / "qformer_tokenizer"), ours.config.instruction_positions, 1)
+        reader = InstructionTokenizer(
+            _tokenizer(directory / "qformer_tokenizer"), ours.config.instruction_positions, 1
+        )
         given = [texts.prompt(sample) for sample in samples(prompts)]
         ids, mask = (torch.from_numpy(array) for array in reader(given).values())
         instruction = (ids, mask)

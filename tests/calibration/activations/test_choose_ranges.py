@@ -9,12 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from blip2edge.calibration.activations.choose_ranges import choose_ranges, choose_ranges_by_output
 from blip2edge.calibration.activations.folding import EVERYTHING, find_fold
-from blip2edge.calibration.activations.observations import DRAWN, LARGEST, Observation, Observer
-from blip2edge.calibration.activations.qdq import Plan, quantise_graph
-from blip2edge.calibration.activations.quantise import plan_by_histogram
-from blip2edge.calibration.activations.smoothing import plan_by_output
-from blip2edge.calibration.search.agreement import cosine
+from blip2edge.calibration.activations.observer import LARGEST_TOKENS, SAMPLED_TOKENS, Observation, Observer
+from blip2edge.calibration.activations.qdq import ActivationPlan, insert_qdq
+from blip2edge.calibration.agreement import cosine_similarity
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
@@ -52,35 +51,33 @@ def draw_inputs(runs: int) -> list[Any]:
 
 
 def observed(model: ir.Model, folder: Path, inputs: list[Any]) -> dict[str, Observation]:
-    from blip2edge.calibration.activations.observe import Probe
+    from blip2edge.calibration.activations.probe import GraphProbe
 
     names = list(find_targets(model).by_activation())
     observers = {name: Observer(len(inputs), seed) for seed, name in enumerate(names)}
-    probe = Probe(model, [name for name in names if name != "x"], folder, 0, 1)
+    probe = GraphProbe(model, [name for name in names if name != "x"], folder, 0, 1)
     for x in inputs:
         for name, values in {**probe.run({"x": x}), "x": x}.items():
             if name in observers:
-                observers[name].see(values)
+                observers[name].update(values)
     return {name: observer.result() for name, observer in observers.items()}
 
 
-def planned(folder: Path, method: str) -> tuple[Plan, float]:
+def planned(folder: Path, method: str) -> tuple[ActivationPlan, float]:
     """A plan of the graph in ``folder``, and the cosine of what it computes."""
     inputs = draw_inputs(24)
     model = ir.load(folder / "vision_encoder.onnx")
     targets = find_targets(model)
     observations = observed(model, folder, inputs)
-    plan = (
-        plan_by_output(model, targets, observations)
-        if method == "smooth"
-        else plan_by_histogram(model, targets, observations, method)
-    )
+    plan = choose_ranges(model, targets, observations, method)
     with DataFile(folder / f"{method}.onnx.data") as data:
-        quantise_graph(model, plan, data)
+        insert_qdq(model, plan, data)
     ir.save(model, folder / f"{method}.onnx")
     exact, ours = (OnnxRuntimeSession(folder / f"{name}.onnx", 1) for name in ("vision_encoder", method))
     fresh = draw_inputs(28)[24:]
-    return plan, float(np.mean([cosine(exact.run({"x": x})["y"], ours.run({"x": x})["y"]) for x in fresh]))
+    return plan, float(
+        np.mean([cosine_similarity(exact.run({"x": x})["y"], ours.run({"x": x})["y"]) for x in fresh])
+    )
 
 
 def test_a_division_keeps_what_one_range_a_tensor_ruins(tmp_path: Path) -> None:
@@ -88,27 +85,27 @@ def test_a_division_keeps_what_one_range_a_tensor_ruins(tmp_path: Path) -> None:
     assert planned(tmp_path, "minmax")[1] < 0.99
     plan, likeness = planned(tmp_path, "smooth")
     assert likeness >= 0.999
-    divided = {group.activation: group.fold for group in plan.groups if group.divisor is not None}
+    divided = {one.name: one.fold for one in plan.activations if one.divisor is not None}
     assert divided["normed"] == (("gain", EVERYTHING), ("shift", EVERYTHING))
     assert divided["active"] == ()  # a Mul does it
-    assert not plan.left
+    assert not plan.kept_float
 
 
 def test_without_outliers_no_node_is_added(tmp_path: Path) -> None:
     norm_then_products(tmp_path, outliers=1.0)
     model = ir.load(tmp_path / "vision_encoder.onnx")
-    plan = plan_by_output(model, find_targets(model), observed(model, tmp_path, draw_inputs(8)))
-    assert all(group.fold or group.divisor is None for group in plan.groups if group.activation == "normed")
+    plan = choose_ranges_by_output(model, find_targets(model), observed(model, tmp_path, draw_inputs(8)))
+    assert all(one.fold or one.divisor is None for one in plan.activations if one.name == "normed")
 
 
 def test_a_product_that_cannot_be_rounded_stays(tmp_path: Path) -> None:
     norm_then_products(tmp_path, outliers=60.0)
     model = ir.load(tmp_path / "vision_encoder.onnx")
     observations = observed(model, tmp_path, draw_inputs(8))
-    plan = plan_by_output(model, find_targets(model), observations, limit=1e-9)
-    assert not plan.groups
-    assert set(plan.left) == {"node_hidden", "node_out", "node_aside"}
-    assert all("rounding would change" in reason for reason in plan.left.values())
+    plan = choose_ranges_by_output(model, find_targets(model), observations, limit=1e-9)
+    assert not plan.activations
+    assert set(plan.kept_float) == {"node_hidden", "node_out", "node_aside"}
+    assert all("rounding would change" in reason for reason in plan.kept_float.values())
 
 
 def test_a_norm_that_something_else_reads_takes_no_division(tmp_path: Path) -> None:
@@ -185,12 +182,12 @@ def test_an_observer_keeps_the_rows_that_matter_and_no_more() -> None:
         values = random.normal(size=(1, TOKENS, WIDTH)).astype(np.float32)
         if run == 333:
             values[0, 4, 9] = 500.0
-        observer.see(values)
+        observer.update(values)
     seen = observer.result()
     drawn, largest = seen.sample()
-    assert drawn.shape == (DRAWN, WIDTH)
-    assert largest.shape == (LARGEST, WIDTH)
-    assert seen.reach[9] == 500.0
+    assert drawn.shape == (SAMPLED_TOKENS, WIDTH)
+    assert largest.shape == (LARGEST_TOKENS, WIDTH)
+    assert seen.channel_max[9] == 500.0
     assert largest[0, 9] == 500.0
     assert np.abs(largest[0]).max() == seen.histogram.maximum
     assert seen.histogram.counts.sum() == 400 * TOKENS * WIDTH

@@ -1,7 +1,7 @@
-"""How far a tensor's values reach: one streaming histogram a tensor, and what to make of it.
+"""A streaming histogram of a tensor, and the methods that choose a threshold by it.
 
-All thresholds are those of a symmetric range, as TensorRT takes no zero point: values beyond ±threshold saturate,
-and an int8 step is threshold / 127.
+Ranges are symmetric, because TensorRT takes no zero point: values beyond ±threshold saturate, and the scale is
+threshold / 127.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 2048
-"""Of |x|; as in TensorRT's entropy calibrator (Migacz, "8-bit Inference with TensorRT", GTC 2017)."""
+"""Bins of |x|, as in TensorRT's entropy calibrator (Migacz, "8-bit Inference with TensorRT", GTC 2017)."""
 
 LEVELS = 127  # positive int8 values
 PERCENTILE = 99.99
@@ -22,11 +22,11 @@ PERCENTILE = 99.99
 class Histogram:
     """Counts of |x| in :data:`BINS` equal bins from 0; the range doubles when a value falls beyond it.
 
-    Memory does not grow with the values seen.
+    Memory does not grow with the number of values.
 
     Attributes:
         counts: int64 ``[BINS]``.
-        width: Of a bin; 0 while only zeros have been seen.
+        width: Width of a bin; 0 as long as all values are zero.
         maximum: Largest |x|.
     """
 
@@ -64,7 +64,7 @@ class Histogram:
 
 
 def minmax(histogram: Histogram) -> float:
-    """The largest value: nothing saturates."""
+    """The largest value, so that nothing saturates."""
     return histogram.maximum
 
 
@@ -87,10 +87,9 @@ def mse(histogram: Histogram, candidates: int = 64) -> float:
     def error(threshold: float) -> float:
         step = threshold / LEVELS
         rounded = np.minimum(np.rint(centres / step), LEVELS) * step
-        seen = (4 * histogram.width < step) | (
-            centres > threshold
-        )  # else a bin is too coarse to show the rounding
-        return float((counts * np.where(seen, (centres - rounded) ** 2, step * step / 12)).sum())
+        # where a bin is too coarse to show the rounding, its expected error step² / 12 is taken
+        exact = (4 * histogram.width < step) | (centres > threshold)
+        return float((counts * np.where(exact, (centres - rounded) ** 2, step * step / 12)).sum())
 
     return float(min(thresholds, key=error))
 
@@ -98,8 +97,8 @@ def mse(histogram: Histogram, candidates: int = 64) -> float:
 def entropy(histogram: Histogram) -> float:
     """The threshold whose 128 levels lose the least information (KL divergence; Migacz, GTC 2017).
 
-    For each threshold the saturated histogram is compared with the same one merged into 128 levels and spread
-    again over the bins that are not empty.
+    For each threshold, the saturated histogram is compared with the same histogram merged into 128 levels and spread
+    over the bins that are not empty.
     """
     if histogram.width == 0.0:
         return histogram.maximum
@@ -131,7 +130,7 @@ def _divergence(counts: NDArray[np.float64], bins: int, levels: int) -> float:
         return np.inf
     p, q = reference / total, spread / spread_total
     both = (p > 0) & (q > 0)
-    missing = p[(p > 0) & (q == 0)].sum()  # mass that the levels cannot show at all
+    missing = p[(p > 0) & (q == 0)].sum()  # mass that no level represents
     return float((p[both] * np.log(p[both] / q[both])).sum() + missing * np.log(1.0 / 1e-12))
 
 
@@ -141,4 +140,4 @@ THRESHOLDS: dict[str, Callable[[Histogram], float]] = {
     "percentile": percentile,
     "mse": mse,
 }
-"""``--method`` for one tensor; ``smooth`` chooses for whole layers (``smoothing.py``)."""
+"""The methods that choose a threshold by the histogram; ``smooth`` (``choose_ranges.py``) uses the layer's output."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blip2edge.calibration.activations.ranges import (
+from blip2edge.calibration.activations.histogram import (
     BINS,
     LEVELS,
     THRESHOLDS,

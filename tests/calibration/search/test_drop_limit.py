@@ -1,4 +1,4 @@
-"""Sensitivity is measured by what the whole model says; the least number of layers is left."""
+"""``--drop-limit``: sensitivity by the next token, and the smallest number of layers kept in floating point."""
 
 from __future__ import annotations
 
@@ -11,41 +11,54 @@ import pytest
 
 pytest.importorskip("onnx_ir", reason="graphs are changed with onnx_ir")
 
-from blip2edge.calibration.activations.qdq import Group, Plan
-from blip2edge.calibration.pictures import Picture
-from blip2edge.calibration.search import choosing
-from blip2edge.calibration.search.agreement import Captions
-from blip2edge.calibration.search.choosing import Candidates, DropLimit, check_drop_limit, choose
-from blip2edge.calibration.search.sensitivity import Layer, Sensitivity, divergence, layers_of, only
+from blip2edge.calibration.activations.qdq import ActivationPlan, QuantizedActivation
+from blip2edge.calibration.agreement import CaptionAgreement
+from blip2edge.calibration.pictures import CalibrationPicture
+from blip2edge.calibration.search import drop_limit
+from blip2edge.calibration.search.drop_limit import (
+    DropLimit,
+    FullyQuantized,
+    check_drop_limit,
+    choose_kept_layers,
+)
+from blip2edge.calibration.search.sensitivity import (
+    QuantizedLayer,
+    Sensitivity,
+    divergence,
+    group_by_layer,
+    restrict_plan,
+)
 from blip2edge.calibration.targets import Product
 from blip2edge.errors import UsageError
 from blip2edge.training.metrics.captions import cider_d
 
 
 def ranking(count: int) -> list[Sensitivity]:
-    return [Sensitivity(Layer("decoder", f"layers.{at}", ()), 1.0 / (at + 1)) for at in range(count)]
+    return [Sensitivity(QuantizedLayer("decoder", f"layers.{at}", ()), 1.0 / (at + 1)) for at in range(count)]
 
 
 def chosen(
     monkeypatch: pytest.MonkeyPatch, drops: Sequence[float], limit: float
 ) -> tuple[int, dict[int, float], int]:
-    """How many of the layers are left, what was tried, and what lies in the staging directory in the end."""
+    """The number of layers kept, what was tried, and the number kept in the staging directory at the end."""
     written = [0]
 
-    def rewritten(job: Any, candidates: Any, worst: Sequence[Sensitivity]) -> dict[str, Any]:
+    def rewritten(context: Any, quantized: Any, worst: Sequence[Sensitivity]) -> dict[str, Any]:
         written[0] = len(worst)
         return {}
 
-    monkeypatch.setattr(choosing, "_rewritten", rewritten)
-    job: Any = None
-    candidates = Candidates({}, {}, Path())
+    monkeypatch.setattr(drop_limit, "_rewritten", rewritten)
+    context: Any = None
+    quantized = FullyQuantized({}, {}, Path())
     allowed = DropLimit(limit)
-    _, choice = choose(job, candidates, ranking(len(drops) - 1), allowed, lambda made: drops[written[0]])
-    return choice.left, choice.drops, written[0]
+    _, kept = choose_kept_layers(
+        context, quantized, ranking(len(drops) - 1), allowed, lambda graphs: drops[written[0]]
+    )
+    return kept.count, kept.drops, written[0]
 
 
 @pytest.mark.parametrize(
-    ("drops", "limit", "left"),
+    ("drops", "limit", "kept"),
     [
         ((0.4, 0, 0, 0, 0), 0.5, 0),
         ((9, 0.5, 0, 0, 0), 0.5, 1),
@@ -56,18 +69,20 @@ def chosen(
     ],
 )
 def test_the_least_that_is_enough(
-    monkeypatch: pytest.MonkeyPatch, drops: tuple[float, ...], limit: float, left: int
+    monkeypatch: pytest.MonkeyPatch, drops: tuple[float, ...], limit: float, kept: int
 ) -> None:
     found, tried, written = chosen(monkeypatch, drops, limit)
-    assert found == left
-    assert written == left
-    assert tried[left] <= limit
-    assert left == 0 or tried[left - 1] > limit  # one less was seen to be too few
+    assert found == kept
+    assert written == kept
+    assert tried[kept] <= limit
+    assert kept == 0 or tried[kept - 1] > limit  # one less was seen to be too few
     assert len(tried) <= 2 + 2 * len(drops).bit_length()
 
 
 def test_what_is_lost_by_captions_and_by_cider() -> None:
-    captions = Captions(4, 0.75, ("a cat", "a dog", "a cow", "a hen"), ("a cat", "a dog", "a cow", "a fox"))
+    captions = CaptionAgreement(
+        4, 0.75, ("a cat", "a dog", "a cow", "a hen"), ("a cat", "a dog", "a cow", "a fox")
+    )
     references = [[text] for text in captions.parent]
     assert DropLimit(1).drop(captions, references) == 25
     lost = DropLimit(1, cider_d)
@@ -79,9 +94,9 @@ def test_what_is_lost_by_captions_and_by_cider() -> None:
 
 def test_references_lie_beside_a_picture(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat\n\n two cats \n", encoding="utf-8")
-    assert Picture(tmp_path / "a.png").references() == ["a cat", "two cats"]
-    assert Picture(tmp_path / "b.png").references() == []
-    assert Picture(tmp_path / "a.tar", "a.png").references() == []
+    assert CalibrationPicture(tmp_path / "a.png").references() == ["a cat", "two cats"]
+    assert CalibrationPicture(tmp_path / "b.png").references() == []
+    assert CalibrationPicture(tmp_path / "a.tar", "a.png").references() == []
 
 
 def test_divergence_is_zero_for_the_same_and_grows() -> None:
@@ -100,16 +115,23 @@ def test_layers_by_their_path() -> None:
         "language.layers.0.fc2.weight.T",
         "head",
     ]
-    layers = layers_of("decoder", names)
+    layers = group_by_layer("decoder", names)
     assert [layer.name for layer in layers] == ["language.layers.0", "language.layers.10", "head"]
     assert layers[0].weights == (names[0], names[2])
 
 
 def test_a_part_of_a_plan() -> None:
     products = tuple(Product(name, "x", name, 4, 4) for name in ("query", "key"))
-    plan = Plan([Group("x", products, 1.0), Group("y", (Product("up", "y", "up", 4, 4),), 2.0)])
-    part = only(plan, ["key"])
-    assert [[product.weight for product in group.products] for group in part.groups] == [["key"]]
+    plan = ActivationPlan(
+        [
+            QuantizedActivation("x", products, 1.0),
+            QuantizedActivation("y", (Product("up", "y", "up", 4, 4),), 2.0),
+        ]
+    )
+    part = restrict_plan(plan, ["key"])
+    assert [[product.weight for product in activation.products] for activation in part.activations] == [
+        ["key"]
+    ]
 
 
 @pytest.mark.parametrize("limit", [-1.0, 101.0, float("nan")])

@@ -1,4 +1,4 @@
-"""Looking inside a graph while it runs: chosen tensors become outputs, a part of them at a time."""
+"""Reads inner tensors of a graph while it runs: they become outputs, a part of them at a time to bound memory."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.schema import GraphSpec
 from blip2edge.calibration.batches import Feeds
 
-BUDGET = 256 << 20  # bytes of tensors that one run hands out at most
-LEAN_ABOVE = 4 << 30  # bytes of weights from which a graph runs as it is written, in little memory
+OUTPUT_BYTES = 256 << 20  # bytes of inner tensors that one run outputs at most
+LOW_MEMORY_ABOVE = 4 << 30  # bytes of weights from which ONNX Runtime neither optimizes nor prepacks a graph
 
 
-def run_probed(
+def observe_tensors(
     graph: ir.Model,
     record: GraphRecord,
     names: Sequence[str],
     feeds: Feeds,
     weights: Path,
-    see: Callable[[Mapping[str, Array]], None],
+    update: Callable[[Mapping[str, Array]], None],
     *,
     count: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Runs a graph on what it is given and shows the values of some tensors.
+    """Runs a graph on its recorded inputs and passes the values of some tensors to a function.
 
     Args:
         graph: The graph.
         record: Its entry in the manifest.
-        names: Tensors to look at; graph inputs are shown as they are fed.
-        feeds: The inputs.
+        names: The tensors; they may be inputs of the graph.
+        feeds: The recorded inputs.
         weights: The directory of the graph's external data.
-        see: Called once a run and part, with the values by name.
-        count: Runs; None for all.
+        update: Called once per run and part, with the values by name.
+        count: Number of runs; None for all.
         threads: CPU threads.
         progress: Called with runs done and runs in all, over all parts.
     """
@@ -52,27 +52,27 @@ def run_probed(
     done, total = 0, runs * max(1, len(parts))
     size = sum((weights / file).stat().st_size for file in record.data_files)
     for at, part in enumerate(parts or [[]]):
-        session = Probe(graph, part, weights, size, threads) if part else None
+        session = GraphProbe(graph, part, weights, size, threads) if part else None
         for inputs in feeds.runs(name, count):
             if progress is not None:
                 progress(done, total)
             values = session.run(inputs) if session is not None else {}
             if at == 0:
                 values |= {tensor: inputs[tensor] for tensor in names if tensor in given}
-            see(values)
+            update(values)
             done += 1
     if progress is not None:
         progress(total, total)
 
 
-class Probe:
-    """A graph in ONNX Runtime, some of its inner tensors being outputs.
+class GraphProbe:
+    """A graph in ONNX Runtime whose outputs are some of its inner tensors.
 
-    Nothing is written: the graph goes in as bytes, its weights are read where they lie.
+    No file is written: ONNX Runtime takes the graph as bytes and reads its weights from the parent's files.
 
     Args:
-        graph: The graph, its initializers external and in one directory; it is not changed.
-        names: What becomes an output, in place of the graph's own.
+        graph: The graph, its initializers external and in one directory; unchanged afterwards.
+        names: The tensors that become outputs, in place of the graph's own outputs.
         weights: The directory of the external data.
         size: Bytes of the weights.
         threads: CPU threads.
@@ -99,12 +99,12 @@ class Probe:
 def open_probe(
     graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None
 ) -> Any:
-    """An ``onnxruntime.InferenceSession`` of a graph that lies in no file.
+    """Opens a graph that is in memory as an ``onnxruntime.InferenceSession``.
 
     Args:
         graph: The graph.
         weights: The directory of its external data; None where it has none.
-        size: Bytes of that; above :data:`LEAN_ABOVE` the graph runs as it is written, in little memory.
+        size: Bytes of that; above :data:`LOW_MEMORY_ABOVE`, optimizations that copy weights are off.
         threads: CPU threads.
     """
     import onnxruntime
@@ -116,7 +116,7 @@ def open_probe(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    if size > LEAN_ABOVE:
+    if size > LOW_MEMORY_ABOVE:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
@@ -126,7 +126,7 @@ def open_probe(
 
 
 def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
-    """Inputs and results of nodes, by name."""
+    """Graph inputs and node outputs, by name."""
     found = {str(value.name): value for value in graph.graph.inputs}
     for node in graph.graph:
         found |= {str(output.name): output for output in node.outputs if output.name}
@@ -136,7 +136,7 @@ def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
 def _parts(
     graph: ir.Model, names: Sequence[str], spec: GraphSpec, first: Mapping[str, Array]
 ) -> Iterator[list[str]]:
-    """Cuts a list of tensors so that no part holds more than :data:`BUDGET`, by the shapes of the first run."""
+    """Cuts a list of tensors into parts of at most :data:`OUTPUT_BYTES`, by the shapes of the first run."""
     lengths: dict[str, int] = {}
     for tensor in spec.inputs:
         for dim, size in zip(tensor.dims, first[tensor.name].shape, strict=True):
@@ -144,22 +144,22 @@ def _parts(
                 lengths[dim.name] = size
     values = values_by_name(graph)
     part: list[str] = []
-    held = 0
+    used = 0
     for name in names:
         size = _bytes(values[name], lengths)
-        if part and held + size > BUDGET:
+        if part and used + size > OUTPUT_BYTES:
             yield part
-            part, held = [], 0
+            part, used = [], 0
         part.append(name)
-        held += size
+        used += size
     if part:
         yield part
 
 
 def _bytes(value: ir.Value, lengths: Mapping[str, int]) -> int:
-    """About how many bytes a tensor takes; an unknown length counts as the longest known one."""
+    """Estimates the bytes of a tensor; an unknown length counts as the longest known one."""
     if value.shape is None:
-        return BUDGET // 16
+        return OUTPUT_BYTES // 16
     size = 4
     for dim in value.shape:
         known = dim if isinstance(dim, int) else lengths.get(str(dim.value), max(lengths.values(), default=1))

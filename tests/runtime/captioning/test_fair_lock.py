@@ -1,4 +1,4 @@
-"""Turns: one at a time, in the order in which they were asked for."""
+"""The fair lock of the scheduler: one holder at a time, in the order of asking."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ import pytest
 from blip2edge.runtime.backends.probe import cores
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import Span
-from blip2edge.runtime.captioning.scheduler import Turns
+from blip2edge.runtime.captioning.scheduler import FairLock
 from tests.drawing import draw_pictures
 
 
-def test_a_loop_does_not_take_the_turn_of_who_waits() -> None:
-    turns, order, held = Turns(), list[str](), threading.Event()
+def test_a_loop_does_not_overtake_a_waiting_thread() -> None:
+    lock, order, held = FairLock(), list[str](), threading.Event()
 
     def other() -> None:
         held.wait()
-        with turns():
+        with lock():
             order.append("other")
 
     thread = threading.Thread(target=other)
     thread.start()
     for number in range(3):
-        with turns():
+        with lock():
             order.append("loop")
             held.set()
             if number == 0:
                 deadline = time.monotonic() + 10
-                while len(turns._line) < 2 and time.monotonic() < deadline:
+                while len(lock._line) < 2 and time.monotonic() < deadline:
                     time.sleep(0.001)
     thread.join()
     assert order == ["loop", "other", "loop", "loop"]
 
 
-def test_a_turn_ends_with_an_error() -> None:
-    turns = Turns()
-    with pytest.raises(ValueError, match="broken"), turns():
+def test_an_error_releases_the_lock() -> None:
+    lock = FairLock()
+    with pytest.raises(ValueError, match="broken"), lock():
         raise ValueError("broken")
-    with turns():
+    with lock():
         pass
 
 
-@pytest.mark.parametrize(("threads", "in_turn"), [(None, True), (max(1, cores() // 2), cores() == 1)])
+@pytest.mark.parametrize(("threads", "one_at_a_time"), [(None, True), (max(1, cores() // 2), cores() == 1)])
 def test_graphs_that_take_all_cores_never_run_at_once(
-    tiny_bundle: Path, threads: int | None, in_turn: bool
+    tiny_bundle: Path, threads: int | None, one_at_a_time: bool
 ) -> None:
     captioner = Captioner.load(tiny_bundle, threads=threads)
-    assert captioner.graphs.takes_all_cores is in_turn
+    assert captioner.graphs.takes_all_cores is one_at_a_time
     pictures = draw_pictures(6, 3)
     wanted = [captioner.caption(picture, max_new_tokens=8).tokens for picture in pictures]
     spans: list[Span] = []
@@ -62,7 +62,7 @@ def test_graphs_that_take_all_cores_never_run_at_once(
     graphs = [span for span in spans if span.stage != "preprocess"]
     assert {span.stage for span in graphs} == {"vision", "bridge", "prefill", "decode"}
     ordered = sorted(graphs, key=lambda span: span.start)
-    if in_turn:
+    if one_at_a_time:
         assert all(one.end <= two.start for one, two in itertools.pairwise(ordered))
 
 
