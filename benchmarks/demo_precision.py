@@ -21,7 +21,7 @@ from blip2edge.calibration.pipeline import calibrate
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.data.scenes import scenes
-from blip2edge.training.evaluation.evaluate import evaluate_scenes
+from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "demo-precision.json"

@@ -26,7 +26,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.training.evaluation.evaluate import evaluate_scenes
+from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
 ROOT = Path(__file__).parent.parent
 VIT_B = {

@@ -11,8 +11,8 @@ from pathlib import Path
 from blip2edge.errors import DataError, ImageError
 from blip2edge.progress import counted
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
+from blip2edge.runtime.images.shards import SHARD_SUFFIX, ShardFile, open_shard
 
-SHARD = ".tar"
 ADVISED = 100
 """With fewer pictures, ranges are uncertain, and a calibration warns."""
 
@@ -26,15 +26,16 @@ class CalibrationPicture:
 
     Attributes:
         path: The file, or the shard.
-        member: Name in the shard; empty for a file.
-        offset: Start in the shard, in bytes.
-        size: Size in the shard, in bytes.
+        stored: The picture's place in the shard; None for a file.
     """
 
     path: Path
-    member: str = ""
-    offset: int = 0
-    size: int = 0
+    stored: ShardFile | None = None
+
+    @property
+    def member(self) -> str:
+        """Name of the picture in its shard; empty for a file."""
+        return self.stored.name if self.stored is not None else ""
 
     @property
     def name(self) -> str:
@@ -50,12 +51,12 @@ class CalibrationPicture:
         return [line.strip() for line in lines if line.strip()]
 
     def read(self) -> bytes:
-        """The bytes of the picture file."""
-        if not self.member:
-            return self.path.read_bytes()
-        with self.path.open("rb") as shard:
-            shard.seek(self.offset)
-            return shard.read(self.size)
+        """The bytes of the picture file.
+
+        Raises:
+            ImageError: The shard cannot be read, or is cut off.
+        """
+        return self.path.read_bytes() if self.stored is None else self.stored.read()
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def choose_pictures(
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
     digest, kept, skipped = hashlib.sha256(), [], []
     for picture in counted(wanted, len(wanted), progress):
-        content = picture.read()
         try:
+            content = picture.read()
             load_image(content)
         except ImageError:
             skipped.append(picture.name)
@@ -122,7 +123,7 @@ def choose_pictures(
 
 
 def _search(root: Path) -> Iterator[CalibrationPicture]:
-    if root.is_file() and root.suffix.lower() == SHARD:
+    if root.is_file() and root.suffix.lower() == SHARD_SUFFIX:
         yield from _shard(root)
         return
     if not root.is_dir():
@@ -134,23 +135,19 @@ def _search(root: Path) -> Iterator[CalibrationPicture]:
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         if hidden or not path.is_file():
             continue
-        if path.suffix.lower() == SHARD:
+        if path.suffix.lower() == SHARD_SUFFIX:
             yield from _shard(path)
         elif path.suffix.lower() in PICTURE_SUFFIXES:
             yield CalibrationPicture(path)
 
 
 def _shard(path: Path) -> Sequence[CalibrationPicture]:
-    """The pictures of a tar file, sorted by name; reads only its headers."""
+    """The pictures of a shard, by name."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            members = [
-                CalibrationPicture(path, member.name, member.offset_data, member.size)
-                for member in archive
-                if member.isfile() and Path(member.name).suffix.lower() in PICTURE_SUFFIXES
-            ]
+        with open_shard(path) as files:
+            pictures = [CalibrationPicture(path, file) for file, _ in files if file.is_picture]
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{path}: cannot be read as an uncompressed tar file ({error})", "copy the shard again"
         ) from error
-    return sorted(members, key=lambda picture: picture.member)
+    return sorted(pictures, key=lambda picture: picture.member)

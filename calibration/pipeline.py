@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 import blip2edge
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import BRIDGE, VISION

@@ -30,6 +30,7 @@ from blip2edge.calibration.search.sensitivity import (
 )
 from blip2edge.calibration.targets import Product
 from blip2edge.errors import UsageError
+from blip2edge.runtime.images.shards import ShardFile
 from blip2edge.training.metrics.captions import cider_d
 
 
@@ -96,7 +97,8 @@ def test_references_lie_beside_a_picture(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat\n\n two cats \n", encoding="utf-8")
     assert CalibrationPicture(tmp_path / "a.png").references() == ["a cat", "two cats"]
     assert CalibrationPicture(tmp_path / "b.png").references() == []
-    assert CalibrationPicture(tmp_path / "a.tar", "a.png").references() == []
+    stored = ShardFile(tmp_path / "a.tar", "a.png", 0, 0)
+    assert CalibrationPicture(tmp_path / "a.tar", stored).references() == []
 
 
 def test_divergence_is_zero_for_the_same_and_grows() -> None:

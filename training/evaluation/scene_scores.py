@@ -14,7 +14,7 @@ from blip2edge.training.metrics.exact import exact_match, shuffled_match
 CaptionMany = Callable[[Sequence[Image.Image]], list[str]]
 
 EVALUATION_SEED = 1000  # a series of its own: no training or example scene shares it
-CHUNK = 50  # pictures handed over at a time
+PICTURES_AT_ONCE = 50  # pictures handed over at a time
 
 
 class SceneScores(TypedDict):
@@ -66,8 +66,8 @@ def evaluate_scenes(
         raise UsageError(f"an evaluation needs at least 2 pictures, not {n}")
     predictions: list[str] = []
     references: list[str] = []
-    for start in range(0, n, CHUNK):
-        chunk = list(scenes(min(CHUNK, n - start), split=split, seed=seed, start=start))
+    for start in range(0, n, PICTURES_AT_ONCE):
+        chunk = list(scenes(min(PICTURES_AT_ONCE, n - start), split=split, seed=seed, start=start))
         predictions += caption_many([scene.picture for scene in chunk])
         references += [scene.caption for scene in chunk]
         if progress is not None:

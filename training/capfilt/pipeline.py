@@ -4,8 +4,8 @@ For every picture a synthetic caption joins those of the web, the matching head 
 the picture, and what reaches the threshold is kept (section 3.3 of that paper, where the threshold is the head's own
 decision, 0.5). The result is shards to train on, and a report.
 
-A batch of pictures is judged by one function, `judge`, whose answer depends on nothing but the batch. So one machine
-and many (`capfilt_ray`) give the same shards, byte by byte.
+`score_batch` scores one batch, and its result depends on nothing but the batch. So one machine and many
+(`ray_backend`) write the same shards, byte by byte.
 """
 
 from __future__ import annotations
@@ -22,21 +22,16 @@ from PIL import Image
 from blip2edge.bundle.integrity import sha256_of
 from blip2edge.bundle.publishing import staged
 from blip2edge.errors import DataError, ImageError
-from blip2edge.training.data.entries import Broken, Shown
+from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples
 from blip2edge.training.data.shards import ShardWriter
-from blip2edge.training.evaluation.judges import (
-    Answerer,
-    Comparer,
-    JudgeOptions,
-    open_answerer,
-    open_comparer,
-)
+from blip2edge.training.evaluation.models import CaptionModel, MatchModel, ModelOptions
+from blip2edge.training.evaluation.open_model import open_captioner, open_matcher
 
-REPORT = "report.json"
+REPORT_FILE = "report.json"
 WEB, SYNTHETIC = "web", "synthetic"
 KEEP: Mapping[str, tuple[str, ...]] = {"both": (WEB, SYNTHETIC), WEB: (WEB,), SYNTHETIC: (SYNTHETIC,)}
-BINS = 10  # of the histogram of probabilities
-EXAMPLES = 20  # captions that were dropped, named in the report
+_BINS = 10  # of the histogram of probabilities
+_EXAMPLES = 20  # captions that were dropped, named in the report
 
 
 @dataclass(frozen=True)
@@ -60,12 +55,12 @@ class CapFiltOptions:
     keep: str = "both"
     prompt: str | None = None
     samples_per_shard: int = 1000
-    captioning: JudgeOptions = field(default_factory=JudgeOptions)
-    matching: JudgeOptions = field(default_factory=JudgeOptions)
+    captioning: ModelOptions = field(default_factory=ModelOptions)
+    matching: ModelOptions = field(default_factory=ModelOptions)
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredPicture:
     """What became of one picture.
 
     Attributes:
@@ -77,10 +72,12 @@ class Judged:
     problem: str = ""
 
 
-Batch = Sequence[Shown]
+Batch = Sequence[AnnotatedPicture]
 
 
-def judge(batch: Batch, captioner: Answerer, matcher: Comparer, prompt: str | None) -> list[Judged]:
+def score_batch(
+    batch: Batch, captioner: CaptionModel, matcher: MatchModel, prompt: str | None
+) -> list[ScoredPicture]:
     """Captions and judges some pictures.
 
     Args:
@@ -107,48 +104,48 @@ def judge(batch: Batch, captioner: Answerer, matcher: Comparer, prompt: str | No
         new = [synthetic] if synthetic and synthetic not in web else []
         texts.append([(text, WEB) for text in web] + [(text, SYNTHETIC) for text in new])
     found = matcher.probabilities(images, [[text for text, _ in own] for own in texts]) if images else []
-    results = {number: Judged(problem=problem) for number, problem in problems.items()}
+    results = {number: ScoredPicture(problem=problem) for number, problem in problems.items()}
     for number, own, values in zip(opened, texts, found, strict=True):
         captions = tuple((text, origin, value) for (text, origin), value in zip(own, values, strict=True))
-        results[number] = Judged(captions)
+        results[number] = ScoredPicture(captions)
     return [results[number] for number in range(len(batch))]
 
 
-def judge_here(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[Judged]]:
+def score_locally(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
     """Judges batches in this process.
 
     Raises:
         UsageError: The captioner captions none, or the matcher has no matching head.
     """
-    captioner = open_answerer(options.captioner, options.captioning)
-    matcher = open_comparer(options.matcher, options.matching)
+    captioner = open_captioner(options.captioner, options.captioning)
+    matcher = open_matcher(options.matcher, options.matching)
     for batch in batches:
-        yield judge(batch, captioner, matcher, options.prompt)
+        yield score_batch(batch, captioner, matcher, options.prompt)
 
 
-class _Tally:
+class _CaptionCounts:
     """Counts captions of one origin."""
 
     def __init__(self) -> None:
         self.seen = self.kept = 0
-        self.histogram = [0] * BINS
+        self.histogram = [0] * _BINS
 
     def add(self, probability: float, kept: bool) -> None:
         self.seen += 1
         self.kept += kept
-        self.histogram[min(BINS - 1, int(probability * BINS))] += 1
+        self.histogram[min(_BINS - 1, int(probability * _BINS))] += 1
 
     def to_json(self) -> dict[str, Any]:
         return {"seen": self.seen, "kept": self.kept, "histogram": self.histogram}
 
 
-def capfilt(
-    pictures: Sequence[Shown],
-    broken: Broken,
+def run_capfilt(
+    pictures: Sequence[AnnotatedPicture],
+    broken: BrokenSamples,
     output: Path,
     options: CapFiltOptions,
     *,
-    judge_batches: Callable[[Iterable[Batch], CapFiltOptions], Iterator[list[Judged]]] = judge_here,
+    score_batches: Callable[[Iterable[Batch], CapFiltOptions], Iterator[list[ScoredPicture]]] = score_locally,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def capfilt(
         broken: Counts pictures that cannot be opened.
         output: The directory to make: shards and the report. It appears whole, or not at all.
         options: How.
-        judge_batches: What judges batches, in their order: this process, or Ray.
+        score_batches: What judges batches, in their order: this process, or Ray.
         force: Replace `output` where it is one of this kind.
         progress: Called with (pictures done, all).
 
@@ -175,12 +172,12 @@ def capfilt(
         raise DataError("expected at least one picture with a caption, got none")
     size, start = options.captioning.batch_size, time.monotonic()
     batches = [pictures[at : at + size] for at in range(0, len(pictures), size)]
-    with staged(output, force, REPORT) as staging:
+    with staged(output, force, REPORT_FILE) as staging:
         shards = ShardWriter(staging, options.samples_per_shard)
-        tallies = {WEB: _Tally(), SYNTHETIC: _Tally()}
+        tallies = {WEB: _CaptionCounts(), SYNTHETIC: _CaptionCounts()}
         dropped: list[dict[str, Any]] = []
         written = done = 0
-        for batch, results in zip(batches, judge_batches(batches, options), strict=True):
+        for batch, results in zip(batches, score_batches(batches, options), strict=True):
             for shown, result in zip(batch, results, strict=True):
                 if result.problem:
                     broken.add(shown.image_id, result.problem)
@@ -200,11 +197,11 @@ def capfilt(
             "shards": [{"file": path.name, "sha256": sha256_of(path)} for path in shards.paths],
             "seconds": round(time.monotonic() - start, 1),
         }
-        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (staging / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _report(options: CapFiltOptions, seen: int, kept: int, broken: Broken) -> dict[str, Any]:
+def _report(options: CapFiltOptions, seen: int, kept: int, broken: BrokenSamples) -> dict[str, Any]:
     """What was asked for, and what became of the pictures."""
     return {
         "captioner": str(options.captioner),
@@ -212,17 +209,17 @@ def _report(options: CapFiltOptions, seen: int, kept: int, broken: Broken) -> di
         "threshold": options.threshold,
         "keep": options.keep,
         "pictures": {"seen": seen, "kept": kept, "broken": len(broken.problems)},
-        "broken": dict(list(broken.problems.items())[:EXAMPLES]),
+        "broken": dict(list(broken.problems.items())[:_EXAMPLES]),
     }
 
 
 def _keep(
     shards: ShardWriter,
     key: str,
-    shown: Shown,
-    result: Judged,
+    shown: AnnotatedPicture,
+    result: ScoredPicture,
     options: CapFiltOptions,
-    counts: tuple[Mapping[str, _Tally], list[dict[str, Any]]],
+    counts: tuple[Mapping[str, _CaptionCounts], list[dict[str, Any]]],
 ) -> bool:
     """Writes a picture with the captions that are good enough; tells whether there was one."""
     tallies, dropped = counts
@@ -233,7 +230,7 @@ def _keep(
         row = {"text": text, "origin": origin, "probability": round(probability, 6)}
         if good:
             kept.append(row)
-        elif len(dropped) < EXAMPLES:
+        elif len(dropped) < _EXAMPLES:
             dropped.append({"image_id": shown.image_id, **row})
     if kept:
         fields = {"image_id": shown.image_id, "captions": kept}

@@ -160,7 +160,7 @@ def _may_grow(name: str, given: Tensor, parameter: Tensor) -> bool:
     return len(given) == len(parameter) or grows
 
 
-def draft_of(model: Stage1Model) -> dict[str, Tensor]:
+def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
     """The text's own parts, by the names of :class:`DraftHead`; views of the model's."""
     side = model.text_side()
     parts: dict[str, nn.Module] = {"words": side.words, "positions": side.positions, "head": side.head}
@@ -185,7 +185,9 @@ def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path |
     plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
     save_checkpoint(plain, target, like=like)
     rules = WeightMap(RULES)
-    tensors = {rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_of(model).items()}
+    tensors = {
+        rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_tensors(model).items()
+    }
     write_draft(target, tensors, model.draft_config)
     record = {"temperature": float(model.temperature.detach())}
     (target / STAGE1_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -266,7 +268,7 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
     model.matcher.get_submodule("qformer").load_state_dict(qformer.state_dict(), strict=False)
     written = captioner.draft.state_dict()
     with torch.no_grad():
-        for name, tensor in draft_of(model).items():
+        for name, tensor in draft_tensors(model).items():
             tensor.copy_(written[name])
     return model
 
@@ -305,7 +307,7 @@ def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
     trained: Any = stage1.matcher.qformer
     _copy(qformer, trained.state_dict(), "the Q-Former")
     if captioner.draft is not None:
-        _copy(captioner.draft, draft_of(stage1), "the draft")
+        _copy(captioner.draft, draft_tensors(stage1), "the draft")
 
 
 def _copy(module: nn.Module, given: Mapping[str, Tensor], title: str) -> None:

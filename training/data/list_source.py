@@ -10,7 +10,7 @@ import numpy as np
 
 from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.entries import Broken, Entry, Rejecting
+from blip2edge.training.data.entries import BrokenSamples, Entry, RejectingSource
 from blip2edge.training.data.sources import Sample
 
 _ORDER, _TEXT = 1, 2  # streams of chance
@@ -39,7 +39,7 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
     return Sample(entry.sample_id, identity, picture.open, entry.text, prompt)
 
 
-class ListedSource(Rejecting):
+class ListSource(RejectingSource):
     """Entries pass after pass, each pass in an order of its own.
 
     Args:
@@ -51,7 +51,7 @@ class ListedSource(Rejecting):
     """
 
     def __init__(
-        self, entries: Sequence[Entry], broken: Broken, name: str, config: DataConfig, seed: int
+        self, entries: Sequence[Entry], broken: BrokenSamples, name: str, config: DataConfig, seed: int
     ) -> None:
         self._entries = entries
         super().__init__(broken)

@@ -19,9 +19,9 @@ from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
 from blip2edge.model.config import CaptionerConfig, QFormerConfig
 from blip2edge.model.language.opt import OPTConfig
-from blip2edge.training.loading.stage1_texts import QFormerTexts
-from blip2edge.training.phases.stage1 import similarities, text_loss
-from blip2edge.training.phases.stage1_start import (
+from blip2edge.training.loading.qformer_texts import QFormerTexts
+from blip2edge.training.phases.stage1 import query_text_similarity, text_loss
+from blip2edge.training.phases.stage1_checkpoint import (
     begin_stage2,
     draw_weights,
     load_stage1,
@@ -82,7 +82,7 @@ def test_scores_of_a_converted_checkpoint_equal_transformers(tmp_path: Path) -> 
         embeds = model.vision(pixels)
         match = model.matcher.match(embeds, ids, mask)
         features = model.matcher.image_features(embeds)
-        contrast = similarities(features, model.matcher.text_embeds(ids, mask))
+        contrast = query_text_similarity(features, model.matcher.text_embeds(ids, mask))
         for oracle in (theirs, again):
             wanted = oracle(**given, use_image_text_matching_head=True).logits_per_image
             torch.testing.assert_close(match, wanted, atol=1e-5, rtol=1e-5)

@@ -14,13 +14,8 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 import torch
 
 from blip2edge.errors import BundleError, CheckpointError, UsageError
-from blip2edge.training.evaluation.judges import (
-    Comparer,
-    JudgeOptions,
-    open_answerer,
-    open_comparer,
-    open_judge,
-)
+from blip2edge.training.evaluation.models import MatchModel, ModelOptions
+from blip2edge.training.evaluation.open_model import open_captioner, open_matcher, open_model
 from tests.drawing import draw_pictures
 from tests.families import drawing_blip, drawing_idefics, drawing_instruct, drawing_llama
 
@@ -28,7 +23,7 @@ if TYPE_CHECKING:
     from tests.drawing import Drawn
 
 NEW_TOKENS = 8
-OPTIONS = JudgeOptions(batch_size=2, threads=1, generation={"max_new_tokens": NEW_TOKENS})
+OPTIONS = ModelOptions(batch_size=2, threads=1, generation={"max_new_tokens": NEW_TOKENS})
 TEXTS = ["a photo of two cats", "Red dog", "what is the dog where it is"]
 
 Draw = Callable[[Path], tuple[Any, Any]]
@@ -69,18 +64,18 @@ def generated(family: str, model: Any, processor: Any, picture: Any, text: str) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_says_what_transformers_does(family: str, tmp_path: Path) -> None:
     model, processor = FAMILIES[family](tmp_path)
-    answerer = open_answerer(tmp_path, OPTIONS)
+    captioner = open_captioner(tmp_path, OPTIONS)
     asked = PROMPTS.get(family, [("a photo of", "a photo of"), ("what is it", "what is it")])
     pictures = draw_pictures(2, 3)
     given = [(picture, ours, theirs) for picture in pictures for ours, theirs in asked]
-    said = answerer([picture for picture, _, _ in given], [ours for _, ours, _ in given])
+    said = captioner([picture for picture, _, _ in given], [ours for _, ours, _ in given])
     assert said == [generated(family, model, processor, picture, theirs) for picture, _, theirs in given]
     assert len(set(said)) > 1
 
 
 def test_a_checkpoint_says_what_its_bundle_does(tiny_checkpoint: Drawn, tiny_bundle: Path) -> None:
     pictures = draw_pictures(3)
-    checkpoint, bundle = (open_answerer(path, OPTIONS) for path in (tiny_checkpoint.directory, tiny_bundle))
+    checkpoint, bundle = (open_captioner(path, OPTIONS) for path in (tiny_checkpoint.directory, tiny_bundle))
     for prompts in (None, ["a photo of", None, "two"], [checkpoint.question("what is two?")] * 3):
         assert checkpoint(pictures, prompts) == bundle(pictures, prompts)
     assert checkpoint(pictures) != checkpoint(pictures[::-1])
@@ -97,13 +92,13 @@ def scored(kind: str, model: Any, processor: Any, picture: Any, text: str) -> tu
     return float(getattr(match, name).softmax(dim=1)[0, 1]), float(getattr(cosine, name))
 
 
-def check_scores(comparer: Comparer, wanted: dict[tuple[int, int], tuple[float, float]]) -> None:
+def check_scores(matcher: MatchModel, wanted: dict[tuple[int, int], tuple[float, float]]) -> None:
     pictures = draw_pictures(3, 1)
-    vectors = comparer.image_vectors(pictures)
+    vectors = matcher.image_vectors(pictures)
     vectors = vectors[:, None] if vectors.ndim == 2 else vectors
-    cosines = (vectors @ comparer.text_vectors(TEXTS).T).max(axis=1)
+    cosines = (vectors @ matcher.text_vectors(TEXTS).T).max(axis=1)
     ragged = [TEXTS, [], TEXTS[1:]]
-    probabilities = comparer.probabilities(pictures, ragged)
+    probabilities = matcher.probabilities(pictures, ragged)
     assert [len(row) for row in probabilities] == [3, 0, 2]
     for (row, column), (probability, cosine) in wanted.items():
         assert cosines[row, column] == pytest.approx(cosine, abs=1e-4)
@@ -127,29 +122,29 @@ def test_a_checkpoint_scores_as_transformers_does(kind: str, tmp_path: Path) -> 
         for column, text in enumerate(TEXTS)
     }
     assert np.std([probability for probability, _ in wanted.values()]) > 0.01
-    check_scores(open_comparer(tmp_path / "checkpoint", OPTIONS), wanted)
+    check_scores(open_matcher(tmp_path / "checkpoint", OPTIONS), wanted)
 
 
 def test_a_model_is_asked_for_what_it_does(tiny_bundle: Path, tmp_path: Path) -> None:
     drawing_blip.save_blip2(tmp_path / "compares", 0)
     drawing_blip.save_clip(tmp_path / "clip", 0)
     with pytest.raises(UsageError, match="captions none"):
-        open_answerer(tmp_path / "compares", OPTIONS)
+        open_captioner(tmp_path / "compares", OPTIONS)
     with pytest.raises(UsageError, match="no matching head"):
-        open_comparer(tmp_path / "clip", OPTIONS)
+        open_matcher(tmp_path / "clip", OPTIONS)
     with pytest.raises(UsageError, match="no matching head"):
-        open_comparer(tiny_bundle, OPTIONS)
+        open_matcher(tiny_bundle, OPTIONS)
     with pytest.raises(BundleError, match="neither a bundle"):
-        open_judge(tmp_path, OPTIONS)
+        open_model(tmp_path, OPTIONS)
 
 
 def test_what_a_checkpoint_does_not_take(tiny_checkpoint: Drawn, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--num-beams is for bundles"):
-        open_answerer(tiny_checkpoint.directory, JudgeOptions(generation={"num_beams": 3}))
+        open_captioner(tiny_checkpoint.directory, ModelOptions(generation={"num_beams": 3}))
     drawing_blip.save_blip(tmp_path / "vqa", "vqa", 0)
     with pytest.raises(UsageError, match="is scored as a bundle"):
-        open_answerer(tmp_path / "vqa", JudgeOptions())
+        open_captioner(tmp_path / "vqa", ModelOptions())
     for name in ("preprocessor_config.json", "processor_config.json"):
         (tmp_path / "vqa" / name).unlink(missing_ok=True)
     with pytest.raises(CheckpointError):
-        open_answerer(tmp_path / "vqa", JudgeOptions())
+        open_captioner(tmp_path / "vqa", ModelOptions())

@@ -1,18 +1,10 @@
-"""Models as they are scored and used on data: something that answers, or something that compares.
-
-A bundle runs in the runtime, where torch is not needed; a checkpoint runs in torch. Both look the same from here, so
-that the loss of an export or of a precision is known in the figures of a task.
-"""
+"""Opens a bundle or a checkpoint for evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from blip2edge.bundle.bundle import Bundle
@@ -20,75 +12,25 @@ from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.errors import BundleError, UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
-
-Vectors = NDArray[np.float32]
-Texts = Sequence[str | None]
-
-
-class Answerer(Protocol):
-    """A model that writes texts about pictures."""
-
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Texts | None = None) -> list[str]:
-        """A text a picture, in order.
-
-        Args:
-            pictures: RGB.
-            prompts: One a picture; None for none at all.
-        """
-
-    def question(self, text: str) -> str:
-        """The prompt that asks a question.
-
-        Raises:
-            UsageError: The model answers none.
-        """
+from blip2edge.training.evaluation.models import (
+    CaptionModel,
+    EvaluatedModel,
+    MatchModel,
+    ModelOptions,
+    Prompts,
+    Vectors,
+)
 
 
-class Comparer(Protocol):
-    """A model that tells how well pictures and texts go together."""
-
-    @property
-    def has_head(self) -> bool:
-        """Whether it has a matching head (ITM) beside its vectors (ITC)."""
-
-    def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
-        """float32 [N, F], or [N, K, F] where a picture has K of them; of length 1."""
-
-    def text_vectors(self, texts: Sequence[str]) -> Vectors:
-        """float32 [M, F], of length 1."""
-
-    def probabilities(
-        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
-        """What the matching head says of each picture with each of its own texts."""
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """How a model is run.
-
-    Attributes:
-        backend: Of a bundle: "auto", or one by name.
-        threads: CPU threads; None for all cores.
-        batch_size: Pictures, or pairs of a picture and a text, at once.
-        generation: Fields of `GenerationOptions`; of a checkpoint only `max_new_tokens`.
-    """
-
-    backend: str = "auto"
-    threads: int | None = None
-    batch_size: int = 16
-    generation: dict[str, Any] = field(default_factory=dict)
-
-
-class BundleAnswerer:
+class BundleCaptioner:
     """A bundle that captions."""
 
-    def __init__(self, captioner: Captioner, options: JudgeOptions) -> None:
+    def __init__(self, captioner: Captioner, options: ModelOptions) -> None:
         captioner.options(**options.generation)  # refuses what is wrong before any picture is read
         self._captioner = captioner
         self._options = options
 
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Texts | None = None) -> list[str]:
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
         """A text a picture."""
         results = self._captioner.caption_many(
             list(pictures), prompts=prompts, batch_size=self._options.batch_size, **self._options.generation
@@ -100,10 +42,10 @@ class BundleAnswerer:
         return self._captioner.prompts.question(text)
 
 
-class BundleComparer:
+class BundleMatcher:
     """A bundle that compares."""
 
-    def __init__(self, matcher: Matcher, options: JudgeOptions) -> None:
+    def __init__(self, matcher: Matcher, options: ModelOptions) -> None:
         self._matcher = matcher
         self._batch_size = options.batch_size
 
@@ -127,15 +69,7 @@ class BundleComparer:
         return self._matcher.probabilities(list(pictures), texts, batch_size=self._batch_size)
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A loaded model: the one or the other."""
-
-    answerer: Answerer | None = None
-    comparer: Comparer | None = None
-
-
-def open_judge(model: Path, options: JudgeOptions) -> Judge:
+def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
     """Loads a model for what it does.
 
     Args:
@@ -151,42 +85,42 @@ def open_judge(model: Path, options: JudgeOptions) -> Judge:
     if (model / MANIFEST).is_file():
         if Bundle.open(model).manifest.prompt is None:
             matcher = Matcher.load(model, backend=options.backend, threads=options.threads)
-            return Judge(comparer=BundleComparer(matcher, options))
+            return EvaluatedModel(matcher=BundleMatcher(matcher, options))
         captioner = Captioner.load(model, backend=options.backend, threads=options.threads)
-        return Judge(answerer=BundleAnswerer(captioner, options))
+        return EvaluatedModel(captioner=BundleCaptioner(captioner, options))
     if (model / "config.json").is_file():
         # A checkpoint needs torch, which a machine that only runs bundles does not have.
-        from blip2edge.training.evaluation.checkpoint_judges import open_checkpoint
+        from blip2edge.training.evaluation.checkpoint_models import open_checkpoint_model
 
-        return open_checkpoint(model, options)
+        return open_checkpoint_model(model, options)
     raise BundleError(
         f"{model} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json)",
         "make a bundle with: blip2edge export CHECKPOINT -o BUNDLE",
     )
 
 
-def open_answerer(model: Path, options: JudgeOptions) -> Answerer:
+def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
     """The same of a model that has to caption.
 
     Raises:
         UsageError: It compares.
     """
-    answerer = open_judge(model, options).answerer
-    if answerer is None:
+    captioner = open_model(model, options).captioner
+    if captioner is None:
         raise UsageError(f"{model} compares pictures with texts and captions none", "give a captioner")
-    return answerer
+    return captioner
 
 
-def open_comparer(model: Path, options: JudgeOptions) -> Comparer:
+def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
     """The same of a model that has to match: with a matching head.
 
     Raises:
         UsageError: It captions, or has vectors alone.
     """
-    comparer = open_judge(model, options).comparer
-    if comparer is None or not comparer.has_head:
+    matcher = open_model(model, options).matcher
+    if matcher is None or not matcher.has_head:
         raise UsageError(
             f"{model} has no matching head",
             "give what train stage1 wrote, or a checkpoint of BLIP or BLIP-2 for ITM",
         )
-    return comparer
+    return matcher

@@ -9,7 +9,7 @@ import pytest
 
 from blip2edge.errors import DataError, UsageError
 from blip2edge.training.data.scenes import scenes
-from blip2edge.training.evaluation.evaluate import EVALUATION_SEED, evaluate_scenes
+from blip2edge.training.evaluation.scene_scores import EVALUATION_SEED, evaluate_scenes
 from blip2edge.training.metrics.exact import exact_match, shuffled_match
 
 
@@ -61,7 +61,7 @@ def test_scenes_and_scores_need_no_torch() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'onnx', 'onnxruntime', 'tensorrt'): sys.modules[name] = None\n"
-        "from blip2edge.training.evaluation.evaluate import evaluate_scenes\n"
+        "from blip2edge.training.evaluation.scene_scores import evaluate_scenes\n"
         "assert evaluate_scenes(lambda pictures: ['' for _ in pictures], n=3)['n'] == 3\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Where a run's parts come from: drawn here as a miniature, or read from checkpoints."""
+"""Builds the model of a run: a new miniature, a whole checkpoint, or a captioner composed of trained parts."""
 
 from __future__ import annotations
 
@@ -21,58 +21,63 @@ from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
 from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.training.config import TrainingConfig
-from blip2edge.training.loading.stage1_texts import CLS, SEP, QFormerTexts
+from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
 from blip2edge.training.phases.stage1 import Stage1Model
-from blip2edge.training.phases.stage1_start import begin_stage2, load_stage1, save_stage1, start_from_bert
+from blip2edge.training.phases.stage1_checkpoint import (
+    begin_stage2,
+    load_stage1,
+    save_stage1,
+    start_from_bert,
+)
 from blip2edge.training.setup import pretrained
-from blip2edge.training.setup.architecture import architecture, family_of
+from blip2edge.training.setup.architecture import captioner_config, family_of
 from blip2edge.training.setup.miniature import build_miniature, initialise
-from blip2edge.training.setup.workshop import Workshop
+from blip2edge.training.setup.model_parts import ModelParts
 
 QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # InstructBLIP's, beside its weights
 
 
-def wants_text(stage: str, config: TrainingConfig) -> bool:
-    """Whether the Q-Former has a text side of its own in this run."""
+def has_text_side(stage: str, config: TrainingConfig) -> bool:
+    """Whether the Q-Former has its own text side in this run."""
     if config.bridge not in ("qformer", "projection"):
         return False
     kept = config.stage1.steps or config.model.bridge_from or config.stage2.itg_weight
     return stage in ("stage1", "instruct") or bool(kept)
 
 
-def build(stage: str, config: TrainingConfig, base: Path) -> Workshop:
-    """The workshop of a run.
+def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
+    """Builds the model of a run.
 
     Args:
-        stage: What is to be run.
+        stage: "stage1", "stage2" or "instruct".
         config: The recipe.
-        base: Where its relative paths start.
+        base: Directory of the recipe; its relative paths start there.
 
     Raises:
-        ConfigError: The parts do not go together.
-        CheckpointError: One cannot be read.
+        ConfigError: The parts do not fit together.
+        CheckpointError: A checkpoint cannot be read.
     """
     kept = None
     if config.model.bridge_from:
         kept = load_stage1(pretrained.resolve(config.model.bridge_from, base))
     instructed = stage == "instruct"
-    text = wants_text(stage, config)
+    text = has_text_side(stage, config)
     if config.model.is_miniature:
-        workshop = build_miniature(config, draft=text and not instructed, instructed=instructed)
+        parts = build_miniature(config, draft=text and not instructed, instructed=instructed)
     else:
-        workshop = _whole(stage, config, base) or _composed(stage, config, base, kept if text else None)
+        parts = _whole(stage, config, base) or _composed(stage, config, base, kept if text else None)
     if kept is not None:
-        begin_stage2(kept, workshop.model)
-    draft = workshop.model.config.draft
+        begin_stage2(kept, parts.model)
+    draft = parts.model.config.draft
     if (
-        draft is not None and workshop.texts is not None
+        draft is not None and parts.qformer_texts is not None
     ):  # a kept one may have fewer places than the recipe asks for
-        workshop.texts.max_length = min(workshop.texts.max_length, draft.max_positions)
-    return workshop
+        parts.qformer_texts.max_length = min(parts.qformer_texts.max_length, draft.max_positions)
+    return parts
 
 
-def _whole(stage: str, config: TrainingConfig, base: Path) -> Workshop | None:
-    """A checkpoint that has all that is asked for, bridge included; None where a part is another."""
+def _whole(stage: str, config: TrainingConfig, base: Path) -> ModelParts | None:
+    """A checkpoint that has all parts of the recipe, the bridge included; None if one part differs."""
     model = config.model
     if not model.checkpoint or model.vision_from or model.language_from:
         return None
@@ -86,7 +91,7 @@ def _whole(stage: str, config: TrainingConfig, base: Path) -> Workshop | None:
     preprocessing, _ = pretrained.load_preprocessing(directory)
     tokenizer = pretrained.load_tokenizer(directory / "tokenizer.json")
     files = pretrained.side_files(directory)
-    return Workshop(given, preprocessing, tokenizer, _own_texts(config, base), files, fresh=False)
+    return ModelParts(given, preprocessing, tokenizer, _own_texts(config, base), files, new_projection=False)
 
 
 _KINDS = {
@@ -97,11 +102,11 @@ _KINDS = {
     "pool": "pool",
     "flamingo": "perceiver",
 }
-"""The kind of bridge that each choice of the recipe's key has."""
+"""The kind of bridge for each value of the recipe's key `bridge`."""
 
 
 def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
-    """The tokenizer of the Q-Former's text side, from wherever the recipe has one."""
+    """The tokenizer of the Q-Former's text side, from the first of the recipe's checkpoints that has one."""
     for name in (config.model.bridge_from, config.model.checkpoint, config.model.bert):
         if not name:
             continue
@@ -116,17 +121,17 @@ def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
     return None
 
 
-def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> Workshop:
-    """A captioner of parts, with a fresh bridge; with the sizes of the Q-Former that is kept, where one is."""
+def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> ModelParts:
+    """A captioner of trained parts with a new bridge, which gets the sizes of `kept` if there is one."""
     model = config.model
     vision = pretrained.load_vision(model.vision_from or model.checkpoint, base)
     language = pretrained.load_language(model.language_from or model.checkpoint, base)
-    instructed, text = stage == "instruct", wants_text(stage, config)
+    instructed, text = stage == "instruct", has_text_side(stage, config)
     family = "instructblip" if instructed else family_of(config.bridge, vision.module.config)
     tokens = pretrained.picture_tokens(family)
     extra = language.with_tokens(tokens)
     own = _own_texts(config, base) or QFormerTexts(language.tokenizer, config.stage1.max_tokens)
-    built = architecture(
+    built = captioner_config(
         config.bridge,
         config.model,
         vision.module.config,
@@ -136,23 +141,23 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model 
         instructed=instructed,
     )
     built = pretrained.with_special_tokens(built, language, tokens[0])
-    made = pretrained.put_together(_like(kept, built), vision, language)
+    made = pretrained.assemble_captioner(_like(kept, built), vision, language)
     for fresh in _fresh(made):
         initialise(fresh, config.seed)
     files = pretrained.tokenizer_files(language) | {"preprocessor_config.json": vision.file}
     files |= {"processor_config.json": _processor(made.config)}
     if instructed:
         files[QFORMER_TOKENIZER] = own.tokenizer.to_str().encode()
-    workshop = Workshop(made, vision.preprocessing, language.tokenizer, own if text else None, files)
+    parts = ModelParts(made, vision.preprocessing, language.tokenizer, own if text else None, files)
     if text and config.model.bert and not config.model.bridge_from:
-        begin_stage2(first_stage(workshop, config, base), made)
-    return workshop
+        begin_stage2(new_stage1_model(parts, config, base), made)
+    return parts
 
 
 def _text_config(
     own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Model | None
 ) -> DraftConfig:
-    """The special tokens of the Q-Former's text side, and as many positions as what it begins with has."""
+    """Config of the Q-Former's text side: special tokens, and the positions of the model that initialises it."""
     if kept is not None:
         return kept.draft_config
     if not config.model.bert:
@@ -162,7 +167,7 @@ def _text_config(
 
 
 def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
-    """With the sizes of a kept Q-Former."""
+    """The config with the sizes of the kept Q-Former."""
     if kept is None or not isinstance(built.bridge, QFormerConfig):
         return built
     given: Any = kept.config.text
@@ -171,7 +176,7 @@ def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
 
 
 def _fresh(model: CaptionerModel) -> list[nn.Module]:
-    """The parts that no checkpoint gave."""
+    """The modules that no checkpoint provides."""
     parts: list[nn.Module] = [model.bridge]
     parts += [] if model.draft is None else [model.draft]
     gated = getattr(model.language, "cross_layers", None)
@@ -187,21 +192,24 @@ def _processor(config: CaptionerConfig) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def first_stage(workshop: Workshop, config: TrainingConfig, base: Path) -> Stage1Model:
-    """A fresh model of stage 1 around the workshop's picture encoder.
+def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> Stage1Model:
+    """Builds a new stage-1 model around the captioner's picture encoder.
 
     Raises:
         ConfigError: The bridge is no Q-Former.
         CheckpointError: The recipe's BERT cannot be read, or has other sizes.
     """
-    bridge, texts = workshop.model.config.bridge, workshop.texts
+    bridge, texts = parts.model.config.bridge, parts.qformer_texts
     if not isinstance(bridge, QFormerConfig) or texts is None:
         raise ConfigError(
             f"stage1 trains a Q-Former, and bridge is {config.bridge!r}", "set bridge to 'qformer'"
         )
-    if workshop.model.config.vision.clip:
-        raise ConfigError("stage1 needs BLIP-2's kind of picture encoder, and model.vision_from is a CLIP")
-    draft = workshop.model.config.draft or _text_config(texts, config, base, None)
+    if parts.model.config.vision.clip:
+        raise ConfigError(
+            "stage1 supports BLIP-2's kind of picture encoder only, and model.vision_from is a CLIP",
+            "set model.vision_from to the checkpoint of a BLIP-2, or run stage2",
+        )
+    draft = parts.model.config.draft or _text_config(texts, config, base, None)
     own: dict[str, Any] = {each.name: getattr(bridge, each.name) for each in fields(QFormerConfig)}
     text = InstructedQFormerConfig(
         **own, vocab_size=draft.vocab_size, instruction_positions=draft.max_positions
@@ -209,7 +217,7 @@ def first_stage(workshop: Workshop, config: TrainingConfig, base: Path) -> Stage
     model = Stage1Model(
         RetrievalConfig(
             family="blip-2-itm",
-            vision=workshop.model.config.vision,
+            vision=parts.model.config.vision,
             text=text,
             embed_dim=config.stage1.embed_dim,
             max_positions=draft.max_positions,
@@ -225,14 +233,14 @@ def first_stage(workshop: Workshop, config: TrainingConfig, base: Path) -> Stage
     return model
 
 
-def write_stage1(workshop: Workshop, model: Stage1Model, directory: Path) -> None:
-    """Writes what stage 1 made, with its tokenizer and preprocessing."""
+def write_stage1(parts: ModelParts, model: Stage1Model, directory: Path) -> None:
+    """Writes the result of stage 1 with its tokenizer and preprocessing."""
     save_stage1(model, directory)
     name = "preprocessor_config.json"
-    (directory / name).write_bytes(workshop.files[name])
-    if workshop.texts is not None:
-        workshop.texts.save(directory)
-        framed = tokenizers.Tokenizer.from_str(workshop.texts.tokenizer.to_str())
+    (directory / name).write_bytes(parts.files[name])
+    if parts.qformer_texts is not None:
+        parts.qformer_texts.save(directory)
+        framed = tokenizers.Tokenizer.from_str(parts.qformer_texts.tokenizer.to_str())
         ends = [(token, framed.token_to_id(token)) for token in (CLS, SEP)]
         framed.post_processor = TemplateProcessing(single=f"{CLS} $A {SEP}", special_tokens=ends)
         framed.save(str(directory / "tokenizer.json"))

@@ -23,17 +23,17 @@ from blip2edge.runtime.captioning.assemble import text_parts
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.prompt import Prompt
 from blip2edge.runtime.text.tokenizer import Tokenizer
-from blip2edge.training.evaluation.judges import Judge, JudgeOptions, Texts, Vectors
+from blip2edge.training.evaluation.models import EvaluatedModel, ModelOptions, Prompts, Vectors
 from blip2edge.training.loading.batches import pad_rows
 
 Step = Callable[[Tensor], Tensor]
 """From the ids written so far [B, N] to the logits of the next [B, V]."""
 
-MAX_NEW_TOKENS = 30  # as in a bundle that was exported of it
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_MAX_NEW_TOKENS = 30  # as in a bundle that was exported of it
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-class CheckpointAnswerer:
+class CheckpointCaptioner:
     """A captioner in torch.
 
     Args:
@@ -56,7 +56,7 @@ class CheckpointAnswerer:
         instructions: Tokenizer | None = None,
         *,
         batch_size: int = 16,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int = _MAX_NEW_TOKENS,
     ) -> None:
         config = model.config
         self._language: Any = model.language
@@ -84,7 +84,7 @@ class CheckpointAnswerer:
         self._max_new_tokens = max_new_tokens
 
     @classmethod
-    def load(cls, directory: Path, model: CaptionerModel, options: JudgeOptions) -> CheckpointAnswerer:
+    def load(cls, directory: Path, model: CaptionerModel, options: ModelOptions) -> CheckpointCaptioner:
         """Reads what belongs to a model.
 
         Raises:
@@ -106,7 +106,7 @@ class CheckpointAnswerer:
             read_preprocessing(directory),
             instructions,
             batch_size=options.batch_size,
-            max_new_tokens=options.generation.get("max_new_tokens", MAX_NEW_TOKENS),
+            max_new_tokens=options.generation.get("max_new_tokens", _MAX_NEW_TOKENS),
         )
 
     def question(self, text: str) -> str:
@@ -114,7 +114,7 @@ class CheckpointAnswerer:
         return self._prompts.question(text)
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Texts | None = None) -> list[str]:
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
         """A text a picture; rows whose prompts are of one length go together."""
         given = [self._prompts.with_default(text) for text in prompts or [None] * len(pictures)]
         made = [self._prompts(text) for text in given]
@@ -223,7 +223,7 @@ class CheckpointAnswerer:
         return text.strip()
 
 
-class CheckpointComparer:
+class CheckpointMatcher:
     """A model that compares, in torch.
 
     Args:
@@ -295,7 +295,7 @@ class CheckpointComparer:
         return pad_rows(rows, 0), pad_rows([[1] * len(row) for row in rows], 0)
 
 
-def open_checkpoint(directory: Path, options: JudgeOptions) -> Judge:
+def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedModel:
     """Loads a checkpoint for what it does.
 
     Args:
@@ -310,10 +310,10 @@ def open_checkpoint(directory: Path, options: JudgeOptions) -> Judge:
         torch.set_num_threads(options.threads)
     model = load_model(directory)
     if isinstance(model, CaptionerModel):
-        return Judge(answerer=CheckpointAnswerer.load(directory, model, options))
+        return EvaluatedModel(captioner=CheckpointCaptioner.load(directory, model, options))
     tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
     preprocessing = read_preprocessing(directory)
-    return Judge(comparer=CheckpointComparer(model, tokenizer, preprocessing, options.batch_size))
+    return EvaluatedModel(matcher=CheckpointMatcher(model, tokenizer, preprocessing, options.batch_size))
 
 
 def read_preprocessing(directory: Path) -> Preprocessing:
@@ -322,7 +322,7 @@ def read_preprocessing(directory: Path) -> Preprocessing:
     Raises:
         CheckpointError: It does not say.
     """
-    for name in PROCESSORS:
+    for name in _PROCESSOR_FILES:
         if (directory / name).is_file():
             return Preprocessing.from_hf(read_json(directory / name))
-    raise CheckpointError(f"{directory} has no {PROCESSORS[0]}", "save the processor beside the model")
+    raise CheckpointError(f"{directory} has no {_PROCESSOR_FILES[0]}", "save the processor beside the model")

@@ -20,7 +20,7 @@ from blip2edge.model.captioner import CaptionerModel
 from blip2edge.training.loading.batches import IGNORED, CaptionBatch
 from blip2edge.training.loading.loader import PictureBatch
 from blip2edge.training.loop.optim import freeze
-from blip2edge.training.phases.gather import mean_over_ranks
+from blip2edge.training.phases.distributed import mean_over_ranks
 from blip2edge.training.phases.stage1 import text_loss
 
 TRAINED: Mapping[str, tuple[str, ...]] = {

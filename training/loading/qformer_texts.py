@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import UsageError
 from blip2edge.model.bridges.draft import DraftConfig
-from blip2edge.training.phases.stage1 import TextBatch
+from blip2edge.training.loading.batches import TextBatch
 
 CLS, SEP, PAD, DEC = "[CLS]", "[SEP]", "[PAD]", "[DEC]"
 MAX_LENGTH = 32

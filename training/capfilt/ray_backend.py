@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import UsageError
-from blip2edge.training.capfilt.filtering import Batch, CapFiltOptions, Judged, judge
-from blip2edge.training.data.entries import Entry, FilePicture, Picture, Shown
-from blip2edge.training.data.shards import TarPicture
-from blip2edge.training.evaluation.judges import JudgeOptions, open_answerer, open_comparer
+from blip2edge.training.capfilt.pipeline import Batch, CapFiltOptions, ScoredPicture, score_batch
+from blip2edge.training.data.entries import AnnotatedPicture, Entry, FilePicture, StoredPicture
+from blip2edge.training.data.shards import ShardPicture
+from blip2edge.training.evaluation.models import ModelOptions
+from blip2edge.training.evaluation.open_model import open_captioner, open_matcher
 
-LOCAL = "local"
+_LOCAL = "local"
 
 
-def _picture_to_json(picture: Picture) -> dict[str, Any]:
-    if isinstance(picture, TarPicture):
+def _picture_to_json(picture: StoredPicture) -> dict[str, Any]:
+    if isinstance(picture, ShardPicture):
         return {
             "shard": str(picture.shard.absolute()),
             "name": picture.name,
@@ -34,10 +35,10 @@ def _picture_to_json(picture: Picture) -> dict[str, Any]:
     raise UsageError(f"expected pictures in files or shards, got {type(picture).__name__}")
 
 
-def _picture_from_json(values: dict[str, Any]) -> Picture:
+def _picture_from_json(values: dict[str, Any]) -> StoredPicture:
     if "path" in values:
         return FilePicture(Path(values["path"]))
-    return TarPicture(Path(values["shard"]), values["name"], values["offset"], values["size"])
+    return ShardPicture(Path(values["shard"]), values["name"], values["offset"], values["size"])
 
 
 def batch_to_json(batch: Batch) -> str:
@@ -54,13 +55,13 @@ def batch_to_json(batch: Batch) -> str:
     )
 
 
-def batch_from_json(text: str) -> list[Shown]:
-    """The batch that was sent: what `judge` reads of it is the same."""
+def batch_from_json(text: str) -> list[AnnotatedPicture]:
+    """The batch that was sent: what `score_batch` reads of it is the same."""
     batch = []
     for row in json.loads(text):
         picture = _picture_from_json(row["picture"])
         entries = [Entry(row["image_id"], row["image_id"], picture, caption) for caption in row["captions"]]
-        batch.append(Shown(row["image_id"], picture, tuple(entries)))
+        batch.append(AnnotatedPicture(row["image_id"], picture, tuple(entries)))
     return batch
 
 
@@ -73,9 +74,9 @@ class Worker:
 
     def __init__(self, options: str) -> None:
         values = json.loads(options)
-        captioning, matching = (JudgeOptions(**values[key]) for key in ("captioning", "matching"))
-        self._captioner = open_answerer(Path(values["captioner"]), captioning)
-        self._matcher = open_comparer(Path(values["matcher"]), matching)
+        captioning, matching = (ModelOptions(**values[key]) for key in ("captioning", "matching"))
+        self._captioner = open_captioner(Path(values["captioner"]), captioning)
+        self._matcher = open_matcher(Path(values["matcher"]), matching)
         self._prompt = values["prompt"]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class Worker:
         Returns:
             `number` and `judged`, as text.
         """
-        results = judge(batch_from_json(row["batch"]), self._captioner, self._matcher, self._prompt)
+        results = score_batch(batch_from_json(row["batch"]), self._captioner, self._matcher, self._prompt)
         return {
             "number": row["number"],
             "judged": json.dumps([[result.captions, result.problem] for result in results]),
@@ -104,9 +105,9 @@ def options_to_json(options: CapFiltOptions) -> str:
     return json.dumps(values)
 
 
-def judge_on_ray(
+def score_on_ray(
     address: str, workers: int
-) -> Callable[[Iterable[Batch], CapFiltOptions], Iterator[list[Judged]]]:
+) -> Callable[[Iterable[Batch], CapFiltOptions], Iterator[list[ScoredPicture]]]:
     """What judges batches over a cluster.
 
     Args:
@@ -122,13 +123,13 @@ def judge_on_ray(
     except ModuleNotFoundError as error:
         raise UsageError("--ray needs Ray Data", "install it: pip install 'blip2edge[ray]'") from error
 
-    def judge_batches(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[Judged]]:
+    def score_batches(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
         rows = [{"number": number, "batch": batch_to_json(batch)} for number, batch in enumerate(batches)]
         started = not ray.is_initialized()
         if started:
             # On this machine a Ray of its own; the dashboard is a server that nobody asked for.
             ray.init(
-                address=address, include_dashboard=False if address == LOCAL else None, log_to_driver=False
+                address=address, include_dashboard=False if address == _LOCAL else None, log_to_driver=False
             )
         try:
             ray.data.DataContext.get_current().execution_options.preserve_order = True
@@ -138,11 +139,11 @@ def judge_on_ray(
             )
             for row in judged.iter_rows():
                 yield [
-                    Judged(tuple((text, origin, value) for text, origin, value in captions), problem)
+                    ScoredPicture(tuple((text, origin, value) for text, origin, value in captions), problem)
                     for captions, problem in json.loads(row["judged"])
                 ]
         finally:
             if started:
                 ray.shutdown()
 
-    return judge_batches
+    return score_batches

@@ -1,7 +1,7 @@
-"""What a phase is in the middle of: weights, the optimiser's moments and the generators of chance, by name.
+"""Saves and restores the state of a phase: trained weights, optimiser moments and random generators, as named tensors.
 
-`torch.distributed.checkpoint` gathers them, so that the same code serves one process, DDP and sharded parameters;
-it needs no process group where there is one process.
+`torch.distributed.checkpoint` gathers them. So the same code works for one process, DDP and sharded parameters; one
+process needs no process group.
 """
 
 from __future__ import annotations
@@ -25,59 +25,59 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from blip2edge.errors import DataError
 from blip2edge.training.loop.snapshots import Snapshot
 
-WEIGHTS, MOMENTS, CHANCE = "weights.", "moments.", "chance."
-SCALE = "scale"  # of the loss, under float16
-SCALE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+_WEIGHTS, _MOMENTS, _CHANCE = "weights.", "moments.", "chance."
+_SCALE = "scale"  # loss scaling under float16
+_SCALE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-_OWN = StateDictOptions(ignore_frozen_params=True)  # this process' part
-_LOOSE = StateDictOptions(full_state_dict=True, strict=False)  # the frozen parts are not in it
+_OWN = StateDictOptions(ignore_frozen_params=True)  # the shard of this process
+_LOOSE = StateDictOptions(full_state_dict=True, strict=False)  # frozen parameters are missing
 
 
 def capture(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Everything that the next step depends on, except the data.
+    """Captures everything that the next step depends on, except the data.
 
     Args:
-        accelerator: Every process calls this; the first one gets the whole.
-        module: As `accelerator.prepare` gave it.
-        optimizer: Likewise.
+        accelerator: Every process must call this function; the first one gets the complete tensors.
+        module: The module from `accelerator.prepare`.
+        optimizer: The optimiser from `accelerator.prepare`.
 
     Returns:
-        Tensors on the CPU: trained weights, moments, and each process' generators. Where parameters are spread
-        over the processes, the others get the generators alone.
+        Tensors on the CPU: trained weights, optimiser moments, and each process' random generators. With sharded
+        parameters, all processes but the first get the generators only.
     """
     weights: Any = get_model_state_dict(module, options=_WHOLE)
     moments: Any = get_optimizer_state_dict(module, optimizer.optimizer, options=_WHOLE).get("state", {})
-    tensors = {f"{WEIGHTS}{name}": _copy(tensor) for name, tensor in weights.items()}
+    tensors = {f"{_WEIGHTS}{name}": _copy(tensor) for name, tensor in weights.items()}
     for name, values in moments.items():
-        tensors |= {f"{MOMENTS}{name}/{key}": _copy(torch.as_tensor(value)) for key, value in values.items()}
+        tensors |= {f"{_MOMENTS}{name}/{key}": _copy(torch.as_tensor(value)) for key, value in values.items()}
     for rank, chance in enumerate(gather_object([_generators(accelerator)])):
-        tensors |= {f"{CHANCE}{rank}.{name}": state for name, state in chance.items()}
+        tensors |= {f"{_CHANCE}{rank}.{name}": state for name, state in chance.items()}
     if accelerator.scaler is not None:
         scale = accelerator.scaler.state_dict()
-        tensors[SCALE] = torch.tensor([float(scale[key]) for key in SCALE_KEYS], dtype=torch.float64)
+        tensors[_SCALE] = torch.tensor([float(scale[key]) for key in _SCALE_KEYS], dtype=torch.float64)
     return tensors
 
 
 def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapshot: Snapshot) -> None:
-    """Takes the place of `capture`.
+    """Restores the state that `capture` saved.
 
     Args:
-        accelerator: Every process calls this with the same snapshot.
-        module: As `accelerator.prepare` gave it.
-        optimizer: Likewise, before its first step.
-        snapshot: What `capture` gave is among its tensors.
+        accelerator: Every process must call this function with the same snapshot.
+        module: The module from `accelerator.prepare`.
+        optimizer: The optimiser from `accelerator.prepare`, before its first step.
+        snapshot: A snapshot with the tensors from `capture`.
 
     Raises:
-        DataError: It was written by another number of processes, or of other parts.
+        DataError: The snapshot was written by another number of processes, or other parameters are trained.
     """
     if snapshot.facts["processes"] != accelerator.num_processes:
         raise DataError(
-            f"the run was begun with {snapshot.facts['processes']} processes,"
-            f" and these are {accelerator.num_processes}",
-            "start as many, or start again with --force",
+            f"the run was started with {snapshot.facts['processes']} processes,"
+            f" and now there are {accelerator.num_processes}",
+            "use the same number, or start again with --force",
         )
-    weights = _under(WEIGHTS, snapshot.tensors)
+    weights = _under(_WEIGHTS, snapshot.tensors)
     trained = get_model_state_dict(module, options=_OWN)
     if trained.keys() != weights.keys():
         raise DataError(
@@ -85,22 +85,28 @@ def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapsho
         )
     set_model_state_dict(module, dict(weights), options=_LOOSE)
     moments: dict[str, Any] = get_optimizer_state_dict(module, optimizer.optimizer, options=_OWN)
-    for path, tensor in _under(MOMENTS, snapshot.tensors).items():
+    for path, tensor in _under(_MOMENTS, snapshot.tensors).items():
         name, _, key = path.rpartition("/")
         moments["state"][name][key] = _spread_like(moments["state"][name][key], tensor)
     set_optimizer_state_dict(module, optimizer.optimizer, moments, options=_OWN)
-    own = _under(f"{CHANCE}{accelerator.process_index}.", snapshot.tensors)
+    own = _under(f"{_CHANCE}{accelerator.process_index}.", snapshot.tensors)
     torch.set_rng_state(own["cpu"])
     if accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"], accelerator.device)
-    if accelerator.scaler is not None and SCALE in snapshot.tensors:
-        values = dict(zip(SCALE_KEYS, snapshot.tensors[SCALE].tolist(), strict=True))
+    if accelerator.scaler is not None and _SCALE in snapshot.tensors:
+        values = dict(zip(_SCALE_KEYS, snapshot.tensors[_SCALE].tolist(), strict=True))
         whole = {key: int(values[key]) for key in ("growth_interval", "_growth_tracker")}
         accelerator.scaler.load_state_dict(values | whole)
 
 
-def collect(accelerator: Accelerator, module: nn.Module, plain: nn.Module) -> None:
-    """Takes the wrappers off, so that `plain` and what it shares parameters with are whole on every process."""
+def gather_parameters(accelerator: Accelerator, module: nn.Module, plain: nn.Module) -> None:
+    """Removes the wrappers of accelerate and gathers sharded parameters in `plain` on every process.
+
+    Args:
+        accelerator: Every process must call this function.
+        module: The module from `accelerator.prepare`.
+        plain: The module that was given to `accelerator.prepare`; changed in place.
+    """
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)
     plain.zero_grad(set_to_none=True)
     gathered: dict[int, nn.Parameter] = {}  # a tied parameter stays one
@@ -114,7 +120,7 @@ def collect(accelerator: Accelerator, module: nn.Module, plain: nn.Module) -> No
 
 
 def _generators(accelerator: Accelerator) -> dict[str, Tensor]:
-    """The states of this process' generators."""
+    """States of this process' random generators."""
     states = {"cpu": torch.get_rng_state()}
     if accelerator.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(accelerator.device)
@@ -122,7 +128,7 @@ def _generators(accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def _spread_like(present: Any, tensor: Tensor) -> Tensor:
-    """This process' part of a whole tensor, where the present one is spread over the processes."""
+    """This process' shard of a tensor if `present` is sharded, else the tensor itself."""
     if isinstance(present, DTensor):
         return distribute_tensor(tensor.to(present.device), present.device_mesh, present.placements)
     return tensor
@@ -133,5 +139,5 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
+    """The tensors whose names begin with the prefix, by the rest of the name."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

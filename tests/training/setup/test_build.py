@@ -17,7 +17,7 @@ from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
 from blip2edge.training import run as runs  # noqa: E402
 from blip2edge.training.config import load_config  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
-from blip2edge.training.setup.parts import build  # noqa: E402
+from blip2edge.training.setup.build import build_parts  # noqa: E402
 from tests import drawing  # noqa: E402
 from tests.families import drawing_blip, drawing_llama  # noqa: E402
 from tests.training import recipes  # noqa: E402
@@ -82,7 +82,7 @@ def test_a_clip_and_an_mlp_make_a_llava(parts: Path) -> None:
 
 def test_a_clip_and_a_llama_make_a_flamingo_whose_gates_open(parts: Path) -> None:
     path = recipe(parts, "flamingo", 'vision_from = "clip"\nlanguage_from = "llama"', 'bridge = "flamingo"')
-    fresh = build("stage2", load_config(path), parts).model
+    fresh = build_parts("stage2", load_config(path), parts).model
     gates = [value for name, value in fresh.language.named_parameters() if name.endswith("_gate")]
     assert gates
     assert all(float(gate.detach().abs().max()) == 0.0 for gate in gates)
@@ -100,13 +100,13 @@ def test_a_language_model_is_swapped_on_a_kept_bridge(parts: Path) -> None:
     first.write_text(first.read_text() + f"[stage1]\n{STEPS}embed_dim = 8\nmax_tokens = 12\n")
     train("stage1", first, parts / "stage1")
     kept = 'vision_from = "blip2"\nlanguage_from = "llama"\nbridge_from = "stage1"'
-    texts = build("stage2", load_config(recipe(parts, "kept", kept)), parts).texts
+    texts = build_parts("stage2", load_config(recipe(parts, "kept", kept)), parts).qformer_texts
     assert texts is not None
     assert texts.max_length == 12, "as many places as stage 1 gave, though this recipe would take 32"
     path = recipe(parts, "swapped", kept, 'bridge = "projection"', "itg_weight = 0.5\n")
     train("stage2", path, parts / "swapped", evaluation_scenes=0)
     given = load_checkpoint(parts / "swapped")
-    from blip2edge.training.phases.stage1_start import load_stage1
+    from blip2edge.training.phases.stage1_checkpoint import load_stage1
 
     trained: Any = load_stage1(parts / "stage1").matcher
     own = given.bridge.get_submodule("qformer").state_dict()
