@@ -109,3 +109,9 @@ class DeadlineError(Blip2EdgeError):
 
 class BackendError(Blip2EdgeError):
     """A backend is not installed, or does not run on this machine."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message in one line of at most 200 characters; its class where the message is empty."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"

@@ -22,8 +22,15 @@ from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
 from blip2edge.errors import EngineError, UsageError
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.backends.engine_files import KIND, STEP, EngineRecord, EngineSet
-from blip2edge.runtime.backends.fingerprint import Fingerprint, find_gpu, fingerprint
+from blip2edge.runtime.backends import probe
+from blip2edge.runtime.backends.engine_files import (
+    KIND,
+    STEP,
+    EngineRecord,
+    EngineSet,
+    Fingerprint,
+    fingerprint,
+)
 from blip2edge.runtime.tensorrt.session import JETSON, TARGETS, load_tensorrt, version_of
 
 TIMING_CACHE = "timing.cache"
@@ -241,7 +248,7 @@ def _in_process(job: _Job, plan: EnginePlan, staging: Path) -> Built:
     """Builds one engine in a fresh process: when it ends, all of the builder's memory is free again."""
     context = multiprocessing.get_context("spawn")
     output = staging / f"{plan.name}.engine"
-    look = not job.options.sm and find_gpu() is not None
+    look = not job.options.sm and bool(probe.nvidia_driver().gpus)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         future = pool.submit(_build_one, job.options.target, plan, job.version, output, job.settings, look)
         try:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -98,21 +97,6 @@ def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
     _rename_slots(graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
-
-
-def load_constant_shape(path: Path, cache: CacheSpec) -> ir.Model:
-    """Reads a decoder's file and turns it; its weights stay on disk.
-
-    Args:
-        path: ``decoder.onnx``.
-        cache: Its keys and values.
-
-    Raises:
-        EngineError: See :func:`to_constant_shape`.
-    """
-    model = ir.load(path)
-    to_constant_shape(model, cache, str(path))
-    return model
 
 
 class _Writer:

@@ -12,8 +12,10 @@ Array = NDArray[Any]
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.float32),
     "int64": np.dtype(np.int64),
     "int32": np.dtype(np.int32),
     "int8": np.dtype(np.int8),
     "bool": np.dtype(np.bool_),
 }
+"""dtype of the arrays that a session takes and returns. NumPy has no bfloat16, and every bfloat16 is a float32."""

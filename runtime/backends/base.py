@@ -1,13 +1,13 @@
-"""Running a graph: the protocol that every backend follows, and which backends there are.
+"""What every backend offers (the ``Session`` protocol), and the table of backends.
 
-A backend is a module with a function ``open_graph(path, threads, settled)``; it is imported when it is asked for, so
-that a package that is not installed is missed by those alone who want it.
+A backend is a module with ``open_graph(path, threads, optimized)``. The module is imported when the backend is chosen,
+so that its package need not be installed for the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
@@ -17,55 +17,70 @@ from blip2edge.errors import BackendError, UsageError
 
 
 class Session(Protocol):
-    """A loaded graph."""
+    """A loaded graph.
+
+    Thread contract, the same on every backend: several threads may call :meth:`run` at once, and each call returns the
+    results of its own inputs. A backend that keeps buffers from call to call gives each call its own, or locks them.
+    The results belong to the caller: a later call does not change them. :meth:`close` is called once, when no
+    :meth:`run` is in progress.
+    """
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """What it takes."""
+        """Names of the graph's inputs."""
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """What it gives."""
+        """Names of the graph's outputs."""
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Computes outputs.
 
         Args:
-            inputs: Every input by name, in the dtype of the graph.
-            outputs: Which outputs are wanted; None for all.
+            inputs: Every input by name, in the graph's dtype (float32 for bfloat16, which NumPy does not have).
+            outputs: Names of the outputs to compute; None for all.
 
         Returns:
             The outputs by name.
+
+        Raises:
+            BackendError: The backend cannot run the graph, for example because memory is short.
         """
 
     def close(self) -> None:
-        """Lets go of the graph and its memory; nothing can be run afterwards."""
+        """Releases the graph and its memory. :meth:`run` fails afterwards."""
 
 
 @dataclass(frozen=True)
-class Settled:
-    """How a graph is loaded that was optimised for its backend when it was written, and is taken as it is.
+class OptimizedFile:
+    """How to load a file that ``blip2edge optimize`` wrote: its graph is already optimised for the backend.
 
     Attributes:
-        weights: The directory that its weights are found from.
-        layout: Whether weights are still to be laid out for the processor, which a file cannot carry to another.
+        weights: Directory that the paths of its external weights start from.
+        layout: Whether ONNX Runtime still optimises the graph for this processor when it loads it. It then changes
+            the weight layout, which no file can hold for another processor.
     """
 
     weights: Path
     layout: bool = False
 
 
+NO_BF16_KERNELS = "ONNX Runtime has no CPU kernels for it"
+NO_BF16_ARRAYS = "tensors reach this backend as NumPy arrays, and NumPy has no bfloat16"
+
+
 @dataclass(frozen=True)
 class Backend:
-    """What ``--backend`` can name.
+    """A value of ``--backend``.
 
     Attributes:
-        module: Has ``open_graph(path, threads, settled)``.
-        function: Its name, where the module opens graphs for more than one backend.
-        copy: Which of a bundle's optimised copies it runs where there is one; empty for none.
-        host: Whether it computes on the cores that the rest of the program runs on.
-        engines: What a bundle's engines were built for, where it runs those: then the module has an
-            ``EngineOpener(bundle, engines)``.
+        module: Module with ``open_graph(path, threads, optimized)``.
+        function: The name of that function, where the module serves more than one backend.
+        copy: Name of the optimized copy that it runs, where the bundle has one; empty for none.
+        engines: Target of the engines that it runs instead of graphs; empty for none. The module then also has an
+            ``EngineOpener(bundle, target)``.
+        host: Whether it computes on the CPU cores that the rest of the program runs on.
+        refuses: Precisions of a bundle that it cannot run, each with the reason.
     """
 
     module: str
@@ -73,11 +88,14 @@ class Backend:
     copy: str = ""
     engines: str = ""
     host: bool = False
+    refuses: Mapping[str, str] = field(default_factory=lambda: {"bf16": NO_BF16_ARRAYS})
 
 
 BACKENDS = {
-    "cpu": Backend("blip2edge.runtime.backends.onnxruntime_cpu", copy="cpu", host=True),
-    "openvino": Backend("blip2edge.runtime.backends.openvino", copy="openvino", host=True),
+    "cpu": Backend(
+        "blip2edge.runtime.backends.onnxruntime_cpu", copy="cpu", host=True, refuses={"bf16": NO_BF16_KERNELS}
+    ),
+    "openvino": Backend("blip2edge.runtime.backends.openvino", copy="openvino", host=True, refuses={}),
     "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda"),
     "tensorrt": Backend("blip2edge.runtime.tensorrt.backend", engines="tensorrt"),
     "rtx": Backend("blip2edge.runtime.tensorrt.backend", engines="rtx"),
@@ -91,16 +109,37 @@ MOST_THREADS = 1024
 
 
 def check_threads(threads: int | None) -> None:
-    """Raises UsageError unless a number of threads is None or one that a machine can have."""
+    """Raises UsageError unless ``threads`` is None or from 1 to :data:`MOST_THREADS`."""
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"--threads must be from 1 to {MOST_THREADS}, not {threads}")
+
+
+def check_precision(backend: str, precision: str) -> None:
+    """Refuses a bundle that a backend cannot run.
+
+    Args:
+        backend: ``auto``, or a backend by name.
+        precision: Of the bundle: ``fp32``, ``fp16`` or ``bf16``.
+
+    Raises:
+        BackendError: The backend is unknown or cannot run it; the message names the reason and what can be done.
+    """
+    reason = find_backend(backend).refuses.get(precision)
+    if reason is None:
+        return
+    others = [name for name, row in BACKENDS.items() if precision not in row.refuses]
+    name = next(iter(BACKENDS)) if backend == "auto" else backend
+    raise BackendError(
+        f"the bundle is in {precision}, which the backend {name} does not run: {reason}",
+        f"use --backend {' or '.join(others)}, or export with --precision fp32 or fp16",
+    )
 
 
 def find_backend(name: str) -> Backend:
     """A backend by its name; ``auto`` is the first.
 
     Raises:
-        BackendError: It is unknown.
+        BackendError: There is no backend of that name.
     """
     if name == "auto":
         return next(iter(BACKENDS.values()))
@@ -113,11 +152,16 @@ def find_backend(name: str) -> Backend:
 
 
 def open_session(path: Path, backend: str = "auto", threads: int | None = None) -> Session:
-    """Loads a graph on a backend.
+    """Loads a portable graph on a backend.
+
+    Args:
+        path: The ``.onnx`` file.
+        backend: ``auto``, or a backend by name.
+        threads: CPU threads within an operator; None leaves the choice to the backend.
 
     Raises:
-        BackendError: The backend is unknown or not there.
-        BundleError: The file is no graph that it can run.
+        BackendError: There is no backend of that name, or its package or hardware is missing.
+        BundleError: The backend cannot load the file.
     """
     row = find_backend(backend)
     session: Session = getattr(import_module(row.module), row.function)(path, threads)

@@ -1,4 +1,4 @@
-"""The cpu backend: ONNX Runtime."""
+"""The cpu backend: ONNX Runtime's CPU provider."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.errors import BackendError, BundleError
-from blip2edge.runtime.backends.base import Settled
+from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, one_line
+from blip2edge.runtime.backends.base import OptimizedFile
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 PRESENT = np.uint64(63)  # bit of an entry; linux: Documentation/admin-guide/mm/pagemap.rst
 ENTRY = 8  # bytes a page
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux: include/uapi/asm-generic/mman-common.h
-FILLED = 0.75
-"""The share of a huge page that has to be in use before it is made one: it takes all of its memory then."""
+LEAST_FILLED = 0.75
+"""The least share of small pages in use for a region to become a huge page, which takes memory for all of them."""
 
 
 def huge_page_bytes() -> int:
-    """Bytes of the huge pages that the kernel gives to a process that asks for them; 0 where it gives none."""
+    """Size of the kernel's huge pages in bytes; 0 where it gives none on request."""
     if sys.platform != "linux":
         return 0
     try:
@@ -38,9 +38,9 @@ def huge_page_bytes() -> int:
 
 @contextmanager
 def on_huge_pages() -> Iterator[None]:
-    """Gathers what is filled within, and is still there at the end, into huge pages; elsewhere it does nothing.
+    """Moves memory that the block fills and keeps into huge pages, for fewer TLB misses; Linux only.
 
-    The memory stays the process's own and goes back as it would have: only the size of its pages changes.
+    Only the page size changes: the memory still belongs to the process and is freed as before.
     """
     size = huge_page_bytes()
     if not size:
@@ -51,15 +51,15 @@ def on_huge_pages() -> Iterator[None]:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for page in sorted(filled_pages(size) - before):
-        # Advice, a page at a time: one that the kernel cannot gather stays as it is, and the next is tried.
+        # Advice for one page at a time: a page that the kernel cannot collapse stays as it is.
         madvise(page, size, MADV_HUGEPAGE)
         madvise(page, size, MADV_COLLAPSE)
 
 
 def filled_pages(size: int) -> set[int]:
-    """The addresses of huge pages' places, in this process's memory behind which there is no file, that are in use."""
+    """Addresses of aligned regions of ``size`` bytes in this process's anonymous memory that are mostly in use."""
     found: set[int] = set()
-    small = size // mmap.PAGESIZE
+    pages = size // mmap.PAGESIZE
     try:
         with PAGEMAP.open("rb", buffering=0) as pagemap:
             for start, end in anonymous_regions():
@@ -68,16 +68,16 @@ def filled_pages(size: int) -> set[int]:
                     continue
                 pagemap.seek(first // mmap.PAGESIZE * ENTRY)
                 entries = np.frombuffer(pagemap.read((last - first) // mmap.PAGESIZE * ENTRY), np.uint64)
-                whole = entries[: len(entries) // small * small].reshape(-1, small)
+                whole = entries[: len(entries) // pages * pages].reshape(-1, pages)
                 share = (whole >> PRESENT).mean(axis=1)
-                found.update((first + np.flatnonzero(share >= FILLED) * size).tolist())
-    except OSError:  # the system does not tell
+                found.update((first + np.flatnonzero(share >= LEAST_FILLED) * size).tolist())
+    except OSError:  # this system has no pagemap
         return set()
     return found
 
 
 def anonymous_regions() -> list[tuple[int, int]]:
-    """This process's private writable memory behind which there is no file: the first address, and that behind it."""
+    """This process's private writable memory without a file: first address, and the address after the last."""
     regions = []
     for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         span, rights, _, _, inode, *name = line.split(maxsplit=5)
@@ -88,70 +88,87 @@ def anonymous_regions() -> list[tuple[int, int]]:
 
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-"""ONNX Runtime's option for a graph that is handed over as bytes: a copy's graphs may so use the bundle's weights."""
+"""ONNX Runtime's option for a graph that is given as bytes: the directory of its external weights."""
 
 PROVIDERS = ["CPUExecutionProvider"]
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
-"""What ONNX Runtime would do, and a copy's recipe has decided."""
+"""ONNX Runtime's own fusions that are off for an optimized file: ``optimize`` applied them where they are faster."""
+
+
+@contextmanager
+def raised_as(kind: type[Blip2EdgeError], problem: str, fix: str | None = None) -> Iterator[None]:
+    """Raises an exception of ONNX Runtime as one of this project, with its message as the reason.
+
+    Args:
+        kind: The class to raise.
+        problem: What failed.
+        fix: What the user can do.
+    """
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+        raise kind(f"{problem} ({one_line(error)})", fix) from error
 
 
 class OnnxRuntimeSession:
     """A graph in ONNX Runtime on the CPU; it follows :class:`blip2edge.runtime.backends.base.Session`.
 
+    ONNX Runtime's own session may run in several threads at once.
+
     Args:
-        path: The ``.onnx`` file; its weights may lie beside it.
+        path: The ``.onnx`` file; its weights may be beside it.
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
-        lean: Run the graph as it is written, with as little memory as that takes: no folded constants, no
-            repacked weights, no arena. Slow; for checking a graph that is larger than the memory.
-        settled: Of a graph that was optimised for ONNX Runtime when it was written.
+        lean: Run the graph as it is written, with as little memory as possible: no folded constants, no prepacked
+            weights, no arena. Slow; for checking a graph that is larger than the memory.
+        optimized: How to load a file that ``optimize`` wrote; None for a portable graph.
 
     Raises:
         BackendError: onnxruntime is not installed.
-        BundleError: The file is no graph that it can run.
+        BundleError: ONNX Runtime cannot load the file.
     """
 
     def __init__(
-        self, path: Path, threads: int | None = None, *, lean: bool = False, settled: Settled | None = None
+        self,
+        path: Path,
+        threads: int | None = None,
+        *,
+        lean: bool = False,
+        optimized: OptimizedFile | None = None,
     ) -> None:
         onnxruntime = _package()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: a warning is no news for who captions
+        options.log_severity_level = 3  # errors only
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
-        # An idle pool that spins takes the cores from the session that runs next.
+        # Idle threads that spin would take the cores from the session that runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if lean or (settled is not None and not settled.layout):
+        if lean or (optimized is not None and not optimized.layout):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-        if settled is not None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(settled.weights))
-        try:
-            graph = str(path) if settled is None else path.read_bytes()
+        if optimized is not None:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(optimized.weights))
+        with raised_as(BundleError, f"ONNX Runtime cannot load {path}", "export the checkpoint again"):
+            graph = str(path) if optimized is None else path.read_bytes()
             with nullcontext() if lean else on_huge_pages():
                 self._session = onnxruntime.InferenceSession(
-                    graph, options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS if settled else None
+                    graph,
+                    options,
+                    providers=PROVIDERS,
+                    disabled_optimizers=None if optimized is None else SLOW_FUSIONS,
                 )
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
-            reason = str(error).strip().splitlines()[0]
-            raise BundleError(
-                f"ONNX Runtime cannot load {path} ({reason})", "export the checkpoint again"
-            ) from error
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         names = self.output_names if outputs is None else outputs
-        try:
+        with raised_as(
+            BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"
+        ):
             values = self._session.run(list(names), dict(inputs))
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
-            reason = str(error).strip().splitlines()[0]
-            raise BackendError(
-                f"ONNX Runtime cannot run the graph ({reason})", "try fewer pictures at once, or fewer beams"
-            ) from error
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
@@ -159,20 +176,23 @@ class OnnxRuntimeSession:
         del self._session
 
     def in_place(self, pairs: Mapping[str, str]) -> InPlace:
-        """Runs in which some outputs are written over inputs.
+        """Prepares runs that write some outputs over inputs; each caller needs an own :class:`InPlace`.
 
         Args:
-            pairs: The input that each of these outputs is written to.
+            pairs: For each of these outputs, the input whose buffer it is written to.
         """
         return InPlace(self._session, pairs)
 
 
 class InPlace:
-    """Runs of a graph over buffers that are read and written where they lie.
+    """Runs of a graph that read and write buffers in place, without copies.
+
+    It holds ONNX Runtime's binding of buffers to names, which one thread at a time may use. Every decoder state has
+    its own, so that several states may run in several threads.
 
     Args:
-        session: ONNX Runtime's own.
-        pairs: The input that each of these outputs is written to.
+        session: ONNX Runtime's own session.
+        pairs: For each of these outputs, the input whose buffer it is written to.
     """
 
     def __init__(self, session: Any, pairs: Mapping[str, str]) -> None:
@@ -181,40 +201,43 @@ class InPlace:
         self._pairs = dict(pairs)
         self._value = _package().OrtValue.ortvalue_from_numpy
 
-    def hold(self, buffers: Mapping[str, Array]) -> None:
-        """Takes buffers, contiguous arrays by the input's name; they are neither copied nor let go before the next."""
-        held = {name: self._value(array) for name, array in buffers.items()}
-        for name, value in held.items():
+    def bind(self, buffers: Mapping[str, Array]) -> None:
+        """Binds the buffers of the paired inputs and outputs, in place of those bound before.
+
+        Args:
+            buffers: Contiguous arrays by the input's name. They are used without a copy, and kept until the next call.
+        """
+        values = {name: self._value(array) for name, array in buffers.items()}
+        for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)
         for output, name in self._pairs.items():
-            self._binding.bind_ortvalue_output(output, held[name])
+            self._binding.bind_ortvalue_output(output, values[name])
 
     def run(self, inputs: Mapping[str, Array], output: str, shape: Sequence[int]) -> Array:
-        """Runs once.
+        """Runs the graph once.
 
         Args:
             inputs: The other inputs by name.
-            output: An output beside the buffers, float32.
-            shape: Its shape.
+            output: Name of an output without a buffer, float32.
+            shape: The shape of that output.
 
         Returns:
-            That output.
+            That output, a new array.
         """
         result = np.empty(tuple(shape), np.float32)
         for name, array in inputs.items():
             self._binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))
         self._binding.bind_ortvalue_output(output, self._value(result))
-        try:
+        with raised_as(BackendError, "ONNX Runtime cannot run the optimized decoder"):
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
-            reason = str(error).strip().splitlines()[0]
-            raise BackendError(f"ONNX Runtime cannot run the optimised decoder ({reason})") from error
         return result
 
 
-def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> OnnxRuntimeSession:
-    """Loads a graph; arguments as :class:`OnnxRuntimeSession`."""
-    return OnnxRuntimeSession(path, threads, settled=settled)
+def open_graph(
+    path: Path, threads: int | None = None, optimized: OptimizedFile | None = None
+) -> OnnxRuntimeSession:
+    """Loads a graph; arguments and errors as :class:`OnnxRuntimeSession`."""
+    return OnnxRuntimeSession(path, threads, optimized=optimized)
 
 
 def _package() -> Any:

@@ -1,13 +1,13 @@
-"""The backend ``cuda``: ONNX Runtime's CUDA provider, the cache bound on the GPU. It was not yet run on a GPU.
+"""The backends ``cuda`` and ``ort-tensorrt``: ONNX Runtime's GPU providers. They were not yet run on a GPU.
 
-A provider's name in a list is a promise. Before a graph is loaded, the provider multiplies two matrices with the
-fallback to the CPU switched off; and a session that came without it is refused.
+Keys and values stay on the GPU from step to step. ONNX Runtime may list a provider that does not work, so before a
+graph is loaded the provider multiplies two matrices with the fallback to the CPU switched off, and a session that was
+loaded without the provider is refused.
 """
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,212 +17,85 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError
-from blip2edge.runtime.backends.base import Settled
+from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.runtime.backends.onnx_bytes import onnx_model
+from blip2edge.runtime.backends.onnxruntime_cpu import raised_as
 from blip2edge.runtime.backends.probe import check_provider
 
-# Two graphs of one node each on float32 [b, h, s, d], IR version 8, opset 17, made with onnx 1.23: Gather(x, rows) on
-# axis 0, and Slice(x, first, end, axis). value_info writes the type and the shape's length as the bytes below.
-GATHER = base64.b64decode(
-    "CAg6fQohCgF4CgRyb3dzEgF5IgZHYXRoZXIqCwoEYXhpcxgAoAECEgFrWh8KAXgSGgoYCAESFAoDEgFiCgMSAWgKAxIBcwoDEgFkWhMKBHJv"
-    "d3MSCwoJCAcSBQoDEgFuYh8KAXkSGgoYCAESFAoDEgFCCgMSAUgKAxIBUwoDEgFEQgQKABAR"
-)
-SLICE = base64.b64decode(
-    "CAg6ogEKHwoBeAoFZmlyc3QKA2VuZAoEYXhpcxIBeSIFU2xpY2USAWtaHwoBeBIaChgIARIUCgMSAWIKAxIBaAoDEgFzCgMSAWRaEwoFZmly"
-    "c3QSCgoICAcSBAoCCAFaEQoDZW5kEgoKCAgHEgQKAggBWhIKBGF4aXMSCgoICAcSBAoCCAFiHwoBeRIaChgIARIUCgMSAUIKAxIBSAoDEgFT"
-    "CgMSAURCBAoAEBE="
-)
-FLOAT32_4D, FLOAT16_4D = b"\x08\x01\x12\x14", b"\x08\x0a\x12\x14"
-SLOTS = 2  # the axis of [B, H, P, d] that is cut
-
-Place = tuple[str, int]
-"""A device by its name in ONNX Runtime, and its number."""
-
-
-class DeviceArray:
-    """A tensor ``[B, H, P, d]`` on the device.
-
-    Args:
-        value: ONNX Runtime's ``OrtValue``.
-        small: Runs one of the two small graphs there.
-    """
-
-    def __init__(self, value: Any, small: Callable[[bytes, Mapping[str, Any]], Any]) -> None:
-        self.value = value
-        self._small = small
-        self.shape: tuple[int, ...] = tuple(value.shape())
-        self.ndim = len(self.shape)
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        self.dtype = np.dtype(kinds[value.data_type()])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        array: Array = self.value.numpy()
-        return array if dtype is None else array.astype(dtype)
-
-    def copy(self) -> Array:
-        """The values on the host, to be written to."""
-        return np.array(self.value.numpy())
-
-    def __getitem__(self, key: Any) -> DeviceArray | Array:
-        """Rows by their numbers, or a piece of the slots, as another tensor on the device."""
-        if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
-            return self._run(GATHER, {"rows": key.astype(np.int64)})
-        everything = slice(None)
-        if isinstance(key, tuple) and len(key) == SLOTS + 1 and key[:SLOTS] == (everything, everything):
-            first, end, step = key[SLOTS].indices(self.shape[SLOTS])
-            if step == 1:
-                bounds = {"first": first, "end": max(first, end), "axis": SLOTS}
-                return self._run(SLICE, {name: np.array([at], np.int64) for name, at in bounds.items()})
-        part: Array = self.value.numpy()[key]
-        return part
-
-    def _run(self, graph: bytes, inputs: Mapping[str, Array]) -> DeviceArray:
-        if self.dtype == np.float16:
-            graph = graph.replace(FLOAT32_4D, FLOAT16_4D)
-        return DeviceArray(self._small(graph, {"x": self.value, **inputs}), self._small)
-
-
-class BoundSession:
-    """A graph whose inputs and outputs are bound where they are; it follows the session protocol.
-
-    Args:
-        onnxruntime: The package.
-        path: The ``.onnx`` file.
-        options: ONNX Runtime's session options.
-        providers: Execution providers, best first.
-        place: Where what stays is kept.
-        kept: Whether an output of that name stays on the device.
-    """
-
-    def __init__(
-        self,
-        onnxruntime: Any,
-        path: str,
-        options: Any,
-        providers: Sequence[Any],
-        place: Place,
-        kept: Callable[[str], bool],
-    ) -> None:
-        self._onnxruntime, self._place, self._kept = onnxruntime, place, kept
-        self._session = onnxruntime.InferenceSession(path, options, providers=list(providers))
-        self._providers = list(providers)
-        self.input_names = tuple(value.name for value in self._session.get_inputs())
-        self.output_names = tuple(value.name for value in self._session.get_outputs())
-        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._small = cache(self._open_small)
-
-    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        """See :class:`blip2edge.runtime.backends.base.Session`; inputs and outputs may be on the device."""
-        names = list(self.output_names if outputs is None else outputs)
-        binding = self._session.io_binding()
-        for name, value in inputs.items():
-            if isinstance(value, DeviceArray):
-                binding.bind_ortvalue_input(name, value.value)
-            else:
-                binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(value)))
-        for name in names:
-            device, number = self._place if self._kept(name) else ("cpu", 0)
-            binding.bind_output(name, device, number)
-        self._session.run_with_iobinding(binding)
-        values = zip(names, binding.get_outputs(), strict=True)
-        return {
-            name: DeviceArray(value, self._run_small) if self._kept(name) else value.numpy()
-            for name, value in values
-        }
-
-    def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
-        del self._session
-        self._small.cache_clear()
-
-    def provider(self) -> str:
-        """The provider that comes first."""
-        return str(self._session.get_providers()[0])
-
-    def _open_small(self, graph: bytes) -> Any:
-        options = self._onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        return self._onnxruntime.InferenceSession(graph, options, providers=self._providers)
-
-    def _run_small(self, graph: bytes, inputs: Mapping[str, Any]) -> Any:
-        session = self._small(graph)
-        binding = session.io_binding()
-        for name, value in inputs.items():
-            if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, value)
-            else:
-                binding.bind_ortvalue_input(name, value)
-        binding.bind_output("y", *self._place)
-        session.run_with_iobinding(binding)
-        return binding.get_outputs()[0]
-
-
-CUDA = "CUDAExecutionProvider"
-GPU = ("cuda", 0)
-KEPT = ("present.", "cross.")
-"""Beginnings of the outputs that stay on the device: keys and values."""
-
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1"}
+GPU = ("cuda", 0)
+"""A device as ONNX Runtime names it, and its number."""
+
+ON_DEVICE = ("present.", "cross.")
+"""Beginnings of the names of outputs that stay on the device: keys and values."""
+
+POSITION_AXIS = 2
+"""The axis of ``[B, H, P, d]`` that is sliced."""
+
+RunModel = Callable[[bytes, Mapping[str, Any]], Any]
+"""Runs a model of :mod:`onnx_bytes` on the device; its output ``y`` as an ``OrtValue``."""
 
 
 def open_graph(
     path: Path,
     threads: int | None = None,
-    settled: Settled | None = None,  # noqa: ARG001 - every backend is asked with it, and there is no copy for this one
-) -> BoundSession:
-    """Loads a graph on the GPU.
-
-    Raises:
-        BackendError: onnxruntime is not installed, or its CUDA provider does not run here.
-        BundleError: The file is no graph that it can run.
-    """
+    optimized: OptimizedFile | None = None,  # noqa: ARG001 - one signature for all backends; no copies for this one
+) -> DeviceSession:
+    """Loads a graph with the CUDA provider; errors as :func:`open_with`."""
     return open_with(path, threads, CUDA, [(CUDA, CUDA_OPTIONS)])
 
 
-def open_with(path: Path, threads: int | None, provider: str, providers: list[Any]) -> BoundSession:
-    """Loads a graph with the provider that is to run it, proven beforehand.
+def open_graph_with_tensorrt(
+    path: Path,
+    threads: int | None = None,
+    optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
+) -> DeviceSession:
+    """Loads a graph with the TensorRT provider, and CUDA for what it does not take; errors as :func:`open_with`."""
+    folder = cache_directory() / "ort-tensorrt"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
+    return open_with(path, threads, TENSORRT, [(TENSORRT, options), (CUDA, CUDA_OPTIONS)])
+
+
+def open_with(path: Path, threads: int | None, provider: str, providers: list[Any]) -> DeviceSession:
+    """Loads a graph with a provider that was checked first.
 
     Args:
         path: The ``.onnx`` file.
-        threads: CPU threads, for what no GPU takes.
-        provider: The one that comes first.
-        providers: All, best first, with their options.
+        threads: CPU threads, for operators that no GPU provider takes.
+        provider: The provider that must come first.
+        providers: All providers, best first, with their options.
 
     Raises:
-        BackendError, BundleError: As :func:`open_graph`.
+        BackendError: onnxruntime is not installed, or the provider does not work here.
+        BundleError: ONNX Runtime cannot load the file.
     """
-    onnxruntime = proven(provider)
+    onnxruntime = checked_package(provider)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    try:
-        session = BoundSession(onnxruntime, str(path), options, providers, GPU, is_kept)
-    except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
-        reason = str(error).strip().splitlines()[0]
-        raise BundleError(
-            f"ONNX Runtime cannot load {path} on {provider} ({reason})", "see `blip2edge doctor`"
-        ) from error
-    if session.provider() != provider:
+    with raised_as(BundleError, f"ONNX Runtime cannot load {path} on {provider}", "see `blip2edge doctor`"):
+        session = DeviceSession(onnxruntime, path, options, providers, GPU)
+    if session.provider != provider:
         raise BackendError(
-            f"ONNX Runtime fell back to {session.provider()} for {path.name}", "see `blip2edge doctor`"
+            f"ONNX Runtime fell back to {session.provider} for {path.name}", "see `blip2edge doctor`"
         )
     return session
 
 
-def is_kept(name: str) -> bool:
-    """Whether an output stays on the device."""
-    return name.startswith(KEPT)
-
-
 @cache
-def proven(provider: str) -> Any:
-    """The package onnxruntime, once its provider has multiplied two matrices.
+def checked_package(provider: str) -> Any:
+    """The package onnxruntime, after its provider has multiplied two matrices.
 
     Raises:
-        BackendError: It is not installed, or the provider does not run here.
+        BackendError: onnxruntime is not installed, or the provider does not work here.
     """
     try:
         import onnxruntime
@@ -243,21 +116,138 @@ def proven(provider: str) -> Any:
     return onnxruntime
 
 
-TENSORRT = "TensorrtExecutionProvider"
+class DeviceSession:
+    """A graph whose keys and values stay on the device; it follows the ``Session`` protocol of ``base.py``.
+
+    Every call has a binding of its own, so several threads may call :meth:`run` at once.
+
+    Args:
+        onnxruntime: The package.
+        path: The ``.onnx`` file.
+        options: ONNX Runtime's session options.
+        providers: Execution providers, best first.
+        device: Where outputs of :data:`ON_DEVICE` stay.
+
+    Attributes:
+        provider: The provider that comes first in the loaded session.
+    """
+
+    def __init__(
+        self, onnxruntime: Any, path: Path, options: Any, providers: Sequence[Any], device: tuple[str, int]
+    ) -> None:
+        self._onnxruntime, self._providers, self._device = onnxruntime, list(providers), device
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=self._providers)
+        self._open_model = cache(self._open)
+        self.provider = str(self._session.get_providers()[0])
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.output_names = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """See :class:`blip2edge.runtime.backends.base.Session`; inputs and outputs may be on the device."""
+        names = list(self.output_names if outputs is None else outputs)
+        devices = [self._device if name.startswith(ON_DEVICE) else ("cpu", 0) for name in names]
+        values = self._run_bound(self._session, inputs, zip(names, devices, strict=True))
+        return {
+            name: DeviceArray(value, self.run_model) if name.startswith(ON_DEVICE) else value.numpy()
+            for name, value in zip(names, values, strict=True)
+        }
+
+    def run_model(self, model: bytes, inputs: Mapping[str, Any]) -> Any:
+        """Runs a small model on the device; see :data:`RunModel`."""
+        return self._run_bound(self._open_model(model), inputs, [("y", self._device)])[0]
+
+    def close(self) -> None:
+        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        del self._session
+        self._open_model.cache_clear()
+
+    def _run_bound(
+        self, session: Any, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
+    ) -> list[Any]:
+        """Runs a session of ONNX Runtime; ``OrtValue`` of each output, on the device that stands beside its name."""
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, self._value(value))
+        for name, device in outputs:
+            binding.bind_output(name, *device)
+        with raised_as(
+            BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"
+        ):
+            session.run_with_iobinding(binding)
+        values: list[Any] = binding.get_outputs()
+        return values
+
+    def _value(self, array: Any) -> Any:
+        """ONNX Runtime's value of an array on the host or on the device."""
+        if isinstance(array, DeviceArray):
+            return array.value
+        return self._onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def _open(self, model: bytes) -> Any:
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        return self._onnxruntime.InferenceSession(model, options, providers=self._providers)
 
 
-def open_graph_with_tensorrt(
-    path: Path,
-    threads: int | None = None,
-    settled: Settled | None = None,  # noqa: ARG001 - every backend is asked with it, and there is no copy for this one
-) -> BoundSession:
-    """Loads a graph with TensorRT, and CUDA for what it does not take; errors as those of ``backend_cuda``."""
-    kept = cache_directory() / "ort-tensorrt"
-    kept.mkdir(parents=True, exist_ok=True)
-    options = {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(kept),
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(kept),
-    }
-    return open_with(path, threads, TENSORRT, [(TENSORRT, options), (CUDA, CUDA_OPTIONS)])
+class DeviceArray:
+    """A tensor ``[B, H, P, d]`` on the device, float32 or float16.
+
+    Args:
+        value: ONNX Runtime's ``OrtValue``.
+        run_model: Runs the models that select and slice.
+    """
+
+    def __init__(self, value: Any, run_model: RunModel) -> None:
+        self.value = value
+        self._run_model = run_model
+        self.shape: tuple[int, ...] = tuple(value.shape())
+        self.ndim = len(self.shape)
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self.dtype = np.dtype(dtypes[value.data_type()])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        array: Array = self.value.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def copy(self) -> Array:
+        """The values on the host, in a new array that may be written to."""
+        return np.array(self.value.numpy())
+
+    def __getitem__(self, key: Any) -> DeviceArray | Array:
+        """Rows by an array of their numbers, or a slice of positions, on the device; anything else on the host."""
+        if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
+            return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
+        everything = slice(None)
+        if (
+            isinstance(key, tuple)
+            and key[:-1] == (everything,) * POSITION_AXIS
+            and isinstance(key[-1], slice)
+        ):
+            first, end, step = key[-1].indices(self.shape[POSITION_AXIS])
+            if step == 1:
+                bounds = {"first": first, "end": max(first, end), "axis": POSITION_AXIS}
+                inputs = {name: np.array([value], np.int64) for name, value in bounds.items()}
+                return self._compute(slice_model(self.dtype.name), inputs)
+        part: Array = self.value.numpy()[key]
+        return part
+
+    def _compute(self, model: bytes, inputs: Mapping[str, Array]) -> DeviceArray:
+        return DeviceArray(self._run_model(model, {"x": self, **inputs}), self._run_model)
+
+
+@cache
+def gather_model(dtype: str) -> bytes:
+    """``y = x[rows]``: rows of ``x [b, h, s, d]``."""
+    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("n", "h", "s", "d"))
+    return onnx_model([("Gather", ("x", "rows"), "y")], {"x": x, "rows": ("int64", ("n",))}, ("y", y))
+
+
+@cache
+def slice_model(dtype: str) -> bytes:
+    """``y``: ``x [b, h, s, d]`` from ``first`` to ``end`` (exclusive) along ``axis``, int64 ``[1]`` each."""
+    bounds = dict.fromkeys(("first", "end", "axis"), ("int64", (1,)))
+    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
+    return onnx_model([("Slice", ("x", *bounds), "y")], {"x": x, **bounds}, ("y", y))

@@ -1,4 +1,4 @@
-"""Which file a graph is run from, and on which backend: the one place that opens a bundle's graphs."""
+"""The one place that opens a bundle's graphs: chooses each graph's file and the backend that runs it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.runtime.backends.base import Session, Settled, find_backend, open_session
+from blip2edge.runtime.backends.base import (
+    OptimizedFile,
+    Session,
+    check_precision,
+    find_backend,
+    open_session,
+)
 from blip2edge.runtime.backends.engine_files import engines_backend
 from blip2edge.runtime.backends.optimized_copy import read_copy, weights_of
 from blip2edge.runtime.backends.probe import cores
 
 
 class GraphOpener:
-    """Loads a bundle's graphs, each from the copy that suits the backend or else from the bundle.
+    """Loads a bundle's graphs: each from the backend's optimized copy where that has it, otherwise from the bundle.
 
     Args:
         bundle: An opened bundle.
         backend: ``auto``, or a backend by name.
-        threads: Threads within an operator.
-        portable: Passes over copies.
+        threads: CPU threads within an operator; None leaves the choice to the backend.
+        portable: Ignore optimized copies.
 
     Attributes:
-        copied: The graphs that were loaded from a copy.
+        copied: Names of the graphs that were loaded from an optimized copy.
 
     Raises:
-        BackendError: The backend is unknown.
-        BundleIntegrityError: A file of the copy was changed.
+        BackendError: There is no backend of that name, or it cannot run the bundle's precision.
+        BundleIntegrityError: A file of the optimized copy is missing or was changed.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class GraphOpener:
         self.copied: list[str] = []
         if bundle.manifest.engines_of:
             backend = engines_backend(bundle, backend)
+        check_precision(backend, bundle.manifest.precision)
         found = find_backend(backend)
         copy, engines, self._host = found.copy, found.engines, found.host
         self._engines = import_module(found.module).EngineOpener(bundle, engines) if engines else None
@@ -46,15 +53,15 @@ class GraphOpener:
 
     @property
     def takes_all_cores(self) -> bool:
-        """Whether two graphs that run at once would want more cores than there are."""
+        """Whether two graphs that run at once would use more threads than there are cores."""
         return self._host and 2 * (self.threads or cores()) > cores()
 
     def __call__(self, graph: str) -> Session:
         """Loads a graph by its name.
 
         Raises:
-            BundleError: The bundle has no such graph.
-            BackendError: The backend is not there.
+            BundleError: The bundle has no such graph, or the backend cannot load its file.
+            BackendError: The backend's package or hardware is missing.
         """
         spec = self._bundle.graph(graph).spec
         if self._engines is not None:
@@ -66,13 +73,17 @@ class GraphOpener:
         module = import_module(find_backend(self.backend).module)
         directory = self._copy[0]
         self.copied.append(graph)
-        settled = Settled(weights_of(self._bundle, directory), found.layout)
-        session: Session = module.open_graph(directory / found.file, self.threads, settled)
-        return OneByOne(session) if found.one_by_one else session
+        optimized = OptimizedFile(weights_of(self._bundle, directory), found.layout)
+        session: Session = module.open_graph(directory / found.file, self.threads, optimized)
+        return RowByRow(session) if found.one_by_one else session
 
 
-class OneByOne:
-    """A session whose batches are run a row at a time, so that no row hangs on another."""
+class RowByRow:
+    """A session that runs the rows of a batch separately.
+
+    A quantised graph that finds the range of an activation at run time finds it over the whole batch. Run separately,
+    a row's result does not depend on the other rows.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session

@@ -1,7 +1,8 @@
-"""The openvino backend: the fastest on the vision encoders of CPUs with VNNI."""
+"""The openvino backend: OpenVINO on the CPU, the fastest one for vision encoders on CPUs with VNNI."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,32 +10,29 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.errors import BackendError, BundleError
-from blip2edge.runtime.backends.base import Settled
+from blip2edge.errors import BackendError, BundleError, one_line
+from blip2edge.runtime.backends.base import OptimizedFile
 
 
 class OpenVinoSession:
     """A graph in OpenVINO on the CPU; it follows :class:`blip2edge.runtime.backends.base.Session`.
 
+    An infer request owns the buffers of one run, so every call takes a request of its own: an idle one, or a new one
+    where all are running. There are as many requests as there were calls at once.
+
     Args:
-        path: The ``.onnx`` file, whose weights may lie beside it; or what :meth:`export` gave.
+        path: The ``.onnx`` file, whose weights may be beside it; or a file with the bytes of :meth:`export`.
         threads: Threads; None leaves the choice to OpenVINO.
-        compiled: Whether the file is of :meth:`export`.
+        compiled: Whether the file is one of :meth:`export`.
 
     Raises:
         BackendError: openvino is not installed.
-        BundleError: The file is no graph that it can run.
+        BundleError: OpenVINO cannot load the file.
     """
 
     def __init__(self, path: Path, threads: int | None = None, *, compiled: bool = False) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise BackendError(
-                "the openvino backend needs openvino, which is not installed",
-                'install it: pip install "blip2edge[openvino]"',
-            ) from error
-        # float32 as the graph says: without the hint it computes in bfloat16 where the CPU has that.
+        openvino = _package()
+        # Computes in float32 as the graph says: without the hint it uses bfloat16 where the CPU has that.
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
@@ -45,39 +43,78 @@ class OpenVinoSession:
                 self._mapped: Any = openvino.Tensor(np.memmap(path, np.uint8, "c"), shared_memory=True)
                 self._model: Any = core.import_model(self._mapped, "CPU", options)
             else:
-                self._model = core.compile_model(str(path), "CPU", options)
+                model = _with_float32_ports(openvino, core.read_model(str(path)))
+                self._model = core.compile_model(model, "CPU", options)
         except (RuntimeError, TypeError, ValueError) as error:  # TypeError: before 2025.3 it takes no tensor
-            reason = str(error).strip().splitlines()[0]
             raise BundleError(
-                f"OpenVINO cannot load {path} ({reason})", "use --backend cpu for this bundle"
+                f"OpenVINO cannot load {path} ({one_line(error)})", "use --backend cpu for this bundle"
             ) from error
-        self._request: Any = self._model.create_infer_request()
+        self._idle: deque[Any] = deque()
         self.input_names = tuple(_name(port) for port in self._model.inputs)
         self.output_names = tuple(_name(port) for port in self._model.outputs)
 
     def export(self) -> bytes:
-        """The graph as OpenVINO has compiled it, for the same version on the same processor; weights included."""
+        """The compiled graph with its weights, for the same version of OpenVINO on the same processor."""
         found: bytes = self._model.export_model().getvalue()
         return found
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         given = {name: np.ascontiguousarray(inputs[name]) for name in self.input_names}
-        found = self._request.infer(given, share_inputs=True, share_outputs=False)
         names = self.output_names if outputs is None else outputs
-        return {name: np.array(found[name]) for name in names}
+        try:
+            request = self._idle.pop()
+        except IndexError:  # all are running
+            request = self._model.create_infer_request()
+        try:
+            shared = request.infer(given, share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise BackendError(
+                f"OpenVINO cannot run the graph ({one_line(error)})",
+                "try fewer pictures at once, or fewer beams",
+            ) from error
+        found = {name: np.array(shared[name]) for name in names}  # the request's next run overwrites its own
+        self._idle.append(request)
+        return found
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
-        del self._request, self._model
+        self._idle.clear()
+        del self._model
         self._mapped = None
 
 
+def _package() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(
+            "the openvino backend needs openvino, which is not installed",
+            'install it: pip install "blip2edge[openvino]"',
+        ) from error
+    return openvino
+
+
+def _with_float32_ports(openvino: Any, model: Any) -> Any:
+    """The graph with float32 inputs and outputs in place of bfloat16 ones, which NumPy does not have."""
+    bf16, float32 = openvino.Type.bf16, openvino.Type.f32
+    if all(port.get_element_type() != bf16 for port in (*model.inputs, *model.outputs)):
+        return model
+    converter = openvino.preprocess.PrePostProcessor(model)
+    for ports, select in ((model.inputs, converter.input), (model.outputs, converter.output)):
+        for index, port in enumerate(ports):
+            if port.get_element_type() == bf16:
+                select(index).tensor().set_element_type(float32)
+    return converter.build()
+
+
 def _name(port: Any) -> str:
-    """The name of the graph's file among a port's names."""
+    """The graph's own name for a port, which may have several."""
     return str(port.get_any_name())
 
 
-def open_graph(path: Path, threads: int | None = None, settled: Settled | None = None) -> OpenVinoSession:
-    """Loads a graph, portable or (settled) compiled; OpenVINO's own files know where their weights are."""
-    return OpenVinoSession(path, threads, compiled=settled is not None)
+def open_graph(
+    path: Path, threads: int | None = None, optimized: OptimizedFile | None = None
+) -> OpenVinoSession:
+    """Loads a graph: a portable one or, with ``optimized``, a compiled one, which holds its own weights."""
+    return OpenVinoSession(path, threads, compiled=optimized is not None)

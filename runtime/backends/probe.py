@@ -1,15 +1,20 @@
-"""What this machine computes on: its processor and the cores of it that are ours."""
+"""What this machine has and what of it works: processor and cores, NVIDIA driver and GPUs, providers that compute."""
 
 from __future__ import annotations
 
-import base64
+import ctypes
 import os
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from blip2edge.bundle.dtypes import Array
+from blip2edge.errors import one_line
+from blip2edge.runtime.backends.onnx_bytes import onnx_model
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -17,66 +22,120 @@ if TYPE_CHECKING:
 CPUINFO = Path("/proc/cpuinfo")
 
 NAMES = ("model name", "Model")
-"""Whose value is the processor's name, or on Arm the board's."""
+"""Keys of ``/proc/cpuinfo`` for the processor's name, or on Arm the board's."""
 
 NUMBERS = (
     *("cpu family", "model", "stepping"),
     *("CPU implementer", "CPU variant", "CPU part", "CPU revision"),
 )
-"""What tells generations apart that go by one name: as x86 says it, then Arm."""
+"""Keys that distinguish processor generations of the same name: first x86, then Arm."""
 
 
 def cores() -> int:
-    """The cores that this process may run on."""
+    """The number of cores that this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system: all there are
+    except AttributeError:  # not on this system: all cores count
         return os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name, as a person reads it."""
-    return _named(facts())
+    """The processor's name."""
+    return _name_of(cpu_facts())
 
 
 def exact_processor() -> str:
-    """The same with the numbers of its generation: virtual machines call several of them ``AMD EPYC``."""
-    told = facts()
+    """The processor's name and the numbers of its generation: virtual machines call several of them ``AMD EPYC``."""
+    found = cpu_facts()
     numbers = ", ".join(
-        f"{key.removeprefix('cpu ').removeprefix('CPU ')} {told[key]}" for key in NUMBERS if key in told
+        f"{key.removeprefix('cpu ').removeprefix('CPU ')} {found[key]}" for key in NUMBERS if key in found
     )
-    return f"{_named(told)} ({numbers})" if numbers else _named(told)
+    return f"{_name_of(found)} ({numbers})" if numbers else _name_of(found)
 
 
-def facts() -> dict[str, str]:
-    """What the system tells of its first core, by its own names; nothing where it tells nothing."""
+def cpu_facts() -> dict[str, str]:
+    """The fields of ``/proc/cpuinfo``, of each the first value; empty where there is no such file."""
     try:
         lines = CPUINFO.read_text(errors="replace").splitlines()
     except OSError:
         return {}
-    told: dict[str, str] = {}
+    found: dict[str, str] = {}
     for line in lines:
         key, _, value = (part.strip() for part in line.partition(":"))
-        told.setdefault(key, value)
-    return told
+        found.setdefault(key, value)
+    return found
 
 
-def _named(told: dict[str, str]) -> str:
-    names = (told[key] for key in NAMES if told.get(key))
+def _name_of(found: dict[str, str]) -> str:
+    names = (found[key] for key in NAMES if found.get(key))
     return next(names, platform.processor() or platform.machine())
 
 
-# One MatMul, c[m,m] = a[m,m] · b[m,m] in float32, IR version 8, opset 17, 101 bytes. Made with onnx 1.23:
-#   value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["m", "m"])
-#   graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "k", [value("a"), value("b")],
-#                             [value("c")])
-#   helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
-MATMUL_MODEL = base64.b64decode(
-    "CAg6WwoRCgFhCgFiEgFjIgZNYXRNdWwSAWtaFQoBYRIQCg4IARIKCgMSAW0KAxIBbVoVCgFiEhAKDggBEgoKAxIBbQoDEgFtYhUKAWMS"
-    "EAoOCAESCgoDEgFtCgMSAW1CBAoAEBE="
-)
-MATMUL_WIDTH = 64  # rows and columns of the trial
-MATMUL_TOLERANCE = 2e-2  # relative; a GPU may multiply in TF32, with 10 bits of mantissa
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as the NVIDIA driver describes it.
+
+    Attributes:
+        name: For example ``NVIDIA L4``.
+        compute_capability: Major and minor number in one, for example 89.
+    """
+
+    name: str
+    compute_capability: int
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver.
+
+    Attributes:
+        version: The CUDA version that it supports, for example ``12.6``; empty where there is no working driver.
+        gpus: The GPUs that answer.
+        problem: Why there is no driver or no GPU, or which GPU does not answer; empty where everything works.
+    """
+
+    version: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    problem: str = ""
+
+
+LIBCUDA = "libcuda.so.1"
+COMPUTE_CAPABILITY = (75, 76)
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; cuda.h."""
+
+
+def nvidia_driver() -> Driver:
+    """Asks the NVIDIA driver for its version and its GPUs, through libcuda itself."""
+    try:
+        cuda = ctypes.CDLL(LIBCUDA)
+    except OSError:
+        return Driver(problem=f"none: {LIBCUDA} is not there")
+    status = cuda.cuInit(0)
+    if status != 0:
+        return Driver(problem=f"{LIBCUDA} is there, but cuInit fails with {status}")
+    version, count = ctypes.c_int(0), ctypes.c_int(0)
+    if cuda.cuDriverGetVersion(ctypes.byref(version)) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return Driver(problem=f"{LIBCUDA} does not answer")
+    supported = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    answers = [_gpu(cuda, index) for index in range(count.value)]
+    silent = [answer for answer in answers if isinstance(answer, str)]
+    gpus = tuple(answer for answer in answers if isinstance(answer, Gpu))
+    return Driver(supported, gpus, ", ".join(silent) if answers else "no GPU")
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu | str:
+    """A GPU by its number; where it does not answer, a text that says so."""
+    handle, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+    name = ctypes.create_string_buffer(128)
+    failed = (
+        cuda.cuDeviceGet(ctypes.byref(handle), index)
+        or cuda.cuDeviceGetName(name, len(name), handle)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY[0], handle)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY[1], handle)
+    )
+    if failed:
+        return f"GPU {index} does not answer (error {failed})"
+    return Gpu(name.value.decode(errors="replace"), 10 * major.value + minor.value)
 
 
 @dataclass(frozen=True)
@@ -84,11 +143,11 @@ class Check:
     """One finding.
 
     Attributes:
-        name: What was looked at.
+        name: What was checked.
         ok: Whether it is there and works.
         detail: What was found, in one line.
-        fix: What brings it, where something does.
-        required: Whether captions are impossible without it.
+        fix: What the user can do about it; None for nothing.
+        required: Whether no caption is possible without it.
     """
 
     name: str
@@ -98,26 +157,36 @@ class Check:
     required: bool = False
 
 
-def check_provider(ort: ModuleType, name: str) -> Check:
-    """Run one MatMul on one provider, with the fallback to the CPU switched off."""
-    options: Any = ort.SessionOptions()
-    options.log_severity_level = 4  # fatal only: the reason of a failure is in the exception
-    options.intra_op_num_threads = 1
-    required = name == "CPUExecutionProvider"
-    if not required:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+_SQUARE = ("float32", ("m", "m"))
+MATMUL = onnx_model([("MatMul", ("a", "b"), "c")], {"a": _SQUARE, "b": _SQUARE}, ("c", _SQUARE))
+"""``c [m, m] = a [m, m] @ b [m, m]``."""
+
+MATMUL_WIDTH = 64  # rows and columns of the trial
+MATMUL_TOLERANCE = 2e-2  # relative; a GPU may multiply in TF32, with 10 bits of mantissa
+
+
+def check_matmul(
+    name: str,
+    multiply: Callable[[Mapping[str, Array]], Array],
+    fix: str | None = None,
+    *,
+    required: bool = False,
+) -> Check:
+    """Multiplies two matrices and compares the product with NumPy's.
+
+    Args:
+        name: Of the check.
+        multiply: Runs :data:`MATMUL` on the inputs ``a`` and ``b``. Any exception it raises is a finding.
+        fix: What the user can do where it fails.
+        required: As in :class:`Check`.
+    """
+    generator = np.random.default_rng(0)
+    left = generator.standard_normal((MATMUL_WIDTH, MATMUL_WIDTH), dtype=np.float32)
+    right = generator.standard_normal((MATMUL_WIDTH, MATMUL_WIDTH), dtype=np.float32)
     try:
-        session: Any = ort.InferenceSession(MATMUL_MODEL, options, providers=[name])
-        if session.get_providers()[0] != name:
-            return Check(
-                name, False, "named, but not there: the session fell back", _provider_fix(name), required
-            )
-        generator = np.random.default_rng(0)
-        left = generator.standard_normal((MATMUL_WIDTH, MATMUL_WIDTH), dtype=np.float32)
-        right = generator.standard_normal((MATMUL_WIDTH, MATMUL_WIDTH), dtype=np.float32)
-        product = session.run(None, {"a": left, "b": right})[0]
-    except Exception as error:  # noqa: BLE001 - its classes differ by version; any is a finding
-        return Check(name, False, f"named, but fails: {one_line(error)}", _provider_fix(name), required)
+        product = multiply({"a": left, "b": right})
+    except Exception as error:  # noqa: BLE001 - classes differ by package and version
+        return Check(name, False, f"named, but fails: {one_line(error)}", fix, required)
     wanted = left @ right
     error_size = float(np.abs(product - wanted).max() / np.abs(wanted).max())
     if not error_size <= MATMUL_TOLERANCE:  # NaN fails as well
@@ -129,13 +198,25 @@ def check_provider(ort: ModuleType, name: str) -> Check:
     return Check(name, True, detail, None, required)
 
 
-def _provider_fix(name: str) -> str | None:
-    if name in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
-        return "install the NVIDIA driver and the CUDA version that this onnxruntime-gpu was built for"
-    return None
+def check_provider(ort: ModuleType, name: str) -> Check:
+    """Multiplies two matrices on one provider of ONNX Runtime, with the fallback to the CPU switched off."""
+
+    def multiply(inputs: Mapping[str, Array]) -> Array:
+        options: Any = ort.SessionOptions()
+        options.log_severity_level = 4  # fatal only: the reason of a failure is in the exception
+        options.intra_op_num_threads = 1
+        if name != "CPUExecutionProvider":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        session: Any = ort.InferenceSession(MATMUL, options, providers=[name])
+        if session.get_providers()[0] != name:
+            raise RuntimeError(f"the session fell back to {session.get_providers()[0]}")
+        product: Array = session.run(None, dict(inputs))[0]
+        return product
+
+    return check_matmul(name, multiply, PROVIDER_FIXES.get(name), required=name == "CPUExecutionProvider")
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:199]}…"
+PROVIDER_FIXES = dict.fromkeys(
+    ("CUDAExecutionProvider", "TensorrtExecutionProvider"),
+    "install the NVIDIA driver and the CUDA version that this onnxruntime-gpu was built for",
+)

@@ -1,30 +1,41 @@
-"""What this machine can really run.
+"""Checks what this machine can run: ``blip2edge doctor``.
 
-A list of execution providers is a promise: a wheel names CUDA and fails at the first kernel, or falls back to
-the CPU in silence. So every provider multiplies two matrices here, with the fallback switched off, and the
-product is compared with NumPy's. Nothing is imported that could be missing, and torch never is.
+A package may list an execution provider that does not work: it fails at the first kernel, or falls back to the CPU
+without a word. So every provider of ONNX Runtime, and OpenVINO, multiplies two matrices, and the product is compared
+with NumPy's. A missing package is a finding, not an error. torch is never imported.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import platform
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from blip2edge.runtime.backends.probe import Check, check_provider, cores, facts, one_line, processor
-
-if TYPE_CHECKING:
-    pass
+from blip2edge.bundle.dtypes import Array
+from blip2edge.errors import one_line
+from blip2edge.runtime.backends.base import open_session
+from blip2edge.runtime.backends.probe import (
+    MATMUL,
+    Check,
+    check_matmul,
+    check_provider,
+    cores,
+    cpu_facts,
+    nvidia_driver,
+    processor,
+)
 
 MEASURED_PACKAGES = ("numpy", "pillow", "tokenizers", "safetensors", "huggingface-hub", "onnx", "onnxscript")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-dispatch")
 RTX_PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
-# What decides the speed of small matrices, under the kernel's names: x86 first, then Arm.
+# What the speed of small matrices depends on, as /proc/cpuinfo names it: x86 first, then Arm.
 CPU_FEATURES = (
     "avx2",
     "fma",
@@ -44,25 +55,29 @@ LEAST_PYTHON = (3, 10)
 
 
 def diagnose() -> list[Check]:
-    """Look at the machine and at what is installed; takes about a second.
+    """Checks the machine and the installed packages; takes about a second.
 
     Returns:
-        The findings, from the interpreter to the accelerators. Nothing is raised for what is missing: that
-        is a finding too.
+        The findings, from the interpreter to the accelerators. Nothing is raised for what is missing. ONNX Runtime is
+        required only where no other backend works.
     """
     driver = _driver()
+    openvino = _openvino()
+    tensorrt = _tensorrt("TensorRT", "tensorrt", TENSORRT_PACKAGES, "tensorrt", driver)
+    rtx = _tensorrt("TensorRT-RTX", "tensorrt_rtx", RTX_PACKAGES, "rtx", driver)
+    required = not any(check.ok for check in (openvino, tensorrt, rtx))
     return [
         _python(),
         _platform(),
         _processor(),
         _memory(),
         _packages(),
-        *_onnxruntime(),
-        _optional("openvino", ("openvino",), "pip install 'blip2edge[openvino]'"),
+        *(replace(check, required=check.required and required) for check in _onnxruntime()),
+        openvino,
         driver,
-        _tensorrt("TensorRT", "tensorrt", TENSORRT_PACKAGES, "tensorrt", driver),
-        _tensorrt("TensorRT-RTX", "tensorrt_rtx", RTX_PACKAGES, "rtx", driver),
-        _optional(
+        tensorrt,
+        rtx,
+        _installed(
             "torch", ("torch",), "only export and training need it: pip install 'blip2edge[cpu,export]'"
         ),
     ]
@@ -84,12 +99,12 @@ def _platform() -> Check:
 
 
 def _processor() -> Check:
-    told = facts()
-    features = (told.get("flags") or told.get("Features", "")).split()
-    found = [feature for feature in CPU_FEATURES if feature in features]
+    found = cpu_facts()
+    features = (found.get("flags") or found.get("Features", "")).split()
+    known = [feature for feature in CPU_FEATURES if feature in features]
     count = cores()
     detail = f"{processor()}, {count} core{'s' if count != 1 else ''}"
-    return Check("CPU", True, f"{detail}; {' '.join(found) if found else 'features not known'}")
+    return Check("CPU", True, f"{detail}; {' '.join(known) if known else 'features not known'}")
 
 
 def _memory() -> Check:
@@ -120,9 +135,9 @@ def _packages() -> Check:
 
 
 def _onnxruntime() -> list[Check]:
-    """The package itself, then each provider that it names, proven by a product of two matrices."""
+    """The package itself, then each provider that it lists, each after multiplying two matrices."""
     fix = "pip install 'blip2edge[cpu]'; on a Jetson, NVIDIA's own wheel of onnxruntime-gpu"
-    if importlib.util.find_spec("onnxruntime") is None:
+    if _spec("onnxruntime") is None:
         return [Check("ONNX Runtime", False, "not installed", fix, required=True)]
     try:
         ort: Any = importlib.import_module("onnxruntime")
@@ -138,7 +153,7 @@ def _onnxruntime() -> list[Check]:
     return checks
 
 
-def _optional(module: str, packages: tuple[str, ...], fix: str) -> Check:
+def _installed(module: str, packages: tuple[str, ...], fix: str) -> Check:
     """Presence and version of a package, without importing it."""
     if _spec(module) is None:
         return Check(module, False, "not installed", fix)
@@ -146,47 +161,35 @@ def _optional(module: str, packages: tuple[str, ...], fix: str) -> Check:
     return Check(module, True, versions[0] if versions else "installed, version not recorded")
 
 
+def _openvino() -> Check:
+    """OpenVINO, after multiplying two matrices."""
+    check = _installed("openvino", ("openvino",), "pip install 'blip2edge[openvino]'")
+    if not check.ok:
+        return check
+
+    def multiply(inputs: Mapping[str, Array]) -> Array:
+        with TemporaryDirectory(prefix="blip2edge-doctor-") as folder:
+            path = Path(folder) / "matmul.onnx"
+            path.write_bytes(MATMUL)
+            return open_session(path, "openvino", 1).run(inputs)["c"]
+
+    trial = check_matmul("openvino", multiply, "pip install --force-reinstall openvino")
+    return replace(trial, detail=f"{check.detail}, {trial.detail}")
+
+
 def _driver() -> Check:
-    """The NVIDIA driver and its devices, asked through libcuda itself."""
-    fix = "install NVIDIA's driver; without an NVIDIA GPU use the CPU or OpenVINO"
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Check("NVIDIA driver", False, "none: libcuda.so.1 is not there", fix)
-    status = cuda.cuInit(0)
-    if status != 0:
-        return Check("NVIDIA driver", False, f"libcuda.so.1 is there, but cuInit fails with {status}", fix)
-    version, count = ctypes.c_int(0), ctypes.c_int(0)
-    if cuda.cuDriverGetVersion(ctypes.byref(version)) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return Check("NVIDIA driver", False, "libcuda.so.1 does not answer", fix)
-    devices = [_device(cuda, index) for index in range(count.value)]
-    supports = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    if not devices:
-        return Check("NVIDIA driver", False, f"for {supports}, no GPU", fix)
-    return Check("NVIDIA driver", True, f"for {supports}; {', '.join(devices)}")
-
-
-def _device(cuda: ctypes.CDLL, index: int) -> str:
-    """Name and compute capability of one GPU, as `NVIDIA L4 (sm_89)`."""
-    capability_major, capability_minor = (
-        75,
-        76,
-    )  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}, cuda.h
-    handle, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
-    name = ctypes.create_string_buffer(128)
-    failed = (
-        cuda.cuDeviceGet(ctypes.byref(handle), index)
-        or cuda.cuDeviceGetName(name, len(name), handle)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(major), capability_major, handle)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), capability_minor, handle)
-    )
-    if failed:
-        return f"GPU {index} does not answer ({failed})"
-    return f"{name.value.decode(errors='replace')} (sm_{major.value}{minor.value})"
+    """The NVIDIA driver and its GPUs."""
+    driver = nvidia_driver()
+    gpus = [f"{gpu.name} (sm_{gpu.compute_capability})" for gpu in driver.gpus]
+    found = ", ".join([*gpus, driver.problem] if driver.problem else gpus)
+    if driver.version:
+        found = f"for CUDA {driver.version}{'; ' if gpus else ', '}{found}"
+    fix = None if gpus else "install NVIDIA's driver; without an NVIDIA GPU use the CPU or OpenVINO"
+    return Check("NVIDIA driver", bool(gpus), found, fix)
 
 
 def _tensorrt(name: str, module: str, packages: tuple[str, ...], extra: str, driver: Check) -> Check:
-    """Presence and version of a TensorRT, without importing it: without a driver that can end the process."""
+    """Presence and version of a TensorRT, without importing it: without a driver, the import can end the process."""
     fix = f"with an NVIDIA GPU: pip install 'blip2edge[{extra}]'"
     if extra == "tensorrt":
         fix += "; on a Jetson it comes with JetPack, make the environment with --system-site-packages"

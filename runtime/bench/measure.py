@@ -1,7 +1,7 @@
-"""Measuring a bundle on the machine at hand: stages, throughput, memory, growth; what ``blip2edge bench`` runs.
+"""Measures a bundle on this machine, for ``blip2edge bench``: stages, throughput, memory, and growth with the input.
 
-Every stage is timed by the wall clock (what a user waits) and by process CPU time (what it costs, whatever else the
-machine does). Captions are forced to a length, so that runs can be compared.
+Every stage is timed in wall time (how long a user waits) and in CPU time of the process (what it costs, whatever load
+other processes make). All captions of a run have the same length, so that runs can be compared.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 import blip2edge
 from blip2edge.bundle.schema import VISION
-from blip2edge.errors import UsageError
+from blip2edge.errors import BackendError, UsageError
 from blip2edge.progress import ProgressCallback
+from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.backends.optimized_copy import installed
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
@@ -38,15 +39,15 @@ GROWTH_RUNS = 3
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured.
+    """What to measure.
 
     Attributes:
-        runs: Captions that are timed.
-        warmup: Captions before them.
-        tokens: Length of every caption.
-        batches: Pictures at once, in the sweep.
-        prompts: Words of the prompt, in its sweep.
-        lengths: Tokens of a caption, in its sweep.
+        runs: Number of captions that are timed.
+        warmup: Number of captions before them.
+        tokens: Length of every caption in tokens.
+        batches: Batch sizes of the batch sweep, in pictures.
+        prompts: Prompt lengths of the prompt sweep, in words.
+        lengths: Caption lengths of the caption sweep, in tokens.
     """
 
     runs: int = 10
@@ -64,14 +65,14 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """A stage.
+    """The times of a stage.
 
     Attributes:
-        ms: Percentiles of the wall time, by ``p50`` and so on.
-        cpu_ms: Median CPU time.
-        least_cpu_ms: The least; what its share of the roofline is counted from.
-        share: How much of what the machine can do it reaches; None where its work is not known.
-        bound: What limits it, ``products`` or ``bytes``; empty where that is not known.
+        ms: Percentiles of the wall time in milliseconds: ``p50``, ``p90``, ``p99``.
+        cpu_ms: Median CPU time in milliseconds.
+        least_cpu_ms: Least CPU time in milliseconds; ``share`` is computed from it.
+        share: The time at the roofline over the least CPU time, at most 1; None where the work is not known.
+        bound: What limits the stage at the roofline, ``products`` or ``bytes``; empty where that is not known.
     """
 
     ms: Mapping[str, float]
@@ -83,20 +84,23 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Everything that was measured; :meth:`to_json` is what ``--json`` prints.
+    """Everything that was measured; ``--json`` prints :meth:`to_json`.
 
     Attributes:
-        machine, versions, bundle: Where, with what, of what.
-        stages: By name, and ``total``.
-        tokens_per_s: While decoding, by the median.
+        machine: Processor, cores, system, backend and threads.
+        versions: Versions of the packages.
+        bundle: Family, precisions and hash of the bundle.
+        options: What was measured.
+        stages: Times by the stage's name, and of the sum, ``total``.
+        tokens_per_s: Tokens a second while decoding, at the median.
         start_s: Seconds to load the bundle.
-        memory: Bytes: ``peak``, ``resident`` and ``graphs`` (of the files).
-        sweeps: Tables by name: ``batch``, ``prompt``, ``caption``, ``picture``; a list of rows each.
+        memory: Bytes: ``peak`` while captioning, ``resident`` at the end, and ``graphs`` (the files of the weights).
+        sweeps: Tables by name: ``batch``, ``prompt``, ``caption``; each a list of rows.
         left_out: What was not measured, with the reason.
-        energy: Joules a caption and what told them; None where nothing does.
-        draft: Who reads ahead, and the tokens a pass of the language model that come of it over whole captions; None
-            where nobody does. The stages are those of plain decoding in either case.
-        roofline: This machine's.
+        energy: Joules a caption and their source; None where the machine has no meter.
+        draft: The draft model (``itg`` or ``lookup``) and how many tokens a pass of the target model yields over whole
+            captions; None without speculative decoding. The stages are always those of plain decoding.
+        roofline: Of one core of this machine; empty where it was not measured.
     """
 
     machine: Mapping[str, Any]
@@ -119,7 +123,7 @@ class BenchReport:
 
 
 class CpuClock(StageClock):
-    """Milliseconds by stage, by the wall and by CPU time."""
+    """Wall time and CPU time by stage, in milliseconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +131,7 @@ class CpuClock(StageClock):
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Adds what the block takes to a stage."""
+        """Adds the time of the block to a stage."""
         start = time.process_time()
         with super().__call__(stage):
             yield
@@ -139,7 +143,7 @@ class Bench:
 
     Args:
         captioner: The captioner.
-        picture: What is captioned: ``[H, W, 3]`` uint8; made where None.
+        picture: The picture to caption, ``[H, W, 3]`` uint8; None for one of noise.
     """
 
     def __init__(self, captioner: Captioner, picture: NDArray[np.uint8] | None = None) -> None:
@@ -151,11 +155,11 @@ class Bench:
         self.prompt = "" if spec is not None and spec.required and spec.default is None else None
 
     def caption(self, tokens: int, pictures: int = 1, prompt: str | None = None) -> CpuClock:
-        """Captions of exactly ``tokens`` tokens; what each stage took, all pictures together.
+        """Captions pictures in one batch, and times each stage.
 
         Args:
-            tokens: Length.
-            pictures: How many at once.
+            tokens: Length of every caption.
+            pictures: Batch size.
             prompt: None for the bundle's default.
         """
         clock = CpuClock()
@@ -169,7 +173,7 @@ class Bench:
         return clock
 
     def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
-        """Who reads ahead in captions of ``tokens`` tokens, and the median of their tokens a pass; None for nobody."""
+        """Captions with speculative decoding: the draft model, and the median of tokens a pass; None without one."""
         forced = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         kind = self.captioner.generator.drafts.kind(self.captioner.options(**forced))
         if kind == "none":
@@ -179,13 +183,13 @@ class Bench:
         return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
     def slots(self, prompt: str | None = None) -> int:
-        """Slots of the decoder's prompt."""
+        """Length of the decoder's prompt, visual tokens included."""
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
         initial = self.captioner.generator.language.initial
         return len(initial) or self.captioner.prompts(text, self.frames).length
 
     def sweep_batches(self, batches: Sequence[int], tokens: int) -> list[dict[str, float]]:
-        """Pictures a CPU-second and a second, by batch size."""
+        """Pictures for each second of CPU time and of wall time, by batch size."""
         rows = []
         for size in batches:
             runs = [self.caption(tokens, size) for _ in range(GROWTH_RUNS)]
@@ -197,7 +201,7 @@ class Bench:
         return rows
 
     def sweep_prompts(self, words: Sequence[int]) -> list[dict[str, float]]:
-        """CPU milliseconds of reading the prompt, by its slots."""
+        """CPU milliseconds of the prefill, by the length of the prompt."""
         rows = []
         for count in words:
             text = "a " * count
@@ -209,7 +213,7 @@ class Bench:
         return rows
 
     def sweep_lengths(self, lengths: Sequence[int]) -> list[dict[str, float]]:
-        """CPU milliseconds a token, by the caption's length."""
+        """CPU milliseconds for each token, by the length of the caption."""
         rows = []
         for tokens in lengths:
             if tokens < 2 or self.slots() + tokens > self.captioner.bundle.manifest.max_positions:
@@ -221,7 +225,7 @@ class Bench:
 
 
 WorkOf = Callable[[int, int], Mapping[str, Work]]
-"""The work of each stage for a prompt of so many slots and a caption of so many tokens."""
+"""Computes the work of each stage from the length of the prompt and the number of tokens of the caption."""
 
 
 def bench(
@@ -236,9 +240,9 @@ def bench(
 
     Args:
         captioner: A loaded bundle.
-        options: What is measured.
+        options: What to measure.
         start_s: Seconds that loading it took.
-        work_of: Counts the work of the stages; None where the graphs cannot be looked into.
+        work_of: Counts the work of the stages; None where the graphs cannot be read.
         progress: Called with a stage's name, steps done and steps in all.
     """
     report = progress or (lambda stage, done, total: None)
@@ -254,8 +258,9 @@ def bench(
             report("captions", number, options.runs)
             clocks.append(run.caption(tokens))
     report("roofline", 0, 1)
-    roofline = measure()
-    stages = _stages(clocks, work_of(run.slots(), tokens) if work_of is not None else {}, roofline)
+    roofline = _roofline(captioner)
+    work = work_of(run.slots(), tokens) if work_of is not None and roofline is not None else {}
+    stages = _stages(clocks, work, roofline)
     report("sweeps", 0, 3)
     sweeps = {"batch": run.sweep_batches(options.batches, tokens)}
     report("sweeps", 1, 3)
@@ -273,15 +278,27 @@ def bench(
         start_s=start_s,
         memory={"peak": meter.peak, "resident": resident_bytes(), "graphs": _graph_bytes(captioner)},
         sweeps=sweeps,
-        left_out=_left_out(captioner, energy, work_of is not None),
+        left_out=_left_out(captioner, energy, work_of is not None, roofline is not None),
         energy=_energy(energy, options.runs),
         draft=run.drafted(tokens, options.runs),
-        roofline=roofline.to_json(),
+        roofline={} if roofline is None else roofline.to_json(),
     )
 
 
+def _roofline(captioner: Captioner) -> Roofline | None:
+    """The roofline in the captioner's backend, or in another one for the CPU; None where none is installed."""
+    own = captioner.graphs.backend
+    hosts = [name for name, row in BACKENDS.items() if row.host]
+    for backend in sorted(hosts, key=lambda name: name != own):
+        try:
+            return measure(backend)
+        except BackendError:  # its package is not installed
+            continue
+    return None
+
+
 def _stages(
-    clocks: Sequence[CpuClock], work: Mapping[str, Work], roofline: Roofline
+    clocks: Sequence[CpuClock], work: Mapping[str, Work], roofline: Roofline | None
 ) -> dict[str, StageTimes]:
     stages: dict[str, StageTimes] = {}
     for stage in STAGES:
@@ -293,20 +310,29 @@ def _stages(
     return stages
 
 
-def _times(wall: Sequence[float], cpu: Sequence[float], work: Work | None, roofline: Roofline) -> StageTimes:
+def _times(
+    wall: Sequence[float], cpu: Sequence[float], work: Work | None, roofline: Roofline | None
+) -> StageTimes:
     ms = {f"p{part}": float(np.percentile(wall, part)) for part in PERCENTILES}
-    least = min(cpu)
-    share = work.seconds(roofline) * 1e3 / least if work is not None and least > 0 else None
-    bound = work.bound(roofline) if work is not None else ""
+    least, share, bound = min(cpu), None, ""
+    if work is not None and roofline is not None:
+        share = work.seconds(roofline) * 1e3 / least if least > 0 else None
+        bound = work.bound(roofline)
     return StageTimes(ms, float(np.median(cpu)), least, share, bound)
 
 
-def _left_out(captioner: Captioner, energy: EnergyMeter, has_work: bool) -> dict[str, str]:
+def _left_out(
+    captioner: Captioner, energy: EnergyMeter, has_work: bool, has_roofline: bool
+) -> dict[str, str]:
     left: dict[str, str] = {}
     if energy.reason:
         left["energy"] = energy.reason
-    if not has_work:
-        left["roofline shares"] = "the graphs are looked into with the onnx package, which is not installed"
+    if not has_roofline:
+        left["roofline"] = "it is measured with ONNX Runtime or OpenVINO, and neither is installed"
+    elif not has_work:
+        left["roofline shares"] = (
+            "the graphs are read with the packages onnx and onnx_ir, which are not installed"
+        )
     sizes = captioner.bundle.graph(VISION).spec.inputs[0].dims[2:]
     if all(isinstance(size, int) for size in sizes):
         left["growth with picture size"] = (
@@ -346,7 +372,7 @@ def _bundle(captioner: Captioner) -> dict[str, Any]:
 
 
 def _graph_bytes(captioner: Captioner) -> int:
-    """Bytes of the weights that are loaded: of each graph in the bundle."""
+    """Bytes of the weight files of all graphs in the bundle."""
     files = captioner.bundle.manifest.files
     names = {data for graph in captioner.bundle.manifest.graphs.values() for data in graph.data_files}
     return sum(files[name].size for name in names)

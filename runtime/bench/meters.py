@@ -1,4 +1,4 @@
-"""Joules, where the board tells: NVML on an NVIDIA card, the rails of a Jetson, RAPL on a PC."""
+"""Meters of ``bench``: energy (NVML on an NVIDIA card, the power rails of a Jetson, RAPL on a PC) and memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from types import TracebackType
 HWMON = Path("/sys/class/hwmon")
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 TOTAL_RAILS = ("VDD_IN", "VIN_SYS_5V0", "POM_5V_IN")
-"""The rail that a Jetson's whole board hangs on, by the name that its kind gives it."""
+"""The rail that supplies the whole board; its name depends on the kind of Jetson."""
 
-SAMPLE = 0.05  # seconds between two looks at a rail
+SAMPLE = 0.05  # seconds between two samples of a rail
 
 
 class EnergyMeter:
-    """Joules of a block of work.
+    """Measures the energy of a ``with`` block.
 
     Attributes:
-        source: What tells them; empty for nothing.
-        reason: Why nothing does; empty where something does.
-        joules: Of the last block; None where nothing tells.
+        source: Name of the meter; empty where the machine has none.
+        reason: Why there is no meter; empty where there is one.
+        joules: Energy of the last block; None without a meter.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,11 @@ class EnergyMeter:
 
 
 Counter = Callable[[], float]
+"""Returns the joules since some fixed time."""
 
 
 def _nvml() -> Counter | None:
-    """Millijoules since the driver was loaded, of the first GPU (nvmlDeviceGetTotalEnergyConsumption)."""
+    """The counter of the first GPU: nvmlDeviceGetTotalEnergyConsumption, in millijoules."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -68,7 +69,7 @@ def _nvml() -> Counter | None:
 
 
 def _rapl() -> Counter | None:
-    """Microjoules of the first package, which begin again at a range; only root may read them on most systems."""
+    """The counter of the first CPU package: microjoules, with wrap-around. On most systems only root may read it."""
     try:
         last = int(RAPL.read_text(encoding="ascii"))
         range_uj = int(RAPL.with_name("max_energy_range_uj").read_text(encoding="ascii"))
@@ -87,12 +88,12 @@ def _rapl() -> Counter | None:
 
 
 class RailCounter:
-    """The integral of a rail's power, sampled on a thread: what ``tegrastats`` prints, read where it reads it.
+    """Integrates the power of a rail, sampled in a thread, from the files that ``tegrastats`` also reads.
 
     Args:
-        volts: A file with millivolts.
-        amperes: A file with milliamperes.
-        clock: Gives seconds.
+        volts: File with millivolts.
+        amperes: File with milliamperes.
+        clock: Returns seconds.
     """
 
     def __init__(self, volts: Path, amperes: Path, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -102,7 +103,7 @@ class RailCounter:
         threading.Thread(target=self._watch, name="blip2edge-rail", daemon=True).start()
 
     def __call__(self) -> float:
-        """Joules so far, up to now."""
+        """Joules up to now."""
         with self._sampling:
             now = self._clock()
             self._joules += self.watts() * (now - self._last)
@@ -110,7 +111,7 @@ class RailCounter:
             return self._joules
 
     def watts(self) -> float:
-        """Power now."""
+        """Power at this moment, in watts."""
         values = [int(path.read_text(encoding="ascii")) for path in (self._volts, self._amperes)]
         return values[0] * values[1] / 1e6
 
@@ -124,7 +125,7 @@ class RailCounter:
 
 
 def _rail() -> Counter | None:
-    """The INA3221 of a Jetson."""
+    """The power monitor of a Jetson, an INA3221."""
     for label in sorted(HWMON.glob("hwmon*/in*_label")):
         try:
             name = label.read_text(encoding="ascii").strip()
@@ -141,11 +142,11 @@ SOURCES: dict[str, Callable[[], Counter | None]] = {"NVML": _nvml, "power rail":
 
 
 STATUS = Path("/proc/self/status")
-INTERVAL = 0.02  # seconds between two looks
+INTERVAL = 0.02  # seconds between two samples
 
 
 def resident_bytes() -> int:
-    """Anonymous and shared memory of this process now, in bytes; 0 where the system does not tell."""
+    """Anonymous and shared memory of this process now, in bytes; 0 where the system does not report it."""
     try:
         lines = STATUS.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -155,7 +156,7 @@ def resident_bytes() -> int:
 
 
 class MemoryMeter:
-    """Samples :func:`resident_bytes` while it is entered; ``peak`` is the largest value seen."""
+    """Samples :func:`resident_bytes` during a ``with`` block; ``peak`` is the largest sample."""
 
     def __init__(self) -> None:
         self.peak = 0

@@ -1,11 +1,11 @@
-"""Renders the measurements of a bundle as a Markdown table, and as one HTML page with charts."""
+"""Writes the report of ``bench`` as Markdown, and as one HTML page with charts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from blip2edge.charts import Bar, bars, curve, html_page
+from blip2edge.charts import Bar, bars, curve, html_page, html_table
 from blip2edge.runtime.bench.measure import BenchReport, StageTimes
 
 UNITS = {
@@ -13,11 +13,11 @@ UNITS = {
     "prompt": ("slots of the prompt", "CPU ms of reading it", "slots", "prefill_cpu_ms"),
     "caption": ("tokens of the caption", "CPU ms a token", "tokens", "decode_cpu_ms_per_token"),
 }
-"""Titles of the two axes of each sweep, and the keys of its rows."""
+"""For each sweep: labels of the x and y axes, and the keys of its rows for x and y."""
 
 
 def markdown(report: BenchReport) -> str:
-    """The stages as a table, and what else was measured below it."""
+    """The report as Markdown: the stages as a table, then single figures, then the sweeps."""
     lines = [
         "| stage | p50 ms | p90 ms | p99 ms | CPU ms | share of the roofline |",
         "|---|---:|---:|---:|---:|---:|",
@@ -33,28 +33,26 @@ def markdown(report: BenchReport) -> str:
 
 
 def facts(report: BenchReport) -> list[str]:
-    """Single figures, in words."""
-    roof = report.roofline
+    """Single figures, one sentence each."""
     found = [
         f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens a caption",
         (
             f"loaded in {report.start_s:.2f} s; {report.memory['peak'] / 1e6:.0f} MB at most while captioning, "
             f"{report.memory['resident'] / 1e6:.0f} MB after all sweeps, weights {report.memory['graphs'] / 1e6:.0f} MB"
         ),
-        (
-            f"one core: {roof['gigabytes_per_s']} GB/s read, {roof['gigaflops_fp32']} GFLOP/s in fp32, "
-            f"{roof['gigaops_int8']} GOP/s in int8"
-        ),
         f"{report.machine['processor']}, backend {report.machine['backend']}, "
         f"threads {report.machine['threads'] or 'all'}; "
         + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     ]
+    if roof := report.roofline:
+        speed = f"{roof['gigaflops_fp32']} GFLOP/s in fp32, {roof['gigaops_int8']} GOP/s in int8"
+        found.append(f"one core: {roof['gigabytes_per_s']} GB/s read, {speed}")
     found.append(f"graphs of the optimised copy: {', '.join(report.bundle['optimised']) or 'none'}")
     if report.energy is not None:
         found.append(f"{report.energy['joules_per_caption']:.2f} J a caption ({report.energy['source']})")
     if report.draft is not None:
         found.append(f"{report.draft['tokens_per_pass']:.2f} tokens a pass (draft: {report.draft['kind']})")
-    return found + [f"{what} is left out: {why}" for what, why in report.left_out.items()]
+    return found + [f"not measured: {what} ({why})" for what, why in report.left_out.items()]
 
 
 def _share(stage: StageTimes) -> str:
@@ -86,17 +84,18 @@ def bench_page(report: BenchReport) -> str:
 
 
 def _stage_table(report: BenchReport) -> str:
-    head = "<tr><th>stage<th class=n>p50 ms<th class=n>p90 ms<th class=n>p99 ms<th class=n>CPU ms"
-    rows = [
-        f"<tr><td>{name}"
-        + "".join(
-            f"<td class=n>{ms:.1f}"
-            for ms in (*(stage.ms[key] for key in ("p50", "p90", "p99")), stage.cpu_ms)
+    rows = (
+        (
+            name,
+            *(f"{stage.ms[key]:.1f}" for key in ("p50", "p90", "p99")),
+            f"{stage.cpu_ms:.1f}",
+            _share(stage),
         )
-        + f"<td class=n>{_share(stage)}</tr>"
         for name, stage in report.stages.items()
-    ]
-    return f"<table>{head}<th class=n>share of the roofline</tr>{''.join(rows)}</table>"
+    )
+    return html_table(
+        ("stage", "p50 ms", "p90 ms", "p99 ms", "CPU ms", "share of the roofline"), "lrrrrr", rows
+    )
 
 
 def _stage_bars(report: BenchReport) -> list[Bar]:

@@ -1,14 +1,14 @@
-"""What one core of this machine can do: bytes streamed from memory, and products of matrices, each a second.
+"""The roofline of one core: how many bytes it reads from memory in a second, and how many operations it computes.
 
 A stage can be no faster than its products at that rate, and no faster than its weights at that bandwidth
-(Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). Measured by process CPU time, so that what others
-take from the machine is not counted.
+(Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). Measured in CPU time of this process, so that the
+load of other processes does not count.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.backends.base import open_session
+from blip2edge.runtime.backends.onnx_bytes import Node, onnx_model
 
-STREAMED = 1 << 28  # bytes: far more than any cache holds
+STREAMED = 1 << 28  # bytes, more than any cache holds
 SIZES = ((1024, 1024, 1024), (256, 768, 768), (192, 768, 3072))  # of products: rows, inner, columns
 REPEATS = 7
 
@@ -29,9 +30,9 @@ class Roofline:
     """One core's limits.
 
     Attributes:
-        bytes_per_s: Read from memory, in one stream.
+        bytes_per_s: Bytes read from memory, in one stream.
         float_ops_per_s: Additions and multiplications of float32 products.
-        integer_ops_per_s: The same of products of unsigned with signed bytes.
+        integer_ops_per_s: The same of products of uint8 activations with int8 weights.
     """
 
     bytes_per_s: float
@@ -49,12 +50,12 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage has to do at least.
+    """The least work of a stage.
 
     Attributes:
         float_ops: Additions and multiplications in float32.
-        integer_ops: The same in bytes.
-        bytes: Weights, and keys and values, that are read.
+        integer_ops: The same in 8-bit integers.
+        bytes: Bytes of the weights, keys and values that are read.
     """
 
     float_ops: float
@@ -67,22 +68,26 @@ class Work:
         )
 
     def seconds(self, roofline: Roofline) -> float:
-        """The least that it can take: its products, or its bytes where those take longer."""
+        """The least time it can take: that of its products or that of its bytes, whichever is longer."""
         products = self.float_ops / roofline.float_ops_per_s + self.integer_ops / roofline.integer_ops_per_s
         return max(products, self.bytes / roofline.bytes_per_s)
 
     def bound(self, roofline: Roofline) -> str:
-        """What limits it: ``products`` or ``bytes``."""
+        """Which of the two limits it: ``products`` or ``bytes``."""
         return "bytes" if self.seconds(roofline) <= self.bytes / roofline.bytes_per_s else "products"
 
 
-def measure() -> Roofline:
+def measure(backend: str) -> Roofline:
     """Measures this machine, in about a second.
 
+    Args:
+        backend: The backend that multiplies, ``cpu`` or ``openvino``.
+
     Raises:
-        BackendError: onnxruntime is not installed.
+        BackendError: The backend's package is not installed.
     """
-    return Roofline(_bandwidth(), *(_rate(kind) for kind in ("MatMul", "MatMulInteger")))
+    rates = [_rate(backend, integer=integer) for integer in (False, True)]
+    return Roofline(_bandwidth(), *rates)
 
 
 def _bandwidth() -> float:
@@ -91,32 +96,33 @@ def _bandwidth() -> float:
     return stream.nbytes / _least(lambda: np.dot(stream, stream))
 
 
-def _rate(kind: str) -> float:
+def _rate(backend: str, *, integer: bool) -> float:
     """Operations a second of a product whose second factor is a weight: the best of some sizes."""
+    return max(
+        2.0 * rows * inner * columns / _seconds(backend, rows, inner, columns, integer=integer)
+        for rows, inner, columns in SIZES
+    )
+
+
+def _seconds(backend: str, rows: int, inner: int, columns: int, *, integer: bool) -> float:
+    """The least CPU time of one product."""
     rng = np.random.default_rng(0)
-    best = 0.0
-    for rows, inner, columns in SIZES:
-        if kind == "MatMul":
-            first = rng.standard_normal((rows, inner)).astype(np.float32)
-            second = rng.standard_normal((inner, columns)).astype(np.float32)
-        else:
-            first = rng.integers(0, 256, (rows, inner), np.uint8)
-            second = rng.integers(-127, 128, (inner, columns), np.int8)
-        best = max(best, 2.0 * rows * inner * columns / _seconds(kind, first, second))
-    return best
-
-
-def _seconds(kind: str, first: Array, second: Array) -> float:
-    """The least time of one product."""
+    if integer:
+        second = rng.integers(-127, 128, (inner, columns), np.int8)
+    else:
+        second = rng.standard_normal((inner, columns), np.float32)
+    first = rng.uniform(-120, 120, (rows, inner)).astype(np.float32)
     with TemporaryDirectory(prefix="blip2edge-roofline-") as folder:
         path = Path(folder) / "product.onnx"
-        path.write_bytes(product_graph(kind, first, second))
-        session = OnnxRuntimeSession(path, 1)
-        return _least(lambda: session.run({"a": first}))
+        path.write_bytes(product_graph(rows, second))
+        session = open_session(path, backend, 1)
+        least = _least(lambda: session.run({"a": first}))
+        session.close()
+    return least
 
 
 def _least(work: Callable[[], Any]) -> float:
-    """The least CPU time of some runs."""
+    """The least CPU time of :data:`REPEATS` runs, after one that warms up."""
     work()
     times = []
     for _ in range(REPEATS):
@@ -126,50 +132,23 @@ def _least(work: Callable[[], Any]) -> float:
     return max(min(times), 1e-9)
 
 
-# A graph of one node, as bytes: the runtime does without the onnx package. Field numbers: onnx/onnx.proto3.
-
-KINDS: Mapping[str, int] = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6}
-IR_VERSION, OPSET = 8, 17
-
-
-def product_graph(kind: str, first: Array, second: Array) -> bytes:
-    """An ONNX model ``c = a · b`` whose ``b`` is stored in it.
+def product_graph(rows: int, second: Array) -> bytes:
+    """An ONNX model ``c = a @ b`` whose ``b`` is stored in it.
 
     Args:
-        kind: ``MatMul`` or ``MatMulInteger``.
-        first: An ``a``, for its shape and dtype.
-        second: ``b``.
+        rows: Of ``a``, float32 ``[rows, inner]``.
+        second: ``b [inner, columns]``: float32; or int8, and ``a`` is then quantised to uint8 with the scale 1 and the
+            zero point 128. Written with Q/DQ nodes, as int8 graphs are: both runtimes multiply integers then.
     """
-    out = "int32" if kind == "MatMulInteger" else str(first.dtype)
-    node = _text(1, "a") + _text(1, "b") + _text(2, "c") + _text(4, kind)
-    dims = b"".join(_number(1, size) for size in second.shape)
-    weight = dims + _number(2, KINDS[str(second.dtype)]) + _text(8, "b") + _field(9, second.tobytes())
-    graph = _field(1, node) + _text(2, "product") + _field(5, weight)
-    graph += _field(11, _tensor("a", str(first.dtype), first.shape))
-    graph += _field(12, _tensor("c", out, (first.shape[0], second.shape[1])))
-    return _number(1, IR_VERSION) + _field(8, _text(1, "") + _number(2, OPSET)) + _field(7, graph)
-
-
-def _tensor(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    dims = b"".join(_field(1, _number(1, size)) for size in shape)
-    return _text(1, name) + _field(2, _field(1, _number(1, KINDS[dtype]) + _field(2, dims)))
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _field(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
-
-
-def _text(field: int, content: str) -> bytes:
-    return _field(field, content.encode())
+    weights: dict[str, Array] = {"b": second}
+    nodes: list[Node] = [("MatMul", ("a", "b"), "c")]
+    if second.dtype == np.int8:
+        weights |= {"scale": np.array(1, np.float32), "zero": np.array(128, np.uint8)}
+        nodes = [
+            ("QuantizeLinear", ("a", "scale", "zero"), "quantised"),
+            ("DequantizeLinear", ("quantised", "scale", "zero"), "first"),
+            ("DequantizeLinear", ("b", "scale"), "second"),
+            ("MatMul", ("first", "second"), "c"),
+        ]
+    inner, columns = second.shape
+    return onnx_model(nodes, {"a": ("float32", (rows, inner))}, ("c", ("float32", (rows, columns))), weights)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.errors import BackendError, Blip2EdgeError, UsageError
+from blip2edge.errors import Blip2EdgeError, UsageError
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.assemble import load_pipeline
@@ -38,12 +38,6 @@ class Captioner:
     def __init__(
         self, bundle: Bundle, backend: str = "auto", threads: int | None = None, draft: str = "auto"
     ) -> None:
-        if bundle.manifest.precision == "bf16" and backend in ("auto", "cpu"):
-            raise BackendError(
-                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
-                "export with --precision fp32 or fp16",
-            )
-
         self.bundle = bundle
         self.graphs = GraphOpener(bundle, backend, threads)
         self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=backend)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKENIZER_FILE
-from blip2edge.errors import BackendError, BundleError, PromptError, UsageError
+from blip2edge.errors import BundleError, PromptError, UsageError
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.assemble import image_parts
@@ -66,12 +66,6 @@ class Matcher:
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
                 f"use blip2edge {'ask' if required else 'caption'}",
             )
-        if manifest.precision == "bf16" and backend in ("auto", "cpu"):
-            raise BackendError(
-                "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
-                "export with --precision fp32 or fp16",
-            )
-
         session = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
         self.images = image_parts(bundle, session)

@@ -5,16 +5,15 @@ Its code is tested against a stand-in for CUDA and TensorRT that computes on the
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError
-from blip2edge.runtime.backends.base import Session, Settled
-from blip2edge.runtime.backends.engine_files import STEP, EngineRecord, EngineSet, find_engines
-from blip2edge.runtime.backends.fingerprint import fingerprint
+from blip2edge.runtime.backends import probe
+from blip2edge.runtime.backends.base import OptimizedFile, Session
+from blip2edge.runtime.backends.engine_files import STEP, EngineRecord, EngineSet, find_engines, fingerprint
 from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
 from blip2edge.runtime.tensorrt.kv_cache import DeviceDecoder
 from blip2edge.runtime.tensorrt.session import Device, TrtSession, load_tensorrt
@@ -24,7 +23,7 @@ from blip2edge.runtime.tensorrt.workspace import Engines
 def open_graph(
     path: Path,
     threads: int | None = None,  # noqa: ARG001 - every backend is asked with the same three
-    settled: Settled | None = None,  # noqa: ARG001 - as above
+    optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
 ) -> Session:
     """A single ONNX file is nothing that TensorRT runs; a bundle's engines are.
 
@@ -50,7 +49,12 @@ class EngineOpener:
 
     def __init__(self, bundle: Bundle, target: str) -> None:
         trt = load_tensorrt(target)
-        check_driver()
+        driver = probe.nvidia_driver()  # first: without a driver, opening an engine can end the process
+        if not driver.version:
+            raise BackendError(
+                f"there is no working NVIDIA driver here ({driver.problem})",
+                "use --backend cpu, or see `blip2edge doctor`",
+            )
         here = fingerprint(target, str(trt.__version__), bundle.sha256, ())
         self._bundle = bundle
         self._set: EngineSet = find_engines(bundle, here)
@@ -115,20 +119,3 @@ class DecoderSession(TrtSession):
     def decoder(self, table: TokenTable) -> DeviceDecoder:
         """The decoder that runs on it."""
         return self._opener.decoder(self, table)
-
-
-def check_driver() -> None:
-    """Opening an engine without a driver can end the process, so it is looked for first.
-
-    Raises:
-        BackendError: There is none, or it does not start.
-    """
-    try:
-        status = ctypes.CDLL("libcuda.so.1").cuInit(0)
-    except OSError as error:
-        raise BackendError(
-            "there is no NVIDIA driver here: libcuda.so.1 is missing",
-            "use --backend cpu, or see `blip2edge doctor`",
-        ) from error
-    if status != 0:
-        raise BackendError(f"NVIDIA's driver does not start (cuInit: {status})", "see `blip2edge doctor`")

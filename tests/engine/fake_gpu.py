@@ -2,12 +2,14 @@
 
 Nothing happens when it is asked for. Copies, fills, runs and marks stand in a stream's queue until somebody waits, so
 that a buffer that is overwritten or read too early gives wrong tokens. Fresh memory is all ones: NaN in every float.
+As CUDA itself, it may be called from several threads; a stream does its work in order whoever waits for it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ import onnxruntime
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
 
 OK, INVALID = 0, 1
+VERSION = "10.13.3"
 Work = Callable[[], None]
 
 
@@ -39,6 +42,7 @@ class FakeCuda:
         self.marks: dict[int, tuple[int, bool]] = {}
         self.asked: list[str] = []
         self.last_stream = 0
+        self.running = threading.RLock()
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:  # noqa: N802
         return OK, SimpleNamespace(integrated=int(self.integrated))
@@ -85,8 +89,9 @@ class FakeCuda:
 
     def drain(self, stream: int, until: Callable[[], bool] = lambda: False) -> None:
         """Does what the stream has to do."""
-        while self.queues[stream] and not until():
-            self.queues[stream].pop(0)()
+        with self.running:
+            while self.queues[stream] and not until():
+                self.queues[stream].pop(0)()
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
         if self.captured is not None:
@@ -247,7 +252,7 @@ class FakeEngine:
         )
 
 
-def fake_tensorrt(cuda: FakeCuda, version: str = "10.13.3", streamed: bool = True) -> Any:
+def fake_tensorrt(cuda: FakeCuda, version: str = VERSION, streamed: bool = True) -> Any:
     """The module ``tensorrt``; without ``streamed`` it has no ``IStreamReaderV2``, as 10.3."""
     read: list[int] = []
 

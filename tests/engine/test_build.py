@@ -23,8 +23,14 @@ from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import EnginePlan
 from blip2edge.engine.profiles import profiles_of, with_rows
 from blip2edge.errors import EngineError, OutputError, UsageError
-from blip2edge.runtime.backends.engine_files import RECORD, EngineSet
-from blip2edge.runtime.backends.fingerprint import Fingerprint, check_fingerprint, fingerprint
+from blip2edge.runtime.backends.engine_files import (
+    RECORD,
+    EngineSet,
+    Fingerprint,
+    check_fingerprint,
+    fingerprint,
+)
+from blip2edge.runtime.backends.probe import Driver
 from blip2edge.runtime.tensorrt.session import load_tensorrt
 
 needs_rtx = pytest.mark.skipif(
@@ -83,7 +89,7 @@ def test_more_rows_for_more_beams() -> None:
 
 
 def test_without_a_gpu_and_without_sm_the_error_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blip2edge.runtime.backends.fingerprint.find_gpu", lambda: None)
+    monkeypatch.setattr("blip2edge.runtime.backends.probe.nvidia_driver", Driver)
     with pytest.raises(EngineError, match="--target rtx --sm 86"):
         fingerprint("tensorrt", "10.3.0", "a" * 64, ())
 

@@ -21,26 +21,33 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis, CacheSpec
 from blip2edge.engine.constant_shape import (
     constant_shape_spec,
-    load_constant_shape,
     to_constant_shape,
 )
 from blip2edge.errors import BackendError, EngineError
-from blip2edge.runtime.backends.base import Settled, open_session
+from blip2edge.runtime.backends.base import OptimizedFile, open_session
 from blip2edge.runtime.backends.onnxruntime_cpu import open_graph
-from blip2edge.runtime.decoding.kv.fixed import HostSlots, SlotDecoder
+from blip2edge.runtime.decoding.kv.fixed import SlotDecoder
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
 from blip2edge.runtime.decoding.language_model import load_language_model
 from tests.engine.conftest import BundleOf
 from tests.engine.families import DECODERS
+from tests.engine.host_slots import HostSlots
 
 WITHIN = 1e-4  # of logits; the largest seen is 1.3e-5
 CAPACITY = 40
 RAGGED = (3, 9, 6)  # lengths of the prompts
 
 
+def loaded(path: Path, cache: CacheSpec) -> ir.Model:
+    """A decoder's graph in its constant-shape form; its weights stay on disk."""
+    model = ir.load(path)
+    to_constant_shape(model, cache, str(path))
+    return model
+
+
 def save_constant_shape(path: Path, cache: CacheSpec, output: Path) -> Path:
     """Writes the turned decoder without its weights: they stay in the file beside the first one."""
-    ir.save(load_constant_shape(path, cache), output)
+    ir.save(loaded(path, cache), output)
     return output
 
 
@@ -51,7 +58,7 @@ def decoders(path: Path, directory: Path, max_rows: int = 16) -> tuple[GrowingDe
     assert cache is not None
     grows: Any = load_language_model(bundle, lambda name: open_session(bundle.file(f"{name}.onnx"), "cpu", 1))
     written = save_constant_shape(bundle.file(spec.file), cache, directory / "constant.onnx")
-    session = open_graph(written, 1, Settled(bundle.path))
+    session = open_graph(written, 1, OptimizedFile(bundle.path))
     decoder: GrowingDecoder = grows.decoder
 
     def open_cache(batch: int, context: Any) -> HostSlots:
@@ -185,7 +192,7 @@ def test_the_spec_has_one_capacity(bundle_of: BundleOf) -> None:
     fixed = constant_shape_spec(spec, cache, CAPACITY)
     assert "past" not in fixed.axes()
     assert fixed.axes()["capacity"] == Axis("capacity", 40, 40, 40)
-    model = load_constant_shape(bundle.file(spec.file), cache)
+    model = loaded(bundle.file(spec.file), cache)
     assert [value.name for value in model.graph.inputs] == [tensor.name for tensor in fixed.inputs]
     assert [value.name for value in model.graph.outputs] == [tensor.name for tensor in fixed.outputs]
     with pytest.raises(ValueError, match="1 slots"):

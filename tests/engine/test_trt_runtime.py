@@ -15,24 +15,18 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 pytest.importorskip("onnx_ir", reason="engines are made of graphs with onnx_ir")
 pytest.importorskip("onnxruntime", reason="the stand-in computes in ONNX Runtime")
 
-import onnx_ir as ir
-
 from blip2edge import Captioner
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord
-from blip2edge.engine.prepare import capacity_of, plans_of
-from blip2edge.engine.profiles import profiles_of
 from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
-from blip2edge.runtime.backends.engine_files import KIND, EngineRecord, EngineSet
-from blip2edge.runtime.backends.fingerprint import Gpu, fingerprint
-from blip2edge.runtime.tensorrt import backend as backend_trt
+from blip2edge.runtime.backends import probe
+from blip2edge.runtime.backends.engine_files import KIND
+from blip2edge.runtime.backends.probe import Driver, Gpu
 from blip2edge.runtime.tensorrt.session import KEPT, keeper
 from tests.drawing import draw_pictures
 from tests.engine.conftest import BundleOf
-from tests.engine.fake_gpu import FakeCuda, fake_tensorrt, write_fake_engine
+from tests.engine.fake_engines import DRIVER, plug_in, write_engines
+from tests.engine.fake_gpu import VERSION, FakeCuda, fake_tensorrt
 
-GPU = Gpu("Orin", 87, "12.6")
-VERSION = "10.13.3"
 PROMPTS = ["a photo of", None, "what is it ?"]
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -42,40 +36,10 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def write_engines(path: Path, root: Path, capacity: int | None = None, max_rows: int | None = None) -> Path:
-    """A bundle's engines, as ``build`` writes them but for their contents."""
-    bundle = Bundle.open(path)
-    directory = root / "x"
-    directory.mkdir(parents=True)
-    records = {}
-    for plan in plans_of(bundle, capacity=capacity, most_rows=max_rows):
-        model = plan.model()
-        for value in model.graph.initializers.values():
-            if value.const_value is not None:
-                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
-        ir.save(model, directory / f"{plan.name}.onnx")
-        profiles = [dict(profile.shapes(plan.spec)) for profile in profiles_of(plan.spec, plan.prompt)]
-        names = tuple(profile.name for profile in profiles_of(plan.spec, plan.prompt))
-        file = directory / f"{plan.name}.engine"
-        write_fake_engine(file, directory / f"{plan.name}.onnx", plan.spec, profiles)
-        records[plan.name] = EngineRecord(plan.spec, FileRecord.of(file), "fp32", names, 0.0, (), {}, None)
-    mark = fingerprint("tensorrt", VERSION, bundle.sha256, ())
-    slots = capacity_of(bundle.manifest, capacity)
-    EngineSet(mark.to_json(), ("--capacity", str(slots)), slots, records, directory).write()
-    return directory
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[FakeCuda, Any]:
     """A machine with a GPU; parameters are those of the two stand-ins."""
-    values = getattr(request, "param", {})
-    cuda = FakeCuda(values.get("integrated", False))
-    trt = fake_tensorrt(cuda, VERSION, values.get("streamed", True))
-    monkeypatch.setattr("blip2edge.runtime.backends.fingerprint.find_gpu", lambda: GPU)
-    monkeypatch.setattr(backend_trt, "check_driver", lambda: None)
-    monkeypatch.setattr(backend_trt, "load_cuda", lambda: cuda)
-    monkeypatch.setattr(backend_trt, "load_tensorrt", lambda target: trt)
-    return cuda, trt
+    return plug_in(monkeypatch, **getattr(request, "param", {}))
 
 
 def copied(path: Path, target: Path) -> Path:
@@ -183,15 +147,16 @@ def test_engines_are_refused_with_the_command_that_builds_them_again(
     with pytest.raises(EngineError, match=f"has no engines for tensorrt; build them: blip2edge build {path}"):
         Captioner.load(path, backend="tensorrt")
     directory = write_engines(path, path / KIND, capacity=40)
-    monkeypatch.setattr(
-        "blip2edge.runtime.backends.fingerprint.find_gpu", lambda: Gpu("Orin Nano", 87, "12.6")
-    )
+    monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver("12.6", (Gpu("Orin Nano", 87),)))
     with pytest.raises(EngineError, match=r"built for GPU Orin, but here it is Orin Nano.*--capacity 40"):
         Captioner.load(path, backend="tensorrt")
-    monkeypatch.setattr("blip2edge.runtime.backends.fingerprint.find_gpu", lambda: None)
+    monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver("12.6", problem="no GPU"))
     with pytest.raises(EngineError, match="no NVIDIA GPU"):
         Captioner.load(path, backend="tensorrt")
-    monkeypatch.setattr("blip2edge.runtime.backends.fingerprint.find_gpu", lambda: GPU)
+    monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver(problem="none: libcuda.so.1 is not there"))
+    with pytest.raises(BackendError, match=r"no working NVIDIA driver here \(none: libcuda"):
+        Captioner.load(path, backend="tensorrt")
+    monkeypatch.setattr(probe, "nvidia_driver", lambda: DRIVER)
     file = directory / "bridge.engine"
     file.write_bytes(file.read_bytes()[:-1] + b" ")
     with pytest.raises(BundleIntegrityError, match=r"bridge\.engine is missing or not the file"):

@@ -1,8 +1,8 @@
 """A KV cache of constant capacity, for graphs whose shapes may not change (CUDA graphs).
 
 ``engine/constant_shape.py`` describes the graph's inputs. All rows of a batch continue in the same slot; shorter rows
-have masked slots on their left. What moves keys and values is behind :class:`SlotCache`, so that the same state
-serves a cache of NumPy arrays and one on a GPU.
+have masked slots on their left. :class:`SlotCache` moves keys and values, so that the same state serves a cache on a
+GPU and one of NumPy arrays, which the tests use.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.schema import CROSS_MASK, CacheSpec, GraphSpec
+from blip2edge.bundle.schema import CROSS_MASK, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError
-from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.decoding.state import stacked, tokens_to_drop
 from blip2edge.runtime.text.prompt import left_padded
 
@@ -247,63 +246,6 @@ class SlotState:
 
 
 SlotDecoder.state_class = SlotState
-
-
-class HostSlots:
-    """A cache in the host's memory, for a session that takes and gives NumPy arrays.
-
-    Args:
-        session: The loaded constant-shape graph.
-        cache: Its keys and values.
-        capacity: C.
-        dtype: Of keys and values.
-        batch: Rows B.
-        context: What the decoder looks at beside its text, by the inputs' names.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        cache: CacheSpec,
-        capacity: int,
-        dtype: np.dtype[Any],
-        batch: int,
-        context: Mapping[str, Array],
-    ) -> None:
-        self._session = session
-        self._cache = cache
-        self._context = dict(context)
-        shape = (batch, cache.num_heads, capacity, cache.head_dim)
-        self._arrays = {name: np.zeros(shape, dtype) for name in cache.past_names()}
-
-    def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """See :class:`SlotCache`."""
-        outputs = self._session.run({**inputs, **self._arrays, **self._context})
-        names = zip(self._cache.past_names(), self._cache.present_names(), strict=True)
-        self._arrays = {past: outputs[present] for past, present in names}
-        logits: NDArray[np.float32] = outputs["logits"]
-        return logits
-
-    def select(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`SlotCache`."""
-        self._arrays = {name: array[rows] for name, array in self._arrays.items()}
-        self._context = {name: array[rows] for name, array in self._context.items()}
-
-    def shift(self, row: int, by: int, length: int) -> None:
-        """See :class:`SlotCache`."""
-        source = slice(max(-by, 0), length)
-        target = slice(max(by, 0), length + by)
-        for array in self._arrays.values():
-            array[row, :, target] = array[row, :, source].copy()
-
-    def append(self, other: HostSlots) -> None:
-        """See :class:`SlotCache`."""
-        self._arrays = {
-            name: np.concatenate([array, other._arrays[name]]) for name, array in self._arrays.items()
-        }
-        self._context = {
-            name: stacked(name, array, other._context[name]) for name, array in self._context.items()
-        }
 
 
 def _is_per_slot(context: Mapping[str, Array]) -> bool:

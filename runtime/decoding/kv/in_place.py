@@ -197,7 +197,7 @@ class InPlaceState:
             inputs[POSITIONS] = before[:, None] + np.arange(steps)
         if self._held != (row, batch):
             self._held = row, batch
-            self._run.hold({name: array[row : row + batch] for name, array in self._buffers.items()})
+            self._run.bind({name: array[row : row + batch] for name, array in self._buffers.items()})
         return self._run.run(inputs, "logits", (batch, indices.shape[1], self._decoder.vocabulary))
 
     def _make_room(self, rows: int, slots: int) -> None:

@@ -16,31 +16,34 @@ import onnxruntime
 
 from blip2edge.errors import BackendError
 from blip2edge.runtime.backends import onnxruntime_cuda as backend_cuda
-from blip2edge.runtime.backends.base import BACKENDS, Settled
-from blip2edge.runtime.backends.onnxruntime_cuda import BoundSession, DeviceArray, is_kept
+from blip2edge.runtime.backends.base import BACKENDS, OptimizedFile
+from blip2edge.runtime.backends.onnxruntime_cuda import DeviceArray, DeviceSession
 from blip2edge.runtime.captioning.captioner import Captioner
 from tests.drawing import draw_pictures
 
 CPU = ["CPUExecutionProvider"]
 
 
-def bound(path: Path, threads: int | None = None, settled: Settled | None = None) -> BoundSession:
+def on_the_cpu(
+    path: Path, threads: int | None = None, optimized: OptimizedFile | None = None
+) -> DeviceSession:
+    """What ``cuda`` opens, where the device is the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    return BoundSession(onnxruntime, str(path), options, CPU, ("cpu", 0), is_kept)
+    return DeviceSession(onnxruntime, path, options, CPU, ("cpu", 0))
 
 
 def test_captions_are_those_of_the_cpu_backend(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_cuda, "open_graph", bound)
+    monkeypatch.setattr(backend_cuda, "open_graph", on_the_cpu)
     seen: list[str] = []
-    original = DeviceArray._run
+    original = DeviceArray._compute
 
     def watched(self: DeviceArray, graph: bytes, inputs: dict[str, Any]) -> DeviceArray:
         seen.extend(inputs)
         return original(self, graph, inputs)
 
-    monkeypatch.setattr(DeviceArray, "_run", watched)
+    monkeypatch.setattr(DeviceArray, "_compute", watched)
     loaded = [Captioner.load(tiny_bundle, backend=name, threads=1) for name in ("cpu", "cuda")]
     pictures = draw_pictures(3)
     for options in ({}, {"num_beams": 3}, {"repetition_penalty": 1.4}):
@@ -59,9 +62,9 @@ def test_captions_are_those_of_the_cpu_backend(tiny_bundle: Path, monkeypatch: p
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_rows_and_slots_are_taken_on_the_device(dtype: Any, tiny_bundle: Path) -> None:
-    session = bound(tiny_bundle / "decoder.onnx")
+    session = on_the_cpu(tiny_bundle / "decoder.onnx")
     values = np.random.default_rng(0).normal(size=(3, 2, 5, 4)).astype(dtype)
-    array = DeviceArray(onnxruntime.OrtValue.ortvalue_from_numpy(values), session._run_small)
+    array = DeviceArray(onnxruntime.OrtValue.ortvalue_from_numpy(values), session.run_model)
     rows = np.array([2, 0, 0])
     taken, cut = array[rows], array[:, :, 1:4]
     assert isinstance(taken, DeviceArray)
@@ -78,7 +81,7 @@ def test_rows_and_slots_are_taken_on_the_device(dtype: Any, tiny_bundle: Path) -
 
 def test_a_provider_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
     assert BACKENDS["cuda"].module == "blip2edge.runtime.backends.onnxruntime_cuda"
-    backend_cuda.proven.cache_clear()
+    backend_cuda.checked_package.cache_clear()
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider, only .*blip2edge\[gpu\]"):
             Captioner.load(tiny_bundle, backend="cuda")
@@ -88,7 +91,7 @@ def test_a_provider_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BackendError, match="named, but fails: no driver; install the driver"):
         Captioner.load(tiny_bundle, backend="cuda")
     told.ok = True
-    backend_cuda.proven.cache_clear()
+    backend_cuda.checked_package.cache_clear()
     with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
         backend_cuda.open_with(tiny_bundle / "decoder.onnx", 1, "CUDAExecutionProvider", CPU)
-    backend_cuda.proven.cache_clear()
+    backend_cuda.checked_package.cache_clear()

@@ -23,10 +23,10 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization import compiled as compiled_module
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends import optimized_copy
-from blip2edge.runtime.backends.base import Settled
+from blip2edge.runtime.backends.base import OptimizedFile
 from blip2edge.runtime.backends.openvino import OpenVinoSession, open_graph
 from blip2edge.runtime.backends.optimized_copy import RECORD
-from tests.drawing import draw_pictures
+from tests.drawing import Drawn, draw_pictures
 from tests.families.drawing_blip import save_blip
 from tests.families.drawing_idefics import draw_idefics
 from tests.families.drawing_instruct import draw_instructblip
@@ -90,6 +90,23 @@ def test_the_ids_of_the_compiled_copy(bundle: Path, tmp_path: Path, monkeypatch:
         assert ids(fast, **options) == ids(here, **options)
 
 
+def test_bf16_runs(tiny_checkpoint: Drawn, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Weights, inputs and outputs of the graphs are bf16; arrays are float32, also of a compiled graph."""
+    path = export_checkpoint(tiny_checkpoint.directory, tmp_path / "bundle", precision="bf16").bundle
+    captions = ids(Captioner.load(path, backend="openvino", threads=1))
+    assert len(set(captions)) > 1
+    inputs = {"pixel_values": np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)}
+    rounded, exact = (open_graph(bundle / "vision_encoder.onnx", 1) for bundle in (path, tiny_bundle))
+    found, wanted = (session.run(inputs)["image_embeds"] for session in (rounded, exact))
+    assert found.dtype == np.float32
+    error = np.abs(found - wanted).max() / np.abs(wanted).max()
+    assert 1e-4 < error < 0.05  # 8 bits of mantissa
+    blob = tmp_path / "vision_encoder.blob"
+    blob.write_bytes(rounded.export())
+    compiled = open_graph(blob, 1, OptimizedFile(path)).run(inputs)["image_embeds"]
+    np.testing.assert_allclose(compiled, found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def copied(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("compiled") / "bundle")
@@ -104,7 +121,7 @@ def test_a_copy_does_not_need_the_portable_graph(copied: Path) -> None:
     pixels = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
     portable = open_graph(copied / "vision_encoder.onnx", 1)
     lonely = shutil.copy(blob, copied.parent / "alone.blob")
-    compiled = open_graph(Path(lonely), 2, Settled(copied))
+    compiled = open_graph(Path(lonely), 2, OptimizedFile(copied))
     assert compiled.input_names == portable.input_names
     assert compiled.output_names == portable.output_names
     wanted = portable.run({"pixel_values": pixels})["image_embeds"]

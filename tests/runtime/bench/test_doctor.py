@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from blip2edge.cli import main
+from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.probe import Check, check_provider
 from blip2edge.runtime.bench import doctor
 from blip2edge.runtime.bench.doctor import diagnose
+from tests.runtime.bench.blocked import without
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -102,15 +104,31 @@ def test_provider_that_works() -> None:
     assert check_provider(fake_runtime(["CUDAExecutionProvider"], 1.0), "CUDAExecutionProvider").ok
 
 
-def test_without_onnxruntime_the_status_is_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else real(name, *rest)
-    )
-    assert main(["doctor"]) == 1
-    assert "pip install 'blip2edge[cpu]'" in capsys.readouterr().out
+def test_with_no_backend_the_status_is_1() -> None:
+    done = without(("onnxruntime", "openvino"), "doctor")
+    assert done.returncode == 1, done.stderr
+    assert "FAIL  ONNX Runtime" in done.stdout
+    assert "pip install 'blip2edge[cpu]'" in done.stdout
+
+
+def test_openvino_alone_is_enough() -> None:
+    pytest.importorskip("openvino", reason="pip install 'blip2edge[openvino]'")
+    done = without(("onnxruntime",), "doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no    ONNX Runtime" in done.stdout
+    assert re.search(r"ok    openvino +\S+, multiplied two 64 x 64 matrices", done.stdout)
+    assert "FAIL" not in done.stdout
+
+
+def test_an_openvino_that_fails_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise BackendError("no plugin for this CPU")
+
+    monkeypatch.setattr(doctor, "_spec", lambda module: object())
+    monkeypatch.setattr(doctor, "open_session", fails)
+    check = doctor._openvino()
+    assert not check.ok
+    assert "fails: no plugin for this CPU" in check.detail
 
 
 def test_tensorrt_without_a_driver_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +145,8 @@ def test_tensorrt_without_a_driver_cannot_run(monkeypatch: pytest.MonkeyPatch) -
 class FakeCuda:
     """libcuda with one Orin."""
 
-    def __init__(self, status: int = 0, count: int = 1) -> None:
-        self.status, self.count = status, count
+    def __init__(self, status: int = 0, count: int = 1, broken: int | None = None) -> None:
+        self.status, self.count, self.broken = status, count, broken
 
     def cuInit(self, flags: int) -> int:  # noqa: N802
         return self.status
@@ -142,7 +160,7 @@ class FakeCuda:
         return 0
 
     def cuDeviceGet(self, handle: Any, index: int) -> int:  # noqa: N802
-        return 0
+        return 101 if index == self.broken else 0
 
     def cuDeviceGetName(self, name: Any, length: int, handle: Any) -> int:  # noqa: N802
         name.value = b"Orin"
@@ -159,6 +177,8 @@ class FakeCuda:
         (FakeCuda(), True, "for CUDA 12.6; Orin (sm_87)"),
         (FakeCuda(count=0), False, "for CUDA 12.6, no GPU"),
         (FakeCuda(status=100), False, "libcuda.so.1 is there, but cuInit fails with 100"),
+        (FakeCuda(broken=0), False, "for CUDA 12.6, GPU 0 does not answer (error 101)"),
+        (FakeCuda(count=2, broken=1), True, "for CUDA 12.6; Orin (sm_87), GPU 1 does not answer (error 101)"),
     ],
 )
 def test_driver(cuda: FakeCuda, ok: bool, told: str, monkeypatch: pytest.MonkeyPatch) -> None:

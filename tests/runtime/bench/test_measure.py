@@ -16,7 +16,7 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.cli import main
-from blip2edge.errors import UsageError
+from blip2edge.errors import BackendError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.bench import measure as bench_module
 from blip2edge.runtime.bench.measure import Bench, BenchOptions, BenchReport, CpuClock, bench
@@ -27,6 +27,7 @@ from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.speculative import SpeculationCost
 from tests.drafted import add_draft
 from tests.drawing import save
+from tests.runtime.bench.blocked import without
 
 MACHINE = Roofline(1e9, 2e9, 4e9)
 WALL = {"preprocess": 1.0, "vision": 8.0, "bridge": 2.0, "prefill": 4.0, "decode": 30.0}
@@ -65,7 +66,7 @@ def report(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> BenchReport
         return clock
 
     monkeypatch.setattr(Bench, "caption", caption)
-    monkeypatch.setattr(bench_module, "measure", lambda: MACHINE)
+    monkeypatch.setattr(bench_module, "measure", lambda backend: MACHINE)
     monkeypatch.setattr(bench_module, "EnergyMeter", Joules)
     options = BenchOptions(runs=len(RUNS), warmup=1, tokens=7, batches=(1, 4), prompts=(0, 2), lengths=(1, 4))
     return bench(captioner, options, start_s=1.25, work_of=lambda slots, tokens: WORK)
@@ -163,3 +164,35 @@ def test_limits(name: str) -> None:
     changed: dict[str, Any] = {name: 0}
     with pytest.raises(UsageError, match=f"--{name} must be at least 1"):
         BenchOptions(**changed)
+
+
+def test_openvino_is_measured_without_onnxruntime(tiny_bundle: Path) -> None:
+    pytest.importorskip("openvino", reason="pip install 'blip2edge[openvino]'")
+    options = ("--runs", "1", "--warmup", "0", "--tokens", "2", "--batch-sizes", "1", "--threads", "1")
+    done = without(("onnxruntime",), "bench", str(tiny_bundle), "--backend", "openvino", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["roofline"]["gigaops_int8"] > 0
+    assert report["stages"]["vision"]["share"] > 0
+    assert "roofline" not in report["left_out"]
+
+
+def test_without_a_backend_for_the_cpu_there_is_no_roofline(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines run without one: the report says so, and is written all the same."""
+    asked: list[str] = []
+
+    def missing(backend: str) -> Roofline:
+        asked.append(backend)
+        raise BackendError(f"{backend} is not installed")
+
+    monkeypatch.setattr(bench_module, "measure", missing)
+    options = BenchOptions(runs=1, warmup=0, tokens=2, batches=(1,), prompts=(0,), lengths=(2,))
+    report = bench(captioner, options, start_s=1.0, work_of=lambda slots, tokens: WORK)
+    assert asked == ["cpu", "openvino"]
+    assert report.to_json()["roofline"] == {}
+    assert {stage.share for stage in report.stages.values()} == {None}
+    assert "neither is installed" in report.left_out["roofline"]
+    assert "not measured: roofline" in markdown(report)
+    assert "<svg" in bench_page(report)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="products are run in it")
 
-from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.bench import roofline
 from blip2edge.runtime.bench.roofline import Roofline, Work, product_graph
 
@@ -36,34 +36,32 @@ def test_work_adds_up() -> None:
     assert Work(1.0, 2.0, 3.0) + Work(10.0, 20.0, 30.0) == Work(11.0, 22.0, 33.0)
 
 
-@pytest.mark.parametrize("kind", ["MatMul", "MatMulInteger"])
-def test_a_product_is_one(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "openvino"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+def test_a_product_is_one(dtype: Any, backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime" if backend == "cpu" else backend, reason="the backend is not installed")
     rng = np.random.default_rng(2)
-    if kind == "MatMul":
-        first, second = (rng.standard_normal(size).astype(np.float32) for size in ((3, 300), (300, 5)))
-    else:
-        first = rng.integers(0, 256, (3, 300), np.uint8)
-        second = rng.integers(-127, 128, (300, 5), np.int8)
+    first = rng.integers(-128, 128, (3, 300)).astype(np.float32)  # exact in both: the scale is 1
+    second = rng.integers(-127, 128, (300, 5)).astype(dtype)
     path = tmp_path / "product.onnx"
-    path.write_bytes(product_graph(kind, first, second))
-    found = OnnxRuntimeSession(path, 1).run({"a": first})["c"]
-    wanted = first.astype(np.float64) @ second.astype(np.float64)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
-    assert found.dtype == (np.float32 if kind == "MatMul" else np.int32)
+    path.write_bytes(product_graph(3, second))
+    found = open_session(path, backend, 1).run({"a": first})["c"]
+    np.testing.assert_allclose(found, first.astype(np.float64) @ second, rtol=1e-5, atol=1e-4)
 
 
-def test_the_best_rate_of_some_sizes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("integer", [True, False])
+def test_the_best_rate_of_some_sizes_counts(integer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     times: Iterator[float] = iter((0.5, 0.25, 0.25))
     asked: list[tuple[Any, ...]] = []
 
-    def seconds(kind: str, first: Any, second: Any) -> float:
-        asked.append((kind, first.shape, second.shape, first.dtype.name, second.dtype.name))
+    def seconds(*arguments: Any, integer: bool) -> float:
+        asked.append((*arguments, integer))
         return next(times)
 
     monkeypatch.setattr(roofline, "SIZES", ((2, 3, 5), (10, 10, 10), (4, 4, 4)))
     monkeypatch.setattr(roofline, "_seconds", seconds)
-    assert roofline._rate("MatMulInteger") == 2 * 10 * 10 * 10 / 0.25
-    assert asked[0] == ("MatMulInteger", (2, 3), (3, 5), "uint8", "int8")
+    assert roofline._rate("cpu", integer=integer) == 2 * 10 * 10 * 10 / 0.25
+    assert asked[0] == ("cpu", 2, 3, 5, integer)
 
 
 def test_the_least_of_some_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +85,6 @@ def test_bytes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "STREAMED", 1 << 22)
     monkeypatch.setattr(roofline, "SIZES", ((64, 64, 64),))
-    found = roofline.measure().to_json()
+    found = roofline.measure("cpu").to_json()
     assert all(value > 0 for value in found.values())
     assert MACHINE.to_json() == {"gigabytes_per_s": 1.0, "gigaflops_fp32": 2.0, "gigaops_int8": 8.0}

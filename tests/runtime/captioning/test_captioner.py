@@ -25,6 +25,7 @@ from blip2edge.errors import (
     PromptError,
     UsageError,
 )
+from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.captioning.captioner import STAGES, Captioner, CaptionResult
 from blip2edge.runtime.captioning.request import Span
 from tests.drawing import BOS, Drawn, draw_pictures
@@ -319,11 +320,15 @@ def reseal(bundle: Path, **changes: Any) -> None:
     path.write_text(json.dumps(values))
 
 
-def test_a_bf16_bundle_on_the_cpu(copy: Path) -> None:
+@pytest.mark.parametrize("backend", ["auto", *(name for name, row in BACKENDS.items() if row.refuses)])
+def test_bf16_is_refused_with_the_reason(backend: str, copy: Path) -> None:
     reseal(copy, precision="bf16")
-    for backend in ("auto", "cpu"):
-        with pytest.raises(BackendError, match=r"bf16.*--precision fp32 or fp16"):
-            Captioner.load(copy, backend=backend)
+    reason = "no CPU kernels" if backend in ("auto", "cpu") else "NumPy has no bfloat16"
+    hint = "use --backend openvino, or export with --precision fp32 or fp16"
+    with pytest.raises(
+        BackendError, match=rf"bf16, which the backend \S+ does not run: .*{reason}.*; {hint}"
+    ):
+        Captioner.load(copy, backend=backend)
 
 
 def test_a_changed_bundle(copy: Path) -> None:

@@ -263,7 +263,7 @@ def test_a_decoder_without_room_for_one_more_goes_on_with_the_others(
     assert scheduler.load["running"] == 0
 
 
-@pytest.mark.parametrize("half", ["encoder", "completer"])
+@pytest.mark.parametrize("half", ["encoder", "generator"])
 def test_a_mistake_of_ours_lets_nobody_wait(
     half: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
