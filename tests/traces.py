@@ -70,7 +70,7 @@ def _text(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {value.tolist()}"
     if isinstance(value, dict):
-        return "{%s}" % ", ".join(sorted(f"{_text(key)}: {_text(one)}" for key, one in value.items()))
+        return ", ".join(sorted(f"{_text(key)}: {_text(one)}" for key, one in value.items()))
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, FunctionType):  # a test may have changed it
