@@ -1,4 +1,4 @@
-"""The graph of the draft: the bridge's own text head as a small captioner (``model/bridges/draft.py``).
+"""The graph of the draft: the bridge's own text head as a small captioner (``model/bridges/text_head.py``).
 
 input_ids [B,S]          the text so far, from [DEC] on, or what is new of it
 attention_mask [B,P+S]   1 where a slot is valid; the first Q slots are the queries
