@@ -1,4 +1,4 @@
-"""The graph of the draft model: the text head of the Q-Former (``model/bridges/draft.py``).
+"""The graph of the draft model: the text head of the Q-Former (``model/bridges/text_head.py``).
 
 input_ids [B,S]          new tokens; the text begins with [DEC]
 attention_mask [B,P+S]   1 for a valid slot; the first Q slots are the query tokens
