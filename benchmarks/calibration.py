@@ -31,8 +31,8 @@ from race import cpu_model
 from random_checkpoint import write_checkpoint
 
 from blip2edge.bundle.schema import VISION
-from blip2edge.calibration.search.agreement import cosine
 from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.optimization.probe import cosine
 from blip2edge.optimization.recipes import Context, Recipe, cook
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.training.data.scenes import scenes

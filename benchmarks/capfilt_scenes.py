@@ -23,10 +23,10 @@ import numpy as np
 
 from blip2edge import __version__
 from blip2edge.cli import main as command_line
-from blip2edge.training.data.entries import Broken
+from blip2edge.training.data.entries import BrokenSamples
 from blip2edge.training.data.scenes import make_scene
 from blip2edge.training.data.shards import ShardWriter, read_shards, shard_paths
-from blip2edge.training.metrics.hallucination import probes, things_shown
+from blip2edge.training.metrics.hallucination import pope_questions, things_shown
 
 TRAINED_ON = {
     "clean": "the captioner that writes",
@@ -96,7 +96,7 @@ def planted(series: int, count: int, share: float, seed: int) -> list[str]:
     scenes = [make_scene(number, seed=series) for number in range(count)]
     near = [
         probe
-        for probe in probes([things_shown(scene) for scene in scenes], seed=seed)
+        for probe in pope_questions([things_shown(scene) for scene in scenes], seed=seed)
         if probe.negatives == "adversarial"
     ]
     captions = [scene.caption for scene in scenes]
@@ -172,7 +172,7 @@ def filtering(kept: Path, web: list[str], right: list[str]) -> dict[str, Any]:
     """How the captions of the web were told apart, and how good the synthetic ones are that were kept."""
     captions: dict[int, list[tuple[str, str]]] = {}
     for path in shard_paths(kept):
-        for entry in read_shards([path], Broken("kept", 0)):
+        for entry in read_shards([path], BrokenSamples("kept", 0)):
             captions.setdefault(int(entry.image_id.partition("-")[2]), []).append((entry.text, ""))
     said = {number: {text for text, _ in rows} for number, rows in captions.items()}
     wrong = [number for number, text in enumerate(web) if text != right[number]]

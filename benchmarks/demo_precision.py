@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.data.scenes import scenes
-from blip2edge.training.evaluation.evaluate import evaluate_scenes
+from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "demo-precision.json"

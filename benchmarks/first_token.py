@@ -16,7 +16,7 @@ PROMPT = "The capital of France is a city that is known for its"
 
 def ours(path: str) -> str:
     """A bundle's language model alone: its decoder, token table and tokenizer."""
-    from blip2edge.bundle.manifest import Bundle
+    from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
     from blip2edge.runtime.backends.open_graph import GraphOpener
     from blip2edge.runtime.decoding.language_model import decoder_of

@@ -31,7 +31,7 @@ import torch
 from export_memory import write_checkpoint
 from peers import SHAPE
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.export.pipeline import export_checkpoint

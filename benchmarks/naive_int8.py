@@ -26,16 +26,17 @@ import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from planted import plant
 
-from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.pipeline import METHODS, calibrate
-from blip2edge.calibration.search.agreement import cosine
 from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.optimization.probe import cosine
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.scenes import Scene, scenes
-from blip2edge.training.metrics import exact_match
+from blip2edge.training.metrics.exact import exact_match
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "naive-int8.json"

@@ -30,7 +30,7 @@ import torch
 from race import machine
 from random_checkpoint import write_checkpoint
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.export.pipeline import export_checkpoint
@@ -110,7 +110,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
     manifest = Bundle.open(bundle).manifest
     cache, table = manifest.cache, TokenTable(bundle / EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, "float32")
     assert cache is not None
-    prompt = Captioner.load(bundle, threads=1).prompter(None)
+    prompt = Captioner.load(bundle, threads=1).prompts(None)
 
     def caption() -> list[list[int]]:
         batch = len(pixels)

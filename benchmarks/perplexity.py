@@ -33,16 +33,16 @@ import numpy as np
 import onnx_ir as ir
 from race import cpu_model
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TOKENIZER_FILE
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.calibration.activations.quantise import Job
 from blip2edge.calibration.batches import Feeds
+from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
-from blip2edge.calibration.weights.language_weights import quantise_weights
-from blip2edge.calibration.weights.weight_only import WeightOnly, choose_formats, quantize_weights
+from blip2edge.calibration.weights.quantize import quantize_weights
+from blip2edge.calibration.weights.weight_only import WeightOnlyOptions, choose_formats, quantize_matrices
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
@@ -96,8 +96,8 @@ def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, "float32")
     for given in inputs(bundle, table, rows):
         feeds.add(DECODER, given)
-    job = Job(bundle, folder, feeds, "smooth", 1, lambda *_: None, print, "")
-    made = quantise_weights(job, bundle.graph(DECODER), bits)
+    job = CalibrationContext(bundle, folder, feeds, "smooth", 1, lambda *_: None, print, "")
+    made = quantize_weights(job, bundle.graph(DECODER), bits)
     shutil.rmtree(folder / "feeds")
     if not (folder / EMBEDDINGS_FILE).exists():
         shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
@@ -112,7 +112,7 @@ def rounded_plainly(bundle: Bundle, bits: int, folder: Path) -> None:
     products = find_targets(model).products
     formats, _ = choose_formats(products, bits)
     with DataFile(folder / "decoder.onnx.data") as file:
-        quantize_weights(model, products, file, WeightOnly(formats, plain=True))
+        quantize_matrices(model, products, file, WeightOnlyOptions(formats, plain=True))
     ir.save(model, folder / "decoder.onnx")
     shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
 

@@ -18,7 +18,7 @@ from perplexity import WINDOW, windows
 from race import write
 from transformers import AutoModelForCausalLM
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -22,7 +22,7 @@ from race import cpu_model
 
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.serving.watch import Frame, Seen, watch
+from blip2edge.runtime.serving.watch import Frame, WatchResult, watch
 from blip2edge.training.data.scenes import Scene, scenes
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,9 @@ def film(count: int) -> list[NDArray[np.uint8]]:
     ]
 
 
-def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> tuple[list[Seen], float]:
+def watched(
+    captioner: Captioner, frames: list[NDArray[np.uint8]], below: float
+) -> tuple[list[WatchResult], float]:
     """What is seen, and CPU seconds."""
 
     def source() -> Iterator[Frame]:
@@ -76,7 +78,7 @@ def measure(captioner: Captioner, frames: list[NDArray[np.uint8]], rounds: int) 
     """A row a limit; the limits take turns, and of each the quickest round counts."""
     watched(captioner, frames[:STILL], 0.0)  # warms up
     seconds: dict[float, list[float]] = {below: [] for below in LIMITS}
-    found: dict[float, list[Seen]] = {}
+    found: dict[float, list[WatchResult]] = {}
     for _ in range(rounds):
         for below in LIMITS:
             found[below], spent = watched(captioner, frames, below)

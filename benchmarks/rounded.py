@@ -16,11 +16,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
-from blip2edge.calibration.weights.weight_only import WeightOnly, choose_formats, quantize_weights
+from blip2edge.calibration.weights.weight_only import WeightOnlyOptions, choose_formats, quantize_matrices
 from blip2edge.optimization.pipeline import optimize
 
 PRECISIONS = {"int8": "int8-weights", "int4": "int4"}
@@ -47,7 +48,7 @@ def main() -> None:
     targets = find_targets(model)
     formats, _ = choose_formats(targets.products, BITS[options.weights])
     with DataFile(options.out / f"{DECODER}.onnx.data") as file:
-        quantize_weights(model, targets.products, file, WeightOnly(formats, plain=True))
+        quantize_matrices(model, targets.products, file, WeightOnlyOptions(formats, plain=True))
     ir.save(model, options.out / f"{DECODER}.onnx")
     graphs = dict(source.manifest.graphs)
     graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[options.weights], parity=())

@@ -21,17 +21,17 @@ from typing import Any
 
 from race import cpu_model
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
-from blip2edge.runtime.decoding.speculative import Payoff
+from blip2edge.runtime.decoding.speculative import SpeculationCost
 from blip2edge.training.data.scenes import scenes
 
 SERIES = 900  # of the held-out scenes: no training reads it
 
 
-class Always(Payoff):
+class Always(SpeculationCost):
     """Guesses at every step."""
 
     @property
@@ -46,13 +46,13 @@ class Contestant:
     def __init__(self, captioner: Captioner, draft: str) -> None:
         self.captioner = captioner
         self.draft = "itg" if draft == "always" else draft
-        clock = captioner.completer.drafting.payoffs["itg"].clock
-        self.payoff = Always(clock) if draft == "always" else Payoff(clock)
+        clock = captioner.generator.drafts.costs["itg"].clock
+        self.cost = Always(clock) if draft == "always" else SpeculationCost(clock)
 
     def caption(self, picture: Any, tokens: int) -> CaptionResult:
         """A caption; what was learned of the cost is this contestant's own."""
-        payoffs = self.captioner.completer.drafting.payoffs
-        payoffs.update(dict.fromkeys(payoffs, self.payoff))
+        costs = self.captioner.generator.drafts.costs
+        costs.update(dict.fromkeys(costs, self.cost))
         return self.captioner.caption(picture, max_new_tokens=tokens, draft=self.draft)
 
 

@@ -22,11 +22,11 @@ from typing import Any
 from race import Contestant, race, table, versions, write
 from random_checkpoint import published, shrunk, write_checkpoint
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.training.evaluation.evaluate import evaluate_scenes
+from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
 ROOT = Path(__file__).parent.parent
 VIT_B = {

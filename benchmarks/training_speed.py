@@ -38,16 +38,18 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.training.config import OptimizerConfig
+from blip2edge.training.config import OptimizerConfig, TrainingConfig
 from blip2edge.training.data.sources import Sample
 from blip2edge.training.loading.batches import IGNORED, caption_batch
-from blip2edge.training.loading.features import FeatureCache, PictureEncoder
-from blip2edge.training.loading.loader import Loader, Texts
+from blip2edge.training.loading.features import FeatureCache, FrozenEncoder
+from blip2edge.training.loading.loader import Loader, TextMakers
 from blip2edge.training.loop import loop
 from blip2edge.training.loop.journal import Journal
 from blip2edge.training.loop.optim import make_optimizer
-from blip2edge.training.loop.snapshots import Snapshot, Snapshots
-from blip2edge.training.phases.stages import GenerativeStage
+from blip2edge.training.loop.snapshots import Snapshots
+from blip2edge.training.loop.training_run import TrainingRun
+from blip2edge.training.phases.stage2 import GenerativeStage
+from blip2edge.training.setup.model_parts import ModelParts
 
 ROOT = Path(__file__).parents[1]
 WORDS = 16  # tokens of a caption, the end token included
@@ -168,13 +170,15 @@ def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | 
     """The step of the loop."""
     model = load_checkpoint(directory)
     accelerator = Accelerator(cpu=True)
-    encoder = PictureEncoder(model.vision, shape.preprocessing, accelerator, cache)
+    encoder = FrozenEncoder(model.vision, shape.preprocessing, accelerator, cache)
     module = GenerativeStage(model)
     rows = len(source.pictures)
-    texts = Texts(lambda samples: caption_batch([[BOS]] * len(samples), captions(len(samples))))
+    texts = TextMakers(lambda samples: caption_batch([[BOS]] * len(samples), captions(len(samples))))
     loader = Loader(source, rows, encoder, texts, accelerator)
     phase = loop.Phase("stage2", module, loader, CONFIG)
-    run = loop.Run(accelerator, Journal(None), Snapshots(directory / "none"), 1000, lambda: Snapshot({}, {}))
+    parts = ModelParts(model, shape.preprocessing, Tokenizer.from_file(str(directory / "tokenizer.json")))
+    journal, snapshots = Journal(None), Snapshots(directory / "none")
+    run = TrainingRun("stage2", TrainingConfig(), directory, accelerator, parts, journal, snapshots)
     prepared, optimizer = accelerator.prepare(module, make_optimizer([module], CONFIG))
 
     def step() -> float:

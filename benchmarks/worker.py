@@ -70,7 +70,7 @@ class Vision:
     """A bundle's vision encoder as blip2edge runs it."""
 
     def __init__(self, path: str) -> None:
-        from blip2edge.bundle.manifest import Bundle
+        from blip2edge.bundle.bundle import Bundle
         from blip2edge.bundle.schema import VISION
         from blip2edge.runtime.backends.open_graph import GraphOpener
 
@@ -88,7 +88,7 @@ class Ours:
     """A bundle's decoder as blip2edge runs it; ``path`` may end in ``:portable``."""
 
     def __init__(self, path: str) -> None:
-        from blip2edge.bundle.manifest import Bundle
+        from blip2edge.bundle.bundle import Bundle
         from blip2edge.bundle.schema import DECODER
         from blip2edge.runtime.backends.open_graph import GraphOpener
         from blip2edge.runtime.decoding.language_model import decoder_of

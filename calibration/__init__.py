@@ -1,1 +1,7 @@
-"""Post-training quantisation: ranges, smoothing, Q/DQ graphs. Nothing is here yet."""
+"""Makes an INT8 or INT4 bundle out of a floating-point one, by running it on pictures.
+
+``pipeline`` calls the steps in order: ``batches`` records the inputs of each graph, ``activations`` chooses INT8 ranges
+(``choose_ranges``) and writes QuantizeLinear and DequantizeLinear, ``weights`` rounds weights in blocks (GPTQ),
+``agreement`` compares with the parent, ``search`` keeps sensitive layers in floating point, and ``report`` writes the
+reports.
+"""

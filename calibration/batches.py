@@ -13,27 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import (
-    BRIDGE,
-    DECODER,
-    EMBEDDINGS_FILE,
     IMAGE_FEATURES,
-    QFORMER_TOKENIZER_FILE,
-    TOKENIZER_FILE,
-    VISION,
 )
-from blip2edge.bundle.token_table import TokenTable
 from blip2edge.calibration.pictures import PictureSet
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.captioning.assemble import bundle_text_parts, image_parts
 from blip2edge.runtime.decoding.language_model import EncoderDecoder, load_language_model
-from blip2edge.runtime.images.preprocess import Preprocessing, load_image
+from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.runtime.images.video import pictures_of
-from blip2edge.runtime.text.prompt import Instructor, Prompt, Prompter, pack
-from blip2edge.runtime.text.tokenizer import Tokenizer
+from blip2edge.runtime.text.prompt import Prompt, PromptBuilder, pack_images
 
 QUESTION = "What is in the picture?"
 """Asked where a model captions nothing without a question."""
@@ -95,12 +88,12 @@ class _Recording:
         self._session.close()
 
 
-def default_prompt(prompter: Prompter) -> str | None:
+def default_prompt(prompts: PromptBuilder) -> str | None:
     """What a picture is read with: the bundle's default, or a plain question where it wants one."""
-    spec = prompter.spec
+    spec = prompts.spec
     if spec.default is not None or not (spec.required or spec.instruction_positions):
         return spec.default
-    return prompter.question(QUESTION) if spec.question else ""
+    return prompts.question(QUESTION) if spec.question else ""
 
 
 def collect(
@@ -134,7 +127,7 @@ def collect(
 
 
 class PictureRunner:
-    """The graphs of a bundle in their order, a picture at a time.
+    """Runs the graphs of a bundle in their order, one picture at a time.
 
     Args:
         bundle: The bundle.
@@ -144,44 +137,32 @@ class PictureRunner:
 
     def __init__(self, bundle: Bundle, session: Callable[[str], Session], *, language: bool) -> None:
         manifest = bundle.manifest
-        self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
-        self.dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
-        self.vision = session(VISION)
-        self.bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
+        self.images = image_parts(bundle, session)
         self.features = session(IMAGE_FEATURES) if IMAGE_FEATURES in manifest.graphs else None
-        self.takes = (
-            [tensor.name for tensor in bundle.graph(IMAGE_FEATURES).spec.inputs] if self.features else []
-        )
         self.spec = manifest.prompt
         self.language = load_language_model(bundle, session) if language else None
         self.instruction: dict[str, Array] = {}
         self.prompt: Prompt | None = None
-        if manifest.prompt is not None:
-            table = TokenTable(
-                bundle.file(EMBEDDINGS_FILE), "embed_tokens", bundle.graph(DECODER).spec.inputs[0].dtype
-            )
-            tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
-            prompter = Prompter(manifest.prompt, tokenizer, manifest.max_positions, table.num_rows)
-            text = default_prompt(prompter)
-            self.prompt = prompter(text)
-            if manifest.prompt.instruction_positions:
-                reader = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
-                positions, frames = manifest.prompt.instruction_positions, manifest.prompt.frames
-                self.instruction = Instructor(reader, positions, frames)([text])
+        if self.spec is not None:
+            text = bundle_text_parts(bundle)
+            prompt = default_prompt(text.prompts)
+            self.prompt = text.prompts(prompt)
+            if text.instructions is not None:
+                self.instruction = text.instructions([prompt])
 
     def __call__(self, content: bytes, text: Sequence[int] | None) -> None:
         """Runs all graphs on a picture file, the decoder on its prompt and the tokens of ``text`` behind it."""
-        frames = self.spec.frames if self.spec is not None else 1
-        pixels = self.preprocessing.batch(pictures_of([load_image(content)], frames))
-        outputs = self.vision.run({"pixel_values": pixels.astype(self.dtype, copy=False)})
-        if self.bridge is not None:
-            outputs |= self.bridge.run({"image_embeds": outputs["image_embeds"], **self.instruction})
+        images, frames = self.images, self.spec.frames if self.spec is not None else 1
+        pixels = images.preprocessing.batch(pictures_of([load_image(content)], frames))
+        outputs = images.vision.run({"pixel_values": pixels.astype(images.pixels_dtype, copy=False)})
+        if images.bridge is not None:
+            outputs |= images.bridge.run({"image_embeds": outputs["image_embeds"], **self.instruction})
         if self.features is not None:
-            self.features.run({name: outputs[name] for name in self.takes})
+            self.features.run({name: outputs[name] for name in self.features.input_names})
         if self.language is None or self.prompt is None or text is None:
             return
         if frames > 1:
-            outputs = {name: pack(array, [frames]) for name, array in outputs.items()}
+            outputs = {name: pack_images(array, [frames]) for name, array in outputs.items()}
         if isinstance(self.language, EncoderDecoder):
             _, state = self.language.prefill([self.prompt], outputs)
             behind = _behind(text, self.language.initial)
@@ -198,6 +179,6 @@ def _behind(text: Sequence[int], start: Sequence[int]) -> Sequence[int]:
 
 def _continued(prompt: Prompt, text: Sequence[int]) -> Prompt:
     """A prompt with a caption behind it."""
-    runs = (*prompt.runs[:-1], (*prompt.runs[-1], *text))
-    looks = (*prompt.looks, *[prompt.looks[-1]] * len(text)) if prompt.looks else ()
-    return replace(prompt, runs=runs, looks=looks)
+    segments = (*prompt.segments[:-1], (*prompt.segments[-1], *text))
+    attends_to = (*prompt.attends_to, *[prompt.attends_to[-1]] * len(text)) if prompt.attends_to else ()
+    return replace(prompt, segments=segments, attends_to=attends_to)

@@ -1,4 +1,4 @@
-"""Which pictures a calibration sees: a folder, ``.tar`` shards, or both, in an order that never changes."""
+"""Chooses the pictures of a calibration from a folder and its ``.tar`` shards, always in the same order."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from pathlib import Path
 from blip2edge.errors import DataError, ImageError
 from blip2edge.progress import counted
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
+from blip2edge.runtime.images.shards import SHARD_SUFFIX, ShardFile, open_shard
 
-SHARD = ".tar"
 ADVISED = 100
-"""Pictures below which ranges are uncertain: with fewer, a warning tells the number."""
+"""With fewer pictures, ranges are uncertain, and a calibration warns."""
 
 DEFAULT_COUNT = 512
-"""At most so many are used unless told otherwise; SmoothQuant (arXiv 2211.10438) calibrates on 512 samples."""
+"""Default of ``--count``; SmoothQuant (arXiv 2211.10438) calibrates on 512 samples."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class CalibrationPicture:
     """A picture in a file, or in a shard.
 
     Attributes:
         path: The file, or the shard.
-        member: Its name in the shard; empty for a file.
-        offset: Where it begins in the shard, in bytes.
-        size: Bytes in the shard.
+        stored: The picture's place in the shard; None for a file.
     """
 
     path: Path
-    member: str = ""
-    offset: int = 0
-    size: int = 0
+    stored: ShardFile | None = None
+
+    @property
+    def member(self) -> str:
+        """Name of the picture in its shard; empty for a file."""
+        return self.stored.name if self.stored is not None else ""
 
     @property
     def name(self) -> str:
-        """What a message calls it."""
+        """The picture's name in messages."""
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
     def references(self) -> list[str]:
-        """Captions that people wrote: the lines of a ``.txt`` of the same name beside the file; none in a shard."""
+        """Reference captions: the lines of the ``.txt`` of the same name beside the file; none for a shard."""
         beside = self.path.with_suffix(".txt")
         if self.member or not beside.is_file():
             return []
@@ -50,26 +51,26 @@ class Picture:
         return [line.strip() for line in lines if line.strip()]
 
     def read(self) -> bytes:
-        """The bytes of the picture file."""
-        if not self.member:
-            return self.path.read_bytes()
-        with self.path.open("rb") as shard:
-            shard.seek(self.offset)
-            return shard.read(self.size)
+        """The bytes of the picture file.
+
+        Raises:
+            ImageError: The shard cannot be read, or is cut off.
+        """
+        return self.path.read_bytes() if self.stored is None else self.stored.read()
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """The pictures that were chosen.
+    """The chosen pictures.
 
     Attributes:
-        pictures: In order.
-        found: How many there were to choose from.
+        pictures: The pictures, in order.
+        found: Number of pictures in the source.
         sha256: One hash over their bytes, in order.
-        skipped: Names of those that could not be read as pictures.
+        skipped: Names of files that could not be read as pictures.
     """
 
-    pictures: tuple[Picture, ...]
+    pictures: tuple[CalibrationPicture, ...]
     found: int
     sha256: str
     skipped: tuple[str, ...] = ()
@@ -77,36 +78,36 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[CalibrationPicture]:
         return iter(self.pictures)
 
 
 def choose_pictures(
     source: str | Path, count: int = DEFAULT_COUNT, progress: Callable[[int, int], None] | None = None
 ) -> PictureSet:
-    """Finds pictures and takes ``count`` of them, at equal distances in the order of their names.
+    """Finds pictures and takes ``count`` of them, evenly spaced in the order of their names.
 
     Args:
-        source: A folder (searched with its subfolders) of picture files and ``.tar`` shards as WebDataset writes
-            them, or one shard.
-        count: How many at most.
+        source: A folder of picture files and ``.tar`` shards in WebDataset's format, searched with its subfolders;
+            or one shard.
+        count: Largest number of pictures.
         progress: Called with pictures read and pictures in all.
 
     Raises:
-        DataError: There is no picture that can be read.
+        DataError: No picture can be read, or a shard is damaged.
     """
     root = Path(source)
     found = list(_search(root))
     if not found:
         raise DataError(
             f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none",
-            "give --images a folder with pictures of the kind that the device will see",
+            "give --images a folder of pictures like those that the device will caption",
         )
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
     digest, kept, skipped = hashlib.sha256(), [], []
     for picture in counted(wanted, len(wanted), progress):
-        content = picture.read()
         try:
+            content = picture.read()
             load_image(content)
         except ImageError:
             skipped.append(picture.name)
@@ -115,42 +116,38 @@ def choose_pictures(
         kept.append(picture)
     if not kept:
         raise DataError(
-            f"{root}: none of the {len(wanted)} pictures can be read, {skipped[0]} among them",
-            "give --images a folder with whole pictures",
+            f"{root}: none of the {len(wanted)} pictures can be read; the first is {skipped[0]}",
+            "give --images a folder with undamaged pictures",
         )
     return PictureSet(tuple(kept), len(found), digest.hexdigest(), tuple(skipped))
 
 
-def _search(root: Path) -> Iterator[Picture]:
-    if root.is_file() and root.suffix.lower() == SHARD:
+def _search(root: Path) -> Iterator[CalibrationPicture]:
+    if root.is_file() and root.suffix.lower() == SHARD_SUFFIX:
         yield from _shard(root)
         return
     if not root.is_dir():
         raise DataError(
-            f"{root}: expected a folder of pictures or a .tar shard, and there is none",
+            f"{root}: expected a folder of pictures or a .tar shard, found neither",
             "give --images a folder that exists",
         )
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         if hidden or not path.is_file():
             continue
-        if path.suffix.lower() == SHARD:
+        if path.suffix.lower() == SHARD_SUFFIX:
             yield from _shard(path)
         elif path.suffix.lower() in PICTURE_SUFFIXES:
-            yield Picture(path)
+            yield CalibrationPicture(path)
 
 
-def _shard(path: Path) -> Sequence[Picture]:
-    """The pictures of a tar file, by name; only its headers are read."""
+def _shard(path: Path) -> Sequence[CalibrationPicture]:
+    """The pictures of a shard, by name."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            members = [
-                Picture(path, member.name, member.offset_data, member.size)
-                for member in archive
-                if member.isfile() and Path(member.name).suffix.lower() in PICTURE_SUFFIXES
-            ]
+        with open_shard(path) as files:
+            pictures = [CalibrationPicture(path, file) for file, _ in files if file.is_picture]
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{path}: cannot be read as an uncompressed tar file ({error})", "copy the shard again"
         ) from error
-    return sorted(members, key=lambda picture: picture.member)
+    return sorted(pictures, key=lambda picture: picture.member)

@@ -1,10 +1,10 @@
-"""``blip2edge calibrate``: a bundle and pictures in, an INT8 bundle out, or nothing.
+"""``blip2edge calibrate``: makes an INT8 or INT4 bundle; where a step fails, nothing is published.
 
-1. Read: the pictures are chosen, the parent captions some of them, and what each graph is given is spooled to disk.
-2. Range: the activations of the vision encoder and the bridge are observed, and a plan says what becomes INT8.
-3. Write: each graph's new nodes, its weights a tensor at a time.
-4. Compare: cosine of each graph's outputs and agreement of the captions with the parent's stand in the manifest.
-5. Publish: the manifest seals the files, and the staging directory is renamed.
+1. Record: choose the pictures, caption some of them with the parent, and save the inputs of each graph to disk.
+2. Quantize: choose the ranges of activations (``activations``), round the weights (``weights``), write each new graph.
+3. Compare: the cosine of each graph's outputs, and the agreement of the captions with the parent's.
+4. Limit: with ``--drop-limit``, keep sensitive layers in floating point until the captions agree enough (``search``).
+5. Publish: write the report, seal the files in the manifest, and rename the staging directory.
 """
 
 from __future__ import annotations
@@ -22,37 +22,45 @@ from typing import Any
 import onnx_ir as ir
 
 import blip2edge
-from blip2edge.bundle.manifest import MANIFEST, STAMP, Bundle, FileRecord, GraphRecord, Manifest
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import STAMPS, FileRecord
+from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import BRIDGE, VISION
-from blip2edge.calibration.activations import headroom
-from blip2edge.calibration.activations.quantise import Job, quantise_activations
-from blip2edge.calibration.activations.ranges import THRESHOLDS
+from blip2edge.calibration.activations.choose_ranges import METHODS
+from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
+from blip2edge.calibration.activations.quantize import quantize_activations
+from blip2edge.calibration.agreement import (
+    RUNS,
+    CaptionAgreement,
+    GreedyCaption,
+    caption_pictures,
+    compare_captions,
+)
 from blip2edge.calibration.batches import Feeds, collect
+from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
-from blip2edge.calibration.report.details import tell
-from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, Made
-from blip2edge.calibration.search.agreement import Captions, caption_pictures, compare_captions
-from blip2edge.calibration.search.choosing import (
-    Candidates,
-    Choice,
+from blip2edge.calibration.report.document import write_reports
+from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, StagedGraph
+from blip2edge.calibration.search.drop_limit import (
+    CaptionScore,
     DropLimit,
-    Score,
+    FullyQuantized,
+    KeptLayers,
     check_drop_limit,
-    choose,
+    choose_kept_layers,
     measure_layers,
 )
-from blip2edge.calibration.weights.language_weights import BITS, RUNS, quantise_weights
+from blip2edge.calibration.weights.quantize import BITS, quantize_weights
 from blip2edge.errors import BackendError, BundleError, UsageError
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
 
-METHODS = (*THRESHOLDS, "smooth")
-UNSEEN_BITS = 8
-"""Of weights whose activations the pictures do not show (texts that are compared, a draft): four bits need them."""
+BITS_WITHOUT_INPUTS = 8
+"""Bits of the weights of a graph without recorded inputs (texts that are compared, a draft): INT4 needs inputs."""
 
 W8A8 = (VISION, BRIDGE)
-"""Graphs whose activations become INT8 too, unless told otherwise."""
+"""Graphs whose activations become INT8 by default."""
 
 
 def calibrate(
@@ -64,32 +72,32 @@ def calibrate(
     activations: Sequence[str] = W8A8,
     weights: str | None = "int8",
     drop_limit: float | None = None,
-    cider: Score | None = None,
+    cider: CaptionScore | None = None,
     count: int = DEFAULT_COUNT,
     force: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> CalibrationReport:
-    """Makes an INT8 bundle.
+    """Makes an INT8 or INT4 bundle.
 
     Args:
         bundle: The parent, in fp32 or fp16.
-        output: The bundle to make.
+        output: The directory of the new bundle.
         images: A folder of pictures or ``.tar`` shards.
-        method: How ranges are chosen, one of :data:`METHODS`.
-        activations: Graphs whose activations become INT8 too; those that the parent lacks are passed over.
-        weights: What the weights of the other graphs become, ``int8`` or ``int4``, and the token table with them
-            (``int8``); None leaves them.
-        drop_limit: Percent points of the captions that may differ from the parent's: the layers that suffer most
-            stay as they are until it holds. None for no limit.
-        cider: Scores captions; with it, and a ``.txt`` of references beside every picture, the limit is on CIDEr.
-        count: Pictures at most.
+        method: How activation ranges are chosen, one of :data:`METHODS`.
+        activations: Names of the graphs whose activations become INT8; a name that the parent lacks has no effect.
+        weights: The type of the weights of the other graphs, ``int8`` or ``int4`` (the token table becomes ``int8``);
+            None keeps them unchanged.
+        drop_limit: Percentage points of the captions that may differ from the parent's: the most sensitive layers are
+            kept in floating point until the limit holds. None for no limit.
+        cider: Scores captions. With it, and a ``.txt`` of references beside every picture, the limit is on CIDEr.
+        count: Largest number of pictures.
         force: Replace what is at ``output``.
-        threads: CPU threads; None for as many as there are cores.
+        threads: CPU threads; None for all cores.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
-        UsageError: An unknown method, or unknown weights.
+        UsageError: An unknown method, unknown weights, or a limit that does not apply.
         BundleError: The parent is no bundle, is in bf16, or was calibrated before.
         DataError: No picture can be read.
         OutputError: ``output`` exists, or cannot be written.
@@ -104,103 +112,121 @@ def calibrate(
         warnings = _warnings(pictures)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             feeds = Feeds(Path(folder) / "feeds")
-            job = Job(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
+            context = CalibrationContext(
+                parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256
+            )
             limit = None if drop_limit is None else DropLimit(drop_limit, cider)
             title = target.resolve().name
-            graphs, agreement = _calibrated(job, pictures, activations, weights, limit, title)
-    made, seconds = {name: item.summary for name, item in graphs.items()}, time.perf_counter() - start
-    return CalibrationReport(target, made, agreement, len(pictures), tuple(warnings), seconds, meter.peak)
+            graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
+    summaries = {name: graph.summary for name, graph in graphs.items()}
+    seconds = time.perf_counter() - start
+    return CalibrationReport(
+        target, summaries, agreement, len(pictures), tuple(warnings), seconds, meter.peak
+    )
 
 
-def _calibrated(
-    job: Job,
+def _fill_staging(
+    context: CalibrationContext,
     pictures: PictureSet,
     activations: Sequence[str],
     weights: str | None,
     limit: DropLimit | None,
     title: str,
-) -> tuple[dict[str, Made], Captions | None]:
-    """Fills the staging directory."""
-    parent = job.parent
-    said = _captions(job, parent.path, pictures, "caption with the parent")
-    tokens = [caption[1] for caption in said or ()]
+) -> tuple[dict[str, StagedGraph], CaptionAgreement | None]:
+    """Writes the whole bundle to the staging directory."""
+    parent = context.parent
+    captions = _captions(context, parent.path, pictures, "caption with the parent")
     collect(
         parent,
         pictures,
-        job.feeds,
-        texts=tokens,
-        threads=job.threads,
-        progress=partial(job.report, "collect"),
+        context.feeds,
+        texts=[caption.tokens for caption in captions or ()],
+        threads=context.threads,
+        progress=partial(context.progress, "collect"),
     )
     graphs = {
-        name: replace(_made(job, record, activations, weights), headroom=_headroom(job, record))
+        name: replace(_quantize(context, record, activations, weights), headroom=_headroom(context, record))
         for name, record in parent.manifest.graphs.items()
     }
-    _copy_rest(parent, job.staging)
-    agreement, choice = None, None
-    if said is None:
-        _seal(job, graphs).write(job.staging)
+    _copy_rest(parent, context.staging)
+    agreement, kept = None, None
+    if captions is None:
+        _seal(context, graphs).write(context.staging)
     elif limit is None:
-        agreement = _agreement(job, pictures, said, graphs)
+        agreement = _agreement(context, pictures, captions, graphs)
     else:
-        graphs, choice, agreement = _chosen(job, pictures, said, graphs, limit)
-    record = _record(job, pictures, graphs, agreement)
-    if choice is not None:
-        record["sensitivity"] = choice.to_json()
-    manifest = _seal(job, graphs)
-    files = {**manifest.files, **tell(job, title, list(pictures), record, graphs, agreement)}
-    replace(manifest, files=files, calibration=record).write(job.staging)
+        graphs, kept, agreement = _apply_limit(context, pictures, captions, graphs, limit)
+    record = _record(context, pictures, graphs, agreement)
+    if kept is not None:
+        record["sensitivity"] = kept.to_json()
+    manifest = _seal(context, graphs)
+    reports = write_reports(context, title, list(pictures), record, graphs, agreement)
+    replace(manifest, files={**manifest.files, **reports}, calibration=record).write(context.staging)
     return graphs, agreement
 
 
-Said = list[tuple[str, tuple[int, ...]]]
-"""Captions as texts and token ids."""
+def _agreement(
+    context: CalibrationContext,
+    pictures: PictureSet,
+    captions: Sequence[GreedyCaption],
+    graphs: Mapping[str, StagedGraph],
+) -> CaptionAgreement:
+    """Seals the staging directory, captions with it, and compares with the parent's captions."""
+    _seal(context, graphs).write(context.staging)
+    ours = _captions(context, context.staging, pictures, "caption with the new")
+    return compare_captions(captions, ours or ())
 
 
-def _agreement(job: Job, pictures: PictureSet, said: Said, graphs: Mapping[str, Made]) -> Captions:
-    """Seals what is in the staging directory, and compares its captions with the parent's."""
-    _seal(job, graphs).write(job.staging)
-    return compare_captions(said, _captions(job, job.staging, pictures, "caption with the new") or ())
+def _apply_limit(
+    context: CalibrationContext,
+    pictures: PictureSet,
+    captions: Sequence[GreedyCaption],
+    graphs: Mapping[str, StagedGraph],
+    limit: DropLimit,
+) -> tuple[dict[str, StagedGraph], KeptLayers, CaptionAgreement]:
+    """Keeps sensitive layers in floating point until the limit holds.
 
-
-def _chosen(
-    job: Job, pictures: PictureSet, said: Said, graphs: Mapping[str, Made], limit: DropLimit
-) -> tuple[dict[str, Made], Choice, Captions]:
-    """Leaves layers as they are until the limit holds; the graphs, the record, and the captions in the end."""
-    candidates = Candidates.keep(job, graphs, job.feeds.directory.parent / "whole")
-    ranking = measure_layers(job, candidates, list(pictures), [tokens for _, tokens in said])
-    references = [picture.references() for picture in list(pictures)[: len(said)]]
+    Returns:
+        The final graphs, the record of the search, and the final agreement of the captions.
+    """
+    quantized = FullyQuantized.save(context, graphs, context.feeds.directory.parent / "quantized")
+    ranking = measure_layers(context, quantized, list(pictures), [caption.tokens for caption in captions])
+    references = [picture.references() for picture in list(pictures)[: len(captions)]]
     if limit.cider is not None and not all(references):
         limit = DropLimit(limit.points)
-    last: list[Captions] = []
+    agreements: list[CaptionAgreement] = []
 
-    def drop_of(made: Mapping[str, Made]) -> float:
-        last.append(_agreement(job, pictures, said, made))
-        return limit.drop(last[-1], references)
+    def drop_of(candidate: Mapping[str, StagedGraph]) -> float:
+        agreements.append(_agreement(context, pictures, captions, candidate))
+        return limit.drop(agreements[-1], references)
 
-    chosen, choice = choose(job, candidates, ranking, limit, drop_of)
-    return chosen, choice, last[-1]
+    chosen, kept = choose_kept_layers(context, quantized, ranking, limit, drop_of)
+    return chosen, kept, agreements[-1]
 
 
-def _made(job: Job, record: GraphRecord, activations: Sequence[str], weights: str | None) -> Made:
-    """What becomes of a graph."""
+def _quantize(
+    context: CalibrationContext, record: GraphRecord, activations: Sequence[str], weights: str | None
+) -> StagedGraph:
+    """Quantizes one graph, or copies it where neither its activations nor its weights become integers."""
     if record.spec.name in activations:
-        return quantise_activations(job, record)
+        return quantize_activations(context, record)
     if record.spec.name == VISION or weights is None:
-        return _copied(job, record)
-    bits = BITS[weights] if job.feeds.count(record.spec.name) else UNSEEN_BITS
-    return quantise_weights(job, record, bits)
+        return _copied(context, record)
+    bits = BITS[weights] if context.feeds.count(record.spec.name) else BITS_WITHOUT_INPUTS
+    return quantize_weights(context, record, bits)
 
 
-def _headroom(job: Job, record: GraphRecord) -> dict[str, Any] | None:
-    """How far the parent's tensors are from fp16's largest number; None where the graph was given nothing."""
+def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any] | None:
+    """The FP16 headroom of the parent's tensors; None where no inputs of the graph were recorded."""
     name = record.spec.name
-    if not job.feeds.count(name):
+    if not context.feeds.count(name):
         return None
-    model = ir.load(job.parent.file(record.spec.file))
-    progress = partial(job.report, f"{name}: headroom")
-    return headroom.to_json(
-        headroom.sweep(model, record, job.feeds, job.parent.path, threads=job.threads, progress=progress)
+    model = ir.load(context.parent.file(record.spec.file))
+    progress = partial(context.progress, f"{name}: headroom")
+    return headroom_json(
+        measure_headroom(
+            model, record, context.feeds, context.parent.path, threads=context.threads, progress=progress
+        )
     )
 
 
@@ -211,7 +237,7 @@ def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle
         raise UsageError(f"--weights is one of {', '.join(BITS)}, not {weights}")
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(
-            "a calibration runs the bundle in onnxruntime, which is not installed",
+            "calibration runs the bundle in onnxruntime, which is not installed",
             "install it: pip install 'blip2edge[cpu,export]'",
         )
     parent = Bundle.open(bundle)
@@ -222,8 +248,8 @@ def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle
         )
     if parent.manifest.calibration:
         raise BundleError(
-            f"{parent.path} was calibrated before, and a range of rounded values is no range",
-            "calibrate the bundle that it was made from",
+            f"{parent.path} was calibrated before, and its values are rounded already",
+            "calibrate the floating-point bundle that it was made from",
         )
     return parent
 
@@ -233,31 +259,37 @@ def _warnings(pictures: PictureSet) -> list[str]:
     if len(pictures) < ADVISED:
         warnings.append(
             f"{len(pictures)} pictures are fewer than the {ADVISED} advised: "
-            "a value that none of them shows will saturate"
+            "larger values on other pictures will saturate"
         )
     if pictures.skipped:
-        warnings.append(f"{len(pictures.skipped)} pictures cannot be read, {pictures.skipped[0]} among them")
+        warnings.append(
+            f"{len(pictures.skipped)} pictures cannot be read; the first is {pictures.skipped[0]}"
+        )
     return warnings
 
 
-def _captions(job: Job, bundle: Path, pictures: PictureSet, stage: str) -> Said | None:
-    if job.parent.manifest.prompt is None:
+def _captions(
+    context: CalibrationContext, bundle: Path, pictures: PictureSet, stage: str
+) -> list[GreedyCaption] | None:
+    """Captions of the first pictures; None where the model writes none."""
+    if context.parent.manifest.prompt is None:
         return None
-    some = list(pictures)[:RUNS]
-    return caption_pictures(bundle, some, threads=job.threads, progress=partial(job.report, stage))
+    return caption_pictures(
+        bundle, list(pictures)[:RUNS], threads=context.threads, progress=partial(context.progress, stage)
+    )
 
 
-def _copied(job: Job, record: GraphRecord) -> Made:
-    """A graph that stays as it is."""
+def _copied(context: CalibrationContext, record: GraphRecord) -> StagedGraph:
+    """Copies a graph unchanged."""
     for file in record.files:
-        shutil.copyfile(job.parent.file(file), job.staging / file)
-    size = job.parent.manifest.graph_bytes(record)
+        shutil.copyfile(context.parent.file(file), context.staging / file)
+    size = context.parent.manifest.graph_bytes(record)
     summary = CalibratedGraph(record.spec.name, record.precision, size, size, 0.0, 0, {}, {})
-    return Made(record, {file: job.parent.manifest.files[file] for file in record.files}, summary)
+    return StagedGraph(record, {file: context.parent.manifest.files[file] for file in record.files}, summary)
 
 
 def _copy_rest(parent: Bundle, staging: Path) -> None:
-    """Everything that belongs to no graph: token table, tokenizers."""
+    """Copies the files that belong to no graph: token table, tokenizers."""
     manifest = parent.manifest
     of_graphs = {file for record in manifest.graphs.values() for file in record.files}
     for file in manifest.files:
@@ -265,44 +297,50 @@ def _copy_rest(parent: Bundle, staging: Path) -> None:
             shutil.copyfile(parent.file(file), staging / file)
 
 
-def _seal(job: Job, graphs: Mapping[str, Made]) -> Manifest:
-    seals = {file: seal for made in graphs.values() for file, seal in made.seals.items()}
-    for path in sorted(job.staging.iterdir()):
-        if path.name not in (*seals, MANIFEST, STAMP):
+def _seal(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> Manifest:
+    """The new manifest, with hash and size of each file of the staging directory."""
+    seals = {file: seal for graph in graphs.values() for file, seal in graph.seals.items()}
+    for path in sorted(context.staging.iterdir()):
+        if path.name not in (*seals, MANIFEST, STAMPS):
             seals[path.name] = FileRecord.of(path)
-    manifest = job.parent.manifest
+    manifest = context.parent.manifest
     return replace(
         manifest,
-        graphs={name: made.record for name, made in graphs.items()},
+        graphs={name: graph.record for name, graph in graphs.items()},
         files=seals,
         versions={**manifest.versions, "calibrated_by": blip2edge.__version__},
     )
 
 
 def _record(
-    job: Job, pictures: PictureSet, graphs: Mapping[str, Made], agreement: Captions | None
+    context: CalibrationContext,
+    pictures: PictureSet,
+    graphs: Mapping[str, StagedGraph],
+    agreement: CaptionAgreement | None,
 ) -> dict[str, Any]:
     """The manifest's ``calibration`` object."""
     return {
-        "method": job.method,
+        "method": context.method,
         "pictures": len(pictures),
         "data_sha256": pictures.sha256,
-        "parent_sha256": job.parent.sha256,
+        "parent_sha256": context.parent.sha256,
         "cosine": {
-            name: {output: value.to_json() for output, value in made.summary.cosine.items()}
-            for name, made in graphs.items()
-            if made.summary.cosine
+            name: {output: value.to_json() for output, value in graph.summary.cosine.items()}
+            for name, graph in graphs.items()
+            if graph.summary.cosine
         },
         "weights": {
-            name: told for name, made in graphs.items() if (told := made.summary.weights_json()) is not None
+            name: entry
+            for name, graph in graphs.items()
+            if (entry := graph.summary.weights_json()) is not None
         },
         "left_in_float": {
-            name: dict(made.summary.left) for name, made in graphs.items() if made.summary.left
+            name: dict(graph.summary.kept_float) for name, graph in graphs.items() if graph.summary.kept_float
         },
         "fp16": {
-            name: {key: made.headroom[key] for key in ("lowest", "keep_fp32")}
-            for name, made in graphs.items()
-            if made.headroom is not None
+            name: {key: graph.headroom[key] for key in ("lowest", "keep_fp32")}
+            for name, graph in graphs.items()
+            if graph.headroom is not None
         },
         "captions": None if agreement is None else agreement.to_json(),
     }

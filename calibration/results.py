@@ -1,4 +1,4 @@
-"""What a calibration tells of itself: a record a graph, and one for the whole."""
+"""The results of a calibration: one record per graph, and the report of the whole run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from blip2edge.bundle.manifest import FileRecord, GraphRecord
-from blip2edge.calibration.activations.qdq import Plan
-from blip2edge.calibration.search.agreement import Captions, Cosine
+from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.calibration.activations.qdq import ActivationPlan
+from blip2edge.calibration.agreement import CaptionAgreement, Cosine
 
 
 @dataclass(frozen=True)
-class RoundedMatrix:
+class MatrixSummary:
     """A matrix whose weights alone became integers.
 
     Attributes:
-        bits, block: Its format.
+        bits: Bits of an integer, 4 or 8.
+        block: Rows that share a scale.
         shape: K and N.
-        error: Share of its output that rounding changed on the calibration's activations; None where none were seen.
-        plain_error: The same for rounding to the nearest.
+        error: Relative change of its output by rounding, on the calibration's activations; None where the pictures
+            reach no activation of it.
+        plain_error: The same for rounding to nearest.
     """
 
     bits: int
@@ -35,17 +38,18 @@ class RoundedMatrix:
 
 @dataclass(frozen=True)
 class CalibratedGraph:
-    """What became of a graph.
+    """How one graph was calibrated.
 
     Attributes:
-        name: Its name.
-        precision: As in the manifest.
-        bytes, parent_bytes: Of graph and weights, now and before.
-        seconds: To range and write it.
-        products: Products that became INT8, or whose weights became integers.
-        left: Products that stayed in floating point, with the reason.
-        cosine: To the parent's outputs on the parent's inputs, by output.
-        matrices: Those of which the weights alone are integers, by the initializer's name.
+        name: The graph's name.
+        precision: Its precision in the manifest.
+        bytes: Size of graph and weights.
+        parent_bytes: The same in the parent.
+        seconds: Time to quantize, write and compare it.
+        products: Number of products that became INT8, or whose weights became integers.
+        kept_float: Products kept in floating point, with the reason.
+        cosine: Cosine to the parent's outputs on the parent's inputs, by output.
+        matrices: Matrices whose weights alone are integers, by the initializer's name.
     """
 
     name: str
@@ -54,27 +58,27 @@ class CalibratedGraph:
     parent_bytes: int
     seconds: float
     products: int
-    left: Mapping[str, str]
+    kept_float: Mapping[str, str]
     cosine: Mapping[str, Cosine]
-    matrices: Mapping[str, RoundedMatrix] = field(default_factory=dict)
+    matrices: Mapping[str, MatrixSummary] = field(default_factory=dict)
 
     def weights_json(self) -> dict[str, Any] | None:
-        """The manifest's entry of a graph whose weights alone are integers; None for others.
+        """The manifest's entry of a graph whose weights alone are integers; None for other graphs.
 
-        ``bits``, how many matrices have each ``block``, and the mean ``error`` and ``plain_error`` of those whose
-        activations were seen.
+        ``bits``, the number of matrices of each block size (``blocks``), and the mean ``error`` and ``plain_error``
+        of the matrices whose activations were observed.
         """
         if not self.matrices:
             return None
-        told = list(self.matrices.values())
-        seen = [(item.error, item.plain_error) for item in told if item.error is not None]
+        matrices = list(self.matrices.values())
+        errors = [(item.error, item.plain_error) for item in matrices if item.error is not None]
         means: list[float | None] = [None, None]
-        if seen:
-            means = [round(float(np.mean(column)), 6) for column in zip(*seen, strict=True)]
+        if errors:
+            means = [round(float(np.mean(column)), 6) for column in zip(*errors, strict=True)]
         return {
-            "bits": told[0].bits,
+            "bits": matrices[0].bits,
             "blocks": {
-                str(block): count for block, count in sorted(Counter(item.block for item in told).items())
+                str(block): count for block, count in sorted(Counter(item.block for item in matrices).items())
             },
             "error": means[0],
             "plain_error": means[1],
@@ -83,21 +87,21 @@ class CalibratedGraph:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibration made.
+    """The outcome of a calibration.
 
     Attributes:
         bundle: The published directory.
-        graphs: By name.
-        captions: Agreement with the parent; None where the model captions nothing.
-        pictures: How many were used.
-        warnings: One line each.
-        seconds: From start to end.
-        peak_memory_bytes: Largest anonymous and shared memory of this process; 0 where it cannot be told.
+        graphs: The graphs, by name.
+        captions: Agreement with the parent's captions; None where the model writes none.
+        pictures: Number of pictures used.
+        warnings: Warnings, one line each.
+        seconds: Wall time of the calibration.
+        peak_memory_bytes: Largest anonymous and shared memory of this process; 0 where it cannot be measured.
     """
 
     bundle: Path
     graphs: Mapping[str, CalibratedGraph]
-    captions: Captions | None
+    captions: CaptionAgreement | None
     pictures: int
     warnings: tuple[str, ...]
     seconds: float
@@ -105,16 +109,16 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True)
-class Made:
+class StagedGraph:
     """A graph in the staging directory.
 
     Attributes:
         record: Its entry in the new manifest.
-        seals: Its files.
-        summary: What became of it.
-        details: An object an activation, for the report; empty where none became INT8.
-        plan: What became INT8 in it; None where the weights alone are integers, or nothing.
-        headroom: How far its tensors are from the largest fp16 number (``headroom.py``); None where it was not run.
+        seals: Hash and size of each of its files.
+        summary: How it was calibrated.
+        details: One object per INT8 activation, for the report.
+        headroom: Distance of its tensors to the largest fp16 number (``headroom.py``); None where it was not run.
+        plan: Its INT8 activations; None where no activation became INT8.
     """
 
     record: GraphRecord
@@ -122,4 +126,4 @@ class Made:
     summary: CalibratedGraph
     details: Sequence[Mapping[str, Any]] = ()
     headroom: Mapping[str, Any] | None = None
-    plan: Plan | None = None
+    plan: ActivationPlan | None = None

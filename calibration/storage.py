@@ -1,4 +1,4 @@
-"""The weights of a new graph: streamed to the file beside it, a tensor at a time, and sealed on the way."""
+"""Stores the weights of a changed graph: one tensor at a time in the file beside it, hashed while it is written."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from blip2edge.bundle.manifest import FileRecord
+from blip2edge.bundle.integrity import FileRecord
 
-LARGE = 1 << 16  # bytes from which a tensor begins on a page, so that a runtime can map it
+LARGE = 1 << 16  # bytes from which a tensor begins on a page, so that a runtime can memory-map it
 PAGE, LINE = 4096, 64  # bytes
 
 
 class TensorStore(Protocol):
-    """Where a changed graph's initializers go."""
+    """Stores the initializers of a changed graph."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
-        """Takes a new tensor; what the graph refers to from now on."""
+        """Stores a new tensor; returns the tensor to which the graph refers."""
         ...
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Takes a tensor of the parent's that stays as it is."""
+        """Stores an unchanged tensor of the parent; returns the tensor to which the graph refers."""
         ...
 
 
-class Memory:
-    """New tensors in the graph itself, the others where they are: for a graph that is run once and written nowhere."""
+class InMemoryStore:
+    """Keeps new tensors in memory and the others in the parent's files, for a graph that is run but not written."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
         """See :class:`TensorStore`."""
@@ -44,10 +44,10 @@ class Memory:
 
 
 class DataFile:
-    """A file of tensors that is written from front to end.
+    """A file of external tensors, written from front to end.
 
     Args:
-        path: The file; it lies beside the graph that will refer to it.
+        path: The file, in the directory of the graph that refers to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,13 +71,12 @@ class DataFile:
         """Appends a tensor.
 
         Args:
-            name: Of the initializer.
-            array: Its values; of packed 4-bit types the bytes, with ``dtype`` and the logical shape given by
-                :meth:`add_bytes`.
-            dtype: Of the tensor; None for that of the array.
+            name: Name of the initializer.
+            array: Its values. Packed 4-bit values go through :meth:`add_bytes`.
+            dtype: Type of the tensor; None for the array's.
 
         Returns:
-            The tensor that refers to its place in the file.
+            A tensor that refers to the values in the file.
         """
         kind = ir.DataType.from_numpy(array.dtype) if dtype is None else dtype
         return self.add_bytes(name, np.ascontiguousarray(array).tobytes(), kind, array.shape)
@@ -85,7 +84,7 @@ class DataFile:
     def add_bytes(
         self, name: str, data: bytes | memoryview, dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.ExternalTensor:
-        """Appends a tensor that is given as its bytes (little-endian, 4-bit values packed in pairs)."""
+        """Appends a tensor given as bytes (little-endian, 4-bit values packed in pairs)."""
         padding = bytes(-self._offset % (PAGE if len(data) >= LARGE else LINE))
         for piece in (padding, data):
             self._file.write(piece)
@@ -103,10 +102,10 @@ class DataFile:
         )
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-        """Appends a tensor that lies in another file."""
+        """Appends a tensor of another file."""
         return self.add_bytes(name, tensor.tobytes(), tensor.dtype, tuple(tensor.shape.numpy()))
 
     @property
     def record(self) -> FileRecord:
-        """The seal of what has been written."""
+        """Hash and size of the bytes written so far."""
         return FileRecord(self._digest.hexdigest(), self._offset)

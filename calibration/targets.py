@@ -1,4 +1,4 @@
-"""Which products of a graph become INT8, and which stay as they are, with the reason."""
+"""Finds the products of a graph that can be quantized, and the reason why others are kept in floating point."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from blip2edge.calibration.initializers import initializer_tensor
+
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-NO_WEIGHT = "both factors are activations: an attention product stays in floating point"
+NO_WEIGHT = "both factors are activations: an attention product is kept in floating point"
 CONSTANT = "its input is the same for every picture"
 
 
@@ -21,8 +23,8 @@ class Product:
         node: The node's name.
         activation: Name of its first input.
         weight: Name of the initializer.
-        inner: K.
-        outer: N.
+        inner: K, the number of inputs.
+        outer: N, the number of outputs.
     """
 
     node: str
@@ -37,70 +39,59 @@ class Targets:
     """The products of a graph.
 
     Attributes:
-        products: Those that can be quantised, in the order of the graph.
-        left: Nodes that multiply and cannot be, by name, with the reason.
+        products: Products that can be quantized, in the order of the graph.
+        kept_float: Products and convolutions that cannot, by the node's name, with the reason.
     """
 
     products: tuple[Product, ...]
-    left: Mapping[str, str]
+    kept_float: Mapping[str, str]
 
     def by_activation(self) -> dict[str, list[Product]]:
-        """The products that read each activation; they share its range."""
+        """The products of each activation, which share its range."""
         groups: dict[str, list[Product]] = defaultdict(list)
         for product in self.products:
             groups[product.activation].append(product)
         return dict(groups)
 
 
-def held(value: ir.Value) -> ir.TensorProtocol:
-    """The tensor of an initializer.
-
-    Raises:
-        ValueError: It has none.
-    """
-    if value.const_value is None:
-        raise ValueError(f"the initializer {value.name} has no value")
-    return value.const_value
-
-
 def find_targets(model: ir.Model) -> Targets:
-    """Looks through a graph.
+    """Finds the products of a graph that can be quantized.
 
-    Products of two activations (attention) are left: quantised, they lose the fused kernels of TensorRT, and
-    softmax needs a range of its own (TensorRT#3724). Convolutions are left: a ViT has one, it sees the pixels,
-    and it holds a hundredth of the weights.
+    Products of two activations (attention) are kept in floating point: if they are quantized, TensorRT does not use
+    its fused attention kernels, and softmax would need its own range (TensorRT#3724). Convolutions are kept too: a ViT
+    has only the patch embedding, which takes the pixels and has a hundredth of the weights.
     """
     products: list[Product] = []
-    left: dict[str, str] = {}
+    kept_float: dict[str, str] = {}
     for node in model.graph:
         if node.op_type not in ("MatMul", "Gemm", "Conv"):
             continue
         name = str(node.name)
         if node.op_type == "Conv":
-            left[name] = "a convolution of the pixels"
+            kept_float[name] = "a convolution of the pixels"
             continue
         value, weight = node.inputs[0], node.inputs[1]
         if value is None or weight is None:
             continue
         reason = _refusal(node, value, weight)
         if reason:
-            left[name] = reason
+            kept_float[name] = reason
             continue
-        inner, outer = held(weight).shape.numpy()
+        inner, outer = initializer_tensor(weight).shape.numpy()
         products.append(Product(name, str(value.name), str(weight.name), inner, outer))
-    return Targets(tuple(products), left)
+    return Targets(tuple(products), kept_float)
 
 
 def _refusal(node: ir.Node, value: ir.Value, weight: ir.Value) -> str:
-    """Why a product cannot be quantised; empty where it can."""
+    """Why a product cannot be quantized; empty where it can."""
     if weight.const_value is None or weight.is_graph_input():
         return NO_WEIGHT
     if node.op_type == "Gemm":
-        return "a Gemm, whose bias would have to be INT32"
+        return "it is a Gemm, whose bias would have to be INT32"
     if len(weight.const_value.shape) != 2 or weight.dtype not in FLOATS:
-        return "its weight is no matrix of floats"
+        return "its weight is not a matrix in floating point"
     if value.const_value is not None:
         return CONSTANT
     if any(index != 1 or user.op_type != "MatMul" for user, index in weight.uses()):
-        return "its weight is read in another way too"
+        return "another node reads its weight in another way"
     return ""

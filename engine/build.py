@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import DECODER
 from blip2edge.engine.builder import Built, Settings, build_engine, layers_of
@@ -234,7 +233,7 @@ def _build_into(job: _Job, root: Path, progress: ProgressCallback | None) -> Pat
     if job.options.target == "tensorrt" and job.settings.timing_cache is None:
         job.settings = replace(job.settings, timing_cache=job.bundle.derive(KIND) / TIMING_CACHE)
     directory = root / job.mark.name
-    with _replacing(directory) as staging:
+    with staged(directory, force=True, marker=None) as staging:
         for done, plan in enumerate(job.plans):
             if progress is not None:
                 progress(f"build {plan.name}", done, len(job.plans))
@@ -243,18 +242,6 @@ def _build_into(job: _Job, root: Path, progress: ProgressCallback | None) -> Pat
             progress("build", len(job.plans), len(job.plans))
         _record(job, staging).write()
     return directory
-
-
-@contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    staging = Path(tempfile.mkdtemp(prefix=".engines.", dir=directory.parent))
-    try:
-        yield staging
-        shutil.rmtree(directory, ignore_errors=True)
-        staging.chmod(0o755)
-        staging.rename(directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _in_process(job: _Job, plan: EnginePlan, staging: Path) -> Built:

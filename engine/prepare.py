@@ -13,7 +13,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from blip2edge.bundle.manifest import Bundle, Manifest
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import Manifest
 from blip2edge.bundle.schema import DECODER, CacheSpec, GraphSpec
 from blip2edge.engine.adapt import adapt
 from blip2edge.engine.constant_shape import constant_shape_spec, to_constant_shape

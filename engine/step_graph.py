@@ -10,17 +10,16 @@ written out in the decoder's own type first.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.safetensors_file import SafetensorsFile, StoredTensor, write_safetensors
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, GraphSpec, TensorSpec
-from blip2edge.bundle.token_table import HEADER_LENGTH, TokenTable
+from blip2edge.bundle.token_table import TokenTable
 from blip2edge.engine.profiles import with_rows
 from blip2edge.errors import EngineError
 from blip2edge.runtime.backends.engine_files import STEP
@@ -115,45 +114,24 @@ def dense_table(source: Path, dtype: str, output: Path) -> Path:
         dtype: The decoder's.
         output: The file to write where it has to be.
     """
-    if _header(source)[0][EMBEDDINGS_TENSOR]["dtype"] in STORED:
+    if SafetensorsFile(source).tensors[EMBEDDINGS_TENSOR].dtype in STORED:
         return source
     table = TokenTable(source, EMBEDDINGS_TENSOR, dtype)
-    rows = table.rows([0])
-    kind = {"float32": "F32", "float16": "F16"}[rows.dtype.name]
-    size = table.num_rows * table.width * rows.dtype.itemsize
-    entry = {"dtype": kind, "shape": [table.num_rows, table.width], "data_offsets": [0, size]}
-    header = json.dumps({EMBEDDINGS_TENSOR: entry}).encode()
-    header += b" " * (-len(header) % HEADER_LENGTH)
-    with output.open("wb") as file:
-        file.write(len(header).to_bytes(HEADER_LENGTH, "little") + header)
-        for start in range(0, table.num_rows, CHUNK):
-            ids = np.arange(start, min(start + CHUNK, table.num_rows))
-            file.write(table.rows(ids).tobytes())
+    stored = StoredTensor({"float32": "F32", "float16": "F16"}[dtype], (table.num_rows, table.width))
+    starts = range(0, table.num_rows, CHUNK)
+    rows = (table.rows(np.arange(start, min(start + CHUNK, table.num_rows))) for start in starts)
+    write_safetensors(output, {EMBEDDINGS_TENSOR: stored}, rows)
     return output
 
 
-def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(HEADER_LENGTH), "little")
-        return json.loads(file.read(length)), HEADER_LENGTH + length
-
-
 def _external(path: Path) -> ir.ExternalTensor:
-    header, start = _header(path)
-    entry = header[EMBEDDINGS_TENSOR]
-    kind = str(entry["dtype"])
-    if kind not in STORED:
+    table = SafetensorsFile(path).tensors[EMBEDDINGS_TENSOR]
+    if table.dtype not in STORED:
         raise EngineError(f"the token table {path} is quantised", "build it with `blip2edge build`")
-    first, last = entry["data_offsets"]
     return ir.ExternalTensor(
-        path.name,
-        start + first,
-        last - first,
-        STORED[kind],
-        shape=ir.Shape(entry["shape"]),
-        name=EMBEDDINGS_TENSOR,
-        base_dir=str(path.parent),
-    )
+        path.name, table.offset, table.nbytes, STORED[table.dtype], shape=ir.Shape(table.shape),
+        name=EMBEDDINGS_TENSOR, base_dir=str(path.parent),
+    )  # fmt: skip
 
 
 def _value(tensor: TensorSpec) -> ir.Value:

@@ -24,7 +24,8 @@ import onnx_ir as ir
 import torch
 
 import blip2edge
-from blip2edge.bundle.manifest import FileRecord, GraphRecord, Manifest, sha256_of
+from blip2edge.bundle.integrity import FileRecord, sha256_of
+from blip2edge.bundle.manifest import GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, MergingRecord, Parity
 from blip2edge.errors import BackendError

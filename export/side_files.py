@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from blip2edge.errors import BundleError, CheckpointError
 from blip2edge.export.chat import prompt_template
 from blip2edge.model.checkpoint.directory import read_json
 from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.families.prompts import prompt_spec
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
@@ -69,22 +70,9 @@ class SideFiles:
             _check_tokenizer(
                 instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True
             )
-        prompt = PromptSpec(
-            template=prompt_template(directory, slot, family.template) if slot else family.template,
-            image_token=slot,
-            question=family.question,
-            default=family.default_prompt,
-            frames=config.frames,
-            instruction_positions=config.instruction_positions,
-            visual_tokens=0 if family.around_image else config.frames * config.bridge.num_visual_tokens,
-            bos_token_id=config.bos_token_id,
-            framed=family.framed,
-            required=family.prompt_required,
-            image_token_id=config.image_token_id,
-            picture_token=family.image_token if family.around_image else "",
-            around_picture=family.around_image,
-            end_token_id=next(iter(config.eos_token_ids), None),
-        )
+        prompt = prompt_spec(config)
+        if slot:
+            prompt = replace(prompt, template=prompt_template(directory, slot, family.template))
         generation = {
             "eos_token_ids": _eos(directory, config.eos_token_ids)
             if family.generation

@@ -16,8 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from blip2edge.bundle.manifest import FileRecord
-from blip2edge.bundle.publishing import output_error
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.errors import ExportError
 from blip2edge.export.to_onnx import Traced, WeightSlot
 
@@ -61,28 +60,25 @@ def write_weights(
 
     Raises:
         ExportError: A weight is not finite, or does not fit the dtype.
-        OutputError: The disk is full.
+        OSError: The disk is full.
     """
     whole = hashlib.sha256()
     placed: dict[str, Placed] = {}
     offset = 0
-    try:
-        with file.open("wb") as out:
-            for done, (name, slot) in enumerate(traced.slots.items()):
-                data = to_bytes(read(slot.parameter), slot, dtype)
-                padding = bytes(-offset % (PAGE if len(data) >= LARGE else LINE))
-                for piece in (padding, data):
-                    out.write(piece)
-                    whole.update(piece)
-                offset += len(padding)
-                placed[name] = Placed(offset, len(data))
-                offset += len(data)
-                if progress is not None:
-                    progress(done + 1, len(traced.slots))
-            out.flush()
-            os.fsync(out.fileno())
-    except OSError as error:
-        raise output_error(file, error) from error
+    with file.open("wb") as out:
+        for done, (name, slot) in enumerate(traced.slots.items()):
+            data = to_bytes(read(slot.parameter), slot, dtype)
+            padding = bytes(-offset % (PAGE if len(data) >= LARGE else LINE))
+            for piece in (padding, data):
+                out.write(piece)
+                whole.update(piece)
+            offset += len(padding)
+            placed[name] = Placed(offset, len(data))
+            offset += len(data)
+            if progress is not None:
+                progress(done + 1, len(traced.slots))
+        out.flush()
+        os.fsync(out.fileno())
     point_at(traced, file, placed)
     return Weights(file, FileRecord(whole.hexdigest(), offset), placed)
 

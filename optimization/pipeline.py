@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ import numpy as np
 import onnx_ir as ir
 
 import blip2edge
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle, FileRecord, GraphRecord
+from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
 from blip2edge.errors import BackendError, BundleError, UsageError
@@ -38,7 +39,7 @@ from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import RowByRow
 from blip2edge.runtime.backends.openvino import OpenVinoSession
-from blip2edge.runtime.backends.optimized_copy import KIND, RECORD, OptimizedGraph, OptimizedRecord, installed
+from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord, installed
 from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.decoding.language_model import decoder_of
 
@@ -128,9 +129,7 @@ def optimize(
     start = time.perf_counter()
     opened = Bundle.open(bundle)
     directory = opened.derive(KIND) / backend
-    if directory.is_dir() and not (directory / RECORD).is_file():
-        shutil.rmtree(directory, ignore_errors=True)  # what is left of a copy: the place is for nothing else
-    with staged(directory, True, RECORD) as staging, scratch(staging) as folder:
+    with staged(directory, force=True, marker=None) as staging, scratch(staging) as folder:
         work = _Work(
             bundle=opened,
             context=Context(opened.manifest.cache, opened.manifest.max_positions),

@@ -11,7 +11,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import BRIDGE, CROSS_MASK, DECODER, MATCH, VISION, Axis, GraphSpec, TensorSpec
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.decoding.language_model import AnyDecoder
+from blip2edge.runtime.decoding.language_model import Decoder
 
 SEED = 6
 ROWS = 2
@@ -102,7 +102,7 @@ def ask(session: Session, inputs: Mapping[str, Array]) -> Answers:
     return Answers(outputs, least_seconds(lambda: session.run(one)))
 
 
-def decode(decoder: AnyDecoder, context: Mapping[str, Array], prompt: int = PROMPT) -> Answers:
+def decode(decoder: Decoder, context: Mapping[str, Array], prompt: int = PROMPT) -> Answers:
     """Decodes as generation does: prompts of different length, steps, several tokens at once, forgetting, reordering.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from blip2edge.bundle.manifest import FileRecord
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.onnxruntime_cpu import PROVIDERS, SLOW_FUSIONS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION, GraphSpec
 from blip2edge.optimization.graph import dims, producer
 from blip2edge.runtime.bench.roofline import Work

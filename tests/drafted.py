@@ -10,7 +10,7 @@ import torch
 
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
-from blip2edge.training.loading.stage1_texts import QFormerTexts
+from blip2edge.training.loading.qformer_texts import QFormerTexts
 from tests.drawing import randomize
 
 LENGTH = 24

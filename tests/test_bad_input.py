@@ -109,7 +109,7 @@ def newer(bundle: Path) -> None:
 
 
 BUNDLES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "changed": (changed, "decoder.onnx.data is not the file that was exported"),
+    "changed": (changed, "decoder.onnx.data does not match bundle.json"),
     "missing file": (lambda bundle: (bundle / "bridge.onnx").unlink(), "bridge.onnx is missing"),
     "newer": (newer, "schema version 2"),
     "no bundle": (lambda bundle: (bundle / "bundle.json").unlink(), "has no bundle.json"),

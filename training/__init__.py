@@ -1,5 +1,5 @@
-"""Training of the bridge, and of the miniature that ships.
+"""Trains and evaluates captioners, among them the miniature that ships with the package.
 
-Import the submodule you need: `scenes`, `split`, `metrics` and `evaluate` work without torch,
-so that a bundle can be scored on a machine that only runs it; the others need the `train` extra.
+`data`, `metrics` and the evaluation of bundles work without torch, so that a bundle can be scored on the machine that
+runs it. Everything else needs the extra `train`.
 """

@@ -1,7 +1,7 @@
-"""The training recipe: one TOML or JSON file, checked key by key before anything starts.
+"""The training recipe: one TOML or JSON file, checked before training starts.
 
-Every key has its place in a frozen dataclass below, with its meaning and default. A key that is not
-there is refused with the nearest one that is, and a value outside its range with what was expected.
+Every key is a field of a frozen dataclass below, with its meaning and default. For an unknown key the error suggests
+the nearest known one; for a value outside its range the error says what was expected.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ import tomllib
 
 from blip2edge.errors import ConfigError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.fields import at_least_zero, one_of, positive, read_section, share
+from blip2edge.training.fields import at_least_zero, one_of, positive, read_section, unit_interval
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How one phase is optimised (AdamW, warm-up, half a cosine)."""
+    """Optimiser settings of one phase (AdamW, linear warm-up, then half a cosine)."""
 
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 32
-    """Samples of one forward pass on one process; a step takes batch_size × accumulate × processes."""
+    """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
     accumulate: int = 1
-    """Forward passes whose gradients are summed to one step."""
+    """Forward passes whose gradients are accumulated for one step."""
     learning_rate: float = 1e-3
-    """Peak, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 1e-5
-    """Floor, reached at the last step."""
+    """Lowest learning rate, reached at the last step."""
     warmup_steps: int = 50
-    """Steps of the linear rise."""
+    """Steps of the linear warm-up."""
     weight_decay: float = 0.05
-    """On matrices only."""
+    """Weight decay, applied to matrices only."""
     beta1: float = 0.9
-    """AdamW's first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.98
-    """AdamW's second moment; the paper's value."""
+    """Decay rate of AdamW's second moment; the value of the BLIP-2 paper."""
     clip_norm: float = 1.0
-    """Largest norm of the gradient over all trained parameters."""
+    """Gradients are clipped to this norm over all trained parameters."""
 
     least_steps: ClassVar[int] = 1
 
@@ -59,20 +59,20 @@ class OptimizerConfig:
                 f" not {self.min_learning_rate}"
             )
         at_least_zero(name, {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay})
-        share(name, {"beta1": self.beta1, "beta2": self.beta2})
+        unit_interval(name, {"beta1": self.beta1, "beta2": self.beta2})
 
     @property
     def _section(self) -> str:
-        """The recipe's section, by the name of the class."""
+        """Name of the recipe's section, derived from the name of the class."""
         return type(self).__name__.removesuffix("Phase").removesuffix("Config").lower()
 
 
 @dataclass(frozen=True)
 class VisionPhase(OptimizerConfig):
-    """Pretraining of the miniature's picture encoder: every patch tells what covers it."""
+    """Pretraining of the miniature's picture encoder: every patch predicts the object that covers it."""
 
     shape_weight: float = 1.0
-    """Factor on the loss of the shape: the one label that a patch cannot tell alone, and the last to be learned."""
+    """Weight of the loss of the shape. A single patch does not show the shape, so it is learned last."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,35 +81,35 @@ class VisionPhase(OptimizerConfig):
 
 @dataclass(frozen=True)
 class LanguagePhase(OptimizerConfig):
-    """Pretraining of the miniature's language model: captions, mostly behind a prefix that hints at them."""
+    """Pretraining of the miniature's language model on captions, most of them after a prefix of their keywords."""
 
     prefix_share: float = 0.75
-    """Share of captions behind keywords; the others stand behind noise."""
+    """Share of captions that follow a prefix of keywords; the others follow noise."""
     prefix_noise: float = 0.3
-    """Noise on the prefix, relative to the size of an embedding: the bridge will not hit words exactly."""
+    """Noise added to the prefix, relative to the size of an embedding, because a bridge does not match words exactly."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share(self._section, {"prefix_share": self.prefix_share})
+        unit_interval(self._section, {"prefix_share": self.prefix_share})
         at_least_zero(self._section, {"prefix_noise": self.prefix_noise})
 
 
 @dataclass(frozen=True)
 class Stage1Phase(OptimizerConfig):
-    """Representation learning: the Q-Former with its text side, the picture encoder frozen, no language model."""
+    """Representation learning: trains the Q-Former and its text side. The picture encoder is frozen."""
 
     steps: int = 0
-    """Optimiser steps; with 0, `train stage2` begins with a fresh bridge."""
+    """Optimiser steps; with 0, `train stage2` starts with a new bridge."""
     embed_dim: int = 256
-    """Width of the space in which pictures and texts are compared."""
+    """Dimension of the vectors in which pictures and texts are compared."""
     max_tokens: int = 32
-    """Longest text; what is longer is cut."""
+    """Longest text in tokens; longer texts are cut."""
     itc_weight: float = 1.0
-    """Factor on the contrastive loss."""
+    """Weight of the contrastive loss (ITC)."""
     itm_weight: float = 1.0
-    """Factor on the matching loss."""
+    """Weight of the matching loss (ITM)."""
     itg_weight: float = 1.0
-    """Factor on the captioning loss of the Q-Former's own text head."""
+    """Weight of the captioning loss (ITG) of the Q-Former's own text head."""
 
     least_steps: ClassVar[int] = 0
 
@@ -130,14 +130,15 @@ class Stage1Phase(OptimizerConfig):
 
 @dataclass(frozen=True)
 class Stage2Phase(OptimizerConfig):
-    """The bridge learns to speak to the frozen language model."""
+    """Generative learning: trains the bridge through the frozen language model."""
 
     max_tokens: int = 64
-    """Longest text to be learned, the end token included; what is longer is cut."""
+    """Longest target text in tokens, the end token included; longer texts are cut."""
     itg_weight: float = 0.0
-    """Factor on the captioning loss of the Q-Former's own text head, which keeps it fit for drafting; 0: it is left."""
+    """Weight of the captioning loss (ITG) of the Q-Former's own text head, which can then serve as draft model; 0: the
+    text head is not trained."""
     unfreeze_language: bool = False
-    """Train the language model too: the baseline that a bridge is compared with."""
+    """Train the language model too, as a baseline."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,27 +148,27 @@ class Stage2Phase(OptimizerConfig):
 
 @dataclass(frozen=True)
 class InstructPhase(Stage2Phase):
-    """Stage 2 with the prompt also entering the Q-Former (InstructBLIP)."""
+    """Stage 2 in which the Q-Former reads the prompt too (InstructBLIP)."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What all phases share."""
+    """Settings of the training loop, shared by all phases."""
 
     autocast: str = "float32"
-    """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with a scaled loss)."""
+    """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with loss scaling)."""
     snapshot_every: int = 500
-    """Steps between two snapshots, from which an interrupted run goes on."""
+    """Steps between two snapshots. An interrupted run resumes from the newest."""
     log_every: int = 0
     """Steps between two lines of the log; 0: about 200 lines a phase."""
     cache_features: bool = False
-    """Keep the frozen picture encoder's output on disk: a picture is encoded once, in whatever run."""
+    """Cache the frozen picture encoder's output on disk. Each picture is then encoded once, for all runs."""
     features_dtype: str = "float32"
-    """How it is kept: "float32" or "float16"."""
+    """Type of the cached output: "float32" or "float16"."""
     workers: int = 0
-    """Threads that open the pictures of the next batch while this one is computed; 0: none."""
+    """Threads that open the pictures of the next batch during the current step; 0: none."""
     tensorboard: bool = False
-    """Write TensorBoard's event files too; needs the package tensorboard."""
+    """Also write event files of TensorBoard; needs the package tensorboard."""
 
     def __post_init__(self) -> None:
         one_of("loop", "autocast", self.autocast, ("float32", "bfloat16", "float16"))
@@ -178,16 +179,16 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Width, depth and heads of one part."""
+    """Sizes of one part of the model."""
 
     hidden_size: int = 128
-    """Width."""
+    """Width of the hidden states."""
     intermediate_size: int = 512
-    """Width inside the feed-forward."""
+    """Width inside the feed-forward layers."""
     num_layers: int = 3
-    """Depth."""
+    """Number of layers."""
     num_heads: int = 4
-    """Attention heads; divides the width."""
+    """Attention heads; must divide hidden_size."""
 
     def __post_init__(self) -> None:
         positive("model", dataclasses.asdict(self))
@@ -199,35 +200,35 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Where the parts come from: trained ones by name, or else the miniature, drawn and pretrained here.
+    """The parts of the model: trained parts by name, or the miniature, which is initialised and pretrained in the run.
 
-    The sizes are the miniature's: a BLIP-2 with an OPT language model, on pictures of 64 pixels.
+    The default sizes are those of the miniature: a BLIP-2 with an OPT language model, for pictures of 64 × 64 pixels.
     """
 
     checkpoint: str = ""
-    """A captioner (directory or hub name) to start from; its bridge is taken where it is of the kind asked for."""
+    """A captioner (directory or hub name) to start from; its bridge is used if it is of the kind that `bridge` names."""
     vision_from: str = ""
-    """A checkpoint (directory or hub name) whose picture encoder and preprocessing are taken."""
+    """A checkpoint (directory or hub name) whose picture encoder and preprocessing are used."""
     language_from: str = ""
-    """A language model or a captioner (directory or hub name) whose language model and tokenizer are taken."""
+    """A language model or a captioner (directory or hub name) whose language model and tokenizer are used."""
     bridge_from: str = ""
-    """What stage 1 wrote: its Q-Former is kept, and its text head where this run has one."""
+    """The output of stage 1: its Q-Former is used, and its text head if this run has one."""
     bert: str = ""
-    """A BERT (directory or hub name) that a fresh Q-Former starts from, with its tokenizer."""
+    """A BERT (directory or hub name) that initialises a new Q-Former, with its tokenizer."""
     patch_size: int = 8
-    """Side of a patch in pixels; divides 64."""
+    """Side of a patch in pixels; must divide 64."""
     num_query_tokens: int = 8
-    """Visual tokens a picture becomes; the miniature needs one a keyword, seven at least."""
+    """Visual tokens of a picture; the miniature needs one for each keyword, so at least seven."""
     max_positions: int = 128
-    """Longest context of the miniature's language model: visual tokens, prompt and caption."""
+    """Context length of the miniature's language model: visual tokens, prompt and caption."""
     dropout: float = 0.1
-    """In a fresh Q-Former; the miniature's, whose data never repeats, has none."""
+    """Dropout of a new Q-Former; the miniature has none, because its data never repeats."""
     vision: BlockSizes = field(default_factory=BlockSizes)
-    """The miniature's picture encoder."""
+    """Sizes of the miniature's picture encoder."""
     qformer: BlockSizes = field(default_factory=lambda: BlockSizes(num_layers=4))
-    """A fresh bridge: the Q-Former, or the perceiver's or pool's layers and heads."""
+    """Sizes of a new bridge: of the Q-Former, or the layers and heads of a perceiver or attention pool."""
     language: BlockSizes = field(default_factory=lambda: BlockSizes(num_layers=4))
-    """The miniature's language model."""
+    """Sizes of the miniature's language model."""
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or 64 % self.patch_size:
@@ -235,7 +236,7 @@ class ModelConfig:
                 f"[model] patch_size must divide the picture's 64 pixels, not {self.patch_size}"
             )
         positive("model", {"num_query_tokens": self.num_query_tokens})
-        share("model", {"dropout": self.dropout})
+        unit_interval("model", {"dropout": self.dropout})
         if self.is_miniature and self.num_query_tokens < 7:
             raise ConfigError(f"[model] num_query_tokens must be at least 7, not {self.num_query_tokens}")
         if self.max_positions < 40:
@@ -243,12 +244,12 @@ class ModelConfig:
         if not self.checkpoint and bool(self.vision_from) != bool(self.language_from):
             raise ConfigError(
                 "[model] vision_from and language_from belong together",
-                "give both, or a checkpoint that has the part that is missing",
+                "give both, or a checkpoint that has the missing part",
             )
 
     @property
     def is_miniature(self) -> bool:
-        """Whether picture encoder and language model are drawn and pretrained here."""
+        """Whether picture encoder and language model are initialised and pretrained in this run."""
         return not (self.checkpoint or self.vision_from or self.language_from)
 
 
@@ -260,13 +261,13 @@ class TrainingConfig:
     """The whole recipe."""
 
     seed: int = 0
-    """Of weights, order and chance."""
+    """Seed of the initial weights, the order of the data and all random draws."""
     threads: int = 1
-    """CPU threads of a process; the same number gives the same weights again."""
+    """CPU threads of a process; only the same number reproduces the same weights."""
     weights_dtype: str = "float16"
-    """How the checkpoint stores its tensors: "float16", "bfloat16" or "float32"."""
+    """Type of the tensors in the checkpoint: "float16", "bfloat16" or "float32"."""
     bridge: str = "qformer"
-    """What is trained between the frozen parts: "qformer" (BLIP-2), "projection" (behind a frozen Q-Former: MiniGPT-4),
+    """What is trained between the frozen parts: "qformer" (BLIP-2), "projection" (after a frozen Q-Former: MiniGPT-4),
     "mlp" (LLaVA), "perceiver", "pool" (attention pool), or "flamingo" (perceiver and gated cross-attention)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -284,8 +285,8 @@ class TrainingConfig:
         one_of("", "bridge", self.bridge, BRIDGES)
         if self.model.is_miniature and self.data.kind != "scenes":
             raise ConfigError(
-                "[model] names no parts, and the miniature is made for scenes alone",
-                "give checkpoint, or vision_from and language_from",
+                "[model] names no trained parts, and the miniature can be trained on scenes only",
+                "set checkpoint, or vision_from and language_from",
             )
 
 
@@ -294,13 +295,13 @@ def parse_config(text: str, *, is_json: bool = False) -> TrainingConfig:
 
     Args:
         text: TOML, or JSON with the same keys.
-        is_json: Which.
+        is_json: Whether the text is JSON.
 
     Returns:
-        The recipe, with the defaults of the dataclasses where the text is silent.
+        The recipe; missing keys get the defaults of the dataclasses.
 
     Raises:
-        ConfigError: Neither, an unknown key, or a value of the wrong type or range.
+        ConfigError: The text cannot be parsed, a key is unknown, or a value has the wrong type or range.
     """
     try:
         table = json.loads(text) if is_json else tomllib.loads(text)
@@ -315,13 +316,13 @@ def load_config(path: str | Path) -> TrainingConfig:
     """Reads a recipe from a file.
 
     Args:
-        path: A TOML file, or a JSON file by its suffix.
+        path: A JSON file if it ends in `.json`, else a TOML file.
 
     Returns:
         The recipe.
 
     Raises:
-        ConfigError: The file is missing or unreadable, or as for `parse_config`; the file is named.
+        ConfigError: The file cannot be read, or as for `parse_config`; the error names the file.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -334,7 +335,7 @@ def load_config(path: str | Path) -> TrainingConfig:
 
 
 def given_values(config: Any) -> dict[str, Any]:
-    """The values of a section that differ from its defaults, sections within it included."""
+    """The values of a section that differ from its defaults, with those of the sections inside it."""
     given: dict[str, Any] = {}
     default = type(config)()
     for each in dataclasses.fields(config):
@@ -345,7 +346,7 @@ def given_values(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: TrainingConfig) -> str:
-    """A hash of all values that are not the defaults: what two runs with equal results share.
+    """Hash of all values that differ from the defaults.
 
     A key that a later version adds does not change the hash of a recipe that does not use it.
 
@@ -353,6 +354,6 @@ def config_hash(config: TrainingConfig) -> str:
         config: The recipe.
 
     Returns:
-        64 hexadecimal digits of SHA-256 over the values' canonical text.
+        64 hexadecimal digits: SHA-256 of the values as JSON with sorted keys.
     """
     return hashlib.sha256(json.dumps(given_values(config), sort_keys=True).encode()).hexdigest()

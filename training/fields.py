@@ -1,4 +1,4 @@
-"""Configuration as frozen dataclasses: a table of a file becomes one, key by key, or is refused in one line."""
+"""Reads sections of a configuration file into frozen dataclasses, and checks every key and value."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from blip2edge.errors import ConfigError
 Section = TypeVar("Section")
 
 
-def named(section: str, key: str) -> str:
-    """How a message names a key; an empty section is the top of the file."""
+def key_name(section: str, key: str) -> str:
+    """Name of a key in messages; an empty section is the top of the file."""
     return f"[{section}] {key}" if section else key
 
 
@@ -23,21 +23,21 @@ def positive(section: str, values: Mapping[str, float]) -> None:
     """Raises ConfigError unless all values exceed 0."""
     for key, value in values.items():
         if value <= 0:
-            raise ConfigError(f"{named(section, key)} must be greater than 0, not {value}")
+            raise ConfigError(f"{key_name(section, key)} must be greater than 0, not {value}")
 
 
 def at_least_zero(section: str, values: Mapping[str, float]) -> None:
     """Raises ConfigError where a value is below 0."""
     for key, value in values.items():
         if value < 0:
-            raise ConfigError(f"{named(section, key)} must be at least 0, not {value}")
+            raise ConfigError(f"{key_name(section, key)} must be at least 0, not {value}")
 
 
-def share(section: str, values: Mapping[str, float]) -> None:
+def unit_interval(section: str, values: Mapping[str, float]) -> None:
     """Raises ConfigError unless all values lie between 0 and 1."""
     for key, value in values.items():
         if not 0.0 <= value <= 1.0:
-            raise ConfigError(f"{named(section, key)} must lie between 0 and 1, not {value}")
+            raise ConfigError(f"{key_name(section, key)} must lie between 0 and 1, not {value}")
 
 
 def one_of(section: str, key: str, value: str, choices: Sequence[str]) -> None:
@@ -46,11 +46,11 @@ def one_of(section: str, key: str, value: str, choices: Sequence[str]) -> None:
         return
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else None
-    raise ConfigError(f"{named(section, key)} must be one of {', '.join(choices)}, not {value!r}", hint)
+    raise ConfigError(f"{key_name(section, key)} must be one of {', '.join(choices)}, not {value!r}", hint)
 
 
 def _value(path: str, kind: Any, value: Any) -> Any:
-    """One value in the type that its field declares."""
+    """Checks one value and converts it to the type of its field."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a table [{path}], not {value!r}")
@@ -70,18 +70,18 @@ def _value(path: str, kind: Any, value: Any) -> Any:
 
 
 def read_section(path: str, kind: type[Section], table: Mapping[str, Any]) -> Section:
-    """A table of the file as the dataclass that describes it.
+    """Reads a table of the file into a dataclass.
 
     Args:
-        path: Where the table stands, for messages; empty at the top.
+        path: Name of the table in messages; empty at the top.
         kind: A dataclass whose fields are int, float, str, bool, tuples of str or such dataclasses.
-        table: As the file has it.
+        table: The parsed table.
 
     Returns:
-        An instance, with the defaults of the dataclass where the table is silent.
+        An instance; keys that the table does not have get the defaults of the dataclass.
 
     Raises:
-        ConfigError: An unknown key (the nearest one is named), or a value of the wrong type or range.
+        ConfigError: An unknown key (the error suggests the nearest one), or a value of the wrong type or range.
     """
     types = typing.get_type_hints(kind)
     known = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]  # no type variable stands for dataclasses

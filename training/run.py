@@ -1,17 +1,14 @@
-"""A whole training run: recipe in, checkpoint directory out; interrupted, it goes on from its last snapshot."""
+"""Runs a whole training: reads a recipe and writes a checkpoint directory. An interrupted run can be resumed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,131 +19,24 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from blip2edge import __version__
+from blip2edge.bundle.publishing import publish
 from blip2edge.errors import ConfigError, OutputError
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
-from blip2edge.training.evaluation.evaluate import evaluate_scenes
-from blip2edge.training.evaluation.judges import JudgeOptions, open_answerer
+from blip2edge.training.evaluation.models import ModelOptions
+from blip2edge.training.evaluation.open_model import open_captioner
+from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 from blip2edge.training.loop.journal import BOARD, CURVE, LOG, Journal, draw_curve
-from blip2edge.training.loop.loop import Run, run_phase
+from blip2edge.training.loop.loop import Phase, run_phase
 from blip2edge.training.loop.snapshots import Snapshot, Snapshots
-from blip2edge.training.phases.registry import PHASES, Studio, phases_of
-from blip2edge.training.setup.parts import build, first_stage, write_stage1
+from blip2edge.training.loop.training_run import TrainingRun
+from blip2edge.training.phases.registry import PHASES, phases_of
+from blip2edge.training.setup.build import build_parts, write_stage1
 
-RECORD = "training.json"  # beside the weights: how they came about
-RUN = ".run"  # behind the output's name: log and snapshots while the run lasts
-WORKSHOP = "workshop."
-AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+RECORD_FILE = "training.json"  # beside the weights: how they were trained
+_RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and snapshots during the run
+_AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 STAGES = ("stage1", "stage2", "instruct")
-
-
-def _silent(_: str) -> None:
-    """Takes a line and drops it."""
-
-
-@dataclass
-class _Session:
-    """One run in the making."""
-
-    stage: str
-    config: TrainingConfig
-    accelerator: Accelerator
-    studio: Studio
-    journal: Journal
-    snapshots: Snapshots
-    say: Callable[[str], None]
-    progress: ProgressCallback | None
-    figures: dict[str, Any] = field(default_factory=dict)
-    written: tuple[str, ...] = ()  # the captioner's parts that finished phases changed
-
-    def remember(self) -> Snapshot:
-        """What a snapshot holds beside the phase that it is in."""
-        tensors = self.studio.workshop.trained(self.written)
-        facts = {
-            "stage": self.stage,
-            "recipe": config_hash(self.config),
-            "figures": self.figures,
-            "journal": self.journal.state(),
-            "processes": self.accelerator.num_processes,
-        }
-        return Snapshot({f"{WORKSHOP}{name}": tensor for name, tensor in tensors.items()}, facts)
-
-    def go_on(self, snapshot: Snapshot, names: list[str]) -> int:
-        """Takes what finished phases left; the number of the phase to go on with.
-
-        Raises:
-            ConfigError: The recipe has no such phase any more.
-        """
-        phase = snapshot.facts["phase"]
-        if phase not in names:
-            raise ConfigError(
-                f"the snapshot is of the phase {phase}, and this recipe has {', '.join(names)}",
-                "begin anew with --force",
-            )
-        begun = names.index(phase)
-        self.figures = dict(snapshot.facts["figures"])
-        for name in names[:begun]:
-            self.written += PHASES[name].writes(self.config)
-        kept = {name: tensor for name, tensor in snapshot.tensors.items() if name.startswith(WORKSHOP)}
-        self.studio.workshop.take({name.removeprefix(WORKSHOP): tensor for name, tensor in kept.items()})
-        for name in names[:begun]:
-            if name == "stage1":
-                self.studio.workshop.fresh = True
-        return begun
-
-    def run(self, snapshot: Snapshot | None) -> None:
-        """Runs the phases, from the beginning or from a snapshot."""
-        names = phases_of(self.stage, self.config)
-        begun = 0
-        if snapshot is not None:
-            begun = self.go_on(snapshot, names)
-        self.journal.restart(None if snapshot is None else snapshot.facts["journal"])
-        shared = Run(
-            self.accelerator,
-            self.journal,
-            self.snapshots,
-            self.config.loop.snapshot_every,
-            self.remember,
-            self.config.loop.log_every,
-            self.progress,
-            self.say,
-        )
-        for number, name in enumerate(names):
-            phase_config = getattr(self.config, name)
-            if number < begun:
-                continue
-            start = time.monotonic()
-            phase = PHASES[name].make(self.studio)
-            done = sum(getattr(self.config, earlier).steps for earlier in names[:number])
-            within = snapshot if snapshot is not None and number == begun and snapshot.facts["step"] else None
-            run_phase(shared, phase, done, within)
-            PHASES[name].leave(self.studio)
-            broken = self.studio.broken()
-            self.studio.close()
-            self._note(name, phase_config.steps, time.monotonic() - start)
-            if broken:
-                self.figures[name]["broken"] = {
-                    "samples": len(broken),
-                    "first": dict(list(broken.items())[:3]),
-                }
-                self.say(f"{name}: {len(broken)} samples are broken and were skipped")
-            self.written += PHASES[name].writes(self.config)
-            if number + 1 < len(names) and self.accelerator.is_main_process:
-                kept = self.remember()
-                facts = {**kept.facts, "phase": names[number + 1], "step": 0}
-                self.snapshots.write(done + phase_config.steps, Snapshot(kept.tensors, facts))
-
-    def _note(self, name: str, steps: int, seconds: float) -> None:
-        """The figures of a phase: the loss is the mean of the last twentieth of its log."""
-        lines = [line for line in self.journal.lines if line["phase"] == name]
-        last = lines[-max(1, len(lines) // 20) :]
-        keys = last[-1]["losses"]
-        self.figures[name] = {
-            "steps": steps,
-            "final_loss": round(sum(line["loss"] for line in last) / len(last), 5),
-            "losses": {key: round(sum(line["losses"][key] for line in last) / len(last), 5) for key in keys},
-            "seconds": round(seconds, 1),
-        }
 
 
 def train(
@@ -162,24 +52,26 @@ def train(
 ) -> dict[str, Any]:
     """Trains by a recipe and writes a checkpoint that transformers loads.
 
-    What a stage needs and the recipe names no checkpoint for runs before it. The directory appears at the end, whole,
-    or not at all. Until then log and snapshots are beside it; a run that goes on from there ends with the same bits.
+    Phases that the stage needs, and for which the recipe names no checkpoint, run first. The directory appears only
+    when the run has succeeded, and is then complete. During the run, log and snapshots are in `OUT.run`. A run that
+    resumes from a snapshot ends with exactly the weights of an uninterrupted one.
 
     Args:
         stage: "stage1", "stage2" or "instruct".
         config_path: The recipe, TOML or JSON.
         out_dir: The checkpoint directory to make.
-        resume: Go on from the last snapshot even if the recipe has changed. An unchanged one goes on by itself.
-        force: Replace `out_dir` where it exists, and begin anew.
-        log: Takes a line now and then.
+        resume: Resume from the last snapshot even if the recipe has changed. With an unchanged recipe the run
+            resumes without this flag.
+        force: Replace `out_dir` if it exists, and ignore snapshots.
+        log: Called with status lines.
         progress: Called with (phase, steps done, steps).
-        evaluation_scenes: Held-out scenes that a captioner of scenes is scored on; 0: none.
+        evaluation_scenes: Held-out scenes to score the result on, if it was trained on scenes; 0: none.
 
     Returns:
         The record, also saved as `training.json`: losses of each phase, scores, hash of the recipe, machine.
 
     Raises:
-        ConfigError: The recipe is wrong, or not that of the run that is there.
+        ConfigError: The recipe is wrong, or the snapshots belong to another recipe or stage.
         OutputError: `out_dir` exists, or cannot be written.
         DataError, CheckpointError: A loss is not finite; data or a checkpoint cannot be read.
     """
@@ -191,55 +83,108 @@ def train(
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config)
     first = accelerator.is_main_process
-    snapshots = Snapshots(target.with_name(f"{target.name}{RUN}"))
-    snapshot = _begin(snapshots, stage, config, resume=resume, force=force, first=first)
+    snapshots = Snapshots(target.with_name(f"{target.name}{_RUN_SUFFIX}"))
+    snapshot = _snapshot_to_resume(snapshots, stage, config, resume=resume, force=force, first=first)
     accelerator.wait_for_everyone()
     journal = Journal(snapshots.directory if first else None, tensorboard=config.loop.tensorboard)
-    studio = _studio(stage, config, Path(config_path).resolve().parent, accelerator)
-    told = (log or _silent, progress) if first else (_silent, None)
-    session = _Session(stage, config, accelerator, studio, journal, snapshots, *told)
-    start, clock = time.monotonic(), time.process_time()
-    with contextlib.closing(studio), contextlib.closing(journal):
-        session.run(snapshot)
-    record = _record(session, config_path, time.monotonic() - start, time.process_time() - clock)
+    base = Path(config_path).resolve().parent
+    torch.manual_seed(config.seed)
+    run = TrainingRun(stage, config, base, accelerator, build_parts(stage, config, base), journal, snapshots)
     if first:
-        _publish(session, target, record, evaluation_scenes)
+        run.log, run.progress = log or run.log, progress
+    start, cpu_start = time.monotonic(), time.process_time()
+    with contextlib.closing(run), contextlib.closing(journal):
+        _run_phases(run, snapshot)
+    record = _record(run, config_path, time.monotonic() - start, time.process_time() - cpu_start)
+    if first:
+        _publish(run, target, record, evaluation_scenes, force)
         snapshots.clear()
     accelerator.wait_for_everyone()
     return record
 
 
-def _studio(stage: str, config: TrainingConfig, base: Path, accelerator: Accelerator) -> Studio:
-    """The parts of a run, and what its phases are made with."""
-    torch.manual_seed(config.seed)
-    workshop = build(stage, config, base)
-    return Studio(config, workshop, accelerator, base, partial(first_stage, config=config, base=base))
+def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:
+    """Restores the finished phases of a snapshot. Returns the number of the phase to resume in.
+
+    Raises:
+        ConfigError: The recipe no longer has the phase of the snapshot.
+    """
+    phase = snapshot.facts["phase"]
+    if phase not in names:
+        raise ConfigError(
+            f"the snapshot is of the phase {phase}, and this recipe has {', '.join(names)}",
+            "start again with --force",
+        )
+    run.restore(snapshot)
+    first = names.index(phase)
+    for name in names[:first]:
+        run.changed += PHASES[name].changes(run.config)
+    if "stage1" in names[:first]:
+        run.parts.new_projection = True
+    return first
+
+
+def _run_phases(run: TrainingRun, snapshot: Snapshot | None) -> None:
+    """Runs all phases, from the beginning or from a snapshot."""
+    names = phases_of(run.stage, run.config)
+    first = 0 if snapshot is None else _first_phase(run, snapshot, names)
+    run.journal.restart(None if snapshot is None else snapshot.facts["journal"])
+    for number, name in enumerate(names[first:], first):
+        start = time.monotonic()
+        phase = PHASES[name].make(run)
+        done = sum(getattr(run.config, earlier).steps for earlier in names[:number])
+        within = snapshot if snapshot is not None and number == first and snapshot.facts["step"] else None
+        run_phase(run, phase, done, within)
+        PHASES[name].finish(run)
+        broken = run.broken()
+        run.close()
+        run.figures[name] = _phase_figures(run, phase, time.monotonic() - start)
+        if broken:
+            run.figures[name]["broken"] = {"samples": len(broken), "first": dict(list(broken.items())[:3])}
+            run.log(f"{name}: {len(broken)} samples are broken and were skipped")
+        run.changed += PHASES[name].changes(run.config)
+        if number + 1 < len(names) and run.accelerator.is_main_process:
+            run.snapshots.write(done + phase.config.steps, run.snapshot(phase=names[number + 1], step=0))
+
+
+def _phase_figures(run: TrainingRun, phase: Phase, seconds: float) -> dict[str, Any]:
+    """Figures of a phase for the record; losses are means over the last twentieth of its log."""
+    lines = [line for line in run.journal.lines if line["phase"] == phase.name]
+    last = lines[-max(1, len(lines) // 20) :]
+    return {
+        "steps": phase.config.steps,
+        "final_loss": round(sum(line["loss"] for line in last) / len(last), 5),
+        "losses": {
+            key: round(sum(line["losses"][key] for line in last) / len(last), 5) for key in last[-1]["losses"]
+        },
+        "seconds": round(seconds, 1),
+    }
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
-    """Device, arithmetic and processes.
+    """Sets up device, arithmetic and processes.
 
     Raises:
-        ConfigError: The arithmetic is not possible here.
+        ConfigError: The recipe's arithmetic is not available on this machine.
     """
-    wanted = AUTOCAST[config.loop.autocast]
+    wanted = _AUTOCAST[config.loop.autocast]
     try:
-        # Without a device, accelerate takes several processes for one unless it is told to stay on the CPU.
+        # Without an accelerator device, several processes work only with cpu=True.
         return Accelerator(mixed_precision=wanted, cpu=not torch.accelerator.is_available())
     except ValueError as error:
         raise ConfigError(
-            f"[loop] autocast = {config.loop.autocast!r} is not possible here: {error}",
-            "float32 and bfloat16 work on a CPU; one process trains in one arithmetic",
+            f"[loop] autocast = {config.loop.autocast!r} is not available here: {error}",
+            "set it to float32 or bfloat16, which work on a CPU; one process supports one arithmetic only",
         ) from error
 
 
-def _begin(
+def _snapshot_to_resume(
     snapshots: Snapshots, stage: str, config: TrainingConfig, *, resume: bool, force: bool, first: bool
 ) -> Snapshot | None:
-    """The snapshot to go on from; None to begin anew.
+    """The snapshot to resume from; None to start from the beginning.
 
     Raises:
-        ConfigError: There is one of another recipe or stage, or none where one is asked for.
+        ConfigError: The snapshot belongs to another recipe or stage, or `resume` is set and there is none.
     """
     if force and not resume:
         if first:
@@ -249,34 +194,34 @@ def _begin(
     if snapshot is None:
         if resume:
             raise ConfigError(
-                f"--resume: there is no snapshot in {snapshots.directory}", "leave --resume out"
+                f"--resume: there is no snapshot in {snapshots.directory}", "run without --resume"
             )
         return None
     if snapshot.facts["stage"] != stage:
         raise ConfigError(
             f"{snapshots.directory} holds a run of {snapshot.facts['stage']}, and this is {stage}",
-            "give another output directory, or begin anew with --force",
+            "give another output directory, or start again with --force",
         )
     if snapshot.facts["recipe"] != config_hash(config) and not resume:
         raise ConfigError(
             f"{snapshots.directory} holds a run of another recipe",
-            "go on with --resume all the same, or begin anew with --force",
+            "resume it anyway with --resume, or start again with --force",
         )
     return snapshot
 
 
-def _record(session: _Session, config_path: str | Path, seconds: float, cpu_seconds: float) -> dict[str, Any]:
-    """What `training.json` tells, the scores aside."""
-    config = session.config
+def _record(run: TrainingRun, config_path: str | Path, seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """The content of `training.json` without the scores."""
+    config = run.config
     return {
-        "stage": session.stage,
+        "stage": run.stage,
         "config": Path(config_path).name,
         "config_sha256": config_hash(config),
         "seed": config.seed,
-        "phases": session.figures,
+        "phases": run.figures,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
-        "parameters": sum(parameter.numel() for parameter in session.studio.workshop.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in run.parts.model.parameters()),
         "versions": {
             "blip2edge": __version__,
             "python": platform.python_version(),
@@ -287,54 +232,44 @@ def _record(session: _Session, config_path: str | Path, seconds: float, cpu_seco
         "machine": {
             "processor": platform.machine(),
             "system": platform.system(),
-            "device": session.accelerator.device.type,
-            "processes": session.accelerator.num_processes,
+            "device": run.accelerator.device.type,
+            "processes": run.accelerator.num_processes,
             "threads": config.threads,
         },
     }
 
 
-def _publish(session: _Session, target: Path, record: dict[str, Any], evaluation_scenes: int) -> None:
-    """Writes a temporary sibling, scores what was written, and renames it to `target`."""
-    beside = session.snapshots.directory
-    config, workshop = session.config, session.studio.workshop
+def _publish(
+    run: TrainingRun, target: Path, record: dict[str, Any], evaluation_scenes: int, force: bool
+) -> None:
+    """Writes the checkpoint to a temporary sibling, scores it there, and renames it to `target`."""
+    beside = run.snapshots.directory
+    config, parts = run.config, run.parts
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
             fresh = Path(temporary) / "checkpoint"
             fresh.mkdir()
-            if session.stage == "stage1" and session.studio.stage1 is not None:
-                write_stage1(workshop, session.studio.stage1, fresh)
+            if run.stage == "stage1" and run.stage1 is not None:
+                write_stage1(parts, run.stage1, fresh)
             else:
-                workshop.write(fresh, config.weights_dtype)
+                parts.write(fresh, config.weights_dtype)
                 if (
                     evaluation_scenes
                     and config.data.kind == "scenes"
-                    and workshop.model.config.family == "blip-2"
+                    and parts.model.config.family == "blip-2"
                 ):
-                    scores = evaluate_scenes(open_answerer(fresh, JudgeOptions()), evaluation_scenes)
+                    scores = evaluate_scenes(open_captioner(fresh, ModelOptions()), evaluation_scenes)
                     record["heldout"] = scores
-                    session.say(f"heldout: exact match {scores['exact_match']:.4f}")
-            (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                    run.log(f"heldout: exact match {scores['exact_match']:.4f}")
+            (fresh / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             shutil.copyfile(beside / LOG, fresh / LOG)
             if (beside / BOARD).is_dir():
                 shutil.copytree(beside / BOARD, fresh / BOARD)
-            draw_curve(session.journal.lines, fresh / CURVE)
-            _swap(fresh, target, Path(temporary) / "old")
+            draw_curve(run.journal.lines, fresh / CURVE)
+            publish(fresh, target, replace=force)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
-            f"cannot write {target}: {reason}", "give a directory on a disk with room"
+            f"cannot write {target}: {reason}", "give a directory on a disk with free space"
         ) from error
-
-
-def _swap(fresh: Path, target: Path, old: Path) -> None:
-    """Puts `fresh` in the place of `target`; when that fails or is interrupted, what was there comes back."""
-    try:
-        if target.exists():
-            os.replace(target, old)
-        os.replace(fresh, target)
-    except BaseException:
-        if old.exists():
-            os.replace(old, target)
-        raise

@@ -1,16 +1,14 @@
-"""``bundle.json``: what a bundle holds, sealed by the hash of every file."""
+"""``bundle.json``: what a bundle holds, with the size and hash of every file."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import (
     CacheSpec,
     CrossSpec,
@@ -21,40 +19,23 @@ from blip2edge.bundle.schema import (
     PromptSpec,
     TensorSpec,
 )
-from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
-from blip2edge.progress import ProgressCallback
+from blip2edge.errors import BundleError, BundleVersionError
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
-STAMP = ".verified.json"
-CHUNK = 1 << 20  # bytes hashed at a time
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file's seal."""
-
-    sha256: str
-    size: int  # bytes
-
-    @classmethod
-    def of(cls, path: Path) -> FileRecord:
-        """The record of a file as it is now."""
-        return cls(sha256_of(path), path.stat().st_size)
 
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A graph of the bundle: its tensors, its precision and what parity was seen."""
+    """A graph of the bundle.
+
+    Attributes:
+        spec: Its tensors.
+        precision: ``fp32``, ``fp16``, ``bf16``, or what ``calibrate`` made of it.
+        parity: How far each output is from torch.
+        fp32_exceptions: What stays in FP32 in a graph of lower precision, and why; one sentence each.
+        data_files: Files of its weights.
+    """
 
     spec: GraphSpec
     precision: str
@@ -64,11 +45,11 @@ class GraphRecord:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All of its files: the graph's own, and those of its weights."""
+        """The graph's own file and those of its weights."""
         return (self.spec.file, *self.data_files)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in ``bundle.json``."""
+        """The JSON object in ``bundle.json``."""
         return {
             "file": self.spec.file,
             "data_files": list(self.data_files),
@@ -102,21 +83,24 @@ class Manifest:
 
     Attributes:
         family: ``model_type`` of the source checkpoint.
-        source: ``checkpoint`` (where it lay) and ``sha256`` (over names and hashes of its files).
-        precision: ``fp32``, ``fp16`` or ``bf16``; of a calibrated bundle that of what was not quantised.
-        verify: How it was checked: ``full`` or ``sample``.
-        max_positions: Longest context of the language model, or longest text of a model that compares.
-        vocab_size: Logits, or tokens that a text can have.
-        cache, prompt: None where nothing is generated.
-        generation: Defaults: ``eos_token_ids``, ``pad_token_id``, ``max_new_tokens``; empty where there is no such.
-        files: Seal of every file of the bundle but ``bundle.json`` itself.
-        versions: What made it.
-        cross: What the decoder looks at beside its own text; None for nothing.
-        draft: The small captioner inside the bridge; None where the checkpoint has none.
+        source: The checkpoint's path (``checkpoint``) and one hash over the names and hashes of its files (``sha256``).
+        precision: ``fp32``, ``fp16`` or ``bf16``; in a calibrated bundle, of the parts that are not quantised.
+        verify: How the export was checked: ``full`` or ``sample``.
+        graphs: By name.
+        cache: The decoder's KV cache; None for a matching model, which generates no text.
+        max_positions: Longest context of the language model; longest text of a matching model.
+        vocab_size: Number of logits, or of token ids that a text can have.
+        preprocessing: How an image becomes pixel values.
+        prompt: How an image and a text become the decoder's input; None for a matching model.
+        generation: Defaults: ``eos_token_ids``, ``pad_token_id``, ``max_new_tokens``; empty for a matching model.
+        files: Size and hash of every file of the bundle except ``bundle.json``.
+        versions: The packages that made it.
+        cross: Keys and values that the decoder's cross-attention reads; None for a decoder without any.
+        draft: The draft model inside the bridge; None where the checkpoint has none.
         calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty where it did not.
         merging: Patches that the vision encoder merges; None where it merges none.
-        engines_of: Hash of the ``bundle.json`` whose engines this bundle holds in place of its graphs; empty where it
-            holds the graphs.
+        engines_of: Hash of the ``bundle.json`` that the engines were built from, in a bundle that holds engines instead
+            of graphs; empty in any other bundle.
     """
 
     family: str
@@ -164,7 +148,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Manifest:
-        """The inverse of :meth:`to_json`; raises KeyError, TypeError or ValueError on a wrong shape."""
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: The object has another shape.
+        """
         return cls(
             family=values["family"],
             source=values["source"],
@@ -178,7 +166,7 @@ class Manifest:
             preprocessing=values["preprocessing"],
             prompt=PromptSpec.from_json(values["prompt"]) if values["prompt"] else None,
             generation=values["generation"],
-            files=_sealed(values),
+            files=_file_records(values),
             versions=values["versions"],
             draft=DraftSpec(**values["draft"]) if values.get("draft") else None,
             calibration=values.get("calibration", {}),
@@ -187,7 +175,7 @@ class Manifest:
         )
 
     def graph_bytes(self, graph: GraphRecord) -> int:
-        """The size of a graph's files; those that this bundle does not hold count nothing."""
+        """Bytes of a graph's files, as far as this bundle holds them."""
         return sum(self.files[file].size for file in graph.files if file in self.files)
 
     def write(self, directory: Path) -> None:
@@ -196,141 +184,31 @@ class Manifest:
         (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _sealed(values: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """The seals, one for every file that a graph needs, and none outside the bundle."""
+def _file_records(values: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """The records of all files; raises ValueError where a graph's file has none, or a file is outside the bundle."""
     files = {name: FileRecord(**record) for name, record in values["files"].items()}
     for name in files:
         if Path(name).name != name:
             raise ValueError(f"{name} is not a file of the bundle")
-    for name, graph in () if values.get("engines_of") else values["graphs"].items():
+    graphs = {} if values.get("engines_of") else values["graphs"]
+    for name, graph in graphs.items():
         for needed in (f"{name}.onnx", *graph.get("data_files", ())):
             if needed not in files:
-                raise ValueError(f"{needed} is not sealed")
+                raise ValueError(f"the file {needed} has no hash")
     return files
 
 
-class Bundle:
-    """An opened bundle: its directory and its manifest."""
+def read_manifest(directory: Path) -> Manifest:
+    """Reads the ``bundle.json`` of a directory.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-
-    @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Reads ``bundle.json`` and checks that every file is there and unchanged.
-
-        A file whose size and modification time are those of the last check is taken as unchanged; any other is
-        hashed again.
-
-        Raises:
-            BundleError: No bundle, or a manifest that cannot be read.
-            BundleVersionError: Written by a newer version.
-            BundleIntegrityError: A file is missing or changed.
-        """
-        directory = Path(path)
-        bundle = cls(directory, _read(directory))
-        bundle._check(_read_stamps(directory))
-        return bundle
-
-    def verify(self, progress: ProgressCallback | None = None) -> None:
-        """Hashes every file, whatever the stamps say.
-
-        Args:
-            progress: Called with a file's name, how many are done and how many there are.
-
-        Raises:
-            BundleIntegrityError: A file is missing or changed.
-        """
-        self._check({}, progress)
-
-    def file(self, name: str) -> Path:
-        """The path of one of its files."""
-        return self.path / name
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of ``bundle.json``, and by the hashes in it of the whole bundle: what is derived names its parent so.
-
-        Of a bundle that holds engines alone, the hash of the bundle that they were built from.
-        """
-        return self.manifest.engines_of or sha256_of(self.path / MANIFEST)
-
-    def derived(self, kind: str) -> Path:
-        """Where derived files of a kind (``engines``) are read: in the bundle, or in the cache of this user."""
-        places = self._derived(kind)
-        return next((place for place in places if place.is_dir()), places[0])
-
-    def derive(self, kind: str) -> Path:
-        """The directory that derived files of a kind are written to, made: the first of both that can be written.
-
-        Raises:
-            OutputError: Neither can.
-        """
-        places = self._derived(kind)
-        for place in places:
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-            except OSError:
-                continue
-            if os.access(place, os.W_OK):
-                return place
-        raise OutputError(f"none of {', '.join(map(str, places))} can be written", "set XDG_CACHE_HOME")
-
-    def _derived(self, kind: str) -> tuple[Path, ...]:
-        inside = self.path / kind
-        try:
-            return inside, cache_directory() / kind / self.sha256[:16]
-        except RuntimeError:  # no home directory, as in a container with a number for a user
-            return (inside,)
-
-    def graph(self, name: str) -> GraphRecord:
-        """The record of a graph.
-
-        Raises:
-            BundleError: It has no such graph.
-        """
-        if name not in self.manifest.graphs:
-            raise BundleError(
-                f"{self.path} has no graph {name}; it has {', '.join(self.manifest.graphs)}",
-                f"it was exported from a {self.manifest.family} checkpoint: use a command that fits it",
-            )
-        return self.manifest.graphs[name]
-
-    def _check(self, stamps: Mapping[str, Any], progress: ProgressCallback | None = None) -> None:
-        fresh: dict[str, list[Any]] = {}
-        total = len(self.manifest.files)
-        for done, (name, record) in enumerate(self.manifest.files.items()):
-            if progress is not None:
-                progress(name, done, total)
-            path = self.path / name
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise BundleIntegrityError(
-                    f"{path} is missing, though bundle.json lists it",
-                    "export the checkpoint again with --force",
-                ) from error
-            stamp = [status.st_size, status.st_mtime_ns, record.sha256]
-            if status.st_size != record.size or (
-                stamps.get(name) != stamp and sha256_of(path) != record.sha256
-            ):
-                raise BundleIntegrityError(
-                    f"{path} is not the file that was exported (its hash differs from bundle.json)",
-                    "copy the bundle again, or export the checkpoint again with --force",
-                )
-            fresh[name] = stamp
-        if progress is not None:
-            progress("verified", total, total)
-        if fresh != stamps:
-            _write_stamps(self.path, fresh)
-
-
-def _read(directory: Path) -> Manifest:
+    Raises:
+        BundleError: The directory is not a bundle, or the file cannot be read.
+        BundleVersionError: A newer version wrote it.
+    """
     path = directory / MANIFEST
     if not directory.is_dir():
         raise BundleError(
-            f"{directory} is not a directory, and a bundle is one",
+            f"{directory} is not a directory, but a bundle is one",
             "make it with: blip2edge export CHECKPOINT -o BUNDLE",
         )
     try:
@@ -357,43 +235,3 @@ def _read(directory: Path) -> Manifest:
             f"{path} does not follow schema version {version} ({type(error).__name__}: {error})",
             "export the checkpoint again with --force",
         ) from error
-
-
-def cache_directory() -> Path:
-    """Where this user's derived files go: ``$XDG_CACHE_HOME/blip2edge`` or ``~/.cache/blip2edge``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "blip2edge"
-
-
-def _stamp_paths(directory: Path) -> Iterator[Path]:
-    """Beside the files; where that is read-only, in the user's cache, where there is a user."""
-    yield directory / STAMP
-    key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    try:
-        yield cache_directory() / "verified" / f"{key}.json"
-    except RuntimeError:  # no home directory, as in a container with a number for a user
-        return
-
-
-def _read_stamps(directory: Path) -> Mapping[str, Any]:
-    for path in _stamp_paths(directory):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (
-            OSError,
-            ValueError,
-        ):  # no stamp, or a broken one: everything is hashed, which is always right
-            continue
-        if isinstance(values, dict):
-            return values
-    return {}
-
-
-def _write_stamps(directory: Path, stamps: Mapping[str, Any]) -> None:
-    for path in _stamp_paths(directory):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(stamps), encoding="utf-8")
-            return
-        except OSError:  # read-only: the next place, and without any the files are hashed at every load
-            continue

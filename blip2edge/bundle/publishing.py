@@ -1,8 +1,10 @@
-"""Directories are written beside their place and renamed when every check has passed."""
+"""Publishes directories whole: they are written beside their place and renamed when every check has passed."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,27 +14,24 @@ from pathlib import Path
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.errors import OutputError
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
 
 @contextmanager
-def staged(target: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
-    """A sibling of ``target`` that takes its place when the block ends well, and vanishes when it does not.
+def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator[Path]:
+    """A new directory beside ``target``, which takes its place when the block ends without an error.
+
+    On an error the new directory is removed and ``target`` stays as it was.
 
     Args:
-        target: The directory: a bundle's, unless ``marker`` says otherwise.
-        force: Whether one that is there is replaced.
-        marker: The file by which one of the kind is known.
+        target: The directory to publish.
+        force: Whether an existing directory is replaced.
+        marker: A file that an existing directory must hold to be replaced; None to replace any directory.
 
     Raises:
-        OutputError: ``target`` exists, holds other files, or cannot be written.
+        OutputError: ``target`` exists, before the block or after it; it holds other files; or it cannot be written.
     """
-    if (target.exists() or target.is_symlink()) and not force:
-        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file, and a directory is written", "give another -o")
-    if target.exists() and not (target / marker).is_file() and any(target.iterdir()):
-        raise OutputError(
-            f"{target} holds files and no {marker}, so --force does not replace it", "give another -o"
-        )
+    _check_target(target, force, marker)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -41,30 +40,91 @@ def staged(target: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
     try:
         staging.chmod(0o755)
         yield staging
-        _publish(staging, target)
+        _check_target(target, force, marker)  # another program may have written there in the meantime
+        publish(staging, target, replace=force)
     except OSError as error:
         raise output_error(target, error) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
 
 
-def _publish(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "replaced"
-    target.rename(old)
+def publish(fresh: Path, target: Path, *, replace: bool) -> None:
+    """Gives a finished directory its name.
+
+    An old directory of that name is exchanged for the new one in a single step (``renameat2`` of Linux). So a crash at
+    any moment leaves one of the two there, whole. Where the system cannot do that, the old directory is renamed first,
+    and gets its name back when the new one cannot take it.
+
+    Args:
+        fresh: The finished directory, on the same file system.
+        target: Its name from now on.
+        replace: Whether what already has that name is removed.
+
+    Raises:
+        OutputError: ``target`` exists, and ``replace`` is False.
+        OSError: It cannot be renamed; ``target`` is as it was.
+    """
+    if not os.path.lexists(target):
+        fresh.rename(target)  # fails on a directory with files that another program makes in this moment
+    elif not replace:
+        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
+    elif _exchange(fresh, target):
+        _remove(fresh)
+    else:
+        _rename_twice(fresh, target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Lets two directories change names in one step; False where the system or the file system cannot."""
     try:
-        staging.rename(target)
-    except BaseException:  # Ctrl-C too: what was there comes back
-        old.rename(target)
-        raise
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux, or a C library before glibc 2.28
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return bool(renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
+
+
+def _rename_twice(fresh: Path, target: Path) -> None:
+    """Replaces a directory; after a crash between the two renames the old one is in ``TARGET.replaced.*``."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced.", dir=target.parent))
+    old = folder / target.name
+    try:
+        target.rename(old)
+        try:
+            fresh.rename(target)
+        except BaseException:  # Ctrl-C too: the old directory comes back
+            old.rename(target)
+            raise
+        _remove(old)
     finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        if not os.path.lexists(old):
+            folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory, or a link to one, as far as that is possible."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_target(target: Path, force: bool, marker: str | None) -> None:
+    """Raises OutputError where a directory may not take the name ``target``."""
+    if os.path.lexists(target) and not force:
+        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file, but the output is a directory", "give another -o")
+    if marker is None or not target.exists() or (target / marker).is_file():
+        return
+    if any(target.iterdir()):
+        raise OutputError(
+            f"{target} holds files and no {marker}, so --force does not replace it", "give another -o"
+        )
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
-    """An operating system's refusal to write, in one line."""
+    """The error of an output that the operating system refuses to write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full: {path} could not be written", "free space, or give another -o")
     return OutputError(

@@ -227,7 +227,11 @@ class CrossSpec:
 
 
 MARKERS = ("{image}", "<image>")
-"""What stands for a picture in a prompt that holds several, and in a template."""
+"""What stands for a picture in a prompt with several pictures, and in a template (the first of them)."""
+
+SEGMENTS, PLACEHOLDER, INTERLEAVED = PROMPT_KINDS = ("segments", "placeholder", "interleaved")
+"""How a prompt is tokenized: the texts around a picture one by one; as a whole, with a placeholder token in each
+picture's place; as a whole, with markers for pictures that take no slots because the decoder cross-attends to them."""
 
 
 @dataclass(frozen=True)
@@ -235,25 +239,27 @@ class PromptSpec:
     """How a picture and a text become the language model's input.
 
     Attributes:
-        template: Text with one ``{image}`` a picture and one ``{prompt}``. Special tokens are added to the first
-            part of it that is not empty: for BLIP-2 to the text behind the picture.
+        template: Text with one ``{image}`` per picture and one ``{prompt}``.
         question: What ``ask`` puts in place of ``{prompt}``, with one ``{question}``; empty where the model
             answers no questions.
-        visual_tokens: Slots of a picture, or of a video's frames together.
-        bos_token_id: Stands alone where there is no prompt.
-        image_token_id: What transformers writes into ``input_ids`` for a slot (the repetition penalty sees it).
-        image_token: What the tokenizer itself has for a picture; the text is then tokenised whole, with one in
-            each picture's place. Empty where the parts around a picture are tokenised one by one.
-        framed: Whether the tokenizer's special tokens frame the text; else it stands behind the BOS alone.
-        required: Whether there is no captioning without a prompt.
+        visual_tokens: Slots of a picture, or of a video's frames together; 0 for interleaved prompts.
+        bos_token_id: The whole text where there is no prompt.
+        image_token_id: What transformers writes into ``input_ids`` for a slot (the repetition penalty applies to it).
+        framed: Segments: whether the tokenizer's special tokens frame the text; else it follows the BOS alone. They
+            go to the first segment that is not empty: for BLIP-2 to the text behind the picture.
+        required: Whether the model needs a prompt to caption.
         default: What ``caption`` puts in place of ``{prompt}`` where none is given; None for nothing.
-        frames: Pictures an item: 1, or the frames of a video.
+        frames: Pictures of an item: 1, or the frames of a video.
         instruction_positions: The longest instruction that enters the bridge, in tokens of
-            ``qformer_tokenizer.json``; 0 where none does.
-        picture_token: What stands for a picture that takes no slots, because the decoder looks at it from between
-            its layers; a prompt may then hold several. Empty where pictures take slots.
-        around_picture: The token before and behind that one; two pictures in a row share it.
-        end_token_id: What ends a document: tokens behind it look at no picture before it.
+            ``qformer_tokenizer.json``; 0 where none enters it.
+        picture_token: Interleaved: the marker token of a picture.
+        around_picture: Interleaved: the token before and behind the marker; two pictures in a row share it.
+        end_token_id: Interleaved: the end of a document; tokens behind it attend to no picture before it.
+        image_token: Placeholder: the tokenizer's token for a picture.
+        kind: One of :data:`PROMPT_KINDS`.
+
+    Raises:
+        ValueError: ``kind`` is unknown, or a token of another kind is set.
     """
 
     template: str
@@ -270,6 +276,16 @@ class PromptSpec:
     around_picture: str = ""
     end_token_id: int | None = None
     image_token: str = ""
+    kind: str = SEGMENTS
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROMPT_KINDS:
+            raise ValueError(f"prompt kind {self.kind} is not one of {', '.join(PROMPT_KINDS)}")
+        for kind, token in ((PLACEHOLDER, self.image_token), (INTERLEAVED, self.picture_token)):
+            if bool(token) != (self.kind == kind):
+                raise ValueError(
+                    f"a prompt of kind {self.kind} {'has no' if token else 'needs a'} token of {kind}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``bundle.json``."""
@@ -277,8 +293,11 @@ class PromptSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PromptSpec:
-        """The inverse of :meth:`to_json`."""
-        return cls(**{key: values[key] for key in cls.__dataclass_fields__ if key in values})
+        """The inverse of :meth:`to_json`; bundles of before 0.2 have no ``kind``, and their tokens give it."""
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        tokens = {INTERLEAVED: known.get("picture_token"), PLACEHOLDER: known.get("image_token")}
+        implied = next((kind for kind, token in tokens.items() if token), SEGMENTS)
+        return cls(**{"kind": implied, **known})
 
 
 @dataclass(frozen=True)

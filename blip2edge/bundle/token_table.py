@@ -1,43 +1,34 @@
-"""The token table: mapped into memory, so that a step reads one row a token and nothing is loaded.
+"""The token table: the embeddings of all tokens, mapped into memory, so that a step reads one row for each token.
 
-Three forms, all in one safetensors file (https://github.com/huggingface/safetensors, "Format"):
+The table is one safetensors file in one of three forms:
 
     floats    embed_tokens [V, D] F32, F16 or BF16
-    blocks    embed_tokens [V, D] I8, or [V, D / 2] U8 with two 4-bit values a byte, the first in the lower half;
-              embed_tokens.scale [V, D / block] F32 or F16: value * scale of its block
-    shared    the same turned, [D, V] and [D / block, V]: the very bytes that the decoder's head reads, where both are
-              one matrix; 4-bit values then lie in one row, U8 [D * V / 2]
+    rows      embed_tokens [V, D] I8, or [V, D / 2] U8 with two 4-bit values in a byte, the first in the lower half;
+              embed_tokens.scale [V, D / block] F32 or F16: an embedding is value * scale of its block
+    columns   the same transposed, [D, V] and [D / block, V]; 4-bit values are one row, U8 [D * V / 2]. The decoder's
+              output layer reads the same bytes, where both are one (tied) matrix
 
-``bits``, ``block`` and ``layout`` of the latter two stand in the file's ``__metadata__``.
+The metadata of the two integer forms holds ``bits``, ``block`` (values that share a scale) and ``layout``.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.safetensors_file import DTYPES, SafetensorsFile
 from blip2edge.errors import BundleError
 
-HEADER_LENGTH = 8  # bytes: a little-endian unsigned integer, the length of the JSON header behind it
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-}
 SCALE = ".scale"
-"""Behind the table's name: the tensor of its scales."""
+"""Suffix of the table's name: the tensor of its scales."""
 
 ROWS, COLUMNS = "rows", "columns"
-"""``layout``: a token's values lie in a row, or in a column as the head has them."""
+"""``layout``: a token's values are a row, or a column as in the decoder's output layer."""
 
 
 def signed_nibbles(values: NDArray[np.uint8]) -> NDArray[np.int8]:
@@ -46,7 +37,7 @@ def signed_nibbles(values: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 
 class _Rows(Protocol):
-    """A table ``[V, D]`` in some form."""
+    """A table ``[V, D]`` in one of the forms."""
 
     shape: tuple[int, int]
 
@@ -87,7 +78,7 @@ class _Blocks:
 
 
 class _Columns:
-    """Columns of integers, as the head reads them."""
+    """Columns of integers, as the decoder's output layer reads them."""
 
     def __init__(self, integers: Array, scales: Array, bits: int, block: int) -> None:
         width, rows = scales.shape[0] * block, scales.shape[1]
@@ -112,23 +103,19 @@ class _Columns:
 class TokenTable:
     """Rows of a table ``[V, D]`` in a safetensors file.
 
-    The format is read here and not by the safetensors package, which a device then does not need.
-
     Args:
         path: The file.
         tensor: The tensor's name.
-        dtype: dtype of what :meth:`rows` gives.
+        dtype: dtype of the rows that :meth:`rows` returns.
 
     Raises:
-        BundleError: Not a safetensors file, no such tensor, or a form that is none of the three.
+        BundleError: Not a safetensors file, no such tensor, or none of the three forms.
     """
 
     def __init__(self, path: Path, tensor: str, dtype: str) -> None:
         self._dtype = NUMPY_DTYPES[dtype]
         try:
-            with path.open("rb") as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._rows = _open(content, tensor)
+            self._rows = _open(SafetensorsFile(path), tensor)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError(
                 f"{path} is not a safetensors file with a table {tensor} ({error})",
@@ -137,47 +124,37 @@ class TokenTable:
 
     @property
     def num_rows(self) -> int:
-        """V."""
+        """V, the number of tokens."""
         return self._rows.shape[0]
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the width of an embedding."""
         return self._rows.shape[1]
 
     def rows(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Array:
         """The embeddings of some tokens.
 
         Args:
-            token_ids: N ids below V.
+            token_ids: Ids below V, ``[…]``.
 
         Returns:
-            ``[N, D]``, a copy.
+            ``[…, D]``, a copy.
         """
-        return self._rows.read(np.asarray(token_ids, np.int64)).astype(self._dtype, copy=False)
+        ids = np.asarray(token_ids, np.int64)
+        rows = self._rows.read(ids.reshape(-1)).astype(self._dtype, copy=False)
+        return rows.reshape(*ids.shape, rows.shape[-1])
 
 
-def _open(content: mmap.mmap, tensor: str) -> _Rows:
-    """The table in a mapped file; raises what a wrong file raises."""
-    length = int.from_bytes(content[:HEADER_LENGTH], "little")
-    header = json.loads(content[HEADER_LENGTH : HEADER_LENGTH + length])
-    first = HEADER_LENGTH + length
-    table = _array(content, header[tensor], first)
-    described = header.get("__metadata__", {})
-    if "bits" not in described:
+def _open(file: SafetensorsFile, tensor: str) -> _Rows:
+    """The table of a file; raises KeyError or ValueError where it has none of the three forms."""
+    table, dtype = file.array(tensor), file.tensors[tensor].dtype
+    if "bits" not in file.metadata:
         if table.dtype.itemsize == 1:
             raise ValueError("integers without bits and block")
-        return _Floats(table, header[tensor]["dtype"] == "BF16")
-    bits, block = int(described["bits"]), int(described["block"])
-    scales = _array(content, header[tensor + SCALE], first)
+        return _Floats(table, dtype == "BF16")
+    bits, block = int(file.metadata["bits"]), int(file.metadata["block"])
     if bits not in (4, 8) or table.dtype != DTYPES["I8" if bits == 8 else "U8"]:
-        raise ValueError(f"{bits} bits in {header[tensor]['dtype']}")
+        raise ValueError(f"{bits} bits in {dtype}")
     kinds: Mapping[str, type[_Blocks | _Columns]] = {ROWS: _Blocks, COLUMNS: _Columns}
-    return kinds[described["layout"]](table, scales, bits, block)
-
-
-def _array(content: mmap.mmap, entry: Mapping[str, Any], first: int) -> Array:
-    start, end = entry["data_offsets"]
-    stored = DTYPES[entry["dtype"]]
-    flat: Array = np.frombuffer(content, stored, count=(end - start) // stored.itemsize, offset=first + start)
-    return flat.reshape(entry["shape"])
+    return kinds[file.metadata["layout"]](table, file.array(tensor + SCALE), bits, block)

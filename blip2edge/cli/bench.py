@@ -23,7 +23,7 @@ def bench(options: argparse.Namespace) -> int:
     """Measure a bundle and print a table, or JSON; a page where one is asked for."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the streaming read is one core's
     from blip2edge.runtime.bench.measure import BenchOptions, bench
-    from blip2edge.runtime.bench.report import markdown, page
+    from blip2edge.runtime.bench.report import bench_page, markdown
     from blip2edge.runtime.captioning.captioner import Captioner
 
     chosen = BenchOptions(
@@ -38,7 +38,7 @@ def bench(options: argparse.Namespace) -> int:
         report = bench(captioner, chosen, start_s=loaded, work_of=_work_of(captioner), progress=progress)
     print(json.dumps(report.to_json(), indent=2) if options.json else markdown(report))
     if options.html is not None:
-        write(options.html, page(report), "--html")
+        write(options.html, bench_page(report), "--html")
         print(f"{options.html}: the same with pictures", file=sys.stderr)
     return 0
 

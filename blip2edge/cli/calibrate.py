@@ -68,7 +68,7 @@ def report_table(report: CalibrationReport) -> str:
                 size(graph.bytes),
                 f"{graph.bytes / graph.parent_bytes:.2f}",
                 str(graph.products) if graph.products else "",
-                str(len(graph.left)) if graph.products else "",
+                str(len(graph.kept_float)) if graph.products else "",
                 f"{min(value.mean for value in cosines):.5f}" if cosines else "",
                 f"{min(value.lowest for value in cosines):.5f}" if cosines else "",
                 f"{graph.seconds:.1f}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from blip2edge.cli.evaluate import data_config, judge_options
+from blip2edge.cli.evaluate import data_config, model_options
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -13,26 +13,25 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Mapping
 
-    from blip2edge.training.capfilt.filtering import Judged
+    from blip2edge.training.capfilt.pipeline import ScoredPicture
 
 
 def capfilt(options: argparse.Namespace) -> int:
     """Write captions, judge all of them, and keep what is good enough in shards."""
     from dataclasses import replace
 
-    from blip2edge.training.capfilt.filtering import CapFiltOptions, judge_here
-    from blip2edge.training.capfilt.filtering import capfilt as run
+    from blip2edge.training.capfilt.pipeline import CapFiltOptions, run_capfilt, score_locally
     from blip2edge.training.data.entries import by_picture
     from blip2edge.training.data.registry import read_entries
 
-    judge_batches: Callable[..., Iterator[list[Judged]]] = judge_here
+    score_batches: Callable[..., Iterator[list[ScoredPicture]]] = score_locally
     if options.ray is not None:
-        from blip2edge.training.capfilt.on_ray import judge_on_ray
+        from blip2edge.training.capfilt.ray_backend import score_on_ray
 
-        judge_batches = judge_on_ray(options.ray, options.workers)
+        score_batches = score_on_ray(options.ray, options.workers)
     config, base = data_config(options)
     entries, broken = read_entries(config, base=base)
-    captioning = judge_options(options)
+    captioning = model_options(options)
     chosen = CapFiltOptions(
         captioner=options.captioner,
         matcher=options.matcher,
@@ -44,12 +43,12 @@ def capfilt(options: argparse.Namespace) -> int:
         matching=replace(captioning, generation={}),
     )
     with Progress() as progress:
-        report = run(
+        report = run_capfilt(
             by_picture(entries),
             broken,
             options.output,
             chosen,
-            judge_batches=judge_batches,
+            score_batches=score_batches,
             force=options.force,
             progress=lambda done, total: progress("judging", done, total),
         )

@@ -39,7 +39,7 @@ def ask(options: argparse.Namespace) -> int:
     captioner = _load(options)
     flags = given_generation(options)
     if options.stream:
-        prompt = captioner.prompter.question(options.question)
+        prompt = captioner.prompts.question(options.question)
         _write("", captioner.stream(options.image, prompt=prompt, **flags))
         return 0
     show(captioner.ask(options.image, options.question, **flags), as_json=options.json, label="")

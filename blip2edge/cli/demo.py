@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import blip2edge
-from blip2edge.bundle.manifest import MANIFEST, Bundle, cache_directory
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import MANIFEST
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.cli.calibrate import report_table as calibration_table
 from blip2edge.cli.export import report_table
 from blip2edge.cli.inspect import bundle_bytes

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from blip2edge.training.data.config import DataConfig
-    from blip2edge.training.evaluation.judges import JudgeOptions
+    from blip2edge.training.evaluation.models import ModelOptions
 
 SCENES = "scenes"
 SCENES_COUNT = 1000  # pictures, where nothing is said
@@ -26,17 +26,17 @@ _TEXTS = ("wrong", "broken_named")  # figures that are lists of texts
 
 def evaluate(options: argparse.Namespace) -> int:
     """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
-    from blip2edge.training.evaluation.judges import open_judge
-    from blip2edge.training.evaluation.scoring import Wanted, score_entries, score_scenes
+    from blip2edge.training.evaluation.open_model import open_model
+    from blip2edge.training.evaluation.scoring import ScoringOptions, score_entries, score_scenes
 
     data = None if options.data == SCENES else _entries(options)
     if data is None and options.count is not None and options.count < 2:
         raise UsageError(f"--count: at least 2 pictures are expected, not {options.count}")
-    judge = open_judge(options.model, judge_options(options))
-    if options.predictions is not None and (data is None or judge.answerer is None):
+    model = open_model(options.model, model_options(options))
+    if options.predictions is not None and (data is None or model.captioner is None):
         raise UsageError("--predictions: expected a model that answers, and data from a file", "leave it out")
     with Progress() as progress:
-        wanted = Wanted(
+        wanted = ScoringOptions(
             tuple(options.metrics or ()),
             options.prompt,
             options.top,
@@ -44,9 +44,9 @@ def evaluate(options: argparse.Namespace) -> int:
             lambda done, total: progress("scoring", done, total),
         )
         if data is None:
-            figures = score_scenes(judge, options.count or SCENES_COUNT, options.split, wanted)
+            figures = score_scenes(model, options.count or SCENES_COUNT, options.split, wanted)
         else:
-            figures = score_entries(judge, *data, wanted)
+            figures = score_entries(model, *data, wanted)
     predictions = figures.pop("predictions", None)
     if options.predictions is not None:
         write(options.predictions, json.dumps(predictions) + "\n", "--predictions")
@@ -54,11 +54,11 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def judge_options(options: argparse.Namespace) -> JudgeOptions:
+def model_options(options: argparse.Namespace) -> ModelOptions:
     """How the model is run, by the flags."""
-    from blip2edge.training.evaluation.judges import JudgeOptions
+    from blip2edge.training.evaluation.models import ModelOptions
 
-    return JudgeOptions(options.backend, options.threads, options.batch_size, given_generation(options))
+    return ModelOptions(options.backend, options.threads, options.batch_size, given_generation(options))
 
 
 def data_config(options: argparse.Namespace) -> tuple[DataConfig, Path]:
@@ -68,9 +68,9 @@ def data_config(options: argparse.Namespace) -> tuple[DataConfig, Path]:
         DataError: It is nothing that is known.
         ConfigError: A recipe with a wrong section [data].
     """
-    from blip2edge.training.data.detect import detect
+    from blip2edge.training.data.detect import detect_data
 
-    return detect(options.data, options.images, options.annotations, options.max_broken)
+    return detect_data(options.data, options.images, options.annotations, options.max_broken)
 
 
 def _entries(options: argparse.Namespace) -> tuple[Any, Any]:

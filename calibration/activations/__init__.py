@@ -1,1 +1,1 @@
-"""INT8 activations: observe, smooth, choose ranges, write Q/DQ."""
+"""INT8 activations: observe values, choose ranges, write QuantizeLinear and DequantizeLinear."""

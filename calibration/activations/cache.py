@@ -1,7 +1,7 @@
-"""Observations of a graph on disk: the next calibration of the same graph on the same pictures does not run it again.
+"""Keeps observations on disk, so that the next calibration of the same graph on the same pictures need not run it.
 
-A file is keyed by the hash of the graph, that of its weights and that of the pictures, and ends with the hash of
-what it holds, so that a broken one is recognised.
+The key of a file is made of the hashes of the graph, its weights and the pictures. A file ends with the hash of its
+content, so that a damaged file is detected.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from blip2edge.bundle.manifest import Bundle, GraphRecord, cache_directory
-from blip2edge.calibration.activations.observations import Observation, Observations
-from blip2edge.calibration.activations.ranges import BINS, Histogram
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.user_cache import cache_directory
+from blip2edge.calibration.activations.histogram import BINS, Histogram
+from blip2edge.calibration.activations.observer import Observation, Observations
 
-FORMAT = 1
+FORMAT = 2
 DIGEST = 32  # bytes at the end: SHA-256 of everything before
 FOLDER = "calibration"
 
 
 def cache_path(bundle: Bundle, record: GraphRecord, feeds_sha256: str) -> Path:
-    """Where the observations of a graph go.
+    """The cache file of a graph's observations.
 
     Args:
         bundle: The bundle.
         record: One of its graphs.
-        feeds_sha256: Of what it is given: the pictures, and the graphs before it.
+        feeds_sha256: Hash of the pictures and of the bundle that they pass through.
     """
     files = bundle.manifest.files
     parts = [files[name].sha256 for name in record.files]
@@ -44,13 +46,13 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
 
     Args:
         path: The file.
-        names: The activations that it must hold.
+        names: The activations that it must contain.
 
     Returns:
-        None where there is no file.
+        The observations; None where there is no file.
 
     Raises:
-        ValueError: The file is broken, or holds something else.
+        ValueError: The file is damaged, or contains something else.
     """
     try:
         content = path.read_bytes()
@@ -61,22 +63,22 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
         raise ValueError(f"{path} is damaged")
     try:
         with np.load(io.BytesIO(body)) as arrays:
-            kept = json.loads(arrays["names"].tobytes())
-            if kept != list(names):
-                raise ValueError(f"{path} is of another graph")
-            return {name: _restored(arrays, index) for index, name in enumerate(kept)}
+            stored = json.loads(arrays["names"].tobytes())
+            if stored != list(names):
+                raise ValueError(f"{path} belongs to another graph")
+            return {name: _restored(arrays, index) for index, name in enumerate(stored)}
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no calibration cache") from error
+        raise ValueError(f"{path} is not a calibration cache") from error
 
 
 def save_observations(path: Path, observations: Observations) -> None:
-    """Writes a cache file in one step, so that a reader never meets half of it."""
+    """Writes a cache file in one step, so that no reader sees a part of it."""
     arrays: dict[str, Any] = {"names": np.frombuffer(json.dumps(list(observations)).encode(), np.uint8)}
     for index, observation in enumerate(observations.values()):
         histogram = observation.histogram
         arrays[f"{index}.counts"] = histogram.counts
         arrays[f"{index}.scale"] = np.array([histogram.width, histogram.maximum])
-        arrays[f"{index}.reach"] = observation.reach
+        arrays[f"{index}.channel_max"] = observation.channel_max
         arrays[f"{index}.rows"] = observation.rows
         arrays[f"{index}.largest"] = observation.largest
     buffer = io.BytesIO()
@@ -92,9 +94,9 @@ def _restored(arrays: Any, index: int) -> Observation:
     histogram = Histogram()
     counts = arrays[f"{index}.counts"]
     if counts.shape != (BINS,):
-        raise ValueError("a histogram has another number of bins")
+        raise ValueError(f"a histogram has {counts.size} bins, not {BINS}")
     histogram.counts = counts
     histogram.width, histogram.maximum = map(float, arrays[f"{index}.scale"])
     return Observation(
-        histogram, arrays[f"{index}.reach"], arrays[f"{index}.rows"], arrays[f"{index}.largest"]
+        histogram, arrays[f"{index}.channel_max"], arrays[f"{index}.rows"], arrays[f"{index}.largest"]
     )

@@ -1,7 +1,8 @@
-"""Where a division of an activation's channels can go, so that the graph needs no node for it.
+"""Finds the weights that can take the division of an activation's channels, so that the graph needs no node for it.
 
-Behind a norm its gain and bias take the division, behind a linear layer its columns and bias, and between the value
-projection and the output projection of an attention only reshapes and a product over the other axis lie.
+After a norm, its gain and bias take the division. After an attention, the columns and the bias of the value projection
+take it: between the value projection and the output projection there are only reshapes, transposes and a product over
+another axis, none of which mixes channels.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import onnx_ir as ir
 from blip2edge.calibration.targets import Product
 
 Fold = tuple[tuple[str, slice], ...]
-"""Initializers and the part of their last axis that is divided."""
+"""Names of initializers, each with the part of its last axis that is divided."""
 
 EVERYTHING = slice(None)
 
 
 def find_fold(model: ir.Model, products: Sequence[Product]) -> Fold:
-    """What takes the division of the activation that some products read; empty where nothing can.
+    """Finds the initializers that can take the division of one activation; empty where there are none.
 
     Args:
         model: The graph.
@@ -34,14 +35,14 @@ def find_fold(model: ir.Model, products: Sequence[Product]) -> Fold:
 
 
 def _only_read_by(value: ir.Value, readers: set[str]) -> bool:
-    """Whether nothing else sees the values, so that they may change."""
+    """Whether only ``readers`` read a value, so that it may change."""
     return not value.is_graph_output() and all(
         user.name in readers and index == 0 for user, index in value.uses()
     )
 
 
 def _own(value: ir.Value | None, width: int | None) -> str:
-    """The name of a constant ``[.., width]`` (None: any) that nothing else reads; empty where it is no such."""
+    """The name of a constant ``[.., width]`` (None: any width) with a single user; empty for any other value."""
     if value is None or value.const_value is None or len(list(value.uses())) != 1 or value.is_graph_output():
         return ""
     shape = tuple(value.const_value.shape)
@@ -49,7 +50,7 @@ def _own(value: ir.Value | None, width: int | None) -> str:
 
 
 def _behind_norm(value: ir.Value, width: int) -> Fold:
-    """Gain and bias of a LayerNormalization, or the factor of a Mul as RMSNorm ends with."""
+    """Gain and bias of a LayerNormalization, or the factor of the Mul at the end of an RMSNorm."""
     node = value.producer()
     while node is not None and node.op_type == "Cast":
         inner = node.inputs[0]
@@ -72,7 +73,7 @@ def _single_use(value: ir.Value) -> bool:
 
 
 def _behind_linear(value: ir.Value, width: int) -> Fold:
-    """Columns of the value projection: Reshape, Transpose, MatMul(weights, V), and back to V's linear layer."""
+    """Columns of the value projection: back through Reshape, Transpose and MatMul(weights, V) to V's linear layer."""
     producer = _through(value, ("Reshape", "Transpose"))
     if producer is None or producer.op_type != "MatMul":
         return ()
@@ -93,7 +94,7 @@ def _behind_linear(value: ir.Value, width: int) -> Fold:
 
 
 def _through(value: ir.Value, kinds: tuple[str, ...]) -> ir.Node | None:
-    """The first producer that is none of some kinds, all values between being read once."""
+    """The first producer of another kind than ``kinds``; None where a value on the way has a second user."""
     node = value.producer()
     while node is not None and node.op_type in kinds:
         inner = node.inputs[0]
@@ -104,7 +105,7 @@ def _through(value: ir.Value, kinds: tuple[str, ...]) -> ir.Node | None:
 
 
 def _split_part(split: ir.Node, head: ir.Value, width: int) -> slice:
-    """Which columns of a fused layer a split's output is; everything where that cannot be told."""
+    """The columns of a fused layer that one output of a Split has; everything where they are not known."""
     value: ir.Value | None = head
     while value is not None and value.producer() is not split:
         producer = value.producer()
@@ -117,7 +118,7 @@ def _split_part(split: ir.Node, head: ir.Value, width: int) -> slice:
 
 
 def _columns(node: ir.Node | None, part: slice, width: int) -> Fold:
-    """Weight and bias of ``MatMul`` and ``Add``, or of a MatMul alone."""
+    """Weight and bias of a MatMul and an Add, or the weight of a MatMul alone."""
     found: list[tuple[str, slice]] = []
     size = width if part == EVERYTHING else None
     if node is not None and node.op_type == "Add":

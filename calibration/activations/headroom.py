@@ -1,7 +1,7 @@
-"""Would this graph overflow in FP16: the largest value of every tensor on real pictures.
+"""Measures the FP16 headroom of a graph: how far the largest value of each tensor is below 65504.
 
-A CPU computes fp16 graphs in fp32, so running one there shows no overflow; the ranges do. Each tensor gets a small
-branch inside the graph that gives its largest magnitude, so that no tensor leaves it.
+A CPU computes fp16 graphs in fp32, so a run there shows no overflow; the largest values do. A branch added to each
+tensor computes its largest magnitude inside the graph, so that a run outputs one number per tensor.
 """
 
 from __future__ import annotations
@@ -17,33 +17,34 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from blip2edge.bundle.manifest import GraphRecord
-from blip2edge.calibration.activations.observe import open_probe
+from blip2edge.calibration.activations.probe import open_probe
 from blip2edge.calibration.batches import Feeds
 from blip2edge.progress import counted
 
-LARGEST = 65504.0  # of fp16
-SPARE = 4.0
-"""A tensor whose headroom is less is named as one to keep in FP32: two bits for what the pictures did not show."""
+FP16_MAX = 65504.0
+MIN_HEADROOM = 4.0
+"""A tensor with less headroom should be kept in FP32: two bits are reserved for pictures that were not measured."""
 
-RUNS = 32
+RUNS = 32  # recorded inputs that are run
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-ON_THE_WAY = ("Add", "Cast", "Expand", "Unsqueeze", "Where")
-"""What may lie between a score or a mask and its softmax, where minus infinity is as good as any large negative."""
+PASS_TO_SOFTMAX = ("Add", "Cast", "Expand", "Unsqueeze", "Where")
+"""Nodes allowed between a score or a mask and its softmax. There, minus infinity has the same effect as any large
+negative number."""
 PREFIX = "headroom/"
 
 
 @dataclass(frozen=True)
-class TensorReach:
-    """A tensor over all runs.
+class TensorRange:
+    """The largest value of a tensor over all runs.
 
-    What only a softmax reads counts with its positive values: a masked score may overflow downwards.
+    A tensor that only a softmax reads counts with its positive values: a masked score may overflow downwards.
 
     Attributes:
-        tensor: Its name.
-        op_type: Of the node that makes it.
+        tensor: The tensor's name.
+        op_type: Kind of the node that computes it.
         node: That node's name.
-        reads: Initializers that the node reads: they say where in the model it is.
-        dtype: The type that the graph has it in.
+        reads: Initializers that the node reads; they show where in the model it is.
+        dtype: The tensor's type in the graph.
         largest: Largest |x|, or largest x before a softmax.
     """
 
@@ -56,18 +57,18 @@ class TensorReach:
 
     @property
     def headroom(self) -> float:
-        """65504 over the largest value; infinite for zeros."""
-        return LARGEST / self.largest if self.largest > 0 else np.inf
+        """65504 over the largest value; infinite where all values are zero."""
+        return FP16_MAX / self.largest if self.largest > 0 else np.inf
 
     @property
     def reason(self) -> str:
-        """Why it should stay in FP32; empty where it need not."""
-        if self.headroom >= SPARE:
+        """Why it should be kept in FP32; empty where it need not."""
+        if self.headroom >= MIN_HEADROOM:
             return ""
-        return f"reaches {self.largest:.4g} on these pictures, {self.headroom:.2g} times below 65504"
+        return f"reaches {self.largest:.4g} on these pictures; 65504 is {self.headroom:.2g} times that"
 
 
-def sweep(
+def measure_headroom(
     graph: ir.Model,
     record: GraphRecord,
     feeds: Feeds,
@@ -75,19 +76,19 @@ def sweep(
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[TensorReach]:
-    """Runs a graph on some of what it is given and notes how far each floating tensor reaches.
+) -> list[TensorRange]:
+    """Runs a graph on some recorded inputs and measures the largest value of each floating tensor.
 
     Args:
         graph: The graph, in fp32 or fp16.
         record: Its entry in the manifest.
-        feeds: The inputs; :data:`RUNS` of them are run.
+        feeds: The recorded inputs; at most :data:`RUNS` of them are run.
         weights: The directory of its external data.
         threads: CPU threads.
         progress: Called with runs done and runs in all.
 
     Returns:
-        The tensors, least headroom first.
+        The tensors, the one with the least headroom first.
     """
     found = {
         str(output.name): node
@@ -96,7 +97,7 @@ def sweep(
         if output.name and output.dtype in FLOATS and node.op_type not in ("Constant", "Shape")
     }
     scores = _scores(graph)
-    proto = _with_reach(graph, {name: name in scores for name in found})
+    proto = _with_largest(graph, {name: name in scores for name in found})
     size = sum((weights / file).stat().st_size for file in record.data_files)
     session = open_probe(proto, weights, size, threads)
     names = [PREFIX + name for name in found]
@@ -105,51 +106,51 @@ def sweep(
     for inputs in counted(feeds.runs(record.spec.name, RUNS), total, progress):
         values = [float(value) if value.size else 0.0 for value in session.run(names, inputs)]
         largest = np.maximum(largest, values)
-    reaches = [
-        TensorReach(name, node.op_type, str(node.name), _reads(node), _dtype(node, name), float(reach))
-        for (name, node), reach in zip(found.items(), largest, strict=True)
+    ranges = [
+        TensorRange(name, node.op_type, str(node.name), _reads(node), _dtype(node, name), float(value))
+        for (name, node), value in zip(found.items(), largest, strict=True)
     ]
-    return sorted(reaches, key=lambda reach: reach.headroom)
+    return sorted(ranges, key=lambda tensor: tensor.headroom)
 
 
-def to_json(reaches: list[TensorReach]) -> dict[str, Any]:
-    """The report's object.
+def headroom_json(ranges: list[TensorRange]) -> dict[str, Any]:
+    """The report's ``headroom`` object of a graph.
 
     Returns:
-        ``lowest`` headroom, ``keep_fp32`` (tensors with less than :data:`SPARE`, with the reason), and ``tensors``:
-        every tensor's name, kind of node, largest value and headroom.
+        ``limit`` (65504), the ``lowest`` headroom, ``keep_fp32`` (tensors with less than :data:`MIN_HEADROOM`, with
+        the reason), and ``tensors``: every tensor's name, kind of node, type, largest value and headroom.
     """
     keep = [
         {
-            "tensor": reach.tensor,
-            "node": reach.node,
-            "op_type": reach.op_type,
-            "reads": list(reach.reads),
-            "largest": reach.largest,
-            "reason": reach.reason,
+            "tensor": tensor.tensor,
+            "node": tensor.node,
+            "op_type": tensor.op_type,
+            "reads": list(tensor.reads),
+            "largest": tensor.largest,
+            "reason": tensor.reason,
         }
-        for reach in reaches
-        if reach.reason
+        for tensor in ranges
+        if tensor.reason
     ]
     return {
-        "limit": LARGEST,
-        "lowest": reaches[0].headroom if reaches else None,
+        "limit": FP16_MAX,
+        "lowest": ranges[0].headroom if ranges else None,
         "keep_fp32": keep,
         "tensors": [
             {
-                "tensor": reach.tensor,
-                "op_type": reach.op_type,
-                "dtype": reach.dtype,
-                "largest": reach.largest,
-                "headroom": None if np.isinf(reach.headroom) else reach.headroom,
+                "tensor": tensor.tensor,
+                "op_type": tensor.op_type,
+                "dtype": tensor.dtype,
+                "largest": tensor.largest,
+                "headroom": None if np.isinf(tensor.headroom) else tensor.headroom,
             }
-            for reach in reaches
+            for tensor in ranges
         ],
     }
 
 
 def _scores(graph: ir.Model) -> set[str]:
-    """Tensors that nothing but a softmax reads in the end."""
+    """Tensors that only softmaxes read, directly or through :data:`PASS_TO_SOFTMAX`."""
     found: set[str] = set()
     outputs = {value.name for value in graph.graph.outputs}
     for node in reversed(graph.graph):
@@ -157,7 +158,7 @@ def _scores(graph: ir.Model) -> set[str]:
             users = [user for user, _ in value.uses()]
             ends = all(
                 user.op_type == "Softmax"
-                or (user.op_type in ON_THE_WAY and all(output.name in found for output in user.outputs))
+                or (user.op_type in PASS_TO_SOFTMAX and all(output.name in found for output in user.outputs))
                 for user in users
             )
             if users and ends and value.name not in outputs:
@@ -165,20 +166,20 @@ def _scores(graph: ir.Model) -> set[str]:
     return found
 
 
-def _with_reach(graph: ir.Model, names: Mapping[str, bool]) -> onnx.ModelProto:
-    """The graph with the largest ``|x|`` of the tensors as its outputs, or the largest ``x`` where that is asked."""
+def _with_largest(graph: ir.Model, tensors: Mapping[str, bool]) -> onnx.ModelProto:
+    """The graph with new outputs: the largest ``|x|`` of each tensor, or the largest ``x`` where its value is true."""
     proto = ir.to_proto(graph)
     outputs = []
-    for name, signed in names.items():
-        wide, size, reach = f"{PREFIX}wide/{name}", f"{PREFIX}size/{name}", PREFIX + name
+    for name, signed in tensors.items():
+        wide, size, largest = f"{PREFIX}wide/{name}", f"{PREFIX}size/{name}", PREFIX + name
         proto.graph.node.extend(
             [
                 helper.make_node("Cast", [name], [wide], to=TensorProto.FLOAT),
                 helper.make_node("Relu" if signed else "Abs", [wide], [size]),
-                helper.make_node("ReduceMax", [size], [reach], keepdims=0),
+                helper.make_node("ReduceMax", [size], [largest], keepdims=0),
             ]
         )
-        outputs.append(helper.make_tensor_value_info(reach, TensorProto.FLOAT, []))
+        outputs.append(helper.make_tensor_value_info(largest, TensorProto.FLOAT, []))
     del proto.graph.output[:]
     proto.graph.output.extend(outputs)
     return proto

@@ -1,1 +1,1 @@
-"""report.json and report.html."""
+"""Writes ``report.json`` and ``report.html``."""

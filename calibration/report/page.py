@@ -1,6 +1,6 @@
-"""``report.html``: what a calibration did, on one page that needs no network and no scripts.
+"""Renders ``report.html``, one page without scripts and without a network.
 
-Everything is computed from the object of ``report.json`` (``details.py``) and from thumbnails of the pictures.
+All its content comes from the object of ``report.json`` (``document.py``) and from thumbnails of the pictures.
 """
 
 from __future__ import annotations
@@ -15,29 +15,28 @@ from typing import Any
 
 from PIL import Image
 
-from blip2edge.calibration.activations.headroom import LARGEST, SPARE
-from blip2edge.calibration.report.charts import bars, grid, histogram, spread
-from blip2edge.calibration.report.style import CSS
+from blip2edge.calibration.activations.headroom import FP16_MAX, MIN_HEADROOM
+from blip2edge.charts import Bar, bars, grid, histogram, html_page, spread
 
 REPORT_PAGE = "report.html"
-SHOWN = 24  # pictures with their captions; those that differ come first
+SHOWN = 24  # pictures shown with their captions
 SIDE = 112  # px of a thumbnail
-ROWS = 12  # of a table or chart that shows the worst
+ROWS = 12  # rows of a chart that shows the worst layers
 
 BANDWIDTHS = {"Jetson Orin Nano": 68, "Orin Nano Super, Orin NX": 102, "AGX Orin": 205, "Thor": 273}
-"""GB/s of memory, by NVIDIA's data sheets: what bounds decoding."""
+"""Memory bandwidth in GB/s, by NVIDIA's data sheets; it limits the speed of decoding."""
 
-CACHED = 32 << 20
-"""Bytes a token below which memory does not bound decoding."""
+FITS_CACHE = 32 << 20
+"""Bytes per token below which the memory bandwidth may not limit decoding, because a CPU cache can hold them."""
 
 WEIGHT = re.compile(r"^(?P<path>.*?\.)(?P<layer>\d+)\.(?P<kind>.*?)(\.weight)?(\.T)?$")
-"""An initializer of a layer: its number, and what it is there."""
+"""An initializer of a layer: path, number of the layer, and kind of matrix."""
 
 Graphs = Mapping[str, Mapping[str, Any]]
 
 
 def thumbnail(picture: Image.Image) -> str:
-    """A small JPEG of a picture as a data URI."""
+    """A small JPEG of a picture, as a data URI."""
     small = picture.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
@@ -46,40 +45,35 @@ def thumbnail(picture: Image.Image) -> str:
 
 
 def shown_pictures(captions: Sequence[Mapping[str, str]]) -> list[int]:
-    """Which pictures the page shows: those whose captions differ first."""
+    """Indices of the pictures that the page shows, those whose captions differ first."""
     order = sorted(range(len(captions)), key=lambda at: captions[at]["parent"] == captions[at]["ours"])
     return order[:SHOWN]
 
 
-def page(document: Mapping[str, Any], title: str, thumbnails: Mapping[int, str]) -> str:
-    """The whole page.
+def report_page(document: Mapping[str, Any], title: str, thumbnails: Mapping[int, str]) -> str:
+    """Renders the page.
 
     Args:
         document: The object of ``report.json``.
         title: The bundle's name.
-        thumbnails: Data URIs by the place in ``document["captions"]``.
+        thumbnails: Data URIs, by the index in ``document["captions"]``.
     """
     sections: list[tuple[str, Callable[[], str]]] = [
         ("Size", lambda: _sizes(document)),
-        ("Captions beside the parent's", lambda: _captions(document, thumbnails)),
-        ("How near each graph is", lambda: _stages(document)),
-        ("What rounding changes of each layer", lambda: _layers(document["graphs"])),
+        ("Captions compared with the parent's", lambda: _captions(document, thumbnails)),
+        ("Cosine to the parent, by graph", lambda: _stages(document)),
+        ("Error of each layer by rounding", lambda: _layers(document["graphs"])),
         ("Ranges of the activations", lambda: _ranges(document["graphs"])),
         ("Sensitivity", lambda: _sensitivity(document["calibration"].get("sensitivity"))),
-        ("Left in floating point", lambda: _left(document["graphs"])),
-        ("Would FP16 overflow", lambda: _headroom(document["graphs"])),
+        ("Kept in floating point", lambda: _kept_float(document["graphs"])),
+        ("FP16 headroom", lambda: _headroom(document["graphs"])),
     ]
     body = "".join(
         f"<section><h2>{escape(name)}</h2>{content}</section>"
         for name, content in ((name, make()) for name, make in sections)
         if content
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}: calibration</title><style>{CSS}</style></head>"
-        f"<body><main>{_head(document, title)}{body}</main></body></html>\n"
-    )
+    return html_page(f"{title}: calibration", _head(document, title) + body)
 
 
 def _head(document: Mapping[str, Any], title: str) -> str:
@@ -91,7 +85,7 @@ def _head(document: Mapping[str, Any], title: str) -> str:
         tiles.append(
             (
                 f"{record['captions']['same']:.1%}",
-                f"of {record['captions']['pictures']} captions as the parent's",
+                f"of {record['captions']['pictures']} captions are equal to the parent's",
             )
         )
     lowest = [value["mean"] for outputs in record["cosine"].values() for value in outputs.values()]
@@ -101,7 +95,7 @@ def _head(document: Mapping[str, Any], title: str) -> str:
     if decode:
         share = decode["bytes"] / decode["parent_bytes"]
         tiles.append(
-            (_size(decode["bytes"]), f"read for a token, {share:.0%} of {_size(decode['parent_bytes'])}")
+            (_size(decode["bytes"]), f"read per token, {share:.0%} of {_size(decode['parent_bytes'])}")
         )
     cards = "".join(
         f"<div><b>{escape(figure)}</b><span>{escape(text)}</span></div>" for figure, text in tiles
@@ -114,15 +108,15 @@ def _head(document: Mapping[str, Any], title: str) -> str:
 
 
 def _sizes(document: Mapping[str, Any]) -> str:
-    rows: list[tuple[str, str, float, str]] = []
+    rows = []
     table = {"token table": {"precision": "", **document["token_table"]}}
     for name, graph in {**document["graphs"], **table}.items():
         if not graph["parent_bytes"]:
             continue
         now, before = graph["bytes"], graph["parent_bytes"]
-        rows.append((name, "before", before, _size(before)))
-        rows.append((graph["precision"], "now", now, f"{_size(now)} · {now / before:.2f}"))
-    text = "<p>Grey is the parent. A head that is the token table is counted with the table, where both are one.</p>"
+        rows.append(Bar(name, "before", before, _size(before)))
+        rows.append(Bar(graph["precision"], "now", now, f"{_size(now)} · {now / before:.2f}"))
+    text = "<p>Grey bars are the parent's. A head that shares the token table's file is counted with the table.</p>"
     return text + bars(rows) + _decode(document.get("decode"))
 
 
@@ -130,11 +124,11 @@ def _decode(decode: Mapping[str, Any] | None) -> str:
     if not decode:
         return ""
     text = (
-        f"<p>Each new token reads the decoder's weights, {_size(decode['weight_bytes'])}, and the cache: "
-        f"{_size(decode['cache_bytes_per_position'])} a position, here at {decode['positions']} positions."
+        f"<p>Each new token reads the decoder's weights ({_size(decode['weight_bytes'])}) and the KV cache "
+        f"({_size(decode['cache_bytes_per_position'])} per position, here at {decode['positions']} positions)."
     )
-    if decode["bytes"] < CACHED:
-        return text + " That is so little that a processor's cache may hold it.</p>"
+    if decode["bytes"] < FITS_CACHE:
+        return text + " A processor's cache may hold all of it.</p>"
     rows = "".join(
         f"<tr><td>{escape(device)}</td><td class=n>{bandwidth} GB/s</td>"
         f"<td class=n>{bandwidth * 1e9 / decode['parent_bytes']:.0f}</td>"
@@ -142,8 +136,9 @@ def _decode(decode: Mapping[str, Any] | None) -> str:
         for device, bandwidth in BANDWIDTHS.items()
     )
     return (
-        f"{text} Memory bandwidth alone allows so many tokens a second; nothing was run on these devices:</p>"
-        "<table><tr><th>device<th class=n>memory<th class=n>parent, at most<th class=n>this, at most</tr>"
+        f"{text} The table shows the tokens per second that the memory bandwidth allows at most. Nothing was run on "
+        "these devices.</p>"
+        "<table><tr><th>device<th class=n>memory<th class=n>parent, at most<th class=n>this bundle, at most</tr>"
         f"{rows}</table>"
     )
 
@@ -169,9 +164,9 @@ def _captions(document: Mapping[str, Any], thumbnails: Mapping[int, str]) -> str
         )
     differ = sum(pair["parent"] != pair["ours"] for pair in captions)
     what = (
-        f"{differ} of {len(captions)} captions differ; they come first, the parent's struck through."
+        f"{differ} of {len(captions)} captions differ. They come first; the parent's caption is struck through."
         if differ
-        else f"All {len(captions)} captions are the parent's, word for word."
+        else f"All {len(captions)} captions are equal to the parent's."
     )
     more = f" {len(cards)} pictures are shown." if len(cards) < len(captions) else ""
     return f"<p>{what}{more}</p><div class=captions>{''.join(cards)}</div>"
@@ -188,7 +183,7 @@ def _stages(document: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return (
-        "<p>Cosine of each output to the parent's, on the parent's inputs.</p>"
+        "<p>Cosine of each output to the parent's output, on the parent's inputs.</p>"
         "<table><tr><th>graph<th>output<th class=n>mean<th class=n>lowest picture<th class=n>lowest token</tr>"
         f"{rows}</table>"
     )
@@ -213,8 +208,8 @@ def _layers(graphs: Graphs) -> str:
     if not parts:
         return ""
     text = (
-        "<p>The share of a product's output that rounding changes, on the calibration's activations: root mean square "
-        "of the difference over that of the output. Darker is more; point at a square for its figure.</p>"
+        "<p>Relative change of each product's output by rounding, on the recorded activations: root mean square of the "
+        "difference over that of the output. Darker squares are larger; hover over a square to see its value.</p>"
     )
     return text + "".join(parts)
 
@@ -231,13 +226,13 @@ def _grids(changes: Mapping[str, float]) -> str:
 def _worst(changes: Mapping[str, float], plain: Mapping[str, float]) -> str:
     worst = sorted(changes, key=lambda weight: -changes[weight])[:5]
     named = " · ".join(f"{escape(_short(weight))} {changes[weight]:.1%}" for weight in worst)
-    text = f"<p class=note>Most: {named}.</p>"
+    text = f"<p class=note>Largest: {named}.</p>"
     if plain:
         ours = sum(changes[weight] for weight in plain) / len(plain)
         nearest = sum(plain.values()) / len(plain)
         text += (
-            f"<p class=note>Mean over {len(plain)} matrices {ours:.2%}; rounding to the nearest in the same format "
-            f"would change {nearest:.2%}.</p>"
+            f"<p class=note>Mean over {len(plain)} matrices: {ours:.2%}. Rounding to nearest in the same format gives "
+            f"{nearest:.2%}.</p>"
         )
     return text
 
@@ -255,9 +250,9 @@ def _ranges(graphs: Graphs) -> str:
     if not parts:
         return ""
     text = (
-        "<p>|x| of the activations that became INT8: how often, on a logarithmic scale; what lies behind the red line "
-        "saturates. Where channels are divided first (smoothing), the picture shows them before and the figures "
-        "behind the division. The widest channel is told in times of the median one.</p>"
+        "<p>Histograms of |x| of the INT8 activations, on a logarithmic scale; values beyond the red line saturate. "
+        "Where smoothing divides the channels, the histogram shows the values before the division, and the numbers "
+        "those after it. The widest channel is given as a multiple of the median channel.</p>"
     )
     return text + "".join(parts)
 
@@ -279,28 +274,28 @@ def _range(detail: Mapping[str, Any]) -> str:
 def _sensitivity(record: Mapping[str, Any] | None) -> str:
     if not record:
         return ""
-    left = {(item["graph"], item["layer"]) for item in record["left"]}
+    kept = {(item["graph"], item["layer"]) for item in record["left"]}
     rows = [
-        (
+        Bar(
             _short(item["layer"]),
-            "bad" if (item["graph"], item["layer"]) in left else "now",
+            "bad" if (item["graph"], item["layer"]) in kept else "now",
             item["loss"],
             f"{item['loss']:.2g} nats",
         )
-        for item in record["layers"][: max(ROWS, len(left))]
+        for item in record["layers"][: max(ROWS, len(kept))]
     ]
     counted = "% of the captions differ" if record["measure"] == "captions" else "points of CIDEr are lost"
-    tried = ", ".join(f"{count} left: {drop:.1f}" for count, drop in record["tried"].items())
+    tried = ", ".join(f"{count} kept: {drop:.1f}" for count, drop in record["tried"].items())
     return (
-        "<p>How much each layer alone changes the next token (Kullback-Leibler divergence from the parent, nats a "
-        f"token), the worst {len(rows)} of {len(record['layers'])}. With everything quantised "
-        f"{record['drop_with_all_quantised']:.1f} {counted}; {record['limit']:g} are allowed. "
-        f"{len(left)} layers stay as they are (red), and {record['drop']:.1f} {counted}.</p>{bars(rows)}"
-        f"<p class=note>By the number of layers left: {tried}.</p>"
+        "<p>Change of the next token by each layer alone (Kullback-Leibler divergence from the parent, nats a "
+        f"token): the worst {len(rows)} of {len(record['layers'])}. With every layer quantized, "
+        f"{record['drop_with_all_quantised']:.1f} {counted}; the limit is {record['limit']:g}. "
+        f"{len(kept)} layers are kept in floating point (red); then {record['drop']:.1f} {counted}.</p>{bars(rows)}"
+        f"<p class=note>Tried numbers of kept layers: {tried}.</p>"
     )
 
 
-def _left(graphs: Graphs) -> str:
+def _kept_float(graphs: Graphs) -> str:
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, graph in graphs.items():
         for node, reason in graph["left"].items():
@@ -324,22 +319,22 @@ def _headroom(graphs: Graphs) -> str:
         values = [tensor["headroom"] for tensor in found["tensors"] if tensor["headroom"] is not None]
         least = found["tensors"][0]
         verdict = (
-            f"{len(found['keep_fp32'])} tensors have less than {SPARE:g} times and should stay in FP32."
+            f"{len(found['keep_fp32'])} tensors have a headroom below {MIN_HEADROOM:g} and should be kept in FP32."
             if found["keep_fp32"]
             else "FP16 is safe on these pictures."
         )
         parts.append(
-            f"<h3>{escape(name)}</h3><p class=note>Least: {escape(least['tensor'])} ({escape(least['op_type'])}) "
-            f"reaches {least['largest']:.4g}, {_times(least['headroom'])}. {verdict}</p>"
-            f"<div class=wide>{spread(values, 1.0, SPARE)}</div>"
+            f"<h3>{escape(name)}</h3><p class=note>Least headroom: {escape(least['tensor'])} "
+            f"({escape(least['op_type'])}) reaches {least['largest']:.4g}, {_times(least['headroom'])}. {verdict}</p>"
+            f"<div class=wide>{spread(values, 1.0, MIN_HEADROOM)}</div>"
         )
     if not parts:
         return ""
     text = (
-        f"<p>{LARGEST:.0f} is the largest FP16 number; headroom is that over a tensor's largest value on the "
-        "pictures. The bars count tensors; left of the red line they overflow, left of the grey one "
-        f"({SPARE:g} times) they might. "
-        "A CPU computes FP16 graphs in FP32, so that this, not a run, is what tells.</p>"
+        f"<p>Headroom is {FP16_MAX:.0f}, the largest FP16 number, over a tensor's largest value on the pictures. "
+        "The bars count tensors. Tensors left of the red line overflow; those left of the grey line "
+        f"({MIN_HEADROOM:g} times) may overflow on other pictures. "
+        "A run on a CPU would not show this, because a CPU computes FP16 graphs in FP32.</p>"
     )
     return text + "".join(parts)
 
@@ -352,7 +347,7 @@ def _times(headroom: float | None) -> str:
 
 
 def _short(weight: str) -> str:
-    """An initializer's name without what all have in common."""
+    """An initializer's name without the endings ``.weight`` and ``.T``."""
     return re.sub(r"(\.weight)?(\.T)?$", "", weight)
 
 

@@ -1,1 +1,1 @@
-"""Which precision each part gets: sensitivity, agreement of captions, the choice."""
+"""``--drop-limit``: measures the sensitivity of each layer and keeps the worst in floating point."""

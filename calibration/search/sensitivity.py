@@ -1,9 +1,9 @@
-"""Which layers suffer: one at a time is quantised, and the decoder's next-token distributions are held to the parent's.
+"""Measures the sensitivity of each layer: how much the next token changes where that layer alone is quantized.
 
-A layer is all matrices of a graph that share a layer's path (``language.layers.3``). Its loss is the Kullback-Leibler
-divergence, in nats a token, of what the whole model says with that layer rounded and all else as in the parent, over
-some pictures with the parent's captions read behind the prompt. So a layer of the vision encoder and one of the
-language model are measured by one yardstick.
+A layer is the matrices of a graph that share a layer's path (``language.layers.3``). Its loss is the Kullback-Leibler
+divergence, in nats per token, of the next-token distributions of the whole model, with that layer quantized and all
+others as in the parent. It is measured on some pictures, with the parent's captions after the prompt, so that layers of
+the vision encoder and of the language model are compared by the same measure.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER
-from blip2edge.calibration.activations.observe import open_probe
-from blip2edge.calibration.activations.qdq import Plan, quantise_graph
+from blip2edge.calibration.activations.probe import open_probe
+from blip2edge.calibration.activations.qdq import ActivationPlan, insert_qdq
 from blip2edge.calibration.batches import PictureRunner
-from blip2edge.calibration.pictures import Picture
-from blip2edge.calibration.storage import Memory
+from blip2edge.calibration.pictures import CalibrationPicture
+from blip2edge.calibration.storage import InMemoryStore
 from blip2edge.calibration.weights.blocks import restored
 from blip2edge.calibration.weights.weight_only import all_logits, block_tensors, form_of
 from blip2edge.progress import counted
@@ -33,20 +33,20 @@ from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 
 PICTURES = 8
-"""How many are looked at for each layer."""
+"""Number of pictures on which each layer is measured."""
 
 LAYER = re.compile(r"^(.*?\.\d+)\.")
-"""What the weights of a layer have in common."""
+"""The path of the layer to which a weight belongs."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The quantised matrices of a layer.
+class QuantizedLayer:
+    """The quantized matrices of a layer.
 
     Attributes:
-        graph: The graph that they are in.
-        name: The layer's path, or the matrix where it is in no layer.
-        weights: Their initializers.
+        graph: The graph's name.
+        name: The layer's path, or the matrix's name where it is in no layer.
+        weights: Names of the matrices' initializers.
     """
 
     graph: str
@@ -56,32 +56,32 @@ class Layer:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a layer costs.
+    """The sensitivity of a layer.
 
     Attributes:
         layer: The layer.
-        loss: Divergence in nats a token.
+        loss: Divergence in nats per token.
     """
 
-    layer: Layer
+    layer: QuantizedLayer
     loss: float
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the record."""
+        """The entry in the manifest and in ``report.json``."""
         return {"graph": self.layer.graph, "layer": self.layer.name, "loss": float(f"{self.loss:.4g}")}
 
 
-def layers_of(graph: str, weights: Sequence[str]) -> list[Layer]:
+def group_by_layer(graph: str, weights: Sequence[str]) -> list[QuantizedLayer]:
     """Groups the weights of a graph by their layers, in order."""
     groups: dict[str, list[str]] = {}
     for weight in weights:
         match = LAYER.match(weight)
         groups.setdefault(match.group(1) if match else weight, []).append(weight)
-    return [Layer(graph, name, tuple(members)) for name, members in groups.items()]
+    return [QuantizedLayer(graph, name, tuple(members)) for name, members in groups.items()]
 
 
 def divergence(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
-    """Mean over tokens of ``Σ p (log p - log q)``: ``[..., V]`` of the parent and of another."""
+    """Mean over tokens of ``Σ p (log p - log q)``, from logits ``[..., V]`` of the parent (p) and another model (q)."""
     first, second = _log_softmax(reference), _log_softmax(logits)
     return float((np.exp(first) * (first - second)).sum(axis=-1).mean())
 
@@ -92,18 +92,22 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return normal
 
 
-class Yardstick:
-    """The parent on some pictures, and the same with one graph replaced.
+class DivergenceMeter:
+    """Measures the divergence from the parent where one graph is replaced, over some pictures.
 
     Args:
         parent: The bundle.
         pictures: The pictures.
-        texts: Token ids of each one's caption by the parent.
+        texts: Token ids of the parent's caption of each picture.
         threads: CPU threads.
     """
 
     def __init__(
-        self, parent: Bundle, pictures: Sequence[Picture], texts: Sequence[Sequence[int]], threads: int | None
+        self,
+        parent: Bundle,
+        pictures: Sequence[CalibrationPicture],
+        texts: Sequence[Sequence[int]],
+        threads: int | None,
     ) -> None:
         self._parent = parent
         self._threads = threads
@@ -115,11 +119,11 @@ class Yardstick:
         }
         self._outputs: dict[str, list[dict[str, Array]]] = {name: [] for name in self._order}
         self._reference = self._logits(
-            {name: _keeping(session, self._outputs[name]) for name, session in self._sessions.items()}
+            {name: _recording(session, self._outputs[name]) for name, session in self._sessions.items()}
         )
 
     def loss(self, graph: str, session: Session) -> float:
-        """The divergence with ``session`` in the place of a graph; what comes before it is not run again."""
+        """The divergence with ``session`` in the place of a graph; the graphs before it are not run again."""
         at = self._order.index(graph)
         sessions = dict(self._sessions)
         for name in self._order[:at]:
@@ -127,86 +131,88 @@ class Yardstick:
         found = self._logits({**sessions, graph: session})
         return float(np.mean([divergence(*pair) for pair in zip(self._reference, found, strict=True)]))
 
-    def measure(self, layer: Layer, rounded: ir.Model) -> Sensitivity:
+    def measure(self, layer: QuantizedLayer, quantized: ir.Model) -> Sensitivity:
         """A layer's sensitivity.
 
         Args:
             layer: The layer.
-            rounded: Its graph with that layer rounded, other weights external and in the parent's directory.
+            quantized: Its graph with that layer quantized; other weights are external, in the parent's directory.
         """
         record = self._parent.graph(layer.graph)
         size = sum(self._parent.manifest.files[file].size for file in record.data_files)
-        proto = ir.to_proto(rounded)
+        proto = ir.to_proto(quantized)
         probe = open_probe(proto, self._parent.path, size, self._threads)
-        session = _in_memory(self._sessions[layer.graph], probe)
+        session = _opened(self._sessions[layer.graph], probe)
         return Sensitivity(layer, max(self.loss(layer.graph, session), 0.0))
 
     def _logits(self, sessions: Mapping[str, Session]) -> list[Array]:
-        """Of every run of the decoder, over all pictures."""
-        seen: list[Array] = []
+        """The logits of every run of the decoder, over all pictures."""
+        logits: list[Array] = []
 
         def open_graph(name: str) -> Session:
-            return _listening(sessions[name], seen) if name == DECODER else sessions[name]
+            return _all_logits(sessions[name], logits) if name == DECODER else sessions[name]
 
         run = PictureRunner(self._parent, open_graph, language=True)
         for content, text in self._given:
             run(content, text)
-        return seen
+        return logits
 
 
-class _Answering:
-    """A session that looks like another and answers by a function."""
+class _SubstituteSession:
+    """A session with the inputs and outputs of another, whose results come from a function."""
 
-    def __init__(self, like: Session, answer: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
+    def __init__(self, like: Session, compute: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
         self.input_names, self.output_names = like.input_names, like.output_names
-        self._answer = answer
+        self._compute = compute
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`; gives all outputs, whichever are asked for."""
+        """See :class:`blip2edge.runtime.backends.base.Session`; returns all outputs, whatever is requested."""
         del outputs
-        return self._answer(inputs)
+        return self._compute(inputs)
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
 
 
-def _keeping(session: Session, kept: list[dict[str, Array]]) -> Session:
-    """A session whose outputs are kept."""
+def _recording(session: Session, record: list[dict[str, Array]]) -> Session:
+    """A session that appends its outputs to a list."""
 
-    def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def compute(inputs: Mapping[str, Array]) -> dict[str, Array]:
         found = session.run(inputs)
-        kept.append(found)
+        record.append(found)
         return dict(found)
 
-    return _Answering(session, answer)
+    return _SubstituteSession(session, compute)
 
 
-def _replaying(session: Session, kept: Sequence[dict[str, Array]]) -> Session:
-    """Gives what was kept, run by run."""
-    coming = iter(kept)
-    return _Answering(session, lambda inputs: dict(next(coming)))
+def _replaying(session: Session, record: Sequence[dict[str, Array]]) -> Session:
+    """A session that returns recorded outputs, run by run."""
+    remaining = iter(record)
+    return _SubstituteSession(session, lambda inputs: dict(next(remaining)))
 
 
-def _listening(session: Session, seen: list[Array]) -> Session:
-    """A decoder that is asked for the logits of every slot; they are noted."""
+def _all_logits(session: Session, logits: list[Array]) -> Session:
+    """A decoder that computes the logits of every position and appends them to a list."""
 
-    def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def compute(inputs: Mapping[str, Array]) -> dict[str, Array]:
         found = session.run(all_logits(inputs))
-        seen.append(found["logits"])
+        logits.append(found["logits"])
         return found
 
-    return _Answering(session, answer)
+    return _SubstituteSession(session, compute)
 
 
-def _in_memory(like: Session, graph: Any) -> Session:
-    """ONNX Runtime's session of a graph that lies in no file."""
+def _opened(like: Session, graph: Any) -> Session:
+    """A session of a graph that is open in ONNX Runtime."""
     names = list(like.output_names)
-    return _Answering(like, lambda inputs: dict(zip(names, graph.run(names, dict(inputs)), strict=True)))
+    return _SubstituteSession(
+        like, lambda inputs: dict(zip(names, graph.run(names, dict(inputs)), strict=True))
+    )
 
 
-def with_blocks(parent: Path, whole: Path, layer: Layer) -> ir.Model:
-    """The parent's graph with the weights of one layer as the rounded graph ``whole`` has them."""
-    model, rounded = ir.load(parent), ir.load(whole).graph.initializers
+def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:
+    """The parent's graph with the rounded weights of one layer, taken from the quantized graph."""
+    model, rounded = ir.load(parent), ir.load(quantized).graph.initializers
     for weight in layer.weights:
         integers, scales = block_tensors(rounded, weight)
         value = model.graph.initializers[weight]
@@ -216,34 +222,34 @@ def with_blocks(parent: Path, whole: Path, layer: Layer) -> ir.Model:
     return model
 
 
-def with_activations(parent: Path, plan: Plan, layer: Layer) -> ir.Model:
-    """The parent's graph with the products of one layer as a plan has them."""
+def with_quantized_activations(parent: Path, plan: ActivationPlan, layer: QuantizedLayer) -> ir.Model:
+    """The parent's graph with the activations and weights of one layer in INT8, by a plan."""
     model = ir.load(parent)
-    quantise_graph(model, only(plan, layer.weights), Memory())
+    insert_qdq(model, restrict_plan(plan, layer.weights), InMemoryStore())
     return model
 
 
-def only(plan: Plan, weights: Sequence[str]) -> Plan:
-    """The part of a plan that is about some weights."""
-    groups = []
-    for group in plan.groups:
-        products = tuple(product for product in group.products if product.weight in weights)
+def restrict_plan(plan: ActivationPlan, weights: Sequence[str]) -> ActivationPlan:
+    """The part of a plan that belongs to some weights."""
+    activations = []
+    for activation in plan.activations:
+        products = tuple(product for product in activation.products if product.weight in weights)
         if products:
-            groups.append(replace(group, products=products))
-    return Plan(groups)
+            activations.append(replace(activation, products=products))
+    return ActivationPlan(activations)
 
 
-def rank(
-    yardstick: Yardstick,
-    models: Sequence[tuple[Layer, Callable[[], ir.Model]]],
+def rank_layers(
+    meter: DivergenceMeter,
+    models: Sequence[tuple[QuantizedLayer, Callable[[], ir.Model]]],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Sensitivity]:
     """Measures layers, one at a time; the worst first.
 
     Args:
-        yardstick: What measures.
-        models: Each layer, and what makes its graph.
+        meter: Measures the divergence.
+        models: Each layer, with a function that makes the graph in which it is quantized.
         progress: Called with layers done and layers in all.
     """
-    found = [yardstick.measure(layer, model()) for layer, model in counted(models, len(models), progress)]
+    found = [meter.measure(layer, model()) for layer, model in counted(models, len(models), progress)]
     return sorted(found, key=lambda item: -item.loss)

@@ -1,1 +1,1 @@
-"""INT8 and INT4 weights in blocks."""
+"""Weight-only quantization: INT8 and INT4 weights in blocks, rounded by GPTQ."""

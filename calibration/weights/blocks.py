@@ -1,8 +1,8 @@
-"""Block-wise symmetric integers: a matrix, cut along its input axis into blocks that share a scale.
+"""Block-wise symmetric integers: a matrix is cut along its input axis into blocks that share a scale.
 
-What a graph computes is ``weight[k, n] = integers[k, n] * scales[k // block, n]``, ONNX's DequantizeLinear with
+A graph computes ``weight[k, n] = integers[k, n] * scales[k // block, n]``, ONNX's DequantizeLinear with
 ``axis=0`` and ``block_size`` (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html, version 21). Matrices
-stand as MatMul reads them, ``[K, N]``: K inputs, N outputs.
+have MatMul's layout ``[K, N]``: K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int8]
 
 BLOCKS = {4: (128, 64, 32, 16), 8: (64, 32, 16)}
-"""Rows that share a scale, by the number of bits, best first.
+"""Block sizes (rows that share a scale) by the number of bits, the preferred first.
 
 TensorRT documents 64 and 128 for INT4; 16 and 32 are for widths that neither divides. A block must divide the width,
-as its parser takes no partial blocks (it reads ``block_size`` from the shape of the scales). ONNX Runtime fuses
-powers of two from 16 on. Eight bits are read by ONNX Runtime and TensorRT-RTX alone, where 64 is the fastest.
+because TensorRT's parser takes no partial blocks (it derives ``block_size`` from the shape of the scales). ONNX Runtime
+fuses powers of two from 16 on. Only ONNX Runtime and TensorRT-RTX run 8-bit blocks; 64 is the fastest there.
 """
 
 SHRINKS = tuple(np.linspace(1.0, 0.5, 26))
-"""What a block's largest value is multiplied with in the search of its scale."""
+"""Factors of a block's largest value that are tried in the search of its scale."""
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How the blocks of a matrix are written.
+    """The integer format of a matrix in blocks.
 
     Attributes:
         bits: 4 or 8.
@@ -45,7 +45,9 @@ class BlockFormat:
 
     def __post_init__(self) -> None:
         if self.bits not in BLOCKS or self.block not in BLOCKS[self.bits]:
-            raise ValueError(f"no format has {self.bits} bits in blocks of {self.block}")
+            raise ValueError(
+                f"expected one of the block sizes {BLOCKS}, got {self.bits} bits in blocks of {self.block}"
+            )
 
     @property
     def high(self) -> int:
@@ -59,7 +61,7 @@ class BlockFormat:
 
     @classmethod
     def for_width(cls, width: int, bits: int) -> BlockFormat | None:
-        """The best format for ``width`` inputs; None where no block divides it."""
+        """The preferred format for ``width`` inputs; None where no block size divides it."""
         fitting = [block for block in BLOCKS[bits] if width % block == 0]
         return cls(bits, fitting[0]) if fitting else None
 
@@ -71,18 +73,18 @@ def largest(weight: Floats, form: BlockFormat) -> Floats:
 
 
 def plain_scales(weight: Floats, form: BlockFormat) -> Floats:
-    """Scales that put each block's largest value on the largest integer: ``[K / block, N]``."""
+    """Scales that map each block's largest value to the largest integer: ``[K / block, N]``."""
     scales = largest(weight, form) / np.float32(form.high)
-    return np.where(scales > 0, scales, np.float32(1))  # a block of zeros has any scale
+    return np.where(scales > 0, scales, np.float32(1))  # a block of zeros may have any scale
 
 
 def searched_scales(weight: Floats, form: BlockFormat, importance: Floats | None = None) -> Floats:
-    """Scales whose rounding error is least, of :data:`SHRINKS` of the plain ones.
+    """Scales with the least rounding error, out of the plain scales times each of :data:`SHRINKS`.
 
     Args:
         weight: ``[K, N]``.
         form: The format.
-        importance: ``[K]``, what an error of each input costs: its mean square; None for 1.
+        importance: ``[K]``, weight of each input's error: the mean square of its activation; None for 1.
 
     Returns:
         ``[K / block, N]``.
@@ -102,20 +104,20 @@ def searched_scales(weight: Floats, form: BlockFormat, importance: Floats | None
 
 
 def rounded(weight: Floats, scales: Floats, form: BlockFormat) -> Integers:
-    """The nearest integers ``[K, N]``."""
+    """Rounds to the nearest integers, ``[K, N]``."""
     spread = np.repeat(scales, form.block, axis=0)
     nearest: Integers = np.clip(np.rint(weight / spread), form.low, form.high).astype(np.int8)
     return nearest
 
 
 def restored(integers: Integers, scales: Floats, form: BlockFormat) -> Floats:
-    """What a graph computes of them: float32 ``[K, N]``."""
+    """The weights that a graph computes from integers and scales: float32 ``[K, N]``."""
     spread: Floats = np.repeat(scales.astype(np.float32), form.block, axis=0)
     return integers.astype(np.float32) * spread
 
 
 def packed(integers: Integers, bits: int) -> NDArray[np.uint8]:
-    """The bytes as ONNX lays them out: flat; of four bits two a byte, the first in the lower half."""
+    """Bytes in ONNX's layout: flat; two 4-bit values per byte, the first in the lower half."""
     flat: NDArray[np.uint8] = np.ascontiguousarray(integers).reshape(-1).view(np.uint8)
     if bits == 8:
         return flat
@@ -136,5 +138,5 @@ def unpacked(data: NDArray[np.uint8], shape: tuple[int, int], bits: int) -> Inte
 
 
 def _blocks(weight: Floats, form: BlockFormat) -> Floats:
-    """``[K, N]`` as ``[K / block, block, N]``."""
+    """Reshapes ``[K, N]`` to ``[K / block, block, N]``."""
     return weight.reshape(-1, form.block, weight.shape[1])

@@ -1,9 +1,9 @@
-"""Rounding that makes up for itself: the error of one input's weights is taken over by the inputs still to come.
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounds weights so that later inputs compensate the error of earlier ones.
 
-GPTQ (Frantar et al., arXiv 2210.17323): with ``H = XᵀX`` over the activations X that a matrix meets, the weights are
-rounded one input after the other, and the rest is moved to where the output changes least, by the Cholesky factor
-of the inverse of H. Scales are fixed beforehand, so that inputs can be taken in the order of their size (act-order)
-and blocks stay contiguous; afterwards the scales are fitted once more to the integers that came out.
+With ``H = XᵀX`` over the activations X of a matrix, the weights are rounded one input after the other. The error of an
+input is distributed over the remaining inputs such that the output changes least, by the Cholesky factor of the inverse
+of H. Scales are fixed before, so that inputs can be taken by decreasing activation (act-order) while blocks stay
+contiguous. At the end the scales are fitted once more to the integers.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ DAMPING = 0.01
 """Share of the mean diagonal that is added to H (arXiv 2210.17323, section 3.3)."""
 
 LAZY = 128
-"""Inputs whose corrections are collected before the rest of the matrix is touched."""
+"""Inputs whose corrections are collected before the rest of the matrix is updated."""
 
 LEAF = 256
-"""Rows of a triangular matrix that are inverted at once."""
+"""Largest triangular matrix that is inverted directly, in rows."""
 
 VALUES = 1 << 22
-"""Weights that are rounded at a time, 16 MiB of them: outputs do not depend on each other."""
+"""Weights that are rounded at a time (16 MiB); the columns of a matrix are independent."""
 
 
 Scales = Callable[[Floats, BlockFormat], Floats]
-"""A rule that gives a matrix ``[K, N]`` its scales ``[K / block, N]``."""
+"""Computes the scales ``[K / block, N]`` of a matrix ``[K, N]``."""
 
 
 class SecondMoments:
@@ -53,24 +53,24 @@ class SecondMoments:
         self.rows = 0
 
     def add(self, activations: NDArray[Any]) -> None:
-        """Counts ``[..., K]``."""
+        """Adds activations ``[..., K]``."""
         flat = activations.reshape(-1, activations.shape[-1]).astype(np.float32, copy=False)
         self.total += flat.T @ flat
         self.rows += len(flat)
 
     def mean(self) -> NDArray[np.float64]:
-        """``[K, K]``, the mean over the activations."""
+        """Mean over the activations, ``[K, K]``."""
         return self.total / max(self.rows, 1)
 
 
-class Corrector:
-    """What the matrices that meet the same activations share.
+class GptqRounder:
+    """Rounds the matrices that read the same activations; the factor of H is computed once.
 
     Args:
         moments: ``[K, K]``, mean of ``XᵀX``.
 
     Raises:
-        BundleError: It is not finite.
+        BundleError: ``moments`` is not finite.
     """
 
     def __init__(self, moments: NDArray[np.float64]) -> None:
@@ -89,7 +89,7 @@ class Corrector:
         self.factor = _factor(ordered)
 
     def quantize(self, weight: Floats, form: BlockFormat) -> tuple[Integers, Floats]:
-        """Integers ``[K, N]`` and scales ``[K / block, N]`` of a matrix ``[K, N]``."""
+        """Rounds a matrix ``[K, N]`` to integers ``[K, N]`` and scales ``[K / block, N]``."""
         integers = np.empty(weight.shape, np.int8)
         scales = np.empty((len(weight) // form.block, weight.shape[1]), np.float32)
         for part in _columns(weight):
@@ -99,7 +99,7 @@ class Corrector:
         return integers, scales
 
     def error(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> float:
-        """The share of a matrix's output that rounding changes: ``|X(W - Ŵ)| / |XW|`` over the activations."""
+        """Relative change of a matrix's output by rounding: ``|X(W - Ŵ)| / |XW|`` over the activations."""
         moments = self.moments
         lost = whole = 0.0
         for part in _columns(weight):
@@ -110,7 +110,7 @@ class Corrector:
         return float(np.sqrt(max(lost, 0.0) / whole)) if whole > 0 else 0.0
 
     def _round(self, weight: Floats, scales: Floats, form: BlockFormat) -> Integers:
-        rest = weight[self.order]  # a copy, in the order in which inputs are rounded
+        rest = weight[self.order]  # a copy, in the order of rounding
         steps = scales[self.order // form.block]
         out = np.empty(rest.shape, np.int8)
         factor = self.factor
@@ -129,9 +129,9 @@ class Corrector:
         return integers
 
     def _fitted(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> Floats:
-        """The scales with which the integers come closest, one block after the other with the others fixed.
+        """The scales with the least error for given integers, one block after the other with the others fixed.
 
-        The error of an output is ``eᵀ H e`` with ``e = w - Σ s_b q_b``; its minimum over one ``s_b`` is linear.
+        The error of an output is ``eᵀ H e`` with ``e = w - Σ s_b q_b``; it is quadratic in each ``s_b``.
         """
         fitted = scales.copy()
         moments = self.moments
@@ -151,7 +151,7 @@ class Corrector:
 
 
 def nearest(weight: Floats, form: BlockFormat, scales_of: Scales) -> tuple[Integers, Floats]:
-    """Rounding to the nearest: integers ``[K, N]`` and scales ``[K / block, N]``, by a rule for the scales."""
+    """Rounds to nearest, with scales by a rule; returns integers ``[K, N]`` and scales ``[K / block, N]``."""
     integers = np.empty(weight.shape, np.int8)
     scales = np.empty((len(weight) // form.block, weight.shape[1]), np.float32)
     for part in _columns(weight):
@@ -161,14 +161,14 @@ def nearest(weight: Floats, form: BlockFormat, scales_of: Scales) -> tuple[Integ
 
 
 def _columns(weight: Floats) -> Iterator[tuple[slice, slice]]:
-    """Index expressions of some columns each."""
+    """Index expressions that cut a matrix into groups of columns."""
     step = max(64, VALUES // len(weight))
     for start in range(0, weight.shape[1], step):
         yield np.s_[:, start : start + step]
 
 
 def _factor(moments: NDArray[np.float64]) -> Floats:
-    """The upper triangular U with ``UᵀU`` the inverse of a positive definite matrix.
+    """The upper triangular U with ``UᵀU = M⁻¹`` for a positive definite matrix M.
 
     With the rows and columns reversed, ``M = LLᵀ`` gives ``M⁻¹ = L⁻ᵀL⁻¹``; reversed back, ``L⁻¹`` is upper triangular.
     """
@@ -177,7 +177,7 @@ def _factor(moments: NDArray[np.float64]) -> Floats:
 
 
 def _inverse(lower: NDArray[Any]) -> NDArray[Any]:
-    """Of a lower triangular matrix, by halves: a third of the work of a general inverse, nearly all of it products."""
+    """Inverse of a lower triangular matrix by halves, a third of the cost of a general inverse."""
     if len(lower) <= LEAF:
         leaf: NDArray[Any] = np.linalg.inv(lower)
         return leaf

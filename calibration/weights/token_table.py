@@ -7,9 +7,7 @@ there. In four bits each has its own: a head rounded on what it meets is a poor 
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from blip2edge.bundle.safetensors_file import DTYPES, SafetensorsFile, StoredTensor, write_safetensors
 from blip2edge.bundle.schema import EMBEDDINGS_TENSOR
-from blip2edge.bundle.token_table import COLUMNS, DTYPES, HEADER_LENGTH, ROWS, SCALE, TokenTable
-from blip2edge.calibration.storage import PAGE
+from blip2edge.bundle.token_table import COLUMNS, ROWS, SCALE, TokenTable
 from blip2edge.calibration.targets import Product
 from blip2edge.calibration.weights.blocks import BlockFormat, Floats, Integers, packed, searched_scales
 from blip2edge.calibration.weights.gptq import nearest
@@ -49,24 +47,23 @@ def write_rows(
     form = BlockFormat.for_width(table.width, BITS)
     if form is None:
         raise ValueError(f"no block divides rows of {table.width}")
-    total, scale_dtype = table.num_rows, np.dtype(np.float32)
+    total = table.num_rows
     shapes = (total, table.width * form.bits // 8), (total, table.width // form.block)
-    header = _header(form, ROWS, shapes, scale_dtype)
-    kept: list[Floats] = []
-    with path.open("wb") as file:
-        file.write(header)
+
+    def pieces() -> Iterator[NDArray[Any]]:
+        kept: list[Floats] = []
         for start in range(0, total, CHUNK):
             ids = np.arange(start, min(start + CHUNK, total))
             turned = np.ascontiguousarray(table.rows(ids).astype(np.float32).T)
             integers, scales = nearest(turned, form, searched_scales)
-            file.write(packed(np.ascontiguousarray(integers.T), form.bits).tobytes())
-            kept.append(np.ascontiguousarray(scales.T))
+            yield packed(np.ascontiguousarray(integers.T), form.bits)
+            kept.append(np.ascontiguousarray(scales.T, np.float32))
             if progress is not None:
                 progress(int(ids[-1]) + 1, total)
-        for part in kept:
-            file.write(part.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+        yield from kept
+
+    tensors = _stored(form, *shapes, scales=np.dtype(np.float32))
+    write_safetensors(path, tensors, pieces(), _metadata(form, ROWS))
     return form
 
 
@@ -85,31 +82,19 @@ def write_shared(
     Returns:
         What the decoder's graph refers to.
     """
-    header = _header(form, COLUMNS, (integers.shape, scales.shape), scales.dtype)
-    with path.open("wb") as file:
-        file.write(header)
-        for part in (packed(integers, form.bits), scales):
-            file.write(np.ascontiguousarray(part).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    first, middle = len(header), len(header) + integers.size * form.bits // 8
+    tensors = _stored(form, integers.shape, scales.shape, scales=scales.dtype)
+    write_safetensors(path, tensors, (packed(integers, form.bits), scales), _metadata(form, COLUMNS))
+    written = SafetensorsFile(path).tensors
 
-    def tensor(
-        kind: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
-    ) -> ir.ExternalTensor:
+    def external(kind: str, tensor: StoredTensor, dtype: ir.DataType) -> ir.ExternalTensor:
         return ir.ExternalTensor(
-            path.name,
-            offset,
-            length,
-            dtype,
-            shape=ir.Shape(shape),
-            name=f"{name}.{kind}",
+            path.name, tensor.offset, tensor.nbytes, dtype, shape=ir.Shape(tensor.shape), name=f"{name}.{kind}",
             base_dir=path.parent,
-        )
+        )  # fmt: skip
 
     return (
-        tensor(f"int{form.bits}", first, middle - first, ir.DataType.INT8, integers.shape),
-        tensor("scale", middle, scales.nbytes, ir.DataType.from_numpy(scales.dtype), scales.shape),
+        external(f"int{form.bits}", written[EMBEDDINGS_TENSOR], ir.DataType.INT8),
+        external("scale", written[EMBEDDINGS_TENSOR + SCALE], ir.DataType.from_numpy(scales.dtype)),
     )
 
 
@@ -137,28 +122,14 @@ def _same(table: TokenTable, head: NDArray[Any]) -> bool:
     return True
 
 
-def _header(
-    form: BlockFormat,
-    layout: str,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    scale_dtype: np.dtype[Any],
-) -> bytes:
-    """A safetensors header, filled up so that the tensors begin on a page."""
+def _stored(form: BlockFormat, *shapes: tuple[int, ...], scales: np.dtype[Any]) -> dict[str, StoredTensor]:
+    """The tensors of the file: integers and scales."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    middle = int(np.prod(shapes[0]))
-    end = middle + int(np.prod(shapes[1])) * scale_dtype.itemsize
-    kinds = names[np.dtype(np.int8 if form.bits == 8 else np.uint8)], names[scale_dtype]
-    text = json.dumps(
-        {
-            "__metadata__": {"bits": str(form.bits), "block": str(form.block), "layout": layout},
-            EMBEDDINGS_TENSOR: {"dtype": kinds[0], "shape": list(shapes[0]), "data_offsets": [0, middle]},
-            EMBEDDINGS_TENSOR + SCALE: {
-                "dtype": kinds[1],
-                "shape": list(shapes[1]),
-                "data_offsets": [middle, end],
-            },
-        },
-        separators=(",", ":"),
-    ).encode()
-    text += b" " * (-(len(text) + HEADER_LENGTH) % PAGE)
-    return len(text).to_bytes(HEADER_LENGTH, "little") + text
+    return {
+        EMBEDDINGS_TENSOR: StoredTensor("I8" if form.bits == 8 else "U8", shapes[0]),
+        EMBEDDINGS_TENSOR + SCALE: StoredTensor(names[scales], shapes[1]),
+    }
+
+
+def _metadata(form: BlockFormat, layout: str) -> dict[str, str]:
+    return {"bits": str(form.bits), "block": str(form.block), "layout": layout}

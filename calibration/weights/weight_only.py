@@ -1,10 +1,10 @@
-"""Weights alone as integers of four or eight bits: what a decoder reads for every token becomes a fraction.
+"""Weight-only quantization: weights become integers of four or eight bits, so that a decoder reads less per token.
 
     integers [K, N] --+
     scales [K/b, N] --+-> DequantizeLinear -> weight [K, N] -> MatMul, in floating point
 
-ONNX Runtime fuses the two nodes to MatMulNBits when it loads the graph; TensorRT to a weight-only product. A matrix
-is known by its initializer's name, so that a second graph over the same weights is changed alike.
+ONNX Runtime fuses the two nodes into MatMulNBits when it loads the graph, TensorRT into a weight-only product.
+Matrices are identified by the initializer's name, so that a second graph with the same weights can use them too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from blip2edge.calibration.activations.segments import PieceRunner
+from blip2edge.calibration.initializers import (
+    add_initializer,
+    initializer_tensor,
+    replace_by_dequantize,
+)
 from blip2edge.calibration.storage import DataFile
-from blip2edge.calibration.targets import Product, held
+from blip2edge.calibration.targets import Product
 from blip2edge.calibration.weights.blocks import (
     BlockFormat,
     Floats,
@@ -29,29 +33,30 @@ from blip2edge.calibration.weights.blocks import (
     restored,
     searched_scales,
 )
-from blip2edge.calibration.weights.gptq import Corrector, SecondMoments, nearest
+from blip2edge.calibration.weights.gptq import GptqRounder, SecondMoments, nearest
+from blip2edge.calibration.weights.segments import SegmentRunner
 
 Array = NDArray[Any]
 
 OPSET = 21
-"""The first whose DequantizeLinear has blocks and 4-bit types. Nothing else in our graphs reads otherwise in it
-than in 18: the operators between gained types only."""
+"""The first opset whose DequantizeLinear has blocks and 4-bit types. The other operators of our graphs have the same
+meaning in it as in 18; later versions only added types."""
 
 DTYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 LOGITS_INDICES = "logits_indices"
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A quantised matrix in its file.
+class BlockMatrix:
+    """A quantized matrix in a file.
 
     Attributes:
-        name: The initializer that it replaces.
+        name: Name of the initializer that it replaces.
         form: Its format.
         integers: ``[K, N]``.
         scales: ``[K / block, N]``.
-        error: Share of its output that rounding changed on the calibration's activations; None where none were seen.
-        plain_error: The same for rounding to the nearest with plain scales.
+        error: Relative change of its output by rounding, on the recorded activations; None without activations.
+        plain_error: The same for rounding to nearest with plain scales.
     """
 
     name: str
@@ -62,18 +67,18 @@ class Matrix:
     plain_error: float | None = None
 
 
-Store = Callable[[Product, BlockFormat, Integers, Floats], tuple[ir.ExternalTensor, ir.ExternalTensor]]
-"""Writes a matrix; the tensors that refer to it."""
+MatrixWriter = Callable[[Product, BlockFormat, Integers, Floats], tuple[ir.ExternalTensor, ir.ExternalTensor]]
+"""Writes integers and scales of a matrix; returns the tensors to which the graph refers."""
 
 
 @dataclass(frozen=True)
-class WeightOnly:
+class WeightOnlyOptions:
     """How the matrices of a graph are rounded.
 
     Attributes:
-        formats: Each matrix's format, by the initializer's name; others stay as they are.
-        plain: Round to the nearest with plain scales, and look at no activations: what others are compared with.
-        threads: CPU threads of the runs that collect activations.
+        formats: Each matrix's format, by the initializer's name; others are kept in floating point.
+        plain: Round to nearest with plain scales and without activations, as a baseline.
+        threads: CPU threads of the runs that compute activations.
     """
 
     formats: Mapping[str, BlockFormat]
@@ -82,115 +87,120 @@ class WeightOnly:
 
 
 def choose_formats(products: Sequence[Product], bits: int) -> tuple[dict[str, BlockFormat], dict[str, str]]:
-    """The formats of a graph's matrices, and those that stay as they are, with the reason."""
+    """Chooses the formats of a graph's matrices.
+
+    Returns:
+        The formats by the weight's name, and the weights kept in floating point, with the reason.
+    """
     formats: dict[str, BlockFormat] = {}
-    left: dict[str, str] = {}
+    kept_float: dict[str, str] = {}
     for product in products:
         form = BlockFormat.for_width(product.inner, bits)
         if form is None:
-            left[product.weight] = f"its {product.inner} inputs cannot be cut into blocks of 16 or more"
+            kept_float[product.weight] = f"its {product.inner} inputs cannot be cut into blocks of 16 or more"
         else:
             formats[product.weight] = form
-    return formats, left
+    return formats, kept_float
 
 
-def quantize_weights(
+def quantize_matrices(
     model: ir.Model,
     products: Sequence[Product],
     data: DataFile,
-    how: WeightOnly,
+    options: WeightOnlyOptions,
     feeds: Sequence[Mapping[str, Array]] = (),
     *,
-    store: Mapping[str, Store] | None = None,
+    writers: Mapping[str, MatrixWriter] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Matrix]:
+) -> dict[str, BlockMatrix]:
     """Rounds the matrices of a graph, writes every weight to a new file and changes the graph.
 
     Args:
         model: The parent's graph, its initializers external; changed in place. One matrix is in memory at a time,
-            and what a piece of the graph gives for all feeds.
+            and the outputs of one segment of the graph for all feeds.
         products: Its products (``find_targets``).
-        data: Where the weights go.
-        how: What becomes of which matrix.
-        feeds: Inputs of some runs; none for rounding without activations.
-        store: What writes a matrix elsewhere than to ``data``, by the initializer's name.
+        data: The file of the weights.
+        options: Formats and rounding.
+        feeds: Inputs of some runs; empty to round without activations.
+        writers: Writers of the matrices that do not go to ``data``, by the initializer's name.
         progress: Called with matrices done and matrices in all.
 
     Returns:
-        What was quantised, by the initializer's name.
+        The quantized matrices, by the initializer's name.
     """
-    wanted = list({product.weight: product for product in products if product.weight in how.formats}.values())
-    stores = store or {}
-    writer = _Writer(model, data, how, stores, len(wanted), progress)
-    if how.plain or not feeds:
+    wanted = list(
+        {product.weight: product for product in products if product.weight in options.formats}.values()
+    )
+    rounder = _MatrixRounder(model, data, options, writers or {}, len(wanted), progress)
+    if options.plain or not feeds:
         for product in wanted:
-            writer.write(product, None)
+            rounder.round(product, None)
     else:
-        runner = PieceRunner(model, wanted, [all_logits(feed) for feed in feeds], how.threads)
+        runner = SegmentRunner(model, wanted, [all_logits(feed) for feed in feeds], options.threads)
         for activation, values in runner:
             group = [product for product in wanted if product.activation == activation]
             moments = SecondMoments(group[0].inner)
             for value in values:
                 moments.add(value)
-            corrector = Corrector(moments.mean())
+            gptq = GptqRounder(moments.mean())
             for product in group:
-                runner.replace(product.weight, writer.write(product, corrector))
-    copy_others(model, data, writer.done)
-    replace_weights(model, writer.done)
-    return writer.done
+                runner.replace(product.weight, rounder.round(product, gptq))
+    copy_others(model, data, rounder.done)
+    replace_weights(model, rounder.done)
+    return rounder.done
 
 
 def copy_others(model: ir.Model, data: DataFile, but: Container[str]) -> None:
-    """Writes the external initializers that stay as they are; small ones lie in the graph's own file."""
+    """Writes the external initializers other than ``but``; small ones are in the graph's own file."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if name not in but and isinstance(tensor, ir.ExternalTensor):
             value.const_value = data.copy(name, tensor)
 
 
-class _Writer:
+class _MatrixRounder:
     """Rounds matrices and writes them."""
 
     def __init__(
         self,
         model: ir.Model,
         data: DataFile,
-        how: WeightOnly,
-        stores: Mapping[str, Store],
+        options: WeightOnlyOptions,
+        writers: Mapping[str, MatrixWriter],
         total: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.initializers = model.graph.initializers
         self.data = data
-        self.how = how
-        self.stores = stores
+        self.options = options
+        self.writers = writers
         self.total = total
         self.progress = progress
-        self.done: dict[str, Matrix] = {}
+        self.done: dict[str, BlockMatrix] = {}
 
-    def write(self, product: Product, corrector: Corrector | None) -> Array:
-        """Rounds one; what the graph will compute of it, in the graph's type."""
-        form = self.how.formats[product.weight]
-        kept = held(self.initializers[product.weight]).numpy()
-        weight = np.asarray(kept, np.float32)
+    def round(self, product: Product, gptq: GptqRounder | None) -> Array:
+        """Rounds and writes one matrix; returns the restored weights, in the graph's type."""
+        form = self.options.formats[product.weight]
+        given = initializer_tensor(self.initializers[product.weight]).numpy()
+        weight = np.asarray(given, np.float32)
         error = plain_error = None
-        if corrector is None:
-            integers, scales = nearest(weight, form, plain_scales if self.how.plain else searched_scales)
+        if gptq is None:
+            integers, scales = nearest(weight, form, plain_scales if self.options.plain else searched_scales)
         else:
-            integers, scales = corrector.quantize(weight, form)
-        scales = scales.astype(kept.dtype)
-        if corrector is not None:
-            error = corrector.error(weight, integers, scales, form)
-            plain_error = corrector.error(weight, *nearest(weight, form, plain_scales), form)
-        write = self.stores.get(product.weight, self._store)
-        self.done[product.weight] = Matrix(
+            integers, scales = gptq.quantize(weight, form)
+        scales = scales.astype(given.dtype)
+        if gptq is not None:
+            error = gptq.error(weight, integers, scales, form)
+            plain_error = gptq.error(weight, *nearest(weight, form, plain_scales), form)
+        write = self.writers.get(product.weight, self._write)
+        self.done[product.weight] = BlockMatrix(
             product.weight, form, *write(product, form, integers, scales), error, plain_error
         )
         if self.progress is not None:
             self.progress(len(self.done), self.total)
-        return restored(integers, scales, form).astype(kept.dtype)
+        return restored(integers, scales, form).astype(given.dtype)
 
-    def _store(
+    def _write(
         self, product: Product, form: BlockFormat, integers: Integers, scales: Floats
     ) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
         name = f"{product.weight}.int{form.bits}"
@@ -201,36 +211,13 @@ class _Writer:
         )
 
 
-def replace_weights(model: ir.Model, matrices: Mapping[str, Matrix]) -> None:
-    """Puts a DequantizeLinear in the place of every initializer that is one of ``matrices``; others stay."""
+def replace_weights(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None:
+    """Replaces initializers by integers, scales and a DequantizeLinear; names that the graph lacks have no effect."""
     graph = model.graph
     for name, matrix in matrices.items():
-        value = graph.initializers.get(name)
-        if value is None:
-            continue
-        users = list(value.uses())
-        parts = []
-        for tensor in (matrix.integers, matrix.scales):
-            part = ir.Value(
-                name=tensor.name,
-                shape=ir.Shape(tensor.shape),
-                type=ir.TensorType(tensor.dtype),
-                const_value=tensor,
-            )
-            graph.register_initializer(part)
-            parts.append(part)
-        node = ir.node(
-            "DequantizeLinear",
-            parts,
-            attributes={"axis": 0, "block_size": matrix.form.block},
-            name=f"{name}.dequantize",
-        )
-        output = node.outputs[0]
-        output.name, output.shape, output.type = f"{name}.float", value.shape, value.type
-        graph.insert_before(users[0][0], node)
-        for user, index in users:
-            user.replace_input_with(index, output)
-        del graph.initializers[name]
+        if name in graph.initializers:
+            inputs = [add_initializer(graph, tensor) for tensor in (matrix.integers, matrix.scales)]
+            replace_by_dequantize(graph, name, inputs, {"axis": 0, "block_size": matrix.form.block})
     if matrices:
         graph.opset_imports[""] = max(graph.opset_imports[""], OPSET)
         model.ir_version = max(model.ir_version, 10)
@@ -239,27 +226,27 @@ def replace_weights(model: ir.Model, matrices: Mapping[str, Matrix]) -> None:
 def block_tensors(
     initializers: Mapping[str, ir.Value], weight: str
 ) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
-    """Integers and scales of a matrix in a graph whose weights are blocks of integers.
+    """Integers and scales of a matrix in a quantized graph.
 
     Raises:
-        ValueError: It has none.
+        ValueError: The matrix is not quantized.
     """
     found = [initializers.get(f"{weight}.{kind}") for kind in ("int4", "int8", "scale")]
     tensors = [value.const_value for value in found if value is not None]
     integers, scales = tensors if len(tensors) == 2 else (None, None)
     if not isinstance(integers, ir.ExternalTensor) or not isinstance(scales, ir.ExternalTensor):
-        raise ValueError(f"{weight} is no matrix of blocks")
+        raise ValueError(f"{weight} is not a matrix in blocks")
     return integers, scales
 
 
 def form_of(integers: ir.ExternalTensor, scales: ir.ExternalTensor) -> BlockFormat:
-    """The format, by the shapes."""
+    """The format, by type and shapes."""
     bits = 4 if integers.dtype == ir.DataType.INT4 else 8
     return BlockFormat(bits, integers.shape.numpy()[0] // scales.shape.numpy()[0])
 
 
 def all_logits(feed: Mapping[str, Array]) -> dict[str, Array]:
-    """The inputs with logits asked for at every slot, so that the head meets more than one a caption."""
+    """A decoder's inputs, changed to request logits at every position: the head then has many activations per run."""
     indices, embeds = feed.get(LOGITS_INDICES), feed.get("inputs_embeds")
     if indices is None or embeds is None:
         return dict(feed)

@@ -18,7 +18,7 @@ from blip2edge.optimization.graph import (
     with_scalar,
 )
 
-CLOSE = 1e-4
+TIE_MARGIN = 1e-4
 
 
 def fuse_activations(model: ir.Model) -> int:
@@ -35,7 +35,7 @@ def fuse_activations(model: ir.Model) -> int:
 
 
 def _is(number: float, wanted: float) -> bool:
-    return math.isclose(number, wanted, rel_tol=CLOSE)
+    return math.isclose(number, wanted, rel_tol=TIE_MARGIN)
 
 
 def _gelu(erf: ir.Node) -> bool:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.manifest import STAMP, Bundle, FileRecord, sha256_of
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord, check_files
 from blip2edge.bundle.schema import GraphSpec, TensorSpec
-from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
+from blip2edge.errors import BackendError, EngineError
 from blip2edge.runtime.backends import probe
 
 KIND = "engines"
@@ -153,31 +154,11 @@ class EngineSet:
         Raises:
             BundleIntegrityError: It is missing or changed.
         """
-        record, path = self.record(name), self.directory / f"{name}.engine"
-        status = path.stat() if path.is_file() else None
-        stamp = [] if status is None else [status.st_size, status.st_mtime_ns, record.file.sha256]
-        stamps = self._stamps()
-        whole = status is not None and status.st_size == record.file.size
-        if not whole or (stamps.get(name) != stamp and sha256_of(path) != record.file.sha256):
-            raise BundleIntegrityError(
-                f"{path} is missing or not the file that was built", "build the engines again"
-            )
-        if stamps.get(name) != stamp:
-            self._stamp({**stamps, name: stamp})
-        return path
-
-    def _stamps(self) -> dict[str, Any]:
-        try:
-            values = json.loads((self.directory / STAMP).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # no stamps: every engine is hashed
-            return {}
-        return values if isinstance(values, dict) else {}
-
-    def _stamp(self, stamps: Mapping[str, Any]) -> None:
-        try:
-            (self.directory / STAMP).write_text(json.dumps(stamps), encoding="utf-8")
-        except OSError:  # read-only: hashed again at the next load
-            return
+        file = f"{name}.engine"
+        check_files(
+            self.directory, {file: self.record(name).file}, manifest=RECORD, fix="build the engines again"
+        )
+        return self.directory / file
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import cache_directory
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError
 from blip2edge.runtime.backends.base import OptimizedFile
 from blip2edge.runtime.backends.onnx_bytes import onnx_model

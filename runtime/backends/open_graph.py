@@ -7,8 +7,8 @@ from importlib import import_module
 
 import numpy as np
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.runtime.backends.base import (
     OptimizedFile,
     Session,

@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.manifest import Bundle, FileRecord, sha256_of
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord, check_files
 from blip2edge.bundle.schema import Parity
-from blip2edge.errors import BundleIntegrityError
 from blip2edge.runtime.backends.probe import exact_processor
 
 RECORD = "optimized.json"
@@ -138,7 +138,12 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
         return None
     if backend in OF_ONE_MACHINE and record.machine != exact_processor():
         return None
-    _check(directory, record.files)
+    check_files(
+        directory,
+        record.files,
+        manifest=RECORD,
+        fix=f"make the copy again: blip2edge optimize {bundle.path} --backend {backend}",
+    )
     return directory, record
 
 
@@ -155,33 +160,3 @@ def installed(package: str) -> str:
         except PackageNotFoundError:
             continue
     return ""
-
-
-def _check(directory: Path, files: Mapping[str, FileRecord]) -> None:
-    """Hashes files whose size and time are not those of the last check."""
-    stamp_file = directory / ".verified.json"
-    try:
-        stamps = json.loads(stamp_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no stamp: everything is hashed
-        stamps = {}
-    fresh: dict[str, list[Any]] = {}
-    for name, record in files.items():
-        path = directory / name
-        status = path.stat() if path.is_file() else None
-        stamp = [status.st_size, status.st_mtime_ns, record.sha256] if status is not None else []
-        changed = status is None or status.st_size != record.size
-        if changed or (stamps.get(name) != stamp and sha256_of(path) != record.sha256):
-            raise BundleIntegrityError(
-                f"{path} is not the file that was made",
-                f"make it again: blip2edge optimize {_bundle_of(directory)} --backend {directory.name}",
-            )
-        fresh[name] = stamp
-    if fresh != stamps:
-        try:
-            stamp_file.write_text(json.dumps(fresh), encoding="utf-8")
-        except OSError:  # read-only: hashed again at the next load
-            return
-
-
-def _bundle_of(directory: Path) -> str:
-    return str(directory.parents[1])

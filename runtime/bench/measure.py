@@ -27,8 +27,9 @@ from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
 from blip2edge.runtime.bench.roofline import Roofline, Work, measure
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.encode import STAGES, Clock, Encoded
-from blip2edge.runtime.decoding.sampling import argmax
+from blip2edge.runtime.captioning.pipeline import EncodedBatch, StageClock
+from blip2edge.runtime.captioning.request import STAGES
+from blip2edge.runtime.decoding.generate import argmax
 
 PERCENTILES = (50, 90, 99)
 PACKAGES = ("onnxruntime", "openvino", "numpy")
@@ -121,7 +122,7 @@ class BenchReport:
         return asdict(self)
 
 
-class CpuClock(Clock):
+class CpuClock(StageClock):
     """Wall time and CPU time by stage, in milliseconds."""
 
     def __init__(self) -> None:
@@ -164,8 +165,8 @@ class Bench:
         clock = CpuClock()
         item: Any = self.picture if self.frames == 1 else [self.picture] * self.frames
         text = self.prompt if prompt is None else prompt
-        encoded: Encoded = self.captioner.encoder([item] * pictures, [text] * pictures, clock)
-        logits, state = self.captioner.completer.prefill(encoded, clock)
+        encoded: EncodedBatch = self.captioner.encoder([item] * pictures, [text] * pictures, clock)
+        logits, state = self.captioner.generator.prefill(encoded, clock)
         with clock("decode"):
             for _ in range(tokens - 1):
                 logits = state.step(argmax(logits))
@@ -174,7 +175,7 @@ class Bench:
     def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
         """Captions with speculative decoding: the draft model, and the median of tokens a pass; None without one."""
         forced = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        kind = self.captioner.completer.drafting.kind(self.captioner.options(**forced))
+        kind = self.captioner.generator.drafts.kind(self.captioner.options(**forced))
         if kind == "none":
             return None
         item: Any = self.picture if self.frames == 1 else [self.picture] * self.frames
@@ -183,9 +184,9 @@ class Bench:
 
     def slots(self, prompt: str | None = None) -> int:
         """Length of the decoder's prompt, visual tokens included."""
-        text = self.captioner.prompter.filled(self.prompt if prompt is None else prompt)
-        initial = self.captioner.completer.language.initial
-        return len(initial) or self.captioner.prompter(text, self.frames).length
+        text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
+        initial = self.captioner.generator.language.initial
+        return len(initial) or self.captioner.prompts(text, self.frames).length
 
     def sweep_batches(self, batches: Sequence[int], tokens: int) -> list[dict[str, float]]:
         """Pictures for each second of CPU time and of wall time, by batch size."""

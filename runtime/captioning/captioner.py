@@ -1,10 +1,10 @@
-"""Pictures in, captions out: the whole runtime in one place.
+"""The captioner: the public face of the runtime.
 
     picture --preprocess--> pixel_values --vision--> image_embeds --bridge--> visual_tokens
-    prompt  --tokenise---> token rows   ----------------------------------> inputs_embeds --prefill--> logits, cache
+    prompt  --tokenize---> token ids    ----------------------------------> inputs_embeds --prefill--> logits, KV cache
                                                                             token by token --decode--> ids --> text
 
-Neither torch nor transformers is imported here or below.
+The stages are in ``pipeline.py``, and ``assemble.py`` loads them. The runtime imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -15,26 +15,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.manifest import Bundle
-from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
-from blip2edge.errors import Blip2EdgeError, BundleError, UsageError
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.errors import Blip2EdgeError, UsageError
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
-from blip2edge.runtime.captioning.complete import CaptionResult, Completer, caption_result
-from blip2edge.runtime.captioning.encode import STAGES, Clock, Encoder, PictureEncoder
+from blip2edge.runtime.captioning.assemble import load_pipeline
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
-from blip2edge.runtime.captioning.request import Request, Span
+from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
+from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span
 from blip2edge.runtime.captioning.scheduler import Scheduler
-from blip2edge.runtime.decoding.draft_model import Drafting
-from blip2edge.runtime.decoding.language_model import load_language_model
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.images.video import ItemSource
-from blip2edge.runtime.text.prompt import Instructor, Prompter
-from blip2edge.runtime.text.tokenizer import Tokenizer
 
 __all__ = ["STAGES", "CaptionResult", "Captioner"]
 
-AHEAD = 3  # batches that are on their way at once: one decoded, one encoded, one waiting
+IN_FLIGHT = 3  # batches at once: one in the decoder, one in the encoder, one waiting
 
 
 class Captioner:
@@ -43,28 +38,10 @@ class Captioner:
     def __init__(
         self, bundle: Bundle, backend: str = "auto", threads: int | None = None, draft: str = "auto"
     ) -> None:
-        manifest = bundle.manifest
-        if manifest.prompt is None:
-            raise BundleError(
-                f"{bundle.path} compares pictures with texts and captions none",
-                "use blip2edge match or blip2edge embed",
-            )
-        session = self.graphs = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
-        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
-        language = load_language_model(bundle, session)
-        spec, positions = manifest.prompt, manifest.max_positions
-        self.prompter = Prompter(spec, self.tokenizer, positions, language.table.num_rows)
-        instructor = None
-        if spec.instruction_positions:
-            tokenizer = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
-            instructor = Instructor(tokenizer, spec.instruction_positions, spec.frames)
-        bridge = session(BRIDGE) if BRIDGE in manifest.graphs else None
-        drafting = Drafting.load(bundle, session, self.tokenizer, draft, backend)
-        self.encoder = PictureEncoder(
-            bundle, session(VISION), bridge, self.prompter, instructor, drafting.has_head
-        )
-        self.completer = Completer(language, self.tokenizer, positions, drafting)
+        self.graphs = GraphOpener(bundle, backend, threads)
+        self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=backend)
+        self.prompts, self.tokenizer = self.encoder.text.prompts, self.encoder.text.tokenizer
 
     @classmethod
     def load(
@@ -81,7 +58,7 @@ class Captioner:
             bundle: The directory that ``blip2edge export`` made.
             backend: ``auto``, or a backend by name.
             threads: CPU threads within an operator; None for as many as there are cores.
-            draft: Who guesses tokens that one pass verifies, where a caption does not say otherwise; one of
+            draft: Draft model of captions that name none (speculative decoding); one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
 
         Raises:
@@ -113,7 +90,7 @@ class Captioner:
 
     def ask(self, image: ItemSource, question: str, **options: Any) -> CaptionResult:
         """Answers a question on a picture, by the family's question template; arguments as :meth:`caption`."""
-        return self.caption(image, prompt=self.prompter.question(question), **options)
+        return self.caption(image, prompt=self.prompts.question(question), **options)
 
     def caption_many(
         self,
@@ -123,7 +100,7 @@ class Captioner:
         batch_size: int = 1,
         **options: Any,
     ) -> Iterator[CaptionResult]:
-        """Captions pictures in order, later ones being encoded beside the words of earlier ones; see ``scheduler``.
+        """Captions pictures in order, encoding later ones while earlier ones are decoded; see :meth:`scheduler`.
 
         Args:
             images: As in :meth:`caption`.
@@ -151,16 +128,16 @@ class Captioner:
         return self._in_turn(pictures, texts, generation, batch_size)
 
     def stream(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
-        """The pieces of one picture's caption as they are decided; joined and stripped, they are its text.
+        """The pieces of one picture's caption as they are generated; joined and stripped, they are its text.
 
-        Arguments and errors as in :meth:`caption`; beams cannot be streamed.
+        Arguments and errors as in :meth:`caption`; beam search cannot be streamed.
         """
         generation = self.options(**options)
         if generation.num_beams > 1:
             raise UsageError(
                 "--stream and --num-beams above 1 exclude each other: beams choose the words at the end"
             )
-        return self.completer.pieces(self.encoder([image], [prompt], Clock()), generation)
+        return self.generator.pieces(self.encoder([image], [prompt], StageClock()), generation)
 
     def scheduler(
         self,
@@ -168,29 +145,29 @@ class Captioner:
         max_batch: int = 8,
         max_waiting: int = 64,
         trace: Callable[[Span], None] | None = None,
-        encoder: Encoder | None = None,
+        encoder: EncodeBatch | None = None,
     ) -> Scheduler:
-        """Continuous batching for requests that come as they like; see :class:`Scheduler`. Close it after use.
+        """Continuous batching for requests that arrive at any time; see :class:`Scheduler`. Close it after use.
 
         Args:
             max_batch: As of :class:`Scheduler`; an engine that was built for fewer rows decodes as many as it takes.
             max_waiting: As of :class:`Scheduler`.
             trace: As of :class:`Scheduler`.
-            encoder: In place of the captioner's own.
+            encoder: Replaces the captioner's own.
         """
-        most = self.completer.language.decoder.most_rows
+        most = self.generator.language.decoder.max_rows
         return Scheduler(
             encoder or self.encoder,
-            self.completer,
+            self.generator,
             max_batch=max_batch if most is None else min(max_batch, most),
             max_waiting=max_waiting,
-            in_turn=self.graphs.takes_all_cores,
+            one_at_a_time=self.graphs.takes_all_cores,
             trace=trace,
         )
 
     def reusing(self, below: float) -> ReusingEncoder:
-        """An encoder to which a picture that hardly differs from the last one is that; see :class:`ReusingEncoder`."""
-        return ReusingEncoder(self.encoder, below, self.completer.language.context)
+        """An encoder that reuses the last visual tokens for a similar picture; see :class:`ReusingEncoder`."""
+        return ReusingEncoder(self.encoder, below, self.generator.language.context)
 
     def options(self, **options: Any) -> GenerationOptions:
         """The bundle's defaults with some fields replaced.
@@ -208,25 +185,26 @@ class Captioner:
             "eos_token_ids": tuple(defaults["eos_token_ids"]),
             "stop": tuple(defaults.get("stop", ())),
             "max_new_tokens": max(defaults["max_new_tokens"], least if isinstance(least, int) else 0),
-            "draft": self.completer.drafting.default,
+            "draft": self.generator.drafts.default,
             **options,
         }
         chosen = GenerationOptions(**merged)
-        self.completer.drafting.check(chosen)
+        if chosen.draft == "itg":
+            self.generator.drafts.check(chosen)
         return chosen
 
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult]:
-        """Results batch by batch, by this thread alone."""
+        """Results batch by batch, in the calling thread."""
         for first in range(0, len(images), batch_size):
             yield from self._batch(range(first, min(first + batch_size, len(images))), images, texts, options)
 
     def _batch(
         self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
     ) -> Iterator[CaptionResult]:
-        """Results of a batch; where one item is broken, those before it, and then its error."""
-        clock = Clock()
+        """Results of a batch; where an item is broken, the results before it, then its error."""
+        clock = StageClock()
         try:
             batch = self.encoder(images[rows.start : rows.stop], texts[rows.start : rows.stop], clock)
         except Blip2EdgeError:
@@ -235,19 +213,19 @@ class Captioner:
             for row in rows:
                 yield from self._batch(range(row, row + 1), images, texts, options)
             return
-        generated = self.completer.complete(batch, options, rows, clock)
+        generated = self.generator.complete(batch, options, rows, clock)
         stage_ms = clock.share(len(rows))
         for row, text in zip(rows, generated, strict=True):
-            yield caption_result(images[row], texts[row], text, options, self.tokenizer, stage_ms)
+            yield self.generator.result(images[row], texts[row], text, options, stage_ms)
 
     def _scheduled(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult]:
-        """Results in order, while later pictures are on their way already."""
-        with self.scheduler(max_batch=batch_size, max_waiting=AHEAD * batch_size) as scheduler:
+        """Results in order; the scheduler works on later pictures meanwhile."""
+        with self.scheduler(max_batch=batch_size, max_waiting=IN_FLIGHT * batch_size) as scheduler:
             coming: deque[Request] = deque()
             for image, text in zip(images, texts, strict=True):
-                if len(coming) == AHEAD * batch_size:
+                if len(coming) == IN_FLIGHT * batch_size:
                     yield coming.popleft().result()
                 coming.append(scheduler.submit(image, options, prompt=text))
             while coming:

@@ -1,7 +1,6 @@
-"""Live pictures that hardly change: what was seen of the last one is used again, and only the words are new.
+"""Reuses visual tokens of live pictures that hardly change; only the text is generated anew.
 
-A frame is compared with the one that was last encoded, not with the last that came: a picture that drifts adds up, and
-is encoded as soon as the sum counts.
+A frame is compared with the last encoded one, not with the last frame: slow changes add up until they are encoded.
 """
 
 from __future__ import annotations
@@ -15,48 +14,48 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import UsageError
-from blip2edge.runtime.captioning.encode import Clock, Encoded, PictureEncoder, Prepared
+from blip2edge.runtime.captioning.pipeline import EncodedBatch, Encoder, PreparedBatch, StageClock
 from blip2edge.runtime.images.video import ItemSource
 
 CELLS = 16
-"""Pictures are compared by the means of so many cells a side: noise cancels in them, and what moves stays."""
+"""Pictures are compared by the means of this many cells per side: noise averages out, movement does not."""
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What was last encoded.
+class _Reference:
+    """The last encoded row.
 
     Attributes:
         cells: Of :func:`cells_of`.
         counts: Pictures of the row.
-        looked: The vision encoder's outputs.
-        instruction: What the bridge was told beside them.
-        pictures: What the language model gets of them.
+        vision: The vision encoder's outputs.
+        instruction: The bridge's text inputs.
+        pictures: The language model's inputs.
     """
 
     cells: NDArray[np.float32]
     counts: list[int]
-    looked: dict[str, Array]
+    vision: dict[str, Array]
     instruction: dict[str, Array]
     pictures: dict[str, Array]
 
 
 class ReusingEncoder:
-    """Encodes pictures one after the other, a row a call; one that hardly differs from the last encoded one not at all.
+    """An encoder of one row a call that skips a picture which hardly differs from the last encoded one.
 
-    Of such a picture vision encoder, bridge and cross keys are those of the last; where the bridge reads another
-    instruction than then, it reads it with the last picture's ``image_embeds``. For one thread.
+    Such a picture gets the last one's visual tokens and cross-attention keys. Where the instruction differs, the
+    bridge runs again on the last ``image_embeds``. For one thread.
 
     Args:
         encoder: Encodes.
         below: The mean absolute difference below which a picture is not encoded, as a share of the range of pixel
-            values: 0 encodes every one, and 1 none but the first. Of several pictures in a row the one that changed
-            most counts.
-        context: What the language model computes of pictures whatever the prompt is, by names of their own; it is
-            computed with the bridge and used again as well.
+            values: 0 encodes every picture, 1 only the first. Of several pictures of a row the largest difference
+            counts.
+        context: The language model's prompt-independent tensors of the pictures (cross-attention keys), by name;
+            computed with the bridge and reused as well.
 
     Attributes:
-        reused: Whether the last call encoded nothing.
+        reused: Whether the last call skipped the encoder.
         difference: Of the last call's picture to the last encoded one; infinite where there was none to compare with.
 
     Raises:
@@ -65,23 +64,25 @@ class ReusingEncoder:
 
     def __init__(
         self,
-        encoder: PictureEncoder,
+        encoder: Encoder,
         below: float,
         context: Callable[[Mapping[str, Array]], dict[str, Array]] = lambda pictures: {},
     ) -> None:
         if not 0 <= below <= 1:
             raise UsageError(f"expected --reuse-below to be a number from 0 to 1, got {below!r}")
         self._encoder, self._below, self._context = encoder, below, context
-        self._spans = encoder.preprocessing.spans
-        self._last: _Seen | None = None
+        self._spans = encoder.images.preprocessing.spans
+        self._last: _Reference | None = None
         self.reused = False
         self.difference = math.inf
 
-    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: Clock) -> Encoded:
-        """Encodes a row; arguments and errors as of :class:`PictureEncoder`.
+    def __call__(
+        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
+    ) -> EncodedBatch:
+        """Encodes a row; arguments and errors as of :class:`Encoder`.
 
         Raises:
-            ValueError: It is not one row, so that there is no last one to compare it with.
+            ValueError: More or fewer than one row.
         """
         if len(images) != 1:
             raise ValueError(f"a reusing encoder takes one row a call, not {len(images)}")
@@ -95,28 +96,28 @@ class ReusingEncoder:
                 self.difference = float(by_picture.max(initial=0.0))
         self.reused = self.difference < self._below
         if last is None or not self.reused:
-            last = self._seen(prepared, cells, self._encoder.look(prepared.pixels, clock), clock)
+            last = self._encode(prepared, cells, self._encoder.run_vision(prepared.pixels, clock), clock)
         elif not _same(prepared.instruction, last.instruction):
-            last = self._seen(prepared, last.cells, last.looked, clock)
+            last = self._encode(prepared, last.cells, last.vision, clock)
         self._last = last
-        return Encoded(prepared.prompts, last.pictures, prepared.counts)
+        return EncodedBatch(prepared.prompts, last.pictures, prepared.counts)
 
-    def _seen(
-        self, prepared: Prepared, cells: NDArray[np.float32], looked: dict[str, Array], clock: Clock
-    ) -> _Seen:
-        """What the bridge and the language model make of the vision encoder's outputs."""
-        pictures = prepared.seen(self._encoder.bridged(looked, prepared.instruction, clock)).pictures
+    def _encode(
+        self, prepared: PreparedBatch, cells: NDArray[np.float32], vision: dict[str, Array], clock: StageClock
+    ) -> _Reference:
+        """Runs the bridge, and the prompt-independent part of the language model, on the vision encoder's outputs."""
+        pictures = prepared.encoded(self._encoder.run_bridge(vision, prepared.instruction, clock)).pictures
         with clock("bridge"):
             context = self._context(pictures)
-        return _Seen(cells, prepared.counts, looked, prepared.instruction, {**pictures, **context})
+        return _Reference(cells, prepared.counts, vision, prepared.instruction, {**pictures, **context})
 
 
 def cells_of(pixels: Array, spans: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Means of the cells of pictures, as shares of the range of values.
+    """Mean pixel values of the cells of pictures, as shares of the value range.
 
     Args:
         pixels: ``pixel_values [N, 3, H, W]``.
-        spans: What lies between the values of black and of white, by channel ``[3]``.
+        spans: Difference of the values of white and black, by channel ``[3]``.
 
     Returns:
         float32 ``[N, 3, h, w]``, h and w at most :data:`CELLS`; white and black are 1 apart.

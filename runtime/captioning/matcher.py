@@ -1,11 +1,10 @@
-"""Pictures and texts compared: how likely they belong together, how near they are, and their vectors.
+"""The matcher: image-text matching (ITM), cosine similarity (ITC, CLIP), and the vectors of pictures and texts.
 
     picture --preprocess--> pixel_values --vision--> image_embeds --image_features--> K vectors of length 1
-    text    --tokenise---> input_ids    -----------------------------text_embeds--> one vector of length 1
+    text    --tokenize---> input_ids    -----------------------------text_embeds--> one vector of length 1
     image_embeds, input_ids ------------------------------------------------match--> probability
 
-The cosine of a picture and a text is the largest product of the text's vector with one of the picture's. Neither
-torch nor transformers is imported here or below.
+The cosine of a picture and a text is the largest product of the text's vector with one of the picture's K vectors.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.manifest import Bundle
-from blip2edge.bundle.schema import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKENIZER_FILE, VISION
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKENIZER_FILE
 from blip2edge.errors import BundleError, PromptError, UsageError
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
-from blip2edge.runtime.images.preprocess import ImageSource, Preprocessing
+from blip2edge.runtime.captioning.assemble import image_parts
+from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 Vectors = NDArray[np.float32]
@@ -33,7 +33,7 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class MatchResult:
-    """How a picture and a text go together.
+    """How well a picture and a text match.
 
     Attributes:
         image: The picture's path; None where it was given as an object.
@@ -53,7 +53,7 @@ class MatchResult:
 
 
 class Matcher:
-    """A loaded bundle that compares. Make one with :meth:`load`."""
+    """A loaded bundle of a matching model. Make one with :meth:`load`."""
 
     def __init__(self, bundle: Bundle, backend: str = "auto", threads: int | None = None) -> None:
         manifest = bundle.manifest
@@ -68,13 +68,11 @@ class Matcher:
             )
         session = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
-        self.preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        self.images = image_parts(bundle, session)
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
-        self.vision = session(VISION)
         self.features = session(IMAGE_FEATURES)
         self.texts = session(TEXT_EMBEDS)
         self.head = session(MATCH) if MATCH in manifest.graphs else None
-        self._pixels_dtype = NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype]
 
     @classmethod
     def load(cls, bundle: str | Path, *, backend: str = "auto", threads: int | None = None) -> Matcher:
@@ -117,10 +115,10 @@ class Matcher:
     def probabilities(
         self, images: Sequence[ImageSource], texts: Sequence[Sequence[str]], *, batch_size: int = 1
     ) -> list[list[float]]:
-        """How likely each picture and each of its own texts belong together.
+        """Matching probability of each picture with each of its own texts.
 
         Args:
-            images: N pictures; they are looked at together.
+            images: N pictures; the vision encoder runs on all of them at once.
             texts: Those of each picture, any number of them.
             batch_size: Pairs that the matching head reads at once.
 
@@ -137,7 +135,7 @@ class Matcher:
         found: list[list[float]] = [[] for _ in images]
         if not pairs:
             return found
-        embeds = self._look(list(images))
+        embeds = self._image_embeds(list(images))
         for at in _starts(len(pairs), batch_size):
             part = pairs[at : at + batch_size]
             feeds = {"image_embeds": embeds[[row for row, _ in part]], **_padded([ids for _, ids in part])}
@@ -155,7 +153,7 @@ class Matcher:
         """The same of N pictures: ``[N, F]`` or ``[N, K, F]``, of length 1."""
         pictures = list(images)
         parts = [
-            self._features(self._look(pictures[at : at + batch_size]))
+            self._features(self._image_embeds(pictures[at : at + batch_size]))
             for at in _starts(len(pictures), batch_size)
         ]
         if not parts:
@@ -187,7 +185,7 @@ class Matcher:
         vectors = [self._embed([row])[0] for row in ids]
         for at in starts:
             batch = pictures[at : at + batch_size]
-            embeds = self._look(batch)
+            embeds = self._image_embeds(batch)
             cosines = [(self._features(embeds) @ vector).max(axis=1) for vector in vectors]
             probabilities = [self._probabilities(embeds, row) for row in ids]
             for row, picture in enumerate(batch):
@@ -199,10 +197,10 @@ class Matcher:
                         cosine=float(cosine[row]),
                     )
 
-    def _look(self, pictures: list[ImageSource]) -> Array:
+    def _image_embeds(self, pictures: list[ImageSource]) -> Array:
         """``image_embeds [B, P, Dv]``."""
-        pixels = self.preprocessing.batch(pictures).astype(self._pixels_dtype, copy=False)
-        return self.vision.run({"pixel_values": pixels})["image_embeds"]
+        pixels = self.images.preprocessing.batch(pictures).astype(self.images.pixels_dtype, copy=False)
+        return self.images.vision.run({"pixel_values": pixels})["image_embeds"]
 
     def _features(self, image_embeds: Array) -> Vectors:
         """``[B, K, F]``."""

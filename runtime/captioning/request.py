@@ -1,4 +1,4 @@
-"""A picture on its way through the scheduler, and the stretches of work that a trace tells."""
+"""Requests and results: a picture in the scheduler, its caption, and the spans of a trace."""
 
 from __future__ import annotations
 
@@ -8,19 +8,53 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from blip2edge.errors import DeadlineError
-from blip2edge.runtime.captioning.complete import CaptionResult, Pieces
-from blip2edge.runtime.captioning.encode import STAGES
-from blip2edge.runtime.decoding.generate import Row
+from blip2edge.runtime.decoding.generate import Generation
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.images.video import ItemSource
-from blip2edge.runtime.text.tokenizer import Tokenizer
+from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
+
+STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
+"""The stages of a caption, in order."""
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """A picture's caption.
+
+    Attributes:
+        image: Its path; None where a picture was given as an object. Of several pictures a list of those.
+        prompt: The prompt as given; None for none.
+        text: The caption, without special tokens and surrounding spaces.
+        tokens: Generated ids, the end token included.
+        finish_reason: ``eos``, ``length`` or ``stop``.
+        timings_ms: Milliseconds of each of :data:`STAGES` and ``total``, their sum. The time of a batch is divided
+            equally among its pictures. Encoding overlaps with decoding: a run takes less than the sum of totals.
+        tokens_per_s: Generated tokens over the seconds of prefill and decode.
+        tokens_per_pass: Generated tokens over the passes of the language model; 1 without a draft model.
+    """
+
+    image: str | list[str | None] | None
+    prompt: str | None
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    timings_ms: dict[str, float]
+    tokens_per_s: float
+    tokens_per_pass: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the attributes as keys, without ``tokens_per_pass``, which only ``bench`` reports."""
+        values = {**vars(self), "tokens": list(self.tokens)}
+        del values["tokens_per_pass"]
+        return values
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of work, for a trace: the stage, its start and end (``time.perf_counter`` seconds), whose it was."""
+    """One stage of a trace: its start and end (``time.perf_counter`` seconds), and the numbers of its requests."""
 
     stage: str
     start: float
@@ -30,15 +64,16 @@ class Span:
 
 @dataclass(eq=False)
 class Request:
-    """A picture on its way. Made by :meth:`Scheduler.submit`.
+    """A picture that was submitted to the scheduler. Made by :meth:`Scheduler.submit`.
 
     Attributes:
         image, prompt, options: As given.
         number: Its place in the order of submission, and its random stream.
-        expires: When its deadline is (``time.monotonic`` seconds); None for none.
+        expires: Its deadline (``time.monotonic`` seconds); None for none.
         future: Holds the result or the error.
-        on_piece: Gets the pieces of the text in place of :meth:`pieces`, from the thread that has them, and None at
-            the end.
+        stage_ms: Milliseconds by stage so far.
+        on_piece: Called with each piece of the text, and with None at the end, from the decoder's thread; then
+            :meth:`pieces` gives nothing.
     """
 
     image: ItemSource
@@ -50,15 +85,17 @@ class Request:
     stage_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     on_piece: Callable[[str | None], None] | None = None
     _pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
-    _text: Pieces | None = None
-    _settling: threading.RLock = field(default_factory=threading.RLock)  # several threads may end it at once
+    _text: TextPieces | None = None
+    _finishing: threading.RLock = field(
+        default_factory=threading.RLock
+    )  # several threads may finish it at once
 
     def begin(self, tokenizer: Tokenizer) -> None:
-        """Its first token is about to come."""
-        self._text = Pieces(tokenizer, self.options)
+        """Starts its text; called before the first token."""
+        self._text = TextPieces(tokenizer, self.options.stop)
 
-    def take(self, row: Row) -> None:
-        """Hands on what the row's last token adds to the text."""
+    def take(self, row: Generation) -> None:
+        """Publishes the text of the row's last token."""
         if self._text is None:
             return
         self.push(self._text.push(row.generated[-1]))
@@ -79,38 +116,38 @@ class Request:
         return self.future.result(timeout)
 
     def pieces(self) -> Iterator[str]:
-        """The text as it comes (beams: all at the end); errors as of :meth:`result`, after what came before."""
+        """The pieces of the text as they are generated, or all at the end (beams); errors as of :meth:`result`."""
         while (piece := self._pieces.get()) is not None:
             yield piece
         self.future.result()
 
     def cancel(self) -> None:
-        """Gives it up: it leaves at the next step, and its result raises CancelledError."""
+        """Cancels it: it leaves the batch at the next step, and its result raises CancelledError."""
         if self.future.cancel():
             self.push(None)
 
     @property
     def over(self) -> bool:
-        """Whether nothing more needs to be done for it; a request behind its deadline fails here."""
+        """Whether it is finished, failed or cancelled; a request past its deadline fails here."""
         if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
             self.fail(DeadlineError("the caption was not done within its deadline", "allow it more seconds"))
         return self.future.done()
 
     def push(self, piece: str | None) -> None:
-        """Hands on a piece, or None for the end."""
+        """Publishes a piece, or None for the end."""
         if piece != "":
             (self.on_piece or self._pieces.put)(piece)
 
     def finish(self, result: CaptionResult) -> None:
-        """Sets the result, unless it was cancelled meanwhile."""
-        with self._settling:
+        """Sets the result, unless it was cancelled."""
+        with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_result(result)
         self.push(None)
 
     def fail(self, error: BaseException) -> None:
-        """Sets the error, unless it was cancelled meanwhile."""
-        with self._settling:
+        """Sets the error, unless it was cancelled."""
+        with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)
         self.push(None)

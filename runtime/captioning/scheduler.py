@@ -1,9 +1,9 @@
-"""Many pictures at once: the next are encoded beside the words of others, and a free row is taken at the next step.
+"""Continuous batching: later pictures are encoded while earlier ones are decoded, and a free row is reused at once.
 
     submit --> waiting --(encoder's thread)--> ready --(decoder's thread: prefill)--> a running row --> result
 
-Both queues are bounded. Requests are served in the order in which they came, and every step gives each running row
-one token, so that none waits for another's end. One class serves ``caption_many``, ``watch`` and ``serve``.
+Both queues are bounded. Requests are served in the order of submission. A step gives each running row one token, so
+that no request waits for another to finish. ``caption_many``, ``watch`` and ``serve`` use it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from functools import partial
 from types import TracebackType
 
 from blip2edge.errors import Blip2EdgeError, OverloadError, UsageError
-from blip2edge.runtime.captioning.complete import Completer, caption_result
-from blip2edge.runtime.captioning.encode import Clock, Encoded, Encoder
+from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, StageClock, TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span
-from blip2edge.runtime.decoding.generate import Decoding
+from blip2edge.runtime.decoding.generate import GenerationBatch
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions, check_number
 from blip2edge.runtime.images.video import ItemSource
 
 
-class Turns:
-    """A lock that serves in the order in which it was asked for, so that a loop that takes it again waits its turn."""
+class FairLock:
+    """A lock that is granted in the order of asking: a loop that takes it again waits for the others first."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -34,7 +33,7 @@ class Turns:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """A turn: from when all who came before are done, to the end of the block."""
+        """Holds the lock during the block."""
         mark = object()
         with self._changed:
             self._line.append(mark)
@@ -55,12 +54,13 @@ class Scheduler:
     """Encodes, decodes and delivers requests in two threads of its own.
 
     Args:
-        encoder: The half before the language model.
-        completer: The half behind it.
+        encoder: Encodes batches.
+        generator: Generates their texts.
         max_batch: Rows decoded together at most.
-        max_waiting: Requests that wait at most, before they are encoded.
-        in_turn: A graph takes all cores, and so one is run at a time, encoding and decoding in turn.
-        trace: Called from both threads with every stretch of work; must be quick.
+        max_waiting: The most requests that wait to be encoded; see :meth:`submit`.
+        one_at_a_time: Run one graph at a time, encoding and decoding in turn: for backends whose graphs use all
+            cores, where two at once would oversubscribe them.
+        trace: Called from both threads with every span; must be quick.
 
     Raises:
         UsageError: ``max_batch`` or ``max_waiting`` is below 1.
@@ -68,29 +68,30 @@ class Scheduler:
 
     def __init__(
         self,
-        encoder: Encoder,
-        completer: Completer,
+        encoder: EncodeBatch,
+        generator: TextGenerator,
         *,
         max_batch: int = 8,
         max_waiting: int = 64,
-        in_turn: bool = False,
+        one_at_a_time: bool = False,
         trace: Callable[[Span], None] | None = None,
     ) -> None:
         if max_batch < 1 or max_waiting < 1:
             raise UsageError(
                 f"max_batch and max_waiting must be at least 1, not {max_batch} and {max_waiting}"
             )
-        self._encoder, self._completer = encoder, completer
+        self._encoder, self._generator = encoder, generator
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._trace = trace or (lambda span: None)
-        self._in_turn, self._turn = in_turn, Turns() if in_turn else nullcontext
+        self._one_at_a_time = one_at_a_time
+        self._graph_lock = FairLock() if one_at_a_time else nullcontext
         self._waiting: deque[Request] = deque()
-        self._ready: deque[tuple[list[Request], Encoded]] = deque()
+        self._ready: deque[tuple[list[Request], EncodedBatch]] = deque()
         self._running: dict[int, Request] = {}  # by the id of their rows
-        self._decoding = Decoding()
-        self._unsettled: dict[int, Request] = {}  # by number: without a result, wherever they are
+        self._decoding = GenerationBatch()
+        self._open: dict[int, Request] = {}  # by number: those without a result
         self._submitted = 0
-        self._encoding = 0  # requests in the encoder's hands
+        self._encoding = 0  # requests that the encoder works on
         self._closing = False
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
@@ -150,21 +151,21 @@ class Scheduler:
                 raise RuntimeError("the scheduler is closed") from self._failure
             request = Request(image, prompt, options, self._submitted, expires, on_piece=on_piece)
             self._submitted += 1
-            self._unsettled[request.number] = request
-            request.future.add_done_callback(lambda _: self._unsettled.pop(request.number, None))
+            self._open[request.number] = request
+            request.future.add_done_callback(lambda _: self._open.pop(request.number, None))
             self._waiting.append(request)
             self._changed.notify_all()
         return request
 
     def _is_full(self) -> bool:
-        """Whether the queue has no place; those that were given up or came too late hold none."""
+        """Whether the queue is full; cancelled and expired requests do not count."""
         if len(self._waiting) >= self._max_waiting:
             self._waiting = deque(request for request in self._waiting if not request.over)
         return len(self._waiting) >= self._max_waiting
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended by a mistake, and takes no more requests."""
+        """Whether an unexpected error has ended it; it takes no more requests."""
         return self._failure is not None
 
     @property
@@ -189,19 +190,19 @@ class Scheduler:
             thread.join()
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """A thread that ends by a mistake of ours lets nobody wait for ever: every request gets the error."""
+        """Runs a thread; an unexpected error is given to every request, so that none waits for ever."""
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - handed to every request, and to who submits next
+        except BaseException as error:  # noqa: BLE001 - given to every request and to the next submit()
             with self._changed:
                 self._closing, self._failure = True, error
                 self._drop(partial(Request.fail, error=error))
                 self._changed.notify_all()
 
-    def _drop(self, settle: Callable[[Request], None]) -> None:
-        """Settles all that is without a result and empties the queues."""
-        for request in list(self._unsettled.values()):
-            settle(request)
+    def _drop(self, finish: Callable[[Request], None]) -> None:
+        """Finishes every request without a result, and empties the queues."""
+        for request in list(self._open.values()):
+            finish(request)
         self._waiting.clear()
         self._ready.clear()
 
@@ -217,7 +218,7 @@ class Scheduler:
                 self._encoding = 0
 
     def _next_to_encode(self) -> list[Request] | None:
-        """Waits for requests and for room behind; None at the end."""
+        """Waits for requests and for room in the decoder; None at the end."""
         with self._changed:
             while not self._closing:
                 room = self._room()
@@ -230,22 +231,22 @@ class Scheduler:
         return None
 
     def _room(self) -> int:
-        """How many pictures may be encoded now."""
+        """How many pictures to encode now."""
         ready = sum(len(group) for group, _ in self._ready)
-        if not self._in_turn:
+        if not self._one_at_a_time:
             return self._max_batch - ready
-        # Ahead of a free row nothing is won, and words that wait for a whole batch of pictures come in jerks.
+        # Encoding before a row is free gains nothing, and a whole batch would delay the running rows' next token.
         free = self._max_batch - ready - len(self._running)
         return min(free, 1) if self._running else free
 
-    def _encoded(self, requests: list[Request]) -> Iterator[tuple[list[Request], Encoded]]:
-        """Requests of one batch, encoded; where one of them is broken, each by itself, and that one fails."""
+    def _encoded(self, requests: list[Request]) -> Iterator[tuple[list[Request], EncodedBatch]]:
+        """Encodes requests as one batch; where a picture is broken, each by itself, and that request fails."""
         alive = [request for request in requests if not request.over]
         groups = deque([alive] if alive else [])
         while groups:
             group = groups.popleft()
             images, prompts = [request.image for request in group], [request.prompt for request in group]
-            clock = Clock(self._turn)
+            clock = StageClock(self._graph_lock)
             try:
                 encoded = self._encoder(images, prompts, clock)
             except Blip2EdgeError as error:
@@ -263,11 +264,11 @@ class Scheduler:
 
     def _decode(self) -> None:
         while (admitted := self._next_to_decode()) is not None:
-            with self._turn():
-                self._go_on(admitted)
+            with self._graph_lock():
+                self._advance(admitted)
 
-    def _go_on(self, admitted: list[tuple[list[Request], Encoded]]) -> None:
-        """Prefills what came and gives each running row a token."""
+    def _advance(self, admitted: list[tuple[list[Request], EncodedBatch]]) -> None:
+        """Prefills the new requests and gives each running row one token."""
         for group, encoded in admitted:
             try:
                 self._admit(group, encoded)
@@ -276,16 +277,16 @@ class Scheduler:
                     request.fail(error)
         try:
             self._step()
-        except Blip2EdgeError as error:  # no row of this decoder can go on
+        except Blip2EdgeError as error:  # no row of this decoder can continue
             for request in self._running.values():
                 request.fail(error)
             self._running.clear()
-            self._decoding = Decoding()
+            self._decoding = GenerationBatch()
 
-    def _next_to_decode(self) -> list[tuple[list[Request], Encoded]] | None:
-        """Those that get the free rows, as soon as there is anything to do; None at the end."""
+    def _next_to_decode(self) -> list[tuple[list[Request], EncodedBatch]] | None:
+        """Waits for work; returns the requests for the free rows, or None at the end."""
         with self._changed:
-            self._changed.notify_all()  # rows may have come free, for which a picture is to be encoded
+            self._changed.notify_all()  # a free row lets the encoder take a picture
             while not (self._closing or self._ready or self._running):
                 self._changed.wait()
             if self._closing:
@@ -303,8 +304,8 @@ class Scheduler:
             self._changed.notify_all()
             return admitted
 
-    def _admit(self, group: list[Request], encoded: Encoded) -> None:
-        """Prefills a batch; its rows join those that run. Beams are searched at once, and the others wait."""
+    def _admit(self, group: list[Request], encoded: EncodedBatch) -> None:
+        """Prefills a batch, whose rows join the running ones. Beam searches run to their end here."""
         alive = [at for at, request in enumerate(group) if not request.over]
         for search in (False, True):
             chosen = [at for at in alive if (group[at].options.num_beams > 1) is search]
@@ -312,26 +313,26 @@ class Scheduler:
                 serve = self._search if search else self._start
                 serve([group[at] for at in chosen], encoded.part(chosen))
 
-    def _start(self, requests: list[Request], part: Encoded) -> None:
-        clock, start = Clock(), time.perf_counter()
-        logits, state = self._completer.prefill(part, clock)
+    def _start(self, requests: list[Request], part: EncodedBatch) -> None:
+        clock, start = StageClock(), time.perf_counter()
+        logits, state = self._generator.prefill(part, clock)
         self._trace(Span("prefill", start, time.perf_counter(), _numbers(requests)))
         _charge(requests, clock)
         rows = [
-            self._completer.row(part, place, request.options, logits.shape[-1], request.number)
+            self._generator.begin(part, place, request.options, logits.shape[-1], request.number)
             for place, request in enumerate(requests)
         ]
         self._decoding.join(logits, state, rows)
         for row, request in zip(rows, requests, strict=True):
-            request.begin(self._completer.tokenizer)
+            request.begin(self._generator.tokenizer)
             self._running[id(row)] = request
 
-    def _search(self, requests: list[Request], part: Encoded) -> None:
+    def _search(self, requests: list[Request], part: EncodedBatch) -> None:
         for options in dict.fromkeys(request.options for request in requests):
             places = [at for at, request in enumerate(requests) if request.options == options]
-            same, clock, start = [requests[at] for at in places], Clock(), time.perf_counter()
+            same, clock, start = [requests[at] for at in places], StageClock(), time.perf_counter()
             numbers = [request.number for request in same]
-            texts = self._completer.complete(part.part(places), options, numbers, clock)
+            texts = self._generator.complete(part.part(places), options, numbers, clock)
             self._trace(Span("decode", start, time.perf_counter(), _numbers(same)))
             _charge(same, clock)
             for request, generated in zip(same, texts, strict=True):
@@ -357,21 +358,16 @@ class Scheduler:
                 self._deliver(request, row.result())
 
     def _deliver(self, request: Request, generated: Generated) -> None:
-        result = caption_result(
-            request.image,
-            request.prompt,
-            generated,
-            request.options,
-            self._completer.tokenizer,
-            request.stage_ms,
+        result = self._generator.result(
+            request.image, request.prompt, generated, request.options, request.stage_ms
         )
         if generated.score is not None:
             request.push(result.text)
         request.finish(result)
 
 
-def _charge(requests: Sequence[Request], clock: Clock) -> None:
-    """Adds each request's share of what they went through together."""
+def _charge(requests: Sequence[Request], clock: StageClock) -> None:
+    """Adds each request's share of a batch's time."""
     for stage, ms in clock.share(len(requests)).items():
         for request in requests:
             request.stage_ms[stage] += ms

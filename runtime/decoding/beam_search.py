@@ -1,9 +1,9 @@
-"""Beam search, as `GenerationMixin._beam_search` of transformers 5.23 does it, but picture by picture.
+"""Beam search as in `GenerationMixin._beam_search` of transformers 5.23, picture by picture.
 
-Per step and picture the best max(2, 1 + number of end tokens) × num_beams continuations are looked at, so
-that num_beams unfinished ones are always among them. Only a finished text among the first num_beams of them
-may enter the result. transformers runs a batch until its last picture is done; the results of those that
-were done earlier no longer change then, so here they leave the batch.
+Each step considers the best max(2, 1 + number of end tokens) × num_beams continuations of a picture, so that
+num_beams unfinished ones are always among them. Only a finished text among the first num_beams may enter the
+result. transformers runs a batch until its last picture is finished; here pictures leave the batch when they
+are finished, as their results do not change afterwards. The KV cache is reordered by the state's `select`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blip2edge.runtime.decoding.options import (
     finish_reason,
 )
 from blip2edge.runtime.decoding.sampling import log_softmax, penalize_repetition, top_k_indices
-from blip2edge.runtime.decoding.state import DecodeState, check_rows
+from blip2edge.runtime.decoding.state import DecodeState
 
 _EXCLUDED = np.float32(-1e9)  # added to a score that must not be chosen, as in transformers
 
@@ -42,10 +42,9 @@ def beam_search(
     Raises:
         BackendError: The decoder returned NaN.
     """
-    check_rows(first_logits, state, prompt_ids)
     width, vocabulary = options.num_beams, first_logits.shape[-1]
     ends = end_ids(options, vocabulary)
-    active = [_Picture(ids, initial, options, vocabulary, stopped) for ids in prompt_ids]
+    active = [_BeamGroup(ids, initial, options, vocabulary, stopped) for ids in prompt_ids]
     pictures = list(active)
     logits = np.repeat(first_logits, width, axis=0)
     offsets = np.arange(len(active))  # the state's row of each picture's first beam
@@ -65,7 +64,7 @@ def beam_search(
         offsets, spread = np.arange(len(active)) * width, 1
 
 
-class _Picture:
+class _BeamGroup:
     """The running and the finished beams of one picture.
 
     Attributes:
@@ -102,7 +101,7 @@ class _Picture:
         return self._running[:, self._length - 1]
 
     def advance(self, log_probs: NDArray[np.float32], ends: NDArray[np.int64]) -> None:
-        """Go one token further.
+        """Extends all beams by one token.
 
         Args:
             log_probs: [num_beams,V], of the running beams' next token; changed in place.

@@ -1,4 +1,4 @@
-"""Who drafts for a captioner, and for which of its texts."""
+"""The draft model of each text: the Q-Former's text head, prompt lookup, or none."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, DRAFT_TOKENIZER_FILE, DRAFTS, QUERIES, Axis, DraftSpec
 from blip2edge.errors import UsageError
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.speculative import (
-    CLOSE,
-    CLOSE_QUANTISED,
-    MOST_DRAFTED,
-    Ahead,
-    Drafter,
-    Lookup,
-    Payoff,
+    MAX_DRAFT_TOKENS,
+    TIE_MARGIN,
+    TIE_MARGIN_QUANTIZED,
+    DraftModel,
+    PromptLookup,
+    SpeculationCost,
+    Speculator,
 )
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 SPARE = 2
-"""Tokens that are written beyond what is asked for, as the last word may not be whole."""
+"""Tokens that are drafted beyond what is asked for, as the last word may be incomplete."""
+
+CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
+"""Clock of :class:`SpeculationCost` by backend. ONNX Runtime on the CPU computes in the calling thread and in helper
+threads: that thread's CPU time compares two runs whatever else the machine does. Other backends: the wall clock."""
 
 
-class DraftHead:
-    """``draft.onnx`` and its tokenizer, and the language model's.
+class TextHead:
+    """The Q-Former's text head (``draft.onnx``) as a draft model, with both tokenizers.
 
     Args:
         session: The loaded graph.
-        spec: Its special tokens and its cache.
-        tokenizer: ``draft_tokenizer.json``.
-        language: The language model's.
-        end_id: What ends the language model's texts; None for nothing.
+        spec: Its special tokens and its KV cache.
+        tokenizer: Of ``draft_tokenizer.json``.
+        language: The language model's tokenizer.
+        end_id: The language model's end token; None where it has none.
     """
 
     def __init__(
@@ -48,49 +52,49 @@ class DraftHead:
         self.language = language
         self.end_id = end_id
 
-    def row(self, pictures: Mapping[str, Array], row: int) -> DraftText:
-        """A draft of one picture's text.
+    def row(self, pictures: Mapping[str, Array], row: int) -> TextHeadDraft:
+        """The draft model of one picture's text.
 
         Args:
-            pictures: The bridge's outputs.
-            row: Which of its rows.
+            pictures: The bridge's outputs; the queries' keys and values are among them.
+            row: A row of these.
         """
         names = zip(self.spec.past_names(), self.spec.names(QUERIES), strict=True)
-        return DraftText(self, {past: pictures[name][row : row + 1] for past, name in names})
+        return TextHeadDraft(self, {past: pictures[name][row : row + 1] for past, name in names})
 
 
-class DraftText:
-    """One text of the draft; it follows the ``Drafter`` protocol of ``speculate.py``.
+class TextHeadDraft:
+    """The text head's draft of one text; it follows :class:`DraftModel`.
 
     Args:
-        head: The graph and its tokenizers.
-        queries: The queries' keys and values by the names of the cache, ``[1, H, Q, d]``.
+        head: The graph and the tokenizers.
+        queries: The queries' keys and values, the start of the KV cache, ``[1, H, Q, d]`` by name.
     """
 
-    def __init__(self, head: DraftHead, queries: Mapping[str, Array]) -> None:
+    def __init__(self, head: TextHead, queries: Mapping[str, Array]) -> None:
         self._head = head
         self._past = dict(queries)
         self._queries = next(iter(queries.values())).shape[2]
         self._text: list[int] = []  # behind [DEC]
-        self._read = 0  # tokens that the graph has read, [DEC] included
+        self._cached = 0  # tokens in the KV cache, [DEC] included
         self._ended = False
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """See ``Drafter``: the rest of the draft's text where it begins as the language model's does.
+        """See :class:`DraftModel`: the rest of the draft, where it begins with the language model's text.
 
-        Where the two part, the draft takes over what the language model has written and goes on from there.
+        Where they differ, the draft is replaced by the language model's text and continued from there.
         """
         written = self._head.language.decode(generated)
-        anchor = self._head.tokenizer.encode(written.strip(), add_special_tokens=False)
+        prefix = self._head.tokenizer.encode(written.strip(), add_special_tokens=False)
         if remainder(written, self._decoded()) is None:
-            self._go_back(anchor)
-        self._write(len(anchor) + most + SPARE)
+            self._restart(prefix)
+        self._extend(len(prefix) + most + SPARE)
         rest = remainder(written, self._decoded())
         if rest is None:
             return []
         if not self._ended and " " in rest:
             rest = rest[: rest.rindex(" ")]
-        ids = self._retokenised(list(generated), written, rest)
+        ids = self._retokenized(list(generated), written, rest)
         if self._ended and self._head.end_id is not None:
             ids.append(self._head.end_id)
         return ids[:most]
@@ -98,7 +102,7 @@ class DraftText:
     def _decoded(self) -> str:
         return self._head.tokenizer.decode(self._text)
 
-    def _retokenised(self, generated: list[int], written: str, rest: str) -> list[int]:
+    def _retokenized(self, generated: list[int], written: str, rest: str) -> list[int]:
         """The rest in the language model's tokens."""
         language = self._head.language
         whole = language.encode(written + rest, add_special_tokens=False)
@@ -106,19 +110,19 @@ class DraftText:
             return whole[len(generated) :]
         return language.encode(rest, add_special_tokens=False)
 
-    def _go_back(self, anchor: list[int]) -> None:
-        """The text becomes ``anchor``; the graph forgets what it has read of another."""
+    def _restart(self, prefix: list[int]) -> None:
+        """Sets the text to ``prefix`` and cuts the KV cache to what both share."""
         same = next(
-            (at for at, pair in enumerate(zip(anchor, self._text, strict=False)) if pair[0] != pair[1]),
-            min(len(anchor), len(self._text)),
+            (at for at, pair in enumerate(zip(prefix, self._text, strict=False)) if pair[0] != pair[1]),
+            min(len(prefix), len(self._text)),
         )
-        self._read = min(self._read, same + 1, len(anchor))  # one token at least is left to be read
-        kept = self._queries + self._read
+        self._cached = min(self._cached, same + 1, len(prefix))  # the graph needs at least one new token
+        kept = self._queries + self._cached
         self._past = {name: array[:, :, :kept] for name, array in self._past.items()}
-        self._text, self._ended = list(anchor), False
+        self._text, self._ended = list(prefix), False
 
-    def _write(self, count: int) -> None:
-        """Goes on until the text has so many tokens, or is over."""
+    def _extend(self, count: int) -> None:
+        """Generates until the text has that many tokens, or ends."""
         spec = self._head.spec
         while len(self._text) < min(count, spec.max_positions - 1) and not self._ended:
             token = self._next()
@@ -127,27 +131,27 @@ class DraftText:
                 self._text.append(token)
 
     def _next(self) -> int:
-        """Reads what is not read yet, and gives the likeliest token behind it."""
+        """Runs the graph on the tokens that are not in the KV cache; returns the likeliest next one."""
         spec = self._head.spec
-        fresh = [spec.dec_token_id, *self._text][self._read :]
-        steps, total = len(fresh), self._queries + self._read + len(fresh)
+        fresh = [spec.dec_token_id, *self._text][self._cached :]
+        steps, total = len(fresh), self._queries + self._cached + len(fresh)
         outputs = self._head.session.run(
             {
                 "input_ids": np.array([fresh], np.int64),
                 "attention_mask": np.ones((1, total), np.int64),
-                "text_positions": np.arange(self._read, self._read + steps)[None],
+                "text_positions": np.arange(self._cached, self._cached + steps)[None],
                 "logits_indices": np.array([[steps - 1]], np.int64),
                 **self._past,
             }
         )
         names = zip(spec.past_names(), spec.present_names(), strict=True)
         self._past = {past: outputs[present] for past, present in names}
-        self._read += steps
+        self._cached += steps
         return int(outputs["logits"][0, 0].argmax())
 
 
 def remainder(written: str, drafted: str) -> str | None:
-    """What a draft holds behind a text, or None where it does not begin with it; spaces and case do not count."""
+    """The draft's text after ``written``; None where it does not begin with it. Spaces and case are ignored."""
     at = 0
     for character in written:
         if character.isspace():
@@ -160,35 +164,33 @@ def remainder(written: str, drafted: str) -> str | None:
     return drafted[at:]
 
 
-CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
-"""What tells seconds, by the backend. ONNX Runtime on the CPU computes in the thread that calls it, and in helpers
-beside that: the thread's CPU time compares two of its runs whatever else the machine does. Any other backend is waited
-for, by the wall clock."""
-
-
-class Drafting:
-    """Makes what reads ahead in a text; what it learns of the cost is shared by all texts.
+class DraftSelector:
+    """Chooses the draft model of each text; the measured costs are shared by all texts.
 
     Args:
-        head: The bridge's text head; None where the bundle has none, or nobody wants it.
-        default: What a text gets that does not say; one of :data:`blip2edge.bundle.schema.DRAFTS`.
-        close: See :data:`blip2edge.runtime.decoding.speculative.CLOSE`.
-        most: The most tokens of a guess.
+        head: The text head; None where the bundle has none, or it was not asked for.
+        default: For texts whose options say nothing; one of :data:`blip2edge.bundle.schema.DRAFTS`.
+        tie_margin: See :data:`blip2edge.runtime.decoding.speculative.TIE_MARGIN`.
+        most: The most tokens of a proposal.
         clock: Gives seconds.
+
+    Attributes:
+        default: ``none`` where it was ``auto`` and there is no text head.
     """
 
     def __init__(
         self,
-        head: DraftHead | None = None,
+        head: TextHead | None = None,
         default: str = "auto",
-        close: float = CLOSE["fp32"],
-        most: int = MOST_DRAFTED,
+        tie_margin: float = TIE_MARGIN["fp32"],
+        most: int = MAX_DRAFT_TOKENS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.head = head
-        self.default = default
-        self.payoffs = {kind: Payoff(clock) for kind in ("lookup", "itg")}
-        self._close, self._most = close, most
+        self.default = "none" if default == "auto" and head is None else default
+        self.costs = {kind: SpeculationCost(clock) for kind in ("lookup", "itg")}
+        self._asked = default
+        self._tie_margin, self._most = tie_margin, most
 
     @classmethod
     def load(
@@ -198,71 +200,66 @@ class Drafting:
         tokenizer: Tokenizer,
         default: str,
         backend: str = "auto",
-    ) -> Drafting:
-        """Of a bundle.
+    ) -> DraftSelector:
+        """Loads the draft model of a bundle.
 
         Args:
             bundle: An opened bundle.
             open_graph: Loads a graph by name.
             tokenizer: The language model's.
-            default: What a text gets that does not say; the head is not loaded where it is ``none`` or ``lookup``.
+            default: As of the class; the text head is loaded for ``auto`` and ``itg``.
             backend: Of the graphs; chooses one of :data:`CLOCKS`.
 
         Raises:
-            UsageError: ``default`` is unknown, or ``itg`` where the bundle has no draft.
+            UsageError: ``default`` is unknown, or ``itg`` where the bundle has no text head.
         """
         manifest = bundle.manifest
         head = None
         if manifest.draft is not None and DRAFT in manifest.graphs and default in ("auto", "itg"):
             ends = manifest.generation["eos_token_ids"]
             words = Tokenizer.from_file(bundle.file(DRAFT_TOKENIZER_FILE))
-            head = DraftHead(open_graph(DRAFT), manifest.draft, words, tokenizer, ends[0] if ends else None)
+            head = TextHead(open_graph(DRAFT), manifest.draft, words, tokenizer, ends[0] if ends else None)
         record = bundle.graph(DECODER)
-        asked = record.spec.outputs[0].dims[1]
-        most = min(MOST_DRAFTED, (asked.max if isinstance(asked, Axis) else asked) - 1)
-        close = CLOSE.get(record.precision, CLOSE_QUANTISED)
-        drafting = cls(head, default, close, most, CLOCKS.get(backend, time.perf_counter))
-        drafting.check(GenerationOptions(draft=default))
-        return drafting
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the bridge's text head is loaded."""
-        return self.head is not None
+        logits = record.spec.outputs[0].dims[1]
+        most = min(MAX_DRAFT_TOKENS, (logits.max if isinstance(logits, Axis) else logits) - 1)
+        tie_margin = TIE_MARGIN.get(record.precision, TIE_MARGIN_QUANTIZED)
+        drafts = cls(head, default, tie_margin, most, CLOCKS.get(backend, time.perf_counter))
+        drafts.check(GenerationOptions(draft=default))
+        return drafts
 
     def check(self, options: GenerationOptions) -> None:
-        """Raises UsageError where a draft is asked for by name that is not there."""
+        """Raises UsageError where the options name a draft model that is not loaded."""
         if options.draft == "itg" and self.head is None:
-            loaded = f"the captioner was loaded with draft={self.default!r}"
+            loaded = f"the captioner was loaded with draft={self._asked!r}"
             raise UsageError(
-                f"--draft itg: {'the bundle has no draft' if self.default in ('auto', 'itg') else loaded}",
+                f"--draft itg: {'the bundle has no draft' if self._asked in ('auto', 'itg') else loaded}",
                 f"use --draft {' or '.join(kind for kind in DRAFTS if kind != 'itg')}, or export a checkpoint with "
                 "draft.safetensors",
             )
 
     def kind(self, options: GenerationOptions) -> str:
-        """Who guesses in a text: ``itg``, ``lookup`` or ``none``."""
+        """The draft model that the options mean: ``itg``, ``lookup`` or ``none``."""
         if options.num_beams > 1:
             return "none"
         if options.draft == "auto":
             return "itg" if self.head is not None and not options.sampling else "none"
         return options.draft
 
-    def ahead(
+    def speculator(
         self, options: GenerationOptions, prompt_ids: Sequence[int], pictures: Mapping[str, Array], row: int
-    ) -> Ahead | None:
-        """What reads ahead in a text about to begin; None where nobody does.
+    ) -> Speculator | None:
+        """Speculative decoding of a text; None for plain decoding.
 
         Args:
-            options: Its own.
+            options: The text's.
             prompt_ids: Of its prompt.
-            pictures: The outputs of the graphs before the language model.
-            row: Its row of those.
+            pictures: The outputs of vision encoder and bridge.
+            row: Its row of these.
         """
         kind = self.kind(options)
         if kind == "none":
             return None
-        drafter: Drafter = Lookup(prompt_ids)
+        draft: DraftModel = PromptLookup(prompt_ids)
         if kind == "itg" and self.head is not None:
-            drafter = self.head.row(pictures, row)
-        return Ahead(drafter, self.payoffs[kind], self._close, self._most)
+            draft = self.head.row(pictures, row)
+        return Speculator(draft, self.costs[kind], self._tie_margin, self._most)

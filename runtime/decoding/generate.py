@@ -1,9 +1,8 @@
-"""Greedy decoding and sampling, streamed or not; beam search is in `runtime.beam`.
+"""Greedy decoding and sampling, streamed or not; beam search is in `beam_search.py`.
 
 Parity target: transformers 5.23 `generate`, called as `Blip2ForConditionalGeneration.generate` calls its
-language model, with `inputs_embeds` and `input_ids`. There the prompt's ids lengthen both the running length
-and the limits by the same number, so that with `max_new_tokens` and `min_new_tokens` they matter to the
-repetition penalty alone.
+language model, with `inputs_embeds` and `input_ids`. The prompt's ids count in the running length and in both
+limits there, so that only the repetition penalty depends on them.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from blip2edge.runtime.decoding.options import (
     end_ids,
     finish_reason,
 )
-from blip2edge.runtime.decoding.sampling import argmax, draw, penalize_repetition, row_streams
-from blip2edge.runtime.decoding.speculative import Ahead
-from blip2edge.runtime.decoding.state import DecodeState, GreedyState, RowState, check_rows
+from blip2edge.runtime.decoding.sampling import broken_logits, draw, penalize_repetition, row_streams
+from blip2edge.runtime.decoding.speculative import Speculator
+from blip2edge.runtime.decoding.state import DecodeState, GreedyState, RowState
 
 __all__ = ["DecodeState", "Generated", "GenerationOptions", "StepEvent", "Stopped", "generate", "stream"]
 
@@ -39,9 +38,9 @@ def generate(
     stopped: Stopped | None = None,
     initial: Sequence[int] = (),
     row_ids: Sequence[int] | None = None,
-    ahead: Sequence[Ahead | None] = (),
+    speculators: Sequence[Speculator | None] = (),
 ) -> list[Generated]:
-    """Generate a text for every row.
+    """Generate a text for every row, and return one result a row.
 
     Args:
         first_logits: [B,V], the logits that the prompt's last position gave.
@@ -49,26 +48,23 @@ def generate(
         prompt_ids: Per row the prompt's ids as transformers' `input_ids` hold them, without padding (image
             placeholders included); empty for encoder-decoder models, whose decoder has not seen them.
         options: What to do.
-        stopped: Says of a row's generated ids whether the text is over, beside the end tokens.
+        stopped: Whether a row's generated ids finish the text; the end tokens always do.
         initial: Ids that the decoder was started with (encoder-decoder models). They come before the
             generated ids in the result and under the repetition penalty; lengths do not count them.
         row_ids: Numbers of the rows' random streams, 0 … B−1 if left out. With a picture's number in the
             whole request a seed gives the same texts whatever the batches are.
-        ahead: What reads ahead in each row's text while it is alone, or None; left out for none at all.
-
-    Returns:
-        One result a row.
+        speculators: Speculative decoding of each row, used while the row is decoded alone; None for plain decoding.
 
     Raises:
         BackendError: The decoder returned NaN.
     """
     if options.num_beams > 1:
+        _check_rows(first_logits, state, prompt_ids)
         return beam_search(first_logits, state, prompt_ids, options, stopped=stopped, initial=initial)
-    rows = _rows(first_logits, state, prompt_ids, options, stopped, initial, row_ids, ahead)
-    together = Decoding()
-    together.join(first_logits, state, rows)
-    while together.rows:
-        together.step()
+    batch = _batch(first_logits, state, prompt_ids, options, stopped, initial, row_ids, speculators)
+    rows = batch.rows
+    while batch.rows:
+        batch.step()
     return [row.result() for row in rows]
 
 
@@ -81,7 +77,7 @@ def stream(
     stopped: Stopped | None = None,
     initial: Sequence[int] = (),
     row_ids: Sequence[int] | None = None,
-    ahead: Sequence[Ahead | None] = (),
+    speculators: Sequence[Speculator | None] = (),
 ) -> Iterator[StepEvent]:
     """Generate token by token: the arguments are those of `generate`.
 
@@ -95,13 +91,10 @@ def stream(
     """
     if options.num_beams > 1:
         raise UsageError(f"expected --num-beams 1 for a stream, got {options.num_beams}")
-    rows = _rows(first_logits, state, prompt_ids, options, stopped, initial, row_ids, ahead)
-    together = Decoding()
-    together.join(first_logits, state, rows)
-    return _events(together)
+    return _events(_batch(first_logits, state, prompt_ids, options, stopped, initial, row_ids, speculators))
 
 
-def _rows(
+def _batch(
     first_logits: NDArray[np.float32],
     state: DecodeState,
     prompt_ids: Sequence[Sequence[int]],
@@ -109,45 +102,48 @@ def _rows(
     stopped: Stopped | None,
     initial: Sequence[int],
     row_ids: Sequence[int] | None,
-    ahead: Sequence[Ahead | None],
-) -> list[Row]:
-    """The rows of `generate` and `stream`; raises ValueError where their numbers do not fit together."""
-    check_rows(first_logits, state, prompt_ids)
+    speculators: Sequence[Speculator | None],
+) -> GenerationBatch:
+    """The batch of `generate` and `stream`; raises ValueError where the arguments are for different numbers of rows."""
+    _check_rows(first_logits, state, prompt_ids)
     numbers = range(len(prompt_ids)) if row_ids is None else row_ids
-    readers = ahead or [None] * len(prompt_ids)
-    if len(numbers) != len(prompt_ids) or len(readers) != len(prompt_ids):
+    chosen = speculators or [None] * len(prompt_ids)
+    if len(numbers) != len(prompt_ids) or len(chosen) != len(prompt_ids):
         raise ValueError(
-            f"expected {len(prompt_ids)} row_ids and ahead, got {len(numbers)} and {len(readers)}"
+            f"expected {len(prompt_ids)} row_ids and speculators, got {len(numbers)} and {len(chosen)}"
         )
     vocabulary = first_logits.shape[-1]
-    return [
-        Row(ids, options, vocabulary, initial=initial, stopped=stopped, number=number, ahead=reader)
-        for ids, number, reader in zip(prompt_ids, numbers, readers, strict=True)
+    rows = [
+        Generation(ids, options, vocabulary, initial=initial, stopped=stopped, number=number, speculator=one)
+        for ids, number, one in zip(prompt_ids, numbers, chosen, strict=True)
     ]
+    batch = GenerationBatch()
+    batch.join(first_logits, state, rows)
+    return batch
 
 
-def _events(together: Decoding) -> Iterator[StepEvent]:
-    places = {id(row): place for place, row in enumerate(together.rows)}
-    while together.rows:
-        for row in together.step():
+def _events(batch: GenerationBatch) -> Iterator[StepEvent]:
+    places = {id(row): place for place, row in enumerate(batch.rows)}
+    while batch.rows:
+        for row in batch.step():
             yield StepEvent(places[id(row)], row.generated[-1], row.finish_reason)
 
 
-class Row:
-    """One text on its way, with options of its own.
+class Generation:
+    """A text that is being generated: one row of a batch, with its own options.
 
     Args:
-        prompt_ids: As a row of those of `generate`.
-        options: What to do; no beams.
+        prompt_ids: One row of `generate`'s.
+        options: Without beams.
         vocabulary: Number of logits V.
         initial: Ids that the decoder was started with.
         stopped: Says of the generated ids whether the text is over, beside the end tokens.
         number: Of its random stream.
-        ahead: Reads ahead while the row is decoded alone; None for nobody.
+        speculator: Speculative decoding while the row is decoded alone; None for plain decoding.
 
     Attributes:
-        finish_reason: None until the text is over.
-        passes: Runs of the decoder that the text took, the one over the prompt among them.
+        finish_reason: None until the text is finished.
+        passes: Runs of the decoder for this text, prefill included.
     """
 
     def __init__(
@@ -159,34 +155,34 @@ class Row:
         initial: Sequence[int] = (),
         stopped: Stopped | None = None,
         number: int = 0,
-        ahead: Ahead | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.options = options
-        self.ahead = ahead
+        self.speculator = speculator
         self.passes = 1
         self.initial = tuple(initial)
-        self.history = History(prompt_ids, initial, options, vocabulary)
+        self.history = TokenHistory(prompt_ids, initial, options, vocabulary)
         self.finish_reason: str | None = None
         self._stopped = stopped
         self._random = row_streams(options.seed, [number])[0] if options.sampling else None
 
     @property
     def generated(self) -> list[int]:
-        """The ids so far."""
+        """The generated ids so far."""
         return self.history.generated
 
     def result(self) -> Generated:
-        """The outcome, once the text is over."""
+        """The result; call it when the text is finished."""
         tokens = self.initial + tuple(self.generated)
         return Generated(tokens, self.finish_reason or "", None, len(self.generated) / self.passes)
 
     @property
-    def left(self) -> int:
-        """How many tokens may follow."""
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
         return self.options.max_new_tokens - len(self.generated)
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What a token is chosen by: logits [V], which stay as they are, after penalty and minimal length."""
+        """Logits [V] after repetition penalty and minimal length; the argument is not changed."""
         if not self.history.changes_scores:
             return logits
         scores = np.array(logits, np.float32)
@@ -194,7 +190,7 @@ class Row:
         return scores
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token by its logits [V]; greedy rows break ties downwards."""
+        """The next token by its logits [V]; greedy decoding takes the lowest id of equals."""
         scores = self.scores(logits)
         if self._random is None:
             return int(argmax(scores[None])[0])
@@ -205,33 +201,32 @@ class Row:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next token is the likeliest as the decoder says it."""
-        return self._random is None and self.ahead is None and not self.history.changes_scores
+        """Whether the next token is the arg-max of the raw logits."""
+        return self._random is None and self.speculator is None and not self.history.changes_scores
 
     def accept(self, token: int) -> None:
-        """Appends a token, and says in `finish_reason` whether the text is over."""
+        """Appends a token and sets `finish_reason` where the text is finished by it."""
         self.history.append(token)
         self.finish_reason = finish_reason(self.generated, len(self.generated), self.options, self._stopped)
 
 
-class Decoding:
-    """Rows that are decoded together. Between two steps rows may join, and those that finish have left.
+class GenerationBatch:
+    """Rows that are decoded together (continuous batching): rows join between two steps and leave when finished.
 
     Attributes:
-        rows: Those on their way, in the order of the decoder's rows.
+        rows: The unfinished ones, in the order of the decoder's rows.
     """
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[Generation] = []
         self._state: DecodeState | None = None
         self._logits: NDArray[np.float32] | None = None
-        self._last: NDArray[np.int64] | None = None  # chosen, and not yet read by the decoder
-        self._greedy: Generator[NDArray[np.int64], None, None] | None = (
-            None  # what the state chooses by itself
-        )
+        self._last: NDArray[np.int64] | None = None  # chosen, not yet given to the decoder
+        # Tokens that the state chooses itself.
+        self._greedy: Generator[NDArray[np.int64], None, None] | None = None
 
-    def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Row]) -> None:
-        """Takes in further rows.
+    def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> None:
+        """Adds rows.
 
         Args:
             first_logits: [B,V], behind each prompt.
@@ -239,22 +234,22 @@ class Decoding:
             rows: B.
 
         Raises:
-            BackendError: The decoder has no room for them; those on their way go on.
+            BackendError: The decoder has no room for them; the rows before are not affected.
         """
         if not self.rows or self._state is None:
             self._state, self._logits, self._last = state, first_logits, None
         else:
-            advanced = self._advanced(self._state)
-            self._settle(self._state)
-            self._state.join(state)  # may refuse; then the rows before go on as they were
-            self._logits = np.concatenate([advanced, first_logits])
+            logits = self._advanced(self._state)
+            self._discard_unverified(self._state)
+            self._state.join(state)  # may raise; then the rows before stay as they were
+            self._logits = np.concatenate([logits, first_logits])
         self.rows = [*self.rows, *rows]
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[Generation]:
         """Gives every row its next token.
 
         Returns:
-            The rows that got one; those of them with a `finish_reason` have left.
+            The rows that got one. Those with a `finish_reason` have left the batch.
 
         Raises:
             BackendError: The decoder returned NaN.
@@ -281,13 +276,13 @@ class Decoding:
         return [int(token) for token in next(self._greedy)]
 
     def _halt(self) -> None:
-        """Ends what the state chooses by itself: it stands behind the tokens before the last ones."""
+        """Stops the state's own greedy decoding; it has then processed all tokens but the last ones."""
         if self._greedy is not None:
             self._greedy.close()
             self._greedy = None
 
-    def leave(self, row: Row) -> None:
-        """Lets a row go before its end."""
+    def leave(self, row: Generation) -> None:
+        """Removes a row that is not finished."""
         self._keep([place for place, other in enumerate(self.rows) if other is not row])
 
     def _keep(self, places: list[int]) -> None:
@@ -304,7 +299,7 @@ class Decoding:
         self._logits = None if self._logits is None else self._logits[kept]
 
     def _advanced(self, state: DecodeState) -> NDArray[np.float32]:
-        """The logits [B,V] behind the rows' last tokens; runs the decoder where it has not read those."""
+        """The logits [B,V] after the rows' last tokens; runs the decoder where those are new."""
         self._halt()
         if self._last is not None:
             self._logits, self._last = self._read(state, self._last), None
@@ -313,29 +308,28 @@ class Decoding:
         return self._logits
 
     def _read(self, state: DecodeState, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Lets the decoder read tokens [B], and more where a lone row is read ahead in."""
+        """Runs the decoder on tokens [B]; on a draft as well where the only row has a speculator."""
         row = self.rows[0]
-        if len(self.rows) == 1 and row.ahead is not None and isinstance(state, RowState):
-            logits, passes = row.ahead.step(state, row.generated, row.left, row.scores)
+        if len(self.rows) == 1 and row.speculator is not None and isinstance(state, RowState):
+            logits, passes = row.speculator.step(state, row.generated, row.remaining, row.scores)
             row.passes += passes
             return logits
         for row in self.rows:
             row.passes += 1
         return state.step(tokens)
 
-    def _settle(self, state: DecodeState) -> None:
-        """Forgets what was read ahead: another row is about to join."""
-        ahead = self.rows[0].ahead
-        if len(self.rows) == 1 and ahead is not None and isinstance(state, RowState):
-            ahead.settle(state)
+    def _discard_unverified(self, state: DecodeState) -> None:
+        """Removes draft tokens that are not accepted from the KV cache, before another row joins."""
+        speculator = self.rows[0].speculator
+        if len(self.rows) == 1 and speculator is not None and isinstance(state, RowState):
+            speculator.discard_unverified(state)
 
 
-class History:
-    """The ids of one row and what they do to the next scores.
+class TokenHistory:
+    """The ids of one row, and their effect on the next scores.
 
     Args:
-        prompt: Ids before generation; those outside the vocabulary are not penalised, as nothing can
-            generate them.
+        prompt: Ids before generation; those outside the vocabulary are ignored, as they cannot be generated.
         initial: Ids that the decoder was started with.
         options: What to do.
         vocabulary: Number of logits V.
@@ -359,7 +353,7 @@ class History:
 
     @property
     def changes_scores(self) -> bool:
-        """Whether `process` would do anything at this length."""
+        """Whether `process` changes anything at this length."""
         return self._options.repetition_penalty != 1.0 or self._too_short
 
     @property
@@ -373,3 +367,33 @@ class History:
             penalize_repetition(scores, seen, self._options.repetition_penalty)
         if self._too_short:
             scores[self._end_ids] = -np.inf
+
+
+def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The likeliest token of each row, the lowest id of equals.
+
+    Args:
+        logits: [B,V].
+
+    Returns:
+        int64 [B].
+
+    Raises:
+        BackendError: The logits hold NaN.
+    """
+    tokens: NDArray[np.int64] = logits.argmax(axis=-1)  # NaN counts as the largest
+    if np.isnan(logits[np.arange(len(tokens)), tokens]).any():
+        raise broken_logits()
+    return tokens
+
+
+def _check_rows(
+    first_logits: NDArray[np.float32], state: DecodeState, prompt_ids: Sequence[Sequence[int]]
+) -> None:
+    """Raise ValueError where logits, state and prompts are not for the same number of rows, at least one."""
+    sizes = (len(first_logits), state.batch_size, len(prompt_ids))
+    if first_logits.ndim != 2 or len(set(sizes)) != 1 or sizes[0] < 1:
+        raise ValueError(
+            f"expected logits [B,V], a state of B rows and B prompts, got logits {list(first_logits.shape)}, "
+            f"{sizes[1]} rows and {sizes[2]} prompts"
+        )

@@ -1,4 +1,4 @@
-"""Language models as the captioner sees them: prompts in, first logits and a state to go on from out."""
+"""Language models: a decoder, or a text encoder and a decoder. Prompts go in, the first logits and a state come out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import (
     CROSS_KV,
     CROSS_MASK,
@@ -22,23 +22,23 @@ from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BundleError
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.decoding.kv.growing import Decoder
-from blip2edge.runtime.decoding.kv.in_place import LENGTHS, SharedDecoder
+from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
+from blip2edge.runtime.decoding.kv.in_place import LENGTHS, InPlaceDecoder
 from blip2edge.runtime.decoding.state import RowState
-from blip2edge.runtime.text.prompt import Prompt, look_mask
+from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 
 
 @runtime_checkable
-class OpensDecoder(Protocol):
-    """A loaded decoder graph of a backend that has a decoder of its own."""
+class HasDecoder(Protocol):
+    """A loaded decoder graph of a backend with its own KV cache."""
 
-    def decoder(self, table: TokenTable) -> AnyDecoder:
-        """The decoder."""
+    def decoder(self, table: TokenTable) -> Decoder:
+        """The decoder over this graph."""
         ...
 
 
-class AnyDecoder(Protocol):
-    """A decoder, however it keeps its keys and values."""
+class Decoder(Protocol):
+    """A decoder with any form of KV cache."""
 
     @property
     def table(self) -> TokenTable:
@@ -47,18 +47,18 @@ class AnyDecoder(Protocol):
 
     @property
     def embeds_dtype(self) -> np.dtype[Any]:
-        """Of the embeddings that it takes."""
+        """Of its input embeddings."""
         ...
 
     @property
-    def most_rows(self) -> int | None:
-        """The most rows that it takes at once; None for no such bound."""
+    def max_rows(self) -> int | None:
+        """The largest batch; None for no limit."""
         ...
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], RowState]:
-        """See :meth:`blip2edge.runtime.decoding.kv.growing.Decoder.prefill`."""
+        """See :meth:`blip2edge.runtime.decoding.kv.growing.GrowingDecoder.prefill`."""
         ...
 
 
@@ -66,37 +66,36 @@ class LanguageModel(Protocol):
     """A decoder, or an encoder and a decoder."""
 
     @property
-    def decoder(self) -> AnyDecoder:
+    def decoder(self) -> Decoder:
         """The decoder."""
         ...
 
     @property
     def table(self) -> TokenTable:
-        """Rows for the prompt's tokens."""
+        """Embeddings of the prompt's tokens."""
         ...
 
     @property
     def initial(self) -> tuple[int, ...]:
-        """Ids that every caption begins with; empty where it goes on from the prompt."""
+        """Ids that every text begins with (encoder-decoder models); empty where it continues the prompt."""
         ...
 
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
-        """What it computes of pictures whatever the prompts are, by names of its own; empty for nothing.
+        """Tensors of the pictures that do not depend on the prompts, by name: cross-attention keys and values.
 
-        Who prefills with the same pictures again may hand it in among them.
+        They may be passed to :meth:`prefill` among ``pictures``, to save computing them again.
         """
         ...
 
     def prefill(
         self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
     ) -> tuple[NDArray[np.float32], RowState]:
-        """Reads a batch.
+        """Runs the prompts of a batch.
 
         Args:
             prompts: One a row.
-            pictures: What the graphs before it made of the pictures, by the name of the output:
-                ``image_embeds [B, P, Dv]``, and ``visual_tokens [B, Q, D]`` where there is a bridge; perhaps
-                with their :meth:`context`.
+            pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
+                ``visual_tokens [B, Q, D]`` where there is a bridge; optionally with their :meth:`context`.
 
         Returns:
             Logits ``[B, V]`` of the first token, and the state.
@@ -116,43 +115,49 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
     cross_kv = open_graph(CROSS_KV) if CROSS_KV in manifest.graphs else None
     if TEXT_ENCODER not in manifest.graphs or cross_kv is None:
         source = bundle.graph(CROSS_KV).spec.inputs[0].name if cross_kv is not None else ""
-        return Continuation(decoder, cross_kv, source)
+        return DecoderOnly(decoder, cross_kv, source)
     start = manifest.generation["decoder_start_token_id"]
     takes = tuple(tensor.name for tensor in bundle.graph(TEXT_ENCODER).spec.inputs)
     return EncoderDecoder(decoder, open_graph(TEXT_ENCODER), takes, cross_kv, start)
 
 
-def decoder_of(bundle: Bundle, session: Session) -> AnyDecoder:
-    """A bundle's decoder over a loaded graph, portable or with a shared cache.
+def token_table(bundle: Bundle) -> TokenTable:
+    """A bundle's token table, in the dtype of the decoder's embeddings."""
+    dtype = bundle.graph(DECODER).spec.inputs[0].dtype
+    return TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, dtype)
+
+
+def decoder_of(bundle: Bundle, session: Session) -> Decoder:
+    """A bundle's decoder over a loaded graph; the graph decides the form of the KV cache.
 
     Raises:
-        BundleError: The bundle tells nothing of the cache.
+        BundleError: The manifest has no cache.
     """
     manifest, spec = bundle.manifest, bundle.graph(DECODER).spec
     if manifest.cache is None:
         raise BundleError(
             f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again"
         )
-    table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
-    if isinstance(session, OpensDecoder):
+    table = token_table(bundle)
+    if isinstance(session, HasDecoder):
         return session.decoder(table)
     if isinstance(session, OnnxRuntimeSession) and LENGTHS in session.input_names:
-        return SharedDecoder(session, spec, manifest.cache, table, manifest.max_positions)
-    return Decoder(session, spec, manifest.cache, table)
+        return InPlaceDecoder(session, spec, manifest.cache, table, manifest.max_positions)
+    return GrowingDecoder(session, spec, manifest.cache, table)
 
 
-class Continuation:
-    """A decoder that goes on from its prompt; it may also look at the picture (BLIP), or at several (Flamingo).
+class DecoderOnly:
+    """A decoder that continues its prompt; it may cross-attend to the picture (BLIP), or to several (Flamingo).
 
     Args:
         decoder: The decoder.
-        cross_kv: The loaded ``cross_kv`` graph; None where the decoder looks at its text alone.
-        source: What that graph reads, a key of ``pictures``.
+        cross_kv: The loaded ``cross_kv`` graph; None without cross-attention.
+        source: The input of that graph, a key of ``pictures``.
     """
 
     initial: tuple[int, ...] = ()
 
-    def __init__(self, decoder: AnyDecoder, cross_kv: Session | None, source: str) -> None:
+    def __init__(self, decoder: Decoder, cross_kv: Session | None, source: str) -> None:
         self.decoder = decoder
         self.cross_kv = cross_kv
         self.source = source
@@ -163,7 +168,7 @@ class Continuation:
         return self.decoder.table
 
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
-        """See :class:`LanguageModel`: the pictures' keys and values."""
+        """See :class:`LanguageModel`: cross-attention keys and values."""
         if self.cross_kv is None:
             return {}
         names = self.cross_kv.output_names
@@ -176,28 +181,28 @@ class Continuation:
     ) -> tuple[NDArray[np.float32], RowState]:
         """See :class:`LanguageModel`."""
         context = self.context(pictures)
-        if prompts[0].looks:
-            most = max(prompt.pictures for prompt in prompts)
+        if prompts[0].attends_to:
+            most = max(prompt.images for prompt in prompts)
             keys = pictures[self.source].shape[1]
-            context[CROSS_MASK] = look_mask([prompt.looks for prompt in prompts], most, keys)
+            context[CROSS_MASK] = cross_attention_mask([prompt.attends_to for prompt in prompts], most, keys)
         return self.decoder.prefill(_embedded(self.table, prompts, pictures), context)
 
 
 class EncoderDecoder:
-    """A text encoder before a decoder (T5): the prompt goes to the encoder, the caption begins by itself.
+    """A text encoder and a decoder (T5): the encoder takes the prompt, and the decoder starts a new text.
 
     Args:
-        decoder: The decoder, which looks at the encoder's states.
+        decoder: The decoder; it cross-attends to the encoder's states.
         encoder: The loaded ``text_encoder`` graph.
-        takes: Its inputs' names: ``inputs_embeds``, or ``input_ids`` where it has a token table of its own; with
-            ``image_embeds`` where it looks at the picture.
+        takes: Names of its inputs: ``inputs_embeds``, or ``input_ids`` where it has its own token table; with
+            ``image_embeds`` where it cross-attends to the picture.
         cross_kv: The loaded ``cross_kv`` graph.
-        start_token_id: What every caption begins with.
+        start_token_id: First id of every text.
     """
 
     def __init__(
         self,
-        decoder: AnyDecoder,
+        decoder: Decoder,
         encoder: Session,
         takes: Sequence[str],
         cross_kv: Session,
@@ -211,17 +216,17 @@ class EncoderDecoder:
 
     @property
     def table(self) -> TokenTable:
-        """The decoder's token table, and the encoder's where that takes embeddings."""
+        """The token table of the decoder, and of an encoder that takes embeddings."""
         return self.decoder.table
 
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:  # noqa: ARG002 - the protocol's
-        """See :class:`LanguageModel`: nothing, as the encoder reads pictures and prompt together."""
+        """See :class:`LanguageModel`: empty, as the encoder takes pictures and prompt together."""
         return {}
 
     def prefill(
         self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
     ) -> tuple[NDArray[np.float32], RowState]:
-        """See :class:`LanguageModel`; the logits are those behind the start token."""
+        """See :class:`LanguageModel`; the logits are those after the start token."""
         batch = len(prompts)
         rows = (
             [np.array(prompt.ids, np.int64) for prompt in prompts]
@@ -243,7 +248,7 @@ class EncoderDecoder:
 
 
 def _embedded(table: TokenTable, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> list[Array]:
-    """A ``[S_i, D]`` a row: the table's rows, and the visual tokens where the prompt has a picture."""
+    """One ``[S_i, D]`` a row: token embeddings, and the visual tokens in the picture's place."""
     visual = pictures.get("visual_tokens")
     return [
         prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)

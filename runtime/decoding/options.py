@@ -1,4 +1,4 @@
-"""What all ways of generating share: the decoder's protocol, options, results, when a text is over."""
+"""Options and results of text generation, and when a text is finished."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 from blip2edge.bundle.schema import DRAFTS
 from blip2edge.errors import UsageError
 
-MOST_BEAMS = 256
-"""Every beam holds a cache of its own."""
+MAX_BEAMS = 256
+"""Every beam has its own KV cache."""
 
-MOST_COUNTED = 2**31 - 1
-"""Tokens that are asked for or drawn from: more than any context or vocabulary has."""
+MAX_TOKENS = 2**31 - 1
+"""Bound of counts of tokens: more than any context or vocabulary has."""
 
-LARGEST_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1
 
 PENALTIES = (1e-3, 1e3)
-"""Repetition penalties: beyond them logits leave float32."""
+"""Range of repetition penalties; outside it logits overflow float32."""
 
-HOTTEST = 1e3
-"""A temperature of it draws all but evenly."""
+MAX_TEMPERATURE = 1e3
+"""Largest temperature; it samples almost uniformly."""
 
-MOST_STOPS = 64
-"""Stop texts are looked for at every token."""
+MAX_STOPS = 64
+"""Largest number of stop texts, as each is searched for at every token."""
 
-COLDEST = 1e-5
-"""A temperature below it is greedy: the likeliest token has all of the probability in float32."""
+MIN_SAMPLING_TEMPERATURE = 1e-5
+"""Temperatures below this are greedy: in float32 the likeliest token has all of the probability."""
 
 Stopped = Callable[[Sequence[int]], bool]
 
@@ -48,12 +48,12 @@ class GenerationOptions:
         temperature: Divides the logits before sampling.
         top_p: Sample from the fewest tokens whose probabilities reach this sum.
         top_k: Sample from this many tokens; 0: from all.
-        seed: Of the random streams, one a row; None: another text every time.
-        early_stopping: Beam search ends as soon as num_beams texts have ended.
-        eos_token_ids: Any of these ends a text.
-        stop: Strings that end a text; the caller looks for them and passes `stopped`.
-        draft: Who guesses tokens that one pass then verifies, one of `contract.DRAFTS`; the text does not depend on it,
-            and where tokens are drawn at random nobody guesses.
+        seed: Of the random streams, one per row; None for a different text every time.
+        early_stopping: Beam search ends as soon as num_beams texts are finished.
+        eos_token_ids: Each of these finishes a text.
+        stop: Strings that finish a text; the caller searches for them and passes `stopped`.
+        draft: Draft model of speculative decoding, one of `schema.DRAFTS`. The text does not depend on it; sampling
+            uses none.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -75,18 +75,18 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         for name, least, most in (
-            ("max_new_tokens", 1, MOST_COUNTED),
-            ("min_new_tokens", 0, MOST_COUNTED),
-            ("num_beams", 1, MOST_BEAMS),
+            ("max_new_tokens", 1, MAX_TOKENS),
+            ("min_new_tokens", 0, MAX_TOKENS),
+            ("num_beams", 1, MAX_BEAMS),
         ):
             _check_integer(name, getattr(self, name), least, most)
-        for name, most in (("top_k", MOST_COUNTED), ("seed", LARGEST_SEED)):
+        for name, most in (("top_k", MAX_TOKENS), ("seed", MAX_SEED)):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 0, most)
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         check_number("repetition_penalty", self.repetition_penalty, *PENALTIES)
         if self.temperature is not None:
-            check_number("temperature", self.temperature, 0.0, HOTTEST)
+            check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         if self.top_p is not None:
             check_number("top_p", self.top_p, 0.0, 1.0)
         if self.min_new_tokens > self.max_new_tokens:
@@ -98,7 +98,7 @@ class GenerationOptions:
         if isinstance(ends, (int, str)):
             raise UsageError(f"expected eos_token_ids to be a list of ids, got {ends!r}")
         for token_id in self.eos_token_ids:
-            _check_integer("eos_token_ids", token_id, 0, MOST_COUNTED)
+            _check_integer("eos_token_ids", token_id, 0, MAX_TOKENS)
         _check_texts("stop", self.stop)
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -125,7 +125,7 @@ class GenerationOptions:
     def sampling(self) -> bool:
         """Whether tokens are drawn at random."""
         given = self.temperature is not None or self.top_p is not None or self.top_k is not None
-        return given and (self.temperature is None or self.temperature >= COLDEST)
+        return given and (self.temperature is None or self.temperature >= MIN_SAMPLING_TEMPERATURE)
 
 
 def _flag(name: str) -> str:
@@ -145,8 +145,8 @@ def _check_integer(name: str, value: Any, least: int, most: int) -> None:
 def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
         raise UsageError(f"expected {_flag(name)} to be texts that are not empty, got {_told(value)}")
-    if len(value) > MOST_STOPS:
-        raise UsageError(f"expected {_flag(name)} to be at most {MOST_STOPS} texts, got {len(value)}")
+    if len(value) > MAX_STOPS:
+        raise UsageError(f"expected {_flag(name)} to be at most {MAX_STOPS} texts, got {len(value)}")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
@@ -174,7 +174,7 @@ class Generated:
         tokens: The generated ids, the end token included, without padding; preceded by `initial`.
         finish_reason: "eos", "length" or "stop".
         score: The length-penalised log-probability of the best beam; None without beam search.
-        tokens_per_pass: Generated tokens over the passes of the decoder that they took; 1 where nobody reads ahead.
+        tokens_per_pass: Generated tokens over the passes of the decoder that they took; 1 without a draft model.
     """
 
     tokens: tuple[int, ...]
@@ -200,7 +200,7 @@ def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
 def finish_reason(
     generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
 ) -> str | None:
-    """Why a text of `length` generated tokens is over: "eos", "stop", "length"; None where it is not."""
+    """Why a text of `length` generated tokens is finished: "eos", "stop", "length"; None where it is not."""
     if generated[-1] in options.eos_token_ids:
         return "eos"
     if stopped is not None and stopped(generated):

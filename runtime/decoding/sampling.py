@@ -150,24 +150,6 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return shifted
 
 
-def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The likeliest token of each row, the lowest id of equals.
-
-    Args:
-        logits: [B,V].
-
-    Returns:
-        int64 [B].
-
-    Raises:
-        BackendError: The logits hold NaN.
-    """
-    tokens: NDArray[np.int64] = logits.argmax(axis=-1)  # NaN counts as the largest
-    if np.isnan(logits[np.arange(len(tokens)), tokens]).any():
-        raise broken_logits()
-    return tokens
-
-
 def broken_logits() -> BackendError:
     """The error for a decoder whose numbers have broken down."""
     return BackendError(

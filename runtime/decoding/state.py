@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import CROSS_MASK
-from blip2edge.bundle.token_table import TokenTable
 
 
 class DecodeState(Protocol):
-    """A decoder and its cache, for some rows that all advance by one token a step."""
+    """A decoder with the KV cache of some rows, which all advance by one token a step."""
 
     @property
     def batch_size(self) -> int:
@@ -27,74 +26,48 @@ class DecodeState(Protocol):
         """Let row i continue old row `rows[i]`; rows may repeat, change places or be dropped."""
 
     def join(self, other: Any) -> None:
-        """Take in the rows of another state of the same decoder, behind its own; the other is used up."""
+        """Add the rows of another state of the same decoder after its own; the other state is used up."""
 
 
 @runtime_checkable
 class GreedyState(Protocol):
-    """A state that can choose the likeliest tokens by itself, where the next step need not wait for the last token."""
+    """A state that decodes greedily by itself, so that the next step does not wait for the host."""
 
     def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
-        """Appends tokens [B] and gives the likeliest next ones, again and again.
+        """Appends tokens [B] and yields the likeliest next ones, step by step.
 
-        When it is closed, the state has read all tokens but those that were given last.
+        After closing, the state has processed all tokens but those that were yielded last.
         """
 
 
 @runtime_checkable
 class RowState(DecodeState, Protocol):
-    """A state that can also read several tokens at once, and forget them."""
+    """A state that can also append several tokens in one pass, and drop tokens."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens that each row has read, prompt included, [B]."""
+        """Tokens of each row in the KV cache, prompt included, [B]."""
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append k tokens [B,k] to each row; returns the logits [B,k,V] behind each of them."""
+        """Append k tokens [B,k] to each row; returns the logits [B,k,V] after each of them."""
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """Let row i forget what it has read behind its first `lengths[i]` tokens."""
+        """Drop the tokens of row i after its first `lengths[i]`."""
 
 
-def left_padded(
-    prompts: Sequence[Array], dtype: np.dtype[np.generic]
-) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
-    """Prompts as one batch, padded on the left, so that all rows go on in the same slot.
-
-    Args:
-        prompts: A ``[S_i, D]`` a row.
-        dtype: Of the batch.
-
-    Returns:
-        ``[B, S, D]``; ``[B, S]``, 1 where a slot is valid; and the slots' positions ``[B, S]``.
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    embeds = np.zeros((len(prompts), longest, prompts[0].shape[1]), dtype)
-    mask = np.zeros((len(prompts), longest), np.int64)
-    for row, prompt in enumerate(prompts):
-        embeds[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return embeds, mask, np.maximum(mask.cumsum(axis=1) - 1, 0)
-
-
-def embedded(table: TokenTable, token_ids: NDArray[np.int64], dtype: np.dtype[np.generic]) -> Array:
-    """The embeddings of tokens ``[B, k]``: ``[B, k, D]``."""
-    return table.rows(token_ids.reshape(-1)).reshape(*token_ids.shape, -1).astype(dtype, copy=False)
-
-
-def forgotten(read: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many tokens each row forgets where it keeps its first ``kept[i]`` of ``read[i]``, ``[B]``.
+def tokens_to_drop(lengths: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many tokens each row drops where it keeps its first ``kept[i]`` of ``lengths[i]``, ``[B]``.
 
     Raises:
-        ValueError: A row has read less than that, or would be left with nothing.
+        ValueError: A row has fewer tokens, or would keep none.
     """
-    if np.any(read < kept) or np.any(kept < 1):
-        raise ValueError(f"rows have read {read.tolist()} tokens: cannot keep {kept.tolist()}")
-    return read - kept
+    if np.any(lengths < kept) or np.any(kept < 1):
+        raise ValueError(f"rows have {lengths.tolist()} tokens: cannot keep {kept.tolist()}")
+    return lengths - kept
 
 
 def padded(array: Array, axis: int, length: int, *, left: bool = False) -> Array:
-    """Zeros behind an array (or before it), so that the axis has that length."""
+    """An array padded with zeros behind (or before) its values, so that the axis has that length."""
     missing = length - array.shape[axis]
     if not missing:
         return array
@@ -104,25 +77,13 @@ def padded(array: Array, axis: int, length: int, *, left: bool = False) -> Array
 
 
 def stacked(name: str, first: Array, second: Array) -> Array:
-    """Rows of two contexts one below the other; a shorter one gets keys that the mask hides.
+    """Rows of two cross-attention contexts as one batch; the shorter one is padded with masked keys.
 
     Args:
         name: Of the decoder's input: keys or values ``[B, H, E, d]``, or their mask ``[B, E]`` or ``[B, S, E]``.
         first: Of the first rows.
-        second: Of those behind them.
+        second: Of the rows after them.
     """
     axis = -1 if name == CROSS_MASK else 2
     longest = max(first.shape[axis], second.shape[axis])
     return np.concatenate([padded(part, axis, longest) for part in (first, second)])
-
-
-def check_rows(
-    first_logits: NDArray[np.float32], state: DecodeState, prompt_ids: Sequence[Sequence[int]]
-) -> None:
-    """Raise ValueError where logits, state and prompts are not for the same number of rows, at least one."""
-    sizes = (len(first_logits), state.batch_size, len(prompt_ids))
-    if first_logits.ndim != 2 or len(set(sizes)) != 1 or sizes[0] < 1:
-        raise ValueError(
-            f"expected logits [B,V], a state of B rows and B prompts, got logits {list(first_logits.shape)}, "
-            f"{sizes[1]} rows and {sizes[2]} prompts"
-        )

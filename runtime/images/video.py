@@ -1,4 +1,4 @@
-"""Videos as a few pictures: from a list, a folder of frames, a video file, or one picture that stands still."""
+"""Frames of a video: from a list, a folder of frames, a video file, or one picture that is repeated."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".m
 
 
 def chosen(total: int, count: int) -> list[int]:
-    """Indices of ``count`` of ``total`` frames; where there are fewer, frames repeat.
+    """Indices of ``count`` of ``total`` frames, at equal distances from the first on; fewer frames repeat.
 
-    At equal distances from the first on, as transformers' example for InstructBlipVideo takes them.
+    As in transformers' example for InstructBlipVideo.
     """
     return [index * total // count for index in range(count)]
 
@@ -53,7 +53,7 @@ def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
 
     Args:
         item: Pictures; an array ``[F, H, W, 3]`` uint8; a folder, whose files are taken in the order of their
-            names, numbers in them as numbers; a video file; or one picture, which stands still.
+            names, numbers in them as numbers; a video file; or one picture, which is repeated.
         count: How many frames are wanted.
 
     Returns:
@@ -110,7 +110,7 @@ def _from_video(path: Path, count: int) -> list[ImageSource]:
 
 
 def _pick(container: Any, wanted: set[int]) -> dict[int, ImageSource]:
-    """The wanted frames as Pillow pictures; nothing is decoded behind the last."""
+    """The wanted frames as Pillow pictures; decoding stops after the last one."""
     found: dict[int, ImageSource] = {}
     for index, frame in enumerate(container.decode(video=0)):
         if index in wanted:

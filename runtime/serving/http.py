@@ -9,7 +9,7 @@
 | ``POST /v1/chat/completions`` | OpenAI's format (``openai_api.py``); with ``"stream": true`` server-sent events |
 | ``POST /caption?prompt=…`` | the body is a picture file; the answer is an object of ``caption --json`` |
 
-A request whose client has gone is cancelled at the next step. A full queue answers 503, a missed deadline 504.
+A closed connection cancels its request at the next step. A full queue is answered with 503, a missed deadline with 504.
 """
 
 from __future__ import annotations
@@ -32,13 +32,11 @@ from blip2edge.errors import (
     UsageError,
 )
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.complete import CaptionResult
-from blip2edge.runtime.captioning.encode import STAGES
-from blip2edge.runtime.captioning.request import Request
+from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.serving.openai_api import chunk, completion, read_request
 
-MOST_BYTES = 32 << 20  # of a request's body
+MAX_BODY_BYTES = 32 << 20  # of a request's body
 PAGE = Path(__file__).with_name("page.html")
 
 Scope = Mapping[str, Any]
@@ -53,14 +51,14 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (PromptError, 400),
     (Exception, 500),
 )
-"""What an error is answered with; the first that fits."""
+"""HTTP status of an error: the first class that matches."""
 
 
 class _TooLargeError(UsageError):
-    """The body is over :data:`MOST_BYTES`."""
+    """The body is over :data:`MAX_BODY_BYTES`."""
 
 
-class _ClientGone(Exception):  # noqa: N818 - no error: nobody is left to be told
+class _ClientGone(Exception):  # noqa: N818 - control flow: no client is left to answer
     """The client has closed the connection."""
 
 
@@ -100,7 +98,7 @@ class Server:
         }
 
     def close(self) -> None:
-        """Cancels what is not done."""
+        """Cancels all open requests."""
         self.scheduler.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,8 +141,8 @@ class Server:
 
     async def _health(self, send: Send) -> None:
         failed = self.scheduler.failed
-        told = {"status": "failed" if failed else "ok", "model": self.model, "load": self.scheduler.load}
-        await _json(send, 503 if failed else 200, told)
+        body = {"status": "failed" if failed else "ok", "model": self.model, "load": self.scheduler.load}
+        await _json(send, 503 if failed else 200, body)
 
     async def _models(self, send: Send) -> None:
         model = {"id": self.model, "object": "model", "owned_by": "blip2edge"}
@@ -171,37 +169,37 @@ class Server:
         unknown = sorted(query.keys() - {"prompt"})
         if unknown:
             raise UsageError(f"there is no parameter {unknown[0]!r}", "the only one is prompt")
-        async with _Line(receive) as line:
-            request = self._submit(line, body, query.get("prompt"), {}, None)
-            result = await self._finished(line, request)
+        async with _Client(receive) as client:
+            request = self._submit(client, body, query.get("prompt"), {}, None)
+            result = await self._finished(client, request)
         await _json(send, 200, result.to_json())
 
     async def _chat(self, _scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        asked = read_request(body)
-        image: Any = asked.images[0] if len(asked.images) == 1 else list(asked.images)
-        async with _Line(receive) as line:
-            request = self._submit(line, image, asked.prompt, asked.options, asked.deadline)
+        wanted = read_request(body)
+        image: Any = wanted.images[0] if len(wanted.images) == 1 else list(wanted.images)
+        async with _Client(receive) as client:
+            request = self._submit(client, image, wanted.prompt, wanted.options, wanted.deadline)
             names: dict[str, Any] = {
                 "number": request.number,
                 "created": int(time.time()),
                 "model": self.model,
             }
-            if not asked.stream:
-                result = await self._finished(line, request)
+            if not wanted.stream:
+                result = await self._finished(client, request)
                 await _json(send, 200, completion(result, **names))
                 return
-            first = await line.next(request)
-            if first is None:  # an error before the first word has a status of its own
+            first = await client.next(request)
+            if first is None:  # an error before the first token has its own HTTP status
                 self._outcome(request)
             await _start(send, 200, "text/event-stream", {"cache-control": "no-cache"})
-            async for event in self._events(line, request, first, names):
+            async for event in self._events(client, request, first, names):
                 data = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
                 await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
     def _submit(
         self,
-        line: _Line,
+        client: _Client,
         image: Any,
         prompt: str | None,
         options: Mapping[str, Any],
@@ -210,21 +208,21 @@ class Server:
         generation = self.captioner.options(**options)
         seconds = self.deadline if deadline is None else deadline
         return self.scheduler.submit(
-            image, generation, prompt=prompt, deadline=seconds, wait=False, on_piece=line.put
+            image, generation, prompt=prompt, deadline=seconds, wait=False, on_piece=client.put
         )
 
-    async def _finished(self, line: _Line, request: Request) -> CaptionResult:
-        while await line.next(request) is not None:
+    async def _finished(self, client: _Client, request: Request) -> CaptionResult:
+        while await client.next(request) is not None:
             pass
         return self._counted(request)
 
     async def _events(
-        self, line: _Line, request: Request, piece: str | None, names: Mapping[str, Any]
+        self, client: _Client, request: Request, piece: str | None, names: Mapping[str, Any]
     ) -> AsyncIterator[dict[str, Any] | str]:
-        """Chunks, then the reason of the end, then ``[DONE]``; an error in the middle is an event as well."""
+        """Chunks, then the finish reason, then ``[DONE]``; a late error is an event as well."""
         while piece is not None:
             yield chunk(piece, **names)
-            piece = await line.next(request)
+            piece = await client.next(request)
         try:
             result = self._counted(request)
         except Blip2EdgeError as error:
@@ -249,43 +247,43 @@ class Server:
         return result
 
 
-class _Line:
-    """From the scheduler's threads to a client: pieces of text, and whether the client is still there."""
+class _Client:
+    """A waiting client: takes pieces of text from the scheduler's threads, and notices a closed connection."""
 
     def __init__(self, receive: Receive) -> None:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self._gone = asyncio.ensure_future(_disconnected(receive))
 
-    async def __aenter__(self) -> _Line:  # noqa: PYI034 - typing.Self is of Python 3.11
+    async def __aenter__(self) -> _Client:  # noqa: PYI034 - typing.Self is of Python 3.11
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._gone.cancel()
 
     def put(self, piece: str | None) -> None:
-        """Hands on a piece, from any thread."""
+        """Adds a piece; may be called from any thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def next(self, request: Request) -> str | None:
-        """The next piece, None behind the last; a client that has gone cancels the request.
+        """The next piece, or None after the last; a closed connection cancels the request.
 
-        A request is told of its deadline when that has come, wherever it waits.
+        A deadline ends the wait when it passes, in whichever queue the request is.
         """
-        coming = asyncio.ensure_future(self._pieces.get())
+        pending = asyncio.ensure_future(self._pieces.get())
         try:
-            while not coming.done():
+            while not pending.done():
                 left = None
-                if request.expires is not None and not request.over:  # if it is over, its end is on the way
+                if request.expires is not None and not request.over:  # its end is already queued otherwise
                     left = max(0.0, request.expires - time.monotonic())
-                await asyncio.wait({self._gone, coming}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if self._gone.done() and not coming.done():
+                await asyncio.wait({self._gone, pending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if self._gone.done() and not pending.done():
                     request.cancel()
                     raise _ClientGone
-            return coming.result()
+            return pending.result()
         finally:
-            coming.cancel()
+            pending.cancel()
 
 
 async def _body(receive: Receive) -> bytes:
@@ -297,8 +295,10 @@ async def _body(receive: Receive) -> bytes:
             raise _ClientGone
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > MOST_BYTES:
-            raise _TooLargeError(f"expected at most {MOST_BYTES} bytes, got more", "scale the picture down")
+        if size > MAX_BODY_BYTES:
+            raise _TooLargeError(
+                f"expected at most {MAX_BODY_BYTES} bytes, got more", "scale the picture down"
+            )
         if not message.get("more_body", False):
             return b"".join(parts)
 

@@ -1,8 +1,8 @@
-"""OpenAI's chat format, as far as a captioner has a use for it: a request in, completions and chunks out.
+"""OpenAI's chat format for a captioner: parses requests, and writes completions and chunks.
 
-A request's last user message holds one picture (several where the model reads several) as ``data:`` URLs and perhaps a
-text, which is the prompt. Pictures behind ``http:`` URLs are refused: a server that fetches what strangers name can be
-made to fetch anything.
+The last user message holds one picture (or several, where the model takes several) as ``data:`` URLs and an optional
+text, which is the prompt. Pictures behind ``http:`` URLs are refused, so that no client can make the server fetch an
+address (server-side request forgery).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2edge.errors import UsageError
-from blip2edge.runtime.captioning.complete import CaptionResult
+from blip2edge.runtime.captioning.request import CaptionResult
 
 OPTIONS: dict[str, str] = {
     "max_tokens": "max_new_tokens",
@@ -34,24 +34,24 @@ OPTIONS: dict[str, str] = {
 """A request's keys, and the fields of ``GenerationOptions`` that they set: OpenAI's first, then our own."""
 
 ONLY: dict[str, Any] = {"n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
-"""Keys that clients send with these values, and that have no other here."""
+"""Keys of OpenAI's schema that are accepted with this value alone."""
 
-MOST_BEAMS = 8
-"""A search of all rows at once holds a cache a beam and row: what strangers may ask for is bounded."""
+MAX_REQUEST_BEAMS = 8
+"""Limit of beams per request: every beam has its own KV cache."""
 
 IGNORED = ("messages", "model", "stream", "user", "stream_options", "deadline_s")
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What a request asks for.
+    """A parsed request.
 
     Attributes:
         images: Files of pictures, at least one.
-        prompt: The text beside them; None for none.
+        prompt: The text; None for none.
         options: Fields of ``GenerationOptions``.
-        stream: Whether the words are wanted as they come.
-        deadline: Seconds within which the answer is of use (``deadline_s``); None for the server's own.
+        stream: Whether tokens are sent as they are generated.
+        deadline: Seconds for the answer (``deadline_s``); None for the server's default.
     """
 
     images: tuple[bytes, ...]
@@ -65,7 +65,7 @@ def read_request(body: bytes) -> ChatRequest:
     """Reads a request's JSON.
 
     Raises:
-        UsageError: It is no JSON object, holds no picture, or has a key or value that means nothing here.
+        UsageError: It is no JSON object, has no picture, or has an unknown key or a wrong value.
     """
     try:
         values = json.loads(body, parse_constant=_no_number)
@@ -94,8 +94,8 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
         if key in ONLY:
             if value != ONLY[key]:
                 raise UsageError(f"expected {key} to be {ONLY[key]!r}, got {value!r}")
-        elif key == "num_beams" and isinstance(value, int) and value > MOST_BEAMS:
-            raise UsageError(f"expected num_beams of at most {MOST_BEAMS}, got more")
+        elif key == "num_beams" and isinstance(value, int) and value > MAX_REQUEST_BEAMS:
+            raise UsageError(f"expected num_beams of at most {MAX_REQUEST_BEAMS}, got more")
         elif key in OPTIONS:
             options[OPTIONS[key]] = (value,) if key == "stop" and isinstance(value, str) else value
         else:
@@ -107,10 +107,10 @@ def _content(messages: Any) -> tuple[tuple[bytes, ...], str | None]:
     """The pictures and the text of the last user message."""
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
         raise UsageError("expected messages to be a list of objects")
-    asked = [one for one in messages if one.get("role") == "user"]
-    if not asked:
+    users = [one for one in messages if one.get("role") == "user"]
+    if not users:
         raise UsageError("expected a message of the role user")
-    content = asked[-1].get("content")
+    content = users[-1].get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     images: list[bytes] = []
     texts: list[str] = []
@@ -145,7 +145,7 @@ _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 def completion(result: CaptionResult, *, number: int, created: int, model: str) -> dict[str, Any]:
-    """A whole answer; ``timings_ms`` is ours beside OpenAI's keys."""
+    """A complete answer; ``timings_ms`` is added to OpenAI's keys."""
     return {
         "id": f"caption-{number}",
         "object": "chat.completion",
@@ -164,7 +164,7 @@ def completion(result: CaptionResult, *, number: int, created: int, model: str) 
 
 
 def chunk(piece: str, *, number: int, created: int, model: str, reason: str | None = None) -> dict[str, Any]:
-    """A piece of an answer; the last one has a reason and no text."""
+    """A piece of an answer; the last one has a finish reason and no text."""
     return {
         "id": f"caption-{number}",
         "object": "chat.completion.chunk",

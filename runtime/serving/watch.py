@@ -1,8 +1,7 @@
 """``blip2edge watch``: live captions of a camera, a video or a folder, newest frame first.
 
-A reader thread takes frames as fast as they come and keeps only the newest. Whenever the captioner has room for one,
-that frame is captioned; what came in between is dropped and counted. So the words are as fresh as the device can make
-them, and nothing piles up.
+A reader thread keeps only the newest frame. When the captioner is free, it captions that frame; the frames in between
+are dropped and counted. So a caption is as recent as the device allows, and no backlog grows.
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ from typing import Any
 
 from blip2edge.errors import BackendError, DataError, ImageError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.complete import CaptionResult
+from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 
-POLL_S = 0.2  # between two looks at a folder
+POLL_S = 0.2  # between two listings of a folder
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture and where it came from: a file's name, or seconds into the video."""
+    """A picture and its name: a file's name, or seconds into the video."""
 
     name: str
     image: Any
 
 
 @dataclass(frozen=True)
-class Seen:
+class WatchResult:
     """A caption of the newest frame.
 
     Attributes:
-        frame: Which one.
+        frame: Its name.
         result: The caption; None where the picture could not be read.
-        error: Why not; empty where it could.
-        dropped: Frames that came since the last caption and were not looked at.
+        error: The reason then; else empty.
+        dropped: Frames since the last caption that were dropped.
         age_ms: From the frame's arrival to the end of its caption.
-        reused: Whether it hardly differed from the last encoded frame, and was not encoded.
+        reused: Whether the last encoded frame's visual tokens were reused.
     """
 
     frame: str
@@ -61,7 +60,7 @@ class Source(Iterator[Frame]):
     """Frames, until they end or :meth:`close` is called, from any thread.
 
     Args:
-        make: Makes the frames; what it is given is set when no more are wanted.
+        make: Makes the frames; its event is set when the source is closed.
     """
 
     def __init__(self, make: Callable[[threading.Event], Frames]) -> None:
@@ -77,18 +76,18 @@ class Source(Iterator[Frame]):
                     raise StopIteration
                 return next(self._frames)
         finally:
-            self._let_go()
+            self._end_if_closed()
 
     def close(self) -> None:
-        """Ends the frames; a thread that waits for a picture in a folder waits no longer.
+        """Ends the frames, also for a thread that waits for one.
 
-        What they are read from is let go of at once, or as soon as the frame has come that a thread waits for.
+        Files and cameras are closed at once, or when the frame that a thread waits for has arrived.
         """
         self._closed.set()
-        self._let_go()
+        self._end_if_closed()
 
-    def _let_go(self) -> None:
-        """Ends the generator if it is closed; where it runs, whoever runs it comes here after that."""
+    def _end_if_closed(self) -> None:
+        """Ends the generator after :meth:`close`; while it runs, the running thread does so afterwards."""
         if self._closed.is_set() and self._running.acquire(blocking=False):
             try:
                 self._frames.close()
@@ -102,7 +101,7 @@ def open_source(source: str, *, follow: bool = True) -> Source:
     Args:
         source: A number or ``/dev/video…`` for a camera, a video file, an address that FFmpeg reads (``rtsp:…``), or a
             folder, in which new pictures appear.
-        follow: Go on looking for new pictures in a folder; otherwise what is there now.
+        follow: Wait for new pictures in a folder; otherwise only the present ones.
 
     Raises:
         DataError: There is no such source.
@@ -136,7 +135,7 @@ def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
 
 
 def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
-    """The pictures that are in a folder, by name and time; one that is removed meanwhile is none."""
+    """The pictures of a folder by name and time; pictures that are removed meanwhile are left out."""
     found = {}
     try:
         for path in folder.iterdir():
@@ -144,7 +143,7 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
                 with suppress(FileNotFoundError):
                     found[path.name, path.stat().st_mtime_ns] = path
     except OSError as error:
-        raise DataError(f"{folder} can be read no more ({error.strerror or error})") from error
+        raise DataError(f"{folder} cannot be read any more ({error.strerror or error})") from error
     return found
 
 
@@ -174,8 +173,8 @@ def _decoded(av: Any, address: str, kind: str | None, closed: threading.Event) -
         raise DataError(f"{address} cannot be read as a video ({error})") from error
 
 
-class Newest:
-    """Reads a source in a thread of its own and hands out its newest frame."""
+class NewestFrame:
+    """Reads a source in its own thread and keeps the newest frame."""
 
     def __init__(self, frames: Iterator[Frame]) -> None:
         self._frames = frames
@@ -195,7 +194,7 @@ class Newest:
                     self._changed.notify()
                     if self._closed:
                         return
-        except Exception as error:  # noqa: BLE001 - raised in the thread that asks for the next frame
+        except Exception as error:  # noqa: BLE001 - raised again in get()
             self._error = error
         finally:
             with self._changed:
@@ -203,7 +202,7 @@ class Newest:
                 self._changed.notify()
 
     def get(self) -> tuple[Frame, float, int] | None:
-        """The newest frame, when it came (``time.monotonic``) and how many were dropped for it; None at the end."""
+        """The newest frame, its arrival (``time.monotonic``) and the frames dropped before it; None at the end."""
         with self._changed:
             while self._latest is None and not self._ended:
                 self._changed.wait()
@@ -216,7 +215,7 @@ class Newest:
             return frame, at, dropped
 
     def close(self) -> None:
-        """Lets the thread end: at once where the frames are a :class:`Source` that waits, or else with the next one."""
+        """Ends the thread: at once where the frames are a :class:`Source`, or else with the next frame."""
         with self._changed:
             self._closed = True
         if isinstance(self._frames, Source):
@@ -232,29 +231,29 @@ def watch(
     reuse_below: float = 0.0,
     on_piece: Callable[[str | None], None] | None = None,
     **options: Any,
-) -> Iterator[Seen]:
-    """Captions the newest frame, again and again.
+) -> Iterator[WatchResult]:
+    """Captions the newest frame, repeatedly.
 
     Args:
         captioner: A loaded bundle.
         frames: From :func:`open_source`; a :class:`Source` is closed at the end.
         prompt: As ``Captioner.caption`` takes it.
         every: Caption every frame in order and drop none.
-        reuse_below: A frame that differs by less from the last encoded one is not encoded; 0: every one is. See
+        reuse_below: A frame that differs by less from the last encoded one is not encoded; 0 encodes every frame. See
             :class:`blip2edge.runtime.captioning.frame_reuse.ReusingEncoder`.
-        on_piece: Called with the pieces of each text as they come, and with None at its end.
+        on_piece: Called with each piece of a text as it is generated, and with None at its end.
         **options: As ``Captioner.caption`` takes them.
 
     Yields:
-        A result a frame that was looked at.
+        One result per captioned frame.
 
     Raises:
-        DataError: The source broke off.
+        DataError: The source failed.
         UsageError: ``reuse_below`` is no number from 0 to 1.
     """
     encoder = captioner.reusing(reuse_below) if reuse_below else None
     generation = captioner.options(**options)
-    newest = None if every else Newest(frames)
+    newest = None if every else NewestFrame(frames)
 
     def coming() -> Iterator[tuple[Frame, float, int]]:
         if newest is None:
@@ -266,14 +265,14 @@ def watch(
         try:
             for frame, arrived, dropped in coming():
                 request = scheduler.submit(frame.image, generation, prompt=prompt, on_piece=on_piece)
-                result, told = None, ""
+                result, problem = None, ""
                 try:
                     result = request.result()
-                except ImageError as error:  # a picture still being written, say: the next one comes
-                    told = str(error)
+                except ImageError as error:  # perhaps still being written: continue with the next
+                    problem = str(error)
                 age_ms = (time.monotonic() - arrived) * 1e3
                 reused = encoder is not None and result is not None and encoder.reused
-                yield Seen(frame.name, result, told, dropped, age_ms, reused)
+                yield WatchResult(frame.name, result, problem, dropped, age_ms, reused)
         finally:
             if newest is not None:
                 newest.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError

@@ -19,7 +19,7 @@ from blip2edge.bundle.schema import CROSS_MASK
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, SlotDecoder, SlotState
-from blip2edge.runtime.decoding.state import embedded, stacked
+from blip2edge.runtime.decoding.state import stacked
 from blip2edge.runtime.tensorrt.cuda import Mirror
 from blip2edge.runtime.tensorrt.workspace import AHEAD, WIDE, Engines, Workspace, is_cross
 
@@ -189,7 +189,7 @@ class DeviceState(SlotState):
         """What the first step reads; the step makes it for all others."""
         cache, device = self.cache, self.cache.device
         values: dict[str, Array] = {
-            "inputs_embeds": embedded(self.decoder.table, token_ids[:, None], self.decoder.embeds_dtype),
+            "inputs_embeds": self.decoder.embed(token_ids[:, None]),
             "position_ids": self.positions[:, None] + 1,
             CACHE_POSITION: np.array([self.slot], np.int64),
             "attention_mask": self.mask,

@@ -1,4 +1,12 @@
-"""From text to the language model's input: where the picture stands, and which tokens stand around it."""
+"""Prompts: a text and its images as token ids, and as the rows that the language model reads.
+
+Three kinds of prompt (``PromptSpec.kind``):
+
+- ``segments``: the texts around an image are tokenized one by one; visual tokens stand between them (BLIP-2).
+- ``placeholder``: the text is tokenized as a whole, with one token of the tokenizer in each image's place (LLaVA).
+- ``interleaved``: images take no slots. A marker token stands for each, and every token attends to the last image
+  before it (Flamingo, Idefics). Few-shot prompts are such texts: ``<image>A cat.<image>A dog.<image>A``.
+"""
 
 from __future__ import annotations
 
@@ -9,166 +17,68 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import INSTRUCTION, MARKERS, PromptSpec
+from blip2edge.bundle.schema import INSTRUCTION, INTERLEAVED, MARKERS, PLACEHOLDER, SEGMENTS, PromptSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import PromptError, UsageError
 from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
-NONE = -1
-"""What a token looks at before the first picture."""
-
-
-def separate(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
-    """The pictures of each item, one or several.
-
-    Raises:
-        UsageError: An item has none.
-    """
-    groups = [list(item) if isinstance(item, (list, tuple)) else [item] for item in items]
-    if not all(groups):
-        raise UsageError("expected at least one picture for every prompt, got none")
-    return groups  # type: ignore[return-value]  # preprocessing refuses what is no picture
-
-
-def weave(spec: PromptSpec, text: str, pictures: int) -> str:
-    """The text with a marker a picture, as transformers' IdeficsProcessor writes it.
-
-    Args:
-        spec: The template, and the tokens that stand for a picture.
-        text: With a marker of :data:`MARKERS` a picture; with none it goes into the template, and all pictures
-            stand where that has one. Spaces around a picture are dropped.
-        pictures: How many there are.
-
-    Raises:
-        UsageError: There are more or fewer markers than pictures.
-    """
-    parts = _split(text)
-    if len(parts) == 1:
-        before, _, after = spec.template.partition(MARKERS[0])
-        parts = _split(before + MARKERS[0] * pictures + after)
-        parts = [part.replace("{prompt}", text) for part in parts]
-    if len(parts) - 1 != pictures:
-        raise UsageError(
-            f"the prompt has {len(parts) - 1} places for pictures, but there are {pictures}",
-            f"write {MARKERS[1]} where each picture stands, or give a prompt without it",
-        )
-    woven = parts[0].strip(" ")
-    after_picture = False
-    for part in parts[1:]:
-        begin = "" if after_picture else spec.around_picture
-        woven += begin + spec.picture_token + spec.around_picture + part.strip(" ")
-        after_picture = not part.strip(" ")
-    return woven
-
-
-def _split(text: str) -> list[str]:
-    for marker in MARKERS:
-        text = text.replace(marker, MARKERS[0])
-    return text.split(MARKERS[0])
-
-
-def looks_at(ids: Sequence[int], picture_id: int, end_id: int | None) -> tuple[int, ...]:
-    """Which picture each token looks at: the last one, its own marker's included; behind an end token none."""
-    looks: list[int] = []
-    count, at = 0, NONE
-    for token in ids:
-        if token == picture_id:
-            at, count = count, count + 1
-        looks.append(at)
-        if token == end_id:
-            at = NONE
-    return tuple(looks)
-
-
-def pack(array: Array, counts: Sequence[int]) -> Array:
-    """What was made of all pictures, side by side for each item.
-
-    Args:
-        array: ``[N, Q, D]``, one item's pictures after the other's.
-        counts: How many each of the B items has; together N.
-
-    Returns:
-        ``[B, max(counts) * Q, D]``, zeros behind those of an item with fewer.
-    """
-    _, slots, width = array.shape
-    packed = np.zeros((len(counts), max(counts), slots, width), array.dtype)
-    start = 0
-    for row, count in enumerate(counts):
-        packed[row, :count] = array[start : start + count]
-        start += count
-    return packed.reshape(len(counts), -1, width)
-
-
-def look_mask(looks: Sequence[Sequence[int]], pictures: int, keys: int) -> NDArray[np.int64]:
-    """The decoder's ``cross_attention_mask``.
-
-    Args:
-        looks: From :func:`looks_at`, a row each.
-        pictures: The largest number of pictures of a row.
-        keys: E, their slots.
-
-    Returns:
-        ``[B, S, E]``, padded on the left as the prompts are.
-    """
-    longest = max(map(len, looks))
-    owner = np.arange(keys) // (keys // pictures)  # which picture a key is of
-    mask = np.zeros((len(looks), longest, keys), np.int64)
-    for row, chosen in enumerate(looks):
-        mask[row, longest - len(chosen) :] = np.array(chosen, np.int64)[:, None] == owner
-    return mask
-
-
-IMAGE = "{image}"
+NO_IMAGE = -1
+"""In :attr:`Prompt.attends_to`: the token attends to no image."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt: runs of token ids, with a picture between any two.
+    """A tokenized prompt: segments of token ids, with an image between any two.
 
     Attributes:
-        runs: One more than there are pictures.
-        visual_tokens: Slots of a picture.
-        image_token_id: What stands for a slot in :attr:`ids`.
-        pictures: How many there are.
-        looks: Where pictures take no slots: which of them each token looks at, -1 for none.
+        segments: One more than there are images that take slots.
+        visual_tokens: Slots of an image.
+        image_token_id: Stands for a slot in :attr:`ids`.
+        images: Number of images.
+        attends_to: Interleaved prompts: the index of the image that each token attends to, or :data:`NO_IMAGE`.
     """
 
-    runs: tuple[tuple[int, ...], ...]
+    segments: tuple[tuple[int, ...], ...]
     visual_tokens: int
     image_token_id: int | None
-    pictures: int = 1
-    looks: tuple[int, ...] = ()
+    images: int = 1
+    attends_to: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         """Slots in all."""
-        return sum(map(len, self.runs)) + (len(self.runs) - 1) * self.visual_tokens
+        return sum(map(len, self.segments)) + (len(self.segments) - 1) * self.visual_tokens
 
     @property
     def ids(self) -> list[int]:
-        """The ids as transformers' ``input_ids`` hold them: what the repetition penalty sees."""
+        """The ids as transformers' ``input_ids`` hold them; the repetition penalty applies to them."""
         slots = [] if self.image_token_id is None else [self.image_token_id] * self.visual_tokens
-        ids = list(self.runs[0])
-        for run in self.runs[1:]:
-            ids += [*slots, *run]
+        ids = list(self.segments[0])
+        for segment in self.segments[1:]:
+            ids += [*slots, *segment]
         return ids
 
     def embed(self, table: TokenTable, visual_tokens: Array | None) -> Array:
-        """``visual_tokens [Q, D]`` and the table's rows, in order: ``[S, D]``; None where they take no slots."""
-        parts = [table.rows(self.runs[0])]
-        for run in self.runs[1:]:
-            parts += [table.rows(run)] if visual_tokens is None else [visual_tokens, table.rows(run)]
+        """The decoder's input ``[S, D]``: rows of the token table, and visual tokens in the images' places.
+
+        Args:
+            table: The token table.
+            visual_tokens: ``[Q, D]``; None where images take no slots.
+        """
+        parts = [table.rows(self.segments[0])]
+        for segment in self.segments[1:]:
+            parts += [table.rows(segment)] if visual_tokens is None else [visual_tokens, table.rows(segment)]
         dtype = parts[0].dtype if visual_tokens is None else visual_tokens.dtype
         return np.concatenate([part.astype(dtype, copy=False) for part in parts])
 
 
-class Prompter:
+class PromptBuilder:
     """Makes prompts by a family's template.
 
     Args:
-        spec: The template and its ids.
+        spec: The template and its special tokens.
         tokenizer: The language model's.
         max_positions: Longest context.
         vocab_size: Rows of the token table.
@@ -179,12 +89,18 @@ class Prompter:
         self.tokenizer = tokenizer
         self.max_positions = max_positions
         self.vocab_size = vocab_size
+        kinds = {
+            SEGMENTS: self._segments,
+            PLACEHOLDER: self._around_placeholders,
+            INTERLEAVED: self._interleaved,
+        }
+        self._tokenize = kinds[spec.kind]
 
     def question(self, question: str) -> str:
-        """The prompt that asks ``question``.
+        """The prompt that asks ``question``, by the family's template.
 
         Raises:
-            UsageError: The model answers none.
+            UsageError: The model answers no questions.
         """
         if not self.spec.question:
             raise UsageError(
@@ -193,70 +109,73 @@ class Prompter:
             )
         return self.spec.question.replace("{question}", question)
 
-    def filled(self, text: str | None) -> str | None:
-        """The prompt, or the bundle's default where none is given."""
+    def with_default(self, text: str | None) -> str | None:
+        """The text, or the bundle's default prompt where it is None."""
         return self.spec.default if text is None else text
 
-    def __call__(self, text: str | None, pictures: int = 1) -> Prompt:
-        """Tokenises a prompt.
+    def __call__(self, text: str | None, images: int = 1) -> Prompt:
+        """Tokenizes a prompt.
 
         Args:
-            text: What stands in place of ``{prompt}``; None for the family's empty prompt (a lone BOS).
-            pictures: How many pictures it holds.
+            text: Replaces ``{prompt}`` in the template; None for the family's empty prompt (a lone BOS).
+            images: Number of images of an interleaved prompt.
 
         Raises:
             PromptError: It is longer than the context, or has a token that the model lacks.
+            UsageError: It is None and the model needs a prompt, or it has not one place for each image.
         """
         if text is None and self.spec.required:
             raise UsageError(
                 "this bundle answers questions, and none was given",
                 "use: blip2edge ask IMAGE QUESTION -b BUNDLE",
             )
-        if self.spec.picture_token:
-            return self._interleaved(text or "", pictures)
-        templates = self.spec.template.split(IMAGE)
-        parts = [template.replace("{prompt}", text or "") for template in templates]
-        if self.spec.image_token:
-            runs = self._around_tokens(parts)
-        else:
-            runs, special = [], True
-            for template, part in zip(templates, parts, strict=True):
-                runs.append(self._tokens(part, special, text is None) if template else [])
-                special = special and not template
-        prompt = Prompt(tuple(map(tuple, runs)), self.spec.visual_tokens, self.spec.image_token_id)
+        prompt = self._tokenize(text, images)
         self._check(prompt)
         return prompt
 
-    def _interleaved(self, text: str, pictures: int) -> Prompt:
-        """One run of tokens, markers among them: the text is tokenised whole, as transformers does it."""
-        bos, end = self.spec.bos_token_id, self.spec.end_token_id
-        start = (self.tokenizer.id_to_token(bos) if bos is not None else None) or ""
-        ids = self.tokenizer.encode(start + weave(self.spec, text, pictures), add_special_tokens=False)
-        marker = self.tokenizer.token_to_id(self.spec.picture_token)
-        looks = looks_at(ids, NONE if marker is None else marker, end)
-        prompt = Prompt((tuple(ids),), 0, None, pictures, looks)
-        self._check(prompt)
-        return prompt
+    def _segments(self, text: str | None, _images: int) -> Prompt:
+        """Each part of the template by itself; special tokens go to the first part that is not empty."""
+        segments, special = [], True
+        for part in self.spec.template.split(MARKERS[0]):
+            filled = part.replace("{prompt}", text or "")
+            segments.append(self._segment(filled, special, text is None) if part else [])
+            special = special and not part
+        return self._with_slots(segments)
 
-    def _around_tokens(self, parts: Sequence[str]) -> list[list[int]]:
-        """The runs between the pictures' own tokens, the text being tokenised whole, as the processor does it."""
+    def _segment(self, text: str, special: bool, is_default: bool) -> list[int]:
+        bos = self.spec.bos_token_id
+        if is_default and not text and bos is not None:
+            return [bos]
+        if not self.spec.framed and bos is not None:
+            return [bos, *self.tokenizer.encode(text, add_special_tokens=False)]
+        return self.tokenizer.encode(text, add_special_tokens=special)
+
+    def _around_placeholders(self, text: str | None, _images: int) -> Prompt:
+        """The whole text at once, as transformers' processor does it; then split at the placeholders."""
         token = self.spec.image_token
-        runs: list[list[int]] = [[]]
+        parts = [part.replace("{prompt}", text or "") for part in self.spec.template.split(MARKERS[0])]
+        segments: list[list[int]] = [[]]
         for token_id in self.tokenizer.encode(token.join(parts)):
             if token_id == self.spec.image_token_id:
-                runs.append([])
+                segments.append([])
             else:
-                runs[-1].append(token_id)
-        if len(runs) != len(parts):
+                segments[-1].append(token_id)
+        if len(segments) != len(parts):
             raise PromptError(f"the prompt holds {token}, which stands for a picture", "leave it out")
-        return runs
+        return self._with_slots(segments)
 
-    def _tokens(self, run: str, special: bool, is_default: bool) -> list[int]:
-        if is_default and not run and self.spec.bos_token_id is not None:
-            return [self.spec.bos_token_id]
-        if not self.spec.framed and self.spec.bos_token_id is not None:
-            return [self.spec.bos_token_id, *self.tokenizer.encode(run, add_special_tokens=False)]
-        return self.tokenizer.encode(run, add_special_tokens=special)
+    def _with_slots(self, segments: Sequence[Sequence[int]]) -> Prompt:
+        return Prompt(tuple(map(tuple, segments)), self.spec.visual_tokens, self.spec.image_token_id)
+
+    def _interleaved(self, text: str | None, images: int) -> Prompt:
+        """One segment with markers in it: the text is tokenized as a whole, as transformers does it."""
+        bos, end = self.spec.bos_token_id, self.spec.end_token_id
+        start = (self.tokenizer.id_to_token(bos) if bos is not None else None) or ""
+        whole = start + interleave(self.spec, text or "", images)
+        ids = self.tokenizer.encode(whole, add_special_tokens=False)
+        marker = self.tokenizer.token_to_id(self.spec.picture_token)
+        attends_to = attended_images(ids, NO_IMAGE if marker is None else marker, end)
+        return Prompt((tuple(ids),), 0, None, images, attends_to)
 
     def _check(self, prompt: Prompt) -> None:
         if prompt.length > self.max_positions:
@@ -269,7 +188,7 @@ class Prompter:
             raise PromptError(
                 "the prompt is empty, and this model begins no text by itself", "give a --prompt"
             )
-        largest = max((token for run in prompt.runs for token in run), default=0)
+        largest = max((token for segment in prompt.segments for token in segment), default=0)
         if largest >= self.vocab_size:
             raise PromptError(
                 f"the prompt holds the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), which the "
@@ -278,13 +197,13 @@ class Prompter:
             )
 
 
-class Instructor:
-    """Tokenises the instructions of a batch.
+class InstructionTokenizer:
+    """Tokenizes the instructions that enter the bridge (InstructBLIP).
 
     Args:
         tokenizer: The Q-Former's.
         longest: Positions that the Q-Former has.
-        frames: Pictures an item; each is read with the item's instruction.
+        frames: Pictures of an item; each is encoded with the item's instruction.
     """
 
     def __init__(self, tokenizer: Tokenizer, longest: int, frames: int) -> None:
@@ -293,17 +212,17 @@ class Instructor:
         self.frames = frames
 
     def __call__(self, texts: Sequence[str | None]) -> dict[str, Array]:
-        """The bridge's inputs beside the picture.
+        """The bridge's text inputs.
 
         Args:
             texts: B instructions.
 
         Returns:
-            ``instruction_ids`` and ``instruction_mask`` int64 ``[B * frames, T]``, padded on the right: an
-            instruction's tokens have the positions that they have alone.
+            ``instruction_ids`` and ``instruction_mask`` int64 ``[B * frames, T]``, padded on the right, so that the
+            positions of an instruction do not depend on the batch.
 
         Raises:
-            PromptError: There is none for a picture, or it is longer than the Q-Former's table of positions.
+            PromptError: An instruction is missing, or longer than the Q-Former's position table.
         """
         rows = [self._tokens(text) for text in texts]
         ids = np.zeros((len(rows), max(1, *map(len, rows))), np.int64)
@@ -317,7 +236,7 @@ class Instructor:
     def _tokens(self, text: str | None) -> list[int]:
         if text is None:
             raise PromptError(
-                "this model looks at a picture with an instruction in mind, and there is none",
+                "this model encodes a picture together with an instruction, and there is none",
                 "give a --prompt",
             )
         tokens = self.tokenizer.encode(text)
@@ -327,3 +246,124 @@ class Instructor:
                 "shorten the prompt",
             )
         return tokens
+
+
+def interleave(spec: PromptSpec, text: str, images: int) -> str:
+    """The text with a marker token for each image, as transformers' IdeficsProcessor writes it.
+
+    Args:
+        spec: The template, and the tokens that stand for an image.
+        text: With one marker of :data:`MARKERS` for each image. Without any, it goes into the template, and all
+            images go where that has its marker. Spaces around an image are dropped.
+        images: Number of images.
+
+    Raises:
+        UsageError: There are more or fewer markers than images.
+    """
+    parts = _split(text)
+    if len(parts) == 1:
+        before, _, after = spec.template.partition(MARKERS[0])
+        parts = _split(before + MARKERS[0] * images + after)
+        parts = [part.replace("{prompt}", text) for part in parts]
+    if len(parts) - 1 != images:
+        raise UsageError(
+            f"the prompt has {len(parts) - 1} places for pictures, but there are {images}",
+            f"write {MARKERS[1]} where each picture stands, or give a prompt without it",
+        )
+    result = parts[0].strip(" ")
+    after_image = False
+    for part in parts[1:]:
+        begin = "" if after_image else spec.around_picture
+        result += begin + spec.picture_token + spec.around_picture + part.strip(" ")
+        after_image = not part.strip(" ")
+    return result
+
+
+def _split(text: str) -> list[str]:
+    for marker in MARKERS:
+        text = text.replace(marker, MARKERS[0])
+    return text.split(MARKERS[0])
+
+
+def attended_images(ids: Sequence[int], image_id: int, end_id: int | None) -> tuple[int, ...]:
+    """The image that each token attends to: the last one up to the token itself; none after an end token."""
+    attends_to: list[int] = []
+    count, current = 0, NO_IMAGE
+    for token in ids:
+        if token == image_id:
+            current, count = count, count + 1
+        attends_to.append(current)
+        if token == end_id:
+            current = NO_IMAGE
+    return tuple(attends_to)
+
+
+def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
+    """The images of each item of an interleaved batch: one, or several.
+
+    Raises:
+        UsageError: An item has none.
+    """
+    groups = [list(item) if isinstance(item, (list, tuple)) else [item] for item in items]
+    if not all(groups):
+        raise UsageError("expected at least one picture for every prompt, got none")
+    return groups  # type: ignore[return-value]  # preprocessing refuses what is no picture
+
+
+def pack_images(array: Array, counts: Sequence[int]) -> Array:
+    """One row per item: the visual tokens of an item's images side by side.
+
+    Args:
+        array: ``[N, Q, D]``, the images of one item after those of another.
+        counts: Images of each of the B items; their sum is N.
+
+    Returns:
+        ``[B, max(counts) * Q, D]``, padded with zeros behind the items with fewer images.
+    """
+    _, slots, width = array.shape
+    packed = np.zeros((len(counts), max(counts), slots, width), array.dtype)
+    start = 0
+    for row, count in enumerate(counts):
+        packed[row, :count] = array[start : start + count]
+        start += count
+    return packed.reshape(len(counts), -1, width)
+
+
+def cross_attention_mask(attends_to: Sequence[Sequence[int]], images: int, keys: int) -> NDArray[np.int64]:
+    """The decoder's ``cross_attention_mask`` for interleaved prompts.
+
+    Args:
+        attends_to: :func:`attended_images` of each row.
+        images: The largest number of images of a row.
+        keys: E, slots of all images of a row.
+
+    Returns:
+        ``[B, S, E]``, padded on the left as the prompts are.
+    """
+    longest = max(map(len, attends_to))
+    owner = np.arange(keys) // (keys // images)  # the image that a key belongs to
+    mask = np.zeros((len(attends_to), longest, keys), np.int64)
+    for row, chosen in enumerate(attends_to):
+        mask[row, longest - len(chosen) :] = np.array(chosen, np.int64)[:, None] == owner
+    return mask
+
+
+def left_padded(
+    prompts: Sequence[Array], dtype: np.dtype[np.generic]
+) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
+    """Embedded prompts as one batch, padded on the left: all rows continue in the same slot.
+
+    Args:
+        prompts: One ``[S_i, D]`` a row.
+        dtype: Of the batch.
+
+    Returns:
+        ``[B, S, D]``; ``[B, S]``, 1 where a slot is valid; and the slots' positions ``[B, S]``.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    embeds = np.zeros((len(prompts), longest, prompts[0].shape[1]), dtype)
+    mask = np.zeros((len(prompts), longest), np.int64)
+    for row, prompt in enumerate(prompts):
+        embeds[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return embeds, mask, np.maximum(mask.cumsum(axis=1) - 1, 0)

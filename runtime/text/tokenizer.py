@@ -1,4 +1,4 @@
-"""Text to token ids and back, on the `tokenizers` package alone, and text that grows token by token."""
+"""Text to token ids and back with the `tokenizers` package, and text that grows token by token."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def clean_up_spaces(text: str) -> str:
 
 
 class TextStream:
-    """Turns tokens into text as they come; what was handed out never changes afterwards.
+    """Turns tokens into text one by one; text that was returned never changes afterwards.
 
     The pieces of `push` and the rest from `flush`, joined, equal `tokenizer.decode(all ids)`. Held back are:
     bytes that are not yet a whole UTF-8 character; with byte-fallback tokenizers (Llama) a run of byte
@@ -179,7 +179,7 @@ class TextStream:
         return self._tokenizer.decode_raw(self._window, skip_special_tokens=False)
 
     def _let_go(self) -> None:
-        """Shorten a long window; some tokens stay, as decoders treat a text's first token differently."""
+        """Shortens a long window; some tokens stay, as decoders treat the first token differently."""
         if len(self._window) >= _TRIM_AT:
             self._window = self._window[self._boundary :]
             self._taken = len(self._decode_window())
@@ -199,10 +199,10 @@ class TextStream:
 
 
 class StopText:
-    """Lets a growing text through up to the first of some strings; what may yet become one is held back.
+    """Passes a growing text on up to the first stop string; a possible start of one is held back.
 
     Args:
-        stops: The strings; none lets everything through at once.
+        stops: The strings; without any, all text is passed on at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -232,3 +232,23 @@ def _overlap(text: str, stop: str) -> int:
     """How many of the last characters of `text` are the first of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class TextPieces:
+    """A growing text, handed out in whole characters and up to the first stop text.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        stops: The stop texts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._text, self._stops = TextStream(tokenizer), StopText(stops)
+
+    def push(self, token: int) -> str:
+        """Adds a token; returns the text that is final now, which may be empty."""
+        return self._stops.push(self._text.push(token))
+
+    def flush(self) -> str:
+        """The rest."""
+        return self._stops.push(self._text.flush()) + self._stops.flush()

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from blip2edge.bundle import manifest
-from blip2edge.bundle.manifest import MANIFEST, STAMP, Bundle, FileRecord, GraphRecord, Manifest
+from blip2edge.bundle import integrity
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import STAMPS, FileRecord
+from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
 from blip2edge.bundle.schema import BRIDGE, Axis, CacheSpec, GraphSpec, Parity, PromptSpec, TensorSpec
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
 
@@ -62,13 +64,13 @@ def bundle(tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were hashed."""
     names: list[str] = []
-    inner = manifest.sha256_of
+    inner = integrity.sha256_of
 
     def note(path: Path) -> str:
         names.append(path.name)
         return inner(path)
 
-    monkeypatch.setattr(manifest, "sha256_of", note)
+    monkeypatch.setattr(integrity, "sha256_of", note)
     return names
 
 
@@ -107,7 +109,7 @@ def test_a_changed_file_is_refused(content: bytes, opened: bool, bundle: Path) -
     (bundle / "bridge.onnx").write_bytes(content)
     os.utime(bundle / "bridge.onnx", ns=(2, 2))
     for _ in range(2):  # a refusal leaves no stamp that would let it through the second time
-        with pytest.raises(BundleIntegrityError, match=r"bridge\.onnx is not the file that was exported"):
+        with pytest.raises(BundleIntegrityError, match=r"bridge\.onnx does not match bundle\.json"):
             Bundle.open(bundle)
 
 
@@ -145,7 +147,7 @@ def test_a_directory_in_the_place_of_a_file(bundle: Path) -> None:
 
 @pytest.mark.parametrize("stamp", ["", "{", "[]", "3", '{"bridge.onnx": 7}', '{"bridge.onnx": [5, 1, null]}'])
 def test_a_broken_stamp_means_hashing(stamp: str, bundle: Path, hashed: list[str]) -> None:
-    (bundle / STAMP).write_text(stamp)
+    (bundle / STAMPS).write_text(stamp)
     Bundle.open(bundle)
     assert hashed == FILES
 
@@ -170,7 +172,7 @@ def test_a_read_only_bundle_is_stamped_in_the_cache(
     Bundle.open(bundle)
     Bundle.open(bundle)
     assert hashed == FILES
-    assert not (bundle / STAMP).exists()
+    assert not (bundle / STAMPS).exists()
     assert len(list((tmp_path / "cache" / "blip2edge" / "verified").iterdir())) == 1
     (bundle / "bridge.onnx").write_bytes(b"other")
     with pytest.raises(BundleIntegrityError):

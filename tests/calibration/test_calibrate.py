@@ -14,8 +14,10 @@ import pytest
 pytest.importorskip("torch", reason="the parent is exported with torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 
-from blip2edge.bundle.manifest import MANIFEST, Bundle, cache_directory
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.calibration.activations.cache import FOLDER
 from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.pictures import ADVISED, choose_pictures
@@ -179,7 +181,7 @@ def test_what_fails_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("blip2edge.calibration.activations.quantise.quantise_graph", full)
+    monkeypatch.setattr("blip2edge.calibration.activations.quantize.insert_qdq", full)
     with pytest.raises(OutputError, match="the disk is full"):
         calibrate(tiny_bundle, tmp_path / "out" / "bundle", images=images, threads=1)
     assert not list((tmp_path / "out").iterdir())

@@ -77,7 +77,7 @@ def test_no_picture_is_an_error_that_says_what_to_give(tmp_path: Path, folder: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found none; give --images a folder"):
         choose_pictures(tmp_path / "empty")
-    with pytest.raises(DataError, match="there is none"):
+    with pytest.raises(DataError, match="found neither"):
         choose_pictures(tmp_path / "absent")
     for path in folder.iterdir():
         path.write_bytes(b"no picture")

@@ -8,7 +8,8 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from blip2edge.bundle.manifest import Bundle, FileRecord
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.engine.prepare import capacity_of, plans_of
 from blip2edge.engine.profiles import profiles_of
 from blip2edge.runtime.backends.engine_files import EngineRecord, EngineSet, fingerprint
@@ -19,13 +20,13 @@ from tests.engine.fake_gpu import VERSION, FakeCuda, fake_tensorrt, write_fake_e
 DRIVER = Driver("12.6", (Gpu("Orin", 87),))
 
 
-def write_engines(path: Path, root: Path, capacity: int | None = None, most_rows: int | None = None) -> Path:
+def write_engines(path: Path, root: Path, capacity: int | None = None, max_rows: int | None = None) -> Path:
     """A bundle's engines, as ``build`` writes them but for their contents."""
     bundle = Bundle.open(path)
     directory = root / "x"
     directory.mkdir(parents=True)
     records = {}
-    for plan in plans_of(bundle, capacity=capacity, most_rows=most_rows):
+    for plan in plans_of(bundle, capacity=capacity, most_rows=max_rows):
         model = plan.model()
         for value in model.graph.initializers.values():
             if value.const_value is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.engine.builder import Settings, build_engine
 from blip2edge.engine.operators import VERSIONS

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis, CacheSpec
 from blip2edge.engine.constant_shape import (
     constant_shape_spec,
@@ -27,7 +27,7 @@ from blip2edge.errors import BackendError, EngineError
 from blip2edge.runtime.backends.base import OptimizedFile, open_session
 from blip2edge.runtime.backends.onnxruntime_cpu import open_graph
 from blip2edge.runtime.decoding.kv.fixed import SlotDecoder
-from blip2edge.runtime.decoding.kv.growing import Decoder
+from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
 from blip2edge.runtime.decoding.language_model import load_language_model
 from tests.engine.conftest import BundleOf
 from tests.engine.families import DECODERS
@@ -51,7 +51,7 @@ def save_constant_shape(path: Path, cache: CacheSpec, output: Path) -> Path:
     return output
 
 
-def decoders(path: Path, directory: Path, most_rows: int = 16) -> tuple[Decoder, SlotDecoder]:
+def decoders(path: Path, directory: Path, max_rows: int = 16) -> tuple[GrowingDecoder, SlotDecoder]:
     """Both forms of a bundle's decoder."""
     bundle = Bundle.open(path)
     cache, spec = bundle.manifest.cache, bundle.graph(DECODER).spec
@@ -59,13 +59,13 @@ def decoders(path: Path, directory: Path, most_rows: int = 16) -> tuple[Decoder,
     grows: Any = load_language_model(bundle, lambda name: open_session(bundle.file(f"{name}.onnx"), "cpu", 1))
     written = save_constant_shape(bundle.file(spec.file), cache, directory / "constant.onnx")
     session = open_graph(written, 1, OptimizedFile(bundle.path))
-    decoder: Decoder = grows.decoder
+    decoder: GrowingDecoder = grows.decoder
 
     def open_cache(batch: int, context: Any) -> HostSlots:
         return HostSlots(session, cache, CAPACITY, decoder.cache_dtype, batch, context)
 
     fixed = constant_shape_spec(spec, cache, CAPACITY)
-    return decoder, SlotDecoder(open_cache, fixed, CAPACITY, most_rows, decoder.table)
+    return decoder, SlotDecoder(open_cache, fixed, CAPACITY, max_rows, decoder.table)
 
 
 def drawn_context(path: Path, rows: int, steps: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
@@ -135,7 +135,7 @@ def test_every_move_gives_the_logits_of_the_growing_cache(
 
 
 def test_no_room_is_told(bundle_of: BundleOf, tmp_path: Path) -> None:
-    _, fixed = decoders(bundle_of("blip2-opt"), tmp_path, most_rows=2)
+    _, fixed = decoders(bundle_of("blip2-opt"), tmp_path, max_rows=2)
     prompt = np.zeros((CAPACITY, fixed.table.width), np.float32)
     with pytest.raises(BackendError, match=r"3 rows .* more than the 2 .*--max-batch"):
         fixed.prefill([prompt[:3]] * 3)

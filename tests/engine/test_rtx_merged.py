@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 pytest.importorskip("onnxruntime", reason="bundles are checked and calibrated in ONNX Runtime")
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.engine.builder import Settings, build_engine

@@ -16,7 +16,7 @@ pytest.importorskip("onnx_ir", reason="engines are made of graphs with onnx_ir")
 pytest.importorskip("onnxruntime", reason="the stand-in computes in ONNX Runtime")
 
 from blip2edge import Captioner
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.engine_files import KIND
@@ -105,7 +105,7 @@ def test_the_next_step_is_launched_before_a_token_is_read(
 def test_other_families(name: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleOf, tmp_path: Path) -> None:
     """An encoder, a window, keys of the picture, pictures between texts."""
     path = copied(bundle_of(name), tmp_path / "bundle")
-    write_engines(path, path / KIND, most_rows=9)
+    write_engines(path, path / KIND, max_rows=9)
     pictures = draw_pictures(3)
     texts = ["a photo of", "what is it ?", "two red cats and a dog"]
     loaded = [Captioner.load(path, backend=backend, threads=1) for backend in ("cpu", "tensorrt")]
@@ -165,7 +165,7 @@ def test_engines_are_refused_with_the_command_that_builds_them_again(
 
 def test_what_does_not_fit_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path) -> None:
     path = copied(tiny_bundle, tmp_path / "bundle")
-    write_engines(path, path / KIND, capacity=16, most_rows=2)
+    write_engines(path, path / KIND, capacity=16, max_rows=2)
     captioner = Captioner.load(path, backend="tensorrt", threads=1)
     pictures = draw_pictures(3)
     with pytest.raises(BackendError, match=r"3 rows .*--max-batch"):

@@ -26,7 +26,7 @@ from blip2edge.examples.recipes.emoji.vision import Names
 from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.registry import open_source
+from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.loading.batches import PREPROCESSING
 
 ICONS = Path(__file__).parent / "icons"
@@ -172,7 +172,7 @@ def test_the_test_pictures_show_what_their_text_says(built: Path) -> None:
 def test_training_reads_the_shards_and_the_folder(built: Path) -> None:
     for kind, path, pictures in (("shards", "train", 38), ("folder", "test", 4)):
         config = DataConfig(kind=kind, path=path, prompts=(), prompt_share=0.0)
-        source = iter(open_source(config, seed=0, base=built))
+        source = iter(open_sample_source(config, seed=0, base=built))
         samples = [next(source) for _ in range(pictures)]
         assert len({sample.sample_id for sample in samples}) == pictures
         assert {sample.text for sample in samples} == {caption(name) for name in NAMES}

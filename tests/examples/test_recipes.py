@@ -11,7 +11,7 @@ import torch
 from blip2edge.errors import CheckpointError
 from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.training.config import load_config
-from blip2edge.training.phases.stage1_start import begin_stage2, load_stage1
+from blip2edge.training.phases.stage1_checkpoint import begin_stage2, load_stage1
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = EXAMPLES / "recipes"

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 
 from blip2edge import Captioner
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.draft_graph import DraftGraph, draft_spec
@@ -24,9 +24,9 @@ from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import Checkpoint
 from blip2edge.model.masks import attention_mask, mask_bias
 from blip2edge.model.models import build_model
-from blip2edge.runtime.captioning.encode import Clock
-from blip2edge.runtime.decoding.draft_model import DraftText
-from blip2edge.runtime.decoding.speculative import Payoff
+from blip2edge.runtime.captioning.pipeline import StageClock
+from blip2edge.runtime.decoding.draft_model import TextHeadDraft
+from blip2edge.runtime.decoding.speculative import SpeculationCost
 from tests.drafted import LENGTH, add_draft
 from tests.drawing import Drawn, draw_pictures, save
 
@@ -48,7 +48,7 @@ def drafted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Drawn, CaptionerM
 @pytest.fixture
 def captioner(drafted: tuple[Drawn, CaptionerModel, Path], monkeypatch: pytest.MonkeyPatch) -> Captioner:
     """The bundle, guessing at every step whether it pays or not."""
-    monkeypatch.setattr(Payoff, "pays", True)
+    monkeypatch.setattr(SpeculationCost, "pays", True)
     return Captioner.load(drafted[2], threads=1)
 
 
@@ -89,8 +89,8 @@ def test_the_draft_writes_what_torch_writes(
 ) -> None:
     model = drafted[1]
     pictures = draw_pictures(3, 2)
-    encoded = captioner.encoder(pictures, [None] * 3, Clock())
-    head = captioner.completer.drafting.head
+    encoded = captioner.encoder(pictures, [None] * 3, StageClock())
+    head = captioner.generator.drafts.head
     assert head is not None
     assert model.draft is not None
     config: Any = model.config.draft
@@ -98,10 +98,10 @@ def test_the_draft_writes_what_torch_writes(
     texts = []
     for row in range(3):
         text = head.row(encoded.pictures, row)
-        text._write(10)
+        text._extend(10)
         ids = [config.dec_token_id]
         with torch.no_grad():
-            pixels = torch.from_numpy(captioner.encoder.preprocessing.batch(pictures[row : row + 1]))
+            pixels = torch.from_numpy(captioner.encoder.images.preprocessing.batch(pictures[row : row + 1]))
             _, key_values = model.bridge.qformer.read(model.vision(pixels))  # type: ignore[operator,union-attr]
             while len(ids) <= 10 and ids[-1] != config.end_token_id:
                 whole = torch.tensor([ids])
@@ -115,11 +115,11 @@ def test_the_draft_writes_what_torch_writes(
 
 
 def test_a_draft_goes_back_to_where_the_text_went_on_otherwise(captioner: Captioner) -> None:
-    encoded = captioner.encoder(draw_pictures(1, 2), [None], Clock())
-    head = captioner.completer.drafting.head
+    encoded = captioner.encoder(draw_pictures(1, 2), [None], StageClock())
+    head = captioner.generator.drafts.head
     assert head is not None
     words = captioner.tokenizer.encode("red dog cats two it is", add_special_tokens=False)
-    once: DraftText = head.row(encoded.pictures, 0)
+    once: TextHeadDraft = head.row(encoded.pictures, 0)
     guesses = [once.propose(words[:size], 6) for size in (1, 2, 3, 6)]
     for size, guess in zip((1, 2, 3, 6), guesses, strict=True):  # what was read before leaves no trace
         assert head.row(encoded.pictures, 0).propose(words[:size], 6) == guess
@@ -190,9 +190,9 @@ def test_captions_equal_transformers_in_few_passes(
     pictures = draw_pictures(5, 1)
     known = {}
     for picture in pictures:
-        key = captioner.encoder([picture], [None], Clock()).pictures["visual_tokens"][0].tobytes()
+        key = captioner.encoder([picture], [None], StageClock()).pictures["visual_tokens"][0].tobytes()
         known[hash(key)] = drawn.generate(picture, None, max_new_tokens=TOKENS)
-    monkeypatch.setattr(captioner.completer.drafting.head, "row", scripted(captioner, known))
+    monkeypatch.setattr(captioner.generator.drafts.head, "row", scripted(captioner, known))
     for picture, tokens in zip(pictures, known.values(), strict=True):
         result = captioner.caption(picture, max_new_tokens=TOKENS)
         assert result.tokens == tokens
@@ -220,8 +220,8 @@ def test_what_is_asked_for_by_name_must_be_there(
     with pytest.raises(UsageError, match="the bundle has no draft"):
         Captioner.load(tiny_bundle).caption(picture, draft="itg")
     without = Captioner.load(drafted[2], draft="none")
-    assert without.completer.drafting.head is None
-    assert "queries.0.key" not in without.encoder([picture], [None], Clock()).pictures
+    assert without.generator.drafts.head is None
+    assert "queries.0.key" not in without.encoder([picture], [None], StageClock()).pictures
     with pytest.raises(UsageError, match="the captioner was loaded with draft='none'"):
         without.caption(picture, draft="itg")
     picture.save(tmp_path / "picture.png")

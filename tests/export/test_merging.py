@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="export needs torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 pytest.importorskip("onnxruntime", reason="exports are verified in ONNX Runtime")
 
-from blip2edge.bundle.manifest import Bundle  # noqa: E402
+from blip2edge.bundle.bundle import Bundle  # noqa: E402
 from blip2edge.calibration.pipeline import calibrate  # noqa: E402
 from blip2edge.errors import ParityError, UsageError  # noqa: E402
 from blip2edge.export import verify  # noqa: E402

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="export needs torch")
 pytest.importorskip("transformers", reason="transformers is the oracle")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
-from blip2edge.bundle.manifest import Bundle  # noqa: E402
+from blip2edge.bundle.bundle import Bundle  # noqa: E402
 from blip2edge.export.pipeline import export_checkpoint  # noqa: E402
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession  # noqa: E402
 from blip2edge.runtime.captioning.captioner import Captioner  # noqa: E402

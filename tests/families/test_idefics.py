@@ -23,7 +23,7 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.runtime.text.prompt import look_mask, looks_at, pack, weave
+from blip2edge.runtime.text.prompt import attended_images, cross_attention_mask, interleave, pack_images
 from tests.families.drawing_idefics import IMAGE_SIZE, TINY_VISION, draw_idefics
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -145,21 +145,23 @@ def test_the_prompt_is_written_as_the_processor_writes_it(plain: Model) -> None:
     for item, prompt, text in requests(*pictures(7, 3)):
         count = len(item) if isinstance(item, list) else 1
         inputs = processor(text=[text], return_tensors="pt")
-        ids = processor.tokenizer("<s>" + weave(spec, prompt or "", count), add_special_tokens=False)[
+        ids = processor.tokenizer("<s>" + interleave(spec, prompt or "", count), add_special_tokens=False)[
             "input_ids"
         ]
         assert ids == inputs["input_ids"][0].tolist()
-        looks = looks_at(
+        looks = attended_images(
             ids, processor.tokenizer.convert_tokens_to_ids("<image>"), processor.tokenizer.eos_token_id
         )
-        assert np.array_equal(look_mask([looks], count, count)[0], inputs["image_attention_mask"][0].numpy())
+        assert np.array_equal(
+            cross_attention_mask([looks], count, count)[0], inputs["image_attention_mask"][0].numpy()
+        )
     with pytest.raises(UsageError, match="2 places for pictures, but there are 3"):
-        weave(spec, "<image>a{image}", 3)
+        interleave(spec, "<image>a{image}", 3)
 
 
 def test_pictures_of_a_ragged_batch_stand_side_by_side() -> None:
     array = np.arange(12, dtype=np.float32).reshape(3, 2, 2) + 1
-    packed = pack(array, [1, 2])
+    packed = pack_images(array, [1, 2])
     assert packed.shape == (2, 4, 2)
     assert np.array_equal(packed[0], np.concatenate([array[0], np.zeros((2, 2))]))
     assert np.array_equal(packed[1], np.concatenate([array[1], array[2]]))

@@ -93,12 +93,16 @@ def test_single_and_batched_ids_are_transformers(
 def test_the_instruction_changes_what_the_bridge_sees(
     exported: Exported, pictures: list[Image.Image]
 ) -> None:
-    assert exported.captioner.encoder.instructor is not None
-    assert exported.captioner.encoder.bridge is not None
-    pixels = exported.captioner.encoder.preprocessing.batch(pictures[:1])
-    embeds = exported.captioner.encoder.vision.run({"pixel_values": pixels})["image_embeds"].repeat(2, axis=0)
-    instruction = exported.captioner.encoder.instructor(PROMPTS[:2])
-    visual = exported.captioner.encoder.bridge.run({"image_embeds": embeds, **instruction})["visual_tokens"]
+    assert exported.captioner.encoder.text.instructions is not None
+    assert exported.captioner.encoder.images.bridge is not None
+    pixels = exported.captioner.encoder.images.preprocessing.batch(pictures[:1])
+    embeds = exported.captioner.encoder.images.vision.run({"pixel_values": pixels})["image_embeds"].repeat(
+        2, axis=0
+    )
+    instruction = exported.captioner.encoder.text.instructions(PROMPTS[:2])
+    visual = exported.captioner.encoder.images.bridge.run({"image_embeds": embeds, **instruction})[
+        "visual_tokens"
+    ]
     assert np.abs(visual[0] - visual[1]).max() > 0.1
 
 
@@ -118,8 +122,8 @@ def test_a_question_has_the_template_of_the_paper(exported: Exported, pictures: 
 def test_no_instruction_is_one_line(
     exported: Exported, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = dataclasses.replace(exported.captioner.prompter.spec, default=None)
-    monkeypatch.setattr(exported.captioner.prompter, "spec", spec)
+    spec = dataclasses.replace(exported.captioner.prompts.spec, default=None)
+    monkeypatch.setattr(exported.captioner.prompts, "spec", spec)
     with pytest.raises(PromptError, match="give a --prompt"):
         exported.captioner.caption(pictures[0])
 

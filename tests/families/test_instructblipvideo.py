@@ -113,12 +113,12 @@ def test_the_order_of_frames_matters_and_a_picture_stands_still(exported: Export
     back = exported.oracle([last, last, first, first], PROMPTS[0])
     assert not torch.equal(forth["pixel_values"], back["pixel_values"])
     for frames, pair in (([first, last], forth), ([last, first], back)):
-        pixels = exported.captioner.encoder.preprocessing.batch(pictures_of([frames], FRAMES))
+        pixels = exported.captioner.encoder.images.preprocessing.batch(pictures_of([frames], FRAMES))
         np.testing.assert_array_equal(pixels, pair["pixel_values"][0].numpy())
 
 
 def test_the_bundle_says_how_many_frames(exported: Exported) -> None:
-    spec = exported.captioner.prompter.spec
+    spec = exported.captioner.prompts.spec
     assert spec.frames == FRAMES
     assert spec.visual_tokens == FRAMES * QUERIES
     axis = exported.captioner.bundle.graph("vision_encoder").spec.axes()["batch"]

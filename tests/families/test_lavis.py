@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="bundles run on ONNX Runtime")
 import torch
 from torch import Tensor
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.pipeline import export_checkpoint

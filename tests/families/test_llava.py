@@ -68,7 +68,7 @@ def test_answers_equal_transformers(seed: int, drawn: dict[str, Any], tmp_path: 
         template = "[INST] <image> {prompt} [/INST]"
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
     captioner = Captioner.load(tmp_path / "bundle", threads=1)
-    assert captioner.prompter.spec.template == template.replace("<image>", "{image}")
+    assert captioner.prompts.spec.template == template.replace("<image>", "{image}")
     reference = reference_of(model, processor, template, "Describe the image concisely.")
     drawing.assert_same_ids(captioner, reference, PROMPTS, seed)
     question = "where is it ?"
@@ -93,14 +93,14 @@ def test_eos_comes_from_generation_config(tmp_path: Path) -> None:
 def test_prompt_ids_equal_the_processors(tmp_path: Path) -> None:
     """The ids that the repetition penalty sees are transformers' input_ids."""
     from blip2edge.bundle.schema import PromptSpec
-    from blip2edge.runtime.text.prompt import Prompter
+    from blip2edge.runtime.text.prompt import PromptBuilder
     from blip2edge.runtime.text.tokenizer import Tokenizer
 
     _, processor = drawing.draw_llava(tmp_path, 0)
     spec = PromptSpec(
         "USER: {image}\n{prompt} ASSISTANT:", "{question}", 9, 1, drawing.IMAGE_ID, image_token="<image>"
     )
-    prompter = Prompter(spec, Tokenizer.from_file(tmp_path / "tokenizer.json"), 96, drawing.VOCAB)
+    prompter = PromptBuilder(spec, Tokenizer.from_file(tmp_path / "tokenizer.json"), 96, drawing.VOCAB)
     for prompt in ("what is it ?", "", "{image} dog", "  a   photo\nof"):
         text = f"USER: <image>\n{prompt} ASSISTANT:"
         image = drawing.pictures(0)[0]

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from blip2edge import Captioner
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.model.language.t5 import bucket_thresholds
 from blip2edge.optimization.pipeline import optimize

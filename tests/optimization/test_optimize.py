@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import BundleIntegrityError, UsageError
 from blip2edge.optimization import pipeline, recipes
@@ -22,8 +22,8 @@ from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.optimization.recipes import Recipe
 from blip2edge.runtime.backends.optimized_copy import RECORD
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.decoding.kv.in_place import SharedDecoder, SharedState
-from blip2edge.runtime.decoding.language_model import Continuation
+from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder, InPlaceState
+from blip2edge.runtime.decoding.language_model import DecoderOnly
 from tests.drawing import draw_pictures
 from tests.runtime.decoding.test_growing import TAIL, TEXTS, alone, close
 
@@ -54,11 +54,11 @@ def fast(bundle: Path) -> Captioner:
 
 
 @pytest.fixture(scope="module")
-def decoder(fast: Captioner) -> SharedDecoder:
-    language = fast.completer.language
-    assert isinstance(language, Continuation)
+def decoder(fast: Captioner) -> InPlaceDecoder:
+    language = fast.generator.language
+    assert isinstance(language, DecoderOnly)
     decoder = language.decoder
-    if not isinstance(decoder, SharedDecoder):
+    if not isinstance(decoder, InPlaceDecoder):
         pytest.skip("the portable decoder was faster here")
     return decoder
 
@@ -161,11 +161,11 @@ def test_there_is_a_copy_for_some_backends_only(bundle: Path) -> None:
 # The state over shared buffers
 
 
-def start(decoder: SharedDecoder, rows: tuple[int, ...] = (0, 1, 2)) -> SharedState:
+def start(decoder: InPlaceDecoder, rows: tuple[int, ...] = (0, 1, 2)) -> InPlaceState:
     return decoder.prefill([decoder.table.rows(TEXTS[row]) for row in rows])[1]
 
 
-def test_extending_is_stepping(decoder: SharedDecoder) -> None:
+def test_extending_is_stepping(decoder: InPlaceDecoder) -> None:
     stepped, extended = start(decoder), start(decoder)
     one_by_one = np.stack([stepped.step(TAIL[:, at]) for at in range(3)], axis=1)
     close(extended.extend(TAIL), one_by_one)
@@ -173,7 +173,7 @@ def test_extending_is_stepping(decoder: SharedDecoder) -> None:
 
 
 @pytest.mark.parametrize("kept", [[3, 3, 3], [0, 3, 1], [2, 0, 3]])
-def test_what_is_forgotten_was_never_read(decoder: SharedDecoder, kept: list[int]) -> None:
+def test_what_is_forgotten_was_never_read(decoder: InPlaceDecoder, kept: list[int]) -> None:
     state = start(decoder)
     lengths = state.lengths
     state.extend(TAIL)
@@ -185,7 +185,7 @@ def test_what_is_forgotten_was_never_read(decoder: SharedDecoder, kept: list[int
         state.truncate(state.lengths + 1)
 
 
-def test_rows_join_and_leave(decoder: SharedDecoder) -> None:
+def test_rows_join_and_leave(decoder: InPlaceDecoder) -> None:
     state = start(decoder, (1,))
     state.step(np.array([9]))
     state.join(start(decoder, (0, 2)))
@@ -199,7 +199,7 @@ def test_rows_join_and_leave(decoder: SharedDecoder) -> None:
     close(logits[2], alone(decoder, 1, [9, 5, 6]))
 
 
-def test_a_cache_grows_to_the_context(decoder: SharedDecoder) -> None:
+def test_a_cache_grows_to_the_context(decoder: InPlaceDecoder) -> None:
     state = start(decoder, (0,))
     tokens = [5 + at % 7 for at in range(decoder.max_positions - len(TEXTS[0]))]
     logits = [state.step(np.array([token]))[0] for token in tokens]

@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="most backends compute in ONNX Runtime
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends import onnxruntime_cuda
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.decoding.kv.in_place import SharedDecoder
+from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder
 from tests.drawing import draw_pictures
 from tests.runtime.backends.test_device_arrays import on_the_cpu
 
@@ -38,7 +38,7 @@ def optimized_copy(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Captioner:
     )
     optimize(bundle, "cpu")
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
-    assert isinstance(captioner.completer.language.decoder, SharedDecoder)
+    assert isinstance(captioner.generator.language.decoder, InPlaceDecoder)
     return captioner
 
 

@@ -12,7 +12,8 @@ from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.config import VisionConfig
 from blip2edge.model.retrieval import RetrievalConfig
-from blip2edge.training.phases.stage1 import Stage1Model, TextBatch
+from blip2edge.training.loading.batches import TextBatch
+from blip2edge.training.phases.stage1 import Stage1Model
 
 CLS, SEP, PAD, DEC, VOCABULARY = 2, 3, 0, 18, 19
 QUERIES, PATCHES, WIDTH = 3, 5, 8

@@ -30,12 +30,12 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.training import run as runs
 from blip2edge.training.config import OptimizerConfig, parse_config
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.loading.batches import KeywordTexts, SceneSeries
+from blip2edge.training.loading.batches import KeywordTexts, SceneBatches
 from blip2edge.training.loading.loader import PictureBatch
-from blip2edge.training.loop import snapshots, states
+from blip2edge.training.loop import phase_state, snapshots
 from blip2edge.training.loop.optim import make_optimizer
 from blip2edge.training.loop.snapshots import Snapshot
-from blip2edge.training.phases.stages import GenerativeStage
+from blip2edge.training.phases.stage2 import GenerativeStage
 from blip2edge.training.run import train
 from blip2edge.training.setup.miniature import build_miniature
 
@@ -167,9 +167,9 @@ def paired(root: Path) -> dict[str, Any]:
     return {"ends": ends, "difference": difference, "moved": moved, "losses": losses}
 
 
-def scene_batch(workshop: Any) -> PictureBatch:
+def scene_batch(parts: Any) -> PictureBatch:
     """A few scenes, the same each time."""
-    batch = next(SceneSeries(2, 5, KeywordTexts(workshop.tokenizer, 8, DataConfig())))
+    batch = next(SceneBatches(2, 5, KeywordTexts(parts.tokenizer, 8, DataConfig())))
     torch.manual_seed(0)
     return PictureBatch(batch.sample_ids, torch.randn(2, 65, 32), batch.weight, batch.captions)
 
@@ -180,13 +180,13 @@ def spread_out(root: Path) -> dict[str, Any] | None:
     recipe = parse_config((root / "recipe.toml").read_text())
 
     def begin() -> tuple[GenerativeStage, Any, PictureBatch]:
-        workshop = build_miniature(recipe)
-        stage = GenerativeStage(workshop.model)
+        parts = build_miniature(recipe)
+        stage = GenerativeStage(parts.model)
         fully_shard(stage)
         return (
             stage,
             SimpleNamespace(optimizer=make_optimizer([stage], OptimizerConfig())),
-            scene_batch(workshop),
+            scene_batch(parts),
         )
 
     def steps(stage: GenerativeStage, optimizer: Any, batch: PictureBatch) -> None:
@@ -197,20 +197,20 @@ def spread_out(root: Path) -> dict[str, Any] | None:
 
     stage, optimizer, batch = begin()
     steps(stage, optimizer, batch)
-    kept = states.capture(accelerator, stage, optimizer)
+    kept = phase_state.capture(accelerator, stage, optimizer)
     if accelerator.is_main_process:
         save_file(kept, root / "sharded.safetensors")
     accelerator.wait_for_everyone()
     steps(stage, optimizer, batch)
-    wanted = states.capture(accelerator, stage, optimizer)
+    wanted = phase_state.capture(accelerator, stage, optimizer)
     stage, optimizer, batch = begin()
-    states.restore(
+    phase_state.restore(
         accelerator, stage, optimizer, Snapshot(load_file(root / "sharded.safetensors"), {"processes": 2})
     )
     steps(stage, optimizer, batch)
-    given = states.capture(accelerator, stage, optimizer)
+    given = phase_state.capture(accelerator, stage, optimizer)
     local = sum(parameter.to_local().numel() for parameter in stage.parameters())  # type: ignore[attr-defined]
-    states.collect(accelerator, stage, stage)
+    phase_state.gather_parameters(accelerator, stage, stage)
     if not accelerator.is_main_process:
         return None
     whole = {name: value.detach() for name, value in stage.named_parameters() if value.requires_grad}

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from blip2edge.training.phases.stage1 import TextBatch, prepare_stage1
+from blip2edge.training.loading.batches import TextBatch
+from blip2edge.training.phases.stage1 import prepare_stage1
 from tests.training.drawing_stage1 import draw_batch, draw_stage1
 
 PICTURES = [5, 9, 5, 2]

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from blip2edge.errors import DataError, OutputError
-from blip2edge.training.capfilt.filtering import CapFiltOptions, Judged, capfilt, judge
-from blip2edge.training.capfilt.on_ray import batch_from_json, batch_to_json
-from blip2edge.training.data.entries import Broken, Shown, by_picture
+from blip2edge.training.capfilt.pipeline import CapFiltOptions, ScoredPicture, run_capfilt, score_batch
+from blip2edge.training.capfilt.ray_backend import batch_from_json, batch_to_json
+from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, by_picture
 from blip2edge.training.data.folder import read_folder
 from blip2edge.training.data.shards import read_shards, shard_paths
-from blip2edge.training.evaluation.judges import JudgeOptions, Vectors
+from blip2edge.training.evaluation.models import ModelOptions, Vectors
 
 if TYPE_CHECKING:
     from tests.drawing import Drawn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PICTURES = 7
 
 
-def number_of(picture: Image.Image) -> int:
+def picture_number(picture: Image.Image) -> int:
     return int(np.asarray(picture)[0, 0, 0]) // 20
 
 
@@ -38,7 +38,7 @@ class Writer:
     ) -> list[str]:
         assert prompts is not None
         return [
-            f"{prompt or 'number'} {number_of(picture)}"
+            f"{prompt or 'number'} {picture_number(picture)}"
             for picture, prompt in zip(pictures, prompts, strict=True)
         ]
 
@@ -61,14 +61,16 @@ class Head:
         self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         return [
-            [0.9 if text.endswith(str(number_of(picture))) else 0.1 for text in own]
+            [0.9 if text.endswith(str(picture_number(picture))) else 0.1 for text in own]
             for picture, own in zip(pictures, texts, strict=True)
         ]
 
 
-def judge_all(batches: Iterable[Sequence[Shown]], options: CapFiltOptions) -> Iterator[list[Judged]]:
+def judge_all(
+    batches: Iterable[Sequence[AnnotatedPicture]], options: CapFiltOptions
+) -> Iterator[list[ScoredPicture]]:
     for batch in batches:
-        yield judge(batch, Writer(), Head(), options.prompt)
+        yield score_batch(batch, Writer(), Head(), options.prompt)
 
 
 @pytest.fixture
@@ -89,15 +91,15 @@ def run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     options = {
         "captioner": Path("c"),
         "matcher": Path("m"),
-        "captioning": JudgeOptions(batch_size=3),
+        "captioning": ModelOptions(batch_size=3),
         **changes,
     }
-    keywords = {"judge_batches": judge_all, "force": options.pop("force", False)}
-    return capfilt(by_picture(entries), broken, output, CapFiltOptions(**options), **keywords)
+    keywords = {"score_batches": judge_all, "force": options.pop("force", False)}
+    return run_capfilt(by_picture(entries), broken, output, CapFiltOptions(**options), **keywords)
 
 
 def kept(output: Path) -> list[tuple[str, str]]:
-    entries = read_shards(shard_paths(output), Broken("shards", 0))
+    entries = read_shards(shard_paths(output), BrokenSamples("shards", 0))
     return [(entry.image_id, entry.text) for entry in entries]
 
 
@@ -122,7 +124,8 @@ def test_what_is_good_enough_is_kept(folder: Path, tmp_path: Path) -> None:
     assert [shard["file"] for shard in report["shards"]] == ["000000.tar", "000001.tar"]
     assert json.loads((tmp_path / "clean" / "report.json").read_text()) == report
     pictures = {
-        entry.image_id: entry.picture for entry in read_shards(shard_paths(tmp_path / "clean"), Broken("", 0))
+        entry.image_id: entry.picture
+        for entry in read_shards(shard_paths(tmp_path / "clean"), BrokenSamples("", 0))
     }
     assert pictures["3.png"].read() == (folder / "3.png").read_bytes()
 

@@ -18,7 +18,8 @@ from blip2edge.errors import ConfigError, DataError, OutputError  # noqa: E402
 from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
 from blip2edge.training import run as runs  # noqa: E402
 from blip2edge.training.data.scenes import scenes  # noqa: E402
-from blip2edge.training.evaluation.judges import JudgeOptions, open_answerer  # noqa: E402
+from blip2edge.training.evaluation.models import ModelOptions  # noqa: E402
+from blip2edge.training.evaluation.open_model import open_captioner  # noqa: E402
 from blip2edge.training.loop import snapshots  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from tests.training import recipes  # noqa: E402
@@ -102,7 +103,7 @@ def test_the_checkpoint_captions_with_its_draft_beside_it(trained: tuple[Path, A
     out = trained[0]
     assert load_checkpoint(out).draft is not None
     pictures = [scene.picture for scene in scenes(3)]
-    assert len(open_answerer(out, JudgeOptions(batch_size=2))(pictures)) == 3
+    assert len(open_captioner(out, ModelOptions(batch_size=2))(pictures)) == 3
 
 
 def test_a_directory_that_exists_is_kept_unless_forced(path: Path, tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_
     assert kept.facts["phase"] == "language"
     # Mended, the run goes on from there: the vision encoder is not trained again.
     recipes.write(tmp_path / "recipe.toml")
-    with pytest.raises(ConfigError, match="another recipe; go on with --resume"):
+    with pytest.raises(ConfigError, match="another recipe; resume it anyway with --resume"):
         train("stage2", path, tmp_path / "out")
     lines: list[str] = []
     train("stage2", path, tmp_path / "out", resume=True, log=lines.append, evaluation_scenes=0)

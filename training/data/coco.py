@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import DataError
-from blip2edge.training.data.entries import Broken, Entry, FilePicture, missing_pictures
+from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, missing_pictures
 
-PLACES = ("", "images")  # where pictures are looked for beside a file, when nothing is said
+_PICTURE_FOLDERS = ("", "images")  # where pictures are looked for beside a file, when nothing is said
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def load_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -64,7 +64,7 @@ def rows_of(
     return rows
 
 
-def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[list[Entry], Broken]:
+def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[list[Entry], BrokenSamples]:
     """Captions and their pictures.
 
     Args:
@@ -78,7 +78,7 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
     Raises:
         DataError: The file cannot be read, or too much is missing.
     """
-    content = read_json(path)
+    content = load_json_object(path)
     identity = (int, str)
     names = {
         row["id"]: row["file_name"]
@@ -87,7 +87,7 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
     rows = rows_of(content, "annotations", {"image_id": identity, "caption": str}, path)
     directory = images if images is not None else _beside(path, names.values())
     entries = []
-    broken = Broken(str(path), max_broken)
+    broken = BrokenSamples(str(path), max_broken)
     for number, row in enumerate(rows):
         sample_id = str(row.get("id", number))
         caption = " ".join(row["caption"].split())
@@ -103,7 +103,7 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
 
 def read_vqa(
     path: Path, annotations: Path | None, images: Path | None, max_broken: int
-) -> tuple[list[Entry], Broken]:
+) -> tuple[list[Entry], BrokenSamples]:
     """Questions, the answers of people, and the pictures that they are about.
 
     Args:
@@ -119,21 +119,23 @@ def read_vqa(
     Raises:
         DataError: A file cannot be read, or too much is missing.
     """
-    content = read_json(path)
+    content = load_json_object(path)
     identity = (int, str)
     questions = rows_of(
         content, "questions", {"question_id": identity, "image_id": identity, "question": str}, path
     )
     answers = annotations if annotations is not None else _annotations_of(path)
     fields: dict[str, type | tuple[type, ...]] = {"question_id": identity, "answers": list}
-    given = {row["question_id"]: row for row in rows_of(read_json(answers), "annotations", fields, answers)}
+    given = {
+        row["question_id"]: row for row in rows_of(load_json_object(answers), "annotations", fields, answers)
+    }
     names = {row["image_id"]: _file_name(content, row["image_id"]) for row in questions}
     if isinstance(content.get("images"), list):
         listed = rows_of(content, "images", {"id": identity, "file_name": str}, path)
         names |= {row["id"]: row["file_name"] for row in listed}
     directory = images if images is not None else _beside(path, names.values())
     entries = []
-    broken = Broken(str(path), max_broken)
+    broken = BrokenSamples(str(path), max_broken)
     for row in questions:
         sample_id = str(row["question_id"])
         found = given.get(row["question_id"])
@@ -194,14 +196,16 @@ def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
     first = next(iter(names), None)
     parent = path.parent
     split = path.stem.rpartition("_")[2]
-    places = [parent / place for place in PLACES] + [parent.parent / place for place in (split, "images")]
+    places = [parent / place for place in _PICTURE_FOLDERS] + [
+        parent.parent / place for place in (split, "images")
+    ]
     for place in places:
         if first is not None and (place / first).is_file():
             return place
     return parent
 
 
-def _with_pictures(path: Path, entries: list[Entry], broken: Broken, limit: int) -> list[Entry]:
+def _with_pictures(path: Path, entries: list[Entry], broken: BrokenSamples, limit: int) -> list[Entry]:
     """The entries whose pictures are there.
 
     Raises:

@@ -1,47 +1,47 @@
-"""The section [data] of a recipe."""
+"""The section `[data]` of a recipe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from blip2edge.errors import ConfigError
-from blip2edge.training.fields import at_least_zero, one_of, positive, share
+from blip2edge.training.fields import at_least_zero, one_of, positive, unit_interval
 
-KINDS = ("scenes", "coco-captions", "coco-vqa", "folder", "shards")
+DATA_KINDS = ("scenes", "coco-captions", "coco-vqa", "folder", "shards")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """The training data."""
 
     kind: str = "scenes"
-    """"scenes": generated as they are needed; "coco-captions" and "coco-vqa": COCO's JSON files; "folder": pictures
-    with a text beside each; "shards": WebDataset's tar files."""
+    """"scenes": generated scenes; "coco-captions" and "coco-vqa": COCO's JSON files; "folder": pictures, each with a
+    text file beside it; "shards": WebDataset's tar files."""
     path: str = ""
-    """The JSON file (of VQA the questions), the folder, or the shards: `part-*.tar`, `part-{000..127}.tar` or a
+    """The JSON file (for VQA, of the questions), the folder, or the shards: `part-*.tar`, `part-{000..127}.tar` or a
     directory of them. Relative to the recipe."""
     images: str = ""
-    """Where the pictures of a JSON file are; empty: beside the file, as COCO is laid out."""
+    """Directory of a JSON file's pictures; empty: beside the file, in the layout of COCO."""
     annotations: str = ""
-    """The answers to VQA's questions; empty: the file beside `path` that is named as VQA names it."""
+    """File of the answers to VQA's questions; empty: the file beside `path` with the name that VQA gives it."""
     question: str = "Question: {} Short answer:"
-    """How a question is put: it stands where the braces do."""
+    """Template of a question; the braces are replaced by the question."""
     max_broken: int = 100
-    """Samples that are counted, named and skipped because a picture or a text is missing or broken; one more is an
-    error."""
+    """Largest number of samples with a missing or broken picture or text. They are skipped and reported; one more is
+    an error."""
     shuffle_buffer: int = 1000
-    """Samples of shards that are mixed with each other."""
+    """Samples in a block of shards that are shuffled together."""
     count: int = 0
-    """Generated scenes that are shown again and again, so that their features can be cached; 0: each is shown once."""
+    """Number of generated scenes, shown pass after pass, so that their features can be cached; 0: every scene is new."""
     series: int = 0
-    """Which scenes those `count` are. Where each is shown once, the recipe's seed and the phase decide."""
+    """Seed of those `count` scenes. With `count = 0`, the recipe's seed and the phase decide instead."""
     prompts: tuple[str, ...] = ("a photo of", "a picture of")
-    """Short prompts that some captions continue."""
+    """Short prompts; some captions are trained as their continuation."""
     prompt_share: float = 0.2
-    """Share of captions behind one of the prompts; the others follow the empty prompt."""
+    """Share of captions that follow one of the prompts; the others follow the empty prompt."""
 
     def __post_init__(self) -> None:
-        one_of("data", "kind", self.kind, KINDS)
+        one_of("data", "kind", self.kind, DATA_KINDS)
         at_least_zero("data", {"count": self.count, "series": self.series, "max_broken": self.max_broken})
         positive("data", {"shuffle_buffer": self.shuffle_buffer})
         if self.kind != "scenes" and not self.path:
@@ -52,6 +52,6 @@ class DataConfig:
             raise ConfigError(
                 f"[data] question must hold {{}} once, where the question goes: {self.question!r}"
             )
-        share("data", {"prompt_share": self.prompt_share})
+        unit_interval("data", {"prompt_share": self.prompt_share})
         if self.prompt_share > 0 and not self.prompts:
             raise ConfigError("[data] prompts is empty and prompt_share is not 0")

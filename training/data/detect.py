@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2edge.errors import ConfigError, DataError, UsageError
-from blip2edge.training.data.coco import read_json
+from blip2edge.training.data.coco import load_json_object
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import read_section
 
-KNOWN = (
+_EXPECTED = (
     "COCO's JSON of captions or of VQA questions, a folder of pictures with texts, tar shards, or a recipe's section"
     " [data]"
 )
 
 
-def detect(
+def detect_data(
     path: str, images: str | None, annotations: str | None, max_broken: int
 ) -> tuple[DataConfig, Path]:
     """What a path holds.
@@ -37,13 +37,13 @@ def detect(
     if place.suffix == ".toml":
         return _of_recipe(place), place.parent
     if place.suffix == ".json":
-        kind = "coco-vqa" if "questions" in read_json(place) else "coco-captions"
+        kind = "coco-vqa" if "questions" in load_json_object(place) else "coco-captions"
     elif place.is_dir():
         kind = "shards" if any(place.glob("*.tar")) else "folder"
     elif place.suffix == ".tar":
         kind = "shards"
     else:
-        raise DataError(f"expected {KNOWN}, got {path}", "check the path")
+        raise DataError(f"expected {_EXPECTED}, got {path}", "check the path")
     here = Path.cwd()
     return (
         DataConfig(

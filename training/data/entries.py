@@ -13,10 +13,10 @@ from blip2edge.errors import Blip2EdgeError, DataError, ImageError
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.sources import Sample
 
-NAMED = 3  # broken samples that a message names
+_NAMED = 3  # broken samples that a message names
 
 
-class Picture(Protocol):
+class StoredPicture(Protocol):
     """A picture file, wherever it lies; small, and sent to other processes as it is."""
 
     @property
@@ -95,14 +95,14 @@ class Entry:
 
     sample_id: str
     image_id: str
-    picture: Picture
+    picture: StoredPicture
     text: str = ""
     question: str = ""
     answers: tuple[str, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict)
 
 
-class Broken:
+class BrokenSamples:
     """Counts and names samples that cannot be used, up to a limit.
 
     Args:
@@ -141,11 +141,13 @@ class Broken:
 
     def named(self) -> str:
         """The first few, with what is wrong with them."""
-        first = [f"{name} ({problem})" for name, problem in list(self.problems.items())[:NAMED]]
-        return ", ".join(first) + (", …" if len(self.problems) > NAMED else "")
+        first = [f"{name} ({problem})" for name, problem in list(self.problems.items())[:_NAMED]]
+        return ", ".join(first) + (", …" if len(self.problems) > _NAMED else "")
 
 
-def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: Broken, limit: int) -> None:
+def missing_pictures(
+    name: str, missing: Mapping[str, str], total: int, broken: BrokenSamples, limit: int
+) -> None:
     """Counts pictures that are not there.
 
     Args:
@@ -162,7 +164,7 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
     if len(missing) > limit:
         raise DataError(
             f"{name}: {len(files)} pictures of {len(missing)} of the {total} samples are missing:"
-            f" {', '.join(files[:NAMED])}" + (", …" if len(files) > NAMED else ""),
+            f" {', '.join(files[:_NAMED])}" + (", …" if len(files) > _NAMED else ""),
             "say where they are with images in [data], or raise max_broken",
         )
     for sample_id, file in missing.items():
@@ -170,7 +172,7 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
 
 
 @dataclass(frozen=True)
-class Shown:
+class AnnotatedPicture:
     """A picture with all that its data says of it.
 
     Attributes:
@@ -180,7 +182,7 @@ class Shown:
     """
 
     image_id: str
-    picture: Picture
+    picture: StoredPicture
     entries: tuple[Entry, ...]
 
     @property
@@ -189,22 +191,22 @@ class Shown:
         return [entry.text for entry in self.entries if entry.text]
 
 
-def by_picture(entries: Iterable[Entry]) -> list[Shown]:
+def by_picture(entries: Iterable[Entry]) -> list[AnnotatedPicture]:
     """Entries gathered by their picture, in the order in which pictures come first."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.image_id, []).append(entry)
-    return [Shown(image_id, group[0].picture, tuple(group)) for image_id, group in groups.items()]
+    return [AnnotatedPicture(image_id, group[0].picture, tuple(group)) for image_id, group in groups.items()]
 
 
-class Rejecting:
+class RejectingSource:
     """The part of a source that counts what cannot be used.
 
     Args:
         broken: What counts.
     """
 
-    def __init__(self, broken: Broken) -> None:
+    def __init__(self, broken: BrokenSamples) -> None:
         self._broken = broken
 
     @property

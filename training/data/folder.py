@@ -6,7 +6,7 @@ from pathlib import Path
 
 from blip2edge.errors import DataError
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
-from blip2edge.training.data.entries import Broken, Entry, FilePicture
+from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture
 
 
 def captions_of(text: str) -> list[str]:
@@ -14,7 +14,7 @@ def captions_of(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], Broken]:
+def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSamples]:
     """Pictures and captions of a folder and all folders below it.
 
     Args:
@@ -32,7 +32,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], Broken]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
-    broken = Broken(str(directory), max_broken)
+    broken = BrokenSamples(str(directory), max_broken)
     entries = []
     for path in pictures:
         name = str(path.relative_to(directory))
@@ -52,7 +52,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], Broken]:
     return entries, broken
 
 
-def _captions(path: Path | None, picture: str, broken: Broken) -> list[str]:
+def _captions(path: Path | None, picture: str, broken: BrokenSamples) -> list[str]:
     """The captions of a picture; none where its text is missing or broken, which is counted."""
     if path is None:
         broken.add(picture, "there is no text beside it")

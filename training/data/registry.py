@@ -8,13 +8,13 @@ from pathlib import Path
 from blip2edge.errors import UsageError
 from blip2edge.training.data.coco import read_captions, read_vqa
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.entries import Broken, Entry
+from blip2edge.training.data.entries import BrokenSamples, Entry
 from blip2edge.training.data.folder import read_folder
-from blip2edge.training.data.listed import ListedSource
+from blip2edge.training.data.list_source import ListSource
 from blip2edge.training.data.scene_source import SceneSource
 from blip2edge.training.data.shard_source import ShardSource
 from blip2edge.training.data.shards import read_shards, shard_paths
-from blip2edge.training.data.sources import Source
+from blip2edge.training.data.sources import SampleSource
 
 
 def _path(base: Path, text: str) -> Path | None:
@@ -22,25 +22,25 @@ def _path(base: Path, text: str) -> Path | None:
     return base / text if text else None
 
 
-def _captions(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+def _captions(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]:
     return read_captions(base / config.path, _path(base, config.images), config.max_broken)
 
 
-def _vqa(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+def _vqa(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]:
     annotations, images = _path(base, config.annotations), _path(base, config.images)
     return read_vqa(base / config.path, annotations, images, config.max_broken)
 
 
-def _folder(config: DataConfig, base: Path) -> tuple[list[Entry], Broken]:
+def _folder(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]:
     return read_folder(base / config.path, config.max_broken)
 
 
-def _shards(config: DataConfig, base: Path) -> tuple[Iterable[Entry], Broken]:
-    broken = Broken(config.path, config.max_broken)
+def _shards(config: DataConfig, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:
+    broken = BrokenSamples(config.path, config.max_broken)
     return read_shards(shard_paths(base / config.path), broken), broken
 
 
-LISTS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], Broken]]] = {
+LIST_READERS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], BrokenSamples]]] = {
     "coco-captions": _captions,
     "coco-vqa": _vqa,
     "folder": _folder,
@@ -48,20 +48,20 @@ LISTS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], Broken]]] = {
 """What reads a kind whole, given the directory that paths are relative to."""
 
 
-def _listed(config: DataConfig, seed: int, base: Path) -> Source:
-    entries, broken = LISTS[config.kind](config, base)
-    return ListedSource(entries, broken, config.path, config, seed)
+def _listed(config: DataConfig, seed: int, base: Path) -> SampleSource:
+    entries, broken = LIST_READERS[config.kind](config, base)
+    return ListSource(entries, broken, config.path, config, seed)
 
 
-SOURCES: dict[str, Callable[[DataConfig, int, Path], Source]] = {
+SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path], SampleSource]] = {
     "scenes": lambda config, seed, base: SceneSource(config, seed),
     "shards": lambda config, seed, base: ShardSource(shard_paths(base / config.path), config, seed),
-    **dict.fromkeys(LISTS, _listed),
+    **dict.fromkeys(LIST_READERS, _listed),
 }
 """What makes a source of its configuration, the seed of its order, and the directory that paths are relative to."""
 
 
-def open_source(config: DataConfig, *, seed: int, base: Path) -> Source:
+def open_sample_source(config: DataConfig, *, seed: int, base: Path) -> SampleSource:
     """The source that a configuration describes.
 
     Args:
@@ -75,10 +75,10 @@ def open_source(config: DataConfig, *, seed: int, base: Path) -> Source:
     Raises:
         DataError: Its files are missing or cannot be parsed.
     """
-    return SOURCES[config.kind](config, seed, base)
+    return SOURCE_MAKERS[config.kind](config, seed, base)
 
 
-def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Broken]:
+def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:
     """The data once through, in the order of its files: to be scored or filtered.
 
     Args:
@@ -95,4 +95,4 @@ def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Br
     """
     if config.kind == "scenes":
         raise UsageError("expected data from files, got the generated scenes", "name a file or folder")
-    return (_shards if config.kind == "shards" else LISTS[config.kind])(config, base)
+    return (_shards if config.kind == "shards" else LIST_READERS[config.kind])(config, base)

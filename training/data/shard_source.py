@@ -11,15 +11,15 @@ import numpy as np
 
 from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.entries import Broken, Entry, Rejecting
-from blip2edge.training.data.listed import sample_of
+from blip2edge.training.data.entries import BrokenSamples, Entry, RejectingSource
+from blip2edge.training.data.list_source import sample_of
 from blip2edge.training.data.shards import read_shard, shard_names
 from blip2edge.training.data.sources import Sample
 
 _SHARDS, _BLOCK, _TEXT = 1, 2, 3  # streams of chance
 
 
-class ShardSource(Rejecting):
+class ShardSource(RejectingSource):
     """Samples of shards, pass after pass.
 
     In each pass the shards come in an order of their own. Their samples are taken in blocks of `shuffle_buffer`,
@@ -37,7 +37,7 @@ class ShardSource(Rejecting):
         self._config = config
         self._seed = seed
         self._names = shard_names(self._paths)
-        super().__init__(Broken(self.name, config.max_broken))
+        super().__init__(BrokenSamples(self.name, config.max_broken))
         self._pass = self._block = self._within = (
             0  # the next sample: pass, block of it, number in that block
         )

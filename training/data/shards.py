@@ -12,65 +12,35 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from blip2edge.errors import DataError, ImageError, OutputError
-from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
-from blip2edge.training.data.entries import Broken, Entry, file_identity
+from blip2edge.errors import DataError, OutputError
+from blip2edge.runtime.images.preprocess import load_image
+from blip2edge.runtime.images.shards import SHARD_SUFFIX, ShardFile, open_shard
+from blip2edge.training.data.entries import BrokenSamples, Entry, file_identity
 from blip2edge.training.data.folder import captions_of
+
+SampleFiles = dict[str, tuple[ShardFile, Callable[[], bytes]]]
+"""The files of one sample by suffix, each with the function that reads it."""
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-@dataclass(frozen=True)
-class TarPicture:
-    """A picture inside a shard.
-
-    Attributes:
-        shard: The tar file.
-        name: Of the picture's file in it.
-        offset: Where its bytes begin in the shard.
-        size: How many there are.
-    """
-
-    shard: Path
-    name: str
-    offset: int
-    size: int
-
-    @property
-    def suffix(self) -> str:
-        """Of the file's name."""
-        return Path(self.name).suffix.lower()
+class ShardPicture(ShardFile):
+    """A picture inside a shard; a :class:`blip2edge.training.data.entries.StoredPicture`."""
 
     @property
     def identity(self) -> str:
-        """The shard's, and the place in it."""
+        """Identity of the shard, and the offset in it."""
         return f"{file_identity(self.shard)}|{self.offset}"
 
-    def read(self) -> bytes:
-        """Its bytes.
-
-        Raises:
-            ImageError: The shard cannot be read, or ends before them.
-        """
-        try:
-            with open(self.shard, "rb") as file:
-                file.seek(self.offset)
-                content = file.read(self.size)
-        except OSError as error:
-            raise ImageError(f"{self.shard}: cannot be opened ({error.strerror or error})") from error
-        if len(content) != self.size:
-            raise ImageError(f"{self.shard}: {self.name} is cut off", "copy the shard again")
-        return content
-
     def open(self) -> Image.Image:
-        """The picture; see :meth:`read`."""
+        """Decodes the picture; errors as of :meth:`read`."""
         return load_image(self.read())
 
 
@@ -103,7 +73,7 @@ def shard_paths(pattern: str | Path) -> list[Path]:
             if missing
             else f"expected tar files at {text}, got none"
         )
-    packed = [path for path in paths if path.suffix != ".tar"]
+    packed = [path for path in paths if path.suffix != SHARD_SUFFIX]
     if packed:
         raise DataError(f"expected plain tar files, got {packed[0].name}", "unpack it: gunzip FILE.tar.gz")
     return paths
@@ -119,7 +89,7 @@ def shard_names(paths: Sequence[Path]) -> list[str]:
     return [path.relative_to(root).as_posix() for path in whole]
 
 
-def read_shard(path: Path, broken: Broken, name: str = "") -> Iterator[Entry]:
+def read_shard(path: Path, broken: BrokenSamples, name: str = "") -> Iterator[Entry]:
     """The entries of one shard, in its order.
 
     Args:
@@ -133,70 +103,57 @@ def read_shard(path: Path, broken: Broken, name: str = "") -> Iterator[Entry]:
     Raises:
         DataError: The shard is no tar file, or too much is broken.
     """
-    name, key, parts = name or path.name, "", dict[str, tarfile.TarInfo]()
+    name, key, parts = name or path.name, "", SampleFiles()
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, file = member.name.rpartition("/")
-                stem, dot, suffix = file.partition(".")
+        with open_shard(path) as files:
+            for file, read in files:
+                folder, _, base = file.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
                 if f"{folder}/{stem}" != key and parts:
-                    yield from _entries(path, name, tar, key, parts, broken)
+                    yield from _entries(name, key, parts, broken)
                     parts = {}
                 key = f"{folder}/{stem}"
-                parts[(dot + suffix).lower()] = member
+                parts[(dot + suffix).lower()] = (file, read)
             if parts:
-                yield from _entries(path, name, tar, key, parts, broken)
+                yield from _entries(name, key, parts, broken)
     except tarfile.TarError as error:
         broken.add(name, f"the shard cannot be read further: {error}")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _entries(
-    path: Path,
-    name: str,
-    tar: tarfile.TarFile,
-    key: str,
-    parts: dict[str, tarfile.TarInfo],
-    broken: Broken,
-) -> list[Entry]:
-    """The entries of one sample: none where it is broken, which is counted."""
+def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> list[Entry]:
+    """The entries of one sample. A broken sample is counted and has none."""
     sample_id = f"{name}:{key.lstrip('/')}"
-    pictures = (member for member in parts.values() if Path(member.name).suffix.lower() in PICTURE_SUFFIXES)
-    picture = next(pictures, None)
-    if picture is None:
+    file = next((file for file, _ in parts.values() if file.is_picture), None)
+    if file is None:
         broken.add(sample_id, "there is no picture")
         return []
     try:
-        texts = {suffix: _text(tar, parts[suffix]) for suffix in (".txt", ".json") if suffix in parts}
+        texts = {
+            suffix: parts[suffix][1]().decode("utf-8") for suffix in (".txt", ".json") if suffix in parts
+        }
         fields = json.loads(texts.get(".json", "{}"))
     except (ValueError, tarfile.TarError) as error:
         broken.add(sample_id, f"its text cannot be read: {error}")
         return []
     fields = fields if isinstance(fields, dict) else {}
-    source = TarPicture(path, picture.name, picture.offset_data, picture.size)
+    picture = ShardPicture(file.shard, file.name, file.offset, file.size)
     image_id = str(fields.get("image_id", sample_id))
     question, given, caption = fields.get("question"), fields.get("answers"), fields.get("caption")
     if isinstance(question, str) and isinstance(given, list):
         answers = tuple(str(answer) for answer in given)
-        return [Entry(sample_id, image_id, source, question=question, answers=answers)] if answers else []
+        return [Entry(sample_id, image_id, picture, question=question, answers=answers)] if answers else []
     captions = captions_of(texts.get(".txt", "")) or captions_of(caption if isinstance(caption, str) else "")
     if not captions:
         broken.add(sample_id, "there is no caption")
     return [
-        Entry(f"{sample_id}#{number}" if number else sample_id, image_id, source, caption)
+        Entry(f"{sample_id}#{number}" if number else sample_id, image_id, picture, caption)
         for number, caption in enumerate(captions)
     ]
 
 
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    file = tar.extractfile(member)
-    return file.read().decode("utf-8") if file is not None else ""
-
-
-def read_shards(paths: Sequence[Path], broken: Broken) -> Iterator[Entry]:
+def read_shards(paths: Sequence[Path], broken: BrokenSamples) -> Iterator[Entry]:
     """The entries of several shards, one after the other; see :func:`read_shard`."""
     for path, name in zip(paths, shard_names(paths), strict=True):
         yield from read_shard(path, broken, name)

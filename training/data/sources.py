@@ -24,7 +24,7 @@ class Sample:
         image_id: Names the picture: equal for two samples that show the same one (COCO has five captions a
             picture), unique otherwise. Cached features are filed under it.
         open_picture: Decodes the picture to RGB. Raises ImageError (or DataError) where it is broken; the loop
-            then calls `Source.reject` and takes the next sample.
+            then calls `SampleSource.reject` and takes the next sample.
         text: What is learned: a caption or an answer, without surrounding space.
         prompt: What stands before it and is not learned: a prompt, a question in its template, an instruction.
     """
@@ -36,7 +36,7 @@ class Sample:
     prompt: str = ""
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """An endless stream of samples.
 
     Two sources made of the same configuration and seed give the same samples in the same order, whatever the

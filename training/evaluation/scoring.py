@@ -10,12 +10,19 @@ import numpy as np
 from PIL import Image
 
 from blip2edge.errors import DataError, ImageError, UsageError
-from blip2edge.training.data.entries import Broken, Entry, Picture, Shown, by_picture
+from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
 from blip2edge.training.data.scenes import Scene, Split, scenes
-from blip2edge.training.evaluation.evaluate import CHUNK, EVALUATION_SEED, evaluate_scenes
-from blip2edge.training.evaluation.judges import Answerer, Comparer, Judge, Vectors
+from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
+from blip2edge.training.evaluation.scene_scores import EVALUATION_SEED, PICTURES_AT_ONCE, evaluate_scenes
 from blip2edge.training.metrics.captions import caption_scores
-from blip2edge.training.metrics.hallucination import chair, pope, probes, said_yes, things_named, things_shown
+from blip2edge.training.metrics.hallucination import (
+    chair,
+    pope,
+    pope_questions,
+    said_yes,
+    things_named,
+    things_shown,
+)
 from blip2edge.training.metrics.retrieval import (
     match_pairs,
     pairs_to_match,
@@ -24,13 +31,13 @@ from blip2edge.training.metrics.retrieval import (
 )
 from blip2edge.training.metrics.vqa import vqa_scores
 
-Say = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 TOP = 16  # so many of the nearest are put in order anew by the matching head
 YES = 0.5  # probability from which a picture and a text belong together
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ScoringOptions:
     """What is to be found out, and how.
 
     Attributes:
@@ -45,7 +52,7 @@ class Wanted:
     prompt: str | None = None
     top: int = TOP
     ask: bool = False
-    progress: Say = field(default=lambda done, total: None)
+    progress: CountProgress = field(default=lambda done, total: None)
 
     def chosen(self, possible: Sequence[str]) -> tuple[str, ...]:
         """The metrics to compute.
@@ -65,14 +72,14 @@ class Wanted:
 Figures = dict[str, Any]
 
 
-def score_scenes(judge: Judge, count: int, split: Split, wanted: Wanted) -> Figures:
+def score_scenes(model: EvaluatedModel, count: int, split: Split, options: ScoringOptions) -> Figures:
     """Scores a model on generated scenes.
 
     Args:
-        judge: The model.
+        model: The model.
         count: How many scenes, at least 2.
         split: Which pairs of (colour, shape) they show.
-        wanted: What is to be found out.
+        options: What is to be found out.
 
     Returns:
         Figures by name. A captioner: exact match with its control (see `evaluate_scenes`), the caption scores, CHAIR
@@ -84,23 +91,25 @@ def score_scenes(judge: Judge, count: int, split: Split, wanted: Wanted) -> Figu
     if count < 2:
         raise UsageError(f"an evaluation needs at least 2 pictures, not {count}")
     shown = list(scenes(count, split=split, seed=EVALUATION_SEED))
-    if judge.answerer is not None:
-        return _captioned_scenes(judge.answerer, shown, split, wanted)
-    if judge.comparer is None:
+    if model.captioner is not None:
+        return _captioned_scenes(model.captioner, shown, split, options)
+    if model.matcher is None:
         raise UsageError("expected a model that captions or compares")
-    return _compared_scenes(judge.comparer, shown, split, wanted)
+    return _compared_scenes(model.matcher, shown, split, options)
 
 
-def _captioned_scenes(answerer: Answerer, shown: list[Scene], split: Split, wanted: Wanted) -> Figures:
-    metrics = wanted.chosen(("exact", "captions", "chair", "pope"))
+def _captioned_scenes(
+    captioner: CaptionModel, shown: list[Scene], split: Split, options: ScoringOptions
+) -> Figures:
+    metrics = options.chosen(("exact", "captions", "chair", "pope"))
     said: list[str] = []
 
     def caption_many(pictures: Sequence[Image.Image]) -> list[str]:
-        texts = answerer(pictures, [wanted.prompt] * len(pictures))
+        texts = captioner(pictures, [options.prompt] * len(pictures))
         said.extend(texts)
         return texts
 
-    exact = evaluate_scenes(caption_many, len(shown), split=split, progress=wanted.progress)
+    exact = evaluate_scenes(caption_many, len(shown), split=split, progress=options.progress)
     figures: Figures = (
         dict(exact) if "exact" in metrics else {"n": len(shown), "split": split, "seed": exact["seed"]}
     )
@@ -110,55 +119,61 @@ def _captioned_scenes(answerer: Answerer, shown: list[Scene], split: Split, want
     if "chair" in metrics:
         figures |= chair(said, things)
     if "pope" in metrics:
-        asked = probes(things)
-        if wanted.ask:
+        asked = pope_questions(things)
+        if options.ask:
             pictures = [shown[probe.picture].picture for probe in asked]
-            answers = answerer(pictures, [answerer.question(probe.question) for probe in asked])
+            answers = captioner(pictures, [captioner.question(probe.question) for probe in asked])
             yes = [said_yes(answer) for answer in answers]
         else:
             named = [set(things_named(text)) for text in said]
             yes = [probe.thing in named[probe.picture] for probe in asked]
-        figures["pope"] = {"by": "questions" if wanted.ask else "captions"} | pope(asked, yes)
+        figures["pope"] = {"by": "questions" if options.ask else "captions"} | pope(asked, yes)
     return figures
 
 
-def _compared_scenes(comparer: Comparer, shown: list[Scene], split: Split, wanted: Wanted) -> Figures:
-    metrics = wanted.chosen(("retrieval", "pope") if comparer.has_head else ("retrieval",))
+def _compared_scenes(
+    matcher: MatchModel, shown: list[Scene], split: Split, options: ScoringOptions
+) -> Figures:
+    metrics = options.chosen(("retrieval", "pope") if matcher.has_head else ("retrieval",))
     # Of scenes with the same caption only the first is kept: both pictures would be right for it.
     first = {scene.caption: scene for scene in reversed(shown)}
     kept = [scene for scene in shown if first[scene.caption] is scene]
     figures: Figures = {"n": len(kept), "split": split, "seed": EVALUATION_SEED}
     if "retrieval" in metrics:
         vectors = []
-        for at in range(0, len(kept), CHUNK):
-            vectors.append(comparer.image_vectors([scene.picture for scene in kept[at : at + CHUNK]]))
-            wanted.progress(min(at + CHUNK, len(kept)), len(kept))
+        for at in range(0, len(kept), PICTURES_AT_ONCE):
+            vectors.append(
+                matcher.image_vectors([scene.picture for scene in kept[at : at + PICTURES_AT_ONCE]])
+            )
+            options.progress(min(at + PICTURES_AT_ONCE, len(kept)), len(kept))
         texts = [scene.caption for scene in kept]
         gallery = _Gallery(np.concatenate(vectors), lambda number: kept[number].picture)
-        figures |= _retrieval(comparer, gallery, texts, list(range(len(kept))), wanted)
+        figures |= _retrieval(matcher, gallery, texts, list(range(len(kept))), options)
     if "pope" in metrics:
-        asked = probes([things_shown(scene) for scene in kept])
+        asked = pope_questions([things_shown(scene) for scene in kept])
         statements: list[list[str]] = [[] for _ in kept]
         for probe in asked:
             statements[probe.picture].append(probe.statement(kept[probe.picture].caption))
         found: list[float] = []
-        for at in range(0, len(kept), CHUNK):
-            part = [scene.picture for scene in kept[at : at + CHUNK]]
-            for values in comparer.probabilities(part, statements[at : at + CHUNK]):
+        for at in range(0, len(kept), PICTURES_AT_ONCE):
+            part = [scene.picture for scene in kept[at : at + PICTURES_AT_ONCE]]
+            for values in matcher.probabilities(part, statements[at : at + PICTURES_AT_ONCE]):
                 found += values
-            wanted.progress(min(at + CHUNK, len(kept)), len(kept))
+            options.progress(min(at + PICTURES_AT_ONCE, len(kept)), len(kept))
         figures["pope"] = {"by": "matching"} | pope(asked, [value >= YES for value in found])
     return figures
 
 
-def score_entries(judge: Judge, entries: Sequence[Entry], broken: Broken, wanted: Wanted) -> Figures:
+def score_entries(
+    model: EvaluatedModel, entries: Sequence[Entry], broken: BrokenSamples, options: ScoringOptions
+) -> Figures:
     """Scores a model on data from files.
 
     Args:
-        judge: The model.
+        model: The model.
         entries: Captions, or questions with answers.
         broken: Counts pictures that cannot be opened; what was left out when the data was read is in it.
-        wanted: What is to be found out.
+        options: What is to be found out.
 
     Returns:
         Figures by name: of captions BLEU, ROUGE-L and CIDEr-D, of questions the VQA accuracy, of a model that
@@ -171,15 +186,15 @@ def score_entries(judge: Judge, entries: Sequence[Entry], broken: Broken, wanted
     if not entries:
         raise DataError("expected at least one sample, got none")
     asks = bool(entries[0].question)
-    if judge.answerer is not None and asks:
-        wanted.chosen(("vqa",))
-        figures = _answered(judge.answerer, entries, broken, wanted)
-    elif judge.answerer is not None:
-        wanted.chosen(("captions",))
-        figures = _captioned(judge.answerer, by_picture(entries), broken, wanted)
-    elif judge.comparer is not None and not asks:
-        wanted.chosen(("retrieval",))
-        figures = _retrieved(judge.comparer, by_picture(entries), broken, wanted)
+    if model.captioner is not None and asks:
+        options.chosen(("vqa",))
+        figures = _answered(model.captioner, entries, broken, options)
+    elif model.captioner is not None:
+        options.chosen(("captions",))
+        figures = _captioned(model.captioner, by_picture(entries), broken, options)
+    elif model.matcher is not None and not asks:
+        options.chosen(("retrieval",))
+        figures = _retrieved(model.matcher, by_picture(entries), broken, options)
     else:
         raise UsageError(
             "this model compares pictures with texts, and the data asks questions", "give a captioner"
@@ -189,12 +204,12 @@ def score_entries(judge: Judge, entries: Sequence[Entry], broken: Broken, wanted
 
 
 def _opened(
-    pictures: Sequence[tuple[str, Picture]], broken: Broken, progress: Say
+    pictures: Sequence[tuple[str, StoredPicture]], broken: BrokenSamples, progress: CountProgress
 ) -> Iterator[tuple[list[int], list[Image.Image]]]:
     """Pictures in chunks, with their numbers; those that cannot be opened are counted and left out."""
-    for start in range(0, len(pictures), CHUNK):
+    for start in range(0, len(pictures), PICTURES_AT_ONCE):
         numbers, images = [], []
-        for number, (name, picture) in enumerate(pictures[start : start + CHUNK], start):
+        for number, (name, picture) in enumerate(pictures[start : start + PICTURES_AT_ONCE], start):
             try:
                 images.append(picture.open())
                 numbers.append(number)
@@ -202,25 +217,29 @@ def _opened(
                 broken.add(name, error.problem)
         if images:
             yield numbers, images
-        progress(min(start + CHUNK, len(pictures)), len(pictures))
+        progress(min(start + PICTURES_AT_ONCE, len(pictures)), len(pictures))
 
 
-def _captioned(answerer: Answerer, shown: Sequence[Shown], broken: Broken, wanted: Wanted) -> Figures:
+def _captioned(
+    captioner: CaptionModel, shown: Sequence[AnnotatedPicture], broken: BrokenSamples, options: ScoringOptions
+) -> Figures:
     said: dict[int, str] = {}
     pictures = [(each.image_id, each.picture) for each in shown]
-    for numbers, images in _opened(pictures, broken, wanted.progress):
-        said |= dict(zip(numbers, answerer(images, [wanted.prompt] * len(images)), strict=True))
+    for numbers, images in _opened(pictures, broken, options.progress):
+        said |= dict(zip(numbers, captioner(images, [options.prompt] * len(images)), strict=True))
     scores = caption_scores(list(said.values()), [shown[number].captions for number in said])
     predictions = [{"image_id": _number(shown[at].image_id), "caption": text} for at, text in said.items()]
     return {"n": len(said), **scores, "predictions": predictions}
 
 
-def _answered(answerer: Answerer, entries: Sequence[Entry], broken: Broken, wanted: Wanted) -> Figures:
+def _answered(
+    captioner: CaptionModel, entries: Sequence[Entry], broken: BrokenSamples, options: ScoringOptions
+) -> Figures:
     said: dict[int, str] = {}
     pictures = [(entry.sample_id, entry.picture) for entry in entries]
-    for numbers, images in _opened(pictures, broken, wanted.progress):
-        prompts = [answerer.question(entries[number].question) for number in numbers]
-        said |= dict(zip(numbers, answerer(images, prompts), strict=True))
+    for numbers, images in _opened(pictures, broken, options.progress):
+        prompts = [captioner.question(entries[number].question) for number in numbers]
+        said |= dict(zip(numbers, captioner(images, prompts), strict=True))
     asked = [entries[number] for number in said]
     scores: Mapping[str, Any] = vqa_scores(
         list(said.values()), [entry.answers for entry in asked], [entry.kinds for entry in asked]
@@ -231,19 +250,21 @@ def _answered(answerer: Answerer, entries: Sequence[Entry], broken: Broken, want
     return {"n": len(said), **scores, "predictions": predictions}
 
 
-def _retrieved(comparer: Comparer, shown: Sequence[Shown], broken: Broken, wanted: Wanted) -> Figures:
-    usable: list[Shown] = []
+def _retrieved(
+    matcher: MatchModel, shown: Sequence[AnnotatedPicture], broken: BrokenSamples, options: ScoringOptions
+) -> Figures:
+    usable: list[AnnotatedPicture] = []
     vectors = []
     pictures = [(each.image_id, each.picture) for each in shown]
-    for numbers, images in _opened(pictures, broken, wanted.progress):
+    for numbers, images in _opened(pictures, broken, options.progress):
         usable += [shown[number] for number in numbers]
-        vectors.append(comparer.image_vectors(images))
+        vectors.append(matcher.image_vectors(images))
     texts = [text for each in usable for text in each.captions]
     owners = [row for row, each in enumerate(usable) for _ in each.captions]
     if not texts:
         raise DataError("expected at least one picture with a caption, got none")
     gallery = _Gallery(np.concatenate(vectors), lambda number: usable[number].picture.open())
-    return {"n": len(usable), "texts": len(texts), **_retrieval(comparer, gallery, texts, owners, wanted)}
+    return {"n": len(usable), "texts": len(texts), **_retrieval(matcher, gallery, texts, owners, options)}
 
 
 class _Gallery(NamedTuple):
@@ -259,18 +280,22 @@ class _Gallery(NamedTuple):
 
 
 def _retrieval(
-    comparer: Comparer, gallery: _Gallery, texts: Sequence[str], owners: Sequence[int], wanted: Wanted
+    matcher: MatchModel,
+    gallery: _Gallery,
+    texts: Sequence[str],
+    owners: Sequence[int],
+    options: ScoringOptions,
 ) -> Figures:
     """Recalls; what the matching head reads is opened once more."""
-    scores = similarities(gallery.vectors, comparer.text_vectors(texts))
-    top = wanted.top if comparer.has_head else 0
+    scores = similarities(gallery.vectors, matcher.text_vectors(texts))
+    top = options.top if matcher.has_head else 0
     matched = {}
     if top:
         pairs = pairs_to_match(scores, top)
 
         def match(image: int, numbers: Sequence[int]) -> Sequence[float]:
-            wanted.progress(image + 1, len(pairs))
-            return comparer.probabilities([gallery.open(image)], [[texts[number] for number in numbers]])[0]
+            options.progress(image + 1, len(pairs))
+            return matcher.probabilities([gallery.open(image)], [[texts[number] for number in numbers]])[0]
 
         matched = match_pairs(pairs, match)
     return {**retrieval_scores(scores, owners, top=top, matched=matched), "reranked": top}

@@ -49,6 +49,21 @@ class CaptionBatch(NamedTuple):
         return int((self.labels != IGNORED).sum())
 
 
+class TextBatch(NamedTuple):
+    """Texts for the Q-Former, padded on the right.
+
+    Attributes:
+        input_ids: int64 ``[B, T]``: [CLS], text, [SEP], padding.
+        attention_mask: int64 ``[B, T]``, 1 where a token is.
+        pictures: int64 ``[B]``, the number of each text's picture: texts with the same number describe the same
+            picture, and none is a negative of the other. None where no picture is twice in a batch.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pictures: Tensor | None = None
+
+
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of different length as int64 [B, longest], filled on the right."""
     longest = max(1, *map(len, rows))
@@ -126,7 +141,7 @@ def pixel_values(batch: Sequence[Scene]) -> Tensor:
     return torch.from_numpy(PREPROCESSING.batch([scene.picture for scene in batch]))
 
 
-class SceneSeries:
+class SceneBatches:
     """Endless batches of training scenes, no scene twice.
 
     Args:

@@ -26,7 +26,7 @@ from blip2edge.errors import OutputError
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.sources import Sample
 
-ROWS, INDEX = ".rows", ".index.jsonl"
+_ROWS, _INDEX = ".rows", ".index.jsonl"
 
 
 def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> str:
@@ -56,8 +56,8 @@ class FeatureCache:
         self._open: dict[Path, int] = {}
         self._own: tuple[IO[bytes], IO[str], Path] | None = None
         self._written = 0
-        for index in sorted(directory.glob(f"*{INDEX}")):
-            rows = index.with_name(index.name.removesuffix(INDEX) + ROWS)
+        for index in sorted(directory.glob(f"*{_INDEX}")):
+            rows = index.with_name(index.name.removesuffix(_INDEX) + _ROWS)
             names = [name for line in _whole_lines(index) for name in json.loads(line)]
             held = rows.stat().st_size // self._row_bytes if rows.exists() else 0
             for number, name in enumerate(names[:held]):
@@ -108,8 +108,8 @@ class FeatureCache:
         if self._own is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             stem = self._directory / uuid.uuid4().hex
-            path = stem.with_name(stem.name + ROWS)
-            index = stem.with_name(stem.name + INDEX)
+            path = stem.with_name(stem.name + _ROWS)
+            index = stem.with_name(stem.name + _INDEX)
             self._own = (open(path, "wb"), open(index, "w", encoding="utf-8"), path)  # noqa: SIM115 - closed in close
         return self._own
 
@@ -129,7 +129,7 @@ def _whole_lines(index: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-class PictureEncoder:
+class FrozenEncoder:
     """From samples to the frozen encoder's embeddings.
 
     Args:

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError, PromptError
-from blip2edge.training.data.sources import Sample, Source
-from blip2edge.training.loading.batches import CaptionBatch
-from blip2edge.training.loading.features import PictureEncoder
-from blip2edge.training.phases.stage1 import TextBatch
+from blip2edge.training.data.sources import Sample, SampleSource
+from blip2edge.training.loading.batches import CaptionBatch, TextBatch
+from blip2edge.training.loading.features import FrozenEncoder
 
 Pixels = NDArray[np.float32] | None
 BROKEN = (ImageError, DataError, PromptError)
@@ -51,7 +50,7 @@ class PictureBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextMakers:
     """What makes the texts of a batch; None where a phase does not read them."""
 
     captions: Callable[[Sequence[Sample]], CaptionBatch] | None = None
@@ -71,7 +70,7 @@ class Texts:
         own = None
         if self.own is not None:
             own = self.own(
-                [sample.text for sample in samples], [number_of(sample.image_id) for sample in samples]
+                [sample.text for sample in samples], [picture_number(sample.image_id) for sample in samples]
             )
         return PictureBatch(
             tuple(sample.sample_id for sample in samples),
@@ -83,7 +82,7 @@ class Texts:
         )
 
 
-def number_of(image_id: str) -> int:
+def picture_number(image_id: str) -> int:
     """A whole number below 2⁶³ for a picture's name: equal names give equal ones, others hardly ever."""
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") >> 1
 
@@ -110,10 +109,10 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
+        source: SampleSource,
         rows: int,
-        encoder: PictureEncoder,
-        texts: Texts,
+        encoder: FrozenEncoder,
+        texts: TextMakers,
         accelerator: Accelerator,
         workers: int = 0,
     ) -> None:

@@ -1,1 +1,1 @@
-"""The training loop: optimiser, journal, snapshots to resume from."""
+"""The training loop: optimiser, log, and snapshots to resume from."""

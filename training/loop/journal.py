@@ -1,4 +1,4 @@
-"""What a run tells about itself: JSON lines, TensorBoard where it is asked for, and a picture of the losses."""
+"""The log of a training run: JSON lines, TensorBoard if wanted, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 from blip2edge.errors import ConfigError, OutputError
 
 LOG, CURVE, BOARD = "log.jsonl", "curve.png", "tensorboard"
-WHOLE = ("loss", "grad_norm")  # what is summed beside the parts of a loss
-LINES = 200  # a phase writes about this many, unless the recipe says otherwise
+WHOLE = ("loss", "grad_norm")  # fields of a line that are no part of the loss
+LINES = 200  # lines of a phase, about, unless the recipe sets log_every
 
 
 class Journal:
-    """The log of one run, a line an interval of steps.
+    """The log of one run: one line for each interval of steps.
 
-    A line is an object with `phase`, `step` (steps done), `losses` by name, `loss` (what is minimised) and
-    `grad_norm` (means over the interval, and over the processes), `rate`, `gauges` (of the phase, such as a
-    temperature or a gate), and `seconds` (of this process in this phase).
+    A line is an object with `phase`, `step` (steps done), `losses` by name, `loss` (the minimised sum) and `grad_norm`
+    (means over the interval and over the processes), `rate` (learning rate), `gauges` (values of the phase, such as a
+    temperature or a gate), and `seconds` (since this process began the phase).
 
     Args:
-        directory: Where `log.jsonl` is; None writes nothing (all processes but the first).
-        tensorboard: Write TensorBoard's event files there too.
+        directory: Directory of `log.jsonl`; None writes nothing (all processes but the first).
+        tensorboard: Also write TensorBoard's event files there.
 
     Raises:
-        ConfigError: TensorBoard is asked for and not installed.
+        ConfigError: `tensorboard` is true, and the package is not installed.
     """
 
     def __init__(self, directory: Path | None, *, tensorboard: bool = False) -> None:
@@ -48,10 +48,10 @@ class Journal:
             self._board = SummaryWriter(str(directory / BOARD))
 
     def restart(self, state: Mapping[str, Any] | None = None) -> None:
-        """Begins an empty log, or goes back to a snapshot: drops what was written after it.
+        """Starts an empty log, or truncates the log to its length at a snapshot.
 
         Args:
-            state: From `state`; None to begin.
+            state: Result of `state` at the snapshot; None for an empty log.
 
         Raises:
             OutputError: The log cannot be written.
@@ -72,27 +72,27 @@ class Journal:
             raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def begin(self) -> None:
-        """A phase begins: its seconds count from here."""
+        """Starts the clock of a phase."""
         self._started = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """How many lines there are, and the interval that is not yet written."""
+        """Number of lines, and the sums of the interval that is not yet written."""
         return {"sums": dict(self._sums), "count": self._count, "lines": len(self.lines)}
 
     def add(self, values: Mapping[str, float]) -> None:
-        """One step's losses and norm."""
+        """Adds one step's losses and gradient norm to the interval."""
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._count += 1
 
     def write(self, phase: str, step: int, rate: float, gauges: Mapping[str, float]) -> dict[str, Any]:
-        """Ends an interval.
+        """Writes the line of an interval and starts the next one.
 
         Args:
-            phase: Its name.
-            step: Steps done in it.
-            rate: The learning rate of the last step.
-            gauges: As they are now.
+            phase: Name of the phase.
+            step: Steps done in the phase.
+            rate: Learning rate of the last step.
+            gauges: Current values of the phase's gauges.
 
         Returns:
             The line.
@@ -114,7 +114,7 @@ class Journal:
             except OSError as error:
                 raise OutputError(
                     f"cannot write {self._path}: {error.strerror or error}",
-                    "make room and run the command again: it goes on from the last snapshot",
+                    "free some space and run the command again: it resumes from the last snapshot",
                 ) from error
         if self._board is not None:
             for key, value in {**whole, **means, "rate": rate, **gauges}.items():
@@ -122,20 +122,20 @@ class Journal:
         return line
 
     def close(self) -> None:
-        """Ends TensorBoard's files."""
+        """Closes TensorBoard's files."""
         if self._board is not None:
             self._board.close()
 
 
 def draw_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draws the losses over the steps, a panel a phase.
+    """Plots the losses over the steps, one panel for each phase.
 
     Args:
-        lines: Of a log.
-        path: The PNG to write.
+        lines: Lines of a log.
+        path: The PNG file to write.
 
     Returns:
-        Whether it was drawn: not where matplotlib is not installed.
+        Whether it was plotted; False if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

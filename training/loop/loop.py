@@ -1,8 +1,9 @@
-"""One loop for every phase of every recipe.
+"""The training loop, the same for every phase.
 
-A phase is data: what is trained, on which batches, how. The loop makes the steps, tells about them, and writes
-snapshots from which an interrupted run goes on as if nothing had happened. `accelerate` gives the device, the
-arithmetic and, under `accelerate launch` or `torchrun`, the other processes; alone it needs no process group.
+A phase names the module, the batches and the optimiser settings. The loop makes the optimiser steps, writes the log
+and writes snapshots; an interrupted run resumes from the newest snapshot and ends with the same weights. `accelerate`
+provides the device, the arithmetic and, under `accelerate launch` or `torchrun`, the other processes. One process
+needs no process group.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from blip2edge.errors import DataError
-from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import OptimizerConfig
-from blip2edge.training.loop import states
-from blip2edge.training.loop.journal import LINES, Journal
+from blip2edge.training.loop import phase_state
+from blip2edge.training.loop.journal import LINES
 from blip2edge.training.loop.optim import learning_rate, make_optimizer
-from blip2edge.training.loop.snapshots import Snapshot, Snapshots
+from blip2edge.training.loop.snapshots import Snapshot
+from blip2edge.training.loop.training_run import TrainingRun
 
 Batch_co = TypeVar("Batch_co", covariant=True)
-NAMED = 3  # samples that a message names
+_NAMED = 3  # samples named in a message
 
 
 class PhaseBatch(Protocol):
-    """What the loop asks of a batch."""
+    """What the loop reads of a batch."""
 
     @property
     def sample_ids(self) -> Sequence[str]:
@@ -38,20 +39,20 @@ class PhaseBatch(Protocol):
 
     @property
     def weight(self) -> int:
-        """Its share when the gradients of several batches make one step: rows, or tokens to be learned."""
+        """Weight of the batch among the batches of one step: its rows, or the tokens that give loss."""
 
 
 class Batches(Protocol[Batch_co]):
     """An endless, resumable series of batches."""
 
     def __next__(self) -> Batch_co:
-        """This process' part of the next batch, on its device."""
+        """This process' rows of the next batch, on its device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins, in JSON's types; the same on every process."""
+        """Position of the next batch, as JSON values; the same on every process."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes there."""
+        """Continues at the position that `state_dict` gave."""
 
 
 @dataclass
@@ -59,13 +60,14 @@ class Phase:
     """One phase of a run.
 
     Attributes:
-        name: For log, messages and snapshots.
-        module: From a batch to losses by name, whose sum counts unless one is called "loss". Its parameters that
-            want a gradient are trained; call it whole, as a wrapper for several processes may stand around it.
-        batches: What it is trained on.
-        config: Steps, rates and clipping.
-        seed: Of the chance within the phase (dropout, drawn negatives).
-        gauges: Values to be logged beside the losses.
+        name: Its name in log, messages and snapshots.
+        module: Maps a batch to losses by name. The loss to minimise is "loss" where there is one, else their sum.
+            Parameters with `requires_grad` are trained. Call the module itself, not its parts: several processes
+            wrap it.
+        batches: The training data.
+        config: Steps, learning rates and clipping.
+        seed: Seed of dropout and of drawn negatives.
+        gauges: Returns values to log beside the losses.
     """
 
     name: str
@@ -76,43 +78,17 @@ class Phase:
     gauges: Callable[[], Mapping[str, float]] = field(default=dict)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What all phases of a run share.
-
-    Attributes:
-        accelerator: Device, arithmetic, processes.
-        journal: The log.
-        snapshots: Where they are written.
-        every: Steps between two snapshots.
-        lines: Steps between two lines of the log; 0 for a fitting number.
-        remember: What a snapshot holds beside the phase: tensors of the model that earlier phases trained, and facts
-            ("processes" and "journal" among them).
-        progress: Called with (phase, steps done, steps).
-        say: Takes a line now and then.
-    """
-
-    accelerator: Accelerator
-    journal: Journal
-    snapshots: Snapshots
-    every: int
-    remember: Callable[[], Snapshot]
-    lines: int = 0
-    progress: ProgressCallback | None = None
-    say: Callable[[str], None] = lambda _: None
-
-
-def run_phase(run: Run, phase: Phase, done: int, snapshot: Snapshot | None = None) -> None:
-    """Makes the steps of a phase.
+def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | None = None) -> None:
+    """Makes the optimiser steps of a phase.
 
     Args:
-        run: What is shared.
-        phase: Trained in place.
-        done: Steps of the phases before.
-        snapshot: One that was written within this phase, to go on from.
+        run: The run that the phase belongs to.
+        phase: Its module is trained in place.
+        done: Steps of all phases before this one.
+        snapshot: A snapshot written within this phase, to resume from.
 
     Raises:
-        DataError: A loss is not finite: step and samples are named, the last snapshot stays.
+        DataError: A loss is not finite. The error names step and samples; the last snapshot stays.
         OutputError: A snapshot or the log cannot be written.
     """
     accelerator, config = run.accelerator, phase.config
@@ -121,31 +97,32 @@ def run_phase(run: Run, phase: Phase, done: int, snapshot: Snapshot | None = Non
     first = 0
     if snapshot is not None:
         first = int(snapshot.facts["step"])
-        states.restore(accelerator, module, optimizer, snapshot)
+        phase_state.restore(accelerator, module, optimizer, snapshot)
         phase.batches.load_state_dict(snapshot.facts["batches"])
     else:
         torch.manual_seed(phase.seed * accelerator.num_processes + accelerator.process_index)
     run.journal.begin()
-    lines = run.lines or max(1, config.steps // LINES)
+    loop = run.config.loop
+    log_every = loop.log_every or max(1, config.steps // LINES)
     for step in range(first, config.steps):
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
         run.journal.add(_step(run, phase, module, optimizer, step))
         finished = step + 1
-        if finished % lines == 0 or finished == config.steps:
+        if finished % log_every == 0 or finished == config.steps:
             line = run.journal.write(phase.name, finished, rate, phase.gauges())
-            run.say(f"{phase.name}: step {finished}/{config.steps} loss {line['loss']:.4f} rate {rate:.1e}")
+            run.log(f"{phase.name}: step {finished}/{config.steps} loss {line['loss']:.4f} rate {rate:.1e}")
         if run.progress is not None:
             run.progress(phase.name, finished, config.steps)
-        if finished % run.every == 0 and finished < config.steps:
+        if finished % loop.snapshot_every == 0 and finished < config.steps:
             _save(run, phase, module, optimizer, finished, done)
-    states.collect(accelerator, module, phase.module)
+    phase_state.gather_parameters(accelerator, module, phase.module)
     accelerator.free_memory()
 
 
-def _step(run: Run, phase: Phase, module: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
-    """One step; the means of its losses and the gradient's norm."""
+def _step(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
+    """Makes one optimiser step. Returns its mean losses and the gradient's norm."""
     accelerator, config = run.accelerator, phase.config
     batches = [next(phase.batches) for _ in range(config.accumulate)]
     shares = _shares(accelerator, [batch.weight for batch in batches])
@@ -163,9 +140,8 @@ def _step(run: Run, phase: Phase, module: nn.Module, optimizer: Any, step: int) 
     values = _over_processes(accelerator, values)
     norm = accelerator.clip_grad_norm_(module.parameters(), config.clip_norm)
     values["grad_norm"] = float(norm) if norm is not None else 0.0
-    scaled = (
-        accelerator.scaler is not None
-    )  # then a step whose gradients overflow is left out, and the scale lowered
+    # With a scaled loss (float16), a step whose gradients overflow is skipped and the scale is lowered.
+    scaled = accelerator.scaler is not None
     wrong = [
         name
         for name, value in values.items()
@@ -181,7 +157,7 @@ def _step(run: Run, phase: Phase, module: nn.Module, optimizer: Any, step: int) 
 
 
 def _shares(accelerator: Accelerator, weights: Sequence[int]) -> list[float]:
-    """The parts that the batches of one step have in its gradient; each batch is averaged over all processes."""
+    """Weights of the batches of one step in its gradient, averaged over all processes; they sum to 1."""
     if len(weights) == 1:
         return [1.0]
     counts = torch.tensor(weights, dtype=torch.float64)
@@ -191,35 +167,31 @@ def _shares(accelerator: Accelerator, weights: Sequence[int]) -> list[float]:
 
 
 def _over_processes(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
-    """Means over the processes, so that all of them see the same and stop together."""
+    """Means over the processes, so that all processes have the same values and stop together."""
     if accelerator.num_processes == 1:
         return values
     means = accelerator.reduce(torch.tensor(list(values.values()), device=accelerator.device), "mean")
     return dict(zip(values, means.tolist(), strict=True))
 
 
-def _not_finite(run: Run, phase: Phase, batches: Sequence[PhaseBatch], step: int, what: str) -> DataError:
-    """The error of a step that must not be made."""
+def _not_finite(
+    run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], step: int, what: str
+) -> DataError:
+    """The error for a step whose losses are not finite."""
     names = [name for batch in batches for name in batch.sample_ids]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    samples = f" on the samples {', '.join(names[:NAMED])}{more}" if names else ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    samples = f" on the samples {', '.join(names[:_NAMED])}{more}" if names else ""
     fix = "lower the learning rate of this phase, or raise its warmup_steps"
     if run.snapshots.any:
         fix += f", and go on from {run.snapshots.directory} with --resume"
     return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
 
 
-def _save(run: Run, phase: Phase, module: nn.Module, optimizer: Any, step: int, done: int) -> None:
-    """Writes a snapshot within a phase; every process takes part, the first one writes."""
+def _save(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, step: int, done: int) -> None:
+    """Writes a snapshot within a phase. All processes gather the tensors, the first one writes."""
     accelerator = run.accelerator
-    tensors = states.capture(accelerator, module, optimizer)
+    tensors = phase_state.capture(accelerator, module, optimizer)
     if accelerator.is_main_process:
-        kept = run.remember()
-        facts = {
-            **kept.facts,
-            "phase": phase.name,
-            "step": step,
-            "batches": phase.batches.state_dict(),
-        }
-        run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, facts))
+        kept = run.snapshot(phase=phase.name, step=step, batches=phase.batches.state_dict())
+        run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, kept.facts))
     accelerator.wait_for_everyone()

@@ -1,7 +1,7 @@
 """The optimiser of every phase.
 
-AdamW as in the BLIP-2 paper (arXiv 2301.12597, section 4): weight decay on matrices only, a linear
-warm-up, then half a cosine. Clipping, which LAVIS leaves out, keeps a bad batch from doing harm.
+AdamW as in the BLIP-2 paper (arXiv 2301.12597, section 4): weight decay on matrices only, a linear warm-up, then half
+a cosine. Gradients are also clipped, which LAVIS does not do, so that one bad batch cannot spoil the weights.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
 
 
 def make_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters that want a gradient.
+    """AdamW over all parameters with `requires_grad`.
 
     Args:
-        modules: Their trainable parameters are taken, each once.
-        config: Rates, betas and weight decay.
+        modules: Modules to train; a shared parameter is used once.
+        config: Learning rate, betas and weight decay.
 
     Returns:
-        An optimiser with two groups: tensors of two and more dimensions decay, biases, norms and scales do not.
+        An optimiser with two groups: weight decay on tensors of two or more dimensions, none on biases, norms and
+        scales.
     """
     seen: dict[int, nn.Parameter] = {}
     for module in modules:
@@ -56,11 +57,11 @@ def make_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> tor
     ]
     betas = (config.beta1, config.beta2)
     given = [group for group in groups if group["params"]]
-    # Fused: one pass over the memory a tensor, on a CPU four times as fast as one operation after the other.
+    # Fused: one pass over the memory of each tensor. On a CPU this is four times as fast as single operations.
     return torch.optim.AdamW(given, lr=config.learning_rate, betas=betas, fused=True)
 
 
 def freeze(module: nn.Module) -> None:
-    """Takes a part out of training: no gradients, no dropout."""
+    """Excludes a module from training: no gradients, no dropout."""
     module.requires_grad_(False)
     module.eval()

@@ -1,8 +1,8 @@
-"""Snapshots of a run: what an interrupted training goes on from.
+"""Snapshots of a training run, from which an interrupted run resumes.
 
-A snapshot is a directory with `state.safetensors` (weights, the optimiser's moments, generators of chance) and
-`state.json` (phase, step, where each source of samples stands). It is written to a sibling and renamed: at any
-moment the newest whole one is there. The one before it is removed afterwards.
+A snapshot is a directory with `state.safetensors` (weights, optimiser moments, random generators) and `state.json`
+(phase, step, position in the data). It is written to a temporary directory and renamed, so that a complete snapshot
+exists at any moment. The previous snapshot is removed afterwards.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from blip2edge.errors import DataError, OutputError
 
-TENSORS, FACTS = "state.safetensors", "state.json"
-PREFIX = "step-"  # of a whole snapshot; what is being written begins with a dot
+_TENSORS, FACTS = "state.safetensors", "state.json"
+_PREFIX = "step-"  # of a whole snapshot; what is being written begins with a dot
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run can go on from.
+    """Content of a snapshot.
 
     Attributes:
-        tensors: By name.
-        facts: Everything else, in JSON's types.
+        tensors: Tensors by name.
+        facts: Everything else, as JSON values.
     """
 
     tensors: Mapping[str, Tensor]
@@ -42,17 +42,17 @@ class Snapshots:
     """The snapshots of one run.
 
     Args:
-        directory: Where they are; made when the first is written.
+        directory: Their directory; created with the first snapshot.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def newest(self) -> Snapshot | None:
-        """The last one that was written whole; None where there is none.
+        """The newest complete snapshot, or None.
 
         Raises:
-            DataError: It is there and cannot be read.
+            DataError: The snapshot cannot be read.
         """
         found = self._whole()
         if not found:
@@ -60,7 +60,7 @@ class Snapshots:
         path = found[-1]
         try:
             facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-            return Snapshot(load_file(path / TENSORS), facts)
+            return Snapshot(load_file(path / _TENSORS), facts)
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(
                 f"the snapshot {path} cannot be read ({error})", f"start again with --force, or remove {path}"
@@ -68,50 +68,50 @@ class Snapshots:
 
     @property
     def any(self) -> bool:
-        """Whether there is one."""
+        """Whether there is a complete snapshot."""
         return bool(self._whole())
 
     def write(self, step: int, snapshot: Snapshot) -> None:
-        """Adds a snapshot and removes those before it.
+        """Writes a snapshot and removes the previous ones.
 
         Args:
-            step: Of the whole run; counts the optimiser steps of all phases.
+            step: Optimiser steps of the whole run, over all phases.
             snapshot: The content.
 
         Raises:
-            OutputError: The disk is full or not writable; the snapshot before stays.
+            OutputError: The disk is full or not writable; the previous snapshot stays.
         """
-        fresh = self.directory / f".{PREFIX}{step:09d}-{os.getpid()}"
-        target = self.directory / f"{PREFIX}{step:09d}"
+        fresh = self.directory / f".{_PREFIX}{step:09d}-{os.getpid()}"
+        target = self.directory / f"{_PREFIX}{step:09d}"
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             content = save({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()})
-            _write(fresh / TENSORS, content)
+            _write(fresh / _TENSORS, content)
             _write(fresh / FACTS, json.dumps(snapshot.facts).encode())
-            while target.exists():  # of a run that was started again: it stays until this one is there
-                target = target.with_name(f"{target.name}+")  # which sorts behind it
+            while target.exists():  # left by a run that was started again: kept until the new one is complete
+                target = target.with_name(f"{target.name}+")  # sorts after it
             fresh.rename(target)
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)
             raise OutputError(
                 f"cannot write a snapshot to {self.directory}: {error.strerror or error}",
-                "make room and run the command again: it goes on from the snapshot before",
+                "free some space and run the command again: it resumes from the previous snapshot",
             ) from error
-        for path in [*self._whole(), *self.directory.glob(f".{PREFIX}*")]:
+        for path in [*self._whole(), *self.directory.glob(f".{_PREFIX}*")]:
             if path != target:
                 shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Removes all of them."""
+        """Removes all snapshots and the log beside them."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _whole(self) -> list[Path]:
-        return sorted(self.directory.glob(f"{PREFIX}*"))
+        return sorted(self.directory.glob(f"{_PREFIX}*"))
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file and waits until the disk has it."""
+    """Writes a file and flushes it to the disk (fsync)."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

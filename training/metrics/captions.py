@@ -16,16 +16,18 @@ from blip2edge.training.metrics.tokens import all_words
 Gram = tuple[str, ...]
 Grams = Counter[Gram]
 
-LONGEST = 4  # words of the longest n-gram
+MAX_WORDS = 4  # words of the longest n-gram
 ROUGE_BETA = 1.2  # how much more recall weighs than precision
 CIDER_SIGMA = 6.0  # words; width of the penalty on a wrong length
 _TINY, _SMALL = 1e-15, 1e-9  # as the evaluation server keeps BLEU's fractions from 0/0
 
 
 def _grams(words: Sequence[str]) -> Grams:
-    """How often each n-gram of 1 to `LONGEST` words occurs."""
+    """How often each n-gram of 1 to `MAX_WORDS` words occurs."""
     return Counter(
-        tuple(words[at : at + size]) for size in range(1, LONGEST + 1) for at in range(len(words) - size + 1)
+        tuple(words[at : at + size])
+        for size in range(1, MAX_WORDS + 1)
+        for at in range(len(words) - size + 1)
     )
 
 
@@ -42,7 +44,7 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
     Returns:
         Between 0 and 1, for n-grams of up to 1, 2, 3 and 4 words.
     """
-    right, said = [0] * LONGEST, [0] * LONGEST
+    right, said = [0] * MAX_WORDS, [0] * MAX_WORDS
     length = reference_length = 0
     for candidate, all_references in zip(candidates, references, strict=True):
         words = candidate.split()
@@ -52,14 +54,14 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
             most |= _grams(text)
         for gram, count in _grams(words).items():
             right[len(gram) - 1] += min(count, most[gram])
-        for size in range(LONGEST):
+        for size in range(MAX_WORDS):
             said[size] += max(0, len(words) - size)
         length += len(words)
         reference_length += min((abs(len(text) - len(words)), len(text)) for text in texts)[1]
     ratio = (length + _TINY) / (reference_length + _SMALL)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, []
-    for size in range(LONGEST):
+    for size in range(MAX_WORDS):
         product *= (right[size] + _TINY) / (said[size] + _SMALL)
         scores.append(penalty * product ** (1 / (size + 1)))
     return scores[0], scores[1], scores[2], scores[3]
@@ -113,7 +115,7 @@ def _weighted(
 ) -> tuple[dict[Gram, float], list[float]]:
     """TF-IDF of a caption's n-grams, and the Euclidean norm for each n."""
     vector = {gram: count * rarity.get(gram, unseen) for gram, count in grams.items()}
-    squares = [0.0] * LONGEST
+    squares = [0.0] * MAX_WORDS
     for gram, value in vector.items():
         squares[len(gram) - 1] += value * value
     return vector, [math.sqrt(square) for square in squares]
@@ -147,7 +149,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
         score = 0.0
         for reference in all_grams:
             other, other_norms = _weighted(reference, rarity, unseen)
-            products = [0.0] * LONGEST
+            products = [0.0] * MAX_WORDS
             for gram, value in vector.items():
                 if gram in other:
                     products[len(gram) - 1] += min(value, other[gram]) * other[gram]
@@ -158,7 +160,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
             )
             difference = length - sum(count for gram, count in reference.items() if len(gram) == 2)
             score += cosines * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-        total += 10 * score / (LONGEST * len(all_grams))
+        total += 10 * score / (MAX_WORDS * len(all_grams))
     return total / len(cooked)
 
 
@@ -186,7 +188,7 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
         )
     said, written = all_words(candidates), [all_words(each) for each in references]
     scores = bleu(said, written)
-    return {f"bleu_{size}": scores[size - 1] for size in range(1, LONGEST + 1)} | {
+    return {f"bleu_{size}": scores[size - 1] for size in range(1, MAX_WORDS + 1)} | {
         "rouge_l": rouge_l(said, written),
         "cider_d": cider_d(said, written),
     }

@@ -78,7 +78,7 @@ def chair(captions: Sequence[str], shown: Sequence[Sequence[Kind]]) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Probe:
+class PopeQuestion:
     """A question of POPE's kind.
 
     Attributes:
@@ -108,7 +108,7 @@ class Probe:
         return caption.replace(" ".join(self.shown), " ".join(self.thing))
 
 
-def probes(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list[Probe]:
+def pope_questions(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list[PopeQuestion]:
     """POPE's questions on scenes: for each thing that is there, one that is not in each of three ways.
 
     Args:
@@ -128,10 +128,10 @@ def probes(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list[Probe]:
     for picture, there in enumerate(shown):
         for thing in there:
             near = [other for other in every if (other[0] == thing[0]) != (other[1] == thing[1])]
-            asked.append(Probe(picture, thing, thing))
+            asked.append(PopeQuestion(picture, thing, thing))
             for name, pool in zip(NEGATIVES, (every, popular, near), strict=True):
                 absent = [other for other in pool if other not in there]
-                asked.append(Probe(picture, absent[int(rng.integers(len(absent)))], thing, name))
+                asked.append(PopeQuestion(picture, absent[int(rng.integers(len(absent)))], thing, name))
     return asked
 
 
@@ -141,7 +141,7 @@ def said_yes(answer: str) -> bool:
     return not first & {"no", "not", "n't"} and bool(first)
 
 
-def pope(asked: Sequence[Probe], yes: Sequence[bool]) -> dict[str, dict[str, float]]:
+def pope(asked: Sequence[PopeQuestion], yes: Sequence[bool]) -> dict[str, dict[str, float]]:
     """POPE's figures.
 
     Args:

@@ -34,7 +34,7 @@ def similarities(images: Scores, texts: Scores) -> Scores:
     return best
 
 
-def nearest(scores: Scores, count: int) -> NDArray[np.int64]:
+def top_columns(scores: Scores, count: int) -> NDArray[np.int64]:
     """Columns of the largest values of each row, the largest first; among equals the first column.
 
     Args:
@@ -57,8 +57,8 @@ def pairs_to_match(scores: Scores, top: int) -> dict[int, list[int]]:
     Returns:
         From pictures to the texts that they are matched with, both as numbers, in order.
     """
-    wanted = {image: set(texts.tolist()) for image, texts in enumerate(nearest(scores, top))}
-    for text, images in enumerate(nearest(np.ascontiguousarray(scores.T), top)):
+    wanted = {image: set(texts.tolist()) for image, texts in enumerate(top_columns(scores, top))}
+    for text, images in enumerate(top_columns(np.ascontiguousarray(scores.T), top)):
         for image in images.tolist():
             wanted[image].add(text)
     return {image: sorted(texts) for image, texts in wanted.items()}
@@ -85,7 +85,7 @@ def match_pairs(
 
 def _order(scores: Scores, top: int, matched: Mapping[tuple[int, int], float]) -> list[list[int]]:
     """The columns of each row, best first; the first `top` by probability, then by score."""
-    rows: list[list[int]] = nearest(scores, max(top, *RANKS)).tolist()
+    rows: list[list[int]] = top_columns(scores, max(top, *RANKS)).tolist()
     for row, columns in enumerate(rows):
         head = [column for column in columns[:top] if (row, column) in matched]
         head.sort(key=lambda column: (-matched[row, column], -scores[row, column]))

@@ -29,7 +29,7 @@ from blip2edge.training.data.scenes import (
     coverage,
 )
 from blip2edge.training.loading.batches import IGNORED, KeywordBatch
-from blip2edge.training.phases.stages import caption_loss
+from blip2edge.training.phases.stage2 import caption_loss
 
 _COLOURS, _RELATIONS = list(COLOURS), list(RELATIONS)
 _OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}

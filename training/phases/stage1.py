@@ -13,8 +13,8 @@ of all ranks. A batch of one works, and so does a run without a process group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,10 @@ from blip2edge.model.bridges.draft import DraftConfig, TextSide, WordHead
 from blip2edge.model.layers import KeyValue
 from blip2edge.model.masks import attention_mask, mask_bias
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
-from blip2edge.training.loading.batches import IGNORED
+from blip2edge.training.loading.batches import IGNORED, TextBatch
+from blip2edge.training.loading.loader import PictureBatch
 from blip2edge.training.loop.optim import freeze
-from blip2edge.training.phases.gather import gather, gather_padded, mean_over_ranks, rank_and_size
+from blip2edge.training.phases.distributed import gather, gather_padded, mean_over_ranks, rank_and_size
 
 LABEL_SMOOTHING = 0.1
 TEMPERATURE = 0.07  # at the start; learned as it is, without exp or clamp
@@ -35,27 +36,12 @@ Draw = Callable[[Tensor], Tensor]
 """From weights ``[B, N]``, rows summing to 1, to a drawn column a row, int64 ``[B]``."""
 
 
-class TextBatch(NamedTuple):
-    """Texts for the Q-Former, padded on the right.
-
-    Attributes:
-        input_ids: int64 ``[B, T]``: [CLS], text, [SEP], padding.
-        attention_mask: int64 ``[B, T]``, 1 where a token is.
-        pictures: int64 ``[B]``, the number of each text's picture: texts with the same number describe the same
-            picture, and none is a negative of the other. None where no picture is twice in a batch.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    pictures: Tensor | None = None
-
-
 def draw_negative(weights: Tensor) -> Tensor:
     """A column a row, by its weights, from torch's own generator."""
     return torch.multinomial(weights, 1)[:, 0]
 
 
-def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
+def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
     """Cosines: of a picture's queries, the nearest to the text counts.
 
     Args:
@@ -76,7 +62,7 @@ def itc_loss(image_to_text: Tensor, text_to_image: Tensor, same: Tensor) -> Tens
     A row's target is shared by all columns of the same picture; a :data:`LABEL_SMOOTHING` of it is spread over all.
 
     Args:
-        image_to_text: ``[B, N]``, similarities over the temperature, of this rank's pictures and all texts.
+        image_to_text: ``[B, N]``, query_text_similarity over the temperature, of this rank's pictures and all texts.
         text_to_image: ``[B, N]``, of this rank's texts and all pictures.
         same: bool ``[B, N]``, whether row and column have the same picture.
 
@@ -198,8 +184,10 @@ class Stage1Model(RetrievalModel):
         queries, key_values = matcher.qformer.read(image_embeds)
         image_features = matcher.unit(matcher.image_projection(queries))  # [B, Q, F]
         text_features = matcher.text_embeds(texts.input_ids, texts.attention_mask)  # [B, F]
-        image_to_text = similarities(image_features, gather(text_features)) / self.temperature  # [B, N]
-        text_to_image = similarities(gather(image_features), text_features).t() / self.temperature
+        image_to_text = (
+            query_text_similarity(image_features, gather(text_features)) / self.temperature
+        )  # [B, N]
+        text_to_image = query_text_similarity(gather(image_features), text_features).t() / self.temperature
         same = _same_picture(texts, image_to_text.shape[1])
         logits, counted = self._matched(image_embeds, texts, (image_to_text, text_to_image), same, draw)
         return {
@@ -248,6 +236,31 @@ def _same_picture(texts: TextBatch, columns: int) -> Tensor:
 
 
 def prepare_stage1(model: Stage1Model) -> None:
-    """Freezes the picture encoder, and leaves all else to be trained."""
+    """Puts the model into training mode with a frozen picture encoder."""
     model.train()
     freeze(model.vision)
+
+
+class RepresentationStage(nn.Module):
+    """Stage 1 with a weight for each loss. The picture encoder is frozen.
+
+    Args:
+        model: Trained in place, except for its picture encoder.
+        weights: Weights of "itc", "itm" and "itg".
+    """
+
+    def __init__(self, model: Stage1Model, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.model = model
+        self._weights = dict(weights)
+        prepare_stage1(model)
+
+    def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
+        """The three losses, and `loss`, their weighted sum."""
+        losses: dict[str, Tensor] = self.model(batch.image_embeds, batch.texts)
+        total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
+        return {**losses, "loss": total}
+
+    def gauges(self) -> dict[str, float]:
+        """The learned temperature."""
+        return {"temperature": float(self.model.temperature.detach())}

@@ -1,1 +1,1 @@
-"""The model that a recipe asks for: parts put together, loaded or fresh."""
+"""Builds the model that a recipe describes from trained and new parts."""

@@ -1,4 +1,4 @@
-"""Which captioner the key `bridge` makes of a picture encoder and a language model: a row a choice."""
+"""The captioner's config for each value of the recipe's key `bridge`, given a picture encoder and a language model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from blip2edge.model.language.flamingo import FlamingoConfig
 from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.training.config import ModelConfig
 
-Maker = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
+MakeBridge = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
 
 
 def _qformer(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> QFormerConfig:
-    """A Q-Former of the recipe's sizes."""
+    """A Q-Former with the recipe's sizes."""
     block = sizes.qformer
     return QFormerConfig(
         hidden_size=block.hidden_size,
@@ -65,17 +65,18 @@ def _pool(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> Attent
 
 
 @dataclass(frozen=True)
-class Row:
-    """One choice of the key `bridge`.
+class Architecture:
+    """How one value of the key `bridge` is built.
 
     Attributes:
         bridge: Makes the bridge's config.
-        family: What a checkpoint is written as: a row of `model/families/registry.py`.
-        clip_family: The same behind a CLIP; empty where there is none.
-        language: Makes the language model's config of the given one and the rows behind its token table.
+        family: Family in which the checkpoint is written, of `model/families/registry.py`; empty if unsupported.
+        clip_family: The same for a CLIP picture encoder.
+        language: Makes the language model's config from its original config and the number of rows to append to its
+            token table.
     """
 
-    bridge: Maker
+    bridge: MakeBridge
     family: str
     clip_family: str = ""
     language: Callable[[Any, VisionConfig, int], LanguageConfig] = lambda language, vision, extra: replace(
@@ -84,16 +85,16 @@ class Row:
 
 
 def _flamingo(language: LanguageConfig, vision: VisionConfig, extra: int) -> FlamingoConfig:
-    """A Llama with a gated layer before each of its own."""
+    """A Llama with a gated cross-attention layer before each of its own."""
     if (
         not isinstance(language, LlamaConfig)
         or language.kind != "llama"
         or language.num_kv_heads != language.num_heads
     ):
         raise ConfigError(
-            "bridge = 'flamingo' puts layers into a Llama whose heads have keys of their own, and the language model"
-            f" is of type {language.kind!r} with {language.num_kv_heads} heads of keys",
-            "give such a Llama in model.language_from, or another bridge",
+            "bridge = 'flamingo' needs a Llama without grouped-query attention (num_kv_heads = num_heads), and the"
+            f" language model is of type {language.kind!r} with {language.num_kv_heads} heads of keys",
+            "set model.language_from to such a Llama, or choose another bridge",
         )
     base: dict[str, Any] = {each.name: getattr(language, each.name) for each in fields(LlamaConfig)}
     return FlamingoConfig(
@@ -107,34 +108,34 @@ def _flamingo(language: LanguageConfig, vision: VisionConfig, extra: int) -> Fla
     )
 
 
-ROWS: dict[str, Row] = {
-    "qformer": Row(_qformer, "blip-2"),
-    "projection": Row(_qformer, "blip-2"),
-    "mlp": Row(_mlp, "blip2edge", clip_family="llava"),
-    "perceiver": Row(_perceiver, "blip2edge"),
-    "pool": Row(_pool, "blip2edge"),
-    "flamingo": Row(_resampler, "", clip_family="idefics", language=_flamingo),
+ARCHITECTURES: dict[str, Architecture] = {
+    "qformer": Architecture(_qformer, "blip-2"),
+    "projection": Architecture(_qformer, "blip-2"),
+    "mlp": Architecture(_mlp, "blip2edge", clip_family="llava"),
+    "perceiver": Architecture(_perceiver, "blip2edge"),
+    "pool": Architecture(_pool, "blip2edge"),
+    "flamingo": Architecture(_resampler, "", clip_family="idefics", language=_flamingo),
 }
 
 
 def family_of(bridge: str, vision: VisionConfig) -> str:
-    """What a checkpoint of these parts is written as: a row of `model/families/registry.py`.
+    """Family in which a checkpoint of these parts is written, of `model/families/registry.py`.
 
     Raises:
-        ConfigError: The choice is not for this kind of picture encoder.
+        ConfigError: This bridge does not support this kind of picture encoder.
     """
-    row = ROWS[bridge]
+    row = ARCHITECTURES[bridge]
     family = row.clip_family if vision.clip else row.family
     if not family:
         kind, other = ("a CLIP", "BLIP-2's") if vision.clip else ("BLIP-2's", "a CLIP")
         raise ConfigError(
-            f"bridge = {bridge!r} is not for a picture encoder that is {kind}",
-            f"give {other} in model.vision_from, or another bridge",
+            f"bridge = {bridge!r} does not support {kind} as picture encoder",
+            f"set model.vision_from to {other}, or choose another bridge",
         )
     return family
 
 
-def architecture(
+def captioner_config(
     bridge: str,
     sizes: ModelConfig,
     vision: VisionConfig,
@@ -144,28 +145,29 @@ def architecture(
     text: DraftConfig | None = None,
     instructed: bool = False,
 ) -> CaptionerConfig:
-    """The captioner that a recipe asks for; its special tokens are still to be filled in.
+    """The captioner's config that a recipe describes, without its special tokens.
 
     Args:
-        bridge: The key of the recipe.
-        sizes: Of a fresh bridge.
-        vision: The picture encoder's.
-        language: The language model's.
-        extra: Rows that the language model's token table gets behind its own.
-        text: The text side of the Q-Former, kept as a draft or read with the prompt; None for none.
-        instructed: The prompt enters the Q-Former.
+        bridge: Value of the recipe's key `bridge`.
+        sizes: Sizes of a new bridge.
+        vision: Config of the picture encoder.
+        language: Config of the language model.
+        extra: Rows to append to the language model's token table.
+        text: Config of the Q-Former's text side, used as draft model or to read the prompt; None for none.
+        instructed: Whether the Q-Former reads the prompt (InstructBLIP).
 
     Raises:
-        ConfigError: These parts do not go together.
+        ConfigError: These parts do not fit together.
     """
-    row = ROWS[bridge]
+    row = ARCHITECTURES[bridge]
     family = family_of(bridge, vision)
     language = row.language(language, vision, extra)
     made = row.bridge(sizes, vision, language)
     if instructed:
         if not isinstance(made, QFormerConfig) or text is None:
             raise ConfigError(
-                f"instruct: the prompt enters a Q-Former, and bridge is {bridge!r}", "set bridge to 'qformer'"
+                f"instruct needs a Q-Former that reads the prompt, and bridge is {bridge!r}",
+                "set bridge to 'qformer'",
             )
         base = {each.name: getattr(made, each.name) for each in fields(QFormerConfig)}
         made = InstructedQFormerConfig(

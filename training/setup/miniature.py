@@ -1,4 +1,4 @@
-"""The architecture of the miniature: a BLIP-2 with an OPT language model, small enough to ship."""
+"""Builds the miniature: a BLIP-2 with an OPT language model that is small enough to ship with the package."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from blip2edge.model.layers import RMSNorm
 from blip2edge.training.config import ModelConfig, TrainingConfig
 from blip2edge.training.data.scenes import PICTURE_SIZE
 from blip2edge.training.loading.batches import PREPROCESSING
-from blip2edge.training.loading.stage1_texts import QFormerTexts
-from blip2edge.training.setup.architecture import architecture
+from blip2edge.training.loading.qformer_texts import QFormerTexts
+from blip2edge.training.setup.architecture import captioner_config
+from blip2edge.training.setup.model_parts import ModelParts
 from blip2edge.training.setup.pretrained import PROCESSORS
-from blip2edge.training.setup.vocabulary import END_ID, IMAGE, PAD_ID, make_tokenizer, tokenizer_config
-from blip2edge.training.setup.workshop import Workshop
+from blip2edge.training.setup.vocabulary import END_ID, IMAGE_TOKEN, PAD_ID, make_tokenizer, tokenizer_config
 
-EMBEDDING_STD = 0.02  # of token and position tables, as OPT and BERT
-# Both stand beside values of size 1 (a normalised picture's patches, a LayerNorm's output), and learn at the
-# speed of an Adam step whatever their size: started small, places and queries stay unheard for long.
-PLACE_STD = 0.4
+EMBEDDING_STD = 0.02  # of token and position tables, as in OPT and BERT
+# Position embeddings and queries are added to values of size 1 (normalised patches, the output of a LayerNorm), and
+# Adam changes small and large values at the same speed. If they start small, they have no effect for many steps.
+POSITION_STD = 0.4
 QUERY_STD = 1.0
-# The head is tied to the table, which must not keep a matrix's scale: drawn last.
+# Drawn after all matrices: the language model's head shares the token table, which needs the small scale.
 _SPECIAL_STD = {
     "language.embed_tokens.weight": EMBEDDING_STD,
-    "vision.position_embedding": PLACE_STD,
+    "vision.position_embedding": POSITION_STD,
     "query_tokens": QUERY_STD,
     "latents": QUERY_STD,
 }
@@ -63,14 +63,14 @@ def _language(sizes: ModelConfig, tokenizer: Tokenizer) -> OPTConfig:
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Draws all weights of a miniature, of the model of its first stage, or of a fresh bridge.
+    """Initialises all weights of a miniature, of its stage-1 model, or of a new bridge.
 
-    Matrices get N(0, 1/fan_in), tables and single tokens N(0, 0.02²), biases and gates 0 and norms 1; the
-    picture's places and the queries start larger, see `PLACE_STD`.
+    Matrices get N(0, 1/fan_in), tables and single tokens N(0, 0.02²), biases and gates 0, norms 1. Position embeddings
+    of the picture and queries start larger, see `POSITION_STD`.
 
     Args:
         model: Changed in place.
-        seed: Same seed, same weights.
+        seed: The same seed gives the same weights.
     """
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -94,21 +94,21 @@ def initialise(model: nn.Module, seed: int) -> None:
                     parameter.normal_(0.0, std, generator=draw)
 
 
-def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: bool = False) -> Workshop:
-    """A freshly drawn miniature, and what belongs to it.
+def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: bool = False) -> ModelParts:
+    """Builds a miniature with new weights.
 
     Args:
         config: The recipe.
-        draft: With the Q-Former's own text head.
-        instructed: With a Q-Former that reads the prompt.
+        draft: Whether the Q-Former has its own text head.
+        instructed: Whether the Q-Former reads the prompt.
 
     Returns:
-        A workshop whose model is float32; no dropout, as the data never repeats.
+        The model in float32 and its tokenizers and files. It has no dropout, because its data never repeats.
     """
     tokenizer = make_tokenizer(config.data.prompts)
     texts = QFormerTexts(tokenizer, config.stage1.max_tokens)
     sizes = config.model
-    built = architecture(
+    built = captioner_config(
         config.bridge,
         sizes,
         _vision(sizes),
@@ -122,18 +122,18 @@ def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: 
             bos_token_id=END_ID,
             eos_token_ids=(END_ID,),
             pad_token_id=PAD_ID,
-            image_token_id=tokenizer.token_to_id(IMAGE),
+            image_token_id=tokenizer.token_to_id(IMAGE_TOKEN),
         )
     )
     initialise(model, config.seed)
     files = _files(model, tokenizer)
     if instructed:
         files["qformer_tokenizer/tokenizer.json"] = texts.tokenizer.to_str().encode()
-    return Workshop(model, PREPROCESSING, tokenizer, texts, files)
+    return ModelParts(model, PREPROCESSING, tokenizer, texts, files)
 
 
 def _image_processor() -> dict[str, Any]:
-    """The preprocessing in transformers' words."""
+    """The preprocessing as transformers' `preprocessor_config.json` describes it."""
     return {
         "image_processor_type": "BlipImageProcessor",
         "do_convert_rgb": True,
@@ -149,13 +149,13 @@ def _image_processor() -> dict[str, Any]:
 
 
 def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What stands beside the weights, so that transformers' processor reads the directory too."""
+    """The files beside the weights with which transformers' processor reads the directory."""
     config = model.config
     named = {"processor_class": PROCESSORS[config.family]}
-    slots = {**named, "num_query_tokens": config.bridge.num_visual_tokens}
+    processor = {**named, "num_query_tokens": config.bridge.num_visual_tokens}
     files = {
         "preprocessor_config.json": _image_processor() | named,
-        "processor_config.json": slots,
+        "processor_config.json": processor,
         "tokenizer_config.json": tokenizer_config(config.language.max_positions) | named,
         "generation_config.json": {
             "bos_token_id": config.bos_token_id,

@@ -1,4 +1,4 @@
-"""Trained parts read from checkpoints, and put together to a captioner whose bridge is still to be trained."""
+"""Reads trained parts from checkpoints and assembles them into a captioner with a new bridge."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.model.weights.rules import WeightMap, some
 from blip2edge.runtime.images.preprocess import Preprocessing
 
-PICTURE = "<image>"
-"""The token that stands for a picture's slots in transformers' input_ids, where a family names no other."""
+_IMAGE_TOKEN = "<image>"
+"""The token of a picture in transformers' input_ids, for families that name no other."""
 
 PROCESSORS: Mapping[str, str] = {
     "blip-2": "Blip2Processor",
@@ -41,16 +41,16 @@ PROCESSORS: Mapping[str, str] = {
     "llava": "LlavaProcessor",
     "idefics": "IdeficsProcessor",
 }
-"""transformers' class that reads a family's tokenizer and preprocessing."""
+"""transformers' processor class of each family."""
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 def resolve(name: str, base: Path) -> Path:
-    """A directory that a recipe names: relative to it, absolute, or in the hub.
+    """Finds a checkpoint that a recipe names: a path relative to the recipe, an absolute path, or a hub name.
 
     Raises:
-        CheckpointError: It is none of these.
+        CheckpointError: There is no such checkpoint.
     """
     local = base / name
     return find_checkpoint(local if local.exists() else name)
@@ -58,14 +58,14 @@ def resolve(name: str, base: Path) -> Path:
 
 @dataclass
 class LanguagePart:
-    """A language model and what belongs to it.
+    """A trained language model with its tokenizer.
 
     Attributes:
-        config: Its sizes.
-        state: Its tensors, by our names.
-        tokens: Its special ids, as fields of CaptionerConfig.
-        tokenizer: Its own.
-        directory: Where it came from.
+        config: Its config.
+        state: Its tensors by our names.
+        tokens: Its special token ids, as fields of CaptionerConfig.
+        tokenizer: Its tokenizer.
+        directory: Its checkpoint.
     """
 
     config: LanguageConfig
@@ -75,15 +75,15 @@ class LanguagePart:
     directory: Path
 
     def with_tokens(self, wanted: list[str]) -> int:
-        """Adds special tokens to the tokenizer, and rows to the tables where they lack one.
+        """Adds special tokens to the tokenizer, and rows to the token tables if these are too short.
 
         New rows are the mean of the others, as in transformers' resize_token_embeddings.
 
         Args:
-            wanted: Tokens.
+            wanted: The tokens.
 
         Returns:
-            How many rows were added behind those of the config.
+            Number of appended rows.
         """
         missing = [token for token in wanted if self.tokenizer.token_to_id(token) is None]
         self.tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in missing])
@@ -97,11 +97,11 @@ class LanguagePart:
 
 
 def load_language(name: str, base: Path) -> LanguagePart:
-    """A language model by itself, or that of a captioner.
+    """Loads a language model, or the language model of a captioner.
 
     Raises:
-        CheckpointError: It cannot be read, or has no tokenizer.json.
-        UnsupportedModelError: No bridge can feed it.
+        CheckpointError: The checkpoint cannot be read, or has no tokenizer.json.
+        UnsupportedModelError: This kind of language model does not work with a bridge.
     """
     directory = resolve(name, base)
     values = read_json(directory / "config.json")
@@ -131,10 +131,10 @@ def load_language(name: str, base: Path) -> LanguagePart:
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """A tokenizer of the package tokenizers.
+    """Loads a tokenizer of the package tokenizers.
 
     Raises:
-        CheckpointError: The file is missing or no tokenizer.
+        CheckpointError: The file is missing, or is no tokenizer.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -149,12 +149,12 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 @dataclass
 class VisionPart:
-    """A picture encoder and its preprocessing.
+    """A trained picture encoder and its preprocessing.
 
     Attributes:
-        module: In eval mode.
-        preprocessing: As it was trained.
-        file: The same as `preprocessor_config.json`.
+        module: The picture encoder in eval mode.
+        preprocessing: The preprocessing that it was trained with.
+        file: The preprocessing as content of `preprocessor_config.json`.
     """
 
     module: VisionTransformer
@@ -163,10 +163,10 @@ class VisionPart:
 
 
 def load_vision(name: str, base: Path) -> VisionPart:
-    """The picture encoder of a captioner or of a model that compares.
+    """Loads the picture encoder of a captioner or retrieval model.
 
     Raises:
-        CheckpointError: It cannot be read, or has no preprocessing.
+        CheckpointError: The checkpoint cannot be read, or has no preprocessing.
     """
     directory = resolve(name, base)
     preprocessing, content = load_preprocessing(directory)
@@ -174,10 +174,10 @@ def load_vision(name: str, base: Path) -> VisionPart:
 
 
 def load_preprocessing(directory: Path) -> tuple[Preprocessing, bytes]:
-    """A checkpoint's preprocessing, and the file that says so.
+    """Loads a checkpoint's preprocessing, and its content as `preprocessor_config.json`.
 
     Raises:
-        CheckpointError: It has none.
+        CheckpointError: The checkpoint has no preprocessing.
     """
     path = directory / "preprocessor_config.json"
     if not path.is_file() and (directory / "processor_config.json").is_file():
@@ -188,12 +188,12 @@ def load_preprocessing(directory: Path) -> tuple[Preprocessing, bytes]:
 
 
 def side_files(directory: Path) -> dict[str, bytes]:
-    """What stands beside the weights of a whole checkpoint, by name."""
+    """Content of the files beside the weights of a checkpoint, by name."""
     return {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).is_file()}
 
 
 def tokenizer_files(part: LanguagePart) -> dict[str, bytes]:
-    """The tokenizer of a language model, with the tokens that were added, and what stands beside it."""
+    """The tokenizer files of a language model, with the added tokens."""
     found = {
         name: (part.directory / name).read_bytes()
         for name in _TOKENIZER_FILES
@@ -203,18 +203,18 @@ def tokenizer_files(part: LanguagePart) -> dict[str, bytes]:
 
 
 def picture_tokens(family: str) -> list[str]:
-    """The tokens that a family's texts hold for a picture."""
+    """The special tokens of a picture in the texts of a family."""
     row = FAMILIES[family]
-    return [row.image_token or PICTURE, *([row.around_image] if row.around_image else [])]
+    return [row.image_token or _IMAGE_TOKEN, *([row.around_image] if row.around_image else [])]
 
 
-def put_together(config: CaptionerConfig, vision: VisionPart, language: LanguagePart) -> CaptionerModel:
-    """A captioner of trained parts and a bridge that is still to be drawn.
+def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: LanguagePart) -> CaptionerModel:
+    """Assembles a captioner of trained parts. Its bridge, draft and gated layers are not yet initialised.
 
     Args:
-        config: What `architecture` made, with its special tokens.
-        vision: Its picture encoder.
-        language: Its language model; gated layers between those of a Flamingo are still to be drawn too.
+        config: From `captioner_config`, with special tokens.
+        vision: The picture encoder.
+        language: The language model.
 
     Raises:
         ConfigError: The language model has no end token.
@@ -240,7 +240,7 @@ def put_together(config: CaptionerConfig, vision: VisionPart, language: Language
 
 
 def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Puts tensors in place of those on the meta device; the names that stay there."""
+    """Assigns tensors to a module on the meta device. Returns the names that are still missing."""
     module.load_state_dict(dict(state), strict=False, assign=True)
     language: Any = module
     if language.config.tie_embeddings:
@@ -249,5 +249,5 @@ def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def with_special_tokens(config: CaptionerConfig, language: LanguagePart, image_token: str) -> CaptionerConfig:
-    """The config with the language model's special ids."""
+    """The config with the language model's special token ids."""
     return replace(config, **language.tokens, image_token_id=language.tokenizer.token_to_id(image_token))

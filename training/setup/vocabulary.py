@@ -1,7 +1,7 @@
-"""The miniature's tokenizer: byte-level BPE as OPT's, with a word of the scenes in one token each.
+"""The miniature's tokenizer: byte-level BPE like OPT's, with one token for each word of the scenes.
 
-OPT's conventions (Zhang et al., arXiv 2205.01068): `<pad>` is 1, `</s>` is 2, stands before every text
-and ends it. Bytes keep every other text encodable, so any prompt is accepted. Needs no torch.
+It follows OPT (Zhang et al., arXiv 2205.01068): `<pad>` is 1; `</s>` is 2, begins every text and ends it. Any other
+text is encoded as bytes, so every prompt is accepted. Needs no torch.
 """
 
 from __future__ import annotations
@@ -13,66 +13,66 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from blip2edge.training.data.scenes import COLOURS, RELATIONS, SHAPES, SIZES, all_captions
 
-UNK, PAD, END, IMAGE = "<unk>", "<pad>", "</s>", "<image>"
+_UNK, _PAD, _END, IMAGE_TOKEN = "<unk>", "<pad>", "</s>", "<image>"
 UNK_ID, PAD_ID, END_ID = 0, 1, 2
-LARGEST = 512  # more entries than the merges of the scenes' words ever need
+_MAX_VOCABULARY = 512  # more entries than the words of the scenes need
 
 
 def make_tokenizer(prompts: Iterable[str]) -> Tokenizer:
-    """Learns the merges from the training captions.
+    """Trains the tokenizer on all captions of the training scenes.
 
     Args:
-        prompts: Short texts that must be cheap to write as well.
+        prompts: Short texts that get tokens of their own as well.
 
     Returns:
-        A tokenizer that puts `</s>` before a text; `<image>` has the last id.
+        A tokenizer that begins every text with `</s>`; `<image>` has the last id.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LARGEST,
-        special_tokens=[UNK, PAD, END],
+        vocab_size=_MAX_VOCABULARY,
+        special_tokens=[_UNK, _PAD, _END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     texts = [*all_captions("train"), *prompts]
     tokenizer.train_from_iterator(texts + [f" {text}" for text in texts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, END_ID)]
+        single=f"{_END} $A", pair=f"{_END} $A $B", special_tokens=[(_END, END_ID)]
     )
-    tokenizer.add_special_tokens([AddedToken(IMAGE, normalized=False, special=True)])
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     return tokenizer
 
 
 def keyword_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The token of every word that decides a caption.
+    """Token ids of the keywords: the words that determine a caption.
 
     Args:
         tokenizer: From `make_tokenizer`.
 
     Returns:
-        From sizes, colours, shapes and relations to the id of the word with a space before it.
+        Maps sizes, colours, shapes and relations to the id of the word with a space before it.
     """
     words = [*SIZES, *COLOURS, *SHAPES, *RELATIONS]
     return {word: tokenizer.encode(f" {word}", add_special_tokens=False).ids[-1] for word in words}
 
 
 def tokenizer_config(max_positions: int) -> dict[str, Any]:
-    """`tokenizer_config.json`, so that transformers' AutoTokenizer reads the same tokenizer.
+    """`tokenizer_config.json`, with which transformers' AutoTokenizer loads the same tokenizer.
 
     Args:
-        max_positions: Longest context of the language model.
+        max_positions: Context length of the language model.
 
     Returns:
         The file's content.
     """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "pad_token": PAD,
-        "unk_token": UNK,
+        "bos_token": _END,
+        "eos_token": _END,
+        "pad_token": _PAD,
+        "unk_token": _UNK,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
         "padding_side": "left",

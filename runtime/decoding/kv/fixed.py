@@ -1,8 +1,8 @@
-"""Decoding with a KV cache of constant capacity.
+"""A KV cache of constant capacity, for graphs whose shapes may not change (CUDA graphs).
 
-``engine/constant_shape.py`` tells what the graph takes. All rows of a batch go on in the same slot; a row that is
-shorter has hidden slots on its left. What moves keys and values is behind :class:`SlotCache`, so that the same state
-serves a cache on a GPU and one of NumPy arrays, which the tests use.
+``engine/constant_shape.py`` describes the graph's inputs. All rows of a batch continue in the same slot; shorter rows
+have masked slots on their left. What moves keys and values is behind :class:`SlotCache`, so that the same state
+serves a cache on a GPU and one of NumPy arrays (in the tests).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError
-from blip2edge.runtime.decoding.state import embedded, forgotten, left_padded, stacked
+from blip2edge.runtime.decoding.state import stacked, tokens_to_drop
+from blip2edge.runtime.text.prompt import left_padded
 
 CACHE_POSITION = "cache_position"
 
@@ -33,7 +34,7 @@ class SlotCache(Protocol):
         ...
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Row i goes on as old row ``rows[i]``."""
+        """Row i continues old row ``rows[i]``."""
         ...
 
     def shift(self, row: int, by: int, length: int) -> None:
@@ -56,26 +57,30 @@ class SlotDecoder:
         open_cache: Makes the cache of a batch.
         spec: The graph's tensors.
         capacity: C, slots of a row.
-        most_rows: The most rows that the graph takes at once.
+        max_rows: The most rows that the graph takes at once.
         table: The token table.
     """
 
     state_class: type[SlotState]
 
     def __init__(
-        self, open_cache: OpenCache, spec: GraphSpec, capacity: int, most_rows: int, table: TokenTable
+        self, open_cache: OpenCache, spec: GraphSpec, capacity: int, max_rows: int, table: TokenTable
     ) -> None:
         self.open_cache = open_cache
         self.capacity = capacity
-        self.most_rows = most_rows
+        self.max_rows = max_rows
         self.table = table
         dtypes = {tensor.name: tensor.dtype for tensor in spec.inputs}
         self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
 
+    def embed(self, token_ids: NDArray[np.int64]) -> Array:
+        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
+        return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
+
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], SlotState]:
-        """Reads whole prompts; arguments and result as :meth:`blip2edge.runtime.decoding.kv.growing.Decoder.prefill`.
+        """Runs whole prompts; arguments and result as :meth:`.GrowingDecoder.prefill`.
 
         Raises:
             BackendError: More rows or longer prompts than the graph was built for.
@@ -92,9 +97,9 @@ class SlotDecoder:
 
     def check(self, rows: int, slots: int) -> None:
         """Raises BackendError where the graph has not as many rows or slots."""
-        if rows > self.most_rows:
+        if rows > self.max_rows:
             raise BackendError(
-                f"{rows} rows (pictures times beams) are more than the {self.most_rows} that the engine was built for",
+                f"{rows} rows (pictures times beams) are more than the {self.max_rows} that the engine was built for",
                 "lower --batch-size or --num-beams, or build again with --max-batch",
             )
         if slots > self.capacity:
@@ -146,7 +151,7 @@ class SlotState:
         self.make_room(steps)
         positions = self.positions[:, None] + np.arange(1, steps + 1)
         self.positions = positions[:, -1]
-        embeds = embedded(self.decoder.table, token_ids, self.decoder.embeds_dtype)
+        embeds = self.decoder.embed(token_ids)
         return self.advance(embeds, positions, steps)
 
     def make_room(self, steps: int) -> None:
@@ -165,12 +170,12 @@ class SlotState:
         self.decoder.check(self.batch_size, self.slot + steps)
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """Row i forgets what it has read behind its first ``lengths[i]`` tokens (``[B]``, of :attr:`lengths`).
+        """Drops the tokens of row i after its first ``lengths[i]`` (``[B]``).
 
         Raises:
-            ValueError: A row has read less than that, or would be left with nothing.
+            ValueError: A row has fewer tokens, or would keep none.
         """
-        cut = forgotten(self.lengths, lengths)
+        cut = tokens_to_drop(self.lengths, lengths)
         least = int(cut.min())
         self.slot -= least
         for row, by in enumerate(cut.tolist()):
@@ -179,7 +184,7 @@ class SlotState:
         self.positions = np.asarray(lengths, np.int64) - 1
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Row i goes on as old row ``rows[i]``."""
+        """Row i continues old row ``rows[i]``."""
         if len(rows) == self.batch_size and np.array_equal(rows, np.arange(len(rows))):
             return
         self.decoder.check(len(rows), self.slot)
@@ -188,7 +193,7 @@ class SlotState:
         self.cache.select(rows)
 
     def join(self, other: SlotState) -> None:
-        """The rows of another state of the same decoder become further rows; that one is used up."""
+        """Adds the rows of another state of the same decoder; the other state is used up."""
         self.decoder.check(self.batch_size + other.batch_size, self.slot)
         last = max(self.slot, other.slot)
         for state in (self, other):

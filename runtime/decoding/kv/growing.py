@@ -1,4 +1,4 @@
-"""The language model at work: prefill once, then a step a token, the cache carried along."""
+"""The portable KV cache: keys and values are inputs and outputs of the graph, and grow with every step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK, CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.decoding.state import embedded, forgotten, left_padded, padded, stacked
+from blip2edge.runtime.decoding.state import padded, stacked, tokens_to_drop
+from blip2edge.runtime.text.prompt import left_padded
 
 
-class Decoder:
+class GrowingDecoder:
     """A decoder graph and its token table.
 
     Args:
@@ -24,7 +25,7 @@ class Decoder:
         table: The token table.
     """
 
-    most_rows: int | None = None
+    max_rows: int | None = None
 
     def __init__(self, session: Session, spec: GraphSpec, cache: CacheSpec, table: TokenTable) -> None:
         self.session = session
@@ -32,38 +33,40 @@ class Decoder:
         self.table = table
         dtypes = {tensor.name: tensor.dtype for tensor in spec.inputs}
         self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
-        self.cache_dtype = NUMPY_DTYPES[dtypes[cache.past_names()[0]]]
+        self.past_names = cache.past_names()
+        self.present_of = dict(zip(self.past_names, cache.present_names(), strict=True))
+        self.cache_dtype = NUMPY_DTYPES[dtypes[self.past_names[0]]]
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Array:
+        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
+        return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
-    ) -> tuple[NDArray[np.float32], DecoderState]:
-        """Reads whole prompts.
+    ) -> tuple[NDArray[np.float32], GrowingState]:
+        """Runs whole prompts.
 
         Args:
-            prompts: A ``[S_i, D]`` a row; lengths may differ.
-            context: Further inputs that stay the same from step to step, row by row: keys and values of what
-                the decoder looks at beside its text, and their mask; of a mask ``[B, S, E]`` the last slot's row
-                goes on.
+            prompts: One ``[S_i, D]`` a row; lengths may differ.
+            context: Inputs that stay the same from step to step: cross-attention keys and values and their mask.
+                Of a mask ``[B, S, E]`` later steps use the last slot's row.
 
         Returns:
-            The logits ``[B, V]`` behind each prompt, and the state to go on from.
+            The logits ``[B, V]`` after each prompt, and the state.
         """
         embeds, mask, positions = left_padded(prompts, self.embeds_dtype)
         empty = np.zeros((len(prompts), self.cache.num_heads, 0, self.cache.head_dim), self.cache_dtype)
-        past = dict.fromkeys(self.cache.past_names(), empty)
-        state = DecoderState(self, past, mask[:, :0], positions[:, -1], dict(context or {}))
+        past = dict.fromkeys(self.past_names, empty)
+        state = GrowingState(self, past, mask[:, :0], positions[:, -1], dict(context or {}))
         return state.advance(embeds, mask, positions)[:, 0], state
 
 
-class DecoderState:
-    """The rows of a batch on their way: cache, valid slots and the position of each row's last token.
-
-    It follows the ``DecodeState`` protocol of ``options.py``.
-    """
+class GrowingState:
+    """The rows of a batch: KV cache, valid slots and the position of each row's last token. A ``RowState``."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: GrowingDecoder,
         past: dict[str, Array],
         mask: NDArray[np.int64],
         positions: NDArray[np.int64],
@@ -71,7 +74,9 @@ class DecoderState:
     ) -> None:
         self._decoder = decoder
         self._context = context
-        self._origin = np.arange(len(positions))  # the row of the first batch that each row's context is of
+        self._origin = np.arange(
+            len(positions)
+        )  # the row of the first batch that each row's context belongs to
         self._past = past
         self._mask = mask
         self._positions = positions
@@ -83,7 +88,7 @@ class DecoderState:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens that each row has read, prompt included, ``[B]``."""
+        """Tokens of each row in the cache, prompt included, ``[B]``."""
         return self._positions + 1
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -91,27 +96,27 @@ class DecoderState:
         return self.extend(token_ids[:, None])[:, 0]
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Appends k tokens ``[B, k]`` to each row in one pass; the logits ``[B, k, V]`` behind each of them."""
+        """Appends k tokens ``[B, k]`` to each row in one pass; the logits ``[B, k, V]`` after each of them."""
         batch, steps = token_ids.shape
         positions = self._positions[:, None] + np.arange(1, steps + 1)
         self._positions = positions[:, -1]
-        embeds = embedded(self._decoder.table, token_ids, self._decoder.embeds_dtype)
+        embeds = self._decoder.embed(token_ids)
         return self.advance(embeds, np.ones((batch, steps), np.int64), positions, steps)
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """Row i forgets what it has read behind its first ``lengths[i]`` tokens (``[B]``, of :attr:`lengths`).
+        """Drops the tokens of row i after its first ``lengths[i]`` (``[B]``).
 
         Raises:
-            ValueError: A row has read less than that, or would be left with nothing.
+            ValueError: A row has fewer tokens, or would keep none.
         """
-        cut = forgotten(self.lengths, lengths)
+        cut = tokens_to_drop(self.lengths, lengths)
         if not cut.any():
             return
         least, kept = int(cut.min()), self._mask.shape[1] - int(cut.min())
         self._mask = self._mask[:, :kept].copy()
         self._past = {name: array[:, :, :kept] for name, array in self._past.items()}
         shifts = {row: int(by) - least for row, by in enumerate(cut) if by > least}
-        if shifts:  # all rows go on in the same slot: what keeps less moves to the right
+        if shifts:  # all rows continue in the same slot: shorter rows move to the right
             self._past = {name: array.copy() for name, array in self._past.items()}
         for row, by in shifts.items():
             self._mask[row, by:], self._mask[row, :by] = self._mask[row, : kept - by].copy(), 0
@@ -121,19 +126,19 @@ class DecoderState:
         self._trim()
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Row i goes on as old row ``rows[i]``."""
+        """Row i continues old row ``rows[i]``."""
         if len(rows) == self.batch_size and np.array_equal(rows, np.arange(len(rows))):
             return
         self._mask, self._positions = self._mask[rows], self._positions[rows]
         self._past = {name: array[rows] for name, array in self._past.items()}
         origin = self._origin[rows]
-        if not np.array_equal(origin, self._origin):  # beams of one picture share what they look at
+        if not np.array_equal(origin, self._origin):  # beams of one picture share its context
             self._context = {name: array[rows] for name, array in self._context.items()}
         self._origin = origin
         self._trim()
 
-    def join(self, other: DecoderState) -> None:
-        """The rows of another state of the same decoder become further rows; that one is used up."""
+    def join(self, other: GrowingState) -> None:
+        """Adds the rows of another state of the same decoder; the other state is used up."""
         longest = max(self._mask.shape[1], other._mask.shape[1])
         self._mask = np.concatenate([padded(one._mask, 1, longest, left=True) for one in (self, other)])
         self._past = {
@@ -154,7 +159,7 @@ class DecoderState:
             self._past = {name: array[:, :, unused:] for name, array in self._past.items()}
 
     def advance(
-        self, embeds: Array, mask: NDArray[np.int64], positions: NDArray[np.int64], asked: int = 1
+        self, embeds: Array, mask: NDArray[np.int64], positions: NDArray[np.int64], wanted: int = 1
     ) -> NDArray[np.float32]:
         """Runs the graph on S new slots of every row.
 
@@ -162,7 +167,7 @@ class DecoderState:
             embeds: ``[B, S, D]``.
             mask: ``[B, S]``, 1 where a new slot is valid.
             positions: ``[B, S]``.
-            asked: K, how many of the last slots need logits.
+            wanted: K, how many of the last slots need logits.
 
         Returns:
             Logits ``[B, K, V]``.
@@ -174,23 +179,21 @@ class DecoderState:
                 "inputs_embeds": embeds,
                 "attention_mask": self._mask,
                 "position_ids": positions,
-                "logits_indices": np.tile(np.arange(steps - asked, steps), (batch, 1)),
+                "logits_indices": np.tile(np.arange(steps - wanted, steps), (batch, 1)),
                 **self._past,
-                **self._seen_by(steps),
+                **self._cross_inputs(steps),
             }
         )
-        cache = self._decoder.cache
-        names = zip(cache.past_names(), cache.present_names(), strict=True)
-        self._past = {past: outputs[present] for past, present in names}
+        self._past = {past: outputs[present] for past, present in self._decoder.present_of.items()}
         logits: NDArray[np.float32] = outputs["logits"]
         return logits
 
-    def _seen_by(self, steps: int) -> dict[str, Array]:
-        """What S new slots look at beside the text; what comes looks where the last slot did."""
-        looks = self._context.get(CROSS_MASK)
-        if looks is None or looks.ndim != 3:
+    def _cross_inputs(self, steps: int) -> dict[str, Array]:
+        """The cross-attention inputs of S new slots; later slots attend as the last one did."""
+        mask = self._context.get(CROSS_MASK)
+        if mask is None or mask.ndim != 3:
             return self._context
-        self._context[CROSS_MASK] = looks[:, -1:]
-        if looks.shape[1] == steps:
-            return {**self._context, CROSS_MASK: looks}
-        return {**self._context, CROSS_MASK: np.repeat(looks, steps, axis=1)}
+        self._context[CROSS_MASK] = mask[:, -1:]
+        if mask.shape[1] == steps:
+            return {**self._context, CROSS_MASK: mask}
+        return {**self._context, CROSS_MASK: np.repeat(mask, steps, axis=1)}

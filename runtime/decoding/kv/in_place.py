@@ -1,8 +1,8 @@
-"""Decoding over one buffer a layer that the graph writes in place, where a bundle's optimised copy has such a decoder.
+"""A KV cache that the graph writes in place, for the decoders of optimized copies.
 
-Each row's text begins in slot 0 of its own row of the buffer, so that a step copies no keys and values, forgetting is
-a smaller number, and reordering beams moves what has been written and no more.
-``optimization/passes/shared_cache.py`` tells what the graph takes.
+There is one buffer per layer and kind. Each row's text begins in slot 0 of its row of the buffer: a step copies no
+keys and values, dropping tokens only changes a length, and reordering beams copies the used slots alone.
+``optimization/passes/shared_cache.py`` describes the graph's inputs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.decoding.state import embedded, forgotten
+from blip2edge.runtime.decoding.state import tokens_to_drop
 
 LENGTHS = "seqlens_k"
 TOTAL = "total_sequence_length"
 POSITIONS = "position_ids"
 ROOM = 64
-"""Slots that a cache is rounded up to, so that it is seldom enlarged."""
+"""Capacities are multiples of this number of slots, so that the buffers seldom have to grow."""
 
 
-class SharedDecoder:
-    """A decoder graph over shared buffers, and its token table.
+class InPlaceDecoder:
+    """A decoder graph that writes its KV cache in place, and its token table.
 
     Args:
         session: The loaded graph.
@@ -36,7 +36,7 @@ class SharedDecoder:
         max_positions: The longest context.
     """
 
-    most_rows: int | None = None
+    max_rows: int | None = None
 
     def __init__(
         self,
@@ -54,40 +54,44 @@ class SharedDecoder:
         self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
         self.cache_dtype = NUMPY_DTYPES[dtypes[cache.past_names()[0]]]
         self.vocabulary = spec.outputs[0].width
+        self.past_names = cache.past_names()
+        self.past_of = dict(zip(cache.present_names(), self.past_names, strict=True))
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Array:
+        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
+        return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
-    ) -> tuple[NDArray[np.float32], SharedState]:
-        """Reads whole prompts; arguments and result as :meth:`blip2edge.runtime.decoding.kv.growing.Decoder.prefill`.
+    ) -> tuple[NDArray[np.float32], InPlaceState]:
+        """Runs whole prompts; arguments and result as :meth:`.GrowingDecoder.prefill`.
 
         Raises:
-            ValueError: There is a context: such a decoder looks at its text alone.
+            ValueError: There is a context: these decoders have no cross-attention.
         """
         if context:
-            raise ValueError(f"this decoder looks at nothing beside its text, not at {', '.join(context)}")
+            raise ValueError(f"this decoder has no cross-attention, but got {', '.join(context)}")
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         longest = int(lengths.max())
         embeds = np.zeros((len(prompts), longest, self.table.width), self.embeds_dtype)
-        for row, prompt in enumerate(prompts):  # what is behind a shorter prompt is written over later
+        for row, prompt in enumerate(prompts):  # slots behind a shorter prompt are overwritten later
             embeds[row, : len(prompt)] = prompt
-        state = SharedState(self, len(prompts), longest)
+        state = InPlaceState(self, len(prompts), longest)
         return state.read(embeds, lengths), state
 
 
-class SharedState:
-    """The rows of a batch on their way; it follows the ``DecodeState`` protocol of ``options.py``.
+class InPlaceState:
+    """The rows of a batch and their buffers. A ``RowState``.
 
     Attributes:
-        lengths: Tokens that each row has read, prompt included, int64 ``[B]``.
+        lengths: Tokens of each row in the cache, prompt included, int64 ``[B]``.
     """
 
-    def __init__(self, decoder: SharedDecoder, rows: int, slots: int) -> None:
+    def __init__(self, decoder: InPlaceDecoder, rows: int, slots: int) -> None:
         self._decoder = decoder
-        self._run = decoder.session.in_place(
-            dict(zip(decoder.cache.present_names(), decoder.cache.past_names(), strict=True))
-        )
+        self._run = decoder.session.in_place(decoder.past_of)
         self._takes_positions = POSITIONS in decoder.session.input_names
-        self._held: tuple[int, int] | None = None  # the rows that the session reads and writes
+        self._held: tuple[int, int] | None = None  # the rows that are bound to the session
         self._buffers: dict[str, Array] = {}
         self.lengths = np.zeros(rows, np.int64)
         self._make_room(rows, slots + 1)
@@ -102,12 +106,12 @@ class SharedState:
         return self.extend(token_ids[:, None])[:, 0]
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Appends k tokens ``[B, k]`` to each row; the logits ``[B, k, V]`` behind each of them.
+        """Appends k tokens ``[B, k]`` to each row; the logits ``[B, k, V]`` after each of them.
 
-        In one pass, or in one a row where several rows get several tokens: the kernel takes no batches of those.
+        In one pass; several tokens of several rows take a pass per row, as the kernel has no such batches.
         """
         batch, steps = token_ids.shape
-        embeds = embedded(self._decoder.table, token_ids, self._decoder.embeds_dtype)
+        embeds = self._decoder.embed(token_ids)
         self._make_room(batch, int(self.lengths.max()) + steps)
         indices = np.arange(steps)[None]
         if steps == 1 or batch == 1:
@@ -123,15 +127,15 @@ class SharedState:
         return logits
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """Row i forgets what it has read behind its first ``lengths[i]`` tokens (``[B]``, of :attr:`lengths`).
+        """Drops the tokens of row i after its first ``lengths[i]`` (``[B]``).
 
         Raises:
-            ValueError: A row has read less than that, or would be left with nothing.
+            ValueError: A row has fewer tokens, or would keep none.
         """
-        self.lengths = self.lengths - forgotten(self.lengths, np.asarray(lengths, np.int64))
+        self.lengths = self.lengths - tokens_to_drop(self.lengths, np.asarray(lengths, np.int64))
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Row i goes on as old row ``rows[i]``."""
+        """Row i continues old row ``rows[i]``."""
         used = int(self.lengths.max())
         self._make_room(len(rows), used)
         moved = np.flatnonzero(rows != np.arange(len(rows)))
@@ -140,8 +144,8 @@ class SharedState:
                 buffer[moved, :, :used] = buffer[rows[moved], :, :used]
         self.lengths = self.lengths[rows]
 
-    def join(self, other: SharedState) -> None:
-        """The rows of another state of the same decoder become further rows; that one is used up."""
+    def join(self, other: InPlaceState) -> None:
+        """Adds the rows of another state of the same decoder; the other state is used up."""
         first, used = self.batch_size, int(other.lengths.max())
         self._make_room(first + other.batch_size, max(used, int(self.lengths.max())))
         for name, buffer in self._buffers.items():
@@ -151,14 +155,14 @@ class SharedState:
         self.lengths = np.concatenate([self.lengths, other.lengths])
 
     def read(self, embeds: Array, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Reads the first slots of every row.
+        """Runs the first tokens of every row.
 
         Args:
             embeds: ``[B, S, D]``.
-            lengths: How many of the S are each row's, ``[B]``.
+            lengths: Valid tokens of each row, ``[B]``.
 
         Returns:
-            Logits ``[B, V]`` behind each row's last.
+            Logits ``[B, V]`` after each row's last token.
         """
         logits = self._pass(embeds, self.lengths, 0, (lengths - 1)[:, None], lengths)
         self.lengths = np.array(lengths, np.int64)
@@ -176,10 +180,10 @@ class SharedState:
 
         Args:
             embeds: ``[B, S, D]``.
-            before: Tokens that the rows have read.
-            row: The first of them.
-            indices: ``[B, K]``, which of the S need logits.
-            new: How many of the S are each row's; None for all.
+            before: Tokens of the rows in the cache.
+            row: The first of these rows.
+            indices: ``[B, K]``, the slots among the S that need logits.
+            new: Valid new tokens of each row; None for S.
         """
         batch, steps, _ = embeds.shape
         after = before + (steps if new is None else new)
@@ -197,7 +201,7 @@ class SharedState:
         return self._run.run(inputs, "logits", (batch, indices.shape[1], self._decoder.vocabulary))
 
     def _make_room(self, rows: int, slots: int) -> None:
-        """Enlarges the buffers where they have not as many rows or slots."""
+        """Enlarges the buffers to at least this many rows and slots."""
         had = next(iter(self._buffers.values())).shape if self._buffers else (0, 0, 0, 0)
         if rows <= had[0] and slots <= had[2]:
             return
@@ -205,7 +209,7 @@ class SharedState:
         capacity = max(slots, min(-(-wanted // ROOM) * ROOM + ROOM, self._decoder.max_positions))
         cache, kept = self._decoder.cache, min(self.batch_size, had[0])
         used = min(int(self.lengths.max(initial=0)), had[2])
-        for name in cache.past_names():
+        for name in self._decoder.past_names:
             buffer = np.empty(
                 (max(rows, had[0]), cache.num_heads, capacity, cache.head_dim), self._decoder.cache_dtype
             )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from blip2edge.calibration.activations.cache import load_observations, save_observations
-from blip2edge.calibration.activations.observations import Observation, Observer
+from blip2edge.calibration.activations.observer import Observation, Observer
 
 
 def observed() -> dict[str, Observation]:
@@ -17,7 +17,7 @@ def observed() -> dict[str, Observation]:
     for name in ("norm", "gelu"):
         observer = Observer(5, seed=1)
         for _ in range(5):
-            observer.see(random.standard_t(3, (1, 7, 12)).astype(np.float32))
+            observer.update(random.standard_t(3, (1, 7, 12)).astype(np.float32))
         found[name] = observer.result()
     return found
 
@@ -35,7 +35,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
             wanted.histogram.maximum,
         )
         np.testing.assert_array_equal(got.histogram.counts, wanted.histogram.counts)
-        for part in ("reach", "rows", "largest"):
+        for part in ("channel_max", "rows", "largest"):
             np.testing.assert_array_equal(getattr(got, part), getattr(wanted, part))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["one.npz"]
 
@@ -63,5 +63,5 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
 
 def test_a_file_of_another_graph_is_refused(tmp_path: Path) -> None:
     save_observations(tmp_path / "one.npz", observed())
-    with pytest.raises(ValueError, match="is of another graph"):
+    with pytest.raises(ValueError, match="belongs to another graph"):
         load_observations(tmp_path / "one.npz", ["norm", "softmax"])

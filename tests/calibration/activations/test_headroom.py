@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from blip2edge.calibration.activations.headroom import LARGEST, sweep, to_json
+from blip2edge.calibration.activations.headroom import FP16_MAX, headroom_json, measure_headroom
 from tests.calibration.graphs import TOKENS, WIDTH, feeds_of, node, write_graph
 
 
@@ -29,9 +29,9 @@ def measured(folder: Path, runs: list[np.ndarray]) -> dict[str, tuple[float, flo
         },
     )
     model = ir.load(folder / "vision_encoder.onnx")
-    reaches = sweep(model, record, feeds_of(folder, runs), folder, threads=1)
+    reaches = measure_headroom(model, record, feeds_of(folder, runs), folder, threads=1)
     assert [reach.headroom for reach in reaches] == sorted(reach.headroom for reach in reaches)
-    values = to_json(reaches)
+    values = headroom_json(reaches)
     assert values["lowest"] == reaches[0].headroom
     assert {entry["tensor"] for entry in values["keep_fp32"]} == {
         reach.tensor for reach in reaches if reach.reason
@@ -45,7 +45,7 @@ def test_the_largest_value_of_every_tensor_over_all_runs(tmp_path: Path) -> None
     runs[1][0, 2, 5] = -2.5
     found = measured(tmp_path, runs)
     assert found["scaled"][0] == 2500.0
-    assert found["scaled"][1] == pytest.approx(LARGEST / 2500)
+    assert found["scaled"][1] == pytest.approx(FP16_MAX / 2500)
     assert found["squared"][0] == pytest.approx(6.25e6)
     assert found["squared"][1] < 1
     assert "reaches 6.25e+06 on these pictures" in found["squared"][2]

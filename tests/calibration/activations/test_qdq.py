@@ -10,8 +10,13 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from blip2edge.bundle.manifest import FileRecord
-from blip2edge.calibration.activations.qdq import Group, Plan, quantise_columns, quantise_graph
+from blip2edge.bundle.integrity import FileRecord
+from blip2edge.calibration.activations.qdq import (
+    ActivationPlan,
+    QuantizedActivation,
+    insert_qdq,
+    quantize_columns,
+)
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import NO_WEIGHT, find_targets
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
@@ -41,13 +46,16 @@ def quantised(folder: Path, threshold: float = 3.0, target: str = "int8") -> Pat
     """The graph of ``folder`` with its products in INT8."""
     model = ir.load(folder / "vision_encoder.onnx")
     targets = find_targets(model)
-    plan = Plan(
-        [Group(name, tuple(products), threshold) for name, products in targets.by_activation().items()]
+    plan = ActivationPlan(
+        [
+            QuantizedActivation(name, tuple(products), threshold)
+            for name, products in targets.by_activation().items()
+        ]
     )
     out = folder / target
     out.mkdir()
     with DataFile(out / "vision_encoder.onnx.data") as data:
-        quantise_graph(model, plan, data)
+        insert_qdq(model, plan, data)
     assert data.record == FileRecord.of(data.path)
     ir.save(model, out / "vision_encoder.onnx")
     onnx.checker.check_model(str(out / "vision_encoder.onnx"), full_check=True)
@@ -61,7 +69,7 @@ def test_products_with_a_weight_are_found_and_attention_is_left(tmp_path: Path) 
         ("x", "first"),
         ("x", "second"),
     ]
-    assert targets.left == {"node_scores": NO_WEIGHT, "node_y": NO_WEIGHT}
+    assert targets.kept_float == {"node_scores": NO_WEIGHT, "node_y": NO_WEIGHT}
 
 
 def test_integers_are_symmetric_and_nothing_is_int32(tmp_path: Path) -> None:
@@ -90,7 +98,7 @@ def test_the_graph_computes_what_its_integers_say(tmp_path: Path) -> None:
     x = np.random.default_rng(2).normal(size=(2, TOKENS, WIDTH)).astype(np.float32)
     step = np.float32(2.0 / 127)
     integers = np.clip(np.rint(x / step), -128, 127)  # QuantizeLinear saturates at the type's end
-    rounded, scale = quantise_columns(weight)
+    rounded, scale = quantize_columns(weight)
     wanted = (integers @ rounded.astype(np.float32)) * step * scale
     got = OnnxRuntimeSession(path, 1).run({"x": x})["y"]
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
@@ -111,7 +119,7 @@ def test_fp16_keeps_its_type_and_takes_the_opset_that_has_it(tmp_path: Path) -> 
 
 def test_columns_of_zeros_stay_zeros() -> None:
     weight = np.array([[0.0, 1.0], [0.0, -2.0]], np.float32)
-    integers, scale = quantise_columns(weight)
+    integers, scale = quantize_columns(weight)
     assert scale.tolist() == pytest.approx([1.0, 2 / 127])
     assert integers.tolist() == [[0, 64], [0, -127]]
 
@@ -124,9 +132,9 @@ def test_a_division_in_a_node_changes_nothing_but_the_rounding(tmp_path: Path) -
     targets = find_targets(model)
     reach = np.ones(WIDTH, np.float32)
     reach[5] = 300.0
-    plan = Plan([Group("x", targets.products, 4.0, divisor=reach)])
+    plan = ActivationPlan([QuantizedActivation("x", targets.products, 4.0, divisor=reach)])
     with DataFile(tmp_path / "divided.onnx.data") as data:
-        quantise_graph(model, plan, data)
+        insert_qdq(model, plan, data)
     ir.save(model, tmp_path / "divided.onnx")
     x = np.random.default_rng(5).normal(size=(1, TOKENS, WIDTH)).astype(np.float32)
     x[..., 5] *= 300.0

@@ -19,7 +19,7 @@ from blip2edge.calibration.weights.blocks import (
     searched_scales,
     unpacked,
 )
-from blip2edge.calibration.weights.gptq import Corrector, SecondMoments, nearest
+from blip2edge.calibration.weights.gptq import GptqRounder, SecondMoments, nearest
 from blip2edge.errors import BundleError
 
 INT4 = BlockFormat(4, 16)
@@ -74,7 +74,7 @@ def test_rounding_is_off_by_half_a_step_at_most(bits: int) -> None:
 def test_a_block_of_zeros_stays_zero() -> None:
     weight = np.zeros((32, 3), np.float32)
     weight[:16] = drawn(16, 3)
-    integers, scales = Corrector(np.eye(32)).quantize(weight, INT4)
+    integers, scales = GptqRounder(np.eye(32)).quantize(weight, INT4)
     assert np.all(np.isfinite(scales))
     assert np.all(scales > 0)
     assert not restored(integers, scales, INT4)[16:].any()
@@ -102,7 +102,7 @@ def test_moving_the_error_halves_it() -> None:
     moments = SecondMoments(64)
     for part in np.array_split(activations, 3):  # batches sum up
         moments.add(part.reshape(2, -1, 64))
-    corrector = Corrector(moments.mean())
+    corrector = GptqRounder(moments.mean())
     right = activations @ weight
 
     def off(integers: np.ndarray, scales: np.ndarray) -> float:
@@ -118,7 +118,7 @@ def test_moving_the_error_halves_it() -> None:
 def test_the_factor_is_that_of_the_inverse(width: int) -> None:
     moments = SecondMoments(width)
     moments.add(drawn(3 * width, width))
-    corrector = Corrector(moments.mean())
+    corrector = GptqRounder(moments.mean())
     ordered = moments.mean()[np.ix_(corrector.order, corrector.order)] + corrector.damping * np.eye(width)
     factor = corrector.factor.astype(np.float64)
     assert np.allclose(np.tril(factor, -1), 0)
@@ -130,7 +130,7 @@ def test_channels_that_are_never_used_do_no_harm() -> None:
     activations[:, 5] = 0
     moments = SecondMoments(32)
     moments.add(activations)
-    integers, scales = Corrector(moments.mean()).quantize(drawn(32, 7), INT4)
+    integers, scales = GptqRounder(moments.mean()).quantize(drawn(32, 7), INT4)
     assert np.all(np.isfinite(restored(integers, scales, INT4)))
 
 
@@ -138,4 +138,4 @@ def test_activations_that_overflow_are_refused() -> None:
     moments = SecondMoments(8)
     moments.add(np.full((2, 8), np.inf, np.float32))
     with pytest.raises(BundleError, match="not finite"), np.errstate(invalid="ignore"):
-        Corrector(moments.mean())
+        GptqRounder(moments.mean())

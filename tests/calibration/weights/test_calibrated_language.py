@@ -15,11 +15,11 @@ import pytest
 pytest.importorskip("torch", reason="the parent is exported with torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 
-from blip2edge.bundle.manifest import Bundle
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.calibration.pipeline import calibrate
-from blip2edge.calibration.report.page import page, shown_pictures
+from blip2edge.calibration.report.page import report_page, shown_pictures
 from blip2edge.calibration.results import CalibrationReport
 from blip2edge.runtime.captioning.captioner import Captioner
 from tests.drawing import draw_pictures
@@ -66,14 +66,14 @@ def test_the_limit_holds_and_the_record_says_which(int4: CalibrationReport) -> N
     left = {
         weight: reason
         for graph in int4.graphs.values()
-        for weight, reason in graph.left.items()
+        for weight, reason in graph.kept_float.items()
         if "--drop-limit" in reason
     }
     assert bool(left) == bool(record["left"])
 
 
 def test_what_was_left_is_the_parents(int4: CalibrationReport, tiny_bundle: Path) -> None:
-    left = [w for w, reason in int4.graphs[DECODER].left.items() if "--drop-limit" in reason]
+    left = [w for w, reason in int4.graphs[DECODER].kept_float.items() if "--drop-limit" in reason]
     graph = onnx.load(int4.bundle / "decoder.onnx")
     names = {tensor.name: tensor for tensor in graph.graph.initializer}
     parent = {tensor.name: tensor for tensor in onnx.load(tiny_bundle / "decoder.onnx").graph.initializer}
@@ -147,7 +147,7 @@ def test_the_report_needs_no_network(int4: CalibrationReport) -> None:
     assert found.tags.count("img") == PICTURES
     assert all(reference.startswith("data:image/jpeg;base64,") for reference in found.refers)
     assert not re.findall(r"url\(|@import|https?://", text)
-    for word in ("Size", "Captions beside", "Sensitivity", "Would FP16 overflow", "decoder"):
+    for word in ("Size", "Captions compared", "Sensitivity", "FP16 headroom", "decoder"):
         assert word in text
 
 
@@ -172,7 +172,7 @@ def test_captions_that_differ_come_first_and_are_escaped(int4: CalibrationReport
         pair["ours"] = pair["parent"]
     values["captions"][3]["ours"] = "<b>two & a half</b>"
     assert shown_pictures(values["captions"])[0] == 3
-    text = page(values, "a <title>", {})
+    text = report_page(values, "a <title>", {})
     assert f"1 of {PICTURES} captions differ" in text
     assert "&lt;b&gt;two &amp; a half&lt;/b&gt;" in text
     assert "<h1>a &lt;title&gt;</h1>" in text

@@ -16,17 +16,17 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from blip2edge.calibration.activations.segments import PieceRunner, pieces_of
-from blip2edge.calibration.storage import DataFile, Memory
+from blip2edge.calibration.storage import DataFile, InMemoryStore
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.blocks import BlockFormat, plain_scales, restored
 from blip2edge.calibration.weights.gptq import nearest
+from blip2edge.calibration.weights.segments import SegmentRunner, cut_graph
 from blip2edge.calibration.weights.weight_only import (
-    Matrix,
-    WeightOnly,
+    BlockMatrix,
+    WeightOnlyOptions,
     all_logits,
     choose_formats,
-    quantize_weights,
+    quantize_matrices,
     replace_weights,
 )
 from tests.calibration.graphs import TOKENS, WIDTH, draw_weights, node, write_graph
@@ -63,7 +63,7 @@ def drawn_feeds(count: int = 4) -> list[dict[str, Array]]:
 
 def quantised(
     source: Path, folder: Path, bits: int = 4, feeds: list[dict[str, Array]] | None = None, **options: Any
-) -> tuple[Path, dict[str, Matrix]]:
+) -> tuple[Path, dict[str, BlockMatrix]]:
     """The graph with its weights as integers."""
     folder.mkdir()
     model = ir.load(source)
@@ -71,7 +71,9 @@ def quantised(
     formats, left = choose_formats(products, bits)
     assert not left
     with DataFile(folder / "graph.data") as data:
-        matrices = quantize_weights(model, products, data, WeightOnly(formats, **options), feeds or [])
+        matrices = quantize_matrices(
+            model, products, data, WeightOnlyOptions(formats, **options), feeds or []
+        )
     ir.save(model, folder / "graph.onnx")
     onnx.checker.check_model(str(folder / "graph.onnx"), full_check=True)
     return folder / "graph.onnx", matrices
@@ -150,7 +152,7 @@ def test_pieces_give_what_the_whole_graph_gives(source: Path, tmp_path: Path) ->
     model = ir.load(source)
     products = find_targets(model).products
     feeds = drawn_feeds(3)
-    seen = {name: list(values) for name, values in PieceRunner(model, products, feeds, threads=1)}
+    seen = {name: list(values) for name, values in SegmentRunner(model, products, feeds, threads=1)}
     assert list(seen) == ["x", "s", "r"]
     proto = onnx.load(source)
     for name in ("s", "r"):
@@ -165,7 +167,7 @@ def test_pieces_give_what_the_whole_graph_gives(source: Path, tmp_path: Path) ->
 def test_a_changed_weight_is_felt_behind_it(source: Path) -> None:
     model = ir.load(source)
     products = find_targets(model).products
-    runner = PieceRunner(model, products, drawn_feeds(1), threads=1)
+    runner = SegmentRunner(model, products, drawn_feeds(1), threads=1)
     for name, values in runner:
         (value,) = values
         if name == "s":
@@ -176,9 +178,9 @@ def test_a_changed_weight_is_felt_behind_it(source: Path) -> None:
 
 def test_between_pieces_only_what_is_read_later_is_kept(source: Path) -> None:
     model = ir.load(source)
-    pieces = pieces_of(ir.to_proto(model).graph, find_targets(model).products)
+    pieces = cut_graph(ir.to_proto(model).graph, find_targets(model).products)
     assert [piece.activation for piece in pieces] == ["x", "s", "r"]
-    assert [piece.gives for piece in pieces] == [(), ("s",), ("r",)]
+    assert [piece.outputs for piece in pieces] == [(), ("s",), ("r",)]
     assert [piece.constants for piece in pieces] == [(), ("key", "query"), ("up",)]
 
 
@@ -231,5 +233,5 @@ def test_the_head_is_asked_for_every_slot() -> None:
 def test_a_graph_in_memory_leaves_the_parents_weights_where_they_are(source: Path) -> None:
     tensor = ir.load(source).graph.initializers["up"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
-    assert Memory().copy("up", tensor) is tensor
-    assert np.array_equal(Memory().add("a", np.ones(2, np.int8)).numpy(), [1, 1])
+    assert InMemoryStore().copy("up", tensor) is tensor
+    assert np.array_equal(InMemoryStore().add("a", np.ones(2, np.int8)).numpy(), [1, 1])

@@ -21,10 +21,10 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.bench import measure as bench_module
 from blip2edge.runtime.bench.measure import Bench, BenchOptions, BenchReport, CpuClock, bench
 from blip2edge.runtime.bench.meters import EnergyMeter
-from blip2edge.runtime.bench.report import facts, markdown, page
+from blip2edge.runtime.bench.report import bench_page, facts, markdown
 from blip2edge.runtime.bench.roofline import Roofline, Work
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.decoding.speculative import Payoff
+from blip2edge.runtime.decoding.speculative import SpeculationCost
 from tests.drafted import add_draft
 from tests.drawing import save
 from tests.runtime.bench.blocked import without
@@ -116,10 +116,10 @@ def test_the_table_and_the_page_say_what_was_measured(report: BenchReport) -> No
     assert any("loaded in 1.25 s" in fact for fact in told)
     assert "3.00 J a caption (a fake)" in told
     assert not any("tokens a pass" in fact for fact in told)
-    written = page(report)
+    written = bench_page(report)
     for fact in told:
         assert escape(fact) in written
-    bars = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)" height="11.0"', written)]
+    bars = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)" height="14.0"', written)]
     assert len(bars) == 2 * len(WALL)
     longest = max(bars)
     assert bars[2] == pytest.approx(longest * WALL["vision"] / WALL["decode"], abs=0.1)
@@ -142,7 +142,7 @@ def test_a_whole_run_as_json(tiny_bundle: Path, tmp_path: Path, capsys: pytest.C
 def test_tokens_a_pass_with_a_draft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Payoff, "pays", True)
+    monkeypatch.setattr(SpeculationCost, "pays", True)
     save(tmp_path / "checkpoint", seed=5, vision_layers=1)
     add_draft(tmp_path / "checkpoint")
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle
@@ -195,4 +195,4 @@ def test_without_a_backend_for_the_cpu_there_is_no_roofline(
     assert {stage.share for stage in report.stages.values()} == {None}
     assert "neither is installed" in report.left_out["roofline"]
     assert "not measured: roofline" in markdown(report)
-    assert "<svg" in page(report)
+    assert "<svg" in bench_page(report)

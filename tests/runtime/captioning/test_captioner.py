@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
-from blip2edge.bundle.manifest import FileRecord
+from blip2edge.bundle.integrity import FileRecord
 from blip2edge.errors import (
     BackendError,
     BundleError,
@@ -276,7 +276,7 @@ def test_an_engine_bounds_the_rows(captioner: Captioner, monkeypatch: pytest.Mon
     together = {}
     for most in (None, 2):
         spans: list[Span] = []
-        monkeypatch.setattr(captioner.completer.language.decoder, "most_rows", most, raising=False)
+        monkeypatch.setattr(captioner.generator.language.decoder, "max_rows", most, raising=False)
         with captioner.scheduler(max_batch=5, trace=spans.append) as scheduler:
             options = captioner.options(max_new_tokens=4, min_new_tokens=4)
             requests = [scheduler.submit(picture, options) for picture in pictures]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.errors import UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.encode import Clock
 from blip2edge.runtime.captioning.frame_reuse import CELLS, cells_of
-from blip2edge.runtime.serving.watch import Frame, Seen, watch
+from blip2edge.runtime.captioning.pipeline import StageClock
+from blip2edge.runtime.serving.watch import Frame, WatchResult, watch
 from tests.drawing import draw_pictures
 from tests.families.drawing_blip import save_blip
 from tests.families.drawing_idefics import draw_idefics
@@ -48,11 +49,11 @@ class Counted:
 
     def __init__(self, bundle: Path) -> None:
         self.captioner = Captioner.load(bundle, threads=1)
-        encoder, language = self.captioner.encoder, self.captioner.completer.language
-        self.sessions: dict[str, Counting] = {"vision": Counting(encoder.vision)}
-        encoder.vision = self.sessions["vision"]
-        if encoder.bridge is not None:
-            encoder.bridge = self.sessions["bridge"] = Counting(encoder.bridge)
+        encoder, language = self.captioner.encoder, self.captioner.generator.language
+        self.sessions: dict[str, Any] = {"vision": Counting(encoder.images.vision)}
+        if encoder.images.bridge is not None:
+            self.sessions["bridge"] = Counting(encoder.images.bridge)
+        encoder.images = replace(encoder.images, **self.sessions)
         cross: Any = getattr(language, "cross_kv", None)
         if cross is not None:
             self.sessions["cross"] = Counting(cross)
@@ -77,7 +78,7 @@ def _from_zero(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("counted").since()
 
 
-def watched(counted: Counted, pictures: Sequence[Any], below: float, **options: Any) -> list[Seen]:
+def watched(counted: Counted, pictures: Sequence[Any], below: float, **options: Any) -> list[WatchResult]:
     def frames() -> Iterator[Frame]:
         for index, picture in enumerate(pictures):
             yield Frame(str(index), picture)
@@ -86,7 +87,7 @@ def watched(counted: Counted, pictures: Sequence[Any], below: float, **options: 
     return list(watch(counted.captioner, frames(), every=True, reuse_below=below, **options))
 
 
-def tokens(seen: Sequence[Seen]) -> list[tuple[int, ...]]:
+def tokens(seen: Sequence[WatchResult]) -> list[tuple[int, ...]]:
     return [one.result.tokens for one in seen if one.result is not None]
 
 
@@ -146,7 +147,7 @@ def test_limits(counted: Counted, below: float) -> None:
 def test_black_and_white_are_one_apart(counted: Counted) -> None:
     encoder = counted.captioner.reusing(0.5)
     for value, difference in ((0, math.inf), (255, 1.0), (255, 0.0), (204, 0.2)):
-        encoder([grey(value)], [None], Clock())
+        encoder([grey(value)], [None], StageClock())
         assert encoder.difference == pytest.approx(difference, abs=1e-6)
 
 
@@ -179,9 +180,9 @@ def test_another_instruction_reads_the_same_picture_again(tmp_path: Path) -> Non
     picture[:20, :, 0] = 200
     ran = []
     for text in texts:
-        found = encoder([picture], [text], Clock())
+        found = encoder([picture], [text], StageClock())
         ran.append(counted.since())
-        wanted = counted.captioner.encoder([picture], [text], Clock())
+        wanted = counted.captioner.encoder([picture], [text], StageClock())
         counted.since()
         assert found.prompts == wanted.prompts
         for name, array in wanted.pictures.items():
@@ -217,7 +218,7 @@ def test_one_of_several_pictures_that_changed_counts_alone(tmp_path: Path) -> No
     encoder = counted.captioner.reusing(0.02)
     still: list[Any] = [grey(100), grey(100), grey(100)]
     for last, difference in ((grey(100), math.inf), (grey(110), 10 / 255), (grey(110), 0.0)):
-        encoder([[*still, last]], [None], Clock())
+        encoder([[*still, last]], [None], StageClock())
         assert encoder.difference == pytest.approx(difference, abs=1e-6)
         assert encoder.reused is (difference == 0)
 
@@ -226,5 +227,5 @@ def test_one_of_several_pictures_that_changed_counts_alone(tmp_path: Path) -> No
 def test_only_a_row_a_call(counted: Counted, rows: int) -> None:
     encoder = counted.captioner.reusing(0.5)
     with pytest.raises(ValueError, match=f"one row a call, not {rows}"):
-        encoder([grey(0)] * rows, [None] * rows, Clock())
+        encoder([grey(0)] * rows, [None] * rows, StageClock())
     assert counted.since()["vision"] == 0

@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.errors import BackendError, DeadlineError, ImageError, OverloadError, PromptError, UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.encode import Clock, Encoded
+from blip2edge.runtime.captioning.pipeline import EncodedBatch, StageClock
 from blip2edge.runtime.captioning.request import Span
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding import generate as generate_module
@@ -48,7 +48,9 @@ class Gate:
         self.open = threading.Semaphore(0)
         self.entered = threading.Semaphore(0)
 
-    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: Clock) -> Encoded:
+    def __call__(
+        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
+    ) -> EncodedBatch:
         self.entered.release()
         assert self.open.acquire(timeout=LONG)
         return self.inner(images, texts, clock)
@@ -64,7 +66,7 @@ def gated(captioner: Captioner, gate: Gate) -> Iterator[Callable[..., Scheduler]
     made: list[Scheduler] = []
 
     def make(**options: Any) -> Scheduler:
-        made.append(Scheduler(gate, captioner.completer, **options))
+        made.append(Scheduler(gate, captioner.generator, **options))
         return made[-1]
 
     yield make
@@ -214,15 +216,15 @@ def test_a_broken_request_fails_alone(captioner: Captioner, tmp_path: Path) -> N
 def test_a_decoder_that_breaks_fails_those_that_run_and_no_others(
     captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = generate_module.Decoding.step
+    step = generate_module.GenerationBatch.step
     broken = [True]
 
-    def breaking(self: generate_module.Decoding) -> Any:
+    def breaking(self: generate_module.GenerationBatch) -> Any:
         if broken.pop() if broken else False:
             raise BackendError("the decoder returned NaN")
         return step(self)
 
-    monkeypatch.setattr(generate_module.Decoding, "step", breaking)
+    monkeypatch.setattr(generate_module.GenerationBatch, "step", breaking)
     image = draw_pictures(1)[0]
     with captioner.scheduler() as scheduler:
         with pytest.raises(BackendError):
@@ -248,8 +250,8 @@ def test_a_decoder_without_room_for_one_more_goes_on_with_the_others(
     long = scheduler.submit(first, captioner.options(max_new_tokens=8, min_new_tokens=8))
     gate.open.release()
     assert begun.wait(LONG)
-    monkeypatch.setattr("blip2edge.runtime.decoding.kv.growing.DecoderState.join", full)
-    monkeypatch.setattr("blip2edge.runtime.decoding.kv.in_place.SharedState.join", full)
+    monkeypatch.setattr("blip2edge.runtime.decoding.kv.growing.GrowingState.join", full)
+    monkeypatch.setattr("blip2edge.runtime.decoding.kv.in_place.InPlaceState.join", full)
     late = scheduler.submit(second, captioner.options())
     gate.open.release()
     while scheduler.load["ready"] == 0:
@@ -261,7 +263,7 @@ def test_a_decoder_without_room_for_one_more_goes_on_with_the_others(
     assert scheduler.load["running"] == 0
 
 
-@pytest.mark.parametrize("half", ["encoder", "completer"])
+@pytest.mark.parametrize("half", ["encoder", "generator"])
 def test_a_mistake_of_ours_lets_nobody_wait(
     half: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

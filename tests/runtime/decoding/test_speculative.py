@@ -1,4 +1,4 @@
-"""Reading ahead: the same text whatever the guesses are, fewer passes where they are right, none where it costs."""
+"""Speculative decoding: the text of plain decoding, fewer passes, and switched off where it does not pay."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from numpy.typing import NDArray
 
 from blip2edge.errors import UsageError
 from blip2edge.runtime.decoding.draft_model import remainder
-from blip2edge.runtime.decoding.generate import Decoding, GenerationOptions, Row, generate, stream
-from blip2edge.runtime.decoding.speculative import Ahead, Lookup, Payoff
+from blip2edge.runtime.decoding.generate import (
+    Generation,
+    GenerationBatch,
+    GenerationOptions,
+    generate,
+    stream,
+)
+from blip2edge.runtime.decoding.speculative import PromptLookup, SpeculationCost, Speculator
 
 VOCABULARY, END = 50, 7
 PROMPTS = [[11, 12], [13], [14, 15, 16]]
@@ -89,7 +95,7 @@ class Oracle:
         return guess
 
 
-class Eager(Payoff):
+class Eager(SpeculationCost):
     """Always guesses."""
 
     @property
@@ -119,19 +125,19 @@ def test_the_text_is_that_of_plain_decoding(
 ) -> None:
     wanted = plain(prompt, options)
     state = Words([prompt])
-    ahead = Ahead(Oracle(wanted.tokens, wrong_every), Eager())
-    found = generate(state.first(), state, [prompt], options, ahead=[ahead])[0]
+    speculator = Speculator(Oracle(wanted.tokens, wrong_every), Eager())
+    found = generate(state.first(), state, [prompt], options, speculators=[speculator])[0]
     assert found.tokens == wanted.tokens
     assert found.finish_reason == wanted.finish_reason
     assert found.tokens_per_pass == pytest.approx(len(wanted.tokens) / (1 + len(state.asked)))
-    assert sum(state.asked) <= len(wanted.tokens) + ahead.drafted - ahead.right
+    assert sum(state.asked) <= len(wanted.tokens) + speculator.drafted - speculator.accepted
     if wrong_every == 0 and len(wanted.tokens) > 16:
         assert found.tokens_per_pass > 6
-        assert ahead.right == ahead.drafted
+        assert speculator.accepted == speculator.drafted
     if wrong_every == 1:
-        assert ahead.right == 0
-    again = Ahead(Oracle(wanted.tokens, wrong_every), Eager())
-    events = stream(Words([prompt]).first(), Words([prompt]), [prompt], options, ahead=[again])
+        assert speculator.accepted == 0
+    again = Speculator(Oracle(wanted.tokens, wrong_every), Eager())
+    events = stream(Words([prompt]).first(), Words([prompt]), [prompt], options, speculators=[again])
     assert tuple(event.token for event in events) == wanted.tokens
 
 
@@ -139,7 +145,7 @@ def test_nothing_is_read_that_no_token_needs() -> None:
     options = GenerationOptions(max_new_tokens=9)
     wanted = plain([5], options)
     state = Words([[5]])
-    generate(state.first(), state, [[5]], options, ahead=[Ahead(Oracle(wanted.tokens), Eager())])
+    generate(state.first(), state, [[5]], options, speculators=[Speculator(Oracle(wanted.tokens), Eager())])
     assert state.asked == [8]  # of nine tokens the last is generated and not read
 
 
@@ -150,24 +156,26 @@ def test_near_ties_are_decided_by_a_pass_of_their_own() -> None:
     again = Words([[5]])
     again.ties = state.ties
     wanted = generate(again.first(), again, [[5]], options)[0]
-    found = generate(state.first(), state, [[5]], options, ahead=[Ahead(Oracle(wanted.tokens), Eager())])[0]
+    found = generate(
+        state.first(), state, [[5]], options, speculators=[Speculator(Oracle(wanted.tokens), Eager())]
+    )[0]
     assert found.tokens == wanted.tokens
     assert 1 in state.asked
     careless = Words([[5]])
     careless.ties, careless.noise = state.ties, state.noise
-    ahead = Ahead(Oracle(wanted.tokens), Eager(), close=0.0)
-    other = generate(careless.first(), careless, [[5]], options, ahead=[ahead])[0]
+    speculator = Speculator(Oracle(wanted.tokens), Eager(), tie_margin=0.0)
+    other = generate(careless.first(), careless, [[5]], options, speculators=[speculator])[0]
     assert other.tokens != wanted.tokens  # the case is a case
 
 
 def test_rows_that_join_end_the_reading_ahead() -> None:
     options = GenerationOptions(max_new_tokens=20)
     texts = [plain(prompt, options).tokens for prompt in PROMPTS]
-    together = Decoding()
+    together = GenerationBatch()
     rows = []
     for prompt, truth in zip(PROMPTS, texts, strict=True):
         state = Words([prompt])
-        row = Row(prompt, options, VOCABULARY, ahead=Ahead(Oracle(truth, 6), Eager()))
+        row = Generation(prompt, options, VOCABULARY, speculator=Speculator(Oracle(truth, 6), Eager()))
         together.join(state.first(), state, [row])
         rows.append(row)
         for _ in range(4):
@@ -180,14 +188,20 @@ def test_rows_that_join_end_the_reading_ahead() -> None:
 
 
 def test_prompt_lookup() -> None:
-    lookup = Lookup([1, 2, 3, 4, 5, 2, 3, 9])
+    lookup = PromptLookup([1, 2, 3, 4, 5, 2, 3, 9])
     assert lookup.propose([7, 2, 3], 4) == [9, 7, 2, 3]  # the latest place
     assert lookup.propose([8, 1, 2], 2) == [3, 4]
     assert lookup.propose([8], 2) == []
-    assert Lookup([]).propose([4, 4], 3) == [4]
+    assert PromptLookup([]).propose([4, 4], 3) == [4]
     options = GenerationOptions(max_new_tokens=30)
     state = Words([PROMPTS[0]])
-    found = generate(state.first(), state, [PROMPTS[0]], options, ahead=[Ahead(Lookup(PROMPTS[0]), Eager())])
+    found = generate(
+        state.first(),
+        state,
+        [PROMPTS[0]],
+        options,
+        speculators=[Speculator(PromptLookup(PROMPTS[0]), Eager())],
+    )
     assert found[0].tokens == plain(PROMPTS[0], options).tokens
 
 
@@ -213,53 +227,56 @@ class Slow(Words):
         return super().extend(token_ids)
 
 
-def seconds(payoff: Payoff, clock: Timed, further: float, wrong_every: int, texts: int) -> float:
+def seconds(cost: SpeculationCost, clock: Timed, further: float, wrong_every: int, texts: int) -> float:
     """Seconds of decoding some texts, one after the other."""
     options, start = GenerationOptions(max_new_tokens=30), clock.now
     for number in range(texts):
         prompt = [number % 40, 3]
         wanted = plain(prompt, options)
         state = Slow([prompt], clock, further)
-        ahead = Ahead(Oracle(wanted.tokens, wrong_every), payoff)
-        assert generate(state.first(), state, [prompt], options, ahead=[ahead])[0].tokens == wanted.tokens
+        speculator = Speculator(Oracle(wanted.tokens, wrong_every), cost)
+        assert (
+            generate(state.first(), state, [prompt], options, speculators=[speculator])[0].tokens
+            == wanted.tokens
+        )
     return clock.now - start
 
 
-def state_of(payoff: Payoff) -> bool:
+def state_of(cost: SpeculationCost) -> bool:
     """Whether it guesses, asked anew."""
-    return payoff.pays
+    return cost.pays
 
 
 def test_it_switches_itself_off_where_it_does_not_pay() -> None:
     plainly = 29.0  # seconds a text
     clock = Timed()
-    payoff = Payoff(clock)
-    assert seconds(payoff, clock, further=0.05, wrong_every=4, texts=20) < 0.6 * 20 * plainly
-    assert payoff.pays
+    cost = SpeculationCost(clock)
+    assert seconds(cost, clock, further=0.05, wrong_every=4, texts=20) < 0.6 * 20 * plainly
+    assert cost.pays
     clock = Timed()
-    payoff = Payoff(clock)
-    assert seconds(payoff, clock, further=0.5, wrong_every=1, texts=40) < 1.1 * 40 * plainly
-    assert state_of(payoff) is False
+    cost = SpeculationCost(clock)
+    assert seconds(cost, clock, further=0.5, wrong_every=1, texts=40) < 1.1 * 40 * plainly
+    assert state_of(cost) is False
     # and on again, when guesses are right
-    seconds(payoff, clock, further=0.05, wrong_every=0, texts=200)
-    assert state_of(payoff) is True
-    assert payoff.width > 10
+    seconds(cost, clock, further=0.05, wrong_every=0, texts=200)
+    assert state_of(cost) is True
+    assert cost.width > 10
 
 
 def test_a_plain_step_is_measured_first_and_now_and_then() -> None:
-    payoff = Payoff()
-    assert state_of(payoff) is False
+    cost = SpeculationCost()
+    assert state_of(cost) is False
     for taken in (9.0, 2.0, 3.0):
-        payoff.step(taken)
-    assert payoff.plain_seconds == 2.0  # the first runs warm a session up
-    for _ in range(Payoff.AGAIN):
-        assert state_of(payoff) is True
-        payoff.spend(1.0)
-        payoff.gain()
-    assert state_of(payoff) is False
-    payoff.step(4.0)
-    assert state_of(payoff) is True
-    assert payoff.plain_seconds == pytest.approx(2.4)
+        cost.plain_step(taken)
+    assert cost.plain_seconds == 2.0  # the first runs warm a session up
+    for _ in range(SpeculationCost.AGAIN):
+        assert state_of(cost) is True
+        cost.speculative_pass(1.0)
+        cost.token()
+    assert state_of(cost) is False
+    cost.plain_step(4.0)
+    assert state_of(cost) is True
+    assert cost.plain_seconds == pytest.approx(2.4)
 
 
 @pytest.mark.parametrize(

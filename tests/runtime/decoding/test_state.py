@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from blip2edge.bundle.schema import CROSS_MASK
-from blip2edge.runtime.decoding.state import forgotten, left_padded, padded, stacked
+from blip2edge.runtime.decoding.state import padded, stacked, tokens_to_drop
+from blip2edge.runtime.text.prompt import left_padded
 
 
 def test_prompts_end_in_the_same_slot() -> None:
@@ -42,7 +43,7 @@ def test_what_is_shorter_gets_keys_that_count_nothing(
 
 def test_no_row_keeps_more_than_it_has_read_or_nothing() -> None:
     read = np.array([4, 6])
-    assert forgotten(read, np.array([4, 1])).tolist() == [0, 5]
+    assert tokens_to_drop(read, np.array([4, 1])).tolist() == [0, 5]
     for kept in ([5, 6], [4, 0]):
         with pytest.raises(ValueError, match="cannot keep"):
-            forgotten(read, np.array(kept))
+            tokens_to_drop(read, np.array(kept))

@@ -224,7 +224,7 @@ def test_other_statuses(server: Server, png: bytes, monkeypatch: pytest.MonkeyPa
         body = chat(png, stream=streamed, deadline_s=1e-6)
         assert "deadline" in got(ask(server, "POST", "/v1/chat/completions", body), 504).error
     with monkeypatch.context() as small:
-        small.setattr(server_module, "MOST_BYTES", 100)
+        small.setattr(server_module, "MAX_BODY_BYTES", 100)
         got(ask(server, "POST", "/caption", png), 413)
 
     def full(*_: Any, **__: Any) -> Any:

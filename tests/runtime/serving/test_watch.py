@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving import watch as watch_module
-from blip2edge.runtime.serving.watch import Frame, Frames, Newest, Source, open_source, watch
+from blip2edge.runtime.serving.watch import Frame, Frames, NewestFrame, Source, open_source, watch
 from tests.drawing import draw_pictures
 
 
@@ -111,7 +111,7 @@ def test_no_thread_goes_on_polling(folder: Path, monkeypatch: pytest.MonkeyPatch
     """The folder gets no picture more, and a look at it is due in a minute only."""
     monkeypatch.setattr(watch_module, "POLL_S", 60.0)
     before = set(_readers())
-    newest = Newest(open_source(str(folder)))
+    newest = NewestFrame(open_source(str(folder)))
     assert newest.get() is not None
     (reader,) = set(_readers()) - before
     newest.close()

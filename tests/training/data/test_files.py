@@ -14,11 +14,11 @@ import pytest
 from blip2edge.errors import ConfigError, DataError, ImageError
 from blip2edge.training.data.coco import read_captions, read_vqa
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.detect import detect
-from blip2edge.training.data.entries import Broken
+from blip2edge.training.data.detect import detect_data
+from blip2edge.training.data.entries import BrokenSamples
 from blip2edge.training.data.folder import read_folder
 from blip2edge.training.data.shard_source import ShardSource
-from blip2edge.training.data.shards import ShardWriter, TarPicture, read_shards, shard_names, shard_paths
+from blip2edge.training.data.shards import ShardPicture, ShardWriter, read_shards, shard_names, shard_paths
 
 
 def change(path: Path, change: Any) -> None:
@@ -166,7 +166,7 @@ def test_shards_by_directory_pattern_and_range(shards: Path) -> None:
 
 
 def test_shards_hold_what_was_written(shards: Path, pictures: Path) -> None:
-    broken = Broken("shards", 0)
+    broken = BrokenSamples("shards", 0)
     entries = list(read_shards(shard_paths(shards), broken))
     assert [entry.text for entry in entries] == [f"caption {number}" for number in range(10)]
     assert entries[5].sample_id == "000001.tar:0005"
@@ -181,7 +181,7 @@ def test_shards_of_one_name_keep_their_samples_apart(shards: Path, tmp_path: Pat
         shutil.copyfile(shards / "000000.tar", tmp_path / "parts" / folder / "0.tar")
     paths = shard_paths(tmp_path / "parts" / "*" / "0.tar")
     assert shard_names(paths) == ["a/0.tar", "b/0.tar"]
-    ids = [entry.sample_id for entry in read_shards(paths, Broken("shards", 0))]
+    ids = [entry.sample_id for entry in read_shards(paths, BrokenSamples("shards", 0))]
     assert len(set(ids)) == len(ids) == 8
     source = ShardSource(paths, DataConfig(kind="shards", path=str(tmp_path)), seed=0)
     assert {sample.sample_id for sample in islice(source, 8)} == set(ids)
@@ -218,7 +218,7 @@ def test_samples_of_other_makers(pictures: Path, tmp_path: Path) -> None:
         add(tar, tmp_path / "bad.json", "e.json")  # broken text
         add(tar, pictures / "4.png", "f.png")
         add(tar, tmp_path / "a.txt", "f.txt")
-    broken = Broken("x", 3)
+    broken = BrokenSamples("x", 3)
     entries = list(read_shards([tmp_path / "x.tar"], broken))
     assert [(entry.question, entry.text) for entry in entries] == [
         ("How many?", ""),
@@ -232,14 +232,14 @@ def test_samples_of_other_makers(pictures: Path, tmp_path: Path) -> None:
 def test_a_shard_that_ends_too_early(shards: Path) -> None:
     whole = (shards / "000000.tar").read_bytes()
     (shards / "000000.tar").write_bytes(whole[:4000])
-    broken = Broken("shards", 1)
+    broken = BrokenSamples("shards", 1)
     entries = list(read_shards([shards / "000000.tar"], broken))
     assert 0 < len(entries) < 4
     assert "000000.tar (the shard cannot be read further" in broken.named()
     (shards / "000001.tar").write_text("this is no tar file, and long enough to hold a header" * 20)
     with pytest.raises(DataError, match="2 samples are broken"):
         list(read_shards(shard_paths(shards), broken))
-    cut = TarPicture(shards / "000000.tar", "0003.png", 3900, 500)
+    cut = ShardPicture(shards / "000000.tar", "0003.png", 3900, 500)
     with pytest.raises(ImageError, match=r"0003\.png is cut off"):
         cut.read()
 
@@ -254,7 +254,7 @@ def test_a_path_tells_its_kind(captions: Path, questions: Path, folder: Path, sh
         shards / "{000000..000002}.tar": "shards",
     }
     for path, kind in kinds.items():
-        config, base = detect(str(path), "pictures", None, 7)
+        config, base = detect_data(str(path), "pictures", None, 7)
         assert (config.kind, config.max_broken) == (kind, 7)
         assert base / config.path == path
 
@@ -263,11 +263,11 @@ def test_a_recipe_tells_its_data(folder: Path) -> None:
     pytest.importorskip("tomllib", reason="recipes are read by Python 3.11")
     recipe = folder / "recipe.toml"
     recipe.write_text('[data]\nkind = "folder"\npath = "."\n')
-    config, base = detect(str(recipe), None, None, 7)
+    config, base = detect_data(str(recipe), None, None, 7)
     assert (config.path, config.max_broken, base) == (".", 100, folder)
     recipe.write_text("seed = 1\n")
     with pytest.raises(DataError, match=r"no section \[data\]"):
-        detect(str(recipe), None, None, 7)
+        detect_data(str(recipe), None, None, 7)
     recipe.write_text("seed =")
     with pytest.raises(ConfigError, match="expected TOML"):
-        detect(str(recipe), None, None, 7)
+        detect_data(str(recipe), None, None, 7)

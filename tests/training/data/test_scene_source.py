@@ -10,11 +10,11 @@ import pytest
 
 from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.registry import open_source
-from blip2edge.training.data.sources import Sample, Source
+from blip2edge.training.data.registry import open_sample_source
+from blip2edge.training.data.sources import Sample, SampleSource
 
 
-def _take(source: Source, count: int) -> list[tuple[str, str, str]]:
+def _take(source: SampleSource, count: int) -> list[tuple[str, str, str]]:
     def key(sample: Sample) -> tuple[str, str, str]:
         return sample.sample_id, sample.prompt, sample.text
 
@@ -24,23 +24,23 @@ def _take(source: Source, count: int) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("count", [0, 5])
 def test_it_goes_on_where_its_state_was_taken(count: int) -> None:
     config = DataConfig(count=count, prompt_share=0.5)
-    source = open_source(config, seed=3, base=Path())
+    source = open_sample_source(config, seed=3, base=Path())
     _take(source, 7)
     state = json.loads(json.dumps(source.state_dict()))
-    fresh = open_source(config, seed=3, base=Path())
+    fresh = open_sample_source(config, seed=3, base=Path())
     fresh.load_state_dict(state)
     assert _take(fresh, 8) == _take(source, 8)
 
 
 def test_a_pass_shows_each_scene_once_in_an_order_of_its_own() -> None:
-    source = open_source(DataConfig(count=6), seed=1, base=Path())
+    source = open_sample_source(DataConfig(count=6), seed=1, base=Path())
     passes = [[name for name, _, _ in _take(source, 6)] for _ in range(3)]
     assert {frozenset(names) for names in passes} == {frozenset(f"scene-0-{number}" for number in range(6))}
     assert len({tuple(names) for names in passes}) > 1
-    assert _take(open_source(DataConfig(count=6), seed=1, base=Path()), 6)[0][0] == passes[0][0]
+    assert _take(open_sample_source(DataConfig(count=6), seed=1, base=Path()), 6)[0][0] == passes[0][0]
 
 
 def test_a_state_of_another_stream_is_refused() -> None:
-    state = open_source(DataConfig(count=6), seed=1, base=Path()).state_dict()
+    state = open_sample_source(DataConfig(count=6), seed=1, base=Path()).state_dict()
     with pytest.raises(DataError, match="expected a state of the scenes"):
-        open_source(DataConfig(count=7), seed=1, base=Path()).load_state_dict(state)
+        open_sample_source(DataConfig(count=7), seed=1, base=Path()).load_state_dict(state)

@@ -15,10 +15,10 @@ from PIL import Image
 
 from blip2edge.cli import main
 from blip2edge.errors import DataError, UsageError
-from blip2edge.training.data.entries import Broken, Entry, FilePicture
+from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture
 from blip2edge.training.data.scenes import COLOURS, SHAPES, scenes
-from blip2edge.training.evaluation.judges import Judge, Vectors
-from blip2edge.training.evaluation.scoring import Wanted, score_entries, score_scenes
+from blip2edge.training.evaluation.models import EvaluatedModel, Vectors
+from blip2edge.training.evaluation.scoring import ScoringOptions, score_entries, score_scenes
 from blip2edge.training.metrics.captions import caption_scores
 
 if TYPE_CHECKING:
@@ -77,22 +77,24 @@ class Seeing:
 
 
 def test_one_who_knows_the_scenes() -> None:
-    figures = score_scenes(Judge(answerer=Knowing(60)), 60, "heldout", Wanted())
+    figures = score_scenes(EvaluatedModel(captioner=Knowing(60)), 60, "heldout", ScoringOptions())
     assert figures["exact_match"] == figures["chair_recall"] == 1.0
     assert figures["bleu_4"] == pytest.approx(figures["rouge_l"]) == pytest.approx(1.0)
     assert figures["cider_d"] == pytest.approx(10.0)
     assert figures["chair_i"] == figures["chair_s"] == 0.0
     assert figures["pope"]["by"] == "captions"
     assert figures["pope"]["adversarial"]["f1"] == 1.0
-    asked = score_scenes(Judge(answerer=Knowing(60)), 60, "heldout", Wanted(metrics=("pope",), ask=True))
+    asked = score_scenes(
+        EvaluatedModel(captioner=Knowing(60)), 60, "heldout", ScoringOptions(metrics=("pope",), ask=True)
+    )
     assert asked["pope"]["by"] == "questions"
     assert asked["pope"]["random"]["accuracy"] == 1.0
     assert "exact_match" not in asked
 
 
 def test_one_who_sees_things_and_no_relation() -> None:
-    without = score_scenes(Judge(comparer=Seeing(80)), 80, "heldout", Wanted(top=0))
-    figures = score_scenes(Judge(comparer=Seeing(80)), 80, "heldout", Wanted(top=10))
+    without = score_scenes(EvaluatedModel(matcher=Seeing(80)), 80, "heldout", ScoringOptions(top=0))
+    figures = score_scenes(EvaluatedModel(matcher=Seeing(80)), 80, "heldout", ScoringOptions(top=10))
     assert without["text_r1"] < figures["text_r1"] == 1.0  # the head tells scenes of the same things apart
     assert without["text_r10"] == figures["text_r10"] == 1.0
     assert figures["reranked"] == 10
@@ -102,14 +104,14 @@ def test_one_who_sees_things_and_no_relation() -> None:
 
 def test_metrics_that_cannot_be_had() -> None:
     with pytest.raises(UsageError, match="the metric vqa cannot be had"):
-        score_scenes(Judge(answerer=Knowing(2)), 2, "heldout", Wanted(metrics=("vqa",)))
+        score_scenes(EvaluatedModel(captioner=Knowing(2)), 2, "heldout", ScoringOptions(metrics=("vqa",)))
     with pytest.raises(UsageError, match="at least 2 pictures"):
-        score_scenes(Judge(answerer=Knowing(2)), 1, "heldout", Wanted())
+        score_scenes(EvaluatedModel(captioner=Knowing(2)), 1, "heldout", ScoringOptions())
     entry = Entry("1", "1", FilePicture(Path("none.png")), question="What?", answers=("a",))
     with pytest.raises(UsageError, match="the data asks questions"):
-        score_entries(Judge(comparer=Seeing(2)), [entry], Broken("data", 0), Wanted())
+        score_entries(EvaluatedModel(matcher=Seeing(2)), [entry], BrokenSamples("data", 0), ScoringOptions())
     with pytest.raises(DataError, match="at least one sample"):
-        score_entries(Judge(answerer=Knowing(2)), [], Broken("data", 0), Wanted())
+        score_entries(EvaluatedModel(captioner=Knowing(2)), [], BrokenSamples("data", 0), ScoringOptions())
 
 
 @pytest.fixture
@@ -247,7 +249,7 @@ def test_scoring_a_bundle_needs_no_torch() -> None:
         "import sys\n"
         "for name in ('torch', 'transformers', 'onnx', 'onnxruntime', 'tensorrt'): sys.modules[name] = None\n"
         "import blip2edge.training.evaluation.scoring, blip2edge.training.data.detect\n"
-        "import blip2edge.training.capfilt.filtering\n"
+        "import blip2edge.training.capfilt.pipeline\n"
         "import blip2edge.cli.evaluate, blip2edge.cli.capfilt\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

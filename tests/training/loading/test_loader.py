@@ -23,9 +23,9 @@ from blip2edge.training.data.config import DataConfig  # noqa: E402
 from blip2edge.training.data.scene_source import SceneSource  # noqa: E402
 from blip2edge.training.data.sources import Sample  # noqa: E402
 from blip2edge.training.loading.batches import PREPROCESSING  # noqa: E402
-from blip2edge.training.loading.features import FeatureCache, PictureEncoder, encoder_hash  # noqa: E402
-from blip2edge.training.loading.loader import Loader, Texts, number_of  # noqa: E402
-from blip2edge.training.loading.texts import CaptionTexts  # noqa: E402
+from blip2edge.training.loading.caption_texts import CaptionTexts  # noqa: E402
+from blip2edge.training.loading.features import FeatureCache, FrozenEncoder, encoder_hash  # noqa: E402
+from blip2edge.training.loading.loader import Loader, TextMakers, picture_number  # noqa: E402
 from blip2edge.training.setup.miniature import build_miniature  # noqa: E402
 from tests.training import recipes  # noqa: E402
 
@@ -74,7 +74,12 @@ def _vision() -> Any:
 def loader(source: Any, vision: Any, cache: FeatureCache | None = None, workers: int = 0) -> Loader:
     accelerator = Accelerator(cpu=True)
     return Loader(
-        source, 4, PictureEncoder(vision, PREPROCESSING, accelerator, cache), Texts(), accelerator, workers
+        source,
+        4,
+        FrozenEncoder(vision, PREPROCESSING, accelerator, cache),
+        TextMakers(),
+        accelerator,
+        workers,
     )
 
 
@@ -91,7 +96,7 @@ def test_broken_pictures_are_replaced_by_the_next_samples(vision: Any, workers: 
 
 
 def test_a_prompt_that_does_not_fit_is_rejected_too(vision: Any) -> None:
-    workshop = build_miniature(parse_config(recipes.recipe()))
+    parts = build_miniature(parse_config(recipes.recipe()))
     source = Faulty()
     accelerator = Accelerator(cpu=True)
     given = [next(iter(source)) for _ in range(6)]
@@ -102,8 +107,8 @@ def test_a_prompt_that_does_not_fit_is_rejected_too(vision: Any) -> None:
             yield from given
 
     endless = Given()
-    texts = Texts(CaptionTexts(workshop.model.config, workshop.runtime_tokenizer, 16))
-    batches = Loader(endless, 3, PictureEncoder(vision, PREPROCESSING, accelerator), texts, accelerator)
+    texts = TextMakers(CaptionTexts(parts.model.config, parts.runtime_tokenizer, 16))
+    batches = Loader(endless, 3, FrozenEncoder(vision, PREPROCESSING, accelerator), texts, accelerator)
     batch = next(batches)
     assert endless.rejected == [given[2].sample_id]
     assert batch.sample_ids == tuple(given[number].sample_id for number in (0, 1, 3))
@@ -198,5 +203,5 @@ def test_the_hash_knows_weights_and_preprocessing(vision: Any) -> None:
 
 
 def test_a_pictures_number_is_its_names() -> None:
-    assert number_of("a") == number_of("a") != number_of("b")
-    assert 0 <= number_of("a") < 2**63
+    assert picture_number("a") == picture_number("a") != picture_number("b")
+    assert 0 <= picture_number("a") < 2**63

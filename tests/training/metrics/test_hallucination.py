@@ -10,7 +10,7 @@ from blip2edge.training.metrics.hallucination import (
     NEGATIVES,
     chair,
     pope,
-    probes,
+    pope_questions,
     said_yes,
     things_named,
     things_shown,
@@ -44,9 +44,9 @@ def test_chair_by_hand() -> None:
 
 def test_probes_are_half_true_and_near_where_they_say_so() -> None:
     shown = [things_shown(scene) for scene in scenes(40, split="heldout")]
-    asked = probes(shown, seed=1)
-    assert asked == probes(shown, seed=1)
-    assert asked != probes(shown, seed=2)
+    asked = pope_questions(shown, seed=1)
+    assert asked == pope_questions(shown, seed=1)
+    assert asked != pope_questions(shown, seed=2)
     for probe in asked:
         assert (probe.thing in shown[probe.picture]) == probe.there
     for name in NEGATIVES:
@@ -57,7 +57,7 @@ def test_probes_are_half_true_and_near_where_they_say_so() -> None:
 
 
 def test_pope_of_one_who_knows_and_of_one_who_says_yes() -> None:
-    asked = probes([things_shown(scene) for scene in scenes(10)])
+    asked = pope_questions([things_shown(scene) for scene in scenes(10)])
     knows = pope(asked, [probe.there for probe in asked])["adversarial"]
     assert knows == {"accuracy": 1.0, "precision": 1.0, "recall": 1.0, "f1": 1.0, "yes": 0.5}
     nods = pope(asked, [True] * len(asked))["random"]

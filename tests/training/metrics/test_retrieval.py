@@ -8,10 +8,10 @@ import pytest
 from blip2edge.errors import DataError
 from blip2edge.training.metrics.retrieval import (
     match_pairs,
-    nearest,
     pairs_to_match,
     retrieval_scores,
     similarities,
+    top_columns,
 )
 
 
@@ -42,13 +42,13 @@ def test_the_matching_head_puts_the_nearest_in_order_anew() -> None:
     scores = rng.normal(size=(6, 12)).astype(np.float32)
     belongs = [number // 2 for number in range(12)]
     pairs = pairs_to_match(scores, 4)
-    assert all(set(nearest(scores, 4)[image].tolist()) <= set(texts) for image, texts in pairs.items())
+    assert all(set(top_columns(scores, 4)[image].tolist()) <= set(texts) for image, texts in pairs.items())
     # A head that knows the truth: what is right and among the first four comes first.
     matched = match_pairs(pairs, lambda image, texts: [float(belongs[text] == image) for text in texts])
     figures = retrieval_scores(scores, belongs, top=4, matched=matched)
-    top = nearest(scores, 4).tolist()
+    top = top_columns(scores, 4).tolist()
     assert figures["text_r1"] == sum(any(belongs[text] == row for text in top[row]) for row in range(6)) / 6
-    columns = nearest(np.ascontiguousarray(scores.T), 4).tolist()
+    columns = top_columns(np.ascontiguousarray(scores.T), 4).tolist()
     assert figures["image_r1"] == sum(belongs[text] in columns[text] for text in range(12)) / 12
     # It cannot reach beyond them.
     plain = retrieval_scores(scores, belongs)

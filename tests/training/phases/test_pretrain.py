@@ -10,7 +10,7 @@ pytest.importorskip("accelerate")
 from blip2edge.training.config import LanguagePhase, parse_config  # noqa: E402
 from blip2edge.training.data.config import DataConfig  # noqa: E402
 from blip2edge.training.data.scenes import scenes  # noqa: E402
-from blip2edge.training.loading.batches import IGNORED, KeywordTexts, SceneSeries  # noqa: E402
+from blip2edge.training.loading.batches import IGNORED, KeywordTexts, SceneBatches  # noqa: E402
 from blip2edge.training.phases.pretrain import LanguagePretraining, dense_labels  # noqa: E402
 from blip2edge.training.setup.miniature import build_miniature  # noqa: E402
 from tests.training import recipes  # noqa: E402
@@ -30,18 +30,18 @@ def test_dense_labels_say_what_lies_where() -> None:
 
 
 def test_keywords_and_captions_of_scenes() -> None:
-    workshop = build_miniature(parse_config(recipes.recipe()))
-    texts = KeywordTexts(workshop.tokenizer, 8, DataConfig(prompt_share=0.5))
-    series = SceneSeries(8, 4, texts)
+    parts = build_miniature(parse_config(recipes.recipe()))
+    texts = KeywordTexts(parts.tokenizer, 8, DataConfig(prompt_share=0.5))
+    series = SceneBatches(8, 4, texts)
     batch = next(series)
     shown = list(scenes(8, seed=4))
     for row, scene in enumerate(shown):
         ids = [value for value in batch.captions.labels[row].tolist() if value != IGNORED]
         assert ids[-1] == 2
-        assert workshop.tokenizer.decode(ids).strip() == scene.caption
-        text = workshop.tokenizer.decode(batch.captions.input_ids[row].tolist())
+        assert parts.tokenizer.decode(ids).strip() == scene.caption
+        text = parts.tokenizer.decode(batch.captions.input_ids[row].tolist())
         assert text in (scene.caption, f"a photo of {scene.caption}", f"a picture of {scene.caption}")
-        words = workshop.tokenizer.decode(batch.keyword_ids[row].tolist()).split()
+        words = parts.tokenizer.decode(batch.keyword_ids[row].tolist()).split()
         assert words == list(scene.keywords)
     assert len({len(row[row != IGNORED]) for row in batch.captions.labels}) >= 1
     assert batch.sample_ids[0] == "scene-4-0"
@@ -55,8 +55,8 @@ def test_two_processes_read_what_one_would() -> None:
     def names(batch: list[object], given: list[str]) -> list[str]:
         return list(given)
 
-    whole = next(SceneSeries(4, 1, names))
-    parts = [next(SceneSeries(2, 1, names, (rank, 2))) for rank in range(2)]
+    whole = next(SceneBatches(4, 1, names))
+    parts = [next(SceneBatches(2, 1, names, (rank, 2))) for rank in range(2)]
     assert parts[0] + parts[1] == whole
 
 
@@ -70,12 +70,12 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 def test_the_prefix_hints_or_is_noise() -> None:
-    workshop = build_miniature(parse_config(recipes.recipe()))
-    batch = next(SceneSeries(2, 4, KeywordTexts(workshop.tokenizer, 8, DataConfig())))
-    language: object = workshop.model.language
+    parts = build_miniature(parse_config(recipes.recipe()))
+    batch = next(SceneBatches(2, 4, KeywordTexts(parts.tokenizer, 8, DataConfig())))
+    language: object = parts.model.language
     torch.manual_seed(0)
     sure = LanguagePretraining(language, LanguagePhase(prefix_share=1.0, prefix_noise=0.0))  # type: ignore[arg-type]
-    words = workshop.model.language.embed(batch.keyword_ids)
+    words = parts.model.language.embed(batch.keyword_ids)
     assert torch.equal(sure._prefix(batch.keyword_ids), words)
     never = LanguagePretraining(language, LanguagePhase(prefix_share=0.0))  # type: ignore[arg-type]
     noise = never._prefix(batch.keyword_ids)

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from blip2edge.model.masks import TASKS, attention_mask
-from blip2edge.training.phases.stage1 import TextBatch, draw_negative, itm_loss, prepare_stage1, similarities
+from blip2edge.training.loading.batches import TextBatch
+from blip2edge.training.phases.stage1 import (
+    draw_negative,
+    itm_loss,
+    prepare_stage1,
+    query_text_similarity,
+)
 from tests.training import recipes
 from tests.training import stage1_worker as worker
 from tests.training.drawing_stage1 import QUERIES, draw_batch, draw_stage1, slow_losses
@@ -110,7 +116,7 @@ def test_negatives_are_drawn_by_similarity_and_never_of_the_same_picture() -> No
     with torch.no_grad():
         model(images, texts, look)
         queries, _ = model.matcher.qformer.read(images)  # type: ignore[operator,union-attr]
-        scores = similarities(
+        scores = query_text_similarity(
             model.matcher.image_features(images),
             model.matcher.text_embeds(texts.input_ids, texts.attention_mask),
         )

@@ -19,19 +19,19 @@ from torch.nn import functional as F  # noqa: E402
 from blip2edge.errors import ConfigError  # noqa: E402
 from blip2edge.model.captioner import CaptionerModel  # noqa: E402
 from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
-from blip2edge.runtime.text.prompt import Instructor  # noqa: E402
+from blip2edge.runtime.text.prompt import InstructionTokenizer  # noqa: E402
 from blip2edge.runtime.text.tokenizer import Tokenizer  # noqa: E402
 from blip2edge.training.config import OptimizerConfig, TrainingConfig, parse_config  # noqa: E402
 from blip2edge.training.data.scenes import scenes  # noqa: E402
 from blip2edge.training.data.sources import Sample  # noqa: E402
 from blip2edge.training.loading.batches import IGNORED, PREPROCESSING  # noqa: E402
-from blip2edge.training.loading.features import PictureEncoder  # noqa: E402
-from blip2edge.training.loading.loader import PictureBatch, Texts  # noqa: E402
-from blip2edge.training.loading.texts import CaptionTexts  # noqa: E402
+from blip2edge.training.loading.caption_texts import CaptionTexts  # noqa: E402
+from blip2edge.training.loading.features import FrozenEncoder  # noqa: E402
+from blip2edge.training.loading.loader import PictureBatch, TextMakers  # noqa: E402
 from blip2edge.training.loop.optim import learning_rate, make_optimizer  # noqa: E402
-from blip2edge.training.phases.stages import GenerativeStage, is_trained, match_scale  # noqa: E402
+from blip2edge.training.phases.stage2 import GenerativeStage, is_trained, match_scale  # noqa: E402
 from blip2edge.training.setup.miniature import build_miniature  # noqa: E402
-from blip2edge.training.setup.workshop import Workshop  # noqa: E402
+from blip2edge.training.setup.model_parts import ModelParts  # noqa: E402
 from tests import drawing  # noqa: E402
 from tests.families import drawing_idefics, drawing_instruct, drawing_llama, test_t5  # noqa: E402
 from tests.training import recipes  # noqa: E402
@@ -71,12 +71,14 @@ def case(theirs: Any, directory: Path, prompts: tuple[str, ...] = PROMPTS) -> Ca
     instruction = None
     inputs = {"pixel_values": pixels}
     if ours.config.instruction_positions:
-        reader = Instructor(_tokenizer(directory / "qformer_tokenizer"), ours.config.instruction_positions, 1)
+        reader = InstructionTokenizer(
+            _tokenizer(directory / "qformer_tokenizer"), ours.config.instruction_positions, 1
+        )
         given = [texts.prompt(sample) for sample in samples(prompts)]
         ids, mask = (torch.from_numpy(array) for array in reader(given).values())
         instruction = (ids, mask)
         inputs |= {"qformer_input_ids": ids, "qformer_attention_mask": mask}
-    batch = Texts(texts).batch(samples(prompts), ours.vision(pixels).detach())
+    batch = TextMakers(texts).batch(samples(prompts), ours.vision(pixels).detach())
     return Case(theirs, ours, batch._replace(instruction=instruction), inputs)
 
 
@@ -143,23 +145,23 @@ def test_the_loss_of_a_flamingo_is_that_of_transformers(tmp_path: Path) -> None:
     assert float(stage(made.batch)["loss"].detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
-def tiny(bridge: str = "qformer", **options: Any) -> Workshop:
+def tiny(bridge: str = "qformer", **options: Any) -> ModelParts:
     """A miniature of the tests' recipe."""
     config = replace(parse_config(recipes.recipe()), bridge=bridge)
     return build_miniature(config, **options)
 
 
-def scene_batch(workshop: Workshop, count: int = 3, *, own: bool = False) -> PictureBatch:
+def scene_batch(parts: ModelParts, count: int = 3, *, own: bool = False) -> PictureBatch:
     """A few scenes, encoded."""
     shown = list(scenes(count, seed=11))
     given = [
         Sample(f"s{number}", f"s{number}", lambda scene=scene: scene.picture, scene.caption)  # type: ignore[misc]
         for number, scene in enumerate(shown)
     ]
-    encoder = PictureEncoder(workshop.model.vision, PREPROCESSING, Accelerator())
+    encoder = FrozenEncoder(parts.model.vision, PREPROCESSING, Accelerator())
     embeds = encoder.encode(given, [encoder.open(sample) for sample in given])
-    captions = CaptionTexts(workshop.model.config, workshop.runtime_tokenizer, 64)
-    return Texts(captions, workshop.texts if own else None).batch(given, embeds)
+    captions = CaptionTexts(parts.model.config, parts.runtime_tokenizer, 64)
+    return TextMakers(captions, parts.qformer_texts if own else None).batch(given, embeds)
 
 
 def steps(stage: GenerativeStage, batch: PictureBatch, count: int = 3) -> list[float]:
@@ -176,20 +178,20 @@ def steps(stage: GenerativeStage, batch: PictureBatch, count: int = 3) -> list[f
 
 @pytest.mark.parametrize("bridge", ["qformer", "projection", "mlp", "perceiver", "pool"])
 def test_every_bridge_trains_its_own_parameters_and_nothing_else(bridge: str) -> None:
-    workshop = tiny(bridge)
-    match_scale(workshop.model)
-    batch = scene_batch(workshop)
-    before = recipes.tensor_hashes(workshop.model)
-    losses = steps(GenerativeStage(workshop.model, bridge), batch)
-    after = recipes.tensor_hashes(workshop.model)
+    parts = tiny(bridge)
+    match_scale(parts.model)
+    batch = scene_batch(parts)
+    before = recipes.tensor_hashes(parts.model)
+    losses = steps(GenerativeStage(parts.model, bridge), batch)
+    after = recipes.tensor_hashes(parts.model)
     changed = {name for name in before if before[name] != after[name]}
-    trained = {name for name, _ in workshop.model.named_parameters() if is_trained(name, bridge)}
+    trained = {name for name, _ in parts.model.named_parameters() if is_trained(name, bridge)}
     assert all(torch.isfinite(torch.tensor(losses)))
     assert losses[-1] < losses[0]
     # A key's bias has no influence (softmax forgets it), so that Adam may leave it where it is.
     assert changed <= trained
     assert {name for name in trained - changed if not name.endswith("key.bias")} == set()
-    for name, parameter in workshop.model.named_parameters():
+    for name, parameter in parts.model.named_parameters():
         assert (parameter.grad is not None) == (name in trained), name
 
 
@@ -215,27 +217,27 @@ def test_a_flamingo_trains_its_gated_layers_from_a_gate_of_zero(tmp_path: Path) 
 
 
 def test_frozen_parts_keep_their_hash_with_the_text_head_kept_too() -> None:
-    workshop = tiny(draft=True)
-    before = recipes.tensor_hashes(workshop.model)
-    stage = GenerativeStage(workshop.model, itg_weight=1.0)
-    batch = scene_batch(workshop, own=True)
+    parts = tiny(draft=True)
+    before = recipes.tensor_hashes(parts.model)
+    stage = GenerativeStage(parts.model, itg_weight=1.0)
+    batch = scene_batch(parts, own=True)
     losses = {name: float(loss.detach()) for name, loss in stage(batch).items()}
     assert losses["loss"] == pytest.approx(losses["lm"] + losses["itg"])
     steps(stage, batch)
-    changed = {name for name, value in recipes.tensor_hashes(workshop.model).items() if value != before[name]}
+    changed = {name for name, value in recipes.tensor_hashes(parts.model).items() if value != before[name]}
     assert {name.split(".")[0] for name in changed} == {"bridge", "draft"}
-    assert not workshop.model.language.training
-    for part in (workshop.model.vision, workshop.model.language):
+    assert not parts.model.language.training
+    for part in (parts.model.vision, parts.model.language):
         assert all(parameter.grad is None for parameter in part.parameters())
 
 
 def test_the_language_model_can_be_trained_too() -> None:
-    workshop = tiny()
-    before = recipes.tensor_hashes(workshop.model.language)
-    stage = GenerativeStage(workshop.model, unfreeze_language=True)
+    parts = tiny()
+    before = recipes.tensor_hashes(parts.model.language)
+    stage = GenerativeStage(parts.model, unfreeze_language=True)
     assert stage.language.training
-    steps(stage, scene_batch(workshop))
-    assert recipes.tensor_hashes(workshop.model.language) != before
+    steps(stage, scene_batch(parts))
+    assert recipes.tensor_hashes(parts.model.language) != before
 
 
 def test_a_text_head_that_is_not_there_is_told() -> None:
@@ -267,22 +269,22 @@ def test_what_is_too_long_is_cut_with_its_end_token_kept(tmp_path: Path) -> None
 
 
 def test_the_projection_starts_at_the_size_of_words() -> None:
-    workshop = build_miniature(TrainingConfig(seed=3))
-    match_scale(workshop.model)
+    parts = build_miniature(TrainingConfig(seed=3))
+    match_scale(parts.model)
     with torch.no_grad():
-        visual_tokens = workshop.model.bridge(scene_batch(workshop).image_embeds)
-    words = workshop.model.language.get_parameter("embed_tokens.weight").detach()
+        visual_tokens = parts.model.bridge(scene_batch(parts).image_embeds)
+    words = parts.model.language.get_parameter("embed_tokens.weight").detach()
     assert float(visual_tokens.std() / words.std()) == pytest.approx(1.0, rel=0.3)
 
 
 def test_vectors_do_not_decay_and_frozen_parameters_stay_out() -> None:
-    workshop = tiny()
-    stage = GenerativeStage(workshop.model)
+    parts = tiny()
+    stage = GenerativeStage(parts.model)
     decayed, spared = make_optimizer([stage], OptimizerConfig()).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     assert all(parameter.ndim > 1 for parameter in decayed["params"])
     assert all(parameter.ndim == 1 for parameter in spared["params"])
-    count = len(list(workshop.model.bridge.parameters()))
+    count = len(list(parts.model.bridge.parameters()))
     assert len(decayed["params"]) + len(spared["params"]) == count
 
 

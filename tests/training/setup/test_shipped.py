@@ -11,8 +11,9 @@ from PIL import Image
 
 from blip2edge.training.config import config_hash, load_config
 from blip2edge.training.data.scenes import make_scene, scenes
-from blip2edge.training.evaluation.evaluate import evaluate_scenes
-from blip2edge.training.evaluation.judges import JudgeOptions, open_answerer
+from blip2edge.training.evaluation.models import ModelOptions
+from blip2edge.training.evaluation.open_model import open_captioner
+from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
@@ -48,7 +49,7 @@ def test_the_example_pictures_are_held_out_scenes() -> None:
 
 
 def test_it_captions_scenes_that_it_never_saw() -> None:
-    captioner = open_answerer(CHECKPOINT, JudgeOptions())
+    captioner = open_captioner(CHECKPOINT, ModelOptions())
     scores = evaluate_scenes(captioner, n=200, seed=77)
     # 200 scenes: two standard errors below the 98 % that 1,000 have to reach.
     assert scores["exact_match"] >= 0.96, scores["wrong"]
@@ -64,7 +65,7 @@ def test_transformers_says_the_same() -> None:
     shown = [scene.picture for scene in scenes(8, split="heldout", seed=78)]
     ids = theirs.generate(**processor(images=shown, return_tensors="pt"), max_new_tokens=20)
     said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    assert said == open_answerer(CHECKPOINT, JudgeOptions())(shown)
+    assert said == open_captioner(CHECKPOINT, ModelOptions())(shown)
 
 
 def test_a_prompt_is_continued() -> None:
@@ -77,7 +78,7 @@ def test_a_prompt_is_continued() -> None:
     inputs = processor(images=shown, text=["a photo of"] * len(shown), return_tensors="pt")
     ids = theirs.generate(**inputs, max_new_tokens=20)[:, inputs.input_ids.shape[1] :]
     said = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    assert said == open_answerer(CHECKPOINT, JudgeOptions())(shown)
+    assert said == open_captioner(CHECKPOINT, ModelOptions())(shown)
 
 
 def test_the_readme_tells_its_figure() -> None:

@@ -10,7 +10,7 @@ import pytest
 from blip2edge.training.data.scenes import COLOURS, RELATIONS, SHAPES, SIZES, make_scene
 from blip2edge.training.setup.vocabulary import (
     END_ID,
-    IMAGE,
+    IMAGE_TOKEN,
     PAD_ID,
     keyword_ids,
     make_tokenizer,
@@ -42,7 +42,7 @@ def test_any_text_comes_back() -> None:
 def test_it_is_the_same_each_time_and_ends_with_the_picture_token() -> None:
     one, two = make_tokenizer(PROMPTS), make_tokenizer(PROMPTS)
     assert one.to_str() == two.to_str()
-    assert one.token_to_id(IMAGE) == one.get_vocab_size() - 1
+    assert one.token_to_id(IMAGE_TOKEN) == one.get_vocab_size() - 1
     assert one.token_to_id("<pad>") == PAD_ID == 1
 
 

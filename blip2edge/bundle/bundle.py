@@ -1,0 +1,127 @@
+"""An opened bundle: the directory that is deployed, its manifest, and what was derived from it."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from blip2edge.bundle.integrity import check_files, sha256_of
+from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
+from blip2edge.bundle.user_cache import cache_directory
+from blip2edge.errors import BundleError, OutputError
+from blip2edge.progress import ProgressCallback
+
+
+class Bundle:
+    """An opened bundle: its directory and its manifest.
+
+    Attributes:
+        path: The directory.
+        manifest: The contents of its ``bundle.json``.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {self.manifest.family}, {self.manifest.precision})"
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Reads ``bundle.json`` and checks that every file is there and unchanged.
+
+        A file that still has the size and modification time of the last check is not hashed again.
+
+        Raises:
+            BundleError: The directory is not a bundle, or its manifest cannot be read.
+            BundleVersionError: A newer version wrote it.
+            BundleIntegrityError: A file is missing or changed.
+        """
+        directory = Path(path)
+        bundle = cls(directory, read_manifest(directory))
+        bundle._check(use_stamps=True)
+        return bundle
+
+    def verify(self, progress: ProgressCallback | None = None) -> None:
+        """Hashes every file, also those that did not change since the last check.
+
+        Args:
+            progress: Called with a file's name, how many are done and how many there are.
+
+        Raises:
+            BundleIntegrityError: A file is missing or changed.
+        """
+        self._check(use_stamps=False, progress=progress)
+
+    def _check(self, *, use_stamps: bool, progress: ProgressCallback | None = None) -> None:
+        check_files(
+            self.path,
+            self.manifest.files,
+            manifest=MANIFEST,
+            fix="copy the bundle again, or export the checkpoint again with --force",
+            use_stamps=use_stamps,
+            progress=progress,
+        )
+
+    def file(self, name: str) -> Path:
+        """The path of one of its files."""
+        return self.path / name
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of ``bundle.json``, by which engines and optimized copies name the bundle that they were made from.
+
+        ``bundle.json`` holds the hash of every other file, so this one stands for the whole bundle. A bundle that holds
+        only engines gives the hash of the bundle that they were built from.
+        """
+        return self.manifest.engines_of or sha256_of(self.path / MANIFEST)
+
+    def derived(self, kind: str) -> Path:
+        """The directory to read derived files from: in the bundle, or in the user's cache.
+
+        Args:
+            kind: What was derived: ``engines`` or ``optimized``.
+        """
+        places = self._derived(kind)
+        return next((place for place in places if place.is_dir()), places[0])
+
+    def derive(self, kind: str) -> Path:
+        """Makes the directory to write derived files to: in the bundle, or in the user's cache if it is read-only.
+
+        Args:
+            kind: What is derived: ``engines`` or ``optimized``.
+
+        Raises:
+            OutputError: Neither can be written.
+        """
+        places = self._derived(kind)
+        for place in places:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except OSError:
+                continue
+            if os.access(place, os.W_OK):
+                return place
+        raise OutputError(f"none of {', '.join(map(str, places))} can be written", "set XDG_CACHE_HOME")
+
+    def _derived(self, kind: str) -> tuple[Path, ...]:
+        inside = self.path / kind
+        try:
+            return inside, cache_directory() / kind / self.sha256[:16]
+        except RuntimeError:  # no home directory
+            return (inside,)
+
+    def graph(self, name: str) -> GraphRecord:
+        """The record of a graph.
+
+        Raises:
+            BundleError: The bundle has no such graph.
+        """
+        if name not in self.manifest.graphs:
+            raise BundleError(
+                f"{self.path} has no graph {name}; it has {', '.join(self.manifest.graphs)}",
+                f"it was exported from a {self.manifest.family} checkpoint: use a command that fits it",
+            )
+        return self.manifest.graphs[name]

@@ -1,0 +1,117 @@
+"""Checks files against the hashes in their manifest: a bundle's, an optimized copy's, an engine folder's.
+
+Hashing gigabytes at every start is slow. So a check that passes leaves stamps: size, modification time and hash of each
+file, in ``.verified.json`` beside the files, or in the user's cache where the directory is read-only. A file that still
+has the size and time of its stamp is not hashed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.user_cache import cache_directory
+from blip2edge.errors import BundleIntegrityError
+from blip2edge.progress import ProgressCallback
+
+STAMPS = ".verified.json"
+CHUNK = 1 << 20  # bytes hashed at a time
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hash of a file, as its manifest lists them."""
+
+    sha256: str
+    size: int  # bytes
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """The record of a file as it is now."""
+        return cls(sha256_of(path), path.stat().st_size)
+
+
+def check_files(
+    directory: Path,
+    files: Mapping[str, FileRecord],
+    *,
+    manifest: str,
+    fix: str,
+    use_stamps: bool = True,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Checks that files are there and unchanged.
+
+    Args:
+        directory: Where they are.
+        files: Their records, by name.
+        manifest: Name of the file that lists them, for errors.
+        fix: What the user can do about a wrong file, for errors.
+        use_stamps: Whether a file with an unchanged size and modification time counts as unchanged; else every file
+            is hashed.
+        progress: Called with a file's name, how many are done and how many there are.
+
+    Raises:
+        BundleIntegrityError: A file is missing or changed.
+    """
+    stamps = _read_stamps(directory)
+    fresh: dict[str, Any] = {}
+    for done, (name, record) in enumerate(files.items()):
+        if progress is not None:
+            progress(name, done, len(files))
+        path = directory / name
+        if not path.is_file():
+            raise BundleIntegrityError(f"{path} is missing, though {manifest} lists it", fix)
+        status = path.stat()
+        fresh[name] = [status.st_size, status.st_mtime_ns, record.sha256]
+        known = use_stamps and stamps.get(name) == fresh[name]
+        if status.st_size != record.size or not (known or sha256_of(path) == record.sha256):
+            raise BundleIntegrityError(f"{path} does not match {manifest}: its size or hash differs", fix)
+    if progress is not None:
+        progress("verified", len(files), len(files))
+    if stamps != (updated := {**stamps, **fresh}):
+        _write_stamps(directory, updated)
+
+
+def _stamp_files(directory: Path) -> Iterator[Path]:
+    """Beside the files; where that is read-only, in the user's cache, where the user has one."""
+    yield directory / STAMPS
+    key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    try:
+        yield cache_directory() / "verified" / f"{key}.json"
+    except RuntimeError:  # no home directory
+        return
+
+
+def _read_stamps(directory: Path) -> dict[str, Any]:
+    for path in _stamp_files(directory):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # no stamps, or broken ones: every file is hashed
+            continue
+        if isinstance(values, dict):
+            return values
+    return {}
+
+
+def _write_stamps(directory: Path, stamps: Mapping[str, Any]) -> None:
+    for path in _stamp_files(directory):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(stamps), encoding="utf-8")
+            return
+        except OSError:  # read-only: the next place; without any, the files are hashed at every start
+            continue

@@ -1,0 +1,16 @@
+"""The user's cache directory: where files go that a read-only bundle cannot hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """``$XDG_CACHE_HOME/blip2edge``, or ``~/.cache/blip2edge``.
+
+    Raises:
+        RuntimeError: The user has no home directory, as in a container whose user is a number without a name.
+    """
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "blip2edge"

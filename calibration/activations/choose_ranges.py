@@ -1,0 +1,247 @@
+"""Chooses the INT8 range of each activation: by its histogram alone, or by the error of the layer's output.
+
+``--method smooth``, the default, tries several candidates for each activation. A candidate is a division of the
+channels (SmoothQuant, arXiv 2211.10438: part of a channel's magnitude moves into the weights; alpha is the migration
+strength) and a threshold beyond which values saturate. The candidate with the least error of the products' outputs is
+taken. The error is measured on tokens drawn from all pictures, and on the tokens with the largest values. A product
+whose error stays above a limit is kept in floating point. The other methods (``histogram.py``) choose the threshold of
+each tensor by its histogram.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from blip2edge.calibration.activations.folding import find_fold
+from blip2edge.calibration.activations.histogram import LEVELS, THRESHOLDS
+from blip2edge.calibration.activations.observer import Observation, Observations
+from blip2edge.calibration.activations.qdq import ActivationPlan, QuantizedActivation, quantize_columns
+from blip2edge.calibration.initializers import initializer_tensor
+from blip2edge.calibration.targets import Product, Targets
+from blip2edge.progress import counted
+
+METHODS = (*THRESHOLDS, "smooth")
+"""The values of ``--method``."""
+
+ALPHAS = (0.35, 0.5, 0.65, 0.8)
+"""Migration strengths that are tried, beside no division at all."""
+
+SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15)
+"""Thresholds that are tried, as shares of the largest value."""
+
+COLUMNS = 384
+"""Columns of a layer's weights on which the candidates are compared."""
+
+LIMIT = 0.01
+"""Largest accepted error of a layer's output, as a share of its power (10 % in amplitude)."""
+
+NODE_ABOVE = 1e-3
+"""A division that needs its own node is tried only where the error without division is larger than this ..."""
+
+NODE_GAIN = 0.5
+"""... and taken only where it leaves less than this share of that error."""
+
+ALWAYS_ZERO = "its input is always zero"
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RangeChoice:
+    """A candidate for the range of an activation, and its error.
+
+    Attributes:
+        output_error: Power of the rounding error of an output over the power of the output, mean over tokens; the
+            larger value of the drawn tokens and of the tokens with the largest values.
+        threshold: The threshold of the divided activation.
+        divisor: ``[K]``, the division of the channels; None for no division.
+    """
+
+    output_error: float
+    threshold: float
+    divisor: Array | None
+
+
+def choose_ranges(
+    model: ir.Model,
+    targets: Targets,
+    observations: Observations,
+    method: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> ActivationPlan:
+    """Chooses the ranges of a graph's activations.
+
+    Args:
+        model: The graph.
+        targets: Its products.
+        observations: Observations by the activation's name.
+        method: One of :data:`METHODS`.
+        progress: Called with activations done and activations in all.
+    """
+    if method in THRESHOLDS:
+        return choose_ranges_by_histogram(model, targets, observations, method)
+    return choose_ranges_by_output(model, targets, observations, progress=progress)
+
+
+def choose_ranges_by_histogram(
+    model: ir.Model, targets: Targets, observations: Observations, method: str
+) -> ActivationPlan:
+    """Chooses the range of each activation by its own histogram.
+
+    Args:
+        model: The graph.
+        targets: Its products.
+        observations: Observations by the activation's name.
+        method: A key of :data:`blip2edge.calibration.activations.histogram.THRESHOLDS`.
+    """
+    plan = ActivationPlan()
+    for activation, products in targets.by_activation().items():
+        observation = observations[activation]
+        threshold = THRESHOLDS[method](observation.histogram)
+        if threshold > 0:
+            weight = _joined([_read(model, product) for product in products])
+            error = _Division(observation, weight, None).output_error(threshold)
+            plan.activations.append(
+                QuantizedActivation(activation, tuple(products), threshold, output_error=error)
+            )
+        else:
+            plan.kept_float |= {product.node: ALWAYS_ZERO for product in products}
+    return plan
+
+
+def choose_ranges_by_output(
+    model: ir.Model,
+    targets: Targets,
+    observations: Observations,
+    *,
+    limit: float = LIMIT,
+    progress: Callable[[int, int], None] | None = None,
+) -> ActivationPlan:
+    """Chooses range and division of each activation by the error of the outputs of its products.
+
+    Args:
+        model: The graph; the weights of one activation's products are in memory at a time.
+        targets: Its products.
+        observations: Observations by the activation's name.
+        limit: See :data:`LIMIT`.
+        progress: Called with activations done and activations in all.
+    """
+    plan = ActivationPlan()
+    groups = targets.by_activation()
+    for activation, products in counted(groups.items(), len(groups), progress):
+        observation = observations[activation]
+        if observation.histogram.maximum == 0.0:
+            plan.kept_float |= {product.node: ALWAYS_ZERO for product in products}
+            continue
+        fold = find_fold(model, products)
+        shared = any(len(list(model.graph.initializers[product.weight].uses())) > 1 for product in products)
+        choice = choose_range(
+            observation, [_read(model, product) for product in products], fold != (), shared
+        )
+        if choice.output_error > limit:
+            reason = f"rounding would change {choice.output_error:.1%} of the power of its output"
+            plan.kept_float |= {product.node: reason for product in products}
+        else:
+            taken = fold if choice.divisor is not None else ()
+            plan.activations.append(
+                QuantizedActivation(
+                    activation, tuple(products), choice.threshold, choice.divisor, taken, choice.output_error
+                )
+            )
+    return plan
+
+
+def choose_range(
+    observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False
+) -> RangeChoice:
+    """The best candidate for one activation.
+
+    Args:
+        observation: The observation of the activation.
+        weights: ``[K, N]`` of each product that reads it.
+        folds: Whether the layer before can take the division, so that it needs no node.
+        shared: Whether another node reads one of the weights, so that its rows must not change.
+    """
+    weight = _joined(weights)
+    plain = _Division(observation, weight, None).best()
+    if shared or not (folds or plain.output_error > NODE_ABOVE):
+        return plain
+    smooth = min(
+        (
+            _Division(observation, weight, divisor).best()
+            for divisor in _divisors(observation.channel_max, weight)
+        ),
+        key=lambda choice: choice.output_error,
+    )
+    return smooth if smooth.output_error < plain.output_error * (1.0 if folds else NODE_GAIN) else plain
+
+
+def _read(model: ir.Model, product: Product) -> Array:
+    return np.asarray(initializer_tensor(model.graph.initializers[product.weight]).numpy(), np.float32)
+
+
+def _joined(weights: Sequence[Array]) -> Array:
+    """Some columns of each of the products that read an activation, side by side."""
+    return np.concatenate([_some_columns(one, COLUMNS // len(weights)) for one in weights], axis=1)
+
+
+def _some_columns(weight: Array, count: int) -> Array:
+    width = weight.shape[1]
+    if width <= count:
+        return weight
+    return weight[:, np.arange(count) * width // count]
+
+
+def _divisors(channel_max: Array, weight: Array) -> Iterator[Array]:
+    """``max|x|^alpha / max|w|^(1 - alpha)`` by channel (SmoothQuant, eq. 4), scaled so that the median is 1."""
+    largest = np.abs(weight).max(axis=1)
+    used = (channel_max > 0) & (largest > 0)
+    for alpha in ALPHAS:
+        divisor = np.ones_like(channel_max)
+        divisor[used] = channel_max[used] ** alpha / largest[used] ** (1 - alpha)
+        if used.any():
+            divisor[used] /= np.median(divisor[used])
+        yield np.clip(divisor, 1e-3, 1e3).astype(np.float32)
+
+
+class _Division:
+    """A division of an activation's channels, and the tokens on which thresholds are tried for it.
+
+    Args:
+        observation: The observation of the activation.
+        weight: ``[K, N]``.
+        divisor: ``[K]``, or None for no division.
+    """
+
+    def __init__(self, observation: Observation, weight: Array, divisor: Array | None) -> None:
+        scaled = weight if divisor is None else weight * divisor[:, None]
+        integers, scale = quantize_columns(scaled)
+        self.divisor = divisor
+        largest = observation.channel_max if divisor is None else observation.channel_max / divisor
+        self.maximum = float(largest.max())
+        self._rounded = integers * scale
+        self._parts = []
+        for rows in observation.sample():
+            exact = rows @ weight
+            power = np.square(exact).sum(axis=1)
+            divided = rows if divisor is None else rows / divisor
+            self._parts.append((divided, exact, np.maximum(power, max(power.mean() * 0.1, 1e-30))))
+
+    def output_error(self, threshold: float) -> float:
+        """See :class:`RangeChoice`."""
+        step = threshold / LEVELS
+        errors = []
+        for rows, exact, power in self._parts:
+            values = np.clip(np.rint(rows / step), -LEVELS, LEVELS) * step
+            errors.append(float((np.square(values @ self._rounded - exact).sum(axis=1) / power).mean()))
+        return max(errors)
+
+    def best(self) -> RangeChoice:
+        """The threshold of :data:`SHARES` with the least error."""
+        tried = [(self.output_error(self.maximum * share), self.maximum * share) for share in SHARES]
+        return RangeChoice(*min(tried), self.divisor)

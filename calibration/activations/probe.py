@@ -1,0 +1,167 @@
+"""Reads inner tensors of a graph while it runs: they become outputs, a part of them at a time to bound memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.schema import GraphSpec
+from blip2edge.calibration.batches import Feeds
+
+OUTPUT_BYTES = 256 << 20  # bytes of inner tensors that one run outputs at most
+LOW_MEMORY_ABOVE = 4 << 30  # bytes of weights from which ONNX Runtime neither optimizes nor prepacks a graph
+
+
+def observe_tensors(
+    graph: ir.Model,
+    record: GraphRecord,
+    names: Sequence[str],
+    feeds: Feeds,
+    weights: Path,
+    update: Callable[[Mapping[str, Array]], None],
+    *,
+    count: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Runs a graph on its recorded inputs and passes the values of some tensors to a function.
+
+    Args:
+        graph: The graph.
+        record: Its entry in the manifest.
+        names: The tensors; they may be inputs of the graph.
+        feeds: The recorded inputs.
+        weights: The directory of the graph's external data.
+        update: Called once per run and part, with the values by name.
+        count: Number of runs; None for all.
+        threads: CPU threads.
+        progress: Called with runs done and runs in all, over all parts.
+    """
+    name = record.spec.name
+    given = {tensor.name for tensor in record.spec.inputs}
+    inner = [tensor for tensor in names if tensor not in given]
+    first = next(feeds.runs(name, 1))
+    parts = list(_parts(graph, inner, record.spec, first))
+    runs = min(feeds.count(name), count or feeds.count(name))
+    done, total = 0, runs * max(1, len(parts))
+    size = sum((weights / file).stat().st_size for file in record.data_files)
+    for at, part in enumerate(parts or [[]]):
+        session = GraphProbe(graph, part, weights, size, threads) if part else None
+        for inputs in feeds.runs(name, count):
+            if progress is not None:
+                progress(done, total)
+            values = session.run(inputs) if session is not None else {}
+            if at == 0:
+                values |= {tensor: inputs[tensor] for tensor in names if tensor in given}
+            update(values)
+            done += 1
+    if progress is not None:
+        progress(total, total)
+
+
+class GraphProbe:
+    """A graph in ONNX Runtime whose outputs are some of its inner tensors.
+
+    No file is written: ONNX Runtime takes the graph as bytes and reads its weights from the parent's files.
+
+    Args:
+        graph: The graph, its initializers external and in one directory; unchanged afterwards.
+        names: The tensors that become outputs, in place of the graph's own outputs.
+        weights: The directory of the external data.
+        size: Bytes of the weights.
+        threads: CPU threads.
+    """
+
+    def __init__(
+        self, graph: ir.Model, names: Sequence[str], weights: Path, size: int, threads: int | None = None
+    ) -> None:
+        values = values_by_name(graph)
+        before = list(graph.graph.outputs)
+        try:
+            graph.graph.outputs[:] = [values[name] for name in names]
+            content = ir.to_proto(graph)
+        finally:
+            graph.graph.outputs[:] = before
+        self.session = open_probe(content, weights, size, threads)
+        self.names = list(names)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The values of the tensors, by name."""
+        return dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))
+
+
+def open_probe(
+    graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None
+) -> Any:
+    """Opens a graph that is in memory as an ``onnxruntime.InferenceSession``.
+
+    Args:
+        graph: The graph.
+        weights: The directory of its external data; None where it has none.
+        size: Bytes of that; above :data:`LOW_MEMORY_ABOVE`, optimizations that copy weights are off.
+        threads: CPU threads.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    if size > LOW_MEMORY_ABOVE:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    return onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
+    """Graph inputs and node outputs, by name."""
+    found = {str(value.name): value for value in graph.graph.inputs}
+    for node in graph.graph:
+        found |= {str(output.name): output for output in node.outputs if output.name}
+    return found
+
+
+def _parts(
+    graph: ir.Model, names: Sequence[str], spec: GraphSpec, first: Mapping[str, Array]
+) -> Iterator[list[str]]:
+    """Cuts a list of tensors into parts of at most :data:`OUTPUT_BYTES`, by the shapes of the first run."""
+    lengths: dict[str, int] = {}
+    for tensor in spec.inputs:
+        for dim, size in zip(tensor.dims, first[tensor.name].shape, strict=True):
+            if not isinstance(dim, int):
+                lengths[dim.name] = size
+    values = values_by_name(graph)
+    part: list[str] = []
+    used = 0
+    for name in names:
+        size = _bytes(values[name], lengths)
+        if part and used + size > OUTPUT_BYTES:
+            yield part
+            part, used = [], 0
+        part.append(name)
+        used += size
+    if part:
+        yield part
+
+
+def _bytes(value: ir.Value, lengths: Mapping[str, int]) -> int:
+    """Estimates the bytes of a tensor; an unknown length counts as the longest known one."""
+    if value.shape is None:
+        return OUTPUT_BYTES // 16
+    size = 4
+    for dim in value.shape:
+        known = dim if isinstance(dim, int) else lengths.get(str(dim.value), max(lengths.values(), default=1))
+        size *= max(1, known)
+    return size

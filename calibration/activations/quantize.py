@@ -1,0 +1,153 @@
+"""INT8 activations and weights for one graph: observe the activations, choose ranges, write, compare."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.calibration.activations.cache import cache_path, load_observations, save_observations
+from blip2edge.calibration.activations.choose_ranges import choose_ranges
+from blip2edge.calibration.activations.histogram import BINS
+from blip2edge.calibration.activations.observer import Observation, Observations, Observer
+from blip2edge.calibration.activations.probe import observe_tensors
+from blip2edge.calibration.activations.qdq import ActivationPlan, QuantizedActivation, insert_qdq
+from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.results import StagedGraph
+from blip2edge.calibration.storage import DataFile
+from blip2edge.calibration.targets import Targets, find_targets
+
+INT8 = "int8"
+REPORT_BINS = 64  # bins of a histogram in the report
+
+
+def quantize_activations(context: CalibrationContext, record: GraphRecord) -> StagedGraph:
+    """Writes one graph with INT8 activations and weights to the staging directory, and compares it."""
+    start = time.perf_counter()
+    name = record.spec.name
+    model = ir.load(context.parent.file(record.spec.file))
+    targets = find_targets(model)
+    observations = _observations(context, model, record, targets)
+    plan = choose_ranges(
+        model, targets, observations, context.method, partial(context.progress, f"{name}: choose")
+    )
+    staged = write_planned(context, record, model, targets, plan, start)
+    return replace(staged, details=activation_details(plan, observations))
+
+
+def write_planned(
+    context: CalibrationContext,
+    record: GraphRecord,
+    model: ir.Model,
+    targets: Targets,
+    plan: ActivationPlan,
+    start: float,
+) -> StagedGraph:
+    """Writes one graph by a plan to the staging directory, and compares it with the parent's.
+
+    Files that an earlier call wrote for this graph are overwritten.
+
+    Args:
+        context: The calibration.
+        record: The graph's entry in the parent's manifest.
+        model: The parent's graph, freshly loaded; changed in place.
+        targets: Its products.
+        plan: The activations that become INT8.
+        start: ``time.perf_counter()`` when work on the graph began.
+    """
+    name = record.spec.name
+    data = context.staging / f"{name}.onnx.data"
+    with DataFile(data) as file:
+        insert_qdq(model, plan, file, partial(context.progress, f"{name}: write"))
+    staged = context.stage(
+        model,
+        record,
+        INT8,
+        {data.name: file.record},
+        start=start,
+        products=sum(len(activation.products) for activation in plan.activations),
+        kept_float={**targets.kept_float, **plan.kept_float},
+    )
+    return replace(staged, plan=plan)
+
+
+def activation_details(plan: ActivationPlan, observations: Observations) -> list[dict[str, Any]]:
+    """The report's entries of the INT8 activations.
+
+    Returns:
+        One object per activation: ``activation``, ``products`` (the weights that it is multiplied with), ``maximum``
+        and ``threshold`` of |x| (of the divided values where smoothing divides the channels), ``change`` (power of
+        the rounding error over that of the outputs), ``division`` (``none``, ``folded`` into the layer before, or
+        ``node``), ``largest_channel`` and ``median_channel`` of |x| without division, and ``histogram``: counts of
+        |x| in :data:`REPORT_BINS` equal bins up to ``histogram_end``.
+    """
+    return [_detail(activation, observations[activation.name]) for activation in plan.activations]
+
+
+def _detail(activation: QuantizedActivation, observation: Observation) -> dict[str, Any]:
+    largest, histogram = observation.channel_max, observation.histogram
+    divided = largest if activation.divisor is None else largest / activation.divisor
+    return {
+        "activation": activation.name,
+        "products": [product.weight for product in activation.products],
+        "maximum": float(divided.max()),
+        "threshold": activation.threshold,
+        "change": activation.output_error,
+        "division": "none" if activation.divisor is None else "folded" if activation.fold else "node",
+        "largest_channel": float(largest.max()),
+        "median_channel": float(np.median(largest)),
+        "histogram": histogram.counts.reshape(REPORT_BINS, -1).sum(axis=1).tolist(),
+        "histogram_end": histogram.width * BINS,
+    }
+
+
+def _observations(
+    context: CalibrationContext, model: ir.Model, record: GraphRecord, targets: Targets
+) -> Observations:
+    """Observations of the activations, from the cache or by running the graph."""
+    names = list(targets.by_activation())
+    path = cache_path(context.parent, record, context.feeds_sha256)
+    try:
+        cached = load_observations(path, names)
+    except ValueError as error:
+        context.warn(f"the calibration cache {path} is not used and is written again: {error}")
+        cached = None
+    if cached is not None:
+        return cached
+    observations = _observe(context, model, record, names)
+    try:
+        save_observations(path, observations)
+    except OSError as error:  # without a cache the next calibration takes longer, and nothing else changes
+        context.warn(f"the calibration cache {path} cannot be written ({error.strerror or error})")
+    return observations
+
+
+def _observe(
+    context: CalibrationContext, model: ir.Model, record: GraphRecord, names: Sequence[str]
+) -> Observations:
+    """Runs a graph on all its recorded inputs and observes some tensors."""
+    runs = context.feeds.count(record.spec.name)
+    observers = {name: Observer(runs, seed) for seed, name in enumerate(names)}
+
+    def update(values: Mapping[str, Array]) -> None:
+        for name, array in values.items():
+            observers[name].update(array)
+
+    observe_tensors(
+        model,
+        record,
+        names,
+        context.feeds,
+        context.parent.path,
+        update,
+        threads=context.threads,
+        progress=partial(context.progress, f"{record.spec.name}: ranges"),
+    )
+    return {name: observer.result() for name, observer in observers.items()}

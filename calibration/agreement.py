@@ -1,0 +1,174 @@
+"""Compares a calibrated bundle with its parent: cosine of each graph's outputs, and agreement of the captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bundle.schema import GraphSpec
+from blip2edge.calibration.batches import Feeds, default_prompt
+from blip2edge.calibration.pictures import CalibrationPicture
+from blip2edge.errors import BundleError
+from blip2edge.progress import counted
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.images.preprocess import load_image
+
+RUNS = 32
+"""Number of recorded inputs whose outputs are compared, and of pictures whose captions are."""
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Cosine similarity of an output and the parent's, over several runs.
+
+    Attributes:
+        mean: Mean of the cosines of whole tensors, one per run.
+        lowest: The lowest of these cosines.
+        lowest_token: The lowest cosine of a single vector along the last axis.
+    """
+
+    mean: float
+    lowest: float
+    lowest_token: float
+
+    def to_json(self) -> dict[str, float]:
+        """The entry in ``bundle.json``."""
+        return {name: round(value, 6) for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class GreedyCaption:
+    """A caption that greedy decoding gives.
+
+    Attributes:
+        text: The text.
+        tokens: Its token ids.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CaptionAgreement:
+    """The captions of a bundle and of its parent for the same pictures.
+
+    Attributes:
+        pictures: Number of pictures.
+        same: Share of the pictures whose token ids are equal.
+        parent: The parent's texts.
+        ours: The texts of the calibrated bundle.
+    """
+
+    pictures: int
+    same: float
+    parent: tuple[str, ...]
+    ours: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in ``bundle.json``: the figures, and the pairs that differ."""
+        pairs = zip(self.parent, self.ours, strict=True)
+        differing = [list(pair) for pair in pairs if pair[0] != pair[1]]
+        return {"pictures": self.pictures, "same": round(self.same, 4), "differing": differing}
+
+
+def cosine_similarity(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Cosine of two arrays, taken as vectors; 1 where both are zero."""
+    a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
+    scale = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / scale if scale else float(not a.any() and not b.any())
+
+
+def compare_graphs(
+    spec: GraphSpec,
+    parent: Path,
+    ours: Path,
+    feeds: Feeds,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Cosine]:
+    """Runs both graphs on the same recorded inputs.
+
+    Args:
+        spec: Inputs and outputs of the graph.
+        parent: The parent's file.
+        ours: The quantized file.
+        feeds: The recorded inputs; at most :data:`RUNS` of them are run.
+        threads: CPU threads.
+        progress: Called with runs done and runs in all.
+
+    Returns:
+        The cosine of each floating output, by name. Outputs of the KV cache are not compared: their error reaches the
+        logits.
+
+    Raises:
+        BundleError: The quantized graph gives values that are not finite.
+    """
+    outputs = [
+        tensor.name
+        for tensor in spec.outputs
+        if "float" in tensor.dtype and not tensor.name.startswith("present.")
+    ]
+    session = OnnxRuntimeSession(parent, threads)
+    wanted = [session.run(inputs, outputs) for inputs in feeds.runs(spec.name, RUNS)]
+    session.close()  # only one graph at a time is in memory
+    session = OnnxRuntimeSession(ours, threads)
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in outputs}
+    expected = zip(feeds.runs(spec.name, RUNS), wanted, strict=True)
+    for inputs, parents in counted(expected, len(wanted), progress):
+        got = session.run(inputs, outputs)
+        for name in outputs:
+            if not np.isfinite(got[name]).all():
+                raise BundleError(
+                    f"the quantized {spec.name} gives values in {name} that are not finite",
+                    "calibrate with another --method or --weights, or a bundle in fp32",
+                )
+            runs[name].append(
+                (cosine_similarity(parents[name], got[name]), _lowest_token(parents[name], got[name]))
+            )
+    session.close()
+    return {name: _summary(pairs) for name, pairs in runs.items() if pairs}
+
+
+def _lowest_token(first: NDArray[Any], second: NDArray[Any]) -> float:
+    a = first.astype(np.float64).reshape(-1, first.shape[-1])
+    b = second.astype(np.float64).reshape(-1, first.shape[-1])
+    scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(np.where(scale > 0, (a * b).sum(axis=1) / np.maximum(scale, 1e-30), 1.0).min())
+
+
+def _summary(pairs: Sequence[tuple[float, float]]) -> Cosine:
+    whole, tokens = zip(*pairs, strict=True)
+    return Cosine(float(np.mean(whole)), min(whole), min(tokens))
+
+
+def caption_pictures(
+    bundle: str | Path,
+    pictures: Sequence[CalibrationPicture],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[GreedyCaption]:
+    """Captions pictures greedily with a bundle."""
+    captioner = Captioner.load(bundle, backend="cpu", threads=threads)
+    prompt = default_prompt(captioner.prompts)
+    found = []
+    for picture in counted(pictures, len(pictures), progress):
+        result = captioner.caption(load_image(picture.read()), prompt=prompt)
+        found.append(GreedyCaption(result.text, result.tokens))
+    return found
+
+
+def compare_captions(parent: Sequence[GreedyCaption], ours: Sequence[GreedyCaption]) -> CaptionAgreement:
+    """Compares captions of the same pictures token by token."""
+    same = [one.tokens == two.tokens for one, two in zip(parent, ours, strict=True)]
+    return CaptionAgreement(
+        len(same), float(np.mean(same)), tuple(one.text for one in parent), tuple(one.text for one in ours)
+    )

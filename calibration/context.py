@@ -1,0 +1,109 @@
+"""What the steps of one calibration share: the parent bundle, the staging directory, recorded inputs and options."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.schema import EMBEDDINGS_FILE
+from blip2edge.calibration.agreement import Cosine, compare_graphs
+from blip2edge.calibration.batches import Feeds
+from blip2edge.calibration.results import CalibratedGraph, MatrixSummary, StagedGraph
+from blip2edge.progress import ProgressCallback
+
+
+@dataclass(frozen=True)
+class CalibrationContext:
+    """The inputs and outputs of one calibration.
+
+    Attributes:
+        parent: The bundle that is calibrated.
+        staging: Directory in which the new bundle is written.
+        feeds: The recorded inputs of each graph.
+        method: How activation ranges are chosen (``--method``).
+        threads: CPU threads; None for all cores.
+        progress: Called with a stage's name, steps done and steps in all.
+        warn: Called with a warning of one line.
+        pictures_sha256: Hash of the pictures, in order.
+    """
+
+    parent: Bundle
+    staging: Path
+    feeds: Feeds
+    method: str
+    threads: int | None
+    progress: ProgressCallback
+    warn: Callable[[str], None]
+    pictures_sha256: str
+
+    @property
+    def feeds_sha256(self) -> str:
+        """Hash of the pictures and the parent, which together determine the recorded inputs."""
+        return hashlib.sha256(f"{self.parent.sha256} {self.pictures_sha256}".encode()).hexdigest()
+
+    def stage(
+        self,
+        model: ir.Model,
+        record: GraphRecord,
+        precision: str,
+        data: Mapping[str, FileRecord],
+        *,
+        start: float,
+        products: int,
+        kept_float: Mapping[str, str],
+        matrices: Mapping[str, MatrixSummary] | None = None,
+    ) -> StagedGraph:
+        """Writes a changed graph to the staging directory, checks it with onnx, and compares it with the parent's.
+
+        Args:
+            model: The changed graph; its external weights are in the staging directory already.
+            record: Its entry in the parent's manifest.
+            precision: Its new precision; the parent's is kept where no product was quantized.
+            data: Its weight files, sealed.
+            start: ``time.perf_counter()`` when work on the graph began.
+            products: Number of quantized products.
+            kept_float: Products kept in floating point, with the reason.
+            matrices: Matrices whose weights alone are integers, by the initializer's name.
+        """
+        path = self.staging / record.spec.file
+        ir.save(model, path)
+        onnx.checker.check_model(str(path))
+        seals = {path.name: FileRecord.of(path), **data}
+        precision = precision if products else record.precision
+        cosine = self._compare(record)
+        summary = CalibratedGraph(
+            name=record.spec.name,
+            precision=precision,
+            bytes=sum(seal.size for name, seal in seals.items() if name != EMBEDDINGS_FILE),
+            parent_bytes=self.parent.manifest.graph_bytes(record),
+            seconds=time.perf_counter() - start,
+            products=products,
+            kept_float=kept_float,
+            cosine=cosine,
+            matrices=matrices or {},
+        )
+        changed = replace(record, precision=precision, parity=(), data_files=tuple(data))
+        return StagedGraph(changed, seals, summary)
+
+    def _compare(self, record: GraphRecord) -> dict[str, Cosine]:
+        """Cosines of a staged graph's outputs to the parent's; empty where no inputs were recorded."""
+        if not self.feeds.count(record.spec.name):
+            return {}
+        return compare_graphs(
+            record.spec,
+            self.parent.file(record.spec.file),
+            self.staging / record.spec.file,
+            self.feeds,
+            threads=self.threads,
+            progress=partial(self.progress, f"{record.spec.name}: compare"),
+        )

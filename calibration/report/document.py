@@ -1,0 +1,140 @@
+"""Writes ``report.json`` and ``report.html``: all measurements of a calibration, for programs and for readers.
+
+The manifest holds what the runtime and other commands need. The reports also hold the histograms, the largest value of
+every tensor, the error of every matrix and the captions of all pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.dtypes import NUMPY_DTYPES
+from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE
+from blip2edge.calibration.agreement import CaptionAgreement
+from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.pictures import CalibrationPicture
+from blip2edge.calibration.report.page import REPORT_PAGE, report_page, shown_pictures, thumbnail
+from blip2edge.calibration.results import StagedGraph
+from blip2edge.runtime.images.preprocess import load_image
+
+REPORT = "report.json"
+SCHEMA = 1
+
+
+def write_reports(
+    context: CalibrationContext,
+    title: str,
+    pictures: Sequence[CalibrationPicture],
+    record: Mapping[str, Any],
+    graphs: Mapping[str, StagedGraph],
+    captions: CaptionAgreement | None,
+) -> dict[str, FileRecord]:
+    """Writes both files to the staging directory.
+
+    Args:
+        context: The calibration.
+        title: The new bundle's name.
+        pictures: The pictures, in order.
+        record: The manifest's ``calibration`` object.
+        graphs: The graphs, by name.
+        captions: Agreement of the captions; None where the model writes none.
+
+    Returns:
+        Hash and size of each file.
+    """
+    values = report_document(record, graphs)
+    values["captions"] = _captions(pictures, captions)
+    values["token_table"] = {
+        "bytes": _bytes(context.staging / EMBEDDINGS_FILE),
+        "parent_bytes": _bytes(context.parent.file(EMBEDDINGS_FILE)),
+    }
+    values["decode"] = _decode(context, graphs)
+    write_report(context.staging / REPORT, values)
+    thumbnails = {at: thumbnail(load_image(pictures[at].read())) for at in shown_pictures(values["captions"])}
+    (context.staging / REPORT_PAGE).write_text(report_page(values, title, thumbnails), encoding="utf-8")
+    return {name: FileRecord.of(context.staging / name) for name in (REPORT, REPORT_PAGE)}
+
+
+def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]) -> dict[str, Any]:
+    """The object of ``report.json``, without the parts that need files.
+
+    :func:`write_reports` adds ``captions`` (``picture``, ``parent`` and ``ours`` of each), ``token_table`` (``bytes``
+    and ``parent_bytes``) and ``decode`` (bytes that one token reads; null where nothing is generated).
+
+    Args:
+        record: The manifest's ``calibration`` object.
+        graphs: The graphs, by name.
+
+    Returns:
+        ``schema_version``, ``calibration`` (the record), and ``graphs``: for each its ``precision``, ``bytes`` and
+        ``parent_bytes``, ``left`` (products kept in floating point, with the reason), ``activations``
+        (:func:`blip2edge.calibration.activations.quantize.activation_details`), ``weights`` (matrices whose weights
+        alone are integers: :class:`blip2edge.calibration.results.MatrixSummary`) and ``headroom``
+        (:func:`blip2edge.calibration.activations.headroom.headroom_json`; null where the graph was not run).
+    """
+    return {
+        "schema_version": SCHEMA,
+        "calibration": dict(record),
+        "graphs": {
+            name: {
+                "precision": graph.record.precision,
+                "bytes": graph.summary.bytes,
+                "parent_bytes": graph.summary.parent_bytes,
+                "left": dict(graph.summary.kept_float),
+                "activations": [dict(detail) for detail in graph.details],
+                "weights": {weight: dict(vars(matrix)) for weight, matrix in graph.summary.matrices.items()},
+                "headroom": None if graph.headroom is None else dict(graph.headroom),
+            }
+            for name, graph in graphs.items()
+        },
+    }
+
+
+def write_report(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes the object as JSON.
+
+    Raises:
+        ValueError: It contains an infinity or a NaN.
+    """
+    path.write_text(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _captions(
+    pictures: Sequence[CalibrationPicture], captions: CaptionAgreement | None
+) -> list[dict[str, str]]:
+    if captions is None:
+        return []
+    names = [Path(picture.member or picture.path).name for picture in pictures[: captions.pictures]]
+    return [
+        {"picture": name, "parent": parent, "ours": ours}
+        for name, parent, ours in zip(names, captions.parent, captions.ours, strict=True)
+    ]
+
+
+def _decode(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> dict[str, int] | None:
+    """Bytes that one token reads at the last position of the first caption; None where nothing is generated."""
+    manifest, cache = context.parent.manifest, context.parent.manifest.cache
+    if cache is None or DECODER not in graphs or not context.feeds.count(DECODER):
+        return None
+    dtypes = {tensor.name: tensor.dtype for tensor in graphs[DECODER].record.spec.inputs}
+    size = NUMPY_DTYPES[dtypes[cache.past_names()[0]]].itemsize
+    per_position = 2 * cache.num_layers * cache.num_heads * cache.head_dim * size
+    positions = int(next(context.feeds.runs(DECODER, 1))["attention_mask"].shape[1])
+    now = sum(_bytes(context.staging / file) for file in graphs[DECODER].record.data_files)
+    before = sum(manifest.files[file].size for file in manifest.graphs[DECODER].data_files)
+    return {
+        "positions": positions,
+        "cache_bytes_per_position": per_position,
+        "weight_bytes": now,
+        "parent_weight_bytes": before,
+        "bytes": now + positions * per_position,
+        "parent_bytes": before + positions * per_position,
+    }
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

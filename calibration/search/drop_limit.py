@@ -1,0 +1,277 @@
+"""``--drop-limit``: keeps the most sensitive layers in floating point until few enough captions change.
+
+1. Everything is quantized, and the sensitivity of each layer is measured (``sensitivity.py``).
+2. As long as more captions differ from the parent's than the limit allows (or CIDEr against the pictures' references
+   falls by more), the worst 1, 2, 4, ... layers are kept in the parent's precision.
+3. A binary search between the last number that was too small and the first that was enough finds the smallest number.
+
+With all layers kept, the captions are the parent's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from blip2edge.bundle.schema import EMBEDDINGS_FILE
+from blip2edge.calibration.activations.qdq import ActivationPlan
+from blip2edge.calibration.activations.quantize import write_planned
+from blip2edge.calibration.agreement import CaptionAgreement
+from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.pictures import CalibrationPicture
+from blip2edge.calibration.results import StagedGraph
+from blip2edge.calibration.search.sensitivity import (
+    PICTURES,
+    DivergenceMeter,
+    QuantizedLayer,
+    Sensitivity,
+    group_by_layer,
+    rank_layers,
+    restrict_plan,
+    with_quantized_activations,
+    with_rounded_weights,
+)
+from blip2edge.calibration.targets import find_targets
+from blip2edge.calibration.weights.quantize import rewrite_weights
+from blip2edge.errors import UsageError
+
+CaptionScore = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+"""Scores captions against each picture's references; CIDEr, where 1 is 100 points."""
+
+
+@dataclass(frozen=True)
+class DropLimit:
+    """The limit on what quantization may change.
+
+    Attributes:
+        points: Largest loss, in percentage points.
+        cider: Scores captions against references; None to count captions that differ.
+    """
+
+    points: float
+    cider: CaptionScore | None = None
+
+    @property
+    def measure(self) -> str:
+        """What is counted: loss of ``cider``, or ``captions`` that differ."""
+        return "captions" if self.cider is None else "cider"
+
+    def drop(self, captions: CaptionAgreement, references: Sequence[Sequence[str]]) -> float:
+        """The loss of a bundle's captions, in percentage points."""
+        if self.cider is None:
+            return 100.0 * (1.0 - captions.same)
+        return 100.0 * (self.cider(captions.parent, references) - self.cider(captions.ours, references))
+
+
+@dataclass
+class KeptLayers:
+    """The layers kept in floating point, and how they were found.
+
+    Attributes:
+        limit: The limit.
+        ranking: Every layer's sensitivity, the worst first.
+        drops: Loss in percentage points, by the number of layers kept.
+        count: How many layers of the ranking are kept in the end.
+    """
+
+    limit: DropLimit
+    ranking: Sequence[Sensitivity]
+    drops: dict[int, float] = field(default_factory=dict)
+    count: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The record's ``sensitivity`` object."""
+        return {
+            "limit": self.limit.points,
+            "measure": self.limit.measure,
+            "drop_with_all_quantised": self.drops[0],
+            "drop": self.drops[self.count],
+            "tried": {str(count): drop for count, drop in sorted(self.drops.items())},
+            "left": [item.to_json() for item in self.ranking[: self.count]],
+            "layers": [item.to_json() for item in self.ranking],
+        }
+
+
+@dataclass(frozen=True)
+class FullyQuantized:
+    """The graphs with every layer quantized, from which layers are taken back to floating point.
+
+    Attributes:
+        graphs: The graphs, by name.
+        plans: The plans of the graphs with INT8 activations.
+        directory: Copies of the token table and of the graphs whose weights alone are integers.
+    """
+
+    graphs: Mapping[str, StagedGraph]
+    plans: Mapping[str, ActivationPlan]
+    directory: Path
+
+    @classmethod
+    def save(
+        cls, context: CalibrationContext, graphs: Mapping[str, StagedGraph], directory: Path
+    ) -> FullyQuantized:
+        """Copies the quantized files, because the search overwrites them in the staging directory.
+
+        Args:
+            context: The calibration; its staging directory holds the graphs.
+            graphs: The graphs.
+            directory: A directory that is created.
+        """
+        directory.mkdir()
+        files = {file for graph in graphs.values() if graph.summary.matrices for file in graph.record.files}
+        if (context.staging / EMBEDDINGS_FILE).is_file():
+            files.add(EMBEDDINGS_FILE)
+        for file in files:
+            shutil.copyfile(context.staging / file, directory / file)
+        plans = {name: graph.plan for name, graph in graphs.items() if graph.plan is not None}
+        return cls(graphs, plans, directory)
+
+    def layers(self) -> list[QuantizedLayer]:
+        """All quantized layers, in the order of the graphs."""
+        found = []
+        for name, graph in self.graphs.items():
+            plan = self.plans.get(name)
+            if plan is not None:
+                found += group_by_layer(name, plan.weights())
+            else:
+                found += group_by_layer(name, list(graph.summary.matrices))
+        return found
+
+
+def check_drop_limit(limit: float | None, captions: bool) -> None:
+    """Checks ``--drop-limit``.
+
+    Args:
+        limit: The limit, or None.
+        captions: Whether the model writes captions.
+
+    Raises:
+        UsageError: The limit is not from 0 to 100, or the model writes no captions.
+    """
+    if limit is None:
+        return
+    if not 0 <= limit <= 100:
+        raise UsageError(f"--drop-limit is from 0 to 100 percentage points, not {limit:g}")
+    if not captions:
+        raise UsageError(
+            "--drop-limit compares captions, and this model writes none", "leave --drop-limit out"
+        )
+
+
+def measure_layers(
+    context: CalibrationContext,
+    quantized: FullyQuantized,
+    pictures: Sequence[CalibrationPicture],
+    texts: Sequence[Sequence[int]],
+) -> list[Sensitivity]:
+    """Measures the sensitivity of every quantized layer; the worst first."""
+    meter = DivergenceMeter(context.parent, pictures[:PICTURES], texts[:PICTURES], context.threads)
+
+    def model_of(layer: QuantizedLayer) -> Callable[[], ir.Model]:
+        source = context.parent.file(context.parent.graph(layer.graph).spec.file)
+        plan = quantized.plans.get(layer.graph)
+        if plan is not None:
+            return partial(with_quantized_activations, source, plan, layer)
+        return partial(with_rounded_weights, source, quantized.directory / source.name, layer)
+
+    models = [(layer, model_of(layer)) for layer in quantized.layers()]
+    return rank_layers(meter, models, partial(context.progress, "sensitivity"))
+
+
+def choose_kept_layers(
+    context: CalibrationContext,
+    quantized: FullyQuantized,
+    ranking: Sequence[Sensitivity],
+    limit: DropLimit,
+    drop_of: Callable[[Mapping[str, StagedGraph]], float],
+) -> tuple[dict[str, StagedGraph], KeptLayers]:
+    """Keeps the smallest number of the worst layers in floating point with which the limit holds.
+
+    Args:
+        context: The calibration; its staging directory holds the fully quantized graphs.
+        quantized: The fully quantized graphs.
+        ranking: Every layer's sensitivity, the worst first.
+        limit: The limit.
+        drop_of: Measures the loss of the graphs in the staging directory, in percentage points.
+
+    Returns:
+        The final graphs, and the record of the search.
+    """
+    kept = KeptLayers(limit, ranking)
+    graphs = dict(quantized.graphs)
+    written = 0
+
+    def holds_with(count: int) -> bool:
+        nonlocal graphs, written
+        if count or written:  # at first, the staging directory holds the graphs with no layer kept
+            graphs = _rewritten(context, quantized, ranking[:count])
+        written = count
+        kept.drops[count] = drop_of(graphs)
+        return kept.drops[count] <= limit.points
+
+    enough = 0 if holds_with(0) else None
+    low, tried = 0, 1
+    while enough is None:
+        if holds_with(tried) or tried == len(ranking):
+            enough = tried
+        else:
+            low, tried = tried, min(2 * tried, len(ranking))
+    while enough - low > 1:
+        middle = (low + enough) // 2
+        if holds_with(middle):
+            enough = middle
+        else:
+            low = middle
+    if written != enough:
+        holds_with(enough)
+    kept.count = enough
+    return graphs, kept
+
+
+def _rewritten(
+    context: CalibrationContext, quantized: FullyQuantized, worst: Sequence[Sensitivity]
+) -> dict[str, StagedGraph]:
+    """Writes the graphs with some layers in the parent's precision; with all of them, the parent's token table too."""
+    table = quantized.directory / EMBEDDINGS_FILE
+    if table.is_file():
+        all_kept = len(worst) == len(quantized.layers())
+        source = context.parent.file(EMBEDDINGS_FILE) if all_kept else table
+        shutil.copyfile(source, context.staging / EMBEDDINGS_FILE)
+    out = {}
+    for name, graph in quantized.graphs.items():
+        kept_float = {
+            weight: f"kept by --drop-limit: quantized alone, it changes the next token by {item.loss:.2g} nats"
+            for item in worst
+            if item.layer.graph == name
+            for weight in item.layer.weights
+        }
+        plan = quantized.plans.get(name)
+        if plan is not None:
+            rewritten = _with_plan(context, graph, plan, kept_float)
+        elif graph.summary.matrices:
+            rewritten = rewrite_weights(context, graph, quantized.directory, kept_float)
+        else:
+            rewritten = graph
+        out[name] = replace(rewritten, headroom=graph.headroom)
+    return out
+
+
+def _with_plan(
+    context: CalibrationContext, graph: StagedGraph, plan: ActivationPlan, kept_float: Mapping[str, str]
+) -> StagedGraph:
+    """Writes a graph with INT8 activations, without those of the products that are kept in floating point."""
+    start = time.perf_counter()
+    record = context.parent.graph(graph.record.spec.name)
+    model = ir.load(context.parent.file(record.spec.file))
+    weights = [weight for weight in plan.weights() if weight not in kept_float]
+    part = restrict_plan(plan, weights)
+    part.kept_float = {**plan.kept_float, **kept_float}
+    details = [detail for detail in graph.details if set(detail["products"]) & set(weights)]
+    return replace(write_planned(context, record, model, find_targets(model), part, start), details=details)

@@ -1,0 +1,103 @@
+"""Puts a pipeline together: the one place that knows which parts a bundle's manifest asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.dtypes import NUMPY_DTYPES
+from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION, PromptSpec
+from blip2edge.errors import BundleError
+from blip2edge.runtime.backends.base import Session
+from blip2edge.runtime.captioning.pipeline import Encoder, ImageParts, TextGenerator, TextParts
+from blip2edge.runtime.decoding.draft_model import DraftSelector
+from blip2edge.runtime.decoding.language_model import load_language_model, token_table
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.text.prompt import InstructionTokenizer, PromptBuilder
+from blip2edge.runtime.text.tokenizer import Tokenizer
+
+OpenGraph = Callable[[str], Session]
+"""Loads a graph of a bundle by its name."""
+
+
+def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
+    """Preprocessing, vision encoder and, where there is one, the bridge."""
+    return ImageParts(
+        preprocessing=Preprocessing.from_json(bundle.manifest.preprocessing),
+        pixels_dtype=NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype],
+        vision=open_graph(VISION),
+        bridge=open_graph(BRIDGE) if BRIDGE in bundle.manifest.graphs else None,
+    )
+
+
+def text_parts(
+    spec: PromptSpec,
+    tokenizer: Tokenizer,
+    instructions: Tokenizer | None,
+    *,
+    max_positions: int,
+    vocab_size: int,
+) -> TextParts:
+    """Tokenizers and prompts.
+
+    Args:
+        spec: How prompts are written.
+        tokenizer: The language model's.
+        instructions: The Q-Former's; used where ``spec`` has instruction positions.
+        max_positions: Longest context.
+        vocab_size: Rows of the token table.
+    """
+    reads = None
+    if spec.instruction_positions and instructions is not None:
+        reads = InstructionTokenizer(instructions, spec.instruction_positions, spec.frames)
+    return TextParts(tokenizer, PromptBuilder(spec, tokenizer, max_positions, vocab_size), reads)
+
+
+def bundle_text_parts(bundle: Bundle) -> TextParts:
+    """The same of a bundle.
+
+    Raises:
+        BundleError: It matches pictures and texts, and has no prompts.
+    """
+    spec = bundle.manifest.prompt
+    if spec is None:
+        raise BundleError(
+            f"{bundle.path} compares pictures with texts and captions none",
+            "use blip2edge match or blip2edge embed",
+        )
+    instructions = (
+        Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE)) if spec.instruction_positions else None
+    )
+    return text_parts(
+        spec,
+        Tokenizer.from_file(bundle.file(TOKENIZER_FILE)),
+        instructions,
+        max_positions=bundle.manifest.max_positions,
+        vocab_size=token_table(bundle).num_rows,
+    )
+
+
+def load_pipeline(
+    bundle: Bundle, open_graph: OpenGraph, *, draft: str, backend: str
+) -> tuple[Encoder, TextGenerator]:
+    """Loads a captioner's pipeline.
+
+    Args:
+        bundle: An opened bundle.
+        open_graph: Loads a graph by its name.
+        draft: Draft model of texts that name none; see :class:`DraftSelector`.
+        backend: Of the graphs.
+
+    Raises:
+        BundleError: The bundle captions nothing, or a file of it cannot be used.
+        UsageError: ``draft`` is unknown, or the bundle has no such draft model.
+    """
+    text = bundle_text_parts(bundle)
+    language = load_language_model(bundle, open_graph)
+    images = image_parts(bundle, open_graph)
+    drafts = DraftSelector.load(bundle, open_graph, text.tokenizer, draft, backend)
+    needed = (
+        None if drafts.head is not None else ["visual_tokens"]
+    )  # the text head needs the queries' keys too
+    generator = TextGenerator(language, text.tokenizer, bundle.manifest.max_positions, drafts)
+    return Encoder(images, text, needed), generator

@@ -1,0 +1,385 @@
+"""The stages of a caption, batch by batch: what :class:`Captioner` and :class:`Scheduler` run.
+
+    Encoder         images, prompts --preprocess--> pixel_values, token ids --vision, bridge--> EncodedBatch
+    TextGenerator   EncodedBatch --prefill--> logits, KV cache --decode--> token ids
+
+A :class:`StageClock` measures each stage.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import INTERLEAVED
+from blip2edge.runtime.backends.base import Session
+from blip2edge.runtime.captioning.request import STAGES, CaptionResult
+from blip2edge.runtime.decoding.draft_model import DraftSelector
+from blip2edge.runtime.decoding.generate import Generation, generate, stream
+from blip2edge.runtime.decoding.language_model import LanguageModel
+from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from blip2edge.runtime.decoding.speculative import Speculator
+from blip2edge.runtime.decoding.state import RowState
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.images.video import ItemSource, pictures_of
+from blip2edge.runtime.text.prompt import (
+    InstructionTokenizer,
+    Prompt,
+    PromptBuilder,
+    images_of_each,
+    pack_images,
+)
+from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
+
+
+class StageClock:
+    """Milliseconds by stage.
+
+    Args:
+        lock: Held while a stage runs a graph, where graphs run one at a time; the wait is not counted.
+
+    Attributes:
+        ms: By stage.
+        spans: Each stage as it was run: its name, start and end (``time.perf_counter`` seconds).
+    """
+
+    def __init__(self, lock: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.ms = dict.fromkeys(STAGES, 0.0)
+        self.spans: list[tuple[str, float, float]] = []
+        self._lock = lock
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time of the block to a stage."""
+        with nullcontext() if stage == "preprocess" else self._lock():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                end = time.perf_counter()
+                self.ms[stage] += (end - start) * 1e3
+                self.spans.append((stage, start, end))
+
+    def share(self, pictures: int) -> dict[str, float]:
+        """Milliseconds of each stage, divided by the number of pictures."""
+        return {stage: ms / pictures for stage, ms in self.ms.items()}
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the language model is given for a batch.
+
+    Attributes:
+        prompts: One a row.
+        pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
+            ``visual_tokens [B, Q, D]`` where there is a bridge; several pictures of a row lie side by side.
+        counts: Pictures of each row.
+    """
+
+    prompts: list[Prompt]
+    pictures: dict[str, Array]
+    counts: list[int]
+
+    def part(self, rows: Sequence[int]) -> EncodedBatch:
+        """Some of the rows, cut to the most pictures that one of them has."""
+        if list(rows) == list(range(len(self.prompts))):
+            return self
+        counts = [self.counts[row] for row in rows]
+        places, needed = max(self.counts), max(counts)
+        pictures = {
+            name: array[list(rows), : array.shape[1] // places * needed]
+            for name, array in self.pictures.items()
+        }
+        return EncodedBatch([self.prompts[row] for row in rows], pictures, counts)
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A batch before any graph is run.
+
+    Attributes:
+        prompts: One a row.
+        counts: Pictures of each row.
+        pixels: ``pixel_values [N, 3, H, W]`` of all pictures, the pictures of one row after those of another.
+        instruction: The bridge's text inputs by name; empty where it has none.
+    """
+
+    prompts: list[Prompt]
+    counts: list[int]
+    pixels: Array
+    instruction: dict[str, Array]
+
+    def encoded(self, outputs: Mapping[str, Array]) -> EncodedBatch:
+        """The batch with what vision encoder and bridge gave for its N pictures."""
+        if max(self.counts) > 1:
+            outputs = {name: pack_images(array, self.counts) for name, array in outputs.items()}
+        return EncodedBatch(self.prompts, dict(outputs), self.counts)
+
+
+EncodeBatch = Callable[[Sequence[ItemSource], Sequence[str | None], StageClock], EncodedBatch]
+"""Images and prompts of some rows to a batch."""
+
+
+@dataclass(frozen=True)
+class ImageParts:
+    """What images go through: ``pixels_dtype`` is that of ``vision``'s input; some families have no bridge."""
+
+    preprocessing: Preprocessing
+    pixels_dtype: np.dtype[np.generic]
+    vision: Session
+    bridge: Session | None
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """What texts go through: ``instructions`` only where the bridge takes an instruction."""
+
+    tokenizer: Tokenizer
+    prompts: PromptBuilder
+    instructions: InstructionTokenizer | None
+
+
+class Encoder:
+    """Preprocessing, vision encoder and bridge.
+
+    Args:
+        images: What images go through.
+        text: What texts go through.
+        bridge_outputs: The bridge's outputs that are needed; None for all.
+    """
+
+    def __init__(
+        self, images: ImageParts, text: TextParts, bridge_outputs: Sequence[str] | None = None
+    ) -> None:
+        self.images, self.text = images, text
+        self._bridge_outputs = bridge_outputs
+
+    def __call__(
+        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
+    ) -> EncodedBatch:
+        """Encodes a batch.
+
+        Args:
+            images: As ``Captioner.caption`` takes them, one item a row.
+            texts: Prompts as given; None for the bundle's default.
+            clock: Measures the stages.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            PromptError: A prompt does not fit.
+            UsageError: A row has several pictures, and the model takes one.
+        """
+        batch = self.prepare(images, texts, clock)
+        outputs = self.run_bridge(self.run_vision(batch.pixels, clock), batch.instruction, clock)
+        return batch.encoded(outputs)
+
+    def prepare(
+        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
+    ) -> PreparedBatch:
+        """The first stage: pixel values and token ids."""
+        with clock("preprocess"):
+            spec = self.text.prompts.spec
+            counts = [spec.frames] * len(images)
+            flat: Sequence[ItemSource] = images
+            if spec.kind == INTERLEAVED:
+                groups = images_of_each(images)
+                counts = list(map(len, groups))
+                flat = [image for group in groups for image in group]
+            elif spec.frames > 1 or any(isinstance(image, (list, tuple)) for image in images):
+                flat = pictures_of(images, spec.frames)
+            filled = [self.text.prompts.with_default(text) for text in texts]
+            instruction = self.text.instructions(filled) if self.text.instructions is not None else {}
+            prompts = [self.text.prompts(text, count) for text, count in zip(filled, counts, strict=True)]
+            pixels = self.images.preprocessing.batch(flat)  # type: ignore[arg-type]
+            pixels = pixels.astype(self.images.pixels_dtype, copy=False)
+        return PreparedBatch(prompts, counts, pixels, instruction)
+
+    def run_vision(self, pixels: Array, clock: StageClock) -> dict[str, Array]:
+        """The vision encoder's outputs for ``pixel_values [N, 3, H, W]``."""
+        with clock("vision"):
+            return self.images.vision.run({"pixel_values": pixels})
+
+    def run_bridge(
+        self, outputs: Mapping[str, Array], instruction: Mapping[str, Array], clock: StageClock
+    ) -> dict[str, Array]:
+        """The vision encoder's outputs together with the bridge's, where there is one."""
+        if self.images.bridge is None:
+            return dict(outputs)
+        with clock("bridge"):
+            inputs = {"image_embeds": outputs["image_embeds"], **instruction}
+            return {**outputs, **self.images.bridge.run(inputs, self._bridge_outputs)}
+
+
+class TextGenerator:
+    """The language model with tokenizer, context length and draft models: encoded batches to token ids.
+
+    Args:
+        language: The loaded language model.
+        tokenizer: Its tokenizer.
+        max_positions: Longest context.
+        drafts: Chooses the draft model of each text.
+    """
+
+    def __init__(
+        self, language: LanguageModel, tokenizer: Tokenizer, max_positions: int, drafts: DraftSelector
+    ) -> None:
+        self.language = language
+        self.tokenizer = tokenizer
+        self.max_positions = max_positions
+        self.drafts = drafts
+
+    def prefill(self, batch: EncodedBatch, clock: StageClock) -> tuple[NDArray[np.float32], RowState]:
+        """Runs the prompts: logits ``[B, V]`` of the first token, and the decoder's state."""
+        with clock("prefill"):
+            return self.language.prefill(batch.prompts, batch.pictures)
+
+    def limited(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
+        """Options whose lengths fit the context; the last token is generated and needs no slot."""
+        room = self.max_positions - (len(self.language.initial) or prompt.length) + 1
+        if options.max_new_tokens <= room:
+            return options
+        least = min(options.min_new_tokens, room)
+        return replace(options, max_new_tokens=room, min_new_tokens=least)
+
+    def begin(
+        self, batch: EncodedBatch, row: int, options: GenerationOptions, vocabulary: int, number: int
+    ) -> Generation:
+        """A text that is about to be generated, for a ``GenerationBatch``.
+
+        Args:
+            batch: An encoded batch.
+            row: Its row.
+            options: Without beams.
+            vocabulary: Number of logits V.
+            number: Of its random stream.
+        """
+        prompt = batch.prompts[row]
+        return Generation(
+            self._prompt_ids(prompt),
+            self.limited(prompt, options),
+            vocabulary,
+            initial=self.language.initial,
+            stopped=self._stopped(options),
+            number=number,
+            speculator=self.drafts.speculator(options, prompt.ids, batch.pictures, row),
+        )
+
+    def complete(
+        self, batch: EncodedBatch, options: GenerationOptions, numbers: Sequence[int], clock: StageClock
+    ) -> list[Generated]:
+        """The texts of a batch; rows that reach the context's end at different lengths are run separately.
+
+        Args:
+            batch: B rows.
+            options: The same for all.
+            numbers: Of their random streams.
+            clock: Measures prefill and decode.
+        """
+        limited = [self.limited(prompt, options) for prompt in batch.prompts]
+        rows = range(len(batch.prompts))
+        groups = [list(rows)] if len(set(limited)) == 1 else [[row] for row in rows]
+        texts: list[Generated] = []
+        for group in groups:
+            part = batch.part(group)
+            logits, state = self.prefill(part, clock)
+            with clock("decode"):
+                texts += generate(
+                    logits,
+                    state,
+                    [self._prompt_ids(prompt) for prompt in part.prompts],
+                    limited[group[0]],
+                    initial=self.language.initial,
+                    stopped=self._stopped(options),
+                    row_ids=[numbers[row] for row in group],
+                    speculators=self._speculators(part, options),
+                )
+        return texts
+
+    def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[str]:
+        """The pieces of one row's text as they are generated."""
+        logits, state = self.prefill(batch, StageClock())
+        prompt = batch.prompts[0]
+        text = TextPieces(self.tokenizer, options.stop)
+        for event in stream(
+            logits,
+            state,
+            [self._prompt_ids(prompt)],
+            self.limited(prompt, options),
+            initial=self.language.initial,
+            stopped=self._stopped(options),
+            speculators=self._speculators(batch, options),
+        ):
+            piece = text.push(event.token)
+            if piece:
+                yield piece
+        rest = text.flush()
+        if rest:
+            yield rest
+
+    def _speculators(self, batch: EncodedBatch, options: GenerationOptions) -> list[Speculator | None]:
+        if options.draft == "none":
+            return []
+        return [
+            self.drafts.speculator(options, prompt.ids, batch.pictures, row)
+            for row, prompt in enumerate(batch.prompts)
+        ]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The prompt's ids that are in the decoder's context: none where a text encoder takes the prompt."""
+        return [] if self.language.initial else prompt.ids
+
+    def _stopped(self, options: GenerationOptions) -> Callable[[Sequence[int]], bool] | None:
+        if not options.stop:
+            return None
+
+        def stopped(ids: Sequence[int]) -> bool:
+            text = self.tokenizer.decode(ids)
+            return any(stop in text for stop in options.stop)
+
+        return stopped
+
+    def result(
+        self,
+        image: ItemSource,
+        prompt: str | None,
+        generated: Generated,
+        options: GenerationOptions,
+        stage_ms: Mapping[str, float],
+    ) -> CaptionResult:
+        """The result of a picture.
+
+        Args:
+            image: As it was given.
+            prompt: As it was given.
+            generated: The decoder's tokens.
+            options: Their ``stop`` texts end the caption.
+            stage_ms: Milliseconds by stage.
+        """
+        text = self.tokenizer.decode(generated.tokens)
+        for stop in options.stop:
+            text = text.partition(stop)[0]
+        seconds = (stage_ms["prefill"] + stage_ms["decode"]) / 1e3
+        timings = {**stage_ms, "total": sum(stage_ms.values())}
+        return CaptionResult(
+            image=_path(image),
+            prompt=prompt,
+            text=text.strip(),
+            tokens=generated.tokens,
+            finish_reason=generated.finish_reason,
+            timings_ms={stage: round(ms, 3) for stage, ms in timings.items()},
+            tokens_per_s=round(len(generated.tokens) / seconds, 1) if seconds > 0 else 0.0,
+            tokens_per_pass=round(generated.tokens_per_pass, 3),
+        )
+
+
+def _path(image: ItemSource) -> str | list[str | None] | None:
+    if isinstance(image, (list, tuple)):
+        return [os.fspath(one) if isinstance(one, (str, os.PathLike)) else None for one in image]
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None

@@ -1,0 +1,92 @@
+"""Pictures in WebDataset shards: uncompressed tar files on a disk.
+
+Only the headers of a shard are read to list its files. A picture is read later, from its offset in the shard.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from blip2edge.errors import ImageError
+from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
+
+SHARD_SUFFIX = ".tar"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A file inside a shard.
+
+    Attributes:
+        shard: The tar file.
+        name: Name of the file in the shard.
+        offset: Position of its first byte in the shard.
+        size: Length in bytes.
+    """
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of its name in lower case, such as ".jpg"."""
+        return Path(self.name).suffix.lower()
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether its suffix is that of a picture file."""
+        return self.suffix in PICTURE_SUFFIXES
+
+    def read(self) -> bytes:
+        """The content of the file.
+
+        Raises:
+            ImageError: The shard cannot be read, or ends before the file does.
+        """
+        try:
+            with open(self.shard, "rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise ImageError(f"{self.shard}: cannot be opened ({error.strerror or error})") from error
+        if len(content) != self.size:
+            raise ImageError(f"{self.shard}: {self.name} is cut off", "copy the shard again")
+        return content
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Iterator[tuple[ShardFile, Callable[[], bytes]]]]:
+    """Opens a shard to list its files.
+
+    Args:
+        path: An uncompressed tar file.
+
+    Yields:
+        The files in the order of the shard, each with a function that reads its content while the shard is open.
+        Later, use `ShardFile.read`.
+
+    Raises:
+        tarfile.TarError: The file is no uncompressed tar file, or is cut off.
+        OSError: It cannot be opened.
+    """
+    with tarfile.open(path, "r:") as archive:
+        yield (
+            (
+                ShardFile(path, member.name, member.offset_data, member.size),
+                partial(_content, archive, member),
+            )
+            for member in archive
+            if member.isfile()
+        )
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read()

@@ -1,0 +1,149 @@
+"""CapFilt over many machines with Ray Data (the extra `ray`): the same function on the same batches.
+
+All machines read the pictures and the models by the same paths, as from a shared disk. Texts and paths travel, and
+verdicts come back; pictures do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import UsageError
+from blip2edge.training.capfilt.pipeline import Batch, CapFiltOptions, ScoredPicture, score_batch
+from blip2edge.training.data.entries import AnnotatedPicture, Entry, FilePicture, StoredPicture
+from blip2edge.training.data.shards import ShardPicture
+from blip2edge.training.evaluation.models import ModelOptions
+from blip2edge.training.evaluation.open_model import open_captioner, open_matcher
+
+_LOCAL = "local"
+
+
+def _picture_to_json(picture: StoredPicture) -> dict[str, Any]:
+    if isinstance(picture, ShardPicture):
+        return {
+            "shard": str(picture.shard.absolute()),
+            "name": picture.name,
+            "offset": picture.offset,
+            "size": picture.size,
+        }
+    if isinstance(picture, FilePicture):
+        return {"path": str(picture.path.absolute())}
+    raise UsageError(f"expected pictures in files or shards, got {type(picture).__name__}")
+
+
+def _picture_from_json(values: dict[str, Any]) -> StoredPicture:
+    if "path" in values:
+        return FilePicture(Path(values["path"]))
+    return ShardPicture(Path(values["shard"]), values["name"], values["offset"], values["size"])
+
+
+def batch_to_json(batch: Batch) -> str:
+    """A batch as text, to be sent to another machine."""
+    return json.dumps(
+        [
+            {
+                "image_id": shown.image_id,
+                "picture": _picture_to_json(shown.picture),
+                "captions": shown.captions,
+            }
+            for shown in batch
+        ]
+    )
+
+
+def batch_from_json(text: str) -> list[AnnotatedPicture]:
+    """The batch that was sent: what `score_batch` reads of it is the same."""
+    batch = []
+    for row in json.loads(text):
+        picture = _picture_from_json(row["picture"])
+        entries = [Entry(row["image_id"], row["image_id"], picture, caption) for caption in row["captions"]]
+        batch.append(AnnotatedPicture(row["image_id"], picture, tuple(entries)))
+    return batch
+
+
+class Worker:
+    """What runs on each machine: both models, loaded once.
+
+    Args:
+        options: Of `CapFiltOptions`, with absolute paths, as JSON.
+    """
+
+    def __init__(self, options: str) -> None:
+        values = json.loads(options)
+        captioning, matching = (ModelOptions(**values[key]) for key in ("captioning", "matching"))
+        self._captioner = open_captioner(Path(values["captioner"]), captioning)
+        self._matcher = open_matcher(Path(values["matcher"]), matching)
+        self._prompt = values["prompt"]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Judges one batch.
+
+        Args:
+            row: `number` and `batch`, as text.
+
+        Returns:
+            `number` and `judged`, as text.
+        """
+        results = score_batch(batch_from_json(row["batch"]), self._captioner, self._matcher, self._prompt)
+        return {
+            "number": row["number"],
+            "judged": json.dumps([[result.captions, result.problem] for result in results]),
+        }
+
+
+def options_to_json(options: CapFiltOptions) -> str:
+    """Options as text; paths are made absolute."""
+    values = dataclasses.asdict(options)
+    values["captioner"], values["matcher"] = (
+        str(options.captioner.absolute()),
+        str(options.matcher.absolute()),
+    )
+    return json.dumps(values)
+
+
+def score_on_ray(
+    address: str, workers: int
+) -> Callable[[Iterable[Batch], CapFiltOptions], Iterator[list[ScoredPicture]]]:
+    """What judges batches over a cluster.
+
+    Args:
+        address: Of a Ray cluster, "auto" for the one that this machine belongs to, or "local" for this machine.
+        workers: How many pairs of models are loaded, each on one CPU.
+
+    Raises:
+        UsageError: Ray is not installed.
+    """
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise UsageError("--ray needs Ray Data", "install it: pip install 'blip2edge[ray]'") from error
+
+    def score_batches(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
+        rows = [{"number": number, "batch": batch_to_json(batch)} for number, batch in enumerate(batches)]
+        started = not ray.is_initialized()
+        if started:
+            # On this machine a Ray of its own; the dashboard is a server that nobody asked for.
+            ray.init(
+                address=address, include_dashboard=False if address == _LOCAL else None, log_to_driver=False
+            )
+        try:
+            ray.data.DataContext.get_current().execution_options.preserve_order = True
+            data = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows), 4 * workers)))
+            judged = data.map(
+                Worker, fn_constructor_args=(options_to_json(options),), concurrency=workers, num_cpus=1
+            )
+            for row in judged.iter_rows():
+                yield [
+                    ScoredPicture(tuple((text, origin, value) for text, origin, value in captions), problem)
+                    for captions, problem in json.loads(row["judged"])
+                ]
+        finally:
+            if started:
+                ray.shutdown()
+
+    return score_batches

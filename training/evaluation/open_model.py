@@ -1,0 +1,126 @@
+"""Opens a bundle or a checkpoint for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import MANIFEST
+from blip2edge.errors import BundleError, UsageError
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.matcher import Matcher
+from blip2edge.training.evaluation.models import (
+    CaptionModel,
+    EvaluatedModel,
+    MatchModel,
+    ModelOptions,
+    Prompts,
+    Vectors,
+)
+
+
+class BundleCaptioner:
+    """A bundle that captions."""
+
+    def __init__(self, captioner: Captioner, options: ModelOptions) -> None:
+        captioner.options(**options.generation)  # refuses what is wrong before any picture is read
+        self._captioner = captioner
+        self._options = options
+
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
+        """A text a picture."""
+        results = self._captioner.caption_many(
+            list(pictures), prompts=prompts, batch_size=self._options.batch_size, **self._options.generation
+        )
+        return [result.text for result in results]
+
+    def question(self, text: str) -> str:
+        """The prompt that asks a question."""
+        return self._captioner.prompts.question(text)
+
+
+class BundleMatcher:
+    """A bundle that compares."""
+
+    def __init__(self, matcher: Matcher, options: ModelOptions) -> None:
+        self._matcher = matcher
+        self._batch_size = options.batch_size
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it has a matching head."""
+        return self._matcher.head is not None
+
+    def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
+        """Vectors of pictures."""
+        return self._matcher.embed_images(list(pictures), batch_size=self._batch_size)
+
+    def text_vectors(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of texts."""
+        return self._matcher.embed_texts(texts, batch_size=self._batch_size)
+
+    def probabilities(
+        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """What the matching head says."""
+        return self._matcher.probabilities(list(pictures), texts, batch_size=self._batch_size)
+
+
+def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
+    """Loads a model for what it does.
+
+    Args:
+        model: A bundle, or a checkpoint directory.
+        options: How it is run.
+
+    Raises:
+        BundleError: The directory is neither.
+        BackendError: The backend is not there.
+        CheckpointError: The checkpoint cannot be read.
+        UsageError: An option that the model does not take.
+    """
+    if (model / MANIFEST).is_file():
+        if Bundle.open(model).manifest.prompt is None:
+            matcher = Matcher.load(model, backend=options.backend, threads=options.threads)
+            return EvaluatedModel(matcher=BundleMatcher(matcher, options))
+        captioner = Captioner.load(model, backend=options.backend, threads=options.threads)
+        return EvaluatedModel(captioner=BundleCaptioner(captioner, options))
+    if (model / "config.json").is_file():
+        # A checkpoint needs torch, which a machine that only runs bundles does not have.
+        from blip2edge.training.evaluation.checkpoint_models import open_checkpoint_model
+
+        return open_checkpoint_model(model, options)
+    raise BundleError(
+        f"{model} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json)",
+        "make a bundle with: blip2edge export CHECKPOINT -o BUNDLE",
+    )
+
+
+def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
+    """The same of a model that has to caption.
+
+    Raises:
+        UsageError: It compares.
+    """
+    captioner = open_model(model, options).captioner
+    if captioner is None:
+        raise UsageError(f"{model} compares pictures with texts and captions none", "give a captioner")
+    return captioner
+
+
+def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
+    """The same of a model that has to match: with a matching head.
+
+    Raises:
+        UsageError: It captions, or has vectors alone.
+    """
+    matcher = open_model(model, options).matcher
+    if matcher is None or not matcher.has_head:
+        raise UsageError(
+            f"{model} has no matching head",
+            "give what train stage1 wrote, or a checkpoint of BLIP or BLIP-2 for ITM",
+        )
+    return matcher

@@ -1,0 +1,85 @@
+"""Scoring of a captioner on the scenes, whatever runs it: a checkpoint in torch or a bundle. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+from PIL import Image
+
+from blip2edge.errors import UsageError
+from blip2edge.training.data.scenes import Split, scenes
+from blip2edge.training.metrics.exact import exact_match, shuffled_match
+
+CaptionMany = Callable[[Sequence[Image.Image]], list[str]]
+
+EVALUATION_SEED = 1000  # a series of its own: no training or example scene shares it
+PICTURES_AT_ONCE = 50  # pictures handed over at a time
+
+
+class SceneScores(TypedDict):
+    """The result of `evaluate_scenes`.
+
+    Keys:
+        exact_match: Share of captions right to the last letter.
+        shuffled_match: The same share when the captions are held against the wrong pictures.
+        n: Pictures.
+        split: Which pairs of (colour, shape) they showed.
+        seed: Their series.
+        wrong: The first mistakes, as (right, said).
+    """
+
+    exact_match: float
+    shuffled_match: float
+    n: int
+    split: Split
+    seed: int
+    wrong: list[tuple[str, str]]
+
+
+def evaluate_scenes(
+    caption_many: CaptionMany,
+    n: int = 1000,
+    seed: int = EVALUATION_SEED,
+    *,
+    split: Split = "heldout",
+    progress: Callable[[int, int], None] | None = None,
+    mistakes: int = 5,
+) -> SceneScores:
+    """Captions scenes and compares.
+
+    Args:
+        caption_many: From pictures to their captions, in order.
+        n: How many scenes, at least 2.
+        seed: Their series.
+        split: "heldout" for pairs of objects that training never showed, "train" for those that it did.
+        progress: Called with (done, n) after each chunk of pictures.
+        mistakes: How many wrong captions to hand back.
+
+    Returns:
+        The scores.
+
+    Raises:
+        UsageError: `n` is less than 2.
+    """
+    if n < 2:
+        raise UsageError(f"an evaluation needs at least 2 pictures, not {n}")
+    predictions: list[str] = []
+    references: list[str] = []
+    for start in range(0, n, PICTURES_AT_ONCE):
+        chunk = list(scenes(min(PICTURES_AT_ONCE, n - start), split=split, seed=seed, start=start))
+        predictions += caption_many([scene.picture for scene in chunk])
+        references += [scene.caption for scene in chunk]
+        if progress is not None:
+            progress(len(references), n)
+    wrong = [
+        (right, said) for right, said in zip(references, predictions, strict=False) if right != said.strip()
+    ]
+    return {
+        "exact_match": exact_match(predictions, references),
+        "shuffled_match": shuffled_match(predictions, references),
+        "n": n,
+        "split": split,
+        "seed": seed,
+        "wrong": wrong[:mistakes],
+    }

@@ -1,0 +1,91 @@
+"""One training run: the recipe, the model and where log and snapshots go. Every phase of the run shares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from blip2edge.progress import ProgressCallback
+from blip2edge.training.config import TrainingConfig, config_hash
+from blip2edge.training.loading.loader import Loader
+from blip2edge.training.loop.journal import Journal
+from blip2edge.training.loop.snapshots import Snapshot, Snapshots
+from blip2edge.training.phases.stage1 import Stage1Model
+from blip2edge.training.setup.model_parts import ModelParts
+
+MODEL_PREFIX = "workshop."
+"""Begins the names of the model's tensors in a snapshot. Older snapshots have it too: do not change it."""
+
+
+@dataclass
+class TrainingRun:
+    """What all phases of a run share.
+
+    Attributes:
+        stage: "stage1", "stage2" or "instruct".
+        config: The recipe.
+        base: Directory of the recipe; its relative paths start there.
+        accelerator: Device, arithmetic and processes.
+        parts: The captioner and the files beside its weights.
+        journal: The log.
+        snapshots: The snapshots of this run.
+        log: Receives status lines.
+        progress: Called with (phase, steps done, steps).
+        figures: Losses and seconds of each finished phase.
+        changed: Prefixes of the captioner's parameters that finished phases changed.
+        stage1: The model of stage 1, from the beginning of that phase on.
+        loaders: Open loaders of the current phase.
+    """
+
+    stage: str
+    config: TrainingConfig
+    base: Path
+    accelerator: Accelerator
+    parts: ModelParts
+    journal: Journal
+    snapshots: Snapshots
+    log: Callable[[str], None] = lambda _: None
+    progress: ProgressCallback | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
+    stage1: Stage1Model | None = None
+    loaders: list[Loader] = field(default_factory=list)
+
+    def snapshot(self, **facts: Any) -> Snapshot:
+        """The results of the finished phases, to which the loop adds the state of the current one.
+
+        Args:
+            **facts: Further entries of `state.json`, such as the current phase and step.
+        """
+        tensors = self.parts.tensors(self.changed)
+        shared = {
+            "stage": self.stage,
+            "recipe": config_hash(self.config),
+            "figures": self.figures,
+            "journal": self.journal.state(),
+            "processes": self.accelerator.num_processes,
+        }
+        return Snapshot({f"{MODEL_PREFIX}{name}": tensor for name, tensor in tensors.items()}, shared | facts)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Takes figures and model tensors of finished phases from a snapshot."""
+        self.figures = dict(snapshot.facts["figures"])
+        tensors = snapshot.tensors.items()
+        kept = {
+            name.removeprefix(MODEL_PREFIX): value for name, value in tensors if name.startswith(MODEL_PREFIX)
+        }
+        self.parts.load_tensors(kept)
+
+    def broken(self) -> dict[str, str]:
+        """Samples that the current phase skipped, and why."""
+        return {name: problem for loader in self.loaders for name, problem in loader.broken.items()}
+
+    def close(self) -> None:
+        """Stops the loaders of the current phase."""
+        for loader in self.loaders:
+            loader.close()
+        self.loaders.clear()

@@ -1,0 +1,320 @@
+"""Where the first stage begins and what it leaves.
+
+BERT-base goes in by :func:`start_from_bert`. A directory of transformers' ``Blip2ForImageTextRetrieval`` goes in by
+:func:`load_stage1` and comes out by :func:`save_stage1`, with the draft beside it. :func:`begin_stage2` gives what was
+trained to a captioner: its bridge, and its draft.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from blip2edge.errors import CheckpointError
+from blip2edge.model.bridges.draft import (
+    DRAFT_CONFIG,
+    DRAFT_FILE,
+    RULES,
+    DraftConfig,
+    write_draft,
+)
+from blip2edge.model.bridges.instruct import InstructedQFormerConfig
+from blip2edge.model.bridges.qformer import Reader
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.checkpoint.directory import (
+    TensorFiles,
+    find_checkpoint,
+    load_model,
+    read_json,
+    save_checkpoint,
+)
+from blip2edge.model.config import QFormerConfig
+from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
+from blip2edge.model.weights.rules import Rule, WeightMap, some, under
+from blip2edge.training.phases.stage1 import Stage1Model
+
+STAGE1_FILE = "stage1.json"  # what neither a model's config nor its tensors hold
+EMBED_DIM = 256  # of the space of pictures and texts, where nothing was trained in it; LAVIS'
+BERT_STD = 0.02  # of everything that BERT draws, and of the queries
+
+_ATTENTION = (
+    Rule("query", "attention.self.query"),
+    Rule("key", "attention.self.key"),
+    Rule("value", "attention.self.value"),
+    Rule("dense", "attention.output.dense"),
+    Rule("norm", "attention.output.LayerNorm"),
+)
+_FEED_FORWARD = (
+    Rule("up", "intermediate.dense"),
+    Rule("down", "output.dense"),
+    Rule("norm", "output.LayerNorm"),
+)
+_QFORMER = "matcher.qformer."
+BERT_RULES = (
+    Rule(f"{_QFORMER}word_embeddings", "embeddings.word_embeddings"),
+    Rule(f"{_QFORMER}position_embeddings", "embeddings.position_embeddings"),
+    Rule(f"{_QFORMER}norm", "embeddings.LayerNorm"),
+    *under(f"{_QFORMER}layers.*.self_attention.", "encoder.layer.*.", _ATTENTION),
+    *under(f"{_QFORMER}layers.*.text_feed_forward.", "encoder.layer.*.", _FEED_FORWARD),
+    *under(f"{_QFORMER}layers.*.feed_forward.", "encoder.layer.*.", _FEED_FORWARD),
+    *(rule for rule in RULES if rule.ours.startswith("head")),
+)
+"""Ours and BERT's. The queries' feed-forward is a copy of the text's; what has no row is drawn."""
+
+_DRAWN = ("query_tokens", "cross_attention", "projection", "match_head", "temperature", "vision.")
+
+
+def _bert_name(name: str) -> str:
+    """A tensor of any of BERT's classes, old or new, as :data:`BERT_RULES` calls it."""
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -> None:
+    """Draws all but the picture encoder as BERT does: N(0, 0.02²), biases 0, norms 1.
+
+    Args:
+        model: Changed in place.
+        generator: The draws; None for torch's own.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("vision.") or name == "temperature":
+                continue
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, BERT_STD, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def start_from_bert(
+    model: Stage1Model, source: str | Path, generator: torch.Generator | None = None
+) -> list[str]:
+    """Takes the text side and self-attention from BERT, and draws the rest.
+
+    Rows of the vocabulary that BERT lacks ([DEC]) and layers' attention to the picture are drawn; a head that the
+    file lacks (BertModel without the language-modelling head) is drawn too.
+
+    Args:
+        model: Changed in place.
+        source: A local directory or a hub name, such as ``google-bert/bert-base-uncased``, with safetensors.
+        generator: The draws.
+
+    Returns:
+        Our names of what was drawn.
+
+    Raises:
+        CheckpointError: It is no BERT, or one of other sizes than the Q-Former.
+    """
+    draw_weights(model, generator)
+    directory = find_checkpoint(source)
+    files, rules = TensorFiles(directory, _bert_name), WeightMap(BERT_RULES)
+    drawn = []
+    state = dict(model.named_parameters())
+    try:
+        for name, parameter in state.items():
+            if any(part in name for part in _DRAWN):
+                drawn.append(name)
+                continue
+            theirs = rules.sources(name)[0]
+            if theirs not in files.shapes:
+                if not name.startswith("head."):
+                    raise CheckpointError(
+                        f"{directory} has no tensor {theirs}, which every BERT has",
+                        "give the directory or hub name of a BERT, such as google-bert/bert-base-uncased",
+                    )
+                drawn.append(name)
+                continue
+            _take(parameter, files.read([theirs]), theirs, directory)
+    finally:
+        files.close()
+    return drawn
+
+
+def _take(parameter: Tensor, given: Tensor, name: str, directory: Path) -> None:
+    """Copies a tensor; ours may have further rows."""
+    rows = len(given)
+    if (
+        given.shape[1:] != parameter.shape[1:]
+        or rows > len(parameter)
+        or not _may_grow(name, given, parameter)
+    ):
+        raise CheckpointError(
+            f"{directory}: {name} has shape {list(given.shape)}, but the Q-Former asks for {list(parameter.shape)}",
+            "give the Q-Former the sizes of that BERT",
+        )
+    with torch.no_grad():
+        parameter[:rows] = given.to(parameter.dtype)
+
+
+def _may_grow(name: str, given: Tensor, parameter: Tensor) -> bool:
+    grows = name in ("embeddings.word_embeddings.weight", "cls.predictions.bias")
+    return len(given) == len(parameter) or grows
+
+
+def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
+    """The text's own parts, by the names of :class:`DraftHead`; views of the model's."""
+    side = model.text_side()
+    parts: dict[str, nn.Module] = {"words": side.words, "positions": side.positions, "head": side.head}
+    parts |= {f"feed_forwards.{index}": feed_forward for index, (_, feed_forward) in enumerate(side.layers)}
+    return {
+        f"{path}.{name}": tensor for path, part in parts.items() for name, tensor in part.state_dict().items()
+    }
+
+
+def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path | None = None) -> None:
+    """Writes a directory that ``transformers.Blip2ForImageTextRetrieval`` loads, with the draft beside it.
+
+    Args:
+        model: What to save; the temperature goes into ``stage1.json``.
+        directory: Where; made if it is not there.
+        like: A directory whose tokenizer and processor files are copied along.
+    """
+    target = Path(directory)
+    with torch.device("meta"):
+        plain = RetrievalModel(model.config)
+    state = model.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
+    save_checkpoint(plain, target, like=like)
+    rules = WeightMap(RULES)
+    tensors = {
+        rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_tensors(model).items()
+    }
+    write_draft(target, tensors, model.draft_config)
+    record = {"temperature": float(model.temperature.detach())}
+    (target / STAGE1_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1Model:
+    """Reads what :func:`save_stage1` wrote, or any directory of transformers' ``Blip2ForImageTextRetrieval``.
+
+    Of a captioner with a draft, Q-Former and draft are taken; what compares pictures with texts is drawn.
+
+    Args:
+        source: A directory or a hub name.
+        draft: The special tokens, where the directory has no draft of its own; its word head is then drawn.
+
+    Returns:
+        The model in eval mode, float32.
+
+    Raises:
+        CheckpointError: It is no such model, or has no draft and ``draft`` is None.
+    """
+    directory = find_checkpoint(source)
+    has_draft = (directory / DRAFT_CONFIG).is_file()
+    if has_draft:
+        draft = DraftConfig.from_json(read_json(directory / DRAFT_CONFIG))
+    given = load_model(directory)
+    if isinstance(given, CaptionerModel) and given.draft is not None:
+        return _of_captioner(given, directory).eval()
+    if not isinstance(given, RetrievalModel) or given.config.family != "blip-2-itm" or draft is None:
+        raise CheckpointError(
+            f"expected a first stage with {DRAFT_CONFIG} in {directory}, found "
+            + (f"the family {given.config.family}" if draft else f"no {DRAFT_CONFIG}"),
+            "give what train stage1 wrote, or a captioner with a draft",
+        )
+    if draft.vocab_size != given.config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: {DRAFT_CONFIG} has a vocabulary of {draft.vocab_size}, config.json of "
+            f"{given.config.vocab_size}",
+            "give both from one training run",
+        )
+    model = Stage1Model(given.config, draft)
+    draw_weights(model)
+    model.load_state_dict(given.state_dict(), strict=False)
+    if has_draft:
+        _load_head(model, directory)
+    if (directory / STAGE1_FILE).is_file():
+        with torch.no_grad():
+            model.temperature.fill_(float(read_json(directory / STAGE1_FILE)["temperature"]))
+    return model.eval()
+
+
+def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
+    """A first stage around a captioner's Q-Former and draft: :func:`begin_stage2` the other way round.
+
+    Raises:
+        CheckpointError: Its bridge is no plain Q-Former.
+    """
+    bridge, draft = captioner.config.bridge, captioner.config.draft
+    if type(bridge) is not QFormerConfig or draft is None or captioner.draft is None:
+        raise CheckpointError(
+            f"expected a plain Q-Former with a draft in {directory}, found a bridge of kind {bridge.kind}",
+            "give what train stage1 wrote",
+        )
+    own: dict[str, Any] = {each.name: getattr(bridge, each.name) for each in fields(QFormerConfig)}
+    positions = draft.max_positions
+    text = InstructedQFormerConfig(**own, vocab_size=draft.vocab_size, instruction_positions=positions)
+    config = RetrievalConfig(
+        family="blip-2-itm",
+        vision=captioner.config.vision,
+        text=text,
+        embed_dim=EMBED_DIM,
+        max_positions=positions,
+        num_features=bridge.num_query_tokens,
+    )
+    model = Stage1Model(config, draft)
+    draw_weights(model)
+    model.vision.load_state_dict(captioner.vision.state_dict())
+    qformer: Any = captioner.bridge.qformer
+    model.matcher.get_submodule("qformer").load_state_dict(qformer.state_dict(), strict=False)
+    written = captioner.draft.state_dict()
+    with torch.no_grad():
+        for name, tensor in draft_tensors(model).items():
+            tensor.copy_(written[name])
+    return model
+
+
+def _load_head(model: Stage1Model, directory: Path) -> None:
+    """The word head; the draft's other parts are the model's own."""
+    rules = WeightMap(RULES)
+    try:
+        tensors = load_file(directory / DRAFT_FILE)
+        state = {name: tensors[rules.sources(f"head.{name}")[0]] for name in model.head.state_dict()}
+        model.head.load_state_dict(state)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{directory / DRAFT_FILE} does not hold the word head ({reason})", "copy it again"
+        ) from error
+
+
+def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
+    """Starts a captioner's bridge, and its draft where it has one, from the first stage.
+
+    Args:
+        stage1: What was trained.
+        captioner: With a Q-Former of the same sizes, plain or instructed; its projection stays as it is. For a
+            draft its config was made with ``draft=stage1.draft_config``. Changed in place.
+
+    Raises:
+        CheckpointError: Its bridge has no Q-Former, or one of other sizes.
+    """
+    qformer = getattr(captioner.bridge, "qformer", None)
+    if not isinstance(qformer, Reader):
+        raise CheckpointError(
+            f"a bridge of kind {captioner.config.bridge.kind} has no Q-Former to start from a first stage",
+            "set bridge to qformer, or leave the first stage out",
+        )
+    trained: Any = stage1.matcher.qformer
+    _copy(qformer, trained.state_dict(), "the Q-Former")
+    if captioner.draft is not None:
+        _copy(captioner.draft, draft_tensors(stage1), "the draft")
+
+
+def _copy(module: nn.Module, given: Mapping[str, Tensor], title: str) -> None:
+    state = module.state_dict()
+    wrong = [name for name, tensor in state.items() if name not in given or given[name].shape != tensor.shape]
+    if wrong:
+        raise CheckpointError(
+            f"{title} has other sizes than the first stage's: {some(wrong)}", "train both with the same sizes"
+        )
+    module.load_state_dict({name: given[name] for name in state})

@@ -1,0 +1,246 @@
+"""Builds the model of a run: a new miniature, a whole checkpoint, or a captioner composed of trained parts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+
+from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
+from blip2edge.errors import ConfigError
+from blip2edge.model.bridges.draft import DraftConfig
+from blip2edge.model.bridges.instruct import InstructedQFormerConfig
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
+from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig
+from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.training.config import TrainingConfig
+from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
+from blip2edge.training.phases.stage1 import Stage1Model
+from blip2edge.training.phases.stage1_checkpoint import (
+    begin_stage2,
+    load_stage1,
+    save_stage1,
+    start_from_bert,
+)
+from blip2edge.training.setup import pretrained
+from blip2edge.training.setup.architecture import captioner_config, family_of
+from blip2edge.training.setup.miniature import build_miniature, initialise
+from blip2edge.training.setup.model_parts import ModelParts
+
+QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # InstructBLIP's, beside its weights
+
+
+def has_text_side(stage: str, config: TrainingConfig) -> bool:
+    """Whether the Q-Former has its own text side in this run."""
+    if config.bridge not in ("qformer", "projection"):
+        return False
+    kept = config.stage1.steps or config.model.bridge_from or config.stage2.itg_weight
+    return stage in ("stage1", "instruct") or bool(kept)
+
+
+def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
+    """Builds the model of a run.
+
+    Args:
+        stage: "stage1", "stage2" or "instruct".
+        config: The recipe.
+        base: Directory of the recipe; its relative paths start there.
+
+    Raises:
+        ConfigError: The parts do not fit together.
+        CheckpointError: A checkpoint cannot be read.
+    """
+    kept = None
+    if config.model.bridge_from:
+        kept = load_stage1(pretrained.resolve(config.model.bridge_from, base))
+    instructed = stage == "instruct"
+    text = has_text_side(stage, config)
+    if config.model.is_miniature:
+        parts = build_miniature(config, draft=text and not instructed, instructed=instructed)
+    else:
+        parts = _whole(stage, config, base) or _composed(stage, config, base, kept if text else None)
+    if kept is not None:
+        begin_stage2(kept, parts.model)
+    draft = parts.model.config.draft
+    if (
+        draft is not None and parts.qformer_texts is not None
+    ):  # a kept one may have fewer places than the recipe asks for
+        parts.qformer_texts.max_length = min(parts.qformer_texts.max_length, draft.max_positions)
+    return parts
+
+
+def _whole(stage: str, config: TrainingConfig, base: Path) -> ModelParts | None:
+    """A checkpoint that has all parts of the recipe, the bridge included; None if one part differs."""
+    model = config.model
+    if not model.checkpoint or model.vision_from or model.language_from:
+        return None
+    directory = pretrained.resolve(model.checkpoint, base)
+    given = load_checkpoint(directory)
+    wanted = "instructed-qformer" if stage == "instruct" else _KINDS[config.bridge]
+    gated = given.config.family == "idefics"
+    lacks_text = config.stage2.itg_weight > 0 and given.draft is None and stage == "stage2"
+    if given.config.bridge.kind != wanted or gated != (config.bridge == "flamingo") or lacks_text:
+        return None
+    preprocessing, _ = pretrained.load_preprocessing(directory)
+    tokenizer = pretrained.load_tokenizer(directory / "tokenizer.json")
+    files = pretrained.side_files(directory)
+    return ModelParts(given, preprocessing, tokenizer, _own_texts(config, base), files, new_projection=False)
+
+
+_KINDS = {
+    "qformer": "qformer",
+    "projection": "qformer",
+    "mlp": "mlp",
+    "perceiver": "perceiver",
+    "pool": "pool",
+    "flamingo": "perceiver",
+}
+"""The kind of bridge for each value of the recipe's key `bridge`."""
+
+
+def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
+    """The tokenizer of the Q-Former's text side, from the first of the recipe's checkpoints that has one."""
+    for name in (config.model.bridge_from, config.model.checkpoint, config.model.bert):
+        if not name:
+            continue
+        directory = pretrained.resolve(name, base)
+        for file in (DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER):
+            if (directory / file).is_file():
+                return QFormerTexts(pretrained.load_tokenizer(directory / file), config.stage1.max_tokens)
+        if name == config.model.bert:
+            return QFormerTexts(
+                pretrained.load_tokenizer(directory / "tokenizer.json"), config.stage1.max_tokens
+            )
+    return None
+
+
+def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> ModelParts:
+    """A captioner of trained parts with a new bridge, which gets the sizes of `kept` if there is one."""
+    model = config.model
+    vision = pretrained.load_vision(model.vision_from or model.checkpoint, base)
+    language = pretrained.load_language(model.language_from or model.checkpoint, base)
+    instructed, text = stage == "instruct", has_text_side(stage, config)
+    family = "instructblip" if instructed else family_of(config.bridge, vision.module.config)
+    tokens = pretrained.picture_tokens(family)
+    extra = language.with_tokens(tokens)
+    own = _own_texts(config, base) or QFormerTexts(language.tokenizer, config.stage1.max_tokens)
+    built = captioner_config(
+        config.bridge,
+        config.model,
+        vision.module.config,
+        language.config,
+        extra=extra,
+        text=_text_config(own, config, base, kept) if text else None,
+        instructed=instructed,
+    )
+    built = pretrained.with_special_tokens(built, language, tokens[0])
+    made = pretrained.assemble_captioner(_like(kept, built), vision, language)
+    for fresh in _fresh(made):
+        initialise(fresh, config.seed)
+    files = pretrained.tokenizer_files(language) | {"preprocessor_config.json": vision.file}
+    files |= {"processor_config.json": _processor(made.config)}
+    if instructed:
+        files[QFORMER_TOKENIZER] = own.tokenizer.to_str().encode()
+    parts = ModelParts(made, vision.preprocessing, language.tokenizer, own if text else None, files)
+    if text and config.model.bert and not config.model.bridge_from:
+        begin_stage2(new_stage1_model(parts, config, base), made)
+    return parts
+
+
+def _text_config(
+    own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Model | None
+) -> DraftConfig:
+    """Config of the Q-Former's text side: special tokens, and the positions of the model that initialises it."""
+    if kept is not None:
+        return kept.draft_config
+    if not config.model.bert:
+        return own.draft_config()
+    values = read_json(pretrained.resolve(config.model.bert, base) / "config.json")
+    return own.draft_config(Fields("config", values).integer("max_position_embeddings", 512))
+
+
+def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
+    """The config with the sizes of the kept Q-Former."""
+    if kept is None or not isinstance(built.bridge, QFormerConfig):
+        return built
+    given: Any = kept.config.text
+    own = {each.name: getattr(given, each.name) for each in fields(QFormerConfig)}
+    return replace(built, bridge=replace(built.bridge, **own))
+
+
+def _fresh(model: CaptionerModel) -> list[nn.Module]:
+    """The modules that no checkpoint provides."""
+    parts: list[nn.Module] = [model.bridge]
+    parts += [] if model.draft is None else [model.draft]
+    gated = getattr(model.language, "cross_layers", None)
+    return parts if gated is None else [*parts, gated]
+
+
+def _processor(config: CaptionerConfig) -> bytes:
+    """`processor_config.json`."""
+    values = {
+        "processor_class": pretrained.PROCESSORS[config.family],
+        "num_query_tokens": config.bridge.num_visual_tokens,
+    }
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> Stage1Model:
+    """Builds a new stage-1 model around the captioner's picture encoder.
+
+    Raises:
+        ConfigError: The bridge is no Q-Former.
+        CheckpointError: The recipe's BERT cannot be read, or has other sizes.
+    """
+    bridge, texts = parts.model.config.bridge, parts.qformer_texts
+    if not isinstance(bridge, QFormerConfig) or texts is None:
+        raise ConfigError(
+            f"stage1 trains a Q-Former, and bridge is {config.bridge!r}", "set bridge to 'qformer'"
+        )
+    if parts.model.config.vision.clip:
+        raise ConfigError(
+            "stage1 supports BLIP-2's kind of picture encoder only, and model.vision_from is a CLIP",
+            "set model.vision_from to the checkpoint of a BLIP-2, or run stage2",
+        )
+    draft = parts.model.config.draft or _text_config(texts, config, base, None)
+    own: dict[str, Any] = {each.name: getattr(bridge, each.name) for each in fields(QFormerConfig)}
+    text = InstructedQFormerConfig(
+        **own, vocab_size=draft.vocab_size, instruction_positions=draft.max_positions
+    )
+    model = Stage1Model(
+        RetrievalConfig(
+            family="blip-2-itm",
+            vision=parts.model.config.vision,
+            text=text,
+            embed_dim=config.stage1.embed_dim,
+            max_positions=draft.max_positions,
+            num_features=bridge.num_query_tokens,
+        ),
+        draft,
+    )
+    if config.model.bert:
+        generator = torch.Generator().manual_seed(config.seed)
+        start_from_bert(model, pretrained.resolve(config.model.bert, base), generator)
+    else:
+        initialise(model, config.seed)
+    return model
+
+
+def write_stage1(parts: ModelParts, model: Stage1Model, directory: Path) -> None:
+    """Writes the result of stage 1 with its tokenizer and preprocessing."""
+    save_stage1(model, directory)
+    name = "preprocessor_config.json"
+    (directory / name).write_bytes(parts.files[name])
+    if parts.qformer_texts is not None:
+        parts.qformer_texts.save(directory)
+        framed = tokenizers.Tokenizer.from_str(parts.qformer_texts.tokenizer.to_str())
+        ends = [(token, framed.token_to_id(token)) for token in (CLS, SEP)]
+        framed.post_processor = TemplateProcessing(single=f"{CLS} $A {SEP}", special_tokens=ends)
+        framed.save(str(directory / "tokenizer.json"))

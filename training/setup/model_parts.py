@@ -1,0 +1,74 @@
+"""The model that a run trains: a captioner with its tokenizer, preprocessing and the files beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.checkpoint.directory import save_checkpoint
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.text.tokenizer import Tokenizer
+from blip2edge.training.loading.qformer_texts import QFormerTexts
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class ModelParts:
+    """A captioner and everything that its checkpoint holds beside the weights.
+
+    Attributes:
+        model: The captioner; the phases change it in place.
+        preprocessing: Preprocessing of its pictures.
+        tokenizer: Tokenizer of its language model.
+        qformer_texts: Tokenizes texts for the Q-Former's own text side; None where the bridge has none.
+        files: Content of the other files of the checkpoint, by name: configurations and tokenizers.
+        new_projection: Whether the bridge's last layer is new. Stage 2 then scales it to the token embeddings.
+    """
+
+    model: CaptionerModel
+    preprocessing: Preprocessing
+    tokenizer: tokenizers.Tokenizer
+    qformer_texts: QFormerTexts | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    new_projection: bool = True
+
+    @property
+    def runtime_tokenizer(self) -> Tokenizer:
+        """The tokenizer as the runtime wraps it."""
+        return Tokenizer(self.tokenizer)
+
+    def write(self, directory: Path, dtype: str) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            directory: An empty directory.
+            dtype: Type of the stored tensors: "float16", "bfloat16" or "float32".
+        """
+        save_checkpoint(self.model, directory, dtype=_DTYPES[dtype])
+        for name, content in self.files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(content)
+        if self.qformer_texts is not None and self.model.draft is not None:
+            self.qformer_texts.save(directory)
+
+    def tensors(self, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+        """Copies on the CPU of the model's tensors whose names begin with one of the prefixes, such as "vision."."""
+        return {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in self.model.state_dict().items()
+            if prefixes and name.startswith(prefixes)
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors from `tensors` back into the model."""
+        state = self.model.state_dict()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                state[name].copy_(tensor)
