@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip2edge.errors import DataError, ImageError
+from blip2edge.errors import DataError, ImageError, option
 from blip2edge.progress import counted
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
 
@@ -100,7 +100,7 @@ def choose_pictures(
     if not found:
         raise DataError(
             f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none",
-            "give --images a folder with pictures of the kind that the device will see",
+            f"give {option('images')} a folder with pictures of the kind that the device will see",
         )
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
     digest, kept, skipped = hashlib.sha256(), [], []
@@ -116,7 +116,7 @@ def choose_pictures(
     if not kept:
         raise DataError(
             f"{root}: none of the {len(wanted)} pictures can be read, {skipped[0]} among them",
-            "give --images a folder with whole pictures",
+            f"give {option('images')} a folder with whole pictures",
         )
     return PictureSet(tuple(kept), len(found), digest.hexdigest(), tuple(skipped))
 
@@ -128,7 +128,7 @@ def _search(root: Path) -> Iterator[Picture]:
     if not root.is_dir():
         raise DataError(
             f"{root}: expected a folder of pictures or a .tar shard, and there is none",
-            "give --images a folder that exists",
+            f"give {option('images')} a folder that exists",
         )
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blip2edge.bundle.manifest import FileRecord
 from blip2edge.bundle.publishing import output_error
-from blip2edge.errors import ExportError
+from blip2edge.errors import ExportError, option
 from blip2edge.export.to_onnx import Traced, WeightSlot
 
 PAGE = 4096  # bytes: a large tensor starts on one, so that a runtime can map it
@@ -110,7 +110,7 @@ def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) ->
     if largest > limit:
         raise ExportError(
             f"the weight {slot.parameter} reaches {largest:.6g}, beyond the {limit:.6g} of {str(dtype)[6:]}",
-            "export with --precision " + ("bf16 or fp32" if dtype == torch.float16 else "fp32"),
+            f"export with {option('precision')} " + ("bf16 or fp32" if dtype == torch.float16 else "fp32"),
         )
 
 

@@ -52,7 +52,7 @@ def settle(model: ir.Model, folder: Path, name: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the optimised {name} ({reason})",
-            "run the bundle as it is: leave the optimisation out with --no-optimize",
+            "run the bundle as it is: leave the optimisation out",
         ) from error
     return settled
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from blip2edge import __version__
-from blip2edge.errors import ConfigError, OutputError
+from blip2edge.errors import ConfigError, OutputError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
 from blip2edge.training.evaluation.evaluate import evaluate_scenes
@@ -81,7 +81,7 @@ class _Session:
         if phase not in names:
             raise ConfigError(
                 f"the snapshot is of the phase {phase}, and this recipe has {', '.join(names)}",
-                "begin anew with --force",
+                f"begin anew with {option('force', on=True)}",
             )
         begun = names.index(phase)
         self.figures = dict(snapshot.facts["figures"])
@@ -187,7 +187,10 @@ def train(
     target = Path(out_dir)
     phases_of(stage, config)  # refuses a stage without steps
     if target.exists() and not force:
-        raise OutputError(f"{target} exists already", "give another directory, or replace it with --force")
+        raise OutputError(
+            f"{target} exists already",
+            f"give another directory, or replace it with {option('force', on=True)}",
+        )
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config)
     first = accelerator.is_main_process
@@ -249,18 +252,19 @@ def _begin(
     if snapshot is None:
         if resume:
             raise ConfigError(
-                f"--resume: there is no snapshot in {snapshots.directory}", "leave --resume out"
+                f"{option('resume', on=True)}: there is no snapshot in {snapshots.directory}",
+                f"leave {option('resume', on=True)} out",
             )
         return None
     if snapshot.facts["stage"] != stage:
         raise ConfigError(
             f"{snapshots.directory} holds a run of {snapshot.facts['stage']}, and this is {stage}",
-            "give another output directory, or begin anew with --force",
+            f"give another output directory, or begin anew with {option('force', on=True)}",
         )
     if snapshot.facts["recipe"] != config_hash(config) and not resume:
         raise ConfigError(
             f"{snapshots.directory} holds a run of another recipe",
-            "go on with --resume all the same, or begin anew with --force",
+            f"go on with {option('resume', on=True)} all the same, or begin anew with {option('force', on=True)}",
         )
     return snapshot
 

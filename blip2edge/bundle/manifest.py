@@ -21,7 +21,7 @@ from blip2edge.bundle.schema import (
     PromptSpec,
     TensorSpec,
 )
-from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
+from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError, option
 from blip2edge.progress import ProgressCallback
 
 MANIFEST = "bundle.json"
@@ -309,7 +309,7 @@ class Bundle:
             except OSError as error:
                 raise BundleIntegrityError(
                     f"{path} is missing, though bundle.json lists it",
-                    "export the checkpoint again with --force",
+                    f"export the checkpoint again with {option('force', on=True)}",
                 ) from error
             stamp = [status.st_size, status.st_mtime_ns, record.sha256]
             if status.st_size != record.size or (
@@ -317,7 +317,7 @@ class Bundle:
             ):
                 raise BundleIntegrityError(
                     f"{path} is not the file that was exported (its hash differs from bundle.json)",
-                    "copy the bundle again, or export the checkpoint again with --force",
+                    f"copy the bundle again, or export the checkpoint again with {option('force', on=True)}",
                 )
             fresh[name] = stamp
         if progress is not None:
@@ -340,11 +340,14 @@ def _read(directory: Path) -> Manifest:
         raise BundleError(f"{directory} has no {MANIFEST}, so it is not a bundle", hint) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(
-            f"{path} cannot be read as JSON ({error})", "export the checkpoint again with --force"
+            f"{path} cannot be read as JSON ({error})",
+            f"export the checkpoint again with {option('force', on=True)}",
         ) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):
-        raise BundleError(f"{path} has no schema_version", "export the checkpoint again with --force")
+        raise BundleError(
+            f"{path} has no schema_version", f"export the checkpoint again with {option('force', on=True)}"
+        )
     if version > SCHEMA_VERSION:
         raise BundleVersionError(
             f"{path} has schema version {version}, and this blip2edge reads up to {SCHEMA_VERSION}",
@@ -355,7 +358,7 @@ def _read(directory: Path) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(
             f"{path} does not follow schema version {version} ({type(error).__name__}: {error})",
-            "export the checkpoint again with --force",
+            f"export the checkpoint again with {option('force', on=True)}",
         ) from error
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.errors import OutputError
+from blip2edge.errors import OutputError, option
 
 
 @contextmanager
@@ -26,12 +26,16 @@ def staged(target: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
         OutputError: ``target`` exists, holds other files, or cannot be written.
     """
     if (target.exists() or target.is_symlink()) and not force:
-        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
+        raise OutputError(
+            f"{target} exists",
+            f"give another output directory, or replace it with {option('force', on=True)}",
+        )
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file, and a directory is written", "give another -o")
+        raise OutputError(f"{target} is a file, and a directory is written", "give another output directory")
     if target.exists() and not (target / marker).is_file() and any(target.iterdir()):
         raise OutputError(
-            f"{target} holds files and no {marker}, so --force does not replace it", "give another -o"
+            f"{target} holds files and no {marker}, so {option('force', on=True)} does not replace it",
+            "give another output directory",
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 VISION = "vision_encoder"
 BRIDGE = "bridge"
@@ -44,9 +44,13 @@ CROSS_MASKS = ("none", "keys", "steps")
 which each of its slots looks at, int64 ``[B, S, E]`` (a slot that looks at none gets nothing)."""
 
 
-DRAFTS = ("auto", "none", "lookup", "itg")
-"""Who guesses tokens that one pass of the language model verifies: nobody; the text itself, where it repeats its prompt
-or itself; the bridge's own text head. ``auto`` is the head where the bundle has one and decoding is greedy."""
+DraftName = Literal["auto", "none", "lookup", "itg"]
+DRAFTS: tuple[DraftName, ...] = get_args(DraftName)
+"""Draft models of speculative decoding: none; prompt lookup (n-grams of the prompt and of the text so far); ``itg``,
+the Q-Former's text head. ``auto`` is ``itg`` where the bundle has it and decoding is greedy, and none elsewhere."""
+
+BackendName = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "rtx", "ort-tensorrt"]
+"""Names of the backends; ``auto`` is ``cpu``, or what runs the engines of a bundle that holds engines alone."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ _EXTRAS = {
 }
 
 
+# Options whose flag has another name.
+_FLAGS = {"activations": "int8_activations", "max_waiting": "queue"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -74,10 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_status if isinstance(error, Blip2EdgeError) else 1
 
 
+def flag(name: str, on: bool) -> str:  # noqa: ARG001 - a switch has no value on the command line
+    """Writes an option of an error as a flag: ``--max-new-tokens``."""
+    return "--" + _FLAGS.get(name, name).replace("_", "-")
+
+
 def explain(error: Exception) -> str:
-    """Tell in one line what went wrong and what mends it."""
+    """One line: what went wrong and what mends it."""
     if isinstance(error, Blip2EdgeError):
-        return str(error)
+        return error.text(flag)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package in _EXTRAS:

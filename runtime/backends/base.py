@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.errors import BackendError, UsageError
+from blip2edge.errors import BackendError, UsageError, option
 
 
 class Session(Protocol):
@@ -93,7 +93,7 @@ MOST_THREADS = 1024
 def check_threads(threads: int | None) -> None:
     """Raises UsageError unless a number of threads is None or one that a machine can have."""
     if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"--threads must be from 1 to {MOST_THREADS}, not {threads}")
+        raise UsageError(f"{option('threads')} must be from 1 to {MOST_THREADS}, not {threads}")
 
 
 def find_backend(name: str) -> Backend:
@@ -107,7 +107,7 @@ def find_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(
             f"the backend {name} is not part of this version",
-            f"use --backend auto or {' or '.join(BACKENDS)}",
+            f"use {option('backend')} auto or {' or '.join(BACKENDS)}",
         )
     return BACKENDS[name]
 

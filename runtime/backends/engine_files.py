@@ -10,7 +10,7 @@ from typing import Any
 
 from blip2edge.bundle.manifest import STAMP, Bundle, FileRecord, sha256_of
 from blip2edge.bundle.schema import GraphSpec, TensorSpec
-from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
+from blip2edge.errors import BackendError, BundleIntegrityError, EngineError, option
 from blip2edge.runtime.backends.fingerprint import Fingerprint, check_fingerprint
 
 KIND = "engines"
@@ -230,6 +230,6 @@ def engines_backend(bundle: Bundle, backend: str) -> str:
     if backend not in targets:
         raise BackendError(
             f"{bundle.path} holds engines alone, which the backend {backend} does not run",
-            f"use --backend {targets[0]}",
+            f"use {option('backend')} {targets[0]}",
         )
     return backend

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.errors import EngineError
+from blip2edge.errors import EngineError, option
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def fingerprint(
     if gpu is None and not compute_capabilities:
         raise EngineError(
             "there is no NVIDIA GPU or no driver here, and an engine is built for a GPU",
-            "build on the board itself, or for a GPU elsewhere with: --target rtx --sm 86",
+            f"build on the board itself, or for a GPU elsewhere with: {option('target')} rtx {option('sm')} 86",
         )
     numbers = compute_capabilities or ([gpu.compute_capability] if gpu else [])
     return Fingerprint(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.errors import BackendError, BundleError
+from blip2edge.errors import BackendError, BundleError, option
 from blip2edge.runtime.backends.base import Settled
 
 
@@ -49,7 +49,7 @@ class OpenVinoSession:
         except (RuntimeError, TypeError, ValueError) as error:  # TypeError: before 2025.3 it takes no tensor
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
-                f"OpenVINO cannot load {path} ({reason})", "use --backend cpu for this bundle"
+                f"OpenVINO cannot load {path} ({reason})", f"use {option('backend')} cpu for this bundle"
             ) from error
         self._request: Any = self._model.create_infer_request()
         self.input_names = tuple(_name(port) for port in self._model.inputs)

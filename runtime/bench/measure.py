@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import blip2edge
 from blip2edge.bundle.schema import VISION
-from blip2edge.errors import UsageError
+from blip2edge.errors import UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.optimized_copy import installed
 from blip2edge.runtime.backends.probe import processor
@@ -58,7 +58,7 @@ class BenchOptions:
     def __post_init__(self) -> None:
         for name in ("runs", "tokens"):
             if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
+                raise UsageError(f"{option(name)} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
-from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageError
+from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.complete import CaptionResult, Completer, caption_result
@@ -52,7 +52,7 @@ class Captioner:
         if manifest.precision == "bf16" and backend in ("auto", "cpu"):
             raise BackendError(
                 "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
-                "export with --precision fp32 or fp16",
+                f"export with {option('precision')} fp32 or fp16",
             )
 
         session = self.graphs = GraphOpener(bundle, backend, threads)
@@ -150,7 +150,7 @@ class Captioner:
                 f"there are {len(texts)} prompts for {len(pictures)} pictures", "give one prompt a picture"
             )
         if batch_size < 1:
-            raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+            raise UsageError(f"{option('batch_size')} must be at least 1, not {batch_size}")
         generation = self.options(**options)
         if len(pictures) > batch_size and (os.cpu_count() or 1) > 1:
             return self._scheduled(pictures, texts, generation, batch_size)
@@ -164,7 +164,8 @@ class Captioner:
         generation = self.options(**options)
         if generation.num_beams > 1:
             raise UsageError(
-                "--stream and --num-beams above 1 exclude each other: beams choose the words at the end"
+                f"{option('stream')} and {option('num_beams')} above 1 exclude each other: "
+                "beam search chooses the words at the end"
             )
         return self.completer.pieces(self.encoder([image], [prompt], Clock()), generation)
 

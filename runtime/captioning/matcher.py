@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKENIZER_FILE, VISION
-from blip2edge.errors import BackendError, BundleError, PromptError, UsageError
+from blip2edge.errors import BackendError, BundleError, PromptError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.images.preprocess import ImageSource, Preprocessing
@@ -69,7 +69,7 @@ class Matcher:
         if manifest.precision == "bf16" and backend in ("auto", "cpu"):
             raise BackendError(
                 "the bundle is in bf16, for which ONNX Runtime has no CPU kernels",
-                "export with --precision fp32 or fp16",
+                f"export with {option('precision')} fp32 or fp16",
             )
 
         session = GraphOpener(bundle, backend, threads)
@@ -232,7 +232,7 @@ class Matcher:
             PromptError: It is empty, too long, or has a token that the model lacks.
         """
         if not text.strip():
-            raise PromptError("the text is empty", "give a --text")
+            raise PromptError("the text is empty", f"give a {option('text')}", field="text")
         manifest = self.bundle.manifest
         ids = self.tokenizer.encode(text)
         if len(ids) > manifest.max_positions:
@@ -266,5 +266,5 @@ def _starts(count: int, batch_size: int) -> range:
         UsageError: A batch of nothing.
     """
     if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+        raise UsageError(f"{option('batch_size')} must be at least 1, not {batch_size}")
     return range(0, count, batch_size)

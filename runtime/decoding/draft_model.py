@@ -10,7 +10,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, DRAFT_TOKENIZER_FILE, DRAFTS, QUERIES, Axis, DraftSpec
-from blip2edge.errors import UsageError
+from blip2edge.errors import UsageError, option
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.speculative import (
@@ -235,9 +235,9 @@ class Drafting:
         if options.draft == "itg" and self.head is None:
             loaded = f"the captioner was loaded with draft={self.default!r}"
             raise UsageError(
-                f"--draft itg: {'the bundle has no draft' if self.default in ('auto', 'itg') else loaded}",
-                f"use --draft {' or '.join(kind for kind in DRAFTS if kind != 'itg')}, or export a checkpoint with "
-                "draft.safetensors",
+                f"{option('draft')} itg: {'the bundle has no draft' if self.default in ('auto', 'itg') else loaded}",
+                f"use {option('draft')} {' or '.join(kind for kind in DRAFTS if kind != 'itg')}, "
+                "or export a checkpoint with draft.safetensors",
             )
 
     def kind(self, options: GenerationOptions) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bundle.schema import DRAFTS
-from blip2edge.errors import UsageError
+from blip2edge.bundle.schema import DRAFTS, DraftName
+from blip2edge.errors import UsageError, option
 
 MOST_BEAMS = 256
 """Every beam holds a cache of its own."""
@@ -19,6 +19,8 @@ MOST_COUNTED = 2**31 - 1
 """Tokens that are asked for or drawn from: more than any context or vocabulary has."""
 
 LARGEST_SEED = 2**64 - 1
+
+_SAMPLING = f"{option('temperature')}, {option('top_p')} or {option('top_k')}"
 
 PENALTIES = (1e-3, 1e3)
 """Repetition penalties: beyond them logits leave float32."""
@@ -33,6 +35,24 @@ COLDEST = 1e-5
 """A temperature below it is greedy: the likeliest token has all of the probability in float32."""
 
 Stopped = Callable[[Sequence[int]], bool]
+
+
+class CaptionOptions(TypedDict, total=False):
+    """The keywords of ``Captioner.caption(**options)``: fields of :class:`GenerationOptions`, each may be left out."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    num_beams: int
+    length_penalty: float
+    repetition_penalty: float
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    early_stopping: bool
+    eos_token_ids: tuple[int, ...] | list[int]
+    stop: tuple[str, ...] | list[str]
+    draft: DraftName
 
 
 @dataclass(frozen=True)
@@ -52,8 +72,8 @@ class GenerationOptions:
         early_stopping: Beam search ends as soon as num_beams texts have ended.
         eos_token_ids: Any of these ends a text.
         stop: Strings that end a text; the caller looks for them and passes `stopped`.
-        draft: Who guesses tokens that one pass then verifies, one of `contract.DRAFTS`; the text does not depend on it,
-            and where tokens are drawn at random nobody guesses.
+        draft: The draft model of speculative decoding, one of `schema.DRAFTS`. The text does not depend on it. Sampling
+            uses none.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -71,7 +91,7 @@ class GenerationOptions:
     early_stopping: bool = False
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
-    draft: str = "auto"
+    draft: DraftName = "auto"
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -91,34 +111,36 @@ class GenerationOptions:
             check_number("top_p", self.top_p, 0.0, 1.0)
         if self.min_new_tokens > self.max_new_tokens:
             raise UsageError(
-                f"expected --min-new-tokens of at most {self.max_new_tokens}, got {self.min_new_tokens}",
-                "raise --max-new-tokens",
+                f"expected {option('min_new_tokens')} of at most {self.max_new_tokens}, got {self.min_new_tokens}",
+                f"raise {option('max_new_tokens')}",
             )
         ends: Any = self.eos_token_ids
         if isinstance(ends, (int, str)):
-            raise UsageError(f"expected eos_token_ids to be a list of ids, got {ends!r}")
+            raise UsageError(f"expected {option('eos_token_ids')} to be a list of ids, got {ends!r}")
         for token_id in self.eos_token_ids:
             _check_integer("eos_token_ids", token_id, 0, MOST_COUNTED)
         _check_texts("stop", self.stop)
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.draft not in DRAFTS:
-            raise UsageError(f"expected --draft to be one of {', '.join(DRAFTS)}, got {self.draft!r}")
+            raise UsageError(
+                f"expected {option('draft')} to be one of {', '.join(DRAFTS)}, got {self.draft!r}"
+            )
         if self.num_beams > 1 and self.draft not in ("auto", "none"):
             raise UsageError(
-                f"expected --num-beams 1 with --draft {self.draft}, got {self.num_beams}",
-                "beams read no text ahead: leave one of them out",
+                f"expected {option('num_beams')} 1 with {option('draft')} {self.draft}, got {self.num_beams}",
+                "beam search does not use a draft model: leave one of the two out",
             )
         if self.sampling and self.draft not in ("auto", "none"):
             raise UsageError(
-                f"expected --draft auto or none with a temperature, --top-p or --top-k, got {self.draft}",
-                "a pass over several tokens rounds otherwise, and may change what is drawn: leave one of them out",
+                f"expected {option('draft')} auto or none with {_SAMPLING}, got {self.draft}",
+                "verifying several tokens in one pass rounds differently, which may change the sampled tokens: "
+                "leave one of the two out",
             )
         if self.num_beams > 1 and self.sampling:
             raise UsageError(
-                f"expected either --num-beams or sampling, got {self.num_beams} beams and a temperature, "
-                "--top-p or --top-k",
-                "leave one of them out",
+                f"expected either {option('num_beams')} or sampling, got {self.num_beams} beams and {_SAMPLING}",
+                "leave one of the two out",
             )
 
     @property
@@ -128,25 +150,22 @@ class GenerationOptions:
         return given and (self.temperature is None or self.temperature >= COLDEST)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _check_integer(name: str, value: Any, least: int, most: int) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise UsageError(
-            f"expected {_flag(name)} to be a whole number of at least {least}, got {_told(value)}"
+            f"expected {option(name)} to be a whole number of at least {least}, got {_shown(value)}"
         )
     if value > most:
-        raise UsageError(f"expected {_flag(name)} of at most {most}, got {_told(value)}")
+        raise UsageError(f"expected {option(name)} of at most {most}, got {_shown(value)}")
 
 
 def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
-        raise UsageError(f"expected {_flag(name)} to be texts that are not empty, got {_told(value)}")
+        fix = f"put it in a list: [{_shown(value)}]" if isinstance(value, str) and value else None
+        raise UsageError(f"expected {option(name)} to be a list of non-empty texts, got {_shown(value)}", fix)
     if len(value) > MOST_STOPS:
-        raise UsageError(f"expected {_flag(name)} to be at most {MOST_STOPS} texts, got {len(value)}")
+        raise UsageError(f"expected {option(name)} to be at most {MOST_STOPS} texts, got {len(value)}")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
@@ -155,10 +174,10 @@ def check_number(name: str, value: Any, low: float, high: float, *, above: bool 
     if real and low <= value <= high and not (above and value == low):  # NaN is in no range
         return
     expected = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
-    raise UsageError(f"expected {_flag(name)} to be {expected}, got {_told(value)}")
+    raise UsageError(f"expected {option(name)} to be {expected}, got {_shown(value)}")
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value for a message of one line, cut where it is long."""
     if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
         return f"a number of {value.bit_length()} bits"

@@ -11,7 +11,7 @@ from pathlib import Path
 from blip2edge.bundle.manifest import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, option
 from blip2edge.runtime.backends.base import Session, Settled
 from blip2edge.runtime.backends.engine_files import STEP, EngineRecord, EngineSet, find_engines
 from blip2edge.runtime.backends.fingerprint import fingerprint
@@ -128,7 +128,7 @@ def check_driver() -> None:
     except OSError as error:
         raise BackendError(
             "there is no NVIDIA driver here: libcuda.so.1 is missing",
-            "use --backend cpu, or see `blip2edge doctor`",
+            f"use {option('backend')} cpu, or see `blip2edge doctor`",
         ) from error
     if status != 0:
         raise BackendError(f"NVIDIA's driver does not start (cuInit: {status})", "see `blip2edge doctor`")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INSTRUCTION, MARKERS, PromptSpec
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.errors import PromptError, UsageError
+from blip2edge.errors import PromptError, UsageError, option
 from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.tokenizer import Tokenizer
@@ -267,7 +267,9 @@ class Prompter:
             )
         if prompt.length == 0:
             raise PromptError(
-                "the prompt is empty, and this model begins no text by itself", "give a --prompt"
+                "the prompt is empty, and this model begins no text by itself",
+                f"give a {option('prompt')}",
+                field="prompt",
             )
         largest = max((token for run in prompt.runs for token in run), default=0)
         if largest >= self.vocab_size:
@@ -318,7 +320,8 @@ class Instructor:
         if text is None:
             raise PromptError(
                 "this model looks at a picture with an instruction in mind, and there is none",
-                "give a --prompt",
+                f"give a {option('prompt')}",
+                field="prompt",
             )
         tokens = self.tokenizer.encode(text)
         if len(tokens) > self.longest:

@@ -161,7 +161,7 @@ def test_nobody_guesses_what_is_drawn(captioner: Captioner, draft: str) -> None:
     found = captioner.caption(picture, max_new_tokens=TOKENS, **options)
     assert (found.tokens, found.tokens_per_pass) == (alone.tokens, 1.0)
     for call in (captioner.caption, captioner.stream):
-        with pytest.raises(UsageError, match="--draft auto or none with a temperature"):
+        with pytest.raises(UsageError, match="draft auto or none with a temperature"):
             call(picture, draft=draft, **options)
     cold = captioner.caption(
         picture, max_new_tokens=TOKENS, draft=draft, temperature=0
@@ -214,7 +214,7 @@ def test_what_is_asked_for_by_name_must_be_there(
 ) -> None:
     picture = draw_pictures(1)[0]
     with pytest.raises(
-        UsageError, match=r"--draft itg: the bundle has no draft; use --draft auto or none or lookup"
+        UsageError, match=r"draft itg: the bundle has no draft; use draft auto or none or lookup"
     ):
         Captioner.load(tiny_bundle, draft="itg")
     with pytest.raises(UsageError, match="the bundle has no draft"):

@@ -259,7 +259,7 @@ def test_files_that_are_no_checkpoint(merged: tuple[Path, Path], tmp_path: Path)
 
 
 def test_base_and_pth_belong_together(merged: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--base DIRECTORY"):
+    with pytest.raises(UsageError, match="base DIRECTORY"):
         export_checkpoint(merged[0], tmp_path / "bundle")
-    with pytest.raises(UsageError, match="leave --base out"):
+    with pytest.raises(UsageError, match="leave base out"):
         export_checkpoint(merged[1], tmp_path / "bundle", base=merged[1])

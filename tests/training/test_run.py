@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_
     assert kept.facts["phase"] == "language"
     # Mended, the run goes on from there: the vision encoder is not trained again.
     recipes.write(tmp_path / "recipe.toml")
-    with pytest.raises(ConfigError, match="another recipe; go on with --resume"):
+    with pytest.raises(ConfigError, match="another recipe; go on with resume=True"):
         train("stage2", path, tmp_path / "out")
     lines: list[str] = []
     train("stage2", path, tmp_path / "out", resume=True, log=lines.append, evaluation_scenes=0)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip2edge.bundle.schema import TOKENIZER_FILE
-from blip2edge.errors import CheckpointError, UsageError
+from blip2edge.errors import CheckpointError, UsageError, option
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_model, read_json
 from blip2edge.model.families.registry import FAMILIES
@@ -89,7 +89,7 @@ class CheckpointAnswerer:
         others = sorted(options.generation.keys() - {"max_new_tokens"})
         if others:
             raise UsageError(
-                f"a checkpoint is decoded greedily, and --{others[0].replace('_', '-')} is for bundles",
+                f"a checkpoint is decoded greedily, and {option(others[0])} is for bundles",
                 "export it first: blip2edge export CHECKPOINT -o BUNDLE",
             )
         instructions = None

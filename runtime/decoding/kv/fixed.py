@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK, CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, option
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.decoding.state import embedded, forgotten, left_padded, stacked
 
@@ -96,12 +96,12 @@ class SlotDecoder:
         if rows > self.most_rows:
             raise BackendError(
                 f"{rows} rows (pictures times beams) are more than the {self.most_rows} that the engine was built for",
-                "lower --batch-size or --num-beams, or build again with --max-batch",
+                f"lower {option('batch_size')} or {option('num_beams')}, or build again with {option('max_batch')}",
             )
         if slots > self.capacity:
             raise BackendError(
                 f"{slots} tokens are more than the {self.capacity} slots that the engine was built for",
-                "shorten the prompt, lower --max-new-tokens, or build again with --capacity",
+                f"shorten the prompt, lower {option('max_new_tokens')}, or build again with {option('capacity')}",
             )
 
 

@@ -161,5 +161,5 @@ def test_tokens_a_pass_with_a_draft(
 @pytest.mark.parametrize("name", ["runs", "tokens"])
 def test_limits(name: str) -> None:
     changed: dict[str, Any] = {name: 0}
-    with pytest.raises(UsageError, match=f"--{name} must be at least 1"):
+    with pytest.raises(UsageError, match=f"{name} must be at least 1"):
         BenchOptions(**changed)
