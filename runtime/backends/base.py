@@ -90,10 +90,10 @@ BACKENDS = {
 MOST_THREADS = 1024
 
 
-def check_threads(threads: int | None) -> None:
+def check_threads(threads: object) -> None:
     """Raises UsageError unless a number of threads is None or one that a machine can have."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"{option('threads')} must be from 1 to {MOST_THREADS}, not {threads}")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+        raise UsageError(f"{option('threads')} must be from 1 to {MOST_THREADS}, not {threads!r}")
 
 
 def find_backend(name: str) -> Backend:

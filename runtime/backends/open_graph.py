@@ -9,7 +9,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.manifest import Bundle
-from blip2edge.runtime.backends.base import Session, Settled, find_backend, open_session
+from blip2edge.runtime.backends.base import BACKENDS, Session, Settled, find_backend, open_session
 from blip2edge.runtime.backends.engine_files import engines_backend
 from blip2edge.runtime.backends.optimized_copy import read_copy, weights_of
 from blip2edge.runtime.backends.probe import cores
@@ -25,7 +25,9 @@ class GraphOpener:
         portable: Passes over copies.
 
     Attributes:
+        backend: The backend's name, ``auto`` resolved.
         copied: The graphs that were loaded from a copy.
+        closed: Whether :meth:`close` was called.
 
     Raises:
         BackendError: The backend is unknown.
@@ -35,11 +37,14 @@ class GraphOpener:
     def __init__(
         self, bundle: Bundle, backend: str = "auto", threads: int | None = None, *, portable: bool = False
     ) -> None:
-        self._bundle, self.backend, self.threads = bundle, backend, threads
+        self._bundle, self.threads = bundle, threads
         self.copied: list[str] = []
+        self.closed = False
+        self._sessions: list[Session] = []
         if bundle.manifest.engines_of:
             backend = engines_backend(bundle, backend)
         found = find_backend(backend)
+        self.backend = next(iter(BACKENDS)) if backend == "auto" else backend
         copy, engines, self._host = found.copy, found.engines, found.host
         self._engines = import_module(found.module).EngineOpener(bundle, engines) if engines else None
         self._copy = read_copy(bundle, copy) if copy and not portable else None
@@ -56,6 +61,17 @@ class GraphOpener:
             BundleError: The bundle has no such graph.
             BackendError: The backend is not there.
         """
+        session = self._open(graph)
+        self._sessions.append(session)
+        return session
+
+    def close(self) -> None:
+        """Releases the graphs that it loaded and their memory; harmless when called twice."""
+        self.closed = True
+        while self._sessions:
+            self._sessions.pop().close()
+
+    def _open(self, graph: str) -> Session:
         spec = self._bundle.graph(graph).spec
         if self._engines is not None:
             engine: Session = self._engines(graph)

@@ -27,6 +27,7 @@ from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_by
 from blip2edge.runtime.bench.roofline import Roofline, Work, measure
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.encode import STAGES, Clock, Encoded
+from blip2edge.runtime.decoding.options import CaptionOptions
 from blip2edge.runtime.decoding.sampling import argmax
 
 PERCENTILES = (50, 90, 99)
@@ -169,7 +170,7 @@ class Bench:
 
     def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
         """Who reads ahead in captions of ``tokens`` tokens, and the median of their tokens a pass; None for nobody."""
-        forced = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        forced: CaptionOptions = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         kind = self.captioner.completer.drafting.kind(self.captioner.options(**forced))
         if kind == "none":
             return None

@@ -13,13 +13,21 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.manifest import Bundle
-from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
+from blip2edge.bundle.schema import (
+    BRIDGE,
+    QFORMER_TOKENIZER_FILE,
+    TOKENIZER_FILE,
+    VISION,
+    BackendName,
+    DraftName,
+)
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
+from blip2edge.runtime.captioning.arguments import check_bundle, check_open, check_text, listed
 from blip2edge.runtime.captioning.complete import CaptionResult, Completer, caption_result
 from blip2edge.runtime.captioning.encode import STAGES, Clock, Encoder, PictureEncoder
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
@@ -27,10 +35,13 @@ from blip2edge.runtime.captioning.request import Request, Span
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.draft_model import Drafting
 from blip2edge.runtime.decoding.language_model import load_language_model
-from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import Instructor, Prompter
 from blip2edge.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["STAGES", "CaptionResult", "Captioner"]
 
@@ -38,11 +49,22 @@ AHEAD = 3  # batches that are on their way at once: one decoded, one encoded, on
 
 
 class Captioner:
-    """A loaded bundle. Make one with :meth:`load`."""
+    """Captions pictures with a bundle.
+
+    Make one with :meth:`load`, and close it after use:
+
+        with Captioner.load("bundle/") as captioner:
+            print(captioner.caption("dog.jpg").text)
+    """
 
     def __init__(
-        self, bundle: Bundle, backend: str = "auto", threads: int | None = None, draft: str = "auto"
+        self,
+        bundle: Bundle,
+        backend: BackendName = "auto",
+        threads: int | None = None,
+        draft: DraftName = "auto",
     ) -> None:
+        check_bundle(bundle, "Captioner")
         manifest = bundle.manifest
         if manifest.prompt is None:
             raise BundleError(
@@ -77,28 +99,49 @@ class Captioner:
         cls,
         bundle: str | Path,
         *,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         threads: int | None = None,
-        draft: str = "auto",
+        draft: DraftName = "auto",
     ) -> Captioner:
         """Opens a bundle and loads its graphs.
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
             backend: ``auto``, or a backend by name.
-            threads: CPU threads within an operator; None for as many as there are cores.
-            draft: Who guesses tokens that one pass verifies, where a caption does not say otherwise; one of
+            threads: CPU threads within an operator; None for all cores.
+            draft: The draft model of speculative decoding for captions that choose none; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
 
         Raises:
             BundleError: No bundle, a newer one, or one whose files were changed.
-            BackendError: The backend is not there.
-            UsageError: ``threads`` is below 1, or ``draft`` is none that the bundle has.
+            BackendError: The backend is not installed, or does not run here.
+            UsageError: ``threads`` is below 1, or the bundle does not have this ``draft``.
         """
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads, draft)
 
-    def caption(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> CaptionResult:
+    def close(self) -> None:
+        """Releases the graphs and their memory; harmless when called twice.
+
+        Finish the running calls and close the schedulers first. Every call after it raises UsageError.
+        """
+        self.graphs.close()
+
+    def __enter__(self) -> Captioner:  # noqa: PYI034 - typing.Self is of Python 3.11
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        path, precision = str(self.bundle.path), self.bundle.manifest.precision
+        return f"Captioner({path!r}, backend={self.graphs.backend!r}, precision={precision!r})"
+
+    def caption(
+        self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
+    ) -> CaptionResult:
         """Captions one picture.
 
         Args:
@@ -113,12 +156,13 @@ class Captioner:
         Raises:
             ImageError: The picture cannot be read.
             PromptError: The prompt does not fit.
-            UsageError: An option is outside its range.
+            UsageError: An argument is of the wrong type, or an option is outside its range.
         """
         return next(self.caption_many([image], prompts=[prompt], **options))
 
-    def ask(self, image: ItemSource, question: str, **options: Any) -> CaptionResult:
+    def ask(self, image: ItemSource, question: str, **options: Unpack[CaptionOptions]) -> CaptionResult:
         """Answers a question on a picture, by the family's question template; arguments as :meth:`caption`."""
+        check_text("question", question)
         return self.caption(image, prompt=self.prompter.question(question), **options)
 
     def caption_many(
@@ -127,9 +171,9 @@ class Captioner:
         *,
         prompts: Sequence[str | None] | None = None,
         batch_size: int = 1,
-        **options: Any,
+        **options: Unpack[CaptionOptions],
     ) -> Iterator[CaptionResult]:
-        """Captions pictures in order, later ones being encoded beside the words of earlier ones; see ``scheduler``.
+        """Captions pictures in order; later ones are encoded while earlier ones are decoded, see ``scheduler``.
 
         Args:
             images: As in :meth:`caption`.
@@ -141,26 +185,37 @@ class Captioner:
             A result a picture.
 
         Raises:
-            ImageError, PromptError, UsageError: As in :meth:`caption`; results before it have been given.
+            ImageError, PromptError: As in :meth:`caption`, after the results of the pictures before it.
+            UsageError: As in :meth:`caption`, before the first result.
         """
-        pictures = list(images)
-        texts: list[str | None] = [None] * len(pictures) if prompts is None else list(prompts)
+        check_open(self.graphs.closed, "Captioner")
+        pictures = listed("images", images)
+        texts: list[str | None] = [None] * len(pictures) if prompts is None else listed("prompts", prompts)
         if len(texts) != len(pictures):
             raise UsageError(
-                f"there are {len(texts)} prompts for {len(pictures)} pictures", "give one prompt a picture"
+                f"there are {len(texts)} prompts for {len(pictures)} pictures",
+                "give one prompt for each picture",
+                field="prompts",
             )
-        if batch_size < 1:
-            raise UsageError(f"{option('batch_size')} must be at least 1, not {batch_size}")
+        for text in texts:
+            if text is not None:
+                check_text("prompt", text)
+        check_integer("batch_size", batch_size, 1)
         generation = self.options(**options)
         if len(pictures) > batch_size and (os.cpu_count() or 1) > 1:
             return self._scheduled(pictures, texts, generation, batch_size)
         return self._in_turn(pictures, texts, generation, batch_size)
 
-    def stream(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
+    def stream(
+        self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
+    ) -> Iterator[str]:
         """The pieces of one picture's caption as they are decided; joined and stripped, they are its text.
 
         Arguments and errors as in :meth:`caption`; beams cannot be streamed.
         """
+        check_open(self.graphs.closed, "Captioner")
+        if prompt is not None:
+            check_text("prompt", prompt)
         generation = self.options(**options)
         if generation.num_beams > 1:
             raise UsageError(
@@ -177,7 +232,7 @@ class Captioner:
         trace: Callable[[Span], None] | None = None,
         encoder: Encoder | None = None,
     ) -> Scheduler:
-        """Continuous batching for requests that come as they like; see :class:`Scheduler`. Close it after use.
+        """Continuous batching for requests that come at any time; see :class:`Scheduler`. Close it after use.
 
         Args:
             max_batch: As of :class:`Scheduler`; an engine that was built for fewer rows decodes as many as it takes.
@@ -185,6 +240,7 @@ class Captioner:
             trace: As of :class:`Scheduler`.
             encoder: In place of the captioner's own.
         """
+        check_open(self.graphs.closed, "Captioner")
         most = self.completer.language.decoder.most_rows
         return Scheduler(
             encoder or self.encoder,
@@ -199,7 +255,7 @@ class Captioner:
         """An encoder to which a picture that hardly differs from the last one is that; see :class:`ReusingEncoder`."""
         return ReusingEncoder(self.encoder, below, self.completer.language.context)
 
-    def options(self, **options: Any) -> GenerationOptions:
+    def options(self, **options: Unpack[CaptionOptions]) -> GenerationOptions:
         """The bundle's defaults with some fields replaced.
 
         Raises:
@@ -209,9 +265,11 @@ class Captioner:
         known = GenerationOptions.__dataclass_fields__
         unknown = sorted(options.keys() - known.keys())
         if unknown:
-            raise UsageError(f"there is no option {unknown[0]}", f"options are {', '.join(known)}")
-        least = options.get("min_new_tokens", 0)
-        merged = {
+            raise UsageError(
+                f"there is no option {unknown[0]}", f"options are {', '.join(known)}", field=unknown[0]
+            )
+        least: object = options.get("min_new_tokens", 0)
+        merged: dict[str, Any] = {
             "eos_token_ids": tuple(defaults["eos_token_ids"]),
             "stop": tuple(defaults.get("stop", ())),
             "max_new_tokens": max(defaults["max_new_tokens"], least if isinstance(least, int) else 0),

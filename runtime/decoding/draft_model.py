@@ -9,7 +9,16 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.manifest import Bundle
-from blip2edge.bundle.schema import DECODER, DRAFT, DRAFT_TOKENIZER_FILE, DRAFTS, QUERIES, Axis, DraftSpec
+from blip2edge.bundle.schema import (
+    DECODER,
+    DRAFT,
+    DRAFT_TOKENIZER_FILE,
+    DRAFTS,
+    QUERIES,
+    Axis,
+    DraftName,
+    DraftSpec,
+)
 from blip2edge.errors import UsageError, option
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.decoding.options import GenerationOptions
@@ -196,7 +205,7 @@ class Drafting:
         bundle: Bundle,
         open_graph: Callable[[str], Session],
         tokenizer: Tokenizer,
-        default: str,
+        default: DraftName,
         backend: str = "auto",
     ) -> Drafting:
         """Of a bundle.

@@ -99,10 +99,10 @@ class GenerationOptions:
             ("min_new_tokens", 0, MOST_COUNTED),
             ("num_beams", 1, MOST_BEAMS),
         ):
-            _check_integer(name, getattr(self, name), least, most)
+            check_integer(name, getattr(self, name), least, most)
         for name, most in (("top_k", MOST_COUNTED), ("seed", LARGEST_SEED)):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 0, most)
+                check_integer(name, getattr(self, name), 0, most)
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         check_number("repetition_penalty", self.repetition_penalty, *PENALTIES)
         if self.temperature is not None:
@@ -118,7 +118,7 @@ class GenerationOptions:
         if isinstance(ends, (int, str)):
             raise UsageError(f"expected {option('eos_token_ids')} to be a list of ids, got {ends!r}")
         for token_id in self.eos_token_ids:
-            _check_integer("eos_token_ids", token_id, 0, MOST_COUNTED)
+            check_integer("eos_token_ids", token_id, 0, MOST_COUNTED)
         _check_texts("stop", self.stop)
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -150,20 +150,21 @@ class GenerationOptions:
         return given and (self.temperature is None or self.temperature >= COLDEST)
 
 
-def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+def check_integer(name: str, value: Any, least: int, most: int = MOST_COUNTED) -> None:
+    """Raises UsageError unless a value is a whole number from ``least`` to ``most``."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise UsageError(
-            f"expected {option(name)} to be a whole number of at least {least}, got {_shown(value)}"
+            f"expected {option(name)} to be a whole number of at least {least}, got {shown(value)}"
         )
     if value > most:
-        raise UsageError(f"expected {option(name)} of at most {most}, got {_shown(value)}")
+        raise UsageError(f"expected {option(name)} of at most {most}, got {shown(value)}")
 
 
 def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
-        fix = f"put it in a list: [{_shown(value)}]" if isinstance(value, str) and value else None
-        raise UsageError(f"expected {option(name)} to be a list of non-empty texts, got {_shown(value)}", fix)
+        fix = f"put it in a list: [{shown(value)}]" if isinstance(value, str) and value else None
+        raise UsageError(f"expected {option(name)} to be a list of non-empty texts, got {shown(value)}", fix)
     if len(value) > MOST_STOPS:
         raise UsageError(f"expected {option(name)} to be at most {MOST_STOPS} texts, got {len(value)}")
 
@@ -174,11 +175,11 @@ def check_number(name: str, value: Any, low: float, high: float, *, above: bool 
     if real and low <= value <= high and not (above and value == low):  # NaN is in no range
         return
     expected = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
-    raise UsageError(f"expected {option(name)} to be {expected}, got {_shown(value)}")
+    raise UsageError(f"expected {option(name)} to be {expected}, got {shown(value)}")
 
 
-def _shown(value: Any) -> str:
-    """A value for a message of one line, cut where it is long."""
+def shown(value: Any) -> str:
+    """A value for an error of one line, cut where it is long."""
     if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
         return f"a number of {value.bit_length()} bits"
     text = repr(value)

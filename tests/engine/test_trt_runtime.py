@@ -144,6 +144,7 @@ def test_other_families(name: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleO
     pictures = draw_pictures(3)
     texts = ["a photo of", "what is it ?", "two red cats and a dog"]
     loaded = [Captioner.load(path, backend=backend, threads=1) for backend in ("cpu", "tensorrt")]
+    options: dict[str, Any]
     for options in ({}, {"num_beams": 3}):
         wanted, got = (
             [

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from blip2edge.bundle.manifest import MANIFEST, Bundle
+from blip2edge.bundle.schema import BackendName
 from blip2edge.errors import BundleError, UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
@@ -73,7 +74,7 @@ class JudgeOptions:
         generation: Fields of `GenerationOptions`; of a checkpoint only `max_new_tokens`.
     """
 
-    backend: str = "auto"
+    backend: BackendName = "auto"
     threads: int | None = None
     batch_size: int = 16
     generation: dict[str, Any] = field(default_factory=dict)

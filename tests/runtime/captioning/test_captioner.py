@@ -158,6 +158,7 @@ def test_the_bundles_defaults(captioner: Captioner) -> None:
 def test_a_caption_ends_with_the_context(captioner: Captioner, tiny_checkpoint: Drawn) -> None:
     picture = draw_pictures(1, 6)[0]
     prompt = "a photo of " * 17 + "two"  # 5 + 1 + 52 slots: 6 are left, and the last token is not read
+    options: dict[str, Any]
     for options in ({}, {"num_beams": 3}):
         result = captioner.caption(picture, prompt=prompt, max_new_tokens=50, **options)
         assert (len(result.tokens), result.finish_reason) == (7, "length")
@@ -296,7 +297,7 @@ def test_arguments_that_do_not_fit(captioner: Captioner, tiny_bundle: Path) -> N
     with pytest.raises(UsageError, match="threads"):
         Captioner.load(tiny_bundle, threads=0)
     with pytest.raises(BackendError, match="backend abacus"):
-        Captioner.load(tiny_bundle, backend="abacus")
+        Captioner.load(tiny_bundle, backend="abacus")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("source", ["nowhere.png", ".", ""])
