@@ -3,91 +3,113 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.cli.files import write
-from blip2edge.cli.running_flags import given_generation
+from blip2edge.cli.flag_groups import (
+    DATA,
+    DECODING,
+    add_backend,
+    add_batch_size,
+    add_data_files,
+    add_some_generation,
+    given_generation,
+)
+from blip2edge.cli.flag_types import non_negative_int, positive_int
 from blip2edge.cli.table import table
-from blip2edge.errors import UsageError
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
-    from pathlib import Path
 
-    from blip2edge.training.data.config import DataConfig
-    from blip2edge.training.evaluation.judges import JudgeOptions
-
-SCENES = "scenes"
-SCENES_COUNT = 1000  # pictures, where nothing is said
+SUMMARY = "score a checkpoint or a bundle"
+METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval")
 _TEXTS = ("wrong", "broken_named")  # figures that are lists of texts
 
 
-def evaluate(options: argparse.Namespace) -> int:
-    """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
-    from blip2edge.training.evaluation.judges import open_judge
-    from blip2edge.training.evaluation.scoring import Wanted, score_entries, score_scenes
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``eval``."""
+    parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path)
+    parser.add_argument(
+        "--data", metavar="FILE", default="scenes", help=f"scenes, generated pictures (the default); {DATA}"
+    )
+    add_data_files(parser)
+    parser.add_argument(
+        "--split",
+        choices=("heldout", "train"),
+        default="heldout",
+        help="scenes: pairs of objects that training never showed, or those that it showed (heldout)",
+    )
+    parser.add_argument(
+        "--count",
+        metavar="N",
+        type=positive_int,
+        help="pictures at most (1000 scenes; all pictures of a file)",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"only these of {', '.join(METRICS)}"
+    )
+    parser.add_argument(
+        "--prompt", metavar="P", help="text that captions go on from (the model's own prompt)"
+    )
+    parser.add_argument(
+        "--top",
+        metavar="K",
+        type=non_negative_int,
+        default=16,
+        help="retrieval: the matching head ranks the K nearest again; 0: none (16)",
+    )
+    parser.add_argument(
+        "--ask",
+        action="store_true",
+        help="pope: put its questions to the model (default: answer them by the objects that the captions name)",
+    )
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        type=Path,
+        help="write the model's texts, in COCO's format of results",
+    )
+    add_batch_size(parser, 16)
+    add_backend(parser)
+    add_some_generation(parser, *DECODING)
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
-    data = None if options.data == SCENES else _entries(options)
-    if data is None and options.count is not None and options.count < 2:
-        raise UsageError(f"--count: at least 2 pictures are expected, not {options.count}")
-    judge = open_judge(options.model, judge_options(options))
-    if options.predictions is not None and (data is None or judge.answerer is None):
-        raise UsageError("--predictions: expected a model that answers, and data from a file", "leave it out")
+
+def run(options: argparse.Namespace) -> int:
+    """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
+    from blip2edge.training.evaluation.pipeline import evaluate
+
     with Progress() as progress:
-        wanted = Wanted(
-            tuple(options.metrics or ()),
-            options.prompt,
-            options.top,
-            options.ask,
-            lambda done, total: progress("scoring", done, total),
+        figures = evaluate(
+            options.model,
+            data=options.data,
+            images=options.images,
+            annotations=options.annotations,
+            max_broken=options.max_broken,
+            split=options.split,
+            count=options.count,
+            metrics=options.metrics or (),
+            prompt=options.prompt,
+            top=options.top,
+            ask=options.ask,
+            predictions=options.predictions is not None,
+            backend=options.backend,
+            threads=options.threads,
+            batch_size=options.batch_size,
+            progress=progress,
+            **given_generation(options),
         )
-        if data is None:
-            figures = score_scenes(judge, options.count or SCENES_COUNT, options.split, wanted)
-        else:
-            figures = score_entries(judge, *data, wanted)
-    predictions = figures.pop("predictions", None)
     if options.predictions is not None:
-        write(options.predictions, json.dumps(predictions) + "\n", "--predictions")
+        write(options.predictions, json.dumps(figures.pop("predictions")) + "\n", "--predictions")
     print(json.dumps(figures) if options.json else text_of(figures))
     return 0
 
 
-def judge_options(options: argparse.Namespace) -> JudgeOptions:
-    """How the model is run, by the flags."""
-    from blip2edge.training.evaluation.judges import JudgeOptions
-
-    return JudgeOptions(options.backend, options.threads, options.batch_size, given_generation(options))
-
-
-def data_config(options: argparse.Namespace) -> tuple[DataConfig, Path]:
-    """What --data names, and the directory that its paths are relative to.
-
-    Raises:
-        DataError: It is nothing that is known.
-        ConfigError: A recipe with a wrong section [data].
-    """
-    from blip2edge.training.data.detect import detect
-
-    return detect(options.data, options.images, options.annotations, options.max_broken)
-
-
-def _entries(options: argparse.Namespace) -> tuple[Any, Any]:
-    from blip2edge.training.data.registry import read_entries
-
-    config, base = data_config(options)
-    entries, broken = read_entries(config, base=base)
-    listed = list(entries)
-    if options.count is not None:
-        from blip2edge.training.data.entries import by_picture
-
-        listed = [entry for shown in by_picture(listed)[: options.count] for entry in shown.entries]
-    return listed, broken
-
-
 def text_of(figures: Mapping[str, Any]) -> str:
-    """The figures for people: a line each, tables where there are several of a kind, then what was wrong."""
+    """The figures as text: a line or a table for each, then the first mistakes and broken samples."""
     lines = []
     for name, value in figures.items():
         if isinstance(value, dict) and name not in _TEXTS:
