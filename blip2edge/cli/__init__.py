@@ -1,6 +1,6 @@
 """The command line: parses the arguments, runs one command, turns every failure into one line and an exit status.
 
-Each module of this package that has a `SUMMARY` is one command: its flags in `add_arguments`, its work in `run`.
+Each command is the module of this package with its name: its flags in `add_arguments`, its work in `run`.
 Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 any error, 2 wrong
 usage, 130 or 143 ended by SIGINT or SIGTERM, 141 when the program that reads the output has ended.
 """
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        options = build_parser().parse_args(words)
+        options = build_parser(words).parse_args(words)
         status: int = options.run(options)
         sys.stdout.flush()
         return status

@@ -10,8 +10,6 @@ from blip2edge.cli.flag_groups import add_bundle, add_generation, add_stream_or_
 if TYPE_CHECKING:
     import argparse
 
-SUMMARY = "answer a question about a picture"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``ask``."""

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from blip2edge.runtime.bench.measure import WorkOf
     from blip2edge.runtime.captioning.captioner import Captioner
 
-SUMMARY = "measure how fast a bundle is on this machine"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``bench``."""

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-SUMMARY = "build TensorRT engines of a bundle"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``build``."""

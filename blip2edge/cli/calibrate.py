@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from blip2edge.calibration.results import CalibrationReport
 
-SUMMARY = "make an INT8 bundle, calibrated on pictures"
 METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
 WEIGHTS = ("int8", "int4")
 HEADER = (

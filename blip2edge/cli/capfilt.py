@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from blip2edge.training.capfilt.filtering import Judged
 
-SUMMARY = "clean the captions of a data set: write new ones with a captioner, filter all with a matching head"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``capfilt``."""

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 
-SUMMARY = "caption pictures"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``caption``."""

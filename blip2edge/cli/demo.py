@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from blip2edge.export.pipeline import ExportReport
     from blip2edge.runtime.captioning.captioner import CaptionResult
 
-SUMMARY = "export, calibrate and caption with the checkpoint that comes with the package"
 EXAMPLES = Path(blip2edge.__file__).parent / "examples"
 CHECKPOINT = EXAMPLES / "checkpoint"
 PICTURES = EXAMPLES / "pictures"
@@ -81,6 +78,8 @@ def _check_installed() -> None:
     Raises:
         BackendError: A package or the checkpoint is missing.
     """
+    import platform
+
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fix = "pip install 'blip2edge[demo]'"
@@ -115,6 +114,8 @@ def _target(out: Path | None) -> Path:
 
 def _calibrate(parent: Path, progress: Progress) -> CalibrationReport:
     """Make an INT8 bundle beside the other, calibrated on scenes like those of the training."""
+    import tempfile
+
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.training.data.scenes import scenes
 

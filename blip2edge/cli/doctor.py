@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
-SUMMARY = "check what this machine can run"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add no flags: ``doctor`` has none."""

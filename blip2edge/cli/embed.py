@@ -15,8 +15,6 @@ from blip2edge.errors import UsageError, option
 if TYPE_CHECKING:
     import argparse
 
-SUMMARY = "print the vectors of pictures or of texts"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``embed``."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from blip2edge.bundle.schema import MergingRecord
     from blip2edge.export.pipeline import ExportReport
 
-SUMMARY = "export a checkpoint to a verified ONNX bundle"
 PRECISIONS = ("fp32", "fp16", "bf16")
 HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from blip2edge.bundle.manifest import Bundle, GraphRecord, Manifest
     from blip2edge.bundle.schema import TensorSpec
 
-SUMMARY = "show what a bundle holds"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``inspect``."""

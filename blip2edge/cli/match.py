@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from blip2edge.runtime.captioning.matcher import Matcher, MatchResult
 
-SUMMARY = "score how well pictures and texts match"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``match``."""

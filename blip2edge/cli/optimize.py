@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from blip2edge.optimization.pipeline import OptimizedReport
 
-SUMMARY = "make a faster copy of a bundle for one backend"
 BACKENDS = ("cpu", "cuda", "openvino")
 HEADER = ("graph", "portable ms", "optimised ms", "speedup", "cosine", "passes")
 

@@ -1,67 +1,35 @@
-"""The whole command line. No command's heavy packages are imported here: `--help` does not wait for numpy."""
+"""The whole command line. A command's module is imported only for its own flags: `--help` does not wait for numpy."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
 
 from blip2edge import __version__
-from blip2edge.cli import (
-    ask,
-    bench,
-    build,
-    calibrate,
-    capfilt,
-    caption,
-    demo,
-    doctor,
-    embed,
-    evaluate,
-    export,
-    inspect,
-    match,
-    optimize,
-    serve,
-    train,
-    watch,
-)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
-
-class Command(Protocol):
-    """A module of `blip2edge.cli` that holds one command."""
-
-    SUMMARY: str
-    """One line for `blip2edge --help`."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the command's flags."""
-
-    def run(self, options: argparse.Namespace) -> int:
-        """Runs the command; the exit status."""
-
-
-# In the order of `blip2edge --help`.
-COMMANDS: Mapping[str, Command] = {
-    "export": export,
-    "calibrate": calibrate,
-    "optimize": optimize,
-    "caption": caption,
-    "ask": ask,
-    "match": match,
-    "embed": embed,
-    "watch": watch,
-    "serve": serve,
-    "inspect": inspect,
-    "build": build,
-    "bench": bench,
-    "doctor": doctor,
-    "demo": demo,
-    "train": train,
-    "eval": evaluate,
-    "capfilt": capfilt,
+# A command is the module of `blip2edge.cli` with its name, which has `add_arguments(parser)` and `run(options)`.
+COMMANDS = {
+    "export": "export a checkpoint to a verified ONNX bundle",
+    "calibrate": "make an INT8 bundle, calibrated on pictures",
+    "optimize": "make a faster copy of a bundle for one backend",
+    "caption": "caption pictures",
+    "ask": "answer a question about a picture",
+    "match": "score how well pictures and texts match",
+    "embed": "print the vectors of pictures or of texts",
+    "watch": "caption a camera, a video or a folder live",
+    "serve": "caption over HTTP, with a page for the camera",
+    "inspect": "show what a bundle holds",
+    "build": "build TensorRT engines of a bundle",
+    "bench": "measure how fast a bundle is on this machine",
+    "doctor": "check what this machine can run",
+    "demo": "export, calibrate and caption with the checkpoint that comes with the package",
+    "train": "train the bridge on a frozen language model",
+    "eval": "score a checkpoint or a bundle",
+    "capfilt": "clean the captions of a data set: write new ones with a captioner, filter all with a matching head",
 }
 
 
@@ -73,8 +41,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def build_parser() -> Parser:
-    """The parser of all commands. Every parsed result has `run`, the command's function."""
+def build_parser(words: Sequence[str] | None = None) -> Parser:
+    """The parser of all commands. Every parsed result has `run`, the command's function.
+
+    Args:
+        words: What will be parsed. Commands that are not among these words get no flags, and their modules are not
+            imported. None: all commands get their flags.
+    """
     parser = Parser(
         prog="blip2edge",
         description="From a trained BLIP-2-style captioner to captions on an edge device.",
@@ -86,14 +59,15 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
     )
-    for name, command in COMMANDS.items():
-        summary = command.SUMMARY
+    for name, summary in COMMANDS.items():
         one = commands.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:], allow_abbrev=False
         )
         one.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
-        command.add_arguments(one)
-        one.set_defaults(run=command.run)
+        if words is None or name in words:
+            module = import_module(f"blip2edge.cli.{name}")
+            module.add_arguments(one)
+            one.set_defaults(run=module.run)
     return parser

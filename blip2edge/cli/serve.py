@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +12,8 @@ from blip2edge.errors import BackendError, OutputError, option
 
 if TYPE_CHECKING:
     import argparse
+    import socket
 
-SUMMARY = "caption over HTTP, with a page for the camera"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -85,6 +84,8 @@ def _listen(host: str, port: int) -> socket.socket:
     Raises:
         OutputError: The address or the port cannot be used.
     """
+    import socket
+
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

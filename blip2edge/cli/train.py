@@ -11,8 +11,6 @@ from blip2edge.progress import Progress
 if TYPE_CHECKING:
     import argparse
 
-SUMMARY = "train the bridge on a frozen language model"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``train``."""

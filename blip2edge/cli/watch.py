@@ -12,8 +12,6 @@ from blip2edge.cli.flag_types import share_or_zero
 if TYPE_CHECKING:
     import argparse
 
-SUMMARY = "caption a camera, a video or a folder live"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``watch``."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-SUMMARY = "score a checkpoint or a bundle"
 METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval")
 _TEXTS = ("wrong", "broken_named")  # figures that are lists of texts
 
