@@ -29,10 +29,13 @@ An error's text names options with :func:`option`. Each interface then writes th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-Writer = Callable[[str, bool], str]
-"""Writes an option: given its Python name, and whether the text asks to switch it on."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Writer = Callable[[str, bool], str]
+    """Writes an option: given its Python name, and whether the text asks to switch it on."""
 
 _OPTION = re.compile("\x02(\\w+)(=True)?\x03")
 

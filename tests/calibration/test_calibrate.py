@@ -193,7 +193,7 @@ def test_the_command_and_inspect(
     assert main([*words, "--weights", "none", "--threads", "1", "--no-optimize"]) == 0
     told = capsys.readouterr()
     assert f"warning: {PICTURES} pictures" in told.err
-    assert "captions as the parent's" in told.out
+    assert "same caption as the parent" in told.out
     assert main(["inspect", str(output), "--verify"]) == 0
     shown = capsys.readouterr().out
     assert "entropy, on 6 pictures" in shown
