@@ -16,7 +16,7 @@ from blip2edge.cli.flag_types import (
 )
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
+    from argparse import ArgumentParser, Namespace, _ActionsContainer
     from collections.abc import Callable, Iterable
 
 MAX_BROKEN = 100
@@ -28,7 +28,7 @@ GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
     "min_new_tokens": ("N", non_negative_int, "generate at least N tokens"),
     "num_beams": ("K", positive_int, "beam search with K beams"),
     "length_penalty": ("X", number, "beam scores are divided by length to the power of X"),
-    "repetition_penalty": ("X", positive_number, "above 1: repeat less"),
+    "repetition_penalty": ("X", positive_number, "above 1: fewer repetitions"),
     "temperature": ("T", non_negative_number, "sample tokens at temperature T; 0: greedy"),
     "top_p": ("P", share, "sample from the most likely tokens whose probabilities sum up to P"),
     "top_k": ("K", non_negative_int, "sample from the K most likely tokens; 0: from all"),
@@ -58,7 +58,7 @@ def add_bundle(parser: ArgumentParser) -> None:
 def add_backend(parser: ArgumentParser) -> None:
     """The backend and its threads."""
     parser.add_argument(
-        "--backend", choices=get_args(BackendName), default="auto", help="where to run (auto)"
+        "--backend", choices=get_args(BackendName), default="auto", help="backend that runs the graphs (auto)"
     )
     add_threads(parser)
 
@@ -88,21 +88,24 @@ def add_stream_or_json(parser: ArgumentParser) -> None:
 
 def add_generation(parser: ArgumentParser) -> None:
     """All flags of GenerationOptions, and the draft model."""
-    add_some_generation(parser, "generation", "defaults are the bundle's own", GENERATION)
-    add_draft(parser, "draft model of speculative decoding; the text stays the same")
+    group = add_some_generation(parser, "generation", "defaults are the bundle's own", GENERATION)
+    add_draft(group, "draft model of speculative decoding; the text stays the same (auto)")
 
 
-def add_draft(parser: ArgumentParser, text: str) -> None:
+def add_draft(group: _ActionsContainer, text: str) -> None:
     """The draft model."""
-    parser.add_argument("--draft", choices=DRAFTS, default="auto", help=text)
+    group.add_argument("--draft", choices=DRAFTS, default="auto", help=text)
 
 
-def add_some_generation(parser: ArgumentParser, title: str, description: str, names: Iterable[str]) -> None:
+def add_some_generation(
+    parser: ArgumentParser, title: str, description: str, names: Iterable[str]
+) -> _ActionsContainer:
     """A group of the flags of :data:`GENERATION` that `names` lists."""
     group = parser.add_argument_group(title, description)
     for name in names:
         metavar, kind, text = GENERATION[name]
         group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=text)
+    return group
 
 
 def given_generation(options: Namespace) -> dict[str, Any]:

@@ -144,8 +144,8 @@ def test_other_families(name: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleO
     pictures = draw_pictures(3)
     texts = ["a photo of", "what is it ?", "two red cats and a dog"]
     loaded = [Captioner.load(path, backend=backend, threads=1) for backend in ("cpu", "tensorrt")]
-    options: dict[str, Any]
-    for options in ({}, {"num_beams": 3}):
+    searches: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+    for options in searches:
         wanted, got = (
             [
                 result.tokens

@@ -128,8 +128,8 @@ def test_stage_2_on_its_frozen_parts_answers_as_the_original(
     assert (source["checkpoint"], source["base"]) == (str(path), str(base))
     captioner = Captioner.load(tmp_path / "bundle", threads=1)
     for image in drawing.draw_pictures(3, seed=21):
-        search: dict[str, Any]
-        for search in ({}, {"num_beams": 3}):
+        searches: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+        for search in searches:
             wanted = original.generate(image, "a photo of", max_new_tokens=10, **search)
             got = captioner.caption(image, prompt="a photo of", max_new_tokens=10, **search)
             assert got.tokens == wanted

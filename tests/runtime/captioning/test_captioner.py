@@ -158,8 +158,8 @@ def test_the_bundles_defaults(captioner: Captioner) -> None:
 def test_a_caption_ends_with_the_context(captioner: Captioner, tiny_checkpoint: Drawn) -> None:
     picture = draw_pictures(1, 6)[0]
     prompt = "a photo of " * 17 + "two"  # 5 + 1 + 52 slots: 6 are left, and the last token is not read
-    options: dict[str, Any]
-    for options in ({}, {"num_beams": 3}):
+    searches: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+    for options in searches:
         result = captioner.caption(picture, prompt=prompt, max_new_tokens=50, **options)
         assert (len(result.tokens), result.finish_reason) == (7, "length")
         assert result.tokens == tiny_checkpoint.generate(picture, prompt, max_new_tokens=7, **options)
