@@ -68,7 +68,7 @@ class Captioner:
         manifest = bundle.manifest
         if manifest.prompt is None:
             raise BundleError(
-                f"{bundle.path} compares pictures with texts and captions none",
+                f"{bundle.path} compares pictures with texts and cannot caption them",
                 "use blip2edge match or blip2edge embed",
             )
         if manifest.precision == "bf16" and backend in ("auto", "cpu"):

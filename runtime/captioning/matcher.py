@@ -72,7 +72,7 @@ class Matcher:
             required = manifest.prompt is not None and manifest.prompt.required
             verb = "answers questions on" if required else "captions"
             raise BundleError(
-                f"{bundle.path} {verb} pictures and compares them with no text"
+                f"{bundle.path} {verb} pictures and cannot compare them with texts"
                 if DECODER in manifest.graphs
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
                 f"use blip2edge {'ask' if required else 'caption'}",

@@ -13,26 +13,26 @@ from blip2edge.bundle.schema import DRAFTS, DraftName
 from blip2edge.errors import UsageError, option
 
 MOST_BEAMS = 256
-"""Every beam holds a cache of its own."""
+"""Each beam has its own KV cache."""
 
 MOST_COUNTED = 2**31 - 1
-"""Tokens that are asked for or drawn from: more than any context or vocabulary has."""
+"""Largest count of tokens: more than any context or vocabulary has."""
 
 LARGEST_SEED = 2**64 - 1
 
 _SAMPLING = f"{option('temperature')}, {option('top_p')} or {option('top_k')}"
 
 PENALTIES = (1e-3, 1e3)
-"""Repetition penalties: beyond them logits leave float32."""
+"""Smallest and largest repetition penalty: beyond them logits overflow float32."""
 
 HOTTEST = 1e3
-"""A temperature of it draws all but evenly."""
+"""The highest temperature: all tokens have almost the same probability."""
 
 MOST_STOPS = 64
-"""Stop texts are looked for at every token."""
+"""Each stop text costs a search at every token."""
 
 COLDEST = 1e-5
-"""A temperature below it is greedy: the likeliest token has all of the probability in float32."""
+"""Below this temperature decoding is greedy: in float32 the most likely token has all of the probability."""
 
 Stopped = Callable[[Sequence[int]], bool]
 

@@ -63,7 +63,7 @@ class _TooLargeError(UsageError):
     """The body is over :data:`MOST_BYTES`."""
 
 
-class _ClientGone(Exception):  # noqa: N818 - no error: nobody is left to be told
+class _ClientGone(Exception):  # noqa: N818 - not an error: there is no client to answer
     """The client has closed the connection."""
 
 
@@ -147,8 +147,8 @@ class Server:
 
     async def _health(self, send: Send) -> None:
         failed = self.scheduler.failed
-        told = {"status": "failed" if failed else "ok", "model": self.model, "load": self.scheduler.load}
-        await _json(send, 503 if failed else 200, told)
+        health = {"status": "failed" if failed else "ok", "model": self.model, "load": self.scheduler.load}
+        await _json(send, 503 if failed else 200, health)
 
     async def _models(self, send: Send) -> None:
         model = {"id": self.model, "object": "model", "owned_by": "blip2edge"}
