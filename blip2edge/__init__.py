@@ -1,11 +1,13 @@
 """blip2edge: from a trained BLIP-2-style captioner to captions on an edge device.
 
-The names below are loaded when they are first used, so that ``import blip2edge`` costs milliseconds and works
-where torch is not installed:
-
     from blip2edge import Captioner
-    captioner = Captioner.load("bundle/")
-    captioner.caption("dog.jpg", prompt="a photo of", max_new_tokens=30).text
+    with Captioner.load("bundle/") as captioner:
+        print(captioner.caption("dog.jpg", prompt="a photo of", max_new_tokens=30).text)
+
+Each name below is imported at its first use: ``import blip2edge`` takes milliseconds and needs neither numpy nor torch.
+Where a package that a name needs is not installed, the name is a function that raises :class:`MissingPackageError`
+when it is called, with the command that installs the package. So ``from blip2edge import *``, ``help(blip2edge)`` and
+``hasattr(blip2edge, name)`` work in every installation.
 """
 
 from __future__ import annotations
@@ -13,47 +15,125 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.errors import (
+    BackendError,
+    Blip2EdgeError,
+    BundleError,
+    BundleIntegrityError,
+    BundleVersionError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeadlineError,
+    EngineError,
+    ExportError,
+    ImageError,
+    MissingPackageError,
+    OutputError,
+    OverloadError,
+    ParityError,
+    PromptError,
+    UnsupportedModelError,
+    UsageError,
+)
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blip2edge.bundle.bundle import Bundle
+    from blip2edge.calibration.pipeline import calibrate
+    from blip2edge.engine.build import build_bundle as build
     from blip2edge.export.pipeline import export_checkpoint
+    from blip2edge.optimization.pipeline import optimize
     from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
     from blip2edge.runtime.captioning.matcher import Matcher, MatchResult
-    from blip2edge.runtime.decoding.generate import GenerationOptions
+    from blip2edge.runtime.decoding.options import GenerationOptions
+    from blip2edge.training.evaluation.pipeline import evaluate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
+    "Blip2EdgeError",
+    "Bundle",
+    "BundleError",
+    "BundleIntegrityError",
+    "BundleVersionError",
     "CaptionResult",
     "Captioner",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DeadlineError",
+    "EngineError",
+    "ExportError",
     "GenerationOptions",
+    "ImageError",
     "MatchResult",
     "Matcher",
+    "MissingPackageError",
+    "OutputError",
+    "OverloadError",
+    "ParityError",
+    "PromptError",
+    "UnsupportedModelError",
+    "UsageError",
     "__version__",
+    "build",
+    "calibrate",
+    "evaluate",
     "export_checkpoint",
+    "optimize",
 ]
 
-# Public name -> the module that defines it.
+# Public name -> where it is defined, and the extra with the packages that it needs (empty: blip2edge's own).
 _HOMES = {
-    "CaptionResult": "blip2edge.runtime.captioning.captioner",
-    "Captioner": "blip2edge.runtime.captioning.captioner",
-    "GenerationOptions": "blip2edge.runtime.decoding.generate",
-    "MatchResult": "blip2edge.runtime.captioning.matcher",
-    "Matcher": "blip2edge.runtime.captioning.matcher",
-    "export_checkpoint": "blip2edge.export.pipeline",
+    "Bundle": ("blip2edge.bundle.manifest:Bundle", ""),
+    "CaptionResult": ("blip2edge.runtime.captioning.captioner:CaptionResult", ""),
+    "Captioner": ("blip2edge.runtime.captioning.captioner:Captioner", ""),
+    "GenerationOptions": ("blip2edge.runtime.decoding.options:GenerationOptions", ""),
+    "MatchResult": ("blip2edge.runtime.captioning.matcher:MatchResult", ""),
+    "Matcher": ("blip2edge.runtime.captioning.matcher:Matcher", ""),
+    "build": ("blip2edge.engine.build:build_bundle", "build"),
+    "calibrate": ("blip2edge.calibration.pipeline:calibrate", "cpu,export"),
+    "evaluate": ("blip2edge.training.evaluation.pipeline:evaluate", "cpu,export"),
+    "export_checkpoint": ("blip2edge.export.pipeline:export_checkpoint", "cpu,export"),
+    "optimize": ("blip2edge.optimization.pipeline:optimize", "cpu,export"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for (PEP 562).
+    """Import a public name at its first use (PEP 562).
 
     Raises:
         AttributeError: The package has no such name.
     """
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module 'blip2edge' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
+    home, extra = _HOMES[name]
+    module, _, attribute = home.partition(":")
+    try:
+        value = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "blip2edge"):
+            raise
+        return _placeholder(name, package, extra)  # not kept: the package may be installed later
     globals()[name] = value
     return value
+
+
+def _placeholder(name: str, package: str, extra: str) -> Callable[..., Any]:
+    """What stands for a name whose home cannot be imported: calling it raises MissingPackageError."""
+    problem = f"blip2edge.{name} needs the package {package!r}, which is not installed"
+    fix = f"install it: pip install 'blip2edge{f'[{extra}]' if extra else ''}'"
+
+    def placeholder(*_arguments: Any, **_options: Any) -> Any:
+        raise MissingPackageError(problem, fix)
+
+    placeholder.__name__ = placeholder.__qualname__ = name
+    placeholder.__doc__ = f"Not available: {problem}; {fix}."
+    return placeholder
 
 
 def __dir__() -> list[str]:

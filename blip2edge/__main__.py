@@ -9,11 +9,11 @@ from blip2edge.cli import interrupt, main
 
 
 def run() -> NoReturn:
-    """Run the command line and leave with its exit status."""
+    """Run the command line and exit with its status."""
     interrupt.install()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:  # a caption or a file name that the terminal's encoding lacks is escaped
+        if reconfigure is not None:  # escape characters that the terminal's encoding does not have
             reconfigure(errors="backslashreplace")
     sys.exit(main())
 

@@ -1,50 +1,116 @@
-"""What can go wrong, as one tree.
+"""The errors that blip2edge raises on purpose, as one tree.
 
-Every error that a user can cause is told in one line: what was expected, what came, and what mends it.
+Each error is one line: what was expected, what came, and what mends it.
 
     Blip2EdgeError
-    ├── UsageError              an option, flag or argument outside its range (exit status 2)
-    ├── CheckpointError         a checkpoint directory that cannot be read, or does not fit its config
-    │   └── UnsupportedModelError   a model type that this version does not export
-    ├── ConfigError             a training or command configuration file with a wrong key or value
-    ├── DataError               a data set that cannot be read
-    ├── ExportError             a graph that could not be made
-    │   └── ParityError         a graph that was made and does not answer as the checkpoint does
-    ├── EngineError             a TensorRT engine that cannot be built or does not fit this machine
-    ├── OutputError             an output directory that exists, a full disk, no permission
-    ├── BundleError             a bundle that is no bundle, or lacks what the command needs
-    │   ├── BundleVersionError  written by a newer version
-    │   └── BundleIntegrityError    a file that is missing or differs from its recorded hash
-    ├── ImageError              a picture that cannot be read
-    ├── PromptError             a prompt that does not fit the model
-    ├── OverloadError           more requests than the queue holds
-    ├── DeadlineError           a caption that was not done in time
-    └── BackendError            a backend that is not installed or does not run here
+    ├── UsageError              an option or argument is outside its range (exit status 2)
+    ├── MissingPackageError     a package that this function needs is not installed
+    ├── CheckpointError         a checkpoint directory cannot be read, or does not fit its config
+    │   └── UnsupportedModelError   this version does not export the model type
+    ├── ConfigError             a training or command configuration file has a wrong key or value
+    ├── DataError               a data set cannot be read
+    ├── ExportError             a graph cannot be made
+    │   └── ParityError         the graph's outputs differ from the checkpoint's
+    ├── EngineError             a TensorRT engine cannot be built or does not fit this machine
+    ├── OutputError             the output exists already, the disk is full, permission is missing
+    ├── BundleError             the directory is not a bundle, or lacks what the command needs
+    │   ├── BundleVersionError  a newer version wrote the bundle
+    │   └── BundleIntegrityError    a file is missing or differs from its recorded hash
+    ├── ImageError              a picture cannot be read
+    ├── PromptError             a prompt does not fit the model
+    ├── OverloadError           more requests came than the queue holds
+    ├── DeadlineError           a caption was not finished in time
+    └── BackendError            a backend is not installed or does not run here
+
+An error's text names options with :func:`option`. Each interface then writes them in its own way: Python
+`max_new_tokens`, the command line `--max-new-tokens`, the HTTP server `max_tokens`.
 """
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Writer = Callable[[str, bool], str]
+    """Writes an option: given its Python name, and whether the text asks to switch it on."""
+
+_OPTION = re.compile("\x02(\\w+)(=True)?\x03")
+
+
+def option(name: str, *, on: bool = False) -> str:
+    """The name of an option for the text of an error, marked so that each interface can write it in its own way.
+
+    Args:
+        name: The Python name, such as ``max_new_tokens``.
+        on: Whether the text asks to switch the option on: ``force=True`` in Python, ``--force`` on the command line.
+
+    Returns:
+        A marked text, which :meth:`Blip2EdgeError.text` replaces.
+    """
+    return f"\x02{name}=True\x03" if on else f"\x02{name}\x03"
+
+
+def python_option(name: str, on: bool) -> str:
+    """Writes an option as Python does: ``precision``, ``force=True``."""
+    return f"{name}=True" if on else name
+
 
 class Blip2EdgeError(Exception):
-    """Root of the errors raised on purpose.
+    """Root of the errors that blip2edge raises on purpose.
 
     Args:
         problem: What was expected and what came, without a final full stop.
-        fix: What the user can type or do next; omitted where nothing helps.
+        fix: What the user can do next; None where nothing helps.
+        field: The option that is wrong, by its Python name; by default the first :func:`option` in ``problem``.
+
+    Attributes:
+        field: See above; None where the error is not about an option.
     """
 
     exit_status = 1
 
-    def __init__(self, problem: str, fix: str | None = None) -> None:
-        self.problem = " ".join(problem.split())
-        self.fix = " ".join(fix.split()) if fix else None
-        super().__init__(self.problem if self.fix is None else f"{self.problem}; {self.fix}")
+    def __init__(self, problem: str, fix: str | None = None, *, field: str | None = None) -> None:
+        self._problem = " ".join(problem.split())
+        self._fix = " ".join(fix.split()) if fix else None
+        found = _OPTION.search(self._problem)
+        self.field = field if field is not None or found is None else found[1]
+        super().__init__(self.text())
+
+    @property
+    def problem(self) -> str:
+        """What was expected and what came."""
+        return _written(self._problem, python_option)
+
+    @property
+    def fix(self) -> str | None:
+        """What the user can do next; None where nothing helps."""
+        return None if self._fix is None else _written(self._fix, python_option)
+
+    def text(self, write: Writer = python_option) -> str:
+        """The whole error in one line.
+
+        Args:
+            write: Writes the options in it.
+        """
+        whole = self._problem if self._fix is None else f"{self._problem}; {self._fix}"
+        return _written(whole, write)
+
+
+def _written(text: str, write: Writer) -> str:
+    return _OPTION.sub(lambda found: write(found[1], found[2] is not None), text)
 
 
 class UsageError(Blip2EdgeError):
-    """An option, flag or argument is outside its range."""
+    """An option or argument is outside its range."""
 
     exit_status = 2
+
+
+class MissingPackageError(Blip2EdgeError, ImportError):
+    """A package that this function needs is not installed."""
 
 
 class CheckpointError(Blip2EdgeError):
@@ -52,7 +118,7 @@ class CheckpointError(Blip2EdgeError):
 
 
 class UnsupportedModelError(CheckpointError):
-    """The checkpoint's model type is not one that this version exports."""
+    """This version does not export the checkpoint's model type."""
 
 
 class ConfigError(Blip2EdgeError):
@@ -64,11 +130,11 @@ class DataError(Blip2EdgeError):
 
 
 class ExportError(Blip2EdgeError):
-    """A graph could not be made."""
+    """A graph cannot be made."""
 
 
 class ParityError(ExportError):
-    """A graph was made, but does not answer as the checkpoint does."""
+    """The graph's outputs differ from the checkpoint's."""
 
 
 class EngineError(Blip2EdgeError):
@@ -76,15 +142,15 @@ class EngineError(Blip2EdgeError):
 
 
 class OutputError(Blip2EdgeError):
-    """The output cannot be written: it exists, the disk is full, permission is missing."""
+    """The output cannot be written: it exists already, the disk is full, or permission is missing."""
 
 
 class BundleError(Blip2EdgeError):
-    """The directory is no bundle, or lacks what the command needs."""
+    """The directory is not a bundle, or lacks what the command needs."""
 
 
 class BundleVersionError(BundleError):
-    """The bundle was written by a newer version than this one."""
+    """A newer version wrote the bundle."""
 
 
 class BundleIntegrityError(BundleError):
@@ -104,7 +170,7 @@ class OverloadError(Blip2EdgeError):
 
 
 class DeadlineError(Blip2EdgeError):
-    """A caption was not done within its deadline."""
+    """A caption was not finished in time."""
 
 
 class BackendError(Blip2EdgeError):

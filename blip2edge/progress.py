@@ -1,6 +1,6 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere.
 
-Work reports by calling ``progress(stage, done, total)``; it need not know who listens.
+Long work calls ``progress(stage, done, total)``; any callable with these arguments will do.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-REDRAW_SECONDS = 0.1  # at most ten drawings a second: a terminal over ssh keeps up
-LINE_SECONDS = 10.0  # without a terminal: one line in ten seconds of silence is enough for a log
-ESTIMATE_AFTER = 2.0  # seconds of a stage before it is told how long the rest will take
+REDRAW_SECONDS = 0.1  # at most ten updates a second, so that a terminal over ssh keeps up
+LINE_SECONDS = 10.0  # without a terminal: at most one line in ten seconds, for a log
+ESTIMATE_AFTER = 2.0  # seconds of a stage before the remaining time is estimated
 BAR_WIDTH = 24  # characters between the brackets
 
 Item = TypeVar("Item")
 
 
 class ProgressCallback(Protocol):
-    """What long work calls: `done` of `total` units of `stage` are finished (total 0: not known)."""
+    """A callable that long work calls to report its progress."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report that `done` of `total` units of `stage` are finished."""
 
 
 def counted(items: Iterable[Item], total: int, progress: Callable[[int, int], None] | None) -> Iterator[Item]:
-    """The items of one stage of long work; before each and at the end, how many are done is reported.
+    """Yields the items, and reports how many are done before each and at the end.
 
     Args:
-        items: What is worked through.
-        total: How many they are.
-        progress: Called with items done and items in all; None for nobody.
+        items: The items of one stage of long work.
+        total: Their number.
+        progress: Called with items done and items in all; None for no reports.
     """
     if progress is None:
         yield from items
@@ -50,14 +50,14 @@ def counted(items: Iterable[Item], total: int, progress: Callable[[int, int], No
 class Progress:
     """Draws progress on a text stream, standard error unless another is given.
 
-    A new stage name ends the line of the one before. Use it as a context manager, so that the last line is
-    ended whatever happens:
+    A new stage name ends the line of the previous stage. Use it as a context manager, so that the last line ends
+    also after an error:
 
         with Progress() as progress:
             export_checkpoint(source, target, progress=progress)
 
     Args:
-        stream: Where to draw.
+        stream: The stream to draw on.
         terminal: Whether to draw a bar in place; by default, whether `stream` is a terminal.
     """
 
@@ -94,7 +94,7 @@ class Progress:
             self._draw(now)
 
     def close(self) -> None:
-        """Write the last state if it is not yet shown, and end the line; harmless when called twice."""
+        """Write the last state unless it is shown already, and end the line; harmless when called twice."""
         if self._stage is None:
             return
         if self._shown != self._state:
@@ -117,7 +117,7 @@ class Progress:
         self._stream.flush()
 
     def _text(self, seconds: float) -> str:
-        """One line for the present state: name, bar or count, seconds since the stage began and about to come."""
+        """One line for the present state: name, bar or count, seconds since the stage began, remaining time."""
         done, total = self._state
         if total <= 0:
             return f"{self._stage}: {done}" if done else f"{self._stage} …"
@@ -132,7 +132,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds for people: 8 s, 3 min, 2 h 5 min."""
+    """Seconds as text: 8 s, 3 min, 2 h 5 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.schema import GraphSpec
 from blip2edge.calibration.batches import Feeds, default_prompt
 from blip2edge.calibration.pictures import CalibrationPicture
-from blip2edge.errors import BundleError
+from blip2edge.errors import BundleError, option
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -128,7 +128,7 @@ def compare_graphs(
             if not np.isfinite(got[name]).all():
                 raise BundleError(
                     f"the quantized {spec.name} gives values in {name} that are not finite",
-                    "calibrate with another --method or --weights, or a bundle in fp32",
+                    f"calibrate with another {option('method')} or {option('weights')}, or a bundle in fp32",
                 )
             runs[name].append(
                 (cosine_similarity(parents[name], got[name]), _lowest_token(parents[name], got[name]))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip2edge.errors import DataError, ImageError
+from blip2edge.errors import DataError, ImageError, option
 from blip2edge.progress import counted
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
 from blip2edge.runtime.images.shards import SHARD_SUFFIX, ShardFile, open_shard
@@ -99,7 +99,7 @@ def choose_pictures(
     if not found:
         raise DataError(
             f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none",
-            "give --images a folder of pictures like those that the device will caption",
+            f"give {option('images')} a folder of pictures like those that the device will caption",
         )
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
     digest, kept, skipped = hashlib.sha256(), [], []
@@ -115,7 +115,7 @@ def choose_pictures(
     if not kept:
         raise DataError(
             f"{root}: none of the {len(wanted)} pictures can be read; the first is {skipped[0]}",
-            "give --images a folder with undamaged pictures",
+            f"give {option('images')} a folder with undamaged pictures",
         )
     return PictureSet(tuple(kept), digest.hexdigest(), tuple(skipped))
 
@@ -127,7 +127,7 @@ def _search(root: Path) -> Iterator[CalibrationPicture]:
     if not root.is_dir():
         raise DataError(
             f"{root}: expected a folder of pictures or a .tar shard, found neither",
-            "give --images a folder that exists",
+            f"give {option('images')} a folder that exists",
         )
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)

@@ -52,7 +52,7 @@ from blip2edge.calibration.search.drop_limit import (
     measure_layers,
 )
 from blip2edge.calibration.weights.quantize import BITS, quantize_weights
-from blip2edge.errors import BackendError, BundleError, UsageError
+from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
 
@@ -232,9 +232,9 @@ def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any
 
 def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
     if method not in METHODS:
-        raise UsageError(f"--method is one of {', '.join(METHODS)}, not {method}")
+        raise UsageError(f"{option('method')} is one of {', '.join(METHODS)}, not {method}")
     if weights is not None and weights not in BITS:
-        raise UsageError(f"--weights is one of {', '.join(BITS)}, not {weights}")
+        raise UsageError(f"{option('weights')} is one of {', '.join(BITS)}, not {weights}")
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(
             "calibration runs the bundle in onnxruntime, which is not installed",
@@ -244,7 +244,7 @@ def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle
     if parent.manifest.precision == "bf16":
         raise BundleError(
             f"{parent.path} is in bf16, which ONNX Runtime does not run on a CPU",
-            "export with --precision fp32 or fp16, and calibrate that",
+            f"export with {option('precision')} fp32 or fp16, and calibrate that",
         )
     if parent.manifest.calibration:
         raise BundleError(

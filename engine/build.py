@@ -20,7 +20,7 @@ from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_bytes
 from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
-from blip2edge.errors import EngineError, UsageError
+from blip2edge.errors import EngineError, UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.engine_files import (
@@ -70,28 +70,31 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise UsageError(f"--target is one of {', '.join(TARGETS)}, not {self.target}")
+            raise UsageError(f"{option('target')} is one of {', '.join(TARGETS)}, not {self.target}")
         if self.decoder not in ("constant", "concatenated"):
-            raise UsageError(f"--decoder is constant or concatenated, not {self.decoder}")
+            raise UsageError(f"{option('decoder')} is constant or concatenated, not {self.decoder}")
         anywhere = TARGETS[self.target].builds_anywhere
         if self.sm and not anywhere:
             raise UsageError(
-                "--sm is for --target rtx: TensorRT builds for the GPU it runs on",
-                "leave --sm out, or add --target rtx",
+                f"{option('sm')} is for {option('target')} rtx: TensorRT builds for the GPU it runs on",
+                f"leave {option('sm')} out, or add {option('target')} rtx",
             )
         for name, given in (
-            ("--timing-cache", self.timing_cache is not None),
-            ("--version-compatible", self.version_compatible),
-            ("--hardware-compatible", self.hardware_compatible),
+            (option("timing_cache"), self.timing_cache is not None),
+            (option("version_compatible", on=True), self.version_compatible),
+            (option("hardware_compatible", on=True), self.hardware_compatible),
         ):
             if given and anywhere:
                 raise UsageError(
-                    f"{name} is for --target tensorrt: TensorRT for RTX has its own way", f"leave {name} out"
+                    f"{name} is for {option('target')} tensorrt: TensorRT for RTX has its own way",
+                    f"leave {name} out",
                 )
         if self.hardware_compatible and JETSON.exists():
-            raise UsageError("--hardware-compatible is not offered by JetPack", "build on each board")
+            raise UsageError(
+                f"{option('hardware_compatible', on=True)} is not offered by JetPack", "build on each board"
+            )
         if self.capacity is not None and self.capacity < LEAST_CAPACITY:
-            raise UsageError(f"--capacity must be at least {LEAST_CAPACITY}, not {self.capacity}")
+            raise UsageError(f"{option('capacity')} must be at least {LEAST_CAPACITY}, not {self.capacity}")
 
     def flags(self) -> tuple[str, ...]:
         """The flags, besides ``--target``, that build the same engines again."""
@@ -223,8 +226,8 @@ def _estimate(task: _BuildTask, notify: Notify | None) -> int:
         )
         if free is not None and free < most:
             notify(
-                "warning: that is more than is free; lower --workspace, --capacity or --max-batch, add swap, or stop "
-                "what else runs"
+                "warning: that is more than is free; lower the workspace, the capacity or the largest batch, add swap, "
+                "or stop what else runs"
             )
     return most
 
@@ -259,7 +262,8 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
         except BrokenProcessPool as error:
             raise EngineError(
                 f"the builder's process was killed while it built {plan.name}, probably because memory ran out",
-                "lower --workspace, --capacity or --max-batch, add swap, or stop what else runs on the board",
+                f"lower {option('workspace')}, {option('capacity')} or {option('max_batch')}, "
+                "add swap, or stop what else runs on the board",
             ) from error
 
 

@@ -19,7 +19,7 @@ from blip2edge.engine.layers import count_precisions
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.prepare import EnginePlan
 from blip2edge.engine.profiles import profiles_of
-from blip2edge.errors import EngineError
+from blip2edge.errors import EngineError, option
 from blip2edge.runtime.tensorrt.session import keeper, version_of
 
 MIB = 1 << 20  # bytes
@@ -93,7 +93,7 @@ def build_engine(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(data, str(plan.path)):
         raise EngineError(
-            _refusal(parser, plan.path), "export it with another --precision, or report the node"
+            _refusal(parser, plan.path), f"export it with another {option('precision')}, or report the node"
         )
     config = builder.create_builder_config()
     names = []
@@ -175,7 +175,8 @@ def _name_gpus(trt: Any, config: Any, compute_capabilities: Sequence[int]) -> No
         numbers = ", ".join(sorted((name[2:] for name in known), key=int))
         raise EngineError(
             f"TensorRT for RTX {trt.__version__} does not know the compute capability {unknown[0]}",
-            f"--sm takes {numbers}; for other GPUs build with --target tensorrt on the machine itself",
+            f"{option('sm')} takes {numbers}; for other GPUs "
+            f"build with {option('target')} tensorrt on the machine itself",
         )
     config.num_compute_capabilities = len(compute_capabilities)
     for index, number in enumerate(compute_capabilities):
@@ -196,8 +197,9 @@ def _build_error(graph: Path, messages: Sequence[str]) -> EngineError:
     if "memory" in reason.lower() or "alloc" in reason.lower():
         return EngineError(
             f"TensorRT ran out of memory while it built {graph.name} ({reason})",
-            "lower --workspace, --capacity or --max-batch, add swap, or stop what else runs on the board",
+            f"lower {option('workspace')}, {option('capacity')} or {option('max_batch')}, "
+            "add swap, or stop what else runs on the board",
         )
     return EngineError(
-        f"TensorRT could not build {graph.name} ({reason})", "try another --precision at export"
+        f"TensorRT could not build {graph.name} ({reason})", f"try another {option('precision')} at export"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from blip2edge.engine.operators import CONSTANT_INPUTS, SINGLE_OUTPUT, VERSIONS, ParserVersion
-from blip2edge.errors import EngineError
+from blip2edge.errors import EngineError, option
 
 BOOLEAN = frozenset(
     {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor", "IsNaN"}
@@ -129,7 +129,14 @@ def _opset(model: ir.Model, version: ParserVersion) -> list[Finding]:
     if opset <= newest:
         return []
     problem = f"the graph is of opset {opset}, and {version.name} documents up to {newest}"
-    return [Finding("graph", "opset", problem, "use a newer TensorRT, or --precision fp16 without --weights")]
+    return [
+        Finding(
+            "graph",
+            "opset",
+            problem,
+            f"use a newer TensorRT, or {option('precision')} fp16 without {option('weights')}",
+        )
+    ]
 
 
 def _problem(node: ir.Node, types: dict[ir.Value, str], version: ParserVersion) -> tuple[str, str] | None:
@@ -171,7 +178,7 @@ def _quantisation(node: ir.Node, dtype: str | None, version: ParserVersion) -> t
         kinds = " or ".join(sorted(version.block_types))
         return (
             f"it takes a scale a block for {kinds} only, not {dtype}",
-            "calibrate with --weights int4, or without",
+            f"calibrate with {option('weights')} int4, or without",
         )
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     if zero is not None and zero.const_value is not None and zero.const_value.numpy().any():

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blip2edge.bundle.schema import QUERIES, VISION, GraphSpec, Parity, TensorSpec
-from blip2edge.errors import ParityError
+from blip2edge.errors import ParityError, option
 from blip2edge.export import merging
 from blip2edge.export.graphs import GRAPHS
 from blip2edge.export.precision import convert, exceptions_of
@@ -167,7 +167,8 @@ def compare(
             raise ParityError(
                 f"{spec.name}: {result.output} is off by {result.relative:.1e} {_unit(result.output)}, more than the "
                 f"{result.tolerance:.0e} that {precision} may be",
-                "nothing was written; export with --precision fp32, or report it with the checkpoint's config.json",
+                f"nothing was written; export with {option('precision')} fp32, "
+                "or report it with the checkpoint's config.json",
             )
     return results
 

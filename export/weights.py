@@ -19,7 +19,7 @@ from torch import Tensor
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.safetensors_file import SafetensorsFile, StoredTensor, write_safetensors
 from blip2edge.bundle.schema import EMBEDDINGS_TENSOR
-from blip2edge.errors import ExportError
+from blip2edge.errors import ExportError, option
 from blip2edge.export.to_onnx import Traced, WeightSlot
 
 PAGE = 4096  # bytes: a large tensor starts on one, so that a runtime can map it
@@ -109,7 +109,7 @@ def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) ->
     if largest > limit:
         raise ExportError(
             f"the weight {slot.parameter} reaches {largest:.6g}, beyond the {limit:.6g} of {str(dtype)[6:]}",
-            "export with --precision " + ("bf16 or fp32" if dtype == torch.float16 else "fp32"),
+            f"export with {option('precision')} " + ("bf16 or fp32" if dtype == torch.float16 else "fp32"),
         )
 
 

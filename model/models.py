@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blip2edge.errors import UsageError
+from blip2edge.errors import UsageError, option
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
@@ -39,14 +39,14 @@ def with_merged_tokens(config: Config, tokens: int) -> Config:
     most = most_merged(patches, layers)
     if isinstance(config, CaptionerConfig) and config.bridge.kind in ORDERED_BRIDGES:
         raise UsageError(
-            f"--merge-tokens {tokens} changes the order of the patches, and the language model of a "
+            f"{option('merge_tokens')} {tokens} changes the order of the patches, and the language model of a "
             f"{config.family} with an {config.bridge.kind} bridge needs that order",
-            "leave --merge-tokens out",
+            f"leave {option('merge_tokens')} out",
         )
     if not 0 < tokens <= most:
-        mend = f"give --merge-tokens 1 to {most}" if most else "leave --merge-tokens out"
+        mend = f"give {option('merge_tokens')} 1 to {most}" if most else f"leave {option('merge_tokens')} out"
         raise UsageError(
-            f"--merge-tokens {tokens} does not fit a vision encoder of {layers} layers and {patches} patches",
+            f"{option('merge_tokens')} {tokens} does not fit a vision encoder of {layers} layers and {patches} patches",
             mend,
         )
     return replace(config, vision=replace(config.vision, merge_tokens=tokens))

@@ -27,7 +27,7 @@ from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
-from blip2edge.errors import BackendError, BundleError, UsageError
+from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.optimization import probe
 from blip2edge.optimization.compiled import compile_to
 from blip2edge.optimization.graph import prepare
@@ -134,7 +134,7 @@ def optimize(
     if backend not in BACKENDS:
         raise UsageError(
             f"no optimised copy is made for the backend {backend}, which runs a bundle's own graphs",
-            f"use --backend {' or '.join(BACKENDS)}, or caption --backend {backend} without a copy",
+            f"use {option('backend')} {' or '.join(BACKENDS)}, or caption {option('backend')} {backend} without a copy",
         )
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(

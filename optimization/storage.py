@@ -51,7 +51,7 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
     except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the optimised {name} ({one_line(error)})",
-            "run the bundle as it is: leave the optimisation out with --no-optimize",
+            "run the bundle as it is: leave the optimisation out",
         ) from error
     return optimized
 

@@ -18,7 +18,7 @@ import pytest
 
 from blip2edge import __version__
 from blip2edge.cli import explain, interrupt, main
-from blip2edge.errors import BundleError, UsageError
+from blip2edge.errors import BundleError, UsageError, option
 
 COMMANDS = (
     "export",
@@ -242,7 +242,7 @@ def test_ask_streams_with_the_question_template(
         (OSError(errno.ENOSPC, "No space left on device", "out/decoder.onnx"), 1, "error: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "error: out: Permission denied"),
         (ModuleNotFoundError("no", name="onnxruntime"), 1, "pip install 'blip2edge[cpu]'"),
-        (MemoryError(), 1, "error: the memory is not enough"),
+        (MemoryError(), 1, "error: there is not enough memory"),
     ],
 )
 def test_errors_are_one_line(
@@ -327,3 +327,32 @@ def test_process_status_and_streams(tmp_path: Path) -> None:
 def test_explain_names_the_extra() -> None:
     told = explain(ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
     assert told == "the package 'torch' is not installed; pip install 'blip2edge[export]'"
+
+
+HELP = """
+import io, sys
+from contextlib import redirect_stdout
+from blip2edge.cli import main
+from blip2edge.cli.parser import COMMANDS, build_parser
+
+with redirect_stdout(io.StringIO()):
+    assert main(["--help"]) == 0
+imported = {name.rpartition(".")[2] for name in sys.modules if name.startswith("blip2edge.cli.")}
+assert not imported & set(COMMANDS), imported
+build_parser()
+assert set(COMMANDS) <= {name.rpartition(".")[2] for name in sys.modules if name.startswith("blip2edge.cli.")}
+print([name for name in ("numpy", "PIL", "torch", "onnx", "onnxruntime") if name in sys.modules])
+"""
+
+
+def test_help_waits_for_no_heavy_package() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_errors_name_flags(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+    captioner.error = UsageError(f"expected {option('max_new_tokens')} of at least 1", field="max_new_tokens")
+    assert main(["caption", "a.png", "-b", "x"]) == 2
+    assert capsys.readouterr().err == "error: expected --max-new-tokens of at least 1\n"

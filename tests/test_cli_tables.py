@@ -107,7 +107,7 @@ def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert output.out.splitlines() == [
         "out: 7 parameters, trained in 2 s",
         "stage1: skipped dog.jpg: the picture is broken (4 samples in all)",
-        "10 held-out scenes: 90.00% right to the last letter",
+        "10 held-out scenes: 90.00% exact captions",
         "next: blip2edge export out -o BUNDLE",
     ]
     assert output.err.startswith("vision: 3/3")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from blip2edge import __version__
 from blip2edge.bundle.publishing import publish
-from blip2edge.errors import ConfigError, OutputError
+from blip2edge.errors import ConfigError, OutputError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
 from blip2edge.training.evaluation.models import ModelOptions
@@ -78,7 +78,10 @@ def train(
     target = Path(out_dir)
     phases_of(stage, config)  # refuses a stage without steps
     if target.exists() and not force:
-        raise OutputError(f"{target} exists already", "give another directory, or replace it with --force")
+        raise OutputError(
+            f"{target} exists already",
+            f"give another directory, or replace it with {option('force', on=True)}",
+        )
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config)
     first = accelerator.is_main_process
@@ -112,7 +115,7 @@ def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:
     if phase not in names:
         raise ConfigError(
             f"the snapshot is of the phase {phase}, and this recipe has {', '.join(names)}",
-            "start again with --force",
+            f"start again with {option('force', on=True)}",
         )
     run.restore(snapshot)
     first = names.index(phase)
@@ -193,18 +196,19 @@ def _snapshot_to_resume(
     if snapshot is None:
         if resume:
             raise ConfigError(
-                f"--resume: there is no snapshot in {snapshots.directory}", "run without --resume"
+                f"{option('resume', on=True)}: there is no snapshot in {snapshots.directory}",
+                f"run without {option('resume', on=True)}",
             )
         return None
     if snapshot.facts["stage"] != stage:
         raise ConfigError(
             f"{snapshots.directory} holds a run of {snapshot.facts['stage']}, and this is {stage}",
-            "give another output directory, or start again with --force",
+            f"give another output directory, or start again with {option('force', on=True)}",
         )
     if snapshot.facts["recipe"] != config_hash(config) and not resume:
         raise ConfigError(
             f"{snapshots.directory} holds a run of another recipe",
-            "resume it anyway with --resume, or start again with --force",
+            f"resume it anyway with {option('resume', on=True)}, or start again with {option('force', on=True)}",
         )
     return snapshot
 

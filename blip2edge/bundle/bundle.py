@@ -9,7 +9,7 @@ from pathlib import Path
 from blip2edge.bundle.integrity import check_files, sha256_of
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import BundleError, OutputError
+from blip2edge.errors import BundleError, OutputError, option
 from blip2edge.progress import ProgressCallback
 
 
@@ -60,7 +60,7 @@ class Bundle:
             self.path,
             self.manifest.files,
             manifest=MANIFEST,
-            fix="copy the bundle again, or export the checkpoint again with --force",
+            fix=f"copy the bundle again, or export the checkpoint again with {option('force', on=True)}",
             use_stamps=use_stamps,
             progress=progress,
         )

@@ -19,7 +19,7 @@ from blip2edge.bundle.schema import (
     PromptSpec,
     TensorSpec,
 )
-from blip2edge.errors import BundleError, BundleVersionError
+from blip2edge.errors import BundleError, BundleVersionError, option
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
@@ -218,11 +218,14 @@ def read_manifest(directory: Path) -> Manifest:
         raise BundleError(f"{directory} has no {MANIFEST}, so it is not a bundle", hint) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(
-            f"{path} cannot be read as JSON ({error})", "export the checkpoint again with --force"
+            f"{path} cannot be read as JSON ({error})",
+            f"export the checkpoint again with {option('force', on=True)}",
         ) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):
-        raise BundleError(f"{path} has no schema_version", "export the checkpoint again with --force")
+        raise BundleError(
+            f"{path} has no schema_version", f"export the checkpoint again with {option('force', on=True)}"
+        )
     if version > SCHEMA_VERSION:
         raise BundleVersionError(
             f"{path} has schema version {version}, and this blip2edge reads up to {SCHEMA_VERSION}",
@@ -233,5 +236,5 @@ def read_manifest(directory: Path) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(
             f"{path} does not follow schema version {version} ({type(error).__name__}: {error})",
-            "export the checkpoint again with --force",
+            f"export the checkpoint again with {option('force', on=True)}",
         ) from error

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.errors import OutputError
+from blip2edge.errors import OutputError, option
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -67,7 +67,10 @@ def publish(fresh: Path, target: Path, *, replace: bool) -> None:
     if not os.path.lexists(target):
         fresh.rename(target)  # fails on a directory with files that another program makes in this moment
     elif not replace:
-        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
+        raise OutputError(
+            f"{target} exists",
+            f"give another output directory, or replace it with {option('force', on=True)}",
+        )
     elif _exchange(fresh, target):
         _remove(fresh)
     else:
@@ -112,14 +115,18 @@ def _remove(path: Path) -> None:
 def _check_target(target: Path, force: bool, marker: str | None) -> None:
     """Raises OutputError where a directory may not take the name ``target``."""
     if os.path.lexists(target) and not force:
-        raise OutputError(f"{target} exists", "give another -o, or replace it with --force")
+        raise OutputError(
+            f"{target} exists",
+            f"give another output directory, or replace it with {option('force', on=True)}",
+        )
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file, but the output is a directory", "give another -o")
     if marker is None or not target.exists() or (target / marker).is_file():
         return
     if any(target.iterdir()):
         raise OutputError(
-            f"{target} holds files and no {marker}, so --force does not replace it", "give another -o"
+            f"{target} holds files and no {marker}, so {option('force', on=True)} does not replace it",
+            "give another output directory",
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 VISION = "vision_encoder"
 BRIDGE = "bridge"
@@ -45,10 +45,14 @@ CROSS_MASKS = ("none", "keys", "steps")
 ``steps``, which keys each token attends to, int64 ``[B, S, E]`` (a token without any gets zeros)."""
 
 
-DRAFTS = ("auto", "none", "lookup", "itg")
+DraftName = Literal["auto", "none", "lookup", "itg"]
+DRAFTS: tuple[DraftName, ...] = get_args(DraftName)
 """Draft models of speculative decoding: ``none``; ``lookup``, prompt lookup (n-grams of the prompt and of the text so
 far); ``itg``, the text head of the Q-Former. ``auto`` is ``itg`` if the bundle has it and decoding is greedy, else
 ``none``."""
+
+BackendName = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "rtx", "ort-tensorrt"]
+"""Names of the backends; ``auto`` is ``cpu``, or what runs the engines of a bundle that holds engines alone."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The command line: parse, run one command, turn every failure into one line and an exit status.
+"""The command line: parses the arguments, runs one command, turns every failure into one line and an exit status.
 
-Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 any error, 2
-wrong usage, 130 or 143 ended by SIGINT or SIGTERM, 141 when the reader of our output has gone.
+Each command is the module of this package with its name: its flags in `add_arguments`, its work in `run`.
+Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 any error, 2 wrong
+usage, 130 or 143 ended by SIGINT or SIGTERM, 141 when the program that reads the output has ended.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ _EXTRAS = {
 }
 
 
+# Options whose flag has another name.
+_FLAGS = {"activations": "int8_activations", "max_waiting": "queue"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -51,33 +56,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        options = build_parser().parse_args(words)
+        options = build_parser(words).parse_args(words)
         status: int = options.run(options)
         sys.stdout.flush()
         return status
     except SystemExit as request:  # argparse: --help, --version, wrong usage
         return request.code if isinstance(request.code, int) else 1
     except (KeyboardInterrupt, interrupt.Interrupted):
-        _say("interrupted")
+        _print_error("interrupted")
         return interrupt.exit_status() or INTERRUPTED
     except BrokenPipeError:
-        _forget_stdout()
+        _discard_stdout()
         return BROKEN_PIPE
-    except Exception as error:  # noqa: BLE001 - the last door: whatever went wrong is told in one line
+    except Exception as error:  # noqa: BLE001 - every other failure becomes one line
         if debug:
             traceback.print_exc()
         signalled = interrupt.exit_status()
-        if signalled is not None:  # its exception was swallowed on the way, and this one came of it
-            _say("interrupted")
+        if signalled is not None:  # an extension swallowed the signal's exception and raised this one
+            _print_error("interrupted")
             return signalled
-        _say(f"error: {explain(error)}")
+        _print_error(f"error: {explain(error)}")
         return error.exit_status if isinstance(error, Blip2EdgeError) else 1
 
 
+def flag(name: str, on: bool) -> str:  # noqa: ARG001 - a switch has no value on the command line
+    """Writes an option of an error as a flag: ``--max-new-tokens``."""
+    return "--" + _FLAGS.get(name, name).replace("_", "-")
+
+
 def explain(error: Exception) -> str:
-    """Tell in one line what went wrong and what mends it."""
+    """One line: what went wrong and what mends it."""
     if isinstance(error, Blip2EdgeError):
-        return str(error)
+        return error.text(flag)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package in _EXTRAS:
@@ -88,18 +98,18 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
-        return "the memory is not enough for this; try a smaller --batch-size or a smaller model"
+        return "there is not enough memory; try a smaller --batch-size or a smaller model"
     text = " ".join(str(error).split())
     return f"unexpected {type(error).__name__}: {text}; run the command with --debug for the traceback"
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 
-def _forget_stdout() -> None:
-    """Point standard output at nothing, so that Python's own flush at exit stays quiet as well."""
+def _discard_stdout() -> None:
+    """Send standard output to os.devnull, so that Python's flush at exit raises no error."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):  # a test's stream has none

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2edge.cli.flag_groups import add_no_optimize, add_threads
+from blip2edge.cli.flag_types import positive_int
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
@@ -15,21 +18,67 @@ if TYPE_CHECKING:
 
     from blip2edge.calibration.results import CalibrationReport
 
+METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
+WEIGHTS = ("int8", "int4")
 HEADER = (
     "graph",
     "precision",
     "size",
     "of the parent",
     "INT8 products",
-    "left",
+    "in float",
     "cosine",
     "lowest",
     "seconds",
 )
 
 
-def calibrate(options: argparse.Namespace) -> int:
-    """Calibrate a bundle and print what came out."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``calibrate``."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="in fp32 or fp16")
+    parser.add_argument(
+        "-o", "--output", metavar="BUNDLE8", type=Path, required=True, help="directory to write"
+    )
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="a folder of pictures, or of .tar shards, like those that the device will see",
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, default="smooth", help="how the INT8 ranges are chosen (smooth)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=(*WEIGHTS, "none"),
+        default="int8",
+        help="precision of the language model's weights, with a scale for each block (int8); TensorRT takes int4 only",
+    )
+    parser.add_argument(
+        "--drop-limit",
+        metavar="X",
+        type=float,
+        help="keep the most sensitive layers in floating point, until at most X percent of the captions change; where"
+        " a .txt of references lies beside every picture, until CIDEr drops by at most X points",
+    )
+    parser.add_argument(
+        "--int8-activations",
+        metavar="GRAPH",
+        action="append",
+        default=[],
+        help="make the activations of this graph INT8 too, beside vision_encoder and bridge; may be repeated",
+    )
+    parser.add_argument(
+        "--count", metavar="N", type=positive_int, default=512, help="use at most N pictures (512)"
+    )
+    add_threads(parser)
+    parser.add_argument("--force", action="store_true", help="replace BUNDLE8 if it exists")
+    add_no_optimize(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Calibrate a bundle and print a table of its graphs."""
     from blip2edge.calibration.pipeline import W8A8, calibrate
     from blip2edge.training.metrics.captions import cider_d
 
@@ -57,7 +106,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
 
 def report_table(report: CalibrationReport) -> str:
-    """A line a graph, and what the captions say."""
+    """A line for each graph, and how many captions are the same as the parent's."""
     rows = []
     for name, graph in report.graphs.items():
         cosines = list(graph.cosine.values())
@@ -77,7 +126,7 @@ def report_table(report: CalibrationReport) -> str:
     lines = [table(HEADER, rows, right=range(2, len(HEADER)))]
     if report.captions is not None:
         same, pictures = report.captions.same, report.captions.pictures
-        lines.append(f"\ncaptions as the parent's: {same:.1%} of {pictures} pictures")
+        lines.append(f"\nsame caption as the parent: {same:.1%} of {pictures} pictures")
     peak = f", peak memory {size(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
     lines.append(f"{report.bundle}: calibrated on {report.pictures} pictures, {report.seconds:.1f} s{peak}")
     return "\n".join(lines)

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2edge.cli.evaluate import data_config, model_options
+from blip2edge.cli.flag_groups import (
+    DATA,
+    DECODING,
+    SAMPLING,
+    add_backend,
+    add_batch_size,
+    add_data_files,
+    add_some_generation,
+    given_generation,
+)
+from blip2edge.cli.flag_types import positive_int, share
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -16,22 +27,90 @@ if TYPE_CHECKING:
     from blip2edge.training.capfilt.pipeline import ScoredPicture
 
 
-def capfilt(options: argparse.Namespace) -> int:
-    """Write captions, judge all of them, and keep what is good enough in shards."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``capfilt``."""
+    parser.add_argument("data", metavar="DATA", help=DATA)
+    parser.add_argument(
+        "--captioner",
+        metavar="CHECKPOINT|BUNDLE",
+        type=Path,
+        required=True,
+        help="model that writes the synthetic captions",
+    )
+    parser.add_argument(
+        "--matcher",
+        metavar="CHECKPOINT|BUNDLE",
+        type=Path,
+        required=True,
+        help="model with a matching head (ITM) that scores all captions",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="directory for the shards and report.json",
+    )
+    parser.add_argument(
+        "--threshold",
+        metavar="P",
+        type=share,
+        default=0.5,
+        help="keep captions with at least this matching probability (0.5)",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=("both", "web", "synthetic"),
+        default="both",
+        help="which captions are kept if they reach the threshold (both)",
+    )
+    add_data_files(parser)
+    parser.add_argument(
+        "--prompt", metavar="P", help="text that captions go on from (the captioner's own prompt)"
+    )
+    parser.add_argument(
+        "--samples-per-shard", metavar="N", type=positive_int, default=1000, help="pictures in a shard (1000)"
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="spread the work with Ray Data over the cluster at ADDRESS; local: over this machine",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="with --ray: models that run in parallel (1)",
+    )
+    add_batch_size(parser, 16)
+    add_backend(parser)
+    add_some_generation(parser, *DECODING)
+    add_some_generation(parser, *SAMPLING)
+    parser.add_argument(
+        "--force", action="store_true", help="replace DIR if an earlier run of this command wrote it"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write captions, score all of them, and keep those that reach the threshold, in shards."""
     from dataclasses import replace
 
     from blip2edge.training.capfilt.pipeline import CapFiltOptions, run_capfilt, score_locally
+    from blip2edge.training.capfilt.ray_backend import score_on_ray
+    from blip2edge.training.data.detect import detect_data
     from blip2edge.training.data.entries import by_picture
     from blip2edge.training.data.registry import read_entries
+    from blip2edge.training.evaluation.models import ModelOptions
 
     score_batches: Callable[..., Iterator[list[ScoredPicture]]] = score_locally
     if options.ray is not None:
-        from blip2edge.training.capfilt.ray_backend import score_on_ray
-
         score_batches = score_on_ray(options.ray, options.workers)
-    config, base = data_config(options)
+    config, base = detect_data(options.data, options.images, options.annotations, options.max_broken)
     entries, broken = read_entries(config, base=base)
-    captioning = model_options(options)
+    captioning = ModelOptions(options.backend, options.threads, options.batch_size, given_generation(options))
     chosen = CapFiltOptions(
         captioner=options.captioner,
         matcher=options.matcher,
@@ -50,7 +129,7 @@ def capfilt(options: argparse.Namespace) -> int:
             chosen,
             score_batches=score_batches,
             force=options.force,
-            progress=lambda done, total: progress("judging", done, total),
+            progress=lambda done, total: progress("scoring", done, total),
         )
     print(json.dumps(report) if options.json else _text(report, str(options.output)))
     return 0
@@ -64,7 +143,7 @@ def _text(report: Mapping[str, Any], output: str) -> str:
     return "\n".join(
         [
             table(("captions", "seen", "kept"), rows, right=(1, 2)),
-            f"{pictures['kept']} of {pictures['seen']} pictures have a caption left, {pictures['broken']} are broken",
+            f"{pictures['kept']} of {pictures['seen']} pictures keep a caption, {pictures['broken']} are broken",
             f"{output}: {len(report['shards'])} shards and report.json, in {report['seconds']} s",
             f'next: train on them with kind = "shards" and path = "{output}" in [data]',
         ]

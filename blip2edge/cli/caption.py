@@ -1,4 +1,4 @@
-"""``blip2edge caption`` and ``blip2edge ask``."""
+"""``blip2edge caption``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import json
 from typing import TYPE_CHECKING
 
 from blip2edge.bundle.schema import MARKERS
-from blip2edge.cli.running_flags import given_generation
-from blip2edge.errors import UsageError
+from blip2edge.cli.flag_groups import (
+    add_batch_size,
+    add_bundle,
+    add_generation,
+    add_stream_or_json,
+    given_generation,
+)
+from blip2edge.errors import UsageError, option
 
 if TYPE_CHECKING:
     import argparse
@@ -16,64 +22,69 @@ if TYPE_CHECKING:
     from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 
 
-def caption(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``caption``."""
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="a picture; for video models a video or a folder of frames"
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="P",
+        action="append",
+        help="text that the caption goes on from: one for all pictures, or one for each; for models that read several "
+        "pictures, each <image> in it takes one of them",
+    )
+    add_batch_size(parser, 1)
+    add_bundle(parser)
+    add_stream_or_json(parser)
+    add_generation(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     """Caption every picture, in the order given."""
     items, prompts = _items(options.images, options.prompt)
-    _check(options)
-    captioner = _load(options)
+    check(options)
+    captioner = load(options)
     flags = given_generation(options)
     if options.stream:
         for index, item in enumerate(items):
             prompt = None if prompts is None else prompts[index]
-            _write(_label(item, len(items)), captioner.stream(item, prompt=prompt, **flags))
+            print_pieces(_label(item, len(items)), captioner.stream(item, prompt=prompt, **flags))
         return 0
     results = captioner.caption_many(items, prompts=prompts, batch_size=options.batch_size, **flags)
     for item, result in zip(items, results, strict=True):
-        show(result, as_json=options.json, label=_label(item, len(items)))
+        print_result(result, as_json=options.json, label=_label(item, len(items)))
     return 0
 
 
-def ask(options: argparse.Namespace) -> int:
-    """Answer one question about one picture."""
-    _check(options)
-    captioner = _load(options)
-    flags = given_generation(options)
-    if options.stream:
-        prompt = captioner.prompts.question(options.question)
-        _write("", captioner.stream(options.image, prompt=prompt, **flags))
-        return 0
-    show(captioner.ask(options.image, options.question, **flags), as_json=options.json, label="")
-    return 0
-
-
-def show(result: CaptionResult, *, as_json: bool, label: str) -> None:
-    """Print one result at once, so that a reader down the pipe gets it."""
+def print_result(result: CaptionResult, *, as_json: bool, label: str) -> None:
+    """Print one result and flush it, so that the next program in a pipe gets it at once."""
     print(json.dumps(result.to_json()) if as_json else f"{label}{result.text.strip()}", flush=True)
 
 
 def _label(item: str | list[str], count: int) -> str:
-    """What stands before a caption where there are several."""
+    """The pictures' names before a caption; empty where there is only one caption."""
     if count == 1:
         return ""
     return f"{item if isinstance(item, str) else ' '.join(item)}: "
 
 
 def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[str]], list[str] | None]:
-    """What each caption is of, and its prompt: a picture, or as many as the prompt has places for.
+    """The picture of each caption (several where its prompt holds several <image>), and its prompt.
 
     Raises:
-        UsageError: The prompts have places for more or fewer pictures than there are.
+        UsageError: The prompts hold more or fewer <image> than there are pictures.
     """
     places = [sum(prompt.count(marker) for marker in MARKERS) for prompt in given or ()]
     if given is None or not any(places):
         return list(images), _prompts(given, len(images))
-    if len(given) == 1:  # the same prompt over and over, each time with the next pictures
+    if len(given) == 1:  # the same prompt again and again, each time with the next pictures
         times = max(1, len(images) // places[0])
         given, places = given * times, places * times
     taken = [max(1, count) for count in places]
     if sum(taken) != len(images):
         raise UsageError(
-            f"--prompt: there are places for {sum(taken)} pictures, but {len(images)} are given",
+            f"{option('prompt')} has places for {sum(taken)} pictures, but {len(images)} are given",
             f"write {MARKERS[1]} once for each picture",
         )
     items: list[str | list[str]] = []
@@ -95,29 +106,32 @@ def _prompts(given: list[str] | None, count: int) -> list[str] | None:
         return given * count
     if len(given) != count:
         raise UsageError(
-            f"--prompt: one for all pictures or one each is expected, not {len(given)} for {count} pictures",
-            "repeat --prompt once a picture",
+            f"expected one {option('prompt')} for all pictures or one for each, got {len(given)} for {count} pictures",
+            f"repeat {option('prompt')} once for each picture",
         )
     return given
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Refuse what cannot go together before anything is loaded.
+def check(options: argparse.Namespace) -> None:
+    """Refuse flags that exclude each other, before anything is loaded.
 
     Raises:
-        UsageError: Beams and streaming, or a least length above the most.
+        UsageError: Beam search with streaming, or a smallest length above the largest.
     """
     beams = options.num_beams is not None and options.num_beams > 1
     if options.stream and beams:
         raise UsageError(
-            "--stream and --num-beams: beams choose the words at the end", "leave one of the two out"
+            f"{option('stream')} and {option('num_beams')} exclude each other: "
+            "beam search chooses the words at the end",
+            "leave one of the two out",
         )
     least, most = options.min_new_tokens, options.max_new_tokens
     if least is not None and most is not None and least > most:
-        raise UsageError(f"--min-new-tokens {least} is more than --max-new-tokens {most}")
+        raise UsageError(f"{option('min_new_tokens')} {least} is more than {option('max_new_tokens')} {most}")
 
 
-def _load(options: argparse.Namespace) -> Captioner:
+def load(options: argparse.Namespace) -> Captioner:
+    """The captioner that the flags name."""
     from blip2edge.runtime.captioning.captioner import Captioner
 
     return Captioner.load(
@@ -125,8 +139,8 @@ def _load(options: argparse.Namespace) -> Captioner:
     )
 
 
-def _write(label: str, pieces: Iterable[str]) -> None:
-    """Print the pieces of one caption as they come, without the space before the first word."""
+def print_pieces(label: str, pieces: Iterable[str]) -> None:
+    """Print the pieces of one caption while they are generated, without the space before the first word."""
     print(label, end="", flush=True)
     begun = False
     for piece in pieces:

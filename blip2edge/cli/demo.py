@@ -1,27 +1,21 @@
-"""``blip2edge demo``: the whole way on the checkpoint that ships."""
+"""``blip2edge demo``: export, calibrate and caption with the checkpoint that comes with the package."""
 
 from __future__ import annotations
 
 import importlib.util
-import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import blip2edge
-from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.cli.calibrate import report_table as calibration_table
 from blip2edge.cli.export import report_table
 from blip2edge.cli.inspect import bundle_bytes
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.table import difference, size, table
-from blip2edge.errors import BackendError, OutputError
+from blip2edge.errors import BackendError, OutputError, option
 from blip2edge.progress import Progress
-from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
     import argparse
@@ -34,18 +28,26 @@ EXAMPLES = Path(blip2edge.__file__).parent / "examples"
 CHECKPOINT = EXAMPLES / "checkpoint"
 PICTURES = EXAMPLES / "pictures"
 NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")
-CALIBRATION_SCENES, CALIBRATION_SEED = 128, 4242  # a series that neither training nor evaluation draws
-EXPORT_PYTHON = (3, 11)  # what transformers and the newest ONNX Runtime ask for
+CALIBRATION_SCENES, CALIBRATION_SEED = 128, 4242  # scenes that neither training nor evaluation uses
+EXPORT_PYTHON = (3, 11)  # required by transformers and the newest ONNX Runtime
 STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
 
 
-def demo(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``demo``."""
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="keep the bundle in DIR (default: the user's cache directory)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
     """Export the miniature checkpoint, verify it, calibrate it, caption the pictures, print the figures."""
     started = time.monotonic()
     _check_installed()
     target = _target(options.out)
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.runtime.captioning.captioner import Captioner
+    from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
 
     with Progress() as progress:
         report = export_checkpoint(CHECKPOINT, target, force=True, progress=progress)
@@ -54,7 +56,7 @@ def demo(options: argparse.Namespace) -> int:
         optimized(bundle)
     pictures = sorted(path for path in PICTURES.iterdir() if path.suffix in PICTURE_SUFFIXES)
     captioner = Captioner.load(report.bundle, backend="cpu")
-    captioner.caption(pictures[0])  # the first run also allocates: it is not measured
+    captioner.caption(pictures[0])  # warm-up: the first run also allocates memory
     results = list(captioner.caption_many(pictures))
     print(report_table(report))
     print()
@@ -62,8 +64,8 @@ def demo(options: argparse.Namespace) -> int:
     print()
     print(_captions(pictures, results))
     print()
-    said = [result.text for result in Captioner.load(calibrated.bundle, backend="cpu").caption_many(pictures)]
-    same = sum(one == two.text for one, two in zip(said, results, strict=True))
+    quantised = Captioner.load(calibrated.bundle, backend="cpu").caption_many(pictures)
+    same = sum(one.text == two.text for one, two in zip(quantised, results, strict=True))
     print("\n".join([*_closing(report), _int8(calibrated, same, len(pictures))]))
     print(f"\nThe whole demo took {time.monotonic() - started:.1f} s. One picture again:")
     print(f"  blip2edge caption {pictures[0]} -b {report.bundle}")
@@ -71,41 +73,50 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def _check_installed() -> None:
-    """Find the packages of the way before it begins, without importing them.
+    """Check that the packages and the checkpoint are there, without importing them.
 
     Raises:
-        BackendError: One is missing, or the checkpoint is.
+        BackendError: A package or the checkpoint is missing.
     """
+    import platform
+
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fix = "pip install 'blip2edge[demo]'"
         if sys.version_info < EXPORT_PYTHON:
             fix = f"on Python 3.11 or newer, not {platform.python_version()}: {fix}"
-        raise BackendError(f"the demo exports and runs, and needs {', '.join(missing)}", fix)
+        raise BackendError(f"the demo needs {', '.join(missing)}, which cannot be found", fix)
     if not (CHECKPOINT / "config.json").is_file():
         raise BackendError(
-            f"the checkpoint that ships is not at {CHECKPOINT}",
+            f"the checkpoint of the demo is not at {CHECKPOINT}",
             "install blip2edge again, from a complete wheel",
         )
 
 
 def _target(out: Path | None) -> Path:
-    """Where the bundle goes: the user's cache, or `out`, which may be absent, empty or an earlier bundle.
+    """The bundle's directory: in the user's cache, or `out`, which may be absent, empty or an earlier bundle.
 
     Raises:
         OutputError: `out` holds something else.
     """
+    from blip2edge.bundle.manifest import MANIFEST
+    from blip2edge.bundle.user_cache import cache_directory
+
     if out is None:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
         return directory / "demo"
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists and is not a bundle", "give --out a new or an empty directory")
+        raise OutputError(
+            f"{out} exists and is not a bundle", f"give {option('out')} a new or an empty directory"
+        )
     return out
 
 
 def _calibrate(parent: Path, progress: Progress) -> CalibrationReport:
-    """An INT8 bundle beside the other, on scenes of the kind that the checkpoint was trained on."""
+    """Make an INT8 bundle beside the other, calibrated on scenes like those of the training."""
+    import tempfile
+
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.training.data.scenes import scenes
 
@@ -117,7 +128,9 @@ def _calibrate(parent: Path, progress: Progress) -> CalibrationReport:
 
 
 def _int8(report: CalibrationReport, same: int, pictures: int) -> str:
-    """Size of the INT8 bundle, and how many of the pictures above it captions alike."""
+    """Size of the INT8 bundle, and how many pictures get the same caption from it."""
+    from blip2edge.bundle.bundle import Bundle
+
     count = size(bundle_bytes(Bundle.open(report.bundle).manifest))
     return f"INT8 bundle               {count}, the same caption for {same} of {pictures} pictures: {report.bundle}"
 
@@ -133,7 +146,9 @@ def _captions(pictures: list[Path], results: list[CaptionResult]) -> str:
 
 
 def _closing(report: ExportReport) -> list[str]:
-    """Size of the bundle, largest difference to torch, and what was not run."""
+    """Size of the bundle, largest difference to torch, and why TensorRT was not run."""
+    from blip2edge.bundle.bundle import Bundle
+
     manifest = Bundle.open(report.bundle).manifest
     worst = difference(max(graph.max_difference for graph in report.graphs))
     return [
@@ -144,7 +159,7 @@ def _closing(report: ExportReport) -> list[str]:
 
 
 def _tensorrt() -> str:
-    """Why no TensorRT engine ran: what `doctor` says is missing here, or the demo's own scope."""
+    """Why no TensorRT engine ran: what `doctor` finds missing, or that the demo runs on the CPU only."""
     from blip2edge.runtime.bench.doctor import diagnose
 
     found = [check for check in diagnose() if check.name in ("NVIDIA driver", "TensorRT")]

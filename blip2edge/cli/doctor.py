@@ -8,8 +8,12 @@ if TYPE_CHECKING:
     import argparse
 
 
-def doctor(_options: argparse.Namespace) -> int:
-    """Print what this machine can run; status 1 when it cannot caption at all."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add no flags: ``doctor`` has none."""
+
+
+def run(_options: argparse.Namespace) -> int:
+    """Print what this machine can run; status 1 where it cannot caption at all."""
     from blip2edge.runtime.bench.doctor import diagnose
 
     checks = diagnose()

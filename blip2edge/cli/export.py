@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2edge.cli.flag_groups import add_no_optimize
+from blip2edge.cli.flag_types import non_negative_int
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import difference, size, table
@@ -15,11 +18,44 @@ if TYPE_CHECKING:
     from blip2edge.bundle.schema import MergingRecord
     from blip2edge.export.pipeline import ExportReport
 
+PRECISIONS = ("fp32", "fp16", "bf16")
 HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")
 
 
-def export(options: argparse.Namespace) -> int:
-    """Export a checkpoint and print what came out."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``export``."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a local directory, a hub name or a .pth of LAVIS"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIRECTORY",
+        help="checkpoint with the frozen parts, which a .pth of LAVIS does not hold",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="precision of the weights (fp32)"
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("full", "sample"),
+        help="full: compare the whole model with torch; sample: some of its layers and shapes (default: by its size)",
+    )
+    parser.add_argument(
+        "--merge-tokens",
+        metavar="R",
+        type=non_negative_int,
+        default=0,
+        help="merge R patches in each layer of the vision encoder: faster, but outputs differ from transformers' (0)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
+    add_no_optimize(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export a checkpoint and print a table of its graphs."""
     from blip2edge.export.pipeline import export_checkpoint
 
     with Progress() as progress:
@@ -40,11 +76,11 @@ def export(options: argparse.Namespace) -> int:
 
 
 def report_table(report: ExportReport) -> str:
-    """A line a graph, and one for the whole.
+    """A line for each graph, and one for the whole bundle.
 
-    The largest difference to torch stands as it is, and relative to the largest value of the output, which is
-    what the tolerance bounds. Where patches are merged, torch merges them too, and a line tells how near that is to
-    the model without.
+    The largest difference to torch is absolute, and relative to the largest value of the output; the tolerance
+    limits the relative one. Where patches are merged, torch merges them too, and one more line compares that with the
+    model that merges none.
     """
     rows = [
         [
@@ -64,7 +100,7 @@ def report_table(report: ExportReport) -> str:
 
 
 def merging_line(merging: MergingRecord) -> str:
-    """What merging patches made of the vision encoder's output, and how near it is to the model without."""
+    """How many patches were merged, and how similar the output is to that of the model that merges none."""
     counts = f"{merging.merge_tokens} a layer, {merging.embeds_before} embeddings become {merging.embeds}"
     if merging.cosine is None or merging.lowest is None:
         return f"merged patches: {counts}; not compared with the model that merges none (--verify full does)"

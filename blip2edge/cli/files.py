@@ -1,4 +1,4 @@
-"""Files that a flag names."""
+"""Writes a file that a flag names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def write(path: Path, contents: str | bytes, flag: str) -> None:
-    """Write what a command was told to write to ``path``.
+    """Write the output of a command to ``path``.
 
     Args:
         path: The file.
-        contents: A text goes out as UTF-8.
-        flag: The one that named the file.
+        contents: A text is written as UTF-8.
+        flag: The flag that names the file.
 
     Raises:
         OutputError: It cannot be written.

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import Axis
 from blip2edge.cli.export import merging_line
 from blip2edge.cli.table import difference, size, table
 from blip2edge.progress import Progress
-from blip2edge.runtime.backends.optimized_copy import KIND, PACKAGES, read_copy
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
+    from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.manifest import GraphRecord, Manifest
     from blip2edge.bundle.schema import TensorSpec
 
 
-def inspect(options: argparse.Namespace) -> int:
-    """Print what a bundle holds; with --verify hash all of it first."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``inspect``."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument("--verify", action="store_true", help="hash every file again")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what a bundle holds; with --verify hash every file first."""
+    from blip2edge.bundle.bundle import Bundle
+
     bundle = Bundle.open(options.bundle)
     if options.verify:
         with Progress() as progress:
@@ -39,7 +47,9 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def _copies(bundle: Bundle) -> list[str]:
-    """The optimised copies that lie beside a bundle's graphs, and whether they are run."""
+    """The optimized copies of a bundle, and which of its graphs run from them."""
+    from blip2edge.runtime.backends.optimized_copy import KIND, PACKAGES, read_copy
+
     lines = []
     for backend in PACKAGES:
         if not (bundle.derived(KIND) / backend).is_dir():
@@ -47,15 +57,15 @@ def _copies(bundle: Bundle) -> list[str]:
         found = read_copy(bundle, backend)
         if found is None:
             remake = f"blip2edge optimize {bundle.path} --backend {backend}"
-            told = f"not run, as it is of another bundle or version: {remake}"
+            state = f"not used, because it belongs to another bundle or version: {remake}"
         else:
-            told = ", ".join(found[1].graphs) or "no graph, as the portable ones are faster"
-        lines.append(f"optimised for {backend}: {told}")
+            state = ", ".join(found[1].graphs) or "no graph, because the portable ones are faster"
+        lines.append(f"optimised for {backend}: {state}")
     return ["", *lines] if lines else []
 
 
 def bundle_bytes(manifest: Manifest) -> int:
-    """The size of all files that the manifest seals."""
+    """The size of all files in the manifest, in bytes."""
     return sum(record.size for record in manifest.files.values())
 
 
@@ -70,8 +80,8 @@ def _head(manifest: Manifest) -> list[str]:
         "context": f"{manifest.max_positions} positions",
     }
     if manifest.merging is not None:
-        key, _, told = merging_line(manifest.merging).partition(": ")
-        facts[key] = told
+        key, _, value = merging_line(manifest.merging).partition(": ")
+        facts[key] = value
     if manifest.prompt is not None and manifest.cache is not None:
         prompt, cache = manifest.prompt, manifest.cache
         facts |= {
@@ -88,7 +98,7 @@ def _head(manifest: Manifest) -> list[str]:
 
 
 def _calibration(record: Mapping[str, Any]) -> dict[str, str]:
-    """How a bundle was calibrated, and how near it is to its parent."""
+    """How a bundle was calibrated, and how similar it is to its parent."""
     lines = {"calibrated": f"{record['method']}, on {record['pictures']} pictures"}
     cosines = {
         graph: min(value["mean"] for value in outputs.values())
@@ -99,7 +109,7 @@ def _calibration(record: Mapping[str, Any]) -> dict[str, str]:
         lines["cosine to the parent"] = ", ".join(f"{graph} {value:.5f}" for graph, value in cosines.items())
     captions = record.get("captions")
     if captions:
-        lines["captions"] = f"{captions['same']:.1%} of {captions['pictures']} as the parent's"
+        lines["captions"] = f"{captions['same']:.1%} of {captions['pictures']} are the same as the parent's"
     return lines
 
 
@@ -127,7 +137,7 @@ def _graph(name: str, graph: GraphRecord, manifest: Manifest) -> list[str]:
 
 
 def _tensors(specs: tuple[TensorSpec, ...]) -> list[str]:
-    """One line a tensor; the layers of the cache are folded into their first."""
+    """A line for each tensor; the layers of the KV cache share one line."""
     lines = []
     folded: dict[str, list[TensorSpec]] = {}
     for spec in specs:

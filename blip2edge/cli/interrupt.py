@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM end a command by an exception, so that half-written directories are removed on the way out.
+"""Ends a command on SIGINT and SIGTERM by an exception, so that half-written directories are removed.
 
-An extension written in C may swallow the exception that a handler raises and fail with one of its own. What came is
-therefore kept, and whatever exception ends the command then, it ended by the signal.
+An extension written in C may swallow the exception of a signal handler and then fail with its own exception. So the
+signal is recorded: whatever exception ends the command after it, the exit status is that of the signal.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _received: list[int] = []
 
 
 class Interrupted(BaseException):
-    """A signal asks the command to end; no `except Exception` holds it up."""
+    """A signal asked the command to end; `except Exception` does not catch it."""
 
 
 def install() -> None:
-    """Let both signals raise :class:`Interrupted`; one that was ignored (a shell's background job) stays so."""
+    """Make both signals raise :class:`Interrupted`; a signal that is ignored (background jobs) stays ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _raise)
 
 
 def exit_status() -> int | None:
-    """128 and the number of the first signal that came; None where none did."""
+    """128 plus the number of the first signal that came; None where none came."""
     return 128 + _received[0] if _received else None
 
 

@@ -1,7 +1,8 @@
-"""``blip2edge optimize``, and what ``export`` and ``calibrate`` do at their end."""
+"""``blip2edge optimize``; ``export`` and ``calibrate`` make the same copy at their end."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.table import table
@@ -9,29 +10,40 @@ from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
     from blip2edge.optimization.pipeline import OptimizedReport
 
-HEADER = ("graph", "portable ms", "optimised ms", "times", "cosine", "passes")
+BACKENDS = ("cpu", "cuda", "openvino")
+HEADER = ("graph", "portable ms", "optimised ms", "speedup", "cosine", "passes")
 
 
-def optimize(options: argparse.Namespace) -> int:
-    """Make a bundle's copy for a backend and print what came out."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``optimize``."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="cpu",
+        help="backend that runs the copy (cpu); make it on the machine that runs it",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make a bundle's optimized copy for a backend and print a table of its graphs."""
     print(report_table(optimized(options.bundle, options.backend)))
     return 0
 
 
 def optimized(bundle: Path, backend: str = "cpu") -> OptimizedReport:
-    """Makes the copy, with progress on stderr."""
-    from blip2edge.optimization.pipeline import optimize as run
+    """Make the optimized copy, with progress on standard error."""
+    from blip2edge.optimization.pipeline import optimize
 
     with Progress() as progress:
-        return run(bundle, backend, progress=progress)
+        return optimize(bundle, backend, progress=progress)
 
 
 def report_table(report: OptimizedReport) -> str:
-    """A line a graph; those that stay as they are below, with the reason."""
+    """A line for each optimized graph; below it the others, with the reason."""
     rows = []
     for name, graph in report.record.graphs.items():
         before, after = graph.milliseconds
@@ -40,6 +52,6 @@ def report_table(report: OptimizedReport) -> str:
             [name, f"{before:.1f}", f"{after:.1f}", times, f"{graph.cosine:.5f}", ", ".join(graph.passes)]
         )
     lines = [table(HEADER, rows, right=range(1, 5))] if rows else []
-    lines += [f"{name} runs as it is: {why}" for name, why in report.record.left.items()]
+    lines += [f"{name} is not optimised: {why}" for name, why in report.record.left.items()]
     lines.append(f"{report.directory}: checked against the bundle's own graphs, {report.seconds:.1f} s")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Plain text tables and units for the terminal."""
+"""Text tables and units for the terminal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ GAP = "  "
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Lay out rows under a header, columns two spaces apart.
+    """Lays out rows under a header, with two spaces between columns.
 
     Args:
-        header: A name a column.
-        rows: The cells, as many a row as the header has.
-        right: The columns set flush right (numbers).
+        header: The name of each column.
+        rows: The cells of each row, one for each column.
+        right: Indices of the columns that are aligned to the right (numbers).
     """
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -33,7 +33,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
 
 
 def size(count: int) -> str:
-    """A number of bytes for people: 512 B, 1.5 KB, 7.4 GB (powers of 1000, as disks are sold)."""
+    """A number of bytes as text: 512 B, 1.5 KB, 7.4 GB (powers of 1000)."""
     if count < 1000:
         return f"{count} B"
     value = float(count)
@@ -45,5 +45,5 @@ def size(count: int) -> str:
 
 
 def difference(value: float) -> str:
-    """A numerical difference: 1.2e-05, or 0 where there is none."""
+    """A numerical difference as text: 1.2e-05, or 0."""
     return "0" if value == 0.0 else f"{value:.1e}"

@@ -12,13 +12,39 @@ if TYPE_CHECKING:
     import argparse
 
 
-def train(options: argparse.Namespace) -> int:
-    """Train a stage by a recipe, and print where the checkpoint is."""
-    from blip2edge.training.run import train as run
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``train``."""
+    parser.add_argument(
+        "stage",
+        choices=("stage1", "stage2", "instruct"),
+        help="stage1: the Q-Former learns from pictures and texts; stage2: the bridge learns to condition the language"
+        " model; instruct: as stage2, with the prompt as an input of the Q-Former",
+    )
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", type=Path, required=True, help="the recipe, TOML or JSON"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="directory of the checkpoint (runs/ and the name of FILE)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the last snapshot even if FILE has changed (without a change, training always continues)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace DIR if it exists, and start again")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train one stage as the recipe says, and print where the checkpoint is."""
+    from blip2edge.training.run import train
 
     output = options.output or Path("runs") / options.config.stem
     with Progress() as progress:
-        record = run(
+        record = train(
             options.stage,
             options.config,
             output,
@@ -26,7 +52,7 @@ def train(options: argparse.Namespace) -> int:
             force=options.force,
             progress=progress,
         )
-    if int(os.environ.get("RANK", "0")):  # of several processes, the first one tells
+    if int(os.environ.get("RANK", "0")):  # of several processes, only the first prints
         return 0
     print(f"{output}: {record['parameters']} parameters, trained in {record['seconds']:.0f} s")
     for phase, figures in record["phases"].items():
@@ -34,6 +60,6 @@ def train(options: argparse.Namespace) -> int:
             print(f"{phase}: skipped {name}: {problem} ({figures['broken']['samples']} samples in all)")
     scores = record.get("heldout")
     if scores:
-        print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} right to the last letter")
+        print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} exact captions")
     print(f"next: blip2edge export {output} -o BUNDLE")
     return 0

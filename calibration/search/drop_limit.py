@@ -40,7 +40,7 @@ from blip2edge.calibration.search.sensitivity import (
 )
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import rewrite_weights
-from blip2edge.errors import UsageError
+from blip2edge.errors import UsageError, option
 
 CaptionScore = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 """Scores captions against each picture's references; CIDEr, where 1 is 100 points."""
@@ -158,10 +158,11 @@ def check_drop_limit(limit: float | None, captions: bool) -> None:
     if limit is None:
         return
     if not 0 <= limit <= 100:
-        raise UsageError(f"--drop-limit is from 0 to 100 percentage points, not {limit:g}")
+        raise UsageError(f"{option('drop_limit')} is from 0 to 100 percentage points, not {limit:g}")
     if not captions:
         raise UsageError(
-            "--drop-limit compares captions, and this model writes none", "leave --drop-limit out"
+            f"{option('drop_limit')} compares captions, and this model writes none",
+            f"leave {option('drop_limit')} out",
         )
 
 

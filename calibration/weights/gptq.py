@@ -22,7 +22,7 @@ from blip2edge.calibration.weights.blocks import (
     rounded,
     searched_scales,
 )
-from blip2edge.errors import BundleError
+from blip2edge.errors import BundleError, option
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to H (arXiv 2210.17323, section 3.3)."""
@@ -78,7 +78,7 @@ class GptqRounder:
         if not np.isfinite(moments).all():
             raise BundleError(
                 "an activation is not finite on these pictures: the bundle overflows",
-                "export with --precision fp32, and calibrate that",
+                f"export with {option('precision')} fp32, and calibrate that",
             )
         self.importance = np.maximum(diagonal, 1e-8 * max(float(diagonal.mean()), 1e-30)).astype(np.float32)
         self.order = np.argsort(-diagonal, kind="stable")

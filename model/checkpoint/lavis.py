@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2edge.errors import CheckpointError, UsageError
+from blip2edge.errors import CheckpointError, UsageError, option
 from blip2edge.model.checkpoint.directory import Checkpoint, find_checkpoint
 from blip2edge.model.weights.rules import some
 
@@ -84,13 +84,14 @@ def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> C
     if not is_lavis:
         if base is not None:
             raise UsageError(
-                f"--base is for a .pth of LAVIS, but {checkpoint} is not one", "leave --base out"
+                f"{option('base')} is for a .pth of LAVIS, but {checkpoint} is not one",
+                f"leave {option('base')} out",
             )
         return Checkpoint(find_checkpoint(checkpoint))
     if base is None:
         raise UsageError(
             f"{path} holds only the trained parts",
-            "give the directory with the frozen parts: --base DIRECTORY",
+            f"give the directory with the frozen parts: {option('base')} DIRECTORY",
         )
     source = Checkpoint(find_checkpoint(base))
     source.lay_over(translate(read_lavis(path), source.files.shapes, path), path)
@@ -145,7 +146,7 @@ def translate(
     if unknown:
         raise CheckpointError(
             f"{path} holds tensors that the base does not have: {some(sorted(unknown))}",
-            "give the --base that this file was trained on",
+            f"give the {option('base')} that this file was trained on",
         )
     needed = {name for part in _touched(found) for name in shapes if name.startswith(part)}
     missing = sorted(name for name in needed - found.keys() if not name.endswith("position_ids"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.errors import BackendError, UsageError
+from blip2edge.errors import BackendError, UsageError, option
 
 
 class Session(Protocol):
@@ -108,10 +108,10 @@ BACKENDS = {
 MOST_THREADS = 1024
 
 
-def check_threads(threads: int | None) -> None:
+def check_threads(threads: object) -> None:
     """Raises UsageError unless ``threads`` is None or from 1 to :data:`MOST_THREADS`."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"--threads must be from 1 to {MOST_THREADS}, not {threads}")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+        raise UsageError(f"{option('threads')} must be from 1 to {MOST_THREADS}, not {threads!r}")
 
 
 def check_precision(backend: str, precision: str) -> None:
@@ -131,7 +131,7 @@ def check_precision(backend: str, precision: str) -> None:
     name = next(iter(BACKENDS)) if backend == "auto" else backend
     raise BackendError(
         f"the bundle is in {precision}, which the backend {name} does not run: {reason}",
-        f"use --backend {' or '.join(others)}, or export with --precision fp32 or fp16",
+        f"use {option('backend')} {' or '.join(others)}, or export with {option('precision')} fp32 or fp16",
     )
 
 
@@ -146,7 +146,7 @@ def find_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(
             f"the backend {name} is not part of this version",
-            f"use --backend auto or {' or '.join(BACKENDS)}",
+            f"use {option('backend')} auto or {' or '.join(BACKENDS)}",
         )
     return BACKENDS[name]
 

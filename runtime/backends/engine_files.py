@@ -13,7 +13,7 @@ from typing import Any
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord, check_files
 from blip2edge.bundle.schema import GraphSpec, TensorSpec
-from blip2edge.errors import BackendError, EngineError
+from blip2edge.errors import BackendError, EngineError, option
 from blip2edge.runtime.backends import probe
 
 KIND = "engines"
@@ -225,7 +225,7 @@ def fingerprint(
     if gpu is None and not compute_capabilities:
         raise EngineError(
             "there is no NVIDIA GPU or no driver here, and an engine is built for a GPU",
-            "build on the board itself, or for a GPU elsewhere with: --target rtx --sm 86",
+            f"build on the board itself, or for a GPU elsewhere with: {option('target')} rtx {option('sm')} 86",
         )
     numbers = compute_capabilities or ([gpu.compute_capability] if gpu else [])
     return Fingerprint(
@@ -348,6 +348,6 @@ def engines_backend(bundle: Bundle, backend: str) -> str:
     if backend not in targets:
         raise BackendError(
             f"{bundle.path} holds engines alone, which the backend {backend} does not run",
-            f"use --backend {targets[0]}",
+            f"use {option('backend')} {targets[0]}",
         )
     return backend

@@ -10,6 +10,7 @@ import numpy as np
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.runtime.backends.base import (
+    BACKENDS,
     OptimizedFile,
     Session,
     check_precision,
@@ -31,6 +32,8 @@ class GraphOpener:
         portable: Ignore optimized copies.
 
     Attributes:
+        backend: The backend's name, ``auto`` resolved.
+        closed: Whether :meth:`close` was called.
         copied: Names of the graphs that were loaded from an optimized copy.
 
     Raises:
@@ -41,12 +44,15 @@ class GraphOpener:
     def __init__(
         self, bundle: Bundle, backend: str = "auto", threads: int | None = None, *, portable: bool = False
     ) -> None:
-        self._bundle, self.backend, self.threads = bundle, backend, threads
+        self._bundle, self.threads = bundle, threads
         self.copied: list[str] = []
+        self.closed = False
+        self._sessions: list[Session] = []
         if bundle.manifest.engines_of:
             backend = engines_backend(bundle, backend)
         check_precision(backend, bundle.manifest.precision)
         found = find_backend(backend)
+        self.backend = next(iter(BACKENDS)) if backend == "auto" else backend
         copy, engines, self._host = found.copy, found.engines, found.host
         self._engines = import_module(found.module).EngineOpener(bundle, engines) if engines else None
         self._copy = read_copy(bundle, copy) if copy and not portable else None
@@ -63,6 +69,17 @@ class GraphOpener:
             BundleError: The bundle has no such graph, or the backend cannot load its file.
             BackendError: The backend's package or hardware is missing.
         """
+        session = self._open(graph)
+        self._sessions.append(session)
+        return session
+
+    def close(self) -> None:
+        """Releases the graphs that it loaded and their memory; harmless when called twice."""
+        self.closed = True
+        while self._sessions:
+            self._sessions.pop().close()
+
+    def _open(self, graph: str) -> Session:
         spec = self._bundle.graph(graph).spec
         if self._engines is not None:
             engine: Session = self._engines(graph)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.errors import BackendError, BundleError, one_line
+from blip2edge.errors import BackendError, BundleError, one_line, option
 from blip2edge.runtime.backends.base import OptimizedFile
 
 
@@ -47,7 +47,8 @@ class OpenVinoSession:
                 self._model = core.compile_model(model, "CPU", options)
         except (RuntimeError, TypeError, ValueError) as error:  # TypeError: before 2025.3 it takes no tensor
             raise BundleError(
-                f"OpenVINO cannot load {path} ({one_line(error)})", "use --backend cpu for this bundle"
+                f"OpenVINO cannot load {path} ({one_line(error)})",
+                f"use {option('backend')} cpu for this bundle",
             ) from error
         self._idle: deque[Any] = deque()
         self.input_names = tuple(_name(port) for port in self._model.inputs)

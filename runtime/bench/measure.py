@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import blip2edge
 from blip2edge.bundle.schema import VISION
-from blip2edge.errors import BackendError, UsageError
+from blip2edge.errors import BackendError, UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.backends.optimized_copy import installed
@@ -30,6 +30,7 @@ from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.pipeline import EncodedBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES
 from blip2edge.runtime.decoding.generate import argmax
+from blip2edge.runtime.decoding.options import CaptionOptions
 
 PERCENTILES = (50, 90, 99)
 PACKAGES = ("onnxruntime", "openvino", "numpy")
@@ -60,7 +61,7 @@ class BenchOptions:
     def __post_init__(self) -> None:
         for name in ("runs", "tokens"):
             if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
+                raise UsageError(f"{option(name)} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Bench:
 
     def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
         """Captions with speculative decoding: the draft model, and the median of tokens a pass; None without one."""
-        forced = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        forced: CaptionOptions = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         kind = self.captioner.generator.drafts.kind(self.captioner.options(**forced))
         if kind == "none":
             return None

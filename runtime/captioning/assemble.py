@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
-from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
+from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION, DraftName
 from blip2edge.errors import BundleError
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.captioning.pipeline import Encoder, ImageParts, TextGenerator, TextParts
@@ -52,7 +52,7 @@ def text_parts(bundle: Bundle) -> TextParts:
 
 
 def load_pipeline(
-    bundle: Bundle, open_graph: OpenGraph, *, draft: str, backend: str
+    bundle: Bundle, open_graph: OpenGraph, *, draft: DraftName, backend: str
 ) -> tuple[Encoder, TextGenerator]:
     """Loads a captioner's pipeline.
 
@@ -70,8 +70,7 @@ def load_pipeline(
     language = load_language_model(bundle, open_graph)
     images = image_parts(bundle, open_graph)
     drafts = DraftSelector.load(bundle, open_graph, text.tokenizer, draft, backend)
-    needed = (
-        None if drafts.head is not None else ["visual_tokens"]
-    )  # the text head needs the queries' keys too
+    # The text head needs the queries' keys and values as well.
+    needed = None if drafts.head is not None else ["visual_tokens"]
     generator = TextGenerator(language, text.tokenizer, bundle.manifest.max_positions, drafts)
     return Encoder(images, text, needed), generator

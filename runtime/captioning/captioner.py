@@ -13,10 +13,11 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.errors import Blip2EdgeError, UsageError
+from blip2edge.bundle.schema import BackendName, DraftName
+from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.assemble import load_pipeline
@@ -24,8 +25,19 @@ from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span
 from blip2edge.runtime.captioning.scheduler import Scheduler
-from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.decoding.options import (
+    CaptionOptions,
+    GenerationOptions,
+    check_bundle,
+    check_integer,
+    check_open,
+    check_text,
+    listed,
+)
 from blip2edge.runtime.images.video import ItemSource
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["STAGES", "CaptionResult", "Captioner"]
 
@@ -33,11 +45,22 @@ IN_FLIGHT = 3  # batches at once: one in the decoder, one in the encoder, one wa
 
 
 class Captioner:
-    """A loaded bundle. Make one with :meth:`load`."""
+    """Captions pictures with a bundle.
+
+    Make one with :meth:`load`, and close it after use:
+
+        with Captioner.load("bundle/") as captioner:
+            print(captioner.caption("dog.jpg").text)
+    """
 
     def __init__(
-        self, bundle: Bundle, backend: str = "auto", threads: int | None = None, draft: str = "auto"
+        self,
+        bundle: Bundle,
+        backend: BackendName = "auto",
+        threads: int | None = None,
+        draft: DraftName = "auto",
     ) -> None:
+        check_bundle(bundle, "Captioner")
         self.bundle = bundle
         self.graphs = GraphOpener(bundle, backend, threads)
         self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=backend)
@@ -48,9 +71,9 @@ class Captioner:
         cls,
         bundle: str | Path,
         *,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         threads: int | None = None,
-        draft: str = "auto",
+        draft: DraftName = "auto",
     ) -> Captioner:
         """Opens a bundle and loads its graphs.
 
@@ -63,13 +86,34 @@ class Captioner:
 
         Raises:
             BundleError: No bundle, a newer one, or one whose files were changed.
-            BackendError: The backend is not there.
-            UsageError: ``threads`` is below 1, or ``draft`` is none that the bundle has.
+            BackendError: The backend is not installed, or does not run here.
+            UsageError: ``threads`` is below 1, or the bundle does not have this ``draft``.
         """
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads, draft)
 
-    def caption(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> CaptionResult:
+    def close(self) -> None:
+        """Releases the graphs and their memory; harmless when called twice.
+
+        Finish the running calls and close the schedulers first. Every call after it raises UsageError.
+        """
+        self.graphs.close()
+
+    def __enter__(self) -> Captioner:  # noqa: PYI034 - typing.Self is of Python 3.11
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        path, precision = str(self.bundle.path), self.bundle.manifest.precision
+        return f"Captioner({path!r}, backend={self.graphs.backend!r}, precision={precision!r})"
+
+    def caption(
+        self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
+    ) -> CaptionResult:
         """Captions one picture.
 
         Args:
@@ -84,12 +128,13 @@ class Captioner:
         Raises:
             ImageError: The picture cannot be read.
             PromptError: The prompt does not fit.
-            UsageError: An option is outside its range.
+            UsageError: An argument is of the wrong type, or an option is outside its range.
         """
         return next(self.caption_many([image], prompts=[prompt], **options))
 
-    def ask(self, image: ItemSource, question: str, **options: Any) -> CaptionResult:
+    def ask(self, image: ItemSource, question: str, **options: Unpack[CaptionOptions]) -> CaptionResult:
         """Answers a question on a picture, by the family's question template; arguments as :meth:`caption`."""
+        check_text("question", question)
         return self.caption(image, prompt=self.prompts.question(question), **options)
 
     def caption_many(
@@ -98,7 +143,7 @@ class Captioner:
         *,
         prompts: Sequence[str | None] | None = None,
         batch_size: int = 1,
-        **options: Any,
+        **options: Unpack[CaptionOptions],
     ) -> Iterator[CaptionResult]:
         """Captions pictures in order, encoding later ones while earlier ones are decoded; see :meth:`scheduler`.
 
@@ -112,30 +157,42 @@ class Captioner:
             A result a picture.
 
         Raises:
-            ImageError, PromptError, UsageError: As in :meth:`caption`; results before it have been given.
+            ImageError, PromptError: As in :meth:`caption`, after the results of the pictures before it.
+            UsageError: As in :meth:`caption`, before the first result.
         """
-        pictures = list(images)
-        texts: list[str | None] = [None] * len(pictures) if prompts is None else list(prompts)
+        check_open(self.graphs.closed, "Captioner")
+        pictures = listed("images", images)
+        texts: list[str | None] = [None] * len(pictures) if prompts is None else listed("prompts", prompts)
         if len(texts) != len(pictures):
             raise UsageError(
-                f"there are {len(texts)} prompts for {len(pictures)} pictures", "give one prompt a picture"
+                f"there are {len(texts)} prompts for {len(pictures)} pictures",
+                "give one prompt for each picture",
+                field="prompts",
             )
-        if batch_size < 1:
-            raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+        for text in texts:
+            if text is not None:
+                check_text("prompt", text)
+        check_integer("batch_size", batch_size, 1)
         generation = self.options(**options)
         if len(pictures) > batch_size and (os.cpu_count() or 1) > 1:
             return self._scheduled(pictures, texts, generation, batch_size)
         return self._in_turn(pictures, texts, generation, batch_size)
 
-    def stream(self, image: ItemSource, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
+    def stream(
+        self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
+    ) -> Iterator[str]:
         """The pieces of one picture's caption as they are generated; joined and stripped, they are its text.
 
         Arguments and errors as in :meth:`caption`; beam search cannot be streamed.
         """
+        check_open(self.graphs.closed, "Captioner")
+        if prompt is not None:
+            check_text("prompt", prompt)
         generation = self.options(**options)
         if generation.num_beams > 1:
             raise UsageError(
-                "--stream and --num-beams above 1 exclude each other: beams choose the words at the end"
+                f"{option('stream')} and {option('num_beams')} above 1 exclude each other: "
+                "beam search chooses the words at the end"
             )
         return self.generator.pieces(self.encoder([image], [prompt], StageClock()), generation)
 
@@ -155,6 +212,7 @@ class Captioner:
             trace: As of :class:`Scheduler`.
             encoder: Replaces the captioner's own.
         """
+        check_open(self.graphs.closed, "Captioner")
         most = self.generator.language.decoder.max_rows
         return Scheduler(
             encoder or self.encoder,
@@ -169,7 +227,7 @@ class Captioner:
         """An encoder that reuses the last visual tokens for a similar picture; see :class:`ReusingEncoder`."""
         return ReusingEncoder(self.encoder, below, self.generator.language.context)
 
-    def options(self, **options: Any) -> GenerationOptions:
+    def options(self, **options: Unpack[CaptionOptions]) -> GenerationOptions:
         """The bundle's defaults with some fields replaced.
 
         Raises:
@@ -179,9 +237,11 @@ class Captioner:
         known = GenerationOptions.__dataclass_fields__
         unknown = sorted(options.keys() - known.keys())
         if unknown:
-            raise UsageError(f"there is no option {unknown[0]}", f"options are {', '.join(known)}")
-        least = options.get("min_new_tokens", 0)
-        merged = {
+            raise UsageError(
+                f"there is no option {unknown[0]}", f"options are {', '.join(known)}", field=unknown[0]
+            )
+        least: object = options.get("min_new_tokens", 0)
+        merged: dict[str, Any] = {
             "eos_token_ids": tuple(defaults["eos_token_ids"]),
             "stop": tuple(defaults.get("stop", ())),
             "max_new_tokens": max(defaults["max_new_tokens"], least if isinstance(least, int) else 0),

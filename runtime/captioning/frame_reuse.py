@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.errors import UsageError
+from blip2edge.errors import UsageError, option
 from blip2edge.runtime.captioning.pipeline import EncodedBatch, Encoder, PreparedBatch, StageClock
 from blip2edge.runtime.images.video import ItemSource
 
@@ -69,7 +69,7 @@ class ReusingEncoder:
         context: Callable[[Mapping[str, Array]], dict[str, Array]] = lambda pictures: {},
     ) -> None:
         if not 0 <= below <= 1:
-            raise UsageError(f"expected --reuse-below to be a number from 0 to 1, got {below!r}")
+            raise UsageError(f"expected {option('reuse_below')} to be a number from 0 to 1, got {below!r}")
         self._encoder, self._below, self._context = encoder, below, context
         self._spans = encoder.images.preprocessing.spans
         self._last: _Reference | None = None

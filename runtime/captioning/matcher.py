@@ -20,11 +20,24 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import DECODER, IMAGE_FEATURES, MATCH, TEXT_EMBEDS, TOKENIZER_FILE
-from blip2edge.errors import BundleError, PromptError, UsageError
+from blip2edge.bundle.schema import (
+    DECODER,
+    IMAGE_FEATURES,
+    MATCH,
+    TEXT_EMBEDS,
+    TOKENIZER_FILE,
+    BackendName,
+)
+from blip2edge.errors import BundleError, PromptError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.assemble import image_parts
+from blip2edge.runtime.decoding.options import (
+    check_bundle,
+    check_integer,
+    check_open,
+    listed,
+)
 from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
@@ -53,20 +66,21 @@ class MatchResult:
 
 
 class Matcher:
-    """A loaded bundle of a matching model. Make one with :meth:`load`."""
+    """Compares pictures with texts. Make one with :meth:`load`, and close it after use, as with ``with``."""
 
-    def __init__(self, bundle: Bundle, backend: str = "auto", threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: BackendName = "auto", threads: int | None = None) -> None:
+        check_bundle(bundle, "Matcher")
         manifest = bundle.manifest
         if TEXT_EMBEDS not in manifest.graphs:
             required = manifest.prompt is not None and manifest.prompt.required
             verb = "answers questions on" if required else "captions"
             raise BundleError(
-                f"{bundle.path} {verb} pictures and compares them with no text"
+                f"{bundle.path} {verb} pictures and cannot compare them with texts"
                 if DECODER in manifest.graphs
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
                 f"use blip2edge {'ask' if required else 'caption'}",
             )
-        session = GraphOpener(bundle, backend, threads)
+        session = self.graphs = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
         self.images = image_parts(bundle, session)
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
@@ -75,21 +89,42 @@ class Matcher:
         self.head = session(MATCH) if MATCH in manifest.graphs else None
 
     @classmethod
-    def load(cls, bundle: str | Path, *, backend: str = "auto", threads: int | None = None) -> Matcher:
+    def load(
+        cls, bundle: str | Path, *, backend: BackendName = "auto", threads: int | None = None
+    ) -> Matcher:
         """Opens a bundle and loads its graphs.
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
             backend: ``auto``, or a backend by name.
-            threads: CPU threads within an operator; None for as many as there are cores.
+            threads: CPU threads within an operator; None for all cores.
 
         Raises:
             BundleError: No bundle, a newer one, one whose files were changed, or one that captions.
-            BackendError: The backend is not there.
+            BackendError: The backend is not installed, or does not run here.
             UsageError: ``threads`` is below 1.
         """
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads)
+
+    def close(self) -> None:
+        """Releases the graphs and their memory; harmless when called twice.
+
+        Finish the running calls first. Every call after it raises UsageError.
+        """
+        self.graphs.close()
+
+    def __enter__(self) -> Matcher:  # noqa: PYI034 - typing.Self is of Python 3.11
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        path, precision = str(self.bundle.path), self.bundle.manifest.precision
+        return f"Matcher({path!r}, backend={self.graphs.backend!r}, precision={precision!r})"
 
     def match(self, image: ImageSource, text: str) -> MatchResult:
         """Compares a picture with a text.
@@ -101,6 +136,7 @@ class Matcher:
         Raises:
             ImageError: The picture cannot be read.
             PromptError: The text is empty or too long.
+            UsageError: An argument is of the wrong type.
         """
         return next(self.match_many([image], [text]))
 
@@ -108,9 +144,11 @@ class Matcher:
         self, images: Iterable[ImageSource], texts: Sequence[str], *, batch_size: int = 1
     ) -> Iterator[MatchResult]:
         """Compares every picture with every text, picture by picture; arguments and errors as :meth:`match`."""
-        pictures, ids = list(images), [self._ids(text) for text in texts]
+        check_open(self.graphs.closed, "Matcher")
+        pictures, sentences = listed("images", images), listed("texts", texts)
+        ids = [self._ids(text) for text in sentences]
         starts = _starts(len(pictures), batch_size)
-        return self._match_batches(pictures, list(texts), ids, starts, batch_size)
+        return self._match_batches(pictures, sentences, ids, starts, batch_size)
 
     def probabilities(
         self, images: Sequence[ImageSource], texts: Sequence[Sequence[str]], *, batch_size: int = 1
@@ -120,7 +158,7 @@ class Matcher:
         Args:
             images: N pictures; the vision encoder runs on all of them at once.
             texts: Those of each picture, any number of them.
-            batch_size: Pairs that the matching head reads at once.
+            batch_size: Pairs in one batch of the matching head.
 
         Raises:
             ImageError, PromptError: As :meth:`match`.
@@ -131,7 +169,8 @@ class Matcher:
                 f"{self.bundle.path} compares by cosine alone and has no matching head",
                 "use a bundle of BLIP or BLIP-2, such as Salesforce/blip2-itm-vit-g",
             )
-        pairs = [(row, self._ids(text)) for row, own in enumerate(texts) for text in own]
+        check_open(self.graphs.closed, "Matcher")
+        pairs = [(row, self._ids(text)) for row, own in enumerate(texts) for text in listed("texts", own)]
         found: list[list[float]] = [[] for _ in images]
         if not pairs:
             return found
@@ -151,7 +190,8 @@ class Matcher:
 
     def embed_images(self, images: Iterable[ImageSource], *, batch_size: int = 1) -> Vectors:
         """The same of N pictures: ``[N, F]`` or ``[N, K, F]``, of length 1."""
-        pictures = list(images)
+        check_open(self.graphs.closed, "Matcher")
+        pictures = listed("images", images)
         parts = [
             self._features(self._image_embeds(pictures[at : at + batch_size]))
             for at in _starts(len(pictures), batch_size)
@@ -168,7 +208,8 @@ class Matcher:
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1) -> Vectors:
         """The same of N texts: ``[N, F]``, of length 1."""
-        ids = [self._ids(text) for text in texts]
+        check_open(self.graphs.closed, "Matcher")
+        ids = [self._ids(text) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]
         if not parts:
             raise UsageError("there is no text", "give at least one")
@@ -222,9 +263,10 @@ class Matcher:
 
         Raises:
             PromptError: It is empty, too long, or has a token that the model lacks.
+            UsageError: It is not a str.
         """
         if not text.strip():
-            raise PromptError("the text is empty", "give a --text")
+            raise PromptError("the text is empty", f"give a {option('text')}", field="text")
         manifest = self.bundle.manifest
         ids = self.tokenizer.encode(text)
         if len(ids) > manifest.max_positions:
@@ -255,8 +297,7 @@ def _starts(count: int, batch_size: int) -> range:
     """Where each batch begins.
 
     Raises:
-        UsageError: A batch of nothing.
+        UsageError: ``batch_size`` is below 1.
     """
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    check_integer("batch_size", batch_size, 1)
     return range(0, count, batch_size)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 
-from blip2edge.errors import Blip2EdgeError, OverloadError, UsageError
+from blip2edge.errors import Blip2EdgeError, OverloadError, UsageError, option
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, StageClock, TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span
 from blip2edge.runtime.decoding.generate import GenerationBatch
@@ -78,7 +78,8 @@ class Scheduler:
     ) -> None:
         if max_batch < 1 or max_waiting < 1:
             raise UsageError(
-                f"max_batch and max_waiting must be at least 1, not {max_batch} and {max_waiting}"
+                f"{option('max_batch')} and {option('max_waiting')} must be at least 1, "
+                f"not {max_batch} and {max_waiting}"
             )
         self._encoder, self._generator = encoder, generator
         self._max_batch, self._max_waiting = max_batch, max_waiting

@@ -9,8 +9,17 @@ import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import DECODER, DRAFT, DRAFT_TOKENIZER_FILE, DRAFTS, QUERIES, Axis, DraftSpec
-from blip2edge.errors import UsageError
+from blip2edge.bundle.schema import (
+    DECODER,
+    DRAFT,
+    DRAFT_TOKENIZER_FILE,
+    DRAFTS,
+    QUERIES,
+    Axis,
+    DraftName,
+    DraftSpec,
+)
+from blip2edge.errors import UsageError, option
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.speculative import (
@@ -198,7 +207,7 @@ class DraftSelector:
         bundle: Bundle,
         open_graph: Callable[[str], Session],
         tokenizer: Tokenizer,
-        default: str,
+        default: DraftName,
         backend: str = "auto",
     ) -> DraftSelector:
         """Loads the draft model of a bundle.
@@ -232,9 +241,9 @@ class DraftSelector:
         if options.draft == "itg" and self.head is None:
             loaded = f"the captioner was loaded with draft={self._asked!r}"
             raise UsageError(
-                f"--draft itg: {'the bundle has no draft' if self._asked in ('auto', 'itg') else loaded}",
-                f"use --draft {' or '.join(kind for kind in DRAFTS if kind != 'itg')}, or export a checkpoint with "
-                "draft.safetensors",
+                f"{option('draft')} itg: {'the bundle has no draft' if self._asked in ('auto', 'itg') else loaded}",
+                f"use {option('draft')} {' or '.join(kind for kind in DRAFTS if kind != 'itg')}, "
+                "or export a checkpoint with draft.safetensors",
             )
 
     def kind(self, options: GenerationOptions) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.errors import UsageError
+from blip2edge.errors import UsageError, option
 from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.options import (
     Generated,
@@ -90,7 +90,7 @@ def stream(
         BackendError: The decoder returned NaN.
     """
     if options.num_beams > 1:
-        raise UsageError(f"expected --num-beams 1 for a stream, got {options.num_beams}")
+        raise UsageError(f"expected {option('num_beams')} 1 for a stream, got {options.num_beams}")
     return _events(_batch(first_logits, state, prompt_ids, options, stopped, initial, row_ids, speculators))
 
 

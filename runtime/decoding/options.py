@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from blip2edge.bundle.schema import DRAFTS
-from blip2edge.errors import UsageError
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.schema import DRAFTS, DraftName
+from blip2edge.errors import UsageError, option
 
 MAX_BEAMS = 256
 """Every beam has its own KV cache."""
@@ -32,7 +35,28 @@ MAX_STOPS = 64
 MIN_SAMPLING_TEMPERATURE = 1e-5
 """Temperatures below this are greedy: in float32 the likeliest token has all of the probability."""
 
+_SAMPLING = f"{option('temperature')}, {option('top_p')} or {option('top_k')}"
+
+Item = TypeVar("Item")
 Stopped = Callable[[Sequence[int]], bool]
+
+
+class CaptionOptions(TypedDict, total=False):
+    """The keywords of ``Captioner.caption(**options)``: fields of :class:`GenerationOptions`, each may be left out."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    num_beams: int
+    length_penalty: float
+    repetition_penalty: float
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    early_stopping: bool
+    eos_token_ids: tuple[int, ...] | list[int]
+    stop: tuple[str, ...] | list[str]
+    draft: DraftName
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,7 @@ class GenerationOptions:
     early_stopping: bool = False
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
-    draft: str = "auto"
+    draft: DraftName = "auto"
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -79,10 +103,10 @@ class GenerationOptions:
             ("min_new_tokens", 0, MAX_TOKENS),
             ("num_beams", 1, MAX_BEAMS),
         ):
-            _check_integer(name, getattr(self, name), least, most)
+            check_integer(name, getattr(self, name), least, most)
         for name, most in (("top_k", MAX_TOKENS), ("seed", MAX_SEED)):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 0, most)
+                check_integer(name, getattr(self, name), 0, most)
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         check_number("repetition_penalty", self.repetition_penalty, *PENALTIES)
         if self.temperature is not None:
@@ -91,34 +115,36 @@ class GenerationOptions:
             check_number("top_p", self.top_p, 0.0, 1.0)
         if self.min_new_tokens > self.max_new_tokens:
             raise UsageError(
-                f"expected --min-new-tokens of at most {self.max_new_tokens}, got {self.min_new_tokens}",
-                "raise --max-new-tokens",
+                f"expected {option('min_new_tokens')} of at most {self.max_new_tokens}, got {self.min_new_tokens}",
+                f"raise {option('max_new_tokens')}",
             )
         ends: Any = self.eos_token_ids
         if isinstance(ends, (int, str)):
-            raise UsageError(f"expected eos_token_ids to be a list of ids, got {ends!r}")
+            raise UsageError(f"expected {option('eos_token_ids')} to be a list of ids, got {ends!r}")
         for token_id in self.eos_token_ids:
-            _check_integer("eos_token_ids", token_id, 0, MAX_TOKENS)
+            check_integer("eos_token_ids", token_id, 0, MAX_TOKENS)
         _check_texts("stop", self.stop)
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.draft not in DRAFTS:
-            raise UsageError(f"expected --draft to be one of {', '.join(DRAFTS)}, got {self.draft!r}")
+            raise UsageError(
+                f"expected {option('draft')} to be one of {', '.join(DRAFTS)}, got {self.draft!r}"
+            )
         if self.num_beams > 1 and self.draft not in ("auto", "none"):
             raise UsageError(
-                f"expected --num-beams 1 with --draft {self.draft}, got {self.num_beams}",
-                "beams read no text ahead: leave one of them out",
+                f"expected {option('num_beams')} 1 with {option('draft')} {self.draft}, got {self.num_beams}",
+                "beam search does not use a draft model: leave one of the two out",
             )
         if self.sampling and self.draft not in ("auto", "none"):
             raise UsageError(
-                f"expected --draft auto or none with a temperature, --top-p or --top-k, got {self.draft}",
-                "a pass over several tokens rounds otherwise, and may change what is drawn: leave one of them out",
+                f"expected {option('draft')} auto or none with {_SAMPLING}, got {self.draft}",
+                "verifying several tokens in one pass rounds differently, which may change the sampled tokens: "
+                "leave one of the two out",
             )
         if self.num_beams > 1 and self.sampling:
             raise UsageError(
-                f"expected either --num-beams or sampling, got {self.num_beams} beams and a temperature, "
-                "--top-p or --top-k",
-                "leave one of them out",
+                f"expected either {option('num_beams')} or sampling, got {self.num_beams} beams and {_SAMPLING}",
+                "leave one of the two out",
             )
 
     @property
@@ -128,25 +154,23 @@ class GenerationOptions:
         return given and (self.temperature is None or self.temperature >= MIN_SAMPLING_TEMPERATURE)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+def check_integer(name: str, value: Any, least: int, most: int = MAX_TOKENS) -> None:
+    """Raises UsageError unless a value is a whole number from ``least`` to ``most``."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise UsageError(
-            f"expected {_flag(name)} to be a whole number of at least {least}, got {_told(value)}"
+            f"expected {option(name)} to be a whole number of at least {least}, got {shown(value)}"
         )
     if value > most:
-        raise UsageError(f"expected {_flag(name)} of at most {most}, got {_told(value)}")
+        raise UsageError(f"expected {option(name)} of at most {most}, got {shown(value)}")
 
 
 def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
-        raise UsageError(f"expected {_flag(name)} to be texts that are not empty, got {_told(value)}")
+        fix = f"put it in a list: [{shown(value)}]" if isinstance(value, str) and value else None
+        raise UsageError(f"expected {option(name)} to be a list of non-empty texts, got {shown(value)}", fix)
     if len(value) > MAX_STOPS:
-        raise UsageError(f"expected {_flag(name)} to be at most {MAX_STOPS} texts, got {len(value)}")
+        raise UsageError(f"expected {option(name)} to be at most {MAX_STOPS} texts, got {len(value)}")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
@@ -155,11 +179,11 @@ def check_number(name: str, value: Any, low: float, high: float, *, above: bool 
     if real and low <= value <= high and not (above and value == low):  # NaN is in no range
         return
     expected = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
-    raise UsageError(f"expected {_flag(name)} to be {expected}, got {_told(value)}")
+    raise UsageError(f"expected {option(name)} to be {expected}, got {shown(value)}")
 
 
-def _told(value: Any) -> str:
-    """A value for a message of one line, cut where it is long."""
+def shown(value: Any) -> str:
+    """A value for an error of one line, cut where it is long."""
     if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
@@ -206,3 +230,63 @@ def finish_reason(
     if stopped is not None and stopped(generated):
         return "stop"
     return "length" if length >= options.max_new_tokens else None
+
+
+def check_bundle(bundle: object, loader: str) -> None:
+    """Checks that a bundle is an opened one.
+
+    Args:
+        bundle: What the user passed.
+        loader: The class whose ``load`` opens a directory.
+
+    Raises:
+        UsageError: It is a path, or something else.
+    """
+    if not isinstance(bundle, Bundle):
+        raise UsageError(
+            f"expected {option('bundle')} to be an opened Bundle, got {shown(bundle)}",
+            f"load a directory with {loader}.load({shown(bundle)})"
+            if isinstance(bundle, (str, os.PathLike))
+            else f"load a directory with {loader}.load(directory)",
+        )
+
+
+def listed(name: str, values: Iterable[Item]) -> list[Item]:
+    """Several pictures or texts as a list.
+
+    Args:
+        name: The argument's name.
+        values: What the user passed.
+
+    Raises:
+        UsageError: It is one picture or one text.
+    """
+    one = isinstance(values, (str, bytes, os.PathLike, Image.Image)) or not isinstance(values, Iterable)
+    if isinstance(values, np.ndarray):  # a batch of pictures is [N, H, W] or [N, H, W, 3]
+        one = values.ndim < 3 or (values.ndim == 3 and values.shape[-1] in (1, 3, 4))
+    if one:
+        what = f"an array {list(values.shape)}" if isinstance(values, np.ndarray) else shown(values)
+        raise UsageError(
+            f"expected {option(name)} to be a list, got {what}", "put a single one in a list: [x]"
+        )
+    return list(values)
+
+
+def check_text(name: str, value: object) -> None:
+    """Checks that a prompt, a question or a text is a str.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if not isinstance(value, str):
+        raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}")
+
+
+def check_open(closed: bool, loader: str) -> None:
+    """Checks that a ``Captioner`` or ``Matcher`` is not closed.
+
+    Raises:
+        UsageError: It is closed.
+    """
+    if closed:
+        raise UsageError(f"this {loader} is closed", f"load the bundle again with {loader}.load")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, option
 
 _CHUNK = 128  # values per chunk when the largest k of many are looked for
 _NUCLEUS = 512  # tokens that top-p looks at first; a nucleus is rarely larger
@@ -154,7 +154,7 @@ def broken_logits() -> BackendError:
     """The error for a decoder whose numbers have broken down."""
     return BackendError(
         "the decoder returned NaN or infinity instead of logits, as half precision does when it overflows",
-        "export with --precision fp32, or choose another --backend",
+        f"export with {option('precision')} fp32, or choose another {option('backend')}",
     )
 
 

@@ -9,6 +9,7 @@
 | ``POST /v1/chat/completions`` | OpenAI's format (``openai_api.py``); with ``"stream": true`` server-sent events |
 | ``POST /caption?prompt=…`` | the body is a picture file; the answer is an object of ``caption --json`` |
 
+An error is ``{"error": {"message": ..., "param": ...}}``; ``param`` is the wrong key of the request, or null.
 A closed connection cancels its request at the next step. A full queue is answered with 503, a missed deadline with 504.
 """
 
@@ -30,14 +31,16 @@ from blip2edge.errors import (
     OverloadError,
     PromptError,
     UsageError,
+    python_option,
 )
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request
 from blip2edge.runtime.captioning.scheduler import Scheduler
-from blip2edge.runtime.serving.openai_api import chunk, completion, read_request
+from blip2edge.runtime.serving.openai_api import NAMES, chunk, completion, read_request
 
 MAX_BODY_BYTES = 32 << 20  # of a request's body
 PAGE = Path(__file__).with_name("page.html")
+CHAT = "/v1/chat/completions"
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -93,7 +96,7 @@ class Server:
             "/v1/models": self._models,
         }
         self._posts: dict[str, Callable[[Scope, bytes, Receive, Send], Awaitable[None]]] = {
-            "/v1/chat/completions": self._chat,
+            CHAT: self._chat,
             "/caption": self._caption,
         }
 
@@ -116,16 +119,17 @@ class Server:
                 await self._posts[path](scope, await _body(receive), receive, send)
             else:
                 known = path in self._gets or path in self._posts
-                await _json(send, 405 if known else 404, _error(f"there is no {method} {path}"))
+                await _json(send, 405 if known else 404, _error(UsageError(f"there is no {method} {path}")))
         except _ClientGone:
             self.counts["cancelled"] += 1
         except _TooLargeError as error:
             self.counts["refused"] += 1
-            await _json(send, 413, _error(str(error)))
+            await _json(send, 413, _error(error))
         except Blip2EdgeError as error:
             status = next(number for kind, number in STATUSES if isinstance(error, kind))
             self.counts["failed" if status in (500, 504) else "refused"] += 1
-            await _json(send, status, _error(str(error)), {"retry-after": "1"} if status == 503 else {})
+            answer = _error(error, NAMES if path == CHAT else {})
+            await _json(send, status, answer, {"retry-after": "1"} if status == 503 else {})
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -168,7 +172,9 @@ class Server:
         }
         unknown = sorted(query.keys() - {"prompt"})
         if unknown:
-            raise UsageError(f"there is no parameter {unknown[0]!r}", "the only one is prompt")
+            raise UsageError(
+                f"there is no parameter {unknown[0]!r}", "the only one is prompt", field=unknown[0]
+            )
         async with _Client(receive) as client:
             request = self._submit(client, body, query.get("prompt"), {}, None)
             result = await self._finished(client, request)
@@ -227,7 +233,7 @@ class Server:
             result = self._counted(request)
         except Blip2EdgeError as error:
             self.counts["failed"] += 1
-            yield _error(str(error))
+            yield _error(error, NAMES)
             return
         yield chunk("", reason=result.finish_reason, **names)
         yield "[DONE]"
@@ -325,5 +331,12 @@ async def _json(send: Send, status: int, values: Any, headers: Mapping[str, str]
     await _answer(send, status, json.dumps(values).encode(), "application/json", headers)
 
 
-def _error(message: str) -> dict[str, Any]:
-    return {"error": {"message": message}}
+def _error(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str, Any]:
+    """An error as JSON.
+
+    Args:
+        error: Its text names options by their Python names.
+        names: The request's keys by those names, where they differ.
+    """
+    message = error.text(lambda name, on: python_option(names.get(name, name), on))
+    return {"error": {"message": message, "param": names.get(error.field or "", error.field)}}

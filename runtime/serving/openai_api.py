@@ -33,6 +33,9 @@ OPTIONS: dict[str, str] = {
 }
 """A request's keys, and the fields of ``GenerationOptions`` that they set: OpenAI's first, then our own."""
 
+NAMES = {**{field: key for key, field in reversed(OPTIONS.items())}, "deadline": "deadline_s"}
+"""The key that an error names for each of the library's options, such as ``max_tokens`` for ``max_new_tokens``."""
+
 ONLY: dict[str, Any] = {"n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
 """Keys of OpenAI's schema that are accepted with this value alone."""
 
@@ -76,9 +79,11 @@ def read_request(body: bytes) -> ChatRequest:
     images, prompt = _content(values.get("messages"))
     stream, deadline = values.get("stream", False), values.get("deadline_s")
     if not isinstance(stream, bool):
-        raise UsageError(f"expected stream to be true or false, got {stream!r}")
+        raise UsageError(f"expected stream to be true or false, got {stream!r}", field="stream")
     if deadline is not None and (isinstance(deadline, bool) or not isinstance(deadline, (int, float))):
-        raise UsageError(f"expected deadline_s to be a number of seconds, got {deadline!r}")
+        raise UsageError(
+            f"expected deadline_s to be a number of seconds, got {deadline!r}", field="deadline_s"
+        )
     return ChatRequest(images, prompt, _options(values), stream, deadline)
 
 
@@ -93,23 +98,25 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key in ONLY:
             if value != ONLY[key]:
-                raise UsageError(f"expected {key} to be {ONLY[key]!r}, got {value!r}")
+                raise UsageError(f"expected {key} to be {ONLY[key]!r}, got {value!r}", field=key)
         elif key == "num_beams" and isinstance(value, int) and value > MAX_REQUEST_BEAMS:
             raise UsageError(f"expected num_beams of at most {MAX_REQUEST_BEAMS}, got more")
         elif key in OPTIONS:
             options[OPTIONS[key]] = (value,) if key == "stop" and isinstance(value, str) else value
         else:
-            raise UsageError(f"there is no key {key!r}", f"keys are {', '.join((*OPTIONS, *IGNORED))}")
+            raise UsageError(
+                f"there is no key {key!r}", f"keys are {', '.join((*OPTIONS, *IGNORED))}", field=key
+            )
     return options
 
 
 def _content(messages: Any) -> tuple[tuple[bytes, ...], str | None]:
     """The pictures and the text of the last user message."""
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise UsageError("expected messages to be a list of objects")
+        raise UsageError("expected messages to be a list of objects", field="messages")
     users = [one for one in messages if one.get("role") == "user"]
     if not users:
-        raise UsageError("expected a message of the role user")
+        raise UsageError("expected a message of the role user", field="messages")
     content = users[-1].get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     images: list[bytes] = []
@@ -122,9 +129,13 @@ def _content(messages: Any) -> tuple[tuple[bytes, ...], str | None]:
             url = part.get("image_url")
             images.append(_picture(url.get("url") if isinstance(url, dict) else url))
         else:
-            raise UsageError("expected the content's parts to be of the type text or image_url")
+            raise UsageError(
+                "expected the content's parts to be of the type text or image_url", field="messages"
+            )
     if not images:
-        raise UsageError("expected a picture, an image_url of the form data:image/...;base64,...")
+        raise UsageError(
+            "expected a picture, an image_url of the form data:image/...;base64,...", field="messages"
+        )
     return tuple(images), " ".join(texts) or None
 
 
@@ -134,11 +145,14 @@ def _picture(url: Any) -> bytes:
         raise UsageError(
             "expected a picture as data:image/...;base64,..., got another kind of URL",
             "send the picture itself; this server fetches nothing",
+            field="messages",
         )
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UsageError(f"expected base64 behind {head}, got what is none ({error})") from error
+        raise UsageError(
+            f"expected base64 after {head}, got something else ({error})", field="messages"
+        ) from error
 
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}

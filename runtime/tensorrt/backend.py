@@ -10,7 +10,7 @@ from pathlib import Path
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, option
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.engine_files import STEP, EngineRecord, EngineSet, find_engines, fingerprint
@@ -53,7 +53,7 @@ class EngineOpener:
         if not driver.version:
             raise BackendError(
                 f"there is no working NVIDIA driver here ({driver.problem})",
-                "use --backend cpu, or see `blip2edge doctor`",
+                f"use {option('backend')} cpu, or see `blip2edge doctor`",
             )
         here = fingerprint(target, str(trt.__version__), bundle.sha256, ())
         self._bundle = bundle

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, option
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 """Where cuda-python keeps the runtime API, newest first."""
@@ -69,7 +69,8 @@ class Cuda:
             name = getattr(function, "__name__", "CUDA")
             hint = "see `blip2edge doctor`"
             if "memory" in text:
-                hint = "build with a smaller --capacity or --max-batch, or stop what else uses the GPU"
+                hint = f"build with a smaller {option('capacity')} or {option('max_batch')}, "
+                hint += "or stop what else uses the GPU"
             raise BackendError(f"{name} failed: {text}", hint)
         return results[0] if len(results) == 1 else tuple(results)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, option
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, SlotDecoder, SlotState
 from blip2edge.runtime.decoding.state import stacked
 from blip2edge.runtime.tensorrt.cuda import Mirror
@@ -262,7 +262,7 @@ class DeviceDecoder(SlotDecoder):
         if not engines.capacity:
             raise BackendError(
                 "the decoder's engine has a cache that grows, which this runtime does not run",
-                "build it again without --decoder concatenated",
+                f"build it again without {option('decoder')} concatenated",
             )
         super().__init__(
             lambda rows, context: DeviceSlots(engines, rows, context),

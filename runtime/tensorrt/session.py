@@ -17,7 +17,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
-from blip2edge.errors import EngineError
+from blip2edge.errors import EngineError, option
 from blip2edge.runtime.backends.engine_files import EngineRecord
 from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer, Mirror
 
@@ -236,7 +236,8 @@ class Context:
         if shape is not None and not self._context.set_input_shape(name, tuple(shape)):
             raise EngineError(
                 f"the engine {self._name} was not built for {name} of shape {list(shape)}",
-                "build again with a larger --capacity or --max-batch, or give fewer pictures at once",
+                f"build again with a larger {option('capacity')} or {option('max_batch')}, "
+                "or give fewer pictures at once",
             )
         if not self._context.set_tensor_address(name, address):
             raise EngineError(f"the engine {self._name} has no tensor {name}", "build the engines again")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INSTRUCTION, INTERLEAVED, MARKERS, PLACEHOLDER, SEGMENTS, PromptSpec
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.errors import PromptError, UsageError
+from blip2edge.errors import PromptError, UsageError, option
 from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.tokenizer import Tokenizer
@@ -186,7 +186,9 @@ class PromptBuilder:
             )
         if prompt.length == 0:
             raise PromptError(
-                "the prompt is empty, and this model begins no text by itself", "give a --prompt"
+                "the prompt is empty, and this model begins no text by itself",
+                f"give a {option('prompt')}",
+                field="prompt",
             )
         largest = max((token for segment in prompt.segments for token in segment), default=0)
         if largest >= self.vocab_size:
@@ -237,7 +239,8 @@ class InstructionTokenizer:
         if text is None:
             raise PromptError(
                 "this model encodes a picture together with an instruction, and there is none",
-                "give a --prompt",
+                f"give a {option('prompt')}",
+                field="prompt",
             )
         tokens = self.tokenizer.encode(text)
         if len(tokens) > self.longest:

@@ -156,7 +156,7 @@ def test_no_pictures_and_a_wrong_parent(
         calibrate(tiny_bundle, output, images=tmp_path / "empty")
     with pytest.raises(BundleError, match="was calibrated before"):
         calibrate(report.bundle, output, images=images)
-    with pytest.raises(UsageError, match="--method is one of"):
+    with pytest.raises(UsageError, match="method is one of"):
         calibrate(tiny_bundle, output, images=images, method="best")
     with pytest.raises(OutputError, match="exists"):
         calibrate(tiny_bundle, report.bundle, images=images)
@@ -195,7 +195,7 @@ def test_the_command_and_inspect(
     assert main([*words, "--weights", "none", "--threads", "1", "--no-optimize"]) == 0
     told = capsys.readouterr()
     assert f"warning: {PICTURES} pictures" in told.err
-    assert "captions as the parent's" in told.out
+    assert "same caption as the parent" in told.out
     assert main(["inspect", str(output), "--verify"]) == 0
     shown = capsys.readouterr().out
     assert "entropy, on 6 pictures" in shown

@@ -74,7 +74,7 @@ def test_a_broken_picture_is_left_out_by_name(folder: Path) -> None:
 
 def test_no_picture_is_an_error_that_says_what_to_give(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="found none; give --images a folder"):
+    with pytest.raises(DataError, match="found none; give images a folder"):
         choose_pictures(tmp_path / "empty")
     with pytest.raises(DataError, match="found neither"):
         choose_pictures(tmp_path / "absent")

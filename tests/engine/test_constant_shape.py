@@ -137,9 +137,9 @@ def test_every_move_gives_the_logits_of_the_growing_cache(
 def test_no_room_is_told(bundle_of: BundleOf, tmp_path: Path) -> None:
     _, fixed = decoders(bundle_of("blip2-opt"), tmp_path, max_rows=2)
     prompt = np.zeros((CAPACITY, fixed.table.width), np.float32)
-    with pytest.raises(BackendError, match=r"3 rows .* more than the 2 .*--max-batch"):
+    with pytest.raises(BackendError, match=r"3 rows .* more than the 2 .*max_batch"):
         fixed.prefill([prompt[:3]] * 3)
-    with pytest.raises(BackendError, match=r"41 tokens are more than the 40 slots .*--capacity"):
+    with pytest.raises(BackendError, match=r"41 tokens are more than the 40 slots .*capacity"):
         fixed.prefill([np.zeros((CAPACITY + 1, fixed.table.width), np.float32)])
     _, state = fixed.prefill([prompt])
     with pytest.raises(BackendError, match="41 tokens"):

@@ -109,7 +109,8 @@ def test_other_families(name: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleO
     pictures = draw_pictures(3)
     texts = ["a photo of", "what is it ?", "two red cats and a dog"]
     loaded = [Captioner.load(path, backend=backend, threads=1) for backend in ("cpu", "tensorrt")]
-    for options in ({}, {"num_beams": 3}):
+    searches: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+    for options in searches:
         wanted, got = (
             [
                 result.tokens
@@ -133,7 +134,7 @@ def test_a_bundle_of_engines_alone(gpu: tuple[FakeCuda, Any], tiny_bundle: Path,
     picture = draw_pictures(1)[0]
     wanted = Captioner.load(tiny_bundle, backend="cpu", threads=1).caption(picture, max_new_tokens=6).tokens
     assert Captioner.load(board, threads=1).caption(picture, max_new_tokens=6).tokens == wanted
-    with pytest.raises(BackendError, match=r"holds engines alone, .* backend cpu .*; use --backend tensorrt"):
+    with pytest.raises(BackendError, match=r"holds engines alone, .* backend cpu .*; use backend tensorrt"):
         Captioner.load(board, backend="cpu")
     shutil.rmtree(board / KIND)
     with pytest.raises(EngineError, match="neither graphs nor engines"):
@@ -168,7 +169,7 @@ def test_what_does_not_fit_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path,
     write_engines(path, path / KIND, capacity=16, max_rows=2)
     captioner = Captioner.load(path, backend="tensorrt", threads=1)
     pictures = draw_pictures(3)
-    with pytest.raises(BackendError, match=r"3 rows .*--max-batch"):
+    with pytest.raises(BackendError, match=r"3 rows .*max_batch"):
         list(captioner.caption_many(pictures, batch_size=3, max_new_tokens=3))
     with pytest.raises(BackendError, match=r"6 rows|3 rows"):
         captioner.caption(pictures[0], num_beams=3, max_new_tokens=3)
@@ -180,7 +181,7 @@ def test_a_failing_call_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tm
     cuda, _ = gpu
     loaded = Cuda(cuda)
     cuda.cudaMalloc = lambda size: (2,)  # type: ignore[method-assign]
-    with pytest.raises(BackendError, match="out of memory; build with a smaller --capacity"):
+    with pytest.raises(BackendError, match="out of memory; build with a smaller capacity"):
         DeviceBuffer(loaded, 8)
     with pytest.raises(BackendError, match="invalid argument"):
         loaded.copy(1, 2, 3, loaded.stream())

@@ -13,6 +13,7 @@ import torch
 
 from blip2edge import Captioner
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.schema import DraftName
 from blip2edge.cli import main
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.draft_graph import DraftGraph, draft_spec
@@ -137,7 +138,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("draft", ["auto", "itg", "lookup"])
 def test_captions_do_not_depend_on_the_draft(
-    captioner: Captioner, draft: str, options: dict[str, Any]
+    captioner: Captioner, draft: DraftName, options: dict[str, Any]
 ) -> None:
     pictures, passes = draw_pictures(2, 3), []
     for prompt in (None, "a photo of"):
@@ -154,14 +155,14 @@ def test_captions_do_not_depend_on_the_draft(
 
 
 @pytest.mark.parametrize("draft", ["itg", "lookup"])
-def test_nobody_guesses_what_is_drawn(captioner: Captioner, draft: str) -> None:
+def test_nobody_guesses_what_is_drawn(captioner: Captioner, draft: DraftName) -> None:
     picture = draw_pictures(1, 3)[0]
     options: dict[str, Any] = {"temperature": 0.8, "top_k": 5, "seed": 1}
     alone = captioner.caption(picture, max_new_tokens=TOKENS, draft="none", **options)
     found = captioner.caption(picture, max_new_tokens=TOKENS, **options)
     assert (found.tokens, found.tokens_per_pass) == (alone.tokens, 1.0)
     for call in (captioner.caption, captioner.stream):
-        with pytest.raises(UsageError, match="--draft auto or none with a temperature"):
+        with pytest.raises(UsageError, match="draft auto or none with a temperature"):
             call(picture, draft=draft, **options)
     cold = captioner.caption(
         picture, max_new_tokens=TOKENS, draft=draft, temperature=0
@@ -214,7 +215,7 @@ def test_what_is_asked_for_by_name_must_be_there(
 ) -> None:
     picture = draw_pictures(1)[0]
     with pytest.raises(
-        UsageError, match=r"--draft itg: the bundle has no draft; use --draft auto or none or lookup"
+        UsageError, match=r"draft itg: the bundle has no draft; use draft auto or none or lookup"
     ):
         Captioner.load(tiny_bundle, draft="itg")
     with pytest.raises(UsageError, match="the bundle has no draft"):

@@ -133,14 +133,14 @@ def test_wrong_pairs_and_lost_sizes_are_published_by_neither_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The graph is traced from another module than the one that it is held to."""
-    from blip2edge.export import pipeline
+    from blip2edge.export import pipeline, to_onnx
 
     def traced_wrong(module: Any, spec: Any) -> Any:
         if spec.name == "vision_encoder":
             module.vision.matching = wrong()
         return real(module, spec)
 
-    real = pipeline.trace
+    real = to_onnx.trace
     monkeypatch.setattr(pipeline, "graphs_of", lambda _: {"vision_encoder": GRAPHS["vision_encoder"]})
     monkeypatch.setattr(pipeline, "trace", traced_wrong)
     monkeypatch.setattr(verify, "trace", traced_wrong)
@@ -239,7 +239,7 @@ def test_a_model_that_reads_patches_in_order_is_refused(tmp_path: Path) -> None:
 def test_too_many_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     from blip2edge.export.pipeline import export_checkpoint
 
-    with pytest.raises(UsageError, match=r"2 layers and 16 patches; give --merge-tokens 1 to 7"):
+    with pytest.raises(UsageError, match=r"2 layers and 16 patches; give merge_tokens 1 to 7"):
         export_checkpoint(checkpoint, tmp_path / "bundle", merge_tokens=8)
     assert not (tmp_path / "bundle").exists()
 

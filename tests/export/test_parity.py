@@ -157,7 +157,8 @@ def test_the_same_ids_as_a_padded_batch_of_transformers(exported: Exported) -> N
     if exported.drawn.variant.embed_dim is not None:
         pytest.skip("transformers shifts the pictures of such a batch (model/bridges/qformer.py)")
     images, prompts = draw_pictures(3, 7), ("a photo of", "two red", "what is it")
-    for options in ({}, {"num_beams": 3}):
+    searches: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+    for options in searches:
         wanted = exported.drawn.generate_batch(images, prompts, max_new_tokens=NEW_TOKENS, **options)
         got = exported.captioner.caption_many(
             images, prompts=prompts, batch_size=3, max_new_tokens=NEW_TOKENS, **options

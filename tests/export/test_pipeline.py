@@ -176,14 +176,14 @@ def test_force_replaces(quick: Export, small: Drawn, out: Path) -> None:
 
 
 def test_an_existing_output_needs_force(quick: Export, small: Drawn, out: Path) -> None:
-    with pytest.raises(OutputError, match=r"exists; .*--force"):
+    with pytest.raises(OutputError, match=r"exists; .*force=True"):
         quick(small.directory, out)
     assert quick(small.directory, out, force=True) == out  # an empty directory
 
 
 def test_force_replaces_nothing_but_bundles(quick: Export, copy: Path) -> None:
     before = snapshot(copy)
-    with pytest.raises(OutputError, match=r"no bundle\.json, so --force does not replace it"):
+    with pytest.raises(OutputError, match=r"no bundle\.json, so force=True does not replace it"):
         quick(copy, copy, force=True)
     assert snapshot(copy) == before
 
@@ -286,7 +286,7 @@ def test_a_weight_beyond_fp16_is_named(name: str, quick: Export, copy: Path, out
         ExportError, match=r"the weight \S+ reaches 100000, beyond the 65504 of float16"
     ) as caught:
         quick(copy, out / "bundle", precision="fp16")
-    assert "--precision bf16" in str(caught.value)
+    assert "precision bf16" in str(caught.value)
     assert os.listdir(out) == []
 
 

@@ -130,7 +130,7 @@ def test_a_captioner_answers_no_questions(half: Path) -> None:
     captioner = Captioner.load(half, threads=1)
     with pytest.raises(UsageError, match="answers no questions; use blip2edge caption"):
         captioner.ask(draw_pictures(1)[0], "what is it?")
-    with pytest.raises(BundleError, match="compares them with no text; use blip2edge caption"):
+    with pytest.raises(BundleError, match="cannot compare them with texts; use blip2edge caption"):
         Matcher.load(half)
 
 

@@ -124,7 +124,7 @@ def test_no_instruction_is_one_line(
 ) -> None:
     spec = dataclasses.replace(exported.captioner.prompts.spec, default=None)
     monkeypatch.setattr(exported.captioner.prompts, "spec", spec)
-    with pytest.raises(PromptError, match="give a --prompt"):
+    with pytest.raises(PromptError, match="give a prompt"):
         exported.captioner.caption(pictures[0])
 
 

@@ -128,7 +128,8 @@ def test_stage_2_on_its_frozen_parts_answers_as_the_original(
     assert (source["checkpoint"], source["base"]) == (str(path), str(base))
     captioner = Captioner.load(tmp_path / "bundle", threads=1)
     for image in drawing.draw_pictures(3, seed=21):
-        for search in ({}, {"num_beams": 3}):
+        searches: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+        for search in searches:
             wanted = original.generate(image, "a photo of", max_new_tokens=10, **search)
             got = captioner.caption(image, prompt="a photo of", max_new_tokens=10, **search)
             assert got.tokens == wanted
@@ -259,7 +260,7 @@ def test_files_that_are_no_checkpoint(merged: tuple[Path, Path], tmp_path: Path)
 
 
 def test_base_and_pth_belong_together(merged: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--base DIRECTORY"):
+    with pytest.raises(UsageError, match="base DIRECTORY"):
         export_checkpoint(merged[0], tmp_path / "bundle")
-    with pytest.raises(UsageError, match="leave --base out"):
+    with pytest.raises(UsageError, match="leave base out"):
         export_checkpoint(merged[1], tmp_path / "bundle", base=merged[1])

@@ -153,9 +153,9 @@ def test_what_does_not_fit_is_told_in_a_line(half: Path) -> None:
         matcher.match(picture, "a " * 41)
     with pytest.raises(PromptError, match="the text is empty"):
         matcher.match(picture, " ")
-    with pytest.raises(UsageError, match="--batch-size"):
+    with pytest.raises(UsageError, match="batch_size"):
         list(matcher.match_many([picture], ["a"], batch_size=0))
-    with pytest.raises(BundleError, match="captions none; use blip2edge match or blip2edge embed"):
+    with pytest.raises(BundleError, match="cannot caption them; use blip2edge match or blip2edge embed"):
         Captioner.load(half)
 
 

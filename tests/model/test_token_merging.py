@@ -173,10 +173,10 @@ def test_what_cannot_be_merged_is_refused() -> None:
     assert with_merged_tokens(pooled, 0) is pooled
     assert with_merged_tokens(pooled, 5).vision == replace(EVA, merge_tokens=5)
     for wrong in (6, 16, -1):
-        with pytest.raises(UsageError, match=r"3 layers and 16 patches; give --merge-tokens 1 to 5"):
+        with pytest.raises(UsageError, match=r"3 layers and 16 patches; give merge_tokens 1 to 5"):
             with_merged_tokens(pooled, wrong)
     coarse = replace(pooled, vision=replace(EVA, patch_size=24))
-    with pytest.raises(UsageError, match=r"3 layers and 1 patches; leave --merge-tokens out"):
+    with pytest.raises(UsageError, match=r"3 layers and 1 patches; leave merge_tokens out"):
         with_merged_tokens(coarse, 1)
     with pytest.raises(UsageError, match=r"changes the order.*leave --merge-tokens out"):
         with_merged_tokens(captioner(MLPConfig(24, 24, 17)), 1)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from blip2edge.bundle.integrity import sha256_of
 from blip2edge.bundle.publishing import staged
-from blip2edge.errors import DataError, ImageError
+from blip2edge.errors import DataError, ImageError, option
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples
 from blip2edge.training.data.shards import ShardWriter
 from blip2edge.training.evaluation.models import CaptionModel, MatchModel, ModelOptions
@@ -189,7 +189,7 @@ def run_capfilt(
         if not written:
             raise DataError(
                 f"no caption of {len(pictures)} pictures reaches the threshold {options.threshold}",
-                "lower --threshold, or give a matcher that was trained on such pictures",
+                f"lower {option('threshold')}, or give a matcher that was trained on such pictures",
             )
         report = _report(options, len(pictures), written, broken) | {
             **{origin: tally.to_json() for origin, tally in tallies.items()},

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from blip2edge.bundle.schema import BackendName
+
 Vectors = NDArray[np.float32]
 Prompts = Sequence[str | None]
 
@@ -67,7 +69,7 @@ class ModelOptions:
         generation: Fields of `GenerationOptions`; a checkpoint supports `max_new_tokens` only.
     """
 
-    backend: str = "auto"
+    backend: BackendName = "auto"
     threads: int | None = None
     batch_size: int = 16
     generation: dict[str, Any] = field(default_factory=dict)

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from blip2edge.errors import DataError
+from blip2edge.errors import DataError, option
 from blip2edge.training.config import OptimizerConfig
 from blip2edge.training.loop import phase_state
 from blip2edge.training.loop.journal import LINES
@@ -183,7 +183,7 @@ def _not_finite(
     samples = f" on the samples {', '.join(names[:_NAMED])}{more}" if names else ""
     fix = "lower the learning rate of this phase, or raise its warmup_steps"
     if run.snapshots.any:
-        fix += f", and go on from {run.snapshots.directory} with --resume"
+        fix += f", and go on from {run.snapshots.directory} with {option('resume', on=True)}"
     return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
 
 

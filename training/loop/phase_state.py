@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from blip2edge.errors import DataError
+from blip2edge.errors import DataError, option
 from blip2edge.training.loop.snapshots import Snapshot
 
 _WEIGHTS, _MOMENTS, _CHANCE = "weights.", "moments.", "chance."
@@ -75,13 +75,14 @@ def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapsho
         raise DataError(
             f"the run was started with {snapshot.facts['processes']} processes,"
             f" and now there are {accelerator.num_processes}",
-            "use the same number, or start again with --force",
+            f"use the same number, or start again with {option('force', on=True)}",
         )
     weights = _under(_WEIGHTS, snapshot.tensors)
     trained = get_model_state_dict(module, options=_OWN)
     if trained.keys() != weights.keys():
         raise DataError(
-            "the snapshot belongs to a recipe that trains other parts", "start again with --force"
+            "the snapshot belongs to a recipe that trains other parts",
+            f"start again with {option('force', on=True)}",
         )
     set_model_state_dict(module, dict(weights), options=_LOOSE)
     moments: dict[str, Any] = get_optimizer_state_dict(module, optimizer.optimizer, options=_OWN)

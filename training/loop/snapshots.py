@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from blip2edge.errors import DataError, OutputError
+from blip2edge.errors import DataError, OutputError, option
 
 _TENSORS, FACTS = "state.safetensors", "state.json"
 _PREFIX = "step-"  # of a whole snapshot; what is being written begins with a dot
@@ -63,7 +63,8 @@ class Snapshots:
             return Snapshot(load_file(path / _TENSORS), facts)
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(
-                f"the snapshot {path} cannot be read ({error})", f"start again with --force, or remove {path}"
+                f"the snapshot {path} cannot be read ({error})",
+                f"start again with {option('force', on=True)}, or remove {path}",
             ) from error
 
     @property

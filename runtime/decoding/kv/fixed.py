@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, option
 from blip2edge.runtime.decoding.state import stacked, tokens_to_drop
 from blip2edge.runtime.text.prompt import left_padded
 
@@ -100,12 +100,12 @@ class SlotDecoder:
         if rows > self.max_rows:
             raise BackendError(
                 f"{rows} rows (pictures times beams) are more than the {self.max_rows} that the engine was built for",
-                "lower --batch-size or --num-beams, or build again with --max-batch",
+                f"lower {option('batch_size')} or {option('num_beams')}, or build again with {option('max_batch')}",
             )
         if slots > self.capacity:
             raise BackendError(
                 f"{slots} tokens are more than the {self.capacity} slots that the engine was built for",
-                "shorten the prompt, lower --max-new-tokens, or build again with --capacity",
+                f"shorten the prompt, lower {option('max_new_tokens')}, or build again with {option('capacity')}",
             )
 
 

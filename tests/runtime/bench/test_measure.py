@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
+from blip2edge.bundle.schema import DraftName
 from blip2edge.cli import main
 from blip2edge.errors import BackendError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
@@ -147,6 +148,7 @@ def test_tokens_a_pass_with_a_draft(
     add_draft(tmp_path / "checkpoint")
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle
     flags = ["--runs", "2", "--warmup", "0", "--tokens", "12", "--batch-sizes", "1", "--threads", "1"]
+    draft: DraftName
     for draft, kind in (("auto", "itg"), ("lookup", "lookup"), ("none", None)):
         assert main(["bench", str(bundle), *flags, "--draft", draft, "--json"]) == 0
         found: Any = json.loads(capsys.readouterr().out)["draft"]
@@ -162,7 +164,7 @@ def test_tokens_a_pass_with_a_draft(
 @pytest.mark.parametrize("name", ["runs", "tokens"])
 def test_limits(name: str) -> None:
     changed: dict[str, Any] = {name: 0}
-    with pytest.raises(UsageError, match=f"--{name} must be at least 1"):
+    with pytest.raises(UsageError, match=f"{name} must be at least 1"):
         BenchOptions(**changed)
 
 

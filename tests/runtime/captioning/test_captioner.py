@@ -17,6 +17,7 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.schema import BackendName
 from blip2edge.errors import (
     BackendError,
     BundleError,
@@ -159,7 +160,8 @@ def test_the_bundles_defaults(captioner: Captioner) -> None:
 def test_a_caption_ends_with_the_context(captioner: Captioner, tiny_checkpoint: Drawn) -> None:
     picture = draw_pictures(1, 6)[0]
     prompt = "a photo of " * 17 + "two"  # 5 + 1 + 52 slots: 6 are left, and the last token is not read
-    for options in ({}, {"num_beams": 3}):
+    searches: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+    for options in searches:
         result = captioner.caption(picture, prompt=prompt, max_new_tokens=50, **options)
         assert (len(result.tokens), result.finish_reason) == (7, "length")
         assert result.tokens == tiny_checkpoint.generate(picture, prompt, max_new_tokens=7, **options)
@@ -217,31 +219,31 @@ def test_a_run_may_be_left_early(captioner: Captioner, files: list[Path]) -> Non
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"min_new_tokens": -1}, "--min-new-tokens"),
-        ({"min_new_tokens": "3"}, "--min-new-tokens"),
-        ({"min_new_tokens": None}, "--min-new-tokens"),
-        ({"min_new_tokens": 5, "max_new_tokens": 4}, "--min-new-tokens"),
-        ({"num_beams": 0}, "--num-beams"),
-        ({"num_beams": 2, "temperature": 0.7}, "--num-beams"),
-        ({"length_penalty": float("nan")}, "--length-penalty"),
-        ({"repetition_penalty": 0}, "--repetition-penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
+        ({"min_new_tokens": "3"}, "min_new_tokens"),
+        ({"min_new_tokens": None}, "min_new_tokens"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 2, "temperature": 0.7}, "num_beams"),
+        ({"length_penalty": float("nan")}, "length_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": 1e308}, "from 0.001 to 1000"),
         ({"repetition_penalty": 10**400}, "a number of 1329 bits"),
         ({"temperature": 10**400}, "from 0 to 1000"),
-        ({"temperature": float("inf")}, "--temperature"),
-        ({"top_p": float("nan")}, "--top-p"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
         ({"max_new_tokens": 10**5000}, "--max-new-tokens of at most 2147483647"),
         ({"seed": -(10**5000)}, "a whole number of at least 0"),
         ({"seed": 2**64}, "--seed of at most"),
         ({"top_k": 2**31}, "--top-k of at most"),
         ({"stop": ["a"] * 65}, "at most 64 texts"),
         ({"stop": "x" * 1000}, "..."),
-        ({"temperature": -0.1}, "--temperature"),
-        ({"top_p": 1.5}, "--top-p"),
-        ({"top_k": -1}, "--top-k"),
-        ({"stop": "text"}, "--stop"),
-        ({"stop": ("",)}, "--stop"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"stop": "text"}, "stop"),
+        ({"stop": ("",)}, "stop"),
         ({"beams": 3}, "no option beams"),
     ],
 )
@@ -290,14 +292,14 @@ def test_arguments_that_do_not_fit(captioner: Captioner, tiny_bundle: Path) -> N
     images = draw_pictures(2)
     with pytest.raises(UsageError, match="1 prompts for 2 pictures"):
         captioner.caption_many(images, prompts=["a"])
-    with pytest.raises(UsageError, match="--batch-size"):
+    with pytest.raises(UsageError, match="batch_size"):
         captioner.caption_many(images, batch_size=0)
     with pytest.raises(UsageError, match="beams"):
         captioner.stream(images[0], num_beams=2)
-    with pytest.raises(UsageError, match="--threads"):
+    with pytest.raises(UsageError, match="threads"):
         Captioner.load(tiny_bundle, threads=0)
     with pytest.raises(BackendError, match="backend abacus"):
-        Captioner.load(tiny_bundle, backend="abacus")
+        Captioner.load(tiny_bundle, backend="abacus")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("source", ["nowhere.png", ".", ""])
@@ -321,10 +323,10 @@ def reseal(bundle: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", *(name for name, row in BACKENDS.items() if row.refuses)])
-def test_bf16_is_refused_with_the_reason(backend: str, copy: Path) -> None:
+def test_bf16_is_refused_with_the_reason(backend: BackendName, copy: Path) -> None:
     reseal(copy, precision="bf16")
     reason = "no CPU kernels" if backend in ("auto", "cpu") else "NumPy has no bfloat16"
-    hint = "use --backend openvino, or export with --precision fp32 or fp16"
+    hint = "use backend openvino, or export with precision fp32 or fp16"
     with pytest.raises(
         BackendError, match=rf"bf16, which the backend \S+ does not run: .*{reason}.*; {hint}"
     ):

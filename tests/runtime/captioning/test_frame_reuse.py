@@ -140,7 +140,7 @@ def test_a_broken_frame_changes_nothing(counted: Counted) -> None:
 
 @pytest.mark.parametrize("below", [-0.1, 1.1, math.nan])
 def test_limits(counted: Counted, below: float) -> None:
-    with pytest.raises(UsageError, match="--reuse-below to be a number from 0 to 1"):
+    with pytest.raises(UsageError, match="reuse_below to be a number from 0 to 1"):
         watched(counted, [grey(0)], below)
 
 

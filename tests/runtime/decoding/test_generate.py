@@ -78,7 +78,7 @@ def test_stream_tells_every_token_before_the_next_step(opt_oracle: Any) -> None:
         assert len(state.steps) == len(tokens[event.row]) - 1
         assert event.finish_reason == ("length" if len(tokens[event.row]) == 5 else None)
     assert [tuple(row) for row in tokens] == [row.tokens for row in oracle.run(options)]
-    with pytest.raises(UsageError, match="num-beams"):
+    with pytest.raises(UsageError, match="num_beams"):
         stream(first, state, prompts, GenerationOptions(num_beams=2))
 
 
@@ -241,25 +241,25 @@ def test_log_softmax_is_torchs() -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"max_new_tokens": 2.5}, "--max-new-tokens"),
-        ({"max_new_tokens": True}, "--max-new-tokens"),
-        ({"min_new_tokens": -1}, "--min-new-tokens"),
-        ({"min_new_tokens": 30}, "--min-new-tokens"),
-        ({"num_beams": 0}, "--num-beams"),
-        ({"length_penalty": float("nan")}, "--length-penalty"),
-        ({"length_penalty": 1e4}, "--length-penalty"),
-        ({"repetition_penalty": 0.0}, "--repetition-penalty"),
-        ({"repetition_penalty": float("inf")}, "--repetition-penalty"),
-        ({"temperature": -0.1}, "--temperature"),
-        ({"temperature": "warm"}, "--temperature"),
-        ({"top_p": 1.1}, "--top-p"),
-        ({"top_k": -1}, "--top-k"),
-        ({"seed": -1}, "--seed"),
-        ({"eos_token_ids": (-1,)}, "--eos-token-ids"),
-        ({"stop": ("",)}, "--stop"),
-        ({"stop": "."}, "--stop"),
-        ({"num_beams": 2, "top_p": 0.9}, "--num-beams"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
+        ({"min_new_tokens": 30}, "min_new_tokens"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"length_penalty": float("nan")}, "length_penalty"),
+        ({"length_penalty": 1e4}, "length_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"eos_token_ids": (-1,)}, "eos_token_ids"),
+        ({"stop": ("",)}, "stop"),
+        ({"stop": "."}, "stop"),
+        ({"num_beams": 2, "top_p": 0.9}, "num_beams"),
     ],
 )
 def test_options_outside_their_range(values: dict[str, Any], named: str) -> None:

@@ -295,8 +295,8 @@ def test_what_a_draft_holds_behind_a_text(written: str, drafted: str, rest: str 
 
 
 def test_drafts_are_named_and_beams_read_nothing_ahead() -> None:
-    with pytest.raises(UsageError, match="--draft to be one of auto, none, lookup, itg, got 'guess'"):
-        GenerationOptions(draft="guess")
-    with pytest.raises(UsageError, match="--num-beams 1 with --draft lookup, got 3"):
+    with pytest.raises(UsageError, match="draft to be one of auto, none, lookup, itg, got 'guess'"):
+        GenerationOptions(draft="guess")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="num_beams 1 with draft lookup, got 3"):
         GenerationOptions(draft="lookup", num_beams=3)
     GenerationOptions(draft="none", num_beams=3)

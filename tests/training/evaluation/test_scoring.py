@@ -250,6 +250,6 @@ def test_scoring_a_bundle_needs_no_torch() -> None:
         "for name in ('torch', 'transformers', 'onnx', 'onnxruntime', 'tensorrt'): sys.modules[name] = None\n"
         "import blip2edge.training.evaluation.scoring, blip2edge.training.data.detect\n"
         "import blip2edge.training.capfilt.pipeline\n"
-        "import blip2edge.cli.evaluate, blip2edge.cli.capfilt\n"
+        "import blip2edge.cli.eval, blip2edge.cli.capfilt\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,26 +1,9 @@
-"""What the flags of all commands are made of: types, errors that read alike, commands that load when they run."""
+"""Types of flags: each turns the text of a flag into a value, or refuses it."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
-from typing import TYPE_CHECKING, NoReturn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Commands = argparse._SubParsersAction["Parser"]
-
-BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "rtx", "ort-tensorrt")
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors read like all others: one line `error: …`, status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the command line with exit status 2."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def positive_int(text: str) -> int:
@@ -84,23 +67,3 @@ def _whole(text: str, least: int) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"a whole number of at least {least} is expected, not {text!r}")
     return value
-
-
-def _command(module: str, function: str) -> Callable[[argparse.Namespace], int]:
-    """The function of a command, imported only when the command runs."""
-
-    def run(options: argparse.Namespace) -> int:
-        status: int = getattr(importlib.import_module(f"blip2edge.cli.{module}"), function)(options)
-        return status
-
-    return run
-
-
-def add_command(commands: Commands, name: str, says: str, module: str, function: str) -> Parser:
-    """A command whose module is imported when it runs."""
-    parser = commands.add_parser(name, help=says, description=says[0].upper() + says[1:], allow_abbrev=False)
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
-    parser.set_defaults(run=_command(module, function))
-    return parser

@@ -1,0 +1,137 @@
+"""``blip2edge eval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip2edge.cli.files import write
+from blip2edge.cli.flag_groups import (
+    DATA,
+    DECODING,
+    add_backend,
+    add_batch_size,
+    add_data_files,
+    add_some_generation,
+    given_generation,
+)
+from blip2edge.cli.flag_types import non_negative_int, positive_int
+from blip2edge.cli.table import table
+from blip2edge.progress import Progress
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval")
+_TEXTS = ("wrong", "broken_named")  # figures that are lists of texts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``eval``."""
+    parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path)
+    parser.add_argument(
+        "--data", metavar="FILE", default="scenes", help=f"scenes, generated pictures (the default); {DATA}"
+    )
+    add_data_files(parser)
+    parser.add_argument(
+        "--split",
+        choices=("heldout", "train"),
+        default="heldout",
+        help="scenes: pairs of objects that training never showed, or those that it showed (heldout)",
+    )
+    parser.add_argument(
+        "--count",
+        metavar="N",
+        type=positive_int,
+        help="pictures at most (1000 scenes; all pictures of a file)",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"only these of {', '.join(METRICS)}"
+    )
+    parser.add_argument(
+        "--prompt", metavar="P", help="text that captions go on from (the model's own prompt)"
+    )
+    parser.add_argument(
+        "--top",
+        metavar="K",
+        type=non_negative_int,
+        default=16,
+        help="retrieval: the matching head ranks the K nearest again; 0: none (16)",
+    )
+    parser.add_argument(
+        "--ask",
+        action="store_true",
+        help="pope: put its questions to the model (default: answer them by the objects that the captions name)",
+    )
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        type=Path,
+        help="write the model's texts, in COCO's format of results",
+    )
+    add_batch_size(parser, 16)
+    add_backend(parser)
+    add_some_generation(parser, *DECODING)
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
+    from blip2edge.training.evaluation.pipeline import evaluate
+
+    with Progress() as progress:
+        figures = evaluate(
+            options.model,
+            data=options.data,
+            images=options.images,
+            annotations=options.annotations,
+            max_broken=options.max_broken,
+            split=options.split,
+            count=options.count,
+            metrics=options.metrics or (),
+            prompt=options.prompt,
+            top=options.top,
+            ask=options.ask,
+            predictions=options.predictions is not None,
+            backend=options.backend,
+            threads=options.threads,
+            batch_size=options.batch_size,
+            progress=progress,
+            **given_generation(options),
+        )
+    if options.predictions is not None:
+        write(options.predictions, json.dumps(figures.pop("predictions")) + "\n", "--predictions")
+    print(json.dumps(figures) if options.json else text_of(figures))
+    return 0
+
+
+def text_of(figures: Mapping[str, Any]) -> str:
+    """The figures as text: a line or a table for each, then the first mistakes and broken samples."""
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, dict) and name not in _TEXTS:
+            lines.append(_table_of(name, value))
+        elif name not in _TEXTS:
+            lines.append(f"{name:<16}{_figure(value)}")
+    for right, said in figures.get("wrong", ()):
+        lines += [f"  wrong: {said.strip()!r}", f"  right: {right!r}"]
+    for name, problem in figures.get("broken_named", {}).items():
+        lines.append(f"  broken: {name}: {problem}")
+    return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _table_of(name: str, rows: Mapping[str, Any]) -> str:
+    """A group of figures: one column, or as many as each row has."""
+    nested = {key: row for key, row in rows.items() if isinstance(row, dict)}
+    if not nested:
+        return table((name, ""), [(key, _figure(value)) for key, value in rows.items()], right=(1,))
+    columns = list(next(iter(nested.values())))
+    cells = [[key, *[_figure(row[column]) for column in columns]] for key, row in nested.items()]
+    title = " ".join([name, *[str(value) for value in rows.values() if not isinstance(value, dict)]])
+    return table((title, *columns), cells, right=tuple(range(1, len(columns) + 1)))

@@ -1,0 +1,138 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from blip2edge.bundle.schema import DRAFTS, BackendName
+from blip2edge.cli.flag_types import (
+    non_negative_int,
+    non_negative_number,
+    number,
+    positive_int,
+    positive_number,
+    share,
+)
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace, _ActionsContainer
+    from collections.abc import Callable, Iterable
+
+MAX_BROKEN = 100
+DATA = "COCO's JSON of captions or VQA questions, a folder of pictures with .txt beside them, tar shards, or a recipe"
+
+# Field of GenerationOptions -> the flag's placeholder, type and help.
+GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
+    "max_new_tokens": ("N", positive_int, "stop after N tokens"),
+    "min_new_tokens": ("N", non_negative_int, "generate at least N tokens"),
+    "num_beams": ("K", positive_int, "beam search with K beams"),
+    "length_penalty": ("X", number, "beam scores are divided by length to the power of X"),
+    "repetition_penalty": ("X", positive_number, "above 1: fewer repetitions"),
+    "temperature": ("T", non_negative_number, "sample tokens at temperature T; 0: greedy"),
+    "top_p": ("P", share, "sample from the most likely tokens whose probabilities sum up to P"),
+    "top_k": ("K", non_negative_int, "sample from the K most likely tokens; 0: from all"),
+    "seed": ("S", non_negative_int, "seed of the random numbers"),
+}
+# Groups of generation flags: title, description, and which. Published evaluations use those of the first.
+DECODING = (
+    "generation",
+    "defaults are the bundle's own; checkpoints decode greedily",
+    ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty"),
+)
+SAMPLING = (
+    "sampling",
+    "BLIP samples its synthetic captions; without these flags they are greedy",
+    ("temperature", "top_p", "seed"),
+)
+
+
+def add_bundle(parser: ArgumentParser) -> None:
+    """The bundle as a flag, and where it runs."""
+    parser.add_argument(
+        "-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help="the directory that `export` wrote"
+    )
+    add_backend(parser)
+
+
+def add_backend(parser: ArgumentParser) -> None:
+    """The backend and its threads."""
+    parser.add_argument(
+        "--backend", choices=get_args(BackendName), default="auto", help="backend that runs the graphs (auto)"
+    )
+    add_threads(parser)
+
+
+def add_threads(parser: ArgumentParser) -> None:
+    """CPU threads."""
+    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (all cores)")
+
+
+def add_batch_size(parser: ArgumentParser, default: int) -> None:
+    """Pictures in one batch."""
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive_int,
+        default=default,
+        help=f"pictures in one batch ({default})",
+    )
+
+
+def add_stream_or_json(parser: ArgumentParser) -> None:
+    """How captions are printed."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--stream", action="store_true", help="print the words while they are generated")
+    how.add_argument("--json", action="store_true", help="one JSON object on a line for each picture")
+
+
+def add_generation(parser: ArgumentParser) -> None:
+    """All flags of GenerationOptions, and the draft model."""
+    group = add_some_generation(parser, "generation", "defaults are the bundle's own", GENERATION)
+    add_draft(group, "draft model of speculative decoding; the text stays the same (auto)")
+
+
+def add_draft(group: _ActionsContainer, text: str) -> None:
+    """The draft model."""
+    group.add_argument("--draft", choices=DRAFTS, default="auto", help=text)
+
+
+def add_some_generation(
+    parser: ArgumentParser, title: str, description: str, names: Iterable[str]
+) -> _ActionsContainer:
+    """A group of the flags of :data:`GENERATION` that `names` lists."""
+    group = parser.add_argument_group(title, description)
+    for name in names:
+        metavar, kind, text = GENERATION[name]
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=text)
+    return group
+
+
+def given_generation(options: Namespace) -> dict[str, Any]:
+    """The generation flags that were given, by their field of GenerationOptions."""
+    given = {name: getattr(options, name, None) for name in GENERATION}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_data_files(parser: ArgumentParser) -> None:
+    """Where the parts of COCO's files are, and how much may be broken."""
+    parser.add_argument("--images", metavar="DIR", help="pictures of a JSON file (default: beside it)")
+    parser.add_argument(
+        "--annotations", metavar="FILE", help="answers to VQA's questions (default: beside the questions)"
+    )
+    parser.add_argument(
+        "--max-broken",
+        metavar="N",
+        type=non_negative_int,
+        default=MAX_BROKEN,
+        help=f"how many samples may be missing or broken; they are counted and named ({MAX_BROKEN})",
+    )
+
+
+def add_no_optimize(parser: ArgumentParser) -> None:
+    """Without the optimized copy that `export` and `calibrate` make at their end."""
+    parser.add_argument(
+        "--no-optimize",
+        action="store_true",
+        help="make no faster copy for the CPU (see `blip2edge optimize`)",
+    )

@@ -1,0 +1,75 @@
+"""``blip2edge watch``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from blip2edge.cli.flag_groups import add_bundle, add_generation, given_generation
+from blip2edge.cli.flag_types import share_or_zero
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``watch``."""
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a camera's number or /dev/video…, a video file, an address such as rtsp://…, or a folder",
+    )
+    parser.add_argument("--prompt", metavar="P", help="text that each caption goes on from")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="caption every frame in order, drop none; of a folder, only present files",
+    )
+    parser.add_argument(
+        "--reuse-below",
+        metavar="X",
+        type=share_or_zero,
+        default=0.0,
+        help="skip the encoder for a frame that differs from the last encoded frame by less than X (0 to 1, mean "
+        "difference of pixels): the caption is generated again from that frame's encoding (0: encode every frame)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on a line for each frame")
+    add_bundle(parser)
+    add_generation(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Caption the newest frame again and again, until the source ends or Ctrl-C."""
+    from blip2edge.runtime.captioning.captioner import Captioner
+    from blip2edge.runtime.serving.watch import open_source
+    from blip2edge.runtime.serving.watch import watch as live
+
+    frames = open_source(options.source, follow=not options.once)
+    captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
+    flags = given_generation(options)
+    dropped = 0
+    for caption in live(
+        captioner,
+        frames,
+        prompt=options.prompt,
+        every=options.once,
+        reuse_below=options.reuse_below,
+        **flags,
+    ):
+        dropped += caption.dropped
+        if caption.result is None:
+            print(f"{caption.frame}: {caption.error}", file=sys.stderr, flush=True)
+        elif options.json:
+            extra = {
+                "frame": caption.frame,
+                "dropped": caption.dropped,
+                "age_ms": round(caption.age_ms, 1),
+                "reused": caption.reused,
+            }
+            print(json.dumps({**caption.result.to_json(), **extra}), flush=True)
+        else:
+            print(f"{caption.frame}: {caption.result.text}", flush=True)
+    if dropped:
+        print(f"{dropped} frames came faster than captions and were dropped", file=sys.stderr)
+    return 0

@@ -1,0 +1,116 @@
+"""``blip2edge eval``: scores a checkpoint or a bundle on generated scenes or on data from files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blip2edge.bundle.schema import BackendName
+from blip2edge.errors import UsageError, option
+from blip2edge.progress import ProgressCallback
+from blip2edge.training.data.detect import detect_data
+from blip2edge.training.data.entries import BrokenSamples, Entry, by_picture
+from blip2edge.training.data.registry import read_entries
+from blip2edge.training.data.scenes import Split
+from blip2edge.training.evaluation.models import ModelOptions
+from blip2edge.training.evaluation.open_model import open_model
+from blip2edge.training.evaluation.scoring import TOP, Figures, ScoringOptions, score_entries, score_scenes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from blip2edge.runtime.decoding.options import CaptionOptions
+
+SCENES = "scenes"
+SCENES_COUNT = 1000  # pictures, by default
+MAX_BROKEN = 100
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    data: str | Path = SCENES,
+    images: str | Path | None = None,
+    annotations: str | Path | None = None,
+    max_broken: int = MAX_BROKEN,
+    split: Split = "heldout",
+    count: int | None = None,
+    metrics: Sequence[str] = (),
+    prompt: str | None = None,
+    top: int = TOP,
+    ask: bool = False,
+    predictions: bool = False,
+    backend: BackendName = "auto",
+    threads: int | None = None,
+    batch_size: int = 16,
+    progress: ProgressCallback | None = None,
+    **generation: Unpack[CaptionOptions],
+) -> Figures:
+    """Scores a checkpoint or a bundle.
+
+    Args:
+        model: The directory of a checkpoint or of a bundle.
+        data: ``scenes``, generated pictures; or COCO's JSON of captions or of VQA questions, a folder of pictures with
+            texts, tar shards, or a recipe with a section ``[data]``.
+        images: The directory of a JSON file's pictures; None: beside the file.
+        annotations: The answers to VQA's questions; None: beside the questions.
+        max_broken: How many samples may be missing or broken.
+        split: Of the scenes: ``heldout``, pairs of objects that training never showed, or ``train``.
+        count: Pictures at most; None for 1000 scenes, or for all that a file has.
+        metrics: Names of metrics; empty: all that the model and the data allow.
+        prompt: How captions begin; None for the model's own prompt.
+        top: Retrieval: how many of the nearest texts and pictures the matching head ranks again; 0: none.
+        ask: POPE: put its questions to the model; otherwise they are answered by what the captions name.
+        predictions: Whether the figures hold ``predictions``, the model's texts in COCO's format of results.
+        backend: Of a bundle: ``auto``, or a backend by name.
+        threads: CPU threads; None for all cores.
+        batch_size: Pictures in one batch.
+        progress: Called with ``scoring``, pictures done and pictures in all.
+        **generation: Fields of ``GenerationOptions``; a checkpoint takes ``max_new_tokens`` alone.
+
+    Returns:
+        Figures by name, as ``blip2edge eval --json`` prints them.
+
+    Raises:
+        UsageError: An option outside its range, or one that the model or the data do not allow.
+        BundleError: ``model`` is neither a checkpoint nor a bundle.
+        DataError: The data cannot be read, or too much of it is broken.
+        CheckpointError: The checkpoint cannot be read.
+        BackendError: The backend is not installed, or does not run here.
+    """
+    entries: tuple[list[Entry], BrokenSamples] | None = None
+    if data == SCENES:
+        if count is not None and count < 2:
+            raise UsageError(f"expected {option('count')} to be at least 2 pictures, got {count}")
+    else:
+        entries = _read(str(data), images, annotations, max_broken, count)
+    opened = open_model(Path(model), ModelOptions(backend, threads, batch_size, dict(generation)))
+    if predictions and (entries is None or opened.captioner is None):
+        raise UsageError(
+            f"{option('predictions')} needs a model that writes texts, and data from a file", "leave it out"
+        )
+    report = progress or (lambda stage, done, total: None)
+    wanted = ScoringOptions(
+        tuple(metrics), prompt, top, ask, lambda done, total: report("scoring", done, total)
+    )
+    if entries is None:
+        return score_scenes(opened, count or SCENES_COUNT, split, wanted)
+    figures = score_entries(opened, *entries, wanted)
+    return figures if predictions else {key: value for key, value in figures.items() if key != "predictions"}
+
+
+def _read(
+    data: str, images: str | Path | None, annotations: str | Path | None, max_broken: int, count: int | None
+) -> tuple[list[Entry], BrokenSamples]:
+    """The samples of the first `count` pictures, and those that are broken."""
+    config, base = detect_data(data, _text(images), _text(annotations), max_broken)
+    found, broken = read_entries(config, base=base)
+    entries = list(found)
+    if count is not None:
+        entries = [entry for shown in by_picture(entries)[:count] for entry in shown.entries]
+    return entries, broken
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
