@@ -1,24 +1,21 @@
-"""What calibrating costs and gives: ``python benchmarks/calibration.py memory``, and ``race``.
+"""Cost and result of a calibration: ``python benchmarks/calibration.py memory``, and ``race``.
 
-For the memory, the checkpoint that ships is calibrated on 50 and on 500 scenes, each time in a process of its own whose
-anonymous memory is sampled. For the race, a ViT-B/16 with random weights runs at 224 pixels in turn (A B C A B C ...)
-in one process on one thread, by process CPU time: fp32, the INT8 file that TensorRT takes, and that file as
-``optimize`` rewrites it for the CPU.
+``memory`` calibrates the example checkpoint on 50 and on 500 scenes, each time in its own process, whose anonymous
+memory is sampled. ``race`` compares three graphs of a ViT-B/16 with random weights at 224 pixels: fp32, the INT8 file
+that TensorRT takes, and that file as ``optimize`` rewrites it for the CPU. They run in turn (A B C A B C ...) in one
+process on one thread, by process CPU time.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +23,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from export_memory import INTERVAL, tree_bytes
-from peers import SHAPE
-from race import cpu_model
-from random_checkpoint import write_checkpoint
+from random_checkpoint import SHAPE, write_checkpoint
+from reporting import CHECKPOINT, RESULTS, command, cpu_model, parser_of, system, write_json
 
 from blip2edge.bundle.schema import VISION
+from blip2edge.calibration.agreement import cosine_similarity
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.optimization.probe import cosine
-from blip2edge.optimization.recipes import Context, Recipe, cook
+from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.training.data.scenes import scenes
 
-RESULTS = Path(__file__).parent / "results"
-CHECKPOINT = Path(__file__).parent.parent / "examples" / "checkpoint"
 SMALL_REST: dict[str, Any] = {
     "qformer_config": {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4},
     "text_config": {
@@ -100,7 +94,7 @@ def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
     found = {"fp32": parent / f"{VISION}.onnx", "int8 as TensorRT takes it": bundle / f"{VISION}.onnx"}
     for index, (name, passes) in enumerate(COPIES.items()):
         model = ir.load(bundle / f"{VISION}.onnx")
-        if cook(model, Recipe(passes), Context(None, 0)) is None:
+        if apply_recipe(model, Recipe(passes), PassContext(None, 0)) is None:
             raise SystemExit(f"{name}: nothing to rewrite")
         path = folder / f"copy{index}.onnx"
         ir.save(model, path, external_data=f"{path.name}.data")
@@ -124,7 +118,7 @@ def race(graphs: dict[str, Path], pixels: np.ndarray[Any, Any], rounds: int) -> 
             "times_fp32": round(
                 statistics.median(base / own for base, own in zip(spent["fp32"], times, strict=True)), 2
             ),
-            "cosine": round(cosine(outputs["fp32"], outputs[name]), 5),
+            "cosine": round(cosine_similarity(outputs["fp32"], outputs[name]), 5),
         }
         for name, times in spent.items()
     }
@@ -163,7 +157,7 @@ def measure_race(folder: Path, given: tuple[Path, Path] | None, rounds: int) -> 
 
 def main() -> None:
     """Prints the figures and writes them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("part", choices=("memory", "race"))
     parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="pictures (50 500)")
     parser.add_argument("--rounds", type=int, default=15, help="of the race (15)")
@@ -179,13 +173,12 @@ def main() -> None:
             else measure_race(Path(folder), given, options.rounds)
         )
     document = {
-        "command": "python benchmarks/calibration.py " + options.part,
-        "machine": {"cpu": cpu_model(), "system": platform.platform(), "python": platform.python_version()}
-        | {name: version(name) for name in ("onnxruntime", "onnx", "numpy")},
+        "command": command(options.part),
+        "machine": {"cpu": cpu_model(), **system("onnxruntime", "onnx", "numpy")},
         **figures,
     }
     print(json.dumps(document, indent=2))
-    (RESULTS / f"calibration-{options.part}.json").write_text(json.dumps(document, indent=2) + "\n")
+    write_json(RESULTS / f"calibration-{options.part}.json", document)
 
 
 if __name__ == "__main__":

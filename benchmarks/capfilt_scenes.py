@@ -1,12 +1,12 @@
-"""CapFilt on scenes with planted wrong captions: a captioner trained before, and after.
+"""CapFilt on scenes with planted wrong captions: scores of a captioner trained without it and with it.
 
     python benchmarks/capfilt_scenes.py --work DIR --write benchmarks/results/capfilt-scenes.json
 
-Web pictures are scenes of which a share has a wrong caption: half of those another scene's, half the right one with
-one thing of it replaced. A small clean set plays the part that COCO has in BLIP: a captioner trained on it (stage 2)
-writes the synthetic captions. The matching head that filters is trained on right captions of other scenes (stage 1).
-Then captioners are trained on the web as it is and on what CapFilt made of it, with the same frozen parts, recipe and
-number of steps. Scores are those of `eval` on held-out scenes. Everything goes through the commands that users call.
+The web pictures are scenes, a share of which have a wrong caption: half of these are another scene's caption, half the
+right one with one object changed. A captioner trained on a small clean set (stage 2; COCO in BLIP) writes the synthetic
+captions. The matching head that filters is trained on right captions of other scenes (stage 1). Then one captioner is
+trained on the web captions and one on CapFilt's output, with the same frozen parts, recipe and number of steps. The
+scores are those of `eval` on held-out scenes. Every step uses the public commands.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import CHECKPOINT, parser_of, write_json
 
 from blip2edge import __version__
 from blip2edge.cli import main as command_line
@@ -34,8 +35,6 @@ TRAINED_ON = {
     "filtered": "after: what CapFilt made of it",
 }
 SIZES = ("web", "clean", "share", "steps", "captioner_steps", "scenes")
-ROOT = Path(__file__).parents[1]
-CHECKPOINT = ROOT / "examples" / "checkpoint"  # gives the frozen picture encoder and language model
 WEB_SERIES, CLEAN_SERIES = 31, 32  # of scenes; neither trained that checkpoint
 RECIPE = """
 seed = {seed}
@@ -191,9 +190,7 @@ def filtering(kept: Path, web: list[str], right: list[str]) -> dict[str, Any]:
 
 def parsed() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="directory for data and checkpoints")
     parser.add_argument("--write", type=Path, help="write the figures as JSON")
     parser.add_argument("--web", type=int, default=1000, help="web pictures (1000)")
@@ -244,10 +241,8 @@ def main() -> None:
         "blip2edge": __version__,
         "seed": options.seed,
     }
-    text = json.dumps(result, indent=2)
-    if options.write is not None:
-        options.write.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write_json(options.write, result)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

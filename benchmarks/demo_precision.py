@@ -1,20 +1,17 @@
-"""What INT8 and INT4 cost the demo's captions: ``python benchmarks/demo_precision.py``.
+"""The error of INT8 and INT4 on the demo's captions: ``python benchmarks/demo_precision.py``.
 
-Exports the checkpoint that ships, calibrates it on scenes of the training split, and captions 1,000 scenes of object
-pairs that neither training nor calibration ever showed, with the portable graphs.
+Exports the example checkpoint, calibrates it on scenes of the training split, and captions 1,000 scenes with pairs of
+objects that neither training nor calibration used. It runs the portable graphs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from reporting import CHECKPOINT, RESULTS, command, parser_of, system, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.calibration.pipeline import calibrate
@@ -23,8 +20,6 @@ from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.data.scenes import scenes
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "demo-precision.json"
 CALIBRATION_SEED = 4242
 
 
@@ -41,7 +36,7 @@ def score(bundle: Path, count: int) -> dict[str, Any]:
 
 def measure(folder: Path, pictures: int, count: int) -> dict[str, dict[str, Any]]:
     """A row a precision."""
-    parent = export_checkpoint(ROOT / "examples" / "checkpoint", folder / "fp32").bundle
+    parent = export_checkpoint(CHECKPOINT, folder / "fp32").bundle
     images = folder / "images"
     images.mkdir()
     for index, scene in enumerate(scenes(pictures, split="train", seed=CALIBRATION_SEED)):
@@ -61,7 +56,7 @@ def measure(folder: Path, pictures: int, count: int) -> dict[str, dict[str, Any]
 
 def main() -> None:
     """Prints a line a precision and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--pictures", type=int, default=200, help="to calibrate on (200)")
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
     options = parser.parse_args()
@@ -71,14 +66,13 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:6} exact match {row['exact_match']:7.2%}  {row['bytes'] / 1e6:6.1f} MB")
     document = {
-        "command": "python benchmarks/demo_precision.py " + " ".join(sys.argv[1:]),
-        "machine": {"system": platform.platform(), "python": platform.python_version()}
-        | {name: version(name) for name in ("onnx", "onnxruntime", "numpy", "torch")},
+        "command": command(),
+        "machine": system("onnx", "onnxruntime", "numpy", "torch"),
         "pictures": options.pictures,
         "heldout_scenes": options.count,
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+    write_json(RESULTS / "demo-precision.json", document)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""How much memory an export takes at true size: ``python benchmarks/export_memory.py blip2-opt-2.7b``.
+"""Memory of an export at full size: ``python benchmarks/export_memory.py blip2-opt-2.7b``.
 
-Writes a checkpoint of the named size with random fp16 weights (shard by shard, itself in little memory), exports
-it in a process of its own, and samples RssAnon + RssShmem over that process and its children. ``--depth 0.5`` halves
-every stack, to show that the need does not grow with the model.
+Writes a checkpoint of the named size with random fp16 weights (one shard at a time, in little memory), exports it in
+its own process, and samples RssAnon + RssShmem of that process and its children. ``--depth 0.5`` halves every stack of
+layers, to show that the memory does not grow with the model.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from random_checkpoint import CONFIGS, published, scaled, write_checkpoint
+from reporting import command, parser_of, python, write_json
 
 SIZES = ("blip2-opt-2.7b", "blip2-flan-t5-xl", "instructblip-vicuna-7b")
 """Configurations of ``benchmarks/configs`` that the bound is stated for; any other there can be named too."""
@@ -68,7 +66,7 @@ def measure(checkpoint: Path, bundle: Path, precision: str) -> dict[str, float]:
 
 def main() -> None:
     """Writes, exports, and prints one line a depth."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     known = sorted(path.stem for path in CONFIGS.glob("*.json"))
     parser.add_argument(
         "size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of benchmarks/configs"
@@ -95,20 +93,18 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        packages = ("torch", "onnx", "onnxruntime", "onnxscript")
-        machine = {
-            "system": platform.platform(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-        }
         document = {
-            "command": "python benchmarks/export_memory.py " + " ".join(sys.argv[1:]),
-            "machine": machine | {name: version(name) for name in packages},
+            "command": command(),
+            "machine": {
+                "system": platform.platform(),
+                "cores": os.cpu_count(),
+                **python("torch", "onnx", "onnxruntime", "onnxscript"),
+            },
             "size": options.size,
             "precision": options.precision,
             "results": results,
         }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(options.json, document)
 
 
 if __name__ == "__main__":

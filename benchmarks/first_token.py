@@ -1,9 +1,9 @@
-"""From the start of a process to the first token of a text prompt: one contestant, which then prints the CPU seconds.
+"""Time from the start of a process to the first token of a text prompt, for one contestant; prints the CPU seconds.
 
     python benchmarks/first_token.py ours BUNDLE
     python benchmarks/first_token.py llama FILE.gguf
 
-``benchmarks/startup.py`` starts both in turn. The contestant's own packages are all that it imports.
+``benchmarks/startup.py`` starts both in turn. The process imports only the packages of its contestant.
 """
 
 from __future__ import annotations

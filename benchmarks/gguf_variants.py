@@ -1,19 +1,19 @@
-"""GGUF files of one model in other formats, with llama.cpp's own rounding (its ``gguf`` package).
+"""Writes a GGUF file in other formats, with llama.cpp's own rounding (its ``gguf`` package).
 
     python benchmarks/gguf_variants.py SOURCE.gguf --out DIR
 
-Writes ``Q8_0.gguf`` (every matrix) and ``Q4_0.gguf`` (every matrix but the token table, which is also the head and
-stays at Q8_0, as llama.cpp's own quantiser leaves it where its rows are no multiple of 256). Needs
+Writes ``Q8_0.gguf`` (every matrix) and ``Q4_0.gguf`` (every matrix but the token table, which is also the head). The
+table stays at Q8_0, as in llama.cpp's own quantizer where the row size is no multiple of 256. Needs
 ``pip install gguf``.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants
+from reporting import parser_of
 
 TABLE = "token_embd.weight"
 FORMATS = {
@@ -52,9 +52,7 @@ def write(source: GGUFReader, out: Path, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -1,21 +1,20 @@
-"""Parity and speed on an NVIDIA GPU, in one command. It was never run on a GPU yet: its figures are nobody's so far.
+"""Parity and speed on an NVIDIA GPU. This script has not been run on a GPU yet, so there are no results.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json             # random weights, ViT-B + OPT-125m, fp16
     python benchmarks/gpu.py --checkpoint DIR --backends cuda tensorrt      # your own
 
-1. The checkpoint is exported in fp16, and engines are built where TensorRT is there.
-2. Every backend captions the same picture; its tokens are compared with the CPU backend's of the fp32 bundle, token by
-   token up to the first difference.
-3. transformers in fp16, eager and compiled, and every backend caption in turn (A B C A B C …). Milliseconds come from
-   CUDA events around the whole caption; medians and ratios round by round.
-4. Beside tokens/s stands the share of the GPU's bandwidth: bytes of the decoder's weights and of the cache read a
-   token, over what a copy on this GPU reaches.
+1. Exports the checkpoint in fp16, and builds engines where TensorRT is installed.
+2. Captions the same picture with every backend, and compares the tokens with those of the CPU backend on the fp32
+   bundle, up to the first difference.
+3. Captions in turn (A B C A B C …) with transformers in fp16, eager and compiled, and with every backend. Milliseconds
+   come from CUDA events around the whole caption; results are medians, and ratios within each round.
+4. Computes the share of the GPU's bandwidth: bytes of the decoder's weights and cache that each token reads, over the
+   bandwidth of a copy on this GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -28,8 +27,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from export_memory import write_checkpoint
-from peers import SHAPE
+from random_checkpoint import SHAPE, write_checkpoint
+from reporting import parser_of, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
@@ -186,9 +185,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Parses the command line and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint; left out: random weights")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--tokens", type=int, default=30)
@@ -207,9 +204,7 @@ def main() -> int:
         )
     for name, reason in result["not_run"].items():
         print(f"{name:24} not run: {reason}")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.json, result)
     return 0
 
 

@@ -1,13 +1,12 @@
 """Writes ``docs/models.md``: ``python benchmarks/models_table.py --write docs/models.md`` (or ``make docs``).
 
-The rows come from the registries (families, bridges, language models), the figures from the configurations of
-published checkpoints in ``benchmarks/configs`` built without weights, the precisions from
+The rows come from the registries (families, bridges, language models). The sizes come from configurations of published
+checkpoints in ``benchmarks/configs``, built without weights. The precisions come from
 ``benchmarks/results/parity.json`` (``python benchmarks/parity.py``), the notes from ``benchmarks/models_notes.md``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from random_checkpoint import CONFIGS, opened, published
+from reporting import parser_of
 
 from blip2edge.export.graphs import graphs_of
 from blip2edge.export.precision import PRECISIONS
@@ -174,7 +174,7 @@ def document() -> str:
 
 def main() -> None:
     """Writes the page, prints it, or compares it with the one that is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--write", type=Path, metavar="FILE", help="write the page there")
     how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless that is the page")

@@ -1,23 +1,19 @@
-"""INT8 done naively against ours, where it matters: ``python benchmarks/naive_int8.py``.
+"""INT8 by ONNX Runtime's tool compared with each method of ``calibrate``: ``python benchmarks/naive_int8.py``.
 
-The checkpoint that ships gets outlier channels and massive-activation tokens (``planted.py``), is exported, and its
-vision encoder is quantised by ONNX Runtime's own tool with MinMax a tensor, and by each method of ``calibrate``. The
-table shows the cosine of the encoder's output to fp32 and the captions on scenes that no calibration saw.
+Outlier channels and massive-activation tokens are planted into the example checkpoint (``planted.py``). It is exported,
+and its vision encoder is quantized by ONNX Runtime's ``quantize_static`` with MinMax per tensor, and by each method of
+``calibrate``. The table shows the cosine of the encoder's output to fp32, and the captions of scenes that were not used
+for calibration.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +21,20 @@ import numpy as np
 import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from planted import plant
+from reporting import CHECKPOINT, RESULTS, command, parser_of, system, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import VISION
+from blip2edge.calibration.agreement import cosine_similarity
 from blip2edge.calibration.pipeline import METHODS, calibrate
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.optimization.probe import cosine
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.scenes import Scene, scenes
 from blip2edge.training.metrics.exact import exact_match
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "naive-int8.json"
 CALIBRATION_SEED, EVALUATION_SEED, PLANT_SEED = 4242, 1000, 99
 NAIVE = "onnxruntime MinMax per tensor"
 
@@ -88,7 +83,7 @@ def figures(parent: Path, bundle: Path, wanted: Sequence[str], heldout: Sequence
     for scene in heldout[:64]:
         pixels = prepare.batch([scene.picture])
         first, second = (session.run({"pixel_values": pixels})["image_embeds"] for session in sessions)
-        cosines.append(cosine(first, second))
+        cosines.append(cosine_similarity(first, second))
     said = captions(bundle, heldout)
     same = np.mean([one == two for one, two in zip(wanted, said, strict=True)])
     return {
@@ -109,7 +104,7 @@ def captions(bundle: Path, pictures: Sequence[Scene]) -> list[str]:
 def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, Any]]:
     """A row a way, the parent's first."""
     plant(
-        ROOT / "examples" / "checkpoint",
+        CHECKPOINT,
         folder / "checkpoint",
         [scene.picture for scene in scenes(64, split="train", seed=PLANT_SEED)],
     )
@@ -127,14 +122,16 @@ def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, An
     for method in METHODS:
         bundle = folder / method
         report = calibrate(parent, bundle, images=images, method=method, weights=None, threads=1)
-        left = {name: reason for name, reason in report.graphs[VISION].left.items() if "rounding" in reason}
-        rows[method] = figures(parent, bundle, wanted, unseen) | {"left_in_float": left}
+        kept = {
+            name: reason for name, reason in report.graphs[VISION].kept_float.items() if "rounding" in reason
+        }
+        rows[method] = figures(parent, bundle, wanted, unseen) | {"left_in_float": kept}
     return rows
 
 
 def main() -> None:
     """Prints the table and writes it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--pictures", type=int, default=200, help="to calibrate on (200)")
     parser.add_argument("--heldout", type=int, default=500, help="to caption (500)")
     options = parser.parse_args()
@@ -149,16 +146,15 @@ def main() -> None:
             f"{row['exact_match']:7.1%}"
         )
     document = {
-        "command": "python benchmarks/naive_int8.py " + " ".join(sys.argv[1:]),
-        "machine": {"system": platform.platform(), "python": platform.python_version()}
-        | {name: version(name) for name in ("onnx", "onnxruntime", "numpy", "torch")},
+        "command": command(),
+        "machine": system("onnx", "onnxruntime", "numpy", "torch"),
         "model": "examples/checkpoint with planted outlier channels and massive tokens (benchmarks/planted.py)",
         "pictures": options.pictures,
         "heldout": options.heldout,
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+    write_json(RESULTS / "naive-int8.json", document)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,26 @@
-"""Which precisions hold parity, family by family: ``python benchmarks/parity.py``.
+"""Checks which precisions keep parity, for each model family: ``python benchmarks/parity.py``.
 
-Shrinks every configuration of ``benchmarks/configs``, gives it random weights (matrices of gain 2, so that signals
-keep their size), exports it in every precision with whole verification, and writes the largest relative difference
-of each graph to ``benchmarks/results/parity.json``. ``docs/models.md`` is made of it by ``models_table.py``.
+Shrinks every configuration of ``benchmarks/configs``, gives it random weights (matrices of gain 2, so that signals keep
+their magnitude), exports it in every precision with full verification, and writes the largest relative difference of
+each graph to ``benchmarks/results/parity.json``, from which ``models_table.py`` makes ``docs/models.md``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from random_checkpoint import CONFIGS, published, shrunk, write_checkpoint
+from reporting import RESULTS, parser_of, versions, write_json
 
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.export.precision import PRECISIONS
 
-RESULTS = Path(__file__).parent / "results" / "parity.json"
 GAIN = 2.0
 
 
@@ -46,18 +44,17 @@ def write(path: Path, results: dict[str, Any]) -> None:
     """The results so far, and what they were made with."""
     document = {
         "command": "python benchmarks/parity.py",
-        "versions": {key: version(key) for key in ("torch", "onnx", "onnxruntime", "onnxscript")},
+        "versions": versions("torch", "onnx", "onnxruntime", "onnxscript"),
         "results": dict(sorted(results.items())),
     }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    write_json(path, document)
 
 
 def main() -> None:
     """Measures and writes after every export, so that a broken run is not lost."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", action="append", help="a configuration by name; may be repeated (all)")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=RESULTS / "parity.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.only or sorted(path.stem for path in CONFIGS.glob("*.json"))

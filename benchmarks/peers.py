@@ -1,34 +1,29 @@
-"""The same weights, picture and lengths through transformers, plain ONNX Runtime and blip2edge, in one run.
+"""Captions with transformers, plain ONNX Runtime and blip2edge: the same weights, picture and lengths, in one run.
 
     python benchmarks/peers.py --keep DIR --compile --json benchmarks/results/peers-cpu.json
     python benchmarks/peers.py --keep DIR --bundle INT8=DIR8 --bundle INT8+INT4=DIR4 --json …
     python benchmarks/peers.py --keep DIR --batch 8 --json …
 
-One process, one thread, the contestants in turn (A B C A B C …), process CPU time, medians of the rounds and ratios
-round by round: a shared machine drifts, and what stands beside each other drifts together. The captioner has random
-weights in the shape of ViT-B/16 at 224 pixels, a 12-layer Q-Former of 32 queries and OPT-125m. Further bundles are
-made of ``DIR/bundle`` by ``blip2edge calibrate`` and ``blip2edge optimize``.
+All contestants run in one process on one thread, in turn (A B C A B C …), by process CPU time. Results are medians,
+and ratios within each round, because the speed of a shared machine drifts. The captioner has random weights in the
+shape of ViT-B/16 at 224 pixels, a 12-layer Q-Former of 32 queries and OPT-125m. The other bundles are made from
+``DIR/bundle`` by ``blip2edge calibrate`` and ``blip2edge optimize``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from race import machine
-from random_checkpoint import write_checkpoint
+from random_checkpoint import SHAPE, write_checkpoint
+from reporting import command, machine, named_path, parser_of, python, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
@@ -36,23 +31,6 @@ from blip2edge.bundle.token_table import TokenTable
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
-
-SHAPE: dict[str, Any] = {
-    "model_type": "blip-2",
-    "num_query_tokens": 32,
-    "image_token_index": 50271,
-    "vision_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-    },
-    "qformer_config": {},
-    "text_config": {"model_type": "opt"},
-}
-"""ViT-B/16, the Q-Former of BLIP-2 and OPT-125m (transformers' defaults)."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +157,7 @@ def race(contestants: list[Contestant], rounds: int) -> tuple[dict[str, list[flo
 
 def main() -> None:
     """Makes the checkpoint, exports it, and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -190,7 +166,7 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, required=True, help="checkpoint and bundle, made where absent (3 GB)"
     )
-    parser.add_argument("--bundle", type=_named, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--bundle", type=named_path, action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (1)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -218,11 +194,6 @@ def main() -> None:
     report(seconds, same, {name: rows[1:] for name, rows in stages.items()}, options)
 
 
-def _named(text: str) -> tuple[str, Path]:
-    name, _, path = text.partition("=")
-    return name, Path(path)
-
-
 def report(
     seconds: dict[str, list[float]],
     same: dict[str, float],
@@ -240,8 +211,6 @@ def report(
         name: {stage: round(statistics.median(run[stage] for run in runs), 1) for stage in runs[0]}
         for name, runs in stages.items()
     }
-    packages = ("torch", "transformers", "onnxruntime", "numpy")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     where = machine()
     print(
         f"{where['cpu']}, one thread, {options.tokens} tokens, batch {options.batch}, {options.rounds} rounds\n"
@@ -251,9 +220,9 @@ def report(
         print(f"| {row['name']} | {row['cpu_seconds']:.3f} | {row['speedup']:.2f} | {row['same_ids']:.0%} |")
     if options.json:
         document = {
-            "command": "python benchmarks/peers.py " + " ".join(sys.argv[1:]),
+            "command": command(),
             "machine": where,
-            "versions": versions,
+            "versions": python("torch", "transformers", "onnxruntime", "numpy"),
             "shape": SHAPE,
             "tokens": options.tokens,
             "batch": options.batch,
@@ -261,7 +230,7 @@ def report(
             "results": rows,
             "stages_ms": medians,
         }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(options.json, document)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,25 @@
-"""A language model's decoder against transformers, optimum-onnx and llama.cpp, on the same weights.
+"""The decoder of a language model in blip2edge, transformers, optimum-onnx and llama.cpp, with the same weights.
 
     python benchmarks/peers_language.py --bundle fp32=BUNDLE --bundle int8=BUNDLE8 --eager SMOLLM2
         --gguf Q8_0=FILE --llama-python VENV/bin/python --json FILE
 
-Bundles are of ``benchmarks/smollm2_captioner.py``, calibrated with ``--weights int8`` or ``int4``; the GGUF files that
-``benchmarks/gguf_variants.py`` makes hold the same weights, from the file that ``benchmarks/smollm2.py`` fetches.
-Prefill is ``--prompt`` tokens, decoding ``--tokens`` behind them.
+The bundles come from ``benchmarks/smollm2_captioner.py``, calibrated with ``--weights int8`` or ``int4``. The GGUF
+files of ``benchmarks/gguf_variants.py`` have the same weights, from the file that ``benchmarks/smollm2.py`` fetches.
+Measures the prefill of ``--prompt`` tokens, and the decoding of ``--tokens`` more.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from race import Contestant, race, table, versions, write
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    return name, path
+from race import Contestant, race, table, versions
+from reporting import named_path, parser_of, write_result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bundle", type=_named, action="append", default=[], metavar="NAME=DIR")
-    parser.add_argument("--gguf", type=_named, action="append", default=[], metavar="NAME=FILE")
+    parser = parser_of(__doc__)
+    parser.add_argument("--bundle", type=named_path, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--gguf", type=named_path, action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--eager", metavar="DIR", help="a language model's directory, for transformers")
     parser.add_argument("--llama-python", help="an interpreter whose environment has xllamacpp")
     parser.add_argument("--optimum", metavar="DIR", help="the same model exported by optimum-onnx")
@@ -40,7 +33,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     contestants = [
-        Contestant(f"llama.cpp {name}", "llama", path, options.llama_python) for name, path in options.gguf
+        Contestant(f"llama.cpp {name}", "llama", str(path), options.llama_python)
+        for name, path in options.gguf
     ]
     if options.eager:
         contestants.append(Contestant("transformers eager fp32", "eager", options.eager))
@@ -50,7 +44,7 @@ def main() -> None:
         )
     for name, path in options.bundle:
         contestants.append(Contestant(f"ONNX Runtime, portable graph, {name}", "ours", f"{path}:portable"))
-        contestants.append(Contestant(f"blip2edge {name}", "ours", path))
+        contestants.append(Contestant(f"blip2edge {name}", "ours", str(path)))
     works = {"prefill": ["prefill", options.prompt], "decode": ["decode", options.prompt, options.tokens]}
     seconds = race(contestants, works, options.rounds)
     rows = table(seconds, options.base or contestants[0].name)
@@ -66,7 +60,7 @@ def main() -> None:
         "xllamacpp",
         "numpy",
     )
-    write(
+    write_result(
         options.json, versions=versions(contestants, packages), prompt=options.prompt, tokens=options.tokens,
         rounds=seconds, results=rows,
     )  # fmt: skip

@@ -1,22 +1,20 @@
-"""A vision encoder in fp32 and INT8: ONNX Runtime as it comes, OpenVINO, and as blip2edge runs it.
+"""A vision encoder in fp32 and INT8, in ONNX Runtime with default options, OpenVINO and blip2edge.
 
     python benchmarks/peers_vision.py FP32 INT8 --openvino-python VENV/bin/python --json FILE
 
-Both are bundles, INT8 made by ``blip2edge calibrate``: the same symmetric Q/DQ file that TensorRT takes.
+Both arguments are bundles. ``blip2edge calibrate`` made the INT8 one: the symmetric Q/DQ file that TensorRT takes.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from race import Contestant, race, table, versions, write
+from race import Contestant, race, table, versions
+from reporting import parser_of, write_result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("fp32", type=Path)
     parser.add_argument("int8", type=Path)
     parser.add_argument("--openvino-python", help="an interpreter whose environment has openvino")
@@ -42,7 +40,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['name']:40s} {row['run']['cpu_ms']:8.1f} ms  {row['run']['times']:.2f}")
     packages = ("onnxruntime", "openvino", "numpy")
-    write(options.json, versions=versions(contestants, packages), rounds=seconds, results=rows)
+    write_result(options.json, versions=versions(contestants, packages), rounds=seconds, results=rows)
 
 
 if __name__ == "__main__":

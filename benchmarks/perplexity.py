@@ -1,4 +1,4 @@
-"""What INT8 and INT4 weights cost a real language model: perplexity against fp32 and against plain rounding.
+"""Perplexity of a real language model with INT8 and INT4 weights, against fp32 and against rounding to nearest.
 
     python benchmarks/smollm2.py --out SMOLLM2
     python benchmarks/smollm2_captioner.py SMOLLM2 --out CHECKPOINT
@@ -6,32 +6,28 @@
     python benchmarks/texts.py --out TEXTS
     python benchmarks/perplexity.py BUNDLE --texts TEXTS --json benchmarks/results/perplexity.json
 
-The decoder of a bundle and its token table go through the code of `blip2edge calibrate --weights`, with windows of
-``calibration.txt`` in the place of captions. Perplexity is that of windows of ``evaluation.txt``, whose documents are
-others; the first token of a window is not scored. ONNX Runtime runs the graphs as it loads them: it fuses the blocks
-to MatMulNBits, which rounds activations to eight bits a block too. "plain" rounds every matrix to the nearest, with
-scales that put the largest value on the largest integer: the same blocks, the same file size.
+The decoder of a bundle and its token table are quantized by the code of `blip2edge calibrate --weights`, with windows
+of ``calibration.txt`` instead of captions. Perplexity is measured on windows of ``evaluation.txt``, which has other
+documents; the first token of a window is not scored. ONNX Runtime fuses the blocks into MatMulNBits, which also rounds
+activations to eight bits per block. "plain" rounds every matrix to nearest, with scales that map the largest value to
+the largest integer, in the same blocks and the same file size.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from race import cpu_model
+from reporting import machine, parser_of, versions, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
@@ -96,12 +92,12 @@ def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, "float32")
     for given in inputs(bundle, table, rows):
         feeds.add(DECODER, given)
-    job = CalibrationContext(bundle, folder, feeds, "smooth", 1, lambda *_: None, print, "")
-    made = quantize_weights(job, bundle.graph(DECODER), bits)
+    context = CalibrationContext(bundle, folder, feeds, "smooth", 1, lambda *_: None, print, "")
+    graph = quantize_weights(context, bundle.graph(DECODER), bits)
     shutil.rmtree(folder / "feeds")
     if not (folder / EMBEDDINGS_FILE).exists():
         shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
-    errors = [(matrix.error, matrix.plain_error) for matrix in made.summary.matrices.values()]
+    errors = [(matrix.error, matrix.plain_error) for matrix in graph.summary.matrices.values()]
     ours, plain = (float(np.mean([pair[at] for pair in errors if pair[at] is not None])) for at in (0, 1))
     return {"matrices": len(errors), "mean_error": ours, "mean_error_plain": plain}
 
@@ -152,7 +148,7 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path, help="in fp32")
     parser.add_argument("--texts", type=Path, required=True, help="what benchmarks/texts.py wrote")
     parser.add_argument("--tokens", type=int, default=20480, help="of the evaluation, at least")
@@ -175,12 +171,10 @@ def main() -> None:
         document |= {
             "command": "python benchmarks/perplexity.py BUNDLE --texts TEXTS",
             "machine": {
-                "cpu": cpu_model(),
-                "system": platform.platform(),
+                **machine(),
                 "threads": 1,
-                "cores": os.cpu_count(),
             },
-            "versions": {name: version(name) for name in ("onnxruntime", "onnx", "onnx_ir", "numpy")},
+            "versions": versions("onnxruntime", "onnx", "onnx_ir", "numpy"),
             "texts_sha256": {
                 part: hashlib.sha256(path.read_bytes()).hexdigest() for part, path in texts.items()
             },
@@ -188,8 +182,7 @@ def main() -> None:
             "calibration_tokens": calibration.size,
             "summary": summary(document["results"]),
         }
-        if options.json:
-            options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, document)
     print(document["summary"])
 
 

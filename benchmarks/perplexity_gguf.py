@@ -1,29 +1,22 @@
-"""The perplexity of llama.cpp's formats, on the windows of ``benchmarks/perplexity.py``.
+"""Perplexity of llama.cpp's formats, on the windows of ``benchmarks/perplexity.py``.
 
     python benchmarks/gguf_variants.py SOURCE.gguf --out GGUF
     python benchmarks/perplexity_gguf.py BUNDLE --texts TEXTS --gguf Q8_0=GGUF/Q8_0.gguf --gguf Q4_0=GGUF/Q4_0.gguf
 
-transformers reads each file (``pip install gguf``) and computes in float32 with the weights as they were rounded: the
-best that the format can do, as llama.cpp rounds activations too. The bundle lends its tokenizer.
+transformers reads each file (``pip install gguf``) and computes in float32 with the rounded weights. This is the best
+result of a format, because llama.cpp also rounds activations. The tokenizer is the bundle's.
 """
 
 from __future__ import annotations
 
-import argparse
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from perplexity import WINDOW, windows
-from race import write
+from reporting import named_path, parser_of, versions, write_result
 from transformers import AutoModelForCausalLM
 
 from blip2edge.bundle.bundle import Bundle
-
-
-def _named(text: str) -> tuple[str, Path]:
-    name, _, path = text.partition("=")
-    return name, Path(path)
 
 
 @torch.no_grad()
@@ -37,12 +30,10 @@ def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--gguf", type=_named, action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--gguf", type=named_path, action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--tokens", type=int, default=20480, help="at least")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -63,8 +54,7 @@ def main() -> None:
             "bytes": path.stat().st_size,
         }
         print(name, results[name])
-    versions = {name: version(name) for name in ("transformers", "torch", "gguf")}
-    write(options.json, versions=versions, results=results)
+    write_result(options.json, versions=versions("transformers", "torch", "gguf"), results=results)
 
 
 if __name__ == "__main__":

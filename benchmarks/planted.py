@@ -1,12 +1,12 @@
-"""A checkpoint whose vision encoder has what EVA and CLIP have: outlier channels and massive-activation tokens.
+"""Plants outlier channels and massive-activation tokens, as EVA and CLIP have them, into a checkpoint's vision encoder.
 
-The checkpoint that ships is small and tame. Here its captions stay what they are, while
+The example checkpoint is small and has no outliers. This module adds them such that its captions do not change:
 
-- some channels behind each norm become 20 to 80 times as large, the weights that read them as much smaller: the
-  function is the same;
-- two hidden units of the first MLP fire on one token each, the class token and the first patch, with values hundreds
-  of times those of other units, and leave them in one channel of that token's residual stream, as Sun et al. (arXiv
-  2402.17762) and Darcet et al. (arXiv 2309.16588) found them in trained encoders.
+- Some channels after each norm become 20 to 80 times larger, and the weights that read them smaller by the same
+  factor, so that the function is the same.
+- Two hidden units of the first MLP are active on one token each, the class token and the first patch, with values
+  hundreds of times those of other units. They write to one channel of that token's residual stream, as Sun et al.
+  (arXiv 2402.17762) and Darcet et al. (arXiv 2309.16588) found in trained encoders.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Races of contestants in processes of their own: in turn, one thread each, by process CPU time, ratios by round.
+"""Measures contestants in turn, each in its own process on one thread, by process CPU time.
 
-What stands beside each other in a round met the same machine, so that the median of the rounds' ratios says more than
-the ratio of two medians.
+Ratios are taken within each round: contestants of a round run under the same load of the machine. The median of these
+ratios is more reliable than the ratio of two medians.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -104,20 +103,6 @@ def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[st
     return rows
 
 
-def cpu_model() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def machine() -> dict[str, Any]:
-    """Where a race was run."""
-    return {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
-
-
 def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """The versions of some packages in each environment that takes part."""
     code = (
@@ -132,12 +117,3 @@ def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[s
         ).stdout
         found[f"environment {number + 1}"] = json.loads(out)
     return found
-
-
-def write(path: Path | None, **document: Any) -> None:
-    """The JSON of a race, with the command that made it."""
-    if path is not None:
-        command = "python " + " ".join(
-            [Path(sys.argv[0]).name and f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-        )
-        path.write_text(json.dumps({"command": command, "machine": machine(), **document}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, of any family: at true size in little memory, or shrunk to a few layers.
+"""Writes checkpoints with random weights, of any family: at full size in little memory, or shrunk to a few layers.
 
 A configuration is the ``config.json`` of a published checkpoint, as in ``benchmarks/configs``.
 """
@@ -17,6 +17,24 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from blip2edge.model.families.registry import read_config, weight_map
 from blip2edge.model.models import Config, build_model
+
+VIT_B = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+SHAPE: dict[str, Any] = {
+    "model_type": "blip-2",
+    "num_query_tokens": 32,
+    "image_token_index": 50271,
+    "vision_config": VIT_B,
+    "qformer_config": {},
+    "text_config": {"model_type": "opt"},
+}
+"""ViT-B/16, the Q-Former of BLIP-2 and OPT-125m (transformers' defaults)."""
 
 CONFIGS = Path(__file__).parent / "configs"
 SHARD = 1 << 30  # bytes

@@ -1,4 +1,4 @@
-"""The tables of a recipe's keys in docs/training.md, from the dataclasses that read it.
+"""Writes the tables of recipe keys in docs/training.md, from the dataclasses that read a recipe.
 
 python benchmarks/recipe_keys.py --write docs/training.md
 python benchmarks/recipe_keys.py --check docs/training.md

@@ -1,13 +1,12 @@
-"""What ``watch --reuse-below`` saves and what it costs: ``python benchmarks/reuse.py --json FILE``.
+"""Time saved and captions changed by ``watch --reuse-below``: ``python benchmarks/reuse.py --json FILE``.
 
-A film of generated scenes before a camera with noise: each scene stands still, then one of its objects takes another
-colour, then the picture fades into the next scene. The checkpoint that ships captions every frame, with each limit; the
-words are compared with those of encoding every frame.
+The video is made of generated scenes with camera noise: each scene stands still, then one of its objects changes its
+colour, then the picture fades into the next scene. The example checkpoint captions every frame with each limit. The
+captions are compared with those of a run that encodes every frame.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -18,14 +17,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from race import cpu_model
+from reporting import CHECKPOINT, cpu_model, parser_of, write_json
 
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.watch import Frame, WatchResult, watch
 from blip2edge.training.data.scenes import Scene, scenes
 
-ROOT = Path(__file__).parent.parent
 LIMITS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)
 STILL = 8  # frames of each of a scene's three parts
 NOISE = 3.0  # standard deviation of the camera's, in 255ths
@@ -96,16 +94,14 @@ def measure(captioner: Captioner, frames: list[NDArray[np.uint8]], rounds: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--scenes", type=int, default=40, metavar="N")
     parser.add_argument("--rounds", type=int, default=2, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     frames = film(options.scenes)
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export_checkpoint(ROOT / "examples" / "checkpoint", Path(folder) / "bundle").bundle
+        bundle = export_checkpoint(CHECKPOINT, Path(folder) / "bundle").bundle
         rows = measure(Captioner.load(bundle, backend="cpu", threads=1), frames, options.rounds)
     document = {
         "machine": {"cpu": cpu_model()},
@@ -114,10 +110,8 @@ def main() -> None:
         "noise": NOISE,
         "results": [{name: round(value, 4) for name, value in row.items()} for row in rows],
     }
-    text = json.dumps(document, indent=2) + "\n"
-    print(text, end="")
-    if options.json:
-        options.json.write_text(text, encoding="utf-8")
+    print(json.dumps(document, indent=2))
+    write_json(options.json, document)
 
 
 if __name__ == "__main__":

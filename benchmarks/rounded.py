@@ -1,38 +1,35 @@
-"""A bundle whose decoder has its weights rounded to the nearest in blocks, without pictures: to measure speed alone.
+"""Writes a bundle with the decoder's weights rounded to nearest in blocks, without pictures, to measure speed alone.
 
     python benchmarks/rounded.py BUNDLE --out BUNDLE4 --weights int4
 
-Bytes and kernels are those of ``blip2edge calibrate --weights``; quality is not, which random weights have none of.
-The other graphs are taken as they are.
+Size and kernels are those of ``blip2edge calibrate --weights``. The quality is not, which does not matter for random
+weights. The other graphs are copied.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
+from reporting import parser_of
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
+from blip2edge.calibration.weights.quantize import BITS, PRECISIONS
 from blip2edge.calibration.weights.weight_only import WeightOnlyOptions, choose_formats, quantize_matrices
 from blip2edge.optimization.pipeline import optimize
 
-PRECISIONS = {"int8": "int8-weights", "int4": "int4"}
 FLOATS = ("fp32", "fp16")
-BITS = {"int8": 8, "int4": 4}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", choices=BITS, required=True)
@@ -51,7 +48,7 @@ def main() -> None:
         quantize_matrices(model, targets.products, file, WeightOnlyOptions(formats, plain=True))
     ir.save(model, options.out / f"{DECODER}.onnx")
     graphs = dict(source.manifest.graphs)
-    graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[options.weights], parity=())
+    graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[BITS[options.weights]], parity=())
     files = {
         name: FileRecord.of(options.out / name) if name in replaced else record
         for name, record in source.manifest.files.items()

@@ -1,26 +1,25 @@
-"""What the scheduler brings: vision beside words, and pictures that come as they like.
+"""The gain of the scheduler: vision overlapped with decoding, and continuous batching of random arrivals.
 
     python benchmarks/scheduling.py --json benchmarks/results/scheduling.json --trace docs/overlap.svg
 
-1. *Overlap*: a row of pictures one by one on all cores, and the same through the scheduler with one decoding row: once
-   with half of the cores for each, so that the next picture is encoded beside the words of this one, and once with all
-   cores for both, which then work in turn. Wall time one after the other (A B C A B C), same results.
-2. *Arrivals*: pictures come at random (a Poisson process) and want captions of mixed lengths. For one by one and for
-   continuous batching, the highest rate of arrivals at which 99 % of the captions are there within a bound. Both get
-   the same arrivals.
+1. *Overlap*: captions several pictures one by one on all cores, and through the scheduler with one decoding row. The
+   scheduler runs with half of the cores for each thread, so that the next picture is encoded while this one is
+   decoded, and with all cores for both threads, which then work in turn. Wall time, in turn (A B C A B C); the
+   captions are equal.
+2. *Arrivals*: pictures arrive at random (a Poisson process) and need captions of mixed lengths. Finds the highest rate
+   of arrivals at which 99 % of the captions are ready within a time limit, one by one and with continuous batching.
+   Both get the same arrivals.
 
-The captioner has random weights in the shape of `benchmarks/peers.py`. All cores are used: wall time is what counts
-here, so the machine should have nothing else to do; its load is written down.
+The captioner has random weights in the shape of `benchmarks/peers.py`. It uses all cores and measures wall time, so the
+machine should do nothing else; its load is recorded.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import SHAPE
-from race import cpu_model
-from random_checkpoint import write_checkpoint
+from random_checkpoint import SHAPE, write_checkpoint
+from reporting import cpu_model, parser_of, write_json
 
+from blip2edge.charts import element, label, svg_file
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends.probe import cores
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -172,27 +171,31 @@ def drawing(spans: list[Span], pictures: int = 6) -> str:
     scale = 860 / (last - first)
     colours = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
     lanes = {"preprocess": 30, "vision": 30, "bridge": 30, "prefill": 90, "decode": 90}
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="980" height="160" font-family="sans-serif" font-size="12">',
-        '<rect width="980" height="160" fill="white"/>',
-        '<text x="8" y="50">vision</text><text x="8" y="110">words</text>',
-        f'<text x="80" y="150">0 s</text><text x="915" y="150">{last - first:.2f} s</text>',
-    ]
+    shapes = [
+        label("vision", 8, 50), label("words", 8, 110),
+        label("0 s", 80, 150), label(f"{last - first:.2f} s", 915, 150),
+    ]  # fmt: skip
     for span in spans:
-        left, width = 80 + (span.start - first) * scale, max(0.4, (span.end - span.start) * scale)
-        opacity = 0.55 if span.stage == "decode" else 1.0
-        parts.append(
-            f'<rect x="{left:.1f}" y="{lanes[span.stage]}" width="{width:.1f}" height="34" '
-            f'fill="{colours[span.requests[0] % len(colours)]}" fill-opacity="{opacity}">'
-            f"<title>picture {span.requests[0] + 1}: {span.stage}, "
-            f"{(span.end - span.start) * 1e3:.0f} ms</title></rect>"
+        number = span.requests[0]
+        title = f"picture {number + 1}: {span.stage}, {(span.end - span.start) * 1e3:.0f} ms"
+        shapes.append(
+            element(
+                "rect",
+                element("title", title),
+                x=80 + (span.start - first) * scale,
+                y=lanes[span.stage],
+                width=max(0.4, (span.end - span.start) * scale),
+                height=34,
+                fill=colours[number % len(colours)],
+                fill_opacity="0.55" if span.stage == "decode" else "1",
+            )
         )
-    return "\n".join([*parts, "</svg>", ""])
+    return svg_file(980, 160, shapes)
 
 
 def main() -> None:
     """Measures both and writes what was seen."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument(
         "bundle", nargs="?", type=Path, help="a bundle; by default random weights are exported"
     )
@@ -237,10 +240,8 @@ def main() -> None:
         "arrivals": served,
         "throughput_ratio_at_the_bound": round(best[1] / best[0], 3) if best[0] else None,
     }
-    text = json.dumps(record, indent=2) + "\n"
-    if options.json is not None:
-        options.json.write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+    print(json.dumps(record, indent=2))
+    write_json(options.json, record)
 
 
 if __name__ == "__main__":

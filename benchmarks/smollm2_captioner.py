@@ -1,11 +1,11 @@
-"""A BLIP-2-shaped checkpoint around a real language model: SmolLM2-135M behind a small random ViT and Q-Former.
+"""Writes a checkpoint in BLIP-2's shape around a real language model: SmolLM2-135M, a small random ViT and Q-Former.
 
     python benchmarks/smollm2.py --out SMOLLM2
     python benchmarks/smollm2_captioner.py SMOLLM2 --out CHECKPOINT
     blip2edge export CHECKPOINT -o BUNDLE
 
-What the pictures give is noise; the decoder, its head and the token table are real. Weight-only quantisation and
-the speed of decoding are measured on it, as both depend on the language model alone.
+The visual tokens are noise; the decoder, its head and the token table are real. Weight-only quantization and the speed
+of decoding are measured on it, because both depend only on the language model.
 """
 
 from __future__ import annotations

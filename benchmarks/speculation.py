@@ -1,25 +1,23 @@
-"""What reading ahead saves: the same bundle with and without its draft, on held-out pictures, in one run.
+"""The gain of speculative decoding: the same bundle with and without its draft model, on held-out pictures, in one run.
 
     python benchmarks/speculation.py smollm2=BUNDLE miniature=BUNDLE --json benchmarks/results/speculation.json
 
-The contestants caption the same picture one after the other, in turning order, on one thread. Seconds are process CPU
-time of the whole caption, from the picture to its text, the draft's cost within it. The texts must be equal token for
-token, or nothing is written. "always" is the bridge's text head used at every step, whether it pays or not.
+The contestants caption the same picture one after the other, in rotating order, on one thread. Seconds are process CPU
+time of the whole caption, from the picture to its text, including the draft model. If the texts are not equal token for
+token, nothing is written. "always" uses the bridge's text head at every step, whether it saves time or not.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from race import cpu_model
+from reporting import command, cpu_model, named_path, parser_of, versions, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE
@@ -133,10 +131,8 @@ def sizes(path: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Measures the bundles named on the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundles", nargs="+", metavar="NAME=BUNDLE")
+    parser = parser_of(__doc__)
+    parser.add_argument("bundles", nargs="+", type=named_path, metavar="NAME=BUNDLE")
     parser.add_argument("--drafts", nargs="+", default=["none", "auto", "always", "lookup"])
     parser.add_argument("--pictures", type=int, default=60)
     parser.add_argument("--warm-up", type=int, default=4)
@@ -144,20 +140,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bundles = {}
-    for given in options.bundles:
-        name, _, path = given.partition("=")
-        bundles[name] = race(Path(path), options.drafts, options.pictures, options.warm_up, options.tokens)
+    for name, path in options.bundles:
+        bundles[name] = race(path, options.drafts, options.pictures, options.warm_up, options.tokens)
     document = {
-        "command": "python benchmarks/speculation.py " + " ".join(f"{name}=BUNDLE" for name in bundles),
+        "command": command(*(f"{name}=BUNDLE" for name in bundles)),
         "method": "process CPU time, one thread, contestants in turn picture by picture, held-out scenes",
         "machine": cpu_model(),
-        "versions": {name: version(name) for name in ("onnxruntime", "numpy", "tokenizers")},
+        "versions": versions("onnxruntime", "numpy", "tokenizers"),
         "bundles": bundles,
     }
-    text = json.dumps(document, indent=2) + "\n"
-    if options.json:
-        options.json.write_text(text, encoding="utf-8")
-    print(text, end="")
+    print(json.dumps(document, indent=2))
+    write_json(options.json, document)
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Stage 1 before stage 2, against stage 2 alone, at equal numbers of steps on the scenes.
+"""Stage 1 followed by stage 2, compared with stage 2 alone, at equal numbers of steps on the scenes.
 
     python benchmarks/stages.py --work DIR [--start examples/checkpoint] [--steps 150 300 900] [--seeds 0 1]
 
-Both begin with a fresh Q-Former between the picture encoder and the language model of `--start`. One spends a third of
-its steps on stage 1, the other all of them on stage 2. Held-out scenes tell how often each is right to the last
-letter. Writes benchmarks/results/stages.json, where runs of other lengths and seeds stay, and the curve beside
+Both begin with a new Q-Former between the vision encoder and the language model of `--start`. One spends a third of its
+steps on stage 1, the other all steps on stage 2. The score is the share of held-out scenes captioned right to the last
+letter. Writes benchmarks/results/stages.json, keeping results of other lengths and seeds, and the curve beside
 docs/training.md.
 """
 
@@ -22,11 +22,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from reporting import CHECKPOINT, RESULTS, ROOT, write_json
 
 from blip2edge.training.run import train
 
-ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "stages.json"
+RESULT = RESULTS / "stages.json"
 PICTURE = ROOT / "docs" / "stages.png"
 SHARE = 3  # one step in three is of stage 1
 BLOCK = "hidden_size = 128\nintermediate_size = 512\nnum_layers = 4\nnum_heads = 4\n"
@@ -89,7 +89,7 @@ def draw(runs: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--work", type=Path, required=True, help="where the runs are written")
-    parser.add_argument("--start", type=Path, default=ROOT / "examples" / "checkpoint")
+    parser.add_argument("--start", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, nargs="+", default=[150, 300, 900], help="of either way, in all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes that tell the score")
@@ -111,8 +111,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"processor": platform.processor() or platform.machine(), "threads": 1},
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULT, result)
     draw(runs)
 
 

@@ -1,16 +1,15 @@
-"""Starting and staying: seconds to load a bundle and to its first word, and memory over many captions.
+"""Start-up time and memory: seconds to load a bundle and to the first word, and memory over many captions.
 
     python benchmarks/startup.py BUNDLE PICTURE --captions 10000 --json FILE
     python benchmarks/startup.py … --language SMOLLM2_8 --gguf Q8_0.gguf --llama-python VENV/bin/python
 
-Wall and CPU seconds, the least of some starts: a busy machine stretches the first and hardly the second. With
-``--language``, a text prompt's first token from a bundle's language model and from llama.cpp, in turn (A B A B), in
-processes of their own.
+Wall and CPU seconds are the least of several starts; a busy machine increases wall time and hardly CPU time. With
+``--language``, also measures a text prompt's first token with a bundle's language model and with llama.cpp, in turn
+(A B A B), each in its own process.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import resource
@@ -21,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from race import ONE_THREAD, write
+from race import ONE_THREAD
+from reporting import parser_of, write_result
 
 from blip2edge.runtime.bench.measure import Bench
 from blip2edge.runtime.bench.meters import resident_bytes
@@ -86,9 +86,7 @@ def text_starts(language: str, gguf: str, llama_python: str, starts: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--captions", type=int, default=10000)
@@ -123,7 +121,7 @@ def main() -> None:
     } | ({"text": text} if text else {})
     for name, value in results.items():
         print(name, value)
-    write(options.json, captions=options.captions, results=results)
+    write_result(options.json, captions=options.captions, results=results)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""How fast one core multiplies rows by weights that no cache holds: product or convolution, pages small or huge.
+"""How fast one core multiplies rows by weights larger than its caches: product or convolution, small or huge pages.
 
     python benchmarks/streaming.py --json benchmarks/results/streaming.json
 
 A graph multiplies the same rows by 30 matrices, 283 MB in all, one after the other, as a decoder does. Each combination
-is loaded in turn, in every round anew; the least process CPU time of its runs counts, and the median of the rounds.
+is loaded in turn, again in every round. The result is the least process CPU time of its runs, median over rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
-from race import write
+from reporting import parser_of, versions, write_result
 
 from blip2edge.runtime.backends.onnxruntime_cpu import on_huge_pages
 
@@ -69,9 +67,7 @@ def least_seconds(model: bytes, huge: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -91,8 +87,7 @@ def main() -> None:
                        "gigaflops": round(2 * rows * weights / took / 1e9, 1)}  # fmt: skip
                 results.append(row)
                 print(row)
-    versions = {name: version(name) for name in ("onnxruntime", "onnx", "numpy")}
-    write(options.json, versions=versions, results=results)
+    write_result(options.json, versions=versions("onnxruntime", "onnx", "numpy"), results=results)
 
 
 if __name__ == "__main__":

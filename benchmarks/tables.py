@@ -2,14 +2,13 @@
 
     python benchmarks/tables.py README.md docs/speed.md [--check]
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a key of :data:`TABLES`. What a page says
-so comes from a file that a run wrote. A table whose file is absent is left as it is; ``--check`` writes nothing and
-fails where a page would change.
+A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a key of :data:`TABLES`. So its numbers
+come from a file that a benchmark wrote. A table whose file is missing is not changed. ``--check`` writes nothing, and
+fails if a page would change.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -18,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from reporting import RESULTS, parser_of
+
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -234,9 +234,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("pages", type=Path, nargs="+")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()

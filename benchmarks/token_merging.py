@@ -1,17 +1,16 @@
-"""What merging patches saves and costs.
+"""Time saved and captions changed by token merging.
 
     python benchmarks/token_merging.py --json benchmarks/results/token-merging.json
 
-The checkpoint that ships, exported with ``--merge-tokens R``: captions of 1,000 scenes of object pairs that no training
-phase showed, and the CPU time of its vision encoder. A ViT-B/16 at 224 pixels with random weights: its CPU time alone.
-Each bundle has its optimised copy; contestants run in turn, one thread each, by process CPU time.
+The example checkpoint is exported with ``--merge-tokens R``: captions of 1,000 scenes with pairs of objects that no
+training phase used, and the CPU time of its vision encoder. For a ViT-B/16 at 224 pixels with random weights, only the
+CPU time. Each bundle has its optimized copy. The contestants run in turn, on one thread each, by process CPU time.
 
-``--keep DIR`` keeps the bundles and scores and takes those that are there; ``--prepare`` ends before anything is timed.
+``--keep DIR`` keeps the bundles and scores, and uses those that exist; ``--prepare`` ends before the measurements.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,8 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from race import Contestant, race, table, versions, write
-from random_checkpoint import published, shrunk, write_checkpoint
+from race import Contestant, race, table, versions
+from random_checkpoint import VIT_B, published, shrunk, write_checkpoint
+from reporting import CHECKPOINT, parser_of, write_result
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.export.pipeline import export_checkpoint
@@ -28,15 +28,6 @@ from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 
-ROOT = Path(__file__).parent.parent
-VIT_B = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-}
 MINIATURE, LARGE = "miniature", "vit-b"
 COUNTS = {MINIATURE: (0, 1, 2, 4, 8, 12, 16, 21), LARGE: (0, 4, 8, 12, 16)}
 ROUNDS = {MINIATURE: 150, LARGE: 15}
@@ -45,7 +36,7 @@ ROUNDS = {MINIATURE: 150, LARGE: 15}
 def checkpoint_of(model: str, folder: Path) -> Path:
     """What is exported."""
     if model == MINIATURE:
-        return ROOT / "examples" / "checkpoint"
+        return CHECKPOINT
     path = folder / "checkpoint"
     if not path.exists():
         config = shrunk(published("blip2-opt-2.7b"))
@@ -107,9 +98,7 @@ def timed(model: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--prepare", action="store_true")
@@ -128,7 +117,9 @@ def main() -> None:
         for row in results[MINIATURE]:
             row |= scores[str(row["merge_tokens"])]
         known = versions([Contestant("", "", "")], ("torch", "onnx", "onnxruntime", "numpy"))
-        write(options.json, heldout_scenes=options.count, rounds=ROUNDS, versions=known, results=results)
+        write_result(
+            options.json, heldout_scenes=options.count, rounds=ROUNDS, versions=known, results=results
+        )
     for model, rows in results.items():
         for row in rows:
             print(f"{model:10} R = {row['merge_tokens']:2}  {row['run']['cpu_ms']:8.2f} ms  {row}")

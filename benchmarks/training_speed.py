@@ -1,27 +1,23 @@
-"""A step of stage 2 by this project's loop, and the same maths written with transformers' modules, in one run.
+"""A step of stage 2 in this project's loop, and the same computation with transformers' modules, in one run.
 
     python benchmarks/training_speed.py --json benchmarks/results/training-speed.json
 
-One process, one thread, the contestants in turn (A B C A B C …), process CPU time, medians of the rounds and ratios
-round by round. Random weights, no dropout; transformers' step has torch's AdamW as it comes.
-transformers' pictures are opened and prepared beforehand; this project's loop opens, prepares and logs as it does in a
-run. In the last contestant the features of all pictures are in the cache on disk. Two shapes: the miniature's, and
-ViT-B/16 at 224 pixels with the 12-layer Q-Former of 32 queries and OPT-125m.
+All contestants run in one process on one thread, in turn (A B C A B C …), by process CPU time. Results are medians, and
+ratios within each round. Weights are random, without dropout; transformers' step uses torch's AdamW with its defaults.
+transformers' pictures are loaded and preprocessed beforehand; this project's loop loads, preprocesses and logs as in
+training. The last contestant has the features of all pictures in the disk cache. There are two shapes: the miniature's,
+and ViT-B/16 at 224 pixels with the 12-layer Q-Former of 32 queries and OPT-125m.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peers import SHAPE, cpu_model
 from PIL import Image
+from random_checkpoint import SHAPE
+from reporting import CHECKPOINT, command, machine, parser_of, python, write_json
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
@@ -51,7 +48,6 @@ from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.stage2 import GenerativeStage
 from blip2edge.training.setup.model_parts import ModelParts
 
-ROOT = Path(__file__).parents[1]
 WORDS = 16  # tokens of a caption, the end token included
 CONFIG = OptimizerConfig(steps=1000, learning_rate=1e-5, min_learning_rate=0.0, warmup_steps=0)
 BOS = 2
@@ -84,7 +80,7 @@ class Shape:
 
 def shapes() -> dict[str, Shape]:
     """The miniature's sizes stand in its own checkpoint."""
-    miniature = json.loads((ROOT / "examples" / "checkpoint" / "config.json").read_text())
+    miniature = json.loads((CHECKPOINT / "config.json").read_text())
     return {"miniature": Shape(miniature, 16), "ViT-B/16, OPT-125m": Shape(SHAPE, 4)}
 
 
@@ -232,9 +228,7 @@ def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--rounds", type=int, default=5, help="of the large shape; the small one has ten times as many"
     )
@@ -251,20 +245,14 @@ def main() -> None:
         for row in rows:
             print(f"| {row['name']} | {row['cpu_seconds']:.3f} | {row['ratio']:.2f} |")
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "numpy")
         document = {
-            "command": "python benchmarks/training_speed.py " + " ".join(sys.argv[1:]),
-            "machine": {
-                "cpu": cpu_model(),
-                "cores": os.cpu_count(),
-                "system": platform.platform(),
-                "threads": 1,
-            },
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "command": command(),
+            "machine": {**machine(), "threads": 1},
+            "versions": python("torch", "transformers", "accelerate", "numpy"),
             "caption_tokens": WORDS,
             "shapes": results,
         }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(options.json, document)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""One contestant of a race, in a process and an environment of its own: says what each piece of work cost.
+"""Runs one contestant of a race in its own process and environment, and reports the time of each task.
 
     python benchmarks/worker.py KIND PATH
 
-Reads a JSON list a line from stdin (``["run"]``, ``["prefill", 64]``, ``["decode", 64, 32]``) and answers with the
-process CPU seconds that it took, one number a line. Needs numpy and what its kind needs, and nothing of blip2edge but
-for the kind ``ours``.
+Reads one JSON list per line from stdin (``["run"]``, ``["prefill", 64]``, ``["decode", 64, 32]``), and answers each
+with its process CPU seconds, one number per line. Needs numpy and the packages of its kind; only the kind ``ours``
+needs blip2edge.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ limit), ``limit`` (a line), ``axis`` and ``figure`` (texts).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -49,6 +49,23 @@ def html_page(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
     )
+
+
+def html_table(header: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table.
+
+    Args:
+        header: Titles of the columns, as HTML.
+        align: ``l`` or ``r`` (numbers) for each column.
+        rows: Cells, as HTML.
+    """
+    classes = [" class=n" if side == "r" else "" for side in align]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        inner = (f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(classes, cells, strict=True))
+        return f"<tr>{''.join(inner)}</tr>"
+
+    return f"<table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
 
 
 def element(tag: str, content: str = "", **attributes: str | float) -> str:
@@ -255,7 +272,7 @@ th { text-align: left; color: var(--soft); font-weight: 500; border-bottom: 1px 
 td { border-bottom: 1px solid var(--line); padding: 5px 8px 5px 0; vertical-align: middle; }
 tr:last-child td { border-bottom: 0; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.names, td small { color: var(--soft); font-size: 12.5px; overflow-wrap: anywhere; }
+td small { color: var(--soft); font-size: 12.5px; overflow-wrap: anywhere; }
 .captions { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 10px; }
 .captions figure { display: flex; gap: 12px; margin: 0; border: 1px solid var(--line); border-radius: 8px;
   padding: 8px; }

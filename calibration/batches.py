@@ -22,7 +22,7 @@ from blip2edge.calibration.pictures import PictureSet
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.captioning.assemble import bundle_text_parts, image_parts
+from blip2edge.runtime.captioning.assemble import image_parts, text_parts
 from blip2edge.runtime.decoding.language_model import EncoderDecoder, load_language_model
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.runtime.images.video import pictures_of
@@ -144,7 +144,7 @@ class PictureRunner:
         self.instruction: dict[str, Array] = {}
         self.prompt: Prompt | None = None
         if self.spec is not None:
-            text = bundle_text_parts(bundle)
+            text = text_parts(bundle)
             prompt = default_prompt(text.prompts)
             self.prompt = text.prompts(prompt)
             if text.instructions is not None:

@@ -65,13 +65,11 @@ class PictureSet:
 
     Attributes:
         pictures: The pictures, in order.
-        found: Number of pictures in the source.
         sha256: One hash over their bytes, in order.
         skipped: Names of files that could not be read as pictures.
     """
 
     pictures: tuple[CalibrationPicture, ...]
-    found: int
     sha256: str
     skipped: tuple[str, ...] = ()
 
@@ -119,7 +117,7 @@ def choose_pictures(
             f"{root}: none of the {len(wanted)} pictures can be read; the first is {skipped[0]}",
             "give --images a folder with undamaged pictures",
         )
-    return PictureSet(tuple(kept), len(found), digest.hexdigest(), tuple(skipped))
+    return PictureSet(tuple(kept), digest.hexdigest(), tuple(skipped))
 
 
 def _search(root: Path) -> Iterator[CalibrationPicture]:

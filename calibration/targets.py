@@ -58,8 +58,8 @@ def find_targets(model: ir.Model) -> Targets:
     """Finds the products of a graph that can be quantized.
 
     Products of two activations (attention) are kept in floating point: if they are quantized, TensorRT does not use
-    its fused attention kernels, and softmax would need its own range (TensorRT#3724). Convolutions are kept too: a ViT
-    has only the patch embedding, which takes the pixels and has a hundredth of the weights.
+    its fused attention kernels, and softmax would need its own range (TensorRT#3724). Convolutions are kept too: a
+    ViT has only the patch embedding, which reads the pixels and holds a hundredth of the weights.
     """
     products: list[Product] = []
     kept_float: dict[str, str] = {}

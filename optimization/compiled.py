@@ -1,6 +1,6 @@
-"""What OpenVINO has compiled of a graph, as a file: opened without being compiled again.
+"""Compiled models of OpenVINO: a graph is compiled once and written to a file, which opens sooner than the graph.
 
-Such a file holds the weights as well, and belongs to one version of OpenVINO and one processor.
+The file holds the weights too. It fits one version of OpenVINO and one kind of processor.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from pathlib import Path
 from blip2edge.runtime.backends.openvino import OpenVinoSession
 
 ROUNDS = 3
-"""Openings that are timed of each kind, in turn; the least counts."""
+"""How often each form is opened to be timed, in turn; the least time counts."""
 
 
 def compile_to(graph: Path, blob: Path) -> tuple[float, float]:
-    """Writes a graph as OpenVINO has compiled it.
+    """Compiles a graph with OpenVINO and writes the compiled model.
 
     Args:
         graph: The portable ``.onnx`` file.
-        blob: The file to be written.
+        blob: The file to write.
 
     Returns:
-        Milliseconds of CPU time that opening takes, of the graph and of the file.
+        CPU time to open the graph and to open the compiled model, in milliseconds.
 
     Raises:
         BackendError: openvino is not installed.
-        BundleError: OpenVINO cannot load the graph, or not what it has compiled of it; no file is left.
+        BundleError: OpenVINO cannot load the graph or its compiled model; no file is left.
     """
     try:
         return _written(graph, blob)

@@ -1,4 +1,7 @@
-"""Computing a value of a graph from its inputs: small subgraphs are looked at by what they give, not by their nodes."""
+"""Computes values of a graph from its inputs, with ONNX Runtime.
+
+Passes recognise a mask or a table of angles by its values, because exporters compute them by different nodes.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,20 @@ import onnxruntime
 
 from blip2edge.optimization.graph import Array, constant, subgraph
 
-LARGEST = 1 << 16  # elements of an initializer that such a subgraph may hold: a weight is larger
+LARGEST = 1 << 16  # elements of an initializer that is computed with; weights are larger
 IR_VERSION = 10
 
 
 def evaluate(model: ir.Model, targets: Sequence[ir.Value], given: Mapping[str, Array]) -> list[Array] | None:
-    """Values of a graph.
+    """Computes values of a graph.
 
     Args:
-        model: The graph; left as it is.
-        targets: What is wanted.
-        given: Inputs by name; others may not be needed.
+        model: The graph; it is not changed.
+        targets: The values.
+        given: The inputs that they need, by name.
 
     Returns:
-        The arrays; None where they hang on an input that is not given, or on weights.
+        The arrays; None where they depend on an input that is not given, or on weights.
     """
     inputs = {str(value.name): value for value in model.graph.inputs if value.name in given}
     needed: set[ir.Node] = set()

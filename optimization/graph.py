@@ -1,4 +1,4 @@
-"""Reading and rewriting a graph: what the passes of this folder share."""
+"""Reads and rewrites graphs: helpers that the passes share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CONTRIB = "com.microsoft"
 
 
 def prepare(model: ir.Model) -> None:
-    """Makes constants initializers and admits ONNX Runtime's operators."""
+    """Turns constants into initializers and imports the domain of ONNX Runtime's operators."""
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model.graph.opset_imports[CONTRIB] = 1
 
 
 def clean(model: ir.Model) -> None:
-    """Drops nodes and initializers that nothing reads any more."""
+    """Removes nodes and initializers that are not used any more."""
     passes.RemoveUnusedNodesPass()(model)
 
 
@@ -53,18 +53,18 @@ def vector(value: ir.Value | None) -> Array | None:
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that makes a value, where it is of that kind."""
+    """The node that computes a value, if it has this type; else None."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == op_type else None
 
 
 def users(value: ir.Value) -> list[ir.Node]:
-    """The nodes that read a value, each once."""
+    """The nodes that use a value, each once."""
     return list(dict.fromkeys(node for node, _ in value.uses()))
 
 
 def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The one node that reads a value, where it is the only one, of that kind, and the value no output."""
+    """The only user of a value, if it has this type and the value is not an output of the graph; else None."""
     found = users(value)
     return (
         found[0] if len(found) == 1 and found[0].op_type == op_type and not value.is_graph_output() else None
@@ -80,7 +80,7 @@ def operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
 
 
 def with_scalar(node: ir.Node | None) -> tuple[ir.Value, float] | None:
-    """Of a node with two inputs, one of them a single constant: the other input and the constant."""
+    """The other input and the constant of a node that combines a value with a scalar constant; else None."""
     if node is None:
         return None
     first, second = operands(node)
@@ -92,13 +92,22 @@ def with_scalar(node: ir.Node | None) -> tuple[ir.Value, float] | None:
 
 
 def other_operand(node: ir.Node, value: ir.Value) -> ir.Value:
-    """The input of a node with two that is not ``value``."""
+    """The one of a node's two inputs that is not ``value``."""
     first, second = operands(node)
     return second if first is value else first
 
 
+def with_bias(product: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+    """The addition of a constant vector ``[N]`` to a product, and the vector; else the product and None."""
+    out = product.outputs[0]
+    plus = only_user(out, "Add")
+    if plus is None or vector(other_operand(plus, out)) is None:
+        return product, None
+    return plus, other_operand(plus, out)
+
+
 def biased(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """What is before an addition of a vector ``[N]``, and the vector."""
+    """The operands of an addition of a constant vector ``[N]``: the other value, and the vector; else None."""
     node = producer(value, "Add")
     if node is None:
         return None
@@ -123,7 +132,7 @@ def dims(value: ir.Value | None) -> list[int | str]:
 
 
 def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """A new initializer, under a name that is free; the same array again under the same name is the same one."""
+    """An initializer that holds an array: an existing one of this name and content, or a new one under a free name."""
     known = graph.initializers.get(name)
     if known is not None and known.const_value is not None:
         held = known.const_value.numpy()
@@ -146,23 +155,26 @@ def insert(
     domain: str = CONTRIB,
     **attributes: Any,
 ) -> list[ir.Value]:
-    """Puts a new node before another.
+    """Inserts a new node before another.
 
     Args:
-        before: Where it goes.
-        op_type: Its kind.
-        inputs: What it reads.
-        like: An entry an output: the value whose type and shape it takes, None for unknown.
-        domain: Of the operator.
-        **attributes: Of the node.
+        before: The node that will follow.
+        op_type: The new node's operator.
+        inputs: Its inputs; None for an optional one that is left out.
+        like: For each output, the value whose type and shape it gets; None for unknown.
+        domain: The operator's domain.
+        **attributes: The node's attributes.
 
     Returns:
-        Its outputs.
+        The new node's outputs.
     """
     graph = before.graph
     if graph is None:
         raise ValueError(f"{before.op_type} {before.name} belongs to no graph")
-    node = ir.node(op_type, list(inputs), domain=domain, attributes=attributes, num_outputs=len(like))
+    given = list(inputs)
+    while given and given[-1] is None:
+        given.pop()
+    node = ir.node(op_type, given, domain=domain, attributes=attributes, num_outputs=len(like))
     for output, value in zip(node.outputs, like, strict=True):
         if value is not None:
             output.type, output.shape = value.type, value.shape
@@ -171,7 +183,7 @@ def insert(
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Lets every reader of a value read another; a graph output keeps its name."""
+    """Replaces all uses of a value by another one; an output of the graph keeps its name."""
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}_before"
         new.name = name
@@ -179,7 +191,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def subgraph(model: ir.Model, target: ir.Value, inputs: Mapping[str, ir.Value]) -> list[ir.Node] | None:
-    """The nodes that compute a value from some inputs and small constants, in order; None where it needs more."""
+    """The nodes that compute a value from ``inputs`` and initializers, in order; None where it needs other inputs."""
     needed: dict[ir.Node, None] = {}
     waiting = [target]
     while waiting:

@@ -1,11 +1,11 @@
-"""``blip2edge optimize``: a bundle in, a faster copy of its graphs for one backend beside it.
+"""``blip2edge optimize``: makes an optimized copy of a bundle's graphs for one backend, inside the bundle.
 
-1. Try: each graph is rewritten by the recipes of the backend, and ONNX Runtime settles it once and for all.
-2. Check: it answers as the portable graph does, on pictures that go through the whole bundle.
-3. Choose: the fastest is kept, if it is faster than the portable graph; otherwise that is run.
-4. Publish: ``optimized.json`` seals the copy and names its parent.
+1. Try: each graph is rewritten by several recipes, and ONNX Runtime optimizes the result offline.
+2. Check: the rewritten graph gives the outputs of the portable one, on images that pass through the whole bundle.
+3. Choose: the fastest is kept if it is faster than the portable graph; otherwise the portable graph stays in use.
+4. Publish: ``optimized.json`` lists the files with their hashes and names the bundle.
 
-A copy for OpenVINO is what that has compiled of each graph: it runs as the portable one does and opens sooner.
+For OpenVINO, the copy of a graph is its compiled model: it runs as fast as the portable graph, and opens sooner.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from blip2edge.errors import BackendError, BundleError, UsageError
 from blip2edge.optimization import probe
 from blip2edge.optimization.compiled import compile_to
 from blip2edge.optimization.graph import prepare
-from blip2edge.optimization.passes.integers import forget_ranges
-from blip2edge.optimization.recipes import Context, Recipe, cook, recipes_for
-from blip2edge.optimization.storage import SMALLEST, publish, scratch, settle
+from blip2edge.optimization.passes.integers import without_rounding
+from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
+from blip2edge.optimization.storage import SMALLEST, optimize_offline, scratch_directory, write_copy
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
@@ -44,34 +44,34 @@ from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.decoding.language_model import decoder_of
 
 TOLERANCE = 1e-4
-"""Largest difference to the portable graph in fp32, as a share of the output's largest value."""
+"""Largest difference from the portable graph in fp32, as a share of the output's largest value."""
 
 LEAST_COSINE = 0.995
-"""Where weights or activations are integers: the same graph rounds otherwise, and no digit need agree."""
+"""Smallest cosine to the portable graph where weights or activations are integers: each form rounds differently."""
 
 CLEARLY_FASTER = 0.95
-"""A recipe takes the place of a likelier one below this share of its time, twice: noise says less."""
+"""A recipe replaces one that is listed before it if it takes less than this share of its time in two measurements."""
 
 SLOWER_MOST = {False: 1.1, True: 1.0}
-"""How much slower than the portable graph a rewritten one may be, by whether it is laid out when it is loaded: one
-that is not opens faster, and measuring has its error."""
+"""How much slower than the portable graph a rewritten one may be, by whether its weights are prepacked at load time. A
+graph without prepacking opens faster, and times are measured with an error."""
 
 ONE_TRY_FROM = 1 << 30
-"""Bytes of a graph from which only the likeliest recipe that shares the bundle's weights is tried: each try reads and
-writes them several times."""
+"""Bytes of a graph from which only the first recipe is tried that shares the bundle's weights: each try reads and
+writes the weights several times."""
 
 PRECISIONS = ("fp32", "int8", "int4", "int8-weights")
-"""What ONNX Runtime's CPU kernels compute as it stands; fp16 is computed in fp32 between casts."""
+"""Precisions with CPU kernels in ONNX Runtime; it computes fp16 in fp32 between casts."""
 
 
 @dataclass(frozen=True)
 class OptimizedReport:
-    """What an optimisation made.
+    """The result of :func:`optimize`.
 
     Attributes:
         directory: The copy.
-        record: What stands in its ``optimized.json``.
-        seconds: From start to end.
+        record: The contents of its ``optimized.json``.
+        seconds: Time for the whole copy.
     """
 
     directory: Path
@@ -80,30 +80,45 @@ class OptimizedReport:
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """A recipe's outcome: the passes that found something, and what came of them."""
+class _Candidate:
+    """A graph rewritten by a recipe.
+
+    Attributes:
+        recipe: The passes that changed something.
+        file: The rewritten graph.
+        result: Its outputs and its time.
+    """
 
     recipe: Recipe
-    settled: Path
-    answers: probe.Answers
+    file: Path
+    result: probe.ProbeResult
 
 
 @dataclass
-class _Work:
-    """What the graphs of a bundle share while they are worked on."""
+class _CopyTask:
+    """What the graphs of a copy share while the copy is made.
+
+    Attributes:
+        bundle: The bundle.
+        context: What passes know about the model.
+        scratch: Directory of the rewritten graphs that are tried.
+        target: Directory of the copy.
+        within: Path of the copy inside the bundle; None where it is elsewhere.
+        upstream: Outputs of the portable graphs so far, by name: the inputs of later graphs.
+    """
 
     bundle: Bundle
-    context: Context
+    context: PassContext
     scratch: Path
     target: Path
     within: str | None
-    seen: dict[str, Array]
+    upstream: dict[str, Array]
 
 
 def optimize(
     bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None
 ) -> OptimizedReport:
-    """Makes a bundle's copy for a backend; one that is there is replaced.
+    """Makes a bundle's optimized copy for a backend, or makes it again.
 
     Args:
         bundle: The bundle.
@@ -111,9 +126,9 @@ def optimize(
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
-        UsageError: There is no such copy.
-        BundleError: No bundle.
-        BackendError: onnxruntime, onnx or what runs the copy is not installed.
+        UsageError: Copies are not made for this backend.
+        BundleError: The directory is not a bundle.
+        BackendError: onnxruntime, onnx or the backend's package is not installed.
         OutputError: The copy cannot be written.
     """
     if backend not in BACKENDS:
@@ -129,219 +144,227 @@ def optimize(
     start = time.perf_counter()
     opened = Bundle.open(bundle)
     directory = opened.derive(KIND) / backend
-    with staged(directory, force=True, marker=None) as staging, scratch(staging) as folder:
-        work = _Work(
+    with staged(directory, force=True, marker=None) as staging, scratch_directory(staging) as folder:
+        task = _CopyTask(
             bundle=opened,
-            context=Context(opened.manifest.cache, opened.manifest.max_positions),
+            context=PassContext(opened.manifest.cache, opened.manifest.max_positions),
             scratch=Path(folder),
             target=staging,
             within=str(directory.relative_to(opened.path)) if directory.is_relative_to(opened.path) else None,
-            seen={},
+            upstream={},
         )
-        record = _record(work, backend, progress or (lambda stage, done, total: None))
+        record = _record(task, backend, progress or (lambda stage, done, total: None))
         record.write(staging)
     return OptimizedReport(directory, record, time.perf_counter() - start)
 
 
-def _record(work: _Work, backend: str, report: ProgressCallback) -> OptimizedRecord:
-    """Makes the copies of all graphs, and tells of them."""
-    manifest, maker = work.bundle.manifest, BACKENDS[backend]
+def _record(task: _CopyTask, backend: str, report: ProgressCallback) -> OptimizedRecord:
+    """Makes the copies of all graphs; returns their record."""
+    manifest, maker = task.bundle.manifest, BACKENDS[backend]
     graphs: dict[str, OptimizedGraph] = {}
-    left: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
     for done, (name, graph) in enumerate(manifest.graphs.items()):
         report(f"optimise {name}", done, len(manifest.graphs))
         if graph.precision not in maker.precisions:
-            left[name] = f"it is in {graph.precision}, for which the CPU has no kernels of its own"
-        elif name not in probe.KNOWN:
-            left[name] = "there is no recipe for it"
+            skipped[name] = f"it is in {graph.precision}, for which the CPU has no kernels of its own"
+        elif name not in probe.PROBED_GRAPHS:
+            skipped[name] = "there is no recipe for it"
         else:
-            found = maker.best(work, name)
+            found = maker.make(task, name)
             if isinstance(found, str):
-                left[name] = found
+                skipped[name] = found
             else:
                 graphs[name], written = found
                 files |= written
     report("optimise", len(manifest.graphs), len(manifest.graphs))
     return OptimizedRecord(
         backend=backend,
-        bundle_sha256=work.bundle.sha256,
+        bundle_sha256=task.bundle.sha256,
         graphs=graphs,
-        left=left,
+        left=skipped,
         files=files,
         versions=versions(),
         machine=exact_processor(),
     )
 
 
-def _best(work: _Work, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
-    """The fastest of a graph's recipes that answers rightly, written to the copy; or why the portable one stays."""
-    record = work.bundle.graph(name)
-    parent = work.bundle.file(record.spec.file)
-    portable = _answers(work, name, parent)
-    exact = _exact(work, name, parent) or portable
-    tried, wrong = _try_all(work, name, portable, exact)
-    work.seen.update(portable.outputs)
-    if not tried:
-        return wrong or "no recipe applies to it"
-    tried = [one for one in tried if one.answers.seconds <= portable.seconds * SLOWER_MOST[one.recipe.layout]]
-    if not tried:
+def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
+    """Writes the fastest rewritten form of a graph that passes the check; or returns why there is none."""
+    record = task.bundle.graph(name)
+    parent = task.bundle.file(record.spec.file)
+    portable = _run(task, name, parent)
+    exact = _with_exact_activations(task, name, parent) or portable
+    candidates, fault = _candidates(task, name, portable, exact)
+    task.upstream.update(portable.outputs)
+    if not candidates:
+        return fault or "no recipe applies to it"
+    candidates = [
+        one for one in candidates if one.result.seconds <= portable.seconds * SLOWER_MOST[one.recipe.layout]
+    ]
+    if not candidates:
         return f"the portable graph is faster here ({portable.seconds * 1e3:.1f} ms)"
-    best = tried[0]
-    for one in tried[1:]:
-        if _clearly_faster(one.answers, best.answers) and _clearly_faster(
-            *(_answers(work, name, contestant.settled, contestant.recipe) for contestant in (one, best))
+    best = candidates[0]
+    for one in candidates[1:]:
+        if _clearly_faster(one.result, best.result) and _clearly_faster(
+            *(_run(task, name, candidate.file, candidate.recipe) for candidate in (one, best))
         ):
             best = one
-    files = publish(best.settled, parent, work.target, name, work.within)
-    parity, closest = _agreement(best.answers, portable, _tolerance(record))
-    took = (round(portable.seconds * 1e3, 3), round(best.answers.seconds * 1e3, 3))
-    done = best.recipe
-    graph = OptimizedGraph(f"{name}.onnx", done.passes, done.one_by_one, done.layout, parity, closest, took)
+    files = write_copy(best.file, parent, task.target, name, task.within)
+    parity, cosine = _agreement(best.result, portable, _tolerance(record))
+    milliseconds = (round(portable.seconds * 1e3, 3), round(best.result.seconds * 1e3, 3))
+    recipe = best.recipe
+    graph = OptimizedGraph(
+        f"{name}.onnx", recipe.passes, recipe.one_by_one, recipe.layout, parity, cosine, milliseconds
+    )
     return graph, files
 
 
-def _clearly_faster(one: probe.Answers, other: probe.Answers) -> bool:
+def _clearly_faster(one: probe.ProbeResult, other: probe.ProbeResult) -> bool:
     return one.seconds < other.seconds * CLEARLY_FASTER
 
 
-def _try_all(
-    work: _Work, name: str, portable: probe.Answers, exact: probe.Answers
-) -> tuple[list[_Tried], str]:
-    """The recipes that answer rightly, and what was wrong with one that does not."""
-    record = work.bundle.graph(name)
-    parent = work.bundle.file(record.spec.file)
-    size = sum(work.bundle.manifest.files[data].size for data in record.data_files)
-    tried: list[_Tried] = []
-    wrong = ""
+def _candidates(
+    task: _CopyTask, name: str, portable: probe.ProbeResult, exact: probe.ProbeResult
+) -> tuple[list[_Candidate], str]:
+    """The rewritten forms of a graph that pass the check, and what is wrong with one that does not."""
+    record = task.bundle.graph(name)
+    parent = task.bundle.file(record.spec.file)
+    size = sum(task.bundle.manifest.files[data].size for data in record.data_files)
+    candidates: list[_Candidate] = []
+    fault = ""
     for number, recipe in enumerate(recipes_for(name, ir.load(parent))):
         model = ir.load(parent)
-        passes = cook(model, recipe, work.context)
-        if passes is None or any(one.recipe.passes == passes for one in tried):
+        passes = apply_recipe(model, recipe, task.context)
+        if passes is None or any(one.recipe.passes == passes for one in candidates):
             continue
-        done = Recipe(passes)
-        if done.layout and size >= ONE_TRY_FROM:  # it writes weights of its own, and a large copy has none
+        applied = Recipe(passes)
+        if (
+            applied.layout and size >= ONE_TRY_FROM
+        ):  # it writes its own weights, but a large copy shares all of them
             continue
         try:
-            settled = settle(model, work.scratch, f"{name}.{number}")
-            answers = _answers(work, name, settled, done)
-        except BackendError as error:  # a kernel that takes no such sizes
-            wrong = f"{' + '.join(passes)}: {error}"
+            file = optimize_offline(model, task.scratch, f"{name}.{number}")
+            result = _run(task, name, file, applied)
+        except BackendError as error:  # a kernel that does not support these sizes
+            fault = f"{' + '.join(passes)}: {error}"
             continue
-        fault = _fault(answers, portable, exact, _tolerance(record))
-        if fault:
-            wrong = f"{' + '.join(passes)}: {fault}"
+        difference = _fault(result, portable, exact, _tolerance(record))
+        if difference:
+            fault = f"{' + '.join(passes)}: {difference}"
             continue
-        tried.append(_Tried(done, settled, answers))
+        candidates.append(_Candidate(applied, file, result))
         if size >= ONE_TRY_FROM:
             break
-    return tried, wrong
+    return candidates, fault
 
 
-def _compiled(work: _Work, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
-    """A graph as OpenVINO has compiled it, written to the copy; or why the portable one stays.
+def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
+    """Writes a graph as OpenVINO has compiled it; or returns why there is no such copy.
 
-    A graph that OpenVINO cannot load stays portable as well: the other graphs do not wait for it.
+    A graph that OpenVINO cannot load has no copy; the other graphs have theirs all the same.
     """
-    record = work.bundle.graph(name)
-    parent = work.bundle.file(record.spec.file)
-    portable = _answers(work, name, parent)
-    exact = _exact(work, name, parent) or portable
-    work.seen.update(portable.outputs)
-    blob = work.target / f"{name}.blob"
+    record = task.bundle.graph(name)
+    parent = task.bundle.file(record.spec.file)
+    portable = _run(task, name, parent)
+    exact = _with_exact_activations(task, name, parent) or portable
+    task.upstream.update(portable.outputs)
+    blob = task.target / f"{name}.blob"
     try:
-        took = compile_to(parent, blob)
-        answers = _asked(work, name, OpenVinoSession(blob, 1, compiled=True))
+        milliseconds = compile_to(parent, blob)
+        result = _probe(task, name, OpenVinoSession(blob, 1, compiled=True))
     except BundleError as error:
         blob.unlink(missing_ok=True)
         return error.problem
-    fault = _fault(answers, portable, exact, _tolerance(record))
-    if took[1] > took[0] * CLEARLY_FASTER:
-        fault = fault or f"the portable graph opens as fast here ({took[0]:.0f} ms)"
+    fault = _fault(result, portable, exact, _tolerance(record))
+    if milliseconds[1] > milliseconds[0] * CLEARLY_FASTER:
+        fault = fault or f"the portable graph opens as fast here ({milliseconds[0]:.0f} ms)"
     if fault:
         blob.unlink()
         return fault
-    parity, closest = _agreement(answers, portable, _tolerance(record))
-    graph = OptimizedGraph(blob.name, ("compiled",), False, False, parity, closest, took)
+    parity, cosine = _agreement(result, portable, _tolerance(record))
+    graph = OptimizedGraph(blob.name, ("compiled",), False, False, parity, cosine, milliseconds)
     return graph, {blob.name: FileRecord.of(blob)}
 
 
 def _agreement(
-    answers: probe.Answers, portable: probe.Answers, tolerance: float
+    result: probe.ProbeResult, portable: probe.ProbeResult, tolerance: float
 ) -> tuple[tuple[Parity, ...], float]:
-    """How far a copy's answers are from the portable graph's: by output, and the smallest cosine."""
+    """How far a copy's outputs are from the portable graph's: the parity of each, and the smallest cosine."""
     parity = tuple(
-        Parity(output, *probe.relative(answers.outputs[output], wanted), tolerance, ("probe",))
+        Parity(output, *probe.relative(result.outputs[output], wanted), tolerance, ("probe",))
         for output, wanted in portable.outputs.items()
     )
-    return parity, probe.worst_cosine(answers.outputs, portable.outputs)
+    return parity, probe.worst_cosine(result.outputs, portable.outputs)
 
 
-def _answers(work: _Work, name: str, path: Path, recipe: Recipe | None = None) -> probe.Answers:
-    """What a graph says in ONNX Runtime, portable or (with its recipe) rewritten."""
+def _run(task: _CopyTask, name: str, path: Path, recipe: Recipe | None = None) -> probe.ProbeResult:
+    """Runs a graph in ONNX Runtime: the portable one, or with a recipe a rewritten one."""
     opened = OnnxRuntimeSession(
         path, 1, optimized=None if recipe is None else OptimizedFile(path.parent, recipe.layout)
     )
-    return _asked(work, name, opened, one_by_one=recipe is not None and recipe.one_by_one)
+    return _probe(task, name, opened, one_by_one=recipe is not None and recipe.one_by_one)
 
 
-def _asked(work: _Work, name: str, opened: Session, *, one_by_one: bool = False) -> probe.Answers:
-    """What an opened graph says; it is closed."""
+def _probe(task: _CopyTask, name: str, opened: Session, *, one_by_one: bool = False) -> probe.ProbeResult:
+    """Runs and times an opened graph, and closes it."""
     try:
         session = RowByRow(opened) if one_by_one else opened
-        manifest = work.bundle.manifest
+        manifest = task.bundle.manifest
         if name != DECODER:
-            return probe.ask(session, probe.draw_inputs(work.bundle.graph(name).spec, work.seen))
+            return probe.run_and_time(session, probe.draw_inputs(task.bundle.graph(name).spec, task.upstream))
         prompt = 1 if TEXT_ENCODER in manifest.graphs else min(probe.PROMPT, manifest.max_positions - 10)
-        return probe.decode(decoder_of(work.bundle, session), _looks(work), prompt)
+        return probe.decode_and_time(decoder_of(task.bundle, session), _cross_inputs(task), prompt)
     finally:
         opened.close()
 
 
-def _looks(work: _Work) -> dict[str, Array]:
-    """What a decoder looks at beside its text."""
-    if CROSS_KV not in work.bundle.manifest.graphs:
+def _cross_inputs(task: _CopyTask) -> dict[str, Array]:
+    """The keys, values and mask that a decoder's cross-attention reads; empty for a decoder without any."""
+    if CROSS_KV not in task.bundle.manifest.graphs:
         return {}
-    drawn = probe.draw_inputs(work.bundle.graph(DECODER).spec, work.seen)
-    looks = {name: array for name, array in drawn.items() if name.startswith("cross.")}
+    drawn = probe.draw_inputs(task.bundle.graph(DECODER).spec, task.upstream)
+    inputs = {name: array for name, array in drawn.items() if name.startswith("cross.")}
     if CROSS_MASK in drawn:
-        keys = next(iter(looks.values())).shape[2]
+        keys = next(iter(inputs.values())).shape[2]
         shape = drawn[CROSS_MASK].shape[:-1]
         mask = np.ones((*shape, keys), np.int64)
         mask[-1, ..., -1] = 0
-        looks[CROSS_MASK] = mask
-    return looks
+        inputs[CROSS_MASK] = mask
+    return inputs
 
 
-def _exact(work: _Work, name: str, parent: Path) -> probe.Answers | None:
-    """What a graph says with its activations unrounded; None where none are rounded."""
+def _with_exact_activations(task: _CopyTask, name: str, parent: Path) -> probe.ProbeResult | None:
+    """Runs a graph without rounding its activations; None where the graph rounds none."""
     model = ir.load(parent)
     prepare(model)
-    if not forget_ranges(model):
+    if not without_rounding(model):
         return None
-    graph = work.scratch / f"{name}.exact.onnx"  # not settled: ONNX Runtime would round activations by itself
+    graph = task.scratch / f"{name}.exact.onnx"  # not optimized offline: ONNX Runtime would round activations
     ir.save(model, graph, external_data=f"{graph.name}.data", size_threshold_bytes=SMALLEST)
-    return _answers(work, name, graph, Recipe(()))
+    return _run(task, name, graph, Recipe(()))
 
 
 def _tolerance(record: GraphRecord) -> float:
-    """Largest allowed difference; infinite where integers are rounded, and directions are compared."""
+    """Largest allowed difference; infinite for graphs with integers, which are compared by cosine."""
     return TOLERANCE if record.precision == "fp32" else math.inf
 
 
-def _fault(answers: probe.Answers, portable: probe.Answers, exact: probe.Answers, tolerance: float) -> str:
-    """What is wrong with a rewritten graph's answers; empty for nothing."""
+def _fault(
+    result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.ProbeResult, tolerance: float
+) -> str:
+    """What is wrong with a rewritten graph's outputs; empty if nothing is."""
     for output, wanted in portable.outputs.items():
-        _, share = probe.relative(answers.outputs[output], wanted)
+        _, share = probe.relative(result.outputs[output], wanted)
         if share > tolerance:
             return f"{output} is off by {share:.1e} of its largest value, more than {tolerance:.0e}"
     least = min(LEAST_COSINE, probe.worst_cosine(portable.outputs, exact.outputs))
-    found = probe.worst_cosine(answers.outputs, exact.outputs)
+    found = probe.worst_cosine(result.outputs, exact.outputs)
     return "" if found >= least else f"its cosine is {found:.5f}, less than {least:.5f}"
 
 
 def versions() -> dict[str, str]:
-    """What makes a copy, and what has to run it."""
+    """Versions of the packages that make a copy or run it."""
     packages = ("onnxruntime", "openvino", "onnx", "onnx_ir", "numpy")
     return {"blip2edge": blip2edge.__version__, **{name: installed(name) for name in packages}}
 
@@ -351,16 +374,16 @@ class Maker:
     """How a backend's copies are made.
 
     Attributes:
-        precisions: Of the graphs that it can improve.
-        best: Writes a graph's copy, and gives what to tell of it and its files; or why there is none.
+        precisions: Precisions of the graphs that have copies.
+        make: Writes a graph's copy; returns its record and its files, or why there is no copy.
     """
 
     precisions: tuple[str, ...]
-    best: Callable[[_Work, str], tuple[OptimizedGraph, dict[str, FileRecord]] | str]
+    make: Callable[[_CopyTask, str], tuple[OptimizedGraph, dict[str, FileRecord]] | str]
 
 
 BACKENDS: Mapping[str, Maker] = {
-    "cpu": Maker(PRECISIONS, _best),
+    "cpu": Maker(PRECISIONS, _rewritten),
     "openvino": Maker((*PRECISIONS, "fp16"), _compiled),
 }
-"""What makes a backend's copy."""
+"""Backends that copies are made for."""

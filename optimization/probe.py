@@ -1,4 +1,4 @@
-"""What graphs are compared and timed on: seeded pictures through the portable graphs, one behind the other."""
+"""Compares and times graphs: seeded images pass through the portable graphs, and each graph gets the same inputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SEED = 6
 ROWS = 2
 LENGTHS = {"source": 9, "instruction": 6, "text": 7}
 VOCABULARY = 16
-"""Ids below it are in every vocabulary."""
+"""Token ids below it are in every vocabulary."""
 
 PROMPT = 32
-"""Slots of the prompt that decoding is timed behind: the queries of a BLIP-2."""
+"""Tokens of the prompt in the timed decoding: the visual tokens of BLIP-2."""
 
 TOKENS = 8
-"""Tokens that decoding is timed over."""
+"""Decode steps in the timed decoding."""
 
 ENOUGH_SECONDS = 1.0
-"""Runs are repeated until they took so much together, at least :data:`FEWEST` and at most :data:`RUNS` times."""
+"""Runs are repeated until they took this long in all, at least :data:`FEWEST` and at most :data:`RUNS` times."""
 
 FEWEST, RUNS = 3, 9
 
@@ -34,7 +34,7 @@ Arrays = dict[str, Array]
 
 
 def pictures(spec: TensorSpec, rng: np.random.Generator) -> Array:
-    """Smooth colours with some noise, about as bright as pictures are after preprocessing: ``[2, 3, H, W]``."""
+    """Smooth colours with some noise, about as bright as preprocessed images: ``[2, 3, H, W]``."""
     _, channels, height, width = (dim if isinstance(dim, int) else ROWS for dim in spec.dims)
     coarse = rng.standard_normal((ROWS, channels, 5, 5))
     rows, columns = np.linspace(0, 4, height), np.linspace(0, 4, width)
@@ -44,12 +44,12 @@ def pictures(spec: TensorSpec, rng: np.random.Generator) -> Array:
     return np.asarray(noisy, NUMPY_DTYPES[spec.dtype])
 
 
-def draw_inputs(spec: GraphSpec, seen: Mapping[str, Array]) -> Arrays:
+def draw_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
     """Two rows of a graph's inputs.
 
     Args:
         spec: Its tensors.
-        seen: What the graphs before it gave, by name.
+        upstream: Outputs of the graphs before it, by name.
     """
     rng = np.random.default_rng(SEED)
     drawn: Arrays = {}
@@ -57,8 +57,8 @@ def draw_inputs(spec: GraphSpec, seen: Mapping[str, Array]) -> Arrays:
         shape = [dim if isinstance(dim, int) else _length(dim) for dim in tensor.dims]
         if tensor.name == "pixel_values":
             drawn[tensor.name] = pictures(tensor, rng)
-        elif tensor.name in seen:
-            drawn[tensor.name] = seen[tensor.name]
+        elif tensor.name in upstream:
+            drawn[tensor.name] = upstream[tensor.name]
         elif tensor.name.endswith("mask"):
             drawn[tensor.name] = np.ones(shape, np.int64)
             drawn[tensor.name][-1, ..., -1] = 0
@@ -74,50 +74,50 @@ def _length(axis: Axis) -> int:
 
 
 def first_row(inputs: Mapping[str, Array]) -> Arrays:
-    """One row of each."""
+    """The first row of each input."""
     return {name: array[:1] for name, array in inputs.items()}
 
 
-KNOWN = (VISION, BRIDGE, DECODER, MATCH, "text_encoder", "cross_kv", "image_features", "text_embeds")
+PROBED_GRAPHS = (VISION, BRIDGE, DECODER, MATCH, "text_encoder", "cross_kv", "image_features", "text_embeds")
 """Graphs whose inputs can be drawn here."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a graph gave, and what it took.
+class ProbeResult:
+    """Outputs and time of a graph.
 
     Attributes:
         outputs: By name.
-        seconds: CPU time of the timed work, the least of some runs.
+        seconds: CPU time of one run, the least of several.
     """
 
     outputs: Arrays
     seconds: float
 
 
-def ask(session: Session, inputs: Mapping[str, Array]) -> Answers:
+def run_and_time(session: Session, inputs: Mapping[str, Array]) -> ProbeResult:
     """Runs a graph on two rows, and times it on one."""
     outputs = session.run(inputs)
     one = first_row(inputs)
-    return Answers(outputs, least_seconds(lambda: session.run(one)))
+    return ProbeResult(outputs, least_cpu_seconds(lambda: session.run(one)))
 
 
-def decode(decoder: Decoder, context: Mapping[str, Array], prompt: int = PROMPT) -> Answers:
-    """Decodes as generation does: prompts of different length, steps, several tokens at once, forgetting, reordering.
+def decode_and_time(decoder: Decoder, context: Mapping[str, Array], prompt: int = PROMPT) -> ProbeResult:
+    """Decodes as generation does: ragged prompts, decode steps, several tokens at once, truncated and reordered rows.
 
     Args:
         decoder: The decoder.
-        context: What it looks at beside its text, two rows of it.
-        prompt: Slots of the prompt that it is timed behind.
+        context: Keys, values and mask of its cross-attention, two rows of each; empty for a decoder without any.
+        prompt: Tokens of the prompt in the timed decoding.
 
     Returns:
-        Logits of each kind of step.
+        Logits of each kind of step, and the time of a prefill with :data:`TOKENS` decode steps.
     """
     rng = np.random.default_rng(SEED)
     table = decoder.table
     ids = rng.integers(0, table.num_rows, (ROWS, 6 + 3 + TOKENS))
     prompts = [table.rows(ids[0, :5]), table.rows(ids[1, :3])]
-    logits, state = decoder.prefill(prompts, _only_last_slots(context, 5))
+    logits, state = decoder.prefill(prompts, _for_steps(context, 5))
     outputs = {"prefill": logits, "step": state.step(ids[:, 5])}
     before = state.lengths
     outputs["extend"] = state.extend(ids[:, 6:9])
@@ -125,38 +125,38 @@ def decode(decoder: Decoder, context: Mapping[str, Array], prompt: int = PROMPT)
     state.select(np.array([1, 0]))
     outputs["after"] = state.step(ids[:, 9])
     whole = [table.rows(rng.integers(0, table.num_rows, prompt))]
-    one = first_row(_only_last_slots(context, prompt))
+    one = first_row(_for_steps(context, prompt))
 
     def generate() -> None:
         _, again = decoder.prefill(whole, one)
         for at in range(TOKENS):
             again.step(ids[:1, at])
 
-    return Answers(outputs, least_seconds(generate))
+    return ProbeResult(outputs, least_cpu_seconds(generate))
 
 
-def _only_last_slots(context: Mapping[str, Array], steps: int) -> Arrays:
-    """A context whose mask has a row a slot is made for as many slots as are read."""
+def _for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
+    """The context for ``steps`` new tokens: a mask with a row for each new token gets that many rows."""
     made = dict(context)
-    looks = made.get(CROSS_MASK)
-    if looks is not None and looks.ndim == 3:
-        made[CROSS_MASK] = np.repeat(looks[:, -1:], steps, axis=1)
+    mask = made.get(CROSS_MASK)
+    if mask is not None and mask.ndim == 3:
+        made[CROSS_MASK] = np.repeat(mask[:, -1:], steps, axis=1)
     return made
 
 
-def least_seconds(work: Callable[[], object]) -> float:
-    """The least CPU time of some runs: what others take from the machine only ever adds."""
-    work()
+def least_cpu_seconds(run: Callable[[], object]) -> float:
+    """The least CPU time of several runs: other processes can only add to it."""
+    run()
     times: list[float] = []
     while len(times) < RUNS and (len(times) < FEWEST or sum(times) < ENOUGH_SECONDS):
         start = time.process_time()
-        work()
+        run()
         times.append(time.process_time() - start)
     return min(times)
 
 
 def cosine(one: Array, other: Array) -> float:
-    """Of two arrays taken as vectors; 1 where both are zero."""
+    """Cosine of two arrays as vectors; 1 where both are zero."""
     first, second = (np.asarray(array, np.float64).ravel() for array in (one, other))
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / norms if norms else float(np.array_equal(first, second))

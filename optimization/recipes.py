@@ -1,4 +1,4 @@
-"""What is tried on a graph: lists of passes, the fastest of which is kept."""
+"""Recipes: lists of passes that are tried on a graph; ``pipeline.py`` keeps the fastest."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from blip2edge.optimization.passes.shared_cache import share_cache
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a pass may have to know: the decoder's cache and the longest context."""
+class PassContext:
+    """What passes know about the model: the decoder's KV cache and the longest context."""
 
     cache: CacheSpec | None
     max_positions: int
 
 
-Pass = Callable[[ir.Model, Context], object]
+Pass = Callable[[ir.Model, PassContext], object]
 
 PASSES: dict[str, Pass] = {
     "block kernels": lambda model, _: use_block_kernels(model),
@@ -42,16 +42,16 @@ PASSES: dict[str, Pass] = {
     "pointwise convolutions": lambda model, _: use_pointwise_convolutions(model),
     "narrowing convolutions": lambda model, _: use_pointwise_convolutions(model, narrowing=True),
 }
-"""Each returns something false where it found nothing to do."""
+"""By name. A pass returns a false value where it changes nothing."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Passes in order.
+    """Passes in their order.
 
     Attributes:
         passes: Keys of :data:`PASSES`.
-        needs: Passes among them without which it is not worth trying.
+        needs: Those that must change the graph; the recipe is not tried otherwise.
     """
 
     passes: tuple[str, ...]
@@ -59,12 +59,12 @@ class Recipe:
 
     @property
     def layout(self) -> bool:
-        """Whether weights are laid out for the processor when the graph is loaded."""
+        """Whether weights are prepacked for the processor when the graph is loaded."""
         return any(name.endswith("convolutions") for name in self.passes)
 
     @property
     def one_by_one(self) -> bool:
-        """Whether rows of a batch would share a range, so that they have to be run one at a time."""
+        """Whether rows of a batch must be run separately: a dynamic range covers all rows of a tensor."""
         return "dynamic ranges" in self.passes
 
 
@@ -100,27 +100,27 @@ INTEGER_DECODERS = (
     Recipe(("recorded ranges", "block kernels", *_SHARED), ("shared cache",)),
     Recipe(("block kernels for columns", "fused activations")),
 )
-"""A decoder's ranges are recorded ones or a row's own: what a caption says may not hang on the rest of its batch."""
+"""A decoder's ranges are recorded, or one for each row: a caption must not depend on the other rows of its batch."""
 
 
 def recipes_for(graph: str, model: ir.Model) -> Sequence[Recipe]:
-    """What to try on a graph, likeliest first."""
+    """The recipes to try on a graph, the one that is fastest most often first."""
     integers = bool(quantised_products(model))
     if graph == DECODER:
         return INTEGER_DECODERS if integers else DECODERS
     return (*INTEGER, *FLOAT) if integers else FLOAT
 
 
-def cook(model: ir.Model, recipe: Recipe, context: Context) -> tuple[str, ...] | None:
+def apply_recipe(model: ir.Model, recipe: Recipe, context: PassContext) -> tuple[str, ...] | None:
     """Applies a recipe.
 
     Args:
         model: A portable graph; changed in place.
         recipe: The passes.
-        context: What they may have to know.
+        context: What they know about the model.
 
     Returns:
-        The passes that found something; None where one that is needed did not.
+        The passes that changed something; None where a needed one did not.
     """
     prepare(model)
     done: list[str] = []

@@ -1,4 +1,4 @@
-"""Writing a copy: optimised by ONNX Runtime once, here, and without storing weights twice that did not change."""
+"""Writes optimized copies: ONNX Runtime optimizes a graph offline, and unchanged weights stay in the bundle's files."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from blip2edge.runtime.backends.onnxruntime_cpu import PROVIDERS, SLOW_FUSIONS
 SMALLEST = 1024  # bytes of an initializer that goes to the data file
 
 
-def settle(model: ir.Model, folder: Path, name: str) -> Path:
-    """Lets ONNX Runtime fold constants and fuse what it can, as it would at every load.
+def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
+    """Lets ONNX Runtime fold constants and fuse nodes once, and not again at every load (its "offline mode").
 
     Args:
         model: The rewritten graph.
-        folder: Where files are written.
-        name: Of the graph.
+        folder: Directory of the files that are written.
+        name: The graph's name.
 
     Returns:
-        The settled graph's file.
+        The optimized graph's file.
 
     Raises:
         BackendError: ONNX Runtime cannot load the rewritten graph.
     """
-    rewritten, settled = folder / f"{name}.rewritten.onnx", folder / f"{name}.settled.onnx"
+    rewritten, optimized = folder / f"{name}.rewritten.onnx", folder / f"{name}.optimized.onnx"
     ir.save(model, rewritten, external_data=f"{rewritten.name}.data", size_threshold_bytes=SMALLEST)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    # Extended, not all: the rest lays tensors out for the processor at hand.
+    # Extended, not all: the last level also lays weights out for this processor.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(settled)
+    options.optimized_model_filepath = str(optimized)
     for key, value in (
-        ("file_name", f"{settled.name}.data"), ("min_size_in_bytes", str(SMALLEST)),
+        ("file_name", f"{optimized.name}.data"), ("min_size_in_bytes", str(SMALLEST)),
     ):  # fmt: skip
         options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
     options.add_session_config_entry("session.disable_prepacking", "1")
@@ -54,28 +54,28 @@ def settle(model: ir.Model, folder: Path, name: str) -> Path:
             f"ONNX Runtime {onnxruntime.__version__} cannot load the optimised {name} ({reason})",
             "run the bundle as it is: leave the optimisation out with --no-optimize",
         ) from error
-    return settled
+    return optimized
 
 
-def publish(
-    settled: Path, parent: Path, target: Path, name: str, within: str | None
+def write_copy(
+    optimized: Path, parent: Path, target: Path, name: str, within: str | None
 ) -> dict[str, FileRecord]:
-    """Writes a settled graph to the copy; weights that the parent has as well are read from the parent's file.
+    """Writes an optimized graph to the copy; weights that the bundle's graph has too are read from the bundle's file.
 
-    (A link to that file would do as well, but ONNX Runtime and onnx follow no links out of a directory, and onnx_ir
-    reads no file with two names.)
+    (A link to that file is no way: ONNX Runtime and onnx follow no links out of a directory, and onnx_ir refuses a file
+    with two names.)
 
     Args:
-        settled: The graph.
+        optimized: The graph.
         parent: The portable graph's file.
-        target: The copy's directory as it is being written.
-        name: Of the graph.
-        within: Where the copy will lie in the parent bundle; None where it lies elsewhere and shares nothing.
+        target: The copy's directory, as it is being written.
+        name: The graph's name.
+        within: The copy's path inside the bundle; None where it is elsewhere and shares no weights.
 
     Returns:
-        The files that were written, with their seals.
+        The records of the files that were written.
     """
-    model = ir.load(settled)
+    model = ir.load(optimized)
     if within is not None:
         _share(model, ir.load(parent), parent.parent)
     own = [value for value in model.graph.initializers.values() if _is_own(value, parent.parent)]
@@ -94,7 +94,7 @@ def publish(
 
 
 def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
-    """Lets a graph's weights be the parent's own where they are the same."""
+    """Makes a graph refer to the parent's weights where they are the same."""
     theirs = source.graph.initializers
     for name, value in model.graph.initializers.items():
         known = theirs.get(name)
@@ -105,7 +105,7 @@ def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
 def _relocated(
     tensor: ir.TensorProtocol, location: str | os.PathLike[str], folder: Path
 ) -> ir.TensorProtocol:
-    """The same bytes under another name."""
+    """The same bytes of a file, which is now named relative to ``folder``."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
     shape = ir.Shape(tensor.shape)
@@ -121,7 +121,7 @@ def _relocated(
 
 
 def _is_own(value: ir.Value, folder: Path) -> bool:
-    """Whether a weight is large and not the parent's."""
+    """Whether a weight is large and not in the parent's file."""
     tensor = value.const_value
     if tensor is None or tensor.nbytes < SMALLEST:
         return False
@@ -135,6 +135,6 @@ def _same(one: ir.Value, other: ir.Value) -> bool:
     return np.array_equal(np.asarray(first.numpy()), np.asarray(second.numpy()))
 
 
-def scratch(beside: Path) -> tempfile.TemporaryDirectory[str]:
-    """A directory for what is tried, on the file system of the copy."""
+def scratch_directory(beside: Path) -> tempfile.TemporaryDirectory[str]:
+    """A temporary directory on the file system of the copy."""
     return tempfile.TemporaryDirectory(prefix=".trying.", dir=beside)

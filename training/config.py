@@ -86,7 +86,7 @@ class LanguagePhase(OptimizerConfig):
     prefix_share: float = 0.75
     """Share of captions that follow a prefix of keywords; the others follow noise."""
     prefix_noise: float = 0.3
-    """Noise added to the prefix, relative to the size of an embedding, because a bridge does not match words exactly."""
+    """Noise added to the prefix, relative to the size of an embedding: visual tokens never match words exactly."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,7 +206,7 @@ class ModelConfig:
     """
 
     checkpoint: str = ""
-    """A captioner (directory or hub name) to start from; its bridge is used if it is of the kind that `bridge` names."""
+    """A captioner (directory or hub name) to start from; its bridge is used if it is of the kind `bridge`."""
     vision_from: str = ""
     """A checkpoint (directory or hub name) whose picture encoder and preprocessing are used."""
     language_from: str = ""

@@ -36,7 +36,6 @@ from blip2edge.training.setup.build import build_parts, write_stage1
 RECORD_FILE = "training.json"  # beside the weights: how they were trained
 _RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and snapshots during the run
 _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-STAGES = ("stage1", "stage2", "instruct")
 
 
 def train(

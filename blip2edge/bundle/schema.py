@@ -1,7 +1,7 @@
-"""What the halves of the project agree on: tensors, graphs, and the names of a bundle's parts.
+"""The schema of a bundle: its tensors, graphs and caches as data, and the names of its files.
 
-Nothing here imports more than the standard library: the exporter writes by it, engines are profiled by it, the
-runtime runs by it.
+The exporter writes bundles by it, ``build`` derives optimization profiles from it, and the runtime runs graphs by it.
+Only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ TEXT_EMBEDS = "text_embeds"
 MATCH = "match"
 DRAFT = "draft"
 QUERIES = "queries"
-"""Of a bridge's outputs that a draft goes on from: ``queries.{i}.{key,value}``, ``[B, H, Q, d]``."""
+"""Prefix of the bridge's outputs that the draft model starts from: the keys and values of its query tokens,
+``queries.{i}.{key,value}``, ``[B, H, Q, d]``."""
 
 INSTRUCTION = ("instruction_ids", "instruction_mask")
-"""Inputs of a bridge that an instruction enters: int64 ``[B, T]``, padded on the right."""
+"""Inputs of a bridge that reads an instruction: int64 ``[B, T]``, padded on the right."""
 
 EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"
@@ -35,25 +36,26 @@ DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 
 
 SCORES = ("logits", "match_logits", "probability")
-"""Outputs that are float32 in every precision, as sampling and ranking want them."""
+"""Outputs that stay float32 in every precision, for sampling and ranking."""
 
 
 CROSS_MASK = "cross_attention_mask"
 CROSS_MASKS = ("none", "keys", "steps")
-"""What a decoder is told of the keys that it looks at beside its text: nothing; which are valid, int64 ``[B, E]``;
-which each of its slots looks at, int64 ``[B, S, E]`` (a slot that looks at none gets nothing)."""
+"""Mask of a decoder's cross-attention: ``none``, all keys are valid; ``keys``, which keys are valid, int64 ``[B, E]``;
+``steps``, which keys each token attends to, int64 ``[B, S, E]`` (the cross-attention of a token without any gives 0)."""
 
 
 DRAFTS = ("auto", "none", "lookup", "itg")
-"""Who guesses tokens that one pass of the language model verifies: nobody; the text itself, where it repeats its prompt
-or itself; the bridge's own text head. ``auto`` is the head where the bundle has one and decoding is greedy."""
+"""Draft models of speculative decoding: ``none``; ``lookup``, prompt lookup (n-grams of the prompt and of the text so
+far); ``itg``, the text head of the Q-Former. ``auto`` is ``itg`` if the bundle has it and decoding is greedy, else none.
+"""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension that varies, and the range that engines and checks are made for.
+    """A dynamic dimension, with the range of lengths that engines are built and exports are checked for.
 
-    ``name`` may be a sum of two others (``past + steps``); its range is then the sum of theirs.
+    ``name`` can be a sum of two others (``past + steps``); its range is then the sum of their ranges.
     """
 
     name: str
@@ -71,7 +73,7 @@ class Axis:
         )
 
     def value(self, sizes: Mapping[str, int]) -> int:
-        """Its length where the elementary axes have the lengths ``sizes``."""
+        """Its length for the given lengths of the elementary axes."""
         return sum(sizes[part] for part in self.name.split(" + "))
 
 
@@ -92,10 +94,10 @@ class TensorSpec:
 
     @property
     def width(self) -> int:
-        """Its last dimension, where that is the same for all inputs.
+        """Its last dimension.
 
         Raises:
-            ValueError: It varies.
+            ValueError: That dimension is dynamic.
         """
         last = self.dims[-1]
         if isinstance(last, Axis):
@@ -103,11 +105,11 @@ class TensorSpec:
         return last
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Its shape where the elementary axes have the lengths ``sizes``."""
+        """Its shape for the given lengths of the elementary axes."""
         return tuple(dim if isinstance(dim, int) else dim.value(sizes) for dim in self.dims)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in ``bundle.json``."""
+        """The JSON object in ``bundle.json``."""
         axes: list[dict[str, Any]] = []
         for dim in self.dims:
             if isinstance(dim, int):
@@ -163,33 +165,33 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The keys and values that a decoder carries from step to step."""
+    """The KV cache of a decoder."""
 
     num_layers: int
     num_heads: int
     head_dim: int
 
     def past_names(self) -> list[str]:
-        """Inputs, layer by layer, key before value."""
+        """Names of the inputs, layer by layer, key before value."""
         return self.names("past_key_values")
 
     def present_names(self) -> list[str]:
-        """Outputs, in the order of :meth:`past_names`."""
+        """Names of the outputs, in the order of :meth:`past_names`."""
         return self.names("present")
 
     def names(self, prefix: str) -> list[str]:
-        """Layer by layer, key before value."""
+        """Names with another prefix, in the same order."""
         return [f"{prefix}.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 
 @dataclass(frozen=True)
 class DraftSpec(CacheSpec):
-    """The small captioner inside a bridge (``draft.onnx``), whose texts the language model verifies.
+    """The draft model inside a bridge (``draft.onnx``): the Q-Former's text head.
 
     Attributes:
-        dec_token_id: What its texts begin with, in ids of ``draft_tokenizer.json``.
-        end_token_id: What ends them.
-        max_positions: Its longest text, the first token included.
+        dec_token_id: First token of its texts, an id of ``draft_tokenizer.json``.
+        end_token_id: Last token of its texts.
+        max_positions: Length of its longest text, with the first token.
     """
 
     dec_token_id: int
@@ -199,15 +201,15 @@ class DraftSpec(CacheSpec):
 
 @dataclass(frozen=True)
 class CrossSpec:
-    """Keys and values of what a decoder looks at beside its own text; computed once a request.
+    """The keys and values of a decoder's cross-attention, computed once for each request.
 
     Attributes:
-        num_layers: Layers that look.
+        num_layers: Layers with cross-attention.
         num_heads: Heads.
         head_dim: Width of a head.
-        source_dim: Width of what they are computed from: encoder states, patches or visual tokens.
+        source_dim: Width of the tensor that they are computed from: encoder states, patches or visual tokens.
         mask: The decoder's ``cross_attention_mask``, one of :data:`CROSS_MASKS`.
-        source: The tensor that they are computed from, by its name.
+        source: Name of the tensor that they are computed from.
     """
 
     num_layers: int
@@ -222,7 +224,7 @@ class CrossSpec:
             raise ValueError(f"cross mask {self.mask} is not one of {', '.join(CROSS_MASKS)}")
 
     def names(self) -> list[str]:
-        """Outputs of the ``cross_kv`` graph and inputs of the decoder, key before value."""
+        """Names of the ``cross_kv`` graph's outputs, which are inputs of the decoder; key before value."""
         return [f"cross.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 
@@ -288,7 +290,7 @@ class PromptSpec:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in ``bundle.json``."""
+        """The JSON object in ``bundle.json``."""
         return dict(vars(self))
 
     @classmethod
@@ -302,15 +304,15 @@ class PromptSpec:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an output is from torch, and how far it may be.
+    """The largest difference of an output from the reference, and the tolerance.
 
     Attributes:
-        output: Its name.
-        max_difference: Largest absolute difference over the cases that were run.
-        relative: The same, divided by the largest absolute value of the reference.
-        tolerance: Bound on ``relative``.
-        cases: Shapes that were run, as text.
-        sample: Empty where the whole graph was run; else which part was.
+        output: Name of the output.
+        max_difference: Largest absolute difference over all cases.
+        relative: ``max_difference`` divided by the largest absolute value of the reference.
+        tolerance: Largest allowed ``relative``.
+        cases: The shapes of the inputs, as text.
+        sample: The part of the graph that was run; empty for the whole graph.
     """
 
     output: str
@@ -321,7 +323,7 @@ class Parity:
     sample: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in ``bundle.json``."""
+        """The JSON object in ``bundle.json``."""
         return {**vars(self), "cases": list(self.cases)}
 
     @classmethod
@@ -333,16 +335,16 @@ class Parity:
 
 @dataclass(frozen=True)
 class MergingRecord:
-    """What merging patches in the vision encoder does (Token Merging, arXiv 2210.09461).
+    """The effect of merging patches in the vision encoder (Token Merging, arXiv 2210.09461).
 
     Attributes:
-        merge_tokens: Patches that disappear in each layer.
-        embeds: What the vision encoder hands on.
-        embeds_before: What it hands on without merging.
-        output: What the bridge makes of a picture either way, or the class token where there is no bridge.
-        cosine: Of that output with merging to the same without, in torch: the mean; None where it was not run.
-        lowest: The lowest of a picture.
-        pictures: How many were drawn for it.
+        merge_tokens: Patches that each layer merges into others.
+        embeds: Number of embeddings that the vision encoder returns.
+        embeds_before: The same without merging.
+        output: The output that is compared: the bridge's, or the class token of a model without a bridge.
+        cosine: Mean cosine between that output with and without merging, in torch; None where it was not measured.
+        lowest: The lowest cosine of one picture.
+        pictures: Number of pictures that were compared.
     """
 
     merge_tokens: int

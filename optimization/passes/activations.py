@@ -1,4 +1,4 @@
-"""Activations in one node instead of five; with the bias of the product before it where there is one."""
+"""Fuses activation functions into one node instead of five, with the bias of the product before them."""
 
 from __future__ import annotations
 

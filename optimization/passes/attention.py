@@ -1,8 +1,8 @@
-"""Attention over whole sequences (vision encoder, Q-Former, text encoders) in one node.
+"""Fuses attention over whole sequences (vision encoder, Q-Former, text encoders) into one node.
 
     q, k, v [B, S or T, H d] --split heads--> q k' + bias --softmax--> @ v --merge heads--> [B, S, H d]
 
-becomes ONNX Runtime's MultiHeadAttention, which never writes the scores out where it can do without.
+becomes ONNX Runtime's MultiHeadAttention, which does not store the scores where it can avoid it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from blip2edge.optimization.graph import (
 
 @dataclass(frozen=True)
 class Core:
-    """An attention as it was found.
+    """The nodes and values of an attention.
 
     Attributes:
         query: ``[B, H, S, d]``.
         key: ``[B, H, T, d]``.
         value: ``[B, H, T, d]``.
-        bias: Added to the scores; None for nothing.
+        bias: Added to the scores; None for none.
         scale: Factor on the scores.
         last: The node that merges the heads: ``[B, S, H d]``.
     """
@@ -49,12 +49,12 @@ class Core:
 
 
 def fuse_attention(model: ir.Model) -> int:
-    """Replaces attention without a cache; how many were found."""
+    """Fuses attention without a KV cache; returns the number of fused attentions."""
     return sum(_fuse(model.graph, node) for node in list(model.graph) if node.op_type == "Softmax")
 
 
 def find_core(softmax: ir.Node) -> Core | None:
-    """What is around a softmax, where it is an attention's."""
+    """The attention around a softmax; None where it is not an attention's."""
     scores = softmax.inputs[0]
     plus = producer(scores, "Add")
     bias = None
@@ -79,24 +79,24 @@ def find_core(softmax: ir.Node) -> Core | None:
 
 
 def _behind_groups(value: ir.Value) -> ir.Value:
-    """Of heads in groups, ``[B, G, H / G, S, d]``, the heads in a row again; others as they are."""
+    """Grouped heads ``[B, G, H / G, S, d]`` after the reshape to ``[B, H, S, d]``; other values as they are."""
     node = only_user(value, "Reshape")
     return node.outputs[0] if node is not None and len(dims(value)) == 5 else value
 
 
 def _turned(value: ir.Value | None) -> ir.Value | None:
-    """Keys ``[B, H, T, d]`` before they are transposed for the product."""
+    """Keys ``[B, H, T, d]`` before the transposition for the product."""
     node = producer(value, "Transpose")
     if node is None:
         return None
     order = permutation(node)
     if order[:-2] == list(range(len(order) - 2)) and order[-2:] == [len(order) - 1, len(order) - 2]:
         return node.inputs[0]
-    return value  # [B, T, H, d] in one step: flat() knows it
+    return value  # transposed from [B, T, H, d] in one step, which flat() recognises
 
 
 def flat(value: ir.Value | None, heads_last: tuple[int, ...] = (0, 2, 1, 3)) -> ir.Value | None:
-    """``[B, S, H d]`` behind which the heads were split; None where something else happens to it."""
+    """``[B, S, H d]`` before the heads are split; None where other nodes stand between."""
     node = producer(value, "Transpose")
     if node is None or permutation(node) not in (list(heads_last), [0, 2, 3, 1]):
         return None
@@ -120,22 +120,20 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     if all(_read_once(part) for part in (core.query, core.key, core.value)):
         (query, key, value), bias = _without_bias(graph, query, key, value)
     inputs = [query, key, value, bias, None, spread]
-    while inputs[-1] is None:
-        inputs.pop()
     made = insert(core.last, "MultiHeadAttention", inputs, [merged], num_heads=shape[1], scale=core.scale)
     replace(merged, made[0])
     return True
 
 
 def _read_once(value: ir.Value) -> bool:
-    """Whether a head's values go nowhere but into this attention, from their split on."""
+    """Whether heads are used by this attention only, from their split on."""
     node = value.producer()
     split = node.inputs[0] if node is not None else None
     return len(users(value)) == 1 and split is not None and len(users(split)) == 1
 
 
 def _spread(graph: ir.Graph, core: Core, query: list[int | str], key: list[int | str]) -> ir.Value | None:
-    """A bias ``[B, 1, 1, T]``, as a key's weight is, written out for every query where their number is known."""
+    """A bias ``[B, 1, 1, T]`` (one for each key) expanded to all queries, where their number is known."""
     if core.bias is None or core.bias.shape is None or not isinstance(query[1], int):
         return core.bias
     shape = dims(core.bias)
@@ -147,7 +145,7 @@ def _spread(graph: ir.Graph, core: Core, query: list[int | str], key: list[int |
 
 
 def _fits(bias: ir.Value | None, query: list[int | str], key: list[int | str]) -> bool:
-    """Whether a bias is ``[B or 1, H or 1, S, T]``: the kernel spreads no other axes."""
+    """Whether a bias is ``[B or 1, H or 1, S, T]``: the kernel broadcasts no other axes."""
     if bias is None:
         return True
     shape = dims(bias)
@@ -157,12 +155,12 @@ def _fits(bias: ir.Value | None, query: list[int | str], key: list[int | str]) -
 def _without_bias(
     graph: ir.Graph, query: ir.Value, key: ir.Value, value: ir.Value
 ) -> tuple[tuple[ir.Value, ir.Value, ir.Value], ir.Value | None]:
-    """The three before their biases are added, and the biases as one vector: the kernel adds it while it copies."""
+    """Query, key and value before their biases, and the biases as one vector, which the kernel adds while it copies."""
     packed = producer(query, "Split")
     if packed is not None and all(part.producer() is packed for part in (key, value)):
         before = biased(packed.inputs[0])
         order = [part.index() for part in (query, key, value)]
-        if before is None or order != [0, 1, 2] or users(before[0]) != users_of_bias(packed):
+        if before is None or order != [0, 1, 2] or users(before[0]) != _addition_before(packed):
             return (query, key, value), None
         packed.replace_input_with(0, before[0])
         return (query, key, value), before[1]
@@ -177,8 +175,8 @@ def _without_bias(
     return (first, second, third), bias
 
 
-def users_of_bias(packed: ir.Node) -> list[ir.Node]:
-    """The addition that a Split reads, as the list of its source's readers."""
+def _addition_before(packed: ir.Node) -> list[ir.Node]:
+    """The addition before a Split, in a list; empty where there is none."""
     value = packed.inputs[0]
     node = value.producer() if value is not None else None
     return [node] if node is not None else []

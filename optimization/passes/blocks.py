@@ -1,7 +1,7 @@
-"""Products whose weights are integers in blocks: ONNX Runtime's MatMulNBits, and several of them as one.
+"""Products with block-quantised weights: ONNX Runtime's MatMulNBits, and several of them as one node.
 
-Decoding reads every weight once a token, so that fewer bytes are fewer milliseconds; the kernel multiplies bytes by
-bytes, an activation having a scale a row and block, so that what one row of a batch gets hangs on no other.
+Decoding reads every weight once for each token, so fewer bytes take less time. The kernel rounds activations to int8
+with a scale for each row and block, so a row's result does not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from blip2edge.optimization.graph import (
     dims,
     initializer,
     insert,
-    only_user,
-    other_operand,
     producer,
     replace,
-    vector,
+    with_bias,
 )
 from blip2edge.optimization.passes.integers import quantised_products
 
@@ -37,14 +35,14 @@ SMALLEST_BLOCK = 16
 
 @dataclass(frozen=True)
 class BlockMatrix:
-    """A weight in blocks.
+    """A block-quantised weight.
 
     Attributes:
-        name: Of the initializer.
+        name: The initializer's name.
         integers: int8 ``[K, N]``.
         scales: float32 ``[K / block, N]``.
         bits: 4 or 8.
-        bias: ``[N]``; None for nothing.
+        bias: ``[N]``; None for none.
     """
 
     name: str
@@ -61,24 +59,28 @@ class BlockMatrix:
 
 @dataclass(frozen=True)
 class _Found:
-    """A product with such a weight: what it reads, and the node whose result it gives."""
+    """A product with such a weight: input, weight, and last node (the addition of the bias, or the MatMul)."""
 
     source: ir.Value
     matrix: BlockMatrix
-    out: ir.Value
     node: ir.Node
+
+    @property
+    def out(self) -> ir.Value:
+        """The result, with the bias."""
+        return self.node.outputs[0]
 
 
 def use_block_kernels(model: ir.Model, *, columns_too: bool = False) -> int:
-    """Puts MatMulNBits in place of products with block weights, those that read the same value as one.
+    """Replaces products with block-quantised weights by MatMulNBits; products of the same value become one node.
 
     Args:
         model: A prepared graph.
-        columns_too: Products with a scale a column and an int8 activation as well; the recorded range of the
-            activation is not used then.
+        columns_too: Replace products with int8 activations and one scale for each column too; the recorded range of
+            their activation is then not used.
 
     Returns:
-        How many products there were.
+        The number of products.
     """
     found = [found for node in model.graph if (found := _block_product(node)) is not None]
     if columns_too:
@@ -111,25 +113,14 @@ def _block_product(node: ir.Node) -> _Found | None:
     zero = constant(weight.inputs[2]) if len(weight.inputs) > 2 else None
     if zero is not None and np.any(zero.astype(np.int8)):
         return None
-    out, last, bias = _with_bias(node)
+    last, bias = with_bias(node)
     name = str(weight.inputs[0].name) if weight.inputs[0] is not None else ""
-    return _Found(
-        node.inputs[0], BlockMatrix(name, integers.astype(np.int8), scales, BITS[kind], bias), out, last
-    )
+    matrix = BlockMatrix(name, integers.astype(np.int8), scales, BITS[kind], constant(bias))
+    return _Found(node.inputs[0], matrix, last)
 
 
 def _fits(block: int) -> bool:
     return SMALLEST_BLOCK <= block <= LARGEST_BLOCK and block & (block - 1) == 0
-
-
-def _with_bias(node: ir.Node) -> tuple[ir.Value, ir.Node, Array | None]:
-    """What a product gives with the vector that is added to it."""
-    plus = only_user(node.outputs[0], "Add")
-    if plus is not None:
-        bias = vector(other_operand(plus, node.outputs[0]))
-        if bias is not None:
-            return plus.outputs[0], plus, bias
-    return node.outputs[0], node, None
 
 
 def _column_products(model: ir.Model) -> list[_Found]:
@@ -143,12 +134,12 @@ def _column_products(model: ir.Model) -> list[_Found]:
         spread = np.repeat(scales[None], int(rows) // min(block, LARGEST_BLOCK), axis=0)
         bias = constant(product.bias)
         matrix = BlockMatrix(str(product.weight.name), integers, spread, 8, bias)
-        found.append(_Found(product.activation, matrix, product.out, product.last))
+        found.append(_Found(product.activation, matrix, product.last))
     return found
 
 
 def _replace(graph: ir.Graph, group: Sequence[_Found]) -> None:
-    """One node for products of one value; their results are parts of its result."""
+    """Replaces products of one value by one node, whose result is split."""
     first, matrices = group[0], [one.matrix for one in group]
     place = next(node for node in graph if node in {one.node for one in group})
     rows, bits, block = len(matrices[0].integers), matrices[0].bits, matrices[0].block

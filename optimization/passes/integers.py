@@ -1,8 +1,8 @@
-"""INT8 products as the CPU has them: one node from a float activation to a float result.
+"""INT8 products in the CPU's form: one node takes float activations and returns a float result.
 
-The source holds a symmetric QuantizeLinear and DequantizeLinear around each product, which is TensorRT's form. A CPU
-multiplies unsigned activations by signed weights, so zero points move from 0 to 128; and it can find the range of
-an activation as it comes, which is as fast as a recorded one and never saturates.
+The portable graph has symmetric QuantizeLinear and DequantizeLinear nodes around each product, the form that TensorRT
+takes. A CPU multiplies unsigned activations by signed weights, so zero points change from 0 to 128. It can also compute
+the range of an activation at run time (a dynamic range), which is as fast as a recorded range and never saturates.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from blip2edge.optimization.graph import (
     constant,
     initializer,
     insert,
-    only_user,
-    other_operand,
     producer,
     replace,
     vector,
+    with_bias,
 )
 
 MIDDLE = 128
-"""An unsigned zero point: a signed byte shifted by it keeps its meaning."""
+"""The zero point of unsigned activations: a signed byte plus 128."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,8 @@ class QuantisedProduct:
         step: The recorded scale of the activation.
         weight: int8 ``[K, N]``.
         scales: ``[N]``.
-        bias: ``[N]`` that is added behind it; None for nothing.
-        out: What the product, or the addition behind it, gives.
-        last: The node that gives it.
+        bias: ``[N]`` that is added to the product; None for none.
+        last: The last node: the addition of the bias, or the MatMul.
     """
 
     node: ir.Node
@@ -49,12 +47,16 @@ class QuantisedProduct:
     weight: ir.Value
     scales: ir.Value
     bias: ir.Value | None
-    out: ir.Value
     last: ir.Node
+
+    @property
+    def out(self) -> ir.Value:
+        """The result, with the bias."""
+        return self.last.outputs[0]
 
 
 def quantised_products(model: ir.Model) -> list[QuantisedProduct]:
-    """The products of a graph whose both sides are int8 with scales a column."""
+    """The products of a graph whose activations and weights are int8, with one scale for each column of the weight."""
     found = (_product(node) for node in model.graph if node.op_type == "MatMul")
     return [product for product in found if product is not None]
 
@@ -73,33 +75,30 @@ def _product(node: ir.Node) -> QuantisedProduct | None:
         return None
     if constant(matrix) is None or matrix.dtype != ir.DataType.INT8 or scales.dtype != ir.DataType.FLOAT:
         return None
-    last, bias = node, None
-    plus = only_user(node.outputs[0], "Add")
-    if plus is not None and vector(other_operand(plus, node.outputs[0])) is not None:
-        last, bias = plus, other_operand(plus, node.outputs[0])
-    return QuantisedProduct(node, activation, step, matrix, scales, bias, last.outputs[0], last)
+    last, bias = with_bias(node)
+    return QuantisedProduct(node, activation, step, matrix, scales, bias, last)
 
 
 def use_dynamic_ranges(model: ir.Model) -> int:
-    """Products that find the range of their activation as it comes (one range a tensor); how many there are."""
+    """Makes products compute the range of their activation at run time, one range for each tensor.
+
+    Returns:
+        The number of products.
+    """
     products = quantised_products(model)
     for product in products:
-        inputs = [
-            product.activation,
-            product.weight,
-            product.scales,
-            _zeros(model.graph, product),
-            product.bias,
-        ]
-        if product.bias is None:
-            inputs.pop()
-        made = insert(product.node, "DynamicQuantizeMatMul", inputs, [product.out])
-        replace(product.out, made[0])
+        zeros = _zeros(model.graph, product)
+        inputs = [product.activation, product.weight, product.scales, zeros, product.bias]
+        replace(product.out, insert(product.node, "DynamicQuantizeMatMul", inputs, [product.out])[0])
     return len(products)
 
 
 def use_recorded_ranges(model: ir.Model) -> int:
-    """Products with the ranges of the calibration, activations unsigned around 128; how many there are."""
+    """Makes products use the ranges of the calibration, with unsigned activations around 128.
+
+    Returns:
+        The number of products.
+    """
     products = quantised_products(model)
     zero = initializer(model.graph, "middle", np.array(MIDDLE, np.uint8))
     rounded: dict[tuple[str, str], ir.Value] = {}
@@ -115,15 +114,16 @@ def use_recorded_ranges(model: ir.Model) -> int:
             rounded[key], product.weight, product.step, product.scales, zero, _zeros(model.graph, product),
             product.bias,
         ]  # fmt: skip
-        if product.bias is None:
-            inputs.pop()
-        out = insert(product.node, "MatMulIntegerToFloat", inputs, [product.out])
-        replace(product.out, out[0])
+        replace(product.out, insert(product.node, "MatMulIntegerToFloat", inputs, [product.out])[0])
     return len(products)
 
 
-def forget_ranges(model: ir.Model) -> int:
-    """Leaves activations unrounded: what INT8 is compared with; how many products there were."""
+def without_rounding(model: ir.Model) -> int:
+    """Leaves the activations of products unrounded, for a reference that INT8 forms are compared with.
+
+    Returns:
+        The number of products.
+    """
     products = quantised_products(model)
     for product in products:
         product.node.replace_input_with(0, product.activation)
@@ -131,7 +131,7 @@ def forget_ranges(model: ir.Model) -> int:
 
 
 def _zeros(graph: ir.Graph, product: QuantisedProduct) -> ir.Value:
-    """Zero points of a weight's columns."""
+    """Zero points of a weight's columns, all 0."""
     width = len(_array(product.scales))
     return initializer(graph, f"zeros.{width}", np.zeros(width, np.int8))
 

@@ -1,4 +1,4 @@
-"""Norms in one node, together with the residual (and the bias) that is added before them."""
+"""Fuses norms into one node, with the residual and the bias that are added before them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SKIPS = {
     "LayerNormalization": "SkipLayerNormalization",
     "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
 }
-"""Norms, and the kinds that also add what they read."""
+"""Norms, and the operators that add the residual too."""
 
 
 def fuse_norms(model: ir.Model) -> int:
-    """Root-mean-square norms first, then residuals; how many nodes were made."""
+    """Fuses root-mean-square norms, then residuals; returns the number of fused nodes."""
     made = sum(_rms(node) for node in list(model.graph) if node.op_type == "Reciprocal")
     return made + sum(_skip(node) for node in list(model.graph) if node.op_type in SKIPS)
 
@@ -58,7 +58,7 @@ def _rms(reciprocal: ir.Node) -> bool:
 
 
 def _squared(value: ir.Value | None) -> ir.Value | None:
-    """What a value is the square of."""
+    """The value that was squared; None where this is no square."""
     power = with_scalar(producer(value, "Pow"))
     if power is not None:
         return power[0] if power[1] == 2.0 else None
@@ -70,7 +70,7 @@ def _squared(value: ir.Value | None) -> ir.Value | None:
 
 
 def _skip(norm: ir.Node) -> bool:
-    """A norm of a sum of two values ``[B, S, D]``; a bias that is added to one of them goes along."""
+    """Fuses a norm with the sum of two values ``[B, S, D]`` before it, and with a bias that is added to one of them."""
     total = norm.inputs[0]
     node = producer(total, "Add")
     axis = norm.attributes.get("axis")
@@ -90,8 +90,7 @@ def _skip(norm: ir.Node) -> bool:
     inputs: list[ir.Value | None] = [first, second, *norm.inputs[1:]]
     if norm.op_type == "LayerNormalization":
         inputs += [None] * (4 - len(inputs))
-    if bias is not None:
-        inputs.append(bias)
+    inputs.append(bias)
     epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
     out = norm.outputs[0]
     summed = len(users(total)) > 1 or total.is_graph_output()

@@ -1,11 +1,10 @@
-"""Float products as convolutions of one by one: ONNX Runtime's blocked convolution streams its weights faster.
+"""Float products as 1 x 1 convolutions, whose weights ONNX Runtime reads faster.
 
-    x [.., K] @ w [K, N] (+ bias)  =  conv(x laid out [1, K, 1, rows], w [N, K, 1, 1], bias), laid back
+    x [.., K] @ w [K, N] (+ bias)  =  conv(x as [1, K, 1, rows], w as [N, K, 1, 1], bias), reshaped back
 
-ONNX Runtime lays the weights of a convolution out in blocks of channels for the processor when it loads a graph
-(NCHWc, MLAS' ``MlasNchwcConv``), and takes and gives rows with the channels last in the same pass. For few rows it
-then reads weights at nearly the rate of the memory, which its matrix product does not reach
-(``benchmarks/results/streaming.json``).
+ONNX Runtime prepacks the weights of a convolution into blocks of channels for the processor when it loads a graph
+(NCHWc, MLAS' ``MlasNchwcConv``), and converts its rows in the same pass. For few rows it then reads weights at nearly
+the memory's bandwidth, which its matrix product does not reach (``benchmarks/results/streaming.json``).
 """
 
 from __future__ import annotations
@@ -21,16 +20,14 @@ from blip2edge.optimization.graph import (
     dims,
     initializer,
     insert,
-    only_user,
-    other_operand,
     permutation,
     producer,
     replace,
-    vector,
+    with_bias,
 )
 
 CHANNELS = 16
-"""Channels in the largest block; both sides of a product have to be a multiple."""
+"""Channels of the largest block; both sizes of a weight must be a multiple."""
 
 TO_CHANNELS, TO_ROWS = (0, 3, 1, 2), (0, 2, 3, 1)
 
@@ -43,26 +40,32 @@ class _Product:
         source: ``[.., K]``.
         weight: Its initializer, ``[K, N]``.
         matrix: float32 ``[K, N]``.
-        bias: ``[N]``; None for nothing.
-        out: What the product, or the addition behind it, gives.
-        last: The node that gives it.
+        bias: ``[N]``; None for none.
+        last: The last node: the addition of the bias, or the MatMul.
     """
 
     source: ir.Value
     weight: ir.Value
     matrix: Array
     bias: ir.Value | None
-    out: ir.Value
     last: ir.Node
+
+    @property
+    def out(self) -> ir.Value:
+        """The result, with the bias."""
+        return self.last.outputs[0]
 
 
 def use_pointwise_convolutions(model: ir.Model, *, narrowing: bool = False) -> int:
-    """Puts convolutions in place of float products; how many were found.
+    """Replaces float products by convolutions.
 
     Args:
         model: A prepared graph.
-        narrowing: Only products that give fewer columns than they take: the others keep ONNX Runtime's product,
-            which is as fast for hundreds of rows.
+        narrowing: Replace only products with fewer outputs than inputs: for the others, and hundreds of rows, ONNX
+            Runtime's matrix product is as fast.
+
+    Returns:
+        The number of products.
     """
     found = [product for node in model.graph if (product := _product(node, narrowing)) is not None]
     for product in found:
@@ -79,11 +82,8 @@ def _product(node: ir.Node, narrowing: bool) -> _Product | None:
         return None
     if narrowing and matrix.shape[0] <= matrix.shape[1]:
         return None
-    plus = only_user(node.outputs[0], "Add")
-    bias = other_operand(plus, node.outputs[0]) if plus is not None else None
-    if plus is None or vector(bias) is None:
-        return _Product(source, weight, matrix, None, node.outputs[0], node)
-    return _Product(source, weight, matrix, bias, plus.outputs[0], plus)
+    last, bias = with_bias(node)
+    return _Product(source, weight, matrix, bias, last)
 
 
 def _replace(graph: ir.Graph, product: _Product) -> None:
@@ -91,9 +91,7 @@ def _replace(graph: ir.Graph, product: _Product) -> None:
     kernel = initializer(
         graph, f"{product.weight.name}.pointwise", product.matrix.T.reshape(columns, inner, 1, 1)
     )
-    inputs = [_channels(graph, product, inner), kernel]
-    if product.bias is not None:
-        inputs.append(product.bias)
+    inputs = [_channels(graph, product, inner), kernel, product.bias]
     (made,) = insert(product.last, "Conv", inputs, [None], domain="", kernel_shape=[1, 1])
     made.type = product.out.type
     (rows,) = insert(product.last, "Transpose", [made], [None], domain="", perm=list(TO_ROWS))
@@ -104,7 +102,7 @@ def _replace(graph: ir.Graph, product: _Product) -> None:
 
 
 def _channels(graph: ir.Graph, product: _Product, inner: int) -> ir.Value:
-    """A source as ``[1, K, 1, rows]``; behind another convolution and a ReLU it has been that before."""
+    """The source as ``[1, K, 1, rows]``; after another convolution and a ReLU, without reshaping twice."""
     relu = producer(product.source, "Relu")
     before = producer(relu.inputs[0], "Reshape") if relu is not None else None
     turned = producer(before.inputs[0], "Transpose") if before is not None else None
@@ -123,10 +121,10 @@ def _is_pointwise(value: ir.Value | None) -> bool:
 
 
 def _shape(graph: ir.Graph, product: _Product, columns: int) -> ir.Value:
-    """The shape of what a product gives: that of its source, or of an input as long, with other columns."""
+    """The shape of a product's result: the leading lengths of its source, and ``columns``."""
     leading = dims(product.source)[:-1]
     known = [size for size in leading if isinstance(size, int)]
-    if len(known) >= len(leading) - 1:  # one unknown at most: ONNX finds it
+    if len(known) >= len(leading) - 1:  # at most one unknown length, which ONNX computes
         sizes = [size if isinstance(size, int) else -1 for size in leading]
         name = "x".join(str(size) for size in (*sizes, columns))
         return initializer(graph, f"shape_{name}", np.array([*sizes, columns], np.int64))

@@ -1,16 +1,16 @@
-"""A decoder whose cache is one buffer a layer, written in place: ONNX Runtime's GroupQueryAttention.
+"""A decoder whose KV cache is written in place, in one buffer for each layer: ONNX Runtime's GroupQueryAttention.
 
-The portable form joins past and new keys anew at every step and takes a mask. Here each row's cache has room for C
-slots, the row's text begins in slot 0, and ``seqlens_k`` says where it ends:
+The portable decoder concatenates past and new keys at every step, and takes a mask. Here each row of the cache has C
+slots, the row's text begins in slot 0, and ``seqlens_k`` holds its length:
 
-    inputs_embeds        [B, S, D]     rows of one prefill may end early: what is behind their text is not read
-    position_ids         [B, S]        only where the model adds positions itself (OPT)
-    seqlens_k            int32 [B]     tokens of each row after this pass, minus 1
-    total_sequence_length int32 []     the longest row after this pass
+    inputs_embeds        [B, S, D]     shorter rows of a prefill are padded on the right; the padding is not attended to
+    position_ids         [B, S]        only for models with learned positions (OPT)
+    seqlens_k            int32 [B]     length of each row after this run, minus 1
+    total_sequence_length int32 []     length of the longest row after this run
     logits_indices       [B, K]
     past_key_values.{i}.{key,value}    [B, Hkv, C, d], the same buffers as present.{i}.{key,value}
 
-Rows of several new tokens behind a past must come one by one: the kernel takes no batches of them.
+Several new tokens after a past must be run for each row separately: the kernel supports no batch of them.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from blip2edge.optimization.graph import (
 from blip2edge.optimization.passes.attention import Core, find_core
 
 MASKED = -1.0e4
-"""A score below it hides a key."""
+"""A key with a lower score in the bias is masked."""
 
 PROBED = 3
-"""Slots that ask at once while the mask is looked at."""
+"""New tokens in the run that examines the mask."""
 
 
 ROTARY_WIDTH = 16
-"""The kernel turns heads whose width is a multiple of it."""
+"""The kernel rotates heads whose width is a multiple of it (rotary positions)."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Layer:
     """A layer's attention.
 
     Attributes:
-        core: What is around its softmax.
-        query: ``[B, S, H d]`` before heads are split and turned.
-        key: ``[B, S, Hkv d]``, likewise.
+        core: The attention around its softmax.
+        query: ``[B, S, H d]`` before the heads are split and rotated.
+        key: ``[B, S, Hkv d]``, the same.
         value: ``[B, S, Hkv d]``.
-        rotation: Cosines and sines, ``[B, 1, S, d / 2]``; None where nothing is turned.
+        rotation: Cosines and sines of rotary positions, ``[B, 1, S, d / 2]``; None for a model without them.
     """
 
     core: Core
@@ -68,12 +68,12 @@ class Layer:
 
 
 def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
-    """Rewrites a decoder; False, and nothing changed, where it is not a plain causal one.
+    """Rewrites a causal decoder without cross-attention; returns False, and changes nothing, for any other.
 
     Args:
         model: The portable decoder, prepared.
-        cache: Its cache.
-        max_positions: The longest context, for which rotary angles are tabulated.
+        cache: Its KV cache.
+        max_positions: The longest context: length of the tables of rotary angles.
     """
     graph = model.graph
     layers = [_layer(graph, index) for index in range(cache.num_layers)]
@@ -99,7 +99,7 @@ def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
 
 
 def _layer(graph: ir.Graph, index: int) -> Layer | None:
-    """A layer's parts, found from the cache on."""
+    """The attention of a layer, found by the names of its cache; None where it has another form."""
     outputs = {value.name: value for value in graph.outputs}
     key, value = outputs[f"present.{index}.key"], outputs[f"present.{index}.value"]
     news = [_appended(part) for part in (key, value)]
@@ -117,7 +117,7 @@ def _layer(graph: ir.Graph, index: int) -> Layer | None:
 
 
 def _appended(present: ir.Value) -> ir.Value | None:
-    """What is put behind the past."""
+    """The new keys or values that are appended to the past."""
     node = producer(present, "Concat")
     past = str(present.name).replace("present", "past_key_values")
     if node is None or len(node.inputs) != 2 or node.inputs[0] is None or node.inputs[0].name != past:
@@ -127,7 +127,7 @@ def _appended(present: ir.Value) -> ir.Value | None:
 
 NEXT = {None: ("Unsqueeze", "Transpose"), "Unsqueeze": ("Transpose",), "Transpose": ("MatMul",), "MatMul": ("Add",),
         "Add": ("Softmax",)}  # fmt: skip
-"""What follows on the way from a layer's keys to the softmax over its scores."""
+"""The next operator on the path from a layer's keys to the softmax over its scores."""
 
 
 def _softmax_of(key: ir.Value) -> ir.Node | None:
@@ -147,7 +147,7 @@ def _is_heads_of(value: ir.Value, present: ir.Value) -> bool:
 
 
 def _before_rotation(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Value, ir.Value] | None] | None:
-    """Heads ``[B, H, S, d]`` before they are turned, and cosines and sines; those None where nothing is."""
+    """Heads ``[B, H, S, d]`` before the rotation, with its cosines and sines; (heads, None) where none are rotated."""
     if value is None:
         return None
     grouped = producer(value, "Reshape")
@@ -178,7 +178,7 @@ def _mul(value: ir.Value) -> ir.Node | None:
 
 
 def _before_heads(value: ir.Value | None) -> ir.Value | None:
-    """``[B, S, H d]`` of heads ``[B, H, S, d]``; norms over a head (Qwen3) are carried out before the transposition."""
+    """``[B, S, H d]`` before the split into heads ``[B, H, S, d]``; None where nodes stand between, as in Qwen3."""
     node = producer(value, "Transpose")
     if node is None or permutation(node) != [0, 2, 1, 3]:
         return None
@@ -187,10 +187,10 @@ def _before_heads(value: ir.Value | None) -> ir.Value | None:
 
 
 def _window(model: ir.Model, layers: Sequence[Layer], longest: int) -> int | None:
-    """How many slots a slot sees, -1 for all before it; None where the bias is not that of a causal mask.
+    """How many slots each slot attends to, -1 for all before it; None where the bias is not that of a causal mask.
 
-    The bias is computed, for a row without padding and one with, over the longest context: no pattern of nodes is
-    relied on.
+    The bias is computed over the longest context, for a row without padding and one with padding, and its values are
+    examined: exporters build masks from different nodes.
     """
     biases = {_without_group(layer.core.bias) for layer in layers}
     bias = biases.pop()
@@ -207,9 +207,9 @@ def _window(model: ir.Model, layers: Sequence[Layer], longest: int) -> int | Non
     scores = evaluate(model, [bias], given)
     if scores is None:
         return None
-    seen = np.broadcast_to(scores[0], (2, 1, PROBED, longest))[:, 0] > MASKED
-    for window in (longest, int(seen[0, -1].sum())):
-        if np.array_equal(seen, _causal(mask, window)) and not scores[0][scores[0] > MASKED].any():
+    attended = np.broadcast_to(scores[0], (2, 1, PROBED, longest))[:, 0] > MASKED
+    for window in (longest, int(attended[0, -1].sum())):
+        if np.array_equal(attended, _causal(mask, window)) and not scores[0][scores[0] > MASKED].any():
             return -1 if window == longest else window
     return None
 
@@ -227,17 +227,17 @@ def _without_group(bias: ir.Value | None) -> ir.Value | None:
 
 
 def _causal(mask: Array, window: int) -> Array:
-    """Which of the slots the last :data:`PROBED` see: ``[B, S, T]``."""
+    """Which slots the last :data:`PROBED` ones attend to: ``[B, S, T]``."""
     total = mask.shape[1]
-    slots, asking = np.arange(total), np.arange(total - PROBED, total)[:, None]
-    near = (slots <= asking) & (slots > asking - window)
+    slots, queries = np.arange(total), np.arange(total - PROBED, total)[:, None]
+    near = (slots <= queries) & (slots > queries - window)
     return np.asarray(near[None] & (mask[:, None, :] == 1))
 
 
 def _tables(
     model: ir.Model, rotation: tuple[ir.Value, ir.Value] | None, longest: int
 ) -> tuple[ir.Value, ir.Value] | None:
-    """Cosines and sines of every position, ``[longest, d / 2]``."""
+    """Tables of cosines and sines of every position, ``[longest, d / 2]``."""
     if rotation is None:
         return None
     found = evaluate(model, list(rotation), {"position_ids": np.arange(longest)[None]})
@@ -293,7 +293,7 @@ def _rewrite(
 
 
 def _finish(model: ir.Model) -> None:
-    """Drops the mask and what was made of it."""
+    """Removes the mask, the positions where they are not used, and all nodes that computed with them."""
     model.graph.sort()
     clean(model)
     for name in ("attention_mask", "position_ids"):

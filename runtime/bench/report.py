@@ -1,11 +1,11 @@
-"""Renders the measurements of a bundle as a Markdown table, and as one HTML page with charts."""
+"""Writes the report of ``bench`` as Markdown, and as one HTML page with charts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from blip2edge.charts import Bar, bars, curve, html_page
+from blip2edge.charts import Bar, bars, curve, html_page, html_table
 from blip2edge.runtime.bench.measure import BenchReport, StageTimes
 
 UNITS = {
@@ -65,7 +65,7 @@ def _table(name: str, rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def bench_page(report: BenchReport) -> str:
-    """The report as an HTML page with bars and curves."""
+    """The same as a page with bars and curves."""
     parts = [
         f"<header><h1>{escape(str(report.bundle['family']))}</h1></header>",
         f"<section><ul>{''.join(f'<li>{escape(fact)}</li>' for fact in facts(report))}</ul></section>",
@@ -84,17 +84,18 @@ def bench_page(report: BenchReport) -> str:
 
 
 def _stage_table(report: BenchReport) -> str:
-    head = "<tr><th>stage<th class=n>p50 ms<th class=n>p90 ms<th class=n>p99 ms<th class=n>CPU ms"
-    rows = [
-        f"<tr><td>{name}"
-        + "".join(
-            f"<td class=n>{ms:.1f}"
-            for ms in (*(stage.ms[key] for key in ("p50", "p90", "p99")), stage.cpu_ms)
+    rows = (
+        (
+            name,
+            *(f"{stage.ms[key]:.1f}" for key in ("p50", "p90", "p99")),
+            f"{stage.cpu_ms:.1f}",
+            _share(stage),
         )
-        + f"<td class=n>{_share(stage)}</tr>"
         for name, stage in report.stages.items()
-    ]
-    return f"<table>{head}<th class=n>share of the roofline</tr>{''.join(rows)}</table>"
+    )
+    return html_table(
+        ("stage", "p50 ms", "p90 ms", "p99 ms", "CPU ms", "share of the roofline"), "lrrrrr", rows
+    )
 
 
 def _stage_bars(report: BenchReport) -> list[Bar]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
-from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION, PromptSpec
+from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION
 from blip2edge.errors import BundleError
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.captioning.pipeline import Encoder, ImageParts, TextGenerator, TextParts
@@ -30,34 +30,11 @@ def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
     )
 
 
-def text_parts(
-    spec: PromptSpec,
-    tokenizer: Tokenizer,
-    instructions: Tokenizer | None,
-    *,
-    max_positions: int,
-    vocab_size: int,
-) -> TextParts:
+def text_parts(bundle: Bundle) -> TextParts:
     """Tokenizers and prompts.
 
-    Args:
-        spec: How prompts are written.
-        tokenizer: The language model's.
-        instructions: The Q-Former's; used where ``spec`` has instruction positions.
-        max_positions: Longest context.
-        vocab_size: Rows of the token table.
-    """
-    reads = None
-    if spec.instruction_positions and instructions is not None:
-        reads = InstructionTokenizer(instructions, spec.instruction_positions, spec.frames)
-    return TextParts(tokenizer, PromptBuilder(spec, tokenizer, max_positions, vocab_size), reads)
-
-
-def bundle_text_parts(bundle: Bundle) -> TextParts:
-    """The same of a bundle.
-
     Raises:
-        BundleError: It matches pictures and texts, and has no prompts.
+        BundleError: The bundle matches pictures and texts, and has no prompts.
     """
     spec = bundle.manifest.prompt
     if spec is None:
@@ -65,16 +42,13 @@ def bundle_text_parts(bundle: Bundle) -> TextParts:
             f"{bundle.path} compares pictures with texts and captions none",
             "use blip2edge match or blip2edge embed",
         )
-    instructions = (
-        Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE)) if spec.instruction_positions else None
-    )
-    return text_parts(
-        spec,
-        Tokenizer.from_file(bundle.file(TOKENIZER_FILE)),
-        instructions,
-        max_positions=bundle.manifest.max_positions,
-        vocab_size=token_table(bundle).num_rows,
-    )
+    tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
+    prompts = PromptBuilder(spec, tokenizer, bundle.manifest.max_positions, token_table(bundle).num_rows)
+    instructions = None
+    if spec.instruction_positions:
+        reader = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
+        instructions = InstructionTokenizer(reader, spec.instruction_positions, spec.frames)
+    return TextParts(tokenizer, prompts, instructions)
 
 
 def load_pipeline(
@@ -92,7 +66,7 @@ def load_pipeline(
         BundleError: The bundle captions nothing, or a file of it cannot be used.
         UsageError: ``draft`` is unknown, or the bundle has no such draft model.
     """
-    text = bundle_text_parts(bundle)
+    text = text_parts(bundle)
     language = load_language_model(bundle, open_graph)
     images = image_parts(bundle, open_graph)
     drafts = DraftSelector.load(bundle, open_graph, text.tokenizer, draft, backend)

@@ -72,9 +72,10 @@ def test_the_versions_of_each_environment(race: Any) -> None:
 
 def test_what_is_written(race: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/peers.py", "--rounds", "3"])
-    race.write(None, results=[])
-    race.write(tmp_path / "race.json", results=[1])
+    reporting = importlib.import_module("reporting")
+    reporting.write_result(None, results=[])
+    reporting.write_result(tmp_path / "race.json", results=[1])
     document = json.loads((tmp_path / "race.json").read_text())
     assert document["command"] == "python benchmarks/peers.py --rounds 3"
     assert document["results"] == [1]
-    assert document["machine"]["cpu"] == race.cpu_model()
+    assert document["machine"]["cpu"] == reporting.cpu_model()

@@ -40,7 +40,6 @@ def test_fewer_are_spread_over_all_and_always_the_same(folder: Path) -> None:
     assert [picture.path.name for picture in first] == ["000.png", "003.png", "006.png"]
     assert first == second
     assert first.sha256 != choose_pictures(folder, 4).sha256
-    assert first.found == 9
 
 
 def test_a_shard_gives_what_the_folder_gives(folder: Path, tmp_path: Path) -> None:

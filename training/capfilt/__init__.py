@@ -1,1 +1,1 @@
-"""CapFilt: caption a data set again and keep what matches, on one machine or many."""
+"""CapFilt: generates captions for a data set and keeps those that match, on one machine or many."""

@@ -1,8 +1,8 @@
-"""CapFilt: captions written by a captioner, and all captions judged by a matching head (Li et al., arXiv 2201.12086).
+"""CapFilt: generates captions for pictures and filters all captions with a matching head (Li et al., arXiv 2201.12086).
 
-For every picture a synthetic caption joins those of the web, the matching head (ITM) tells how likely each belongs to
-the picture, and what reaches the threshold is kept (section 3.3 of that paper, where the threshold is the head's own
-decision, 0.5). The result is shards to train on, and a report.
+A captioner generates one synthetic caption for each picture. The matching head (ITM) scores it and the captions from
+the web; captions above a threshold are kept (section 3.3 of that paper, whose threshold is 0.5). The result is shards
+to train on, and a report.
 
 `score_batch` scores one batch, and its result depends on nothing but the batch. So one machine and many
 (`ray_backend`) write the same shards, byte by byte.
@@ -31,21 +31,21 @@ REPORT_FILE = "report.json"
 WEB, SYNTHETIC = "web", "synthetic"
 KEEP: Mapping[str, tuple[str, ...]] = {"both": (WEB, SYNTHETIC), WEB: (WEB,), SYNTHETIC: (SYNTHETIC,)}
 _BINS = 10  # of the histogram of probabilities
-_EXAMPLES = 20  # captions that were dropped, named in the report
+_EXAMPLES = 20  # dropped captions that the report lists
 
 
 @dataclass(frozen=True)
 class CapFiltOptions:
-    """How captions are made and filtered.
+    """How captions are generated and filtered.
 
     Attributes:
-        captioner: A bundle or checkpoint that captions.
-        matcher: One with a matching head.
-        threshold: Least probability of a caption that is kept.
-        keep: "both", "web" or "synthetic": which captions are kept if they are good enough.
-        prompt: How captions begin; None for the captioner's own prompt.
-        samples_per_shard: Pictures a shard.
-        captioning: How the captioner is run; its batch size is that of everything.
+        captioner: A bundle or checkpoint of a captioner.
+        matcher: A bundle or checkpoint with a matching head.
+        threshold: Smallest probability of a caption that is kept.
+        keep: Origin of the captions that may be kept: "both", "web" or "synthetic".
+        prompt: Prompt of the generated captions; None for the captioner's default.
+        samples_per_shard: Pictures of one shard.
+        captioning: How the captioner is run; its batch size is also that of the whole pipeline.
         matching: How the matcher is run.
     """
 
@@ -61,11 +61,11 @@ class CapFiltOptions:
 
 @dataclass(frozen=True)
 class ScoredPicture:
-    """What became of one picture.
+    """The scored captions of one picture.
 
     Attributes:
-        captions: (text, origin, probability) of each caption; the same text twice counts as of the web.
-        problem: Why the picture could not be used; empty if it could.
+        captions: (text, origin, probability) of each caption; a text of both origins counts as "web".
+        problem: Why the picture cannot be used; empty if it can.
     """
 
     captions: tuple[tuple[str, str, float], ...] = ()
@@ -78,16 +78,16 @@ Batch = Sequence[AnnotatedPicture]
 def score_batch(
     batch: Batch, captioner: CaptionModel, matcher: MatchModel, prompt: str | None
 ) -> list[ScoredPicture]:
-    """Captions and judges some pictures.
+    """Generates a caption for each picture of a batch, and scores all captions.
 
     Args:
-        batch: Pictures with the captions that they have.
-        captioner: Writes one more for each.
-        matcher: Judges all.
-        prompt: How the captions begin.
+        batch: Pictures with their captions from the web.
+        captioner: Generates the synthetic captions.
+        matcher: Scores all captions.
+        prompt: Prompt of the synthetic captions; None for the captioner's default.
 
     Returns:
-        One result a picture, in order.
+        One result for each picture, in order.
     """
     opened: dict[int, Image.Image] = {}
     problems: dict[int, str] = {}
@@ -112,10 +112,10 @@ def score_batch(
 
 
 def score_locally(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
-    """Judges batches in this process.
+    """Scores batches in this process.
 
     Raises:
-        UsageError: The captioner captions none, or the matcher has no matching head.
+        UsageError: The captioner is none, or the matcher has no matching head.
     """
     captioner = open_captioner(options.captioner, options.captioning)
     matcher = open_matcher(options.matcher, options.matching)
@@ -149,24 +149,24 @@ def run_capfilt(
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Makes clean captions of noisy ones.
+    """Generates and filters captions, and writes the result as shards with a report.
 
     Args:
-        pictures: What there is, from `by_picture`.
-        broken: Counts pictures that cannot be opened.
-        output: The directory to make: shards and the report. It appears whole, or not at all.
-        options: How.
-        score_batches: What judges batches, in their order: this process, or Ray.
-        force: Replace `output` where it is one of this kind.
-        progress: Called with (pictures done, all).
+        pictures: The data, from `by_picture`.
+        broken: Pictures that cannot be opened are added to it.
+        output: Directory to write. It appears only when it is complete.
+        options: How captions are generated and filtered.
+        score_batches: Scores batches in their order: `score_locally`, or the result of `score_on_ray`.
+        force: Replace `output` if it is an output of CapFilt.
+        progress: Called with (pictures done, all pictures).
 
     Returns:
-        The report, as it is written.
+        The report, as written to `report.json`.
 
     Raises:
-        DataError: There is no picture, nothing is good enough, or too much is broken.
+        DataError: There is no picture, no caption reaches the threshold, or more samples are broken than allowed.
         OutputError: `output` exists, or cannot be written.
-        UsageError: A model that does not do what it is needed for.
+        UsageError: The captioner is none, or the matcher has no matching head.
     """
     if not pictures:
         raise DataError("expected at least one picture with a caption, got none")
@@ -189,7 +189,7 @@ def run_capfilt(
         if not written:
             raise DataError(
                 f"no caption of {len(pictures)} pictures reaches the threshold {options.threshold}",
-                "lower --threshold, or give a matcher that knows such pictures",
+                "lower --threshold, or give a matcher that was trained on such pictures",
             )
         report = _report(options, len(pictures), written, broken) | {
             **{origin: tally.to_json() for origin, tally in tallies.items()},
@@ -202,7 +202,7 @@ def run_capfilt(
 
 
 def _report(options: CapFiltOptions, seen: int, kept: int, broken: BrokenSamples) -> dict[str, Any]:
-    """What was asked for, and what became of the pictures."""
+    """Options and numbers of pictures for the report."""
     return {
         "captioner": str(options.captioner),
         "matcher": str(options.matcher),
@@ -221,7 +221,7 @@ def _keep(
     options: CapFiltOptions,
     counts: tuple[Mapping[str, _CaptionCounts], list[dict[str, Any]]],
 ) -> bool:
-    """Writes a picture with the captions that are good enough; tells whether there was one."""
+    """Writes a picture with the captions that reach the threshold. Returns whether there is one."""
     tallies, dropped = counts
     kept = []
     for text, origin, probability in result.captions:

@@ -1,7 +1,7 @@
-"""CapFilt over many machines with Ray Data (the extra `ray`): the same function on the same batches.
+"""Runs CapFilt on many machines with Ray Data (the extra `ray`), by the same function on the same batches.
 
-All machines read the pictures and the models by the same paths, as from a shared disk. Texts and paths travel, and
-verdicts come back; pictures do not.
+All machines must see pictures and models under the same paths, as on a shared disk. Paths and captions are sent to the
+machines, and probabilities come back; pictures are not sent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _picture_from_json(values: dict[str, Any]) -> StoredPicture:
 
 
 def batch_to_json(batch: Batch) -> str:
-    """A batch as text, to be sent to another machine."""
+    """A batch as JSON, to be sent to another machine."""
     return json.dumps(
         [
             {
@@ -56,7 +56,7 @@ def batch_to_json(batch: Batch) -> str:
 
 
 def batch_from_json(text: str) -> list[AnnotatedPicture]:
-    """The batch that was sent: what `score_batch` reads of it is the same."""
+    """The batch from `batch_to_json`, with everything that `score_batch` reads."""
     batch = []
     for row in json.loads(text):
         picture = _picture_from_json(row["picture"])
@@ -66,10 +66,10 @@ def batch_from_json(text: str) -> list[AnnotatedPicture]:
 
 
 class Worker:
-    """What runs on each machine: both models, loaded once.
+    """Holds both models on a machine of the cluster and scores batches.
 
     Args:
-        options: Of `CapFiltOptions`, with absolute paths, as JSON.
+        options: `CapFiltOptions` from `options_to_json`.
     """
 
     def __init__(self, options: str) -> None:
@@ -80,13 +80,13 @@ class Worker:
         self._prompt = values["prompt"]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Judges one batch.
+        """Scores one batch.
 
         Args:
-            row: `number` and `batch`, as text.
+            row: `number` of the batch, and the `batch` as JSON.
 
         Returns:
-            `number` and `judged`, as text.
+            `number` of the batch, and its results `judged` as JSON.
         """
         results = score_batch(batch_from_json(row["batch"]), self._captioner, self._matcher, self._prompt)
         return {
@@ -96,7 +96,7 @@ class Worker:
 
 
 def options_to_json(options: CapFiltOptions) -> str:
-    """Options as text; paths are made absolute."""
+    """Options as JSON, with absolute paths."""
     values = dataclasses.asdict(options)
     values["captioner"], values["matcher"] = (
         str(options.captioner.absolute()),
@@ -108,11 +108,11 @@ def options_to_json(options: CapFiltOptions) -> str:
 def score_on_ray(
     address: str, workers: int
 ) -> Callable[[Iterable[Batch], CapFiltOptions], Iterator[list[ScoredPicture]]]:
-    """What judges batches over a cluster.
+    """Makes the function that scores batches on a Ray cluster.
 
     Args:
-        address: Of a Ray cluster, "auto" for the one that this machine belongs to, or "local" for this machine.
-        workers: How many pairs of models are loaded, each on one CPU.
+        address: Address of a Ray cluster, "auto" for the cluster of this machine, or "local" for this machine only.
+        workers: Number of workers. Each loads both models and uses one CPU.
 
     Raises:
         UsageError: Ray is not installed.
@@ -127,7 +127,7 @@ def score_on_ray(
         rows = [{"number": number, "batch": batch_to_json(batch)} for number, batch in enumerate(batches)]
         started = not ray.is_initialized()
         if started:
-            # On this machine a Ray of its own; the dashboard is a server that nobody asked for.
+            # A local Ray is started without its dashboard, which would open a port.
             ray.init(
                 address=address, include_dashboard=False if address == _LOCAL else None, log_to_driver=False
             )

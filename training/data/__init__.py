@@ -1,1 +1,1 @@
-"""Where samples come from: one source a kind, all with the interface of `sources`. Needs no torch."""
+"""Sources of training samples: generated scenes, COCO files, folders and shards. Needs no torch."""

@@ -1,4 +1,4 @@
-"""COCO's files: captions (`captions_val2014.json`), and the questions and answers of VQA."""
+"""Reads COCO's files: captions (`captions_val2014.json`), and questions and answers of VQA."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any
 from blip2edge.errors import DataError
 from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, missing_pictures
 
-_PICTURE_FOLDERS = ("", "images")  # where pictures are looked for beside a file, when nothing is said
+_PICTURE_FOLDERS = ("", "images")  # folders beside a file that are searched for its pictures by default
 
 
 def load_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        DataError: It is missing, does not parse (the line is named), or holds something else.
+        DataError: The file is missing, cannot be parsed (the error names the line), or holds no object.
     """
     try:
         content = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}, line {error.lineno}, column {error.colno}: expected JSON: {error.msg}", "mend that line"
+            f"{path}, line {error.lineno}, column {error.colno}: expected JSON: {error.msg}",
+            "correct that line",
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected JSON in UTF-8: {error}") from error
     except OSError as error:
         raise DataError(
-            f"cannot read {path}: {error.strerror or error}", "say where it is with path"
+            f"cannot read {path}: {error.strerror or error}", "set path to an existing file"
         ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -39,16 +40,16 @@ def load_json_object(path: Path) -> dict[str, Any]:
 def rows_of(
     content: Mapping[str, Any], key: str, fields: Mapping[str, type | tuple[type, ...]], path: Path
 ) -> list[Any]:
-    """A list of objects, each with the fields that are needed; others are left alone.
+    """A list of objects in a file, after checking that each has the required fields.
 
     Args:
-        content: The file.
+        content: Content of the file.
         key: Name of the list.
-        fields: Name and type of each field.
-        path: For messages.
+        fields: Name and type of each required field; further fields are ignored.
+        path: The file, for messages.
 
     Raises:
-        DataError: The list or a field is missing, or of another type; the object is told by its number.
+        DataError: The list or a field is missing, or has another type; the error names the number of the object.
     """
     rows = content.get(key)
     if not isinstance(rows, list):
@@ -65,18 +66,18 @@ def rows_of(
 
 
 def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[list[Entry], BrokenSamples]:
-    """Captions and their pictures.
+    """Reads captions.
 
     Args:
         path: A file with the lists `images` (id, file_name) and `annotations` (id, image_id, caption).
-        images: The pictures' directory; None: beside the file.
-        max_broken: How many samples may be without a picture or text.
+        images: Directory of the pictures; None: beside the file.
+        max_broken: Largest number of samples without a picture or text.
 
     Returns:
-        An entry for each caption, in the file's order, and what was left out.
+        An entry for each caption, in the file's order, and the skipped samples.
 
     Raises:
-        DataError: The file cannot be read, or too much is missing.
+        DataError: The file cannot be read, or more than `max_broken` samples are broken.
     """
     content = load_json_object(path)
     identity = (int, str)
@@ -104,20 +105,20 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
 def read_vqa(
     path: Path, annotations: Path | None, images: Path | None, max_broken: int
 ) -> tuple[list[Entry], BrokenSamples]:
-    """Questions, the answers of people, and the pictures that they are about.
+    """Reads questions on pictures with the answers of people.
 
     Args:
         path: A file with the list `questions` (question_id, image_id, question).
-        annotations: The file with the list `annotations` (question_id, answers); None: its name is made of the
-            other's, as VQA names them.
-        images: The pictures' directory; None: beside the file.
-        max_broken: How many samples may be without a picture or an answer.
+        annotations: The file with the list `annotations` (question_id, answers); None: the file beside `path` with
+            the name that VQA gives it.
+        images: Directory of the pictures; None: beside the file.
+        max_broken: Largest number of samples without a picture or an answer.
 
     Returns:
-        An entry for each question, in the file's order, and what was left out.
+        An entry for each question, in the file's order, and the skipped samples.
 
     Raises:
-        DataError: A file cannot be read, or too much is missing.
+        DataError: A file cannot be read, or more than `max_broken` samples are broken.
     """
     content = load_json_object(path)
     identity = (int, str)
@@ -157,7 +158,7 @@ def read_vqa(
 
 
 def _answers(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """The texts of an annotation's answers: objects with the field `answer`, or plain texts."""
+    """The answers of an annotation, which are objects with the field `answer`, or strings."""
     texts = []
     for answer in row["answers"]:
         text = answer.get("answer") if isinstance(answer, dict) else answer
@@ -170,29 +171,29 @@ def _answers(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _file_name(content: Mapping[str, Any], image_id: int | str) -> str:
-    """The name of a picture as COCO forms it of the number."""
+    """File name that COCO gives to a picture with this number."""
     number = f"{image_id:012d}" if isinstance(image_id, int) else image_id
     return f"COCO_{content.get('data_subtype', 'val2014')}_{number}.jpg"
 
 
 def _annotations_of(path: Path) -> Path:
-    """The answers' file of a questions' file, as VQA names them: v2_…OpenEnded_…_questions.json.
+    """The file of answers to a file of questions, by VQA's names: v2_…OpenEnded_…_questions.json.
 
     Raises:
-        DataError: It is not there.
+        DataError: There is no such file.
     """
     named = path.with_name(path.name.replace("OpenEnded_", "").replace("MultipleChoice_", ""))
     answers = named.with_name(named.name.replace("questions", "annotations"))
     if answers == path or not answers.is_file():
         raise DataError(
             f"{path}: expected its answers in {answers.name} beside it",
-            "name the file with annotations in [data]",
+            "set annotations in [data] to that file",
         )
     return answers
 
 
 def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
-    """The directory that holds the first picture named: the file's own, its `images`, or a sibling of it by split."""
+    """The directory of the first picture: the file's own, `images` in it, or the directory of the split beside it."""
     first = next(iter(names), None)
     parent = path.parent
     split = path.stem.rpartition("_")[2]
@@ -206,10 +207,10 @@ def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
 
 
 def _with_pictures(path: Path, entries: list[Entry], broken: BrokenSamples, limit: int) -> list[Entry]:
-    """The entries whose pictures are there.
+    """The entries whose picture files exist.
 
     Raises:
-        DataError: More are missing than allowed, or none is left.
+        DataError: More pictures are missing than `limit`, or all of them.
     """
     files: dict[Path, bool] = {}
     missing = {}

@@ -32,7 +32,7 @@ class DataConfig:
     shuffle_buffer: int = 1000
     """Samples in a block of shards that are shuffled together."""
     count: int = 0
-    """Number of generated scenes, shown pass after pass, so that their features can be cached; 0: every scene is new."""
+    """Number of generated scenes, shown pass after pass, so that features can be cached; 0: every scene is new."""
     series: int = 0
     """Seed of those `count` scenes. With `count = 0`, the recipe's seed and the phase decide instead."""
     prompts: tuple[str, ...] = ("a photo of", "a picture of")

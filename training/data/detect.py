@@ -1,4 +1,4 @@
-"""Which kind of data a path is, so that a command needs no configuration for it."""
+"""Detects the kind of data at a path, so that a command needs no recipe."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _EXPECTED = (
 def detect_data(
     path: str, images: str | None, annotations: str | None, max_broken: int
 ) -> tuple[DataConfig, Path]:
-    """What a path holds.
+    """Detects the kind of data at a path.
 
     Args:
         path: A JSON file, a folder, shards (a tar file, a pattern, a directory of them), or a recipe (TOML).
-        images: The directory of a JSON file's pictures; None: beside the file.
-        annotations: The answers to VQA's questions; None: the file beside it.
-        max_broken: How many samples may be broken; of a recipe its own key counts.
+        images: Directory of a JSON file's pictures; None: beside the file.
+        annotations: File of the answers to VQA's questions; None: the file beside the questions.
+        max_broken: Largest number of broken samples; a recipe's own value overrides it.
 
     Returns:
         The configuration, and the directory that its paths are relative to.
 
     Raises:
-        DataError: It is none of these.
-        ConfigError: A recipe with a wrong section [data].
+        DataError: The kind is not known.
+        ConfigError: The section [data] of the recipe is wrong.
     """
     place = Path(path)
     if place.suffix == ".toml":
@@ -58,11 +58,13 @@ def detect_data(
 
 
 def _of_recipe(path: Path) -> DataConfig:
-    """The section [data] of a recipe; its other sections are not looked at."""
+    """Reads the section [data] of a recipe; other sections are ignored."""
     try:
         import tomllib
     except ModuleNotFoundError as error:  # Python 3.10, where bundles run
-        raise UsageError(f"reading {path.name} needs Python 3.11", "name the data itself") from error
+        raise UsageError(
+            f"reading {path.name} needs Python 3.11", "give the path of the data instead of a recipe"
+        ) from error
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

@@ -1,4 +1,4 @@
-"""What a data set is made of: pictures that can be opened, texts about them, and a count of what is broken."""
+"""Entries of a data set: stored pictures with texts, and the samples that are broken."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _NAMED = 3  # broken samples that a message names
 
 
 class StoredPicture(Protocol):
-    """A picture file, wherever it lies; small, and sent to other processes as it is."""
+    """A picture in a file or a shard that is not opened yet. The object is small and can be sent to other processes."""
 
     @property
     def suffix(self) -> str:
-        """Of its file name, such as ".jpg"."""
+        """Suffix of its file name, such as ".jpg"."""
 
     @property
     def identity(self) -> str:
-        """Equal where the bytes are: the file's path, size and time. What cached features are filed under."""
+        """Key of cached features: path, size and modification time of the file."""
 
     def read(self) -> bytes:
         """The file's bytes, unchanged.
@@ -35,18 +35,18 @@ class StoredPicture(Protocol):
         """
 
     def open(self) -> Image.Image:
-        """The picture, upright, RGB.
+        """Decodes the picture: upright, RGB.
 
         Raises:
-            ImageError: It cannot be read, or is no picture.
+            ImageError: The file cannot be read, or is no picture.
         """
 
 
 def file_identity(path: Path) -> str:
-    """A file's path, size in bytes and time of change in nanoseconds; the path alone where it is not there."""
+    """A file's path, size in bytes and modification time in nanoseconds; for a missing file, the path only."""
     try:
         status = path.stat()
-    except OSError:  # told when it is opened
+    except OSError:  # `open` raises the error
         return str(path.absolute())
     return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
 
@@ -59,38 +59,38 @@ class FilePicture:
 
     @property
     def suffix(self) -> str:
-        """Of the file's name."""
+        """Suffix of the file's name."""
         return self.path.suffix.lower()
 
     @property
     def identity(self) -> str:
-        """The file's."""
+        """Path, size and modification time of the file."""
         return file_identity(self.path)
 
     def read(self) -> bytes:
-        """The file."""
+        """Bytes of the file."""
         try:
             return self.path.read_bytes()
         except OSError as error:
             raise ImageError(f"{self.path}: cannot be opened ({error.strerror or error})") from error
 
     def open(self) -> Image.Image:
-        """The picture."""
+        """Decodes the picture."""
         return load_image(self.path)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One text about one picture, as a file has it.
+    """One text about one picture.
 
     Attributes:
         sample_id: Unique within its data.
-        image_id: Equal for two entries that show the same picture.
-        picture: What is shown.
+        image_id: Equal for two entries of the same picture.
+        picture: The picture.
         text: A caption; empty for a question.
-        question: What is asked; empty for a caption.
-        answers: What people answered.
-        kinds: How a question is sorted in scores, such as `{"answer_type": "yes/no"}`.
+        question: A question; empty for a caption.
+        answers: Answers of people to the question.
+        kinds: Groups of the question in the scores, such as `{"answer_type": "yes/no"}`.
     """
 
     sample_id: str
@@ -103,11 +103,11 @@ class Entry:
 
 
 class BrokenSamples:
-    """Counts and names samples that cannot be used, up to a limit.
+    """Collects samples that cannot be used, up to a limit.
 
     Args:
-        name: What is read, for messages.
-        limit: How many are skipped; one more is an error.
+        name: Name of the data, for messages.
+        limit: Largest number of broken samples; one more is an error.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -116,10 +116,10 @@ class BrokenSamples:
         self.problems: dict[str, str] = {}
 
     def add(self, sample_id: str, problem: str) -> None:
-        """Counts a sample; one that was counted before does not count again.
+        """Adds a sample; a sample that was added before counts once.
 
         Raises:
-            DataError: There are more than the limit; how many, and the first three.
+            DataError: There are more than the limit; the error has their number and the first three.
         """
         if sample_id in self.problems:
             return
@@ -127,20 +127,16 @@ class BrokenSamples:
         self.check()
 
     def check(self) -> None:
-        """Refuses what is above the limit.
-
-        Raises:
-            DataError: See `add`.
-        """
+        """Raises DataError if there are more broken samples than the limit."""
         count = len(self.problems)
         if count > self._limit:
             raise DataError(
                 f"{self._name}: {count} samples are broken, and max_broken allows {self._limit}: {self.named()}",
-                "mend or remove them, or raise max_broken in [data]",
+                "repair or remove them, or raise max_broken in [data]",
             )
 
     def named(self) -> str:
-        """The first few, with what is wrong with them."""
+        """The first three with their problems, for messages."""
         first = [f"{name} ({problem})" for name, problem in list(self.problems.items())[:_NAMED]]
         return ", ".join(first) + (", …" if len(self.problems) > _NAMED else "")
 
@@ -148,24 +144,24 @@ class BrokenSamples:
 def missing_pictures(
     name: str, missing: Mapping[str, str], total: int, broken: BrokenSamples, limit: int
 ) -> None:
-    """Counts pictures that are not there.
+    """Adds samples whose picture file is missing to the broken samples.
 
     Args:
-        name: The file that names them.
-        missing: From samples to the picture files that they lack.
-        total: How many samples there are.
-        broken: Counts them.
-        limit: How many may be missing.
+        name: The file that names the pictures, for messages.
+        missing: Missing picture file of each such sample.
+        total: Number of all samples.
+        broken: The broken samples.
+        limit: Largest number of missing pictures.
 
     Raises:
-        DataError: More are missing than that; how many, and the first three.
+        DataError: More are missing; the error has their number and the first three.
     """
     files = sorted(set(missing.values()))
     if len(missing) > limit:
         raise DataError(
             f"{name}: {len(files)} pictures of {len(missing)} of the {total} samples are missing:"
             f" {', '.join(files[:_NAMED])}" + (", …" if len(files) > _NAMED else ""),
-            "say where they are with images in [data], or raise max_broken",
+            "set images in [data] to their directory, or raise max_broken",
         )
     for sample_id, file in missing.items():
         broken.add(sample_id, f"{file} is missing")
@@ -173,12 +169,12 @@ def missing_pictures(
 
 @dataclass(frozen=True)
 class AnnotatedPicture:
-    """A picture with all that its data says of it.
+    """A picture with all of its entries.
 
     Attributes:
-        image_id: Of the picture.
-        picture: What is shown.
-        entries: The texts about it, in the order of the data.
+        image_id: Id of the picture.
+        picture: The picture.
+        entries: Its entries, in the order of the data.
     """
 
     image_id: str
@@ -192,7 +188,7 @@ class AnnotatedPicture:
 
 
 def by_picture(entries: Iterable[Entry]) -> list[AnnotatedPicture]:
-    """Entries gathered by their picture, in the order in which pictures come first."""
+    """Groups entries by picture, in the order of each picture's first entry."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.image_id, []).append(entry)
@@ -200,10 +196,10 @@ def by_picture(entries: Iterable[Entry]) -> list[AnnotatedPicture]:
 
 
 class RejectingSource:
-    """The part of a source that counts what cannot be used.
+    """Base of sources that skip samples which cannot be used.
 
     Args:
-        broken: What counts.
+        broken: The broken samples; rejected samples are added to it.
     """
 
     def __init__(self, broken: BrokenSamples) -> None:
@@ -211,9 +207,9 @@ class RejectingSource:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """What was left out when the data was read, and what was rejected since."""
+        """Samples that were skipped when the data was read or rejected later, and why."""
         return self._broken.problems
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Counts a sample that could not be used; see :class:`Broken`."""
+        """Adds a sample that could not be used to the broken samples; errors as of :class:`BrokenSamples`."""
         self._broken.add(sample.sample_id, error.problem)

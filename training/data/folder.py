@@ -1,4 +1,4 @@
-"""A folder of pictures, each with its captions in a text file of the same name: `dog.jpg` and `dog.txt`."""
+"""Reads a folder of pictures, each with its captions in a text file of the same name: `dog.jpg` and `dog.txt`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture
 
 
 def captions_of(text: str) -> list[str]:
-    """The captions in a text file: one a line, blank lines left out."""
+    """The captions in a text file: one on each line; blank lines are skipped."""
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
 def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSamples]:
-    """Pictures and captions of a folder and all folders below it.
+    """Reads pictures and captions of a folder and of all folders below it.
 
     Args:
         directory: The folder.
-        max_broken: How many pictures may be without a text, and texts without a picture.
+        max_broken: Largest number of pictures without a text and texts without a picture.
 
     Returns:
-        An entry for each caption, by name, and what was left out.
+        An entry for each caption, ordered by file name, and the skipped samples.
 
     Raises:
-        DataError: There is no such folder, no picture with a text in it, or too much is missing.
+        DataError: There is no such folder, no picture with a text in it, or more than `max_broken` broken samples.
     """
     if not directory.is_dir():
-        raise DataError(f"expected a folder of pictures and texts, {directory} is none")
+        raise DataError(f"expected a folder of pictures and texts, and {directory} is no folder")
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
@@ -53,7 +53,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
 
 
 def _captions(path: Path | None, picture: str, broken: BrokenSamples) -> list[str]:
-    """The captions of a picture; none where its text is missing or broken, which is counted."""
+    """The captions of a picture. A picture without a readable text is added to `broken` and has none."""
     if path is None:
         broken.add(picture, "there is no text beside it")
         return []

@@ -1,4 +1,4 @@
-"""Data that fits in a list: an endless, shuffled, resumable stream of its entries."""
+"""A source of samples from a list of entries: endless, shuffled and resumable."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.entries import BrokenSamples, Entry, RejectingSource
-from blip2edge.training.data.sources import Sample
+from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
 
-_ORDER, _TEXT = 1, 2  # streams of chance
+_TEXT = 2  # random stream of prompts and answers
 
 
 def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sample:
-    """What is learned of an entry.
+    """Makes the training sample of an entry.
 
     Args:
         entry: A caption or a question.
-        config: Prompts for captions, the template for questions.
-        rng: Chooses the prompt, or one of the answers: each as often as people gave it.
+        config: Prompts for captions, and the template for questions.
+        rng: Draws the prompt, or one of the answers; an answer that more people gave is more likely.
 
     Returns:
         The sample.
@@ -33,21 +33,18 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
         return Sample(
             entry.sample_id, identity, picture.open, text, config.question.replace("{}", entry.question)
         )
-    prompt = ""
-    if rng.random() < config.prompt_share:
-        prompt = config.prompts[int(rng.integers(len(config.prompts)))]
-    return Sample(entry.sample_id, identity, picture.open, entry.text, prompt)
+    return Sample(entry.sample_id, identity, picture.open, entry.text, draw_prompt(config, rng))
 
 
 class ListSource(RejectingSource):
-    """Entries pass after pass, each pass in an order of its own.
+    """Samples of a list of entries, pass after pass, each pass in its own order.
 
     Args:
-        entries: All of them.
-        broken: What was left out when they were read.
-        name: The file or folder.
+        entries: All entries.
+        broken: Samples that were skipped when the entries were read.
+        name: The file or folder, for messages.
         config: Prompts and template.
-        seed: Of the orders, prompts and answers.
+        seed: Seed of orders, prompts and answers.
     """
 
     def __init__(
@@ -59,7 +56,7 @@ class ListSource(RejectingSource):
         self._config = config
         self._seed = seed
         self._position = 0
-        self._order: tuple[int, list[int]] = (-1, [])  # of the pass that was asked for last
+        self._order = PassOrder(len(entries), seed)
         ids = "\n".join(entry.sample_id for entry in entries)
         self._digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
 
@@ -69,22 +66,15 @@ class ListSource(RejectingSource):
         return self._name
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from where the source stands, without end."""
+        """Samples from the current position, without end."""
         while True:
             position = self._position
             self._position += 1
             rng = np.random.default_rng([_TEXT, self._seed, position])
-            yield sample_of(self._entry(position), self._config, rng)
-
-    def _entry(self, position: int) -> Entry:
-        number, rest = divmod(position, len(self._entries))
-        if self._order[0] != number:
-            rng = np.random.default_rng([_ORDER, self._seed, number])
-            self._order = (number, rng.permutation(len(self._entries)).tolist())
-        return self._entries[self._order[1][rest]]
+            yield sample_of(self._entries[self._order[position]], self._config, rng)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, what was rejected, and which data it is."""
+        """The position in the stream, the rejected samples, and a fingerprint of the data."""
         return {
             "position": self._position,
             "samples": len(self._entries),
@@ -93,16 +83,16 @@ class ListSource(RejectingSource):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position.
+        """Continues at a saved position.
 
         Raises:
-            DataError: It is a position in other data.
+            DataError: The position belongs to other data.
         """
         if (state["samples"], state["digest"]) != (len(self._entries), self._digest):
             raise DataError(
-                f"{self._name}: the run was started on {state['samples']} samples and there are"
-                f" {len(self._entries)} now, or others",
-                "resume with the data that it was started with",
+                f"{self._name}: the data has changed since the run was started: {state['samples']} samples then,"
+                f" {len(self._entries)} now",
+                "resume with the same data",
             )
         self._position = int(state["position"])
         self._broken.problems |= state["broken"]

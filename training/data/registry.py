@@ -1,4 +1,4 @@
-"""The kinds of data: one row a `[data] kind`."""
+"""Opens the data that a recipe's section `[data]` describes, by its `kind`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from blip2edge.training.data.sources import SampleSource
 
 
 def _path(base: Path, text: str) -> Path | None:
-    """A path of the configuration; None where it is silent."""
+    """A path of the configuration; None if it is empty."""
     return base / text if text else None
 
 
@@ -45,7 +45,7 @@ LIST_READERS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], BrokenSa
     "coco-vqa": _vqa,
     "folder": _folder,
 }
-"""What reads a kind whole, given the directory that paths are relative to."""
+"""Reads all entries of a kind; paths are relative to the given directory."""
 
 
 def _listed(config: DataConfig, seed: int, base: Path) -> SampleSource:
@@ -58,41 +58,41 @@ SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path], SampleSource]] = {
     "shards": lambda config, seed, base: ShardSource(shard_paths(base / config.path), config, seed),
     **dict.fromkeys(LIST_READERS, _listed),
 }
-"""What makes a source of its configuration, the seed of its order, and the directory that paths are relative to."""
+"""Makes a source from its configuration, the seed of its order, and the directory that paths are relative to."""
 
 
 def open_sample_source(config: DataConfig, *, seed: int, base: Path) -> SampleSource:
-    """The source that a configuration describes.
+    """Opens the source that a recipe describes.
 
     Args:
         config: The section [data].
-        seed: Of the order; each phase of a recipe has its own.
-        base: The configuration file's directory: relative paths start there.
+        seed: Seed of the order; each phase of a recipe has its own.
+        base: Directory of the recipe; relative paths start there.
 
     Returns:
         The source, at its first sample.
 
     Raises:
-        DataError: Its files are missing or cannot be parsed.
+        DataError: A file is missing or cannot be parsed.
     """
     return SOURCE_MAKERS[config.kind](config, seed, base)
 
 
 def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:
-    """The data once through, in the order of its files: to be scored or filtered.
+    """Reads all entries once, in the order of the files, for evaluation or filtering.
 
     Args:
-        config: The section [data]; any kind but the scenes.
-        base: The directory that relative paths start from.
+        config: The section [data]; any kind but "scenes".
+        base: Directory that relative paths start from.
 
     Returns:
-        The entries, and what is left out of them; of shards, which are read as they are asked for, that is known
-        at the end.
+        The entries and the broken samples. Shards are read during the iteration, so their broken samples are complete
+        at its end.
 
     Raises:
-        DataError: Its files are missing or cannot be parsed.
-        UsageError: The kind is "scenes", which have no end.
+        DataError: A file is missing or cannot be parsed.
+        UsageError: The kind is "scenes", which are endless.
     """
     if config.kind == "scenes":
-        raise UsageError("expected data from files, got the generated scenes", "name a file or folder")
+        raise UsageError("expected data from files, got the generated scenes", "give a file or folder")
     return (_shards if config.kind == "shards" else LIST_READERS[config.kind])(config, base)

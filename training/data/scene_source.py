@@ -10,17 +10,17 @@ import numpy as np
 from blip2edge.errors import Blip2EdgeError, DataError
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.scenes import make_scene
-from blip2edge.training.data.sources import Sample
+from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
 
-_ORDER, _PROMPT = 1, 2  # streams of chance beside those of the scenes themselves
+_PROMPT = 2  # random stream of prompts
 
 
 class SceneSource:
-    """Training scenes: each once, or `count` of them pass after pass.
+    """Samples of training scenes: endless new scenes, or `count` scenes pass after pass.
 
     Args:
         config: Count, series and prompts.
-        seed: Of the order and the prompts; where each scene is shown once, also the series.
+        seed: Seed of order and prompts; with `count = 0` also of the scenes.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
@@ -28,7 +28,7 @@ class SceneSource:
         self._seed = seed
         self._series = config.series if config.count else seed
         self._position = 0
-        self._order: tuple[int, list[int]] = (-1, [])  # of the pass that was asked for last
+        self._order = PassOrder(config.count, seed)
 
     @property
     def name(self) -> str:
@@ -36,52 +36,39 @@ class SceneSource:
         return f"scenes of series {self._series}"
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from where the source stands, without end."""
+        """Samples from the current position, without end."""
         while True:
             position = self._position
             self._position += 1
             yield self._sample(position)
 
-    def _number(self, position: int) -> int:
-        """Which scene stands at a position of the stream."""
-        count = self._config.count
-        if not count:
-            return position
-        number, rest = divmod(position, count)
-        if self._order[0] != number:
-            rng = np.random.default_rng([_ORDER, self._seed, number])
-            self._order = (number, rng.permutation(count).tolist())
-        return self._order[1][rest]
-
     def _sample(self, position: int) -> Sample:
-        number = self._number(position)
+        number = self._order[position] if self._config.count else position
         scene = make_scene(number, seed=self._series)
         rng = np.random.default_rng([_PROMPT, self._seed, position])
-        prompts = self._config.prompts
-        prompt = ""
-        if rng.random() < self._config.prompt_share:
-            prompt = prompts[int(rng.integers(len(prompts)))]
         identity = f"scene-{self._series}-{number}"
-        return Sample(identity, identity, lambda: scene.picture, scene.caption, prompt)
+        return Sample(
+            identity, identity, lambda: scene.picture, scene.caption, draw_prompt(self._config, rng)
+        )
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """None."""
+        """Empty: a generated picture is never broken."""
         return {}
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """A generated picture is never broken."""
+        """Raises DataError: a generated scene can always be used, so another part is wrong."""
         raise DataError(f"{self.name}: {sample.sample_id} cannot be used: {error.problem}") from error
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, and what the stream is made of."""
+        """The position in the stream, and series and number of its scenes."""
         return {"position": self._position, "series": self._series, "count": self._config.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position.
+        """Continues at a saved position.
 
         Raises:
-            DataError: It is the position in another stream.
+            DataError: The position belongs to other scenes.
         """
         for key in ("series", "count"):
             if state[key] != self.state_dict()[key]:

@@ -1,11 +1,11 @@
-"""Generated two-object scenes: a 64×64 picture, its one canonical caption, and what lies where.
+"""Generated scenes of two objects: a 64 × 64 picture with its one correct caption.
 
-A scene holds two objects of different colours. Each has a shape, a colour and a size; the relation
-says where the first lies seen from the second. "A left of B" and "B right of A" would describe the
-same picture, so the order is fixed by rule: the object whose colour comes first in the alphabet is
-named first. That leaves exactly one right caption a picture, and exact match is a fair measure.
+A scene holds two objects of different colours. Each has a shape, a colour and a size; the relation is the position of
+the first object relative to the second. "A left of B" and "B right of A" describe the same picture, so the order is
+fixed: the object whose colour comes first in the alphabet is named first. Each picture then has exactly one correct
+caption, and exact match is a fair measure.
 
-Needs NumPy and Pillow only: a bundle is scored with the same scenes that trained it.
+Needs NumPy and Pillow only, so a bundle can be scored where it runs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _STREAMS = {"train": 1, "heldout": 2}
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: what it is, and where.
+    """One object of a scene.
 
     Args:
         colour: A key of `COLOURS`.
@@ -80,23 +80,23 @@ class SceneObject:
 
     @property
     def kind(self) -> Kind:
-        """What the split looks at: (colour, shape)."""
+        """(colour, shape), by which scenes are split into training and held-out ones."""
         return (self.colour, self.shape)
 
     @property
     def phrase(self) -> str:
-        """How the caption names it, such as "a large red circle"."""
+        """Its phrase in the caption, such as "a large red circle"."""
         return f"a {self.size} {self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and all that is known about it.
+    """A picture and the objects that it shows.
 
     Args:
-        first: The object named first: its colour precedes the other's in the alphabet.
+        first: The object named first: its colour comes first in the alphabet.
         second: The other object.
-        relation: A key of `RELATIONS`: where `first` lies, seen from `second`.
+        relation: A key of `RELATIONS`: position of `first` relative to `second`.
         picture: RGB, `PICTURE_SIZE` squared.
     """
 
@@ -107,12 +107,12 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The one right caption, such as "a small blue ring above a large red circle"."""
+        """The one correct caption, such as "a small blue ring above a large red circle"."""
         return f"{self.first.phrase} {RELATIONS[self.relation]} {self.second.phrase}"
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """The seven words that decide the caption, in its order."""
+        """The seven words that determine the caption, in its order."""
         one, two = self.first, self.second
         return (one.size, one.colour, one.shape, self.relation, two.size, two.colour, two.shape)
 
@@ -125,7 +125,7 @@ def all_pairs() -> list[tuple[Kind, Kind]]:
 
 @functools.cache
 def split_pairs(split: Split) -> tuple[tuple[Kind, Kind], ...]:
-    """The pairs that a split may show. The two lists are disjoint, and fixed for all time.
+    """The pairs of a split. The two splits are disjoint and never change.
 
     Args:
         split: "train" or "heldout".
@@ -145,10 +145,10 @@ def split_pairs(split: Split) -> tuple[tuple[Kind, Kind], ...]:
 
 
 def _place(rng: np.random.Generator, radii: Sequence[float]) -> tuple[str, NDArray[np.float64]]:
-    """Draws two centres whose relation no one could dispute.
+    """Draws two centres with an unambiguous relation.
 
     Args:
-        rng: The scene's own stream.
+        rng: Random generator of the scene.
         radii: The two radii in pixels.
 
     Returns:
@@ -192,7 +192,7 @@ def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
 def _draw(
     objects: Sequence[SceneObject], tints: NDArray[np.int64], grey: int, noise: NDArray[np.int16]
 ) -> Image.Image:
-    """Paints the objects on grey, averages down and adds the noise."""
+    """Draws the objects on grey, averages down and adds the noise."""
     scale = SUPERSAMPLING
     canvas = Image.new("RGB", (PICTURE_SIZE * scale,) * 2, (grey, grey, grey))
     pen = ImageDraw.Draw(canvas)
@@ -211,12 +211,12 @@ def _draw(
 
 
 def make_scene(index: int, *, split: Split = "train", seed: int = 0) -> Scene:
-    """Makes the scene with this number. The same arguments give the same pixels everywhere.
+    """Makes one scene. The same arguments give the same pixels on every machine.
 
     Args:
-        index: Number within the endless series, at least 0.
-        split: Which pairs of (colour, shape) it may show.
-        seed: The series.
+        index: Number of the scene in the endless series, at least 0.
+        split: Pairs of (colour, shape) that it may show: "train" or "heldout".
+        seed: Seed of the series.
 
     Returns:
         The scene with its picture.
@@ -244,23 +244,23 @@ def make_scene(index: int, *, split: Split = "train", seed: int = 0) -> Scene:
 
 
 def scenes(count: int, *, split: Split = "train", seed: int = 0, start: int = 0) -> Iterator[Scene]:
-    """The scenes `start`, `start + 1`, … of a series, made one at a time.
+    """Makes the scenes `start`, `start + 1`, … of a series, one at a time.
 
     Args:
-        count: How many.
-        split: Which pairs of (colour, shape) they may show.
-        seed: The series.
-        start: Number of the first.
+        count: Number of scenes.
+        split: Pairs of (colour, shape) that they may show: "train" or "heldout".
+        seed: Seed of the series.
+        start: Number of the first scene.
 
     Yields:
-        Scenes, each independent of all others.
+        The scenes, each independent of the others.
     """
     for index in range(start, start + count):
         yield make_scene(index, split=split, seed=seed)
 
 
 def all_captions(split: Split) -> list[str]:
-    """Every caption that a split can show, in a fixed order: for the tokenizer's vocabulary."""
+    """All captions of a split, in a fixed order; the tokenizer is trained on them."""
     captions = []
     for (colour, shape), (other_colour, other_shape) in split_pairs(split):
         for size in SIZES:
@@ -272,7 +272,7 @@ def all_captions(split: Split) -> list[str]:
 
 
 def coverage(thing: SceneObject, patch: int) -> NDArray[np.bool_]:
-    """Which patches of the picture an object's square extent covers at their centre.
+    """The patches whose centre lies in the square around an object.
 
     Args:
         thing: The object.

@@ -1,4 +1,4 @@
-"""Shards as an endless, shuffled, resumable stream of samples."""
+"""A source of samples from shards: endless, shuffled and resumable."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from blip2edge.training.data.list_source import sample_of
 from blip2edge.training.data.shards import read_shard, shard_names
 from blip2edge.training.data.sources import Sample
 
-_SHARDS, _BLOCK, _TEXT = 1, 2, 3  # streams of chance
+_SHARDS, _BLOCK, _TEXT = 1, 2, 3  # independent random streams
 
 
 class ShardSource(RejectingSource):
     """Samples of shards, pass after pass.
 
-    In each pass the shards come in an order of their own. Their samples are taken in blocks of `shuffle_buffer`,
-    and each block is put in an order of its own: what is shuffled with what is decided by seed, pass and block alone,
-    so that a stream is found again without keeping a block in a checkpoint.
+    In each pass the shards are shuffled. Their samples are read in blocks of `shuffle_buffer`, and each block is
+    shuffled. The orders depend only on seed, pass and block, so a snapshot needs no samples to resume a stream.
 
     Args:
         paths: The shards.
-        config: Size of a block, prompts, and how many samples may be broken.
-        seed: Of all orders, prompts and answers.
+        config: Size of a block, prompts, and the largest number of broken samples.
+        seed: Seed of all orders, prompts and answers.
     """
 
     def __init__(self, paths: Sequence[Path], config: DataConfig, seed: int) -> None:
@@ -45,14 +44,14 @@ class ShardSource(RejectingSource):
 
     @property
     def name(self) -> str:
-        """The shards' directory and number."""
+        """Directory and number of the shards."""
         return f"{self._paths[0].parent} ({len(self._paths)} shards)"
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from where the source stands, without end.
+        """Samples from the current position, without end.
 
         Raises:
-            DataError: The shards hold no sample, or too much is broken.
+            DataError: The shards hold no sample, or more samples are broken than allowed.
         """
         while True:
             stream = self._entries_from(*self._start)
@@ -67,7 +66,7 @@ class ShardSource(RejectingSource):
             self._pass, self._block, self._within, self._start = self._pass + 1, 0, 0, (0, 0)
 
     def _entries_from(self, shard: int, first: int) -> Iterator[tuple[tuple[int, int], Entry]]:
-        """The rest of the pass: places (shard in its order, entry) and entries."""
+        """The rest of the pass: entries with their position (number of the shard in this pass, number of the entry)."""
         order = np.random.default_rng([_SHARDS, self._seed, self._pass]).permutation(len(self._paths))
         for place in range(shard, len(order)):
             at = int(order[place])
@@ -76,7 +75,7 @@ class ShardSource(RejectingSource):
                     yield (place, number), entry
 
     def _shuffled(self, block: list[Entry]) -> Iterator[Sample]:
-        """A block's samples from where the source stands in it."""
+        """The rest of a block's samples, shuffled."""
         order = np.random.default_rng([_BLOCK, self._seed, self._pass, self._block]).permutation(len(block))
         for within in range(self._within, len(block)):
             self._within = within + 1
@@ -84,7 +83,7 @@ class ShardSource(RejectingSource):
             yield sample_of(block[int(order[within])], self._config, rng)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream, what was rejected, and which shards they are."""
+        """The position in the stream, the rejected samples, and the names of the shards."""
         return {
             "pass": self._pass,
             "block": self._block,
@@ -96,10 +95,10 @@ class ShardSource(RejectingSource):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a place.
+        """Continues at a saved position.
 
         Raises:
-            DataError: It is a place in other shards, or blocks had another size.
+            DataError: The position belongs to other shards, or blocks had another size.
         """
         for key, value in (
             ("shards", self._names),
@@ -107,8 +106,8 @@ class ShardSource(RejectingSource):
         ):
             if state[key] != value:
                 raise DataError(
-                    f"{self.name}: the run was started with other {key}",
-                    "resume with the shards and the shuffle_buffer that it was started with",
+                    f"{self.name}: {key} has changed since the run was started",
+                    "resume with the same shards and the same shuffle_buffer",
                 )
         self._pass, self._block, self._within = int(state["pass"]), int(state["block"]), int(state["within"])
         shard, number = state["start"]

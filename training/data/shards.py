@@ -1,7 +1,7 @@
-"""WebDataset shards: tar files in which a sample is some files of one name (`0001.jpg`, `0001.txt`, `0001.json`).
+"""Reads and writes WebDataset shards: tar files whose samples are files of one name (`0001.jpg`, `0001.txt`).
 
-Shards are plain tar on a disk. Their headers are read one after the other; a picture's bytes are read from its place
-when it is opened. Only the shards of the block at hand are known, so that memory does not grow with the data.
+Shards are uncompressed and on a disk. Headers and texts are read in order; a picture is read from its offset when it is
+opened. Only the entries of the current block are in memory, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -45,16 +45,13 @@ class ShardPicture(ShardFile):
 
 
 def shard_paths(pattern: str | Path) -> list[Path]:
-    """The shards that a pattern names, by name.
+    """Paths of the shards that a pattern names, sorted.
 
     Args:
         pattern: A tar file, a directory of them, a pattern with `*`, or one with a range: `part-{000..127}.tar`.
 
-    Returns:
-        Their paths.
-
     Raises:
-        DataError: None is there, one of a range is missing, or one is compressed.
+        DataError: There is none, one of a range is missing, or one is compressed.
     """
     text = str(pattern)
     span = _BRACES.search(text)
@@ -80,7 +77,7 @@ def shard_paths(pattern: str | Path) -> list[Path]:
 
 
 def shard_names(paths: Sequence[Path]) -> list[str]:
-    """What each shard is called in the names of its samples: its file, with its folders where two are alike."""
+    """Names of shards in sample ids: the file names, or the relative paths if two file names are equal."""
     names = [path.name for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -90,18 +87,18 @@ def shard_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_shard(path: Path, broken: BrokenSamples, name: str = "") -> Iterator[Entry]:
-    """The entries of one shard, in its order.
+    """Reads the entries of one shard, in its order.
 
     Args:
         path: A tar file.
-        broken: Counts samples without a picture or text, and a shard that ends too early.
-        name: What it is called, see :func:`shard_names`; empty for its file's name.
+        broken: Receives samples without a picture or text, and a shard that is cut off.
+        name: Name of the shard, see :func:`shard_names`; empty for its file name.
 
     Yields:
         An entry for each caption or question.
 
     Raises:
-        DataError: The shard is no tar file, or too much is broken.
+        DataError: The shard cannot be opened, or more samples are broken than allowed.
     """
     name, key, parts = name or path.name, "", SampleFiles()
     try:
@@ -161,12 +158,12 @@ def read_shards(paths: Sequence[Path], broken: BrokenSamples) -> Iterator[Entry]
 
 @dataclass
 class ShardWriter:
-    """Writes samples into shards that hold so many each: `000000.tar`, `000001.tar` and so on.
+    """Writes samples into shards of equal size: `000000.tar`, `000001.tar` and so on.
 
     Attributes:
-        directory: Where they go; made if it is not there.
-        samples_per_shard: How many samples one holds.
-        paths: What was written, in order.
+        directory: Directory of the shards; created if it does not exist.
+        samples_per_shard: Samples of one shard.
+        paths: The written shards, in order.
     """
 
     directory: Path
@@ -181,11 +178,11 @@ class ShardWriter:
         """Writes one sample.
 
         Args:
-            key: Name of its files; unique.
-            picture: A picture file's bytes.
-            suffix: Of the picture's file, such as ".jpg".
+            key: Name of its files without suffix; unique.
+            picture: Bytes of the picture file.
+            suffix: Suffix of the picture file, such as ".jpg".
             captions: Its captions, one line each in the text file.
-            fields: What else is known, as JSON.
+            fields: Further fields, written as JSON.
 
         Raises:
             OutputError: The disk is full or not writable.
@@ -198,7 +195,7 @@ class ShardWriter:
             self._write(f"{key}.json", json.dumps(fields, sort_keys=True).encode())
         except OSError as error:
             raise OutputError(
-                f"cannot write shards to {self.directory}: {error.strerror or error}", "make room there"
+                f"cannot write shards to {self.directory}: {error.strerror or error}", "free some space there"
             ) from error
         self._count += 1
 
@@ -211,14 +208,14 @@ class ShardWriter:
         self._count = 0
 
     def _write(self, name: str, content: bytes) -> None:
-        """One file, with nothing in its header that differs from run to run."""
+        """Adds one file. Its header has no time or owner, so equal data gives equal shards."""
         member = tarfile.TarInfo(name)
         member.size = len(content)
         if self._tar is not None:
             self._tar.addfile(member, io.BytesIO(content))
 
     def close(self) -> None:
-        """Ends the shard at hand."""
+        """Closes the current shard."""
         if self._tar is not None:
             self._tar.close()
         self._tar = None

@@ -1,7 +1,7 @@
-"""What every source of samples is: an endless, shuffled, resumable stream of captioned pictures.
+"""The interface of sources: endless, shuffled, resumable streams of captioned pictures.
 
-The loop asks nothing else of a source. It reads every sample's texts on every process, and opens a picture only
-on the process that computes with it, and not at all where the picture's features are cached.
+Every process reads the texts of all samples, and opens the pictures of its own rows only, unless their features are
+cached.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError
+from blip2edge.training.data.config import DataConfig
+
+_ORDER = 1  # random stream of orders; sources draw prompts and answers from others
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,13 @@ class Sample:
     """One text about one picture.
 
     Attributes:
-        sample_id: Names the sample in messages and logs: unique within its source, and the same in every run.
-        image_id: Names the picture: equal for two samples that show the same one (COCO has five captions a
-            picture), unique otherwise. Cached features are filed under it.
-        open_picture: Decodes the picture to RGB. Raises ImageError (or DataError) where it is broken; the loop
-            then calls `SampleSource.reject` and takes the next sample.
-        text: What is learned: a caption or an answer, without surrounding space.
-        prompt: What stands before it and is not learned: a prompt, a question in its template, an instruction.
+        sample_id: Name of the sample in messages and logs: unique within its source, the same in every run.
+        image_id: Name of the picture: equal for two samples of the same picture (COCO has five captions for each),
+            unique otherwise. Key of cached features.
+        open_picture: Decodes the picture to RGB. Raises ImageError (or DataError) if it is broken; the loader then
+            calls `SampleSource.reject` and takes the next sample.
+        text: The target text: a caption or an answer, without surrounding space.
+        prompt: The text before it, without loss: a prompt, a question in its template, or an instruction.
     """
 
     sample_id: str
@@ -36,41 +40,68 @@ class Sample:
     prompt: str = ""
 
 
+def draw_prompt(config: DataConfig, rng: np.random.Generator) -> str:
+    """Draws one of the recipe's prompts with probability `prompt_share`, else the empty prompt."""
+    if rng.random() >= config.prompt_share:
+        return ""
+    return config.prompts[int(rng.integers(len(config.prompts)))]
+
+
+class PassOrder:
+    """The order of a list in endless passes; each pass has its own permutation.
+
+    Args:
+        count: Length of the list.
+        seed: Seed of all permutations.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._pass, self._permutation = -1, list[int]()
+
+    def __getitem__(self, position: int) -> int:
+        """Index in the list of the item at a position of the stream."""
+        number, rest = divmod(position, self._count)
+        if self._pass != number:
+            rng = np.random.default_rng([_ORDER, self._seed, number])
+            self._pass, self._permutation = number, rng.permutation(self._count).tolist()
+        return self._permutation[rest]
+
+
 class SampleSource(Protocol):
     """An endless stream of samples.
 
-    Two sources made of the same configuration and seed give the same samples in the same order, whatever the
-    machine. A pass over the data is shuffled by (seed, number of the pass).
+    Two sources with the same configuration and seed give the same samples in the same order on every machine. Each
+    pass over the data is shuffled by (seed, number of the pass).
     """
 
     @property
     def name(self) -> str:
-        """For messages: the file, directory or shards that it reads."""
+        """The file, directory or shards that it reads, for messages."""
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from where the source stands, pass after pass, without end."""
+        """Samples from the current position, pass after pass, without end."""
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Samples that were left out or rejected, and why."""
+        """Samples that were skipped or rejected, and why."""
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Counts a sample that the loop could not use.
+        """Adds a sample that could not be used to the broken samples.
 
         Raises:
-            DataError: More samples are broken than the configuration allows; how many, and the first three.
+            DataError: More samples are broken than allowed; the error has their number and the first three.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next sample comes from, and what was rejected, in JSON's types.
+        """Position of the next sample and the rejected samples, as JSON values.
 
-        Taken between two samples: a fresh source of the same configuration that loads it goes on with the very
-        sample that this one would have given next.
+        A new source with the same configuration that loads this state continues with the next sample of this one.
         """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the place of `state_dict`.
+        """Continues at the position that `state_dict` gave.
 
         Raises:
-            DataError: It belongs to other data (another number of samples, other shards).
+            DataError: The position belongs to other data (another number of samples, other shards).
         """

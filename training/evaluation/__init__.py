@@ -1,1 +1,1 @@
-"""Scores of a checkpoint or a bundle on a data set."""
+"""Scores a checkpoint or a bundle on a data set."""

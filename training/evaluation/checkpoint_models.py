@@ -1,4 +1,4 @@
-"""Checkpoints as they are scored, in torch: no export, no cache, greedy. The oracle that a bundle's figures face."""
+"""Runs checkpoints for evaluation in torch: greedy decoding, no export, no KV cache. The reference for bundles."""
 
 from __future__ import annotations
 
@@ -12,40 +12,39 @@ from PIL import Image
 from torch import Tensor
 
 from blip2edge.bundle.schema import TOKENIZER_FILE
-from blip2edge.errors import CheckpointError, UsageError
+from blip2edge.errors import UsageError
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint.directory import load_model, read_json
-from blip2edge.model.families.prompts import prompt_spec
+from blip2edge.model.checkpoint.directory import load_model
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.language.bert import BertDecoder
 from blip2edge.model.retrieval import RetrievalModel
-from blip2edge.runtime.captioning.assemble import text_parts
 from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.runtime.text.prompt import Prompt
+from blip2edge.runtime.text.prompt import InstructionTokenizer, Prompt
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.evaluation.models import EvaluatedModel, ModelOptions, Prompts, Vectors
-from blip2edge.training.loading.batches import pad_rows
+from blip2edge.training.loading.batches import pad_with_mask
+from blip2edge.training.loading.caption_texts import captioner_prompts
+from blip2edge.training.setup.pretrained import load_preprocessing
 
 Step = Callable[[Tensor], Tensor]
-"""From the ids written so far [B, N] to the logits of the next [B, V]."""
+"""Maps the generated ids [B, N] to the logits of the next token [B, V]."""
 
-_MAX_NEW_TOKENS = 30  # as in a bundle that was exported of it
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_MAX_NEW_TOKENS = 30  # the default of an exported bundle
 
 
 class CheckpointCaptioner:
     """A captioner in torch.
 
     Args:
-        model: In eval mode.
-        tokenizer: Of its language model.
-        preprocessing: As its picture encoder was trained.
-        instructions: The Q-Former's tokenizer, where it reads the prompt.
-        batch_size: Pictures at once.
-        max_new_tokens: Longest text, the end token included.
+        model: The model in eval mode.
+        tokenizer: Tokenizer of its language model.
+        preprocessing: Preprocessing of its pictures.
+        instructions: Tokenizer of the Q-Former, if it reads the prompt.
+        batch_size: Pictures in one batch.
+        max_new_tokens: Longest text in tokens, the end token included.
 
     Raises:
-        UsageError: A model of videos, or one whose text encoder looks at the picture.
+        UsageError: The model takes videos, or its text encoder attends to the picture (BLIP for VQA).
     """
 
     def __init__(
@@ -60,41 +59,37 @@ class CheckpointCaptioner:
     ) -> None:
         config = model.config
         self._language: Any = model.language
-        reader = isinstance(model.language, BertDecoder) and config.language.is_encoder_decoder
-        if config.frames > 1 or reader:
+        encoder_attends = isinstance(model.language, BertDecoder) and config.language.is_encoder_decoder
+        if config.frames > 1 or encoder_attends:
             raise UsageError(
-                f"a checkpoint of the family {config.family} is scored as a bundle",
+                f"a checkpoint of the family {config.family} can be scored as a bundle only",
                 "use: blip2edge export CHECKPOINT -o BUNDLE, then blip2edge eval BUNDLE",
             )
         self._model = model
         self._tokenizer = tokenizer
         self._preprocessing = preprocessing
-        self._spec = prompt_spec(config)
-        language = config.language
-        text = text_parts(
-            self._spec,
-            tokenizer,
-            instructions,
-            max_positions=language.max_positions,
-            vocab_size=language.vocab_size,
-        )
-        self._prompts, self._instructions = text.prompts, text.instructions
+        self._prompts = captioner_prompts(config, tokenizer)
+        self._instructions = None
+        if instructions is not None:
+            self._instructions = InstructionTokenizer(
+                instructions, config.instruction_positions, config.frames
+            )
         self._stops = FAMILIES[config.family].stop
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
 
     @classmethod
     def load(cls, directory: Path, model: CaptionerModel, options: ModelOptions) -> CheckpointCaptioner:
-        """Reads what belongs to a model.
+        """Loads the tokenizers and the preprocessing of a model.
 
         Raises:
-            CheckpointError: Something is missing or does not fit.
-            UsageError: An option that is for bundles.
+            CheckpointError: A file is missing or does not fit the model.
+            UsageError: An option is for bundles only.
         """
         others = sorted(options.generation.keys() - {"max_new_tokens"})
         if others:
             raise UsageError(
-                f"a checkpoint is decoded greedily, and --{others[0].replace('_', '-')} is for bundles",
+                f"a checkpoint is decoded greedily, and --{others[0].replace('_', '-')} is for bundles only",
                 "export it first: blip2edge export CHECKPOINT -o BUNDLE",
             )
         instructions = None
@@ -103,7 +98,7 @@ class CheckpointCaptioner:
         return cls(
             model,
             Tokenizer.from_file(directory / TOKENIZER_FILE),
-            read_preprocessing(directory),
+            load_preprocessing(directory)[0],
             instructions,
             batch_size=options.batch_size,
             max_new_tokens=options.generation.get("max_new_tokens", _MAX_NEW_TOKENS),
@@ -115,7 +110,7 @@ class CheckpointCaptioner:
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
-        """A text a picture; rows whose prompts are of one length go together."""
+        """Generates one text for each picture. Rows with prompts of equal length form a batch."""
         given = [self._prompts.with_default(text) for text in prompts or [None] * len(pictures)]
         made = [self._prompts(text) for text in given]
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -125,20 +120,22 @@ class CheckpointCaptioner:
         for group in groups.values():
             for start in range(0, len(group), self._batch_size):
                 rows = group[start : start + self._batch_size]
-                visual_tokens = self._look([pictures[row] for row in rows], [given[row] for row in rows])
+                visual_tokens = self._visual_tokens(
+                    [pictures[row] for row in rows], [given[row] for row in rows]
+                )
                 ids = self._written(visual_tokens, [made[row] for row in rows])
                 for row, written in zip(rows, ids, strict=True):
                     texts[row] = self._text(written)
         return texts
 
-    def _look(self, pictures: list[Image.Image], prompts: list[str | None]) -> Tensor:
-        """float32 [B, Q, D]."""
+    def _visual_tokens(self, pictures: list[Image.Image], prompts: list[str | None]) -> Tensor:
+        """Encodes pictures: float32 [B, Q, D]."""
         pixels = torch.from_numpy(self._preprocessing.batch(pictures))
         instruction = self._instructions(prompts).values() if self._instructions is not None else ()
         return self._model.visual_tokens(pixels, *(torch.from_numpy(array) for array in instruction))
 
     def _written(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
-        """The ids that follow, greedily, up to the end token."""
+        """Generates token ids greedily, up to the end token."""
         ends = torch.tensor(self._model.config.eos_token_ids)
         step = self._step(visual_tokens, prompts)
         rows = torch.zeros((len(prompts), 0), dtype=torch.int64)
@@ -153,7 +150,7 @@ class CheckpointCaptioner:
         return [list(takewhile(lambda token: token not in last, row)) for row in rows.tolist()]
 
     def _step(self, visual_tokens: Tensor, prompts: list[Prompt]) -> Step:
-        """What gives the logits of the next token, for the way in which this language model sees a picture."""
+        """The function that computes the logits of the next token, by the kind of language model."""
         language = self._language
         before, behind = (
             torch.tensor([prompt.segments[side] for prompt in prompts], dtype=torch.int64).view(
@@ -165,27 +162,27 @@ class CheckpointCaptioner:
             states = self._around(visual_tokens, before, behind)
             return self._decoder_step(states, torch.ones(states.shape[:2], dtype=torch.int64))
         if language.config.cross is not None:
-            looks = [prompt.attends_to for prompt in prompts]
-            return self._cross_step(visual_tokens, behind, (torch.tensor(looks) >= 0).long())
+            pictures = torch.tensor([prompt.attends_to for prompt in prompts])
+            return self._cross_step(visual_tokens, behind, (pictures >= 0).long())
         start = self._around(visual_tokens, before, behind)
         return lambda written: self._logits(torch.cat([start, language.embed(written)], dim=1))
 
     def _around(self, visual_tokens: Tensor, before: Tensor, behind: Tensor) -> Tensor:
-        """The visual tokens in their place: [B, S, D]."""
+        """Embeddings of the prompt with the visual tokens at the picture's place: [B, S, D]."""
         text = self._language.embed(behind)
         return torch.cat([self._language.embed(before), visual_tokens.to(text.dtype), text], dim=1)
 
     def _logits(self, embeds: Tensor, **cross: Any) -> Tensor:
-        """[B, V] behind the last slot."""
-        rows, slots = embeds.shape[:2]
-        positions = torch.arange(slots).expand(rows, -1)
-        mask = torch.ones(rows, slots, dtype=torch.int64)
+        """Logits [B, V] after the last position."""
+        rows, length = embeds.shape[:2]
+        positions = torch.arange(length).expand(rows, -1)
+        mask = torch.ones(rows, length, dtype=torch.int64)
         logits, _ = self._language(embeds, mask, positions, positions[:, -1:], **cross)
         last: Tensor = logits[:, 0]
         return last
 
     def _decoder_step(self, embeds: Tensor, mask: Tensor) -> Step:
-        """An encoder reads visual tokens and prompt once; the text begins with a start token."""
+        """For an encoder-decoder model: encodes visual tokens and prompt once; the text begins with a start token."""
         language = self._language
         cross = language.cross_key_values(language.encode(embeds, mask))
         start = torch.full((len(embeds), 1), self._model.config.decoder_start_token_id or 0)
@@ -193,26 +190,26 @@ class CheckpointCaptioner:
             language.embed(torch.cat([start, written], dim=1)), cross=cross, cross_attention_mask=mask
         )
 
-    def _cross_step(self, visual_tokens: Tensor, ids: Tensor, looks: Tensor) -> Step:
-        """A decoder that looks at the picture from between its layers.
+    def _cross_step(self, visual_tokens: Tensor, ids: Tensor, picture_mask: Tensor) -> Step:
+        """For a decoder with cross-attention to the visual tokens.
 
         Args:
             visual_tokens: [B, Q, D].
             ids: int64 [B, S], the prompt.
-            looks: int64 [B, S], 1 where a token looks at the picture; [B, 0] for a model whose tokens all do. What
-                is written looks as the prompt's end does.
+            picture_mask: int64 [B, S], 1 where a token attends to the picture; [B, 0] if all tokens do. Generated
+                tokens use the value of the last prompt token.
         """
         language = self._language
         cross = language.cross_key_values(visual_tokens)
-        rows, slots = visual_tokens.shape[:2]
+        rows, count = visual_tokens.shape[:2]
 
         def logits(written: Tensor) -> Tensor:
-            seen = torch.ones(rows, slots, dtype=torch.int64)
-            if looks.shape[1]:
-                every = torch.cat([looks, looks[:, -1:].expand(-1, written.shape[1])], dim=1)
-                seen = every[:, :, None].expand(-1, -1, slots)
+            mask = torch.ones(rows, count, dtype=torch.int64)
+            if picture_mask.shape[1]:
+                generated = picture_mask[:, -1:].expand(-1, written.shape[1])
+                mask = torch.cat([picture_mask, generated], dim=1)[:, :, None].expand(-1, -1, count)
             embeds = language.embed(torch.cat([ids, written], dim=1))
-            return self._logits(embeds, cross=cross, cross_attention_mask=seen)
+            return self._logits(embeds, cross=cross, cross_attention_mask=mask)
 
         return logits
 
@@ -224,13 +221,13 @@ class CheckpointCaptioner:
 
 
 class CheckpointMatcher:
-    """A model that compares, in torch.
+    """A matcher in torch.
 
     Args:
-        model: In eval mode.
-        tokenizer: Of its text side.
-        preprocessing: As its picture encoder was trained.
-        batch_size: Pictures, or pairs, at once.
+        model: The model in eval mode.
+        tokenizer: Tokenizer of its text side.
+        preprocessing: Preprocessing of its pictures.
+        batch_size: Pictures, or pairs of a picture and a text, in one batch.
     """
 
     def __init__(
@@ -251,7 +248,7 @@ class CheckpointMatcher:
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
         """Vectors of pictures."""
         parts = [
-            self._matcher.image_features(self._look(pictures[at : at + self._batch_size]))
+            self._matcher.image_features(self._image_embeds(pictures[at : at + self._batch_size]))
             for at in range(0, len(pictures), self._batch_size)
         ]
         vectors: Vectors = torch.cat(parts).numpy()
@@ -271,10 +268,10 @@ class CheckpointMatcher:
     def probabilities(
         self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        """What the matching head says."""
+        """Probabilities of the matching head."""
         found: list[list[float]] = [[] for _ in pictures]
         pairs = [(row, text) for row, own in enumerate(texts) for text in own]
-        embeds = self._look(pictures)
+        embeds = self._image_embeds(pictures)
         for at in range(0, len(pairs), self._batch_size):
             part = pairs[at : at + self._batch_size]
             ids, mask = self._padded([text for _, text in part])
@@ -283,28 +280,29 @@ class CheckpointMatcher:
                 found[row].append(value)
         return found
 
-    def _look(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _image_embeds(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Encodes pictures: float32 [B, P, Dv]."""
         embeds: Tensor = self._model.vision(torch.from_numpy(self._preprocessing.batch(pictures)))
         return embeds
 
     def _padded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask int64 [B, S], padded on the right; what is too long for the model is cut before its end."""
+        """Ids and mask int64 [B, S], padded on the right. Too long texts are cut, and keep their last token."""
         longest = self._model.config.max_positions
         rows = [self._tokenizer.encode(text) for text in texts]
         rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
-        return pad_rows(rows, 0), pad_rows([[1] * len(row) for row in rows], 0)
+        return pad_with_mask(rows, 0)
 
 
 def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedModel:
-    """Loads a checkpoint for what it does.
+    """Opens a checkpoint for evaluation, in torch on the CPU.
 
     Args:
         directory: Config, weights, tokenizer and preprocessing.
-        options: How it is run; the backend is torch on the CPU.
+        options: How the model is run; the backend is ignored.
 
     Raises:
-        CheckpointError: Something is missing or does not fit.
-        UsageError: An option that is for bundles, or a family that is scored as a bundle.
+        CheckpointError: A file is missing or does not fit the model.
+        UsageError: An option is for bundles only, or the family can be scored as a bundle only.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -312,17 +310,5 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
     if isinstance(model, CaptionerModel):
         return EvaluatedModel(captioner=CheckpointCaptioner.load(directory, model, options))
     tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
-    preprocessing = read_preprocessing(directory)
+    preprocessing = load_preprocessing(directory)[0]
     return EvaluatedModel(matcher=CheckpointMatcher(model, tokenizer, preprocessing, options.batch_size))
-
-
-def read_preprocessing(directory: Path) -> Preprocessing:
-    """How a checkpoint's pictures are prepared.
-
-    Raises:
-        CheckpointError: It does not say.
-    """
-    for name in _PROCESSOR_FILES:
-        if (directory / name).is_file():
-            return Preprocessing.from_hf(read_json(directory / name))
-    raise CheckpointError(f"{directory} has no {_PROCESSOR_FILES[0]}", "save the processor beside the model")

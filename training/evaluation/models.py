@@ -1,7 +1,7 @@
-"""Models as they are scored and used on data: something that answers, or something that compares.
+"""The interfaces of models under evaluation: a captioner or a matcher.
 
-A bundle runs in the runtime, where torch is not needed; a checkpoint runs in torch. Both look the same from here, so
-that the loss of an export or of a precision is known in the figures of a task.
+A bundle runs in the runtime, without torch; a checkpoint runs in torch. Both have the same interface, so that the same
+scores show what an export or a precision costs.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ Prompts = Sequence[str | None]
 
 
 class CaptionModel(Protocol):
-    """A model that writes texts about pictures."""
+    """A model that generates texts about pictures."""
 
     def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
-        """A text a picture, in order.
+        """Generates one text for each picture, in order.
 
         Args:
-            pictures: RGB.
-            prompts: One a picture; None for none at all.
+            pictures: RGB pictures.
+            prompts: One prompt, or None, for each picture; None for no prompts.
         """
 
     def question(self, text: str) -> str:
         """The prompt that asks a question.
 
         Raises:
-            UsageError: The model answers none.
+            UsageError: The model answers no questions.
         """
 
 
 class MatchModel(Protocol):
-    """A model that tells how well pictures and texts go together."""
+    """A model that scores how well pictures and texts match."""
 
     @property
     def has_head(self) -> bool:
         """Whether it has a matching head (ITM) beside its vectors (ITC)."""
 
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
-        """float32 [N, F], or [N, K, F] where a picture has K of them; of length 1."""
+        """Unit vectors of pictures: float32 [N, F], or [N, K, F] if a picture has K vectors."""
 
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
-        """float32 [M, F], of length 1."""
+        """Unit vectors of texts: float32 [M, F]."""
 
     def probabilities(
         self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        """What the matching head says of each picture with each of its own texts."""
+        """Probability of the matching head for each picture with each of its own texts."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class ModelOptions:
     """How a model is run.
 
     Attributes:
-        backend: Of a bundle: "auto", or one by name.
+        backend: Backend of a bundle: "auto", or a backend by name.
         threads: CPU threads; None for all cores.
-        batch_size: Pictures, or pairs of a picture and a text, at once.
-        generation: Fields of `GenerationOptions`; of a checkpoint only `max_new_tokens`.
+        batch_size: Pictures, or pairs of a picture and a text, in one batch.
+        generation: Fields of `GenerationOptions`; a checkpoint supports `max_new_tokens` only.
     """
 
     backend: str = "auto"
@@ -75,7 +75,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A loaded model: the one or the other."""
+    """A loaded model: either a captioner or a matcher."""
 
     captioner: CaptionModel | None = None
     matcher: MatchModel | None = None

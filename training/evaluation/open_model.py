@@ -23,15 +23,15 @@ from blip2edge.training.evaluation.models import (
 
 
 class BundleCaptioner:
-    """A bundle that captions."""
+    """A captioner in a bundle."""
 
     def __init__(self, captioner: Captioner, options: ModelOptions) -> None:
-        captioner.options(**options.generation)  # refuses what is wrong before any picture is read
+        captioner.options(**options.generation)  # raises for wrong options before any picture is read
         self._captioner = captioner
         self._options = options
 
     def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
-        """A text a picture."""
+        """Generates one text for each picture."""
         results = self._captioner.caption_many(
             list(pictures), prompts=prompts, batch_size=self._options.batch_size, **self._options.generation
         )
@@ -43,7 +43,7 @@ class BundleCaptioner:
 
 
 class BundleMatcher:
-    """A bundle that compares."""
+    """A matcher in a bundle."""
 
     def __init__(self, matcher: Matcher, options: ModelOptions) -> None:
         self._matcher = matcher
@@ -65,22 +65,22 @@ class BundleMatcher:
     def probabilities(
         self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        """What the matching head says."""
+        """Probabilities of the matching head."""
         return self._matcher.probabilities(list(pictures), texts, batch_size=self._batch_size)
 
 
 def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
-    """Loads a model for what it does.
+    """Opens a model for evaluation.
 
     Args:
         model: A bundle, or a checkpoint directory.
-        options: How it is run.
+        options: How the model is run.
 
     Raises:
-        BundleError: The directory is neither.
-        BackendError: The backend is not there.
+        BundleError: The directory is neither a bundle nor a checkpoint.
+        BackendError: The backend is not available.
         CheckpointError: The checkpoint cannot be read.
-        UsageError: An option that the model does not take.
+        UsageError: The model does not support an option.
     """
     if (model / MANIFEST).is_file():
         if Bundle.open(model).manifest.prompt is None:
@@ -89,7 +89,7 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
         captioner = Captioner.load(model, backend=options.backend, threads=options.threads)
         return EvaluatedModel(captioner=BundleCaptioner(captioner, options))
     if (model / "config.json").is_file():
-        # A checkpoint needs torch, which a machine that only runs bundles does not have.
+        # Imported here: it needs torch, which a machine that only runs bundles does not have.
         from blip2edge.training.evaluation.checkpoint_models import open_checkpoint_model
 
         return open_checkpoint_model(model, options)
@@ -100,10 +100,10 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
 
 
 def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
-    """The same of a model that has to caption.
+    """Opens a captioner; arguments and errors as of `open_model`.
 
     Raises:
-        UsageError: It compares.
+        UsageError: The model is no captioner.
     """
     captioner = open_model(model, options).captioner
     if captioner is None:
@@ -112,15 +112,15 @@ def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
 
 
 def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
-    """The same of a model that has to match: with a matching head.
+    """Opens a matcher with a matching head; arguments and errors as of `open_model`.
 
     Raises:
-        UsageError: It captions, or has vectors alone.
+        UsageError: The model has no matching head.
     """
     matcher = open_model(model, options).matcher
     if matcher is None or not matcher.has_head:
         raise UsageError(
             f"{model} has no matching head",
-            "give what train stage1 wrote, or a checkpoint of BLIP or BLIP-2 for ITM",
+            "give the output of train stage1, or a checkpoint of BLIP or BLIP-2 for image-text matching (ITM)",
         )
     return matcher

@@ -1,4 +1,4 @@
-"""Scoring of a captioner on the scenes, whatever runs it: a checkpoint in torch or a bundle. Needs no torch."""
+"""Scores a captioner, given as a function, on the generated scenes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from blip2edge.training.metrics.exact import exact_match, shuffled_match
 
 CaptionMany = Callable[[Sequence[Image.Image]], list[str]]
 
-EVALUATION_SEED = 1000  # a series of its own: no training or example scene shares it
-PICTURES_AT_ONCE = 50  # pictures handed over at a time
+EVALUATION_SEED = 1000  # a series that neither training nor the examples use
+PICTURES_AT_ONCE = 50  # pictures of one call of the captioner
 
 
 class SceneScores(TypedDict):
     """The result of `evaluate_scenes`.
 
     Keys:
-        exact_match: Share of captions right to the last letter.
-        shuffled_match: The same share when the captions are held against the wrong pictures.
-        n: Pictures.
-        split: Which pairs of (colour, shape) they showed.
-        seed: Their series.
-        wrong: The first mistakes, as (right, said).
+        exact_match: Share of captions that are exactly right.
+        shuffled_match: The same share when each caption is compared with the next picture's, as a control.
+        n: Number of pictures.
+        split: Pairs of (colour, shape) that they showed.
+        seed: Seed of their series.
+        wrong: The first mistakes, as (correct caption, generated caption).
     """
 
     exact_match: float
@@ -46,15 +46,15 @@ def evaluate_scenes(
     progress: Callable[[int, int], None] | None = None,
     mistakes: int = 5,
 ) -> SceneScores:
-    """Captions scenes and compares.
+    """Captions scenes and compares the result with the correct captions.
 
     Args:
-        caption_many: From pictures to their captions, in order.
-        n: How many scenes, at least 2.
-        seed: Their series.
-        split: "heldout" for pairs of objects that training never showed, "train" for those that it did.
-        progress: Called with (done, n) after each chunk of pictures.
-        mistakes: How many wrong captions to hand back.
+        caption_many: Captions pictures, in order.
+        n: Number of scenes, at least 2.
+        seed: Seed of their series.
+        split: "heldout" for pairs of objects that training never shows, "train" for the others.
+        progress: Called with (pictures done, n).
+        mistakes: Largest number of wrong captions to return.
 
     Returns:
         The scores.

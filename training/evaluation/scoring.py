@@ -1,4 +1,4 @@
-"""A model scored on data or on the generated scenes: what is asked of it, and which figures come of the answers."""
+"""Scores a model on data from files or on the generated scenes."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from blip2edge.training.metrics.retrieval import (
 from blip2edge.training.metrics.vqa import vqa_scores
 
 CountProgress = Callable[[int, int], None]
-TOP = 16  # so many of the nearest are put in order anew by the matching head
-YES = 0.5  # probability from which a picture and a text belong together
+TOP = 16  # nearest candidates that the matching head ranks again
+YES = 0.5  # probability of the matching head from which a picture and a text match
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """What is to be found out, and how.
+    """Which metrics are computed, and how.
 
     Attributes:
-        metrics: Names of metrics; empty: all that the model and the data allow.
-        prompt: Of captions; None for the model's own.
-        top: How many of the nearest the matching head reads; 0: none, the cosine decides.
-        ask: POPE's questions are put to the model; else they are read off its captions.
-        progress: Called with (done, all) as pictures go by.
+        metrics: Names of metrics; empty for all that the model and the data support.
+        prompt: Prompt of captions; None for the model's default.
+        top: Number of nearest candidates that the matching head ranks again; 0: the cosine alone decides.
+        ask: Whether POPE's questions are put to the model; otherwise its captions answer them.
+        progress: Called with (pictures done, all pictures).
     """
 
     metrics: tuple[str, ...] = ()
@@ -58,12 +58,12 @@ class ScoringOptions:
         """The metrics to compute.
 
         Raises:
-            UsageError: One that the model or the data do not allow.
+            UsageError: The model or the data do not support one of them.
         """
         for name in self.metrics:
             if name not in possible:
                 raise UsageError(
-                    f"the metric {name} cannot be had of this model on this data",
+                    f"the metric {name} cannot be computed for this model on this data",
                     f"metrics here are {', '.join(possible)}",
                 )
         return self.metrics or tuple(possible)
@@ -77,16 +77,16 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
 
     Args:
         model: The model.
-        count: How many scenes, at least 2.
-        split: Which pairs of (colour, shape) they show.
-        options: What is to be found out.
+        count: Number of scenes, at least 2.
+        split: Pairs of (colour, shape) that they show.
+        options: Which metrics are computed, and how.
 
     Returns:
-        Figures by name. A captioner: exact match with its control (see `evaluate_scenes`), the caption scores, CHAIR
-        and POPE. A model that compares: retrieval, and POPE.
+        Figures by name. For a captioner: exact match with its control (see `evaluate_scenes`), caption scores, CHAIR
+        and POPE. For a matcher: retrieval, and POPE.
 
     Raises:
-        UsageError: Too few scenes, or a metric that cannot be had.
+        UsageError: Too few scenes, or a metric that cannot be computed.
     """
     if count < 2:
         raise UsageError(f"an evaluation needs at least 2 pictures, not {count}")
@@ -135,7 +135,7 @@ def _compared_scenes(
     matcher: MatchModel, shown: list[Scene], split: Split, options: ScoringOptions
 ) -> Figures:
     metrics = options.chosen(("retrieval", "pope") if matcher.has_head else ("retrieval",))
-    # Of scenes with the same caption only the first is kept: both pictures would be right for it.
+    # Of scenes with equal captions only the first is used: both pictures would match the caption.
     first = {scene.caption: scene for scene in reversed(shown)}
     kept = [scene for scene in shown if first[scene.caption] is scene]
     figures: Figures = {"n": len(kept), "split": split, "seed": EVALUATION_SEED}
@@ -172,16 +172,16 @@ def score_entries(
     Args:
         model: The model.
         entries: Captions, or questions with answers.
-        broken: Counts pictures that cannot be opened; what was left out when the data was read is in it.
-        options: What is to be found out.
+        broken: The samples that were broken when the data was read; pictures that cannot be opened are added.
+        options: Which metrics are computed, and how.
 
     Returns:
-        Figures by name: of captions BLEU, ROUGE-L and CIDEr-D, of questions the VQA accuracy, of a model that
-        compares the recalls; `predictions`, what it said, in COCO's format; and what was broken.
+        Figures by name: BLEU, ROUGE-L and CIDEr-D for captions, VQA accuracy for questions, recalls for a matcher;
+        `predictions`, the generated texts in COCO's format; and the broken samples.
 
     Raises:
-        DataError: There is nothing to score, or too much is broken.
-        UsageError: The model does not do what the data asks for, or a metric cannot be had.
+        DataError: There is no entry, or more samples are broken than allowed.
+        UsageError: The model does not fit the data, or a metric cannot be computed.
     """
     if not entries:
         raise DataError("expected at least one sample, got none")
@@ -197,7 +197,7 @@ def score_entries(
         figures = _retrieved(model.matcher, by_picture(entries), broken, options)
     else:
         raise UsageError(
-            "this model compares pictures with texts, and the data asks questions", "give a captioner"
+            "this model matches pictures with texts, and the data has questions", "give a captioner"
         )
     problems = broken.problems
     return figures | {"broken": len(problems), "broken_named": dict(list(problems.items())[:10])}
@@ -206,7 +206,7 @@ def score_entries(
 def _opened(
     pictures: Sequence[tuple[str, StoredPicture]], broken: BrokenSamples, progress: CountProgress
 ) -> Iterator[tuple[list[int], list[Image.Image]]]:
-    """Pictures in chunks, with their numbers; those that cannot be opened are counted and left out."""
+    """Opens pictures in chunks, with their numbers. Pictures that cannot be opened are added to `broken`."""
     for start in range(0, len(pictures), PICTURES_AT_ONCE):
         numbers, images = [], []
         for number, (name, picture) in enumerate(pictures[start : start + PICTURES_AT_ONCE], start):
@@ -268,11 +268,11 @@ def _retrieved(
 
 
 class _Gallery(NamedTuple):
-    """Pictures that are searched.
+    """The pictures of a retrieval.
 
     Attributes:
         vectors: float32 [N, F] or [N, K, F].
-        open: Opens one by its number, for the matching head.
+        open: Opens a picture by its number, for the matching head.
     """
 
     vectors: Vectors
@@ -286,7 +286,7 @@ def _retrieval(
     owners: Sequence[int],
     options: ScoringOptions,
 ) -> Figures:
-    """Recalls; what the matching head reads is opened once more."""
+    """Recalls. Pictures for the matching head are opened a second time."""
     scores = similarities(gallery.vectors, matcher.text_vectors(texts))
     top = options.top if matcher.has_head else 0
     matched = {}
@@ -302,5 +302,5 @@ def _retrieval(
 
 
 def _number(name: str) -> int | str:
-    """A COCO id as the number that it was."""
+    """A COCO id as a number, if it is one."""
     return int(name) if name.isdecimal() else name

@@ -1,1 +1,1 @@
-"""Samples to batches: loading, tokenising, cached features."""
+"""Makes batches of samples: opens pictures, encodes or caches them, and tokenizes texts."""

@@ -1,4 +1,4 @@
-"""What the losses read: token ids, masks and labels; and the batches of the miniature's two pretraining phases."""
+"""Batches of texts (token ids, masks, labels), and the batches of scenes for the miniature's pretraining."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.scenes import PICTURE_SIZE, Scene, scenes
+from blip2edge.training.data.sources import draw_prompt
 from blip2edge.training.setup.vocabulary import END_ID, PAD_ID, keyword_ids
 
-IGNORED = -100  # label of a position that gives no loss
+IGNORED = -100  # label of a position without loss
 
 PREPROCESSING = Preprocessing(size={"height": PICTURE_SIZE, "width": PICTURE_SIZE})  # the rest is BLIP-2's
 
@@ -25,15 +26,15 @@ class CaptionBatch(NamedTuple):
     """Texts for a language model, padded on the right.
 
     Attributes:
-        input_ids: int64 [B, S]: what follows the picture: BOS, prompt, caption, end token, padding. For an
-            encoder-decoder model the prompt alone, which its encoder reads.
-        attention_mask: int64 [B, S]: 1 where a token is.
-        labels: int64 [B, S], or [B, T] for an encoder-decoder model: the caption's tokens and the end token;
-            `IGNORED` on everything else. Not shifted, as transformers takes them.
-        before_ids: int64 [N]: what stands before the picture, the same in every row; mostly nothing.
-        decoder_ids: int64 [B, T]: the start token and the caption, for an encoder-decoder model; None for all others.
-        looks: int64 [B, S]: 1 where a slot looks at the picture, for a language model that looks at it from
-            between its layers; None for all others.
+        input_ids: int64 [B, S]: the tokens after the picture: BOS, prompt, caption, end token, padding. For an
+            encoder-decoder model, the prompt only (the input of its encoder).
+        attention_mask: int64 [B, S]: 1 for tokens, 0 for padding.
+        labels: int64 [B, S], or [B, T] for an encoder-decoder model: the tokens of the caption and the end token;
+            `IGNORED` elsewhere. Not shifted, as in transformers.
+        before_ids: int64 [N]: the tokens before the picture, equal in all rows; usually none.
+        decoder_ids: int64 [B, T]: for an encoder-decoder model, the start token and the caption; else None.
+        picture_mask: int64 [B, S]: for a language model with cross-attention, 1 where a token attends to the picture;
+            None if all tokens do, and for other models.
     """
 
     input_ids: Tensor
@@ -41,11 +42,11 @@ class CaptionBatch(NamedTuple):
     labels: Tensor
     before_ids: Tensor
     decoder_ids: Tensor | None = None
-    looks: Tensor | None = None
+    picture_mask: Tensor | None = None
 
     @property
     def tokens(self) -> int:
-        """How many tokens are to be learned."""
+        """Number of tokens that give loss."""
         return int((self.labels != IGNORED).sum())
 
 
@@ -54,9 +55,9 @@ class TextBatch(NamedTuple):
 
     Attributes:
         input_ids: int64 ``[B, T]``: [CLS], text, [SEP], padding.
-        attention_mask: int64 ``[B, T]``, 1 where a token is.
-        pictures: int64 ``[B]``, the number of each text's picture: texts with the same number describe the same
-            picture, and none is a negative of the other. None where no picture is twice in a batch.
+        attention_mask: int64 ``[B, T]``, 1 for tokens, 0 for padding.
+        pictures: int64 ``[B]``, number of each text's picture. Texts with the same number describe the same picture,
+            and are no negatives of each other. None if all pictures of a batch differ.
     """
 
     input_ids: Tensor
@@ -65,27 +66,33 @@ class TextBatch(NamedTuple):
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of different length as int64 [B, longest], filled on the right."""
+    """Pads rows on the right with `value`: int64 [B, longest]."""
     longest = max(1, *map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def caption_batch(prompts: Sequence[Sequence[int]], captions: Sequence[Sequence[int]]) -> CaptionBatch:
-    """Prompts and the captions behind them as ids, with the labels of the captions."""
+def pad_with_mask(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pads token ids on the right. Returns the ids and their attention mask, int64 [B, longest] each."""
+    return pad_rows(rows, pad_id), pad_rows([[1] * len(row) for row in rows], 0)
+
+
+def caption_batch(
+    prompts: Sequence[Sequence[int]], captions: Sequence[Sequence[int]], pad_id: int = PAD_ID
+) -> CaptionBatch:
+    """Makes a batch of prompts and captions, given as token ids, with nothing before the picture."""
     rows = [[*prompt, *caption] for prompt, caption in zip(prompts, captions, strict=True)]
     labels = [[*[IGNORED] * len(prompt), *caption] for prompt, caption in zip(prompts, captions, strict=True)]
-    mask = [[1] * len(row) for row in rows]
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return CaptionBatch(pad_rows(rows, PAD_ID), pad_rows(mask, 0), pad_rows(labels, IGNORED), nothing)
+    before_ids = torch.zeros(0, dtype=torch.int64)
+    return CaptionBatch(*pad_with_mask(rows, pad_id), pad_rows(labels, IGNORED), before_ids)
 
 
 class KeywordBatch(NamedTuple):
-    """Captions of scenes behind the keywords that decide them.
+    """Captions of scenes, with the keywords that determine them.
 
     Attributes:
         sample_ids: B names.
-        keyword_ids: int64 [B, Q]: what a perfect bridge would say, one word a visual token, then padding.
-        captions: The texts.
+        keyword_ids: int64 [B, Q]: one keyword for each visual token, then padding.
+        captions: The captions.
     """
 
     sample_ids: tuple[str, ...]
@@ -94,31 +101,29 @@ class KeywordBatch(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Tokens to be learned."""
+        """Number of tokens that give loss."""
         return self.captions.tokens
 
 
 class KeywordTexts:
-    """Writes the captions of scenes behind `</s>`, with their keywords.
+    """Makes batches of the captions of scenes, with their keywords.
 
     Args:
-        tokenizer: The miniature's.
-        num_query_tokens: Q, how long the row of keywords becomes.
-        data: Short prompts, and the share of captions behind one of them.
+        tokenizer: The miniature's tokenizer.
+        num_query_tokens: Q, the padded length of the keywords.
+        data: Short prompts, and the share of captions that follow one of them.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_query_tokens: int, data: DataConfig) -> None:
         self._tokenizer = tokenizer
-        self._slots = num_query_tokens
+        self._num_query_tokens = num_query_tokens
         self._keywords = keyword_ids(tokenizer)
         self._data = data
 
     def _prompt(self, name: str) -> str:
-        """Drawn by the scene's name alone, so that it is the same in every run."""
+        """The prompt of a scene. It depends on the scene's name only, so it is the same in every run."""
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        if rng.random() >= self._data.prompt_share:
-            return ""
-        return self._data.prompts[int(rng.integers(len(self._data.prompts)))]
+        return draw_prompt(self._data, rng)
 
     def __call__(self, batch: Sequence[Scene], names: Sequence[str]) -> KeywordBatch:
         """Makes a batch of scenes."""
@@ -129,26 +134,23 @@ class KeywordTexts:
             prompts.append(self._tokenizer.encode(prompt).ids)
             captions.append([*self._tokenizer.encode(text, add_special_tokens=False).ids, END_ID])
         keywords = [[self._keywords[word] for word in scene.keywords] for scene in batch]
-        padded = [row + [PAD_ID] * (self._slots - len(row)) for row in keywords]
+        padded = [row + [PAD_ID] * (self._num_query_tokens - len(row)) for row in keywords]
         return KeywordBatch(tuple(names), torch.tensor(padded), caption_batch(prompts, captions))
 
 
 def pixel_values(batch: Sequence[Scene]) -> Tensor:
-    """The pictures as the vision encoder wants them: float32 [B, 3, 64, 64].
-
-    The preprocessing is the one that ships.
-    """
+    """Preprocessed pictures of scenes, float32 [B, 3, 64, 64]."""
     return torch.from_numpy(PREPROCESSING.batch([scene.picture for scene in batch]))
 
 
 class SceneBatches:
-    """Endless batches of training scenes, no scene twice.
+    """Endless batches of training scenes. No scene comes twice.
 
     Args:
-        rows: Scenes a batch on one process.
-        series: Which scenes.
-        make: From scenes and their names to a batch.
-        place: Number of this process, and how many there are: each takes its rows of every batch.
+        rows: Scenes of a batch on one process.
+        series: Seed of the scenes.
+        make: Makes a batch of scenes and their names.
+        place: Rank of this process and number of processes; each process takes its rows of every batch.
     """
 
     def __init__(self, rows: int, series: int, make: Any, place: tuple[int, int] = (0, 1)) -> None:
@@ -164,9 +166,9 @@ class SceneBatches:
         return self._make(batch, [f"scene-{self._series}-{first + number}" for number in range(len(batch))])
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of the next scene."""
+        """Number of the next scene."""
         return {"start": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a scene."""
+        """Continues at the scene that `state_dict` gave."""
         self._start = int(state["start"])

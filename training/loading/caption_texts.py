@@ -1,4 +1,4 @@
-"""Samples' texts as the language model reads them: the family's own prompt, then what is to be learned."""
+"""Makes the language model's training texts: the prompt in the family's template, then the target text."""
 
 from __future__ import annotations
 
@@ -13,43 +13,47 @@ from blip2edge.model.families.prompts import prompt_spec
 from blip2edge.runtime.text.prompt import PromptBuilder
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.data.sources import Sample
-from blip2edge.training.loading.batches import IGNORED, CaptionBatch, pad_rows
+from blip2edge.training.loading.batches import IGNORED, CaptionBatch, caption_batch, pad_rows, pad_with_mask
 
-SHORTEST = 2  # tokens that must be left for a caption: one and the end
+SHORTEST = 2  # shortest target text in tokens: one token and the end token
+
+
+def captioner_prompts(config: CaptionerConfig, tokenizer: Tokenizer) -> PromptBuilder:
+    """Makes the prompts of a captioner."""
+    language = config.language
+    return PromptBuilder(prompt_spec(config), tokenizer, language.max_positions, language.vocab_size)
 
 
 class CaptionTexts:
     """Makes batches of texts for one captioner.
 
     Args:
-        config: The captioner's.
-        tokenizer: Its language model's.
-        max_tokens: Longest text to be learned, the end token included.
+        config: Config of the captioner.
+        tokenizer: Tokenizer of its language model.
+        max_tokens: Longest target text in tokens, the end token included.
     """
 
     def __init__(self, config: CaptionerConfig, tokenizer: Tokenizer, max_tokens: int) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self._spec = prompt_spec(config)
-        language = config.language
-        self._prompter = PromptBuilder(self._spec, tokenizer, language.max_positions, language.vocab_size)
+        self._prompts = captioner_prompts(config, tokenizer)
+        self._spec = self._prompts.spec
         first = tokenizer.encode("a", add_special_tokens=False)
         start = tokenizer.id_to_token(first[0]) if first else None
-        self._adds_space = (start or "").startswith(
-            "\u2581"
-        )  # SentencePiece begins a text with a space itself
+        # SentencePiece itself adds a space before a text.
+        self._adds_space = (start or "").startswith("\u2581")
 
     def prompt(self, sample: Sample) -> str | None:
-        """A sample's prompt, or the family's own where it has none."""
+        """The prompt of a sample, or the family's default prompt."""
         return sample.prompt or self._spec.default
 
     def _caption(self, sample: Sample, room: int) -> list[int]:
-        """What is learned, behind its prompt."""
+        """Token ids of the target text and the end token, at most `room` of them."""
         if room < SHORTEST:
             raise DataError(
-                f"the prompt of {sample.sample_id} leaves no room for a text in the language model's"
-                f" {self._config.language.max_positions} positions"
+                f"the prompt of {sample.sample_id} is too long: it leaves no position for a text in the language"
+                f" model's {self._config.language.max_positions} positions"
             )
         joined = self.prompt(sample) and not self._adds_space and not self._config.language.is_encoder_decoder
         text = f" {sample.text}" if joined else sample.text
@@ -57,13 +61,13 @@ class CaptionTexts:
         return [*ids, self._config.eos_token_ids[0]]
 
     def __call__(self, samples: Sequence[Sample]) -> CaptionBatch:
-        """A batch, as long as its longest text.
+        """Makes a batch, padded to its longest text.
 
         Raises:
             PromptError: A prompt is longer than the context.
-            DataError: It leaves no room for a text.
+            DataError: A prompt leaves no position for a text.
         """
-        prompts = [self._prompter(self.prompt(sample)) for sample in samples]
+        prompts = [self._prompts(self.prompt(sample)) for sample in samples]
         longest = self._config.language.max_positions
         apart = self._config.language.is_encoder_decoder
         captions = []
@@ -74,21 +78,19 @@ class CaptionTexts:
             prompts[0].segments[0] if len(prompts[0].segments) > 1 else (), dtype=torch.int64
         )
         pad = self._config.pad_token_id or 0
-        behind = [list(prompt.segments[-1]) for prompt in prompts]
+        after = [prompt.segments[-1] for prompt in prompts]
         if apart:
-            mask = pad_rows([[1] * len(row) for row in behind], 0)
+            input_ids, mask = pad_with_mask(after, pad)
             start = self._config.decoder_start_token_id or 0
-            written = pad_rows([[start, *caption[:-1]] for caption in captions], pad)
-            return CaptionBatch(pad_rows(behind, pad), mask, pad_rows(captions, IGNORED), before, written)
-        rows = [[*prompt, *caption] for prompt, caption in zip(behind, captions, strict=True)]
-        labels = [
-            [*[IGNORED] * len(prompt), *caption] for prompt, caption in zip(behind, captions, strict=True)
-        ]
-        mask = pad_rows([[1] * len(row) for row in rows], 0)
-        looks = None
+            decoder_ids = pad_rows([[start, *caption[:-1]] for caption in captions], pad)
+            return CaptionBatch(input_ids, mask, pad_rows(captions, IGNORED), before, decoder_ids)
+        picture_mask = None
         if self._spec.kind == INTERLEAVED:
-            seen = [[int(look >= 0) for look in prompt.attends_to] for prompt in prompts]
-            looks = pad_rows(
-                [[*row, *[1] * len(caption)] for row, caption in zip(seen, captions, strict=True)], 0
+            picture_mask = pad_rows(
+                [
+                    [*(int(picture >= 0) for picture in prompt.attends_to), *[1] * len(caption)]
+                    for prompt, caption in zip(prompts, captions, strict=True)
+                ],
+                0,
             )
-        return CaptionBatch(pad_rows(rows, pad), mask, pad_rows(labels, IGNORED), before, looks=looks)
+        return caption_batch(after, captions, pad)._replace(before_ids=before, picture_mask=picture_mask)

@@ -1,9 +1,9 @@
-"""The frozen picture encoder's part of a step: pictures opened, prepared, encoded, and kept on disk if asked for.
+"""Encodes pictures with the frozen picture encoder, and caches the result on disk if the recipe says so.
 
-The cache is a directory for one encoder and one preprocessing, named by their hash. Each run appends to files of
-its own: rows of fixed size, and an index with a line a batch. A line is written after its rows, so that a run that
-is killed leaves whole batches behind; a batch of which a part is missing is encoded whole, and comes out the same
-whether or not a run was interrupted.
+A cache is one directory for one encoder and one preprocessing, named by their hash. Each run appends to its own files:
+rows of fixed size, and an index with one line for each batch. A line is written after its rows, so a run that is killed
+leaves complete batches only. If a part of a batch is missing from the cache, the whole batch is encoded. So its values
+are the same whether or not a run was interrupted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ _ROWS, _INDEX = ".rows", ".index.jsonl"
 
 
 def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> str:
-    """What two runs that may share features have in common: weights, preprocessing, and the kind of the numbers."""
+    """Hash of everything that the features depend on: weights, preprocessing, and the type of the values.
+
+    Args:
+        vision: The picture encoder.
+        preprocessing: Preprocessing of its pictures.
+        kind: Type of the stored values and arithmetic of the encoder.
+    """
     digest = hashlib.sha256(json.dumps([preprocessing.to_json(), kind], sort_keys=True).encode())
     for name, tensor in vision.state_dict().items():
         digest.update(name.encode())
@@ -39,12 +45,12 @@ def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> 
 
 
 class FeatureCache:
-    """Rows `[P, D]` on disk by the name of their picture.
+    """Features `[P, D]` of pictures on disk, by the picture's name.
 
     Args:
-        directory: Of one encoder.
+        directory: Directory of one encoder.
         shape: (P, D).
-        dtype: "float32" or "float16", how rows are kept.
+        dtype: Type of the stored values: "float32" or "float16".
     """
 
     def __init__(self, directory: Path, shape: tuple[int, int], dtype: str) -> None:
@@ -70,7 +76,11 @@ class FeatureCache:
         return len(self._places)
 
     def read(self, names: Sequence[str]) -> NDArray[np.float32]:
-        """float32 [B, P, D]."""
+        """Reads cached features: float32 [B, P, D].
+
+        Raises:
+            KeyError: A picture is not in the cache.
+        """
         rows = np.empty((len(names), *self._shape), np.float32)
         for number, name in enumerate(names):
             path, place = self._places[name]
@@ -81,10 +91,10 @@ class FeatureCache:
         return rows
 
     def add(self, names: Sequence[str], rows: NDArray[np.float32]) -> None:
-        """Keeps a batch.
+        """Adds the features of a batch.
 
         Raises:
-            OutputError: The disk is full or not writable; what was kept before stays usable.
+            OutputError: The disk is full or not writable; features of earlier batches stay usable.
         """
         fresh = {name: number for number, name in enumerate(names) if name not in self._places}
         if not fresh:
@@ -97,8 +107,8 @@ class FeatureCache:
             index.flush()
         except OSError as error:
             raise OutputError(
-                f"cannot keep features in {self._directory}: {error.strerror or error}",
-                "make room and run the command again, or set cache_features to false",
+                f"cannot write features to {self._directory}: {error.strerror or error}",
+                "free some space and run the command again, or set cache_features to false",
             ) from error
         for name in fresh:
             self._places[name] = (path, self._written)
@@ -124,19 +134,19 @@ class FeatureCache:
 
 
 def _whole_lines(index: Path) -> list[str]:
-    """The lines that were written to their end."""
+    """The complete lines of an index."""
     text = index.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()
 
 
 class FrozenEncoder:
-    """From samples to the frozen encoder's embeddings.
+    """Opens the pictures of samples and encodes them with the frozen picture encoder.
 
     Args:
-        vision: Frozen, in eval mode.
-        preprocessing: As it was trained.
+        vision: The picture encoder, frozen and in eval mode.
+        preprocessing: Preprocessing of its pictures.
         accelerator: Device and arithmetic.
-        cache: Where its output is kept; None encodes every time.
+        cache: Cache of its output; None encodes every picture again.
     """
 
     def __init__(
@@ -152,7 +162,7 @@ class FrozenEncoder:
         self._accelerator = accelerator
 
     def open(self, sample: Sample) -> NDArray[np.float32] | None:
-        """A sample's pixel values [3, H, W]; None where its embeddings are kept already.
+        """A sample's pixel values [3, H, W]; None if its features are cached.
 
         Raises:
             ImageError: The picture is broken.
@@ -163,11 +173,11 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:
-        """Embeddings of a batch: float32 [B, P, Dv] on the device.
+        """Encodes a batch: float32 [B, P, Dv] on the device.
 
         Args:
-            samples: B of them.
-            pixels: From `open`.
+            samples: B samples.
+            pixels: Result of `open` for each sample.
         """
         device = self._accelerator.device
         names = [sample.image_id for sample in samples]
@@ -183,5 +193,5 @@ class FrozenEncoder:
         if self.cache is None:
             return embeds
         self.cache.add(names, embeds.cpu().numpy())
-        # What was kept is what counts, so that the first pass and later ones see the same.
+        # Return the stored values, so that the first pass and later ones use the same numbers.
         return torch.from_numpy(self.cache.read(names)).to(device)

@@ -1,8 +1,8 @@
-"""Batches of a source: every process takes its rows of each, broken samples are replaced, and all can be resumed.
+"""Loads batches of samples. Broken samples are replaced, and the position in the data can be saved and restored.
 
-All processes read the same stream of samples and open only the pictures of their own rows. One that cannot be
-opened, or whose text does not fit the model, is told to all of them, rejected by the source, and replaced by the
-next sample of the stream: two processes at B rows train on the very samples that one at 2B would.
+All processes read the same stream of samples and open only the pictures of their own rows. If a picture cannot be
+opened, or a text does not fit the model, all processes reject the sample and take the next one of the stream instead.
+So two processes with B rows each train on the same samples as one process with 2 B rows.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from blip2edge.training.loading.features import FrozenEncoder
 
 Pixels = NDArray[np.float32] | None
 BROKEN = (ImageError, DataError, PromptError)
-"""What is wrong with one sample, and no reason to stop."""
+"""Errors of a single sample, which is then replaced."""
 
 
 class PictureBatch(NamedTuple):
-    """Pictures and their texts, as far as a phase reads them.
+    """Encoded pictures with the texts that a phase needs.
 
     Attributes:
         sample_ids: B names.
-        image_embeds: float32 [B, P, Dv], the frozen picture encoder's output.
-        weight: Tokens to be learned, or rows.
-        captions: For the language model.
-        texts: For the Q-Former's own text side.
+        image_embeds: float32 [B, P, Dv], output of the frozen picture encoder.
+        weight: Number of tokens that give loss; without captions, number of rows.
+        captions: Texts for the language model.
+        texts: Texts for the Q-Former's own text side.
         instruction: Ids and mask, int64 [B, T] each, for a Q-Former that reads the prompt.
     """
 
@@ -51,21 +51,27 @@ class PictureBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class TextMakers:
-    """What makes the texts of a batch; None where a phase does not read them."""
+    """Functions that make the texts of a batch; None for texts that a phase does not need.
+
+    Attributes:
+        captions: Makes texts for the language model.
+        own: Makes texts for the Q-Former's own text side, from texts and picture numbers.
+        instruction: Makes ids and mask of the prompts for the Q-Former.
+    """
 
     captions: Callable[[Sequence[Sample]], CaptionBatch] | None = None
     own: Callable[[Sequence[str], Sequence[int]], TextBatch] | None = None
     instruction: Callable[[Sequence[Sample]], tuple[Tensor, Tensor]] | None = None
 
     def check(self, sample: Sample) -> None:
-        """Raises PromptError or DataError where a sample's prompt or text does not fit the model."""
+        """Raises PromptError or DataError if a sample's prompt or text does not fit the model."""
         if self.captions is not None:
             self.captions([sample])
         if self.instruction is not None:
             self.instruction([sample])
 
     def batch(self, samples: Sequence[Sample], image_embeds: Tensor) -> PictureBatch:
-        """Texts beside embeddings."""
+        """Adds the texts to the embeddings of a batch."""
         captions = None if self.captions is None else self.captions(samples)
         own = None
         if self.own is not None:
@@ -83,12 +89,12 @@ class TextMakers:
 
 
 def picture_number(image_id: str) -> int:
-    """A whole number below 2⁶³ for a picture's name: equal names give equal ones, others hardly ever."""
+    """Hash of a picture's name, an integer below 2⁶³."""
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") >> 1
 
 
-class _Ahead(NamedTuple):
-    """A batch that is being opened in threads."""
+class _Prefetched(NamedTuple):
+    """The next batch, whose pictures are being opened in threads."""
 
     samples: list[Sample]
     opened: list[Future[Pixels | Blip2EdgeError]]
@@ -99,11 +105,11 @@ class Loader:
     """Batches of captioned pictures.
 
     Args:
-        source: Where samples come from.
-        rows: Samples a batch on one process.
-        encoder: Opens and encodes their pictures.
-        texts: Makes their texts.
-        accelerator: This process among the others.
+        source: The samples.
+        rows: Samples of a batch on one process.
+        encoder: Opens and encodes the pictures.
+        texts: Makes the texts.
+        accelerator: Device, rank and number of processes.
         workers: Threads that open the next batch's pictures; 0: none.
     """
 
@@ -120,25 +126,25 @@ class Loader:
         self._encoder, self._texts, self._accelerator = encoder, texts, accelerator
         self._stream: Iterator[Sample] = iter(source)
         self._pool = ThreadPoolExecutor(workers) if workers else None
-        self._ahead: _Ahead | None = None
+        self._prefetched: _Prefetched | None = None
         self._state = source.state_dict()
 
     def __next__(self) -> PictureBatch:
         """This process' rows of the next batch."""
         rank, size = self._accelerator.process_index, self._accelerator.num_processes
         own = slice(rank * self._rows, (rank + 1) * self._rows)
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            samples, futures, self._state = ahead
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None:
+            samples, futures, self._state = prefetched
             opened = [future.result() for future in futures]
         else:
             samples = self._take(self._rows * size)
             opened = [self._opened(sample) for sample in samples[own]]
-        samples, pixels = self._mended(samples, opened, own)
+        samples, pixels = self._replace_broken(samples, opened, own)
         if self._pool is not None:
             following = self._read(self._rows * size)
             futures = [self._pool.submit(self._opened, sample) for sample in following[own]]
-            self._ahead = _Ahead(following, futures, self._source.state_dict())
+            self._prefetched = _Prefetched(following, futures, self._source.state_dict())
         batch = self._texts.batch(samples[own], self._encoder.encode(samples[own], pixels))
         moved: PictureBatch = send_to_device(batch, self._accelerator.device)
         return moved
@@ -147,7 +153,7 @@ class Loader:
         return [next(self._stream) for _ in range(count)]
 
     def _take(self, count: int) -> list[Sample]:
-        """Samples that are consumed: the state stands behind them."""
+        """Reads samples and moves the saved position behind them."""
         samples = self._read(count)
         self._state = self._source.state_dict()
         return samples
@@ -159,10 +165,10 @@ class Loader:
         except BROKEN as error:
             return error
 
-    def _mended(
+    def _replace_broken(
         self, samples: list[Sample], opened: list[Pixels | Blip2EdgeError], own: slice
     ) -> tuple[list[Sample], list[Pixels]]:
-        """Replaces what could not be opened, on all processes alike."""
+        """Replaces samples that could not be opened, in the same way on all processes."""
         while True:
             broken = {
                 own.start + number: each.problem
@@ -182,14 +188,14 @@ class Loader:
                     opened[place - own.start] = self._opened(sample)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins."""
+        """Position of the next batch."""
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes there."""
+        """Continues at the position that `state_dict` gave."""
         self._source.load_state_dict(dict(state))
         self._stream = iter(self._source)
-        self._ahead = None
+        self._prefetched = None
         self._state = self._source.state_dict()
 
     @property
@@ -198,6 +204,6 @@ class Loader:
         return self._source.broken
 
     def close(self) -> None:
-        """Ends its threads."""
+        """Stops the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

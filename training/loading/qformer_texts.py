@@ -1,4 +1,4 @@
-"""Texts for the first stage: any tokenizer with BERT's special tokens and [DEC]."""
+"""Tokenizes texts for the Q-Former's text side, with BERT's special tokens and [DEC] in any tokenizer."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tokenizers import AddedToken
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import UsageError
 from blip2edge.model.bridges.draft import DraftConfig
-from blip2edge.training.loading.batches import TextBatch
+from blip2edge.training.loading.batches import TextBatch, pad_with_mask
 
 CLS, SEP, PAD, DEC = "[CLS]", "[SEP]", "[PAD]", "[DEC]"
 MAX_LENGTH = 32
-"""Tokens of a text, the special ones included; the paper's."""
+"""Longest text in tokens, the special ones included; the value of the BLIP-2 paper."""
 
 
 class QFormerTexts:
-    """Turns captions into what the first stage reads.
+    """Makes batches of texts for the Q-Former.
 
-    A caption's draft can be taken over token by token where the language model has the same words: give its
-    tokenizer here, and the four special tokens are added behind its vocabulary. BERT's own gets [DEC] alone.
+    The missing ones of the four special tokens are added at the end of the vocabulary. BERT's tokenizer only gets
+    [DEC]. With the language model's own tokenizer, drafted tokens need no translation.
 
     Args:
-        tokenizer: Any; a copy is changed.
+        tokenizer: Any tokenizer; a copy of it is changed.
         max_length: Longest text in tokens, the special ones included.
     """
 
@@ -44,11 +44,11 @@ class QFormerTexts:
     def _id(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
-            raise UsageError(f"the tokenizer takes no token {token}")
+            raise UsageError(f"the token {token} cannot be added to this tokenizer")
         return int(token_id)
 
     def draft_config(self, max_positions: int | None = None) -> DraftConfig:
-        """The special tokens; ``max_positions`` is the length of the position table, ``max_length`` if left out."""
+        """Config of the draft: vocabulary, special tokens and positions (``max_length`` by default)."""
         return DraftConfig(
             vocab_size=self.tokenizer.get_vocab_size(with_added_tokens=True),
             max_positions=max_positions or self.max_length,
@@ -58,22 +58,17 @@ class QFormerTexts:
         )
 
     def __call__(self, captions: Sequence[str], pictures: Sequence[int] | None = None) -> TextBatch:
-        """A batch, as long as its longest text; what exceeds ``max_length`` is cut off before [SEP].
+        """Makes a batch, padded to its longest text. Longer texts than ``max_length`` are cut before [SEP].
 
         Args:
             captions: B texts.
-            pictures: The number of each one's picture, where a picture can be twice in a batch.
+            pictures: Number of each text's picture, if a picture can come twice in a batch.
         """
         room = self.max_length - 2
         encoded = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
         rows = [[self._cls, *encoding.ids[:room], self._sep] for encoding in encoded]
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._pad)
-        mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return TextBatch(ids, mask, None if pictures is None else torch.tensor(list(pictures)))
+        numbers = None if pictures is None else torch.tensor(list(pictures))
+        return TextBatch(*pad_with_mask(rows, self._pad), numbers)
 
     def save(self, directory: Path) -> None:
         """Writes ``draft_tokenizer.json`` beside a draft."""

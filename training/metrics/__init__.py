@@ -1,4 +1,4 @@
-"""What an answer is worth: captions, answers, retrieval, things that are not there. Needs no torch."""
+"""Metrics of captions, short answers, retrieval and hallucination. Needs no torch."""
 
 from blip2edge.training.metrics.exact import exact_match, shuffled_match
 

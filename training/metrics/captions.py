@@ -1,7 +1,7 @@
-"""BLEU, ROUGE-L and CIDEr-D of captions, with the values that the COCO caption evaluation gives.
+"""BLEU, ROUGE-L and CIDEr-D of captions, with the same values as the COCO caption evaluation.
 
-All three compare words as :func:`blip2edge.training.metrics.tokens.words` finds them, and are means or sums over a
-whole set: a value belongs to a set of pictures, and CIDEr-D's depends on what else is in it.
+All three compare the words from :func:`blip2edge.training.metrics.tokens.words`. A score is a value of a whole set of
+pictures; the CIDEr-D of one picture depends on the rest of the set.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Gram = tuple[str, ...]
 Grams = Counter[Gram]
 
 MAX_WORDS = 4  # words of the longest n-gram
-ROUGE_BETA = 1.2  # how much more recall weighs than precision
+ROUGE_BETA = 1.2  # weight of recall relative to precision
 CIDER_SIGMA = 6.0  # words; width of the penalty on a wrong length
-_TINY, _SMALL = 1e-15, 1e-9  # as the evaluation server keeps BLEU's fractions from 0/0
+_TINY, _SMALL = 1e-15, 1e-9  # with which the evaluation server avoids 0/0 in BLEU
 
 
 def _grams(words: Sequence[str]) -> Grams:
-    """How often each n-gram of 1 to `MAX_WORDS` words occurs."""
+    """Counts of all n-grams of 1 to `MAX_WORDS` words."""
     return Counter(
         tuple(words[at : at + size])
         for size in range(1, MAX_WORDS + 1)
@@ -34,8 +34,8 @@ def _grams(words: Sequence[str]) -> Grams:
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float, float]:
     """BLEU-1 to BLEU-4 (Papineni et al., ACL 2002) of a whole set.
 
-    Counts of n-grams are clipped by the most that one reference has, and summed over the set before they are
-    divided; the length compared with is that of the reference nearest in length, the shorter one of two.
+    Counts of n-grams are clipped by the largest count in one reference, and summed over the set before the division.
+    The reference length is that of the reference nearest in length, the shorter of two.
 
     Args:
         candidates: N captions, tokenised.
@@ -70,8 +70,8 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
     """Length of the longest common subsequence of two texts, in words.
 
-    A row of the usual table is one whole number with a bit a word (Hyyrö, AWOCA 2004, the LCS recurrence): a
-    handful of operations a word instead of a loop over the other text.
+    A row of the dynamic-programming table is one integer with one bit for each word (Hyyrö, AWOCA 2004, the LCS
+    recurrence), so each word takes a few operations instead of a loop over the other text.
     """
     places: dict[str, int] = {}
     for at, word in enumerate(one):
@@ -87,7 +87,7 @@ def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
 def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """ROUGE-L (Lin, ACL 2004): F-measure over longest common subsequences, the mean over pictures.
 
-    Precision and recall are each the best over a picture's references, as the evaluation server has it.
+    Precision and recall are each the largest over a picture's references, as in the evaluation server.
 
     Args:
         candidates: N captions, tokenised.
@@ -113,7 +113,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
 def _weighted(
     grams: Grams, rarity: Mapping[Gram, float], unseen: float
 ) -> tuple[dict[Gram, float], list[float]]:
-    """TF-IDF of a caption's n-grams, and the Euclidean norm for each n."""
+    """TF-IDF vector of a caption's n-grams, and its Euclidean norm for each n."""
     vector = {gram: count * rarity.get(gram, unseen) for gram, count in grams.items()}
     squares = [0.0] * MAX_WORDS
     for gram, value in vector.items():
@@ -124,8 +124,8 @@ def _weighted(
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """CIDEr-D (Vedantam et al., arXiv 1411.5726, section 4), the mean over pictures.
 
-    Cosines of TF-IDF vectors with counts clipped at the reference's, times a Gaussian of the difference in length,
-    averaged over the references and over n-grams of 1 to 4 words, times 10. How rare an n-gram is is told by the
+    Cosines of TF-IDF vectors with counts clipped by the reference's, times a Gaussian of the difference in length,
+    averaged over the references and over n-grams of 1 to 4 words, times 10. Document frequencies are those of the
     references of the set.
 
     Args:
@@ -133,7 +133,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
         references: The N pictures' reference captions, tokenised.
 
     Returns:
-        At least 0; 0 for a set of one picture, where nothing is rare.
+        At least 0; 0 for a set of one picture, where all document frequencies are equal.
     """
     cooked = [[_grams(reference.split()) for reference in all_references] for all_references in references]
     pictures_with: Counter[Gram] = Counter()
@@ -168,8 +168,8 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
     """All caption scores of a set.
 
     Args:
-        candidates: A caption a picture, as it was said.
-        references: Each picture's reference captions, as they were written.
+        candidates: One caption for each picture, not tokenised.
+        references: Reference captions of each picture, not tokenised.
 
     Returns:
         `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`.

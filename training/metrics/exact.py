@@ -1,4 +1,4 @@
-"""What a caption is worth. Needs no torch."""
+"""Exact match of captions. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from blip2edge.errors import DataError
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of captions that are right to the last letter, blanks at the ends aside.
+    """Share of captions that equal their reference, apart from spaces at the ends.
 
     Args:
-        predictions: What the captioner said.
-        references: What was right, in the same order.
+        predictions: Generated captions.
+        references: Correct captions, in the same order.
 
     Returns:
         Between 0 and 1.
@@ -29,14 +29,14 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def shuffled_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Exact match when every caption is held against the next picture's: what a blind captioner would get.
+    """Exact match of each caption with the next picture's reference, as a control.
 
-    A captioner that ignores its picture scores the same here as on the right pictures; one that looks scores
-    next to nothing, the rare neighbours with equal captions.
+    A captioner that ignores its picture has the same score here as on the right pictures. A captioner that uses its
+    picture scores almost 0, except where neighbours have equal captions.
 
     Args:
-        predictions: What the captioner said.
-        references: What was right, in the same order; at least two.
+        predictions: Generated captions.
+        references: Correct captions, in the same order; at least two.
 
     Returns:
         Between 0 and 1.

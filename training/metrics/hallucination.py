@@ -1,8 +1,8 @@
-"""Things that a caption names and the picture does not show.
+"""Hallucination metrics: objects that a caption names and the picture does not show.
 
-CHAIR (Rohrbach et al., arXiv 1809.02156) counts them in captions. POPE (Li et al., arXiv 2305.10355) asks for one thing
-at a time, with as many things that are there as things that are not, and counts yes and no. On the scenes a thing is
-a (colour, shape), such as ("red", "circle"): what a picture shows is known, and so is every name.
+CHAIR (Rohrbach et al., arXiv 1809.02156) counts them in captions. POPE (Li et al., arXiv 2305.10355) asks yes-no
+questions, each about one object that is in the picture or is not. On the scenes an object is a (colour, shape), such as
+("red", "circle"), and all objects of a picture are known.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ NEGATIVES = ("random", "popular", "adversarial")
 
 
 def things_named(caption: str) -> list[Kind]:
-    """The things that a caption names, in its order.
+    """The objects that a caption names, in its order.
 
     Args:
         caption: Any text.
 
     Returns:
-        A (colour, shape) for every shape that is said; the colour is empty where none stands before the shape.
+        A (colour, shape) for every shape in the text; the colour is empty if none precedes the shape.
     """
     named, colour = [], ""
     for word in words(caption).split():
@@ -39,12 +39,12 @@ def things_named(caption: str) -> list[Kind]:
 
 
 def things_shown(scene: Scene) -> tuple[Kind, Kind]:
-    """The two things of a scene."""
+    """The two objects of a scene."""
     return scene.first.kind, scene.second.kind
 
 
 def _is_there(thing: Kind, shown: Sequence[Kind]) -> bool:
-    """Whether a thing is shown; one without a colour is there if anything has its shape."""
+    """Whether an object is shown; an object without a colour is shown if any object has its shape."""
     return any(thing[1] == shape and thing[0] in ("", colour) for colour, shape in shown)
 
 
@@ -52,13 +52,13 @@ def chair(captions: Sequence[str], shown: Sequence[Sequence[Kind]]) -> dict[str,
     """CHAIR of a set of captions.
 
     Args:
-        captions: One a picture.
-        shown: What each picture shows.
+        captions: One caption for each picture.
+        shown: Objects of each picture.
 
     Returns:
-        `chair_i`: of the things named, the share that is not there; `chair_s`: of the captions, the share that
-        names such a thing; `chair_recall`: of the things shown, the share that is named. Without it a captioner
-        that says nothing would be perfect.
+        `chair_i`: share of the named objects that are not in the picture; `chair_s`: share of the captions that name
+        such an object; `chair_recall`: share of the shown objects that are named, without which an empty caption
+        would be perfect.
 
     Raises:
         DataError: There is no caption, or their numbers differ.
@@ -79,13 +79,13 @@ def chair(captions: Sequence[str], shown: Sequence[Sequence[Kind]]) -> dict[str,
 
 @dataclass(frozen=True)
 class PopeQuestion:
-    """A question of POPE's kind.
+    """A yes-no question of POPE.
 
     Attributes:
-        picture: Number of the picture that it is about.
-        thing: What is asked for.
-        shown: The thing of the picture that it is, or that it stands in place of.
-        negatives: How the thing was drawn; empty for one that is there.
+        picture: Number of the picture.
+        thing: The object in the question.
+        shown: The object in the picture that is equal to `thing`, or that `thing` replaces.
+        negatives: How an absent object was drawn; empty for a shown object.
     """
 
     picture: int
@@ -95,30 +95,30 @@ class PopeQuestion:
 
     @property
     def there(self) -> bool:
-        """The right answer."""
+        """The correct answer: whether the object is in the picture."""
         return self.thing == self.shown
 
     @property
     def question(self) -> str:
-        """The question in words."""
+        """The question as text."""
         return f"Is there a {self.thing[0]} {self.thing[1]} in the picture?"
 
     def statement(self, caption: str) -> str:
-        """A true caption of the picture with the thing named in place of the one shown: true as it is, or false."""
+        """The picture's caption with the shown object replaced by the one in the question."""
         return caption.replace(" ".join(self.shown), " ".join(self.thing))
 
 
 def pope_questions(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list[PopeQuestion]:
-    """POPE's questions on scenes: for each thing that is there, one that is not in each of three ways.
+    """POPE's questions on scenes: for each shown object, one question on it and three on absent objects.
 
     Args:
-        shown: What each picture shows.
-        seed: Of what is drawn.
+        shown: Objects of each picture.
+        seed: Seed of the drawn objects.
 
     Returns:
-        For each of a picture's two things a probe for it, one for a thing drawn from all that are not shown
-        ("random"), one drawn from the third of all things that most pictures of the set show ("popular"), and one
-        that shares shape or colour with the thing ("adversarial").
+        For each of a picture's two objects: a question on it, one on an object drawn from all that are absent
+        ("random"), one on an absent object of the most frequent third of the set ("popular"), and one on an absent
+        object that has the same shape or colour ("adversarial").
     """
     every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     counts = {thing: sum(thing in there for there in shown) for thing in every}
@@ -136,21 +136,21 @@ def pope_questions(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list
 
 
 def said_yes(answer: str) -> bool:
-    """What an answer in words means, as POPE reads it: no if its first sentence has "no" or "not", else yes."""
+    """Whether an answer means yes, by POPE's rule: no if its first sentence has "no" or "not", else yes."""
     first = set(words(answer.partition(".")[0]).split())
     return not first & {"no", "not", "n't"} and bool(first)
 
 
 def pope(asked: Sequence[PopeQuestion], yes: Sequence[bool]) -> dict[str, dict[str, float]]:
-    """POPE's figures.
+    """POPE's scores.
 
     Args:
         asked: The questions.
-        yes: Whether the model said yes to each.
+        yes: Whether the model answered each with yes.
 
     Returns:
-        For each way in which absent things were drawn: `accuracy`, `precision`, `recall` and `f1` of the answer yes,
-        and `yes`, its share. Every way is scored with all questions for things that are there.
+        For each way in which absent objects were drawn: `accuracy`, `precision`, `recall` and `f1` of the answer yes,
+        and `yes`, its share. All questions on shown objects count for each way.
 
     Raises:
         DataError: There is no question, or the numbers differ.

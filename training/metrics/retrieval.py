@@ -1,7 +1,7 @@
-"""Recall of the right text for a picture and of the right picture for a text.
+"""Recall of texts by pictures and of pictures by texts.
 
-The nearest are found by the cosine of vectors (ITC). The first k of them may be put in order anew by the matching head
-(ITM), which reads picture and text together and is too slow for all pairs (Li et al., arXiv 2107.07651, section 4.2).
+Candidates are ranked by the cosine of vectors (ITC). The matching head (ITM), which reads picture and text together and
+is too slow for all pairs, can rank the first k again (Li et al., arXiv 2107.07651, section 4.2).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ RANKS = (1, 5, 10)
 
 
 def similarities(images: Scores, texts: Scores) -> Scores:
-    """Cosines of pictures and texts.
+    """Cosine similarities of pictures and texts.
 
     Args:
-        images: float32 [N, F], or [N, K, F] where a picture has K vectors; of length 1.
-        texts: float32 [M, F], of length 1.
+        images: Unit vectors, float32 [N, F], or [N, K, F] if a picture has K vectors.
+        texts: Unit vectors, float32 [M, F].
 
     Returns:
         float32 [N, M]: for each pair the largest over the picture's vectors.
@@ -35,11 +35,11 @@ def similarities(images: Scores, texts: Scores) -> Scores:
 
 
 def top_columns(scores: Scores, count: int) -> NDArray[np.int64]:
-    """Columns of the largest values of each row, the largest first; among equals the first column.
+    """Columns of the largest values of each row, in descending order; of equal values, the first column first.
 
     Args:
         scores: float32 [N, M].
-        count: How many; all where there are fewer.
+        count: Number of columns; all if there are fewer.
 
     Returns:
         int64 [N, min(count, M)].
@@ -48,14 +48,14 @@ def top_columns(scores: Scores, count: int) -> NDArray[np.int64]:
 
 
 def pairs_to_match(scores: Scores, top: int) -> dict[int, list[int]]:
-    """Which pairs the matching head has to look at.
+    """The pairs that the matching head scores.
 
     Args:
         scores: Cosines [N, M].
-        top: k: so many texts for each picture, and so many pictures for each text.
+        top: k: number of texts for each picture, and of pictures for each text.
 
     Returns:
-        From pictures to the texts that they are matched with, both as numbers, in order.
+        For each picture, the sorted numbers of the texts to match it with.
     """
     wanted = {image: set(texts.tolist()) for image, texts in enumerate(top_columns(scores, top))}
     for text, images in enumerate(top_columns(np.ascontiguousarray(scores.T), top)):
@@ -67,11 +67,11 @@ def pairs_to_match(scores: Scores, top: int) -> dict[int, list[int]]:
 def match_pairs(
     pairs: Mapping[int, Sequence[int]], match: Callable[[int, Sequence[int]], Sequence[float]]
 ) -> dict[tuple[int, int], float]:
-    """Asks the matching head for all pairs.
+    """Scores all pairs with the matching head.
 
     Args:
         pairs: From `pairs_to_match`.
-        match: From a picture and some texts, as numbers, to the probabilities that they belong together.
+        match: Maps the number of a picture and the numbers of some texts to their match probabilities.
 
     Returns:
         The probability of each (picture, text).
@@ -114,13 +114,13 @@ def retrieval_scores(
 
     Args:
         scores: Cosines of N pictures and M texts [N, M].
-        image_of_text: The picture that each text belongs to; a picture may have several.
-        top: k: so many of the nearest are put in order anew.
-        matched: Their probabilities, by (picture, text); None or empty: the cosine decides alone.
+        image_of_text: Number of each text's picture; a picture may have several texts.
+        top: k: number of nearest candidates that are ranked again.
+        matched: Match probabilities by (picture, text); None or empty: the cosine alone decides.
 
     Returns:
-        `text_r1`, `text_r5`, `text_r10`: the share of pictures with one of their texts among the first 1, 5, 10;
-        `image_r1` …: the share of texts with their picture among them.
+        `text_r1`, `text_r5`, `text_r10`: share of pictures with one of their texts among the first 1, 5, 10;
+        `image_r1` …: share of texts with their picture among them.
 
     Raises:
         DataError: A picture has no text, or the numbers differ.

@@ -1,10 +1,10 @@
-"""Words of a caption as the COCO caption evaluation counts them, without Java.
+"""Splits captions into words like the COCO caption evaluation, without Java.
 
-The evaluation server runs Stanford's PTBTokenizer (CoreNLP 3.4.1) and then drops punctuation. The rules here are
-those of the Penn Treebank as that tokenizer applies them to English captions: clitics are split off ("it 's",
-"is n't"), hyphens and slashes inside a word are not, an abbreviation keeps its full stop, brackets get names. They
-were found by comparison with its answers on COCO's captions, of which the tests hold some. As in a lexer, of the
-rules that fit the longest match counts, and among equals the first.
+The evaluation server runs Stanford's PTBTokenizer (CoreNLP 3.4.1) and then drops punctuation. These rules follow the
+Penn Treebank as that tokenizer applies it to English captions: clitics are split off ("it 's", "is n't"), hyphens and
+slashes inside a word are not, an abbreviation keeps its full stop, brackets get names. They were derived by comparison
+with its output on COCO's captions; the tests hold some of them. As in a lexer, the longest match of all rules is used,
+and of equally long ones the first.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterable
 DROPPED = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
-"""Tokens that do not count. The names of brackets are listed in capitals, but come out of the tokenizer in small
-letters: so the evaluation does count them."""
+"""Tokens that are dropped. Names of brackets are listed in capitals, but the tokenizer gives them in lower case, so the
+evaluation does not drop them."""
 
 # Words that keep their full stop: titles, days, months, states, companies.
 _ABBREVIATIONS = (
@@ -27,8 +27,10 @@ _ABBREVIATIONS = (
     "plc pres profs? pte ptys? pvt rd reps? rev rt sens? seq? sept? sfc sgt spc sq sr ste? supts? sys tel tenn "
     "thu thurs treas tues? univ va vs vt wed wis wisc wm wyo"
 )
-_CAPITAL = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"  # and these where they begin with a capital: "ore" is a word
-_BEFORE_NUMBERS = "art ca figs? nos? op pp prop"  # and these where a number follows: "no. 7"
+_CAPITAL = (
+    "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"  # abbreviations only with a capital letter: "ore" is a word
+)
+_BEFORE_NUMBERS = "art ca figs? nos? op pp prop"  # abbreviations only before a number: "no. 7"
 # Words that begin a sentence: a letter before them ("vitamin C. The …") is no initial, and loses its full stop.
 _OPENERS = (
     "A About According After An As At But Earlier He Her Here However If In It Last Many More Now Once One Other Our "
@@ -121,7 +123,7 @@ _NAMES = {
 
 
 def _written(token: str) -> list[str]:
-    """What a match becomes: in small letters, brackets by their names, two words where it holds two."""
+    """The tokens of a match: in lower case, brackets by their names, some matches split into two words."""
     token = token.lower().translate(_SIGNS)
     if token in _NAMES:
         return [_NAMES[token]]
@@ -139,13 +141,13 @@ def _written(token: str) -> list[str]:
 
 
 def tokens(text: str) -> list[str]:
-    """All tokens of a text, punctuation included; quotation marks do not tell whether they open or close.
+    """All tokens of a text, punctuation included. Opening and closing quotation marks are equal.
 
     Args:
         text: One line of English.
 
     Returns:
-        Tokens in small letters.
+        Tokens in lower case.
     """
     found: list[str] = []
     at = 0
@@ -164,17 +166,17 @@ def tokens(text: str) -> list[str]:
 
 
 def words(caption: str) -> str:
-    """The tokens of a caption that count, with blanks between them.
+    """The words of a caption, without punctuation, separated by spaces.
 
     Args:
-        caption: As it was said or written down; line ends count as blanks.
+        caption: A caption; line ends count as spaces.
 
     Returns:
-        What the scores compare; empty where nothing but punctuation was said.
+        The text that the scores compare; empty if the caption has only punctuation.
     """
     return " ".join(token for token in tokens(caption) if token not in DROPPED)
 
 
 def all_words(captions: Iterable[str]) -> list[str]:
-    """The same of several captions."""
+    """The words of several captions."""
     return [words(caption) for caption in captions]

@@ -1,9 +1,9 @@
-"""Accuracy of short answers, as the VQA challenge counts it (Antol et al., arXiv 1505.00468).
+"""Accuracy of short answers by the rules of the VQA challenge (Antol et al., arXiv 1505.00468).
 
-Ten people answered each question. An answer is worth min(1, n/3), n being how many of nine of them gave it, averaged
-over which one of the ten is left out. Before the comparison answers are rewritten: punctuation and articles go, words
-of number become digits, contractions get their apostrophe. The rules and their corners are those of the challenge's
-own program, so that values are comparable.
+Ten people answered each question. The score of an answer is min(1, n/3), where n of nine people gave the same answer,
+averaged over the ten ways to choose nine. Answers are normalised first: punctuation and articles are removed, number
+words become digits, contractions get their apostrophe. All rules and special cases are those of the challenge's own
+program, so that values are comparable.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from blip2edge.errors import DataError
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
-_FULL_STOPS = 32  # so many are removed and no more: the program hands a flag over where a count belongs
+_FULL_STOPS = (
+    32  # largest number of full stops removed: the challenge's program passes a flag (32) as the count
+)
 _ARTICLES = frozenset(["a", "an", "the"])
 _SPOKEN = "one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0", "zero": "0"} | {
     word: str(number) for number, word in enumerate(_SPOKEN.split(), start=1)
 }
-# Each is also recognised with any one of its apostrophes left out.
+# Each is also recognised without any one of its apostrophes.
 _CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
     "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
@@ -37,8 +39,8 @@ _CONTRACTIONS = (
 
 
 def _without_one_apostrophe() -> dict[str, str]:
-    """From what people type to the contraction that they mean."""
-    meant = {"somebody'd": "somebodyd"}  # the one entry of the challenge's table that goes the other way
+    """Maps contractions with a missing apostrophe to the correct ones."""
+    meant = {"somebody'd": "somebodyd"}  # the challenge's table has this one entry in the reverse direction
     for word in _CONTRACTIONS.split():
         for at in (place for place, letter in enumerate(word) if letter == "'"):
             meant[word[:at] + word[at + 1 :]] = word
@@ -53,13 +55,13 @@ def _unspaced(answer: str) -> str:
 
 
 def normalise_answer(answer: str) -> str:
-    """An answer in the form in which answers are compared.
+    """Normalises an answer for the comparison.
 
     Args:
-        answer: As it was given.
+        answer: The original answer.
 
     Returns:
-        Small letters, single blanks.
+        The answer in lower case with single spaces.
     """
     text = _unspaced(answer)
     digits = _COMMA_IN_NUMBER.search(text) is not None
@@ -73,12 +75,12 @@ def normalise_answer(answer: str) -> str:
 
 
 def answer_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """What one answer is worth.
+    """Accuracy of one answer.
 
     Args:
-        answer: The model's.
-        truths: Those of people, usually ten. Where all are equal to the letter nothing is rewritten, as in the
-            challenge's program; a single one is compared in the rewritten form and is worth 0 or 1.
+        answer: The model's answer.
+        truths: Answers of people, usually ten. If all are equal, nothing is normalised, as in the challenge's program.
+            A single one is compared after normalisation and gives 0 or 1.
 
     Returns:
         Between 0 and 1.
@@ -87,7 +89,7 @@ def answer_accuracy(answer: str, truths: Sequence[str]) -> float:
         DataError: There is no true answer.
     """
     if not truths:
-        raise DataError("expected at least one true answer of a question, got none")
+        raise DataError("expected at least one true answer to a question, got none")
     if len(truths) == 1:
         return float(normalise_answer(answer) == normalise_answer(truths[0]))
     answer, truths = _unspaced(answer), [_unspaced(truth) for truth in truths]
@@ -103,12 +105,13 @@ def vqa_scores(
     """The accuracy of a set, overall and by kind of question.
 
     Args:
-        answers: One a question.
+        answers: One answer for each question.
         truths: The true answers of each question.
-        kinds: For each question how it is to be sorted, such as `{"answer_type": "yes/no"}`; may be empty.
+        kinds: Groups of each question, such as `{"answer_type": "yes/no"}`; may be empty.
 
     Returns:
-        `vqa_accuracy`, and under the name of each sorting the accuracy of each kind; all between 0 and 1.
+        `vqa_accuracy`, and for each kind of group (such as `answer_type`) the accuracy of its groups; all between 0
+        and 1.
 
     Raises:
         DataError: There is no question, or their numbers differ.

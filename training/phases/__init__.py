@@ -1,1 +1,1 @@
-"""Training phases: what each trains, on what, with which loss."""
+"""Training phases: the losses of each, what it trains and on which data."""

@@ -1,7 +1,7 @@
-"""What several processes compute, seen by each of them; with one process, or no process group, nothing happens.
+"""Collective operations for losses over several processes. With one process they return their input.
 
-LAVIS gathers contrastive features without gradient, so that a rank's pictures learn nothing from the texts of the
-others. Here the gradient flows back, and N processes at batch B take the same step as one process at N * B.
+LAVIS gathers contrastive features without gradient, so a rank's pictures learn nothing from the texts of other ranks.
+Here the gradient flows back, and N processes at batch B make the same step as one process at N * B.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process' number and how many there are: 0 and 1 without a process group."""
+    """Rank of this process and number of processes: 0 and 1 without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -34,17 +34,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Every rank's loss reads this rank's part: the gradients add up."""
+        """Sums the gradients of all ranks for the rows of this rank."""
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[ctx.own]
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The rows of all ranks, in the order of the ranks, with gradient.
+    """Concatenates the rows of all ranks, in the order of the ranks, with gradient.
 
     Args:
-        tensor: ``[B, ...]``; B and the other lengths are the same on every rank.
+        tensor: ``[B, ...]``; the same shape on every rank.
 
     Returns:
         ``[N * B, ...]``.
@@ -56,7 +56,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_padded(tensor: Tensor, value: int) -> Tensor:
-    """The same for texts: int64 ``[B, T]``, where T differs from rank to rank and the end is filled with ``value``."""
+    """Like :func:`gather`, for int64 ``[B, T]`` where T differs between ranks: rows are padded with ``value``."""
     if rank_and_size()[1] == 1:
         return tensor
     longest = torch.tensor(tensor.shape[1], device=tensor.device)
@@ -67,9 +67,9 @@ def gather_padded(tensor: Tensor, value: int) -> Tensor:
 
 
 def mean_over_ranks(count: Tensor) -> Tensor:
-    """A count, averaged over the ranks, without gradient; a scalar.
+    """Mean of a count over the ranks, as a scalar without gradient.
 
-    A loss that every rank divides by it has, averaged over the ranks, the gradient of one over all rows together.
+    If every rank divides its summed loss by this mean, the average over the ranks is the mean loss over all rows.
     """
     size = rank_and_size()[1]
     if size == 1:

@@ -1,8 +1,8 @@
-"""What the miniature has instead of EVA-CLIP and OPT's web text: two short pretraining phases.
+"""Two short pretraining phases of the miniature, in place of EVA-CLIP and of OPT's training on web text.
 
-The real parts of a BLIP-2 come trained. These two phases make small ones that are good for the same
-reasons: a picture encoder whose patches know what lies on them and where (dense, object-level labels),
-and a language model that already lets a prefix steer it. Both see the training scenes only.
+The parts of a real BLIP-2 are already trained. These phases train small parts with the same abilities: a picture
+encoder whose patches know which object covers them and where it is (dense labels), and a language model that a prefix
+can steer. Both use the training scenes only.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from blip2edge.training.phases.stage2 import caption_loss
 
 _COLOURS, _RELATIONS = list(COLOURS), list(RELATIONS)
 _OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
-ROLES = 3  # nothing, the object named first, the other one
+ROLES = 3  # no object, the object named first, the object named second
 CLASSES = (ROLES, len(COLOURS), len(SHAPES), len(SIZES), len(RELATIONS))
 SHAPE = 2  # index of the shape in CLASSES
 BOX = 3  # centre of the object from that of the patch (x, y), and its radius
 
 
 class DenseLabels(NamedTuple):
-    """What every patch has to tell.
+    """Labels of all patches.
 
     Attributes:
         classes: int64 [B, N, 5]: role, colour, shape, size and relation to the other object, as in
-            `CLASSES`; `IGNORED` where no object lies (the role is 0 there).
+            `CLASSES`; `IGNORED` where there is no object (the role is 0 there).
         box: float32 [B, N, 3] in units of the picture's side.
     """
 
@@ -53,7 +53,7 @@ class DenseLabels(NamedTuple):
 
 
 def _object_labels(thing: SceneObject, role: int, relation: str) -> list[int]:
-    """The five classes of a patch that this object covers."""
+    """The five class indices of a patch that this object covers."""
     indices = (_COLOURS.index(thing.colour), SHAPES.index(thing.shape), SIZES.index(thing.size))
     return [role, *indices, _RELATIONS.index(relation)]
 
@@ -86,15 +86,15 @@ def dense_labels(batch: Sequence[Scene], patch: int) -> DenseLabels:
 
 
 def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) -> Tensor:
-    """Cross-entropy of the five classes plus the distance of the box.
+    """Cross-entropy of the five classes plus 4 × the L1 distance of the box.
 
     Args:
-        outputs: float32 [B, N, sum(CLASSES) + BOX], a linear head's answer for every patch.
-        labels: What it should have been.
-        shape_weight: Factor on the shape's part: the one label that no single patch can tell.
+        outputs: float32 [B, N, sum(CLASSES) + BOX], the output of a linear head for every patch.
+        labels: The labels.
+        shape_weight: Weight of the shape's loss, which a single patch does not show.
 
     Returns:
-        A scalar: patches without an object count for the role only.
+        A scalar. Patches without an object give loss for the role only.
     """
     parts = torch.split(outputs, [*CLASSES, BOX], dim=-1)
     loss = outputs.new_zeros(())
@@ -108,12 +108,12 @@ def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) 
 
 
 class DenseBatch(NamedTuple):
-    """Scenes and what their patches have to tell.
+    """Scenes with the labels of their patches.
 
     Attributes:
         sample_ids: B names.
         pixel_values: float32 [B, 3, 64, 64].
-        labels: Of all patches.
+        labels: Labels of all patches.
     """
 
     sample_ids: tuple[str, ...]
@@ -122,16 +122,16 @@ class DenseBatch(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Rows."""
+        """Number of scenes."""
         return len(self.sample_ids)
 
 
 class VisionPretraining(nn.Module):
-    """The picture encoder behind a head that is dropped at the end; its class token gives no loss.
+    """Pretraining of the picture encoder with a linear head on its patches. The head is dropped afterwards.
 
     Args:
-        vision: Trained.
-        phase: Has the factor on the shape's loss.
+        vision: The picture encoder, trained in place.
+        phase: Weight of the shape's loss.
     """
 
     def __init__(self, vision: VisionTransformer, phase: VisionPhase) -> None:
@@ -149,14 +149,14 @@ class VisionPretraining(nn.Module):
 
 
 class LanguagePretraining(nn.Module):
-    """The language model behind a prefix that hints at the caption.
+    """Pretraining of the language model on captions after a prefix of their keywords.
 
-    A frozen language model that saw bare captions only cannot be steered by visual tokens afterwards; one
-    that read most captions behind their seven keywords can.
+    A language model that was trained on captions alone does not follow visual tokens when it is frozen later. One that
+    was trained on most captions after their seven keywords does.
 
     Args:
-        language: Trained.
-        phase: Shares and noise of the prefix.
+        language: The language model, trained in place.
+        phase: Share of captions with keywords, and noise on the prefix.
     """
 
     def __init__(self, language: OPTDecoder, phase: LanguagePhase) -> None:
@@ -167,7 +167,7 @@ class LanguagePretraining(nn.Module):
         self.train()
 
     def _prefix(self, keyword_ids: Tensor) -> Tensor:
-        """Slots before the text, [B, Q, D]: keywords with noise on them, or noise alone."""
+        """The prefix [B, Q, D]: embeddings of the keywords with noise, or noise alone."""
         words = self.language.embed(keyword_ids)  # [B, Q, D]
         scale = words.detach().pow(2).mean().sqrt()
         noise = torch.randn_like(words) * scale
@@ -175,5 +175,5 @@ class LanguagePretraining(nn.Module):
         return torch.where(hinted, words + self._phase.prefix_noise * noise, noise)
 
     def forward(self, batch: KeywordBatch) -> dict[str, Tensor]:
-        """The mean cross-entropy of the captions' tokens, the end token included."""
+        """The mean cross-entropy over the tokens of the captions, the end token included."""
         return {"lm": caption_loss(self.language, self._prefix(batch.keyword_ids), batch.captions)}

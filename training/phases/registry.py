@@ -75,7 +75,7 @@ def _loader(run: TrainingRun, phase: str, rows: int, texts: TextMakers) -> Loade
 
 def _vision(run: TrainingRun) -> Phase:
     config, model = run.config, run.parts.model
-    torch.manual_seed(config.seed)  # the head, which is dropped at the end, is drawn by torch
+    torch.manual_seed(config.seed)  # for the weights of the head, which is dropped at the end
     module = VisionPretraining(model.vision, config.vision)
 
     def make(batch: list[Scene], names: list[str]) -> DenseBatch:
@@ -96,7 +96,7 @@ def _language(run: TrainingRun) -> Phase:
 def _stage1(run: TrainingRun) -> Phase:
     config = run.config
     model = new_stage1_model(run.parts, config, run.base)
-    model.vision = nn.Identity()  # type: ignore[assignment]  # its output comes with the batches
+    model.vision = nn.Identity()  # type: ignore[assignment]  # the batches hold its output
     run.stage1 = model
     phase = config.stage1
     weights = {"itc": phase.itc_weight, "itm": phase.itm_weight, "itg": phase.itg_weight}

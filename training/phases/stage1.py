@@ -1,14 +1,15 @@
-"""BLIP-2's first stage: queries that learn to see what a text says (Li et al., arXiv 2301.12597, section 3.1).
+"""Stage 1 of BLIP-2: representation learning (Li et al., arXiv 2301.12597, section 3.1).
 
-Three losses of one picture and its text, added with equal weights, the picture encoder being frozen:
+The queries of the Q-Former learn to extract what a text says about a picture. The picture encoder is frozen. Three
+losses of a picture and its text are added with equal weights:
 
-    itc   contrast: the pair's own picture and text are nearest (mask: unimodal)
-    itm   matching: a pair is told from one with a drawn, hard negative (mask: bidirectional)
-    itg   generation: the text is written behind the queries' keys and values (mask: multimodal causal)
+    itc   contrastive: a picture and its own text are nearest to each other (mask: unimodal)
+    itm   matching: classifies pairs and pairs with a drawn hard negative (mask: bidirectional)
+    itg   generation: the text is generated after the queries' keys and values (mask: multimodal causal)
 
-The formulas are the paper's and LAVIS' (blip2_qformer.py). Where this departs from LAVIS, several processes take the
-step that one would take on all their rows: features are gathered with gradient, and itg is averaged over the tokens
-of all ranks. A batch of one works, and so does a run without a process group.
+The formulas are those of the paper and of LAVIS (blip2_qformer.py). One thing differs from LAVIS: several processes
+make the same step as one process on all their rows, because features are gathered with gradient, and itg is averaged
+over the tokens of all ranks. A batch of one works, and so does a run without a process group.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ from blip2edge.training.loop.optim import freeze
 from blip2edge.training.phases.distributed import gather, gather_padded, mean_over_ranks, rank_and_size
 
 LABEL_SMOOTHING = 0.1
-TEMPERATURE = 0.07  # at the start; learned as it is, without exp or clamp
+TEMPERATURE = 0.07  # initial value; the parameter is the temperature itself, without exp or clamp
 
 Draw = Callable[[Tensor], Tensor]
-"""From weights ``[B, N]``, rows summing to 1, to a drawn column a row, int64 ``[B]``."""
+"""Draws one column for each row: maps weights ``[B, N]``, whose rows sum to 1, to int64 ``[B]``."""
 
 
 def draw_negative(weights: Tensor) -> Tensor:
-    """A column a row, by its weights, from torch's own generator."""
+    """Draws one column for each row by its weights, with torch's global generator."""
     return torch.multinomial(weights, 1)[:, 0]
 
 
 def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Cosines: of a picture's queries, the nearest to the text counts.
+    """Cosine similarities of pictures and texts: the largest over the queries of a picture.
 
     Args:
-        image_features: ``[B, Q, F]`` of length 1.
-        text_features: ``[N, F]`` of length 1.
+        image_features: ``[B, Q, F]``, unit vectors.
+        text_features: ``[N, F]``, unit vectors.
 
     Returns:
         float32 ``[B, N]``, under autocast too.
@@ -57,13 +58,13 @@ def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tens
 
 
 def itc_loss(image_to_text: Tensor, text_to_image: Tensor, same: Tensor) -> Tensor:
-    """Cross-entropy both ways, with label smoothing; averaged.
+    """Contrastive loss: the mean of the cross-entropies of pictures to texts and of texts to pictures.
 
-    A row's target is shared by all columns of the same picture; a :data:`LABEL_SMOOTHING` of it is spread over all.
+    The target of a row is spread equally over all columns of the same picture, with :data:`LABEL_SMOOTHING`.
 
     Args:
-        image_to_text: ``[B, N]``, query_text_similarity over the temperature, of this rank's pictures and all texts.
-        text_to_image: ``[B, N]``, of this rank's texts and all pictures.
+        image_to_text: ``[B, N]``, similarities divided by the temperature, of this rank's pictures and all texts.
+        text_to_image: ``[B, N]``, the same for this rank's texts and all pictures.
         same: bool ``[B, N]``, whether row and column have the same picture.
 
     Returns:
@@ -76,12 +77,11 @@ def itc_loss(image_to_text: Tensor, text_to_image: Tensor, same: Tensor) -> Tens
 
 
 def itm_loss(logits: Tensor, counted: Tensor) -> Tensor:
-    """Cross-entropy of "apart" and "together" over pairs and their negatives.
+    """Matching loss: cross-entropy of "no match" and "match" over pairs and their negatives.
 
     Args:
         logits: ``[3, B, 2]``: of each pair; of its text with another picture; of its picture with another text.
-        counted: bool ``[B]``: whether there was another picture to draw. A row without one counts 0, as there is
-            nothing to tell apart.
+        counted: bool ``[B]``: whether there was another picture to draw. A row without a negative gives loss 0.
 
     Returns:
         A scalar, the mean over ``3 * B``.
@@ -93,11 +93,11 @@ def itm_loss(logits: Tensor, counted: Tensor) -> Tensor:
 
 
 def itg_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Shifted cross-entropy with label smoothing, averaged over the tokens of all ranks.
+    """Generation loss: cross-entropy of the next token with label smoothing, averaged over the tokens of all ranks.
 
     Args:
-        logits: ``[B, T, V]``, behind each token of a text.
-        labels: int64 ``[B, T]``, the same text, ``IGNORED`` where it is padding.
+        logits: ``[B, T, V]``, after each token of a text.
+        labels: int64 ``[B, T]``, the tokens of the text, ``IGNORED`` at padding.
 
     Returns:
         A scalar; the mean over the ranks is the mean over all their tokens.
@@ -114,13 +114,13 @@ def itg_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def text_loss(side: TextSide, key_values: list[KeyValue], texts: TextBatch, dec_token_id: int) -> Tensor:
-    """:func:`itg_loss` of texts written behind the queries: of the first stage, and of the second that keeps it.
+    """:func:`itg_loss` of texts generated after the queries, in stage 1 and, with ``itg_weight``, in stage 2.
 
     Args:
-        side: The modules; in the second stage ``model.draft.text_side(model.bridge.qformer)``.
-        key_values: The queries' own, from the same ``qformer.read(image_embeds)`` that gave the visual tokens.
-        texts: What is to be written; their first token is replaced by [DEC].
-        dec_token_id: [DEC].
+        side: The modules of the text side; in stage 2 ``model.draft.text_side(model.bridge.qformer)``.
+        key_values: Keys and values of the queries, from ``qformer.read(image_embeds)``.
+        texts: The target texts; their first token is replaced by [DEC].
+        dec_token_id: Id of [DEC].
 
     Returns:
         A scalar.
@@ -136,11 +136,11 @@ def text_loss(side: TextSide, key_values: list[KeyValue], texts: TextBatch, dec_
 
 
 class Stage1Model(RetrievalModel):
-    """What is trained: the model that compares pictures with texts, a word head, and the temperature.
+    """The model of stage 1: a retrieval model, a word head for generation, and the temperature.
 
     Args:
-        config: Of the family ``blip-2-itm``; ``config.text.vocab_size`` counts [DEC].
-        draft: The special tokens, and the same vocabulary.
+        config: Config of the family ``blip-2-itm``; ``config.text.vocab_size`` includes [DEC].
+        draft: Special tokens, and the same vocabulary size.
     """
 
     def __init__(self, config: RetrievalConfig, draft: DraftConfig) -> None:
@@ -151,7 +151,7 @@ class Stage1Model(RetrievalModel):
         self.temperature = nn.Parameter(torch.tensor(TEMPERATURE))
 
     def text_side(self) -> TextSide:
-        """The modules that write a text."""
+        """The modules that generate a text."""
         qformer: Any = self.matcher.qformer
         layers = [(layer.self_attention, layer.text_feed_forward) for layer in qformer.layers]
         return TextSide(
@@ -168,17 +168,17 @@ class Stage1Model(RetrievalModel):
     ) -> dict[str, Tensor]:
         """The three losses of captioned pictures.
 
-        Call the module, not its parts: under DistributedDataParallel that is what synchronises gradients. B must be
-        the same on every rank.
+        Call the module, not its parts: DistributedDataParallel synchronises gradients only then. B must be the same
+        on every rank.
 
         Args:
-            image_embeds: ``[B, P, Dv]``, what ``model.vision(pixel_values)`` gives, or a cache of it.
-            texts: One a picture.
-            draw: Chooses the hard negatives, first of a picture for each text, then of a text for each picture;
-                columns count over all ranks.
+            image_embeds: ``[B, P, Dv]``, output of ``model.vision(pixel_values)``, computed or cached.
+            texts: One text for each picture.
+            draw: Draws the hard negatives: first a picture for each text, then a text for each picture. Columns are
+                numbered over all ranks.
 
         Returns:
-            ``itc``, ``itm`` and ``itg``, scalars; their sum is the loss of the first stage.
+            ``itc``, ``itm`` and ``itg``, scalars; their sum is the loss of stage 1.
         """
         matcher: Any = self.matcher
         queries, key_values = matcher.qformer.read(image_embeds)
@@ -204,10 +204,10 @@ class Stage1Model(RetrievalModel):
         same: Tensor,
         draw: Draw,
     ) -> tuple[Tensor, Tensor]:
-        """Draws negatives and reads the pairs; what :func:`itm_loss` takes."""
+        """Draws negatives and matches the pairs. Returns the arguments of :func:`itm_loss`."""
         with torch.no_grad():
             counted = (~same).any(dim=1)  # [B]
-            hidden = same & counted[:, None]  # a row without a negative keeps its weights, and does not count
+            hidden = same & counted[:, None]  # a row without a negative keeps its weights and gives no loss
             image_to_text, text_to_image = (
                 score.masked_fill(hidden, -torch.inf).softmax(dim=1) for score in scores
             )

@@ -1,15 +1,14 @@
-"""Where the first stage begins and what it leaves.
+"""Initialises, loads and saves the model of stage 1, and copies its result into a captioner.
 
-BERT-base goes in by :func:`start_from_bert`. A directory of transformers' ``Blip2ForImageTextRetrieval`` goes in by
-:func:`load_stage1` and comes out by :func:`save_stage1`, with the draft beside it. :func:`begin_stage2` gives what was
-trained to a captioner: its bridge, and its draft.
+:func:`start_from_bert` initialises it from a BERT. :func:`load_stage1` and :func:`save_stage1` use directories of
+transformers' ``Blip2ForImageTextRetrieval`` with the draft beside it. :func:`begin_stage2` copies the trained parts
+into the bridge and the draft of a captioner.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from blip2edge.model.bridges.draft import (
     DraftConfig,
     write_draft,
 )
-from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.bridges.qformer import Reader
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import (
@@ -37,13 +35,14 @@ from blip2edge.model.checkpoint.directory import (
     save_checkpoint,
 )
 from blip2edge.model.config import QFormerConfig
-from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
+from blip2edge.model.retrieval import RetrievalModel
 from blip2edge.model.weights.rules import Rule, WeightMap, some, under
 from blip2edge.training.phases.stage1 import Stage1Model
+from blip2edge.training.setup.architecture import stage1_config
 
-STAGE1_FILE = "stage1.json"  # what neither a model's config nor its tensors hold
-EMBED_DIM = 256  # of the space of pictures and texts, where nothing was trained in it; LAVIS'
-BERT_STD = 0.02  # of everything that BERT draws, and of the queries
+STAGE1_FILE = "stage1.json"  # holds the temperature, which is in no other file
+EMBED_DIM = 256  # of picture and text vectors where they are newly initialised, as in LAVIS
+BERT_STD = 0.02  # of BERT's initialisation, and of the queries
 
 _ATTENTION = (
     Rule("query", "attention.self.query"),
@@ -67,23 +66,23 @@ BERT_RULES = (
     *under(f"{_QFORMER}layers.*.feed_forward.", "encoder.layer.*.", _FEED_FORWARD),
     *(rule for rule in RULES if rule.ours.startswith("head")),
 )
-"""Ours and BERT's. The queries' feed-forward is a copy of the text's; what has no row is drawn."""
+"""Our names and BERT's. The queries' feed-forward is a copy of the text's. Tensors without a rule are drawn."""
 
 _DRAWN = ("query_tokens", "cross_attention", "projection", "match_head", "temperature", "vision.")
 
 
 def _bert_name(name: str) -> str:
-    """A tensor of any of BERT's classes, old or new, as :data:`BERT_RULES` calls it."""
+    """Name of a tensor in :data:`BERT_RULES`, from its name in any of BERT's classes, old or new."""
     name = name.removeprefix("bert.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -> None:
-    """Draws all but the picture encoder as BERT does: N(0, 0.02²), biases 0, norms 1.
+    """Initialises all but the picture encoder as BERT does: N(0, 0.02²), biases 0, norms 1.
 
     Args:
         model: Changed in place.
-        generator: The draws; None for torch's own.
+        generator: Random generator; None for torch's global one.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -98,21 +97,21 @@ def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -
 def start_from_bert(
     model: Stage1Model, source: str | Path, generator: torch.Generator | None = None
 ) -> list[str]:
-    """Takes the text side and self-attention from BERT, and draws the rest.
+    """Loads the text side and self-attention from a BERT, and draws the rest.
 
-    Rows of the vocabulary that BERT lacks ([DEC]) and layers' attention to the picture are drawn; a head that the
-    file lacks (BertModel without the language-modelling head) is drawn too.
+    Vocabulary rows that BERT does not have ([DEC]) and cross-attention to the picture are drawn. So is the word head
+    if the file has none (BertModel without the language-modelling head).
 
     Args:
         model: Changed in place.
         source: A local directory or a hub name, such as ``google-bert/bert-base-uncased``, with safetensors.
-        generator: The draws.
+        generator: Random generator.
 
     Returns:
-        Our names of what was drawn.
+        Our names of the drawn tensors.
 
     Raises:
-        CheckpointError: It is no BERT, or one of other sizes than the Q-Former.
+        CheckpointError: It is no BERT, or its sizes differ from those of the Q-Former.
     """
     draw_weights(model, generator)
     directory = find_checkpoint(source)
@@ -140,7 +139,7 @@ def start_from_bert(
 
 
 def _take(parameter: Tensor, given: Tensor, name: str, directory: Path) -> None:
-    """Copies a tensor; ours may have further rows."""
+    """Copies a tensor; the parameter may have further rows where :func:`_may_grow` allows it."""
     rows = len(given)
     if (
         given.shape[1:] != parameter.shape[1:]
@@ -148,8 +147,8 @@ def _take(parameter: Tensor, given: Tensor, name: str, directory: Path) -> None:
         or not _may_grow(name, given, parameter)
     ):
         raise CheckpointError(
-            f"{directory}: {name} has shape {list(given.shape)}, but the Q-Former asks for {list(parameter.shape)}",
-            "give the Q-Former the sizes of that BERT",
+            f"{directory}: {name} has shape {list(given.shape)}, but the Q-Former needs {list(parameter.shape)}",
+            "set [model.qformer] to the sizes of that BERT",
         )
     with torch.no_grad():
         parameter[:rows] = given.to(parameter.dtype)
@@ -161,7 +160,7 @@ def _may_grow(name: str, given: Tensor, parameter: Tensor) -> bool:
 
 
 def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
-    """The text's own parts, by the names of :class:`DraftHead`; views of the model's."""
+    """Tensors of the text side, by the names of :class:`DraftHead`; they share memory with the model."""
     side = model.text_side()
     parts: dict[str, nn.Module] = {"words": side.words, "positions": side.positions, "head": side.head}
     parts |= {f"feed_forwards.{index}": feed_forward for index, (_, feed_forward) in enumerate(side.layers)}
@@ -174,9 +173,9 @@ def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path |
     """Writes a directory that ``transformers.Blip2ForImageTextRetrieval`` loads, with the draft beside it.
 
     Args:
-        model: What to save; the temperature goes into ``stage1.json``.
-        directory: Where; made if it is not there.
-        like: A directory whose tokenizer and processor files are copied along.
+        model: The model; its temperature is written to ``stage1.json``.
+        directory: The directory; created if it does not exist.
+        like: A directory whose tokenizer and processor files are copied too.
     """
     target = Path(directory)
     with torch.device("meta"):
@@ -194,19 +193,20 @@ def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path |
 
 
 def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1Model:
-    """Reads what :func:`save_stage1` wrote, or any directory of transformers' ``Blip2ForImageTextRetrieval``.
+    """Loads the output of :func:`save_stage1`, or any directory of transformers' ``Blip2ForImageTextRetrieval``.
 
-    Of a captioner with a draft, Q-Former and draft are taken; what compares pictures with texts is drawn.
+    From a captioner with a draft, Q-Former and draft are loaded; the contrastive projections and the matching head are
+    drawn.
 
     Args:
         source: A directory or a hub name.
-        draft: The special tokens, where the directory has no draft of its own; its word head is then drawn.
+        draft: Special tokens, if the directory has no draft; the word head is then drawn.
 
     Returns:
         The model in eval mode, float32.
 
     Raises:
-        CheckpointError: It is no such model, or has no draft and ``draft`` is None.
+        CheckpointError: It is no such model, or it has no draft and ``draft`` is None.
     """
     directory = find_checkpoint(source)
     has_draft = (directory / DRAFT_CONFIG).is_file()
@@ -217,9 +217,9 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
         return _of_captioner(given, directory).eval()
     if not isinstance(given, RetrievalModel) or given.config.family != "blip-2-itm" or draft is None:
         raise CheckpointError(
-            f"expected a first stage with {DRAFT_CONFIG} in {directory}, found "
+            f"expected the output of stage 1 with {DRAFT_CONFIG} in {directory}, found "
             + (f"the family {given.config.family}" if draft else f"no {DRAFT_CONFIG}"),
-            "give what train stage1 wrote, or a captioner with a draft",
+            "give the output of train stage1, or a captioner with a draft",
         )
     if draft.vocab_size != given.config.vocab_size:
         raise CheckpointError(
@@ -239,7 +239,7 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
 
 
 def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
-    """A first stage around a captioner's Q-Former and draft: :func:`begin_stage2` the other way round.
+    """Builds a stage-1 model from a captioner's Q-Former and draft, the reverse of :func:`begin_stage2`.
 
     Raises:
         CheckpointError: Its bridge is no plain Q-Former.
@@ -248,20 +248,9 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
     if type(bridge) is not QFormerConfig or draft is None or captioner.draft is None:
         raise CheckpointError(
             f"expected a plain Q-Former with a draft in {directory}, found a bridge of kind {bridge.kind}",
-            "give what train stage1 wrote",
+            "give the output of train stage1",
         )
-    own: dict[str, Any] = {each.name: getattr(bridge, each.name) for each in fields(QFormerConfig)}
-    positions = draft.max_positions
-    text = InstructedQFormerConfig(**own, vocab_size=draft.vocab_size, instruction_positions=positions)
-    config = RetrievalConfig(
-        family="blip-2-itm",
-        vision=captioner.config.vision,
-        text=text,
-        embed_dim=EMBED_DIM,
-        max_positions=positions,
-        num_features=bridge.num_query_tokens,
-    )
-    model = Stage1Model(config, draft)
+    model = Stage1Model(stage1_config(captioner.config.vision, bridge, draft, EMBED_DIM), draft)
     draw_weights(model)
     model.vision.load_state_dict(captioner.vision.state_dict())
     qformer: Any = captioner.bridge.qformer
@@ -274,7 +263,7 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
 
 
 def _load_head(model: Stage1Model, directory: Path) -> None:
-    """The word head; the draft's other parts are the model's own."""
+    """Loads the word head from the draft's file; the draft's other parts are in the model's file."""
     rules = WeightMap(RULES)
     try:
         tensors = load_file(directory / DRAFT_FILE)
@@ -288,12 +277,12 @@ def _load_head(model: Stage1Model, directory: Path) -> None:
 
 
 def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
-    """Starts a captioner's bridge, and its draft where it has one, from the first stage.
+    """Copies the result of stage 1 into a captioner's bridge, and into its draft if it has one.
 
     Args:
-        stage1: What was trained.
-        captioner: With a Q-Former of the same sizes, plain or instructed; its projection stays as it is. For a
-            draft its config was made with ``draft=stage1.draft_config``. Changed in place.
+        stage1: The trained model.
+        captioner: A captioner whose Q-Former, plain or instructed, has the same sizes. If it has a draft, its config
+            has ``draft=stage1.draft_config``. Changed in place; its projection is not changed.
 
     Raises:
         CheckpointError: Its bridge has no Q-Former, or one of other sizes.
@@ -301,8 +290,8 @@ def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
     qformer = getattr(captioner.bridge, "qformer", None)
     if not isinstance(qformer, Reader):
         raise CheckpointError(
-            f"a bridge of kind {captioner.config.bridge.kind} has no Q-Former to start from a first stage",
-            "set bridge to qformer, or leave the first stage out",
+            f"a bridge of kind {captioner.config.bridge.kind} has no Q-Former that could take the result of stage 1",
+            "set bridge to qformer, or set stage1.steps to 0 and bridge_from to empty",
         )
     trained: Any = stage1.matcher.qformer
     _copy(qformer, trained.state_dict(), "the Q-Former")
@@ -315,6 +304,6 @@ def _copy(module: nn.Module, given: Mapping[str, Tensor], title: str) -> None:
     wrong = [name for name, tensor in state.items() if name not in given or given[name].shape != tensor.shape]
     if wrong:
         raise CheckpointError(
-            f"{title} has other sizes than the first stage's: {some(wrong)}", "train both with the same sizes"
+            f"{title} differs in size from that of stage 1: {some(wrong)}", "train both with the same sizes"
         )
     module.load_state_dict({name: given[name] for name in state})

@@ -1,9 +1,9 @@
-"""Stage 2 and instruction tuning: the bridge learns through a frozen language model.
+"""Losses of stage 2 and of instruction tuning: the bridge is trained through a frozen language model.
 
-Li et al., arXiv 2301.12597, section 3.3: picture encoder and language model are frozen, the projected query outputs
-stand before the text, and only the text behind the prompt gives loss. In instruction tuning the prompt enters the
-Q-Former as well (Dai et al., arXiv 2305.06500, section 2.3). MiniGPT-4 (arXiv 2304.10592) trains the projection
-alone; Flamingo (arXiv 2204.14198) adds gated layers to the language model, which then are all of it that is trained.
+Li et al., arXiv 2301.12597, section 3.3: picture encoder and language model are frozen, the visual tokens precede the
+text, and only the text after the prompt gives loss. In instruction tuning the Q-Former reads the prompt too (Dai et
+al., arXiv 2305.06500, section 2.3). MiniGPT-4 (arXiv 2304.10592) trains the projection only. Flamingo (arXiv
+2204.14198) adds gated layers to the language model, and trains those layers of it only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRAINED: Mapping[str, tuple[str, ...]] = {
     "pool": ("bridge.",),
     "flamingo": ("bridge.", "language.cross_layers."),
 }
-"""What each choice of the key `bridge` trains: beginnings of the model's parameter names."""
+"""Trained parameters for each value of the key `bridge`, as prefixes of the model's parameter names."""
 
 PROJECTIONS: Mapping[str, str] = {
     "qformer": "projection",
@@ -40,14 +40,14 @@ PROJECTIONS: Mapping[str, str] = {
     "pool": "projection",
     "perceiver": "projection",
 }
-"""The last layer of each kind of bridge: what speaks to the language model."""
+"""Name of the last layer of each kind of bridge, whose output the language model reads."""
 
 
 def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
-    """Cross-entropy of captions whose picture is known.
+    """Cross-entropy of captions given their pictures.
 
-    Equal to `labels=…` of transformers' classes: labels are shifted by one, and the mean is over the labels that
-    count; over several processes, over those of all of them.
+    The value is that of `labels=…` in transformers: labels are shifted by one, and the mean is over all labels that
+    are not ignored, of all processes.
 
     Args:
         language: Any language model of `model/language/registry.py`.
@@ -66,7 +66,7 @@ def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, K, V] and labels int64 [B, K] that stand side by side."""
+    """Cross-entropy of logits [B, K, V] with labels int64 [B, K] at the same positions."""
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -74,45 +74,44 @@ def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _prefix_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
-    """A decoder that reads the visual tokens as if they were words."""
-    rows, slots = visual_tokens.shape[:2]
+    """Loss of a decoder that reads visual tokens like embeddings of words."""
+    rows, count = visual_tokens.shape[:2]
     before = language.embed(batch.before_ids.expand(rows, -1))  # [B, N, D]
     text = language.embed(batch.input_ids)  # [B, S, D]
     embeds = torch.cat([before, visual_tokens.to(text.dtype), text], dim=1)
-    start = before.shape[1] + slots
+    start = before.shape[1] + count
     mask = torch.cat([batch.attention_mask.new_ones(rows, start), batch.attention_mask], dim=1)
-    # Padding is on the right: no gap before a token.
+    # Padding is on the right, so positions count up without a gap.
     positions = torch.arange(embeds.shape[1], device=embeds.device).expand(rows, -1)
-    asked = positions[:, start:-1]  # the last slot predicts nothing
-    logits, _ = language(embeds, mask, positions, asked)  # [B, S - 1, V]
+    predicting = positions[:, start:-1]  # all positions of the text but the last, which has no next token
+    logits, _ = language(embeds, mask, positions, predicting)  # [B, S - 1, V]
     return _token_loss(logits, batch.labels[:, 1:])
 
 
 def _encoder_decoder_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
-    """The encoder reads visual tokens and prompt, the decoder writes the caption."""
-    rows, slots = visual_tokens.shape[:2]
+    """Loss of a model whose encoder reads visual tokens and prompt, and whose decoder writes the caption."""
+    rows, count = visual_tokens.shape[:2]
     text = language.embed(batch.input_ids)  # [B, S, D]
-    seen = torch.cat([batch.attention_mask.new_ones(rows, slots), batch.attention_mask], dim=1)
-    states = language.encode(torch.cat([visual_tokens.to(text.dtype), text], dim=1), seen)
-    written = batch.decoder_ids
-    if written is None:
-        raise ValueError("a batch for an encoder-decoder model has decoder_ids")
-    positions = torch.arange(written.shape[1], device=written.device).expand(rows, -1)
-    cross = language.cross_key_values(states)
+    mask = torch.cat([batch.attention_mask.new_ones(rows, count), batch.attention_mask], dim=1)
+    states = language.encode(torch.cat([visual_tokens.to(text.dtype), text], dim=1), mask)
+    decoder_ids = batch.decoder_ids
+    if decoder_ids is None:
+        raise ValueError("a batch for an encoder-decoder model needs decoder_ids")
+    positions = torch.arange(decoder_ids.shape[1], device=decoder_ids.device).expand(rows, -1)
     logits, _ = language(
-        language.embed(written),
-        torch.ones_like(written),
+        language.embed(decoder_ids),
+        torch.ones_like(decoder_ids),
         positions,
-        cross=cross,
-        cross_attention_mask=seen,
+        cross=language.cross_key_values(states),
+        cross_attention_mask=mask,
     )
     return _token_loss(logits, batch.labels)
 
 
 def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
-    """A decoder that looks at the visual tokens from between its layers."""
-    rows, slots = visual_tokens.shape[:2]
-    looks = batch.attention_mask if batch.looks is None else batch.looks
+    """Loss of a decoder with cross-attention to the visual tokens."""
+    rows, count = visual_tokens.shape[:2]
+    mask = batch.attention_mask if batch.picture_mask is None else batch.picture_mask
     positions = torch.arange(batch.input_ids.shape[1], device=visual_tokens.device).expand(rows, -1)
     logits, _ = language(
         language.embed(batch.input_ids),
@@ -120,33 +119,33 @@ def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Te
         positions,
         positions[:, :-1],
         cross=language.cross_key_values(visual_tokens),
-        cross_attention_mask=looks[:, :, None].expand(-1, -1, slots),
+        cross_attention_mask=mask[:, :, None].expand(-1, -1, count),
     )
     return _token_loss(logits, batch.labels[:, 1:])
 
 
 def is_trained(name: str, bridge: str, *, language: bool = False) -> bool:
-    """Whether a parameter of the model is trained.
+    """Whether a parameter is trained.
 
     Args:
-        name: Of the captioner's parameter.
-        bridge: The key of the recipe.
-        language: The language model is trained too.
+        name: Name of the captioner's parameter.
+        bridge: Value of the recipe's key `bridge`.
+        language: Whether the language model is trained too.
     """
     return name.startswith((*TRAINED[bridge], "draft.")) or (language and name.startswith("language."))
 
 
 class GenerativeStage(nn.Module):
-    """What stage 2 and instruction tuning train, with the frozen language model that the loss comes through.
+    """The module of stage 2 and of instruction tuning: the trained bridge and the frozen language model.
 
     Args:
-        model: Its parts are shared, not copied; the picture encoder is not used.
-        bridge: The key of the recipe.
-        itg_weight: Factor on the loss of the Q-Former's own text head; 0 leaves the head alone.
-        unfreeze_language: Train the language model too.
+        model: The captioner. Its modules are shared, not copied; the picture encoder is not used.
+        bridge: Value of the recipe's key `bridge`.
+        itg_weight: Weight of the loss of the Q-Former's own text head; with 0 the head is not trained.
+        unfreeze_language: Whether the language model is trained too.
 
     Raises:
-        ConfigError: The text head is asked for, and the model has none.
+        ConfigError: `itg_weight` is above 0, and the model has no text head.
     """
 
     def __init__(
@@ -174,7 +173,7 @@ class GenerativeStage(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> GenerativeStage:
-        """Dropout is for what is trained: a frozen part answers as it will when it is used."""
+        """Sets the training mode. Frozen parts stay in eval mode, without dropout."""
         super().train(mode)
         if not self._unfrozen:
             self.language.eval()
@@ -183,10 +182,10 @@ class GenerativeStage(nn.Module):
         return self
 
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
-        """The losses of a batch: `lm`, `itg` where the text head is kept, and `loss`, their weighted sum."""
+        """The losses of a batch: `lm`, `itg` if the text head is trained, and `loss`, their weighted sum."""
         bridge: Any = self.bridge
         if batch.captions is None:
-            raise ValueError("a batch of stage 2 has captions")
+            raise ValueError("a batch of stage 2 needs captions")
         if self.draft is None or batch.texts is None:
             visual_tokens = bridge(batch.image_embeds, *(batch.instruction or ()))
             loss = caption_loss(self.language, visual_tokens, batch.captions)
@@ -198,7 +197,7 @@ class GenerativeStage(nn.Module):
         return {"lm": loss, "itg": own, "loss": loss + self.itg_weight * own}
 
     def gauges(self) -> dict[str, float]:
-        """The gates of a Flamingo, as the tanh that multiplies what a layer adds; nothing for other models."""
+        """Mean absolute tanh of each gate of a Flamingo; empty for other models."""
         found = {}
         for name, parameter in self.language.named_parameters():
             if name.endswith("_gate"):
@@ -208,18 +207,18 @@ class GenerativeStage(nn.Module):
 
 
 def match_scale(model: CaptionerModel) -> None:
-    """Scales a fresh projection so that visual tokens start as large as words.
+    """Scales a new projection so that visual tokens are as large as token embeddings.
 
-    The Q-Former ends in a LayerNorm, so a freshly drawn projection gives values of size 1 where words have a
-    few hundredths: they drown the position embeddings, and a frozen language model cannot tell its visual
-    tokens apart. On the scenes at 600 steps this is a loss of 0.05 instead of 0.4.
+    The Q-Former ends in a LayerNorm, so a new projection gives values of size 1, while token embeddings have a few
+    hundredths. Visual tokens then hide the position embeddings, and a frozen language model cannot distinguish them.
+    On the scenes, after 600 steps, the loss is 0.05 with this scaling and 0.4 without.
 
     Args:
-        model: Its projection was drawn with N(0, 1/fan_in); changed in place.
+        model: A captioner whose projection was drawn with N(0, 1/fan_in); changed in place.
     """
     name, language = PROJECTIONS.get(model.config.bridge.kind), model.config.language
-    looks_between = language.cross is not None and not language.is_encoder_decoder
-    if name is None or looks_between:
+    has_cross_attention = language.cross is not None and not language.is_encoder_decoder
+    if name is None or has_cross_attention:
         return
     table = model.language.get_parameter("embed_tokens.weight").detach()
     projection = model.bridge.get_submodule(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from blip2edge.errors import ConfigError
@@ -21,6 +21,7 @@ from blip2edge.model.config import (
 )
 from blip2edge.model.language.flamingo import FlamingoConfig
 from blip2edge.model.language.llama_config import LlamaConfig
+from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.training.config import ModelConfig
 
 MakeBridge = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
@@ -28,12 +29,8 @@ MakeBridge = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
 
 def _qformer(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> QFormerConfig:
     """A Q-Former with the recipe's sizes."""
-    block = sizes.qformer
     return QFormerConfig(
-        hidden_size=block.hidden_size,
-        intermediate_size=block.intermediate_size,
-        num_layers=block.num_layers,
-        num_heads=block.num_heads,
+        **asdict(sizes.qformer),
         num_query_tokens=sizes.num_query_tokens,
         encoder_hidden_size=vision.hidden_size,
         dropout=0.0 if sizes.is_miniature else sizes.dropout,
@@ -127,10 +124,10 @@ def family_of(bridge: str, vision: VisionConfig) -> str:
     row = ARCHITECTURES[bridge]
     family = row.clip_family if vision.clip else row.family
     if not family:
-        kind, other = ("a CLIP", "BLIP-2's") if vision.clip else ("BLIP-2's", "a CLIP")
+        kind, other = ("CLIP", "BLIP-2") if vision.clip else ("BLIP-2", "CLIP")
         raise ConfigError(
-            f"bridge = {bridge!r} does not support {kind} as picture encoder",
-            f"set model.vision_from to {other}, or choose another bridge",
+            f"bridge = {bridge!r} does not support the picture encoder of a {kind}",
+            f"set model.vision_from to a {other}, or choose another bridge",
         )
     return family
 
@@ -169,10 +166,39 @@ def captioner_config(
                 f"instruct needs a Q-Former that reads the prompt, and bridge is {bridge!r}",
                 "set bridge to 'qformer'",
             )
-        base = {each.name: getattr(made, each.name) for each in fields(QFormerConfig)}
-        made = InstructedQFormerConfig(
-            **base, vocab_size=text.vocab_size, instruction_positions=text.max_positions
-        )
-        return CaptionerConfig(vision, made, language, family="instructblip")
+        return CaptionerConfig(vision, with_text_side(made, text), language, family="instructblip")
     draft = text if isinstance(made, QFormerConfig) else None
     return CaptionerConfig(vision, made, language, family=family, draft=draft)
+
+
+def qformer_sizes(config: QFormerConfig) -> dict[str, Any]:
+    """The fields of a plain Q-Former's config, also if `config` is of a Q-Former with a text side."""
+    return {each.name: getattr(config, each.name) for each in fields(QFormerConfig)}
+
+
+def with_text_side(qformer: QFormerConfig, text: DraftConfig) -> InstructedQFormerConfig:
+    """The config of a Q-Former with a text side in its own layers."""
+    return InstructedQFormerConfig(
+        **qformer_sizes(qformer), vocab_size=text.vocab_size, instruction_positions=text.max_positions
+    )
+
+
+def stage1_config(
+    vision: VisionConfig, qformer: QFormerConfig, text: DraftConfig, embed_dim: int
+) -> RetrievalConfig:
+    """The config of the stage-1 model around a picture encoder and a Q-Former.
+
+    Args:
+        vision: Config of the picture encoder.
+        qformer: Config of the captioner's Q-Former.
+        text: Config of its text side.
+        embed_dim: Dimension of the vectors in which pictures and texts are compared.
+    """
+    return RetrievalConfig(
+        family="blip-2-itm",
+        vision=vision,
+        text=with_text_side(qformer, text),
+        embed_dim=embed_dim,
+        max_positions=text.max_positions,
+        num_features=qformer.num_query_tokens,
+    )

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
 from tokenizers.processors import TemplateProcessing
-from torch import nn
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
 from blip2edge.model.bridges.draft import DraftConfig
-from blip2edge.model.bridges.instruct import InstructedQFormerConfig
-from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
 from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig
-from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
 from blip2edge.training.phases.stage1 import Stage1Model
@@ -30,7 +25,7 @@ from blip2edge.training.phases.stage1_checkpoint import (
     start_from_bert,
 )
 from blip2edge.training.setup import pretrained
-from blip2edge.training.setup.architecture import captioner_config, family_of
+from blip2edge.training.setup.architecture import captioner_config, family_of, qformer_sizes, stage1_config
 from blip2edge.training.setup.miniature import build_miniature, initialise
 from blip2edge.training.setup.model_parts import ModelParts
 
@@ -142,10 +137,10 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model 
     )
     built = pretrained.with_special_tokens(built, language, tokens[0])
     made = pretrained.assemble_captioner(_like(kept, built), vision, language)
-    for fresh in _fresh(made):
+    for fresh in pretrained.new_modules(made):
         initialise(fresh, config.seed)
     files = pretrained.tokenizer_files(language) | {"preprocessor_config.json": vision.file}
-    files |= {"processor_config.json": _processor(made.config)}
+    files |= {"processor_config.json": pretrained.processor_file(made.config)}
     if instructed:
         files[QFORMER_TOKENIZER] = own.tokenizer.to_str().encode()
     parts = ModelParts(made, vision.preprocessing, language.tokenizer, own if text else None, files)
@@ -171,25 +166,7 @@ def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
     if kept is None or not isinstance(built.bridge, QFormerConfig):
         return built
     given: Any = kept.config.text
-    own = {each.name: getattr(given, each.name) for each in fields(QFormerConfig)}
-    return replace(built, bridge=replace(built.bridge, **own))
-
-
-def _fresh(model: CaptionerModel) -> list[nn.Module]:
-    """The modules that no checkpoint provides."""
-    parts: list[nn.Module] = [model.bridge]
-    parts += [] if model.draft is None else [model.draft]
-    gated = getattr(model.language, "cross_layers", None)
-    return parts if gated is None else [*parts, gated]
-
-
-def _processor(config: CaptionerConfig) -> bytes:
-    """`processor_config.json`."""
-    values = {
-        "processor_class": pretrained.PROCESSORS[config.family],
-        "num_query_tokens": config.bridge.num_visual_tokens,
-    }
-    return (json.dumps(values, indent=2) + "\n").encode()
+    return replace(built, bridge=replace(built.bridge, **qformer_sizes(given)))
 
 
 def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> Stage1Model:
@@ -210,21 +187,8 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
             "set model.vision_from to the checkpoint of a BLIP-2, or run stage2",
         )
     draft = parts.model.config.draft or _text_config(texts, config, base, None)
-    own: dict[str, Any] = {each.name: getattr(bridge, each.name) for each in fields(QFormerConfig)}
-    text = InstructedQFormerConfig(
-        **own, vocab_size=draft.vocab_size, instruction_positions=draft.max_positions
-    )
-    model = Stage1Model(
-        RetrievalConfig(
-            family="blip-2-itm",
-            vision=parts.model.config.vision,
-            text=text,
-            embed_dim=config.stage1.embed_dim,
-            max_positions=draft.max_positions,
-            num_features=bridge.num_query_tokens,
-        ),
-        draft,
-    )
+    vision = parts.model.config.vision
+    model = Stage1Model(stage1_config(vision, bridge, draft, config.stage1.embed_dim), draft)
     if config.model.bert:
         generator = torch.Generator().manual_seed(config.seed)
         start_from_bert(model, pretrained.resolve(config.model.bert, base), generator)

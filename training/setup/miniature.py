@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from blip2edge.training.loading.batches import PREPROCESSING
 from blip2edge.training.loading.qformer_texts import QFormerTexts
 from blip2edge.training.setup.architecture import captioner_config
 from blip2edge.training.setup.model_parts import ModelParts
-from blip2edge.training.setup.pretrained import PROCESSORS
+from blip2edge.training.setup.pretrained import PROCESSORS, json_file, processor_file
 from blip2edge.training.setup.vocabulary import END_ID, IMAGE_TOKEN, PAD_ID, make_tokenizer, tokenizer_config
 
 EMBEDDING_STD = 0.02  # of token and position tables, as in OPT and BERT
@@ -38,15 +37,7 @@ _SPECIAL_STD = {
 
 
 def _vision(sizes: ModelConfig) -> VisionConfig:
-    block = sizes.vision
-    return VisionConfig(
-        hidden_size=block.hidden_size,
-        intermediate_size=block.intermediate_size,
-        num_layers=block.num_layers,
-        num_heads=block.num_heads,
-        image_size=PICTURE_SIZE,
-        patch_size=sizes.patch_size,
-    )
+    return VisionConfig(**asdict(sizes.vision), image_size=PICTURE_SIZE, patch_size=sizes.patch_size)
 
 
 def _language(sizes: ModelConfig, tokenizer: Tokenizer) -> OPTConfig:
@@ -152,10 +143,8 @@ def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files beside the weights with which transformers' processor reads the directory."""
     config = model.config
     named = {"processor_class": PROCESSORS[config.family]}
-    processor = {**named, "num_query_tokens": config.bridge.num_visual_tokens}
     files = {
         "preprocessor_config.json": _image_processor() | named,
-        "processor_config.json": processor,
         "tokenizer_config.json": tokenizer_config(config.language.max_positions) | named,
         "generation_config.json": {
             "bos_token_id": config.bos_token_id,
@@ -164,5 +153,6 @@ def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
             "max_new_tokens": 20,
         },
     }
-    content = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
+    content = {name: json_file(values) for name, values in files.items()}
+    content["processor_config.json"] = processor_file(config)
     return content | {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}

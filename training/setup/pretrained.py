@@ -183,7 +183,12 @@ def load_preprocessing(directory: Path) -> tuple[Preprocessing, bytes]:
     if not path.is_file() and (directory / "processor_config.json").is_file():
         inner = read_json(directory / "processor_config.json").get("image_processor")
         if isinstance(inner, Mapping):
-            return Preprocessing.from_hf(inner), (json.dumps(dict(inner), indent=2) + "\n").encode()
+            return Preprocessing.from_hf(inner), json_file(inner)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} has no {path.name}",
+            "save its processor there: AutoProcessor.from_pretrained(NAME).save_pretrained(DIRECTORY)",
+        )
     return Preprocessing.from_hf(read_json(path)), path.read_bytes()
 
 
@@ -227,16 +232,31 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
         )
     with torch.device("meta"):
         model = CaptionerModel(config)
-    drawn = [model.bridge, *([] if model.draft is None else [model.draft])]
-    gated = getattr(model.language, "cross_layers", None)
-    drawn += [] if gated is None else [gated]
-    for module in drawn:
+    for module in new_modules(model):
         module.to_empty(device="cpu")
     model.vision.load_state_dict(vision.module.state_dict(), assign=True)
     missing = _assign(model.language, language.state)
     if missing:
         raise CheckpointError(f"{language.directory} lacks {some(missing)}", "give a whole language model")
     return model
+
+
+def new_modules(model: CaptionerModel) -> list[nn.Module]:
+    """The modules that no checkpoint provides: bridge, draft and the gated layers of a Flamingo."""
+    modules = [model.bridge, model.draft, getattr(model.language, "cross_layers", None)]
+    return [module for module in modules if module is not None]
+
+
+def json_file(values: Mapping[str, Any]) -> bytes:
+    """Content of a JSON file beside the weights."""
+    return (json.dumps(dict(values), indent=2) + "\n").encode()
+
+
+def processor_file(config: CaptionerConfig) -> bytes:
+    """Content of `processor_config.json`, with which transformers' processor reads a checkpoint."""
+    return json_file(
+        {"processor_class": PROCESSORS[config.family], "num_query_tokens": config.bridge.num_visual_tokens}
+    )
 
 
 def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Pictures from drawings: turned, scaled, moved, recoloured, on another ground. In torch, a batch at a time.
+"""Augments drawings in batches: rotates, scales, shifts and recolours them, on different backgrounds.
 
-What makes one artist's drawing differ from another's is outline, palette and pose. Chance covers palette and pose;
-outlines come from having several artists in training. Everything is mild: an encoder that is trained for a few minutes
-learned nothing in the first minute with turns of 25° and loud grounds under every second picture.
+Drawings of different artists differ in outline, palette and pose. Augmentation varies palette and pose; several
+artists in the training data vary the outline. All changes are small: with rotations of 25° and a coloured background
+under every second picture, an encoder learned nothing in the first of its few minutes of training.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 TURN = 10.0  # degrees, to either side
 SCALE = (0.85, 1.05)  # side of the drawing, in sides of the picture
-SHIFT = 0.05  # of the picture's side, any direction
-STRETCH = 0.08  # width against height, either way
+SHIFT = 0.05  # of the picture's side, in any direction
+STRETCH = 0.08  # of width relative to height, either way
 HUE = 0.15  # radians, either way
 SATURATION = (0.7, 1.3)
 BRIGHTNESS = (0.85, 1.15)
-PLAIN_SHARE = 0.8  # of the pictures stand on white
+PLAIN_SHARE = 0.8  # share of the pictures on a white background
 DIRECTED = (
     "left",
     "right",
@@ -29,20 +29,20 @@ DIRECTED = (
     "west",
     "oclock",
     "thirty",
-)  # names that a mirror makes wrong
+)  # words in names that are wrong for the mirror image
 
-# RGB to YIQ: a turn in the plane of I and Q is a turn of the hue.
+# RGB to YIQ: a rotation in the plane of I and Q changes the hue.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 
 
 def premultiplied(rgba: Tensor) -> Tensor:
-    """uint8 [B, S, S, 4] as float [B, 4, S, S] from 0 to 1, colours multiplied by alpha: ready to be resampled."""
+    """uint8 [B, S, S, 4] to float [B, 4, S, S] from 0 to 1 with premultiplied alpha, as resampling needs it."""
     planes = rgba.permute(0, 3, 1, 2).float() / 255
     return torch.cat([planes[:, :3] * planes[:, 3:], planes[:, 3:]], dim=1)
 
 
 def may_mirror(name: str) -> bool:
-    """Whether the mirror image has the same name."""
+    """Whether the name is also right for the mirror image."""
     return not any(part in DIRECTED for part in name.split("-"))
 
 
@@ -51,7 +51,7 @@ def _uniform(rows: int, low: float, high: float, draw: torch.Generator) -> Tenso
 
 
 def _places(mirror: Tensor, size: int, draw: torch.Generator) -> Tensor:
-    """Where each pixel of the picture comes from in the drawing: [B, size, size, 2]."""
+    """Sampling grid: the position in the drawing for each pixel of the picture, [B, size, size, 2]."""
     rows = mirror.shape[0]
     turn = _uniform(rows, -TURN, TURN, draw) * math.pi / 180
     scale = _uniform(rows, *SCALE, draw)
@@ -66,7 +66,7 @@ def _places(mirror: Tensor, size: int, draw: torch.Generator) -> Tensor:
 
 
 def _palettes(rows: int, draw: torch.Generator) -> Tensor:
-    """A linear change of colours for each picture: [B, 3, 3]."""
+    """Random linear colour transforms: [B, 3, 3]."""
     hue = _uniform(rows, -HUE, HUE, draw)
     saturation = _uniform(rows, *SATURATION, draw)
     brightness = _uniform(rows, *BRIGHTNESS, draw)
@@ -80,7 +80,7 @@ def _palettes(rows: int, draw: torch.Generator) -> Tensor:
 
 
 def _grounds(rows: int, size: int, draw: torch.Generator) -> Tensor:
-    """What the drawings stand on: white, or a slope between two colours, [B, 3, size, size]."""
+    """Backgrounds: white, or a gradient between two colours, [B, 3, size, size]."""
     ends = torch.rand(2, rows, 3, 1, 1, generator=draw)
     ends = torch.where(torch.rand(rows, 1, 1, 1, generator=draw) < PLAIN_SHARE, torch.ones(()), ends)
     angle = _uniform(rows, 0, 2 * math.pi, draw)[:, None, None]
@@ -90,13 +90,13 @@ def _grounds(rows: int, size: int, draw: torch.Generator) -> Tensor:
 
 
 def augment(drawings: Tensor, mirror: Tensor, size: int, draw: torch.Generator) -> Tensor:
-    """Pictures by chance.
+    """Makes randomly augmented pictures of drawings.
 
     Args:
         drawings: float [B, 4, S, S] from :func:`premultiplied`.
         mirror: bool [B], from :func:`may_mirror`.
         size: Side of the pictures in pixels.
-        draw: Where chance comes from.
+        draw: Random generator.
 
     Returns:
         float [B, 3, size, size] from 0 to 1.
@@ -108,6 +108,6 @@ def augment(drawings: Tensor, mirror: Tensor, size: int, draw: torch.Generator) 
 
 
 def plain(drawings: Tensor, size: int) -> Tensor:
-    """The drawings as they are, on white: float [B, 3, size, size] from 0 to 1."""
+    """Makes pictures of drawings on white, without augmentation: float [B, 3, size, size] from 0 to 1."""
     small = F.interpolate(drawings, (size, size), mode="bilinear", antialias=True)
     return (small[:, :3] + 1 - small[:, 3:]).clamp(0, 1)

@@ -1,8 +1,8 @@
-"""Sets of icons in Iconify's JSON format: which names they share, and their drawings as pixels.
+"""Reads sets of icons in Iconify's JSON format and renders them to pixels.
 
-A set is an `icons.json` with `icons` from names to `{"body": SVG elements, "width": …, "height": …}`; what an icon
-does not say of its frame holds for the whole set. `metadata.json` beside it sorts names into categories.
-Needs `cairosvg` for the drawing alone.
+A set is an `icons.json` whose `icons` maps names to `{"body": SVG elements, "width": …, "height": …}`. An icon without
+width or height uses those of the set. `metadata.json` beside it has the names of each category. Only the rendering
+needs `cairosvg`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 from blip2edge.errors import DataError
 
 FRAME = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's defaults
-SKIN_TONE = "skin-tone"  # part of the names of variants that differ in nothing else
+SKIN_TONE = "skin-tone"  # in the names of variants that differ in skin tone only
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class IconSet:
     """One artist's drawings.
 
     Attributes:
-        style: The set's name, `noto`.
-        icons: From names to bodies and frames.
-        frame: What holds for icons that say nothing else.
+        style: Name of the set, such as `noto`.
+        icons: Bodies and frames of the icons, by name.
+        frame: Default frame of an icon.
     """
 
     style: str
@@ -43,7 +43,7 @@ class IconSet:
         """Reads `icons.json`.
 
         Raises:
-            DataError: The file is not of Iconify's format.
+            DataError: The file is not in Iconify's format.
         """
         content = _read(path)
         icons = content.get("icons")
@@ -86,18 +86,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def names_of(metadata: Path, categories: Sequence[str], sets: Sequence[IconSet]) -> list[str]:
-    """The names of some categories that every one of the sets has drawn, sorted.
+    """Sorted names of some categories that all sets have.
 
     Args:
         metadata: A `metadata.json`.
-        categories: Which.
-        sets: Who must have drawn a name.
+        categories: Names of the categories.
+        sets: The sets that must have a name.
 
     Returns:
-        Names without variants of skin.
+        Names, without variants of skin tone.
 
     Raises:
-        DataError: A category is not there.
+        DataError: There is no such category.
     """
     known = _read(metadata).get("categories", {})
     for category in categories:

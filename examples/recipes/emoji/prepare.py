@@ -1,20 +1,20 @@
-"""Emoji with their names, as data for training and evaluation.
+"""Prepares emoji and their names as data for training and evaluation.
 
     pip install cairosvg
     python examples/recipes/emoji/prepare.py --out runs/emoji/data
 
-Fetches six artists' sets by package name from the npm registry and draws the animals, plants and dishes that Noto
-sorts as such. Five sets are for training; Twemoji is kept for the test, so that every name of the test was seen, and
-no drawing of its style. Written are
+Downloads six artists' sets from the npm registry and renders the animals, plants and dishes of Noto's categories. Five
+sets are for training. Twemoji is for the test, so training has every name of the test, but no drawing of its style. The
+output is
 
-    drawings.npz                RGBA of each drawing for training, its name and its artist: for vision.py
+    drawings.npz                RGBA of each training drawing, its name and its artist, for vision.py
     train/emoji-0000.tar …      WebDataset shards of augmented pictures, NAME.STYLE.NUMBER.png with .txt
     test/NAME.png, NAME.txt     one picture a name in the held-out style, on white
-    seen/NAME.png, NAME.txt     the same names by an artist of the training set: what is learned, not what carries over
+    seen/NAME.png, NAME.txt     the same names by a training artist, to compare with the held-out style
     data.json                   packages, names, counts
 
-Licences: Noto and Noto v1 Apache-2.0, Fluent MIT, OpenMoji CC-BY-SA-4.0, EmojiOne and Twemoji CC-BY-4.0. The pictures
-stay where they were made: nothing of them is in this repository.
+Licences: Noto and Noto v1 Apache-2.0, Fluent MIT, OpenMoji CC-BY-SA-4.0, EmojiOne and Twemoji CC-BY-4.0. This
+repository contains no picture.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ PACKAGES = {
     "twemoji": "@iconify-json/twemoji@1.2.5",
 }
 HELD_OUT = "twemoji"
-NAMING = "noto"  # whose categories are used, and whose pictures are `seen`
-COMPLETE = ("noto", "fluent-emoji-flat", "twemoji")  # a name is taken if these have drawn it
+NAMING = "noto"  # its categories are used, and its pictures are in `seen`
+COMPLETE = ("noto", "fluent-emoji-flat", "twemoji")  # a name is used if all of these have it
 CATEGORIES = (
     "Animals & Nature",
     "Food & Drink",
 )  # Noto has "Activities", "Objects" and "Travel & Places" too
 PICTURE_SIZE = 64  # pixels
-DRAWING_SIZE = 80  # pixels: larger than the picture, as it is turned and scaled
+DRAWING_SIZE = 80  # pixels: larger than the picture, because it is rotated and scaled
 SHARD = 4000  # pictures
 CHUNK = 64  # pictures augmented at a time
 
@@ -62,7 +62,7 @@ CHUNK = 64  # pictures augmented at a time
 def draw_all(
     sets: Mapping[str, IconSet], names: Sequence[str]
 ) -> Iterator[tuple[str, str, NDArray[np.uint8]]]:
-    """Name, style and pixels [80, 80, 4] of every drawing that there is of these names."""
+    """Renders all drawings of the names. Yields name, style and pixels [80, 80, 4]."""
     for name in names:
         for style, icons in sets.items():
             if name in icons.icons:
@@ -70,7 +70,7 @@ def draw_all(
 
 
 def _png(picture: Tensor) -> bytes:
-    """float [3, H, W] from 0 to 1 as a file."""
+    """A picture float [3, H, W] from 0 to 1 as a PNG file."""
     pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -78,7 +78,7 @@ def _png(picture: Tensor) -> bytes:
 
 
 def write_plain(drawings: Mapping[str, NDArray[np.uint8]], folder: Path) -> None:
-    """Pictures on white with their names beside them, one of each name."""
+    """Writes pictures on white, each with a text file of its name."""
     folder.mkdir(parents=True)
     for name, pixels in drawings.items():
         picture = plain(premultiplied(torch.tensor(pixels)[None]), PICTURE_SIZE)[0]
@@ -87,7 +87,7 @@ def write_plain(drawings: Mapping[str, NDArray[np.uint8]], folder: Path) -> None
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Adds a file whose entry depends on nothing but its content, so that equal data gives equal shards."""
+    """Adds a file with neither time nor owner in its header, so that equal data gives equal shards."""
     entry = tarfile.TarInfo(name)
     entry.size = len(content)
     tar.addfile(entry, io.BytesIO(content))
@@ -96,7 +96,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def write_shards(
     drawings: Sequence[tuple[str, str, NDArray[np.uint8]]], copies: int, folder: Path, seed: int
 ) -> int:
-    """Augmented pictures in mixed order; returns how many shards they fill."""
+    """Writes augmented pictures in random order. Returns the number of shards."""
     folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(drawings) * copies, generator=draw).tolist()
@@ -120,23 +120,23 @@ def write_shards(
 def prepare(
     sets: Mapping[str, IconSet], metadata: Path, out: Path, *, copies: int, seed: int
 ) -> dict[str, object]:
-    """Builds all of the data.
+    """Writes all data.
 
     Args:
-        sets: By style; all of `COMPLETE` must be there.
-        metadata: The categories, Noto's `metadata.json`.
-        out: A directory that does not exist.
+        sets: The sets by style, with all styles of `COMPLETE`.
+        metadata: Noto's `metadata.json` with the categories.
+        out: Output directory; must not exist.
         copies: Augmented pictures of each drawing.
-        seed: Of chance.
+        seed: Seed of the augmentation.
 
     Returns:
-        What `data.json` says.
+        Content of `data.json`.
 
     Raises:
         UsageError: `out` exists.
     """
     if out.exists():
-        raise UsageError(f"{out} exists", "remove it, or name another directory with --out")
+        raise UsageError(f"{out} exists", "remove it, or give another directory with --out")
     names = names_of(metadata, CATEGORIES, [sets[style] for style in COMPLETE])
     drawn = list(draw_all(sets, names))
     train = [drawing for drawing in drawn if drawing[1] != HELD_OUT]
@@ -165,7 +165,7 @@ def prepare(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Emoji with their names, as data for training and evaluation."
+        description="Prepares emoji and their names as data for training and evaluation."
     )
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     parser.add_argument("--copies", type=int, default=12, help="augmented pictures of each drawing")

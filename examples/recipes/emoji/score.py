@@ -1,9 +1,9 @@
-"""How many names a captioner finds: exact matches, with the share that chance neighbours would give as a control.
+"""Scores the names that a captioner generates: exact matches, with shuffled pairs as a control.
 
     blip2edge eval runs/emoji/captioner --data runs/emoji/data/test --predictions runs/emoji/test.json
     python examples/recipes/emoji/score.py runs/emoji/test.json --data runs/emoji/data/test
 
-`blip2edge eval` gives the caption scores (CIDEr and the like) of the same run. Of stage 1's result it gives the
+`blip2edge eval` prints the caption scores (CIDEr and others) of the same run. For the output of stage 1 it prints the
 retrieval of names by pictures and of pictures by names.
 """
 
@@ -15,20 +15,20 @@ from pathlib import Path
 
 from blip2edge.training.metrics.exact import exact_match, shuffled_match
 
-EXAMPLES = 12  # wrong answers that are shown
+EXAMPLES = 12  # wrong answers to print
 
 
 def words_found(said: list[str], right: list[str]) -> float:
-    """Share of the names of which at least one word was said: "green apple" for "red apple"."""
+    """Share of the names with at least one correct word, such as "green apple" for "red apple"."""
     pairs = zip(said, right, strict=True)
     return sum(bool(set(one.split()) & set(other.split())) for one, other in pairs) / len(right)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Exact matches of a captioner's names.")
-    parser.add_argument("predictions", type=Path, help="what `blip2edge eval --predictions` wrote")
-    parser.add_argument("--data", type=Path, required=True, help="the folder that was captioned")
+    parser = argparse.ArgumentParser(description="Scores the names that a captioner generates.")
+    parser.add_argument("predictions", type=Path, help="output of `blip2edge eval --predictions`")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the captioned pictures")
     options = parser.parse_args()
     said: list[str] = []
     right: list[str] = []

@@ -1,13 +1,13 @@
-"""A small picture encoder for the emoji recipe: drawings and names are brought together, as in CLIP.
+"""Trains a small picture encoder for the emoji recipe on pairs of drawings and names, as in CLIP.
 
     python examples/recipes/emoji/vision.py --data runs/emoji/data --out runs/emoji/vision
 
-A picture is the mean of its patches, a name the mean of its words' vectors; both are of length 1, and each picture is
-held against all names at once (cross-entropy of cosines over a learned temperature). Words are shared between names,
-so "red apple" and "green apple" have something in common. Each step draws new pictures from the drawings. The text
-side is dropped. The encoder starts as the miniature's, which knows the colours and shapes of the scenes. What is
-written is a checkpoint whose picture encoder a recipe takes as `model.vision_from`, and `vision.json` with the share
-of names found first and among the first five.
+The vector of a picture is the mean of its patches; the vector of a name is the mean of its words' vectors. Both are
+unit vectors, and each picture is compared with all names (cross-entropy of cosines over a learned temperature). Names
+share words, so "red apple" and "green apple" have similar vectors. Each step augments the drawings anew. The encoder
+starts from the miniature's, which knows the colours and shapes of the scenes. The output is a checkpoint for
+`model.vision_from`, without the text side, and `vision.json` with the shares of names ranked first and among the
+first five.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from blip2edge.training.loop.optim import learning_rate, make_optimizer
 
 START = Path(__file__).parents[2] / "checkpoint"
 TEXT_WIDTH = 128
-START_SCALE = 10.0  # cosines are multiplied by this at first
+START_SCALE = 10.0  # initial factor of the cosines
 SMOOTHING = 0.1
 SAY_EVERY = 50  # steps
 
 
 class Drawings(NamedTuple):
-    """What `prepare.py` left: uint8 [N, S, S, 4], the number of each drawing's name, and all names."""
+    """The output of `prepare.py`: uint8 [N, S, S, 4], the number of each drawing's name, and all names."""
 
     pixels: Tensor
     labels: Tensor
@@ -56,7 +56,7 @@ class Drawings(NamedTuple):
 
 
 class Names(nn.Module):
-    """Vectors of all names: the mean of their words'."""
+    """Vectors of all names: the means of their words' vectors."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -71,13 +71,13 @@ class Names(nn.Module):
         self.scale = nn.Parameter(torch.tensor(START_SCALE).log())
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """[B, TEXT_WIDTH] to scaled cosines with every name, [B, N]."""
+        """Maps vectors [B, TEXT_WIDTH] to scaled cosines with all names, [B, N]."""
         vectors = F.normalize(self.get_buffer("shares") @ self.words, dim=-1)
         return self.scale.exp() * F.normalize(pictures, dim=-1) @ vectors.T
 
 
 class Pair(nn.Module):
-    """The picture encoder with a last layer, and the names."""
+    """The picture encoder with a projection, and the names."""
 
     def __init__(self, vision: VisionTransformer, names: list[str]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Pair(nn.Module):
         self.names = Names(names)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """float [B, 3, H, W] from 0 to 1 to scaled cosines with every name, [B, N]."""
+        """Maps pictures float [B, 3, H, W] from 0 to 1 to scaled cosines with all names, [B, N]."""
         mean, std = (
             torch.tensor(values)[:, None, None] for values in (PREPROCESSING.mean, PREPROCESSING.std)
         )
@@ -96,7 +96,7 @@ class Pair(nn.Module):
 
 
 def fit(pair: Pair, drawings: Drawings, config: OptimizerConfig, seed: int) -> list[float]:
-    """Trains; returns the loss of every step."""
+    """Trains the pair in place. Returns the loss of every step."""
     draw = torch.Generator().manual_seed(seed)
     mirror = torch.tensor([may_mirror(name) for name in drawings.names])
     optimizer = make_optimizer([pair], config)
@@ -122,7 +122,7 @@ def fit(pair: Pair, drawings: Drawings, config: OptimizerConfig, seed: int) -> l
 
 @torch.no_grad()
 def recall(pair: Pair, folder: Path, names: list[str]) -> dict[str, float]:
-    """Shares of a folder's pictures whose name comes first, and among the first five."""
+    """Shares of a folder's pictures whose name is ranked first, and among the first five."""
     paths = sorted(folder.glob("*.png"))
     pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
     pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -134,11 +134,14 @@ def recall(pair: Pair, folder: Path, names: list[str]) -> dict[str, float]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="A small picture encoder for the emoji recipe.")
-    parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
+    parser = argparse.ArgumentParser(description="Trains a small picture encoder for the emoji recipe.")
+    parser.add_argument("--data", type=Path, required=True, help="output of prepare.py")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint directory to write")
     parser.add_argument(
-        "--start", type=Path, default=START, help="a captioner of 64-pixel pictures (the miniature)"
+        "--start",
+        type=Path,
+        default=START,
+        help="a captioner for pictures of 64 pixels to start from (default: the miniature)",
     )
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=16)

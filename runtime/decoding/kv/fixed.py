@@ -1,8 +1,8 @@
 """A KV cache of constant capacity, for graphs whose shapes may not change (CUDA graphs).
 
 ``engine/constant_shape.py`` describes the graph's inputs. All rows of a batch continue in the same slot; shorter rows
-have masked slots on their left. What moves keys and values is behind :class:`SlotCache`, so that the same state
-serves a cache on a GPU and one of NumPy arrays (in the tests).
+have masked slots on their left. :class:`SlotCache` moves keys and values, so that the same state serves a cache on a
+GPU and one of NumPy arrays, which the tests use.
 """
 
 from __future__ import annotations

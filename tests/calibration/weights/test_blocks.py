@@ -17,7 +17,6 @@ from blip2edge.calibration.weights.blocks import (
     restored,
     rounded,
     searched_scales,
-    unpacked,
 )
 from blip2edge.calibration.weights.gptq import GptqRounder, SecondMoments, nearest
 from blip2edge.errors import BundleError
@@ -46,7 +45,6 @@ def test_four_bits_are_packed_as_onnx_says() -> None:
     integers = np.array([[-8, 7, 0], [1, -1, 3]], np.int8)
     data = packed(integers, 4)
     assert data.tolist() == [0x78, 0x10, 0x3F]
-    assert np.array_equal(unpacked(data, (2, 3), 4), integers)
     assert data.tobytes() == _by_ml_dtypes(integers)
 
 
@@ -58,7 +56,7 @@ def _by_ml_dtypes(integers: np.ndarray) -> bytes:
 
 def test_an_odd_number_of_values_keeps_its_last() -> None:
     integers = np.array([[-3, 5, -8]], np.int8)
-    assert np.array_equal(unpacked(packed(integers, 4), (1, 3), 4), integers)
+    assert packed(integers, 4).tolist() == [0x5D, 0x08]
 
 
 @pytest.mark.parametrize("bits", list(BLOCKS))

@@ -14,9 +14,9 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="what comes out is run")
 from blip2edge.optimization.graph import clean, prepare  # noqa: E402
 from blip2edge.optimization.passes.blocks import use_block_kernels  # noqa: E402
 from blip2edge.optimization.passes.integers import (  # noqa: E402
-    forget_ranges,
     use_dynamic_ranges,
     use_recorded_ranges,
+    without_rounding,
 )
 from blip2edge.optimization.passes.pointwise import use_pointwise_convolutions  # noqa: E402
 
@@ -114,7 +114,7 @@ def test_unrounded_activations_are_what_integers_are_compared_with() -> None:
     x = x_of()
     bias = graph.graph.initializers["bias"].const_value.numpy()
     prepare(graph)
-    assert forget_ranges(graph) == 1
+    assert without_rounding(graph) == 1
     clean(graph)
     np.testing.assert_allclose(run(graph, x)[0], x @ weight + bias, atol=1e-4)
 

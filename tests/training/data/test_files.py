@@ -145,7 +145,7 @@ def test_a_folder_where_something_is_missing(folder: Path) -> None:
 
 
 def test_folders_without_anything(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is none"):
+    with pytest.raises(DataError, match="is no folder"):
         read_folder(tmp_path / "nowhere", 0)
     with pytest.raises(DataError, match="got 0 pictures"):
         read_folder(tmp_path, 0)

@@ -103,12 +103,12 @@ def test_one_who_sees_things_and_no_relation() -> None:
 
 
 def test_metrics_that_cannot_be_had() -> None:
-    with pytest.raises(UsageError, match="the metric vqa cannot be had"):
+    with pytest.raises(UsageError, match="the metric vqa cannot be computed"):
         score_scenes(EvaluatedModel(captioner=Knowing(2)), 2, "heldout", ScoringOptions(metrics=("vqa",)))
     with pytest.raises(UsageError, match="at least 2 pictures"):
         score_scenes(EvaluatedModel(captioner=Knowing(2)), 1, "heldout", ScoringOptions())
     entry = Entry("1", "1", FilePicture(Path("none.png")), question="What?", answers=("a",))
-    with pytest.raises(UsageError, match="the data asks questions"):
+    with pytest.raises(UsageError, match="the data has questions"):
         score_entries(EvaluatedModel(matcher=Seeing(2)), [entry], BrokenSamples("data", 0), ScoringOptions())
     with pytest.raises(DataError, match="at least one sample"):
         score_entries(EvaluatedModel(captioner=Knowing(2)), [], BrokenSamples("data", 0), ScoringOptions())
@@ -212,7 +212,7 @@ def test_what_is_printed_for_people(
         (["--data", "nowhere.xyz"], 1, "expected COCO's JSON"),
         (["--data", "nowhere.json"], 1, "cannot read nowhere.json"),
         (["--count", "1"], 2, "at least 2 pictures"),
-        (["--metrics", "vqa"], 2, "cannot be had"),
+        (["--metrics", "vqa"], 2, "cannot be computed"),
         (["--num-beams", "2"], 2, "--num-beams is for bundles"),
         (["--count", "2", "--predictions", "said.json"], 2, "--predictions"),
         (["--data", "recipe.toml"], 1, "unknown key 'data.pathh'; did you mean 'path'?"),

@@ -133,7 +133,7 @@ def test_bert_without_its_head_and_what_is_no_bert(tmp_path: Path) -> None:
     drawn = start_from_bert(draw_stage1(), tmp_path / "bare")
     assert "head.dense.weight" in drawn
     bert(hidden_size=16).save_pretrained(tmp_path / "wide")
-    with pytest.raises(CheckpointError, match=r"has shape \[.*16\], but the Q-Former asks for \[.*12\]"):
+    with pytest.raises(CheckpointError, match=r"has shape \[.*16\], but the Q-Former needs \[.*12\]"):
         start_from_bert(draw_stage1(), tmp_path / "wide")
     (tmp_path / "other").mkdir()
     save_file({"head.weight": torch.zeros(2)}, tmp_path / "other" / "model.safetensors")
@@ -166,7 +166,7 @@ def test_the_second_stage_starts_where_the_first_ended(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in copy.state_dict().items())
     narrow = captioner(draw_stage1().config, None)
     narrow.bridge.qformer.query_tokens = torch.nn.Parameter(torch.zeros(1, 2, 12))  # type: ignore[union-attr]
-    with pytest.raises(CheckpointError, match="other sizes than the first stage's: query_tokens"):
+    with pytest.raises(CheckpointError, match="differs in size from that of stage 1: query_tokens"):
         begin_stage2(stage1, narrow)
 
 
@@ -190,7 +190,7 @@ def test_a_draft_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_first_stage(tmp_path: Path) -> None:
     save_checkpoint(captioner(draw_stage1().config, None), tmp_path / "captioner")
-    with pytest.raises(CheckpointError, match=r"found no draft.json; give what train stage1 wrote"):
+    with pytest.raises(CheckpointError, match=r"found no draft.json; give the output of train stage1"):
         load_stage1(tmp_path / "captioner")
     with pytest.raises(CheckpointError, match="found the family blip-2;"):
         load_stage1(tmp_path / "captioner", DraftConfig(19, 16, DEC, SEP, PAD))

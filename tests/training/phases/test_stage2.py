@@ -133,12 +133,12 @@ def test_the_loss_of_a_flamingo_is_that_of_transformers(tmp_path: Path) -> None:
     made = case(theirs, tmp_path)
     captions = made.batch.captions
     assert captions is not None
-    assert captions.looks is not None
+    assert captions.picture_mask is not None
     logits = theirs(
         pixel_values=made.inputs["pixel_values"][:, None],
         input_ids=captions.input_ids,
         attention_mask=captions.attention_mask,
-        image_attention_mask=captions.looks[:, :, None],
+        image_attention_mask=captions.picture_mask[:, :, None],
     ).logits  # its own loss forgets the additional rows of the vocabulary
     wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), captions.labels[:, 1:].flatten())
     stage = GenerativeStage(made.ours, "flamingo").eval()

@@ -138,10 +138,14 @@ def test_a_whole_checkpoint_is_gone_on_with(parts: Path) -> None:
         (
             "qformer",
             'vision_from = "clip"\nlanguage_from = "llama"',
-            "not for a picture encoder that is a CLIP",
+            "does not support the picture encoder of a CLIP",
         ),
-        ("flamingo", 'vision_from = "clip"\nlanguage_from = "blip2"', "puts layers into a Llama"),
-        ("flamingo", 'vision_from = "blip2"\nlanguage_from = "llama"', "that is BLIP-2's"),
+        ("flamingo", 'vision_from = "clip"\nlanguage_from = "blip2"', "needs a Llama"),
+        (
+            "flamingo",
+            'vision_from = "blip2"\nlanguage_from = "llama"',
+            "does not support the picture encoder of a BLIP-2",
+        ),
         ("qformer", 'vision_from = "blip2"', "vision_from and language_from belong together"),
     ],
 )

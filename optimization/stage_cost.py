@@ -1,4 +1,4 @@
-"""How much a bundle's graphs have to compute and to read at least: what their share of the roofline is counted from."""
+"""The least that a bundle's graphs must compute and read: operations and bytes, for their share of the roofline."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from blip2edge.runtime.bench.roofline import Work
 
 PRODUCTS = ("MatMul", "Gemm")
 STORED = ("DequantizeLinear", "Cast")
-"""What may stand between a weight and its product."""
+"""Nodes between a weight and its product."""
 
 
-def graph_work(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int = 1) -> Work:
-    """The work of one run of a portable graph.
+def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int = 1) -> Work:
+    """Operations and bytes of one run of a portable graph.
 
     Args:
         path: The graph.
         spec: Its tensors.
-        sizes: Lengths of its axes by name; ``min`` of those that are not given.
-        asked: Slots that get logits.
+        sizes: Lengths of its axes by name; by default the smallest.
+        asked: Tokens that get logits.
     """
     known = {name: axis.min for name, axis in spec.axes().items()} | dict(sizes) | {"asked": asked}
     total = Work(0.0, 0.0, 0.0)
@@ -37,25 +37,25 @@ def graph_work(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int
     return total
 
 
-def decode_work(bundle: Bundle, past: int) -> Work:
-    """One token behind ``past`` others, in one row: its keys and values are read as well."""
+def decode_cost(bundle: Bundle, past: int) -> Work:
+    """A decode step in one row with ``past`` tokens in the KV cache, which is read too."""
     spec, cache = bundle.graph(DECODER).spec, bundle.manifest.cache
-    work = graph_work(bundle.file(spec.file), spec, {"batch": 1, "past": past, "steps": 1})
+    cost = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "past": past, "steps": 1})
     if cache is None:
-        return work
-    return work + Work(0.0, 0.0, 8.0 * cache.num_layers * cache.num_heads * cache.head_dim * past)
+        return cost
+    return cost + Work(0.0, 0.0, 8.0 * cache.num_layers * cache.num_heads * cache.head_dim * past)
 
 
-def stage_work(bundle: Bundle, prompt: int, tokens: int) -> dict[str, Work]:
-    """The stages of a caption: vision, bridge, prefill of ``prompt`` slots, and all steps of ``tokens`` tokens."""
+def stage_costs(bundle: Bundle, prompt: int, tokens: int) -> dict[str, Work]:
+    """The stages of a caption: vision, bridge, prefill of ``prompt`` tokens, and ``tokens - 1`` decode steps."""
     found: dict[str, Work] = {}
     for stage, graph in (("vision", VISION), ("bridge", BRIDGE)):
         if graph in bundle.manifest.graphs:
             spec = bundle.graph(graph).spec
-            found[stage] = graph_work(bundle.file(spec.file), spec, {"batch": 1})
+            found[stage] = graph_cost(bundle.file(spec.file), spec, {"batch": 1})
     spec = bundle.graph(DECODER).spec
-    found["prefill"] = graph_work(bundle.file(spec.file), spec, {"batch": 1, "past": 0, "steps": prompt})
-    step, last = decode_work(bundle, prompt), decode_work(bundle, prompt + tokens)
+    found["prefill"] = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "past": 0, "steps": prompt})
+    step, last = decode_cost(bundle, prompt), decode_cost(bundle, prompt + tokens)
     steps = max(tokens - 1, 0)
     found["decode"] = Work(
         *(
@@ -67,7 +67,7 @@ def stage_work(bundle: Bundle, prompt: int, tokens: int) -> dict[str, Work]:
 
 
 def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> Work:
-    """Additions and multiplications; the bytes of a weight once."""
+    """Additions and multiplications of a matrix product; the bytes of a weight count once."""
     first, second = node.inputs[0], node.inputs[1]
     out, inner = _shape(node.outputs[0], known), _shape(first, known)[-1:]
     operations = 2.0 * float(inner[0] if inner else 1)
@@ -108,7 +108,7 @@ def _convolution(node: ir.Node, known: Mapping[str, int]) -> Work:
 
 
 def _shape(value: ir.Value | None, known: Mapping[str, int]) -> list[int]:
-    """A shape with its symbols filled in."""
+    """A shape with its symbolic lengths replaced; an unknown one counts as 1."""
     out: list[int] = []
     for size in dims(value):
         if isinstance(size, int):
