@@ -24,6 +24,15 @@ if importlib.util.find_spec("torch") is not None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Modules that are equal are traced once in a test run; commands in processes of their own trace for themselves."""
+    if all(importlib.util.find_spec(name) for name in ("torch", "onnx", "onnxscript")):
+        from tests.traces import share_traces, shared_directory
+
+        share_traces(shared_directory(tmp_path_factory, "traces"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests away from the user's cache directory."""

@@ -237,6 +237,7 @@ def test_a_file_that_cannot_grow(small: Drawn, out: Path) -> None:
     assert (done.returncode, done.stdout, os.listdir(out)) == (1, "", [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_middle_of_an_export(
     number: signal.Signals, status: int, small: Drawn, out: Path
@@ -251,10 +252,8 @@ def test_a_signal_in_the_middle_of_an_export(
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        until = time.monotonic() + 240
         while not list(out.glob(".bundle.*/*.data")):
             assert process.poll() is None, "it ended before it wrote"
-            assert time.monotonic() < until
             time.sleep(0.005)
         process.send_signal(number)
         printed, told = process.communicate(timeout=240)

@@ -1,4 +1,4 @@
-"""The package as a whole: import time, the bare environment, the wheel and the sdist."""
+"""The package as a whole: import time, the bare environment, public names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,15 +14,14 @@ import pytest
 import blip2edge
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORT_SECONDS = 0.3  # promised
-FOLDERS = ("calibration", "engine", "export", "model", "optimization", "runtime", "training")
+IMPORT_SECONDS = 0.3  # of CPU time; promised
 BLOCKED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "tensorrt", "tensorrt_rtx")
 
 IMPORT_TIME = """
 import sys, time
-started = time.perf_counter()
+started = time.process_time()
 import blip2edge
-print(time.perf_counter() - started, any(name in sys.modules for name in ("numpy", "torch")))
+print(time.process_time() - started, any(name in sys.modules for name in ("numpy", "torch")))
 """
 
 BARE_IMPORT = """
@@ -59,18 +56,17 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_import_takes_less_than_promised() -> None:
-    times = []
-    for _ in range(3):  # the machine may be busy: the best of three
-        seconds, heavy = python(IMPORT_TIME).split()
-        assert heavy == "False"
-        times.append(float(seconds))
-    assert min(times) < IMPORT_SECONDS
+    seconds, heavy = python(IMPORT_TIME).split()
+    assert heavy == "False"
+    assert float(seconds) < IMPORT_SECONDS
 
 
 def test_every_runtime_module_imports_in_a_bare_environment() -> None:
     names = json.loads(python(f"BLOCKED = {BLOCKED!r}\n{BARE_IMPORT}"))
-    files = {path.stem for path in (ROOT / "runtime").glob("*.py")} - {"__init__"}
-    assert {name.rpartition(".")[2] for name in names} >= files
+    files = {path.relative_to(ROOT).with_suffix("") for path in (ROOT / "runtime").rglob("*.py")}
+    modules = {".".join(path.parts) for path in files if path.name != "__init__"}
+    assert len(modules) > 30
+    assert {name.removeprefix("blip2edge.") for name in names} >= modules
 
 
 def test_public_names() -> None:
@@ -81,78 +77,6 @@ def test_public_names() -> None:
     for name, home in blip2edge._HOMES.items():
         if home.startswith("blip2edge.runtime."):
             assert getattr(blip2edge, name).__name__ == name
-
-
-def build(kind: str, target: Path) -> Path:
-    """Build a wheel or an sdist of a copy of what git tracks, with the installed setuptools."""
-    source = target / "source"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode != 0:
-        pytest.skip("not a git checkout")
-    for name in filter(None, tracked.stdout.split("\0")):
-        if not os.path.lexists(ROOT / name):
-            continue
-        copy = source / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_symlink():
-            copy.symlink_to(os.readlink(ROOT / name))
-        else:
-            copy.write_bytes((ROOT / name).read_bytes())
-    return build_from(kind, source, target)
-
-
-def build_from(kind: str, source: Path, target: Path) -> Path:
-    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(target)!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return target / done.stdout.split()[-1]
-
-
-@pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    with zipfile.ZipFile(build("wheel", tmp_path_factory.mktemp("wheel"))) as wheel:
-        return set(wheel.namelist())
-
-
-def tracked(pattern: str) -> set[str]:
-    done = subprocess.run(
-        ["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return set(filter(None, done.stdout.split("\0")))
-
-
-def expected() -> set[str]:
-    """What must be installed, by the names in the wheel."""
-    modules = {f"blip2edge/{name}" for folder in FOLDERS for name in tracked(f"{folder}/*.py")}
-    data = {
-        f"blip2edge/{name}"
-        for folder in ("checkpoint", "pictures")
-        for name in tracked(f"examples/{folder}/*")
-    }
-    return modules | data | tracked("blip2edge/*.py") | {"blip2edge/py.typed"}
-
-
-def test_wheel_holds_the_linked_folders_and_the_demo(wheel_names: set[str]) -> None:
-    assert expected() <= wheel_names
-    demo = {name.removeprefix("blip2edge/examples/") for name in wheel_names if "/examples/" in name}
-    assert {"checkpoint/config.json", "checkpoint/model.safetensors", "checkpoint/tokenizer.json"} <= demo
-    assert [name for name in demo if name.startswith("pictures/")]
-
-
-def test_wheel_puts_nothing_else_at_the_top(wheel_names: set[str]) -> None:
-    tops = {name.partition("/")[0] for name in wheel_names}
-    assert tops == {"blip2edge", f"blip2edge-{blip2edge.__version__}.dist-info"}
-    assert not [name for name in wheel_names if "/tests/" in name or "__pycache__" in name]
-
-
-def test_wheel_of_the_sdist_is_the_same(wheel_names: set[str], tmp_path: Path) -> None:
-    with tarfile.open(build("sdist", tmp_path)) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    (source,) = (tmp_path / "unpacked").iterdir()
-    with zipfile.ZipFile(build_from("wheel", source, tmp_path)) as wheel:
-        assert set(wheel.namelist()) == wheel_names
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

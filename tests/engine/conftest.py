@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,8 +19,8 @@ PICTURES = 2
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
     """A family's name and a precision (``fp32``) to its bundle; not to be changed.
 
-    ``fp16`` casts the graph that was traced for ``fp32``; ``int8`` has quantised activations and weights in every
-    graph of a captioner, ``int4`` the language model's weights in blocks.
+    ``int8`` has quantised activations and weights in every graph of a captioner, ``int4`` the
+    language model's weights in blocks.
     """
     pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
     pytest.importorskip("filelock", reason="workers share what they export")
@@ -29,28 +28,18 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
 
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.export import pipeline
-    from blip2edge.export.to_onnx import trace
     from tests.drawing import draw_pictures
     from tests.engine.families import DECODERS, FAMILIES
+    from tests.traces import shared_directory
 
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "families"  # workers share one
-    (root / "pictures").mkdir(parents=True, exist_ok=True)
-    traces: dict[tuple[str, str], Any] = {}
+    root = shared_directory(tmp_path_factory, "families")
+    (root / "pictures").mkdir(exist_ok=True)
 
     def exported(name: str, precision: str) -> Path:
-        def traced_once(module: Any, spec: Any) -> Any:
-            known = traces.get((name, spec.name))
-            if known is None:
-                known = traces[name, spec.name] = trace(module, spec)
-            return type(known)(known.model.clone(), known.spec, dict(known.slots))
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "trace", traced_once)
-            checkpoint, bundle = root / name / "checkpoint", root / name / precision
-            if not checkpoint.exists():
-                FAMILIES[name](checkpoint)
-            return pipeline.export_checkpoint(checkpoint, bundle, precision=precision).bundle
+        checkpoint, bundle = root / name / "checkpoint", root / name / precision
+        if not checkpoint.exists():
+            FAMILIES[name](checkpoint)
+        return pipeline.export_checkpoint(checkpoint, bundle, precision=precision).bundle
 
     @cache
     def make(name: str, precision: str = "fp32") -> Path:

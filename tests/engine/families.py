@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import drawing
 from tests.families import drawing_blip, drawing_idefics, drawing_instruct, drawing_llama, test_t5
 
@@ -26,6 +28,9 @@ FAMILIES: dict[str, Draw] = {
     "clip": lambda path: drawing_blip.save_clip(path, 0, eos=drawing_blip.SEP),
 }
 """By name, what writes a checkpoint into a directory."""
+
+ONE_QUICK = [pytest.param(name, marks=[] if name == "blip2-opt" else pytest.mark.slow) for name in FAMILIES]
+"""The names as parameters: one in the fast tier, the others in the slow one."""
 
 DECODERS = tuple(name for name in FAMILIES if name not in ("blip-itm", "blip2-itm", "clip"))
 """Those that write texts."""

@@ -13,12 +13,12 @@ pytest.importorskip("onnxruntime", reason="bundles are checked and calibrated in
 from blip2edge.engine.build import build_bundle
 from blip2edge.runtime.backends.engine_files import STEP
 from tests.engine.conftest import BundleOf
-from tests.engine.families import FAMILIES
+from tests.engine.families import ONE_QUICK
 from tests.engine.rtx import CAPACITY, HAS_RTX, SM, assert_taken_and_built
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_QUICK)
 def test_every_graph_is_taken_and_builds(
     family: str, precision: str, bundle_of: BundleOf, tmp_path: Path
 ) -> None:

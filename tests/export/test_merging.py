@@ -133,14 +133,14 @@ def test_wrong_pairs_and_lost_sizes_are_published_by_neither_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The graph is traced from another module than the one that it is held to."""
-    from blip2edge.export import pipeline, to_onnx
+    from blip2edge.export import pipeline
 
     def traced_wrong(module: Any, spec: Any) -> Any:
         if spec.name == "vision_encoder":
             module.vision.matching = wrong()
         return real(module, spec)
 
-    real = to_onnx.trace
+    real = pipeline.trace
     monkeypatch.setattr(pipeline, "graphs_of", lambda _: {"vision_encoder": GRAPHS["vision_encoder"]})
     monkeypatch.setattr(pipeline, "trace", traced_wrong)
     monkeypatch.setattr(verify, "trace", traced_wrong)
@@ -231,7 +231,7 @@ def test_a_model_that_reads_patches_in_order_is_refused(tmp_path: Path) -> None:
     from blip2edge.export.pipeline import export_checkpoint
 
     FAMILIES["llava"](tmp_path / "checkpoint")
-    with pytest.raises(UsageError, match=r"out of their order.*llava.*; leave --merge-tokens out"):
+    with pytest.raises(UsageError, match=r"changes the order.*llava.*; leave --merge-tokens out"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", merge_tokens=1)
     assert not (tmp_path / "bundle").exists()
 

@@ -74,7 +74,7 @@ def expected(
     return ids[1 if prompt is None else inputs["input_ids"].shape[1] - 1 :]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("kind", ["caption", "vqa"])
 def test_texts_equal_transformers(kind: str, seed: int, exported: Callable[[str, int], Exported]) -> None:
     drawn = exported(kind, seed)

@@ -75,7 +75,14 @@ def expected(model: Any, processor: Any, text: list[Any], **search: Any) -> list
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name.replace(" ", "-"))
+QUICK, MIDDLE, PLAIN = VARIANTS
+
+
+@pytest.fixture(
+    scope="module",
+    params=[QUICK, pytest.param(MIDDLE, marks=pytest.mark.slow), PLAIN],
+    ids=lambda name: name.replace(" ", "-"),
+)
 def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     seed, overrides = VARIANTS[request.param]
     directory = tmp_path_factory.mktemp("idefics")
@@ -118,6 +125,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return *draw_idefics(directory, 0), directory
 
 
+@pytest.mark.slow
 def test_fp16_and_single_layers_are_verified(tmp_path: Path) -> None:
     draw_idefics(
         tmp_path / "checkpoint",

@@ -45,7 +45,7 @@ class Exported(NamedTuple):
     encoder_decoder: bool
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=["t5", "llama", pytest.param("opt", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     seed, kind, qformer = CASES[request.param]
     directory = tmp_path_factory.mktemp(kind)
@@ -158,6 +158,7 @@ def test_padded_instructions_are_as_alone(exported: Exported) -> None:
             torch.testing.assert_close(together[row], alone.pooler_output[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_half_precision_and_samples_pass_the_parity_check(tmp_path: Path) -> None:
     draw_instructblip(tmp_path / "checkpoint", 5, "llama")
     report = export_checkpoint(tmp_path / "checkpoint", tmp_path / "half", precision="fp16", verify="sample")

@@ -78,8 +78,13 @@ def test_decoder_equals_transformers(variant: int) -> None:
 
 @pytest.mark.parametrize(
     ("seed", "variant"),
-    [(0, 0), (1, 2), (2, 4), (3, 6), (4, 8)],
-    ids=["llama", "smollm", "mistral", "qwen2", "qwen3"],
+    [
+        pytest.param(0, 0, id="llama"),
+        pytest.param(1, 2, id="smollm", marks=pytest.mark.slow),
+        pytest.param(2, 4, id="mistral", marks=pytest.mark.slow),
+        pytest.param(3, 6, id="qwen2", marks=pytest.mark.slow),
+        pytest.param(4, 8, id="qwen3"),
+    ],
 )
 def test_captions_equal_transformers(seed: int, variant: int, tmp_path: Path) -> None:
     """Exported in float32: greedy and beams, batched and single."""
@@ -105,7 +110,7 @@ def test_captions_equal_transformers(seed: int, variant: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("variant", "window"),
-    [(0, -1), (1, -1), (2, -1), (3, -1), (4, 5), (6, -1)],
+    [(0, -1), (4, 5), *(pytest.param(other, -1, marks=pytest.mark.slow) for other in (1, 2, 3, 6))],
 )
 def test_a_cache_can_be_shared(variant: int, window: int, tmp_path: Path) -> None:
     """The mask is recognised by what it hides, a sliding window included."""
@@ -128,6 +133,7 @@ def test_a_cache_can_be_shared(variant: int, window: int, tmp_path: Path) -> Non
     assert "attention_mask" not in {value.name for value in model.graph.inputs}
 
 
+@pytest.mark.slow
 def test_fp16_keeps_positions_in_fp32(tmp_path: Path) -> None:
     """A theta beyond fp16's range, and angles, stay as they are."""
     drawing.draw_blip2(tmp_path / "checkpoint", 0, "llama", rope_parameters=LINEAR)

@@ -51,12 +51,11 @@ def reference_of(model: Any, processor: Any, template: str, default: str) -> dra
 @pytest.mark.parametrize(
     ("seed", "drawn"),
     [
-        (0, {}),
-        (1, {"llava": FULL, "tie_word_embeddings": True}),
-        (2, {"model_type": "mistral", "sliding_window": 9}),
-        (3, {"model_type": "qwen2", "eos_token_id": [2, 40]}),
+        pytest.param(0, {}, id="llama"),
+        pytest.param(1, {"llava": FULL, "tie_word_embeddings": True}, id="full", marks=pytest.mark.slow),
+        pytest.param(2, {"model_type": "mistral", "sliding_window": 9}, id="mistral", marks=pytest.mark.slow),
+        pytest.param(3, {"model_type": "qwen2", "eos_token_id": [2, 40]}, id="qwen2"),
     ],
-    ids=["llama", "full", "mistral", "qwen2"],
 )
 def test_answers_equal_transformers(seed: int, drawn: dict[str, Any], tmp_path: Path) -> None:
     """Exported in float32: greedy and beams, batched and single, pictures of several sizes."""

@@ -57,8 +57,11 @@ def reference_of(model: Any, processor: Any) -> drawing.Reference:
 
 @pytest.mark.parametrize(
     ("seed", "changes"),
-    [(0, {}), (1, {"num_key_value_heads": 4}), (2, {"tie_word_embeddings": True})],
-    ids=["grouped", "vicuna", "tied"],
+    [
+        pytest.param(0, {}, id="grouped"),
+        pytest.param(1, {"num_key_value_heads": 4}, id="vicuna", marks=pytest.mark.slow),
+        pytest.param(2, {"tie_word_embeddings": True}, id="tied", marks=pytest.mark.slow),
+    ],
 )
 def test_answers_equal_transformers(seed: int, changes: dict[str, Any], tmp_path: Path) -> None:
     """Exported in float32: greedy and beams, batched and single, with and without the penalty."""

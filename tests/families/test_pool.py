@@ -140,6 +140,7 @@ def test_a_saved_pool_is_read_back(exported: Exported, tmp_path: Path) -> None:
         assert torch.equal(tensor, again[name]), name
 
 
+@pytest.mark.slow
 def test_half_precision_passes_the_parity_check(tmp_path: Path) -> None:
     save_pool(tmp_path / "checkpoint", drawing.save(tmp_path / "drawn", seed=34))
     report = export_checkpoint(tmp_path / "checkpoint", tmp_path / "half", precision="fp16")

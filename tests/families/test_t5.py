@@ -83,7 +83,14 @@ def expected(model: Any, image: Any, prompt: str | None, **options: Any) -> tupl
     return tuple(row[: row.index(END) + 1] if END in row else row)
 
 
-@pytest.mark.parametrize("seed", range(len(KINDS)), ids=["flan", "t5", "narrow heads"])
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(0, id="flan"),
+        pytest.param(1, id="t5", marks=pytest.mark.slow),
+        pytest.param(2, id="narrow heads", marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_ids_as_transformers(seed: int, tmp_path: Path) -> None:
     model = draw(seed, tmp_path / "checkpoint", **KINDS[seed])
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", verify="full" if seed else "sample")

@@ -218,6 +218,7 @@ def test_the_command(command: Command, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, about itself
+@pytest.mark.slow
 def test_ray_makes_the_same_shards(
     command: Command,
     tmp_path: Path,

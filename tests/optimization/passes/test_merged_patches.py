@@ -63,7 +63,7 @@ def written(tokens: int, folder: Path) -> tuple[Path, Any]:
     return folder / "g.onnx", module
 
 
-@pytest.mark.parametrize("tokens", [0, 4, 7])
+@pytest.mark.parametrize("tokens", [0, pytest.param(4, marks=pytest.mark.slow), 7])
 def test_fused_attention_keeps_pairs_and_sizes(tokens: int, tmp_path: Path) -> None:
     path, module = written(tokens, tmp_path)
     pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)

@@ -46,7 +46,14 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 PROMPTS = ("a photo of", "red dog", "what is it ?")
 
 
-@pytest.fixture(scope="module", params=["opt", *FAMILIES])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "opt",
+        "t5",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert", "idefics")),
+    ],
+)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "opt":
         found: Path = request.getfixturevalue("tiny_bundle")

@@ -17,6 +17,8 @@ pytest.importorskip("accelerate")
 
 from tests.training import recipes
 
+pytestmark = pytest.mark.slow  # one process for each kill
+
 LOOP = "snapshot_every = 2\nworkers = 1\ncache_features = true"
 DATA = "count = 6\nprompt_share = 0.5"
 

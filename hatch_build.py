@@ -1,0 +1,32 @@
+"""Stops an editable install when the symlinks of `blip2edge/` are missing. Other builds do not need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+MESSAGE = """
+An editable install needs the symlinks of blip2edge/ ({missing}). This copy has none.
+In a clone, let git make them:
+    git config core.symlinks true
+    git checkout -- blip2edge
+A zip archive has no symlinks: clone the repository, or install without -e.
+"""
+
+
+class CheckLinks(BuildHookInterface[Any]):
+    """The build hook that `[tool.hatch.build.targets.wheel]` names."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
+        """Check the links before an editable wheel is made.
+
+        Raises:
+            SystemExit: A link is missing, or it is a text file.
+        """
+        package = Path(self.root) / "blip2edge"
+        folders = self.metadata.config["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"]
+        missing = [name for name in folders if not (package / name).is_dir()]
+        if version == "editable" and missing:
+            raise SystemExit(MESSAGE.format(missing=", ".join(missing)))

@@ -1,0 +1,118 @@
+"""One trace for all exports of equal modules: torch needs about three seconds a graph, for the smallest models too.
+
+A trace holds no weights, so that checkpoints of equal configs share it. All workers of a test run share the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from blip2edge.export.to_onnx import Traced
+
+
+def shared_directory(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A directory that all workers of this test run share."""
+    base = factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+def share_traces(directory: Path) -> None:
+    """Exports of this process keep their traces in a directory, and take those that are there."""
+    from blip2edge.export import pipeline, to_onnx, verify
+
+    def trace(module: Any, spec: Any) -> Traced:
+        key = key_of(module, spec)
+        file = directory / f"{key}.onnx"
+        if key is not None and file.exists():
+            return _read(file, module, spec)
+        traced = to_onnx.trace(module, spec)
+        if key is not None:
+            _write(traced, file)
+        return traced
+
+    for user in (pipeline, verify):
+        setattr(user, "trace", trace)  # noqa: B010
+
+
+def key_of(module: Any, spec: Any) -> str | None:
+    """Names all that a trace depends on: classes, attributes, tensors' shapes; None where a tensor has values."""
+    import torch
+    from torch import nn
+
+    usual = vars(nn.Module()).keys()
+    first: dict[int, str] = {}
+    parts: list[str] = [torch.__version__, repr(spec)]
+    for name, part in module.named_modules(remove_duplicate=False):
+        own = {key: value for key, value in vars(part).items() if key not in usual}
+        parts += [name, _text(type(part).forward), _text(type(part)), _text(own)]
+    for tensors in (module.named_parameters, module.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            if not tensor.is_meta:
+                return None
+            tied = first.setdefault(id(tensor), name)
+            parts.append(f"{name} {tied} {tuple(tensor.shape)} {tensor.dtype}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _text(value: Any) -> str:
+    """A text that is the same in every process; objects without a repr by their class and attributes."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.tolist()}"
+    if isinstance(value, dict):
+        return ", ".join(sorted(f"{_text(key)}: {_text(one)}" for key, one in value.items()))
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, FunctionType):  # a test may have changed it
+        code = value.__code__
+        return (
+            f"{value.__module__}.{value.__qualname__} {code.co_code.hex()} {code.co_names} {code.co_consts}"
+        )
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    if type(value).__repr__ is object.__repr__:
+        return f"{_text(type(value))} {_text(vars(value))}"
+    return repr(value)
+
+
+def _write(traced: Traced, file: Path) -> None:
+    import numpy as np
+    import onnx_ir as ir
+
+    model = traced.model.clone()
+    for name, slot in traced.slots.items():  # a file has no initializers without values
+        value = model.graph.initializers[name]
+        assert value.dtype is not None
+        value.const_value = ir.tensor(np.zeros(slot.shape, value.dtype.numpy()), name=name)
+    own = file.with_name(f"{file.name}.{os.getpid()}")
+    own.write_bytes(ir.to_proto(model).SerializeToString())
+    own.with_suffix(".slots").write_text(repr({name: vars(slot) for name, slot in traced.slots.items()}))
+    own.with_suffix(".slots").replace(file.with_suffix(".slots"))
+    own.replace(file)  # the last: where it is, the other one is
+
+
+def _read(file: Path, module: Any, spec: Any) -> Traced:
+    import ast
+
+    import onnx
+    import onnx_ir as ir
+
+    from blip2edge.export.to_onnx import Traced, WeightSlot
+
+    module.eval()
+    model = ir.from_proto(onnx.load_model_from_string(file.read_bytes()))
+    values = ast.literal_eval(file.with_suffix(".slots").read_text())
+    slots = {name: WeightSlot(**value) for name, value in values.items()}
+    for name in slots:
+        model.graph.initializers[name].const_value = None
+    return Traced(model, spec, slots)
