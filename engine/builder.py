@@ -20,7 +20,7 @@ from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.prepare import EnginePlan
 from blip2edge.engine.profiles import profiles_of
 from blip2edge.errors import EngineError, option
-from blip2edge.runtime.tensorrt.session import keeper, version_of
+from blip2edge.runtime.tensorrt.session import make_logger, version_of
 
 MIB = 1 << 20  # bytes
 
@@ -87,7 +87,7 @@ def build_engine(
     """
     start = time.perf_counter()
     data, asked = plan.serialised(version)
-    logger, messages = keeper(trt)
+    logger, messages = make_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
@@ -122,7 +122,7 @@ def layers_of(trt: Any, path: Path) -> dict[str, int]:
     Raises:
         EngineError: The engine cannot be opened here.
     """
-    logger, messages = keeper(trt)
+    logger, messages = make_logger(trt)
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = (
         True  # version-compatible engines contain host code; this one was just built here

@@ -1,4 +1,7 @@
-"""The engines of a bundle: what stands in ``engine.json``, and which folder of engines this machine runs."""
+"""Reads and writes ``engine.json``, the record of a folder of engines, and finds the folder that fits this machine.
+
+An engine is tied to its GPU, TensorRT and bundle: the folder's :class:`Fingerprint` says to which.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ KIND = "engines"
 RECORD = "engine.json"
 SCHEMA_VERSION = 2
 STEP = "step"
-"""The engine between two steps: choice of the token, its row of the table."""
+"""Name of the engine between two decode steps: it chooses the token and reads its row of the token table."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,14 @@ class EngineRecord:
     """An engine of a folder.
 
     Attributes:
-        spec: Its tensors, with the axes that it was built for.
-        file: Its file's seal.
-        precision: Of the graph that it was built from.
-        profiles: Names, in the order of their numbers.
-        seconds: What the build took.
-        warnings: What the builder said.
-        asked: Products of the graph by precision.
-        landed: Layers of the engine by precision; None where no driver was there to look.
+        spec: Its tensors, with the ranges of the axes that it was built for.
+        file: Size and hash of its file.
+        precision: Precision of the graph that it was built from.
+        profiles: Names of the optimization profiles, in the order of their numbers.
+        seconds: Duration of the build.
+        warnings: Messages of the builder.
+        asked: Number of the graph's products by precision.
+        landed: Number of the engine's layers by precision; None where there was no driver to inspect it.
     """
 
     spec: GraphSpec
@@ -48,7 +51,7 @@ class EngineRecord:
     landed: Mapping[str, int] | None
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in ``engine.json``."""
+        """The JSON object in ``engine.json``."""
         return {
             "file": f"{self.spec.name}.engine",
             **vars(self.file),
@@ -85,11 +88,11 @@ class EngineSet:
     """The contents of ``engine.json``.
 
     Attributes:
-        fingerprint: What the engines are tied to, as it was written.
+        fingerprint: What the engines are tied to; see :class:`Fingerprint`.
         rebuild: The options of ``blip2edge build`` that made them.
-        capacity: Slots of the decoder's cache; 0 where its cache grows, or where there is none.
-        engines: By the graph's name.
-        directory: Where they lie.
+        capacity: Positions of the decoder's KV cache; 0 where the cache grows, or where there is none.
+        engines: The engines by the graph's name.
+        directory: Their folder.
     """
 
     fingerprint: Mapping[str, Any]
@@ -163,18 +166,18 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Where an engine runs.
+    """What an engine is tied to: GPU, TensorRT, driver, machine and bundle.
 
     Attributes:
         target: ``tensorrt`` or ``rtx``.
-        tensorrt: Its version.
+        tensorrt: Version of TensorRT.
         gpus: Compute capabilities, as ``sm86``; for ``tensorrt`` that of the GPU it was built on.
         gpu: The GPU's name; empty where the engine was built without one.
         driver: Version of the CUDA driver; empty without one.
         machine: ``x86_64`` or ``aarch64``.
-        bundle_sha256: Hash of ``bundle.json``, which seals all source files.
-        version_compatible: Whether newer versions of the same major one run it.
-        hardware_compatible: Whether every GPU from Ampere on runs it.
+        bundle_sha256: Hash of ``bundle.json``, which holds the hashes of all other files.
+        version_compatible: Whether newer versions of TensorRT with the same major number run it.
+        hardware_compatible: Whether every GPU since Ampere runs it.
     """
 
     target: str
@@ -194,7 +197,7 @@ class Fingerprint:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part))
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in ``engine.json``."""
+        """The JSON object in ``engine.json``."""
         return {**asdict(self), "gpus": list(self.gpus)}
 
 
@@ -207,18 +210,18 @@ def fingerprint(
     version_compatible: bool = False,
     hardware_compatible: bool = False,
 ) -> Fingerprint:
-    """The fingerprint of engines that would be built now.
+    """The fingerprint of engines that are built now, on this machine.
 
     Args:
         target: ``tensorrt`` or ``rtx``.
-        version: Of TensorRT.
+        version: Version of TensorRT.
         bundle_sha256: Hash of the bundle.
-        compute_capabilities: Those asked for; empty for the GPU of this machine.
-        version_compatible: Whether newer versions are to run them.
-        hardware_compatible: Whether other GPUs are to run them.
+        compute_capabilities: Compute capabilities of ``--sm``; empty for the GPU of this machine.
+        version_compatible: See :class:`Fingerprint`.
+        hardware_compatible: See :class:`Fingerprint`.
 
     Raises:
-        EngineError: None was asked for, and there is no GPU.
+        EngineError: There is no GPU, and ``compute_capabilities`` is empty.
     """
     driver = probe.Driver() if compute_capabilities else probe.nvidia_driver()
     gpu = next(iter(driver.gpus), None)
@@ -253,12 +256,12 @@ LABELS = {
 
 
 def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, rebuild: str) -> None:
-    """Refuses engines that were made for something else.
+    """Refuses engines that were built for another GPU, TensorRT or bundle.
 
     Args:
         found: ``fingerprint`` of an ``engine.json``.
-        here: That of this machine.
-        engines: Their folder.
+        here: The fingerprint of engines built now.
+        engines: The folder of the engines.
         rebuild: The command that builds them again.
 
     Raises:
@@ -276,7 +279,7 @@ def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, r
 
 
 def _fits(key: str, found: dict[str, Any], here: Fingerprint) -> bool:
-    """Whether a difference does not matter to these engines."""
+    """Whether the engines run here although this key differs."""
     gpus, rtx = set(found.get("gpus", ())), found.get("target") == "rtx"
     if key == "tensorrt" and found.get("version_compatible"):
         made, now = (_numbers(text) for text in (str(found.get(key)), here.tensorrt))
@@ -301,11 +304,11 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
 
     Args:
         bundle: The bundle.
-        here: What engines built now would be tied to.
+        here: The fingerprint of engines built now.
 
     Raises:
-        EngineError: There are none, or only such as were built for something else: the nearest is named, with the
-            first thing in which it differs and the command that builds it again.
+        EngineError: There are none, or none that fits: the message names the first difference and the command that
+            builds them again.
     """
     root = bundle.derived(KIND)
     folders = sorted(path.parent for path in root.glob(f"*/{RECORD}")) if root.is_dir() else []
@@ -327,14 +330,14 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
 
 
 def engines_backend(bundle: Bundle, backend: str) -> str:
-    """The backend that runs a bundle of engines alone.
+    """The backend of a bundle that holds engines and no graphs.
 
     Args:
-        bundle: It.
-        backend: As the user says it; ``auto`` for what the engines were built for.
+        bundle: The bundle.
+        backend: Value of ``--backend``; ``auto`` chooses what the engines were built for.
 
     Raises:
-        BackendError: A backend that runs graphs, of which there are none.
+        BackendError: The backend runs graphs, and the bundle has none.
         EngineError: There are no engines either.
     """
     folders = sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))

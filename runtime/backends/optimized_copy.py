@@ -1,8 +1,8 @@
-"""A bundle's optimised copies: what stands in ``optimized.json``, and which file a graph is run from.
+"""Reads and writes ``optimized.json``, the record of an optimized copy, and finds the copy that fits this machine.
 
-``optimized/<backend>/`` holds graphs rewritten for one backend and their own manifest, which names the bundle they
-were made of by its hash. A copy of another bundle, or by another version of the backend, is passed over: the portable
-graph is always right.
+``optimized/<backend>/`` holds graphs rewritten for one backend, and the record names the bundle they were made from
+by its hash. A copy of another bundle, or made by another version of the backend, is not used: the portable graph is
+always right.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ RECORD = "optimized.json"
 SCHEMA_VERSION = 2
 KIND = "optimized"
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
-"""The package that runs a backend's copies."""
+"""The package that runs the copies, by backend."""
 
 OF_ONE_MACHINE = ("openvino",)
-"""Backends whose copies were compiled for a processor, and are passed over on any other."""
+"""Backends whose copies are compiled for one processor, and not used on any other."""
 
 
 @dataclass(frozen=True)
 class OptimizedGraph:
-    """A graph of a copy.
+    """A graph of an optimized copy.
 
     Attributes:
-        file: Its name in the copy's directory.
-        passes: What was done to it.
-        one_by_one: Whether rows of a batch are to be run one at a time, as ranges are found over all it is given.
-        layout: Whether weights are laid out for the processor when it is loaded.
-        parity: How far its outputs are from the portable graph's.
+        file: Name of its file in the copy's directory.
+        passes: Names of the passes that rewrote it.
+        one_by_one: Whether to run the rows of a batch separately; see :class:`open_graph.RowByRow`.
+        layout: See :class:`blip2edge.runtime.backends.base.OptimizedFile`.
+        parity: How much its outputs differ from the portable graph's.
         cosine: The smallest cosine between its outputs and the portable graph's.
-        milliseconds: What a run took, portable first, on the machine that made it; of a compiled graph what opening it
-            took.
+        milliseconds: CPU time of a run of the portable graph, and of this one, on the machine that made it; for a
+            compiled graph, of opening it.
     """
 
     file: str
@@ -53,7 +53,7 @@ class OptimizedGraph:
     milliseconds: tuple[float, float]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in ``optimized.json``."""
+        """The JSON object in ``optimized.json``."""
         return {**vars(self), "parity": [parity.to_json() for parity in self.parity]}
 
     @classmethod
@@ -72,13 +72,13 @@ class OptimizedRecord:
     """The contents of ``optimized.json``.
 
     Attributes:
-        backend: What it is for.
+        backend: The backend that runs the copy.
         bundle_sha256: Hash of the ``bundle.json`` that it was made of.
-        graphs: Those that run or open faster than the portable ones, by name; the others are run from the bundle.
-        left: Graphs that are not here, with the reason.
-        files: Seal of every file of the copy.
-        versions: What made it.
-        machine: The processor it was measured on, with the numbers of its generation.
+        graphs: The graphs that run or open faster than the portable ones, by name; the others run from the bundle.
+        left: Graphs without a copy, with the reason.
+        files: Size and hash of every file of the copy.
+        versions: Versions of the packages that made it.
+        machine: The processor that it was measured on, with the numbers of its generation.
     """
 
     backend: str
@@ -118,7 +118,7 @@ class OptimizedRecord:
 
 
 def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | None:
-    """A bundle's copy for a backend and where it lies; None where there is none of this bundle and version.
+    """A bundle's optimized copy for a backend: its directory and record; None where none fits bundle and version.
 
     Raises:
         BundleIntegrityError: A file of the copy is missing or was changed.
@@ -148,7 +148,7 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
 
 
 def weights_of(bundle: Bundle, directory: Path) -> Path:
-    """Where a copy's graphs find their weights: from the bundle on where the copy is in it, so that both share them."""
+    """The directory of a copy's external weights: the bundle's, where the copy is inside it and shares them."""
     return bundle.path if directory.is_relative_to(bundle.path) else directory
 
 

@@ -1,6 +1,6 @@
 """The backends ``tensorrt`` and ``rtx``: a bundle's engines behind the session and decoder protocols.
 
-Its code is tested against a stand-in for CUDA and TensorRT that computes on the CPU; it was not yet run on a GPU.
+The code is tested against a stand-in for CUDA and TensorRT that computes on the CPU. It was not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from blip2edge.runtime.tensorrt.workspace import Engines
 
 def open_graph(
     path: Path,
-    threads: int | None = None,  # noqa: ARG001 - every backend is asked with the same three
+    threads: int | None = None,  # noqa: ARG001 - one signature for all backends
     optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
 ) -> Session:
-    """A single ONNX file is nothing that TensorRT runs; a bundle's engines are.
+    """Refuses a graph: this backend runs engines.
 
     Raises:
         BackendError: Always.
@@ -36,7 +36,7 @@ def open_graph(
 
 
 class EngineOpener:
-    """Opens a bundle's engines, after it has made sure that this machine runs them.
+    """Opens a bundle's engines, after checking that this machine runs them.
 
     Args:
         bundle: An opened bundle.
@@ -74,10 +74,10 @@ class EngineOpener:
         return DecoderSession(self._device, engine, record, self)
 
     def decoder(self, session: DecoderSession, table: TokenTable) -> DeviceDecoder:
-        """The decoder and the choice of its tokens.
+        """The decoder with the engine that chooses its tokens.
 
         Raises:
-            BackendError: The bundle tells nothing of the cache, or the engine has a cache that grows.
+            BackendError: The bundle does not describe the KV cache, or the engine has a cache that grows.
         """
         cache = self._bundle.manifest.cache
         if cache is None:
@@ -102,13 +102,13 @@ class EngineOpener:
 
 
 class DecoderSession(TrtSession):
-    """A decoder's engine, from which the whole decoder is made.
+    """The decoder's engine; :meth:`decoder` makes the whole decoder from it.
 
     Args:
-        device: Where it runs.
+        device: The device that it runs on.
         engine: The deserialised engine.
-        record: Its tensors.
-        opener: Where it comes from.
+        record: Its record in ``engine.json``.
+        opener: The opener that loaded it.
     """
 
     def __init__(self, device: Device, engine: object, record: EngineRecord, opener: EngineOpener) -> None:
@@ -117,5 +117,5 @@ class DecoderSession(TrtSession):
         self._opener = opener
 
     def decoder(self, table: TokenTable) -> DeviceDecoder:
-        """The decoder that runs on it."""
+        """The decoder that runs on this engine."""
         return self._opener.decoder(self, table)

@@ -1,7 +1,7 @@
-"""CUDA as this project uses it: buffers, streams, events and graphs over cuda-python, every call checked.
+"""A thin layer over cuda-python: buffers, streams, events and graphs, with every status checked.
 
-What a host and a GPU both touch is a :class:`Mirror`: pinned memory on the host and memory on the GPU with a copy
-between them, or, where both share one memory (Jetson), a single pinned buffer that each sees under its own address.
+A tensor that both host and GPU access is a :class:`Mirror`: pinned memory on the host and memory on the GPU, with
+copies between them. Where both share one memory (Jetson), it is a single pinned buffer with two addresses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, option
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")
-"""Where cuda-python keeps the runtime API, newest first."""
+"""Modules of cuda-python with the runtime API, newest first."""
 
 
 def load_cuda() -> Any:
@@ -46,7 +46,7 @@ class Cuda:
         api: The module from :func:`load_cuda`.
 
     Attributes:
-        shares_memory: Whether host and GPU have one memory.
+        shares_memory: Whether host and GPU share one memory.
 
     Raises:
         BackendError: There is no driver or no GPU.
@@ -57,10 +57,10 @@ class Cuda:
         self.shares_memory = bool(self(api.cudaGetDeviceProperties, 0).integrated)
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
-        """Calls a function of the API; its result without the status.
+        """Calls a function of the API and returns its result without the status.
 
         Raises:
-            BackendError: The status is no success.
+            BackendError: The status is an error.
         """
         status, *results = function(*arguments)
         if int(status) != 0:
@@ -83,19 +83,19 @@ class Cuda:
         self(self.api.cudaStreamSynchronize, stream)
 
     def event(self) -> int:
-        """A new event without a clock."""
+        """A new event without timing."""
         return int(self(self.api.cudaEventCreateWithFlags, self.api.cudaEventDisableTiming))
 
     def record(self, event: int, stream: int) -> None:
-        """Marks where a stream is."""
+        """Records an event at the present end of a stream."""
         self(self.api.cudaEventRecord, event, stream)
 
     def wait(self, event: int) -> None:
-        """Waits until a stream has come to the mark."""
+        """Waits until a stream has reached the event."""
         self(self.api.cudaEventSynchronize, event)
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        """Copies bytes, from wherever to wherever."""
+        """Copies bytes between any two of host and GPU addresses."""
         self(self.api.cudaMemcpyAsync, target, source, size, self._anywhere, stream)
 
     def copy_rows(
@@ -108,7 +108,7 @@ class Cuda:
         height: int,
         stream: int,
     ) -> None:
-        """Copies ``height`` rows of ``width`` bytes."""
+        """Copies ``height`` rows of ``width`` bytes; a pitch is the distance between two rows in bytes."""
         copy = self.api.cudaMemcpy2DAsync
         self(copy, target, target_pitch, source, source_pitch, width, height, self._anywhere, stream)
 
@@ -117,7 +117,7 @@ class Cuda:
         self(self.api.cudaMemsetAsync, target, 0, size, stream)
 
     def begin_capture(self, stream: int) -> None:
-        """What this thread asks of the stream from now on is written down, not done."""
+        """Starts to capture this thread's work for the stream: it is recorded instead of executed."""
         self(
             self.api.cudaStreamBeginCapture,
             stream,
@@ -125,14 +125,14 @@ class Cuda:
         )
 
     def end_capture(self, stream: int) -> int:
-        """What was written down, as a graph that can be launched."""
+        """Ends the capture; the recorded work as a CUDA graph that can be launched."""
         graph = self(self.api.cudaStreamEndCapture, stream)
         made: int = self(self.api.cudaGraphInstantiate, graph, 0)
         self(self.api.cudaGraphDestroy, graph)
         return made
 
     def launch(self, graph: int, stream: int) -> None:
-        """Does what a graph says."""
+        """Launches a CUDA graph."""
         self(self.api.cudaGraphLaunch, graph, stream)
 
     @property
@@ -144,7 +144,7 @@ class DeviceBuffer:
     """Memory on the GPU.
 
     Args:
-        cuda: Whose.
+        cuda: The CUDA runtime.
         size: Bytes.
     """
 
@@ -154,22 +154,22 @@ class DeviceBuffer:
         self.address = int(cuda(cuda.api.cudaMalloc, max(size, 1)))
 
     def free(self) -> None:
-        """Gives it back; a second call does nothing."""
+        """Frees the memory; a second call does nothing."""
         if self.address:
             address, self.address = self.address, 0
             self._cuda(self._cuda.api.cudaFree, address)
 
 
 class Mirror:
-    """A tensor that host and GPU both touch.
+    """A tensor that both host and GPU access.
 
     Args:
-        cuda: Whose.
-        shape: The largest that it takes.
-        dtype: Of its elements.
+        cuda: The CUDA runtime.
+        shape: The largest shape that it holds.
+        dtype: dtype of its elements.
 
     Attributes:
-        address: Where the GPU finds it.
+        address: Its address on the GPU.
     """
 
     def __init__(self, cuda: Cuda, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
@@ -189,7 +189,7 @@ class Mirror:
             self.address = self._device.address
 
     def view(self, shape: Sequence[int]) -> Array:
-        """The host's side as a tensor; a smaller one lies at its beginning.
+        """The host's memory as a tensor of some shape; a smaller tensor is at the beginning of the buffer.
 
         Raises:
             ValueError: It is larger than the buffer.
@@ -204,20 +204,20 @@ class Mirror:
         return math.prod(shape) <= self._count
 
     def put(self, values: Array, stream: int) -> None:
-        """Brings values to the GPU; the caller waits for the stream before it puts others."""
+        """Copies values to the GPU. The caller waits for the stream before the next call."""
         self.view(values.shape)[...] = values
         if self._device is not None:
             self._cuda.copy(self.address, self._pinned, values.size * self.dtype.itemsize, stream)
 
     def fetch(self, shape: Sequence[int], stream: int) -> Array:
-        """Asks for values from the GPU; they are there when the stream has come to this place."""
+        """Starts a copy from the GPU; the returned array is filled once the stream has reached this point."""
         if self._device is not None:
             size = math.prod(shape) * self.dtype.itemsize
             self._cuda.copy(self._pinned, self.address, size, stream)
         return self.view(shape)
 
     def free(self) -> None:
-        """Gives its memory back; a second call does nothing."""
+        """Frees the memory; a second call does nothing."""
         if self._pinned:
             pinned, self._pinned = self._pinned, 0
             self._host = np.empty(0, self.dtype)

@@ -1,9 +1,9 @@
-"""The constant-shape decoder on a GPU: its cache, a CUDA graph of the step, tokens that are chosen without the host.
+"""The constant-shape decoder on a GPU: its KV cache, decode steps as CUDA graphs, and greedy decoding on the GPU.
 
-A workspace holds all that a batch of B rows touches, under addresses that never change, and the contexts that run on
-it. Keys and values lie in two halves: a step reads one and writes the other, and so do its small tensors. There
-are then two steps, from the first half to the second and back; each is captured as a CUDA graph once, and from then on
-launched as a whole: decoder, choice of the token, its row of the table.
+A workspace holds the buffers of a batch of B rows, at addresses that never change, and their contexts. Keys and
+values have two halves: a decode step reads one and writes the other, and so it does with the small tensors. So there
+are two steps, from the first half to the second and back. Each is captured once as a CUDA graph of the decoder, the
+choice of the token and its row of the token table, and then launched as a whole.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from blip2edge.errors import BackendError, option
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, SlotDecoder, SlotState
 from blip2edge.runtime.decoding.state import stacked
 from blip2edge.runtime.tensorrt.cuda import Mirror
-from blip2edge.runtime.tensorrt.workspace import AHEAD, WIDE, Engines, Workspace, is_cross
+from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines, Workspace, is_cross
 
 NEXT = "next_"
 GREEDY = ("inputs_embeds", "position_ids", CACHE_POSITION)
-"""What the choice of a token makes for the next step."""
+"""Inputs of the next step that the choice of a token computes."""
 
 
 class DeviceSlots:
     """A cache on the GPU; see :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`.
 
     Args:
-        engines: The decoder.
+        engines: The engines that decode.
         rows: B.
-        context: What the rows look at beside their text.
+        context: What the rows attend to besides their text, by the inputs' names.
     """
 
     def __init__(self, engines: Engines, rows: int, context: Mapping[str, Array]) -> None:
         self.engines, self.device = engines, engines.device
-        self._seen = dict(context)
+        self._context = dict(context)
         self.half = 0
-        with self.device.turn:
+        with self.device.lock:
             self._adopt(rows)
             for half in self.workspace.halves:
                 self.device.cuda.zero(half.address, half.size, self.device.stream)
@@ -52,7 +52,7 @@ class DeviceSlots:
         steps, asked = inputs["inputs_embeds"].shape[1], inputs["logits_indices"].shape[1]
         profile = "verify" if asked > 1 else "decode" if steps == 1 else "prefill"
         context, place = space.contexts[profile], self.half if profile == "decode" else WIDE
-        with device.turn:
+        with device.lock:
             for name, values in inputs.items():
                 mirror = space.mirror(name, place, values.shape)
                 mirror.put(values, device.stream)
@@ -69,8 +69,8 @@ class DeviceSlots:
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
-        self._seen = {name: array[rows] for name, array in self._seen.items()}
-        with self.device.turn:
+        self._context = {name: array[rows] for name, array in self._context.items()}
+        with self.device.lock:
             old = self.workspace
             source, release = old.halves[self.half], self._release
             self._adopt(len(rows))
@@ -80,12 +80,12 @@ class DeviceSlots:
             release()
 
     def shift(self, row: int, by: int, length: int) -> None:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`; by way of the half that the next step writes."""
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`; through the half that the next step writes."""
         space, device = self.workspace, self.device
         source, target = max(-by, 0) * space.slot_bytes, max(by, 0) * space.slot_bytes
         width, pitch = (length - max(-by, 0)) * space.slot_bytes, space.head_bytes
         start, heads = row * space.row_bytes, self.engines.cache.num_heads
-        with device.turn:
+        with device.lock:
             for layer in range(space.layers):
                 offset = start + layer * space.layer_bytes
                 here, there = (space.halves[half].address + offset for half in (self.half, 1 - self.half))
@@ -95,8 +95,10 @@ class DeviceSlots:
 
     def append(self, other: DeviceSlots) -> None:
         """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
-        self._seen = {name: stacked(name, array, other._seen[name]) for name, array in self._seen.items()}
-        with self.device.turn:
+        self._context = {
+            name: stacked(name, array, other._context[name]) for name, array in self._context.items()
+        }
+        with self.device.lock:
             first, second = self.workspace, other.workspace
             here, there = first.halves[self.half].address, second.halves[other.half].address
             release = self._release
@@ -110,15 +112,15 @@ class DeviceSlots:
             other._release()
 
     def _adopt(self, rows: int) -> None:
-        """Takes a workspace for so many rows and brings there what they look at."""
+        """Takes a workspace for B rows, and copies what they attend to into it."""
         lengths = tuple(
-            self._seen[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
+            self._context[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
             for tensor in self.engines.decoder_record.spec.inputs
-            if is_cross(tensor.name) and tensor.name in self._seen
+            if is_cross(tensor.name) and tensor.name in self._context
         )
         self.workspace = space = self.engines.take(rows, lengths)
         self._release = weakref.finalize(self, self.engines.give, space)
-        for name, values in self._seen.items():
+        for name, values in self._context.items():
             if name not in space.cross:
                 space.cross[name] = Mirror(
                     self.device.cuda, values.shape, NUMPY_DTYPES[space.tensors[name].dtype]
@@ -126,7 +128,7 @@ class DeviceSlots:
             space.cross[name].put(values, self.device.stream)
 
     def _copy_row(self, row: int, old: Workspace, source: int, origin: int) -> None:
-        """A row of another workspace into this one's half, all layers at once."""
+        """Copies a row of another workspace into this one's half, all layers at once."""
         space = self.workspace
         self.device.cuda.copy_rows(
             space.halves[self.half].address + row * space.row_bytes,
@@ -140,53 +142,53 @@ class DeviceSlots:
 
 
 class DeviceState(SlotState):
-    """The rows of a batch on a GPU; beside what every state does, it can choose the likeliest tokens by itself."""
+    """The rows of a batch on a GPU. Besides what every state does, it decodes greedily without the host."""
 
     cache: DeviceSlots
 
     def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
-        """The likeliest tokens from here on, ``[B]`` each; the next step is under way when one is given.
+        """Yields the likeliest next tokens, ``[B]`` each, while the next step already runs.
 
-        A step is launched before the token of the one before is read. When the caller stops, the state is behind the
-        last token that it was given, but for that token itself, as after :meth:`step`.
+        A step is launched before the previous token is read. When the caller stops, the state holds all tokens up to
+        the last one that it received, without that one, as after :meth:`step`.
 
         Args:
-            token_ids: What each row goes on from, ``[B]``.
+            token_ids: The last token of each row, ``[B]``.
 
         Raises:
             BackendError: The cache is full.
         """
         while True:
             self.make_room(1)
-            for tokens in self._run_ahead(token_ids):
+            for tokens in self._greedy_until_full(token_ids):
                 token_ids = tokens
                 yield tokens
 
-    def _run_ahead(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
-        """The same until the last slot is written."""
+    def _greedy_until_full(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
+        """Yields tokens until the last position of the cache is written."""
         cache, device = self.cache, self.cache.device
         space, cuda = cache.workspace, device.cuda
         first, launched, given = self.slot, 0, 0
         start, room = self.positions.copy(), self.decoder.capacity - self.slot
-        with device.turn:
+        with device.lock:
             self._put_first(token_ids)
         try:
             while given < room:
-                with device.turn:
+                with device.lock:
                     while launched < min(given + 2, room):
                         self._launch(launched)
                         launched += 1
-                cuda.wait(space.events[given % AHEAD])
-                tokens = space.ring[given % AHEAD].view((space.rows, 1))[:, 0].copy()
+                cuda.wait(space.events[given % TOKENS_IN_FLIGHT])
+                tokens = space.ring[given % TOKENS_IN_FLIGHT].view((space.rows, 1))[:, 0].copy()
                 given += 1
                 self.slot, self.positions = first + given, start + given
                 yield tokens
         finally:
-            with device.turn:
+            with device.lock:
                 cuda.synchronize(device.stream)
 
     def _put_first(self, token_ids: NDArray[np.int64]) -> None:
-        """What the first step reads; the step makes it for all others."""
+        """Copies the inputs of the first step to the GPU; every step computes those of the next."""
         cache, device = self.cache, self.cache.device
         values: dict[str, Array] = {
             "inputs_embeds": self.decoder.embed(token_ids[:, None]),
@@ -204,13 +206,13 @@ class DeviceState(SlotState):
         self._shapes = {name: array.shape for name, array in values.items()}
 
     def _launch(self, number: int) -> None:
-        """One step: decoder, token, its row; then the token is sent to the host."""
+        """Launches a step (decoder, choice of the token, its row) and the copy of its token to the host."""
         cache, device = self.cache, self.cache.device
         space, half = cache.workspace, cache.half
         cuda = device.cuda
         if half in space.graphs:
             cuda.launch(space.graphs[half], device.stream)
-        elif half in space.warm:  # TensorRT wants to have run once in these shapes before it is captured
+        elif half in space.warm:  # TensorRT must run once in these shapes before a capture
             cuda.begin_capture(device.stream)
             self._enqueue(half)
             space.graphs[half] = cuda.end_capture(device.stream)
@@ -218,12 +220,12 @@ class DeviceState(SlotState):
         else:
             self._enqueue(half)
             space.warm.add(half)
-        ring = space.ring[number % AHEAD]
+        ring = space.ring[number % TOKENS_IN_FLIGHT]
         cuda.copy(
             ring.address, space.tokens[1 - half].address, ring.dtype.itemsize * space.rows, device.stream
         )
         ring.fetch((space.rows, 1), device.stream)
-        cuda.record(space.events[number % AHEAD], device.stream)
+        cuda.record(space.events[number % TOKENS_IN_FLIGHT], device.stream)
         cache.half = 1 - half
 
     def _enqueue(self, half: int) -> None:
@@ -252,7 +254,7 @@ class DeviceDecoder(SlotDecoder):
 
     Args:
         engines: The engines.
-        table: The token table, for prompts and for what is not greedy.
+        table: The token table, for prompts and for decoding that is not greedy.
     """
 
     state_class = DeviceState

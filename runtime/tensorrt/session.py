@@ -1,4 +1,4 @@
-"""TensorRT: found, checked for its version, and its engines opened; nothing is imported before it is asked for."""
+"""Finds TensorRT, checks its version, and opens and runs engines. The package is imported on the first use."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from blip2edge.runtime.backends.engine_files import EngineRecord
 from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer, Mirror
 
 PIECE = 1 << 24  # bytes of an engine's file read at a time
-OLDEST = (10, 3)  # JetPack 6.1; before it strongly typed networks were no option
-KEPT = 256  # messages of TensorRT: a server that runs for months must not gather them
+OLDEST = (10, 3)  # JetPack 6.1; older versions have no strongly typed networks
+MOST_MESSAGES = 256  # of TensorRT that are kept, so that a server's memory does not grow
 JETSON = Path("/etc/nv_tegra_release")
-"""There on every Jetson."""
+"""A file that every Jetson has."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A TensorRT.
+    """An edition of TensorRT.
 
     Attributes:
         module: Its Python module.
-        extra: What of blip2edge installs it.
-        builds_anywhere: Whether it builds without a GPU, for the compute capabilities that are named.
+        extra: The extra of blip2edge that installs it.
+        builds_anywhere: Whether it builds without a GPU, for given compute capabilities.
     """
 
     module: str
@@ -50,7 +50,7 @@ TARGETS = {
 
 
 def load_tensorrt(target: str) -> Any:
-    """The binding's module.
+    """The module of TensorRT's Python binding.
 
     Raises:
         EngineError: It is not installed, cannot be loaded, or is too old.
@@ -72,17 +72,17 @@ def load_tensorrt(target: str) -> Any:
 
 
 def version_of(trt: Any) -> tuple[int, int]:
-    """Major and minor."""
+    """Major and minor number."""
     major, minor = str(trt.__version__).split(".")[:2]
     return int(major), int(minor)
 
 
-def keeper(trt: Any) -> tuple[Any, deque[str]]:
+def make_logger(trt: Any) -> tuple[Any, deque[str]]:
     """A logger that keeps the last warnings and errors instead of printing them."""
-    messages: deque[str] = deque(maxlen=KEPT)
+    messages: deque[str] = deque(maxlen=MOST_MESSAGES)
 
-    class Keeper(trt.ILogger):  # type: ignore[misc]  # the module is known at run time only
-        """Keeps what matters."""
+    class Logger(trt.ILogger):  # type: ignore[misc]  # the module is known at run time only
+        """Keeps warnings and errors."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -92,37 +92,37 @@ def keeper(trt: Any) -> tuple[Any, deque[str]]:
             if int(severity) <= int(trt.ILogger.WARNING):
                 messages.append(" ".join(message.split()))
 
-    return Keeper(), messages
+    return Logger(), messages
 
 
 class Device:
-    """TensorRT and CUDA of one process: what the engines of a bundle share.
+    """What all engines of a bundle share: TensorRT, CUDA, one stream and one scratch buffer.
 
     Args:
-        trt: The binding.
+        trt: The module of TensorRT's Python binding.
         cuda: The CUDA runtime.
 
     Attributes:
-        stream: On which all engines of the bundle run, one after the other.
-        turn: Held by the thread that asks something of the stream.
+        stream: The stream on which all engines of the bundle run, one after the other.
+        lock: Held by the thread that adds work to the stream, or uses buffers that engines share.
     """
 
     def __init__(self, trt: Any, cuda: Cuda) -> None:
         self.trt = trt
         self.cuda = cuda
-        self.logger, self.messages = keeper(trt)
+        self.logger, self.messages = make_logger(trt)
         self.runtime = trt.Runtime(self.logger)
         self.stream = cuda.stream()
-        self.turn = threading.RLock()
+        self.lock = threading.RLock()
         self._scratch: list[DeviceBuffer] = []
         self._most = 0
 
     def open(self, path: Path, *, host_code: bool = False) -> Any:
-        """Deserialises an engine, read piece by piece where the version can, else from a mapped file.
+        """Deserialises an engine, reading the file in pieces where this TensorRT can, otherwise from a mapped file.
 
         Args:
             path: The file.
-            host_code: Whether the engine may bring code for the host, as version-compatible ones do.
+            host_code: Whether the engine may contain code for the host, as version-compatible ones do.
 
         Raises:
             EngineError: TensorRT refuses it.
@@ -145,16 +145,16 @@ class Device:
 
     @property
     def scratch(self) -> DeviceBuffer:
-        """Memory that contexts share, since they run one after the other.
+        """Scratch memory of all contexts, which run one after the other.
 
-        Graphs of CUDA remember where it is: one that became too small is kept until the end.
+        CUDA graphs hold its address, so that a buffer that became too small is not freed before :meth:`close`.
         """
         if not self._scratch or self._scratch[-1].size < self._most:
             self._scratch.append(DeviceBuffer(self.cuda, self._most))
         return self._scratch[-1]
 
     def close(self) -> None:
-        """Gives the memory back, when nothing runs any more."""
+        """Frees the memory, after the work in the stream is done."""
         self.cuda.synchronize(self.stream)
         for buffer in self._scratch:
             buffer.free()
@@ -167,13 +167,13 @@ class Device:
         piece = Mirror(cuda, (PIECE,), np.dtype(np.uint8))
 
         class Reader(trt.IStreamReaderV2):  # type: ignore[misc]  # known at run time only
-            """Gives TensorRT a file piece by piece, to where it asks, on the host or on the GPU."""
+            """Reads a file in pieces to any address on the host or on the GPU."""
 
             def __init__(self) -> None:
                 trt.IStreamReaderV2.__init__(self)
 
             def read(self, destination: Any, num_bytes: int, _: int) -> int:
-                """Bytes that were read; fewer at the end."""
+                """Reads bytes to an address; their number, smaller at the end of the file."""
                 target, done = address_of(destination), 0
                 while done < num_bytes:
                     view = piece.view((min(PIECE, num_bytes - done),))
@@ -186,7 +186,7 @@ class Device:
                 return done
 
             def seek(self, offset: int, where: Any) -> bool:
-                """Whether the place exists."""
+                """Moves the position in the file; always True."""
                 file.seek(offset, whence[where])
                 return True
 
@@ -194,7 +194,7 @@ class Device:
 
 
 def address_of(capsule: Any) -> int:
-    """The address that TensorRT wraps in a capsule."""
+    """The address in a capsule of TensorRT."""
     if isinstance(capsule, int):
         return capsule
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -206,10 +206,10 @@ class Context:
     """An engine's execution context for one profile.
 
     Args:
-        device: Where it runs.
+        device: The device that it runs on.
         engine: The deserialised engine.
-        record: Its tensors and profiles.
-        profile: A profile's name.
+        record: Its record in ``engine.json``.
+        profile: Name of the profile.
     """
 
     def __init__(self, device: Device, engine: Any, record: EngineRecord, profile: str) -> None:
@@ -228,7 +228,7 @@ class Context:
             raise EngineError(f"the engine {self._name} has no profile {profile}", "build the engines again")
 
     def bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
-        """Says where a tensor lies, and of an input its shape.
+        """Sets a tensor's address and, for an input, its shape.
 
         Raises:
             EngineError: The engine was not built for that shape.
@@ -243,10 +243,10 @@ class Context:
             raise EngineError(f"the engine {self._name} has no tensor {name}", "build the engines again")
 
     def enqueue(self) -> None:
-        """Asks the stream to run it.
+        """Adds a run to the stream.
 
         Raises:
-            EngineError: TensorRT refuses.
+            EngineError: TensorRT refuses it.
         """
         self._context.set_device_memory(self._device.scratch.address, self._size)
         if not self._context.execute_async_v3(self._device.stream):
@@ -255,12 +255,14 @@ class Context:
 
 
 class TrtSession:
-    """An engine behind the session protocol: arrays of the host in, arrays of the host out.
+    """An engine that takes and returns NumPy arrays; it follows the ``Session`` protocol of ``base.py``.
+
+    Its buffers are shared by all calls, so that a call holds the device's lock until its results are copied.
 
     Args:
-        device: Where it runs.
+        device: The device that it runs on.
         engine: The deserialised engine.
-        record: Its tensors.
+        record: Its record in ``engine.json``.
     """
 
     def __init__(self, device: Device, engine: Any, record: EngineRecord) -> None:
@@ -275,7 +277,7 @@ class TrtSession:
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         device = self._device
-        with device.turn:
+        with device.lock:
             if self._context is None:
                 self._context = self._make()
             context = self._context
@@ -300,7 +302,7 @@ class TrtSession:
         self._mirrors.clear()
 
     def _mirror(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Mirror:
-        """The tensor's buffer, replaced where it is too small."""
+        """The tensor's buffer; a larger one replaces it where it is too small."""
         known = self._mirrors.get(tensor.name)
         if known is not None and known.holds(shape):
             return known
@@ -311,7 +313,7 @@ class TrtSession:
 
 
 def lengths(spec: GraphSpec, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The lengths of a graph's axes, from the shapes of its inputs.
+    """The lengths of a graph's axes by name, from the shapes of its inputs.
 
     Raises:
         ValueError: A shape has another rank than its tensor.

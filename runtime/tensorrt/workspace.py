@@ -1,4 +1,4 @@
-"""What a batch of B rows touches on a GPU, under addresses that do not change, and the contexts that run on it."""
+"""Buffers of a batch of B rows on a GPU, at addresses that never change, and the contexts that use them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from blip2edge.runtime.backends.engine_files import EngineRecord
 from blip2edge.runtime.tensorrt.cuda import DeviceBuffer, Mirror
 from blip2edge.runtime.tensorrt.session import Context, Device
 
-AHEAD = 4
-"""Tokens that may be on their way from the GPU at once."""
+TOKENS_IN_FLIGHT = 4
+"""Tokens that may be on the way from the GPU to the host at once."""
 
 WIDE = 2
-"""In place of a half: tensors of prompts and of several tokens at once."""
+"""In place of the number of a half: tensors of prompts, and of several tokens at once."""
 
 
 @dataclass
 class Engines:
-    """The two engines that decode.
+    """The two engines that decode, and their idle workspaces.
 
     Attributes:
-        device: Where they run.
+        device: The device that they run on.
         decoder: The deserialised decoder.
-        decoder_record: Its tensors.
-        step: The deserialised choice of the next token.
-        step_record: Its tensors.
-        cache: Keys and values.
-        capacity: C.
+        decoder_record: Its record in ``engine.json``.
+        step: The deserialised engine that chooses the next token.
+        step_record: Its record.
+        cache: The KV cache's tensors.
+        capacity: C, positions of the KV cache.
+        free: Idle workspaces by their size.
     """
 
     device: Device
@@ -44,17 +45,17 @@ class Engines:
     free: dict[tuple[int, tuple[int, ...]], list[Workspace]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Inputs and outputs of both by name; names that both have are the same tensors."""
+        """Inputs and outputs of both engines by name; where both have a name, it is the same tensor."""
         records = (self.decoder_record.spec, self.step_record.spec)
         return {tensor.name: tensor for spec in records for tensor in (*spec.inputs, *spec.outputs)}
 
     def take(self, rows: int, cross: tuple[int, ...]) -> Workspace:
-        """A workspace for B rows; ``cross`` are the lengths of what they look at."""
+        """A workspace for B rows that attend to ``cross`` other positions, an idle one or a new one."""
         known = self.free.get((rows, cross))
         return known.pop() if known else Workspace(self, rows, cross)
 
     def give(self, workspace: Workspace) -> None:
-        """Takes one back; it serves the next batch of its size."""
+        """Returns a workspace, for the next batch of its size."""
         self.free.setdefault(workspace.key, []).append(workspace)
 
 
@@ -62,9 +63,9 @@ class Workspace:
     """Buffers and contexts of a batch of B rows.
 
     Args:
-        engines: What runs on them.
+        engines: The engines that use it.
         rows: B.
-        cross: Lengths E of the keys that the decoder looks at beside its text, tensor by tensor.
+        cross: Lengths E of the keys that the decoder attends to besides its text, tensor by tensor.
     """
 
     def __init__(self, engines: Engines, rows: int, cross: tuple[int, ...]) -> None:
@@ -84,8 +85,8 @@ class Workspace:
         self.cross: dict[str, Mirror] = {}
         self.mirrors: dict[tuple[str, int], Mirror] = {}
         self.tokens = [Mirror(cuda, (rows, 1), np.dtype(np.int64)) for _ in range(2)]
-        self.events = [cuda.event() for _ in range(AHEAD)]
-        self.ring = [Mirror(cuda, (rows, 1), np.dtype(np.int64)) for _ in range(AHEAD)]
+        self.events = [cuda.event() for _ in range(TOKENS_IN_FLIGHT)]
+        self.ring = [Mirror(cuda, (rows, 1), np.dtype(np.int64)) for _ in range(TOKENS_IN_FLIGHT)]
         self.graphs: dict[int, int] = {}
         self.warm: set[int] = set()
         self.contexts = {
@@ -97,7 +98,7 @@ class Workspace:
         )
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
-        """The buffer of a small tensor, in one of the two halves or :data:`WIDE`; those of a step never move."""
+        """The buffer of a small tensor, of one of the two halves or :data:`WIDE`; those of a half never move."""
         known = self.mirrors.get((name, half))
         if known is not None and known.holds(shape):
             return known
@@ -109,7 +110,7 @@ class Workspace:
         return made
 
     def bind_cache(self, context: Context, half: int) -> None:
-        """Reads one half, writes the other."""
+        """Binds the KV cache: one half as input, the other as output."""
         cache = self._engines.cache
         for index, (past, present) in enumerate(zip(cache.past_names(), cache.present_names(), strict=True)):
             offset = index * self.layer_bytes
@@ -120,7 +121,7 @@ class Workspace:
             context.bind(name, mirror.address, self.cross_shape(name))
 
     def cross_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that the decoder looks at."""
+        """The shape of a tensor that the decoder attends to."""
         names = [tensor.name for tensor in self._engines.decoder_record.spec.inputs if is_cross(tensor.name)]
         length = self.key[1][names.index(name)]
         dims = self.tensors[name].dims
@@ -129,5 +130,5 @@ class Workspace:
 
 
 def is_cross(name: str) -> bool:
-    """Whether a decoder's input is of what it looks at beside its text."""
+    """Whether a decoder's input belongs to what it attends to besides its text."""
     return name.startswith("cross")

@@ -21,7 +21,7 @@ from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.engine_files import KIND
 from blip2edge.runtime.backends.probe import Driver, Gpu
-from blip2edge.runtime.tensorrt.session import KEPT, keeper
+from blip2edge.runtime.tensorrt.session import MOST_MESSAGES, make_logger
 from tests.drawing import draw_pictures
 from tests.engine.conftest import BundleOf
 from tests.engine.fake_engines import DRIVER, plug_in, write_engines
@@ -160,7 +160,7 @@ def test_engines_are_refused_with_the_command_that_builds_them_again(
     monkeypatch.setattr(probe, "nvidia_driver", lambda: DRIVER)
     file = directory / "bridge.engine"
     file.write_bytes(file.read_bytes()[:-1] + b" ")
-    with pytest.raises(BundleIntegrityError, match=r"bridge\.engine is missing or not the file"):
+    with pytest.raises(BundleIntegrityError, match=r"bridge\.engine does not match engine\.json"):
         Captioner.load(path, backend="tensorrt")
 
 
@@ -209,9 +209,9 @@ def test_values_cross_to_the_gpu_and_back() -> None:
 
 def test_a_log_keeps_the_last_messages_alone() -> None:
     trt = fake_tensorrt(FakeCuda(), VERSION)
-    logger, messages = keeper(trt)
-    for number in range(KEPT + 5):
+    logger, messages = make_logger(trt)
+    for number in range(MOST_MESSAGES + 5):
         logger.log(trt.ILogger.WARNING, f"warning  {number}")
     logger.log(trt.ILogger.WARNING + 1, "a trifle")
-    assert len(messages) == KEPT
-    assert messages[-1] == f"warning {KEPT + 4}"
+    assert len(messages) == MOST_MESSAGES
+    assert messages[-1] == f"warning {MOST_MESSAGES + 4}"
