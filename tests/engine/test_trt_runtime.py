@@ -159,7 +159,7 @@ def test_engines_are_refused_with_the_command_that_builds_them_again(
     monkeypatch.setattr(probe, "nvidia_driver", lambda: DRIVER)
     file = directory / "bridge.engine"
     file.write_bytes(file.read_bytes()[:-1] + b" ")
-    with pytest.raises(BundleIntegrityError, match=r"bridge\.engine is missing or not the file"):
+    with pytest.raises(BundleIntegrityError, match=r"bridge\.engine does not match engine\.json"):
         Captioner.load(path, backend="tensorrt")
 
 
