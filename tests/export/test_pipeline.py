@@ -308,7 +308,7 @@ def test_no_tokenizer(quick: Export, copy: Path, out: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json; save the processor too"):
         quick(copy, out / "bundle")
     (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"is no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a valid tokenizer\.json"):
         quick(copy, out / "bundle")
     assert os.listdir(out) == []
 
