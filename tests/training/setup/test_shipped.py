@@ -84,4 +84,4 @@ def test_a_prompt_is_continued() -> None:
 def test_the_readme_tells_its_figure() -> None:
     record = json.loads((CHECKPOINT / "training.json").read_text(encoding="utf-8"))
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    assert f"right to the last letter | {100 * record['heldout']['exact_match']:.1f} % |" in readme
+    assert f"captions that match exactly | {100 * record['heldout']['exact_match']:.1f} % |" in readme
