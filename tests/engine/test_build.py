@@ -247,7 +247,7 @@ def test_engines_build_without_a_gpu(
     assert main([*words, "-o", str(output)]) == 0
     said = capsys.readouterr()
     assert "may take about" in said.err
-    assert "warning: that is more than is free; lower --workspace" in said.err
+    assert "warning: that is more than is free; lower the workspace" in said.err
     assert "built without a GPU, not run yet" in said.out
     board = Bundle.open(output)
     assert board.sha256 == Bundle.open(tiny_bundle).sha256

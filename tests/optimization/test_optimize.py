@@ -218,7 +218,7 @@ def test_inspect_tells_of_the_copy_and_what_is_left_of_one_is_replaced(
     assert "optimised for cpu: vision_encoder" in capsys.readouterr().out
     (other / "optimized" / "cpu" / RECORD).unlink()
     assert main(["inspect", str(other)]) == 0
-    told = f"optimised for cpu: not run, as it is of another bundle or version: blip2edge optimize {other}"
+    told = f"optimised for cpu: not used, because it belongs to another bundle or version: blip2edge optimize {other}"
     assert told in capsys.readouterr().out
     assert main(["optimize", str(other), "--backend", "cpu"]) == 0
     capsys.readouterr()

@@ -41,7 +41,7 @@ def test_a_server_answers_and_ends(tiny_bundle: Path) -> None:
                 [*command[:-4], "--port", str(port)], capture_output=True, text=True, timeout=120
             )
             assert taken.returncode == 1
-            assert "cannot be listened on" in taken.stderr
+            assert "cannot listen on" in taken.stderr
         finally:
             process.send_signal(signal.SIGTERM)
         rest, told = process.communicate(timeout=60)
