@@ -80,7 +80,7 @@ def _text(value: Any) -> str:
         )
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    if type(value).__repr__ is object.__repr__:
+    if repr(value) == object.__repr__(value):
         return f"{_text(type(value))} {_text(vars(value))}"
     return repr(value)
 

@@ -140,7 +140,7 @@ def test_wrong_pairs_and_lost_sizes_are_published_by_neither_check(
             module.vision.matching = wrong()
         return real(module, spec)
 
-    real = pipeline.trace
+    real = vars(pipeline)["trace"]  # the shared one
     monkeypatch.setattr(pipeline, "graphs_of", lambda _: {"vision_encoder": GRAPHS["vision_encoder"]})
     monkeypatch.setattr(pipeline, "trace", traced_wrong)
     monkeypatch.setattr(verify, "trace", traced_wrong)
