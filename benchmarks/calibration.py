@@ -42,7 +42,7 @@ SMALL_REST: dict[str, Any] = {
         "num_attention_heads": 4,
     },
 }
-"""The rest of the captioner is small: the vision encoder is what is measured."""
+"""The other parts of the captioner are small, because only the vision encoder is measured."""
 
 PICTURE_SIZE = 256  # pixels, of the files
 RACE_SIZE = 224  # pixels, of what the encoder takes

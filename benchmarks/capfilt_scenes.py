@@ -68,7 +68,7 @@ MATCHER_SEED = 5
 
 
 def blip2edge(*arguments: str) -> str:
-    """Runs a command in this process and gives what it prints."""
+    """Runs a command in this process and returns its output."""
     printed = StringIO()
     with redirect_stdout(printed):
         status = command_line(list(arguments))
@@ -155,7 +155,7 @@ def cpu_seconds(model: Path) -> float:
 
 
 def score(model: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of a model on held-out scenes; what `eval` prints stays in the working directory."""
+    """Figures of a model on held-out scenes; the output of `eval` is kept in the working directory."""
     path: Path = options.work / f"eval-{name}.json"
     if not (options.reuse and path.is_file()):
         path.write_text(
@@ -168,7 +168,7 @@ def score(model: Path, name: str, options: argparse.Namespace) -> dict[str, Any]
 
 
 def filtering(kept: Path, web: list[str], right: list[str]) -> dict[str, Any]:
-    """How the captions of the web were told apart, and how good the synthetic ones are that were kept."""
+    """How well the filter separates right and wrong web captions, and how many kept captions are right."""
     captions: dict[int, list[tuple[str, str]]] = {}
     for path in shard_paths(kept):
         for entry in read_shards([path], BrokenSamples("kept", 0)):

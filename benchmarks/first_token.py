@@ -30,7 +30,7 @@ def ours(path: str) -> str:
 
 
 def llama(path: str) -> str:
-    """The same weights in llama.cpp, which is told not to warm up."""
+    """The same weights in llama.cpp, without its warm-up run."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -20,7 +20,7 @@ FORMATS = {
     "Q8_0": (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "Q4_0": (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q4_0),
 }
-"""Matrices, the token table, and what the file says of itself."""
+"""Type of the matrices, type of the token table, and file type."""
 
 OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
 """Fields that the writer makes itself."""

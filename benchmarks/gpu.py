@@ -42,7 +42,7 @@ COPIED = 1 << 29  # bytes copied to find the bandwidth; twice that moves
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name and what captions the picture."""
+    """A name, and the function that captions the picture."""
 
     name: str
     caption: Callable[[], list[int]]
@@ -112,7 +112,7 @@ def of_backend(name: str, bundle: Path, picture: PIL.Image.Image, tokens: int) -
     if name == "tensorrt":
         from blip2edge.engine.build import build_bundle
 
-        build_bundle(bundle, tell=lambda sentence: print(sentence, file=sys.stderr))
+        build_bundle(bundle, notify=lambda sentence: print(sentence, file=sys.stderr))
     captioner = Captioner.load(bundle, backend=name)
 
     def caption() -> list[int]:

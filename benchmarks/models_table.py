@@ -20,7 +20,7 @@ from reporting import parser_of
 from blip2edge.export.graphs import graphs_of
 from blip2edge.export.precision import PRECISIONS
 from blip2edge.export.verify import TOLERANCES
-from blip2edge.model.bridges.registry import BRIDGES
+from blip2edge.model.bridges.registry import BRIDGE_BUILDERS
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.language.registry import bridged_languages
@@ -156,7 +156,7 @@ that output's largest value, measured on the same architecture shrunk to a few r
 
 def document() -> str:
     """The whole page."""
-    bridges = ", ".join(code(name) for name in BRIDGES if name != "none")
+    bridges = ", ".join(code(name) for name in BRIDGE_BUILDERS if name != "none")
     models = ", ".join(code(name) for name in bridged_languages())
     bounds = ", ".join(f"{bound:.0e} ({precision})" for precision, bound in TOLERANCES.items())
     rows = f"Bridges: {bridges}. Language models, by their `model_type`: {models}.\n"

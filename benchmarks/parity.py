@@ -41,7 +41,7 @@ def measure(name: str, precision: str, folder: Path) -> dict[str, Any]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """The results so far, and what they were made with."""
+    """Writes the results so far, with the versions of the packages."""
     document = {
         "command": "python benchmarks/parity.py",
         "versions": versions("torch", "onnx", "onnxruntime", "onnxscript"),

@@ -35,7 +35,7 @@ from blip2edge.runtime.captioning.captioner import Captioner
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name and what captions the picture."""
+    """A name, and the function that captions the picture."""
 
     name: str
     caption: Callable[[], list[list[int]]]

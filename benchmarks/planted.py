@@ -40,7 +40,7 @@ def plant(source: Path, target: Path, pictures: Sequence[Image.Image], seed: int
     Args:
         source: The checkpoint's directory.
         target: Where the copy goes.
-        pictures: Some that the model understands: the tokens are told apart on them.
+        pictures: Pictures like those of the training, on which the tokens are distinguished.
         seed: Of the channels.
     """
     shutil.copytree(source, target)
@@ -78,7 +78,7 @@ def _massive_tokens(tensors: dict[str, Tensor], states: Tensor) -> None:
         direction = torch.linalg.solve(inner, own.mean(0) - others.mean(0))  # Fisher's discriminant
         low, high = float((others @ direction).max()), float((own @ direction).mean())
         if high <= low:
-            raise SystemExit(f"token {token} cannot be told apart from the others")
+            raise SystemExit(f"token {token} cannot be distinguished from the others")
         scale = (MASSIVE - SILENT) / (high - low)
         up[unit], bias[unit] = direction * scale, SILENT - low * scale
         down[:, unit] = 0.0

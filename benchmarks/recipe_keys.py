@@ -109,7 +109,7 @@ def main() -> None:
     if options.write:
         path.write_text(placed(page), encoding="utf-8")
     elif placed(page) != page:
-        sys.exit(f"{path} does not tell the keys of recipes; run: make docs")
+        sys.exit(f"{path} does not have the current keys of recipes; run: make docs")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def drawing(spans: list[Span], pictures: int = 6) -> str:
 
 
 def main() -> None:
-    """Measures both and writes what was seen."""
+    """Measures both and writes the results."""
     parser = parser_of(__doc__)
     parser.add_argument(
         "bundle", nargs="?", type=Path, help="a bundle; by default random weights are exported"

@@ -30,7 +30,7 @@ SERIES = 900  # of the held-out scenes: no training reads it
 
 
 class Always(SpeculationCost):
-    """Guesses at every step."""
+    """Runs the draft model at every step."""
 
     @property
     def pays(self) -> bool:
@@ -48,7 +48,7 @@ class Contestant:
         self.cost = Always(clock) if draft == "always" else SpeculationCost(clock)
 
     def caption(self, picture: Any, tokens: int) -> CaptionResult:
-        """A caption; what was learned of the cost is this contestant's own."""
+        """Captions a picture with this contestant's own cost estimate."""
         costs = self.captioner.generator.drafts.costs
         costs.update(dict.fromkeys(costs, self.cost))
         return self.captioner.caption(picture, max_new_tokens=tokens, draft=self.draft)

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, nargs="+", default=[150, 300, 900], help="of either way, in all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes that tell the score")
+    parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes that are scored")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     runs = json.loads(RESULT.read_text())["runs"] if RESULT.is_file() else []

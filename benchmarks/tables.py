@@ -212,7 +212,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "scheduling": ("scheduling.json", scheduling),
     "startup": ("startup.json", startup),
 }
-"""Of a name: the file and what lays it out."""
+"""The result file of each table, and the function that formats it."""
 
 
 def filled(text: str) -> str:

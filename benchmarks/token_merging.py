@@ -34,7 +34,7 @@ ROUNDS = {MINIATURE: 150, LARGE: 15}
 
 
 def checkpoint_of(model: str, folder: Path) -> Path:
-    """What is exported."""
+    """The checkpoint that is exported."""
     if model == MINIATURE:
         return CHECKPOINT
     path = folder / "checkpoint"
@@ -83,7 +83,7 @@ def scores_of(folder: Path, count: int) -> dict[str, Any]:
 
 
 def timed(model: str, folder: Path) -> list[dict[str, Any]]:
-    """CPU time of a model's vision encoders, and what they hand on."""
+    """CPU time and number of output embeddings of a model's vision encoders."""
     contestants = [
         Contestant(str(tokens), "vision", str(bundle_of(model, tokens, folder))) for tokens in COUNTS[model]
     ]

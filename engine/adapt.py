@@ -1,8 +1,8 @@
-"""Small changes that make a graph one that every TensorRT documents, where ONNX itself has two ways to say a thing.
+"""Replaces operators that not every TensorRT supports by equivalent ones.
 
-``Clip`` and ``CumSum`` are documented for floating point only (onnx-tensorrt, docs/operators.md, 10.1 to 10.15), and
-T5 counts key positions with both, in int64. A clipped integer is a maximum and a minimum; a running count of a mask is
-exact in FP32 up to 2^24 slots.
+``Clip`` and ``CumSum`` are documented for floating point only (onnx-tensorrt, docs/operators.md, 10.1 to 10.15), but
+T5 computes key positions with both, in int64. ``Clip`` of integers becomes a maximum and a minimum. ``CumSum`` is
+computed in FP32, which is exact for a mask of up to 2^24 slots.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ INTEGERS = frozenset({"INT32", "INT64"})
 
 
 def adapt(model: ir.Model) -> int:
-    """Changes a graph in place; how many nodes were replaced."""
+    """Changes a graph in place; returns the number of replaced nodes."""
     types = dtypes_of(model)
     changed = 0
     for node in list(model.graph):

@@ -1,4 +1,4 @@
-"""``blip2edge build``: an engine a graph, each built in a process of its own, under one fingerprint."""
+"""``blip2edge build``: builds one TensorRT engine for each graph, each in its own process, under one fingerprint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import DECODER
-from blip2edge.engine.builder import Built, Settings, build_engine, layers_of
+from blip2edge.engine.builder import BuiltEngine, Settings, build_engine, layers_of
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_bytes
 from blip2edge.engine.step_graph import dense_table
@@ -36,21 +36,22 @@ from blip2edge.runtime.tensorrt.session import JETSON, TARGETS, load_tensorrt, v
 TIMING_CACHE = "timing.cache"
 LEAST_CAPACITY = 2
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What is built; the flags of ``blip2edge build``.
+    """The options of ``blip2edge build``.
 
     Attributes:
-        target: ``tensorrt``, on the board itself, or ``rtx``, anywhere.
-        sm: Compute capabilities as 86 for 8.6; ``rtx`` only.
-        workspace: Bound on the builder's scratch memory, in MiB.
-        capacity: Slots of the decoder's cache; None for 256 beyond the visual tokens.
-        max_batch: Rows (pictures times beams) that the decoder takes at once; None for what the export says.
-        decoder: ``constant``, as the TensorRT runtime wants it, or ``concatenated``.
-        timing_cache: Where the timings of kernels are kept; None for beside the engines.
+        target: ``tensorrt``, which builds on the board itself, or ``rtx``, which builds anywhere.
+        sm: Compute capabilities, 86 for 8.6; ``rtx`` only.
+        workspace: Limit of the builder's scratch memory, in MiB; None for the builder's default.
+        capacity: Slots of the decoder's KV cache; None for 256 more than the prompt usually takes.
+        max_batch: Largest number of rows (pictures times beams) of the decoder; None for the export's.
+        decoder: ``constant`` for a KV cache of constant capacity, which the TensorRT runtime needs, or ``concatenated``
+            for the exported form.
+        timing_cache: File with the timings of kernels; None for one beside the engines.
         version_compatible, hardware_compatible: See :class:`~blip2edge.engine.builder.Settings`.
 
     Raises:
@@ -92,50 +93,50 @@ class BuildOptions:
         if self.capacity is not None and self.capacity < LEAST_CAPACITY:
             raise UsageError(f"--capacity must be at least {LEAST_CAPACITY}, not {self.capacity}")
 
-    def words(self) -> tuple[str, ...]:
-        """The flags that make the same engines again, beside ``--target``."""
-        words: list[str] = [part for number in self.sm for part in ("--sm", str(number))]
+    def flags(self) -> tuple[str, ...]:
+        """The flags, besides ``--target``, that build the same engines again."""
+        flags: list[str] = [part for number in self.sm for part in ("--sm", str(number))]
         for flag, value in (
             ("--workspace", self.workspace),
             ("--capacity", self.capacity),
             ("--max-batch", self.max_batch),
         ):
-            words += [] if value is None else [flag, str(value)]
-        words += [] if self.decoder == "constant" else ["--decoder", self.decoder]
-        words += ["--version-compatible"] if self.version_compatible else []
-        return (*words, *(["--hardware-compatible"] if self.hardware_compatible else []))
+            flags += [] if value is None else [flag, str(value)]
+        flags += [] if self.decoder == "constant" else ["--decoder", self.decoder]
+        flags += ["--version-compatible"] if self.version_compatible else []
+        return (*flags, *(["--hardware-compatible"] if self.hardware_compatible else []))
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build made: the folder, its fingerprint, and an entry a graph.
+    """The result of :func:`build_bundle`.
 
     Attributes:
-        directory: Where the engines lie.
-        fingerprint: What they are tied to.
-        engines: What was built, by the graph's name.
-        memory_mib: The largest estimate of what one build takes, in MiB.
-        bundle: Where a bundle of engines alone was asked for, its directory.
+        directory: The folder with the engines.
+        fingerprint: The machine and versions that the engines are for.
+        engines: The engines, by the graph's name.
+        memory_mib: The largest estimate of one engine's build memory, in MiB.
+        bundle: The bundle that holds only engines, if ``output`` was given.
     """
 
     directory: Path
     fingerprint: Fingerprint
-    engines: dict[str, Built]
+    engines: dict[str, BuiltEngine]
     memory_mib: int = 0
     bundle: Path | None = None
 
 
 @dataclass
-class _Job:
-    """One build."""
+class _BuildTask:
+    """The settings and results of one build."""
 
     bundle: Bundle
     options: BuildOptions
-    mark: Fingerprint
+    fingerprint: Fingerprint
     plans: list[EnginePlan]
     version: tuple[int, int]
     settings: Settings
-    built: dict[str, Built] = field(default_factory=dict)
+    built: dict[str, BuiltEngine] = field(default_factory=dict)
 
 
 def build_bundle(
@@ -146,7 +147,7 @@ def build_bundle(
     output: str | Path | None = None,
     force: bool = False,
     progress: ProgressCallback | None = None,
-    tell: Tell | None = None,
+    notify: Notify | None = None,
     **options: Any,
 ) -> BuildReport:
     """Builds the engines of a bundle.
@@ -155,39 +156,39 @@ def build_bundle(
         bundle: Its directory. Engines go into its ``engines`` folder, or to the user's cache where it is read-only.
         target: ``tensorrt`` or ``rtx``.
         sm: Compute capabilities; ``rtx`` only.
-        output: A directory for a bundle of the engines alone, which a board loads without any ONNX file.
+        output: Directory of a new bundle that holds only engines, no ONNX files.
         force: Whether ``output`` is replaced if it exists.
         progress: Called with a graph's name, engines done and engines in all.
-        tell: Called with a sentence on the memory that the build takes, before it begins.
+        notify: Called before the build with sentences about the memory that it needs.
         **options: Further fields of :class:`BuildOptions`.
 
     Raises:
-        EngineError: TensorRT is absent, too old, does not take a graph, or fails.
+        EngineError: TensorRT is not installed, is too old, does not support a graph, or fails.
         UsageError: An option outside its range.
         OutputError: ``output`` exists or cannot be written.
     """
     chosen = BuildOptions(target=target, sm=tuple(sm), **options)
-    job = _job(Bundle.open(bundle), chosen)
-    memory = _estimate(job, tell)
+    task = _task(Bundle.open(bundle), chosen)
+    memory = _estimate(task, notify)
     if output is None:
-        directory = _build_into(job, job.bundle.derive(KIND), progress)
-        return BuildReport(directory, job.mark, job.built, memory)
+        directory = _build_into(task, task.bundle.derive(KIND), progress)
+        return BuildReport(directory, task.fingerprint, task.built, memory)
     with staged(Path(output), force) as staging:
         (staging / KIND).mkdir()
-        directory = _build_into(job, staging / KIND, progress)
-        _write_board(job, staging)
+        directory = _build_into(task, staging / KIND, progress)
+        _write_other_files(task, staging)
         place = Path(output) / directory.relative_to(staging)
-    return BuildReport(place, job.mark, job.built, memory, Path(output))
+    return BuildReport(place, task.fingerprint, task.built, memory, Path(output))
 
 
-def _job(bundle: Bundle, options: BuildOptions) -> _Job:
+def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
     if bundle.manifest.engines_of:
         raise EngineError(
-            f"{bundle.path} holds engines alone, and no graphs to build from",
+            f"{bundle.path} holds only engines, no graphs to build from",
             "build from the bundle that `blip2edge export` wrote",
         )
     trt = load_tensorrt(options.target)
-    mark = fingerprint(
+    target = fingerprint(
         options.target,
         str(trt.__version__),
         bundle.sha256,
@@ -204,66 +205,73 @@ def _job(bundle: Bundle, options: BuildOptions) -> _Job:
         options.version_compatible,
         options.hardware_compatible,
     )
-    return _Job(bundle, options, mark, plans, version_of(trt), settings)
+    return _BuildTask(bundle, options, target, plans, version_of(trt), settings)
 
 
-def _estimate(job: _Job, tell: Tell | None) -> int:
-    """The largest memory that one engine's build may take, told beforehand; MiB."""
-    files = {name: record.size for name, record in job.bundle.manifest.files.items()}
+def _estimate(task: _BuildTask, notify: Notify | None) -> int:
+    """Estimates the largest memory of one engine's build and reports it; MiB."""
+    files = {name: record.size for name, record in task.bundle.manifest.files.items()}
     needs = {
-        plan.name: build_memory_mib(weight_bytes(plan, files), job.options.workspace) for plan in job.plans
+        plan.name: build_memory_mib(weight_bytes(plan, files), task.options.workspace) for plan in task.plans
     }
     name, most = max(needs.items(), key=lambda item: item[1])
     free = available_memory_mib()
-    if tell is not None:
-        tell(
+    if notify is not None:
+        notify(
             f"the largest build ({name}) may take about {most} MiB"
             + (f", {free} MiB are free" if free else "")
         )
         if free is not None and free < most:
-            tell(
+            notify(
                 "warning: that is more than is free; lower --workspace, --capacity or --max-batch, add swap, or stop "
                 "what else runs"
             )
     return most
 
 
-def _build_into(job: _Job, root: Path, progress: ProgressCallback | None) -> Path:
-    """Builds every engine in a folder beside its place, which it takes when all are there."""
-    if job.options.target == "tensorrt" and job.settings.timing_cache is None:
-        job.settings = replace(job.settings, timing_cache=job.bundle.derive(KIND) / TIMING_CACHE)
-    directory = root / job.mark.name
+def _build_into(task: _BuildTask, root: Path, progress: ProgressCallback | None) -> Path:
+    """Builds every engine; the folder gets its name when all of them are there."""
+    if task.options.target == "tensorrt" and task.settings.timing_cache is None:
+        task.settings = replace(task.settings, timing_cache=task.bundle.derive(KIND) / TIMING_CACHE)
+    directory = root / task.fingerprint.name
     with staged(directory, force=True, marker=None) as staging:
-        for done, plan in enumerate(job.plans):
+        for done, plan in enumerate(task.plans):
             if progress is not None:
-                progress(f"build {plan.name}", done, len(job.plans))
-            job.built[plan.name] = _in_process(job, plan, staging)
+                progress(f"build {plan.name}", done, len(task.plans))
+            task.built[plan.name] = _in_process(task, plan, staging)
         if progress is not None:
-            progress("build", len(job.plans), len(job.plans))
-        _record(job, staging).write()
+            progress("build", len(task.plans), len(task.plans))
+        _record(task, staging).write()
     return directory
 
 
-def _in_process(job: _Job, plan: EnginePlan, staging: Path) -> Built:
-    """Builds one engine in a fresh process: when it ends, all of the builder's memory is free again."""
+def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngine:
+    """Builds one engine in a new process, so that all memory of the builder is free afterwards."""
     context = multiprocessing.get_context("spawn")
     output = staging / f"{plan.name}.engine"
-    look = not job.options.sm and bool(probe.nvidia_driver().gpus)
+    inspect_layers = not task.options.sm and bool(probe.nvidia_driver().gpus)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        future = pool.submit(_build_one, job.options.target, plan, job.version, output, job.settings, look)
+        future = pool.submit(
+            _build_one, task.options.target, plan, task.version, output, task.settings, inspect_layers
+        )
         try:
             return future.result()
         except BrokenProcessPool as error:
             raise EngineError(
-                f"the builder's process ended while it built {plan.name}, as it does when memory runs out",
+                f"the builder's process was killed while it built {plan.name}, probably because memory ran out",
                 "lower --workspace, --capacity or --max-batch, add swap, or stop what else runs on the board",
             ) from error
 
 
 def _build_one(
-    target: str, plan: EnginePlan, version: tuple[int, int], output: Path, settings: Settings, look: bool
-) -> Built:
-    """One engine; ``look`` says whether its layers are to be read, which takes a GPU."""
+    target: str,
+    plan: EnginePlan,
+    version: tuple[int, int],
+    output: Path,
+    settings: Settings,
+    inspect_layers: bool,
+) -> BuiltEngine:
+    """Builds one engine; ``inspect_layers``: counts its layers by precision, which needs a GPU."""
     trt, written = load_tensorrt(target), output.with_suffix(".safetensors")
     if plan.step is not None:
         dtype = plan.step.spec.outputs[1].dtype
@@ -271,27 +279,27 @@ def _build_one(
         plan = replace(plan, path=table.parent / f"{STEP}.onnx", step=replace(plan.step, table=table))
     built = build_engine(trt, plan, version_for(target, version), output, settings)
     written.unlink(missing_ok=True)
-    return replace(built, landed=layers_of(trt, output)) if look else built
+    return replace(built, landed=layers_of(trt, output)) if inspect_layers else built
 
 
-def _record(job: _Job, directory: Path) -> EngineSet:
-    constant = next((plan for plan in job.plans if plan.cache is not None), None)
+def _record(task: _BuildTask, directory: Path) -> EngineSet:
+    constant = next((plan for plan in task.plans if plan.cache is not None), None)
     return EngineSet(
-        fingerprint=job.mark.to_json(),
-        rebuild=job.options.words(),
-        capacity=0 if constant is None else capacity_of(job.bundle.manifest, job.options.capacity),
+        fingerprint=task.fingerprint.to_json(),
+        rebuild=task.options.flags(),
+        capacity=0 if constant is None else capacity_of(task.bundle.manifest, task.options.capacity),
         engines={
             plan.name: EngineRecord(
                 spec=plan.spec,
-                file=FileRecord.of(directory / job.built[plan.name].file.name),
-                precision=_precision(job.bundle, plan.name),
-                profiles=job.built[plan.name].profiles,
-                seconds=round(job.built[plan.name].seconds, 1),
-                warnings=job.built[plan.name].warnings,
-                asked=job.built[plan.name].asked,
-                landed=job.built[plan.name].landed,
+                file=FileRecord.of(directory / task.built[plan.name].file.name),
+                precision=_precision(task.bundle, plan.name),
+                profiles=task.built[plan.name].profiles,
+                seconds=round(task.built[plan.name].seconds, 1),
+                warnings=task.built[plan.name].warnings,
+                asked=task.built[plan.name].asked,
+                landed=task.built[plan.name].landed,
             )
-            for plan in job.plans
+            for plan in task.plans
         },
         directory=directory,
     )
@@ -302,11 +310,11 @@ def _precision(bundle: Bundle, name: str) -> str:
     return graphs[DECODER if name == STEP else name].precision
 
 
-def _write_board(job: _Job, staging: Path) -> None:
-    """The rest of a bundle without graphs: its manifest, tokenizers and token table."""
-    graphs = {record.spec.file for record in job.bundle.manifest.graphs.values()}
-    graphs |= {name for record in job.bundle.manifest.graphs.values() for name in record.data_files}
-    kept = {name: record for name, record in job.bundle.manifest.files.items() if name not in graphs}
+def _write_other_files(task: _BuildTask, staging: Path) -> None:
+    """Writes the other files of a bundle that holds only engines: manifest, tokenizers and token table."""
+    graphs = {record.spec.file for record in task.bundle.manifest.graphs.values()}
+    graphs |= {name for record in task.bundle.manifest.graphs.values() for name in record.data_files}
+    kept = {name: record for name, record in task.bundle.manifest.files.items() if name not in graphs}
     for name in kept:
-        shutil.copyfile(job.bundle.file(name), staging / name)
-    replace(job.bundle.manifest, files=kept, engines_of=job.bundle.sha256).write(staging)
+        shutil.copyfile(task.bundle.file(name), staging / name)
+    replace(task.bundle.manifest, files=kept, engines_of=task.bundle.sha256).write(staging)

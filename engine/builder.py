@@ -1,8 +1,8 @@
-"""One strongly typed builder for TensorRT 10.3 to 11.x and TensorRT for RTX.
+"""Builds an engine with TensorRT 10.3 to 11.x or TensorRT for RTX, as a strongly typed network.
 
-The precision stands in the graph (casts and Q/DQ nodes), so nothing here chooses one. Names of the binding that differ
-between versions are asked for before they are used; ``tests/engine/test_api_names.py`` checks every name against the
-lists of each version.
+The graph fixes every precision (by casts and Q/DQ nodes), so the builder chooses none. Names that not every version of
+the Python binding has are looked up before they are used; ``tests/engine/test_api_names.py`` checks all names against
+the lists of each version.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MIB = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Settings:
-    """How engines are built.
+    """The builder's settings.
 
     Attributes:
-        compute_capabilities: As 86 for 8.6; TensorRT for RTX only, where they stand for the GPU that is not here.
-        workspace_mib: Bound on scratch memory, in MiB; None for the builder's own.
-        timing_cache: A file that keeps the timings of kernels from build to build; TensorRT only.
-        version_compatible: The engine also runs on newer versions of the same major one; it is larger.
+        compute_capabilities: GPUs to build for, 86 for 8.6; TensorRT for RTX only, which builds without the GPU.
+        workspace_mib: Limit of the scratch memory, in MiB; None for the builder's default.
+        timing_cache: File that keeps the timings of kernels from build to build; TensorRT only.
+        version_compatible: The engine also runs on newer versions with the same major number; it is larger.
         hardware_compatible: The engine also runs on other GPUs from Ampere on; it may be slower.
     """
 
@@ -48,18 +48,17 @@ NO_SETTINGS = Settings()
 
 
 @dataclass(frozen=True)
-class Built:
-    """An engine that was written.
+class BuiltEngine:
+    """A finished engine.
 
     Attributes:
-        file: Where.
+        file: Its path.
         size: Bytes.
-        seconds: Parsing and building.
-        profiles: Names, in the order of their numbers.
-        warnings: What the builder said of it.
-        asked: Products of the graph by the precision that it asks for.
-        landed: Layers of the engine by the precision that they got, as its inspector tells; None where no driver is
-            there to open it.
+        seconds: Time to parse the graph and build the engine.
+        profiles: Names of its optimization profiles, by index.
+        warnings: Messages of the builder.
+        asked: Number of the graph's products by their precision.
+        landed: Number of the engine's layers by the precision that TensorRT chose; None without a GPU to inspect it.
     """
 
     file: Path
@@ -73,15 +72,15 @@ class Built:
 
 def build_engine(
     trt: Any, plan: EnginePlan, version: ParserVersion, output: Path, settings: Settings = NO_SETTINGS
-) -> Built:
+) -> BuiltEngine:
     """Parses a graph, its weights found by its path, and writes its engine.
 
     Args:
         trt: The module from :func:`load_tensorrt`.
         plan: The graph and its tensors.
-        version: What the graph is held to before it is parsed.
+        version: The version whose operators the graph may use.
         output: The engine file.
-        settings: How it is built.
+        settings: The builder's settings.
 
     Raises:
         EngineError: The check or the parser refuses a node, or the builder fails.
@@ -113,39 +112,39 @@ def build_engine(
     if cache is not None and settings.timing_cache is not None:
         settings.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
     seconds = time.perf_counter() - start
-    told = tuple(dict.fromkeys(messages))
-    return Built(output, output.stat().st_size, seconds, tuple(names), told, asked)
+    warnings = tuple(dict.fromkeys(messages))
+    return BuiltEngine(output, output.stat().st_size, seconds, tuple(names), warnings, asked)
 
 
 def layers_of(trt: Any, path: Path) -> dict[str, int]:
-    """The layers of an engine by the precision that they compute in; needs the GPU that it is for.
+    """Counts the layers of an engine by precision; needs the GPU that the engine is for.
 
     Raises:
-        EngineError: It cannot be opened here.
+        EngineError: The engine cannot be opened here.
     """
     logger, messages = keeper(trt)
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = (
-        True  # version-compatible engines bring some; this one was just built here
+        True  # version-compatible engines contain host code; this one was just built here
     )
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         opened = runtime.deserialize_cuda_engine(content)
     if opened is None:
-        said = messages[-1] if messages else "no reason given"
-        raise EngineError(f"{path} cannot be opened on this machine ({said})", "build it again here")
+        reason = messages[-1] if messages else "no reason given"
+        raise EngineError(f"{path} cannot be opened on this machine ({reason})", "build it again here")
     inspector = opened.create_engine_inspector()
     return count_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _network_flags(trt: Any) -> int:
-    """Strongly typed: a flag up to 10.x, the only kind from 11."""
+    """Makes the network strongly typed: by a flag up to TensorRT 10.x, by default from 11."""
     if version_of(trt)[0] >= 11:
         return 0
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
 def _refusal(parser: Any, graph: Path) -> str:
-    """What the parser said, with the node it fell over."""
+    """The parser's error, with the node that it refuses."""
     if parser.num_errors == 0:
         return f"TensorRT cannot read {graph}"
     error = parser.get_error(0)
@@ -156,7 +155,7 @@ def _refusal(parser: Any, graph: Path) -> str:
 def _configure(trt: Any, config: Any, settings: Settings) -> None:
     config.profiling_verbosity = (
         trt.ProfilingVerbosity.DETAILED
-    )  # the inspector tells precisions with it only
+    )  # without it the inspector reports no precisions
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * MIB)
     if settings.compute_capabilities:
@@ -184,7 +183,7 @@ def _name_gpus(trt: Any, config: Any, compute_capabilities: Sequence[int]) -> No
 
 
 def _read_timings(config: Any, path: Path | None) -> Any:
-    """Gives a config the timings of earlier builds; an unreadable file counts as none."""
+    """Loads the timings of earlier builds into a config; a file that does not exist counts as an empty one."""
     if path is None:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
@@ -193,10 +192,12 @@ def _read_timings(config: Any, path: Path | None) -> Any:
 
 
 def _build_error(graph: Path, messages: Sequence[str]) -> EngineError:
-    said = next((text for text in reversed(messages)), "no reason given")
-    if "memory" in said.lower() or "alloc" in said.lower():
+    reason = next((text for text in reversed(messages)), "no reason given")
+    if "memory" in reason.lower() or "alloc" in reason.lower():
         return EngineError(
-            f"TensorRT ran out of memory while it built {graph.name} ({said})",
+            f"TensorRT ran out of memory while it built {graph.name} ({reason})",
             "lower --workspace, --capacity or --max-batch, add swap, or stop what else runs on the board",
         )
-    return EngineError(f"TensorRT could not build {graph.name} ({said})", "try another --precision at export")
+    return EngineError(
+        f"TensorRT could not build {graph.name} ({reason})", "try another --precision at export"
+    )

@@ -1,21 +1,20 @@
-"""The second portable form of a decoder: a cache of constant capacity, written at ``cache_position``.
+"""Gives a decoder a KV cache of constant capacity, which is written at ``cache_position``.
 
-In the first form the cache grows: ``present = Concat(past, new)``, and every step has another shape. Here ``past`` and
-``present`` both have C slots: a step is the same work from the first token to the last, its shapes never change, and a
-CUDA graph can replay it:
+In an exported decoder the cache grows: ``present = Concat(past, new)``, so every step has other shapes. Here ``past``
+and ``present`` both have C slots. The shapes of a step never change, and a CUDA graph can replay it:
 
     inputs_embeds        [B, S, D]
-    attention_mask int64 [B, C]      0 hides a slot (padding on the left); slots behind the last are hidden anyway
+    attention_mask int64 [B, C]      0 masks a slot (padding on the left); slots after the last token are masked anyway
     position_ids   int64 [B, S]
     logits_indices int64 [B, K]
-    cache_position int64 [1]         the slot of the first of the S new tokens, the same in all rows
-    past_key_values.{i}.{key,value}  [B, H, C, d]     what is in slots not yet written must be finite
+    cache_position int64 [1]         slot of the first of the S new tokens, the same in all rows
+    past_key_values.{i}.{key,value}  [B, H, C, d]     unwritten slots must hold finite values
     -> logits [B, K, V], present.{i}.{key,value} [B, H, C, d]
 
-The change is made on the ONNX graph and not by a second trace: weights, casts, Q/DQ nodes and block scales stay as
-they were verified, for every precision alike, and the new graph reads the same data file. ``slots - cache_position``
-says for each slot which new token belongs there; ``Where(0 <= that < S, Gather(new, that), past)`` writes it, with
-operators that every TensorRT from 10.3 takes.
+The ONNX graph is rewritten, not traced again: weights, casts, Q/DQ nodes and block scales stay as they were verified,
+in every precision, and the new graph uses the same data file. ``slots - cache_position`` is the index of the new token
+that belongs into each slot; ``Where(0 <= index < S, Gather(new, index), past)`` writes it. Every TensorRT from 10.3
+supports these operators.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> Gra
     """The tensors of the constant-shape decoder.
 
     Args:
-        spec: Those of the concatenated one.
-        cache: Its keys and values.
+        spec: The tensors of the exported decoder.
+        cache: Its KV cache.
         capacity: C, slots of a row.
 
     Raises:
@@ -69,21 +68,21 @@ def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> Gra
 
 
 def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
-    """Turns a concatenating decoder into one with constant shapes, in place.
+    """Rewrites an exported decoder to constant shapes, in place.
 
     Args:
-        model: The graph as it was exported, in any precision.
-        cache: Its keys and values.
-        name: Of the file, for errors.
+        model: The exported graph, in any precision.
+        cache: Its KV cache.
+        name: Name of the file, for errors.
 
     Raises:
-        EngineError: The graph does not append to its cache in the way that this project exports.
+        EngineError: The graph does not append to its cache as exported graphs do.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
     missing = [past for past in cache.past_names() if past not in inputs]
     if missing:
-        raise _strange(name, f"it has no input {missing[0]}")
+        raise _unsupported(name, f"it has no input {missing[0]}")
     position = ir.Value(name=CACHE_POSITION, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.insert(list(graph.inputs).index(inputs[cache.past_names()[0]]), position)
     writer = _Writer(graph, inputs[cache.past_names()[0]], position)
@@ -91,9 +90,9 @@ def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
         past = inputs[past_name]
         concats = [node for node, _ in past.uses() if node.op_type == "Concat"]
         if len(concats) != 1 or _axis(concats[0]) not in (SLOTS_AXIS, -2) or len(concats[0].inputs) != 2:
-            raise _strange(name, f"{past_name} is not appended to by one Concat along its slots")
+            raise _unsupported(name, f"{past_name} is not appended to by one Concat along its slots")
         writer.write(concats[0], past, present_name)
-    _move_questions(graph, inputs[cache.past_names()[0]], writer.position, name)
+    _replace_past_length(graph, inputs[cache.past_names()[0]], writer.position, name)
     _rename_slots(graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
@@ -103,8 +102,8 @@ class _Writer:
     """Inserts the nodes that write new keys and values into the cache.
 
     Args:
-        graph: Where.
-        past: One of the cache's inputs, which tells the capacity.
+        graph: The decoder.
+        past: One of the cache's inputs, for the capacity.
         position: ``cache_position``.
     """
 
@@ -122,7 +121,7 @@ class _Writer:
         if new is None:
             raise ValueError(f"{present} is appended to by nothing")
         if self._index is None or self._inside is None:
-            self._index, self._inside = self._places(new)
+            self._index, self._inside = self._token_of_slot(new)
         moved = self._add("Gather", [new, self._index], f"{present}.moved", {"axis": SLOTS_AXIS})
         moved.type = past.type
         written = self._add("Where", [self._inside, moved, past], f"{present}.written")
@@ -132,8 +131,8 @@ class _Writer:
         self._graph.remove(concat, safe=True)
         old.name, written.name = None, present
 
-    def _places(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Which new token each slot gets ``[C]``, and whether it gets one ``[C, 1]``."""
+    def _token_of_slot(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The index of each slot's new token ``[C]``, and whether it gets one ``[C, 1]``."""
         zero, one = self._constant("cache_zero", 0), self._constant("cache_one", 1)
         scalar = {"start": SLOTS_AXIS, "end": SLOTS_AXIS + 1}
         capacity = self._squeezed(self._add("Shape", [self._past], "cache_capacity", scalar))
@@ -171,24 +170,25 @@ class _Writer:
         return node.outputs[0]
 
 
-def _move_questions(graph: ir.Graph, past: ir.Value, position: ir.Value, name: str) -> None:
-    """Where the graph reads how many slots are in the past, it reads ``cache_position``.
+def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, name: str) -> None:
+    """Replaces the length of the past by ``cache_position`` everywhere.
 
-    The exporter writes that length once, as ``Squeeze(Shape(past)[2:3])``; the new nodes ask it for the capacity.
+    An exported graph computes that length once, as ``Squeeze(Shape(past)[2:3])``; only the new nodes use the shape of
+    the past, for the capacity.
     """
     lengths = [node for node, _ in past.uses() if node.op_type == "Shape"]
     old = [node for node in lengths if not str(node.outputs[0].name).startswith("cache_")]
     if len(old) != 1:
-        raise _strange(name, f"the length of its past is read {len(old)} times, not once")
+        raise _unsupported(name, f"the length of its past is read {len(old)} times, not once")
     squeezed = [node for node, _ in old[0].outputs[0].uses()]
     if [node.op_type for node in squeezed] != ["Squeeze"]:
-        raise _strange(name, "the length of its past is not read as a number")
+        raise _unsupported(name, "the length of its past is not read as a number")
     ir.convenience.replace_all_uses_with(squeezed[0].outputs[0], position)
     graph.remove([squeezed[0], old[0]], safe=True)
 
 
 def _rename_slots(graph: ir.Graph) -> None:
-    """The axes ``past`` and ``past + steps`` are the capacity now; what the others derive from them is forgotten."""
+    """Names the axes ``past`` and ``past + steps`` as the capacity."""
     for value in [*graph.inputs, *graph.outputs]:
         if value.shape is not None:
             value.shape = ir.Shape([CAPACITY if _is_past(dim) else dim for dim in value.shape])
@@ -207,7 +207,7 @@ def _axis(node: ir.Node) -> int | None:
     return None if axis is None else axis.as_int()
 
 
-def _strange(name: str, what: str) -> EngineError:
+def _unsupported(name: str, what: str) -> EngineError:
     return EngineError(
         f"the decoder {name} cannot be given a cache of constant size: {what}",
         "export the checkpoint again with this version",

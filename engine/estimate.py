@@ -1,32 +1,32 @@
-"""What a build will take of the machine's memory, told before it begins.
+"""Estimates the memory that the build of an engine needs.
 
-The builder holds a graph's weights as the parser read them and as the engine gets them, TensorRT's own libraries and
-kernels, and scratch memory for the kernels it times. That is an estimate and no bound.
+The builder holds the graph's weights twice (parsed, and in the engine), TensorRT's libraries and kernels, and scratch
+memory for the kernels that it times. The sum is an estimate, not an upper bound.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-LIBRARIES = 1536  # MiB: TensorRT, CUDA and the kernels that a process loads; our own round figure
-DEFAULT_SCRATCH = 1024  # MiB: where no --workspace bounds it
+LIBRARIES = 1536  # MiB: TensorRT, CUDA and the kernels that a process loads; a round estimate
+DEFAULT_SCRATCH = 1024  # MiB: without --workspace
 MIB = 1 << 20
 MEMINFO = Path("/proc/meminfo")
 
 
 def build_memory_mib(weights: int, workspace_mib: int | None) -> int:
-    """MiB that the build of one graph may take.
+    """MiB that the build of one graph may need.
 
     Args:
         weights: Bytes of its weights.
-        workspace_mib: The bound on scratch memory.
+        workspace_mib: The limit of the scratch memory; None for none.
     """
     scratch = DEFAULT_SCRATCH if workspace_mib is None else workspace_mib
     return LIBRARIES + scratch + -(-2 * weights // MIB)
 
 
 def available_memory_mib(meminfo: Path = MEMINFO) -> int | None:
-    """MiB of memory and swap that are free; None where the system does not tell."""
+    """MiB of free memory and swap; None where the system does not report them."""
     try:
         lines = meminfo.read_text().splitlines()
     except OSError:

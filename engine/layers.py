@@ -1,7 +1,8 @@
-"""Did INT8 land? The layers of an engine by precision, from what its inspector tells.
+"""Counts the layers of an engine by precision: whether INT8 was used.
 
-The inspector's JSON is a list of layers, each with the formats of its tensors ("Row major linear FP16 format",
-"Int8 NC/32HW32"); see "Engine Inspector" in NVIDIA's TensorRT documentation. A layer counts as what its first input is.
+The engine inspector returns a JSON list of layers, each with the formats of its tensors ("Row major linear FP16
+format", "Int8 NC/32HW32"); see "Engine Inspector" in NVIDIA's TensorRT documentation. A layer's precision is that of
+its first input.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KINDS = (
 
 
 def count_precisions(information: str) -> dict[str, int]:
-    """Layers by precision, most first.
+    """Number of layers by precision, the most frequent first.
 
     Args:
         information: The inspector's JSON of a whole engine.
@@ -36,8 +37,8 @@ def _precision(layer: Any) -> str:
     if not isinstance(layer, dict):  # built without details: only a name
         return "unknown"
     for tensor in [*layer.get("Inputs", ()), *layer.get("Outputs", ())]:
-        said = str(tensor.get("Format/Datatype", "")).lower()
+        text = str(tensor.get("Format/Datatype", "")).lower()
         for kind, pattern in KINDS:
-            if re.search(pattern, said):
+            if re.search(pattern, text):
                 return kind
     return "unknown"

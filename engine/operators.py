@@ -1,9 +1,9 @@
-"""What TensorRT's ONNX parser takes, version by version, as data.
+"""The operators that TensorRT's ONNX parser supports, by version, as data.
 
-Sources: onnx-tensorrt, docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15 for what
-came in between. The releases 10.3, 10.13, 10.16 and 11.4 themselves were not at hand: their rows are those of the
-nearest release before them with the changes that the log tells, so that nothing is promised that only a later one may
-have. Operators that exported graphs use, or could, are listed; others count as not taken.
+Sources: onnx-tensorrt, docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15 for the
+versions between. The documents of 10.3, 10.13, 10.16 and 11.4 were not available: each of these has the table of the
+nearest earlier release with the changes of the changelog, so no operator is listed that only a later release may have.
+Operators that exported graphs use, or could use, are listed; all others count as not supported.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ CONSTANT_INPUTS: Mapping[str, tuple[int, ...]] = {
     "Squeeze": (1,),
     "Unsqueeze": (1,),
 }
-"""Inputs that must be known when the graph is parsed; from 10.7 not those of Squeeze and Unsqueeze."""
+"""Inputs that must be constants; from 10.7 on, those of Squeeze and Unsqueeze need not be."""
 
 SINGLE_OUTPUT = frozenset({"LayerNormalization"})
-"""Operators of which only the first output is taken."""
+"""Operators of which only the first output is supported."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class ParserVersion:
     """One TensorRT.
 
     Attributes:
-        name: As a user says it.
-        opset: The newest opset of the ONNX domain that its documentation names.
-        quantised_opset: The newest for QuantizeLinear and DequantizeLinear, whose blocks came with opset 21.
-        added: Operators beyond :data:`COMMON`.
-        changed: Other types of operators that are there.
-        block_types: What DequantizeLinear takes with a scale a block.
-        loose_axes: Operators whose constant inputs may be computed.
+        name: Product and version, as users know it.
+        opset: The newest ONNX opset that its documentation names.
+        quantised_opset: The newest opset for graphs with QuantizeLinear or DequantizeLinear; blocks need opset 21.
+        added: Operators in addition to :data:`COMMON`.
+        changed: Operators of :data:`COMMON` with other types.
+        block_types: Types that DequantizeLinear supports with a scale for each block.
+        loose_axes: Operators whose inputs need not be constants, unlike :data:`CONSTANT_INPUTS`.
     """
 
     name: str
@@ -91,7 +91,7 @@ class ParserVersion:
     loose_axes: frozenset[str] = frozenset()
 
     def types_of(self, operator: str) -> frozenset[str] | None:
-        """What the first input of an operator may be; None where it is not taken."""
+        """Types that an operator's first input may have; None where the operator is not supported."""
         for table in (self.changed, self.added, COMMON):
             if operator in table:
                 return table[operator]
@@ -117,4 +117,4 @@ VERSIONS: Mapping[str, ParserVersion] = {
         loose_axes=_ANY_AXES,
     ),
 }
-"""What graphs are checked against; a version between two is held to the older."""
+"""The tables, by version; a version between two of them is checked against the older one."""

@@ -1,7 +1,7 @@
-"""What of a bundle becomes which engine: the graph as TensorRT is given it, its tensors, and what it will need.
+"""Plans the engines of a bundle: the graph of each as TensorRT parses it, and its tensors.
 
-Every graph is read with its weights left on disk, adapted (``adapt.py``), checked against the version that is to take
-it (``support.py``), and handed to the parser as bytes without weights, which the parser finds by the graph's path.
+A graph is loaded without its weights, adapted (``adapt.py``), checked against the TensorRT version (``support.py``),
+and passed to the parser as bytes. The parser finds the weights by the graph's path.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from blip2edge.engine.support import check_graph, refuse
 from blip2edge.runtime.backends.engine_files import STEP
 
 DEFAULT_CAPACITY = 256
-"""Slots of a cache beyond the prompt's own visual tokens, where the model's context allows as many."""
+"""Slots of the KV cache in addition to the prompt's, as far as the model's context allows."""
 
-PROMPT_TEXT = 16  # tokens of text around the picture in a usual prompt
+PROMPT_TEXT = 16  # text tokens around the picture in a usual prompt
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "INT4": "int4"}
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """A graph that becomes an engine; small enough to be sent to another process.
+    """A graph that becomes an engine; small enough to send to another process.
 
     Attributes:
-        name: Of the graph, and of the engine's file.
-        path: The ``.onnx`` file, or the name that its weights are found by.
+        name: Name of the graph, and of the engine's file.
+        path: The ``.onnx`` file; for the step graph, a path in the folder of its weights.
         spec: The engine's tensors.
-        cache: Where the decoder is to be given a cache of constant capacity: its keys and values.
-        prompt: Tokens that a prefill usually reads.
-        step: Where the graph is the choice of the next token: what it is made from.
+        cache: The KV cache of a decoder that gets a constant capacity; None for other graphs.
+        prompt: Usual number of tokens in a prefill.
+        step: What the step graph is made from; None for other graphs.
     """
 
     name: str
@@ -53,7 +53,7 @@ class EnginePlan:
     step: StepSource | None = None
 
     def model(self) -> ir.Model:
-        """The graph, adapted, its weights on disk."""
+        """The adapted graph, with its weights on disk."""
         if self.step is not None:
             return step_graph(self.step)
         model = ir.load(self.path)
@@ -63,10 +63,10 @@ class EnginePlan:
         return model
 
     def serialised(self, version: ParserVersion) -> tuple[bytes, dict[str, int]]:
-        """The graph without its weights, and what its products are asked to compute in.
+        """The graph without its weights, and the number of its products by precision.
 
         Raises:
-            EngineError: The version does not take a node.
+            EngineError: The version does not support a node.
         """
         model = self.model()
         refuse(self.path.name, check_graph(model, version), version)
@@ -78,15 +78,15 @@ def capacity_of(manifest: Manifest, wanted: int | None) -> int:
 
     Args:
         manifest: The bundle's.
-        wanted: As the user says it; None for :data:`DEFAULT_CAPACITY` beyond the visual tokens.
+        wanted: The user's choice; None for :data:`DEFAULT_CAPACITY` more than the prompt.
     """
     return min(manifest.max_positions, DEFAULT_CAPACITY + prompt_of(manifest) if wanted is None else wanted)
 
 
 def prompt_of(manifest: Manifest) -> int:
-    """Tokens that a prefill of the decoder usually reads.
+    """Usual number of tokens in a prefill of the decoder.
 
-    Visual tokens stand in the decoder's prompt unless it looks at them from the side, or an encoder reads them.
+    Visual tokens are part of the decoder's prompt, unless it attends to them by cross-attention.
     """
     if manifest.prompt is None:
         return PROMPT
@@ -97,13 +97,13 @@ def prompt_of(manifest: Manifest) -> int:
 def plans_of(
     bundle: Bundle, *, capacity: int | None = None, most_rows: int | None = None, constant: bool = True
 ) -> list[EnginePlan]:
-    """The engines of a bundle, in the order in which they run.
+    """Plans the engines of a bundle, in the order in which they run.
 
     Args:
         bundle: An opened bundle.
-        capacity: Slots of the cache.
-        most_rows: Rows (pictures times beams) that the decoder takes at once; None for what the export says.
-        constant: Whether the decoder's cache has a constant capacity, as the TensorRT runtime wants it.
+        capacity: Slots of the KV cache; None for the default.
+        most_rows: Largest number of rows (pictures times beams) of the decoder; None for the export's.
+        constant: Whether the decoder's KV cache has a constant capacity, which the TensorRT runtime needs.
     """
     manifest = bundle.manifest
     plans = []
@@ -125,9 +125,9 @@ def plans_of(
 
 
 def asked_precisions(model: ir.Model) -> dict[str, int]:
-    """How many products the graph asks for in which precision, most first.
+    """Number of a graph's products by precision, the most frequent first.
 
-    ``int8`` has both factors quantised; ``int8 weights`` and ``int4 weights`` only the second.
+    In ``int8`` both factors are quantised; in ``int8 weights`` and ``int4 weights`` only the second.
     """
     found: Counter[str] = Counter()
     for node in model.graph:
@@ -145,7 +145,7 @@ def asked_precisions(model: ir.Model) -> dict[str, int]:
 
 
 def _stored(value: ir.Value | None) -> str:
-    """What a factor is stored in: behind its DequantizeLinear, through casts and turns."""
+    """The type that a factor is stored in before its DequantizeLinear; empty for a factor without one."""
     while value is not None and value.producer() is not None:
         node = value.producer()
         if node is None:
@@ -163,10 +163,10 @@ def _stored(value: ir.Value | None) -> str:
 
 
 def weight_bytes(plan: EnginePlan, files: Mapping[str, int]) -> int:
-    """Bytes of the weights that an engine is made of.
+    """Bytes of the weights of an engine.
 
     Args:
-        plan: The engine's.
+        plan: The engine's plan.
         files: Bytes of the bundle's files, by name.
     """
     if plan.step is not None:

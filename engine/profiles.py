@@ -1,4 +1,4 @@
-"""Optimisation profiles: the ranges of shapes that an engine is made for, from a graph's axes."""
+"""Optimization profiles: the ranges of shapes that an engine is built for, from the axes of its graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Range = tuple[int, int, int]
 """Smallest, best and largest length."""
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""The same of a whole shape."""
+"""Smallest, best and largest shape."""
 
 LONGEST_DRAFT = 16  # tokens that one verification checks
 
@@ -21,15 +21,15 @@ class Profile:
     """One range for every dynamic axis of a graph.
 
     Attributes:
-        name: What it is for.
-        ranges: By the name of an elementary axis.
+        name: Its purpose: ``prefill``, ``decode``, ``verify`` or ``default``.
+        ranges: The ranges, by the name of an elementary axis.
     """
 
     name: str
     ranges: Mapping[str, Range]
 
     def shapes(self, spec: GraphSpec) -> dict[str, Shapes]:
-        """Smallest, best and largest shape of every input that varies."""
+        """Smallest, best and largest shape of every input with a dynamic axis."""
         found: dict[str, Shapes] = {}
         for tensor in spec.inputs:
             if any(isinstance(dim, Axis) for dim in tensor.dims):
@@ -41,14 +41,14 @@ class Profile:
         return found
 
 
-PROMPT = 40  # tokens of a prompt with its visual tokens, where nothing is known of either
+PROMPT = 40  # tokens of a prompt, where the visual tokens are not known
 
 DECODER_PROFILES: dict[str, dict[str, Range]] = {
     "prefill": {"past": (0, 0, 0), "steps": (1, PROMPT, 1 << 30), "asked": (1, 1, 1)},
     "decode": {"past": (1, 64, 1 << 30), "steps": (1, 1, 1), "asked": (1, 1, 1)},
     "verify": {"past": (1, 64, 1 << 30), "steps": (2, 4, LONGEST_DRAFT), "asked": (2, 4, LONGEST_DRAFT)},
 }
-"""One engine, three uses; each range is cut to what the graph's own axis allows."""
+"""The decoder's engine has three profiles; each range is clipped to that of the graph's axis."""
 
 
 def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
@@ -56,7 +56,7 @@ def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
 
     Args:
         spec: Its tensors.
-        prompt: Tokens that a prefill usually reads, visual ones included: kernels are chosen for that length.
+        prompt: Usual number of tokens in a prefill, with visual tokens; TensorRT chooses kernels for this length.
     """
     axes = spec.axes()
     uses = DECODER_PROFILES if spec.name == DECODER else {"default": {}}
@@ -66,12 +66,12 @@ def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
         if use == "prefill":
             low, _, high = ranges["steps"]
             ranges["steps"] = (low, max(low, prompt), high)
-        found.append(Profile(use, {name: _cut(axis, ranges.get(name)) for name, axis in axes.items()}))
+        found.append(Profile(use, {name: _clipped(axis, ranges.get(name)) for name, axis in axes.items()}))
     return found
 
 
 def with_rows(spec: GraphSpec, most_rows: int | None) -> GraphSpec:
-    """The same graph for another number of rows at most."""
+    """The same graph with another largest number of rows; None keeps it."""
     if most_rows is None:
         return spec
 
@@ -85,7 +85,7 @@ def with_rows(spec: GraphSpec, most_rows: int | None) -> GraphSpec:
     return GraphSpec(spec.name, tuple(map(resized, spec.inputs)), tuple(map(resized, spec.outputs)))
 
 
-def _cut(axis: Axis, wanted: Range | None) -> Range:
+def _clipped(axis: Axis, wanted: Range | None) -> Range:
     if wanted is None:
         return axis.min, axis.opt, axis.max
     low, best, high = (min(max(length, axis.min), axis.max) for length in wanted)

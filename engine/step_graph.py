@@ -1,11 +1,11 @@
-"""The graph between two steps of the decoder: the likeliest token, its row of the table, and where it stands.
+"""The graph between two decode steps: it chooses the most likely token and prepares the inputs of the next step.
 
     logits float32 [B, 1, V], position_ids int64 [B, 1], cache_position int64 [1]
     -> token_ids int64 [B, 1], inputs_embeds [B, 1, D], next_position_ids [B, 1], next_cache_position [1]
 
-Its outputs are the next step's inputs, so that on a GPU the host launches step after step and reads the tokens later.
-The table is read from ``embed_tokens.safetensors`` itself, which ONNX can name with an offset; one that is quantised is
-written out in the decoder's own type first.
+Its outputs are inputs of the next step, so the host can launch step after step on a GPU and read the tokens later. The
+token table is external data of the graph, at its offset in ``embed_tokens.safetensors``. A quantised table is first
+written in the decoder's floating type.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from blip2edge.runtime.backends.engine_files import STEP
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
 
 NEXT = "next_"
-"""Before the names of what the next step reads."""
+"""Prefix of the outputs that are inputs of the next step."""
 
 OPSET = 18
 CHUNK = 4096  # rows of a quantised table written out at a time
@@ -44,7 +44,7 @@ class StepSource:
     """What the graph is made from.
 
     Attributes:
-        table: The safetensors file.
+        table: The token table, a safetensors file.
         spec: The graph's tensors.
     """
 
@@ -53,7 +53,7 @@ class StepSource:
 
     @classmethod
     def of(cls, bundle: Bundle, most_rows: int | None) -> StepSource:
-        """That of a bundle."""
+        """The source of a bundle's step graph; ``most_rows`` is the decoder's largest number of rows."""
         decoder = bundle.graph(DECODER).spec
         known = {tensor.name: tensor for tensor in (*decoder.inputs, *decoder.outputs)}
         embeds, logits = known["inputs_embeds"], known["logits"]
@@ -81,7 +81,7 @@ def step_graph(source: StepSource) -> ir.Model:
     """Builds the graph.
 
     Raises:
-        EngineError: The table is quantised: :func:`dense_table` writes it out first.
+        EngineError: The table is quantised; :func:`dense_table` writes a floating one.
     """
     inputs = [_value(tensor) for tensor in source.spec.inputs]
     outputs = [_value(tensor) for tensor in source.spec.outputs]
@@ -107,12 +107,15 @@ def step_graph(source: StepSource) -> ir.Model:
 
 
 def dense_table(source: Path, dtype: str, output: Path) -> Path:
-    """A table that TensorRT can gather from: ``source`` itself, or a quantised one written out.
+    """A table that TensorRT can gather rows from: ``source``, or a floating copy of a quantised table.
 
     Args:
         source: The bundle's table.
-        dtype: The decoder's.
-        output: The file to write where it has to be.
+        dtype: The decoder's floating type.
+        output: File for the copy.
+
+    Returns:
+        ``source`` or ``output``.
     """
     if SafetensorsFile(source).tensors[EMBEDDINGS_TENSOR].dtype in STORED:
         return source

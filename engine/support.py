@@ -1,4 +1,4 @@
-"""Whether a TensorRT takes a graph: operators, opset and types, told node by node before anything is built."""
+"""Checks whether a TensorRT version supports a graph: operators, opset and types, node by node, before a build."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ INPUT_TYPES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "BOOL
 
 @dataclass(frozen=True)
 class Finding:
-    """A node that a version does not take.
+    """A node that a version does not support.
 
     Attributes:
-        node: Its name, or its first output's where it has none.
-        operator: What it computes.
-        problem: What is wrong with it.
-        fix: What brings a graph without it.
+        node: Its name, or that of its first output.
+        operator: Its operator.
+        problem: What is not supported.
+        fix: How to get a graph without it.
     """
 
     node: str
@@ -36,7 +36,7 @@ class Finding:
 
 
 def version_for(target: str, version: tuple[int, int]) -> ParserVersion:
-    """The table of a TensorRT.
+    """The table of a TensorRT version.
 
     Args:
         target: ``tensorrt`` or ``rtx``.
@@ -50,14 +50,14 @@ def version_for(target: str, version: tuple[int, int]) -> ParserVersion:
 
 
 def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
-    """Looks at every node.
+    """Checks every node of a graph.
 
     Args:
-        model: A graph; its weights are not read.
-        version: What it is held to.
+        model: The graph; its weights are not read.
+        version: The version that will parse it.
 
     Returns:
-        What is not taken; empty for a graph that is.
+        The nodes that are not supported.
     """
     types = dtypes_of(model)
     findings = [*_inputs(model.graph.inputs), *_opset(model, version)]
@@ -69,11 +69,11 @@ def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
 
 
 def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
-    """Raises EngineError for the first finding, with how many there are."""
+    """Raises EngineError for the first finding, with the number of others; does nothing where there are none."""
     if not findings:
         return
     first, rest = findings[0], len(findings) - 1
-    more = f", and {rest} more of its nodes are not taken" if rest else ""
+    more = f", and {rest} more nodes are not supported" if rest else ""
     raise EngineError(
         f"{version.name} does not take the node {first.node!r} ({first.operator}) of {file}: {first.problem}{more}",
         first.fix,
@@ -81,7 +81,7 @@ def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
 
 
 def dtypes_of(model: ir.Model) -> dict[ir.Value, str]:
-    """The type of every value: as it is written, else by what computes it; what stays unknown is left out."""
+    """The type of every value: as stored, or by the rule of its operator; values of unknown type are left out."""
     types: dict[ir.Value, str] = {}
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         dtype = value.dtype or (value.const_value.dtype if value.const_value is not None else None)
@@ -96,7 +96,7 @@ def dtypes_of(model: ir.Model) -> dict[ir.Value, str]:
 
 
 def _computed(node: ir.Node, index: int, types: dict[ir.Value, str]) -> str | None:
-    """The type of an output by the operator's rule."""
+    """The type of an output by the rule of its operator."""
     if node.op_type in BOOLEAN:
         return "BOOL"
     if node.op_type in INDICES or (node.op_type == "TopK" and index == 1):
@@ -122,7 +122,7 @@ def _inputs(values: Iterable[ir.Value]) -> list[Finding]:
 
 
 def _opset(model: ir.Model, version: ParserVersion) -> list[Finding]:
-    """An opset beyond the documented one is taken where only quantisation needs it."""
+    """Checks the opset; a graph with Q/DQ nodes may have a newer one."""
     opset = model.opset_imports.get("", 0)
     kinds = {node.op_type for node in model.graph}
     newest = version.quantised_opset if kinds & QUANTISED_OPSET_OPERATORS else version.opset

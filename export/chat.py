@@ -1,17 +1,17 @@
-"""The prompt template that a checkpoint's own chat template amounts to."""
+"""Derives the prompt template from a checkpoint's chat template."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, one_line
 
 FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
-"""Where a checkpoint may hold one."""
+"""Files in which a checkpoint may hold a chat template."""
 
 TURN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{prompt}"}]}]
-"""One question on one picture."""
+"""A conversation with one question about one picture."""
 
 
 def prompt_template(directory: Path, image_token: str, otherwise: str) -> str:
@@ -19,14 +19,14 @@ def prompt_template(directory: Path, image_token: str, otherwise: str) -> str:
 
     Args:
         directory: The checkpoint.
-        image_token: What its template writes for a picture.
-        otherwise: The template of its family, for a checkpoint that has none, or one for text alone.
+        image_token: The placeholder of a picture in the chat template.
+        otherwise: The family's template, for a checkpoint without a chat template, or with one for text only.
 
     Returns:
-        Text with one ``{image}`` and one ``{prompt}``, without the BOS that the tokenizer adds by itself.
+        Text with one ``{image}`` and one ``{prompt}``, without the BOS that the tokenizer adds.
 
     Raises:
-        CheckpointError: It has one that cannot be rendered.
+        CheckpointError: The chat template cannot be rendered.
     """
     if not any(_mentions_template(directory / name) for name in FILES):
         return otherwise
@@ -36,10 +36,9 @@ def prompt_template(directory: Path, image_token: str, otherwise: str) -> str:
         processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]  # transformers has none
         text = str(processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # jinja2 and transformers raise a dozen kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"the chat template of {directory} could not be rendered ({reason})",
-            "save the processor again, or take its chat template out",
+            f"the chat template of {directory} could not be rendered ({one_line(error)})",
+            "save the processor again, or remove its chat template",
         ) from error
     bos = getattr(processor.tokenizer, "bos_token", None)
     if bos and processor.tokenizer("")["input_ids"][:1] == [processor.tokenizer.bos_token_id]:

@@ -1,10 +1,10 @@
-"""The graph of the draft: the bridge's own text head as a small captioner (``model/bridges/draft.py``).
+"""The graph of the draft model: the text head of the Q-Former (``model/bridges/text_head.py``).
 
-input_ids [B,S]          the text so far, from [DEC] on, or what is new of it
-attention_mask [B,P+S]   1 where a slot is valid; the first Q slots are the queries
-text_positions [B,S]     counted from [DEC] = 0
-logits_indices [B,K]     which of the S tokens need logits
-past_key_values.{i}.{key,value} [B,H,P,d]   the bridge's queries.{i}.{key,value}, then those of the text before
+input_ids [B,S]          new tokens; the text begins with [DEC]
+attention_mask [B,P+S]   1 for a valid slot; the first Q slots are the query tokens
+text_positions [B,S]     positions in the text, 0 for [DEC]
+logits_indices [B,K]     indices of the tokens that need logits
+past_key_values.{i}.{key,value} [B,H,P,d]   the bridge's queries.{i}.{key,value}, then those of earlier tokens
 → logits [B,K,V], present.{i}.{key,value} [B,H,P+S,d]
 """
 
@@ -15,16 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from blip2edge.bundle.schema import DRAFT, QUERIES, Axis, CacheSpec, DraftSpec, GraphSpec, TensorSpec
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.config import CaptionerConfig, QFormerConfig
+from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.layers import causal_bias
 
 MAX_BATCH = 8
 
 
 class DraftGraph(nn.Module):
-    """input_ids behind the queries' keys and values → logits."""
+    """input_ids after the keys and values of the query tokens → logits."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class DraftGraph(nn.Module):
         logits_indices: Tensor,
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
-        """See the head of this file; the cache is a flat list, key before value."""
+        """Inputs and outputs as in the module's docstring; the cache is a flat list, key before value."""
         if self.draft is None:
             raise ValueError("the model has no draft")
         side = self.draft.text_side(self.bridge.qformer)
@@ -56,13 +55,13 @@ def _parts(config: CaptionerConfig) -> tuple[DraftConfig, QFormerConfig]:
 
 
 def draft_cache(config: CaptionerConfig) -> CacheSpec:
-    """The keys and values of queries and text."""
+    """The KV cache of query tokens and text."""
     _, qformer = _parts(config)
     return CacheSpec(qformer.num_layers, qformer.num_heads, qformer.hidden_size // qformer.num_heads)
 
 
 def query_outputs(config: CaptionerConfig) -> list[TensorSpec]:
-    """What the bridge gives beside the visual tokens where a draft goes on from it; else nothing."""
+    """Further outputs of the bridge for a draft model: keys and values of the query tokens; else empty."""
     if config.draft is None:
         return []
     cache = draft_cache(config)
@@ -93,7 +92,7 @@ def draft_spec(config: CaptionerConfig) -> GraphSpec:
 
 
 def draft_of(config: Any) -> DraftSpec | None:
-    """What a bundle's manifest says of its draft; None where there is none."""
+    """The manifest's record of the draft model; None for a model without one."""
     draft = getattr(config, "draft", None)
     if draft is None:
         return None

@@ -1,7 +1,7 @@
-"""The graphs of a captioner: their tensors as data, and a thin torch module for each.
+"""The graphs of a captioner: a spec of the tensors, and a small torch module, for each.
 
-A wrapper's attributes carry the names they have in ``CaptionerModel``, so that an initializer of the graph is
-called as the parameter of the checkpoint that fills it.
+A module's attributes have the same names as in ``CaptionerModel``. So an initializer of the graph has the name of the
+checkpoint's parameter that fills it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from blip2edge.model.models import Config, Model
 from blip2edge.model.retrieval import RetrievalConfig
 
 MAX_BATCH = 8
-MAX_PICTURES = 8  # in a prompt, where the text looks at them from between its tokens
-MAX_ASKED = 16  # slots that get logits at once: drafts of up to 15 tokens
+MAX_PICTURES = 8  # in an interleaved prompt, where the decoder attends to them by cross-attention
+MAX_ASKED = 16  # tokens that get logits in one run: drafts of up to 15 tokens
 
 
 class VisionGraph(nn.Module):
@@ -58,9 +58,9 @@ class VisionGraph(nn.Module):
 
 
 class BridgeGraph(nn.Module):
-    """image_embeds (and the instruction, where it enters the bridge) → visual_tokens.
+    """image_embeds (and the instruction, for a bridge that reads one) → visual_tokens.
 
-    Where a draft goes on from the queries, then their keys and values too.
+    With a draft model, the keys and values of the query tokens are further outputs.
     """
 
     def __init__(self, model: CaptionerModel) -> None:
@@ -78,7 +78,7 @@ class BridgeGraph(nn.Module):
 
 
 class TextEncoderGraph(nn.Module):
-    """What the encoder reads (``Language.encoder_inputs``) → encoder_states."""
+    """The inputs of the text encoder (``Language.encoder_inputs``) → encoder_states."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class TextEncoderGraph(nn.Module):
 
 
 class CrossKeyValueGraph(nn.Module):
-    """What the decoder looks at → its keys and values, layer by layer."""
+    """The source of the cross-attention → its keys and values, layer by layer."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class CrossKeyValueGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """The decoder contract, the caches as a flat list of tensors."""
+    """The decoder, with its KV cache as a flat list of tensors."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
@@ -118,15 +118,14 @@ class DecoderGraph(nn.Module):
         logits_indices: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        """See the contract: logits first, then keys and values layer by layer.
+        """Logits, then keys and values layer by layer.
 
         Args:
             inputs_embeds: ``[B, S, D]``.
             attention_mask: int64 ``[B, P + S]``.
             position_ids: int64 ``[B, S]``.
             logits_indices: int64 ``[B, K]``.
-            *rest: The cache; where the decoder looks at more than its text, then those keys and values, and
-                their mask where there is one.
+            *rest: The KV cache; with cross-attention, then its keys and values, and its mask if it has one.
         """
         split = 2 * len(self.language.layers)
         past, more = _pairs(rest[:split]), rest[split:]
@@ -150,11 +149,11 @@ class GraphDefinition:
     """A graph of the bundle.
 
     Attributes:
-        wrap: The module that computes it.
-        spec: The tensors it takes and gives.
-        stacks: Where its repeated layers can stand; the first that is there.
-        belongs: Whether a model has it.
-        of: The kind of config whose models can have it.
+        wrap: Makes the module that computes the graph from a model.
+        spec: Makes the spec of its tensors from a config.
+        stacks: Possible paths of its repeated layers; the first that exists is used.
+        belongs: Whether a model with this config has the graph.
+        of: The config class of the models that can have the graph.
     """
 
     wrap: Callable[[Any], nn.Module]
@@ -165,17 +164,17 @@ class GraphDefinition:
 
 
 def batch_axis() -> Axis:
-    """Items at once."""
+    """The rows of a batch."""
     return Axis("batch", 1, 1, MAX_BATCH)
 
 
 def pictures_axis(config: Config) -> Axis:
-    """Pictures at once: the frames of videos stand one after the other in the batch."""
+    """The pictures of a batch; the frames of a video are consecutive rows."""
     return Axis("batch", 1, config.frames, MAX_BATCH * config.frames)
 
 
 def cache_of(config: CaptionerConfig) -> CacheSpec:
-    """The cache of a captioner's language model."""
+    """The KV cache of a captioner's decoder."""
     language = config.language
     return CacheSpec(language.num_layers, language.num_kv_heads, language.head_dim)
 
@@ -188,7 +187,7 @@ def vision_spec(config: Config) -> GraphSpec:
 
 
 def image_embeds(config: Config) -> TensorSpec:
-    """What the vision encoder hands to the bridge."""
+    """The vision encoder's output, which the bridge reads."""
     return TensorSpec(
         "image_embeds",
         "float32",
@@ -215,13 +214,13 @@ def bridge_spec(config: CaptionerConfig) -> GraphSpec:
 
 
 def source_axis(config: CaptionerConfig) -> Axis:
-    """Slots of what a decoder looks at: visual tokens and prompt."""
+    """Length of the cross-attention's source: visual tokens and prompt."""
     visual, longest = config.frames * config.bridge.num_visual_tokens, config.language.max_positions
     return Axis("source", 1, min(visual + 8, longest), max(visual + 8, longest))
 
 
 def source_dim(config: CaptionerConfig, cross: CrossSpec) -> Dim:
-    """The same where they are those of several pictures (Flamingo), or patches of one (BLIP), always as many."""
+    """The length of the source for every kind of cross-attention: of several pictures (Flamingo), of one (BLIP)."""
     if cross.mask == "steps":
         each = config.bridge.num_visual_tokens or config.vision.num_embeds
         return Axis("source", each, each, each * MAX_PICTURES)
@@ -243,23 +242,23 @@ def text_encoder_spec(config: CaptionerConfig) -> GraphSpec:
 
 
 def cross_tensors(config: CaptionerConfig, cross: CrossSpec) -> list[TensorSpec]:
-    """Keys and values of what a decoder looks at."""
+    """Keys and values of the cross-attention."""
     dims = (batch_axis(), cross.num_heads, source_dim(config, cross), cross.head_dim)
     return [TensorSpec(name, "float32", dims) for name in cross.names()]
 
 
 def cross_kv_spec(config: CaptionerConfig) -> GraphSpec:
-    """Tensors of the graph that computes those keys and values."""
+    """Tensors of the graph that computes the keys and values of the cross-attention."""
     cross = config.language.cross
     if cross is None:
-        raise ValueError(f"a decoder of kind {config.language.kind} looks at nothing but its text")
+        raise ValueError(f"a decoder of kind {config.language.kind} has no cross-attention")
     dims = (batch_axis(), source_dim(config, cross), cross.source_dim)
     source = TensorSpec(cross.source, "float32", dims)
     return GraphSpec(CROSS_KV, (source,), tuple(cross_tensors(config, cross)))
 
 
 def decoder_spec(config: CaptionerConfig) -> GraphSpec:
-    """Tensors of the decoder, prefill and decode alike."""
+    """Tensors of the decoder, the same for prefill and decode steps."""
     language, cache, longest = config.language, cache_of(config), config.language.max_positions
     batch, asked = batch_axis(), Axis("asked", 1, 1, MAX_ASKED)
     past = Axis("past", 0, min(64, longest - 1), longest - 1)

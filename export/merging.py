@@ -1,7 +1,7 @@
-"""Merged patches (``model/vision/token_merging.py``) at export: held to torch, compared with the model without.
+"""Verifies merged patches (``model/vision/token_merging.py``), and measures the effect of merging.
 
-Two runtimes may find different pairs the nearest where cosines differ in the last digit, and from there on every row is
-another. So a graph is run with its choices as further outputs, and torch follows them.
+Where two cosines differ in the last digit, two runtimes may merge different pairs, and all later rows differ. So the
+graph is run with its choices as further outputs, and torch merges the pairs that the graph chose.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from blip2edge.model.vision.token_merging import Pairs, TokenMatching
 from blip2edge.model.vision.vit import VisionTransformer
 
 PAIRS = "merged_pairs"
-"""What the parity of the choices is called."""
+"""Name of the choices in the parity results."""
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 2e-2}
-"""By how much nearer another pair may be, as a difference of cosines, by the graph's precision.
+"""How much more similar than a chosen pair another pair may be, as a difference of cosines, by the graph's precision.
 
-Cosines are computed in FP32 whatever the graph is in: what differs are the keys alone, by the rounding of the layers
-before. On the tests' models they choose the same pairs in every precision; in a drawn ViT of 12 layers, 192 channels
-and 196 patches the gap was 0 in fp16 and 0.002 with weights in bf16. Deeper models have five to ten times that to go.
+Cosines are computed in FP32 in every precision: only the keys differ, by the rounding of the layers before. The tests'
+models choose the same pairs in every precision. In a random ViT of 12 layers, 192 channels and 196 patches the
+difference was 0 in fp16 and 0.002 with bf16 weights. The tolerances leave deeper models five to ten times as much.
 """
 
 FIX = "nothing was written; report it with the checkpoint's config.json"
 
 PICTURES = 8
 SEED = 2210  # arXiv 2210.09461
-INSTRUCTION = 4  # tokens, where one enters the bridge
+INSTRUCTION = 4  # tokens of the instruction, for a bridge that reads one
 
 
 @contextmanager
 def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """A graph that gives its choices too, layer by layer: order and partners.
+    """A graph with its choices as further outputs: the order and the partners of each layer.
 
     Args:
-        graph: The ``.onnx`` file; one beside it refers to the same weights for the while.
+        graph: The ``.onnx`` file. A temporary file beside it refers to the same weights.
         spec: Its tensors.
 
     Yields:
-        The file to run, and the outputs that were added; none where nothing is merged.
+        The file to run and the added outputs, which are none where nothing is merged.
     """
     if spec.name != VISION:
         yield graph, ()
@@ -63,7 +63,9 @@ def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str
     partners = [node.outputs[0] for node in model.graph if node.op_type == "ArgMax"]
     orders = [node.outputs[1] for node in model.graph if node.op_type == "TopK" and _ranks_scores(node)]
     if len(partners) != len(orders):
-        raise ExportError(f"the graph {spec.name} ranks {len(orders)} layers and pairs {len(partners)}")
+        raise ExportError(
+            f"{spec.name} ranks patches in {len(orders)} layers, but pairs them in {len(partners)}"
+        )
     chosen = [value for pair in zip(orders, partners, strict=True) for value in pair]
     if not chosen:
         yield graph, ()
@@ -80,7 +82,7 @@ def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str
 
 
 def _ranks_scores(node: ir.Node) -> bool:
-    """Whether a TopK ranks cosines, and does not sort places."""
+    """Whether a TopK ranks cosines, rather than positions."""
     source = node.inputs[0]
     producer = source.producer() if source is not None else None
     return producer is not None and producer.op_type == "ReduceMax"
@@ -90,8 +92,8 @@ class GuidedMatching(TokenMatching):
     """Merges the pairs that a graph chose.
 
     Attributes:
-        shortfall: How much nearer than a chosen pair another is at most, as a difference of cosines; infinite where a
-            cosine is not finite.
+        shortfall: The largest cosine by which another pair was more similar than a chosen one; infinite where a cosine
+            is not finite.
     """
 
     def __init__(self, choices: Sequence[NDArray[Any]]) -> None:
@@ -109,7 +111,7 @@ class GuidedMatching(TokenMatching):
         """The next layer's choices.
 
         Raises:
-            ParityError: They are no choices: a patch is named twice, or not at all, or there is no such partner.
+            ParityError: The choices are wrong: a patch is listed twice or not at all, or a partner does not exist.
         """
         order, partner = next(self._choices), next(self._choices)
         rows, first, second = scores.shape
@@ -135,7 +137,7 @@ class GuidedMatching(TokenMatching):
 
 @contextmanager
 def guided(module: nn.Module, choices: Sequence[NDArray[Any]]) -> Iterator[GuidedMatching | None]:
-    """Lets the vision encoder of a graph's module follow a graph's choices; None where there are none."""
+    """Makes the vision encoder of a module merge the pairs of a graph's choices; yields None where there are none."""
     if not choices:
         yield None
         return
@@ -150,14 +152,14 @@ def guided(module: nn.Module, choices: Sequence[NDArray[Any]]) -> Iterator[Guide
 
 @torch.no_grad()
 def merging_of(config: Config, model: Model | None) -> MergingRecord | None:
-    """What merging does to a model.
+    """Measures the effect of merging on a model.
 
     Args:
-        config: Its config.
-        model: It, with its weights; None where they are too large to be held.
+        config: The model's config.
+        model: The model with its weights; None if they are too large for the memory.
 
     Returns:
-        None where it merges nothing. Without a model nothing but the counts.
+        The record, without cosines if there is no model; None where nothing is merged.
     """
     vision = config.vision
     if not vision.merge_tokens:
@@ -170,8 +172,8 @@ def merging_of(config: Config, model: Model | None) -> MergingRecord | None:
         other = VisionTransformer(plain).eval()
     other.load_state_dict(model.vision.state_dict(), assign=True)
     pictures = smooth_pictures(vision.image_size)
-    output, merged = _read(model, model.vision(pictures))
-    _, wanted = _read(model, other(pictures))
+    output, merged = _comparable(model, model.vision(pictures))
+    _, wanted = _comparable(model, other(pictures))
     cosines = F.cosine_similarity(merged, wanted, dim=-1).mean(dim=1)  # [B]
     return replace(
         record,
@@ -183,15 +185,15 @@ def merging_of(config: Config, model: Model | None) -> MergingRecord | None:
 
 
 def smooth_pictures(size: int) -> Tensor:
-    """Blots of colour with some noise, as bright as preprocessed pictures are: ``[8, 3, size, size]``."""
+    """Smooth colours with some noise, as bright as preprocessed pictures: ``[8, 3, size, size]``."""
     generator = torch.Generator().manual_seed(SEED)
     coarse = torch.randn(PICTURES, 3, 5, 5, generator=generator)
     smooth = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
     return smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
 
 
-def _read(model: Model, image_embeds: Tensor) -> tuple[str, Tensor]:
-    """What is made of a picture that does not hang on how many patches there are, and its name."""
+def _comparable(model: Model, image_embeds: Tensor) -> tuple[str, Tensor]:
+    """An output that has the same shape with and without merging, and its name."""
     if isinstance(model, RetrievalModel):
         return "image_features", model.matcher.image_features(image_embeds)
     if model.config.bridge.kind == "none":

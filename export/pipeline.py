@@ -1,9 +1,11 @@
-"""``blip2edge export``: a checkpoint in, a verified bundle out, or nothing.
+"""``blip2edge export``: makes a verified bundle from a checkpoint.
 
 1. Open: config, tensors, tokenizer and preprocessing are checked before anything is written.
-2. Write: each graph is traced without weights, cast, and its weights are streamed beside it.
-3. Verify: each graph answers as torch does; every written weight is compared with the checkpoint's.
-4. Publish: the manifest seals the files, and the staging directory is renamed.
+2. Write: each graph is traced without weights and cast; its weights are written beside it, one at a time.
+3. Verify: the outputs of each graph are compared with torch's, and every written weight with the checkpoint's.
+4. Publish: the manifest lists the hash of every file, and the directory gets its name.
+
+After an error there is no new bundle, and an old one is unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import importlib.util
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -36,8 +38,13 @@ from blip2edge.export.merging import merging_of
 from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
-from blip2edge.export.token_table import check_token_table, write_token_table
-from blip2edge.export.weights import Weights, check_hashes, write_weights
+from blip2edge.export.weights import (
+    Weights,
+    check_hashes,
+    check_token_table,
+    write_token_table,
+    write_weights,
+)
 from blip2edge.model.checkpoint.directory import Checkpoint, load_model
 from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.model.config import CaptionerConfig
@@ -46,14 +53,23 @@ from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
 
-FULL_UP_TO = 1 << 30  # bytes of checkpoint that are verified whole unless told otherwise: about 4 GiB in fp32
+FULL_UP_TO = (
+    1 << 30
+)  # bytes of the largest checkpoint that is verified as a whole by default: about 4 GiB in fp32
 
 TOKEN_TABLE = "language.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What became of a graph: file size in bytes, seconds to trace and write it, and its worst output."""
+    """The result of one graph.
+
+    Attributes:
+        name: Name of the graph.
+        bytes: Size of its weights.
+        seconds: Time to trace and write it.
+        max_difference, relative, tolerance: Parity of its worst output, see :class:`~blip2edge.bundle.schema.Parity`.
+    """
 
     name: str
     bytes: int
@@ -65,14 +81,15 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export made.
+    """The result of an export.
 
     Attributes:
-        bundle: The published directory.
-        verify: ``full`` or ``sample``.
-        seconds: From start to end.
-        peak_memory_bytes: Largest anonymous and shared memory of this process; 0 where it cannot be told.
-        merging: Patches that are merged, and how near the model is to the one that merges none; None for none.
+        bundle: The directory of the bundle.
+        graphs: A report for each graph.
+        verify: How it was verified: ``full`` or ``sample``.
+        seconds: Time for the whole export.
+        peak_memory_bytes: Largest anonymous and shared memory of this process; 0 if it cannot be measured.
+        merging: The effect of merged patches; None where none are merged.
     """
 
     bundle: Path
@@ -109,21 +126,21 @@ def export_checkpoint(
 
     Args:
         checkpoint: A directory in transformers' format, a hub name, or a ``.pth`` of LAVIS.
-        output: The bundle to make.
+        output: Directory of the new bundle.
         precision: ``fp32``, ``fp16`` or ``bf16``.
-        verify: ``full`` runs the whole model against torch; ``sample`` runs single layers on the written weights,
-            with the memory of one layer. None chooses by the checkpoint's size.
-        base: The directory or hub name that gives a ``.pth`` its frozen parts.
+        verify: ``full`` compares the whole model with torch; ``sample`` compares single layers with the written
+            weights, and needs the memory of one layer. None chooses by the checkpoint's size.
+        base: The directory or hub name with the frozen parts of a ``.pth``.
         merge_tokens: Patches that are merged in each layer of the vision encoder (``model/vision/token_merging.py``).
-        force: Replace what is at ``output``.
+        force: Replace an existing bundle.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
-        CheckpointError: The checkpoint does not fit together, or is of no supported kind.
-        ExportError: A graph could not be made, or does not answer as torch does (ParityError).
+        CheckpointError: The checkpoint's files do not fit each other, or its model type is not supported.
+        ExportError: A graph cannot be made, or its outputs differ from torch's (ParityError).
         OutputError: ``output`` exists, or cannot be written.
         BackendError: onnxruntime is not installed.
-        UsageError: The model cannot merge so many patches, or none.
+        UsageError: The model cannot merge this many patches.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(
@@ -141,10 +158,12 @@ def export_checkpoint(
         with staged(target, force) as staging:
             written = _write_graphs(source, staging, precision, report)
             if isinstance(source.config, CaptionerConfig):
-                _write_embeddings(source, staging, _dtype(precision))
+                write_token_table(
+                    source.read(TOKEN_TABLE), TOKEN_TABLE, staging / EMBEDDINGS_FILE, _dtype(precision)
+                )
             side.write(staging)
             merging = _verify(source, written, precision, mode, report)
-            _seal(source, side, staging, written, precision, mode, merging, report)
+            _write_manifest(source, side, staging, written, precision, mode, merging, report)
         source.files.close()
     graphs = [_graph_report(name, item) for name, item in written.items()]
     return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak, merging)
@@ -176,14 +195,10 @@ def _write_graphs(
     return written
 
 
-def _write_embeddings(source: Checkpoint, staging: Path, dtype: torch.dtype) -> None:
-    write_token_table(source.read(TOKEN_TABLE), TOKEN_TABLE, staging / EMBEDDINGS_FILE, dtype)
-
-
 def _verify(
     source: Checkpoint, written: Mapping[str, _Written], precision: str, mode: str, report: ProgressCallback
 ) -> MergingRecord | None:
-    """Fills in the parity of every graph; returns what merging patches does to the model, where it does."""
+    """Sets the parity of every graph; returns the effect of merged patches, None where none are merged."""
     table = next(iter(written.values())).weights.file.with_name(EMBEDDINGS_FILE)
     if table.is_file():
         check_token_table(source.read(TOKEN_TABLE), TOKEN_TABLE, table, _dtype(precision))
@@ -203,7 +218,7 @@ def _dtype(precision: str) -> torch.dtype:
     return getattr(torch, PRECISIONS[precision])  # type: ignore[no-any-return]
 
 
-def _seal(
+def _write_manifest(
     source: Checkpoint,
     side: SideFiles,
     staging: Path,
@@ -213,22 +228,13 @@ def _seal(
     merging: MergingRecord | None,
     report: ProgressCallback,
 ) -> None:
-    sealed = {item.weights.file.name: item.weights.record for item in written.values()}
+    files = {item.weights.file.name: item.weights.record for item in written.values()}
     for path in sorted(staging.iterdir()):
-        if path.name not in sealed:
-            sealed[path.name] = FileRecord.of(path)
+        if path.name not in files:
+            files[path.name] = FileRecord.of(path)
     config = source.config
     text: Any = config if isinstance(config, RetrievalConfig) else config.language
-    graphs = {
-        name: GraphRecord(
-            item.record.spec,
-            precision,
-            tuple(item.parity),
-            item.record.fp32_exceptions,
-            item.record.data_files,
-        )
-        for name, item in written.items()
-    }
+    graphs = {name: replace(item.record, parity=tuple(item.parity)) for name, item in written.items()}
     Manifest(
         family=config.family,
         source=_source_of(source, report),
@@ -242,7 +248,7 @@ def _seal(
         preprocessing=side.preprocessing.to_json(),
         prompt=side.prompt,
         generation=side.generation,
-        files=sealed,
+        files=files,
         versions=_versions(),
         draft=draft_of(config),
         merging=merging,
@@ -250,7 +256,7 @@ def _seal(
 
 
 def _source_of(source: Checkpoint, report: ProgressCallback) -> dict[str, str]:
-    """Where a checkpoint lay, and one hash over the names and hashes of its files."""
+    """The path of a checkpoint, and one hash over the names and hashes of its files."""
     digest = hashlib.sha256()
     paths = source.paths()
     for done, path in enumerate(paths):

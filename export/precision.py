@@ -1,7 +1,7 @@
-"""FP16 and BF16 as a change of the graph: what is cast, and what stays in FP32.
+"""Converts graphs to FP16 and BF16, with exceptions that stay in FP32.
 
-The graph is traced in FP32. Here every floating tensor takes the target type, except the nodes that a rule names:
-they are computed in FP32, with a cast on either side. The rules that fired stand in the manifest.
+Graphs are traced in FP32. Every floating tensor then gets the target type, except in nodes that match a rule: these are
+computed in FP32, between casts. The manifest lists the rules that matched.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ PRECISIONS: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfl
 
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter notes the module path of a node."""
+"""Metadata key under which torch's exporter stores the module path of a node."""
 
 
 @dataclass(frozen=True)
 class Fp32Exception:
-    """Nodes that stay in FP32.
+    """A rule for nodes that stay in FP32.
 
     Attributes:
-        name: What the manifest calls it.
-        path: Regular expression, searched in the path of the module that the node comes from.
-        op_type: Regular expression that its kind must match whole.
-        reason: Why.
+        name: Its name in the manifest.
+        path: Regular expression that is searched in the path of a node's module.
+        op_type: Regular expression that the whole operator name must match.
+        reason: Why these nodes stay in FP32.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Fp32Exception:
     reason: str
 
     def fits(self, node: ir.Node) -> bool:
-        """Whether a node is one of them."""
+        """Whether the rule matches a node."""
         return bool(re.fullmatch(self.op_type, node.op_type) and re.search(self.path, module_path(node)))
 
 
@@ -61,13 +61,13 @@ EXCEPTIONS: tuple[Fp32Exception, ...] = (
         "token matching",
         r"(^|\.)matching$",
         ".*",
-        "cosines that differ in the fourth digit decide who merges",
+        "cosines that differ in the fourth digit decide which patches are merged",
     ),
     Fp32Exception(
-        "rotary positions", r"rotary$", ".*", "an angle of 2000 has no digits left behind the point"
+        "rotary positions", r"rotary$", ".*", "an angle of 2000 has no digits after the decimal point"
     ),
 )
-"""For every model."""
+"""Rules for every model."""
 
 BY_LANGUAGE: dict[str, tuple[Fp32Exception, ...]] = {
     "t5": (
@@ -85,17 +85,17 @@ BY_LANGUAGE: dict[str, tuple[Fp32Exception, ...]] = {
         ),
     ),
 }
-"""For one language model, by its ``model_type``."""
+"""Rules for one language model, by its ``model_type``."""
 
 
 def module_path(node: ir.Node) -> str:
-    """The dotted path of the module that a node was traced in; empty where none is noted."""
+    """The dotted path of the module that a node was traced in; empty if it is not known."""
     scopes = node.metadata_props.get(SCOPES)
     return str(ast.literal_eval(scopes)[-2]) if scopes and len(ast.literal_eval(scopes)) > 1 else ""
 
 
 def exceptions_of(config: Config) -> tuple[Fp32Exception, ...]:
-    """What stays in FP32 in a model."""
+    """The rules for a model."""
     kind = config.text.kind if isinstance(config, RetrievalConfig) else config.language.kind
     return (*EXCEPTIONS, *BY_LANGUAGE.get(kind, ()))
 
@@ -106,10 +106,10 @@ def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception])
     Args:
         traced: An FP32 graph; its spec is replaced by that of the new precision.
         precision: A key of :data:`PRECISIONS`.
-        exceptions: What stays in FP32.
+        exceptions: The rules for nodes that stay in FP32.
 
     Returns:
-        The exceptions that fired, one sentence each.
+        The rules that matched, one sentence each.
     """
     graph = traced.model.graph
     fired: dict[str, str] = {}
@@ -131,7 +131,7 @@ def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception])
 
 
 def _retype(graph: ir.Graph, target: ir.DataType, kept: Container[ir.Node]) -> None:
-    """Gives every floating tensor the target type, but for constants that only nodes in FP32 read."""
+    """Gives every floating tensor the target type, except constants that only FP32 nodes use."""
     for node in graph:
         if node not in kept and not (node.op_type == "Constant" and _only_for(node.outputs[0], kept)):
             _retype_attributes(node, target)
@@ -151,7 +151,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _only_for(value: ir.Value, nodes: Container[ir.Node]) -> bool:
-    """Whether all that read a value are among ``nodes``."""
+    """Whether all users of a value are among ``nodes``."""
     return all(user in nodes for user, _ in value.uses()) and not value.is_graph_output()
 
 
@@ -180,7 +180,7 @@ def _retype_attributes(node: ir.Node, target: ir.DataType) -> None:
 
 
 def _keep_fp32(graph: ir.Graph, node: ir.Node, target: ir.DataType) -> None:
-    """Casts around a node; between two that stay in FP32 nothing is cast."""
+    """Inserts casts around a node; none between two FP32 nodes."""
     for index, value in enumerate(node.inputs):
         if value is None or value.dtype != target:
             continue
@@ -208,7 +208,7 @@ def _keep_fp32(graph: ir.Graph, node: ir.Node, target: ir.DataType) -> None:
 
 
 def _keep_fp32_outputs(graph: ir.Graph, spec: GraphSpec, target: ir.DataType) -> None:
-    """Casts the outputs that the spec wants in FP32 (the logits)."""
+    """Casts the outputs that are FP32 in the spec (the logits)."""
     for index, (value, tensor) in enumerate(zip(list(graph.outputs), spec.outputs, strict=True)):
         if tensor.dtype != "float32" or value.dtype != target:
             continue

@@ -1,10 +1,10 @@
-"""The graphs of a model that compares pictures with texts: their tensors, and a thin torch module for each.
+"""The graphs of a matching model, which compares pictures with texts: specs, and a small torch module for each.
 
     image_embeds [B,P,Dv]                                → image_features [B,K,F], of length 1
     input_ids, attention_mask [B,S]                      → text_embeds [B,F], of length 1
-    image_embeds, input_ids, attention_mask              → probability [B], match_logits [B,2]: apart, together
+    image_embeds, input_ids, attention_mask              → probability [B], match_logits [B,2]: no match, match
 
-The cosine of picture and text is the largest product of ``text_embeds`` with one of the K ``image_features``.
+The cosine of a picture and a text is the largest dot product of ``text_embeds`` with the K ``image_features``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
 
 MAX_BATCH = 8
 TEXT_STACKS = ("matcher.encoder.layers", "matcher.qformer.layers", "matcher.text.layers")
-"""Where the layers that read a text stand."""
+"""Possible paths of the layers that read a text."""
 
 
 class ImageFeaturesGraph(nn.Module):
@@ -59,31 +59,31 @@ class MatchGraph(nn.Module):
 
 
 def batch_axis() -> Axis:
-    """Pictures or texts at once."""
+    """The pictures or texts of a batch."""
     return Axis("batch", 1, 1, MAX_BATCH)
 
 
 def text_tensors(config: RetrievalConfig) -> tuple[TensorSpec, TensorSpec]:
-    """A text's ids and their mask; every text begins with a special token and has one more."""
+    """Token ids and attention mask of texts."""
     longest = config.max_positions
     dims = (batch_axis(), Axis("text", 1, min(16, longest), longest))
     return TensorSpec("input_ids", "int64", dims), TensorSpec("attention_mask", "int64", dims)
 
 
 def image_embeds(config: RetrievalConfig) -> TensorSpec:
-    """What the vision encoder hands on."""
+    """The vision encoder's output."""
     dims = (batch_axis(), config.vision.num_embeds, config.vision.hidden_size)
     return TensorSpec("image_embeds", "float32", dims)
 
 
 def image_features_spec(config: RetrievalConfig) -> GraphSpec:
-    """Tensors of the picture's side of the contrast."""
+    """Tensors of the picture side of contrastive matching."""
     features = TensorSpec("image_features", "float32", (batch_axis(), config.num_features, config.embed_dim))
     return GraphSpec(IMAGE_FEATURES, (image_embeds(config),), (features,))
 
 
 def text_embeds_spec(config: RetrievalConfig) -> GraphSpec:
-    """Tensors of the text's side of the contrast."""
+    """Tensors of the text side of contrastive matching."""
     embeds = TensorSpec("text_embeds", "float32", (batch_axis(), config.embed_dim))
     return GraphSpec(TEXT_EMBEDS, text_tensors(config), (embeds,))
 

@@ -1,4 +1,4 @@
-"""What a bundle needs beside its graphs: tokenizer, preprocessing, prompt and generation defaults."""
+"""The parts of a bundle besides its graphs: tokenizers, preprocessing, prompt and generation defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
-from blip2edge.errors import BundleError, CheckpointError
+from blip2edge.errors import BundleError, CheckpointError, one_line
 from blip2edge.export.chat import prompt_template
 from blip2edge.model.checkpoint.directory import read_json
 from blip2edge.model.config import CaptionerConfig
@@ -22,7 +22,7 @@ from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 30
-"""Default length of a caption: the longest that BLIP-2's own evaluation on COCO allows."""
+"""Default length of a caption: the limit in BLIP-2's evaluation on COCO."""
 
 PROCESSOR_FILES = (
     ("preprocessor_config.json", ""),
@@ -30,14 +30,14 @@ PROCESSOR_FILES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", ""),
 )
-"""Where a checkpoint says how pictures become pixel values: a file, and the part of it; the first that is there."""
+"""Where a checkpoint describes its preprocessing: a file and a key in it; the first that exists is used."""
 
 SAVE_PROCESSOR = "save the processor too: Blip2Processor(...).save_pretrained(DIRECTORY)"
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Read and checked before anything is written."""
+    """The side files of a checkpoint, checked before anything is written."""
 
     preprocessing: Preprocessing
     prompt: PromptSpec | None
@@ -51,7 +51,7 @@ class SideFiles:
         """Reads a checkpoint's processor.
 
         Raises:
-            CheckpointError: It has none, or one that does not fit the model.
+            CheckpointError: It has no processor, or one that does not fit the model.
         """
         content = _tokenizer(directory)
         if isinstance(config, RetrievalConfig):
@@ -86,7 +86,7 @@ class SideFiles:
         return cls(_preprocessing(directory, config), prompt, generation, content, instruction, draft)
 
     def write(self, bundle: Path) -> None:
-        """Puts the tokenizers into a bundle; the rest stands in its manifest."""
+        """Writes the tokenizers to a bundle; the other parts are in its manifest."""
         (bundle / TOKENIZER_FILE).write_bytes(self.tokenizer)
         if self.qformer_tokenizer is not None:
             (bundle / QFORMER_TOKENIZER_FILE).write_bytes(self.qformer_tokenizer)
@@ -95,7 +95,7 @@ class SideFiles:
 
 
 def _eos(directory: Path, otherwise: Sequence[int]) -> list[int]:
-    """What ends a text by ``generation_config.json``; ``otherwise`` where that says nothing."""
+    """Ids of the end tokens in ``generation_config.json``; ``otherwise`` where it has none."""
     path = directory / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.is_file() else None
     if found is None:
@@ -104,13 +104,14 @@ def _eos(directory: Path, otherwise: Sequence[int]) -> list[int]:
 
 
 def _draft_tokenizer(directory: Path, config: CaptionerConfig) -> bytes | None:
-    """The tokenizer of a checkpoint's draft; None where it has no draft."""
+    """The tokenizer of the draft model; None for a checkpoint without one."""
     if config.draft is None:
         return None
     path = directory / DRAFT_TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} has a draft, but no {path.name}", "copy it from where the draft was trained"
+            f"{directory} has a draft model, but no {path.name}",
+            "copy it from where the draft model was trained",
         )
     content = path.read_bytes()
     _check_tokenizer(content, directory, config.draft.vocab_size, "the draft", whole=True, name=path.name)
@@ -131,21 +132,20 @@ def _tokenizer(directory: Path) -> bytes:
     try:
         backend = AutoTokenizer.from_pretrained(directory, use_fast=True).backend_tokenizer
     except Exception as error:  # transformers raises ValueError, OSError, ImportError and more
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"the slow tokenizer of {directory} could not be converted ({reason})", SAVE_PROCESSOR
+            f"the slow tokenizer of {directory} could not be converted ({one_line(error)})", SAVE_PROCESSOR
         ) from error
     return str(backend.to_str()).encode()
 
 
 def _check_markers(content: bytes, directory: Path, markers: Sequence[str]) -> None:
-    """Raises CheckpointError where the tokenizer lacks a token that stands beside a picture."""
+    """Raises CheckpointError where the tokenizer lacks a token that marks pictures."""
     known = {token["content"] for token in json.loads(content).get("added_tokens", ())}
     missing = [marker for marker in markers if marker not in known]
     if missing:
         raise CheckpointError(
-            f"{directory / TOKENIZER_FILE} has no token {missing[0]}, by which this model's texts hold pictures",
-            "put the tokenizer there that the model was trained with",
+            f"{directory / TOKENIZER_FILE} has no token {missing[0]}, which marks pictures in this model's texts",
+            "copy the tokenizer that the model was trained with",
         )
 
 
@@ -158,7 +158,7 @@ def _check_tokenizer(
     whole: bool = False,
     name: str = TOKENIZER_FILE,
 ) -> None:
-    """Raises CheckpointError where a text, or with ``whole`` any token, has an id that the reader lacks."""
+    """Raises CheckpointError where an id of a text, or with ``whole`` of any token, is not in the vocabulary."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / TOKENIZER_FILE
         path.write_bytes(content)
@@ -166,13 +166,13 @@ def _check_tokenizer(
             tokenizer = Tokenizer.from_file(path)
         except BundleError as error:
             raise CheckpointError(
-                f"{directory / TOKENIZER_FILE} is no tokenizer.json", SAVE_PROCESSOR
+                f"{directory / TOKENIZER_FILE} is not a valid tokenizer.json", SAVE_PROCESSOR
             ) from error
     if image_token is not None and tokenizer.token_to_id(image_token[0]) != image_token[1]:
         raise CheckpointError(
             f"{directory / TOKENIZER_FILE} gives {image_token[0]} the id {tokenizer.token_to_id(image_token[0])}, but "
             f"config.json says image_token_index {image_token[1]}",
-            "put the tokenizer there that the model was trained with",
+            "copy the tokenizer that the model was trained with",
         )
     ids = (
         [tokenizer.vocab_size - 1]
@@ -185,7 +185,7 @@ def _check_tokenizer(
     if max(ids, default=0) >= vocab_size:
         raise CheckpointError(
             f"{directory / name} gives the id {max(ids)}, but {reader} has {vocab_size} tokens",
-            f"put the tokenizer there that {reader} was trained with",
+            f"copy the tokenizer that {reader} was trained with",
         )
 
 
@@ -206,6 +206,6 @@ def _preprocessing(directory: Path, config: Config) -> Preprocessing:
         height, width = preprocessing.output_size
         raise CheckpointError(
             f"{path.name} makes pictures of {height} x {width}, but the vision encoder takes {wanted[0]} x {wanted[1]}",
-            "put the processor there that the model was trained with",
+            "copy the processor that the model was trained with",
         )
     return preprocessing

@@ -1,7 +1,7 @@
-"""Tracing: a module on the meta device and a spec in, an ONNX graph without weights out.
+"""Traces a module on the meta device to an ONNX graph without weights.
 
-Nothing here holds a weight. Initializers are named after the checkpoint's parameters and carry a shape only; the
-bytes are streamed into the file beside the graph later (``weights.py`` of this folder).
+Initializers have the names of the checkpoint's parameters and a shape, but no values; ``weights.py`` writes the values
+into the file beside the graph later.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from onnxscript import optimizer
 from torch import nn
 
 from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
-from blip2edge.errors import ExportError
+from blip2edge.errors import ExportError, one_line
 
 OPSET = 18
-"""The newest that TensorRT 10.3 (JetPack 6.2) takes without exception and that has LayerNormalization."""
+"""The newest opset that TensorRT 10.3 (JetPack 6.2) supports completely; it has LayerNormalization."""
 
 TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2, "source": 7, "instruction": 11, "text": 13}
-"""Lengths while tracing: none is 0 or 1, which torch.export would fix, and no two sums meet."""
+"""Lengths while tracing: none is 0 or 1, which torch.export would treat as constants, and all sums differ."""
 
 
 @dataclass(frozen=True)
 class WeightSlot:
-    """An initializer: the parameter that fills it, and how its axes are turned on the way."""
+    """An initializer: the parameter that fills it, its shape, and whether it is the parameter transposed."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Traced:
     Attributes:
         model: The graph.
         spec: Its tensors.
-        slots: What fills each initializer, by the initializer's name.
+        slots: The parameter that fills each initializer, by the initializer's name.
     """
 
     model: ir.Model
@@ -73,10 +73,7 @@ def trace(module: nn.Module, spec: GraphSpec) -> Traced:
                 program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
             )
     except Exception as error:  # torch.export and the exporter raise a dozen kinds
-        reason = str(error).strip().splitlines()
-        raise ExportError(
-            f"the graph {spec.name} could not be traced ({reason[0] if reason else type(error).__name__})"
-        ) from error
+        raise ExportError(f"the graph {spec.name} could not be traced ({one_line(error)})") from error
     if onnx_program is None:
         raise ExportError(f"the graph {spec.name} could not be converted to ONNX")
     model = onnx_program.model
@@ -95,7 +92,7 @@ def _empty(spec: TensorSpec) -> torch.Tensor:
 
 
 def _dynamic(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
-    """Every axis of the spec as dynamic; the arguments beyond the module's named ones are gathered in ``*past``."""
+    """The dynamic axes of all arguments; those after the module's named arguments are one tuple, as in ``*past``."""
     named = [
         {index: torch.export.Dim.AUTO for index, dim in enumerate(tensor.dims) if isinstance(dim, Axis)}
         for tensor in spec.inputs
@@ -110,7 +107,7 @@ def _dynamic(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Mutes the exporter's notes on packages that it could use and torch's own deprecations."""
+    """Silences the exporter's notes on optional packages, and torch's own deprecation warnings."""
     names = (
         "torch.onnx._internal.exporter._registration",
         "torch._export.non_strict_utils",
@@ -153,7 +150,7 @@ def _renamed(size: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | N
 
 
 def _empty_initializers(graph: ir.Graph) -> dict[str, WeightSlot]:
-    """Takes the meta tensors out, so that no pass can ask for their values."""
+    """Removes the meta tensors from the initializers, so that no pass can read their values."""
     slots = {}
     for name, value in graph.initializers.items():
         shape = tuple(value.shape.numpy()) if value.shape is not None else ()
@@ -163,7 +160,7 @@ def _empty_initializers(graph: ir.Graph) -> dict[str, WeightSlot]:
 
 
 def _turn_transposed_weights(graph: ir.Graph, slots: dict[str, WeightSlot]) -> None:
-    """Replaces ``Transpose(weight)`` by a weight that is stored transposed, as MatMul reads it."""
+    """Replaces ``Transpose(weight)`` by a weight that is stored transposed."""
     for node in list(graph):
         if node.op_type != "Transpose" or node.inputs[0] is None or node.inputs[0].name not in slots:
             continue
@@ -186,7 +183,7 @@ def _turn_transposed_weights(graph: ir.Graph, slots: dict[str, WeightSlot]) -> N
 
 
 def _simplify(model: ir.Model) -> None:
-    """Folds constants and shapes, merges what is computed twice, drops what nobody reads."""
+    """Folds constants and shapes, merges common subexpressions and removes unused nodes."""
     optimizer.optimize_ir(model, num_iterations=2)
     _constant_reshapes(model.graph)  # last: the optimiser takes the 0 of a reshape for an empty axis
     passes.IdentityEliminationPass()(model)
@@ -197,10 +194,10 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _constant_reshapes(graph: ir.Graph) -> None:
-    """Writes a reshape's target as constants where at most one length cannot be copied or counted.
+    """Makes the target shape of a Reshape constant, where at most one length is neither known nor copied.
 
-    ONNX copies a length written 0 from the same axis of the input and works out one written -1, so that
-    ``[B, S, D]`` to ``[B, S, H, d]`` needs no arithmetic on shapes.
+    In ONNX, a length 0 is copied from the same axis of the input, and one length -1 is computed. So the reshape from
+    ``[B, S, D]`` to ``[B, S, H, d]`` needs no nodes that compute shapes.
     """
     for node in list(graph):
         if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:

@@ -1,4 +1,4 @@
-"""Parity: the exported graph and torch, on the same random inputs, through the session that ships."""
+"""Parity: compares exported graphs with torch on the same random inputs, in the runtime's own session."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ CASES: tuple[dict[str, int], ...] = (
     {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8, "instruction": 9, "text": 5},
     {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6, "instruction": 4, "text": 9},
 )
-"""Prefill, decode, a ragged batch, and the verification of a draft."""
+"""Prefill, a decode step, a ragged batch, and the verification of drafted tokens."""
 
 SEED = 20230130  # the day BLIP-2 appeared on arXiv
 
 
 def _ragged_mask(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, Array]) -> Array:
-    """Ones, with another number of padded slots on the left of every row but the first."""
+    """Ones, with a different number of padded slots on the left of every row but the first."""
     mask = np.ones(shape, np.int64)
     for row in range(1, shape[0]):
         mask[row, : min(row, shape[1] - 1)] = 0
@@ -52,18 +52,18 @@ def _ragged_mask(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, 
 
 
 def _positions(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
-    """Counted over the valid slots, as the runtime does."""
+    """Positions counted over the valid slots, as in the runtime."""
     positions: Array = np.maximum(drawn["attention_mask"].cumsum(axis=1) - 1, 0)
     return positions[:, -shape[1] :]
 
 
 def _counted(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, Array]) -> Array:
-    """From 0 on."""
+    """Positions from 0 on."""
     return np.broadcast_to(np.arange(shape[1]), shape).copy()
 
 
 def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
-    """The last slots, the very last among them."""
+    """Indices of the last tokens."""
     steps = drawn["position_ids" if "position_ids" in drawn else "input_ids"].shape[1]
     return np.broadcast_to(
         np.arange(steps - min(shape[1], steps), steps), (shape[0], min(shape[1], steps))
@@ -71,7 +71,7 @@ def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Arr
 
 
 def _cross_mask(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
-    """Keys ``[B, E]`` as padded texts are; or ``[B, S, E]``, what each slot looks at: at first nothing, then any."""
+    """Valid keys ``[B, E]`` of padded texts; or ``[B, S, E]``, where the first token attends to no key."""
     if len(shape) == 2:
         return _ragged_mask(rng, shape, drawn)
     mask = rng.integers(0, 2, shape)
@@ -81,7 +81,7 @@ def _cross_mask(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[s
 
 
 def _tokens(rng: np.random.Generator, shape: Sequence[int], _: Mapping[str, Array]) -> Array:
-    """Token ids that every vocabulary has."""
+    """Token ids that are in every vocabulary."""
     return rng.integers(0, 16, shape)
 
 
@@ -95,7 +95,7 @@ DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array
     "instruction_ids": _tokens,
     "instruction_mask": _ragged_mask,
 }
-"""How an input is drawn; any other is standard normal."""
+"""How inputs are drawn, by name; all others are standard normal."""
 
 
 def draw_inputs(spec: GraphSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, Array]:
@@ -111,31 +111,31 @@ def draw_inputs(spec: GraphSpec, sizes: Mapping[str, int], rng: np.random.Genera
 def cases_of(spec: GraphSpec) -> Iterator[dict[str, int]]:
     """The cases that differ for a graph, within its axes' ranges."""
     axes = spec.axes()
-    seen: list[dict[str, int]] = []
+    found: list[dict[str, int]] = []
     for case in CASES:
         sizes = {name: min(max(case[name], axis.min), axis.max) for name, axis in axes.items()}
-        if sizes not in seen:
-            seen.append(sizes)
+        if sizes not in found:
+            found.append(sizes)
             yield sizes
 
 
 def compare(
     make_module: Callable[[], nn.Module], graph: Path, spec: GraphSpec, precision: str, sample: str = ""
 ) -> list[Parity]:
-    """Runs a graph and its module on the same inputs, one after the other, so that memory holds one of them.
+    """Runs a graph and its torch module on the same inputs, one after the other: memory holds only one of them.
 
-    Where patches are merged, which pair is the nearest may hang on the last digit. So torch merges the pairs that the
-    graph chose, and each of those must be as near as the best by torch's own cosines, within a tolerance of its own.
+    Where patches are merged, the last digit may decide which pair is the most similar. So torch merges the pairs that
+    the graph chose, and each of them must be as similar as torch's best pair, within a tolerance of its own.
 
     Args:
-        make_module: Gives it in float32, with the checkpoint's weights.
+        make_module: Makes the module in float32, with the checkpoint's weights.
         graph: The ``.onnx`` file.
         spec: Its tensors, in its precision.
         precision: Chooses the tolerance.
-        sample: What part of the model this is; empty for the whole.
+        sample: The part of the model that is compared; empty for the whole model.
 
     Returns:
-        One result an output; the keys and values of all layers count as one output each.
+        A result for each output; the keys of all layers count as one output, and so do the values.
 
     Raises:
         ParityError: An output is further from torch than its tolerance, or not finite.
@@ -145,7 +145,7 @@ def compare(
         draw_inputs(spec, sizes, np.random.default_rng([SEED, index])) for index, sizes in enumerate(cases)
     ]
     with merging.with_choices(graph, spec) as (path, choices):
-        answers = _answers(OnnxRuntimeSession(path, lean=bool(sample)), spec, drawn)
+        answers = _outputs_of(OnnxRuntimeSession(path, lean=bool(sample)), spec, drawn)
     release_memory()
     module = make_module()
     worst: dict[str, tuple[float, float]] = {}
@@ -173,7 +173,7 @@ def compare(
 
 
 def tolerance_of(output: str, precision: str) -> float:
-    """How far an output may be from torch; the pairs that a graph merges have a bound of their own."""
+    """Largest allowed difference of an output; the choice of merged pairs has its own tolerance."""
     return (merging.TOLERANCES if output == merging.PAIRS else TOLERANCES)[precision]
 
 
@@ -186,10 +186,10 @@ def _group(name: str) -> str:
     return f"{parts[0]}.{parts[-1]}" if parts[0] in ("present", QUERIES) else name
 
 
-def _answers(
+def _outputs_of(
     session: OnnxRuntimeSession, spec: GraphSpec, drawn: Sequence[Mapping[str, Array]]
 ) -> list[dict[str, Array]]:
-    """What a graph gives for every case."""
+    """The outputs of a graph for every case."""
     return [
         session.run({tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in spec.inputs})
         for inputs in drawn
@@ -197,7 +197,7 @@ def _answers(
 
 
 def _reference(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """What torch gives for one."""
+    """The outputs of torch for one case."""
     with torch.no_grad():
         outputs = module(*(torch.from_numpy(array) for array in inputs.values()))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -206,19 +206,19 @@ def _reference(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Array]) 
 
 
 def _difference(got: Array, reference: Array) -> tuple[float, float]:
-    """The largest, and its share of the largest value; infinite where one is not finite."""
+    """Largest difference, absolute and as a share of the largest reference value; infinite where one is not finite."""
     difference = float(np.abs(got.astype(np.float32) - reference).max(initial=0.0))
     relative = difference / max(float(np.abs(reference).max(initial=0.0)), 1e-12)
     return (difference, relative) if relative == relative else (float("inf"), float("inf"))
 
 
 def sampled_layers(count: int) -> list[int]:
-    """First, middle and last of ``count`` layers; 0 alone where nothing is repeated."""
+    """First, middle and last of ``count`` layers; only 0 where no layer is repeated."""
     return sorted({0, count // 2, max(count - 1, 0)})
 
 
 def compare_whole(name: str, model: Model, directory: Path, traced: Traced, precision: str) -> list[Parity]:
-    """Parity of a whole graph.
+    """Compares a whole graph with torch.
 
     Args:
         name: The graph.
@@ -244,7 +244,7 @@ BF16_SAMPLE = "weights rounded to bf16, computed in fp32"
 
 @contextmanager
 def _bf16_twin(traced: Traced, read: Callable[[str], Tensor], directory: Path) -> Iterator[Path]:
-    """An FP32 graph with the rounded weights: ONNX Runtime's CPU kernels know no bf16."""
+    """An FP32 graph with weights rounded to bf16: ONNX Runtime has no bf16 CPU kernels."""
     data, graph = directory / ".twin.data", directory / ".twin.onnx"
     try:
         write_weights(traced, lambda name: read(name).to(torch.bfloat16), data, torch.float32)
@@ -258,17 +258,17 @@ def _bf16_twin(traced: Traced, read: Callable[[str], Tensor], directory: Path) -
 def compare_sample(
     name: str, config: Config, read: Callable[[str], Tensor], weights: Weights, precision: str
 ) -> list[Parity]:
-    """Parity of single layers, with all that stands before and after them, on the *published* weights.
+    """Compares single layers, with the nodes before and after them, using the weights of the bundle.
 
-    The same module, traced by the same code, with one layer of the stack: its initializers point into the file
-    that was written for the whole graph, so that what is run are the bytes that ship. Memory holds one layer.
+    The same module is traced by the same code with one layer of the stack. Its initializers refer to the file of the
+    whole graph, so the bytes of the bundle are what is run. Memory holds one layer.
 
     Args:
         name: The graph.
         config: The captioner.
-        read: Gives a parameter of the checkpoint by our name.
-        weights: The file beside the published graph, and where its tensors lie.
-        precision: Of the published graph.
+        read: Returns a parameter of the checkpoint by blip2edge's name.
+        weights: The file beside the graph, and the places of its tensors.
+        precision: The graph's precision.
 
     Raises:
         ParityError: See :func:`compare`.
@@ -315,7 +315,7 @@ def _meta_model(config: Config) -> Model:
 
 
 def _stack(name: str, model: Model) -> tuple[str, nn.ModuleList]:
-    """The layers that a graph repeats, and where they stand; none where it repeats none."""
+    """The path and the list of the layers that a graph repeats; empty where it repeats none."""
     modules = dict(GRAPHS[name].wrap(model).named_modules())
     for path in GRAPHS[name].stacks:
         found = modules.get(path)
@@ -325,7 +325,7 @@ def _stack(name: str, model: Model) -> tuple[str, nn.ModuleList]:
 
 
 def _cut(name: str, model: Model, layer: int) -> nn.Module:
-    """The graph's module with one layer left; twice where what a layer merges changes the next."""
+    """The graph's module with one layer; with two copies of it where a layer merges patches for the next one."""
     _, stack = _stack(name, model)
     if len(stack):
         kept = stack[layer]
@@ -340,7 +340,7 @@ def _copies(name: str, config: Config) -> int:
 
 
 def _one_layer_spec(name: str, config: Config) -> GraphSpec:
-    """With the keys and values of one layer; of a graph that is not cut, with all of them."""
+    """The spec with the keys and values of one layer; the whole spec of a graph that is not cut."""
     if name == VISION:
         config = replace(config, vision=replace(config.vision, num_layers=_copies(name, config)))
     whole = GRAPHS[name].spec(config)
@@ -350,7 +350,7 @@ def _one_layer_spec(name: str, config: Config) -> GraphSpec:
 
 
 def _first_layer(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Without the keys and values of any layer but the first."""
+    """The tensors without the keys and values of later layers."""
     return tuple(tensor for tensor in tensors if not LATER_LAYER.match(tensor.name))
 
 
@@ -358,14 +358,14 @@ LATER_LAYER = re.compile(rf"(past_key_values|present|cross|{QUERIES})\.[1-9]\d*\
 
 
 def _one_layer(name: str, config: Config, layer: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """The graph's module with one layer; what the graph does not need stays without weights."""
+    """The graph's module with one layer; parameters that the graph does not need stay without values."""
     module = _cut(name, _meta_model(config), layer)
     module.load_state_dict(state, assign=True, strict=False)
     return module
 
 
 def release_memory() -> None:
-    """Gives freed memory back to the system, where the C library can."""
+    """Returns freed memory to the system, where the C library can."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):  # not glibc: freed pages stay with the process

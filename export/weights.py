@@ -1,7 +1,7 @@
-"""Weights on their way from the checkpoint to the file beside a graph, one tensor at a time.
+"""Writes the weights of a graph to the file beside it, one tensor at a time; and the token table.
 
-Memory holds one tensor, whatever the model's size: it is read from the mapped checkpoint, turned, cast, hashed
-and written, and then forgotten.
+Memory holds one tensor, whatever the model's size: it is read from the mapped checkpoint, transposed, cast, hashed,
+written and released.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.safetensors_file import SafetensorsFile, StoredTensor, write_safetensors
+from blip2edge.bundle.schema import EMBEDDINGS_TENSOR
 from blip2edge.errors import ExportError
 from blip2edge.export.to_onnx import Traced, WeightSlot
 
 PAGE = 4096  # bytes: a large tensor starts on one, so that a runtime can map it
 LINE = 64  # bytes: a small one starts on a cache line
 LARGE = 1 << 20  # bytes
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor lies in the file beside a graph."""
+    """The place of a tensor in the file beside a graph."""
 
     offset: int  # bytes
     length: int  # bytes
@@ -35,7 +38,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Weights:
-    """A graph's written weights."""
+    """The written weights of a graph: the file, its record, and the place of each tensor."""
 
     file: Path
     record: FileRecord
@@ -52,8 +55,8 @@ def write_weights(
     """Writes every weight of a graph to ``file`` and points the graph there.
 
     Args:
-        traced: A graph whose weights are still empty.
-        read: Gives a parameter of the checkpoint by our name.
+        traced: A graph without weights.
+        read: Returns a parameter of the checkpoint by blip2edge's name.
         file: The file beside the graph.
         dtype: dtype of the floating weights.
         progress: Called with tensors done and tensors in all.
@@ -84,23 +87,23 @@ def write_weights(
 
 
 def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> memoryview:
-    """The bytes of a weight as its graph reads it: turned, cast, contiguous; bf16 as its 16-bit patterns.
+    """The bytes of a weight as its graph reads it: transposed, cast, contiguous; bf16 as its 16-bit patterns.
 
     Raises:
-        ExportError: It holds values that are not finite, or that the dtype cannot hold.
+        ExportError: It has values that are not finite, or that are too large for the dtype.
     """
-    turned = (tensor.t() if slot.transposed else tensor).to(dtype).contiguous()
-    if tensor.is_floating_point() and not bool(torch.isfinite(turned.sum(dtype=torch.float32))):
+    converted = (tensor.t() if slot.transposed else tensor).to(dtype).contiguous()
+    if tensor.is_floating_point() and not bool(torch.isfinite(converted.sum(dtype=torch.float32))):
         _explain_not_finite(tensor, slot, dtype)
-    return (turned.view(torch.int16) if dtype == torch.bfloat16 else turned).numpy().data.cast("B")
+    return (converted.view(torch.int16) if dtype == torch.bfloat16 else converted).numpy().data.cast("B")
 
 
 def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> None:
-    """A sum may overflow where no element does, so that only now every element is looked at."""
+    """Raises ExportError for a value that is not finite; the sum alone may overflow where no element does."""
     if not bool(torch.isfinite(tensor).all()):
         raise ExportError(
             f"the weight {slot.parameter} holds values that are not finite",
-            "mend the checkpoint: training diverged",
+            "use another checkpoint: the training of this one diverged",
         )
     largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
     if largest > limit:
@@ -111,7 +114,7 @@ def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) ->
 
 
 def point_at(traced: Traced, file: Path, placed: Mapping[str, Placed]) -> None:
-    """Makes the initializers of a graph refer to their places in ``file``."""
+    """Makes the initializers of a graph refer to ``file``."""
     for name in traced.slots:
         value = traced.model.graph.initializers[name]
         if value.dtype is None or value.shape is None:
@@ -126,7 +129,7 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
     """Reads every written weight back and compares it with the checkpoint's.
 
     Returns:
-        How many were compared.
+        The number of weights.
 
     Raises:
         ExportError: One differs.
@@ -140,3 +143,35 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
             if written != wanted:
                 raise ExportError(f"{weights.file} does not hold the weight {name} as the checkpoint has it")
     return len(traced.slots)
+
+
+def write_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dtype) -> None:
+    """Writes a table.
+
+    Args:
+        table: ``[V, D]``, as the checkpoint has it.
+        parameter: Its name, for errors.
+        path: The file.
+        dtype: float32, float16 or bfloat16.
+
+    Raises:
+        ExportError: A value is not finite, or does not fit the dtype.
+        OSError: The disk is full.
+    """
+    stored = StoredTensor(SAFETENSORS_DTYPES[dtype], tuple(table.shape))
+    write_safetensors(path, {EMBEDDINGS_TENSOR: stored}, [_bytes(table, parameter, dtype)])
+
+
+def check_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dtype) -> None:
+    """Reads a written table back and compares it with the checkpoint's.
+
+    Raises:
+        ExportError: It differs.
+    """
+    written = SafetensorsFile(path).array(EMBEDDINGS_TENSOR)
+    if hashlib.sha256(written.data).digest() != hashlib.sha256(_bytes(table, parameter, dtype)).digest():
+        raise ExportError(f"{path} does not hold the weight {parameter} as the checkpoint has it")
+
+
+def _bytes(table: Tensor, parameter: str, dtype: torch.dtype) -> memoryview:
+    return to_bytes(table, WeightSlot(parameter, tuple(table.shape)), dtype)

@@ -1,1 +1,1 @@
-"""The torch side: one module an architectural block, and the checkpoints they are read from."""
+"""The models in PyTorch, and the checkpoints that they are read from and written to."""

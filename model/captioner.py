@@ -1,4 +1,4 @@
-"""The whole captioner in torch: what is trained, what is exported, and the reference that parity is held to."""
+"""The captioner in PyTorch. Training and export use it, and exported graphs are checked against it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.bridges.draft import DraftHead
 from blip2edge.model.bridges.registry import build_bridge
+from blip2edge.model.bridges.text_head import TextHead
 from blip2edge.model.config import CaptionerConfig, QFormerConfig
 from blip2edge.model.language.registry import language_of
 from blip2edge.model.vision.vit import VisionTransformer
 
 
 class CaptionerModel(nn.Module):
-    """Vision encoder, bridge and language model; and the text head of the bridge, where the checkpoint has one."""
+    """Vision encoder, bridge and language model, and the text head of the Q-Former if the checkpoint has one."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
@@ -23,19 +23,19 @@ class CaptionerModel(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.bridge = build_bridge(config.bridge, config.language)
         self.language = language_of(config.language.kind).build(config.language)
-        self.draft: DraftHead | None = None
+        self.draft: TextHead | None = None
         if config.draft is not None and isinstance(config.bridge, QFormerConfig):
-            self.draft = DraftHead(config.draft, config.bridge)
+            self.draft = TextHead(config.draft, config.bridge)
 
     def visual_tokens(self, pixel_values: Tensor, *instruction: Tensor) -> Tensor:
         """``pixel_values [B, 3, H, W]`` to ``[B, Q, D]``.
 
-        Where an instruction enters the bridge, its ids and its mask follow, int64 ``[B, T]`` each.
+        If the bridge reads an instruction, ``instruction`` is its ids and its mask, int64 ``[B, T]`` each.
         """
         return self.bridge(self.vision(pixel_values), *instruction)
 
     def forward(self, visual_tokens: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """Logits of a text behind its visual tokens (teacher forcing).
+        """Logits of a text after its visual tokens (teacher forcing).
 
         Args:
             visual_tokens: ``[B, Q, D]``.
@@ -50,10 +50,10 @@ class CaptionerModel(nn.Module):
         text = torch.ones_like(token_ids) if token_mask is None else token_mask
         mask = torch.cat([text.new_ones(batch, queries), text], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        asked = torch.arange(queries, embeds.shape[1], device=embeds.device).expand(batch, -1)
-        logits, _ = self.language(embeds, mask, positions, asked)
+        text_slots = torch.arange(queries, embeds.shape[1], device=embeds.device).expand(batch, -1)
+        logits, _ = self.language(embeds, mask, positions, text_slots)
         return logits
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every parameter's name and shape; works on the meta device too."""
+        """Name and shape of every parameter; also works on the meta device."""
         return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}

@@ -1,99 +1,39 @@
-"""Shapes of every block, validated at the door.
+"""Configs of the models: sizes and variants of every part, checked when they are made.
 
-The dataclasses hold what the modules need and nothing else; the ``from_hf`` readers know the names and the
-defaults of transformers' ``config.json``.
+A config holds only what the modules need. ``from_hf`` reads the section of transformers' ``config.json``, with
+transformers' defaults; ``to_hf`` writes it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.layers import ACTIVATIONS
+from blip2edge.model.config_json import Fields, Key, check_heads, transformer_keys, write_keys
 from blip2edge.model.vision.token_merging import merged_counts
 
-if TYPE_CHECKING:
-    from blip2edge.model.bridges.draft import DraftConfig
+VISION_KEYS = (
+    *transformer_keys(1408, 6144, 39, 16),
+    Key("image_size", "image_size", "integer", 224),
+    Key("patch_size", "patch_size", "integer", 14),
+    Key("activation", "hidden_act", "activation", "gelu"),
+    Key("norm_eps", "layer_norm_eps", "number", 1e-6),
+    Key("qkv_bias", "qkv_bias", "flag", True),
+)
+"""``vision_config`` with the defaults of transformers' Blip2VisionConfig."""
 
-
-class Fields:
-    """A section of ``config.json``, read key by key with the section named in what goes wrong."""
-
-    def __init__(self, section: str, values: Any) -> None:
-        if not isinstance(values, Mapping):
-            raise CheckpointError(
-                f"config.json: {section} must be an object, not {type(values).__name__}",
-                "save the checkpoint again with transformers' save_pretrained",
-            )
-        self.section = section
-        self.values: Mapping[str, Any] = values
-
-    def integer(self, key: str, default: int | None) -> int:
-        """A positive integer."""
-        value = self._get(key, default)
-        if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(
-                f"config.json: {self.section}.{key} must be a positive integer, not {value!r}"
-            )
-        return value
-
-    def number(self, key: str, default: float | None) -> float:
-        """A finite number."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a finite number, not {value!r}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be true or false, not {value!r}")
-        return value
-
-    def activation(self, key: str, default: str) -> str:
-        """The name of an activation that :data:`ACTIVATIONS` knows."""
-        value = self._get(key, default)
-        if value not in ACTIVATIONS:
-            raise CheckpointError(
-                f"config.json: {self.section}.{key} is {value!r}, which is not one of {', '.join(sorted(ACTIVATIONS))}"
-            )
-        return str(value)
-
-    def token_id(self, key: str, default: int | None) -> int | None:
-        """A token id; None where there is none, which some configs write as a negative number."""
-        ids = self.token_ids(key, default)
-        if len(ids) > 1:
-            raise CheckpointError(f"config.json: {self.section}.{key} must be one token id, not {len(ids)}")
-        return ids[0] if ids else None
-
-    def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
-        """One token id or a list of them."""
-        value = self.values.get(key, default)
-        ids = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a token id, not {value!r}")
-        return tuple(token for token in ids if token >= 0)
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(key, default)
-        if value is None:
-            value = default
-        if value is None:
-            raise CheckpointError(f"config.json: {self.section} has no {key}")
-        return value
-
-
-def check_heads(section: str, width: int, heads: int) -> None:
-    """Raises CheckpointError unless ``heads`` divides ``width``."""
-    if width % heads:
-        raise CheckpointError(f"config.json: {section}: {heads} heads do not divide a width of {width}")
+CLIP_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""Defaults of transformers' CLIPVisionConfig where they differ from :data:`VISION_KEYS`."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +44,9 @@ class VisionConfig:
         qkv_bias: Queries, keys and values have biases.
         clip: As OpenAI's CLIP: a norm before the blocks, patches without a bias, and class token and positions as
             ``[D]`` and ``[P, D]``. Else EVA-CLIP as BLIP-2 holds it.
-        post_norm: A norm behind the blocks.
-        keep_class: The class token is handed on, before the patches.
-        merge_tokens: Patches that are merged in each layer (``token_merging.py``); no checkpoint says so.
+        post_norm: There is a norm after the blocks.
+        keep_class: The class token stays in the output, before the patches.
+        merge_tokens: Patches merged in each layer (``token_merging.py``). Not part of a checkpoint.
     """
 
     hidden_size: int
@@ -137,57 +77,36 @@ class VisionConfig:
 
     @property
     def num_embeds(self) -> int:
-        """What is handed on: patches as far as they are not merged, and the class token where it is kept."""
+        """Rows of the output: the patches left after merging, and the class token if it is kept."""
         merged = merged_counts(self.num_positions - 1, self.num_layers, self.merge_tokens)
         return self.num_positions - sum(merged) - (not self.keep_class)
 
     @classmethod
     def from_clip(cls, values: Any) -> VisionConfig:
-        """Reads a CLIP ``vision_config``; all its blocks, no norm behind them."""
+        """Reads a CLIP ``vision_config``. The result has all blocks and no norm after them."""
         f = Fields("vision_config", values)
-        return cls(
-            hidden_size=f.integer("hidden_size", 768),
-            intermediate_size=f.integer("intermediate_size", 3072),
-            num_layers=f.integer("num_hidden_layers", 12),
-            num_heads=f.integer("num_attention_heads", 12),
-            image_size=f.integer("image_size", 224),
-            patch_size=f.integer("patch_size", 32),
-            activation=f.activation("hidden_act", "quick_gelu"),
-            norm_eps=f.number("layer_norm_eps", 1e-5),
-            clip=True,
-            post_norm=False,
-        )
+        keys = (key for key in VISION_KEYS if key.name != "qkv_bias")
+        return cls(**f.read(keys, CLIP_VISION_DEFAULTS), clip=True, post_norm=False)
 
     @classmethod
     def from_hf(cls, values: Any) -> VisionConfig:
         """Reads ``vision_config`` of a BLIP-2 ``config.json``."""
-        f = Fields("vision_config", values)
-        return cls(
-            hidden_size=f.integer("hidden_size", 1408),
-            intermediate_size=f.integer("intermediate_size", 6144),
-            num_layers=f.integer("num_hidden_layers", 39),
-            num_heads=f.integer("num_attention_heads", 16),
-            image_size=f.integer("image_size", 224),
-            patch_size=f.integer("patch_size", 14),
-            activation=f.activation("hidden_act", "gelu"),
-            norm_eps=f.number("layer_norm_eps", 1e-6),
-            qkv_bias=f.flag("qkv_bias", True),
-        )
+        return cls(**Fields("vision_config", values).read(VISION_KEYS))
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
-        return {
-            "model_type": "clip_vision_model" if self.clip else "blip_2_vision_model",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "hidden_act": self.activation,
-            "layer_norm_eps": self.norm_eps,
-            "qkv_bias": self.qkv_bias,
-        }
+        model_type = "clip_vision_model" if self.clip else "blip_2_vision_model"
+        return {"model_type": model_type, **write_keys(self, VISION_KEYS)}
+
+
+QFORMER_KEYS = (
+    *transformer_keys(768, 3072, 12, 12),
+    Key("cross_attention_frequency", "cross_attention_frequency", "integer", 2),
+    Key("activation", "hidden_act", "activation", "gelu"),
+    Key("norm_eps", "layer_norm_eps", "number", 1e-12),
+    Key("dropout", "hidden_dropout_prob", "number", 0.1),
+)
+"""``qformer_config`` with the defaults of transformers' Blip2QFormerConfig."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +128,7 @@ class QFormerConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
         return self.num_query_tokens
 
     def __post_init__(self) -> None:
@@ -218,47 +137,32 @@ class QFormerConfig:
     @classmethod
     def from_hf(cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int) -> QFormerConfig:
         """Reads ``qformer_config`` of a BLIP-2 ``config.json``."""
-        f = Fields("qformer_config", values)
         return cls(
-            hidden_size=f.integer("hidden_size", 768),
-            intermediate_size=f.integer("intermediate_size", 3072),
-            num_layers=f.integer("num_hidden_layers", 12),
-            num_heads=f.integer("num_attention_heads", 12),
             num_query_tokens=num_query_tokens,
             encoder_hidden_size=encoder_hidden_size,
-            cross_attention_frequency=f.integer("cross_attention_frequency", 2),
-            activation=f.activation("hidden_act", "gelu"),
-            norm_eps=f.number("layer_norm_eps", 1e-12),
-            dropout=f.number("hidden_dropout_prob", 0.1),
+            **Fields("qformer_config", values).read(QFORMER_KEYS),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
         return {
             "model_type": "blip_2_qformer",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
+            **write_keys(self, QFORMER_KEYS),
             "encoder_hidden_size": self.encoder_hidden_size,
-            "cross_attention_frequency": self.cross_attention_frequency,
-            "hidden_act": self.activation,
-            "layer_norm_eps": self.norm_eps,
-            "hidden_dropout_prob": self.dropout,
             "attention_probs_dropout_prob": self.dropout,
         }
 
 
 class BridgeConfig(Protocol):
-    """What the rest of the project asks of any bridge's config."""
+    """What every bridge's config has."""
 
     @property
     def kind(self) -> str:
-        """The row of ``bridges.py``."""
+        """Key in ``bridges/registry.py``."""
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
 
     def to_hf(self) -> dict[str, Any]:
         """Its section of a ``config.json``."""
@@ -266,7 +170,7 @@ class BridgeConfig(Protocol):
 
 @dataclass(frozen=True)
 class NoBridge:
-    """The decoder looks at the patches themselves (BLIP); a picture takes no slots among the text's."""
+    """No bridge: the decoder attends to the patches directly (BLIP), and a picture adds no tokens to the text."""
 
     kind = "none"
     num_visual_tokens = 0
@@ -277,7 +181,7 @@ class NoBridge:
 
 
 class LanguageConfig(Protocol):
-    """What the rest of the project asks of any language model's config."""
+    """What every language model's config has."""
 
     @property
     def kind(self) -> str:
@@ -289,7 +193,7 @@ class LanguageConfig(Protocol):
 
     @property
     def hidden_size(self) -> int:
-        """Width inside, and of a bridge's projection."""
+        """Width of the layers, and of the output of a bridge's projection."""
 
     @property
     def embed_dim(self) -> int:
@@ -309,22 +213,69 @@ class LanguageConfig(Protocol):
 
     @property
     def max_positions(self) -> int:
-        """Longest context: visual tokens, prompt and caption."""
+        """Longest context in tokens: visual tokens, prompt and caption."""
 
     @property
     def tie_embeddings(self) -> bool:
-        """Whether the head is the token table."""
+        """Whether the head shares the weight of the token table."""
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the prompt goes to an encoder."""
+        """Whether an encoder reads the prompt."""
 
     @property
     def cross(self) -> CrossSpec | None:
-        """What the decoder looks at beside its own text."""
+        """What the decoder attends to besides its own text; None for nothing."""
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` of a ``config.json``."""
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Content of ``draft.json``. The other sizes are those of the Q-Former.
+
+    Attributes:
+        vocab_size: Rows of the word table, [DEC] included; its tokenizer is ``draft_tokenizer.json``.
+        max_positions: Rows of the position table, and so the longest text, [DEC] included.
+        dec_token_id: [DEC], first token of every text.
+        end_token_id: Ends a text.
+        pad_token_id: Fills up the shorter rows of a batch.
+    """
+
+    vocab_size: int
+    max_positions: int
+    dec_token_id: int
+    end_token_id: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        ids = {"dec": self.dec_token_id, "end": self.end_token_id, "pad": self.pad_token_id}
+        for name, token_id in ids.items():
+            if not 0 <= token_id < self.vocab_size:
+                raise CheckpointError(
+                    f"draft.json: {name}_token_id {token_id} is not below vocab_size {self.vocab_size}"
+                )
+
+    @classmethod
+    def from_json(cls, values: Any) -> DraftConfig:
+        """Reads ``draft.json``.
+
+        Raises:
+            CheckpointError: A key is missing or has a wrong value.
+        """
+        f = Fields("draft.json", values)
+        ids: dict[str, int] = {}
+        for name in ("dec_token_id", "end_token_id", "pad_token_id"):
+            token_id = f.token_id(name, None)
+            if token_id is None:
+                raise CheckpointError(f"draft.json has no {name}")
+            ids[name] = token_id
+        return cls(f.integer("vocab_size", None), f.integer("max_positions", None), **ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_json`."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -334,10 +285,10 @@ class CaptionerConfig:
     Attributes:
         bos_token_id: Begins every text after the visual tokens.
         eos_token_ids: Any of them ends a caption.
-        image_token_id: Stands for a visual token in transformers' ``input_ids``; the repetition penalty sees it.
-        decoder_start_token_id: What the decoder of an encoder-decoder model begins with.
-        family: Its row of ``families.py``.
-        frames: Pictures an item: 1, or the frames of a video.
+        image_token_id: Stands for a visual token in transformers' ``input_ids``; the repetition penalty counts it.
+        decoder_start_token_id: First token of the decoder of an encoder-decoder model.
+        family: Key in ``families/registry.py``.
+        frames: Pictures per item: 1, or the frames of a video.
         draft: The text head of its Q-Former, where the checkpoint has one.
     """
 

@@ -1,4 +1,4 @@
-"""What a model's parts have in common, whatever they are made of: what is trained, traced and run by name."""
+"""Base classes of the language models and of the matchers: the methods that training and export call."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from blip2edge.model.layers import KeyValue
 
 
-class Decoder(nn.Module):
-    """A language model, embeddings in, logits and the grown cache out: what every kind of them has.
+class DecoderModule(nn.Module):
+    """A language model: takes embeddings and the KV cache, gives logits and the extended cache.
 
     The decoder contract, ``forward``:
 
@@ -19,13 +19,13 @@ class Decoder(nn.Module):
         attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
         position_ids: int64 ``[B, S]``, counted from 0.
         logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
-        past: A pair of ``[B, H, P, d]`` a layer, with the heads of the cache; None for an empty one.
-        cross: Where it looks at more than its text: two of ``[B, H, E, d]`` a layer that looks, from
-            :meth:`cross_key_values`.
-        cross_attention_mask: int64 ``[B, E]``, 1 where a state is valid, or ``[B, S, E]``, 1 where a slot looks
-            (:data:`blip2edge.bundle.schema.CROSS_MASKS`); None for all.
+        past: A pair of ``[B, H, P, d]`` per layer, with the heads of the cache; None for an empty one.
+        cross: Keys and values of cross-attention, two of ``[B, H, E, d]`` per layer that has it, from
+            :meth:`cross_key_values`; empty without cross-attention.
+        cross_attention_mask: int64 ``[B, E]``, 1 where a state is valid, or ``[B, S, E]``, 1 where a token
+            attends to a state (:data:`blip2edge.bundle.schema.CROSS_MASKS`); None for all.
 
-    It gives ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` a layer.
+    It returns ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` per layer.
     """
 
     embed_tokens: nn.Embedding
@@ -36,19 +36,25 @@ class Decoder(nn.Module):
         return self.embed_tokens(token_ids)
 
     def encode(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What its encoder reads (``Language.encoder_inputs``) to states ``[B, E, D]``; of those that have one."""
+        """Runs the encoder on its inputs (``Language.encoder_inputs``); returns states ``[B, E, D]``.
+
+        Only encoder-decoder models have it.
+        """
         raise NotImplementedError
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` a layer that looks at more than the text; where one does."""
+        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` per layer with cross-attention.
+
+        Only models with cross-attention have it.
+        """
         raise NotImplementedError
 
 
-class Matcher(nn.Module):
-    """What compares a picture with a text."""
+class MatcherModule(nn.Module):
+    """Compares a picture with a text."""
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to ``[B, K, F]`` of length 1; the one that is nearest to the text counts."""
+        """``[B, P, Dv]`` to ``[B, K, F]`` of length 1; the one nearest to the text counts."""
         raise NotImplementedError
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -56,5 +62,5 @@ class Matcher(nn.Module):
         raise NotImplementedError
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, 2]``: apart, together; of those that have such a head."""
+        """Logits ``[B, 2]``: do not match, match. Only models with an ITM head have it."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What every block of the family is made of: heads, scores, masks, activations."""
+"""Building blocks that all models share: attention, masks, norms, activations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ KeyValue = tuple[Tensor, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
 MASKED = -3.0e4
-"""Score added where a query may not look.
+"""Score added where a query must not attend to a key.
 
-Finite in fp16 (largest 65504), so that a row with nothing to look at (padding) stays finite; and far enough
+Finite in fp16 (largest 65504), so that a row with no valid key (padding) stays finite; and far enough
 down that its weight is exactly 0 in fp32: exp(x) underflows below x = -104.
 """
 
@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def stack(layers: Iterable[Module]) -> Sequence[Module]:
-    """Layers one behind the other: a ``ModuleList`` that is known by what it holds."""
+    """A ``ModuleList`` of layers, typed by the class of its layers."""
     return cast("Sequence[Module]", nn.ModuleList(layers))
 
 
@@ -117,16 +117,16 @@ def key_mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Bias of a decoder: a slot sees itself and the valid slots before it.
+    """Bias of a decoder: a slot attends to itself and to the valid slots before it.
 
-    A padded slot sees itself as well, and nothing else: were it all hidden, its weights would hang on the last digits
-    of scores near :data:`MASKED`, and no two runtimes would agree on what nobody reads.
+    A padded slot attends to itself only. If all its keys were hidden, its weights would depend on rounding of scores
+    near :data:`MASKED`, and runtimes would differ in these unused outputs.
 
     Args:
         mask: int64 ``[B, P + S]``, 1 where a slot is valid.
-        steps: S, how many of the last slots ask.
+        steps: S, how many of the last slots are queries.
         dtype: dtype of the scores.
-        window: How many slots a slot sees, its own included; None for all.
+        window: How many slots a slot attends to, itself included; None for all.
 
     Returns:
         ``[B, 1, S, P + S]``.
@@ -134,11 +134,11 @@ def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None
     total = mask.shape[1]
     slots = torch.arange(total, device=mask.device)
     # Not slots[total - steps:]: a slice makes the exporter fix the length.
-    asking = torch.arange(steps, device=mask.device) + (total - steps)
-    out = slots[None, :] > asking[:, None]  # [S, P + S]
+    queries = torch.arange(steps, device=mask.device) + (total - steps)
+    out = slots[None, :] > queries[:, None]  # [S, P + S]
     if window is not None:
-        out = out | (slots[None, :] <= asking[:, None] - window)
-    padded = (mask == 0)[:, None, :] & (slots[None, :] != asking[:, None])[None]
+        out = out | (slots[None, :] <= queries[:, None] - window)
+    padded = (mask == 0)[:, None, :] & (slots[None, :] != queries[:, None])[None]
     hidden = out[None] | padded  # [B, S, P + S]
     return (hidden.to(dtype) * MASKED)[:, None]
 

@@ -1,4 +1,4 @@
-"""Any model of the family, and how it is built of its config."""
+"""Builds any supported model from its config."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from blip2edge.model.vision.token_merging import most_merged
 Config = CaptionerConfig | RetrievalConfig
 Model = CaptionerModel | RetrievalModel
 
-READS_IN_ORDER = ("mlp",)
-"""Bridges behind which patches stand in the text one by one; every other reads them as a set."""
+ORDERED_BRIDGES = ("mlp",)
+"""Bridges that keep the order of the patches in the text. All others read the patches as a set."""
 
 
 def build_model(config: Config) -> Model:
-    """A captioner, or a model that compares; on the device that torch makes tensors on."""
+    """A captioner or a retrieval model, on torch's default device."""
     return RetrievalModel(config) if isinstance(config, RetrievalConfig) else CaptionerModel(config)
 
 
 def with_merged_tokens(config: Config, tokens: int) -> Config:
-    """The same model, merging so many patches in each layer of its vision encoder.
+    """The same model with token merging in its vision encoder.
 
     Args:
-        config: Of a model without merging.
-        tokens: Patches that disappear in a layer; 0 leaves the config as it is.
+        config: Config of a model without token merging.
+        tokens: Patches merged away in each layer; 0 leaves the config as it is.
 
     Raises:
-        UsageError: Fewer than none, more than the vision encoder has, or the language model reads the patches in
-            their order, which merging does not keep.
+        UsageError: The number is negative or too large for the vision encoder, or the bridge needs the order of
+            the patches, which merging does not keep.
     """
     if tokens == 0:
         return config
     patches, layers = config.vision.num_positions - 1, config.vision.num_layers
     most = most_merged(patches, layers)
-    if isinstance(config, CaptionerConfig) and config.bridge.kind in READS_IN_ORDER:
+    if isinstance(config, CaptionerConfig) and config.bridge.kind in ORDERED_BRIDGES:
         raise UsageError(
-            f"--merge-tokens {tokens} would put patches out of their order, and the language model of a "
-            f"{config.family} with an {config.bridge.kind} bridge reads them in it",
+            f"--merge-tokens {tokens} changes the order of the patches, and the language model of a "
+            f"{config.family} with an {config.bridge.kind} bridge needs that order",
             "leave --merge-tokens out",
         )
     if not 0 < tokens <= most:

@@ -1,7 +1,7 @@
 """Models that compare a picture with a text: BLIP and BLIP-2 with their two heads, CLIP with one.
 
-Image-text contrast (ITC) compares two vectors of one space; image-text matching (ITM) reads the text with the
-picture in view and says how likely they belong together (Li et al., arXiv 2107.07651, section 3.2; arXiv 2301.12597,
+Image-text contrast (ITC) compares two vectors of one space; image-text matching (ITM) reads picture and
+text together and predicts whether they match (Li et al., arXiv 2107.07651, section 3.2; arXiv 2301.12597,
 section 3.1).
 """
 
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from blip2edge.model.bridges.instruct import InstructedQFormer
 from blip2edge.model.config import VisionConfig
-from blip2edge.model.interfaces import Matcher
+from blip2edge.model.interfaces import MatcherModule
 from blip2edge.model.language.bert import BertEncoder
+from blip2edge.model.language.clip_text import ClipText
 from blip2edge.model.layers import Unit, key_mask_bias
-from blip2edge.model.vision.clip import ClipMatcher
 from blip2edge.model.vision.vit import VisionTransformer
 
 
 class TextConfig(Protocol):
-    """What a text side's config must tell; its kind is a row of :data:`MATCHERS`."""
+    """What the config of every text encoder has."""
 
     @property
     def kind(self) -> str:
-        """The row of :data:`MATCHERS`."""
+        """Key of :data:`MATCHERS`."""
 
     @property
     def vocab_size(self) -> int:
@@ -43,12 +43,12 @@ class RetrievalConfig:
     """A model that compares pictures with texts.
 
     Attributes:
-        text: What reads the text.
-        embed_dim: Width F of the space that both sides are projected to.
+        text: Config of the text encoder.
+        embed_dim: Width F of the space that picture and text are projected to.
         max_positions: Longest text, in tokens.
-        num_features: Vectors of a picture: one a query in BLIP-2, else one.
+        num_features: Vectors per picture: one per query in BLIP-2, else one.
         has_match: Whether it has an ITM head.
-        family: Its row of ``families.py``.
+        family: Key in ``families/registry.py``.
     """
 
     vision: VisionConfig
@@ -67,8 +67,8 @@ class RetrievalConfig:
         return self.text.vocab_size
 
 
-class BlipMatcher(Matcher):
-    """BLIP: the class token, and a BERT that reads the text with or without the patches in view."""
+class BlipMatcher(MatcherModule):
+    """BLIP: the class token, and a BERT that reads the text with or without attention to the patches."""
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
@@ -88,15 +88,15 @@ class BlipMatcher(Matcher):
         return self.unit(self.text_projection(self.encoder(input_ids, attention_mask)[:, 0]))
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, 2]``: apart, together."""
+        """Logits ``[B, 2]``: do not match, match."""
         return self.match_head(self.encoder(input_ids, attention_mask, image_embeds)[:, 0])
 
 
 class RetrievalQFormer(InstructedQFormer):
-    """The Q-Former of BLIP-2's first stage: it reads a picture, a text, or a text with the picture in view."""
+    """The Q-Former of BLIP-2's first stage: it reads a picture, a text, or both together."""
 
     def read_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, S, D]``; the queries are out of sight."""
+        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, S, D]``; it does not attend to the queries."""
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         text: Tensor = self.norm(self.word_embeddings(input_ids) + self.position_embeddings(slots))
         text = self.dropout(text)
@@ -106,8 +106,8 @@ class RetrievalQFormer(InstructedQFormer):
         return text
 
 
-class Blip2Matcher(Matcher):
-    """BLIP-2: a vector a query, of which the nearest to the text counts; matching is the mean over the queries."""
+class Blip2Matcher(MatcherModule):
+    """BLIP-2: one vector per query; the nearest to the text counts. The ITM logits are the mean over the queries."""
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
@@ -128,21 +128,41 @@ class Blip2Matcher(Matcher):
         return self.unit(self.text_projection(states[:, 0]))
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, 2]``: apart, together."""
+        """Logits ``[B, 2]``: do not match, match."""
         queries = self.qformer(image_embeds, input_ids, attention_mask)  # [B, Q, D]
         return self.match_head(queries).mean(dim=1)
 
 
-MATCHERS: dict[str, Callable[[RetrievalConfig], Matcher]] = {
+class ClipMatcher(MatcherModule):
+    """CLIP: one vector of the class token, one of the text's end token, and no ITM head."""
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        super().__init__()
+        text: Any = config.text
+        self.text = ClipText(text)
+        self.image_projection = nn.Linear(config.vision.hidden_size, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.embed_dim, bias=False)
+        self.unit = Unit()
+
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """``[B, P, Dv]`` to ``[B, 1, F]`` of length 1."""
+        return self.unit(self.image_projection(image_embeds[:, :1]))
+
+    def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
+        return self.unit(self.text_projection(self.text(input_ids, attention_mask)))
+
+
+MATCHERS: dict[str, Callable[[RetrievalConfig], MatcherModule]] = {
     "blip_text_model": BlipMatcher,
     "clip_text_model": ClipMatcher,
     "instructed-qformer": Blip2Matcher,
 }
-"""How picture and text are compared, by the kind of the text side's config."""
+"""Class of the matcher, by the kind of the text encoder's config."""
 
 
 class RetrievalModel(nn.Module):
-    """Vision encoder and what compares its picture with a text."""
+    """Vision encoder and matcher."""
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
@@ -151,5 +171,5 @@ class RetrievalModel(nn.Module):
         self.matcher = MATCHERS[config.text.kind](config)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every parameter's name and shape; works on the meta device too."""
+        """Name and shape of every parameter; also works on the meta device."""
         return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}

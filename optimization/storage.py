@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from blip2edge.bundle.integrity import FileRecord
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, one_line
 from blip2edge.runtime.backends.onnxruntime_cpu import PROVIDERS, SLOW_FUSIONS
 
 SMALLEST = 1024  # bytes of an initializer that goes to the data file
@@ -49,9 +49,8 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
             str(rewritten), options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
-        reason = str(error).strip().splitlines()[0]
         raise BackendError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load the optimised {name} ({reason})",
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the optimised {name} ({one_line(error)})",
             "run the bundle as it is: leave the optimisation out with --no-optimize",
         ) from error
     return optimized
@@ -68,7 +67,7 @@ def write_copy(
     Args:
         optimized: The graph.
         parent: The portable graph's file.
-        target: The copy's directory, as it is being written.
+        target: The directory that becomes the copy.
         name: The graph's name.
         within: The copy's path inside the bundle; None where it is elsewhere and shares no weights.
 

@@ -160,7 +160,7 @@ class LoopConfig:
     snapshot_every: int = 500
     """Steps between two snapshots. An interrupted run resumes from the newest."""
     log_every: int = 0
-    """Steps between two lines of the log; 0: about 200 lines a phase."""
+    """Steps between two lines of the log; 0: about 200 lines for each phase."""
     cache_features: bool = False
     """Cache the frozen picture encoder's output on disk. Each picture is then encoded once, for all runs."""
     features_dtype: str = "float32"
@@ -253,7 +253,7 @@ class ModelConfig:
         return not (self.checkpoint or self.vision_from or self.language_from)
 
 
-BRIDGES = ("qformer", "projection", "mlp", "perceiver", "pool", "flamingo")
+_BRIDGES = ("qformer", "projection", "mlp", "perceiver", "pool", "flamingo")
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class TrainingConfig:
         at_least_zero("", {"seed": self.seed})
         positive("", {"threads": self.threads})
         one_of("", "weights_dtype", self.weights_dtype, ("float16", "bfloat16", "float32"))
-        one_of("", "bridge", self.bridge, BRIDGES)
+        one_of("", "bridge", self.bridge, _BRIDGES)
         if self.model.is_miniature and self.data.kind != "scenes":
             raise ConfigError(
                 "[model] names no trained parts, and the miniature can be trained on scenes only",

@@ -27,7 +27,7 @@ def positive(section: str, values: Mapping[str, float]) -> None:
 
 
 def at_least_zero(section: str, values: Mapping[str, float]) -> None:
-    """Raises ConfigError where a value is below 0."""
+    """Raises ConfigError if a value is below 0."""
     for key, value in values.items():
         if value < 0:
             raise ConfigError(f"{key_name(section, key)} must be at least 0, not {value}")

@@ -1,4 +1,4 @@
-"""NumPy's dtypes by the names that the schema gives them."""
+"""The schema's dtype names as NumPy dtypes."""
 
 from __future__ import annotations
 

@@ -42,13 +42,13 @@ SCORES = ("logits", "match_logits", "probability")
 CROSS_MASK = "cross_attention_mask"
 CROSS_MASKS = ("none", "keys", "steps")
 """Mask of a decoder's cross-attention: ``none``, all keys are valid; ``keys``, which keys are valid, int64 ``[B, E]``;
-``steps``, which keys each token attends to, int64 ``[B, S, E]`` (the cross-attention of a token without any gives 0)."""
+``steps``, which keys each token attends to, int64 ``[B, S, E]`` (a token without any gets zeros)."""
 
 
 DRAFTS = ("auto", "none", "lookup", "itg")
 """Draft models of speculative decoding: ``none``; ``lookup``, prompt lookup (n-grams of the prompt and of the text so
-far); ``itg``, the text head of the Q-Former. ``auto`` is ``itg`` if the bundle has it and decoding is greedy, else none.
-"""
+far); ``itg``, the text head of the Q-Former. ``auto`` is ``itg`` if the bundle has it and decoding is greedy, else
+``none``."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def build(options: argparse.Namespace) -> int:
             version_compatible=options.version_compatible,
             hardware_compatible=options.hardware_compatible,
             progress=progress,
-            tell=lambda sentence: print(sentence, file=sys.stderr, flush=True),
+            notify=lambda sentence: print(sentence, file=sys.stderr, flush=True),
         )
     rows = [
         [

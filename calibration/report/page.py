@@ -288,7 +288,7 @@ def _sensitivity(record: Mapping[str, Any] | None) -> str:
     counted = "% of the captions differ" if record["measure"] == "captions" else "points of CIDEr are lost"
     tried = ", ".join(f"{count} kept: {drop:.1f}" for count, drop in record["tried"].items())
     return (
-        "<p>Change of the next token by each layer alone (Kullback-Leibler divergence from the parent, nats a "
+        "<p>Change of the next token by each layer alone (Kullback-Leibler divergence from the parent, nats per "
         f"token): the worst {len(rows)} of {len(record['layers'])}. With every layer quantized, "
         f"{record['drop_with_all_quantised']:.1f} {counted}; the limit is {record['limit']:g}. "
         f"{len(kept)} layers are kept in floating point (red); then {record['drop']:.1f} {counted}.</p>{bars(rows)}"

@@ -1,27 +1,34 @@
 """The Q-Former that also reads an instruction (InstructBLIP: Dai et al., arXiv 2305.06500, section 2.3).
 
-Queries and instruction share each layer's self-attention; the queries alone look at the picture; each side has a
-feed-forward of its own. Only the queries are projected to the language model.
+Queries and instruction share each layer's self-attention; only the queries attend to the picture; queries and
+instruction have separate feed-forwards. Only the queries are projected to the language model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.bridges.qformer import Layer, Projection, Reader
-from blip2edge.model.config import Fields, QFormerConfig
+from blip2edge.model.bert_blocks import BertFeedForward
+from blip2edge.model.bridges.qformer import Projection, QFormerBase, QFormerLayer
+from blip2edge.model.config import QFORMER_KEYS, QFormerConfig
+from blip2edge.model.config_json import Fields, Key, write_keys
 from blip2edge.model.layers import key_mask_bias, stack
-from blip2edge.model.post_norm import FeedForward
+
+INSTRUCTION_KEYS = (
+    Key("vocab_size", "vocab_size", "integer", 30522),
+    Key("instruction_positions", "max_position_embeddings", "integer", 512),
+)
+"""Further keys of ``qformer_config``, with the defaults of transformers' InstructBlipQFormerConfig."""
 
 
 @dataclass(frozen=True)
 class InstructedQFormerConfig(QFormerConfig):
-    """A Q-Former with the text side of its BERT.
+    """A Q-Former that also reads a text.
 
     Attributes:
         vocab_size: Rows of its word table; its tokenizer is BERT's, not the language model's.
@@ -38,38 +45,33 @@ class InstructedQFormerConfig(QFormerConfig):
         cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int
     ) -> InstructedQFormerConfig:
         """Reads ``qformer_config`` of an InstructBLIP ``config.json``."""
-        plain = QFormerConfig.from_hf(
-            values, num_query_tokens=num_query_tokens, encoder_hidden_size=encoder_hidden_size
-        )
-        f = Fields("qformer_config", values)
         return cls(
-            **{field.name: getattr(plain, field.name) for field in fields(plain)},
-            vocab_size=f.integer("vocab_size", 30522),
-            instruction_positions=f.integer("max_position_embeddings", 512),
+            num_query_tokens=num_query_tokens,
+            encoder_hidden_size=encoder_hidden_size,
+            **Fields("qformer_config", values).read((*QFORMER_KEYS, *INSTRUCTION_KEYS)),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
         return super().to_hf() | {
             "model_type": "instructblip_qformer",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.instruction_positions,
+            **write_keys(self, INSTRUCTION_KEYS),
         }
 
 
-class InstructedLayer(Layer):
+class InstructedLayer(QFormerLayer):
     """A Q-Former's layer over queries and text."""
 
     def __init__(self, config: InstructedQFormerConfig, index: int) -> None:
         super().__init__(config, index)
-        self.text_feed_forward = FeedForward(config)
+        self.text_feed_forward = BertFeedForward(config)
 
     def forward(
         self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Queries ``[B, Q, D]`` and text ``[B, T, D]`` to the same; ``bias [B, 1, 1, Q + T]`` hides padding.
 
-        The text is what comes out of self-attention: its feed-forward is left to who goes on from it.
+        The text is returned after self-attention; the caller applies ``text_feed_forward``.
         """
         count = queries.shape[1]
         both = torch.cat([queries, text], dim=1)  # [B, Q + T, D]
@@ -80,7 +82,7 @@ class InstructedLayer(Layer):
         return self.feed_forward(queries), text
 
 
-class InstructedQFormer(Reader):
+class InstructedQFormer(QFormerBase):
     """``image_embeds [B, P, Dv]`` and an instruction ``[B, T]`` to ``[B, Q, D]``."""
 
     layers: Sequence[InstructedLayer]
@@ -96,7 +98,7 @@ class InstructedQFormer(Reader):
         self.layers = stack(InstructedLayer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
-        """The queries after they have read picture and instruction.
+        """The queries after all layers.
 
         Args:
             image_embeds: ``[B, P, Dv]``.
@@ -108,11 +110,11 @@ class InstructedQFormer(Reader):
         text = self.dropout(self.norm(words))
         queries = self.norm(self.query_tokens).expand(image_embeds.shape[0], -1, -1)
         queries = self.dropout(queries)
-        seen = instruction_mask.new_ones(instruction_mask.shape[0], queries.shape[1])
-        bias = key_mask_bias(torch.cat([seen, instruction_mask], dim=1), text.dtype)
+        query_mask = instruction_mask.new_ones(instruction_mask.shape[0], queries.shape[1])
+        bias = key_mask_bias(torch.cat([query_mask, instruction_mask], dim=1), text.dtype)
         for index, layer in enumerate(self.layers):
             queries, text = layer(queries, text, bias, image_embeds)
-            if index + 1 < len(self.layers):  # nobody reads the text behind the last layer
+            if index + 1 < len(self.layers):  # the text after the last layer is not used
                 text = layer.text_feed_forward(text)
         return queries
 

@@ -1,4 +1,4 @@
-"""LLaVA's bridge: each patch by itself through two linear layers (Liu et al., arXiv 2310.03744, section 3.2)."""
+"""LLaVA's bridge: each patch passes two linear layers on its own (Liu et al., arXiv 2310.03744, section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class MLPConfig:
 
     Attributes:
         input_size: Width of a patch.
-        hidden_size: Width between the layers and behind them: the language model's.
-        num_patches: Patches of a picture, and so its visual tokens.
+        hidden_size: Width after each layer: the language model's.
+        num_patches: Patches per picture, and so its visual tokens.
     """
 
     input_size: int
@@ -30,7 +30,7 @@ class MLPConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
         return self.num_patches
 
     def to_hf(self) -> dict[str, Any]:

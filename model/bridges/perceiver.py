@@ -1,6 +1,6 @@
 """The perceiver resampler: learned latents that read a picture of any length (Alayrac et al., arXiv 2204.14198, 3.1).
 
-Flamingo's form of the Perceiver (arXiv 2103.03206): in every layer the latents look at the picture and at
+Flamingo's form of the Perceiver (arXiv 2103.03206): in every layer the latents attend to the picture and to
 themselves, then pass a feed-forward. The output is as wide as the picture's embeddings.
 """
 
@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.config import Fields
+from blip2edge.model.config_json import Fields, Key, write_keys
 from blip2edge.model.layers import attend, merge_heads, split_heads, stack
+
+PERCEIVER_KEYS = (
+    Key("num_latents", "resampler_n_latents", "integer", 64),
+    Key("num_layers", "resampler_depth", "integer", 6),
+    Key("num_heads", "resampler_n_heads", "integer", 16),
+    Key("head_dim", "resampler_head_dim", "integer", 96),
+    Key("qk_norms", "qk_layer_norms_perceiver", "flag", False),
+)
+"""``perceiver_config`` with the defaults of transformers' IdeficsPerceiverConfig."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +30,10 @@ class PerceiverConfig:
     """Sizes of the resampler.
 
     Attributes:
-        width: Of the picture's embeddings and of the latents.
-        num_latents: Latents, and so visual tokens.
-        output_size: Width of the visual tokens behind a linear layer; 0 for none, the latents themselves being what a
-            Flamingo looks at.
+        width: Width of the picture's embeddings and of the latents.
+        num_latents: Number of latents, and of visual tokens.
+        output_size: Width of the visual tokens after a linear layer; 0 for no such layer, as in Flamingo, which
+            attends to the latents themselves.
     """
 
     width: int
@@ -39,37 +48,25 @@ class PerceiverConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
         return self.num_latents
 
     @classmethod
     def from_hf(cls, values: Any, *, width: int) -> PerceiverConfig:
         """Reads ``perceiver_config`` of an Idefics ``config.json``."""
-        f = Fields("perceiver_config", values)
-        return cls(
-            width=width,
-            num_latents=f.integer("resampler_n_latents", 64),
-            num_layers=f.integer("resampler_depth", 6),
-            num_heads=f.integer("resampler_n_heads", 16),
-            head_dim=f.integer("resampler_head_dim", 96),
-            qk_norms=f.flag("qk_layer_norms_perceiver", False),
-        )
+        return cls(width=width, **Fields("perceiver_config", values).read(PERCEIVER_KEYS))
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
         return {
             "model_type": "idefics_perciever",  # transformers' own spelling
             "use_resampler": True,
-            "resampler_n_latents": self.num_latents,
-            "resampler_depth": self.num_layers,
-            "resampler_n_heads": self.num_heads,
-            "resampler_head_dim": self.head_dim,
-            "qk_layer_norms_perceiver": self.qk_norms,
+            **write_keys(self, PERCEIVER_KEYS),
         }
 
 
-class Attention(nn.Module):
-    """Latents look at the picture and at themselves; no bias in the matrices."""
+class PerceiverAttention(nn.Module):
+    """Latents attend to the picture and to themselves; no bias in the matrices."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -88,16 +85,16 @@ class Attention(nn.Module):
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
         latents = self.latents_norm(latents)
-        seen = torch.cat([self.context_norm(context), latents], dim=1)  # [B, P + Q, D]
+        context = torch.cat([self.context_norm(context), latents], dim=1)  # [B, P + Q, D]
         query = split_heads(self.query(latents), self.heads)
-        key = split_heads(self.key(seen), self.heads)
+        key = split_heads(self.key(context), self.heads)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        value = split_heads(self.value(seen), self.heads)
+        value = split_heads(self.value(context), self.heads)
         return self.out(merge_heads(attend(query, key, value, scale=self.scale)))
 
 
-class FeedForward(nn.Module):
+class PerceiverFeedForward(nn.Module):
     """A norm, and two matrices without bias around a ReLU (the paper's squared ReLU is plain in Idefics)."""
 
     def __init__(self, config: PerceiverConfig) -> None:
@@ -111,13 +108,13 @@ class FeedForward(nn.Module):
         return self.down(torch.relu(self.up(self.norm(x))))
 
 
-class Layer(nn.Module):
+class PerceiverLayer(nn.Module):
     """Attention and feed-forward, each added to the latents."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.attention = PerceiverAttention(config)
+        self.feed_forward = PerceiverFeedForward(config)
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
@@ -126,18 +123,18 @@ class Layer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; D is Dv where there is no linear layer behind it."""
+    """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; D is Dv without a linear layer after it."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
         self.config = config
         self.latents = nn.Parameter(torch.zeros(config.num_latents, config.width))
-        self.layers = stack(Layer(config) for _ in range(config.num_layers))
+        self.layers = stack(PerceiverLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.output_size) if config.output_size else None
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """The latents after they have read the picture."""
+        """The latents after all layers."""
         latents = self.latents.expand(image_embeds.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(image_embeds, latents)

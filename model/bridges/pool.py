@@ -1,8 +1,8 @@
-"""An attention pool: learned queries that look at the patches once.
+"""An attention pool: learned queries that attend to the patches once.
 
 The attentional pooler of CoCa (Yu et al., arXiv 2205.01917, section 3.2): one layer of multi-head attention between
 a norm on the patches and one on the queries. CLIP's attention pool (arXiv 2103.00020) and the pooling bridges
-of VILA (arXiv 2312.07533) are of this kind: a few tokens a picture for the price of one layer.
+of VILA (arXiv 2312.07533) are of this kind: a few tokens per picture at the cost of one layer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.config import Fields, check_heads
+from blip2edge.model.config_json import Fields, Key, check_heads, write_keys
 from blip2edge.model.layers import attend, merge_heads, split_heads
+
+POOL_KEYS = (
+    Key("hidden_size", "hidden_size", "integer", 768),
+    Key("num_heads", "num_attention_heads", "integer", 12),
+    Key("num_query_tokens", "num_query_tokens", "integer", 32),
+    Key("norm_eps", "layer_norm_eps", "number", 1e-6),
+)
+"""``bridge_config`` of an attention pool."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +32,9 @@ class AttentionPoolConfig:
     Attributes:
         hidden_size: Width of a query.
         num_heads: Heads.
-        num_query_tokens: Queries, and so visual tokens.
+        num_query_tokens: Number of queries, and of visual tokens.
         encoder_hidden_size: Width of a patch.
-        norm_eps: Of both norms.
+        norm_eps: Epsilon of both norms.
     """
 
     hidden_size: int
@@ -42,33 +50,22 @@ class AttentionPoolConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens a picture becomes."""
+        """Visual tokens per picture."""
         return self.num_query_tokens
 
     @classmethod
     def from_hf(cls, values: Any, *, encoder_hidden_size: int) -> AttentionPoolConfig:
-        """Reads the ``bridge_config`` of this project's own ``config.json`` (``family_own.py``)."""
-        f = Fields("bridge_config", values)
-        return cls(
-            hidden_size=f.integer("hidden_size", 768),
-            num_heads=f.integer("num_attention_heads", 12),
-            num_query_tokens=f.integer("num_query_tokens", 32),
-            encoder_hidden_size=encoder_hidden_size,
-            norm_eps=f.number("layer_norm_eps", 1e-6),
-        )
+        """Reads the ``bridge_config`` of this project's own ``config.json`` (``families/native.py``)."""
+        found = Fields("bridge_config", values).read(POOL_KEYS)
+        return cls(encoder_hidden_size=encoder_hidden_size, **found)
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
-        return {
-            "hidden_size": self.hidden_size,
-            "num_attention_heads": self.num_heads,
-            "num_query_tokens": self.num_query_tokens,
-            "layer_norm_eps": self.norm_eps,
-        }
+        return write_keys(self, POOL_KEYS)
 
 
 class Pooling(nn.Module):
-    """Queries look at patches."""
+    """Queries attend to patches."""
 
     def __init__(self, config: AttentionPoolConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The Q-Former: a few learned queries that read the picture (Li et al., arXiv 2301.12597, section 3.1).
+"""The Q-Former: a few learned queries that attend to the picture (Li et al., arXiv 2301.12597, section 3.1).
 
 Post-norm layers as in BERT (arXiv 1810.04805). Queries have a feed-forward of their own; every
 ``cross_attention_frequency``-th layer, from the first, also attends to the picture.
@@ -12,63 +12,63 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError
+from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
 from blip2edge.model.config import QFormerConfig
 from blip2edge.model.layers import KeyValue, stack
-from blip2edge.model.post_norm import Attention, FeedForward
 
 
-class Layer(nn.Module):
+class QFormerLayer(nn.Module):
     """The parts of a layer: self-attention, attention to the picture in some layers, feed-forward."""
 
     def __init__(self, config: QFormerConfig, index: int) -> None:
         super().__init__()
-        self.self_attention = Attention(config, config.hidden_size)
-        self.cross_attention: Attention | None = None
+        self.self_attention = BertAttention(config, config.hidden_size)
+        self.cross_attention: BertAttention | None = None
         if index % config.cross_attention_frequency == 0:
-            self.cross_attention = Attention(config, config.encoder_hidden_size)
-        self.feed_forward = FeedForward(config)
+            self.cross_attention = BertAttention(config, config.encoder_hidden_size)
+        self.feed_forward = BertFeedForward(config)
 
 
-class Reader(nn.Module):
-    """Queries, and the layers through which they read a picture."""
+class QFormerBase(nn.Module):
+    """Base of the Q-Formers: the queries, and the layers in which they attend to a picture."""
 
     config: QFormerConfig
     query_tokens: nn.Parameter
     norm: nn.LayerNorm
     dropout: nn.Dropout
-    layers: Sequence[Layer]
+    layers: Sequence[QFormerLayer]
 
     def read(self, image_embeds: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """The queries after they have read the picture.
+        """The queries after all layers.
 
-        Until the first look at the picture the queries are the same for every row, so they stay ``[1, Q, D]``
-        and an optimiser can fold that part into a constant. Dropout wants a draw a row: in training with it they
-        are spread first.
+        Before the first attention to the picture the queries are the same for every row. They stay ``[1, Q, D]``,
+        so that a graph optimiser can fold that part into a constant. In training with dropout they are expanded
+        first, because each row needs its own random mask.
 
         Args:
             image_embeds: ``[B, P, Dv]``.
 
         Returns:
-            ``[B, Q, D]``, and the keys and values of each layer's self-attention, two of ``[B, H, Q, d]``: what a
-            text that is written behind the queries looks at.
+            ``[B, Q, D]``, and the keys and values of each layer's self-attention, two of ``[B, H, Q, d]``. A text
+            after the queries attends to them.
         """
         rows = image_embeds.shape[0]
         queries: Tensor = self.query_tokens
         if self.training and self.dropout.p > 0:
             queries = queries.expand(rows, -1, -1)
         queries = self.dropout(self.norm(queries))
-        seen: list[KeyValue] = []
+        key_values: list[KeyValue] = []
         for layer in self.layers:
             key, value = layer.self_attention.key_value(queries)
-            queries = layer.self_attention.look(queries, (key, value))
+            queries = layer.self_attention.attend_to(queries, (key, value))
             if layer.cross_attention is not None:
                 queries = layer.cross_attention(queries, image_embeds)
             queries = layer.feed_forward(queries)
-            seen.append((key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)))
-        return queries, seen
+            key_values.append((key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)))
+        return queries, key_values
 
 
-class QFormer(Reader):
+class QFormer(QFormerBase):
     """``image_embeds [B, P, Dv]`` to ``[B, Q, D]``."""
 
     def __init__(self, config: QFormerConfig) -> None:
@@ -77,7 +77,7 @@ class QFormer(Reader):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = stack(Layer(config, index) for index in range(config.num_layers))
+        self.layers = stack(QFormerLayer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """``image_embeds [B, P, Dv]`` to the queries ``[B, Q, D]``."""
@@ -85,12 +85,12 @@ class QFormer(Reader):
 
 
 class Projection(nn.Linear):
-    """From the bridge's width to the language model's.
+    """Linear layer from the bridge's width to the language model's.
 
-    The projection is as wide as the language model inside (``hidden_size``). Where its token table is narrower
-    (OPT-350m), transformers fills the Q slots from the front of the flattened projection; so does this module,
-    picture by picture, so that a checkpoint answers the same in both. (transformers fills a whole batch at
-    once, and there every picture but the first gets a shifted share.)
+    The output is ``hidden_size`` wide. If the token table is narrower (OPT-350m), transformers fills the Q visual
+    tokens from the front of the flattened output. This module does the same for each picture, so that both give the
+    same captions. (transformers fills a whole batch at once, so that every picture but the first gets shifted
+    values.)
     """
 
     def __init__(self, width: int, hidden_size: int, embed_dim: int) -> None:

@@ -1,4 +1,4 @@
-"""The bridges from picture to language model: one row a kind of config."""
+"""Builds a bridge from its config: one row per kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blip2edge.model.bridges.pool import AttentionPoolBridge
 from blip2edge.model.bridges.qformer import QFormerBridge
 from blip2edge.model.config import BridgeConfig, LanguageConfig
 
-BRIDGES: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
+BRIDGE_BUILDERS: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
     "none": lambda config, language: nn.Identity(),
     "mlp": lambda config, language: MLPBridge(config),
     "pool": lambda config, language: AttentionPoolBridge(config, language.embed_dim),
@@ -27,8 +27,8 @@ BRIDGES: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
 
 
 def build_bridge(config: BridgeConfig, language: LanguageConfig) -> nn.Module:
-    """The module of a bridge's config: ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+    """Builds the bridge: ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
 
-    Where an instruction enters the bridge, it also takes ``instruction_ids`` and ``instruction_mask`` ``[B, T]``.
+    A bridge that reads an instruction also takes ``instruction_ids`` and ``instruction_mask`` ``[B, T]``.
     """
-    return BRIDGES[config.kind](config, language)
+    return BRIDGE_BUILDERS[config.kind](config, language)

@@ -1,4 +1,4 @@
-"""Checkpoint directories of transformers: read without loading them, and written back."""
+"""Opens checkpoint directories of transformers without loading the weights, loads models, and saves them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import CheckpointError
-from blip2edge.model.bridges.draft import DRAFT_CONFIG, DRAFT_FILE, DRAFT_PREFIX, DraftConfig, write_draft
+from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, DRAFT_PREFIX, write_draft
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config import CaptionerConfig, DraftConfig
 from blip2edge.model.families.registry import (
     canonical_name,
     head_names,
@@ -49,7 +49,7 @@ SIDE_FILES = (
     "qformer_tokenizer/tokenizer_config.json",
     DRAFT_TOKENIZER_FILE,
 )
-"""What belongs to a checkpoint beside its config and weights."""
+"""Files of a checkpoint besides its config and weights."""
 
 INDEX = "model.safetensors.index.json"
 
@@ -58,7 +58,7 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
     """A local directory, or a hub name that is fetched into the hub's cache.
 
     Raises:
-        CheckpointError: It is neither.
+        CheckpointError: ``checkpoint`` is neither.
     """
     path = Path(checkpoint)
     if path.is_dir():
@@ -91,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: Not there, not readable, no JSON, or no object.
+        CheckpointError: The file is missing, unreadable, not JSON, or not an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ class TensorFiles:
 
     Args:
         directory: Where they are.
-        rename: Gives a tensor's name in the tables of weights.
+        rename: Maps a tensor's name to its name in the weight tables.
 
     Raises:
         CheckpointError: No weights, a shard missing, or a truncated file.
@@ -128,7 +128,7 @@ class TensorFiles:
             self.add(path, rename)
 
     def add(self, path: Path, rename: Callable[[str], str]) -> None:
-        """Maps a further file, its tensors renamed.
+        """Maps a further file and renames its tensors.
 
         Raises:
             CheckpointError: Missing or truncated.
@@ -144,7 +144,7 @@ class TensorFiles:
             self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
 
     def read(self, names: Iterable[str]) -> Tensor:
-        """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file where it can be."""
+        """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file if possible."""
         parts = [self._laid[name] if name in self._laid else self._stored(name) for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -153,7 +153,7 @@ class TensorFiles:
         return file.get_tensor(stored)
 
     def lay_over(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts other tensors in the place of the files'."""
+        """Replaces tensors of the files."""
         self._laid |= tensors
         self.shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -191,10 +191,10 @@ def _shards(directory: Path) -> list[Path]:
 
 
 class Checkpoint:
-    """A directory, opened and checked: its config, its map and its tensors, none of them loaded yet.
+    """An open checkpoint directory: its config, its weight map and its tensors, which are not loaded yet.
 
     Raises:
-        CheckpointError: What is there does not fit together.
+        CheckpointError: Config and tensors do not fit together.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -203,7 +203,7 @@ class Checkpoint:
         config = read_config(read_json(directory / "config.json"))
         self.files = TensorFiles(directory, partial(canonical_name, config))
         if ties_head(config) and head_names(config)["head"] <= self.files.shapes.keys():
-            # As in transformers: a head that the file holds is the head, whatever the config says of tying.
+            # As in transformers: a head in the file is used even if the config ties it to the token table.
             language: Any = config.language
             config = replace(config, language=replace(language, tie_embeddings=False))
         if isinstance(config, CaptionerConfig) and (directory / DRAFT_CONFIG).is_file():
@@ -217,15 +217,15 @@ class Checkpoint:
         self.map.check(self.shapes, self.files.shapes)
 
     def read(self, ours: str) -> Tensor:
-        """Our parameter ``ours``, in the checkpoint's dtype."""
+        """Reads our parameter ``ours``, in the checkpoint's dtype."""
         return self.files.read(self.map.sources(ours))
 
     def lay_over(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Puts trained parts from a file of their own in the place of the directory's.
+        """Replaces tensors of the directory by trained ones from another file.
 
         Args:
-            tensors: By the directory's names.
-            path: The file.
+            tensors: New tensors, by the directory's names.
+            path: The file that they come from.
 
         Raises:
             CheckpointError: A shape differs.
@@ -235,7 +235,7 @@ class Checkpoint:
         self.laid_over = path
 
     def paths(self) -> list[Path]:
-        """Every file that decides how it answers."""
+        """Every file that affects the captions."""
         files = [*self.directory.iterdir(), *self.directory.glob("qformer_tokenizer/*")]
         paths = sorted(
             path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -248,7 +248,7 @@ class Checkpoint:
 
 
 def ties_head(config: Config) -> TypeGuard[CaptionerConfig]:
-    """Whether a model has a head that is its token table."""
+    """Whether the head shares the weight of the token table."""
     return isinstance(config, CaptionerConfig) and config.language.tie_embeddings
 
 
@@ -256,7 +256,7 @@ def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float
     """Reads a directory (or hub name) into a model in eval mode.
 
     Args:
-        source: A checkpoint of any family; one that is open already stays open.
+        source: A checkpoint of any family; a :class:`Checkpoint` stays open.
         dtype: dtype of all weights.
 
     Raises:
@@ -283,7 +283,7 @@ def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -
     """Reads a captioner; arguments and errors as :func:`load_model`.
 
     Raises:
-        CheckpointError: It compares pictures with texts and generates nothing, besides those.
+        CheckpointError: It is a retrieval model, which generates no text; or as :func:`load_model`.
     """
     model = load_model(directory, dtype)
     if not isinstance(model, CaptionerModel):
@@ -294,7 +294,7 @@ def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -
 
 
 def to_hf_tensors(model: Model) -> dict[str, Tensor]:
-    """The state of a model under transformers' names; a tied head is left out."""
+    """The state of a model under transformers' names, without a tied head."""
     names = weight_map(model.config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -312,13 +312,13 @@ def save_checkpoint(
 ) -> None:
     """Writes a directory that ``transformers.Blip2ForConditionalGeneration.from_pretrained`` loads.
 
-    A draft goes to files of its own beside the weights, which transformers does not read.
+    The text head (draft model) goes to files of its own, which transformers ignores.
 
     Args:
-        model: What to save.
-        directory: Where; made if it is not there.
-        like: A checkpoint whose tokenizer and processor files are copied along; a draft's tokenizer is one.
-        dtype: dtype of the saved weights; None keeps theirs.
+        model: The model to save.
+        directory: Where to write; created if missing.
+        like: A checkpoint whose tokenizer and processor files are copied, that of the text head included.
+        dtype: dtype of the saved weights; None keeps the model's.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)

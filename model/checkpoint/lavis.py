@@ -1,8 +1,8 @@
-"""LAVIS' own checkpoints: the trained part in a ``.pth``, merged with the frozen parts from a directory.
+"""Checkpoints of LAVIS: merges the trained parts in a ``.pth`` with the frozen parts from a directory.
 
 A ``.pth`` of salesforce/LAVIS (and of MiniGPT-4, which is built on it) is ``{"model": state_dict}`` with the
 parameters that were trained: the Q-Former and ``ln_vision`` after stage 1; these and the projection after stage 2;
-the vision encoder too where it was fine-tuned; the projection alone for MiniGPT-4. The rest comes from a checkpoint
+the vision encoder too where it was fine-tuned; only the projection for MiniGPT-4. The rest comes from a checkpoint
 directory of the same shape.
 """
 
@@ -47,7 +47,7 @@ RENAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(vision|text)_proj\.(.+)", (r"\1_projection.\2",)),
     (r"(itm_head\..+)", (r"\1",)),
 )
-"""LAVIS' names and transformers'; where there are several, the first that the directory has."""
+"""LAVIS' names and transformers'; of several, the first that the directory has is used."""
 
 UNUSED = (
     r"temp",
@@ -56,7 +56,7 @@ UNUSED = (
     r"Qformer\.bert\.embeddings\..+",
     _LAYER + r"(intermediate|output)\..+",
 )
-"""Of stage 1 alone, or the Q-Former's text side: dropped where the directory has no place for them."""
+"""Tensors of stage 1 or of the Q-Former's text layers; ignored if the directory's model does not have them."""
 
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qformer.", ("qformer.", "query_tokens")),
@@ -65,32 +65,32 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("vision_model.encoder.", ("vision_model.encoder.", "vision_model.embeddings.")),
     ("language_model.", ("language_model.",)),
 )
-"""Where a file holds a tensor of a part, it must hold all that belongs to it."""
+"""Parts of the model: a file with one tensor of a part must have all tensors of the part."""
 
 
 def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> Checkpoint:
     """A directory, a hub name, or a ``.pth`` of LAVIS on a directory.
 
     Args:
-        checkpoint: What is exported.
+        checkpoint: The checkpoint to open.
         base: Where the frozen parts of a ``.pth`` are: a checkpoint directory or a hub name.
 
     Raises:
-        CheckpointError: It cannot be read, or does not fit its config or its base.
-        UsageError: A ``.pth`` without a base, or a base for what needs none.
+        CheckpointError: The checkpoint cannot be read, or does not fit its config or its base.
+        UsageError: A ``.pth`` without a base, or a base for a checkpoint that needs none.
     """
     path = Path(checkpoint)
     is_lavis = path.suffix in (".pth", ".pt") and not path.is_dir()
     if not is_lavis:
         if base is not None:
             raise UsageError(
-                f"--base gives a .pth of LAVIS its frozen parts, but {checkpoint} is none", "leave --base out"
+                f"--base is for a .pth of LAVIS, but {checkpoint} is not one", "leave --base out"
             )
         return Checkpoint(find_checkpoint(checkpoint))
     if base is None:
         raise UsageError(
-            f"{path} holds the trained parts alone",
-            "give the directory that has the others: --base DIRECTORY",
+            f"{path} holds only the trained parts",
+            "give the directory with the frozen parts: --base DIRECTORY",
         )
     source = Checkpoint(find_checkpoint(base))
     source.lay_over(translate(read_lavis(path), source.files.shapes, path), path)
@@ -98,10 +98,10 @@ def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> C
 
 
 def read_lavis(path: Path) -> dict[str, Tensor]:
-    """The state of a ``.pth``, mapped into memory; nothing in it is executed.
+    """The state of a ``.pth``, mapped into memory. No code in it is executed.
 
     Raises:
-        CheckpointError: Missing, broken, or not of LAVIS' form.
+        CheckpointError: The file is missing, broken, or not in LAVIS' format.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file", "give a .pth that LAVIS wrote")
@@ -128,11 +128,11 @@ def translate(
 
     Args:
         state: LAVIS' tensors.
-        shapes: Those of the directory.
-        path: The file, for what goes wrong.
+        shapes: Shapes of the directory's tensors.
+        path: The file, for errors.
 
     Raises:
-        CheckpointError: A tensor is unknown, or a part of the model is there by half.
+        CheckpointError: A tensor is unknown, or a part of the model is incomplete.
     """
     found: dict[str, Tensor] = {}
     unknown = []
@@ -144,14 +144,15 @@ def translate(
             unknown.append(name)
     if unknown:
         raise CheckpointError(
-            f"{path} holds tensors that the base has no place for: {some(sorted(unknown))}",
+            f"{path} holds tensors that the base does not have: {some(sorted(unknown))}",
             "give the --base that this file was trained on",
         )
     needed = {name for part in _touched(found) for name in shapes if name.startswith(part)}
     missing = sorted(name for name in needed - found.keys() if not name.endswith("position_ids"))
     if missing:
         raise CheckpointError(
-            f"{path} holds a part of the model by half: it lacks {some(missing)}", "copy or download it again"
+            f"{path} holds an incomplete part of the model: it lacks {some(missing)}",
+            "copy or download it again",
         )
     if not found:
         raise CheckpointError(f"{path} holds no tensor of the model", "give a .pth that LAVIS wrote")
@@ -167,7 +168,7 @@ def _candidates(name: str) -> list[str]:
 
 
 def _touched(found: Mapping[str, Tensor]) -> set[str]:
-    """Prefixes of the parts of which there is a tensor."""
+    """Prefixes of the parts that have a tensor in ``found``."""
     return {
         prefix
         for part, prefixes in PARTS

@@ -1,1 +1,1 @@
-"""Families of checkpoints: how a config is read, which parts it names, how a prompt looks."""
+"""Families of checkpoints: how their ``config.json`` is read and written, and their prompt formats."""

@@ -1,6 +1,6 @@
-"""BLIP: captions and answers from a decoder that looks at patches, or at the states of a question about them.
+"""BLIP: captions and answers from a decoder that attends to patches, or to the encoded states of a question.
 
-Li et al., arXiv 2201.12086. There is no bridge: pictures take no slots among the text's.
+Li et al., arXiv 2201.12086. There is no bridge: pictures add no tokens to the text.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from blip2edge.model.config import CaptionerConfig, Fields, NoBridge, VisionConfig
+from blip2edge.model.config import CaptionerConfig, NoBridge, VisionConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.model.language.bert import BertConfig
 
-VISION_DEFAULTS = {
+BLIP_VISION_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -20,24 +21,31 @@ VISION_DEFAULTS = {
     "patch_size": 16,
     "layer_norm_eps": 1e-5,
 }
-"""Where ``vision_config`` leaves them out: the defaults of transformers' BlipVisionConfig."""
+"""Defaults of transformers' BlipVisionConfig."""
 
-TOKEN_DEFAULTS = {"bos_token_id": 30522, "sep_token_id": 102, "pad_token_id": 0}
-"""Of BlipTextConfig; the BOS is [DEC], the 30523rd token of BLIP's BERT."""
+BLIP_TOKEN_DEFAULTS = {"bos_token_id": 30522, "sep_token_id": 102, "pad_token_id": 0}
+"""Defaults of BlipTextConfig; the BOS is [DEC], the 30523rd token of BLIP's BERT."""
+
+
+BLIP_LEFT_OUT = (r"(vision_model|text_decoder\.bert|text_encoder)\.embeddings\.position_ids",)
+"""Buffers of older checkpoints."""
+
+BLIP_RENAMED = ((r"text_decoder\.cls\.predictions\.decoder\.bias$", "text_decoder.cls.predictions.bias"),)
+"""The head's bias has two names; a file holds one or both."""
 
 
 def read_vision(f: Fields) -> VisionConfig:
     """The ``vision_config`` of a BLIP ``config.json``."""
     values = Fields("vision_config", f.values.get("vision_config", {})).values
-    return VisionConfig.from_hf({**VISION_DEFAULTS, **values})
+    return VisionConfig.from_hf({**BLIP_VISION_DEFAULTS, **values})
 
 
 def read_text(f: Fields, vision: VisionConfig) -> tuple[BertConfig, dict[str, int | None]]:
     """The ``text_config`` of a BLIP ``config.json``, and its special tokens' ids."""
     text = Fields("text_config", f.values.get("text_config", {}))
-    # As in transformers, whatever text_config says of encoder_hidden_size.
+    # As in transformers, encoder_hidden_size of text_config is ignored.
     config = BertConfig.from_hf({**text.values, "encoder_hidden_size": vision.hidden_size})
-    return config, {name: text.token_id(name, default) for name, default in TOKEN_DEFAULTS.items()}
+    return config, {name: text.token_id(name, default) for name, default in BLIP_TOKEN_DEFAULTS.items()}
 
 
 def read_blip(f: Fields, family: str = "blip", reads_question: bool = False) -> CaptionerConfig:

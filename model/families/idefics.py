@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from blip2edge.model.bridges.perceiver import PerceiverConfig
-from blip2edge.model.config import BridgeConfig, CaptionerConfig, Fields, NoBridge, VisionConfig
+from blip2edge.model.config import BridgeConfig, CaptionerConfig, NoBridge, VisionConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.flamingo import FlamingoConfig
 from blip2edge.model.weights.blip2 import CLIP_VISION
 from blip2edge.model.weights.idefics import PERCEIVER
 from blip2edge.model.weights.rules import under
 
-VISION_DEFAULTS = {
+IDEFICS_VISION_DEFAULTS = {
     "embed_dim": 768,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -20,27 +21,27 @@ VISION_DEFAULTS = {
     "patch_size": 14,
     "hidden_act": "gelu",
 }
-"""Where ``vision_config`` leaves them out: the defaults of transformers' IdeficsVisionConfig."""
+"""Defaults of transformers' IdeficsVisionConfig."""
 
-TOKEN_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-"""Of IdeficsConfig."""
+IDEFICS_TOKEN_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+"""Defaults of IdeficsConfig."""
 
-RULES = (
+IDEFICS_RULES = (
     *under("vision.", "model.vision_model.", CLIP_VISION),
     *under("bridge.", "model.perceiver_resampler.", PERCEIVER),
 )
 
-LEFT_OUT = (
+IDEFICS_LEFT_OUT = (
     r"model\.vision_model\.post_layernorm\.(weight|bias)",
     r"model\.vision_model\.embeddings\.position_ids",
 )
-"""The norm behind the pooled class token, and a buffer of older checkpoints."""
+"""The norm after the pooled class token, and a buffer of older checkpoints."""
 
 
 def read_idefics(f: Fields) -> CaptionerConfig:
-    """``IdeficsForVisionText2Text``: the text's sizes stand at the top level; a resampler is optional."""
+    """``IdeficsForVisionText2Text``: the text model's sizes are at the top level; a resampler is optional."""
     section = Fields("vision_config", f.values.get("vision_config") or {}).values
-    values = {**VISION_DEFAULTS, **section}
+    values = {**IDEFICS_VISION_DEFAULTS, **section}
     vision = VisionConfig.from_clip({**values, "hidden_size": values["embed_dim"]})
     bridge: BridgeConfig = NoBridge()
     if f.flag("use_resampler", False):
@@ -50,7 +51,7 @@ def read_idefics(f: Fields) -> CaptionerConfig:
         vision=vision,
         bridge=bridge,
         language=FlamingoConfig.from_hf(f.values),
-        **read_tokens(Fields("the top level", {**TOKEN_DEFAULTS, **f.values})),
+        **read_tokens(Fields("the top level", {**IDEFICS_TOKEN_DEFAULTS, **f.values})),
     )
 
 

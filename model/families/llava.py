@@ -1,4 +1,4 @@
-"""LLaVA: how its ``config.json`` is read and written."""
+"""LLaVA: reads and writes its ``config.json``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.bridges.mlp import MLPConfig
-from blip2edge.model.config import CaptionerConfig, Fields, VisionConfig
+from blip2edge.model.config import CaptionerConfig, VisionConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
 
-VISION_DEFAULTS: dict[str, Any] = {
+LLAVA_VISION_DEFAULTS: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -20,22 +21,22 @@ VISION_DEFAULTS: dict[str, Any] = {
     "image_size": 336,
     "patch_size": 14,
 }
-"""CLIP ViT-L/14 at 336, where a config names no vision tower at all."""
+"""CLIP ViT-L/14 at 336, for configs without a vision tower."""
 
-RENAMED = (
+LLAVA_RENAMED = (
     (r"model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"model\.language_model\.", "language_model.model."),
     (r"lm_head\.", "language_model.lm_head."),
     (r"vision_tower\.vision_model\.", "vision_tower."),
 )
-"""The names that other versions of transformers write, and what they stand for."""
+"""Names that other versions of transformers write, and their replacements."""
 
-LEFT_OUT = (
+LLAVA_LEFT_OUT = (
     r"vision_tower\.embeddings\.position_ids",
     r"vision_tower\.post_layernorm\..*",
     r"vision_tower\.encoder\.layers\.\d+\..*",
 )
-"""Parts of the tower behind the layer whose output is used."""
+"""Parts of the tower after the layer whose output is used."""
 
 
 def read_llava(f: Fields) -> CaptionerConfig:
@@ -44,11 +45,11 @@ def read_llava(f: Fields) -> CaptionerConfig:
     Raises:
         UnsupportedModelError: A vision tower that is not CLIP's, or features of several layers.
     """
-    vision = Fields("vision_config", f.values.get("vision_config") or VISION_DEFAULTS)
-    if vision.values.get("model_type") != VISION_DEFAULTS["model_type"]:
+    vision = Fields("vision_config", f.values.get("vision_config") or LLAVA_VISION_DEFAULTS)
+    if vision.values.get("model_type") != LLAVA_VISION_DEFAULTS["model_type"]:
         raise UnsupportedModelError(
             f"the vision tower is of type {vision.values.get('model_type')!r}, which is not supported",
-            f"supported in a LLaVA: {VISION_DEFAULTS['model_type']}",
+            f"supported in a LLaVA: {LLAVA_VISION_DEFAULTS['model_type']}",
         )
     strategy = f.values.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
@@ -97,7 +98,7 @@ def _layers(feature_layer: Any, depth: int) -> int:
 
 
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_llava` and transformers read; the tower ends where its features are."""
+    """The ``config.json`` that :func:`read_llava` and transformers read; the tower ends at its feature layer."""
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],

@@ -1,4 +1,4 @@
-"""The families of checkpoints: one row a ``model_type``, what is particular to each standing in its data."""
+"""The families of checkpoints, one row each. A row holds everything that is specific to its family."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from functools import partial
 from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
-from blip2edge.model.bridges.draft import DRAFT_PREFIX
-from blip2edge.model.bridges.draft import RULES as DRAFT_RULES
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
-from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig, VisionConfig
-from blip2edge.model.families import idefics, retrieval
-from blip2edge.model.families import own as family_own
-from blip2edge.model.families.blip import read_blip, write_blip
-from blip2edge.model.families.llava import LEFT_OUT as LLAVA_LEFT_OUT
-from blip2edge.model.families.llava import RENAMED as LLAVA_RENAMED
-from blip2edge.model.families.llava import read_llava, write_llava
-from blip2edge.model.families.tokens import read_tokens, write_tokens
-from blip2edge.model.language.registry import bridged_language, bridged_languages, language_of
+from blip2edge.model.bridges.text_head import DRAFT_PREFIX, TEXT_HEAD_RULES
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config_json import Fields
+from blip2edge.model.families.blip import BLIP_LEFT_OUT, BLIP_RENAMED, read_blip, write_blip
+from blip2edge.model.families.blip2 import BLIP2_LEFT_OUT, VIDEO_FRAMES, read_blip2, write_blip2
+from blip2edge.model.families.idefics import IDEFICS_LEFT_OUT, IDEFICS_RULES, read_idefics, write_idefics
+from blip2edge.model.families.llava import LLAVA_LEFT_OUT, LLAVA_RENAMED, read_llava, write_llava
+from blip2edge.model.families.native import NATIVE_RULES, read_native, write_native
+from blip2edge.model.families.retrieval import (
+    read_blip2_itm,
+    read_blip_itm,
+    read_clip,
+    write_blip2_itm,
+    write_blip_itm,
+    write_clip,
+)
+from blip2edge.model.language.registry import bridged_languages, language_of
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
-from blip2edge.model.weights import blip as blip_tables
-from blip2edge.model.weights import blip2 as tables
+from blip2edge.model.weights.blip import BLIP2_ITM, BLIP_ITM, BLIP_VISION, CLIP
+from blip2edge.model.weights.blip2 import BLIP2, INSTRUCTBLIP, LLAVA
 from blip2edge.model.weights.rules import Rule, WeightMap, under
 
 VQA_QUESTION = "Question: {question} Short answer:"
@@ -33,29 +39,29 @@ VQA_QUESTION = "Question: {question} Short answer:"
 
 @dataclass(frozen=True)
 class Family:
-    """How a kind of checkpoint is read, named and prompted.
+    """How the checkpoints of a family are read and prompted.
 
     Attributes:
         title: Its name in tables.
-        read: Makes the config of a ``config.json``.
+        read: Makes the config from a ``config.json``.
         write: The inverse.
-        rules: Vision encoder and bridge, in names of the checkpoint.
-        language_prefix: Where the language model's tensors stand.
-        template: Where picture and prompt stand in the text.
-        default_prompt: What ``caption`` fills in where no prompt is given; None for nothing.
-        question: What ``ask`` fills in for the prompt.
-        framed: Whether the tokenizer's special tokens frame a prompt; else it stands behind the BOS alone.
-        prompt_required: Whether there is no captioning without a prompt.
-        model_type: Of its ``config.json``; empty where it is the row's name.
-        architectures: Classes of transformers that are read so; empty for any of the ``model_type``.
-        image_token: The token of the tokenizer that stands for a picture in its text; empty where there is none.
-        around_image: The token before and behind that one, where a text may hold several pictures that take no
-            slots: the decoder looks at them from between its layers.
-        generation: Whether ``generation_config.json`` says what ends a text (else the language model's config).
-        stop: Text that ends a caption, where the language model was trained to write it instead of an end token.
-        left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
-        renamed: Names of other versions of transformers and their replacement, as in ``re.sub``, matched at a
-            name's start one after the other.
+        rules: Weight table of vision encoder and bridge.
+        language_prefix: Prefix of the language model's tensors.
+        template: Positions of picture and prompt in the text.
+        default_prompt: Prompt of ``caption`` if none is given; None for no prompt.
+        question: Prompt of ``ask``, with the question in it.
+        framed: Whether the tokenizer adds its special tokens to a prompt; else only the BOS stands before it.
+        prompt_required: Whether captions need a prompt.
+        model_type: ``model_type`` of its ``config.json``; empty if it equals the row's key.
+        architectures: Classes of transformers that this row reads; empty for any of the ``model_type``.
+        image_token: The tokenizer's token for a picture in a text; empty if it has none.
+        around_image: The token before and after ``image_token``, for families whose texts hold several pictures that
+            the decoder reaches by cross-attention.
+        generation: Whether the end tokens come from ``generation_config.json``; else from the language model's config.
+        stop: Texts that end a caption, for language models trained to write them instead of an end token.
+        left_out: Tensors of a checkpoint that are not used (regular expressions).
+        renamed: Names of other versions of transformers and their replacements, as in ``re.sub``; applied in order,
+            each at the start of a name.
     """
 
     title: str
@@ -78,83 +84,20 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
 
 
-def read_blip2(
-    f: Fields,
-    family: str = "blip-2",
-    bridge_config: type[QFormerConfig] = QFormerConfig,
-    slot: str = "image_token",
-    frames: int = 1,
-) -> CaptionerConfig:
-    """``Blip2ForConditionalGeneration`` and its descendants.
-
-    Args:
-        f: Its ``config.json``.
-        family: Its row.
-        bridge_config: Reads ``qformer_config``.
-        slot: What the id that stands for a visual token is called by.
-        frames: Pictures an item.
-    """
-    vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
-    bridge = bridge_config.from_hf(
-        f.values.get("qformer_config", {}),
-        num_query_tokens=f.integer("num_query_tokens", 32),
-        encoder_hidden_size=vision.hidden_size,
-    )
-    text = Fields("text_config", f.values.get("text_config", {}))
-    return CaptionerConfig(
-        family=family,
-        frames=frames,
-        vision=vision,
-        bridge=bridge,
-        language=bridged_language(text.values.get("model_type", "opt")).read_config(text.values),
-        image_token_id=f.token_id(f"{slot}_id", f.token_id(f"{slot}_index", None)),
-        **read_tokens(text),
-    )
-
-
-def write_blip2(
-    config: CaptionerConfig, architecture: str = "Blip2", slot: str = "image_token", part: str = "blip_2"
-) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_blip2` and transformers read; ``part`` begins its sections' types."""
-    return {
-        "model_type": config.family,
-        "architectures": [f"{architecture}ForConditionalGeneration"],
-        "num_query_tokens": config.bridge.num_visual_tokens,
-        f"{slot}_index": config.image_token_id,
-        "tie_word_embeddings": config.language.tie_embeddings,
-        "use_decoder_only_language_model": not config.language.is_encoder_decoder,
-        "vision_config": config.vision.to_hf() | {"model_type": f"{part}_vision_model"},
-        "qformer_config": config.bridge.to_hf() | {"model_type": f"{part}_qformer"},
-        "text_config": config.language.to_hf() | write_tokens(config),
-    }
-
-
-POSITION_IDS = (r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids")
-"""Buffers of older checkpoints: whole numbers counted up."""
-
-BLIP_LEFT_OUT = (r"(vision_model|text_decoder\.bert|text_encoder)\.embeddings\.position_ids",)
-"""Buffers of older checkpoints."""
-
-BLIP_RENAMED = ((r"text_decoder\.cls\.predictions\.decoder\.bias$", "text_decoder.cls.predictions.bias"),)
-"""The head's bias has two names, of which a file holds either or both."""
-
-VIDEO_FRAMES = 4
-"""Frames of a video: transformers' InstructBlipVideoProcessor writes the slots of four, whatever it is given."""
-
 FAMILIES: dict[str, Family] = {
     "blip-2": Family(
         title="BLIP-2",
         read=read_blip2,
         write=write_blip2,
-        rules=tables.BLIP2,
+        rules=BLIP2,
         architectures=("Blip2ForConditionalGeneration",),
-        left_out=POSITION_IDS,
+        left_out=BLIP2_LEFT_OUT,
     ),
     "blip": Family(
         title="BLIP captioning",
         read=read_blip,
         write=write_blip,
-        rules=blip_tables.BLIP_VISION,
+        rules=BLIP_VISION,
         language_prefix="",
         template="{prompt}",
         question="",
@@ -167,7 +110,7 @@ FAMILIES: dict[str, Family] = {
         title="BLIP VQA",
         read=partial(read_blip, family="blip-vqa", reads_question=True),
         write=partial(write_blip, architecture="BlipForQuestionAnswering"),
-        rules=blip_tables.BLIP_VISION,
+        rules=BLIP_VISION,
         language_prefix="",
         template="{prompt}",
         question="{question}",
@@ -179,27 +122,27 @@ FAMILIES: dict[str, Family] = {
     ),
     "blip-itm": Family(
         title="BLIP ITM and ITC",
-        read=retrieval.read_blip_itm,
-        write=retrieval.write_blip_itm,
-        rules=blip_tables.BLIP_ITM,
+        read=read_blip_itm,
+        write=write_blip_itm,
+        rules=BLIP_ITM,
         model_type="blip",
         architectures=("BlipForImageTextRetrieval",),
         left_out=BLIP_LEFT_OUT,
     ),
     "blip-2-itm": Family(
         title="BLIP-2 ITM and ITC",
-        read=retrieval.read_blip2_itm,
-        write=retrieval.write_blip2_itm,
-        rules=blip_tables.BLIP2_ITM,
+        read=read_blip2_itm,
+        write=write_blip2_itm,
+        rules=BLIP2_ITM,
         model_type="blip-2",
         architectures=("Blip2ForImageTextRetrieval",),
-        left_out=(*POSITION_IDS, r"embeddings\.position_ids"),
+        left_out=(*BLIP2_LEFT_OUT, r"embeddings\.position_ids"),
     ),
     "clip": Family(
         title="CLIP",
-        read=retrieval.read_clip,
-        write=retrieval.write_clip,
-        rules=blip_tables.CLIP,
+        read=read_clip,
+        write=write_clip,
+        rules=CLIP,
         architectures=("CLIPModel",),
         left_out=(r"(vision|text)_model\.embeddings\.position_ids", "logit_scale"),
     ),
@@ -207,9 +150,9 @@ FAMILIES: dict[str, Family] = {
         title="InstructBLIP",
         read=partial(read_blip2, family="instructblip", bridge_config=InstructedQFormerConfig),
         write=partial(write_blip2, architecture="InstructBlip", part="instructblip"),
-        rules=tables.INSTRUCTBLIP,
+        rules=INSTRUCTBLIP,
         default_prompt="A short image caption.",
-        left_out=POSITION_IDS,
+        left_out=BLIP2_LEFT_OUT,
     ),
     "instructblipvideo": Family(
         title="InstructBlipVideo",
@@ -223,32 +166,32 @@ FAMILIES: dict[str, Family] = {
         write=partial(
             write_blip2, architecture="InstructBlipVideo", slot="video_token", part="instructblipvideo"
         ),
-        rules=tables.INSTRUCTBLIP,
+        rules=INSTRUCTBLIP,
         default_prompt="A short video caption.",
-        left_out=POSITION_IDS,
+        left_out=BLIP2_LEFT_OUT,
     ),
     "blip2edge": Family(
         title="Attention pool",
-        read=family_own.read_own,
-        write=family_own.write_own,
-        rules=family_own.RULES,
+        read=read_native,
+        write=write_native,
+        rules=NATIVE_RULES,
     ),
     "minigpt4": Family(
         title="MiniGPT-4",
         read=partial(read_blip2, family="minigpt4"),
         write=partial(write_blip2, architecture="MiniGPT4"),
-        rules=tables.BLIP2,
+        rules=BLIP2,
         template="###Human: <Img>{image}</Img> {prompt}###Assistant:",
         default_prompt="Describe this image in detail.",
         question="{question}",
         stop=("###",),
-        left_out=POSITION_IDS,
+        left_out=BLIP2_LEFT_OUT,
     ),
     "llava": Family(
         title="LLaVA",
         read=read_llava,
         write=write_llava,
-        rules=tables.LLAVA,
+        rules=LLAVA,
         template="USER: {image}\n{prompt} ASSISTANT:",
         architectures=("LlavaForConditionalGeneration",),
         default_prompt="Describe the image concisely.",
@@ -260,15 +203,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "idefics": Family(
         title="Flamingo (Idefics)",
-        read=idefics.read_idefics,
-        write=idefics.write_idefics,
-        rules=idefics.RULES,
+        read=read_idefics,
+        write=write_idefics,
+        rules=IDEFICS_RULES,
         language_prefix="",
         question="Question: {question} Answer:",
         image_token="<image>",
         around_image="<fake_token_around_image>",
         generation=True,
-        left_out=idefics.LEFT_OUT,
+        left_out=IDEFICS_LEFT_OUT,
     ),
 }
 
@@ -277,7 +220,7 @@ def read_config(config: Any) -> Config:
     """Reads a ``config.json``.
 
     Raises:
-        UnsupportedModelError: A ``model_type`` or a language model without a row.
+        UnsupportedModelError: The ``model_type`` or the language model is not supported.
         CheckpointError: A key is missing or has a wrong value.
     """
     f = Fields("the top level", config)
@@ -285,7 +228,7 @@ def read_config(config: Any) -> Config:
 
 
 def _family_of(f: Fields) -> Family:
-    """The row of a ``model_type``, and of an architecture where several classes share that.
+    """The row of a ``model_type`` and, if several rows share it, of the class.
 
     Raises:
         UnsupportedModelError: No such row.
@@ -309,7 +252,7 @@ def _family_of(f: Fields) -> Family:
 
 
 def canonical_name(config: Any, name: str) -> str:
-    """What a tensor of a checkpoint is called in the family's table of weights."""
+    """Name of a checkpoint's tensor in the family's weight table."""
     for pattern, replacement in FAMILIES[config.family].renamed:
         name = re.sub(f"^{pattern}", replacement, name)
     return name
@@ -321,7 +264,7 @@ def write_config(config: Config) -> dict[str, Any]:
 
 
 def weight_map(config: Config) -> WeightMap:
-    """Our parameters and the checkpoint's tensors."""
+    """Maps our parameters to the checkpoint's tensors."""
     family = FAMILIES[config.family]
     if isinstance(config, RetrievalConfig):
         return WeightMap(family.rules, family.left_out)
@@ -337,8 +280,8 @@ def weight_map(config: Config) -> WeightMap:
             "language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens")
         )
         rules = (*(rule for rule in rules if rule.ours != "language.head"), tied)
-    drafted = under(DRAFT_PREFIX, DRAFT_PREFIX, DRAFT_RULES)
-    return WeightMap((*family.rules, *rules, *drafted), left_out)
+    text_head = under(DRAFT_PREFIX, DRAFT_PREFIX, TEXT_HEAD_RULES)
+    return WeightMap((*family.rules, *rules, *text_head), left_out)
 
 
 def head_names(config: CaptionerConfig) -> Mapping[str, frozenset[str]]:

@@ -1,4 +1,4 @@
-"""Checkpoints that compare pictures with texts: how their ``config.json`` is read and written."""
+"""Retrieval models: reads and writes their ``config.json``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
-from blip2edge.model.config import Fields, VisionConfig
-from blip2edge.model.families.blip import TOKEN_DEFAULTS, read_text, read_vision
+from blip2edge.model.config import VisionConfig
+from blip2edge.model.config_json import Fields
+from blip2edge.model.families.blip import BLIP_TOKEN_DEFAULTS, read_text, read_vision
+from blip2edge.model.language.clip_text import ClipTextConfig
 from blip2edge.model.retrieval import RetrievalConfig
-from blip2edge.model.vision.clip import ClipTextConfig
 
 
 def read_blip_itm(f: Fields) -> RetrievalConfig:
@@ -33,7 +34,7 @@ def write_blip_itm(config: RetrievalConfig) -> dict[str, Any]:
         "architectures": ["BlipForImageTextRetrieval"],
         "image_text_hidden_size": config.embed_dim,
         "vision_config": config.vision.to_hf() | {"model_type": "blip_vision_model"},
-        "text_config": config.text.to_hf() | TOKEN_DEFAULTS,
+        "text_config": config.text.to_hf() | BLIP_TOKEN_DEFAULTS,
     }
 
 
@@ -41,7 +42,7 @@ def read_blip2_itm(f: Fields) -> RetrievalConfig:
     """``Blip2ForImageTextRetrieval``.
 
     Raises:
-        CheckpointError: Its Q-Former reads no text.
+        CheckpointError: The Q-Former does not read text.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
     values = f.values.get("qformer_config", {})

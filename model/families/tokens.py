@@ -1,10 +1,11 @@
-"""Special token ids as ``config.json`` holds them."""
+"""Reads and writes the special token ids of a ``config.json``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from blip2edge.model.config import CaptionerConfig, Fields
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config_json import Fields
 
 LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
     "opt": {"bos": 2, "eos": 2, "pad": 1},
@@ -12,7 +13,7 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
     "mistral": {"bos": 1, "eos": 2},
     "t5": {"eos": 1, "pad": 0, "decoder_start": 0},
 }
-"""Special ids where ``text_config`` leaves them out: the defaults of transformers' configs."""
+"""Default special ids of transformers' configs."""
 
 
 def read_tokens(text: Fields) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """BERT with attention to a picture: BLIP's text models (Li et al., arXiv 2201.12086, section 3.1).
 
-Post-norm layers as in BERT (arXiv 1810.04805), each with a look at other states between self-attention and
-feed-forward. One kind of layer makes three models: the encoder of questions and captions, which looks at patches;
-the decoder of captions, which looks at patches too; the decoder of answers, which looks at the encoder's states.
+Post-norm layers as in BERT (arXiv 1810.04805), each with cross-attention between self-attention and
+feed-forward. The same layer serves three models: the encoder of questions and captions and the decoder of captions,
+which attend to patches, and the decoder of answers, which attends to the encoder's states.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config import Fields, check_heads
-from blip2edge.model.interfaces import Decoder
+from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
+from blip2edge.model.config_json import Fields, Key, check_heads, transformer_keys, write_keys
+from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
@@ -26,7 +27,18 @@ from blip2edge.model.layers import (
     key_mask_bias,
     stack,
 )
-from blip2edge.model.post_norm import Attention, FeedForward
+
+BERT_KEYS = (
+    Key("vocab_size", "vocab_size", "integer", 30524),
+    *transformer_keys(768, 3072, 12, 8),
+    Key("encoder_hidden_size", "encoder_hidden_size", "integer", 768),
+    Key("max_positions", "max_position_embeddings", "integer", 512),
+    Key("activation", "hidden_act", "activation", "gelu"),
+    Key("norm_eps", "layer_norm_eps", "number", 1e-12),
+    Key("dropout", "hidden_dropout_prob", "number", 0.0),
+    Key("tie_embeddings", "tie_word_embeddings", "flag", True),
+)
+"""``text_config`` with the defaults of transformers' BlipTextConfig."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,8 @@ class BertConfig:
     """Sizes of BLIP's text models.
 
     Attributes:
-        encoder_hidden_size: Width of what the layers look at.
-        reads_question: Whether an encoder reads a question first, whose states the decoder looks at (VQA).
+        encoder_hidden_size: Width of the states that the layers attend to.
+        reads_question: Whether an encoder reads a question first, whose states the decoder attends to (VQA).
     """
 
     vocab_size: int
@@ -57,7 +69,7 @@ class BertConfig:
         check_heads("text_config", self.hidden_size, self.num_heads)
         if self.reads_question and self.encoder_hidden_size != self.hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: the decoder looks at states of width {self.encoder_hidden_size}, but the "
+                f"config.json: text_config: the decoder attends to states of width {self.encoder_hidden_size}, but the "
                 f"question's have {self.hidden_size}"
             )
 
@@ -78,12 +90,12 @@ class BertConfig:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the prompt goes to an encoder."""
+        """Whether an encoder reads the prompt."""
         return self.reads_question
 
     @property
     def cross(self) -> CrossSpec:
-        """Every layer looks at the patches, or at the states of the question."""
+        """Every layer attends to the patches, or to the states of the question."""
         return CrossSpec(
             self.num_layers,
             self.num_heads,
@@ -96,49 +108,21 @@ class BertConfig:
     @classmethod
     def from_hf(cls, values: Any) -> BertConfig:
         """Reads the ``text_config`` of a BLIP ``config.json``."""
-        f = Fields("text_config", values)
-        hidden = f.integer("hidden_size", 768)
-        return cls(
-            vocab_size=f.integer("vocab_size", 30524),
-            hidden_size=hidden,
-            intermediate_size=f.integer("intermediate_size", 3072),
-            num_layers=f.integer("num_hidden_layers", 12),
-            num_heads=f.integer("num_attention_heads", 8),
-            encoder_hidden_size=f.integer("encoder_hidden_size", 768),
-            max_positions=f.integer("max_position_embeddings", 512),
-            activation=f.activation("hidden_act", "gelu"),
-            norm_eps=f.number("layer_norm_eps", 1e-12),
-            dropout=f.number("hidden_dropout_prob", 0.0),
-            tie_embeddings=f.flag("tie_word_embeddings", True),
-        )
+        return cls(**Fields("text_config", values).read(BERT_KEYS))
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` that :meth:`from_hf` reads."""
-        return {
-            "model_type": "blip_text_model",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "encoder_hidden_size": self.encoder_hidden_size,
-            "max_position_embeddings": self.max_positions,
-            "hidden_act": self.activation,
-            "layer_norm_eps": self.norm_eps,
-            "hidden_dropout_prob": self.dropout,
-            "tie_word_embeddings": self.tie_embeddings,
-            "is_decoder": True,
-        }
+        return {"model_type": self.kind, **write_keys(self, BERT_KEYS), "is_decoder": True}
 
 
-class Layer(nn.Module):
-    """Self-attention, a look at other states, feed-forward."""
+class BertLayer(nn.Module):
+    """Self-attention, cross-attention, feed-forward."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.self_attention = Attention(config, config.hidden_size)
-        self.cross_attention = Attention(config, config.encoder_hidden_size)
-        self.feed_forward = FeedForward(config)
+        self.self_attention = BertAttention(config, config.hidden_size)
+        self.cross_attention = BertAttention(config, config.encoder_hidden_size)
+        self.feed_forward = BertFeedForward(config)
 
     def forward(
         self,
@@ -148,18 +132,18 @@ class Layer(nn.Module):
         cross: KeyValue | None = None,
         cross_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; without ``cross`` it reads text alone."""
+        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; no cross-attention without ``cross``."""
         key, value = self.self_attention.key_value(x)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        x = self.self_attention.look(x, (key, value), bias)
+        x = self.self_attention.attend_to(x, (key, value), bias)
         if cross is not None:
-            x = self.cross_attention.look(x, cross, cross_bias)
+            x = self.cross_attention.attend_to(x, cross, cross_bias)
         return self.feed_forward(x), (key, value)
 
 
-class Embeddings(nn.Module):
-    """Places of the tokens, and the norm before the first layer."""
+class BertEmbeddings(nn.Module):
+    """Position embeddings, and the norm before the first layer."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -179,8 +163,8 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embeddings = Embeddings(config)
-        self.layers = stack(Layer(config) for _ in range(config.num_layers))
+        self.embeddings = BertEmbeddings(config)
+        self.layers = stack(BertLayer(config) for _ in range(config.num_layers))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor | None = None
@@ -204,8 +188,8 @@ class BertEncoder(nn.Module):
         return x
 
 
-class Head(nn.Linear):
-    """Logits behind BERT's transform; the matrix may be the token table, the bias is its own."""
+class BertHead(nn.Linear):
+    """BERT's transform and the output matrix, which may be the token table; the bias is separate."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config.hidden_size, config.vocab_size)
@@ -218,19 +202,19 @@ class Head(nn.Linear):
         return super().forward(self.norm(self.activation(self.dense(x))))
 
 
-class BertDecoder(Decoder):
-    """Embeddings in, logits and the grown cache out; with an encoder before it where it answers questions."""
+class BertDecoder(DecoderModule):
+    """BertThe decoder, with an encoder of questions for VQA."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[BertLayer]
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = BertEncoder(config) if config.reads_question else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embeddings = Embeddings(config)
-        self.layers = stack(Layer(config) for _ in range(config.num_layers))
-        self.head = Head(config)
+        self.embeddings = BertEmbeddings(config)
+        self.layers = stack(BertLayer(config) for _ in range(config.num_layers))
+        self.head = BertHead(config)
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
 
@@ -241,7 +225,7 @@ class BertDecoder(Decoder):
         return self.encoder(input_ids, attention_mask, image_embeds)
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """``[B, E, C]`` to two of ``[B, H, E, d]`` a layer."""
+        """``[B, E, C]`` to two of ``[B, H, E, d]`` per layer."""
         return [layer.cross_attention.key_value(source) for layer in self.layers]
 
     def forward(
@@ -254,7 +238,7 @@ class BertDecoder(Decoder):
         cross: Sequence[KeyValue] = (),
         cross_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`Decoder`."""
+        """The decoder contract; see :class:`DecoderModule`."""
         x = self.embeddings(inputs_embeds, position_ids)
         bias = causal_bias(attention_mask, x.shape[1], x.dtype)
         cross_bias = None if cross_attention_mask is None else key_mask_bias(cross_attention_mask, x.dtype)

@@ -1,8 +1,8 @@
-"""Flamingo's decoder: a Llama that looks at pictures through gated layers between its own (arXiv 2204.14198, 3.2).
+"""Flamingo's decoder: a Llama with gated cross-attention layers between its own (arXiv 2204.14198, 3.2).
 
-Before every ``cross_interval``-th layer stands one that looks at the visual tokens of the last picture before each
-slot. The keys and values of those tokens are computed once a request. What such a layer adds is multiplied by the
-tanh of a learned gate, which is 0 where training begins.
+Before every ``cross_interval``-th layer, a gated layer lets each token attend to the visual tokens of the last picture
+before it. The keys and values of those tokens are computed once per request. The output of a gated layer is multiplied
+by the tanh of a learned gate, which is 0 at the start of training.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config import Fields, check_heads
-from blip2edge.model.language.llama import FeedForward, LlamaDecoder
-from blip2edge.model.language.llama_config import LlamaConfig
+from blip2edge.model.config_json import Fields, check_heads, write_keys
+from blip2edge.model.language.llama import LlamaDecoder, LlamaFeedForward
+from blip2edge.model.language.llama_config import LLAMA_KEYS, LlamaConfig
 from blip2edge.model.layers import (
     MASKED,
     KeyValue,
@@ -32,7 +32,7 @@ from blip2edge.model.layers import (
 )
 
 GATES = ("float", "vector")
-"""``alpha_type``: a gate a layer, or one a channel."""
+"""``alpha_type``: one gate per layer, or one per channel."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class FlamingoConfig(LlamaConfig):
     """A Llama and its gated layers, as Idefics has them.
 
     Attributes:
-        base_vocab_size: Rows of the token table and the head that came with the Llama; those behind them, up to
-            ``vocab_size``, stand in tensors of their own in a checkpoint.
-        cross_interval: A gated layer stands before every layer whose number it divides.
+        base_vocab_size: Rows of the token table and the head that came with the Llama; the rows after them, up to
+            ``vocab_size``, have tensors of their own in a checkpoint.
+        cross_interval: A gated layer precedes every layer whose index it divides.
         qk_norms: Queries and keys of the gated layers are normed.
         gates: One of :data:`GATES`.
-        source: What the gated layers look at: ``visual_tokens``, or ``image_embeds`` without a resampler.
+        source: What the gated layers attend to: ``visual_tokens``, or ``image_embeds`` without a resampler.
         source_dim: Its width.
     """
 
@@ -65,18 +65,18 @@ class FlamingoConfig(LlamaConfig):
         if self.num_layers % self.cross_interval:
             raise CheckpointError(
                 f"config.json: a cross_layer_interval of {self.cross_interval} does not divide {self.num_layers} "
-                "layers, and no layer is there for the rest"
+                "layers; expected a divisor of the number of layers"
             )
 
     @property
     def cross(self) -> CrossSpec:
-        """Every gated layer looks at the pictures, each slot at its own."""
+        """Every gated layer attends to the pictures, each token to its own."""
         layers = self.num_layers // self.cross_interval
         return CrossSpec(layers, self.num_heads, self.head_dim, self.source_dim, "steps", self.source)
 
     @classmethod
     def from_hf(cls, values: Any) -> FlamingoConfig:
-        """Reads an Idefics ``config.json``, whose text part stands at the top level."""
+        """Reads an Idefics ``config.json``, whose text part is at the top level."""
         f = Fields("the top level", values)
         own = Fields("vision_config", f.values.get("vision_config") or {})
         resampled = f.flag("use_resampler", False)
@@ -96,17 +96,10 @@ class FlamingoConfig(LlamaConfig):
     def to_hf(self) -> dict[str, Any]:
         """The keys of an Idefics ``config.json`` that :meth:`from_hf` reads."""
         return {
+            **write_keys(self, LLAMA_KEYS),
             "vocab_size": self.base_vocab_size,
             "additional_vocab_size": self.vocab_size - self.base_vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_dim,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "max_position_embeddings": self.max_positions,
-            "hidden_act": self.activation,
-            "rms_norm_eps": self.norm_eps,
             "rope_parameters": self.rope.to_hf(),
-            "tie_word_embeddings": self.tie_embeddings,
             "cross_layer_interval": self.cross_interval,
             "qk_layer_norms": self.qk_norms,
             "alpha_type": self.gates,
@@ -115,7 +108,7 @@ class FlamingoConfig(LlamaConfig):
 
 
 class CrossAttention(nn.Module):
-    """Text looks at pictures; no positions, no bias in the matrices."""
+    """Text attends to pictures; no positions, no bias in the matrices."""
 
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
@@ -145,7 +138,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedLayer(nn.Module):
-    """Attention to the pictures and a feed-forward, each behind a norm and a gate."""
+    """Attention to the pictures and a feed-forward, each with a norm before and a gate after."""
 
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
@@ -154,26 +147,26 @@ class GatedLayer(nn.Module):
         self.attention = CrossAttention(config)
         self.attention_gate = nn.Parameter(torch.zeros(shape))
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = LlamaFeedForward(config)
         self.feed_forward_gate = nn.Parameter(torch.zeros(shape))
 
-    def forward(self, x: Tensor, cross: KeyValue, bias: Tensor, looks: Tensor) -> Tensor:
-        """Adds what the pictures say.
+    def forward(self, x: Tensor, cross: KeyValue, bias: Tensor, has_picture: Tensor) -> Tensor:
+        """Adds attention to the pictures, then a feed-forward.
 
         Args:
             x: ``[B, S, D]``.
             cross: Two of ``[B, H, E, d]``.
             bias: ``[B, 1, S, E]``.
-            looks: ``[B, S, 1]``, 0 where a slot looks at no picture: the attention then adds nothing there. The
-                feed-forward adds to every slot.
+            has_picture: ``[B, S, 1]``, 0 where a token attends to no picture. The attention adds nothing there; the
+                feed-forward adds to every token.
         """
-        seen = self.attention(self.attention_norm(x), cross, bias) * looks
-        x = x + torch.tanh(self.attention_gate) * seen
+        attended = self.attention(self.attention_norm(x), cross, bias) * has_picture
+        x = x + torch.tanh(self.attention_gate) * attended
         return x + torch.tanh(self.feed_forward_gate) * self.feed_forward(self.feed_forward_norm(x))
 
 
 class Flamingo(LlamaDecoder):
-    """A Llama with gated layers; the additional rows of its token table stand behind the others."""
+    """A Llama with gated layers; the additional rows of its token table come last."""
 
     config: FlamingoConfig
 
@@ -183,7 +176,7 @@ class Flamingo(LlamaDecoder):
         self.cross_layers = stack(GatedLayer(config) for _ in range(count))
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` a gated layer."""
+        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` per gated layer."""
         return [layer.attention.key_value(source) for layer in self.cross_layers]
 
     def forward(
@@ -196,13 +189,13 @@ class Flamingo(LlamaDecoder):
         cross: Sequence[KeyValue] = (),
         cross_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`Decoder`."""
+        """The decoder contract; see :class:`DecoderModule`."""
         x, steps = inputs_embeds, inputs_embeds.shape[1]
         if cross_attention_mask is None:
             cross_attention_mask = attention_mask.new_ones(x.shape[0], steps, cross[0][0].shape[2])
-        seen = cross_attention_mask.to(x.dtype)
-        looks = seen.amax(dim=-1, keepdim=True)  # [B, S, 1]
-        cross_bias = ((1 - seen) * MASKED)[:, None]  # [B, 1, S, E]
+        mask = cross_attention_mask.to(x.dtype)
+        has_picture = mask.amax(dim=-1, keepdim=True)  # [B, S, 1]
+        cross_bias = ((1 - mask) * MASKED)[:, None]  # [B, 1, S, E]
         cos, sin = self.rotary(position_ids)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))
         bias = causal_bias(attention_mask, steps, x.dtype)
@@ -210,7 +203,7 @@ class Flamingo(LlamaDecoder):
         for index, layer in enumerate(self.layers):
             number, rest = divmod(index, self.config.cross_interval)
             if not rest:
-                x = self.cross_layers[number](x, cross[number], cross_bias, looks)
+                x = self.cross_layers[number](x, cross[number], cross_bias, has_picture)
             x, present = layer(x, rotation, bias, None if past is None else past[index])
             presents.append(present)
         if logits_indices is not None:

@@ -1,4 +1,4 @@
-"""Llama and its kin in one module: Vicuna, Mistral, Qwen2, Qwen3, SmolLM; what differs are flags of the config.
+"""Llama and its relatives Vicuna, Mistral, Qwen2, Qwen3 and SmolLM; flags of the config select the differences.
 
 Touvron et al., arXiv 2302.13971; rotary positions: Su et al., arXiv 2104.09864; grouped heads: Ainslie et al.,
 arXiv 2305.13245; sliding window: Jiang et al., arXiv 2310.06825. One forward serves prefill, decoding and
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.interfaces import Decoder
+from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.language.llama_config import LlamaConfig, RopeConfig
 from blip2edge.model.layers import (
     ACTIVATIONS,
@@ -29,9 +29,9 @@ from blip2edge.model.layers import (
 
 
 class Rotary(nn.Module):
-    """Positions as angles.
+    """Rotary positions as cosines and sines.
 
-    Always in FP32, whatever the rest computes in. The exporter knows it by the name ``rotary`` of the submodule.
+    Always in FP32. The exporter finds it by the submodule's name, ``rotary``.
     """
 
     def __init__(self, head_dim: int, rope: RopeConfig) -> None:
@@ -61,12 +61,12 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns ``x [B, H, S, d]``: its first half are real parts, its second imaginary ones."""
+    """Rotates ``x [B, H, S, d]``: its first half are real parts, its second imaginary ones."""
     real, imaginary = x.chunk(2, dim=-1)
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
 
 
-class Attention(nn.Module):
+class LlamaAttention(nn.Module):
     """Causal self-attention over the cache and the new slots; several query heads share a key/value head."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -84,13 +84,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """Looks back.
+        """Attends to the cache and the new slots.
 
         Args:
             x: ``[B, S, D]``.
             rotation: Two of ``[B, 1, S, d / 2]`` in the dtype of ``x``, from :class:`Rotary`.
             bias: ``[B, 1, S, P + S]``.
-            past: Two of ``[B, Hkv, P, d]``; keys are stored turned.
+            past: Two of ``[B, Hkv, P, d]``; keys are stored rotated.
 
         Returns:
             ``[B, S, D]``, and two of ``[B, Hkv, P + S, d]``.
@@ -110,13 +110,13 @@ class Attention(nn.Module):
         if not torch.compiler.is_exporting():
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
             return attend(query, key, value, bias, self.scale)
-        # In the graph a further dimension, so that the shared keys and values are never copied.
+        # A further dimension in the graph avoids copies of the shared keys and values.
         query = query.reshape(query.shape[0], self.kv_heads, groups, *query.shape[2:])  # [B, Hkv, G, S, d]
         out = attend(query, key[:, :, None], value[:, :, None], bias[:, :, None], self.scale)
         return out.flatten(1, 2)
 
 
-class FeedForward(nn.Module):
+class LlamaFeedForward(nn.Module):
     """Three matrices: gate, up, down (SwiGLU; Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -131,42 +131,42 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class Layer(nn.Module):
-    """Self-attention and feed-forward, each behind a norm.
+class LlamaLayer(nn.Module):
+    """Self-attention and feed-forward, each after a norm.
 
     Args:
         config: Sizes.
-        window: What ``bias`` is to be made for; the layer itself does not use it.
+        window: Window of the ``bias`` that the caller passes; the layer itself does not use it.
     """
 
     def __init__(self, config: LlamaConfig, window: int | None = None) -> None:
         super().__init__()
         self.window = window
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = LlamaAttention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = LlamaFeedForward(config)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; see :class:`Attention`."""
+        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; see :class:`LlamaAttention`."""
         out, present = self.attention(self.attention_norm(x), rotation, bias, past)
         x = x + out
         return x + self.feed_forward(self.feed_forward_norm(x)), present
 
 
-class LlamaDecoder(Decoder):
-    """Embeddings in, logits and the grown cache out."""
+class LlamaDecoder(DecoderModule):
+    """The decoder."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[LlamaLayer]
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = Rotary(config.head_dim, config.rope)
-        self.layers = stack(Layer(config, config.window_of(index)) for index in range(config.num_layers))
+        self.layers = stack(LlamaLayer(config, config.window_of(index)) for index in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -180,7 +180,7 @@ class LlamaDecoder(Decoder):
         logits_indices: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`Decoder`."""
+        """The decoder contract; see :class:`DecoderModule`."""
         x, steps = inputs_embeds, inputs_embeds.shape[1]
         cos, sin = self.rotary(position_ids)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))

@@ -1,4 +1,4 @@
-"""Sizes and variants of Llama and its kin, as ``config.json`` holds them."""
+"""Configs of Llama and its relatives."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError, UnsupportedModelError
-from blip2edge.model.config import Fields
+from blip2edge.model.config_json import Fields, Key, write_keys
 
 ROPE_KINDS = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How fast the rotary positions turn.
+    """Frequencies of the rotary positions.
 
     Attributes:
         theta: Base of the wavelengths.
-        kind: One of :data:`ROPE_KINDS`: as they are, all slowed by ``factor``, or (Llama 3.1) the slow ones alone.
-        factor: How much slower.
-        low_freq_factor: Llama 3.1: wavelengths beyond ``original_positions / low_freq_factor`` are slowed.
-        high_freq_factor: Llama 3.1: wavelengths below ``original_positions / high_freq_factor`` are not.
+        kind: One of :data:`ROPE_KINDS`: unchanged, all divided by ``factor``, or (Llama 3.1) only the low ones.
+        factor: Divisor of the frequencies.
+        low_freq_factor: Llama 3.1: wavelengths above ``original_positions / low_freq_factor`` are scaled.
+        high_freq_factor: Llama 3.1: wavelengths below ``original_positions / high_freq_factor`` are not scaled.
         original_positions: Context that the model was first trained with.
     """
 
@@ -38,7 +38,7 @@ class RopeConfig:
         """Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
 
         Raises:
-            UnsupportedModelError: A kind without a row.
+            UnsupportedModelError: The kind is not supported.
         """
         f = Fields("rope_parameters", values.get("rope_parameters") or values.get("rope_scaling") or {})
         kind = f.values.get("rope_type", f.values.get("type", "default"))
@@ -77,17 +77,31 @@ class RopeConfig:
         return found
 
 
+LLAMA_KEYS = (
+    Key("vocab_size", "vocab_size", "integer"),
+    Key("hidden_size", "hidden_size", "integer", 4096),
+    Key("ffn_dim", "intermediate_size", "integer"),
+    Key("num_layers", "num_hidden_layers", "integer", 32),
+    Key("num_heads", "num_attention_heads", "integer", 32),
+    Key("max_positions", "max_position_embeddings", "integer"),
+    Key("activation", "hidden_act", "activation", "silu"),
+    Key("norm_eps", "rms_norm_eps", "number", 1e-6),
+    Key("tie_embeddings", "tie_word_embeddings", "flag", False),
+)
+"""``text_config`` of Llama and its relatives; :data:`DEFAULTS` has the sizes that differ between them."""
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and variants.
 
     Attributes:
         qkv_bias: Queries, keys and values have biases (Qwen2).
-        out_bias: So has the matrix behind the heads.
-        mlp_bias: So have the three of the feed-forward.
-        qk_norm: Each head's queries and keys are normed before they are turned (Qwen3).
-        window: A slot sees this many slots, its own included; None for all (Mistral 0.1, Qwen2).
-        window_layers: The layers that the window holds for.
+        out_bias: The matrix after the heads has a bias.
+        mlp_bias: The three matrices of the feed-forward have biases.
+        qk_norm: Each head's queries and keys are normed before the rotation (Qwen3).
+        window: A token attends to this many tokens, itself included; None for all (Mistral 0.1, Qwen2).
+        window_layers: Layers with the window.
         kind: transformers' ``model_type``, a key of :data:`DEFAULTS`.
     """
 
@@ -130,7 +144,7 @@ class LlamaConfig:
 
     @property
     def cross(self) -> CrossSpec | None:
-        """It looks at nothing but its text."""
+        """None: it has no cross-attention."""
         return None
 
     def window_of(self, layer: int) -> int | None:
@@ -139,31 +153,22 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, values: Any) -> LlamaConfig:
-        """Reads a ``config.json`` or ``text_config`` of Llama or its kin, with each one's defaults."""
+        """Reads a ``config.json`` or ``text_config`` of Llama or a relative, with its own defaults."""
         f = Fields("text_config", values)
         kind = str(f.values.get("model_type", "llama"))
         sizes = DEFAULTS[kind]
-        heads = f.integer("num_attention_heads", 32)
-        hidden, layers = f.integer("hidden_size", 4096), f.integer("num_hidden_layers", 32)
-        longest = f.integer("max_position_embeddings", sizes["max_position_embeddings"])
+        found = f.read(LLAMA_KEYS, sizes)
+        heads, longest = found["num_heads"], found["max_positions"]
         bias = kind in ("llama", "qwen3") and f.flag("attention_bias", False)
-        window, window_layers = _window(kind, f, layers)
+        window, window_layers = _window(kind, f, found["num_layers"])
         return cls(
-            vocab_size=f.integer("vocab_size", sizes["vocab_size"]),
-            hidden_size=hidden,
-            ffn_dim=f.integer("intermediate_size", sizes["intermediate_size"]),
-            num_layers=layers,
-            num_heads=heads,
+            **found,
             num_kv_heads=_kv_heads(f, heads, sizes),
-            head_dim=f.integer("head_dim", sizes.get("head_dim", hidden // heads)),
-            max_positions=longest,
-            activation=f.activation("hidden_act", "silu"),
-            norm_eps=f.number("rms_norm_eps", 1e-6),
+            head_dim=f.integer("head_dim", sizes.get("head_dim", found["hidden_size"] // heads)),
             qkv_bias=bias or kind == "qwen2",
             out_bias=bias,
             mlp_bias=kind == "llama" and f.flag("mlp_bias", False),
             qk_norm=kind == "qwen3",
-            tie_embeddings=f.flag("tie_word_embeddings", False),
             window=window,
             window_layers=window_layers,
             rope=RopeConfig.from_hf(f.values, longest),
@@ -190,18 +195,10 @@ class LlamaConfig:
         return {
             "model_type": self.kind,
             "architectures": [f"{names[self.kind]}ForCausalLM"],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_dim,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
+            **write_keys(self, LLAMA_KEYS),
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_positions,
-            "hidden_act": self.activation,
-            "rms_norm_eps": self.norm_eps,
             "rope_parameters": self.rope.to_hf(),
-            "tie_word_embeddings": self.tie_embeddings,
             **own[self.kind],
         }
 
@@ -228,18 +225,18 @@ DEFAULTS: dict[str, dict[str, int]] = {
         "head_dim": 128,
     },
 }
-"""What transformers' configs assume where ``config.json`` is silent."""
+"""Defaults of transformers' configs."""
 
 
 def _kv_heads(f: Fields, heads: int, sizes: Mapping[str, int]) -> int:
-    """An absent number is the class's default, a null as many as there are heads: as in transformers."""
+    """A missing key gives the class's default, null gives one per head; as in transformers."""
     if "num_key_value_heads" in f.values:
         return f.integer("num_key_value_heads", heads)
     return sizes.get("num_key_value_heads", heads)
 
 
 def _window(kind: str, f: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """The sliding window, and which layers it holds for."""
+    """The sliding window, and the layers that have it."""
     used = kind == "mistral" or (kind in ("qwen2", "qwen3") and f.flag("use_sliding_window", False))
     if not used or f.values.get("sliding_window", 4096) is None:
         return None, ()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.config import Fields, check_heads
-from blip2edge.model.interfaces import Decoder
+from blip2edge.model.config_json import Fields, Key, check_heads, write_keys
+from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
@@ -26,12 +26,29 @@ from blip2edge.model.layers import (
 )
 
 POSITION_OFFSET = 2
-"""OPT's table of positions starts with two rows that no position uses (metaseq's padding_idx + 1)."""
+"""Unused rows at the start of OPT's position table (metaseq's padding_idx + 1)."""
+
+
+OPT_KEYS = (
+    Key("vocab_size", "vocab_size", "integer", 50272),
+    Key("hidden_size", "hidden_size", "integer", 768),
+    Key("ffn_dim", "ffn_dim", "integer", 3072),
+    Key("num_layers", "num_hidden_layers", "integer", 12),
+    Key("num_heads", "num_attention_heads", "integer", 12),
+    Key("max_positions", "max_position_embeddings", "integer", 2048),
+    Key("activation", "activation_function", "activation", "relu"),
+    Key("norm_before", "do_layer_norm_before", "flag", True),
+    Key("bias", "enable_bias", "flag", True),
+    Key("norm_affine", "layer_norm_elementwise_affine", "flag", True),
+    Key("tie_embeddings", "tie_word_embeddings", "flag", True),
+    Key("dropout", "dropout", "number", 0.1),
+)
+"""``text_config`` with the defaults of transformers' OPTConfig."""
 
 
 @dataclass(frozen=True)
 class OPTConfig:
-    """Sizes and variants: 350m has its norm after the block and a narrower token table."""
+    """Sizes and variants: 350m has its norms after the blocks and a narrower token table."""
 
     vocab_size: int
     hidden_size: int
@@ -71,23 +88,11 @@ class OPTConfig:
     def from_hf(cls, values: Any) -> OPTConfig:
         """Reads an OPT ``config.json`` or ``text_config``."""
         f = Fields("text_config", values)
-        hidden = f.integer("hidden_size", 768)
-        before = f.flag("do_layer_norm_before", True)
+        found = f.read(OPT_KEYS)
         return cls(
-            vocab_size=f.integer("vocab_size", 50272),
-            hidden_size=hidden,
-            ffn_dim=f.integer("ffn_dim", 3072),
-            num_layers=f.integer("num_hidden_layers", 12),
-            num_heads=f.integer("num_attention_heads", 12),
-            max_positions=f.integer("max_position_embeddings", 2048),
-            embed_dim=f.integer("word_embed_proj_dim", hidden),
-            activation=f.activation("activation_function", "relu"),
-            norm_before=before,
-            final_norm=before and not f.flag("_remove_final_layer_norm", False),
-            bias=f.flag("enable_bias", True),
-            norm_affine=f.flag("layer_norm_elementwise_affine", True),
-            tie_embeddings=f.flag("tie_word_embeddings", True),
-            dropout=f.number("dropout", 0.1),
+            **found,
+            embed_dim=f.integer("word_embed_proj_dim", found["hidden_size"]),
+            final_norm=found["norm_before"] and not f.flag("_remove_final_layer_norm", False),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -95,24 +100,13 @@ class OPTConfig:
         return {
             "model_type": "opt",
             "architectures": ["OPTForCausalLM"],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "ffn_dim": self.ffn_dim,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "max_position_embeddings": self.max_positions,
+            **write_keys(self, OPT_KEYS),
             "word_embed_proj_dim": self.embed_dim,
-            "activation_function": self.activation,
-            "do_layer_norm_before": self.norm_before,
             "_remove_final_layer_norm": self.norm_before and not self.final_norm,
-            "enable_bias": self.bias,
-            "layer_norm_elementwise_affine": self.norm_affine,
-            "tie_word_embeddings": self.tie_embeddings,
-            "dropout": self.dropout,
         }
 
 
-class Attention(nn.Module):
+class OPTAttention(nn.Module):
     """Causal self-attention over the cache and the new slots."""
 
     def __init__(self, config: OPTConfig) -> None:
@@ -136,7 +130,7 @@ class Attention(nn.Module):
         return self.out(merge_heads(attend(query, key, value, bias, self.scale))), (key, value)
 
 
-class Layer(nn.Module):
+class OPTLayer(nn.Module):
     """A decoder layer with its norms before (most sizes) or after (350m) its two halves."""
 
     def __init__(self, config: OPTConfig) -> None:
@@ -144,7 +138,7 @@ class Layer(nn.Module):
         width, affine = config.hidden_size, config.norm_affine
         self.norm_before = config.norm_before
         self.activation = ACTIVATIONS[config.activation]
-        self.attention = Attention(config)
+        self.attention = OPTAttention(config)
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=affine)
         self.fc1 = nn.Linear(width, config.ffn_dim, bias=config.bias)
         self.fc2 = nn.Linear(config.ffn_dim, width, bias=config.bias)
@@ -162,8 +156,8 @@ class Layer(nn.Module):
         return x if before else self.final_norm(x), present
 
 
-class OPTDecoder(Decoder):
-    """Embeddings in, logits and the grown cache out."""
+class OPTDecoder(DecoderModule):
+    """The decoder."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -172,7 +166,7 @@ class OPTDecoder(Decoder):
         self.embed_tokens = nn.Embedding(config.vocab_size, narrow)
         self.embed_positions = nn.Embedding(config.max_positions + POSITION_OFFSET, width)
         self.project_in = nn.Linear(narrow, width, bias=False) if narrow != width else None
-        self.layers = stack(Layer(config) for _ in range(config.num_layers))
+        self.layers = stack(OPTLayer(config) for _ in range(config.num_layers))
         self.final_norm = (
             nn.LayerNorm(width, elementwise_affine=config.norm_affine) if config.final_norm else None
         )
@@ -189,7 +183,7 @@ class OPTDecoder(Decoder):
         logits_indices: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`Decoder`."""
+        """The decoder contract; see :class:`DecoderModule`."""
         x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
         x = x + self.embed_positions(position_ids + POSITION_OFFSET)
         bias = causal_bias(attention_mask, inputs_embeds.shape[1], x.dtype)

@@ -1,4 +1,4 @@
-"""The language models that a bridge can feed: one row a ``model_type``."""
+"""The supported language models: one row per ``model_type``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model.config import LanguageConfig
-from blip2edge.model.interfaces import Decoder
+from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.language.bert import BertConfig, BertDecoder
 from blip2edge.model.language.flamingo import Flamingo, FlamingoConfig
 from blip2edge.model.language.llama import LlamaDecoder
 from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.model.language.opt import OPTConfig, OPTDecoder
 from blip2edge.model.language.t5 import T5, T5Config
-from blip2edge.model.weights import blip as blip_tables
-from blip2edge.model.weights import blip2 as tables
-from blip2edge.model.weights.idefics import flamingo
+from blip2edge.model.weights.blip import BLIP_DECODER
+from blip2edge.model.weights.idefics import flamingo_rules
+from blip2edge.model.weights.language import LLAMA, OPT, t5_rules
 from blip2edge.model.weights.rules import Rule
 
 
@@ -26,16 +26,16 @@ class Language:
     """How a language model is read and built.
 
     Attributes:
-        read_config: Makes its config of a ``text_config``.
-        build: Makes the module of a config.
-        rules: Its table of weights; some depend on the config.
-        encoder_inputs: What its encoder reads, by name; for encoder-decoder models.
-        left_out: Tensors that a checkpoint may hold and nobody needs (regular expressions).
-        bridged: Whether any bridge can feed it; else it belongs to one family alone.
+        read_config: Makes its config from a ``text_config``.
+        build: Makes the module from a config.
+        rules: Its weight table, which may depend on the config.
+        encoder_inputs: Names of the encoder's inputs, for encoder-decoder models.
+        left_out: Tensors of a checkpoint that are not used (regular expressions).
+        bridged: Whether it works with any bridge; else only one family has it.
     """
 
     read_config: Callable[[Any], LanguageConfig]
-    build: Callable[[Any], Decoder]
+    build: Callable[[Any], DecoderModule]
     rules: Callable[[Any], tuple[Rule, ...]]
     encoder_inputs: tuple[str, ...] = ("inputs_embeds", "attention_mask")
     left_out: tuple[str, ...] = ()
@@ -43,34 +43,34 @@ class Language:
 
 
 LANGUAGES: dict[str, Language] = {
-    "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: tables.OPT),
+    "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: OPT),
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3"),
         Language(
             LlamaConfig.from_hf,
             LlamaDecoder,
-            lambda config: tables.LLAMA,
+            lambda config: LLAMA,
             left_out=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
         ),
     ),
     "blip_text_model": Language(
         BertConfig.from_hf,
         BertDecoder,
-        lambda config: blip_tables.BLIP_DECODER,
+        lambda config: BLIP_DECODER,
         encoder_inputs=("input_ids", "attention_mask", "image_embeds"),
         bridged=False,
     ),
     "idefics": Language(
         FlamingoConfig.from_hf,
         Flamingo,
-        lambda config: flamingo(config.base_vocab_size, config.vocab_size - config.base_vocab_size),
+        lambda config: flamingo_rules(config.base_vocab_size, config.vocab_size - config.base_vocab_size),
         left_out=(r"model\.(layers|gated_cross_attn_layers)\.\d+\.\w+\.rotary_emb\.inv_freq",),
         bridged=False,
     ),
     "t5": Language(
         T5Config.from_hf,
         T5,
-        lambda config: tables.t5(config.gated),
+        lambda config: t5_rules(config.gated),
         left_out=(
             r"(encoder|decoder)\.embed_tokens\.weight",
             r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative.*",
@@ -91,7 +91,7 @@ def language_of(model_type: Any) -> Language:
 
 
 def bridged_language(model_type: Any) -> Language:
-    """The row of a language model that any bridge can feed.
+    """The row of a language model that works with any bridge.
 
     Raises:
         UnsupportedModelError: No such row.

@@ -1,7 +1,7 @@
-"""T5 and Flan-T5: an encoder over the prompt, a decoder that looks back at it (Raffel et al., arXiv 1910.10683).
+"""T5 and Flan-T5: an encoder over the prompt, a decoder that attends to it (Raffel et al., arXiv 1910.10683).
 
 The decoder follows the same contract as the other language models; its keys and values of the encoder's states are
-computed once a request and handed in.
+computed once per request and passed in.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config import Fields
-from blip2edge.model.interfaces import Decoder
+from blip2edge.model.config_json import Fields, Key, write_keys
+from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
@@ -31,8 +31,23 @@ from blip2edge.model.layers import (
     stack,
 )
 
-LONGEST = 2048
-"""Slots that engines and checks are made for; the relative positions themselves have no end."""
+T5_MAX_POSITIONS = 2048
+"""Longest context of engines and checks. The relative positions themselves have no limit."""
+
+
+T5_KEYS = (
+    Key("vocab_size", "vocab_size", "integer", 32128),
+    Key("hidden_size", "d_model", "integer", 512),
+    Key("ffn_dim", "d_ff", "integer", 2048),
+    Key("head_dim", "d_kv", "integer", 64),
+    Key("num_heads", "num_heads", "integer", 8),
+    Key("num_encoder_layers", "num_layers", "integer", 6),
+    Key("num_buckets", "relative_attention_num_buckets", "integer", 32),
+    Key("max_distance", "relative_attention_max_distance", "integer", 128),
+    Key("norm_eps", "layer_norm_epsilon", "number", 1e-6),
+    Key("dropout", "dropout_rate", "number", 0.1),
+)
+"""``text_config`` with the defaults of transformers' T5Config."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class T5Config:
     norm_eps: float = 1e-6
     scale_outputs: bool = False
     tie_embeddings: bool = True
-    max_positions: int = LONGEST
+    max_positions: int = T5_MAX_POSITIONS
     dropout: float = 0.1
 
     kind = "t5"
@@ -71,14 +86,13 @@ class T5Config:
 
     @property
     def cross(self) -> CrossSpec:
-        """Every layer looks at the encoder's states."""
+        """Every layer attends to the encoder's states."""
         return CrossSpec(self.num_layers, self.num_heads, self.head_dim, self.hidden_size, mask="keys")
 
     @classmethod
     def from_hf(cls, values: Any) -> T5Config:
         """Reads a T5 ``config.json`` or ``text_config``."""
         f = Fields("text_config", values)
-        layers = f.integer("num_layers", 6)
         kind = f.values.get("feed_forward_proj", "relu")
         gated, _, activation = str(kind).rpartition("-")
         if gated not in ("", "gated"):
@@ -91,21 +105,13 @@ class T5Config:
                 f"config.json: text_config.feed_forward_proj names the unknown activation {activation!r}"
             )
         untied = f.values.get("tie_word_embeddings") is False
+        found = f.read(T5_KEYS)
         return cls(
-            vocab_size=f.integer("vocab_size", 32128),
-            hidden_size=f.integer("d_model", 512),
-            ffn_dim=f.integer("d_ff", 2048),
-            head_dim=f.integer("d_kv", 64),
-            num_heads=f.integer("num_heads", 8),
-            num_encoder_layers=layers,
-            num_layers=f.integer("num_decoder_layers", layers),
+            **found,
+            num_layers=f.integer("num_decoder_layers", found["num_encoder_layers"]),
             activation=activation,
             gated=bool(gated),
-            num_buckets=f.integer("relative_attention_num_buckets", 32),
-            max_distance=f.integer("relative_attention_max_distance", 128),
-            norm_eps=f.number("layer_norm_epsilon", 1e-6),
             scale_outputs=f.flag("scale_decoder_outputs", not untied),
-            dropout=f.number("dropout_rate", 0.1),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -115,20 +121,11 @@ class T5Config:
             "model_type": "t5",
             "architectures": ["T5ForConditionalGeneration"],
             "is_encoder_decoder": True,
-            "vocab_size": self.vocab_size,
-            "d_model": self.hidden_size,
-            "d_ff": self.ffn_dim,
-            "d_kv": self.head_dim,
-            "num_heads": self.num_heads,
-            "num_layers": self.num_encoder_layers,
+            **write_keys(self, T5_KEYS),
             "num_decoder_layers": self.num_layers,
             "feed_forward_proj": f"gated-{activation}" if self.gated else self.activation,
-            "relative_attention_num_buckets": self.num_buckets,
-            "relative_attention_max_distance": self.max_distance,
-            "layer_norm_epsilon": self.norm_eps,
             "scale_decoder_outputs": self.scale_outputs,
             "tie_word_embeddings": self.scale_outputs,
-            "dropout_rate": self.dropout,
         }
 
 
@@ -171,7 +168,7 @@ class RelativeBias(nn.Module):
         return self.table(bucket).permute(0, 3, 1, 2)
 
 
-class Attention(nn.Module):
+class T5Attention(nn.Module):
     """T5's attention: no bias in its matrices, no scale on its scores."""
 
     def __init__(self, config: T5Config) -> None:
@@ -188,12 +185,12 @@ class Attention(nn.Module):
         return split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
 
     def forward(self, x: Tensor, key_value: KeyValue, bias: Tensor) -> Tensor:
-        """``x [B, S, D]`` looks at keys and values ``[B, H, T, d]``."""
+        """``x [B, S, D]`` attends to keys and values ``[B, H, T, d]``."""
         out = attend(split_heads(self.query(x), self.heads), *key_value, bias)
         return self.out(merge_heads(out))
 
 
-class FeedForward(nn.Module):
+class T5FeedForward(nn.Module):
     """Two matrices, or three where it is gated (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: T5Config) -> None:
@@ -210,15 +207,15 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each behind a norm."""
+class T5EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each after a norm."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = T5Attention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = T5FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -228,17 +225,17 @@ class EncoderLayer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
-class DecoderLayer(nn.Module):
+class T5DecoderLayer(nn.Module):
     """Self-attention over the cache, attention to the encoder's states, feed-forward."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = T5Attention(config)
         self.cross_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.cross_attention = Attention(config)
+        self.cross_attention = T5Attention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = T5FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -254,18 +251,18 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), (key, value)
 
 
-class Encoder(nn.Module):
+class T5Encoder(nn.Module):
     """``inputs_embeds [B, E, D]`` to states of the same shape."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.relative = RelativeBias(config, bidirectional=True)
-        self.layers = stack(EncoderLayer(config) for _ in range(config.num_encoder_layers))
+        self.layers = stack(T5EncoderLayer(config) for _ in range(config.num_encoder_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """``attention_mask`` int64 ``[B, E]``; padding stands behind the text, so that slots are positions."""
+        """``attention_mask`` int64 ``[B, E]``; padding follows the text, so that slots are positions."""
         slots = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         bias = self.relative(slots, slots) + key_mask_bias(attention_mask, inputs_embeds.dtype)
         x = self.dropout(inputs_embeds)
@@ -274,18 +271,18 @@ class Encoder(nn.Module):
         return self.dropout(self.final_norm(x))
 
 
-class T5(Decoder):
-    """Encoder, keys and values of its states, decoder."""
+class T5(DecoderModule):
+    """T5Encoder, keys and values of its states, decoder."""
 
-    layers: Sequence[DecoderLayer]
+    layers: Sequence[T5DecoderLayer]
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.encoder = Encoder(config)
+        self.encoder = T5Encoder(config)
         self.relative = RelativeBias(config, bidirectional=False)
-        self.layers = stack(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = stack(T5DecoderLayer(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -297,7 +294,7 @@ class T5(Decoder):
         return self.encoder(inputs_embeds, attention_mask)
 
     def cross_key_values(self, states: Tensor) -> list[KeyValue]:
-        """``[B, E, D]`` to two of ``[B, H, E, d]`` a layer."""
+        """``[B, E, D]`` to two of ``[B, H, E, d]`` per layer."""
         return [layer.cross_attention.key_value(states) for layer in self.layers]
 
     def forward(
@@ -310,7 +307,7 @@ class T5(Decoder):
         cross: Sequence[KeyValue] = (),
         cross_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`Decoder`."""
+        """The decoder contract; see :class:`DecoderModule`."""
         x = self.dropout(inputs_embeds)
         # Positions of the keys count a row's valid slots, so that rows of a batch may be ragged.
         keys = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)

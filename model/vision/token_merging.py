@@ -1,13 +1,13 @@
 """Token merging: in every layer of a ViT, between attention and MLP, the most alike patches become one.
 
-Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3 and appendix D. Patches are dealt in
-turn to two sets; each of the one draws an edge to the patch of the other whose key (the mean over the heads) is nearest
-by cosine; the ``r`` nearest pairs become their mean, weighted by how many patches each stands for. In the layers
-behind, a key that stands for ``s`` patches counts ``s`` times: ``log s`` is added to its score (proportional attention,
-equation 1). The class token is never merged.
+Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3 and appendix D. Patches go to
+two sets in turn. Each patch of the first set is paired with the patch of the second whose key (mean over the heads) is
+most similar by cosine. The ``r`` most similar pairs become their mean, weighted by how many patches each stands for.
+In later layers a key that stands for ``s`` patches counts ``s`` times: ``log s`` is added to its score (proportional
+attention, equation 1). The class token is never merged.
 
-``r`` is the same for every picture, so that every shape is known when a graph is made. A pair is added up by a product
-with a matrix of zeros and ones, as scattering with a sum is nothing that every TensorRT takes.
+``r`` is the same for every picture, so that every shape is known when a graph is made. Pairs are added by a product
+with a matrix of zeros and ones, because not every TensorRT supports scatter with a sum.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def merged_counts(patches: int, layers: int, tokens: int) -> list[int]:
     """How many patches disappear in each layer: ``tokens``, and never more than half of those that are left.
 
     Args:
-        patches: Before the first layer, the class token not counted.
-        layers: Of the ViT.
+        patches: Number of patches before the first layer, without the class token.
+        layers: Number of layers of the ViT.
         tokens: r.
     """
     counts: list[int] = []
@@ -35,19 +35,19 @@ def merged_counts(patches: int, layers: int, tokens: int) -> list[int]:
 
 
 def most_merged(patches: int, layers: int) -> int:
-    """The largest r that leaves a patch even if no layer were bound by half of its patches."""
+    """The largest r that leaves at least one patch, ignoring the limit of half the patches per layer."""
     return (patches - 1) // layers
 
 
 class Pairs(NamedTuple):
-    """What becomes of the patches of a layer, n = A + C of them in the two sets A and C.
+    """The pairs of a layer, whose n = A + C patches are in the two sets A and C.
 
     Attributes:
-        order: int64 ``[B, A]``, the first set with its merged patches last, the others as they stood.
+        order: int64 ``[B, A]``, the first set, with the merged patches last and the others in their order.
         weights: ``[B, C, r]``, each merged patch's share in its partner.
-        kept: ``[B, C, 1]``, what of the partner is its own: with its row of ``weights`` 1.
-        sizes: ``[B, n - r]``, how many patches each slot behind the merge stands for.
-        bias: ``[B, 1, 1, 1 + n - r]``, what they add to the scores of the next layer; nothing for the class token.
+        kept: ``[B, C, 1]``, the partner's own share. It and the partner's row of ``weights`` add up to 1.
+        sizes: ``[B, n - r]``, how many patches each slot stands for after the merge.
+        bias: ``[B, 1, 1, 1 + n - r]``, bias of the next layer's scores; 0 for the class token.
     """
 
     order: Tensor
@@ -58,7 +58,7 @@ class Pairs(NamedTuple):
 
 
 class TokenMatching(nn.Module):
-    """Bipartite soft matching. A module of its own, without weights, so that an fp16 graph leaves it in fp32."""
+    """Bipartite soft matching. It has no weights. It is a module so that an fp16 graph can keep it in fp32."""
 
     def forward(self, keys: Tensor, sizes: Tensor, count: int) -> Pairs:
         """Chooses the pairs of a layer.
@@ -87,7 +87,7 @@ class TokenMatching(nn.Module):
         return Pairs(order, weights, kept, sizes, bias[:, None, None, :])
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The first set by the score of its best edge, best first, and where each one's best edge leads.
+        """The first set by the score of its best edge, best first, and the partner of each.
 
         Args:
             scores: ``[B, A, C]``.

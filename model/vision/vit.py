@@ -1,4 +1,4 @@
-"""The frozen picture encoder: a ViT with EVA-CLIP's qkv bias and a norm at the end, or OpenAI's CLIP.
+"""The vision encoder: a ViT as EVA-CLIP's or as OpenAI's CLIP.
 
 Dosovitskiy et al., arXiv 2010.11929; the bias without a key part is from BEiT (arXiv 2106.08254) by way of
 EVA (arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
@@ -17,7 +17,7 @@ from blip2edge.model.vision.token_merging import Pairs, TokenMatching, merge, me
 
 
 class BlockConfig(Protocol):
-    """What a block asks of a config."""
+    """Sizes that a block needs from a config."""
 
     @property
     def hidden_size(self) -> int:
@@ -33,18 +33,18 @@ class BlockConfig(Protocol):
 
     @property
     def activation(self) -> str:
-        """Of the MLP."""
+        """Activation of the MLP."""
 
     @property
     def norm_eps(self) -> float:
-        """Of both norms."""
+        """Epsilon of both norms."""
 
     @property
     def qkv_bias(self) -> bool:
         """Whether queries, keys and values have biases."""
 
 
-class Attention(nn.Module):
+class PatchAttention(nn.Module):
     """Self-attention over patches; one matrix makes queries, keys and values."""
 
     def __init__(self, config: BlockConfig) -> None:
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         return self.with_keys(x, bias)[0]
 
     def with_keys(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same, and the keys ``[B, H, P, d]``."""
+        """As :meth:`forward`; also returns the keys ``[B, H, P, d]``."""
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         return self.projection(merge_heads(attend(query, key, value, bias, self.scale))), key
 
@@ -85,19 +85,19 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = PatchAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[B, P, D]`` to ``[B, P, D]``; ``bias`` hides what a slot may not see."""
+        """``[B, P, D]`` to ``[B, P, D]``; ``bias`` hides keys."""
         x = x + self.attention(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))
 
     def merging(
         self, x: Tensor, sizes: Tensor, matching: TokenMatching, count: int, bias: Tensor | None
     ) -> tuple[Tensor, Pairs]:
-        """The same with ``count`` patches merged between attention and MLP.
+        """As :meth:`forward`, with ``count`` patches merged between attention and MLP.
 
         Args:
             x: ``[B, 1 + n, D]``, the class token first.
@@ -107,7 +107,7 @@ class Block(nn.Module):
             bias: What the sizes add to the scores; None where each is 1.
 
         Returns:
-            ``[B, 1 + n - count, D]``, and the pairs with the sizes of what is left.
+            ``[B, 1 + n - count, D]``, and the pairs with the sizes of the remaining patches.
         """
         attended, keys = self.attention.with_keys(self.norm1(x), bias)
         pairs: Pairs = matching(keys, sizes, count)
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pixels to one embedding a patch, the class token first where it is kept."""
+    """Pixels to one embedding per patch, after the class token if that is kept."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -134,8 +134,8 @@ class VisionTransformer(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``.
 
-        ``P = 1 + (H / patch)²``, or one less where the class token is not handed on; where patches are merged, less
-        by what disappears in all layers.
+        ``P = 1 + (H / patch)²``, or one less without the class token. With token merging, P is smaller by the
+        patches merged in all layers.
         """
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, P - 1, D]
         classes = self.class_embedding.expand(patches.shape[0], 1, -1)
@@ -152,7 +152,7 @@ class VisionTransformer(nn.Module):
         return x if self.config.keep_class else x[:, 1:]
 
     def _merging_layers(self, x: Tensor, matching: TokenMatching) -> Tensor:
-        """All layers, with patches merged in each: ``[B, 1 + n, D]`` to what is left of it."""
+        """All layers, with patches merged in each: ``[B, 1 + n, D]`` to the embeddings that remain."""
         sizes, bias = torch.ones_like(x[:, 1:, 0]), None
         counts = merged_counts(x.shape[1] - 1, len(self.layers), self.config.merge_tokens)
         for block, count in zip(self.layers, counts, strict=True):

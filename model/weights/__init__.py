@@ -1,1 +1,1 @@
-"""Weight tables: which tensor of a checkpoint goes where."""
+"""Weight tables: the names of our parameters and of a checkpoint's tensors."""

@@ -1,4 +1,4 @@
-"""Which tensor is which in BLIP and its descendants for retrieval."""
+"""Weight tables of BLIP, and of the retrieval models BLIP-ITM, BLIP-2-ITM and CLIP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLIP_DECODER = (
     Rule("head.dense", "text_decoder.cls.predictions.transform.dense"),
     Rule("head.norm", "text_decoder.cls.predictions.transform.LayerNorm"),
 )
-"""The decoder of captions, or of answers behind the encoder of questions."""
+"""The decoder of captions, or the encoder of questions and the decoder of answers."""
 
 BLIP_VISION = under("vision.", "vision_model.", BLIP2_VISION)
 

@@ -1,15 +1,15 @@
-"""Which tensor is which in Idefics: Flamingo as transformers holds it."""
+"""Weight tables of Idefics, transformers' Flamingo."""
 
 from __future__ import annotations
 
-from blip2edge.model.weights.blip2 import LLAMA, LLAMA_LAYER
+from blip2edge.model.weights.language import LLAMA, LLAMA_LAYER
 from blip2edge.model.weights.rules import Rule, under
 
 ADDITIONAL = (
     Rule("embed_tokens", ("model.embed_tokens", "model.embed_tokens.additional_embedding")),
     Rule("head", ("lm_head", "lm_head.additional_fc")),
 )
-"""The token table and the head with rows of their own behind those of the Llama."""
+"""The token table and the head, with additional rows after those of the Llama."""
 
 GATED_LAYER = (
     *(rule for rule in LLAMA_LAYER if not rule.ours.startswith("attention.")),
@@ -40,12 +40,12 @@ PERCEIVER = (
 )
 
 
-def flamingo(rows: int, additional: int) -> tuple[Rule, ...]:
-    """The decoder.
+def flamingo_rules(rows: int, additional: int) -> tuple[Rule, ...]:
+    """Weight table of the decoder.
 
     Args:
-        rows: Of the Llama's own token table.
-        additional: Rows behind them; 0 where there are none, and no tensors for them.
+        rows: Rows of the Llama's token table.
+        additional: Additional rows after them; 0 if the checkpoint has none.
     """
     gated = under("cross_layers.*.", "model.gated_cross_attn_layers.*.", GATED_LAYER)
     if not additional:

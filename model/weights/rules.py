@@ -1,9 +1,9 @@
-"""Which tensor of a checkpoint each of our parameters is: tables, and how they are read.
+"""Maps the names of our parameters to a checkpoint's tensors, by tables of rules.
 
 A :class:`Rule` renames a module path. ``*`` stands for one path component (a layer's number). The longest rule
-that matches wins; what follows the matched part is kept. A rule may name several tensors of the checkpoint:
-they are stacked along dimension 0 (a fused matrix of ours, separate ones there), in equal parts unless it says how
-many rows each has.
+that matches wins; the rest of the name is kept. A rule may name several tensors of the checkpoint:
+they are stacked along dimension 0 (a fused matrix of ours, separate ones there), in equal parts unless
+``rows`` gives their sizes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from blip2edge.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Rule:
-    """Our module path, and theirs.
+    """One of our module paths, and the checkpoint's.
 
     Attributes:
         ours: A path with ``*`` for any one component.
-        theirs: The same in the checkpoint; several are stacked.
-        rows: How many rows each of several has; empty where they have as many.
+        theirs: The path in the checkpoint; several are stacked.
+        rows: Rows of each of several tensors; empty if they are equal.
     """
 
     ours: str
@@ -33,7 +33,7 @@ class Rule:
     rows: tuple[int, ...] = ()
 
     def sources(self) -> tuple[str, ...]:
-        """Their paths, one or several."""
+        """The checkpoint's paths, one or several."""
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 
@@ -45,11 +45,11 @@ def under(ours: str, theirs: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
 
 
 class WeightMap:
-    """Rules, compiled.
+    """Compiled rules: finds the checkpoint's tensors of a parameter.
 
     Args:
         rules: How names translate.
-        left_out: Regular expressions of tensors that a checkpoint may hold and nobody needs.
+        left_out: Regular expressions of a checkpoint's tensors that are not used.
     """
 
     def __init__(self, rules: Sequence[Rule], left_out: Sequence[str] = ()) -> None:
@@ -61,7 +61,7 @@ class WeightMap:
         """The tensors of the checkpoint that make up our parameter ``ours``.
 
         Raises:
-            KeyError: No rule covers it; a hole in a table, not a user's mistake.
+            KeyError: No rule covers it: an error in a table, not in the checkpoint.
         """
         match, paths, _ = self._rule(ours)
         rest = ours[match.end() :]
@@ -77,7 +77,7 @@ class WeightMap:
         return dict(zip(names, parts, strict=True))
 
     def rows(self, ours: str) -> tuple[int, ...]:
-        """How many rows each source of ``ours`` has; empty where they have as many."""
+        """Rows of each source of ``ours``; empty if they are equal."""
         return self._rule(ours)[2]
 
     def _rule(self, ours: str) -> tuple[re.Match[str], tuple[str, ...], tuple[int, ...]]:
@@ -88,7 +88,7 @@ class WeightMap:
         raise KeyError(f"no rule of the weight map covers {ours}")
 
     def is_left_out(self, theirs: str) -> bool:
-        """Whether a tensor of the checkpoint is one that nobody needs."""
+        """Whether a tensor of the checkpoint is not used."""
         return any(pattern.fullmatch(theirs) for pattern in self._left_out)
 
     def check(
@@ -96,7 +96,7 @@ class WeightMap:
         expected: Mapping[str, tuple[int, ...]],
         found: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """Compares names and shapes before any weight is read.
+        """Compares names and shapes. No weight is read.
 
         Args:
             expected: Our parameters and their shapes.

@@ -65,7 +65,7 @@ def _table(name: str, rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def bench_page(report: BenchReport) -> str:
-    """The same as a page with bars and curves."""
+    """The report as an HTML page with bars and curves."""
     parts = [
         f"<header><h1>{escape(str(report.bundle['family']))}</h1></header>",
         f"<section><ul>{''.join(f'<li>{escape(fact)}</li>' for fact in facts(report))}</ul></section>",

@@ -201,8 +201,8 @@ def test_a_jetson_offers_no_hardware_compatibility(monkeypatch: pytest.MonkeyPat
 def test_the_flags_that_build_the_same_again() -> None:
     options = BuildOptions("rtx", (86, 89), workspace=512, capacity=300, max_batch=20, decoder="concatenated")
     words = "--sm 86 --sm 89 --workspace 512 --capacity 300 --max-batch 20 --decoder concatenated"
-    assert " ".join(options.words()) == words
-    assert BuildOptions(version_compatible=True).words() == ("--version-compatible",)
+    assert " ".join(options.flags()) == words
+    assert BuildOptions(version_compatible=True).flags() == ("--version-compatible",)
 
 
 def test_layers_are_counted_by_what_they_read() -> None:
@@ -265,7 +265,7 @@ def test_engines_build_without_a_gpu(
         assert written.file(name).stat().st_size == written.engines[name].file.size
     with pytest.raises(OutputError, match="exists"):
         build_bundle(tiny_bundle, target="rtx", sm=[86], output=output)
-    with pytest.raises(EngineError, match="engines alone"):
+    with pytest.raises(EngineError, match="holds only engines"):
         build_bundle(output, target="rtx", sm=[86])
 
 

@@ -237,7 +237,7 @@ def test_what_is_asked_for_by_name_must_be_there(
 def test_a_draft_without_its_tokenizer(drafted: tuple[Drawn, CaptionerModel, Path], tmp_path: Path) -> None:
     shutil.copytree(drafted[0].directory, tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "draft_tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has a draft, but no draft_tokenizer.json; copy it"):
+    with pytest.raises(CheckpointError, match=r"has a draft model, but no draft_tokenizer.json; copy it"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
     larger = tokenizers.Tokenizer.from_file(str(drafted[0].directory / "draft_tokenizer.json"))
     larger.add_special_tokens(["[MORE]"])

@@ -231,7 +231,7 @@ def test_a_model_that_reads_patches_in_order_is_refused(tmp_path: Path) -> None:
     from blip2edge.export.pipeline import export_checkpoint
 
     FAMILIES["llava"](tmp_path / "checkpoint")
-    with pytest.raises(UsageError, match=r"out of their order.*llava.*; leave --merge-tokens out"):
+    with pytest.raises(UsageError, match=r"changes the order.*llava.*; leave --merge-tokens out"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", merge_tokens=1)
     assert not (tmp_path / "bundle").exists()
 

@@ -21,7 +21,7 @@ from blip2edge.bundle.bundle import Bundle  # noqa: E402
 from blip2edge.bundle.token_table import TokenTable  # noqa: E402
 from blip2edge.errors import CheckpointError, ExportError, OutputError, ParityError  # noqa: E402
 from blip2edge.export import pipeline as pipeline_module  # noqa: E402
-from blip2edge.export import token_table, verify, weights  # noqa: E402
+from blip2edge.export import verify, weights  # noqa: E402
 from blip2edge.export.to_onnx import WeightSlot  # noqa: E402
 from blip2edge.runtime.captioning.captioner import Captioner  # noqa: E402
 from tests.drawing import Drawn, draw_pictures, rewrite_tensors  # noqa: E402
@@ -136,7 +136,7 @@ FAILURES: dict[str, tuple[Any, str, BaseException]] = {
     "disk full: weights": (os, "fsync", FULL),
     "disk full: graph": (pipeline.ir, "save", FULL),
     "disk full: manifest": (pipeline.Manifest, "write", FULL),
-    "disk full: table": (token_table, "write_safetensors", FULL),
+    "disk full: table": (weights, "write_safetensors", FULL),
 }
 
 

@@ -216,12 +216,12 @@ def test_instructblip_keeps_the_text_side(tmp_path: Path) -> None:
 BROKEN: dict[str, tuple[Any, str]] = {
     "half": (
         lambda state: state.pop("Qformer.bert.encoder.layer.0.attention.self.query.weight"),
-        "by half: it lacks",
+        "incomplete part of the model: it lacks",
     ),
     "queries": (lambda state: state.pop("query_tokens"), "lacks query_tokens"),
     "unknown": (
         lambda state: state.update({"cross_proj.weight": torch.zeros(2)}),
-        "no place for: cross_proj.weight",
+        "the base does not have: cross_proj.weight",
     ),
     "bias": (
         lambda state: state.update({"visual_encoder.blocks.0.attn.q_bias": torch.zeros(2)}),

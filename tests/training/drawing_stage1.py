@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
-from blip2edge.model.config import VisionConfig
+from blip2edge.model.config import DraftConfig, VisionConfig
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.training.loading.batches import TextBatch
 from blip2edge.training.phases.stage1 import Stage1Model

@@ -32,7 +32,7 @@ class SceneSource:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the scenes, for messages."""
         return f"scenes of series {self._series}"
 
     def __iter__(self) -> Iterator[Sample]:

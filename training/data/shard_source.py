@@ -37,10 +37,8 @@ class ShardSource(RejectingSource):
         self._seed = seed
         self._names = shard_names(self._paths)
         super().__init__(BrokenSamples(self.name, config.max_broken))
-        self._pass = self._block = self._within = (
-            0  # the next sample: pass, block of it, number in that block
-        )
-        self._start = (0, 0)  # where the block begins: shard in the order of the pass, entry in that shard
+        self._pass = self._block = self._within = 0  # next sample: pass, block in it, number in that block
+        self._start = (0, 0)  # start of the block: number of the shard in the pass, and of the entry
 
     @property
     def name(self) -> str:

@@ -112,9 +112,9 @@ class CheckpointCaptioner:
     def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
         """Generates one text for each picture. Rows with prompts of equal length form a batch."""
         given = [self._prompts.with_default(text) for text in prompts or [None] * len(pictures)]
-        made = [self._prompts(text) for text in given]
+        prepared = [self._prompts(text) for text in given]
         groups: dict[tuple[int, ...], list[int]] = {}
-        for row, prompt in enumerate(made):
+        for row, prompt in enumerate(prepared):
             groups.setdefault(tuple(map(len, prompt.segments)), []).append(row)
         texts = [""] * len(pictures)
         for group in groups.values():
@@ -123,7 +123,7 @@ class CheckpointCaptioner:
                 visual_tokens = self._visual_tokens(
                     [pictures[row] for row in rows], [given[row] for row in rows]
                 )
-                ids = self._written(visual_tokens, [made[row] for row in rows])
+                ids = self._generate(visual_tokens, [prepared[row] for row in rows])
                 for row, written in zip(rows, ids, strict=True):
                     texts[row] = self._text(written)
         return texts
@@ -134,7 +134,7 @@ class CheckpointCaptioner:
         instruction = self._instructions(prompts).values() if self._instructions is not None else ()
         return self._model.visual_tokens(pixels, *(torch.from_numpy(array) for array in instruction))
 
-    def _written(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
+    def _generate(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
         """Generates token ids greedily, up to the end token."""
         ends = torch.tensor(self._model.config.eos_token_ids)
         step = self._step(visual_tokens, prompts)
@@ -152,24 +152,24 @@ class CheckpointCaptioner:
     def _step(self, visual_tokens: Tensor, prompts: list[Prompt]) -> Step:
         """The function that computes the logits of the next token, by the kind of language model."""
         language = self._language
-        before, behind = (
+        before, after = (
             torch.tensor([prompt.segments[side] for prompt in prompts], dtype=torch.int64).view(
                 len(prompts), -1
             )
             for side in (0, -1)
         )
         if language.config.is_encoder_decoder:
-            states = self._around(visual_tokens, before, behind)
+            states = self._around(visual_tokens, before, after)
             return self._decoder_step(states, torch.ones(states.shape[:2], dtype=torch.int64))
         if language.config.cross is not None:
             pictures = torch.tensor([prompt.attends_to for prompt in prompts])
-            return self._cross_step(visual_tokens, behind, (pictures >= 0).long())
-        start = self._around(visual_tokens, before, behind)
+            return self._cross_step(visual_tokens, after, (pictures >= 0).long())
+        start = self._around(visual_tokens, before, after)
         return lambda written: self._logits(torch.cat([start, language.embed(written)], dim=1))
 
-    def _around(self, visual_tokens: Tensor, before: Tensor, behind: Tensor) -> Tensor:
+    def _around(self, visual_tokens: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Embeddings of the prompt with the visual tokens at the picture's place: [B, S, D]."""
-        text = self._language.embed(behind)
+        text = self._language.embed(after)
         return torch.cat([self._language.embed(before), visual_tokens.to(text.dtype), text], dim=1)
 
     def _logits(self, embeds: Tensor, **cross: Any) -> Tensor:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import UsageError
-from blip2edge.model.bridges.draft import DraftConfig
+from blip2edge.model.config import DraftConfig
 from blip2edge.training.loading.batches import TextBatch, pad_with_mask
 
 CLS, SEP, PAD, DEC = "[CLS]", "[SEP]", "[PAD]", "[DEC]"

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2edge.model.bridges.draft import DraftConfig, TextSide, WordHead
+from blip2edge.model.bridges.text_head import TextSide, WordHead
+from blip2edge.model.config import DraftConfig
 from blip2edge.model.layers import KeyValue
 from blip2edge.model.masks import attention_mask, mask_bias
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel

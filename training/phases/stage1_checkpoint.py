@@ -18,14 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError
-from blip2edge.model.bridges.draft import (
-    DRAFT_CONFIG,
-    DRAFT_FILE,
-    RULES,
-    DraftConfig,
-    write_draft,
-)
-from blip2edge.model.bridges.qformer import Reader
+from blip2edge.model.bridges.qformer import QFormerBase
+from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, TEXT_HEAD_RULES, write_draft
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import (
     TensorFiles,
@@ -34,7 +28,7 @@ from blip2edge.model.checkpoint.directory import (
     read_json,
     save_checkpoint,
 )
-from blip2edge.model.config import QFormerConfig
+from blip2edge.model.config import DraftConfig, QFormerConfig
 from blip2edge.model.retrieval import RetrievalModel
 from blip2edge.model.weights.rules import Rule, WeightMap, some, under
 from blip2edge.training.phases.stage1 import Stage1Model
@@ -64,7 +58,7 @@ BERT_RULES = (
     *under(f"{_QFORMER}layers.*.self_attention.", "encoder.layer.*.", _ATTENTION),
     *under(f"{_QFORMER}layers.*.text_feed_forward.", "encoder.layer.*.", _FEED_FORWARD),
     *under(f"{_QFORMER}layers.*.feed_forward.", "encoder.layer.*.", _FEED_FORWARD),
-    *(rule for rule in RULES if rule.ours.startswith("head")),
+    *(rule for rule in TEXT_HEAD_RULES if rule.ours.startswith("head")),
 )
 """Our names and BERT's. The queries' feed-forward is a copy of the text's. Tensors without a rule are drawn."""
 
@@ -183,7 +177,7 @@ def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path |
     state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
     save_checkpoint(plain, target, like=like)
-    rules = WeightMap(RULES)
+    rules = WeightMap(TEXT_HEAD_RULES)
     tensors = {
         rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_tensors(model).items()
     }
@@ -264,7 +258,7 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
 
 def _load_head(model: Stage1Model, directory: Path) -> None:
     """Loads the word head from the draft's file; the draft's other parts are in the model's file."""
-    rules = WeightMap(RULES)
+    rules = WeightMap(TEXT_HEAD_RULES)
     try:
         tensors = load_file(directory / DRAFT_FILE)
         state = {name: tensors[rules.sources(f"head.{name}")[0]] for name in model.head.state_dict()}
@@ -288,7 +282,7 @@ def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
         CheckpointError: Its bridge has no Q-Former, or one of other sizes.
     """
     qformer = getattr(captioner.bridge, "qformer", None)
-    if not isinstance(qformer, Reader):
+    if not isinstance(qformer, QFormerBase):
         raise CheckpointError(
             f"a bridge of kind {captioner.config.bridge.kind} has no Q-Former that could take the result of stage 1",
             "set bridge to qformer, or set stage1.steps to 0 and bridge_from to empty",

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from blip2edge.errors import ConfigError
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.bridges.mlp import MLPConfig
 from blip2edge.model.bridges.perceiver import PerceiverConfig
@@ -15,6 +14,7 @@ from blip2edge.model.bridges.pool import AttentionPoolConfig
 from blip2edge.model.config import (
     BridgeConfig,
     CaptionerConfig,
+    DraftConfig,
     LanguageConfig,
     QFormerConfig,
     VisionConfig,
@@ -159,16 +159,16 @@ def captioner_config(
     row = ARCHITECTURES[bridge]
     family = family_of(bridge, vision)
     language = row.language(language, vision, extra)
-    made = row.bridge(sizes, vision, language)
+    bridge_config = row.bridge(sizes, vision, language)
     if instructed:
-        if not isinstance(made, QFormerConfig) or text is None:
+        if not isinstance(bridge_config, QFormerConfig) or text is None:
             raise ConfigError(
                 f"instruct needs a Q-Former that reads the prompt, and bridge is {bridge!r}",
                 "set bridge to 'qformer'",
             )
-        return CaptionerConfig(vision, with_text_side(made, text), language, family="instructblip")
-    draft = text if isinstance(made, QFormerConfig) else None
-    return CaptionerConfig(vision, made, language, family=family, draft=draft)
+        return CaptionerConfig(vision, with_text_side(bridge_config, text), language, family="instructblip")
+    draft = text if isinstance(bridge_config, QFormerConfig) else None
+    return CaptionerConfig(vision, bridge_config, language, family=family, draft=draft)
 
 
 def qformer_sizes(config: QFormerConfig) -> dict[str, Any]:

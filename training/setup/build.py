@@ -12,9 +12,9 @@ from tokenizers.processors import TemplateProcessing
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
-from blip2edge.model.config import CaptionerConfig, Fields, QFormerConfig
+from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
 from blip2edge.training.phases.stage1 import Stage1Model
@@ -136,16 +136,16 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model 
         instructed=instructed,
     )
     built = pretrained.with_special_tokens(built, language, tokens[0])
-    made = pretrained.assemble_captioner(_like(kept, built), vision, language)
-    for fresh in pretrained.new_modules(made):
-        initialise(fresh, config.seed)
+    captioner = pretrained.assemble_captioner(_like(kept, built), vision, language)
+    for module in pretrained.new_modules(captioner):
+        initialise(module, config.seed)
     files = pretrained.tokenizer_files(language) | {"preprocessor_config.json": vision.file}
-    files |= {"processor_config.json": pretrained.processor_file(made.config)}
+    files |= {"processor_config.json": pretrained.processor_file(captioner.config)}
     if instructed:
         files[QFORMER_TOKENIZER] = own.tokenizer.to_str().encode()
-    parts = ModelParts(made, vision.preprocessing, language.tokenizer, own if text else None, files)
+    parts = ModelParts(captioner, vision.preprocessing, language.tokenizer, own if text else None, files)
     if text and config.model.bert and not config.model.bridge_from:
-        begin_stage2(new_stage1_model(parts, config, base), made)
+        begin_stage2(new_stage1_model(parts, config, base), captioner)
     return parts
 
 

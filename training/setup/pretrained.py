@@ -23,7 +23,8 @@ from blip2edge.model.checkpoint.directory import (
     load_model,
     read_json,
 )
-from blip2edge.model.config import CaptionerConfig, Fields, LanguageConfig
+from blip2edge.model.config import CaptionerConfig, LanguageConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.families.tokens import read_tokens
 from blip2edge.model.language.registry import LANGUAGES, bridged_language

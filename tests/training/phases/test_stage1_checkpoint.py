@@ -14,10 +14,9 @@ from tokenizers import models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, BertModel, Blip2ForImageTextRetrieval
 
 from blip2edge.errors import CheckpointError, UsageError
-from blip2edge.model.bridges.draft import DraftConfig
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
-from blip2edge.model.config import CaptionerConfig, QFormerConfig
+from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.language.opt import OPTConfig
 from blip2edge.training.loading.qformer_texts import QFormerTexts
 from blip2edge.training.phases.stage1 import query_text_similarity, text_loss

@@ -1,4 +1,4 @@
-"""This project's own checkpoints: any bridge between BLIP-2's vision encoder and any language model.
+"""blip2edge's native checkpoints: any bridge between BLIP-2's vision encoder and any language model.
 
 A directory with ``model.safetensors``, the processor's files and this ``config.json``::
 
@@ -27,7 +27,8 @@ from blip2edge.errors import UnsupportedModelError
 from blip2edge.model.bridges.mlp import MLPConfig
 from blip2edge.model.bridges.perceiver import PerceiverConfig
 from blip2edge.model.bridges.pool import AttentionPoolConfig
-from blip2edge.model.config import BridgeConfig, CaptionerConfig, Fields, LanguageConfig, VisionConfig
+from blip2edge.model.config import BridgeConfig, CaptionerConfig, LanguageConfig, VisionConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
 from blip2edge.model.weights.blip2 import BLIP2_VISION
@@ -60,14 +61,14 @@ BRIDGE_CONFIGS: dict[str, Callable[[Fields, VisionConfig, LanguageConfig], Bridg
 }
 """Readers of ``bridge_config``."""
 
-RULES = (*under("vision.", "vision_model.", BLIP2_VISION), Rule("bridge", "bridge"))
+NATIVE_RULES = (*under("vision.", "vision_model.", BLIP2_VISION), Rule("bridge", "bridge"))
 
 
-def read_own(f: Fields) -> CaptionerConfig:
+def read_native(f: Fields) -> CaptionerConfig:
     """Reads the ``config.json`` above.
 
     Raises:
-        UnsupportedModelError: A bridge or a language model without a row.
+        UnsupportedModelError: The bridge or the language model is not supported.
         CheckpointError: A key is missing or has a wrong value.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
@@ -90,8 +91,8 @@ def read_own(f: Fields) -> CaptionerConfig:
     )
 
 
-def write_own(config: CaptionerConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_own` reads."""
+def write_native(config: CaptionerConfig) -> dict[str, Any]:
+    """The ``config.json`` that :func:`read_native` reads."""
     return {
         "model_type": config.family,
         "image_token_index": config.image_token_id,

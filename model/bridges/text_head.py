@@ -1,16 +1,16 @@
-"""The Q-Former's own text head: a small captioner inside the bridge, left there by image-grounded generation.
+"""The text head of the Q-Former, used as draft model: a small captioner from image-grounded text generation (ITG).
 
-A text is written behind the queries: its first token is [DEC], a token sees the queries' keys and values and the
-text before it, and a head says what comes next (Li et al., arXiv 2301.12597, section 3.1). Self-attention and the
-first norm are the Q-Former's; words, places, feed-forward and head are the text's own. A checkpoint keeps those
-beside its weights, as ``draft.safetensors`` and ``draft.json``; transformers drops them.
+A text follows the queries. Its first token is [DEC]; a token attends to the queries' keys and values and to the
+tokens before it, and a head gives the logits of the next token (Li et al., arXiv 2301.12597,
+section 3.1). Self-attention and the first norm are the Q-Former's;
+token table, position table, feed-forward and head belong to the text head.
+A checkpoint keeps them in files of their own, ``draft.safetensors`` and ``draft.json``, which transformers ignores.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,67 +19,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2edge.errors import CheckpointError
-from blip2edge.model.config import Fields, QFormerConfig
+from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
+from blip2edge.model.config import DraftConfig, QFormerConfig
 from blip2edge.model.layers import ACTIVATIONS, KeyValue, gather_positions, stack
-from blip2edge.model.post_norm import Attention, FeedForward
 from blip2edge.model.weights.rules import Rule
 
 DRAFT_FILE = "draft.safetensors"
 DRAFT_CONFIG = "draft.json"
 DRAFT_PREFIX = "draft."
-"""Of our parameters, and of the file's tensors among the checkpoint's."""
-
-
-@dataclass(frozen=True)
-class DraftConfig:
-    """What ``draft.json`` holds; the other sizes are those of the Q-Former that it belongs to.
-
-    Attributes:
-        vocab_size: Rows of the word table, [DEC] included; its tokenizer is ``draft_tokenizer.json``.
-        max_positions: Rows of the position table, and so the longest text, [DEC] included.
-        dec_token_id: [DEC], what every written text begins with.
-        end_token_id: What ends one.
-        pad_token_id: What fills up a batch.
-    """
-
-    vocab_size: int
-    max_positions: int
-    dec_token_id: int
-    end_token_id: int
-    pad_token_id: int
-
-    def __post_init__(self) -> None:
-        ids = {"dec": self.dec_token_id, "end": self.end_token_id, "pad": self.pad_token_id}
-        for name, token_id in ids.items():
-            if not 0 <= token_id < self.vocab_size:
-                raise CheckpointError(
-                    f"draft.json: {name}_token_id {token_id} is not below vocab_size {self.vocab_size}"
-                )
-
-    @classmethod
-    def from_json(cls, values: Any) -> DraftConfig:
-        """Reads ``draft.json``.
-
-        Raises:
-            CheckpointError: A key is missing or has a wrong value.
-        """
-        f = Fields("draft.json", values)
-        ids: dict[str, int] = {}
-        for name in ("dec_token_id", "end_token_id", "pad_token_id"):
-            token_id = f.token_id(name, None)
-            if token_id is None:
-                raise CheckpointError(f"draft.json has no {name}")
-            ids[name] = token_id
-        return cls(f.integer("vocab_size", None), f.integer("max_positions", None), **ids)
-
-    def to_json(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_json`."""
-        return asdict(self)
+"""Prefix of our parameters, and of the names of the file's tensors in a checkpoint."""
 
 
 class WordHead(nn.Module):
-    """BERT's transform, and the token table as the matrix behind it (arXiv 1810.04805, and LAVIS' ``cls``)."""
+    """BERT's transform, then the token table as the output matrix (arXiv 1810.04805, and LAVIS' ``cls``)."""
 
     def __init__(self, config: QFormerConfig, vocab_size: int) -> None:
         super().__init__()
@@ -95,14 +47,14 @@ class WordHead(nn.Module):
 
 
 class TextSide(NamedTuple):
-    """The modules that a text goes through, wherever they stand.
+    """The modules that a text passes, some of them shared with the Q-Former.
 
     Attributes:
         words: Token table.
         positions: Position table, counted from [DEC] on.
-        norm: The norm before the first layer, which is the queries' too.
-        dropout: Behind it.
-        layers: Self-attention, which is the queries' too, and the text's feed-forward, layer by layer.
+        norm: The norm before the first layer, shared with the queries.
+        dropout: Dropout after the norm.
+        layers: Per layer, self-attention (shared with the queries) and the text's feed-forward.
         head: From states to logits.
     """
 
@@ -110,7 +62,7 @@ class TextSide(NamedTuple):
     positions: nn.Embedding
     norm: nn.LayerNorm
     dropout: nn.Dropout
-    layers: Sequence[tuple[Attention, FeedForward]]
+    layers: Sequence[tuple[BertAttention, BertFeedForward]]
     head: WordHead
 
     def write(
@@ -121,24 +73,24 @@ class TextSide(NamedTuple):
         past: Iterable[KeyValue],
         logits_indices: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Goes on with a text behind the queries.
+        """Runs the layers on further tokens of a text.
 
         Args:
             input_ids: int64 ``[B, S]``; the first of a text is [DEC].
             positions: int64 ``[B, S]`` or ``[S]``, 0 at [DEC].
             bias: Added to the scores, broadcastable to ``[B, H, S, P + S]``.
-            past: Two of ``[B, H, P, d]`` a layer: the queries' keys and values, and those of the text before.
+            past: Two of ``[B, H, P, d]`` per layer: the queries' keys and values, and those of the text before.
             logits_indices: int64 ``[B, K]``, which of the S tokens need logits; None for all.
 
         Returns:
-            Logits ``[B, K, V]``, and two of ``[B, H, P + S, d]`` a layer.
+            Logits ``[B, K, V]``, and two of ``[B, H, P + S, d]`` per layer.
         """
         x = self.dropout(self.norm(self._embed(input_ids) + self.positions(positions)))
         presents: list[KeyValue] = []
         for (attention, feed_forward), before in zip(self.layers, past, strict=True):
             key, value = attention.key_value(x)
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-            x = feed_forward(attention.look(x, (key, value), bias))
+            x = feed_forward(attention.attend_to(x, (key, value), bias))
             presents.append((key, value))
         if logits_indices is not None:
             x = gather_positions(x, logits_indices)
@@ -148,24 +100,24 @@ class TextSide(NamedTuple):
         """int64 ``[B, S]`` to ``[B, S, D]``."""
         if not torch.compiler.is_exporting():
             return F.embedding(input_ids, self.words.weight)
-        # Columns of the turned table, which is the head's matrix: a graph then holds the table once.
+        # Columns of the transposed table, which is the head's matrix, so that a graph holds the table once.
         columns = self.words.weight.t().index_select(1, input_ids.flatten())  # [D, B * S]
         return columns.t().reshape(*input_ids.shape, -1)
 
 
-class DraftHead(nn.Module):
-    """The text's own parts, beside a bridge whose Q-Former has none."""
+class TextHead(nn.Module):
+    """The parts of the text head that the Q-Former does not have."""
 
     def __init__(self, config: DraftConfig, qformer: QFormerConfig) -> None:
         super().__init__()
         self.config = config
         self.words = nn.Embedding(config.vocab_size, qformer.hidden_size)
         self.positions = nn.Embedding(config.max_positions, qformer.hidden_size)
-        self.feed_forwards = stack(FeedForward(qformer) for _ in range(qformer.num_layers))
+        self.feed_forwards = stack(BertFeedForward(qformer) for _ in range(qformer.num_layers))
         self.head = WordHead(qformer, config.vocab_size)
 
     def text_side(self, qformer: Any) -> TextSide:
-        """With what it shares with its Q-Former (``model.bridge.qformer``)."""
+        """Joins it with the parts of its Q-Former (``model.bridge.qformer``)."""
         layers = [
             (layer.self_attention, feed_forward)
             for layer, feed_forward in zip(qformer.layers, self.feed_forwards, strict=True)
@@ -173,7 +125,7 @@ class DraftHead(nn.Module):
         return TextSide(self.words, self.positions, qformer.norm, qformer.dropout, layers, self.head)
 
 
-RULES = (
+TEXT_HEAD_RULES = (
     Rule("words", "embeddings.word_embeddings"),
     Rule("positions", "embeddings.position_embeddings"),
     Rule("feed_forwards.*.up", "qformer.encoder.layer.*.intermediate.dense"),
@@ -183,15 +135,15 @@ RULES = (
     Rule("head.norm", "cls.predictions.transform.LayerNorm"),
     Rule("head.bias", "cls.predictions.bias"),
 )
-"""Ours and ``draft.safetensors``'s: names of transformers' ``Blip2ForImageTextRetrieval``; LAVIS' for the head."""
+"""Our names and those in ``draft.safetensors``: transformers' ``Blip2ForImageTextRetrieval``, LAVIS' for the head."""
 
 
 def write_draft(directory: Path, tensors: Mapping[str, Tensor], config: DraftConfig) -> None:
     """Writes ``draft.safetensors`` and ``draft.json``.
 
     Args:
-        directory: A checkpoint's.
-        tensors: By the file's names, see :data:`RULES`.
+        directory: Directory of the checkpoint.
+        tensors: By the file's names, see :data:`TEXT_HEAD_RULES`.
         config: The sizes.
     """
     save_file(dict(tensors), directory / DRAFT_FILE, metadata={"format": "pt"})

@@ -1,4 +1,7 @@
-"""BERT's two blocks (arXiv 1810.04805), post-norm: of the Q-Former and its text side, and of BLIP's text models."""
+"""BERT's two blocks (arXiv 1810.04805), with the norm after the residual.
+
+The Q-Former, its text head and BLIP's text models are built of them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from torch import Tensor, nn
 from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, split_heads
 
 
-class Sizes(Protocol):
-    """What the blocks read of a config."""
+class BertSizes(Protocol):
+    """Sizes that the blocks need from a config."""
 
     @property
     def hidden_size(self) -> int:
@@ -30,17 +33,17 @@ class Sizes(Protocol):
 
     @property
     def norm_eps(self) -> float:
-        """Of the norms."""
+        """Epsilon of the norms."""
 
     @property
     def dropout(self) -> float:
-        """Probability, in training."""
+        """Dropout probability in training."""
 
 
-class Attention(nn.Module):
-    """Attention with the residual and the norm after it; keys and values are made apart, so that they can be kept."""
+class BertAttention(nn.Module):
+    """Attention with the residual and the norm after it; keys and values are separate, so that they can be cached."""
 
-    def __init__(self, config: Sizes, context_width: int) -> None:
+    def __init__(self, config: BertSizes, context_width: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_heads
@@ -56,21 +59,21 @@ class Attention(nn.Module):
         """``[B, T, C]`` to two of ``[B, H, T, d]``."""
         return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
 
-    def look(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
-        """``x [B, S, D]`` looks at keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
+    def attend_to(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
+        """``x [B, S, D]`` attends to keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
         query = split_heads(self.query(x), self.heads)
         out = self.dense(merge_heads(attend(query, *key_value, bias, self.scale)))
         return self.norm(self.dropout(out) + x)
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [B, S, D]`` looks at ``context [B, T, C]``; a batch of 1 in ``x`` is shared by all rows."""
-        return self.look(x, self.key_value(context), bias)
+        """``x [B, S, D]`` attends to ``context [B, T, C]``; a batch of 1 in ``x`` is shared by all rows."""
+        return self.attend_to(x, self.key_value(context), bias)
 
 
-class FeedForward(nn.Module):
+class BertFeedForward(nn.Module):
     """The intermediate and the output layer."""
 
-    def __init__(self, config: Sizes) -> None:
+    def __init__(self, config: BertSizes) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)

@@ -1,0 +1,238 @@
+"""The shape of the package: no import cycle, the limits on sizes, and one home for each public name.
+
+Everything is read with ``ast`` and nothing is imported, so imports inside functions and under ``TYPE_CHECKING`` count.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "blip2edge"
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
+MOST_MODULES, MOST_RUNTIME_FOLDER, MOST_RUNTIME = 12, 9, 45
+CROWDED = {"blip2edge.cli"}  # one file per command
+
+KNOWN_CYCLES: set[frozenset[str]] = {
+    frozenset({"blip2edge", "blip2edge.export.pipeline"}),
+    frozenset({"blip2edge.training.evaluation.checkpoint_judges", "blip2edge.training.evaluation.judges"}),
+}
+"""Cycles that still have to go; a cycle that is gone must leave this set."""
+
+KNOWN_NAMES: set[str] = {
+    "AHEAD",
+    "Array",
+    "BACKENDS",
+    "BINS",
+    "BITS",
+    "CHUNK",
+    "CLOSE",
+    "COLOURS",
+    "Choice",
+    "Context",
+    "DTYPES",
+    "EXAMPLES",
+    "FILES",
+    "FLOATS",
+    "HEADER",
+    "IGNORED",
+    "INSTRUCTION",
+    "KEPT",
+    "KIND",
+    "KINDS",
+    "KNOWN",
+    "LARGE",
+    "LARGEST",
+    "LENGTHS",
+    "LOCAL",
+    "Layer",
+    "MASKED",
+    "MAX_BATCH",
+    "MAX_NEW_TOKENS",
+    "METHODS",
+    "MIB",
+    "MOST_BEAMS",
+    "Maker",
+    "NAMED",
+    "NAMES",
+    "NEXT",
+    "NUMBERS",
+    "OPSET",
+    "PACKAGES",
+    "PAGE",
+    "PICTURES",
+    "PRECISIONS",
+    "PREFIX",
+    "PROCESSORS",
+    "PRODUCTS",
+    "PROMPT",
+    "Picture",
+    "PictureEncoder",
+    "Probe",
+    "RECORD",
+    "REPORT",
+    "ROWS",
+    "RUNS",
+    "Row",
+    "SCALE",
+    "SCHEMA_VERSION",
+    "SEED",
+    "SIZES",
+    "SOURCES",
+    "SPARE",
+    "STAGES",
+    "STORED",
+    "Source",
+    "TOLERANCES",
+    "Texts",
+    "Vectors",
+    "ask",
+    "batch_axis",
+    "bench",
+    "build",
+    "calibrate",
+    "capfilt",
+    "choose",
+    "collect",
+    "cosine",
+    "draft_of",
+    "draw_inputs",
+    "evaluate",
+    "facts",
+    "image_embeds",
+    "layers_of",
+    "nearest",
+    "open_checkpoint",
+    "open_graph",
+    "open_source",
+    "optimize",
+    "page",
+    "read_json",
+    "report_table",
+    "share",
+    "similarities",
+    "train",
+    "watch",
+}
+"""Public names that several modules still define; a name that has one home again must leave this set."""
+
+Modules = dict[str, ast.Module]
+
+
+def find_modules() -> dict[str, Path]:
+    """The file of every module of the package, by dotted name; the root folders are links inside the package."""
+    found: dict[str, Path] = {}
+    for folder, _, files in os.walk(ROOT / PACKAGE, followlinks=True):
+        for file in sorted(files):
+            path = Path(folder, file)
+            if path.suffix == ".py":
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+                found[name] = path
+    return found
+
+
+PATHS = find_modules()
+MODULES: Modules = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
+
+
+def imports(modules: Modules) -> dict[str, set[str]]:
+    """The modules that each module imports, anywhere in its text."""
+    graph: dict[str, set[str]] = {}
+    for name, tree in modules.items():
+        targets: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                targets.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    targets.add(inner if inner in modules else node.module)
+        graph[name] = (targets & modules.keys()) - {name}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Groups of modules that import each other, directly or through others."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        found: set[str] = set()
+        todo = [start]
+        while todo:
+            new = graph[todo.pop()] - found
+            found |= new
+            todo.extend(new)
+        reached[start] = found
+    return {
+        frozenset(other for other in reached[name] if name in reached[other])
+        for name in graph
+        if name in reached[name]
+    }
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    """Classes, functions and constants that a module defines, without those that begin with an underscore."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return {name for name in names if not name.startswith("_")}
+
+
+def folder_sizes() -> Counter[str]:
+    """Modules in each folder, without ``__init__``."""
+    packages = {name.rpartition(".")[0] for name in MODULES}
+    return Counter(name.rpartition(".")[0] for name in MODULES if name not in packages and "." in name)
+
+
+def test_no_import_cycle() -> None:
+    assert cycles(imports(MODULES)) == KNOWN_CYCLES
+
+
+def test_a_cycle_under_type_checking_or_in_a_function_is_found() -> None:
+    sources = {
+        "p.a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.b import B",
+        "p.b": "def f():\n    import p.c",
+        "p.c": "from p import a",
+        "p.d": "import p.a",
+    }
+    found = cycles(imports({name: ast.parse(text) for name, text in sources.items()}))
+    assert found == {frozenset({"p.a", "p.b", "p.c"})}
+
+
+def test_modules_and_functions_are_short() -> None:
+    long = {}
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MOST_FUNCTION_LINES:
+                    long[f"{name}.{node.name}"] = lines
+        lines = len(PATHS[name].read_text(encoding="utf-8").splitlines())
+        if lines > MOST_LINES:
+            long[name] = lines
+    assert long == {}
+
+
+def test_folders_are_small() -> None:
+    sizes = folder_sizes()
+    runtime = {name: count for name, count in sizes.items() if name.startswith(f"{PACKAGE}.runtime")}
+    assert {name for name, count in sizes.items() if count > MOST_MODULES} <= CROWDED
+    assert {name for name, count in runtime.items() if count > MOST_RUNTIME_FOLDER} == set()
+    assert 0 < sum(runtime.values()) <= MOST_RUNTIME
+
+
+def test_a_public_name_has_one_home() -> None:
+    counts = Counter(
+        name
+        for module, tree in MODULES.items()
+        if not module.startswith(f"{PACKAGE}.examples")
+        for name in public_names(tree)
+    )
+    assert {name for name, count in counts.items() if count > 1} == KNOWN_NAMES
