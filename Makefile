@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs format test demo clean
+.PHONY: help venv install check docs format test test-slow demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
-	@echo "make test      install into $(VENV) and run the tests"
+	@echo "make test      install into $(VENV) and run the fast tests"
+	@echo "make test-slow install into $(VENV) and run the slow tests"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make docs      write docs/models.md from the registries"
 	@echo "make format    let ruff mend what it can"
@@ -28,7 +29,10 @@ demo:
 	$(BIN)/blip2edge demo
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

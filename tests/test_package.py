@@ -168,11 +168,13 @@ def test_mypy_refuses_wrong_options(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
-    assert ".venv/bin/pytest " in command
+def test_ci_runs_both_test_commands_of_the_readme() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    commands = [line.removesuffix(" || status=$?") for line in lines if ".venv/bin/pytest " in line]
+    assert [re.findall(r"pytest .*-m (.*)", command) for command in commands] == [['"not slow"'], ["slow"]]
+    assert lines[-1] == 'exit "$status"'
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert command in [line for block in blocks for line in block.splitlines()]
+    assert set(commands) <= {line for block in blocks for line in block.splitlines()}
 
 
 def test_every_error_stands_in_the_tree() -> None:
