@@ -80,12 +80,7 @@ def _text(value: Any) -> str:
         )
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-<<<<<<< HEAD
-    plain: object = object.__repr__
-    if type(value).__repr__ is plain:
-=======
     if repr(value) == object.__repr__(value):
->>>>>>> 6162ac4b07e5d98d80dd8d54e42dbb43cc4d95a9
         return f"{_text(type(value))} {_text(vars(value))}"
     return repr(value)
 

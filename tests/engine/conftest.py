@@ -19,12 +19,7 @@ PICTURES = 2
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
     """A family's name and a precision (``fp32``) to its bundle; not to be changed.
 
-    <<<<<<< HEAD
-        ``int8`` has quantised activations and weights in every graph of a captioner; ``int4`` has the language model's
-        weights in blocks.
-    =======
-        ``int8``: activations and weights of every graph of a captioner. ``int4``: the language model's weights.
-    >>>>>>> 6162ac4b07e5d98d80dd8d54e42dbb43cc4d95a9
+    ``int8``: activations and weights of every graph of a captioner. ``int4``: the language model's weights.
     """
     pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
     pytest.importorskip("filelock", reason="workers share what they export")

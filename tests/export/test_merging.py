@@ -133,18 +133,14 @@ def test_wrong_pairs_and_lost_sizes_are_published_by_neither_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The graph is traced from another module than the one that it is held to."""
-    from blip2edge.export import pipeline, to_onnx
+    from blip2edge.export import pipeline
 
     def traced_wrong(module: Any, spec: Any) -> Any:
         if spec.name == "vision_encoder":
             module.vision.matching = wrong()
         return real(module, spec)
 
-<<<<<<< HEAD
-    real = to_onnx.trace
-=======
     real = vars(pipeline)["trace"]  # the shared one
->>>>>>> 6162ac4b07e5d98d80dd8d54e42dbb43cc4d95a9
     monkeypatch.setattr(pipeline, "graphs_of", lambda _: {"vision_encoder": GRAPHS["vision_encoder"]})
     monkeypatch.setattr(pipeline, "trace", traced_wrong)
     monkeypatch.setattr(verify, "trace", traced_wrong)
