@@ -105,9 +105,7 @@ def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
 def race(graphs: dict[str, Path], pixels: np.ndarray[Any, Any], rounds: int) -> dict[str, dict[str, float]]:
     """Process CPU time of each graph, in turn; milliseconds, times fp32 (round by round) and cosine to it."""
     sessions = {name: OnnxRuntimeSession(path, 1) for name, path in graphs.items()}
-    outputs = {
-        name: session.run({"pixel_values": pixels})["image_embeds"] for name, session in sessions.items()
-    }
+    outputs = {name: session.run({"pixel_values": pixels})["image_embeds"] for name, session in sessions.items()}
     spent: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(rounds):
         for name, session in sessions.items():

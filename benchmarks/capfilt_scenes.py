@@ -158,9 +158,7 @@ def score(model: Path, name: str, options: argparse.Namespace) -> dict[str, Any]
     """Figures of a model on held-out scenes; the output of `eval` is kept in the working directory."""
     path: Path = options.work / f"eval-{name}.json"
     if not (options.reuse and path.is_file()):
-        path.write_text(
-            blip2edge("eval", str(model), "--count", str(options.scenes), "--threads", "1", "--json")
-        )
+        path.write_text(blip2edge("eval", str(model), "--count", str(options.scenes), "--threads", "1", "--json"))
     figures = json.loads(path.read_text())
     names = ("exact_match", "chair_i", "cider_d", "text_r1", "image_r1")
     found = {name: round(figures[name], 4) for name in names if name in figures}
@@ -201,9 +199,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, default=0.5, help="of the filter (0.5)")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes that are scored (200)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--matcher", type=Path, help="a matching head that was trained as this script does it"
-    )
+    parser.add_argument("--matcher", type=Path, help="a matching head that was trained as this script does it")
     parser.add_argument("--reuse", action="store_true", help="take what --work holds already")
     return parser.parse_args()
 
@@ -232,9 +228,7 @@ def main() -> None:
         "wrong_captions": sum(text != truth for text, truth in zip(web, right, strict=True)),
         "matcher": score(matcher, "matcher", options),
         "filter": filtering(work / "filtered", web, right),
-        "report": {
-            key: report[key] for key in ("threshold", "keep", "pictures", "web", "synthetic", "seconds")
-        },
+        "report": {key: report[key] for key in ("threshold", "keep", "pictures", "web", "synthetic", "seconds")},
         "heldout": {TRAINED_ON[name]: score(model, name, options) for name, model in trained.items()},
         "cpu_seconds": {name: cpu_seconds(model) for name, model in {"matcher": matcher, **trained}.items()},
         "machine": {"processor": platform.machine(), "threads": 1, "python": platform.python_version()},

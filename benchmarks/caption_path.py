@@ -32,11 +32,7 @@ def trace(run: Callable[[], Any]) -> tuple[dict[str, set[str]], int]:
         if event != "call" or code.co_filename.startswith("<"):
             return
         path = Path(code.co_filename).resolve()
-        if (
-            path.is_relative_to(ROOT)
-            and "site-packages" not in path.parts
-            and path != Path(__file__).resolve()
-        ):
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path != Path(__file__).resolve():
             name = str(path.relative_to(ROOT))
             found.setdefault(name, set()).add(getattr(code, "co_qualname", code.co_name))
             entered.append(name)
@@ -51,9 +47,7 @@ def trace(run: Callable[[], Any]) -> tuple[dict[str, set[str]], int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("image")
     parser.add_argument("--tokens", type=int, default=12, help="length of the caption (12)")

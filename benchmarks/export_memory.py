@@ -68,16 +68,12 @@ def main() -> None:
     """Writes, exports, and prints one line a depth."""
     parser = parser_of(__doc__)
     known = sorted(path.stem for path in CONFIGS.glob("*.json"))
-    parser.add_argument(
-        "size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of benchmarks/configs"
-    )
+    parser.add_argument("size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of benchmarks/configs")
     parser.add_argument(
         "--depth", type=float, action="append", help="share of the layers; may be repeated (1.0 and 0.5)"
     )
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument(
-        "--work", type=Path, help="where checkpoint and bundle are written, about 4 times the weights"
-    )
+    parser.add_argument("--work", type=Path, help="where checkpoint and bundle are written, about 4 times the weights")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args()
     results = []

@@ -56,9 +56,7 @@ def code(text: str) -> str:
 
 def families() -> str:
     """A row a family, as the registry has it."""
-    comparing = {
-        config.family for config in map(opened, map(published, NAMES)) if isinstance(config, RetrievalConfig)
-    }
+    comparing = {config.family for config in map(opened, map(published, NAMES)) if isinstance(config, RetrievalConfig)}
     rows = []
     for name, family in FAMILIES.items():
         reads = f"{code(family.model_type or name)}"

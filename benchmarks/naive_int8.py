@@ -122,9 +122,7 @@ def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, An
     for method in METHODS:
         bundle = folder / method
         report = calibrate(parent, bundle, images=images, method=method, weights=None, threads=1)
-        kept = {
-            name: reason for name, reason in report.graphs[VISION].kept_float.items() if "rounding" in reason
-        }
+        kept = {name: reason for name, reason in report.graphs[VISION].kept_float.items() if "rounding" in reason}
         rows[method] = figures(parent, bundle, wanted, unseen) | {"left_in_float": kept}
     return rows
 

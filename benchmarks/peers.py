@@ -41,9 +41,7 @@ class Contestant:
     caption: Callable[[], list[list[int]]]
 
 
-def transformers_contestants(
-    checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool
-) -> list[Contestant]:
+def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
     """transformers as a user runs it: eager, and with the language model compiled."""
     from transformers import Blip2ForConditionalGeneration
 
@@ -51,9 +49,7 @@ def transformers_contestants(
     pixel_values = torch.from_numpy(pixels)
 
     def caption() -> list[list[int]]:
-        out = model.generate(
-            pixel_values=pixel_values, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-        )
+        out = model.generate(pixel_values=pixel_values, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         return out[:, -tokens:].tolist()
 
     contestants = [Contestant("transformers eager", caption)]
@@ -80,9 +76,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     sessions = {
-        name: onnxruntime.InferenceSession(
-            str(bundle / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        name: onnxruntime.InferenceSession(str(bundle / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
         for name in ("vision_encoder", "bridge", "decoder")
     }
     manifest = Bundle.open(bundle).manifest
@@ -95,10 +89,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
         embeds = sessions["vision_encoder"].run(None, {"pixel_values": pixels})[0]
         visual = sessions["bridge"].run(["visual_tokens"], {"image_embeds": embeds})[0]
         x = np.stack([prompt.embed(table, row) for row in visual])
-        past = {
-            name: np.zeros((batch, cache.num_heads, 0, cache.head_dim), np.float32)
-            for name in cache.past_names()
-        }
+        past = {name: np.zeros((batch, cache.num_heads, 0, cache.head_dim), np.float32) for name in cache.past_names()}
         ids: list[np.ndarray] = []
         for _ in range(tokens):
             seen, steps = next(iter(past.values())).shape[2], x.shape[1]
@@ -160,12 +151,8 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile as a further contestant (minutes)"
-    )
-    parser.add_argument(
-        "--keep", type=Path, required=True, help="checkpoint and bundle, made where absent (3 GB)"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile as a further contestant (minutes)")
+    parser.add_argument("--keep", type=Path, required=True, help="checkpoint and bundle, made where absent (3 GB)")
     parser.add_argument("--bundle", type=named_path, action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (1)")
     parser.add_argument("--json", type=Path)
@@ -212,9 +199,7 @@ def report(
         for name, runs in stages.items()
     }
     where = machine()
-    print(
-        f"{where['cpu']}, one thread, {options.tokens} tokens, batch {options.batch}, {options.rounds} rounds\n"
-    )
+    print(f"{where['cpu']}, one thread, {options.tokens} tokens, batch {options.batch}, {options.rounds} rounds\n")
     print("| | CPU seconds | times transformers eager | same ids |\n|---|---:|---:|---:|")
     for row in rows:
         print(f"| {row['name']} | {row['cpu_seconds']:.3f} | {row['speedup']:.2f} | {row['same_ids']:.0%} |")

@@ -24,24 +24,19 @@ def main() -> None:
     parser.add_argument("--llama-python", help="an interpreter whose environment has xllamacpp")
     parser.add_argument("--optimum", metavar="DIR", help="the same model exported by optimum-onnx")
     parser.add_argument("--optimum-python", help="an interpreter whose environment has optimum-onnx")
-    parser.add_argument(
-        "--base", help="whose time the ratios are to; the first GGUF file or else the first row"
-    )
+    parser.add_argument("--base", help="whose time the ratios are to; the first GGUF file or else the first row")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     contestants = [
-        Contestant(f"llama.cpp {name}", "llama", str(path), options.llama_python)
-        for name, path in options.gguf
+        Contestant(f"llama.cpp {name}", "llama", str(path), options.llama_python) for name, path in options.gguf
     ]
     if options.eager:
         contestants.append(Contestant("transformers eager fp32", "eager", options.eager))
     if options.optimum:
-        contestants.append(
-            Contestant("optimum-onnx fp32", "optimum", options.optimum, options.optimum_python)
-        )
+        contestants.append(Contestant("optimum-onnx fp32", "optimum", options.optimum, options.optimum_python))
     for name, path in options.bundle:
         contestants.append(Contestant(f"ONNX Runtime, portable graph, {name}", "ours", f"{path}:portable"))
         contestants.append(Contestant(f"blip2edge {name}", "ours", str(path)))

@@ -154,9 +154,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480, help="of the evaluation, at least")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--only", action="append", choices=VARIANTS, help="a variant; may be repeated (all)")
-    parser.add_argument(
-        "--json", type=Path, help="written after each variant; those in it that are not asked for stay"
-    )
+    parser.add_argument("--json", type=Path, help="written after each variant; those in it that are not asked for stay")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     texts = {part: options.texts / f"{part}.txt" for part in ("calibration", "evaluation")}
@@ -175,9 +173,7 @@ def main() -> None:
                 "threads": 1,
             },
             "versions": versions("onnxruntime", "onnx", "onnx_ir", "numpy"),
-            "texts_sha256": {
-                part: hashlib.sha256(path.read_bytes()).hexdigest() for part, path in texts.items()
-            },
+            "texts_sha256": {part: hashlib.sha256(path.read_bytes()).hexdigest() for part, path in texts.items()},
             "window": WINDOW,
             "calibration_tokens": calibration.size,
             "summary": summary(document["results"]),

@@ -39,15 +39,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = torch.from_numpy(
-        windows(
-            Bundle.open(options.bundle), options.texts / "evaluation.txt", -(-options.tokens // (WINDOW - 1))
-        )
+        windows(Bundle.open(options.bundle), options.texts / "evaluation.txt", -(-options.tokens // (WINDOW - 1)))
     )
     results = {}
     for name, path in options.gguf:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
         results[name] = {
             "perplexity": perplexity(model, rows),
             "tokens": rows[:, 1:].numel(),

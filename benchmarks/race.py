@@ -70,9 +70,7 @@ class Running:
         return self.process.stdout.readline().strip()
 
 
-def race(
-    contestants: list[Contestant], works: dict[str, list[Any]], rounds: int
-) -> dict[str, dict[str, list[float]]]:
+def race(contestants: list[Contestant], works: dict[str, list[Any]], rounds: int) -> dict[str, dict[str, list[float]]]:
     """CPU seconds of every work, contestant and round; one round before them warms up."""
     running = [Running(contestant) for contestant in contestants]
     seconds: dict[str, dict[str, list[float]]] = {work: {one.name: [] for one in running} for work in works}
@@ -112,8 +110,6 @@ def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[s
     )
     found = {}
     for number, python in enumerate(dict.fromkeys(contestant.python for contestant in contestants)):
-        out = subprocess.run(
-            [python, "-c", code, *packages], text=True, capture_output=True, check=True
-        ).stdout
+        out = subprocess.run([python, "-c", code, *packages], text=True, capture_output=True, check=True).stdout
         found[f"environment {number + 1}"] = json.loads(out)
     return found

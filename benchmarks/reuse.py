@@ -36,9 +36,7 @@ def recoloured(scene: Scene) -> Picture:
     """The scene with the channels of its first object's box in another order; the grey around stays grey."""
     picture = np.asarray(scene.picture, np.float32).copy()
     thing = scene.first
-    rows, columns = (
-        slice(max(0, int(at - thing.radius - 1)), int(at + thing.radius + 2)) for at in (thing.y, thing.x)
-    )
+    rows, columns = (slice(max(0, int(at - thing.radius - 1)), int(at + thing.radius + 2)) for at in (thing.y, thing.x))
     picture[rows, columns] = picture[rows, columns][..., [2, 0, 1]]
     return picture
 
@@ -52,15 +50,10 @@ def film(count: int) -> list[NDArray[np.uint8]]:
         other, coming = recoloured(scene), np.asarray(following.picture, np.float32)
         frames += [np.asarray(scene.picture, np.float32)] * STILL + [other] * STILL
         frames += [other + (coming - other) * (step + 1) / STILL for step in range(STILL)]
-    return [
-        np.clip(frame + rng.normal(0, NOISE, frame.shape), 0, 255).round().astype(np.uint8)
-        for frame in frames
-    ]
+    return [np.clip(frame + rng.normal(0, NOISE, frame.shape), 0, 255).round().astype(np.uint8) for frame in frames]
 
 
-def watched(
-    captioner: Captioner, frames: list[NDArray[np.uint8]], below: float
-) -> tuple[list[WatchResult], float]:
+def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> tuple[list[WatchResult], float]:
     """What is seen, and CPU seconds."""
 
     def source() -> Iterator[Frame]:

@@ -64,9 +64,7 @@ def fixed(tokens: int) -> dict[str, Any]:
 Tokens = list[tuple[int, ...]]
 
 
-def streamed(
-    captioner: Captioner, pictures: list[np.ndarray], options: dict[str, Any], spans: list[Span]
-) -> Tokens:
+def streamed(captioner: Captioner, pictures: list[np.ndarray], options: dict[str, Any], spans: list[Span]) -> Tokens:
     """The pictures through a scheduler with one decoding row."""
     spans.clear()
     with captioner.scheduler(max_batch=1, trace=spans.append) as scheduler:
@@ -122,9 +120,7 @@ def together(spans: list[Span]) -> float:
     return both / (events[-1][0] - events[0][0])
 
 
-def arrivals(
-    captioner: Captioner, picture: np.ndarray, rate: float, count: int, batch: int
-) -> dict[str, float]:
+def arrivals(captioner: Captioner, picture: np.ndarray, rate: float, count: int, batch: int) -> dict[str, float]:
     """Serves pictures that come at ``rate`` a second; seconds from arrival to caption, and captions a second."""
     rng = np.random.default_rng(7)  # the same for every way of serving
     gaps, lengths = rng.exponential(1.0, count) / rate, rng.integers(TOKENS[0], TOKENS[1] + 1, count)
@@ -149,15 +145,11 @@ def arrivals(
             "captions_per_s": count / seconds}  # fmt: skip
 
 
-def sustained(
-    captioner: Captioner, picture: np.ndarray, count: int, batch: int, solo_s: float
-) -> dict[str, Any]:
+def sustained(captioner: Captioner, picture: np.ndarray, count: int, batch: int, solo_s: float) -> dict[str, Any]:
     """The highest of `RATES` at which the bound holds, and all that was seen on the way there."""
     seen = []
     for relative in RATES:
-        seen.append(
-            {"of_one_by_one": relative, **arrivals(captioner, picture, relative / solo_s, count, batch)}
-        )
+        seen.append({"of_one_by_one": relative, **arrivals(captioner, picture, relative / solo_s, count, batch)})
         if seen[-1]["p99_s"] > PATIENCE * solo_s:
             break
     kept = [one for one in seen if one["p99_s"] <= PATIENCE * solo_s]
@@ -196,9 +188,7 @@ def drawing(spans: list[Span], pictures: int = 6) -> str:
 def main() -> None:
     """Measures both and writes the results."""
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "bundle", nargs="?", type=Path, help="a bundle; by default random weights are exported"
-    )
+    parser.add_argument("bundle", nargs="?", type=Path, help="a bundle; by default random weights are exported")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--arrivals", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
@@ -224,9 +214,7 @@ def main() -> None:
         for length in lengths:
             captioner.caption(pictures[0], **fixed(length))
         solo = (time.perf_counter() - start) / len(lengths)
-        served = [
-            sustained(captioner, pictures[0], options.arrivals, batch, solo) for batch in (1, options.batch)
-        ]
+        served = [sustained(captioner, pictures[0], options.arrivals, batch, solo) for batch in (1, options.batch)]
     best = [one["sustained"]["captions_per_s"] if one["sustained"] else 0.0 for one in served]
     record = {
         "cpu": cpu_model(),

@@ -61,9 +61,7 @@ def say(out: Path, prompt: str, tokens: int = 24) -> str:
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     chat = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
@@ -71,9 +69,7 @@ def say(out: Path, prompt: str, tokens: int = 24) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
-    parser.add_argument(
-        "--prompt", default="What is the capital of France?", help="asked at the end, as a check"
-    )
+    parser.add_argument("--prompt", default="What is the capital of France?", help="asked at the end, as a check")
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"{options.out} exists: remove it, or name another directory")

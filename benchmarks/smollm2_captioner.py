@@ -78,9 +78,7 @@ def main() -> None:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     model = captioner(options.language, image, len(tokenizer))
     model.save_pretrained(options.out)
-    Blip2Processor(BlipImageProcessorPil(size=size), tokenizer, num_query_tokens=QUERIES).save_pretrained(
-        options.out
-    )
+    Blip2Processor(BlipImageProcessorPil(size=size), tokenizer, num_query_tokens=QUERIES).save_pretrained(options.out)
     print(f"{options.out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
 
 

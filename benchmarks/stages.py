@@ -52,9 +52,7 @@ def run(work: Path, name: str, text: str, scenes: int) -> dict[str, Any]:
     record = train("stage2", path, out, force=True, log=print, evaluation_scenes=scenes)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     before = record["phases"].get("stage1", {}).get("steps", 0)
-    curve = [
-        [before + line["step"], round(line["losses"]["lm"], 5)] for line in lines if line["phase"] == "stage2"
-    ]
+    curve = [[before + line["step"], round(line["losses"]["lm"], 5)] for line in lines if line["phase"] == "stage2"]
     return {
         "exact_match": record["heldout"]["exact_match"],
         "final_lm_loss": record["phases"]["stage2"]["losses"]["lm"],

@@ -37,9 +37,7 @@ def first_word(bundle: Path, picture: Path) -> tuple[float, float]:
     """Wall and CPU seconds of a process from its start to the first piece of a caption."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", FIRST_WORD, str(bundle), str(picture)], check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", FIRST_WORD, str(bundle), str(picture)], check=True, capture_output=True)
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

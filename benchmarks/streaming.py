@@ -31,16 +31,9 @@ def graph(kind: str, rows: int, inner: int, columns: int) -> bytes:
     rng = np.random.default_rng(0)
     product = kind == "product"
     weight = (inner, columns) if product else (columns, inner, 1, 1)
-    source, target = (
-        ([rows, inner], [rows, columns]) if product else ([1, inner, 1, rows], [1, columns, 1, rows])
-    )
-    weights = [
-        numpy_helper.from_array(rng.standard_normal(weight, np.float32), f"w{at}") for at in range(MATRICES)
-    ]
-    nodes = [
-        helper.make_node("MatMul" if product else "Conv", ["x", f"w{at}"], [f"y{at}"])
-        for at in range(MATRICES)
-    ]
+    source, target = ([rows, inner], [rows, columns]) if product else ([1, inner, 1, rows], [1, columns, 1, rows])
+    weights = [numpy_helper.from_array(rng.standard_normal(weight, np.float32), f"w{at}") for at in range(MATRICES)]
+    nodes = [helper.make_node("MatMul" if product else "Conv", ["x", f"w{at}"], [f"y{at}"]) for at in range(MATRICES)]
     outputs = [helper.make_tensor_value_info(f"y{at}", TensorProto.FLOAT, target) for at in range(MATRICES)]
     made = helper.make_graph(
         nodes, kind, [helper.make_tensor_value_info("x", TensorProto.FLOAT, source)], outputs, weights

@@ -37,8 +37,7 @@ def vision(document: dict[str, Any]) -> list[str]:
     """A race of vision encoders."""
     head = ["| ViT-B/16, 224 pixels | CPU ms | times fp32 in ONNX Runtime |", "|---|---:|---:|"]
     rows = [
-        f"| {row['name']} | {row['run']['cpu_ms']:.0f} | {row['run']['times']:.2f} |"
-        for row in document["results"]
+        f"| {row['name']} | {row['run']['cpu_ms']:.0f} | {row['run']['times']:.2f} |" for row in document["results"]
     ]
     return [*head, *rows, "", f"{_where(document)}, batch 1."]
 

@@ -84,9 +84,7 @@ def scores_of(folder: Path, count: int) -> dict[str, Any]:
 
 def timed(model: str, folder: Path) -> list[dict[str, Any]]:
     """CPU time and number of output embeddings of a model's vision encoders."""
-    contestants = [
-        Contestant(str(tokens), "vision", str(bundle_of(model, tokens, folder))) for tokens in COUNTS[model]
-    ]
+    contestants = [Contestant(str(tokens), "vision", str(bundle_of(model, tokens, folder))) for tokens in COUNTS[model]]
     rows = table(race(contestants, {"run": ["run"]}, ROUNDS[model]), contestants[0].name)
     for row, contestant in zip(rows, contestants, strict=True):
         merging = Bundle.open(contestant.path).manifest.merging
@@ -117,9 +115,7 @@ def main() -> None:
         for row in results[MINIATURE]:
             row |= scores[str(row["merge_tokens"])]
         known = versions([Contestant("", "", "")], ("torch", "onnx", "onnxruntime", "numpy"))
-        write_result(
-            options.json, heldout_scenes=options.count, rounds=ROUNDS, versions=known, results=results
-        )
+        write_result(options.json, heldout_scenes=options.count, rounds=ROUNDS, versions=known, results=results)
     for model, rows in results.items():
         for row in rows:
             print(f"{model:10} R = {row['merge_tokens']:2}  {row['run']['cpu_ms']:8.2f} ms  {row}")

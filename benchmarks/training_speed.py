@@ -221,17 +221,13 @@ def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dic
     for name, values in seconds.items():
         ratios = [own / first for own, first in zip(values, base, strict=True)]
         median = statistics.median(values)
-        rows.append(
-            {"name": name, "cpu_seconds": round(median, 4), "ratio": round(statistics.median(ratios), 3)}
-        )
+        rows.append({"name": name, "cpu_seconds": round(median, 4), "ratio": round(statistics.median(ratios), 3)})
     return seconds, rows
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="of the large shape; the small one has ten times as many"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="of the large shape; the small one has ten times as many")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -57,9 +57,7 @@ class OpenVino:
         hint = {"INFERENCE_PRECISION_HINT": precision or "f32"}
         options = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", **hint}
         self.request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
-        shape = [
-            size.get_length() if size.is_static else 1 for size in self.request.model_inputs[0].partial_shape
-        ]
+        shape = [size.get_length() if size.is_static else 1 for size in self.request.model_inputs[0].partial_shape]
         self.feed = [np.random.default_rng(SEED).standard_normal(shape).astype(np.float32)]
 
     def run(self) -> float:

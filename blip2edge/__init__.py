@@ -36,6 +36,7 @@ from blip2edge.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from blip2edge.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from blip2edge.runtime.captioning.matcher import Matcher, MatchResult
     from blip2edge.runtime.decoding.options import GenerationOptions
     from blip2edge.training.evaluation.pipeline import evaluate
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
@@ -88,7 +87,7 @@ __all__ = [
 
 # Public name -> where it is defined, and the extra with the packages that it needs (empty: blip2edge's own).
 _HOMES = {
-    "Bundle": ("blip2edge.bundle.manifest:Bundle", ""),
+    "Bundle": ("blip2edge.bundle.bundle:Bundle", ""),
     "CaptionResult": ("blip2edge.runtime.captioning.captioner:CaptionResult", ""),
     "Captioner": ("blip2edge.runtime.captioning.captioner:Captioner", ""),
     "GenerationOptions": ("blip2edge.runtime.decoding.options:GenerationOptions", ""),

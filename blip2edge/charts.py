@@ -101,8 +101,7 @@ def svg_file(width: float, height: float, shapes: Sequence[str]) -> str:
     background = element("rect", width=width, height=height, fill="#fff")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'font-family="sans-serif" font-size="12" fill="#222">\n{background}\n'
-        + "\n".join([*shapes, "</svg>", ""])
+        f'font-family="sans-serif" font-size="12" fill="#222">\n{background}\n' + "\n".join([*shapes, "</svg>", ""])
     )
 
 
@@ -128,9 +127,7 @@ def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int =
     left, top = 60, 25
     most_x = max(x for x, _ in points) or 1.0
     most_y = max(y for _, y in points) or 1.0
-    places = [
-        (left + x / most_x * (width - left - 60), height - y / most_y * (height - top)) for x, y in points
-    ]
+    places = [(left + x / most_x * (width - left - 60), height - y / most_y * (height - top)) for x, y in points]
     shapes = [
         element("path", class_="axisline", d=f"M{left} {height}H{width}"),
         element("polyline", class_="line", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in places)),
@@ -177,9 +174,7 @@ def grid(cells: Mapping[tuple[str, int], float], unit: str) -> str:
     return svg(LABEL + len(columns) * CELL, height + 18, shapes)
 
 
-def histogram(
-    counts: Sequence[int], end: float, threshold: float | None, width: int = 150, height: int = 34
-) -> str:
+def histogram(counts: Sequence[int], end: float, threshold: float | None, width: int = 150, height: int = 34) -> str:
     """Counts in equal bins from 0 on, on a logarithmic scale, without the empty bins at the end.
 
     Args:
@@ -230,9 +225,7 @@ def spread(values: Sequence[float], limit: float, spare: float, width: int = 640
         size = (height - 14) * count / tall
         if count:
             shapes += [
-                element(
-                    "rect", class_=style, x=at * step + 1, y=height - size, width=step - 2, height=size, rx=2
-                ),
+                element("rect", class_=style, x=at * step + 1, y=height - size, width=step - 2, height=size, rx=2),
                 label(str(count), (at + 0.5) * step, height - size - 3, anchor="middle"),
             ]
     for power in range(int(least), int(most) + 1):

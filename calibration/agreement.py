@@ -112,9 +112,7 @@ def compare_graphs(
         BundleError: The quantized graph gives values that are not finite.
     """
     outputs = [
-        tensor.name
-        for tensor in spec.outputs
-        if "float" in tensor.dtype and not tensor.name.startswith("present.")
+        tensor.name for tensor in spec.outputs if "float" in tensor.dtype and not tensor.name.startswith("present.")
     ]
     session = OnnxRuntimeSession(parent, threads)
     wanted = [session.run(inputs, outputs) for inputs in feeds.runs(spec.name, RUNS)]
@@ -130,9 +128,7 @@ def compare_graphs(
                     f"the quantized {spec.name} gives values in {name} that are not finite",
                     f"calibrate with another {option('method')} or {option('weights')}, or a bundle in fp32",
                 )
-            runs[name].append(
-                (cosine_similarity(parents[name], got[name]), _lowest_token(parents[name], got[name]))
-            )
+            runs[name].append((cosine_similarity(parents[name], got[name]), _lowest_token(parents[name], got[name])))
     session.close()
     return {name: _summary(pairs) for name, pairs in runs.items() if pairs}
 

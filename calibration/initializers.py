@@ -30,9 +30,7 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def replace_by_dequantize(
-    graph: ir.Graph, name: str, inputs: Sequence[ir.Value], attributes: dict[str, int]
-) -> None:
+def replace_by_dequantize(graph: ir.Graph, name: str, inputs: Sequence[ir.Value], attributes: dict[str, int]) -> None:
     """Removes an initializer; its users read the output of a new DequantizeLinear instead.
 
     Args:

@@ -21,7 +21,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-import blip2edge
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
@@ -55,6 +54,7 @@ from blip2edge.calibration.weights.quantize import BITS, quantize_weights
 from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
+from blip2edge.version import __version__
 
 BITS_WITHOUT_INPUTS = 8
 """Bits of the weights of a graph without recorded inputs (texts that are compared, a draft): INT4 needs inputs."""
@@ -120,9 +120,7 @@ def calibrate(
             graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
     summaries = {name: graph.summary for name, graph in graphs.items()}
     seconds = time.perf_counter() - start
-    return CalibrationReport(
-        target, summaries, agreement, len(pictures), tuple(warnings), seconds, meter.peak
-    )
+    return CalibrationReport(target, summaries, agreement, len(pictures), tuple(warnings), seconds, meter.peak)
 
 
 def _fill_staging(
@@ -224,9 +222,7 @@ def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any
     model = ir.load(context.parent.file(record.spec.file))
     progress = partial(context.progress, f"{name}: headroom")
     return headroom_json(
-        measure_headroom(
-            model, record, context.feeds, context.parent.path, threads=context.threads, progress=progress
-        )
+        measure_headroom(model, record, context.feeds, context.parent.path, threads=context.threads, progress=progress)
     )
 
 
@@ -262,9 +258,7 @@ def _warnings(pictures: PictureSet) -> list[str]:
             "larger values on other pictures will saturate"
         )
     if pictures.skipped:
-        warnings.append(
-            f"{len(pictures.skipped)} pictures cannot be read; the first is {pictures.skipped[0]}"
-        )
+        warnings.append(f"{len(pictures.skipped)} pictures cannot be read; the first is {pictures.skipped[0]}")
     return warnings
 
 
@@ -308,7 +302,7 @@ def _seal(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> Man
         manifest,
         graphs={name: graph.record for name, graph in graphs.items()},
         files=seals,
-        versions={**manifest.versions, "calibrated_by": blip2edge.__version__},
+        versions={**manifest.versions, "calibrated_by": __version__},
     )
 
 
@@ -330,9 +324,7 @@ def _record(
             if graph.summary.cosine
         },
         "weights": {
-            name: entry
-            for name, graph in graphs.items()
-            if (entry := graph.summary.weights_json()) is not None
+            name: entry for name, graph in graphs.items() if (entry := graph.summary.weights_json()) is not None
         },
         "left_in_float": {
             name: dict(graph.summary.kept_float) for name, graph in graphs.items() if graph.summary.kept_float

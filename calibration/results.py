@@ -77,9 +77,7 @@ class CalibratedGraph:
             means = [round(float(np.mean(column)), 6) for column in zip(*errors, strict=True)]
         return {
             "bits": matrices[0].bits,
-            "blocks": {
-                str(block): count for block, count in sorted(Counter(item.block for item in matrices).items())
-            },
+            "blocks": {str(block): count for block, count in sorted(Counter(item.block for item in matrices).items())},
             "error": means[0],
             "plain_error": means[1],
         }

@@ -214,16 +214,11 @@ def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
 def _estimate(task: _BuildTask, notify: Notify | None) -> int:
     """Estimates the largest memory of one engine's build and reports it; MiB."""
     files = {name: record.size for name, record in task.bundle.manifest.files.items()}
-    needs = {
-        plan.name: build_memory_mib(weight_bytes(plan, files), task.options.workspace) for plan in task.plans
-    }
+    needs = {plan.name: build_memory_mib(weight_bytes(plan, files), task.options.workspace) for plan in task.plans}
     name, most = max(needs.items(), key=lambda item: item[1])
     free = available_memory_mib()
     if notify is not None:
-        notify(
-            f"the largest build ({name}) may take about {most} MiB"
-            + (f", {free} MiB are free" if free else "")
-        )
+        notify(f"the largest build ({name}) may take about {most} MiB" + (f", {free} MiB are free" if free else ""))
         if free is not None and free < most:
             notify(
                 "warning: that is more than is free; lower the workspace, the capacity or the largest batch, add swap, "
@@ -254,9 +249,7 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
     output = staging / f"{plan.name}.engine"
     inspect_layers = not task.options.sm and bool(probe.nvidia_driver().gpus)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        future = pool.submit(
-            _build_one, task.options.target, plan, task.version, output, task.settings, inspect_layers
-        )
+        future = pool.submit(_build_one, task.options.target, plan, task.version, output, task.settings, inspect_layers)
         try:
             return future.result()
         except BrokenProcessPool as error:

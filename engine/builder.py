@@ -153,9 +153,7 @@ def _refusal(parser: Any, graph: Path) -> str:
 
 
 def _configure(trt: Any, config: Any, settings: Settings) -> None:
-    config.profiling_verbosity = (
-        trt.ProfilingVerbosity.DETAILED
-    )  # without it the inspector reports no precisions
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the inspector reports no precisions
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * MIB)
     if settings.compute_capabilities:
@@ -167,9 +165,7 @@ def _configure(trt: Any, config: Any, settings: Settings) -> None:
 
 
 def _name_gpus(trt: Any, config: Any, compute_capabilities: Sequence[int]) -> None:
-    known = {
-        name: value for name, value in vars(trt.ComputeCapability).items() if re.fullmatch(r"SM\d+", name)
-    }
+    known = {name: value for name, value in vars(trt.ComputeCapability).items() if re.fullmatch(r"SM\d+", name)}
     unknown = [number for number in compute_capabilities if f"SM{number}" not in known]
     if unknown:
         numbers = ", ".join(sorted((name[2:] for name in known), key=int))

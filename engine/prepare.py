@@ -114,9 +114,7 @@ def plans_of(
             plan = replace(plan, spec=spec, prompt=prompt_of(manifest))
             if constant:
                 slots = capacity_of(manifest, capacity)
-                plan = replace(
-                    plan, spec=constant_shape_spec(spec, manifest.cache, slots), cache=manifest.cache
-                )
+                plan = replace(plan, spec=constant_shape_spec(spec, manifest.cache, slots), cache=manifest.cache)
         plans.append(plan)
     if constant and manifest.cache is not None and DECODER in manifest.graphs:
         source = StepSource.of(bundle, most_rows)

@@ -34,8 +34,7 @@ class Profile:
         for tensor in spec.inputs:
             if any(isinstance(dim, Axis) for dim in tensor.dims):
                 low, best, high = (
-                    tensor.shape({name: bounds[end] for name, bounds in self.ranges.items()})
-                    for end in range(3)
+                    tensor.shape({name: bounds[end] for name, bounds in self.ranges.items()}) for end in range(3)
                 )
                 found[tensor.name] = (low, best, high)
         return found
@@ -77,8 +76,7 @@ def with_rows(spec: GraphSpec, most_rows: int | None) -> GraphSpec:
 
     def resized(tensor: TensorSpec) -> TensorSpec:
         dims = tuple(
-            replace(dim, max=most_rows) if isinstance(dim, Axis) and dim.name == "batch" else dim
-            for dim in tensor.dims
+            replace(dim, max=most_rows) if isinstance(dim, Axis) and dim.name == "batch" else dim for dim in tensor.dims
         )
         return replace(tensor, dims=dims)
 

@@ -100,9 +100,7 @@ def step_graph(source: StepSource) -> ir.Model:
         ir.node("Add", [position_ids, one], outputs=[next_ids]),
         ir.node("Add", [cache_position, one], outputs=[next_position]),
     ]
-    graph = ir.Graph(
-        inputs, outputs, nodes=nodes, initializers=[table, one], opset_imports={"": OPSET}, name=STEP
-    )
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=[table, one], opset_imports={"": OPSET}, name=STEP)
     return ir.Model(graph, ir_version=10, producer_name="blip2edge")
 
 

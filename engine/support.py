@@ -10,9 +10,7 @@ import onnx_ir as ir
 from blip2edge.engine.operators import CONSTANT_INPUTS, SINGLE_OUTPUT, VERSIONS, ParserVersion
 from blip2edge.errors import EngineError, option
 
-BOOLEAN = frozenset(
-    {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor", "IsNaN"}
-)
+BOOLEAN = frozenset({"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor", "IsNaN"})
 INDICES = frozenset({"Shape", "Size", "ArgMax", "ArgMin"})
 QUANTISED_OPSET_OPERATORS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 INPUT_TYPES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "BOOL", "UINT8"})

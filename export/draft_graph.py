@@ -15,11 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from blip2edge.bundle.schema import DRAFT, QUERIES, Axis, CacheSpec, DraftSpec, GraphSpec, TensorSpec
+from blip2edge.export.axes import MAX_BATCH
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.layers import causal_bias
-
-MAX_BATCH = 8
 
 
 class DraftGraph(nn.Module):
@@ -85,9 +84,7 @@ def draft_spec(config: CaptionerConfig) -> GraphSpec:
     heads, width = cache.num_heads, cache.head_dim
     inputs += [TensorSpec(name, "float32", (batch, heads, past, width)) for name in cache.past_names()]
     outputs = [TensorSpec("logits", "float32", (batch, asked, draft.vocab_size))]
-    outputs += [
-        TensorSpec(name, "float32", (batch, heads, past + steps, width)) for name in cache.present_names()
-    ]
+    outputs += [TensorSpec(name, "float32", (batch, heads, past + steps, width)) for name in cache.present_names()]
     return GraphSpec(DRAFT, tuple(inputs), tuple(outputs))
 
 

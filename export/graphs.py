@@ -32,6 +32,7 @@ from blip2edge.bundle.schema import (
     TensorSpec,
 )
 from blip2edge.export import retrieval_graphs as retrieval
+from blip2edge.export.axes import batch_axis, image_embeds, pictures_axis
 from blip2edge.export.draft_graph import DraftGraph, draft_spec, query_outputs
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
@@ -40,7 +41,6 @@ from blip2edge.model.layers import KeyValue
 from blip2edge.model.models import Config, Model
 from blip2edge.model.retrieval import RetrievalConfig
 
-MAX_BATCH = 8
 MAX_PICTURES = 8  # in an interleaved prompt, where the decoder attends to them by cross-attention
 MAX_ASKED = 16  # tokens that get logits in one run: drafts of up to 15 tokens
 
@@ -134,9 +134,7 @@ class DecoderGraph(nn.Module):
             extra["cross_attention_mask"], more = more[-1], more[:-1]
         if self.cross is not None:
             extra["cross"] = _pairs(more)
-        logits, presents = self.language(
-            inputs_embeds, attention_mask, position_ids, logits_indices, past, **extra
-        )
+        logits, presents = self.language(inputs_embeds, attention_mask, position_ids, logits_indices, past, **extra)
         return (logits, *(tensor for pair in presents for tensor in pair))
 
 
@@ -163,16 +161,6 @@ class GraphDefinition:
     of: type | UnionType = CaptionerConfig
 
 
-def batch_axis() -> Axis:
-    """The rows of a batch."""
-    return Axis("batch", 1, 1, MAX_BATCH)
-
-
-def pictures_axis(config: Config) -> Axis:
-    """The pictures of a batch; the frames of a video are consecutive rows."""
-    return Axis("batch", 1, config.frames, MAX_BATCH * config.frames)
-
-
 def cache_of(config: CaptionerConfig) -> CacheSpec:
     """The KV cache of a captioner's decoder."""
     language = config.language
@@ -186,15 +174,6 @@ def vision_spec(config: Config) -> GraphSpec:
     return GraphSpec(VISION, (pixels,), (image_embeds(config),))
 
 
-def image_embeds(config: Config) -> TensorSpec:
-    """The vision encoder's output, which the bridge reads."""
-    return TensorSpec(
-        "image_embeds",
-        "float32",
-        (pictures_axis(config), config.vision.num_embeds, config.vision.hidden_size),
-    )
-
-
 def bridge_spec(config: CaptionerConfig) -> GraphSpec:
     """Tensors of the bridge."""
     batch, longest = pictures_axis(config), config.instruction_positions
@@ -203,11 +182,7 @@ def bridge_spec(config: CaptionerConfig) -> GraphSpec:
         tokens = Axis("instruction", 1, min(16, longest), longest)
         inputs += [TensorSpec(name, "int64", (batch, tokens)) for name in INSTRUCTION]
     cross = config.language.cross
-    width = (
-        cross.source_dim
-        if cross is not None and cross.source == "visual_tokens"
-        else config.language.embed_dim
-    )
+    width = cross.source_dim if cross is not None and cross.source == "visual_tokens" else config.language.embed_dim
     dims = (batch, config.bridge.num_visual_tokens, width)
     outputs = [TensorSpec("visual_tokens", "float32", dims), *query_outputs(config)]
     return GraphSpec(BRIDGE, tuple(inputs), tuple(outputs))
@@ -280,9 +255,7 @@ def decoder_spec(config: CaptionerConfig) -> GraphSpec:
         if dims is not None:
             inputs.append(TensorSpec("cross_attention_mask", "int64", dims))
     outputs = [TensorSpec("logits", "float32", (batch, asked, language.vocab_size))]
-    outputs += [
-        TensorSpec(name, "float32", (batch, heads[0], total, heads[1])) for name in cache.present_names()
-    ]
+    outputs += [TensorSpec(name, "float32", (batch, heads[0], total, heads[1])) for name in cache.present_names()]
     return GraphSpec(DECODER, tuple(inputs), tuple(outputs))
 
 
@@ -329,8 +302,4 @@ GRAPHS: dict[str, GraphDefinition] = {
 
 def graphs_of(config: Config) -> dict[str, GraphDefinition]:
     """The graphs of a model, in the order in which they run."""
-    return {
-        name: graph
-        for name, graph in GRAPHS.items()
-        if isinstance(config, graph.of) and graph.belongs(config)
-    }
+    return {name: graph for name, graph in GRAPHS.items() if isinstance(config, graph.of) and graph.belongs(config)}

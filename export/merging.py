@@ -63,9 +63,7 @@ def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str
     partners = [node.outputs[0] for node in model.graph if node.op_type == "ArgMax"]
     orders = [node.outputs[1] for node in model.graph if node.op_type == "TopK" and _ranks_scores(node)]
     if len(partners) != len(orders):
-        raise ExportError(
-            f"{spec.name} ranks patches in {len(orders)} layers, but pairs them in {len(partners)}"
-        )
+        raise ExportError(f"{spec.name} ranks patches in {len(orders)} layers, but pairs them in {len(partners)}")
     chosen = [value for pair in zip(orders, partners, strict=True) for value in pair]
     if not chosen:
         yield graph, ()
@@ -117,9 +115,7 @@ class GuidedMatching(TokenMatching):
         rows, first, second = scores.shape
         every = torch.arange(first).expand(rows, first)
         if not torch.equal(order.sort(dim=1).values, every):
-            raise ParityError(
-                f"{PAIRS}: the graph's order of {first} patches does not name each of them once", FIX
-            )
+            raise ParityError(f"{PAIRS}: the graph's order of {first} patches does not name each of them once", FIX)
         if partner.shape != order.shape or bool(((partner < 0) | (partner >= second)).any()):
             raise ParityError(f"{PAIRS}: the graph merges into a patch that is none of {second}", FIX)
         best = scores.amax(dim=-1)  # [B, A]

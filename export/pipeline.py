@@ -25,7 +25,6 @@ import onnx
 import onnx_ir as ir
 import torch
 
-import blip2edge
 from blip2edge.bundle.integrity import FileRecord, sha256_of
 from blip2edge.bundle.manifest import GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
@@ -52,10 +51,9 @@ from blip2edge.model.models import build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
+from blip2edge.version import __version__
 
-FULL_UP_TO = (
-    1 << 30
-)  # bytes of the largest checkpoint that is verified as a whole by default: about 4 GiB in fp32
+FULL_UP_TO = 1 << 30  # bytes of the largest checkpoint that is verified as a whole by default: about 4 GiB in fp32
 
 TOKEN_TABLE = "language.embed_tokens.weight"
 
@@ -158,9 +156,7 @@ def export_checkpoint(
         with staged(target, force) as staging:
             written = _write_graphs(source, staging, precision, report)
             if isinstance(source.config, CaptionerConfig):
-                write_token_table(
-                    source.read(TOKEN_TABLE), TOKEN_TABLE, staging / EMBEDDINGS_FILE, _dtype(precision)
-                )
+                write_token_table(source.read(TOKEN_TABLE), TOKEN_TABLE, staging / EMBEDDINGS_FILE, _dtype(precision))
             side.write(staging)
             merging = _verify(source, written, precision, mode, report)
             _write_manifest(source, side, staging, written, precision, mode, merging, report)
@@ -169,9 +165,7 @@ def export_checkpoint(
     return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak, merging)
 
 
-def _write_graphs(
-    source: Checkpoint, staging: Path, precision: str, report: ProgressCallback
-) -> dict[str, _Written]:
+def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: ProgressCallback) -> dict[str, _Written]:
     written: dict[str, _Written] = {}
     for name, definition in graphs_of(source.config).items():
         start = time.perf_counter()
@@ -272,7 +266,7 @@ def _source_of(source: Checkpoint, report: ProgressCallback) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     packages = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "tokenizers", "numpy")
     found = {name: version(name) for name in packages}
-    return {"blip2edge": blip2edge.__version__, "python": platform.python_version(), **found}
+    return {"blip2edge": __version__, "python": platform.python_version(), **found}
 
 
 def _graph_report(name: str, item: _Written) -> GraphReport:

@@ -53,9 +53,7 @@ class Fp32Exception:
 
 EXCEPTIONS: tuple[Fp32Exception, ...] = (
     Fp32Exception("softmax", "", "Softmax", "sums of exponentials lose small weights in 11 bits of mantissa"),
-    Fp32Exception(
-        "RMSNorm", r"norm\d?$", "(?!LayerNormalization).*", "squares overflow: 256 squared is beyond 65504"
-    ),
+    Fp32Exception("RMSNorm", r"norm\d?$", "(?!LayerNormalization).*", "squares overflow: 256 squared is beyond 65504"),
     Fp32Exception("unit length", r"unit$", ".*", "a sum of squares overflows beyond 65504"),
     Fp32Exception(
         "token matching",
@@ -63,9 +61,7 @@ EXCEPTIONS: tuple[Fp32Exception, ...] = (
         ".*",
         "cosines that differ in the fourth digit decide which patches are merged",
     ),
-    Fp32Exception(
-        "rotary positions", r"rotary$", ".*", "an angle of 2000 has no digits after the decimal point"
-    ),
+    Fp32Exception("rotary positions", r"rotary$", ".*", "an angle of 2000 has no digits after the decimal point"),
 )
 """Rules for every model."""
 
@@ -140,9 +136,7 @@ def _retype(graph: ir.Graph, target: ir.DataType, kept: Container[ir.Node]) -> N
         if value.dtype == ir.DataType.FLOAT and not (is_constant and _only_for(value, kept)):
             value.dtype = target
             if value.const_value is not None:
-                value.const_value = ir.tensor(
-                    _cast(value.const_value.numpy(), target), dtype=target, name=value.name
-                )
+                value.const_value = ir.tensor(_cast(value.const_value.numpy(), target), dtype=target, name=value.name)
 
 
 def _is_constant(value: ir.Value) -> bool:
@@ -174,9 +168,7 @@ def _retype_attributes(node: ir.Node, target: ir.DataType) -> None:
     if node.op_type in ("Constant", "ConstantOfShape") and value is not None:
         tensor = value.as_tensor()
         if tensor.dtype == ir.DataType.FLOAT:
-            node.attributes["value"] = ir.AttrTensor(
-                "value", ir.tensor(_cast(tensor.numpy(), target), dtype=target)
-            )
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_cast(tensor.numpy(), target), dtype=target))
 
 
 def _keep_fp32(graph: ir.Graph, node: ir.Node, target: ir.DataType) -> None:

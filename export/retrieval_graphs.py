@@ -12,9 +12,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from blip2edge.bundle.schema import IMAGE_FEATURES, MATCH, TEXT_EMBEDS, Axis, GraphSpec, TensorSpec
+from blip2edge.export.axes import batch_axis, image_embeds
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
 
-MAX_BATCH = 8
 TEXT_STACKS = ("matcher.encoder.layers", "matcher.qformer.layers", "matcher.text.layers")
 """Possible paths of the layers that read a text."""
 
@@ -50,17 +50,10 @@ class MatchGraph(nn.Module):
         super().__init__()
         self.matcher = model.matcher
 
-    def forward(
-        self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, P, Dv]`` and int64 ``[B, S]`` twice to ``[B]`` and ``[B, 2]``."""
         logits = self.matcher.match(image_embeds, input_ids, attention_mask)
         return logits.softmax(dim=-1)[:, 1], logits
-
-
-def batch_axis() -> Axis:
-    """The pictures or texts of a batch."""
-    return Axis("batch", 1, 1, MAX_BATCH)
 
 
 def text_tensors(config: RetrievalConfig) -> tuple[TensorSpec, TensorSpec]:
@@ -68,12 +61,6 @@ def text_tensors(config: RetrievalConfig) -> tuple[TensorSpec, TensorSpec]:
     longest = config.max_positions
     dims = (batch_axis(), Axis("text", 1, min(16, longest), longest))
     return TensorSpec("input_ids", "int64", dims), TensorSpec("attention_mask", "int64", dims)
-
-
-def image_embeds(config: RetrievalConfig) -> TensorSpec:
-    """The vision encoder's output."""
-    dims = (batch_axis(), config.vision.num_embeds, config.vision.hidden_size)
-    return TensorSpec("image_embeds", "float32", dims)
 
 
 def image_features_spec(config: RetrievalConfig) -> GraphSpec:

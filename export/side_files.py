@@ -67,16 +67,12 @@ class SideFiles:
         if config.instruction_positions:
             folder = directory / "qformer_tokenizer"
             instruction = _tokenizer(folder)
-            _check_tokenizer(
-                instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True
-            )
+            _check_tokenizer(instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
         prompt = prompt_spec(config)
         if slot:
             prompt = replace(prompt, template=prompt_template(directory, slot, family.template))
         generation = {
-            "eos_token_ids": _eos(directory, config.eos_token_ids)
-            if family.generation
-            else list(config.eos_token_ids),
+            "eos_token_ids": _eos(directory, config.eos_token_ids) if family.generation else list(config.eos_token_ids),
             "stop": list(family.stop),
             "pad_token_id": config.pad_token_id,
             "decoder_start_token_id": config.decoder_start_token_id,
@@ -122,10 +118,7 @@ def _tokenizer(directory: Path) -> bytes:
     path = directory / TOKENIZER_FILE
     if path.is_file():
         return path.read_bytes()
-    if not any(
-        (directory / name).is_file()
-        for name in ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
-    ):
+    if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")):
         raise CheckpointError(f"{directory} has no {TOKENIZER_FILE}", SAVE_PROCESSOR)
     from transformers import AutoTokenizer
 

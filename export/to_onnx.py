@@ -66,12 +66,8 @@ def trace(module: nn.Module, spec: GraphSpec) -> Traced:
         args = tuple(_empty(tensor) for tensor in spec.inputs)
     try:
         with _quiet(), torch.no_grad():
-            program = torch.export.export(
-                module.eval(), args, dynamic_shapes=_dynamic(module, spec), strict=False
-            )
-            onnx_program = torch.onnx.export(
-                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
-            )
+            program = torch.export.export(module.eval(), args, dynamic_shapes=_dynamic(module, spec), strict=False)
+            onnx_program = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     except Exception as error:  # torch.export and the exporter raise a dozen kinds
         raise ExportError(f"the graph {spec.name} could not be traced ({one_line(error)})") from error
     if onnx_program is None:
@@ -130,9 +126,7 @@ def _name_tensors(graph: ir.Graph, spec: GraphSpec) -> None:
     names: dict[str, str] = {}
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         if len(values) != len(tensors):
-            raise ExportError(
-                f"the graph {spec.name} has {len(values)} tensors where its spec has {len(tensors)}"
-            )
+            raise ExportError(f"the graph {spec.name} has {len(values)} tensors where its spec has {len(tensors)}")
         for value, tensor in zip(values, tensors, strict=True):
             for size, dim in zip(value.shape or (), tensor.dims, strict=True):
                 if isinstance(size, ir.SymbolicDim) and isinstance(dim, Axis) and size.value is not None:

@@ -65,9 +65,7 @@ def _counted(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, Arra
 def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
     """Indices of the last tokens."""
     steps = drawn["position_ids" if "position_ids" in drawn else "input_ids"].shape[1]
-    return np.broadcast_to(
-        np.arange(steps - min(shape[1], steps), steps), (shape[0], min(shape[1], steps))
-    ).copy()
+    return np.broadcast_to(np.arange(steps - min(shape[1], steps), steps), (shape[0], min(shape[1], steps))).copy()
 
 
 def _cross_mask(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
@@ -98,7 +96,7 @@ DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array
 """How inputs are drawn, by name; all others are standard normal."""
 
 
-def draw_inputs(spec: GraphSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, Array]:
+def random_inputs(spec: GraphSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, Array]:
     """Random inputs of a graph, floating ones in float32."""
     drawn: dict[str, Array] = {}
     for tensor in spec.inputs:
@@ -141,9 +139,7 @@ def compare(
         ParityError: An output is further from torch than its tolerance, or not finite.
     """
     cases = list(cases_of(spec))
-    drawn = [
-        draw_inputs(spec, sizes, np.random.default_rng([SEED, index])) for index, sizes in enumerate(cases)
-    ]
+    drawn = [random_inputs(spec, sizes, np.random.default_rng([SEED, index])) for index, sizes in enumerate(cases)]
     with merging.with_choices(graph, spec) as (path, choices):
         answers = _outputs_of(OnnxRuntimeSession(path, lean=bool(sample)), spec, drawn)
     release_memory()
@@ -293,9 +289,7 @@ def compare_sample(
 
         if precision == "bf16":
             label = f"{label}, {BF16_SAMPLE}"
-            with _bf16_twin(
-                traced, lambda parameter: read(original(parameter)), weights.file.parent
-            ) as graph:
+            with _bf16_twin(traced, lambda parameter: read(original(parameter)), weights.file.parent) as graph:
                 results += compare(module, graph, traced.spec, precision, label)
         else:
             convert(traced, precision, exceptions_of(config))

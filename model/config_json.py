@@ -81,9 +81,7 @@ class Fields:
             CheckpointError: A required key is missing, or a value has a wrong type.
         """
         defaults = defaults or {}
-        return {
-            key.field: getattr(self, key.kind)(key.name, defaults.get(key.name, key.default)) for key in keys
-        }
+        return {key.field: getattr(self, key.kind)(key.name, defaults.get(key.name, key.default)) for key in keys}
 
     def integer(self, key: str, default: int | None) -> int:
         """A positive integer. A pair of equal integers counts as one."""
@@ -91,9 +89,7 @@ class Fields:
         if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(
-                f"config.json: {self.section}.{key} must be a positive integer, not {value!r}"
-            )
+            raise CheckpointError(f"config.json: {self.section}.{key} must be a positive integer, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None) -> float:

@@ -76,9 +76,7 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, equation 1).
 
     Args:

@@ -18,7 +18,7 @@ LARGEST = 1 << 16  # elements of an initializer that is computed with; weights a
 IR_VERSION = 10
 
 
-def evaluate(model: ir.Model, targets: Sequence[ir.Value], given: Mapping[str, Array]) -> list[Array] | None:
+def evaluate_graph(model: ir.Model, targets: Sequence[ir.Value], given: Mapping[str, Array]) -> list[Array] | None:
     """Computes values of a graph.
 
     Args:

@@ -66,9 +66,7 @@ def users(value: ir.Value) -> list[ir.Node]:
 def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     """The only user of a value, if it has this type and the value is not an output of the graph; else None."""
     found = users(value)
-    return (
-        found[0] if len(found) == 1 and found[0].op_type == op_type and not value.is_graph_output() else None
-    )
+    return found[0] if len(found) == 1 and found[0].op_type == op_type and not value.is_graph_output() else None
 
 
 def operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
@@ -140,9 +138,7 @@ def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
             return known
         return initializer(graph, f"{name}_", array)
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

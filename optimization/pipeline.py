@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-import blip2edge
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.integrity import FileRecord
@@ -42,6 +41,7 @@ from blip2edge.runtime.backends.openvino import OpenVinoSession
 from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord, installed
 from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.decoding.language_model import decoder_of
+from blip2edge.version import __version__
 
 TOLERANCE = 1e-4
 """Largest difference from the portable graph in fp32, as a share of the output's largest value."""
@@ -115,9 +115,7 @@ class _CopyTask:
     upstream: dict[str, Array]
 
 
-def optimize(
-    bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None
-) -> OptimizedReport:
+def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None) -> OptimizedReport:
     """Makes a bundle's optimized copy for a backend, or makes it again.
 
     Args:
@@ -199,9 +197,7 @@ def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fi
     task.upstream.update(portable.outputs)
     if not candidates:
         return fault or "no recipe applies to it"
-    candidates = [
-        one for one in candidates if one.result.seconds <= portable.seconds * SLOWER_MOST[one.recipe.layout]
-    ]
+    candidates = [one for one in candidates if one.result.seconds <= portable.seconds * SLOWER_MOST[one.recipe.layout]]
     if not candidates:
         return f"the portable graph is faster here ({portable.seconds * 1e3:.1f} ms)"
     best = candidates[0]
@@ -239,9 +235,7 @@ def _candidates(
         if passes is None or any(one.recipe.passes == passes for one in candidates):
             continue
         applied = Recipe(passes)
-        if (
-            applied.layout and size >= ONE_TRY_FROM
-        ):  # it writes its own weights, but a large copy shares all of them
+        if applied.layout and size >= ONE_TRY_FROM:  # it writes its own weights, but a large copy shares all of them
             continue
         try:
             file = optimize_offline(model, task.scratch, f"{name}.{number}")
@@ -350,9 +344,7 @@ def _tolerance(record: GraphRecord) -> float:
     return TOLERANCE if record.precision == "fp32" else math.inf
 
 
-def _fault(
-    result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.ProbeResult, tolerance: float
-) -> str:
+def _fault(result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.ProbeResult, tolerance: float) -> str:
     """What is wrong with a rewritten graph's outputs; empty if nothing is."""
     for output, wanted in portable.outputs.items():
         _, share = probe.relative(result.outputs[output], wanted)
@@ -366,7 +358,7 @@ def _fault(
 def versions() -> dict[str, str]:
     """Versions of the packages that make a copy or run it."""
     packages = ("onnxruntime", "openvino", "onnx", "onnx_ir", "numpy")
-    return {"blip2edge": blip2edge.__version__, **{name: installed(name) for name in packages}}
+    return {"blip2edge": __version__, **{name: installed(name) for name in packages}}
 
 
 @dataclass(frozen=True)

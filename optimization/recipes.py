@@ -80,16 +80,12 @@ an addition and a LayerNormalization take 0.3, ONNX Runtime 1.31), and faster fo
 
 INTEGER = (
     Recipe(("dynamic ranges", "block kernels", "fused attention", "fused activations"), ("dynamic ranges",)),
-    Recipe(
-        ("recorded ranges", "block kernels", "fused attention", "fused activations"), ("recorded ranges",)
-    ),
+    Recipe(("recorded ranges", "block kernels", "fused attention", "fused activations"), ("recorded ranges",)),
 )
 
 _SHARED = ("shared cache", "fused norms", "fused activations")
 DECODERS = (
-    Recipe(
-        ("block kernels", "shared cache", "fused activations", "pointwise convolutions"), ("shared cache",)
-    ),
+    Recipe(("block kernels", "shared cache", "fused activations", "pointwise convolutions"), ("shared cache",)),
     Recipe(("block kernels", *_SHARED), ("shared cache",)),
     Recipe(("block kernels", "shared cache", "fused activations"), ("shared cache",)),
     Recipe(("block kernels", "fused activations", "pointwise convolutions")),

@@ -58,10 +58,7 @@ def stage_costs(bundle: Bundle, prompt: int, tokens: int) -> dict[str, Work]:
     step, last = decode_cost(bundle, prompt), decode_cost(bundle, prompt + tokens)
     steps = max(tokens - 1, 0)
     found["decode"] = Work(
-        *(
-            steps * (one + other) / 2
-            for one, other in zip(vars(step).values(), vars(last).values(), strict=True)
-        )
+        *(steps * (one + other) / 2 for one, other in zip(vars(step).values(), vars(last).values(), strict=True))
     )
     return found
 

@@ -45,9 +45,7 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
         options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        onnxruntime.InferenceSession(
-            str(rewritten), options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS
-        )
+        onnxruntime.InferenceSession(str(rewritten), options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS)
     except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the optimised {name} ({one_line(error)})",
@@ -56,9 +54,7 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
     return optimized
 
 
-def write_copy(
-    optimized: Path, parent: Path, target: Path, name: str, within: str | None
-) -> dict[str, FileRecord]:
+def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: str | None) -> dict[str, FileRecord]:
     """Writes an optimized graph to the copy; weights that the bundle's graph has too are read from the bundle's file.
 
     (A link to that file is no way: ONNX Runtime and onnx follow no links out of a directory, and onnx_ir refuses a file
@@ -101,9 +97,7 @@ def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
             value.const_value = _relocated(known.const_value, known.const_value.location, folder)
 
 
-def _relocated(
-    tensor: ir.TensorProtocol, location: str | os.PathLike[str], folder: Path
-) -> ir.TensorProtocol:
+def _relocated(tensor: ir.TensorProtocol, location: str | os.PathLike[str], folder: Path) -> ir.TensorProtocol:
     """The same bytes of a file, which is now named relative to ``folder``."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor

@@ -245,6 +245,4 @@ def rewrite_tensors(directory: Path, change: Any) -> None:
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
-    )
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})

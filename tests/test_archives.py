@@ -30,9 +30,7 @@ def run(*words: str | Path, cwd: Path) -> str:
 def backend(kind: str, source: Path, target: Path) -> subprocess.CompletedProcess[str]:
     """What pip runs, without its isolated environment: the backend of pyproject.toml."""
     code = f"from hatchling import build; print(build.build_{kind}({str(target)!r}))"
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300)
 
 
 def built(kind: str, source: Path, target: Path) -> Path:
@@ -114,9 +112,7 @@ def test_the_copies_differ_in_their_links(copies: dict[str, Path], links: list[s
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_a_wheel_holds_what_git_tracks_and_nothing_else(
-    copy: str, build: Build, expected: dict[str, bytes]
-) -> None:
+def test_a_wheel_holds_what_git_tracks_and_nothing_else(copy: str, build: Build, expected: dict[str, bytes]) -> None:
     assert {"blip2edge/py.typed", "blip2edge/runtime/serving/page.html"} < expected.keys()
     assert {"blip2edge/examples/checkpoint/model.safetensors"} < expected.keys()
     found = contents(build("wheel", copy))
@@ -160,9 +156,7 @@ def test_an_editable_install_follows_the_links(copies: dict[str, Path], tmp_path
 
 
 @pytest.mark.parametrize("copy", ["zip", COPIES[2]])
-def test_an_editable_install_without_links_names_the_remedy(
-    copy: str, copies: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_editable_install_without_links_names_the_remedy(copy: str, copies: dict[str, Path], tmp_path: Path) -> None:
     done = backend("editable", copies[copy], tmp_path)
     assert done.returncode == 1
     assert "git config core.symlinks true" in done.stderr

@@ -38,15 +38,11 @@ def png(path: Path, width: int, height: int) -> Path:
     """A PNG that says how large it is, and holds a single row of nothing."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     rows = zlib.compress(b"\0" * 64)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
     return path
 
 
@@ -86,9 +82,7 @@ def last_line(text: str, told: str) -> None:
     assert text.count("error: ") == 1, text
 
 
-@pytest.mark.parametrize(
-    "how", ["missing", "a directory", "of no pixels", "of 10^9 pixels", "empty", "broken", "cut"]
-)
+@pytest.mark.parametrize("how", ["missing", "a directory", "of no pixels", "of 10^9 pixels", "empty", "broken", "cut"])
 def test_pictures(how: str, picture: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     bad = spoil_picture(tmp_path / "bad.png", picture, how)
     done = run("caption", picture, bad, "-b", tiny_bundle, "--max-new-tokens", "2", "--threads", "1")
@@ -137,9 +131,7 @@ def test_bundles(name: str, picture: Path, tiny_bundle: Path, tmp_path: Path) ->
         (["--backend", "tensorrt"], 1, "tensorrt"),
     ],
 )
-def test_prompts_and_options(
-    words: list[str], status: int, told: str, picture: Path, tiny_bundle: Path
-) -> None:
+def test_prompts_and_options(words: list[str], status: int, told: str, picture: Path, tiny_bundle: Path) -> None:
     done = run("caption", picture, "-b", tiny_bundle, *words)
     one_line(done.stderr, told)
     assert (done.returncode, done.stdout) == (status, "")
@@ -239,9 +231,7 @@ def test_a_file_that_cannot_grow(small: Drawn, out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_the_middle_of_an_export(
-    number: signal.Signals, status: int, small: Drawn, out: Path
-) -> None:
+def test_a_signal_in_the_middle_of_an_export(number: signal.Signals, status: int, small: Drawn, out: Path) -> None:
     """Sent when a part of the bundle has been written."""
     words = (*BLIP2EDGE, "export", str(small.directory), "-o", str(out / "bundle"))
     # A shell starts background jobs with SIGINT ignored, and children inherit that: here it counts again.

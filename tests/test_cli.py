@@ -62,7 +62,7 @@ class FakeCaptioner:
     loaded: list[tuple[str, str, int | None]] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
     error: BaseException | None = None
-    prompter: Any = field(
+    prompts: Any = field(
         default_factory=lambda: SimpleNamespace(question=lambda question: f"Question: {question} Answer:")
     )
 
@@ -198,9 +198,7 @@ def test_caption_prints_text_and_passes_only_the_flags_given(
     ]
 
 
-def test_caption_json_is_one_object_a_line(
-    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_caption_json_is_one_object_a_line(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["caption", "a.png", "b.png", "-b", "x", "--json", "--prompt", "one", "--prompt", "two"]) == 0
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [list(each) for each in objects] == [JSON_KEYS, JSON_KEYS]
@@ -212,9 +210,7 @@ def test_one_prompt_serves_all_pictures(captioner: FakeCaptioner, capsys: pytest
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["one", "one"]
 
 
-def test_stream_writes_the_pieces_of_a_caption(
-    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stream_writes_the_pieces_of_a_caption(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["caption", "a.png", "b.png", "-b", "x", "--stream", "--seed", "3"]) == 0
     assert capsys.readouterr().out == "a.png: a red circle\nb.png: a red circle\n"
     assert captioner.options == [{"seed": 3}, {"seed": 3}]
@@ -226,9 +222,7 @@ def test_ask(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> No
     assert captioner.options == [{"num_beams": 2}]
 
 
-def test_ask_streams_with_the_question_template(
-    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ask_streams_with_the_question_template(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "a.png", "is it red?", "-b", "x", "--stream"]) == 0
     assert capsys.readouterr().out == "a red circle (Question: is it red? Answer:)\n"
 
@@ -346,9 +340,7 @@ print([name for name in ("numpy", "PIL", "torch", "onnx", "onnxruntime") if name
 
 
 def test_help_waits_for_no_heavy_package() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
 
 

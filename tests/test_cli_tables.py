@@ -122,9 +122,7 @@ def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     ]
 
 
-def test_demo_refuses_a_directory_with_other_things(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_refuses_a_directory_with_other_things(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     assert main(["demo", "--out", str(tmp_path)]) == 1
     one_error_line(capsys.readouterr().err)
@@ -139,9 +137,7 @@ def test_demo_refuses_a_directory_with_other_things(
         ((True, True), "the demo runs on the CPU; make the engines with: blip2edge build BUNDLE"),
     ],
 )
-def test_demo_tells_why_no_engine_ran(
-    works: tuple[bool, bool], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_tells_why_no_engine_ran(works: tuple[bool, bool], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [
         Check("CPU", False, "of no matter"),
         Check("NVIDIA driver", works[0], "none"),

@@ -59,9 +59,7 @@ def test_unknown_total_counts_without_a_bar() -> None:
     ("seconds", "left"),
     [(3.0, ", about 9 s left"), (60.0, ", about 3 min left"), (3000.0, ", about 2 h 30 min left")],
 )
-def test_a_long_stage_tells_about_how_much_is_left(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, left: str
-) -> None:
+def test_a_long_stage_tells_about_how_much_is_left(monkeypatch: pytest.MonkeyPatch, seconds: float, left: str) -> None:
     now = [100.0]
     monkeypatch.setattr("blip2edge.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()

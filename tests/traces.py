@@ -75,9 +75,7 @@ def _text(value: Any) -> str:
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, FunctionType):  # a test may have changed it
         code = value.__code__
-        return (
-            f"{value.__module__}.{value.__qualname__} {code.co_code.hex()} {code.co_names} {code.co_consts}"
-        )
+        return f"{value.__module__}.{value.__qualname__} {code.co_code.hex()} {code.co_names} {code.co_consts}"
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     if repr(value) == object.__repr__(value):

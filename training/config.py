@@ -193,9 +193,7 @@ class BlockSizes:
     def __post_init__(self) -> None:
         positive("model", dataclasses.asdict(self))
         if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"[model] num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
-            )
+            raise ConfigError(f"[model] num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
 
 
 @dataclass(frozen=True)
@@ -232,9 +230,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or 64 % self.patch_size:
-            raise ConfigError(
-                f"[model] patch_size must divide the picture's 64 pixels, not {self.patch_size}"
-            )
+            raise ConfigError(f"[model] patch_size must divide the picture's 64 pixels, not {self.patch_size}")
         positive("model", {"num_query_tokens": self.num_query_tokens})
         unit_interval("model", {"dropout": self.dropout})
         if self.is_miniature and self.num_query_tokens < 7:

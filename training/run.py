@@ -156,9 +156,7 @@ def _phase_figures(run: TrainingRun, phase: Phase, seconds: float) -> dict[str, 
     return {
         "steps": phase.config.steps,
         "final_loss": round(sum(line["loss"] for line in last) / len(last), 5),
-        "losses": {
-            key: round(sum(line["losses"][key] for line in last) / len(last), 5) for key in last[-1]["losses"]
-        },
+        "losses": {key: round(sum(line["losses"][key] for line in last) / len(last), 5) for key in last[-1]["losses"]},
         "seconds": round(seconds, 1),
     }
 
@@ -242,9 +240,7 @@ def _record(run: TrainingRun, config_path: str | Path, seconds: float, cpu_secon
     }
 
 
-def _publish(
-    run: TrainingRun, target: Path, record: dict[str, Any], evaluation_scenes: int, force: bool
-) -> None:
+def _publish(run: TrainingRun, target: Path, record: dict[str, Any], evaluation_scenes: int, force: bool) -> None:
     """Writes the checkpoint to a temporary sibling, scores it there, and renames it to `target`."""
     beside = run.snapshots.directory
     config, parts = run.config, run.parts
@@ -257,11 +253,7 @@ def _publish(
                 write_stage1(parts, run.stage1, fresh)
             else:
                 parts.write(fresh, config.weights_dtype)
-                if (
-                    evaluation_scenes
-                    and config.data.kind == "scenes"
-                    and parts.model.config.family == "blip-2"
-                ):
+                if evaluation_scenes and config.data.kind == "scenes" and parts.model.config.family == "blip-2":
                     scores = evaluate_scenes(open_captioner(fresh, ModelOptions()), evaluation_scenes)
                     record["heldout"] = scores
                     run.log(f"heldout: exact match {scores['exact_match']:.4f}")
@@ -273,6 +265,4 @@ def _publish(
             publish(fresh, target, replace=force)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"cannot write {target}: {reason}", "give a directory on a disk with free space"
-        ) from error
+        raise OutputError(f"cannot write {target}: {reason}", "give a directory on a disk with free space") from error

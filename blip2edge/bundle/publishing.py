@@ -134,6 +134,4 @@ def output_error(path: Path, error: OSError) -> OutputError:
     """The error of an output that the operating system refuses to write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full: {path} could not be written", "free space, or give another -o")
-    return OutputError(
-        f"{path} could not be written ({error.strerror or error})", "check the path and its permissions"
-    )
+    return OutputError(f"{path} could not be written ({error.strerror or error})", "check the path and its permissions")

@@ -72,9 +72,7 @@ class Axis:
             raise ValueError(f"axis {self.name}: {self.min} <= {self.opt} <= {self.max} does not hold")
 
     def __add__(self, other: Axis) -> Axis:
-        return Axis(
-            f"{self.name} + {other.name}", self.min + other.min, self.opt + other.opt, self.max + other.max
-        )
+        return Axis(f"{self.name} + {other.name}", self.min + other.min, self.opt + other.opt, self.max + other.max)
 
     def value(self, sizes: Mapping[str, int]) -> int:
         """Its length for the given lengths of the elementary axes."""
@@ -289,9 +287,7 @@ class PromptSpec:
             raise ValueError(f"prompt kind {self.kind} is not one of {', '.join(PROMPT_KINDS)}")
         for kind, token in ((PLACEHOLDER, self.image_token), (INTERLEAVED, self.picture_token)):
             if bool(token) != (self.kind == kind):
-                raise ValueError(
-                    f"a prompt of kind {self.kind} {'has no' if token else 'needs a'} token of {kind}"
-                )
+                raise ValueError(f"a prompt of kind {self.kind} {'has no' if token else 'needs a'} token of {kind}")
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object in ``bundle.json``."""

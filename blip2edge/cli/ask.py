@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.caption import check, load, print_pieces, print_result
+from blip2edge.cli.caption import check, load_captioner, print_pieces, print_result
 from blip2edge.cli.flag_groups import add_bundle, add_generation, add_stream_or_json, given_generation
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer one question about one picture."""
     check(options)
-    captioner = load(options)
+    captioner = load_captioner(options)
     flags = given_generation(options)
     if options.stream:
         prompt = captioner.prompts.question(options.question)

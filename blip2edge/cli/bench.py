@@ -26,12 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``bench``."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     add_backend(parser)
-    parser.add_argument(
-        "--runs", metavar="N", type=positive_int, default=10, help="captions that are timed (10)"
-    )
-    parser.add_argument(
-        "--warmup", metavar="N", type=non_negative_int, default=2, help="captions before them (2)"
-    )
+    parser.add_argument("--runs", metavar="N", type=positive_int, default=10, help="captions that are timed (10)")
+    parser.add_argument("--warmup", metavar="N", type=non_negative_int, default=2, help="captions before them (2)")
     parser.add_argument(
         "--tokens", metavar="N", type=positive_int, default=20, help="length of a caption, in tokens (20)"
     )
@@ -62,9 +58,7 @@ def run(options: argparse.Namespace) -> int:
         runs=options.runs, warmup=options.warmup, tokens=options.tokens, batches=tuple(options.batch_sizes)
     )
     start = time.perf_counter()
-    captioner = Captioner.load(
-        options.bundle, backend=options.backend, threads=options.threads, draft=options.draft
-    )
+    captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads, draft=options.draft)
     loaded = time.perf_counter() - start
     with Progress() as progress:
         report = bench(captioner, chosen, start_s=loaded, work_of=_work_of(captioner), progress=progress)

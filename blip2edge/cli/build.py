@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
     sizes = parser.add_argument_group("sizes", "limits of the engines; smaller ones take less memory")
-    sizes.add_argument(
-        "--workspace", metavar="MiB", type=positive_int, help="largest scratch memory of the builder"
-    )
+    sizes.add_argument("--workspace", metavar="MiB", type=positive_int, help="largest scratch memory of the builder")
     sizes.add_argument(
         "--capacity",
         metavar="N",

@@ -36,9 +36,7 @@ HEADER = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``calibrate``."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="in fp32 or fp16")
-    parser.add_argument(
-        "-o", "--output", metavar="BUNDLE8", type=Path, required=True, help="directory to write"
-    )
+    parser.add_argument("-o", "--output", metavar="BUNDLE8", type=Path, required=True, help="directory to write")
     parser.add_argument(
         "--images",
         metavar="DIR",
@@ -46,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a folder of pictures, or of .tar shards, like those that the device will see",
     )
-    parser.add_argument(
-        "--method", choices=METHODS, default="smooth", help="how the INT8 ranges are chosen (smooth)"
-    )
+    parser.add_argument("--method", choices=METHODS, default="smooth", help="how the INT8 ranges are chosen (smooth)")
     parser.add_argument(
         "--weights",
         choices=(*WEIGHTS, "none"),
@@ -69,9 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="make the activations of this graph INT8 too, beside vision_encoder and bridge; may be repeated",
     )
-    parser.add_argument(
-        "--count", metavar="N", type=positive_int, default=512, help="use at most N pictures (512)"
-    )
+    parser.add_argument("--count", metavar="N", type=positive_int, default=512, help="use at most N pictures (512)")
     add_threads(parser)
     parser.add_argument("--force", action="store_true", help="replace BUNDLE8 if it exists")
     add_no_optimize(parser)

@@ -66,9 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which captions are kept if they reach the threshold (both)",
     )
     add_data_files(parser)
-    parser.add_argument(
-        "--prompt", metavar="P", help="text that captions go on from (the captioner's own prompt)"
-    )
+    parser.add_argument("--prompt", metavar="P", help="text that captions go on from (the captioner's own prompt)")
     parser.add_argument(
         "--samples-per-shard", metavar="N", type=positive_int, default=1000, help="pictures in a shard (1000)"
     )
@@ -88,9 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
     add_some_generation(parser, *DECODING)
     add_some_generation(parser, *SAMPLING)
-    parser.add_argument(
-        "--force", action="store_true", help="replace DIR if an earlier run of this command wrote it"
-    )
+    parser.add_argument("--force", action="store_true", help="replace DIR if an earlier run of this command wrote it")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
@@ -136,9 +132,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _text(report: Mapping[str, Any], output: str) -> str:
-    rows = [
-        (origin, str(report[origin]["seen"]), str(report[origin]["kept"])) for origin in ("web", "synthetic")
-    ]
+    rows = [(origin, str(report[origin]["seen"]), str(report[origin]["kept"])) for origin in ("web", "synthetic")]
     pictures = report["pictures"]
     return "\n".join(
         [

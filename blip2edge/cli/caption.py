@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     """Caption every picture, in the order given."""
     items, prompts = _items(options.images, options.prompt)
     check(options)
-    captioner = load(options)
+    captioner = load_captioner(options)
     flags = given_generation(options)
     if options.stream:
         for index, item in enumerate(items):
@@ -130,13 +130,11 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(f"{option('min_new_tokens')} {least} is more than {option('max_new_tokens')} {most}")
 
 
-def load(options: argparse.Namespace) -> Captioner:
+def load_captioner(options: argparse.Namespace) -> Captioner:
     """The captioner that the flags name."""
     from blip2edge.runtime.captioning.captioner import Captioner
 
-    return Captioner.load(
-        options.bundle, backend=options.backend, threads=options.threads, draft=options.draft
-    )
+    return Captioner.load(options.bundle, backend=options.backend, threads=options.threads, draft=options.draft)
 
 
 def print_pieces(label: str, pieces: Iterable[str]) -> None:

@@ -107,9 +107,7 @@ def _target(out: Path | None) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         return directory / "demo"
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(
-            f"{out} exists and is not a bundle", f"give {option('out')} a new or an empty directory"
-        )
+        raise OutputError(f"{out} exists and is not a bundle", f"give {option('out')} a new or an empty directory")
     return out
 
 

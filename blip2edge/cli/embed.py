@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.cli.files import write
 from blip2edge.cli.flag_groups import add_batch_size, add_bundle
-from blip2edge.cli.match import load
+from blip2edge.cli.match import load_matcher
 from blip2edge.errors import UsageError, option
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``embed``."""
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="a picture file")
-    parser.add_argument(
-        "--text", metavar="T", action="append", help="a text instead of pictures; repeat for more"
-    )
+    parser.add_argument("--text", metavar="T", action="append", help="a text instead of pictures; repeat for more")
     add_batch_size(parser, 1)
     add_bundle(parser)
     how = parser.add_mutually_exclusive_group()
@@ -33,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """Print or write the vectors of pictures or of texts."""
     if bool(options.images) == bool(options.text):
         raise UsageError(f"expected either pictures or {option('text')}", "leave one of the two out")
-    matcher = load(options)
+    matcher = load_matcher(options)
     if options.text:
         vectors = matcher.embed_texts(options.text, batch_size=options.batch_size)
     else:

@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"only these of {', '.join(METRICS)}"
     )
-    parser.add_argument(
-        "--prompt", metavar="P", help="text that captions go on from (the model's own prompt)"
-    )
+    parser.add_argument("--prompt", metavar="P", help="text that captions go on from (the model's own prompt)")
     parser.add_argument(
         "--top",
         metavar="K",

@@ -24,20 +24,14 @@ HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``export``."""
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a local directory, a hub name or a .pth of LAVIS"
-    )
-    parser.add_argument(
-        "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a local directory, a hub name or a .pth of LAVIS")
+    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write")
     parser.add_argument(
         "--base",
         metavar="DIRECTORY",
         help="checkpoint with the frozen parts, which a .pth of LAVIS does not hold",
     )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="precision of the weights (fp32)"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the weights (fp32)")
     parser.add_argument(
         "--verify",
         choices=("full", "sample"),

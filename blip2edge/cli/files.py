@@ -24,6 +24,4 @@ def write(path: Path, contents: str | bytes, flag: str) -> None:
     try:
         path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
     except OSError as error:
-        raise OutputError(
-            f"{path} could not be written ({error.strerror or error})", f"give another {flag}"
-        ) from error
+        raise OutputError(f"{path} could not be written ({error.strerror or error})", f"give another {flag}") from error

@@ -21,16 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_batch_size(parser, 1)
     add_bundle(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on a line for each picture and text"
-    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on a line for each picture and text")
 
 
 def run(options: argparse.Namespace) -> int:
     """Compare every picture with every text, in the order given."""
     images: list[str] = options.images
     many = len(images) > 1 or len(options.text) > 1
-    for result in load(options).match_many(images, options.text, batch_size=options.batch_size):
+    for result in load_matcher(options).match_many(images, options.text, batch_size=options.batch_size):
         label = f"{result.image}: {result.text}: " if many else ""
         print(json.dumps(result.to_json()) if options.json else f"{label}{_scores(result)}", flush=True)
     return 0
@@ -42,7 +40,7 @@ def _scores(result: MatchResult) -> str:
     return cosine if result.probability is None else f"probability {result.probability:.4f}, {cosine}"
 
 
-def load(options: argparse.Namespace) -> Matcher:
+def load_matcher(options: argparse.Namespace) -> Matcher:
     """The matcher that the flags name."""
     from blip2edge.runtime.captioning.matcher import Matcher
 

@@ -48,9 +48,7 @@ def report_table(report: OptimizedReport) -> str:
     for name, graph in report.record.graphs.items():
         before, after = graph.milliseconds
         times = f"{before / after:.2f}" if after else ""
-        rows.append(
-            [name, f"{before:.1f}", f"{after:.1f}", times, f"{graph.cosine:.5f}", ", ".join(graph.passes)]
-        )
+        rows.append([name, f"{before:.1f}", f"{after:.1f}", times, f"{graph.cosine:.5f}", ", ".join(graph.passes)])
     lines = [table(HEADER, rows, right=range(1, 5))] if rows else []
     lines += [f"{name} is not optimised: {why}" for name, why in report.record.left.items()]
     lines.append(f"{report.directory}: checked against the bundle's own graphs, {report.seconds:.1f} s")

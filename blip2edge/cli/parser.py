@@ -60,9 +60,7 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
     )
     for name, summary in COMMANDS.items():
-        one = commands.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:], allow_abbrev=False
-        )
+        one = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:], allow_abbrev=False)
         one.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )

@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``serve``."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     add_backend(parser)
-    parser.add_argument(
-        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (127.0.0.1)"
-    )
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument(
         "--port",
         metavar="N",
@@ -62,9 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
     listening = _listen(options.host, options.port)
     captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
-    server = Server(
-        captioner, max_batch=options.max_batch, max_waiting=options.queue, deadline=options.deadline
-    )
+    server = Server(captioner, max_batch=options.max_batch, max_waiting=options.queue, deadline=options.deadline)
     host, port = listening.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     if options.host not in LOCAL:

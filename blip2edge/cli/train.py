@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stage1: the Q-Former learns from pictures and texts; stage2: the bridge learns to condition the language"
         " model; instruct: as stage2, with the prompt as an input of the Q-Former",
     )
-    parser.add_argument(
-        "-c", "--config", metavar="FILE", type=Path, required=True, help="the recipe, TOML or JSON"
-    )
+    parser.add_argument("-c", "--config", metavar="FILE", type=Path, required=True, help="the recipe, TOML or JSON")
     parser.add_argument(
         "-o",
         "--output",

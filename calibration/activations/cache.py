@@ -97,6 +97,4 @@ def _restored(arrays: Any, index: int) -> Observation:
         raise ValueError(f"a histogram has {counts.size} bins, not {BINS}")
     histogram.counts = counts
     histogram.width, histogram.maximum = map(float, arrays[f"{index}.scale"])
-    return Observation(
-        histogram, arrays[f"{index}.channel_max"], arrays[f"{index}.rows"], arrays[f"{index}.largest"]
-    )
+    return Observation(histogram, arrays[f"{index}.channel_max"], arrays[f"{index}.rows"], arrays[f"{index}.largest"])

@@ -106,9 +106,7 @@ def choose_ranges_by_histogram(
         if threshold > 0:
             weight = _joined([_read(model, product) for product in products])
             error = _Division(observation, weight, None).output_error(threshold)
-            plan.activations.append(
-                QuantizedActivation(activation, tuple(products), threshold, output_error=error)
-            )
+            plan.activations.append(QuantizedActivation(activation, tuple(products), threshold, output_error=error))
         else:
             plan.kept_float |= {product.node: ALWAYS_ZERO for product in products}
     return plan
@@ -140,9 +138,7 @@ def choose_ranges_by_output(
             continue
         fold = find_fold(model, products)
         shared = any(len(list(model.graph.initializers[product.weight].uses())) > 1 for product in products)
-        choice = choose_range(
-            observation, [_read(model, product) for product in products], fold != (), shared
-        )
+        choice = choose_range(observation, [_read(model, product) for product in products], fold != (), shared)
         if choice.output_error > limit:
             reason = f"rounding would change {choice.output_error:.1%} of the power of its output"
             plan.kept_float |= {product.node: reason for product in products}
@@ -156,9 +152,7 @@ def choose_ranges_by_output(
     return plan
 
 
-def choose_range(
-    observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False
-) -> RangeChoice:
+def choose_range(observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False) -> RangeChoice:
     """The best candidate for one activation.
 
     Args:
@@ -172,10 +166,7 @@ def choose_range(
     if shared or not (folds or plain.output_error > NODE_ABOVE):
         return plain
     smooth = min(
-        (
-            _Division(observation, weight, divisor).best()
-            for divisor in _divisors(observation.channel_max, weight)
-        ),
+        (_Division(observation, weight, divisor).best() for divisor in _divisors(observation.channel_max, weight)),
         key=lambda choice: choice.output_error,
     )
     return smooth if smooth.output_error < plain.output_error * (1.0 if folds else NODE_GAIN) else plain

@@ -36,9 +36,7 @@ def find_fold(model: ir.Model, products: Sequence[Product]) -> Fold:
 
 def _only_read_by(value: ir.Value, readers: set[str]) -> bool:
     """Whether only ``readers`` read a value, so that it may change."""
-    return not value.is_graph_output() and all(
-        user.name in readers and index == 0 for user, index in value.uses()
-    )
+    return not value.is_graph_output() and all(user.name in readers and index == 0 for user, index in value.uses())
 
 
 def _own(value: ir.Value | None, width: int | None) -> str:

@@ -186,9 +186,7 @@ def _with_largest(graph: ir.Model, tensors: Mapping[str, bool]) -> onnx.ModelPro
 
 
 def _reads(node: ir.Node) -> tuple[str, ...]:
-    return tuple(
-        str(value.name) for value in node.inputs if value is not None and value.const_value is not None
-    )
+    return tuple(str(value.name) for value in node.inputs if value is not None and value.const_value is not None)
 
 
 def _dtype(node: ir.Node, name: str) -> str:

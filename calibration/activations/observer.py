@@ -65,9 +65,7 @@ class Observer:
             return
         sizes = np.abs(rows)
         channel_max: NDArray[np.float32] = sizes.max(axis=0)
-        self._channel_max = (
-            channel_max if self._channel_max is None else np.maximum(self._channel_max, channel_max)
-        )
+        self._channel_max = channel_max if self._channel_max is None else np.maximum(self._channel_max, channel_max)
         if self._run % self._stride == 0 and len(self._drawn) < SAMPLED_TOKENS:
             chosen = self._random.choice(len(rows), min(self._a_run, len(rows)), replace=False)
             self._drawn += [rows[at].copy() for at in chosen]

@@ -96,9 +96,7 @@ class GraphProbe:
         return dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))
 
 
-def open_probe(
-    graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None
-) -> Any:
+def open_probe(graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None) -> Any:
     """Opens a graph that is in memory as an ``onnxruntime.InferenceSession``.
 
     Args:
@@ -120,9 +118,7 @@ def open_probe(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
-    return onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
@@ -133,9 +129,7 @@ def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
     return found
 
 
-def _parts(
-    graph: ir.Model, names: Sequence[str], spec: GraphSpec, first: Mapping[str, Array]
-) -> Iterator[list[str]]:
+def _parts(graph: ir.Model, names: Sequence[str], spec: GraphSpec, first: Mapping[str, Array]) -> Iterator[list[str]]:
     """Cuts a list of tensors into parts of at most :data:`OUTPUT_BYTES`, by the shapes of the first run."""
     lengths: dict[str, int] = {}
     for tensor in spec.inputs:

@@ -144,9 +144,7 @@ def _divided(divisor: Array, part: slice) -> WeightChange:
     return change
 
 
-def _store(
-    graph: ir.Graph, name: str, changes: Sequence[WeightChange], quantized: bool, data: TensorStore
-) -> None:
+def _store(graph: ir.Graph, name: str, changes: Sequence[WeightChange], quantized: bool, data: TensorStore) -> None:
     value = graph.initializers[name]
     tensor = initializer_tensor(value)
     if not changes and not quantized:
@@ -192,9 +190,7 @@ def _insert(graph: ir.Graph, activation: QuantizedActivation, data: TensorStore)
         graph, data, f"{value.name}.scale", np.array(activation.threshold / LEVELS, np.float32), value.dtype
     )
     zero = _initializer(graph, data, f"{value.name}.zero", np.array(0, np.int8), ir.DataType.INT8)
-    nodes.append(
-        _node("QuantizeLinear", [source, scale, zero], f"{value.name}.int8", ir.DataType.INT8, value.shape)
-    )
+    nodes.append(_node("QuantizeLinear", [source, scale, zero], f"{value.name}.int8", ir.DataType.INT8, value.shape))
     nodes.append(
         _node(
             "DequantizeLinear",
@@ -209,9 +205,7 @@ def _insert(graph: ir.Graph, activation: QuantizedActivation, data: TensorStore)
         reader.replace_input_with(0, nodes[-1].outputs[0])
 
 
-def _node(
-    op_type: str, inputs: Sequence[ir.Value], name: str, dtype: ir.DataType, shape: ir.Shape | None
-) -> ir.Node:
+def _node(op_type: str, inputs: Sequence[ir.Value], name: str, dtype: ir.DataType, shape: ir.Shape | None) -> ir.Node:
     node = ir.node(op_type, list(inputs), name=name)
     output = node.outputs[0]
     output.name, output.dtype, output.shape = name, dtype, shape

@@ -35,9 +35,7 @@ def quantize_activations(context: CalibrationContext, record: GraphRecord) -> St
     model = ir.load(context.parent.file(record.spec.file))
     targets = find_targets(model)
     observations = _observations(context, model, record, targets)
-    plan = choose_ranges(
-        model, targets, observations, context.method, partial(context.progress, f"{name}: choose")
-    )
+    plan = choose_ranges(model, targets, observations, context.method, partial(context.progress, f"{name}: choose"))
     staged = write_planned(context, record, model, targets, plan, start)
     return replace(staged, details=activation_details(plan, observations))
 
@@ -108,9 +106,7 @@ def _detail(activation: QuantizedActivation, observation: Observation) -> dict[s
     }
 
 
-def _observations(
-    context: CalibrationContext, model: ir.Model, record: GraphRecord, targets: Targets
-) -> Observations:
+def _observations(context: CalibrationContext, model: ir.Model, record: GraphRecord, targets: Targets) -> Observations:
     """Observations of the activations, from the cache or by running the graph."""
     names = list(targets.by_activation())
     path = cache_path(context.parent, record, context.feeds_sha256)
@@ -129,9 +125,7 @@ def _observations(
     return observations
 
 
-def _observe(
-    context: CalibrationContext, model: ir.Model, record: GraphRecord, names: Sequence[str]
-) -> Observations:
+def _observe(context: CalibrationContext, model: ir.Model, record: GraphRecord, names: Sequence[str]) -> Observations:
     """Runs a graph on all its recorded inputs and observes some tensors."""
     runs = context.feeds.count(record.spec.name)
     observers = {name: Observer(runs, seed) for seed, name in enumerate(names)}

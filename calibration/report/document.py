@@ -103,9 +103,7 @@ def write_report(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _captions(
-    pictures: Sequence[CalibrationPicture], captions: CaptionAgreement | None
-) -> list[dict[str, str]]:
+def _captions(pictures: Sequence[CalibrationPicture], captions: CaptionAgreement | None) -> list[dict[str, str]]:
     if captions is None:
         return []
     names = [Path(picture.member or picture.path).name for picture in pictures[: captions.pictures]]

@@ -94,12 +94,8 @@ def _head(document: Mapping[str, Any], title: str) -> str:
     decode = document.get("decode")
     if decode:
         share = decode["bytes"] / decode["parent_bytes"]
-        tiles.append(
-            (_size(decode["bytes"]), f"read per token, {share:.0%} of {_size(decode['parent_bytes'])}")
-        )
-    cards = "".join(
-        f"<div><b>{escape(figure)}</b><span>{escape(text)}</span></div>" for figure, text in tiles
-    )
+        tiles.append((_size(decode["bytes"]), f"read per token, {share:.0%} of {_size(decode['parent_bytes'])}"))
+    cards = "".join(f"<div><b>{escape(figure)}</b><span>{escape(text)}</span></div>" for figure, text in tiles)
     kinds = ", ".join(f"{name} {graph['precision']}" for name, graph in graphs.items())
     return (
         f"<header><h1>{escape(title)}</h1><p>Calibrated by <i>{escape(record['method'])}</i> on "
@@ -243,9 +239,7 @@ def _ranges(graphs: Graphs) -> str:
         if rows:
             header = ("read by", "values", "largest", "range", "widest channel", "error", "division")
             table = html_table(header, "llrrrrl", rows)
-            parts.append(
-                f"<details><summary>{escape(name)}: {len(rows)} activations</summary>{table}</details>"
-            )
+            parts.append(f"<details><summary>{escape(name)}: {len(rows)} activations</summary>{table}</details>")
     if not parts:
         return ""
     text = (

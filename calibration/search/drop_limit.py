@@ -114,9 +114,7 @@ class FullyQuantized:
     directory: Path
 
     @classmethod
-    def save(
-        cls, context: CalibrationContext, graphs: Mapping[str, StagedGraph], directory: Path
-    ) -> FullyQuantized:
+    def save(cls, context: CalibrationContext, graphs: Mapping[str, StagedGraph], directory: Path) -> FullyQuantized:
         """Copies the quantized files, because the search overwrites them in the staging directory.
 
         Args:

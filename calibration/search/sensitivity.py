@@ -205,9 +205,7 @@ def _all_logits(session: Session, logits: list[Array]) -> Session:
 def _opened(like: Session, graph: Any) -> Session:
     """A session of a graph that is open in ONNX Runtime."""
     names = list(like.output_names)
-    return _SubstituteSession(
-        like, lambda inputs: dict(zip(names, graph.run(names, dict(inputs)), strict=True))
-    )
+    return _SubstituteSession(like, lambda inputs: dict(zip(names, graph.run(names, dict(inputs)), strict=True)))
 
 
 def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:

@@ -90,9 +90,7 @@ class SegmentRunner:
         feeds: Sequence[Mapping[str, Array]],
         threads: int | None = None,
     ) -> None:
-        self._initializers = {
-            name: initializer_tensor(value) for name, value in model.graph.initializers.items()
-        }
+        self._initializers = {name: initializer_tensor(value) for name, value in model.graph.initializers.items()}
         proto = ir.to_proto(model)
         self._opsets = list(proto.opset_import)
         self._segments = cut_graph(proto.graph, products)

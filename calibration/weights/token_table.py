@@ -28,9 +28,7 @@ BITS = 8
 CHUNK = 4096  # rows that are compared or rounded at a time
 
 
-def write_rows(
-    table: TokenTable, path: Path, progress: Callable[[int, int], None] | None = None
-) -> BlockFormat:
+def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], None] | None = None) -> BlockFormat:
     """Writes a table ``[V, D]`` as integers, a row a token.
 
     Args:
@@ -98,9 +96,7 @@ def write_shared(
     )
 
 
-def tied_head(
-    table: TokenTable, products: dict[str, Product], read: Callable[[str], NDArray[Any]]
-) -> str | None:
+def tied_head(table: TokenTable, products: dict[str, Product], read: Callable[[str], NDArray[Any]]) -> str | None:
     """The initializer that is the table turned; None where there is none.
 
     Args:

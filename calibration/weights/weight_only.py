@@ -128,9 +128,7 @@ def quantize_matrices(
     Returns:
         The quantized matrices, by the initializer's name.
     """
-    wanted = list(
-        {product.weight: product for product in products if product.weight in options.formats}.values()
-    )
+    wanted = list({product.weight: product for product in products if product.weight in options.formats}.values())
     rounder = _MatrixRounder(model, data, options, writers or {}, len(wanted), progress)
     if options.plain or not feeds:
         for product in wanted:
@@ -223,9 +221,7 @@ def replace_weights(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> Non
         model.ir_version = max(model.ir_version, 10)
 
 
-def block_tensors(
-    initializers: Mapping[str, ir.Value], weight: str
-) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
+def block_tensors(initializers: Mapping[str, ir.Value], weight: str) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
     """Integers and scales of a matrix in a quantized graph.
 
     Raises:

@@ -41,9 +41,7 @@ class InstructedQFormerConfig(QFormerConfig):
     kind = "instructed-qformer"
 
     @classmethod
-    def from_hf(
-        cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int
-    ) -> InstructedQFormerConfig:
+    def from_hf(cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int) -> InstructedQFormerConfig:
         """Reads ``qformer_config`` of an InstructBLIP ``config.json``."""
         return cls(
             num_query_tokens=num_query_tokens,
@@ -66,9 +64,7 @@ class InstructedLayer(QFormerLayer):
         super().__init__(config, index)
         self.text_feed_forward = BertFeedForward(config)
 
-    def forward(
-        self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Queries ``[B, Q, D]`` and text ``[B, T, D]`` to the same; ``bias [B, 1, 1, Q + T]`` hides padding.
 
         The text is returned after self-attention; the caller applies ``text_feed_forward``.

@@ -80,8 +80,7 @@ class Pooling(nn.Module):
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
         """``queries [1, Q, D]`` and ``patches [B, P, Dv]`` to ``[B, Q, D]``."""
         query, key, value = (
-            split_heads(part, self.heads)
-            for part in (self.query(queries), self.key(patches), self.value(patches))
+            split_heads(part, self.heads) for part in (self.query(queries), self.key(patches), self.value(patches))
         )
         return self.out(merge_heads(attend(query, key, value, scale=self.scale)))
 

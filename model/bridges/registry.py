@@ -20,9 +20,7 @@ BRIDGE_BUILDERS: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
     "pool": lambda config, language: AttentionPoolBridge(config, language.embed_dim),
     "perceiver": lambda config, language: PerceiverResampler(config),
     "qformer": lambda config, language: QFormerBridge(config, language.hidden_size, language.embed_dim),
-    "instructed-qformer": lambda config, language: InstructedBridge(
-        config, language.hidden_size, language.embed_dim
-    ),
+    "instructed-qformer": lambda config, language: InstructedBridge(config, language.hidden_size, language.embed_dim),
 }
 
 

@@ -76,9 +76,7 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
-        )
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -171,18 +169,12 @@ def _shards(directory: Path) -> list[Path]:
         return [single]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, Mapping) or not all(
-            isinstance(name, str) for name in weight_map.values()
-        ):
-            raise CheckpointError(
-                f"{index} has no weight_map from tensors to files", "copy or download it again"
-            )
+        if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files", "copy or download it again")
         shards = [directory / name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
-            raise CheckpointError(
-                f"{directory} lacks {', '.join(missing)}", "copy or download the missing shards"
-            )
+            raise CheckpointError(f"{directory} lacks {', '.join(missing)}", "copy or download the missing shards")
         return shards
     hint = "give a directory written by transformers' save_pretrained"
     if any(directory.glob("*.bin")):
@@ -237,9 +229,7 @@ class Checkpoint:
     def paths(self) -> list[Path]:
         """Every file that affects the captions."""
         files = [*self.directory.iterdir(), *self.directory.glob("qformer_tokenizer/*")]
-        paths = sorted(
-            path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja")
-        )
+        paths = sorted(path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"))
         return paths if self.laid_over is None else [*paths, self.laid_over]
 
     def num_bytes(self) -> int:

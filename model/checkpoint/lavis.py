@@ -122,9 +122,7 @@ def read_lavis(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in state.items()}
 
 
-def translate(
-    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> dict[str, Tensor]:
+def translate(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
     """A state of LAVIS under transformers' names.
 
     Args:
@@ -170,19 +168,12 @@ def _candidates(name: str) -> list[str]:
 
 def _touched(found: Mapping[str, Tensor]) -> set[str]:
     """Prefixes of the parts that have a tensor in ``found``."""
-    return {
-        prefix
-        for part, prefixes in PARTS
-        if any(name.startswith(part) for name in found)
-        for prefix in prefixes
-    }
+    return {prefix for part, prefixes in PARTS if any(name.startswith(part) for name in found) for prefix in prefixes}
 
 
 def _with_whole_biases(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """``q_bias`` and ``v_bias`` as one ``qkv_bias``: (q, 0, v), as keys have none (BEiT, arXiv 2106.08254)."""
-    whole = {
-        name: tensor for name, tensor in state.items() if not name.endswith(("attn.q_bias", "attn.v_bias"))
-    }
+    whole = {name: tensor for name, tensor in state.items() if not name.endswith(("attn.q_bias", "attn.v_bias"))}
     stems = sorted({name[: -len("q_bias")] for name in state.keys() - whole.keys()})
     for stem in stems:
         query, value = state.get(f"{stem}q_bias"), state.get(f"{stem}v_bias")

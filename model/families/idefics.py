@@ -65,6 +65,5 @@ def write_idefics(config: CaptionerConfig) -> dict[str, Any]:
         **config.language.to_hf(),
         **write_tokens(config),
         "vision_config": vision,
-        "perceiver_config": config.bridge.to_hf()
-        or {"model_type": "idefics_perciever", "use_resampler": False},
+        "perceiver_config": config.bridge.to_hf() or {"model_type": "idefics_perciever", "use_resampler": False},
     }

@@ -53,9 +53,7 @@ def read_llava(f: Fields) -> CaptionerConfig:
         )
     strategy = f.values.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
-        raise CheckpointError(
-            f"config.json: vision_feature_select_strategy must be default or full, not {strategy!r}"
-        )
+        raise CheckpointError(f"config.json: vision_feature_select_strategy must be default or full, not {strategy!r}")
     tower = VisionConfig.from_clip(vision.values)
     layers = _layers(f.values.get("vision_feature_layer", -2), tower.num_layers)
     tower = replace(tower, num_layers=layers, keep_class=strategy == "full")
@@ -91,9 +89,7 @@ def _layers(feature_layer: Any, depth: int) -> int:
     if isinstance(layers, int) and layers < 0:
         layers += depth + 1
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= depth:
-        raise CheckpointError(
-            f"config.json: vision_feature_layer {feature_layer!r} is not a layer of {depth}"
-        )
+        raise CheckpointError(f"config.json: vision_feature_layer {feature_layer!r} is not a layer of {depth}")
     return layers
 
 

@@ -163,9 +163,7 @@ FAMILIES: dict[str, Family] = {
             slot="video_token",
             frames=VIDEO_FRAMES,
         ),
-        write=partial(
-            write_blip2, architecture="InstructBlipVideo", slot="video_token", part="instructblipvideo"
-        ),
+        write=partial(write_blip2, architecture="InstructBlipVideo", slot="video_token", part="instructblipvideo"),
         rules=INSTRUCTBLIP,
         default_prompt="A short video caption.",
         left_out=BLIP2_LEFT_OUT,
@@ -276,9 +274,7 @@ def weight_map(config: Config) -> WeightMap:
     ]
     if config.language.tie_embeddings:
         table = WeightMap(rules)
-        tied = Rule(
-            "language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens")
-        )
+        tied = Rule("language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens"))
         rules = (*(rule for rule in rules if rule.ours != "language.head"), tied)
     text_head = under(DRAFT_PREFIX, DRAFT_PREFIX, TEXT_HEAD_RULES)
     return WeightMap((*family.rules, *rules, *text_head), left_out)

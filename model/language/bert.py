@@ -166,9 +166,7 @@ class BertEncoder(nn.Module):
         self.embeddings = BertEmbeddings(config)
         self.layers = stack(BertLayer(config) for _ in range(config.num_layers))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor | None = None) -> Tensor:
         """Reads a text.
 
         Args:

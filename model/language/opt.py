@@ -167,9 +167,7 @@ class OPTDecoder(DecoderModule):
         self.embed_positions = nn.Embedding(config.max_positions + POSITION_OFFSET, width)
         self.project_in = nn.Linear(narrow, width, bias=False) if narrow != width else None
         self.layers = stack(OPTLayer(config) for _ in range(config.num_layers))
-        self.final_norm = (
-            nn.LayerNorm(width, elementwise_affine=config.norm_affine) if config.final_norm else None
-        )
+        self.final_norm = nn.LayerNorm(width, elementwise_affine=config.norm_affine) if config.final_norm else None
         self.project_out = nn.Linear(width, narrow, bias=False) if narrow != width else None
         self.head = nn.Linear(narrow, config.vocab_size, bias=False)
         if config.tie_embeddings:

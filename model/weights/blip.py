@@ -6,8 +6,7 @@ from blip2edge.model.weights.blip2 import BLIP2_VISION, CLIP_VISION, INSTRUCTBLI
 from blip2edge.model.weights.rules import Rule, under
 
 BERT_ATTENTION = tuple(
-    Rule(rule.ours, tuple(path.replace("attention.", "self.") for path in rule.sources()))
-    for rule in QFORMER_ATTENTION
+    Rule(rule.ours, tuple(path.replace("attention.", "self.") for path in rule.sources())) for rule in QFORMER_ATTENTION
 )
 
 BERT = (

@@ -39,9 +39,7 @@ class Rule:
 
 def under(ours: str, theirs: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """The same rules below a prefix on either side."""
-    return tuple(
-        Rule(ours + rule.ours, tuple(theirs + path for path in rule.sources()), rule.rows) for rule in rules
-    )
+    return tuple(Rule(ours + rule.ours, tuple(theirs + path for path in rule.sources()), rule.rows) for rule in rules)
 
 
 class WeightMap:

@@ -74,9 +74,7 @@ def _halved(x: ir.Value, shifted: ir.Value) -> list[ir.Node] | None:
         return None
     half = with_scalar(first)
     if half is not None and half[1] == 0.5:
-        return (
-            [first, second] if second is not None and other_operand(second, first.outputs[0]) is x else None
-        )
+        return [first, second] if second is not None and other_operand(second, first.outputs[0]) is x else None
     if other_operand(first, shifted) is x and second is not None:
         half = with_scalar(second)
         return [first, second] if half is not None and half[1] == 0.5 else None

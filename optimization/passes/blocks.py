@@ -34,7 +34,7 @@ SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
-class BlockMatrix:
+class BlockWeights:
     """A block-quantised weight.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Found:
     """A product with such a weight: input, weight, and last node (the addition of the bias, or the MatMul)."""
 
     source: ir.Value
-    matrix: BlockMatrix
+    matrix: BlockWeights
     node: ir.Node
 
     @property
@@ -102,20 +102,14 @@ def _block_product(node: ir.Node) -> _Found | None:
     block = weight.attributes["block_size"].as_int()
     integers, scales = constant(weight.inputs[0]), constant(weight.inputs[1])
     kind = weight.inputs[0].dtype if weight.inputs[0] is not None else None
-    if (
-        integers is None
-        or scales is None
-        or kind not in BITS
-        or not _fits(block)
-        or scales.dtype != np.float32
-    ):
+    if integers is None or scales is None or kind not in BITS or not _fits(block) or scales.dtype != np.float32:
         return None
     zero = constant(weight.inputs[2]) if len(weight.inputs) > 2 else None
     if zero is not None and np.any(zero.astype(np.int8)):
         return None
     last, bias = with_bias(node)
     name = str(weight.inputs[0].name) if weight.inputs[0] is not None else ""
-    matrix = BlockMatrix(name, integers.astype(np.int8), scales, BITS[kind], constant(bias))
+    matrix = BlockWeights(name, integers.astype(np.int8), scales, BITS[kind], constant(bias))
     return _Found(node.inputs[0], matrix, last)
 
 
@@ -133,7 +127,7 @@ def _column_products(model: ir.Model) -> list[_Found]:
             continue
         spread = np.repeat(scales[None], int(rows) // min(block, LARGEST_BLOCK), axis=0)
         bias = constant(product.bias)
-        matrix = BlockMatrix(str(product.weight.name), integers, spread, 8, bias)
+        matrix = BlockWeights(str(product.weight.name), integers, spread, 8, bias)
         found.append(_Found(product.activation, matrix, product.last))
     return found
 

@@ -105,9 +105,7 @@ def use_recorded_ranges(model: ir.Model) -> int:
     for product in products:
         key = (str(product.activation.name), str(product.step.name))
         if key not in rounded:
-            made = insert(
-                product.node, "QuantizeLinear", [product.activation, product.step, zero], [None], domain=""
-            )
+            made = insert(product.node, "QuantizeLinear", [product.activation, product.step, zero], [None], domain="")
             made[0].dtype, made[0].shape = ir.DataType.UINT8, product.activation.shape
             rounded[key] = made[0]
         inputs = [

@@ -88,16 +88,12 @@ def _product(node: ir.Node, narrowing: bool) -> _Product | None:
 
 def _replace(graph: ir.Graph, product: _Product) -> None:
     inner, columns = product.matrix.shape
-    kernel = initializer(
-        graph, f"{product.weight.name}.pointwise", product.matrix.T.reshape(columns, inner, 1, 1)
-    )
+    kernel = initializer(graph, f"{product.weight.name}.pointwise", product.matrix.T.reshape(columns, inner, 1, 1))
     inputs = [_channels(graph, product, inner), kernel, product.bias]
     (made,) = insert(product.last, "Conv", inputs, [None], domain="", kernel_shape=[1, 1])
     made.type = product.out.type
     (rows,) = insert(product.last, "Transpose", [made], [None], domain="", perm=list(TO_ROWS))
-    (out,) = insert(
-        product.last, "Reshape", [rows, _shape(graph, product, columns)], [product.out], domain=""
-    )
+    (out,) = insert(product.last, "Reshape", [rows, _shape(graph, product, columns)], [product.out], domain="")
     replace(product.out, out)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from blip2edge.bundle.schema import CacheSpec
-from blip2edge.optimization.evaluate import evaluate
+from blip2edge.optimization.evaluate import evaluate_graph
 from blip2edge.optimization.graph import (
     Array,
     clean,
@@ -160,9 +160,7 @@ def _before_rotation(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Value, 
     minus, plus = producer(real, "Sub"), producer(imaginary, "Add")
     if minus is None or plus is None:
         return None
-    factors = [
-        [operands(node) for node in (_mul(part) for part in operands(half)) if node] for half in (minus, plus)
-    ]
+    factors = [[operands(node) for node in (_mul(part) for part in operands(half)) if node] for half in (minus, plus)]
     if any(len(half) != 2 for half in factors):
         return None
     (first, cos), (second, sin) = factors[0]
@@ -204,7 +202,7 @@ def _window(model: ir.Model, layers: Sequence[Layer], longest: int) -> int | Non
         name = str(value.name)
         if name == "inputs_embeds" or name.startswith("past_key_values"):
             given[name] = np.zeros(_probe_shape(value, longest), np.float32)
-    scores = evaluate(model, [bias], given)
+    scores = evaluate_graph(model, [bias], given)
     if scores is None:
         return None
     attended = np.broadcast_to(scores[0], (2, 1, PROBED, longest))[:, 0] > MASKED
@@ -240,7 +238,7 @@ def _tables(
     """Tables of cosines and sines of every position, ``[longest, d / 2]``."""
     if rotation is None:
         return None
-    found = evaluate(model, list(rotation), {"position_ids": np.arange(longest)[None]})
+    found = evaluate_graph(model, list(rotation), {"position_ids": np.arange(longest)[None]})
     if found is None:
         return None
     cos, sin = (

@@ -99,9 +99,7 @@ BACKENDS = {
     "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda"),
     "tensorrt": Backend("blip2edge.runtime.tensorrt.backend", engines="tensorrt"),
     "rtx": Backend("blip2edge.runtime.tensorrt.backend", engines="rtx"),
-    "ort-tensorrt": Backend(
-        "blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt"
-    ),
+    "ort-tensorrt": Backend("blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt"),
 }
 """The backends of this version; ``auto`` is the first."""
 

@@ -68,9 +68,7 @@ class EngineRecord:
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> EngineRecord:
         """The inverse of :meth:`to_json`."""
-        inputs, outputs = (
-            tuple(TensorSpec.from_json(item) for item in values[key]) for key in ("inputs", "outputs")
-        )
+        inputs, outputs = (tuple(TensorSpec.from_json(item) for item in values[key]) for key in ("inputs", "outputs"))
         return cls(
             spec=GraphSpec(name, inputs, outputs),
             file=FileRecord(values["sha256"], values["size"]),
@@ -128,9 +126,7 @@ class EngineSet:
                 fingerprint=values["fingerprint"],
                 rebuild=tuple(values["rebuild"]),
                 capacity=int(values["capacity"]),
-                engines={
-                    name: EngineRecord.from_json(name, item) for name, item in values["engines"].items()
-                },
+                engines={name: EngineRecord.from_json(name, item) for name, item in values["engines"].items()},
                 directory=directory,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,9 +154,7 @@ class EngineSet:
             BundleIntegrityError: It is missing or changed.
         """
         file = f"{name}.engine"
-        check_files(
-            self.directory, {file: self.record(name).file}, manifest=RECORD, fix="build the engines again"
-        )
+        check_files(self.directory, {file: self.record(name).file}, manifest=RECORD, fix="build the engines again")
         return self.directory / file
 
 
@@ -341,9 +335,7 @@ def engines_backend(bundle: Bundle, backend: str) -> str:
         EngineError: There are no engines either.
     """
     folders = sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))
-    targets = list(
-        dict.fromkeys(str(EngineSet.read(path.parent).fingerprint.get("target")) for path in folders)
-    )
+    targets = list(dict.fromkeys(str(EngineSet.read(path.parent).fingerprint.get("target")) for path in folders))
     if not targets:
         raise EngineError(f"{bundle.path} holds neither graphs nor engines", "copy it again")
     if backend == "auto":

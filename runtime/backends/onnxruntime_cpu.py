@@ -165,9 +165,7 @@ class OnnxRuntimeSession:
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         names = self.output_names if outputs is None else outputs
-        with raised_as(
-            BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"
-        ):
+        with raised_as(BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"):
             values = self._session.run(list(names), dict(inputs))
         return dict(zip(names, values, strict=True))
 
@@ -233,9 +231,7 @@ class InPlace:
         return result
 
 
-def open_graph(
-    path: Path, threads: int | None = None, optimized: OptimizedFile | None = None
-) -> OnnxRuntimeSession:
+def open_graph(path: Path, threads: int | None = None, optimized: OptimizedFile | None = None) -> OnnxRuntimeSession:
     """Loads a graph; arguments and errors as :class:`OnnxRuntimeSession`."""
     return OnnxRuntimeSession(path, threads, optimized=optimized)
 

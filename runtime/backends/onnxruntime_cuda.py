@@ -84,9 +84,7 @@ def open_with(path: Path, threads: int | None, provider: str, providers: list[An
     with raised_as(BundleError, f"ONNX Runtime cannot load {path} on {provider}", "see `blip2edge doctor`"):
         session = DeviceSession(onnxruntime, path, options, providers, GPU)
     if session.provider != provider:
-        raise BackendError(
-            f"ONNX Runtime fell back to {session.provider} for {path.name}", "see `blip2edge doctor`"
-        )
+        raise BackendError(f"ONNX Runtime fell back to {session.provider} for {path.name}", "see `blip2edge doctor`")
     return session
 
 
@@ -170,9 +168,7 @@ class DeviceSession:
             binding.bind_ortvalue_input(name, self._value(value))
         for name, device in outputs:
             binding.bind_output(name, *device)
-        with raised_as(
-            BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"
-        ):
+        with raised_as(BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"):
             session.run_with_iobinding(binding)
         values: list[Any] = binding.get_outputs()
         return values
@@ -221,11 +217,7 @@ class DeviceArray:
         if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
             return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
         everything = slice(None)
-        if (
-            isinstance(key, tuple)
-            and key[:-1] == (everything,) * POSITION_AXIS
-            and isinstance(key[-1], slice)
-        ):
+        if isinstance(key, tuple) and key[:-1] == (everything,) * POSITION_AXIS and isinstance(key[-1], slice):
             first, end, step = key[-1].indices(self.shape[POSITION_AXIS])
             if step == 1:
                 bounds = {"first": first, "end": max(first, end), "axis": POSITION_AXIS}

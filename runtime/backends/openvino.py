@@ -114,8 +114,6 @@ def _name(port: Any) -> str:
     return str(port.get_any_name())
 
 
-def open_graph(
-    path: Path, threads: int | None = None, optimized: OptimizedFile | None = None
-) -> OpenVinoSession:
+def open_graph(path: Path, threads: int | None = None, optimized: OptimizedFile | None = None) -> OpenVinoSession:
     """Loads a graph: a portable one or, with ``optimized``, a compiled one, which holds its own weights."""
     return OpenVinoSession(path, threads, compiled=optimized is not None)

@@ -190,9 +190,7 @@ def check_matmul(
     wanted = left @ right
     error_size = float(np.abs(product - wanted).max() / np.abs(wanted).max())
     if not error_size <= MATMUL_TOLERANCE:  # NaN fails as well
-        return Check(
-            name, False, f"runs, but is wrong by {error_size:.1e} of the largest value", None, required
-        )
+        return Check(name, False, f"runs, but is wrong by {error_size:.1e} of the largest value", None, required)
     agreement = f"within {error_size:.0e} of NumPy's" if error_size else "equal to NumPy's"
     detail = f"multiplied two {MATMUL_WIDTH} x {MATMUL_WIDTH} matrices, {agreement}"
     return Check(name, True, detail, None, required)

@@ -77,9 +77,7 @@ def diagnose() -> list[Check]:
         driver,
         tensorrt,
         rtx,
-        _installed(
-            "torch", ("torch",), "only export and training need it: pip install 'blip2edge[cpu,export]'"
-        ),
+        _installed("torch", ("torch",), "only export and training need it: pip install 'blip2edge[cpu,export]'"),
     ]
 
 
@@ -128,9 +126,7 @@ def _packages() -> Check:
     found = [f"{name} {version}" for name in MEASURED_PACKAGES if (version := _version(name)) is not None]
     missing = [name for name in ("numpy", "pillow", "tokenizers") if _version(name) is None]
     if missing:
-        return Check(
-            "packages", False, f"{', '.join(missing)} missing", "pip install blip2edge", required=True
-        )
+        return Check("packages", False, f"{', '.join(missing)} missing", "pip install blip2edge", required=True)
     return Check("packages", True, ", ".join(found))
 
 

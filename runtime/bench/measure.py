@@ -196,9 +196,7 @@ class Bench:
             runs = [self.caption(tokens, size) for _ in range(GROWTH_RUNS)]
             cpu = min(sum(run.cpu_ms.values()) for run in runs) / 1e3
             wall = min(sum(run.ms.values()) for run in runs) / 1e3
-            rows.append(
-                {"batch": float(size), "pictures_per_cpu_s": size / cpu, "pictures_per_s": size / wall}
-            )
+            rows.append({"batch": float(size), "pictures_per_cpu_s": size / cpu, "pictures_per_s": size / wall})
         return rows
 
     def sweep_prompts(self, words: Sequence[int]) -> list[dict[str, float]]:
@@ -298,9 +296,7 @@ def _roofline(captioner: Captioner) -> Roofline | None:
     return None
 
 
-def _stages(
-    clocks: Sequence[CpuClock], work: Mapping[str, Work], roofline: Roofline | None
-) -> dict[str, StageTimes]:
+def _stages(clocks: Sequence[CpuClock], work: Mapping[str, Work], roofline: Roofline | None) -> dict[str, StageTimes]:
     stages: dict[str, StageTimes] = {}
     for stage in STAGES:
         wall = [clock.ms[stage] for clock in clocks]
@@ -311,9 +307,7 @@ def _stages(
     return stages
 
 
-def _times(
-    wall: Sequence[float], cpu: Sequence[float], work: Work | None, roofline: Roofline | None
-) -> StageTimes:
+def _times(wall: Sequence[float], cpu: Sequence[float], work: Work | None, roofline: Roofline | None) -> StageTimes:
     ms = {f"p{part}": float(np.percentile(wall, part)) for part in PERCENTILES}
     least, share, bound = min(cpu), None, ""
     if work is not None and roofline is not None:
@@ -322,18 +316,14 @@ def _times(
     return StageTimes(ms, float(np.median(cpu)), least, share, bound)
 
 
-def _left_out(
-    captioner: Captioner, energy: EnergyMeter, has_work: bool, has_roofline: bool
-) -> dict[str, str]:
+def _left_out(captioner: Captioner, energy: EnergyMeter, has_work: bool, has_roofline: bool) -> dict[str, str]:
     left: dict[str, str] = {}
     if energy.reason:
         left["energy"] = energy.reason
     if not has_roofline:
         left["roofline"] = "it is measured with ONNX Runtime or OpenVINO, and neither is installed"
     elif not has_work:
-        left["roofline shares"] = (
-            "the graphs are read with the packages onnx and onnx_ir, which are not installed"
-        )
+        left["roofline shares"] = "the graphs are read with the packages onnx and onnx_ir, which are not installed"
     sizes = captioner.bundle.graph(VISION).spec.inputs[0].dims[2:]
     if all(isinstance(size, int) for size in sizes):
         left["growth with picture size"] = (

@@ -29,9 +29,7 @@ class EnergyMeter:
     def __init__(self) -> None:
         counters = ((name, make()) for name, make in SOURCES.items())
         self.source, self._counter = next((one for one in counters if one[1] is not None), ("", None))
-        self.reason = (
-            "" if self.source else "no NVML, no power rail and no readable RAPL counter on this machine"
-        )
+        self.reason = "" if self.source else "no NVML, no power rail and no readable RAPL counter on this machine"
         self.joules: float | None = None
         self._start = 0.0
 

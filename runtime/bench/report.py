@@ -93,9 +93,7 @@ def _stage_table(report: BenchReport) -> str:
         )
         for name, stage in report.stages.items()
     )
-    return html_table(
-        ("stage", "p50 ms", "p90 ms", "p99 ms", "CPU ms", "share of the roofline"), "lrrrrr", rows
-    )
+    return html_table(("stage", "p50 ms", "p90 ms", "p99 ms", "CPU ms", "share of the roofline"), "lrrrrr", rows)
 
 
 def _stage_bars(report: BenchReport) -> list[Bar]:

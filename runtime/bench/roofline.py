@@ -63,9 +63,7 @@ class Work:
     bytes: float
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.float_ops + other.float_ops, self.integer_ops + other.integer_ops, self.bytes + other.bytes
-        )
+        return Work(self.float_ops + other.float_ops, self.integer_ops + other.integer_ops, self.bytes + other.bytes)
 
     def seconds(self, roofline: Roofline) -> float:
         """The least time it can take: that of its products or that of its bytes, whichever is longer."""

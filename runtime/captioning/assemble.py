@@ -39,7 +39,7 @@ def text_parts(bundle: Bundle) -> TextParts:
     spec = bundle.manifest.prompt
     if spec is None:
         raise BundleError(
-            f"{bundle.path} compares pictures with texts and captions none",
+            f"{bundle.path} compares pictures with texts and cannot caption them",
             "use blip2edge match or blip2edge embed",
         )
     tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))

@@ -237,9 +237,7 @@ class Captioner:
         known = GenerationOptions.__dataclass_fields__
         unknown = sorted(options.keys() - known.keys())
         if unknown:
-            raise UsageError(
-                f"there is no option {unknown[0]}", f"options are {', '.join(known)}", field=unknown[0]
-            )
+            raise UsageError(f"there is no option {unknown[0]}", f"options are {', '.join(known)}", field=unknown[0])
         least: object = options.get("min_new_tokens", 0)
         merged: dict[str, Any] = {
             "eos_token_ids": tuple(defaults["eos_token_ids"]),

@@ -76,9 +76,7 @@ class ReusingEncoder:
         self.reused = False
         self.difference = math.inf
 
-    def __call__(
-        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
-    ) -> EncodedBatch:
+    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> EncodedBatch:
         """Encodes a row; arguments and errors as of :class:`Encoder`.
 
         Raises:

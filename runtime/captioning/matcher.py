@@ -36,6 +36,7 @@ from blip2edge.runtime.decoding.options import (
     check_bundle,
     check_integer,
     check_open,
+    check_text,
     listed,
 )
 from blip2edge.runtime.images.preprocess import ImageSource
@@ -89,9 +90,7 @@ class Matcher:
         self.head = session(MATCH) if MATCH in manifest.graphs else None
 
     @classmethod
-    def load(
-        cls, bundle: str | Path, *, backend: BackendName = "auto", threads: int | None = None
-    ) -> Matcher:
+    def load(cls, bundle: str | Path, *, backend: BackendName = "auto", threads: int | None = None) -> Matcher:
         """Opens a bundle and loads its graphs.
 
         Args:
@@ -265,6 +264,7 @@ class Matcher:
             PromptError: It is empty, too long, or has a token that the model lacks.
             UsageError: It is not a str.
         """
+        check_text("text", text)
         if not text.strip():
             raise PromptError("the text is empty", f"give a {option('text')}", field="text")
         manifest = self.bundle.manifest

@@ -94,8 +94,7 @@ class EncodedBatch:
         counts = [self.counts[row] for row in rows]
         places, needed = max(self.counts), max(counts)
         pictures = {
-            name: array[list(rows), : array.shape[1] // places * needed]
-            for name, array in self.pictures.items()
+            name: array[list(rows), : array.shape[1] // places * needed] for name, array in self.pictures.items()
         }
         return EncodedBatch([self.prompts[row] for row in rows], pictures, counts)
 
@@ -155,15 +154,11 @@ class Encoder:
         bridge_outputs: The bridge's outputs that are needed; None for all.
     """
 
-    def __init__(
-        self, images: ImageParts, text: TextParts, bridge_outputs: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, images: ImageParts, text: TextParts, bridge_outputs: Sequence[str] | None = None) -> None:
         self.images, self.text = images, text
         self._bridge_outputs = bridge_outputs
 
-    def __call__(
-        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
-    ) -> EncodedBatch:
+    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> EncodedBatch:
         """Encodes a batch.
 
         Args:
@@ -180,9 +175,7 @@ class Encoder:
         outputs = self.run_bridge(self.run_vision(batch.pixels, clock), batch.instruction, clock)
         return batch.encoded(outputs)
 
-    def prepare(
-        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
-    ) -> PreparedBatch:
+    def prepare(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> PreparedBatch:
         """The first stage: pixel values and token ids."""
         with clock("preprocess"):
             spec = self.text.prompts.spec
@@ -327,8 +320,7 @@ class TextGenerator:
         if options.draft == "none":
             return []
         return [
-            self.drafts.speculator(options, prompt.ids, batch.pictures, row)
-            for row, prompt in enumerate(batch.prompts)
+            self.drafts.speculator(options, prompt.ids, batch.pictures, row) for row, prompt in enumerate(batch.prompts)
         ]
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:

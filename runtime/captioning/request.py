@@ -86,9 +86,7 @@ class Request:
     on_piece: Callable[[str | None], None] | None = None
     _pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     _text: TextPieces | None = None
-    _finishing: threading.RLock = field(
-        default_factory=threading.RLock
-    )  # several threads may finish it at once
+    _finishing: threading.RLock = field(default_factory=threading.RLock)  # several threads may finish it at once
 
     def begin(self, tokenizer: Tokenizer) -> None:
         """Starts its text; called before the first token."""

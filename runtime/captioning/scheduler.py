@@ -144,9 +144,7 @@ class Scheduler:
         with self._changed:
             while self._is_full() and not self._closing:
                 if not wait:
-                    raise OverloadError(
-                        f"{self._max_waiting} pictures are waiting already", "try again later"
-                    )
+                    raise OverloadError(f"{self._max_waiting} pictures are waiting already", "try again later")
                 self._changed.wait()
             if self._closing:
                 raise RuntimeError("the scheduler is closed") from self._failure
@@ -359,9 +357,7 @@ class Scheduler:
                 self._deliver(request, row.result())
 
     def _deliver(self, request: Request, generated: Generated) -> None:
-        result = self._generator.result(
-            request.image, request.prompt, generated, request.options, request.stage_ms
-        )
+        result = self._generator.result(request.image, request.prompt, generated, request.options, request.stage_ms)
         if generated.score is not None:
             request.push(result.text)
         request.finish(result)

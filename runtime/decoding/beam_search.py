@@ -111,9 +111,7 @@ class _BeamGroup:
         log_probs += self._scores[:, None]
         scores, sources, texts = self._continuations(log_probs)
         length = self._length + 1
-        reasons = [
-            finish_reason(text, length, self._options, self._stopped) for text in texts[:, :length].tolist()
-        ]
+        reasons = [finish_reason(text, length, self._options, self._stopped) for text in texts[:, :length].tolist()]
         ended = np.array([reason is not None for reason in reasons])
 
         continued = scores + ended.astype(np.float32) * _EXCLUDED

@@ -41,7 +41,7 @@ CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": ti
 threads: that thread's CPU time compares two runs whatever else the machine does. Other backends: the wall clock."""
 
 
-class TextHead:
+class TextHeadGraph:
     """The Q-Former's text head (``draft.onnx``) as a draft model, with both tokenizers.
 
     Args:
@@ -80,7 +80,7 @@ class TextHeadDraft:
         queries: The queries' keys and values, the start of the KV cache, ``[1, H, Q, d]`` by name.
     """
 
-    def __init__(self, head: TextHead, queries: Mapping[str, Array]) -> None:
+    def __init__(self, head: TextHeadGraph, queries: Mapping[str, Array]) -> None:
         self._head = head
         self._past = dict(queries)
         self._queries = next(iter(queries.values())).shape[2]
@@ -189,7 +189,7 @@ class DraftSelector:
 
     def __init__(
         self,
-        head: TextHead | None = None,
+        head: TextHeadGraph | None = None,
         default: str = "auto",
         tie_margin: float = TIE_MARGIN["fp32"],
         most: int = MAX_DRAFT_TOKENS,
@@ -227,7 +227,7 @@ class DraftSelector:
         if manifest.draft is not None and DRAFT in manifest.graphs and default in ("auto", "itg"):
             ends = manifest.generation["eos_token_ids"]
             words = Tokenizer.from_file(bundle.file(DRAFT_TOKENIZER_FILE))
-            head = TextHead(open_graph(DRAFT), manifest.draft, words, tokenizer, ends[0] if ends else None)
+            head = TextHeadGraph(open_graph(DRAFT), manifest.draft, words, tokenizer, ends[0] if ends else None)
         record = bundle.graph(DECODER)
         logits = record.spec.outputs[0].dims[1]
         most = min(MAX_DRAFT_TOKENS, (logits.max if isinstance(logits, Axis) else logits) - 1)

@@ -109,9 +109,7 @@ def _batch(
     numbers = range(len(prompt_ids)) if row_ids is None else row_ids
     chosen = speculators or [None] * len(prompt_ids)
     if len(numbers) != len(prompt_ids) or len(chosen) != len(prompt_ids):
-        raise ValueError(
-            f"expected {len(prompt_ids)} row_ids and speculators, got {len(numbers)} and {len(chosen)}"
-        )
+        raise ValueError(f"expected {len(prompt_ids)} row_ids and speculators, got {len(numbers)} and {len(chosen)}")
     vocabulary = first_logits.shape[-1]
     rows = [
         Generation(ids, options, vocabulary, initial=initial, stopped=stopped, number=number, speculator=one)
@@ -195,9 +193,7 @@ class Generation:
         if self._random is None:
             return int(argmax(scores[None])[0])
         options = self.options
-        return draw(
-            np.asarray(scores, np.float32), self._random, options.temperature, options.top_k, options.top_p
-        )
+        return draw(np.asarray(scores, np.float32), self._random, options.temperature, options.top_k, options.top_p)
 
     @property
     def is_plain(self) -> bool:
@@ -387,9 +383,7 @@ def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     return tokens
 
 
-def _check_rows(
-    first_logits: NDArray[np.float32], state: DecodeState, prompt_ids: Sequence[Sequence[int]]
-) -> None:
+def _check_rows(first_logits: NDArray[np.float32], state: DecodeState, prompt_ids: Sequence[Sequence[int]]) -> None:
     """Raise ValueError where logits, state and prompts are not for the same number of rows, at least one."""
     sizes = (len(first_logits), state.batch_size, len(prompt_ids))
     if first_logits.ndim != 2 or len(set(sizes)) != 1 or sizes[0] < 1:

@@ -87,9 +87,7 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def prefill(
-        self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
-    ) -> tuple[NDArray[np.float32], RowState]:
+    def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
         """Runs the prompts of a batch.
 
         Args:
@@ -135,9 +133,7 @@ def decoder_of(bundle: Bundle, session: Session) -> Decoder:
     """
     manifest, spec = bundle.manifest, bundle.graph(DECODER).spec
     if manifest.cache is None:
-        raise BundleError(
-            f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again"
-        )
+        raise BundleError(f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again")
     table = token_table(bundle)
     if isinstance(session, HasDecoder):
         return session.decoder(table)
@@ -176,9 +172,7 @@ class DecoderOnly:
             return {name: pictures[name] for name in names}
         return self.cross_kv.run({self.source: pictures[self.source]})
 
-    def prefill(
-        self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
-    ) -> tuple[NDArray[np.float32], RowState]:
+    def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
         """See :class:`LanguageModel`."""
         context = self.context(pictures)
         if prompts[0].attends_to:
@@ -223,9 +217,7 @@ class EncoderDecoder:
         """See :class:`LanguageModel`: empty, as the encoder takes pictures and prompt together."""
         return {}
 
-    def prefill(
-        self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]
-    ) -> tuple[NDArray[np.float32], RowState]:
+    def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
         """See :class:`LanguageModel`; the logits are those after the start token."""
         batch = len(prompts)
         rows = (
@@ -250,6 +242,4 @@ class EncoderDecoder:
 def _embedded(table: TokenTable, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> list[Array]:
     """One ``[S_i, D]`` a row: token embeddings, and the visual tokens in the picture's place."""
     visual = pictures.get("visual_tokens")
-    return [
-        prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)
-    ]
+    return [prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)]

@@ -127,9 +127,7 @@ class GenerationOptions:
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.draft not in DRAFTS:
-            raise UsageError(
-                f"expected {option('draft')} to be one of {', '.join(DRAFTS)}, got {self.draft!r}"
-            )
+            raise UsageError(f"expected {option('draft')} to be one of {', '.join(DRAFTS)}, got {self.draft!r}")
         if self.num_beams > 1 and self.draft not in ("auto", "none"):
             raise UsageError(
                 f"expected {option('num_beams')} 1 with {option('draft')} {self.draft}, got {self.num_beams}",
@@ -158,9 +156,7 @@ def check_integer(name: str, value: Any, least: int, most: int = MAX_TOKENS) -> 
     """Raises UsageError unless a value is a whole number from ``least`` to ``most``."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
-        raise UsageError(
-            f"expected {option(name)} to be a whole number of at least {least}, got {shown(value)}"
-        )
+        raise UsageError(f"expected {option(name)} to be a whole number of at least {least}, got {shown(value)}")
     if value > most:
         raise UsageError(f"expected {option(name)} of at most {most}, got {shown(value)}")
 
@@ -266,9 +262,7 @@ def listed(name: str, values: Iterable[Item]) -> list[Item]:
         one = values.ndim < 3 or (values.ndim == 3 and values.shape[-1] in (1, 3, 4))
     if one:
         what = f"an array {list(values.shape)}" if isinstance(values, np.ndarray) else shown(values)
-        raise UsageError(
-            f"expected {option(name)} to be a list, got {what}", "put a single one in a list: [x]"
-        )
+        raise UsageError(f"expected {option(name)} to be a list, got {what}", "put a single one in a list: [x]")
     return list(values)
 
 

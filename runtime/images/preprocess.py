@@ -105,13 +105,9 @@ def _opened(file: Any, name: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"{name}: expected at most {MAX_PIXELS} pixels, got more", "scale it down"
-        ) from error
+        raise ImageError(f"{name}: expected at most {MAX_PIXELS} pixels, got more", "scale it down") from error
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name}: not a picture in a format that Pillow reads", "convert it to PNG"
-        ) from error
+        raise ImageError(f"{name}: not a picture in a format that Pillow reads", "convert it to PNG") from error
     except Exception as error:  # the format plug-ins raise whatever a broken header leads them to
         raise _broken(name, error) from error
 
@@ -162,9 +158,7 @@ def _blend_on_white(image: Image.Image) -> Image.Image:
     """RGB as transformers' image processors make it of a picture that was not loaded by `load_image`."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(
-            "RGB"
-        )
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -272,15 +266,11 @@ class Preprocessing:
         try:
             return cls(**config)
         except (TypeError, ValueError) as error:
-            raise BundleError(
-                f"bundle.json, preprocessing: {error}", "export the checkpoint again"
-            ) from error
+            raise BundleError(f"bundle.json, preprocessing: {error}", "export the checkpoint again") from error
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON types."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def __call__(self, image: ImageSource) -> NDArray[np.float32]:
         """Pixel values of one picture.
@@ -345,9 +335,7 @@ class Preprocessing:
             values = values * self.rescale_factor
         table = np.tile(values.astype(np.float32), (3, 1))
         if self.do_normalize:
-            table = (table - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[
-                :, None
-            ]
+            table = (table - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[:, None]
         return table
 
 

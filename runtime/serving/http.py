@@ -158,23 +158,17 @@ class Server:
         lines += ["# TYPE blip2edge_tokens_total counter", f"blip2edge_tokens_total {self.tokens}"]
         lines += ["# TYPE blip2edge_stage_seconds_total counter"]
         lines += [
-            f'blip2edge_stage_seconds_total{{stage="{stage}"}} {ms / 1e3:.6f}'
-            for stage, ms in self.stage_ms.items()
+            f'blip2edge_stage_seconds_total{{stage="{stage}"}} {ms / 1e3:.6f}' for stage, ms in self.stage_ms.items()
         ]
         lines += ["# TYPE blip2edge_load gauge"]
         lines += [f'blip2edge_load{{where="{where}"}} {n}' for where, n in self.scheduler.load.items()]
         await _answer(send, 200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
     async def _caption(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        query = {
-            key: values[-1]
-            for key, values in parse_qs(scope["query_string"].decode(errors="replace")).items()
-        }
+        query = {key: values[-1] for key, values in parse_qs(scope["query_string"].decode(errors="replace")).items()}
         unknown = sorted(query.keys() - {"prompt"})
         if unknown:
-            raise UsageError(
-                f"there is no parameter {unknown[0]!r}", "the only one is prompt", field=unknown[0]
-            )
+            raise UsageError(f"there is no parameter {unknown[0]!r}", "the only one is prompt", field=unknown[0])
         async with _Client(receive) as client:
             request = self._submit(client, body, query.get("prompt"), {}, None)
             result = await self._finished(client, request)
@@ -302,9 +296,7 @@ async def _body(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > MAX_BODY_BYTES:
-            raise _TooLargeError(
-                f"expected at most {MAX_BODY_BYTES} bytes, got more", "scale the picture down"
-            )
+            raise _TooLargeError(f"expected at most {MAX_BODY_BYTES} bytes, got more", "scale the picture down")
         if not message.get("more_body", False):
             return b"".join(parts)
 
@@ -320,9 +312,7 @@ async def _start(send: Send, status: int, kind: str, headers: Mapping[str, str])
     await send({"type": "http.response.start", "status": status, "headers": pairs})
 
 
-async def _answer(
-    send: Send, status: int, body: bytes, kind: str, headers: Mapping[str, str] | None = None
-) -> None:
+async def _answer(send: Send, status: int, body: bytes, kind: str, headers: Mapping[str, str] | None = None) -> None:
     await _start(send, status, kind, {"content-length": str(len(body)), **(headers or {})})
     await send({"type": "http.response.body", "body": body})
 

@@ -81,9 +81,7 @@ def read_request(body: bytes) -> ChatRequest:
     if not isinstance(stream, bool):
         raise UsageError(f"expected stream to be true or false, got {stream!r}", field="stream")
     if deadline is not None and (isinstance(deadline, bool) or not isinstance(deadline, (int, float))):
-        raise UsageError(
-            f"expected deadline_s to be a number of seconds, got {deadline!r}", field="deadline_s"
-        )
+        raise UsageError(f"expected deadline_s to be a number of seconds, got {deadline!r}", field="deadline_s")
     return ChatRequest(images, prompt, _options(values), stream, deadline)
 
 
@@ -104,9 +102,7 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
         elif key in OPTIONS:
             options[OPTIONS[key]] = (value,) if key == "stop" and isinstance(value, str) else value
         else:
-            raise UsageError(
-                f"there is no key {key!r}", f"keys are {', '.join((*OPTIONS, *IGNORED))}", field=key
-            )
+            raise UsageError(f"there is no key {key!r}", f"keys are {', '.join((*OPTIONS, *IGNORED))}", field=key)
     return options
 
 
@@ -129,13 +125,9 @@ def _content(messages: Any) -> tuple[tuple[bytes, ...], str | None]:
             url = part.get("image_url")
             images.append(_picture(url.get("url") if isinstance(url, dict) else url))
         else:
-            raise UsageError(
-                "expected the content's parts to be of the type text or image_url", field="messages"
-            )
+            raise UsageError("expected the content's parts to be of the type text or image_url", field="messages")
     if not images:
-        raise UsageError(
-            "expected a picture, an image_url of the form data:image/...;base64,...", field="messages"
-        )
+        raise UsageError("expected a picture, an image_url of the form data:image/...;base64,...", field="messages")
     return tuple(images), " ".join(texts) or None
 
 
@@ -150,9 +142,7 @@ def _picture(url: Any) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UsageError(
-            f"expected base64 after {head}, got something else ({error})", field="messages"
-        ) from error
+        raise UsageError(f"expected base64 after {head}, got something else ({error})", field="messages") from error
 
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}

@@ -81,9 +81,7 @@ class EngineOpener:
         """
         cache = self._bundle.manifest.cache
         if cache is None:
-            raise BackendError(
-                f"{self._bundle.path} has no cache, though it has a decoder", "export it again"
-            )
+            raise BackendError(f"{self._bundle.path} has no cache, though it has a decoder", "export it again")
         step = self._set.record(STEP)
         engines = Engines(
             self._device,

@@ -39,7 +39,7 @@ class DeviceSlots:
 
     def __init__(self, engines: Engines, rows: int, context: Mapping[str, Array]) -> None:
         self.engines, self.device = engines, engines.device
-        self._context = dict(context)
+        self._cross = dict(context)
         self.half = 0
         with self.device.lock:
             self._adopt(rows)
@@ -69,7 +69,7 @@ class DeviceSlots:
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
-        self._context = {name: array[rows] for name, array in self._context.items()}
+        self._cross = {name: array[rows] for name, array in self._cross.items()}
         with self.device.lock:
             old = self.workspace
             source, release = old.halves[self.half], self._release
@@ -95,9 +95,7 @@ class DeviceSlots:
 
     def append(self, other: DeviceSlots) -> None:
         """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
-        self._context = {
-            name: stacked(name, array, other._context[name]) for name, array in self._context.items()
-        }
+        self._cross = {name: stacked(name, array, other._cross[name]) for name, array in self._cross.items()}
         with self.device.lock:
             first, second = self.workspace, other.workspace
             here, there = first.halves[self.half].address, second.halves[other.half].address
@@ -114,17 +112,15 @@ class DeviceSlots:
     def _adopt(self, rows: int) -> None:
         """Takes a workspace for B rows, and copies what they attend to into it."""
         lengths = tuple(
-            self._context[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
+            self._cross[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
             for tensor in self.engines.decoder_record.spec.inputs
-            if is_cross(tensor.name) and tensor.name in self._context
+            if is_cross(tensor.name) and tensor.name in self._cross
         )
         self.workspace = space = self.engines.take(rows, lengths)
         self._release = weakref.finalize(self, self.engines.give, space)
-        for name, values in self._context.items():
+        for name, values in self._cross.items():
             if name not in space.cross:
-                space.cross[name] = Mirror(
-                    self.device.cuda, values.shape, NUMPY_DTYPES[space.tensors[name].dtype]
-                )
+                space.cross[name] = Mirror(self.device.cuda, values.shape, NUMPY_DTYPES[space.tensors[name].dtype])
             space.cross[name].put(values, self.device.stream)
 
     def _copy_row(self, row: int, old: Workspace, source: int, origin: int) -> None:
@@ -221,9 +217,7 @@ class DeviceState(SlotState):
             self._enqueue(half)
             space.warm.add(half)
         ring = space.ring[number % TOKENS_IN_FLIGHT]
-        cuda.copy(
-            ring.address, space.tokens[1 - half].address, ring.dtype.itemsize * space.rows, device.stream
-        )
+        cuda.copy(ring.address, space.tokens[1 - half].address, ring.dtype.itemsize * space.rows, device.stream)
         ring.fetch((space.rows, 1), device.stream)
         cuda.record(space.events[number % TOKENS_IN_FLIGHT], device.stream)
         cache.half = 1 - half

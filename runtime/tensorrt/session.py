@@ -137,9 +137,7 @@ class Device:
                 engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:
             said = self.messages[-1] if self.messages else "no reason given"
-            raise EngineError(
-                f"TensorRT cannot open {path} ({said})", "build the engines again on this machine"
-            )
+            raise EngineError(f"TensorRT cannot open {path} ({said})", "build the engines again on this machine")
         self._most = max(self._most, int(engine.device_memory_size_v2))
         return engine
 

@@ -93,9 +93,7 @@ class Workspace:
             profile: Context(engines.device, engines.decoder, engines.decoder_record, profile)
             for profile in engines.decoder_record.profiles
         }
-        self.choice = Context(
-            engines.device, engines.step, engines.step_record, engines.step_record.profiles[0]
-        )
+        self.choice = Context(engines.device, engines.step, engines.step_record, engines.step_record.profiles[0])
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
         """The buffer of a small tensor, of one of the two halves or :data:`WIDE`; those of a half never move."""

@@ -52,9 +52,7 @@ class Tokenizer:
         self.byte_fallback = decoder is not None and _has_byte_fallback(json.loads(decoder.__getstate__()))
 
     @classmethod
-    def from_file(
-        cls, path: str | os.PathLike[str], *, clean_up_tokenization_spaces: bool = False
-    ) -> Tokenizer:
+    def from_file(cls, path: str | os.PathLike[str], *, clean_up_tokenization_spaces: bool = False) -> Tokenizer:
         """Read a `tokenizer.json`.
 
         Raises:
@@ -93,9 +91,7 @@ class Tokenizer:
             PromptError: The text holds half a surrogate pair, which is no character.
         """
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise PromptError(
-                "expected a text of whole characters, got half a surrogate pair", "send it as UTF-8"
-            )
+            raise PromptError("expected a text of whole characters, got half a surrogate pair", "send it as UTF-8")
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

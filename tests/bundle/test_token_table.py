@@ -15,9 +15,7 @@ from blip2edge.bundle.token_table import TokenTable, signed_nibbles
 from blip2edge.errors import BundleError
 
 
-def safetensors(
-    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, np.ndarray]]
-) -> Path:
+def safetensors(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:
     """Writes the format by its description."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     data = b""

@@ -50,9 +50,7 @@ def report(tiny_bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFac
 def test_the_bundle_is_whole_and_says_how_it_was_made(report: CalibrationReport, tiny_bundle: Path) -> None:
     bundle, parent = Bundle.open(report.bundle), Bundle.open(tiny_bundle)
     bundle.verify()
-    assert {name: graph.precision for name, graph in bundle.manifest.graphs.items()} == dict.fromkeys(
-        ALL, "int8"
-    )
+    assert {name: graph.precision for name, graph in bundle.manifest.graphs.items()} == dict.fromkeys(ALL, "int8")
     record = bundle.manifest.calibration
     assert record["method"] == "smooth"
     assert record["pictures"] == PICTURES
@@ -86,9 +84,7 @@ def test_the_decoder_is_calibrated_on_captions(tiny_bundle: Path, images: Path, 
     texts = [(5, 6, 7), (8, 9)]
     collect(bundle, choose_pictures(images), feeds, texts=texts, threads=1)
     assert [feeds.count(name) for name in ALL] == [PICTURES, PICTURES, 2]
-    (queries,) = {
-        feed["inputs_embeds"].shape[1] - len(texts[at]) for at, feed in enumerate(feeds.runs(DECODER))
-    }
+    (queries,) = {feed["inputs_embeds"].shape[1] - len(texts[at]) for at, feed in enumerate(feeds.runs(DECODER))}
     assert queries == 5 + 1  # the visual tokens and the BOS of an empty prompt
     assert [feed["image_embeds"].shape[0] for feed in feeds.runs(BRIDGE, 2)] == [1, 1]
 
@@ -168,9 +164,7 @@ def test_no_pictures_and_a_wrong_parent(
 def test_a_parent_in_bf16_is_refused(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "bf16")
     path = tmp_path / "bf16" / MANIFEST
-    path.write_text(
-        path.read_text().replace('"precision": "fp32",\n  "verify"', '"precision": "bf16",\n  "verify"')
-    )
+    path.write_text(path.read_text().replace('"precision": "fp32",\n  "verify"', '"precision": "bf16",\n  "verify"'))
     with pytest.raises(BundleError, match="is in bf16"):
         calibrate(tmp_path / "bf16", tmp_path / "out", images=images)
 
@@ -207,11 +201,7 @@ def test_attention_products_are_floats(report: CalibrationReport) -> None:
     for name in ALL:
         graph = onnx.load(str(report.bundle / f"{name}.onnx"), load_external_data=False).graph
         made = {output: entry.op_type for entry in graph.node for output in entry.output}
-        products = [
-            [made.get(given, "") for given in entry.input]
-            for entry in graph.node
-            if entry.op_type == "MatMul"
-        ]
+        products = [[made.get(given, "") for given in entry.input] for entry in graph.node if entry.op_type == "MatMul"]
         attention = [kinds for kinds in products if kinds[1] != "DequantizeLinear"]
         assert len(attention) >= 4
         assert not any("DequantizeLinear" in kinds for kinds in attention)

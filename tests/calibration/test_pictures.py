@@ -53,9 +53,7 @@ def test_a_shard_gives_what_the_folder_gives(folder: Path, tmp_path: Path) -> No
     for source in (shard, shard.parent):
         chosen = choose_pictures(source)
         assert chosen.sha256 == choose_pictures(folder).sha256
-        assert [picture.read() for picture in chosen] == [
-            path.read_bytes() for path in sorted(folder.iterdir())
-        ]
+        assert [picture.read() for picture in chosen] == [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
 def test_a_change_of_a_picture_changes_the_hash(folder: Path) -> None:

@@ -43,9 +43,7 @@ def write_engines(path: Path, root: Path, capacity: int | None = None, max_rows:
     return directory
 
 
-def plug_in(
-    monkeypatch: pytest.MonkeyPatch, integrated: bool = False, streamed: bool = True
-) -> tuple[FakeCuda, Any]:
+def plug_in(monkeypatch: pytest.MonkeyPatch, integrated: bool = False, streamed: bool = True) -> tuple[FakeCuda, Any]:
     """Puts the stand-ins in the places of the driver, CUDA and TensorRT."""
     cuda = FakeCuda(integrated)
     trt = fake_tensorrt(cuda, VERSION, streamed)

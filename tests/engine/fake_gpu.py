@@ -72,10 +72,7 @@ class FakeCuda:
 
     def holds(self, address: int, size: int) -> bool:
         """Whether bytes lie within one allocation."""
-        return any(
-            start <= address and address + size <= start + len(buffer)
-            for start, buffer in self.memory.items()
-        )
+        return any(start <= address and address + size <= start + len(buffer) for start, buffer in self.memory.items())
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:  # noqa: N802
         self.last_stream += 1
@@ -202,9 +199,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, engine = self.engine.cuda, self.engine
-        ready = set(engine.inputs) <= set(self.shapes) and {*engine.inputs, *engine.outputs} <= set(
-            self.addresses
-        )
+        ready = set(engine.inputs) <= set(self.shapes) and {*engine.inputs, *engine.outputs} <= set(self.addresses)
         if not ready or not cuda.holds(self.memory, engine.device_memory_size_v2):
             return False
         if cuda.captured is not None and self.ran_in != self.shapes:
@@ -225,9 +220,7 @@ class FakeEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(
-            content["onnx"], options, providers=["CPUExecutionProvider"]
-        )
+        self.session = onnxruntime.InferenceSession(content["onnx"], options, providers=["CPUExecutionProvider"])
         self.inputs, self.outputs = content["inputs"], content["outputs"]
 
     def create_execution_context(self, strategy: str) -> FakeContext:
@@ -247,9 +240,7 @@ class FakeEngine:
         count = int(np.prod(shape))
         size = count * dtype.itemsize
         assert self.cuda.holds(address, size), f"{self.name} reaches beyond a buffer"
-        return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(address)), dtype, count).reshape(
-            shape
-        )
+        return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(address)), dtype, count).reshape(shape)
 
 
 def fake_tensorrt(cuda: FakeCuda, version: str = VERSION, streamed: bool = True) -> Any:

@@ -59,9 +59,5 @@ class HostSlots:
             array[row, :, target] = array[row, :, source].copy()
 
     def append(self, other: HostSlots) -> None:
-        self._arrays = {
-            name: np.concatenate([array, other._arrays[name]]) for name, array in self._arrays.items()
-        }
-        self._context = {
-            name: stacked(name, array, other._context[name]) for name, array in self._context.items()
-        }
+        self._arrays = {name: np.concatenate([array, other._arrays[name]]) for name, array in self._arrays.items()}
+        self._context = {name: stacked(name, array, other._context[name]) for name, array in self._context.items()}

@@ -94,11 +94,7 @@ def cuda_names() -> set[str]:
     found = set()
     for file in CUDA_FILES:
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
-            if (
-                isinstance(node, ast.Attribute)
-                and node.attr.startswith("cuda")
-                and len(node.attr) > len("cuda")
-            ):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("cuda") and len(node.attr) > len("cuda"):
                 found.add(node.attr)
     return found
 

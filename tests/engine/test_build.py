@@ -36,9 +36,7 @@ from blip2edge.runtime.tensorrt.session import load_tensorrt
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed (extra rtx)"
 )
-no_tensorrt = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here"
-)
+no_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
 
 
 def decoder_spec(longest: int = 64) -> GraphSpec:
@@ -122,13 +120,9 @@ def check(found: Fingerprint, here: Fingerprint) -> None:
         ({"machine": "x86_64"}, "machine aarch64"),
     ],
 )
-def test_another_machine_is_refused_with_the_command_that_builds_again(
-    changes: dict[str, object], told: str
-) -> None:
+def test_another_machine_is_refused_with_the_command_that_builds_again(changes: dict[str, object], told: str) -> None:
     check(mark(), mark())
-    with pytest.raises(
-        EngineError, match=f"{told}.*build them again: blip2edge build bundle --target tensorrt"
-    ):
+    with pytest.raises(EngineError, match=f"{told}.*build them again: blip2edge build bundle --target tensorrt"):
         check(mark(), mark(**changes))
 
 
@@ -163,10 +157,7 @@ def test_what_reads_graphs_is_asked_for_by_its_extra(
     """On a board `[export]` would bring torch."""
     monkeypatch.setattr("blip2edge.cli.build.find_spec", lambda name: None)
     assert main(["build", "bundle"]) == 1
-    assert (
-        "onnx-ir, which is not installed; install it: pip install 'blip2edge[build]'"
-        in capsys.readouterr().err
-    )
+    assert "onnx-ir, which is not installed; install it: pip install 'blip2edge[build]'" in capsys.readouterr().err
 
 
 def test_jetpack_6_0_is_told_to_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,9 +282,7 @@ def graph_of(operator: str, path: Path) -> EnginePlan:
 
 def test_a_node_outside_the_documentation_is_named_before_anything_is_parsed(tmp_path: Path) -> None:
     plan = graph_of("Bernoulli", tmp_path / "g.onnx")
-    with pytest.raises(
-        EngineError, match=r"TensorRT 10\.3 does not take the node 'dice' \(Bernoulli\) of g\.onnx"
-    ):
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3 does not take the node 'dice' \(Bernoulli\) of g\.onnx"):
         plan.serialised(VERSIONS["10.3"])
 
 

@@ -85,9 +85,7 @@ def drawn_context(path: Path, rows: int, steps: int, rng: np.random.Generator) -
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_every_move_gives_the_logits_of_the_growing_cache(
-    name: str, bundle_of: BundleOf, tmp_path: Path
-) -> None:
+def test_every_move_gives_the_logits_of_the_growing_cache(name: str, bundle_of: BundleOf, tmp_path: Path) -> None:
     """A ragged batch: steps, beams, several tokens at once, forgotten ones, further rows, a full cache."""
     path = bundle_of(name)
     grows, fixed = decoders(path, tmp_path)

@@ -17,7 +17,5 @@ from tests.engine.rtx import assert_taken_and_built
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("family", ONE_QUICK)
-def test_every_graph_is_taken_and_builds(
-    family: str, precision: str, bundle_of: BundleOf, tmp_path: Path
-) -> None:
+def test_every_graph_is_taken_and_builds(family: str, precision: str, bundle_of: BundleOf, tmp_path: Path) -> None:
     assert_taken_and_built(family, precision, bundle_of, tmp_path)

@@ -36,9 +36,7 @@ def assert_taken_and_built(bundle: Path, directory: Path) -> None:
 
 @pytest.mark.slow
 def test_a_graph_that_merges_patches_is_taken_and_builds(tiny_checkpoint: Drawn, tmp_path: Path) -> None:
-    parent = export_checkpoint(
-        tiny_checkpoint.directory, tmp_path / "fp16", precision="fp16", merge_tokens=3
-    ).bundle
+    parent = export_checkpoint(tiny_checkpoint.directory, tmp_path / "fp16", precision="fp16", merge_tokens=3).bundle
     assert_taken_and_built(parent, tmp_path)
     images = tmp_path / "images"
     images.mkdir()

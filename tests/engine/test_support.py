@@ -88,9 +88,7 @@ def test_what_no_version_takes(version: str) -> None:
     ]
     unknown = helper.make_node("Bernoulli", ["x"], ["y"], name="dice")
     assert "no such operator" in problems(model_of([unknown], {"x": F32}, {"y": F32}), version)[0]
-    assert problems(dequantised(np.int8, 0, zero=3), version) == [
-        "dq DequantizeLinear: its zero point is not 0"
-    ]
+    assert problems(dequantised(np.int8, 0, zero=3), version) == ["dq DequantizeLinear: its zero point is not 0"]
     norm = helper.make_node("LayerNormalization", ["x", "s"], ["y", "mean"], name="norm")
     model = model_of([norm], {"x": F32}, {"y": F32, "mean": F32}, {"s": np.ones(4, np.float32)})
     assert problems(model, version) == ["norm LayerNormalization: only its first output is taken"]
@@ -100,9 +98,7 @@ def test_blocks_of_int8_are_for_rtx_alone() -> None:
     model = dequantised(np.int8, 2)
     assert problems(model, "rtx") == []
     for version in ("10.3", "10.13", "10.16", "11.4"):
-        assert problems(model, version) == [
-            "dq DequantizeLinear: it takes a scale a block for INT4 only, not INT8"
-        ]
+        assert problems(model, version) == ["dq DequantizeLinear: it takes a scale a block for INT4 only, not INT8"]
 
 
 def test_newer_operators_and_opsets_need_newer_versions() -> None:
@@ -156,9 +152,7 @@ def test_integers_are_clipped_and_counted_in_ways_that_are_documented() -> None:
         "f": np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4),
     }
     runs = [
-        onnxruntime.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(
-            None, feeds
-        )
+        onnxruntime.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
         for one in (proto, ir.to_proto(model))
     ]
     for first, second in zip(*runs, strict=True):
@@ -176,9 +170,7 @@ def test_products_are_counted_by_what_they_are_asked_to_compute_in() -> None:
         helper.make_node("MatMul", ["x", "x"], ["z"]),
     ]
     constants = {"scale": np.float32(1), "zero": np.int8(0), "w": np.ones((4, 4), np.int8)}
-    model = model_of(
-        nodes, {"x": F32}, {"y": F32, "z": F32}, {k: np.asarray(v) for k, v in constants.items()}
-    )
+    model = model_of(nodes, {"x": F32}, {"y": F32, "z": F32}, {k: np.asarray(v) for k, v in constants.items()})
     assert asked_precisions(ir.from_proto(model)) == {"int8": 1, "fp32": 1}
 
 

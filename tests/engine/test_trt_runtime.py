@@ -54,9 +54,7 @@ def copied(path: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     "gpu", [{}, {"integrated": True}, {"streamed": False}], indirect=True, ids=["card", "board", "10.3"]
 )
-def test_the_tokens_are_those_of_the_cpu(
-    gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_the_tokens_are_those_of_the_cpu(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path) -> None:
     cuda, trt = gpu
     path = copied(tiny_bundle, tmp_path / "bundle")
     write_engines(path, path / KIND)
@@ -114,9 +112,7 @@ def test_other_families(name: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleO
         wanted, got = (
             [
                 result.tokens
-                for result in captioner.caption_many(
-                    pictures, prompts=texts, batch_size=3, max_new_tokens=8, **options
-                )
+                for result in captioner.caption_many(pictures, prompts=texts, batch_size=3, max_new_tokens=8, **options)
             ]
             for captioner in loaded
         )

@@ -102,9 +102,7 @@ def test_a_mirror_spares_names_with_a_side(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(chance, name, still)
     half = torch.zeros(64, 4, 8, 8)
     half[:, 3, :, :4] = 1  # opaque on the left, and black
-    places = chance._places(
-        torch.tensor([True, False]).repeat_interleave(32), 8, torch.Generator().manual_seed(0)
-    )
+    places = chance._places(torch.tensor([True, False]).repeat_interleave(32), 8, torch.Generator().manual_seed(0))
     alpha = torch.nn.functional.grid_sample(half, places, align_corners=False)[:, 3]
     opaque_left = alpha[:, 4, 1] > 0.5
     assert opaque_left[32:].all()
@@ -227,9 +225,7 @@ def test_the_picture_encoder_learns_and_is_written(
     record = json.loads(capsys.readouterr().out)
     assert record["names"] == 4
     assert record["heldout_style"] == record["seen_style"]  # the artists of this test all draw the same
-    assert (
-        record["seen_style"]["top1"] >= 0.5
-    )  # one of four is chance; apples and leaf differ in colour alone
+    assert record["seen_style"]["top1"] >= 0.5  # one of four is chance; apples and leaf differ in colour alone
     after = load_checkpoint(tmp_path / "vision").vision.state_dict()
     assert after.keys() == before.keys()
     assert not torch.equal(after["layers.0.mlp.fc1.weight"], before["layers.0.mlp.fc1.weight"])

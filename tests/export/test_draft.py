@@ -85,9 +85,7 @@ def test_a_sample_of_the_graphs_holds_the_whole_draft(
     assert {item.sample for item in parity} == {"whole"}
 
 
-def test_the_draft_writes_what_torch_writes(
-    drafted: tuple[Drawn, CaptionerModel, Path], captioner: Captioner
-) -> None:
+def test_the_draft_writes_what_torch_writes(drafted: tuple[Drawn, CaptionerModel, Path], captioner: Captioner) -> None:
     model = drafted[1]
     pictures = draw_pictures(3, 2)
     encoded = captioner.encoder(pictures, [None] * 3, StageClock())
@@ -137,9 +135,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("draft", ["auto", "itg", "lookup"])
-def test_captions_do_not_depend_on_the_draft(
-    captioner: Captioner, draft: DraftName, options: dict[str, Any]
-) -> None:
+def test_captions_do_not_depend_on_the_draft(captioner: Captioner, draft: DraftName, options: dict[str, Any]) -> None:
     pictures, passes = draw_pictures(2, 3), []
     for prompt in (None, "a photo of"):
         for picture in pictures:
@@ -162,11 +158,9 @@ def test_nobody_guesses_what_is_drawn(captioner: Captioner, draft: DraftName) ->
     found = captioner.caption(picture, max_new_tokens=TOKENS, **options)
     assert (found.tokens, found.tokens_per_pass) == (alone.tokens, 1.0)
     for call in (captioner.caption, captioner.stream):
-        with pytest.raises(UsageError, match="draft auto or none with a temperature"):
+        with pytest.raises(UsageError, match="draft auto or none with temperature"):
             call(picture, draft=draft, **options)
-    cold = captioner.caption(
-        picture, max_new_tokens=TOKENS, draft=draft, temperature=0
-    )  # greedy: nothing is drawn
+    cold = captioner.caption(picture, max_new_tokens=TOKENS, draft=draft, temperature=0)  # greedy: nothing is drawn
     assert cold.tokens == captioner.caption(picture, max_new_tokens=TOKENS).tokens
 
 
@@ -201,9 +195,7 @@ def test_captions_equal_transformers_in_few_passes(
     together = captioner.caption_many(pictures, batch_size=3, max_new_tokens=TOKENS)
     assert [result.tokens for result in together] == list(known.values())
     with captioner.scheduler(max_batch=2) as scheduler:
-        requests = [
-            scheduler.submit(picture, captioner.options(max_new_tokens=TOKENS)) for picture in pictures
-        ]
+        requests = [scheduler.submit(picture, captioner.options(max_new_tokens=TOKENS)) for picture in pictures]
         assert [request.result(60).tokens for request in requests] == list(known.values())
 
 
@@ -214,9 +206,7 @@ def test_what_is_asked_for_by_name_must_be_there(
     tmp_path: Path,
 ) -> None:
     picture = draw_pictures(1)[0]
-    with pytest.raises(
-        UsageError, match=r"draft itg: the bundle has no draft; use draft auto or none or lookup"
-    ):
+    with pytest.raises(UsageError, match=r"draft itg: the bundle has no draft; use draft auto or none or lookup"):
         Captioner.load(tiny_bundle, draft="itg")
     with pytest.raises(UsageError, match="the bundle has no draft"):
         Captioner.load(tiny_bundle).caption(picture, draft="itg")
@@ -243,7 +233,5 @@ def test_a_draft_without_its_tokenizer(drafted: tuple[Drawn, CaptionerModel, Pat
     larger = tokenizers.Tokenizer.from_file(str(drafted[0].directory / "draft_tokenizer.json"))
     larger.add_special_tokens(["[MORE]"])
     larger.save(str(tmp_path / "checkpoint" / "draft_tokenizer.json"))
-    with pytest.raises(
-        CheckpointError, match=r"draft_tokenizer.json gives the id 124, but the draft has 124 tokens"
-    ):
+    with pytest.raises(CheckpointError, match=r"draft_tokenizer.json gives the id 124, but the draft has 124 tokens"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")

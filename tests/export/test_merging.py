@@ -205,11 +205,9 @@ def test_every_graph_follows_the_number_that_is_left(family: str, tmp_path: Path
     for graph in graphs_of(config).values():
         spec, module = graph.spec(config), graph.wrap(model)
         sizes = next(verify.cases_of(spec))
-        drawn = verify.draw_inputs(spec, sizes, np.random.default_rng(0))
+        drawn = verify.random_inputs(spec, sizes, np.random.default_rng(0))
         outputs = module(*(torch.from_numpy(array) for array in drawn.values()))
-        for tensor, output in zip(
-            spec.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True
-        ):
+        for tensor, output in zip(spec.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True):
             assert tuple(output.shape) == tensor.shape(sizes), (spec.name, tensor.name)
     record = merging_of(config, model)
     assert record is not None
@@ -231,7 +229,7 @@ def test_a_model_that_reads_patches_in_order_is_refused(tmp_path: Path) -> None:
     from blip2edge.export.pipeline import export_checkpoint
 
     FAMILIES["llava"](tmp_path / "checkpoint")
-    with pytest.raises(UsageError, match=r"changes the order.*llava.*; leave --merge-tokens out"):
+    with pytest.raises(UsageError, match=r"changes the order.*llava.*; leave merge_tokens out"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", merge_tokens=1)
     assert not (tmp_path / "bundle").exists()
 

@@ -90,12 +90,8 @@ def test_every_stage_equals_transformers(exported: Exported) -> None:
     queries = model.query_tokens.expand(2, -1, -1)
     read = model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
     visual = model.language_projection(read)
-    if (
-        variant.embed_dim is not None
-    ):  # masked_scatter fills the slots from the front, see model/bridges/qformer.py
-        visual = visual.flatten(1)[:, : variant.queries * variant.embed_dim].unflatten(
-            1, (variant.queries, -1)
-        )
+    if variant.embed_dim is not None:  # masked_scatter fills the slots from the front, see model/bridges/qformer.py
+        visual = visual.flatten(1)[:, : variant.queries * variant.embed_dim].unflatten(1, (variant.queries, -1))
     got = session["bridge"].run({"image_embeds": patches.numpy()})["visual_tokens"]
     assert relative(got, visual) <= RELATIVE
 
@@ -122,19 +118,13 @@ def test_the_same_ids_as_transformers(exported: Exported) -> None:
     images = draw_pictures(3, drawn.variant.seed)
     captions: list[tuple[int, ...]] = []
     for options in OPTIONS:
-        batch = captioner.caption_many(
-            images, prompts=PROMPTS, batch_size=3, max_new_tokens=NEW_TOKENS, **options
-        )
+        batch = captioner.caption_many(images, prompts=PROMPTS, batch_size=3, max_new_tokens=NEW_TOKENS, **options)
         for image, prompt, together in zip(images, PROMPTS, batch, strict=True):
             wanted = drawn.generate(image, prompt, max_new_tokens=NEW_TOKENS, **options)
             alone = captioner.caption(image, prompt=prompt, max_new_tokens=NEW_TOKENS, **options)
             assert alone.tokens == wanted, (options, prompt)
             assert together.tokens == wanted, (options, prompt)
-            assert (
-                together.text
-                == alone.text
-                == drawn.processor.decode(wanted, skip_special_tokens=True).strip()
-            )
+            assert together.text == alone.text == drawn.processor.decode(wanted, skip_special_tokens=True).strip()
             assert together.finish_reason == ("eos" if wanted[-1] in drawn.ends else "length")
             captions.append(wanted)
     assert len(set(captions)) > len(captions) // 3, "captions must differ, or parity proves nothing"
@@ -146,9 +136,7 @@ def test_the_same_ids_as_transformers(exported: Exported) -> None:
 def test_the_caption_depends_on_the_picture(exported: Exported) -> None:
     """The same prompt on five pictures, through either implementation."""
     images = draw_pictures(5, 100 + exported.drawn.variant.seed)
-    ours = [
-        r.tokens for r in exported.captioner.caption_many(images, batch_size=5, max_new_tokens=NEW_TOKENS)
-    ]
+    ours = [r.tokens for r in exported.captioner.caption_many(images, batch_size=5, max_new_tokens=NEW_TOKENS)]
     assert len(set(ours)) > 1
     assert ours == [exported.drawn.generate(image, None, max_new_tokens=NEW_TOKENS) for image in images]
 
@@ -195,9 +183,7 @@ class Contract:
     def embeds(self, rows: int, steps: int) -> Any:
         return self.rng.standard_normal((rows, steps, self.width), dtype=np.float32)
 
-    def run(
-        self, embeds: Any, mask: Any = None, asked: Any = None, past: Any = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def run(self, embeds: Any, mask: Any = None, asked: Any = None, past: Any = None) -> tuple[Any, dict[str, Any]]:
         """Logits ``[B, K, V]`` and the cache to go on with."""
         rows, steps = embeds.shape[:2]
         cache = self.cache
@@ -211,9 +197,7 @@ class Contract:
                 "inputs_embeds": embeds,
                 "attention_mask": mask,
                 "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -steps:],
-                "logits_indices": np.full((rows, 1), steps - 1)
-                if asked is None
-                else np.asarray(asked, np.int64),
+                "logits_indices": np.full((rows, 1), steps - 1) if asked is None else np.asarray(asked, np.int64),
                 **past,
             }
         )

@@ -89,15 +89,9 @@ def test_every_precision_is_verified_both_ways(
     assert (manifest.verify, manifest.precision) == (mode, precision)
     for graph in manifest.graphs.values():
         assert graph.parity
-        assert all(
-            0 < parity.relative <= parity.tolerance == verify.TOLERANCES[precision] for parity in graph.parity
-        )
-        assert all(
-            bool(parity.sample) == (mode == "sample" or precision == "bf16") for parity in graph.parity
-        )
-    assert not [
-        path for path in bundle.iterdir() if path.name.startswith(".") and path.name != ".verified.json"
-    ]
+        assert all(0 < parity.relative <= parity.tolerance == verify.TOLERANCES[precision] for parity in graph.parity)
+        assert all(bool(parity.sample) == (mode == "sample" or precision == "bf16") for parity in graph.parity)
+    assert not [path for path in bundle.iterdir() if path.name.startswith(".") and path.name != ".verified.json"]
     if precision != "bf16":
         assert Captioner.load(bundle, threads=1).caption(draw_pictures(1)[0], max_new_tokens=3).tokens
 
@@ -111,9 +105,7 @@ def test_the_token_table_is_the_checkpoints(quick: Export, small: Drawn, out: Pa
         assert np.array_equal(table.rows(range(120)), wanted.to(dtype).float().numpy())
     from safetensors.torch import load_file
 
-    assert torch.equal(
-        load_file(out / "bf16" / "embed_tokens.safetensors")["embed_tokens"], wanted.to(torch.bfloat16)
-    )
+    assert torch.equal(load_file(out / "bf16" / "embed_tokens.safetensors")["embed_tokens"], wanted.to(torch.bfloat16))
 
 
 # What fails, and what is left
@@ -219,9 +211,7 @@ def test_a_read_only_parent(quick: Export, small: Drawn, out: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "sample"])
-@pytest.mark.parametrize(
-    "file", ["vision_encoder.onnx.data", "decoder.onnx.data", "embed_tokens.safetensors"]
-)
+@pytest.mark.parametrize("file", ["vision_encoder.onnx.data", "decoder.onnx.data", "embed_tokens.safetensors"])
 def test_a_flipped_bit_is_found(
     file: str, mode: str, quick: Export, small: Drawn, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,9 +272,7 @@ def test_weights_that_are_not_finite_are_named(
 @pytest.mark.parametrize("name", [FC1, "language_model.model.decoder.embed_tokens.weight"])
 def test_a_weight_beyond_fp16_is_named(name: str, quick: Export, copy: Path, out: Path) -> None:
     rewrite_tensors(copy, lambda tensors: tensors[name].view(-1)[7:8].fill_(-1e5))
-    with pytest.raises(
-        ExportError, match=r"the weight \S+ reaches 100000, beyond the 65504 of float16"
-    ) as caught:
+    with pytest.raises(ExportError, match=r"the weight \S+ reaches 100000, beyond the 65504 of float16") as caught:
         quick(copy, out / "bundle", precision="fp16")
     assert "precision bf16" in str(caught.value)
     assert os.listdir(out) == []
@@ -332,9 +320,7 @@ def test_no_processor(quick: Export, copy: Path, out: Path) -> None:
         ({"resample": 77}, "resample"),
     ],
 )
-def test_a_processor_that_does_not_fit(
-    values: dict[str, Any], told: str, quick: Export, copy: Path, out: Path
-) -> None:
+def test_a_processor_that_does_not_fit(values: dict[str, Any], told: str, quick: Export, copy: Path, out: Path) -> None:
     processor = json.loads((copy / "processor_config.json").read_text())["image_processor"]
     (copy / "preprocessor_config.json").write_text(json.dumps(processor | values))
     with pytest.raises(CheckpointError) as caught:

@@ -128,9 +128,7 @@ def save_blip2(directory: Path, seed: int) -> tuple[Blip2ForImageTextRetrieval, 
         "use_qformer_text_input": True,
         "pad_token_id": PAD,
     }
-    config = Blip2Config(
-        vision_config=vision, qformer_config=qformer, num_query_tokens=5, image_text_hidden_size=20
-    )
+    config = Blip2Config(vision_config=vision, qformer_config=qformer, num_query_tokens=5, image_text_hidden_size=20)
     model = Blip2ForImageTextRetrieval(config).eval()
     randomize(model)
     model.save_pretrained(directory)

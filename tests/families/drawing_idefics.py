@@ -93,9 +93,7 @@ def draw_config(**overrides: Any) -> IdeficsConfig:
     return IdeficsConfig(**values, perceiver_config=perceiver)
 
 
-def draw_idefics(
-    directory: Path, seed: int, **overrides: Any
-) -> tuple[IdeficsForVisionText2Text, IdeficsProcessor]:
+def draw_idefics(directory: Path, seed: int, **overrides: Any) -> tuple[IdeficsForVisionText2Text, IdeficsProcessor]:
     """Saves a random checkpoint and its processor; returns both."""
     torch.manual_seed(seed)
     model = IdeficsForVisionText2Text(draw_config(**overrides)).eval()

@@ -119,9 +119,7 @@ def draw_blip2(directory: Path, seed: int, model_type: str = "llama", **changes:
     model = Blip2ForConditionalGeneration(config).eval()
     draw_weights(model, seed)
     model.save_pretrained(directory)
-    processor = Blip2Processor(
-        BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer(), num_query_tokens=5
-    )
+    processor = Blip2Processor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer(), num_query_tokens=5)
     processor.save_pretrained(directory)
     return model, processor
 

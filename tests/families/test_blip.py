@@ -62,9 +62,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], E
     return export
 
 
-def expected(
-    model: Any, processor: Any, kind: str, image: Any, prompt: str | None, **options: Any
-) -> list[int]:
+def expected(model: Any, processor: Any, kind: str, image: Any, prompt: str | None, **options: Any) -> list[int]:
     """What transformers generates for one picture; behind the prompt where it repeats that."""
     text = {} if prompt is None else {"text": prompt}
     inputs = processor(images=image, return_tensors="pt", **text)
@@ -84,9 +82,7 @@ def test_texts_equal_transformers(kind: str, seed: int, exported: Callable[[str,
     pictures, prompts = draw_pictures(3, seed), PROMPTS[kind]
     seen = set()
     for options in OPTIONS:
-        together = captioner.caption_many(
-            pictures, prompts=prompts, batch_size=3, max_new_tokens=9, **options
-        )
+        together = captioner.caption_many(pictures, prompts=prompts, batch_size=3, max_new_tokens=9, **options)
         for picture, prompt, result in zip(pictures, prompts, together, strict=True):
             ids = expected(drawn.model, drawn.processor, kind, picture, prompt, **options)
             assert list(result.tokens) == ids, (options, prompt)

@@ -53,8 +53,7 @@ def pictures(seed: int, count: int) -> list[PIL.Image.Image]:
     """Noise, each in a size of its own."""
     rng = np.random.default_rng(seed)
     return [
-        PIL.Image.fromarray(rng.integers(0, 256, (40 + 9 * index, 50, 3), dtype=np.uint8))
-        for index in range(count)
+        PIL.Image.fromarray(rng.integers(0, 256, (40 + 9 * index, 50, 3), dtype=np.uint8)) for index in range(count)
     ]
 
 
@@ -104,9 +103,7 @@ def test_ids_are_those_of_transformers_alone_and_in_a_ragged_batch(drawn: Model,
             assert list(result.tokens) == wanted[: len(result.tokens)]
             assert not any(wanted[len(result.tokens) :])  # padding
             assert alone.tokens == result.tokens
-    other = [
-        captioner.caption(picture, prompt="a", max_new_tokens=NEW_TOKENS).tokens for picture in pictures(8, 6)
-    ]
+    other = [captioner.caption(picture, prompt="a", max_new_tokens=NEW_TOKENS).tokens for picture in pictures(8, 6)]
     assert len(set(other)) > 1, "the pictures change nothing, so that equal ids prove nothing"
 
 
@@ -135,9 +132,7 @@ def test_fp16_and_single_layers_are_verified(tmp_path: Path) -> None:
         perceiver={"resampler_depth": 1},
         vision_config={**TINY_VISION, "num_hidden_layers": 1},
     )
-    report = export_checkpoint(
-        tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16", verify="sample"
-    )
+    report = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16", verify="sample")
     assert {graph.name for graph in report.graphs} == {"vision_encoder", "bridge", "cross_kv", "decoder"}
     assert max(graph.relative for graph in report.graphs) < 2e-2
     records = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["graphs"]
@@ -148,21 +143,23 @@ def test_fp16_and_single_layers_are_verified(tmp_path: Path) -> None:
 def test_the_prompt_is_written_as_the_processor_writes_it(plain: Model) -> None:
     _, processor, _ = plain
     spec = PromptSpec(
-        "{image}{prompt}", "", 0, 1, picture_token="<image>", around_picture="<fake_token_around_image>"
+        "{image}{prompt}",
+        "",
+        0,
+        1,
+        picture_token="<image>",
+        around_picture="<fake_token_around_image>",
+        kind="interleaved",
     )
     for item, prompt, text in requests(*pictures(7, 3)):
         count = len(item) if isinstance(item, list) else 1
         inputs = processor(text=[text], return_tensors="pt")
-        ids = processor.tokenizer("<s>" + interleave(spec, prompt or "", count), add_special_tokens=False)[
-            "input_ids"
-        ]
+        ids = processor.tokenizer("<s>" + interleave(spec, prompt or "", count), add_special_tokens=False)["input_ids"]
         assert ids == inputs["input_ids"][0].tolist()
         looks = attended_images(
             ids, processor.tokenizer.convert_tokens_to_ids("<image>"), processor.tokenizer.eos_token_id
         )
-        assert np.array_equal(
-            cross_attention_mask([looks], count, count)[0], inputs["image_attention_mask"][0].numpy()
-        )
+        assert np.array_equal(cross_attention_mask([looks], count, count)[0], inputs["image_attention_mask"][0].numpy())
     with pytest.raises(UsageError, match="2 places for pictures, but there are 3"):
         interleave(spec, "<image>a{image}", 3)
 
@@ -210,8 +207,6 @@ def test_what_does_not_fit_is_refused_in_a_line(plain: Model, tmp_path: Path) ->
     refused("alpha_type is 'matrix'", alpha_type="matrix")
     refused(r"asks for \[97, 32\]", additional_vocab_size=7)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [
-        token for token in tokenizer["added_tokens"] if "fake" not in token["content"]
-    ]
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if "fake" not in token["content"]]
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused("no token <fake_token_around_image>")

@@ -51,9 +51,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     directory = tmp_path_factory.mktemp(kind)
     model, processor = draw_instructblip(directory / "checkpoint", seed, kind, **qformer)
     bundle = export_checkpoint(directory / "checkpoint", directory / "bundle").bundle
-    return Exported(
-        directory / "checkpoint", model, processor, Captioner.load(bundle, threads=1), kind == "t5"
-    )
+    return Exported(directory / "checkpoint", model, processor, Captioner.load(bundle, threads=1), kind == "t5")
 
 
 @pytest.fixture
@@ -75,9 +73,7 @@ def expected(exported: Exported, picture: Any, prompt: str, **search: Any) -> li
 
 
 @pytest.mark.parametrize("search", list(SEARCHES))
-def test_single_and_batched_ids_are_transformers(
-    exported: Exported, pictures: list[Image.Image], search: str
-) -> None:
+def test_single_and_batched_ids_are_transformers(exported: Exported, pictures: list[Image.Image], search: str) -> None:
     options = SEARCHES[search] | {"max_new_tokens": 10}
     wanted = [
         expected(exported, picture, prompt, **SEARCHES[search])
@@ -90,19 +86,13 @@ def test_single_and_batched_ids_are_transformers(
         assert list(exported.captioner.caption(picture, prompt=prompt, **options).tokens) == ids
 
 
-def test_the_instruction_changes_what_the_bridge_sees(
-    exported: Exported, pictures: list[Image.Image]
-) -> None:
+def test_the_instruction_changes_what_the_bridge_sees(exported: Exported, pictures: list[Image.Image]) -> None:
     assert exported.captioner.encoder.text.instructions is not None
     assert exported.captioner.encoder.images.bridge is not None
     pixels = exported.captioner.encoder.images.preprocessing.batch(pictures[:1])
-    embeds = exported.captioner.encoder.images.vision.run({"pixel_values": pixels})["image_embeds"].repeat(
-        2, axis=0
-    )
+    embeds = exported.captioner.encoder.images.vision.run({"pixel_values": pixels})["image_embeds"].repeat(2, axis=0)
     instruction = exported.captioner.encoder.text.instructions(PROMPTS[:2])
-    visual = exported.captioner.encoder.images.bridge.run({"image_embeds": embeds, **instruction})[
-        "visual_tokens"
-    ]
+    visual = exported.captioner.encoder.images.bridge.run({"image_embeds": embeds, **instruction})["visual_tokens"]
     assert np.abs(visual[0] - visual[1]).max() > 0.1
 
 

@@ -39,9 +39,7 @@ class Exported(NamedTuple):
     encoder_decoder: bool
 
 
-@pytest.fixture(
-    scope="module", params=["t5", "llama", pytest.param("llama-every-layer", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["t5", "llama", pytest.param("llama-every-layer", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     seed, kind, qformer = CASES[request.param]
     directory = tmp_path_factory.mktemp(kind)
@@ -52,9 +50,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def draw_video(seed: int, frames: int = FRAMES) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
-    return [
-        Image.fromarray(rng.integers(0, 255, (30 + 7 * seed, 50, 3), dtype=np.uint8)) for _ in range(frames)
-    ]
+    return [Image.fromarray(rng.integers(0, 255, (30 + 7 * seed, 50, 3), dtype=np.uint8)) for _ in range(frames)]
 
 
 def expected(exported: Exported, frames: list[Any], prompt: str, **search: Any) -> list[int]:
@@ -71,8 +67,7 @@ def test_single_and_batched_ids_are_transformers(exported: Exported, search: str
     options = SEARCHES[search] | {"max_new_tokens": 8}
     videos = [draw_video(seed) for seed in range(3)]
     wanted = [
-        expected(exported, video, prompt, **SEARCHES[search])
-        for video, prompt in zip(videos, PROMPTS, strict=True)
+        expected(exported, video, prompt, **SEARCHES[search]) for video, prompt in zip(videos, PROMPTS, strict=True)
     ]
     assert len({tuple(ids) for ids in wanted}) == 3
     batched = exported.captioner.caption_many(videos, prompts=PROMPTS, batch_size=3, **options)
@@ -154,9 +149,7 @@ def test_a_single_picture_family_takes_no_frames(tmp_path: Path) -> None:
 def test_what_is_no_video_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"not a video")
-    with pytest.raises(
-        ImageError, match=r"clip\.mp4: (cannot be read as a video|reading a video needs PyAV)"
-    ):
+    with pytest.raises(ImageError, match=r"clip\.mp4: (cannot be read as a video|reading a video needs PyAV)"):
         load_frames(path, 4)
 
 

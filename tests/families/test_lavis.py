@@ -28,9 +28,7 @@ from tests import drawing
 from tests.families.drawing_instruct import draw_instructblip
 
 QUERIES = "bridge.qformer.query_tokens"
-TEXT_SIDE = re.compile(
-    r"Qformer\.bert\.(embeddings\.(word|position)|encoder\.layer\.\d+\.(intermediate|output)\.)"
-)
+TEXT_SIDE = re.compile(r"Qformer\.bert\.(embeddings\.(word|position)|encoder\.layer\.\d+\.(intermediate|output)\.)")
 
 
 def lavis_name(name: str) -> str:
@@ -106,9 +104,7 @@ def merged(original: drawing.Drawn, tmp_path_factory: pytest.TempPathFactory) ->
     state = lavis_state(original.model)
     shutil.copytree(original.directory, directory / "base")
     redrawn(original.model, state).save_pretrained(directory / "base")
-    torch.save(
-        {"model": state, "epoch": 3, "config": {"run": {"task": "captioning"}}}, directory / "stage2.pth"
-    )
+    torch.save({"model": state, "epoch": 3, "config": {"run": {"task": "captioning"}}}, directory / "stage2.pth")
     return directory / "stage2.pth", directory / "base"
 
 
@@ -141,12 +137,8 @@ def test_the_base_alone_answers_otherwise(original: drawing.Drawn, merged: tuple
     same_parameters(load_model(open_checkpoint(*merged)), whole)
 
 
-def test_stage_1_leaves_the_projection_to_the_base(
-    original: drawing.Drawn, merged: tuple[Path, Path]
-) -> None:
-    state = {
-        name: value for name, value in lavis_state(original.model).items() if not name.startswith("opt_proj")
-    }
+def test_stage_1_leaves_the_projection_to_the_base(original: drawing.Drawn, merged: tuple[Path, Path]) -> None:
+    state = {name: value for name, value in lavis_state(original.model).items() if not name.startswith("opt_proj")}
     width = original.variant.qformer_width
     state |= {
         "temp": torch.tensor(0.07),
@@ -170,25 +162,19 @@ def test_stage_1_leaves_the_projection_to_the_base(
     )
 
 
-def test_a_fine_tuned_vision_encoder_gets_its_bias_whole(
-    original: drawing.Drawn, merged: tuple[Path, Path]
-) -> None:
+def test_a_fine_tuned_vision_encoder_gets_its_bias_whole(original: drawing.Drawn, merged: tuple[Path, Path]) -> None:
     path = merged[0].with_name("finetuned.pth")
     state = lavis_state(original.model, vision=True)
     assert "visual_encoder.blocks.0.attn.q_bias" in state
     torch.save({"model": state}, path)
     shutil.copytree(merged[1], path.with_name("base2"))
     redrawn(original.model, state).save_pretrained(path.with_name("base2"))
-    same_parameters(
-        load_model(open_checkpoint(path, path.with_name("base2"))), load_checkpoint(original.directory)
-    )
+    same_parameters(load_model(open_checkpoint(path, path.with_name("base2"))), load_checkpoint(original.directory))
 
 
 def test_a_projection_alone_as_in_minigpt4(original: drawing.Drawn, merged: tuple[Path, Path]) -> None:
     path = merged[0].with_name("minigpt4.pth")
-    state = {
-        f"llama_proj.{name}": value for name, value in original.model.language_projection.state_dict().items()
-    }
+    state = {f"llama_proj.{name}": value for name, value in original.model.language_projection.state_dict().items()}
     torch.save({"model": state}, path)
     model, base = load_model(open_checkpoint(path, merged[1])), load_checkpoint(merged[1])
     same_parameters(

@@ -72,9 +72,7 @@ def test_answers_equal_transformers(seed: int, drawn: dict[str, Any], tmp_path: 
     drawing.assert_same_ids(captioner, reference, PROMPTS, seed)
     question = "where is it ?"
     image = drawing.pictures(seed)[1]
-    assert list(captioner.ask(image, question, max_new_tokens=8).tokens) == reference(
-        image, question, max_new_tokens=8
-    )
+    assert list(captioner.ask(image, question, max_new_tokens=8).tokens) == reference(image, question, max_new_tokens=8)
 
 
 def test_eos_comes_from_generation_config(tmp_path: Path) -> None:
@@ -97,7 +95,13 @@ def test_prompt_ids_equal_the_processors(tmp_path: Path) -> None:
 
     _, processor = drawing.draw_llava(tmp_path, 0)
     spec = PromptSpec(
-        "USER: {image}\n{prompt} ASSISTANT:", "{question}", 9, 1, drawing.IMAGE_ID, image_token="<image>"
+        "USER: {image}\n{prompt} ASSISTANT:",
+        "{question}",
+        9,
+        1,
+        drawing.IMAGE_ID,
+        image_token="<image>",
+        kind="placeholder",
     )
     prompter = PromptBuilder(spec, Tokenizer.from_file(tmp_path / "tokenizer.json"), 96, drawing.VOCAB)
     for prompt in ("what is it ?", "", "{image} dog", "  a   photo\nof"):
@@ -112,9 +116,7 @@ RENAMED: dict[str, Callable[[str], str]] = {
     "unprefixed": lambda name: re.sub(
         r"^(vision_tower|multi_modal_projector|model\.language_model)\.",
         r"model.\1.",
-        re.sub(r"^language_model\.lm_head", "lm_head", name).replace(
-            "language_model.model.", "model.language_model."
-        ),
+        re.sub(r"^language_model\.lm_head", "lm_head", name).replace("language_model.model.", "model.language_model."),
     ).replace("model.model.", "model."),
 }
 

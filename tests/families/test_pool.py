@@ -95,9 +95,7 @@ def expected(exported: Exported, picture: Any, prompt: str, **search: Any) -> tu
     slots = exported.drawn.variant.queries  # the processor writes as many for the Q-Former
     text = inputs["input_ids"][:, slots:]
     assert isinstance(ours.bridge, AttentionPoolBridge)
-    visual = Reference(ours.bridge)(
-        exported.drawn.model.vision_model(inputs["pixel_values"]).last_hidden_state
-    )
+    visual = Reference(ours.bridge)(exported.drawn.model.vision_model(inputs["pixel_values"]).last_hidden_state)
     language = exported.drawn.model.language_model
     ids = torch.cat([torch.full((1, QUERIES), drawing.IMAGE), text], dim=1)
     embeds = torch.cat([visual, language.get_input_embeddings()(text)], dim=1)
@@ -110,10 +108,7 @@ def expected(exported: Exported, picture: Any, prompt: str, **search: Any) -> tu
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_single_and_batched_ids_are_transformers(exported: Exported, search: dict[str, Any]) -> None:
     pictures = drawing.draw_pictures(3, seed=exported.drawn.variant.seed)
-    wanted = [
-        expected(exported, picture, prompt, **search)
-        for picture, prompt in zip(pictures, PROMPTS, strict=True)
-    ]
+    wanted = [expected(exported, picture, prompt, **search) for picture, prompt in zip(pictures, PROMPTS, strict=True)]
     captioner = exported.captioner
     batched = captioner.caption_many(pictures, prompts=PROMPTS, batch_size=3, max_new_tokens=10, **search)
     assert [result.tokens for result in batched] == wanted

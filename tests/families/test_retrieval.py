@@ -105,9 +105,7 @@ def half(blip2: Path) -> Path:
     return output
 
 
-def test_the_command_line_compares(
-    half: Path, blip2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_compares(half: Path, blip2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = []
     for index, picture in enumerate(draw_pictures(2)):
         paths.append(str(tmp_path / f"{index}.png"))

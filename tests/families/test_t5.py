@@ -98,9 +98,7 @@ def test_the_same_ids_as_transformers(seed: int, tmp_path: Path) -> None:
     images = draw_pictures(3, seed)
     seen = set()
     for options in OPTIONS:
-        wanted = [
-            expected(model, image, prompt, **options) for image, prompt in zip(images, PROMPTS, strict=True)
-        ]
+        wanted = [expected(model, image, prompt, **options) for image, prompt in zip(images, PROMPTS, strict=True)]
         batch = captioner.caption_many(images, prompts=PROMPTS, batch_size=3, max_new_tokens=12, **options)
         assert [result.tokens for result in batch] == wanted
         alone = captioner.caption_many(images, prompts=PROMPTS, max_new_tokens=12, **options)

@@ -178,5 +178,5 @@ def test_what_cannot_be_merged_is_refused() -> None:
     coarse = replace(pooled, vision=replace(EVA, patch_size=24))
     with pytest.raises(UsageError, match=r"3 layers and 1 patches; leave merge_tokens out"):
         with_merged_tokens(coarse, 1)
-    with pytest.raises(UsageError, match=r"changes the order.*leave --merge-tokens out"):
+    with pytest.raises(UsageError, match=r"changes the order.*leave merge_tokens out"):
         with_merged_tokens(captioner(MLPConfig(24, 24, 17)), 1)

@@ -67,16 +67,12 @@ def decoder(fast: Captioner) -> InPlaceDecoder:
 
 
 def answers(captioner: Captioner, **options: Any) -> list[tuple[int, ...]]:
-    results = captioner.caption_many(
-        draw_pictures(5, 1), prompts=PROMPTS, batch_size=3, max_new_tokens=10, **options
-    )
+    results = captioner.caption_many(draw_pictures(5, 1), prompts=PROMPTS, batch_size=3, max_new_tokens=10, **options)
     return [result.tokens for result in results]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_copy_says_what_the_bundle_says(
-    options: dict[str, Any], fast: Captioner, tiny_bundle: Path
-) -> None:
+def test_the_copy_says_what_the_bundle_says(options: dict[str, Any], fast: Captioner, tiny_bundle: Path) -> None:
     portable = Captioner.load(tiny_bundle, threads=1)
     assert fast.graphs.copied
     assert not portable.graphs.copied

@@ -19,13 +19,9 @@ from blip2edge.runtime.bench.roofline import Work
 BATCH, STEPS = Axis("batch", 1, 1, 8), Axis("steps", 1, 4, 16)
 
 
-def saved(
-    path: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], **shapes: list[int | str]
-) -> Path:
+def saved(path: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], **shapes: list[int | str]) -> Path:
     """A graph ``x`` to ``y``; ``shapes`` of all values between."""
-    values = {
-        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()
-    }
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
     inner = [value for name, value in values.items() if name not in "xy"]
     graph = helper.make_graph(
         nodes,
@@ -76,9 +72,7 @@ def test_products_of_weights_and_of_activations(tmp_path: Path) -> None:
 def test_patches(tmp_path: Path) -> None:
     """A picture [b, 3, 32, 32] in patches of 8: 16 places of 24 channels, 3 · 8 · 8 products each."""
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], strides=[8, 8], kernel_shape=[8, 8])]
-    path = saved(
-        tmp_path / "g.onnx", nodes, {"w": ones(24, 3, 8, 8)}, x=["batch", 3, 32, 32], y=["batch", 24, 4, 4]
-    )
+    path = saved(tmp_path / "g.onnx", nodes, {"w": ones(24, 3, 8, 8)}, x=["batch", 3, 32, 32], y=["batch", 24, 4, 4])
     found = graph_cost(path, spec(BATCH, 3, 32, 32), {"batch": 2})
     assert found == Work(2.0 * 2 * 16 * 24 * (3 * 8 * 8), 0.0, 24 * 3 * 8 * 8 * 4)
 

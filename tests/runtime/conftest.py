@@ -83,17 +83,13 @@ class OptOracle:
         """ids, mask and embeddings of some rows, as Blip2ForConditionalGeneration makes them."""
         longest = max(len(self.prompts[row]) for row in rows)
         ids = torch.tensor([[PAD] * (longest - len(self.prompts[row])) + self.prompts[row] for row in rows])
-        mask = torch.tensor(
-            [[int(at >= longest - len(self.prompts[row])) for at in range(longest)] for row in rows]
-        )
+        mask = torch.tensor([[int(at >= longest - len(self.prompts[row])) for at in range(longest)] for row in rows])
         embeds = self.model.get_input_embeddings()(ids)
         slots = (ids == IMAGE).unsqueeze(-1).expand_as(embeds)
         return ids, mask, embeds.masked_scatter(slots, self.visual[list(rows)])
 
     @_no_grad
-    def reference(
-        self, options: GenerationOptions, criteria: Any = None
-    ) -> list[tuple[tuple[int, ...], float | None]]:
+    def reference(self, options: GenerationOptions, criteria: Any = None) -> list[tuple[tuple[int, ...], float | None]]:
         """Generated ids and beam score of every row, by transformers."""
         ids, mask, embeds = self.inputs(range(len(self.prompts)))
         out = self.model.generate(
@@ -107,17 +103,13 @@ class OptOracle:
         rows = [row[ids.shape[1] :].tolist() for row in out.sequences]
         return [(until_end(row, options), score) for row, score in zip(rows, scores, strict=True)]
 
-    def start(
-        self, rows: Sequence[int] | None = None
-    ) -> tuple[NDArray[np.float32], OptState, list[list[int]]]:
+    def start(self, rows: Sequence[int] | None = None) -> tuple[NDArray[np.float32], OptState, list[list[int]]]:
         """First logits, state and prompts, as the runtime's decoder gives them."""
         rows = range(len(self.prompts)) if rows is None else rows
         state = OptState(self, rows)
         return state.first_logits, state, [self.prompts[row] for row in rows]
 
-    def run(
-        self, options: GenerationOptions, rows: Sequence[int] | None = None, **more: Any
-    ) -> list[Generated]:
+    def run(self, options: GenerationOptions, rows: Sequence[int] | None = None, **more: Any) -> list[Generated]:
         """What the code under test generates."""
         return generate(*self.start(rows), options, **more)
 
@@ -205,9 +197,7 @@ class T5Oracle:
         out = self.model.generate(inputs_embeds=self.embeds, attention_mask=mask, **arguments)
         scores = out.sequences_scores.tolist() if options.num_beams > 1 else [None] * len(mask)
         rows = [row.tolist() for row in out.sequences]
-        return [
-            ((row[0], *until_end(row[1:], options)), score) for row, score in zip(rows, scores, strict=True)
-        ]
+        return [((row[0], *until_end(row[1:], options)), score) for row, score in zip(rows, scores, strict=True)]
 
     def run(self, options: GenerationOptions) -> list[Generated]:
         state = T5State(self)

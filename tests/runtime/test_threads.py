@@ -33,9 +33,7 @@ def portable(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Captioner:
 
 
 def optimized_copy(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Captioner:
-    monkeypatch.setattr(
-        "blip2edge.optimization.pipeline.SLOWER_MOST", {False: float("inf"), True: float("inf")}
-    )
+    monkeypatch.setattr("blip2edge.optimization.pipeline.SLOWER_MOST", {False: float("inf"), True: float("inf")})
     optimize(bundle, "cpu")
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
     assert isinstance(captioner.generator.language.decoder, InPlaceDecoder)
@@ -70,9 +68,7 @@ def test_eight_threads_give_the_tokens_of_one(
     captioner = load(shutil.copytree(tiny_bundle, tmp_path / "bundle"), monkeypatch)
     pictures = draw_pictures(len(PROMPTS), seed=2)
     calls = [
-        (picture, prompt, options)
-        for picture, prompt in zip(pictures, PROMPTS, strict=True)
-        for options in OPTIONS
+        (picture, prompt, options) for picture, prompt in zip(pictures, PROMPTS, strict=True) for options in OPTIONS
     ]
 
     def caption(number: int) -> tuple[int, ...]:

@@ -127,9 +127,7 @@ def slow_similarity(model: Stage1Model, image: Tensor, ids: list[int]) -> float:
     matcher: Any = model.matcher
     queries, text = slow_qformer(model, image, ids, "itc")
     vector = matcher.text_projection(text[0])
-    cosines = [
-        float(query @ vector / (query.norm() * vector.norm())) for query in matcher.image_projection(queries)
-    ]
+    cosines = [float(query @ vector / (query.norm() * vector.norm())) for query in matcher.image_projection(queries)]
     return max(cosines) / float(model.temperature.detach())
 
 

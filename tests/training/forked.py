@@ -71,8 +71,7 @@ def wait(child: int) -> int:
 def hashes(directory: Path) -> dict[str, str]:
     """Of the weights of a run."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.glob("*.safetensors"))
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.glob("*.safetensors"))
     }
 
 

@@ -38,9 +38,7 @@ def part(rows: slice) -> tuple[Tensor, TextBatch]:
 def gradients(rank: int, store: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Losses of this rank, and the gradients after all ranks have joined theirs."""
     timeout = timedelta(seconds=120)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timeout
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timeout)
     try:
         rows = slice(rank * 2, rank * 2 + 2)
         model = draw_stage1()

@@ -33,13 +33,10 @@ def picture_number(picture: Image.Image) -> int:
 class Writer:
     """Says the right caption; of picture 5 what it has already."""
 
-    def __call__(
-        self, pictures: Sequence[Image.Image], prompts: Sequence[str | None] | None = None
-    ) -> list[str]:
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str | None] | None = None) -> list[str]:
         assert prompts is not None
         return [
-            f"{prompt or 'number'} {picture_number(picture)}"
-            for picture, prompt in zip(pictures, prompts, strict=True)
+            f"{prompt or 'number'} {picture_number(picture)}" for picture, prompt in zip(pictures, prompts, strict=True)
         ]
 
     def question(self, text: str) -> str:
@@ -57,18 +54,14 @@ class Head:
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
         raise NotImplementedError
 
-    def probabilities(
-        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
+    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         return [
             [0.9 if text.endswith(str(picture_number(picture))) else 0.1 for text in own]
             for picture, own in zip(pictures, texts, strict=True)
         ]
 
 
-def judge_all(
-    batches: Iterable[Sequence[AnnotatedPicture]], options: CapFiltOptions
-) -> Iterator[list[ScoredPicture]]:
+def judge_all(batches: Iterable[Sequence[AnnotatedPicture]], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
     for batch in batches:
         yield score_batch(batch, Writer(), Head(), options.prompt)
 
@@ -124,8 +117,7 @@ def test_what_is_good_enough_is_kept(folder: Path, tmp_path: Path) -> None:
     assert [shard["file"] for shard in report["shards"]] == ["000000.tar", "000001.tar"]
     assert json.loads((tmp_path / "clean" / "report.json").read_text()) == report
     pictures = {
-        entry.image_id: entry.picture
-        for entry in read_shards(shard_paths(tmp_path / "clean"), BrokenSamples("", 0))
+        entry.image_id: entry.picture for entry in read_shards(shard_paths(tmp_path / "clean"), BrokenSamples("", 0))
     }
     assert pictures["3.png"].read() == (folder / "3.png").read_bytes()
 

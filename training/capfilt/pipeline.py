@@ -75,9 +75,7 @@ class ScoredPicture:
 Batch = Sequence[AnnotatedPicture]
 
 
-def score_batch(
-    batch: Batch, captioner: CaptionModel, matcher: MatchModel, prompt: str | None
-) -> list[ScoredPicture]:
+def score_batch(batch: Batch, captioner: CaptionModel, matcher: MatchModel, prompt: str | None) -> list[ScoredPicture]:
     """Generates a caption for each picture of a batch, and scores all captions.
 
     Args:

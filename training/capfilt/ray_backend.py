@@ -121,24 +121,18 @@ def score_on_ray(
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{option('ray')} needs Ray Data", "install it: pip install 'blip2edge[ray]'"
-        ) from error
+        raise UsageError(f"{option('ray')} needs Ray Data", "install it: pip install 'blip2edge[ray]'") from error
 
     def score_batches(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
         rows = [{"number": number, "batch": batch_to_json(batch)} for number, batch in enumerate(batches)]
         started = not ray.is_initialized()
         if started:
             # A local Ray is started without its dashboard, which would open a port.
-            ray.init(
-                address=address, include_dashboard=False if address == _LOCAL else None, log_to_driver=False
-            )
+            ray.init(address=address, include_dashboard=False if address == _LOCAL else None, log_to_driver=False)
         try:
             ray.data.DataContext.get_current().execution_options.preserve_order = True
             data = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows), 4 * workers)))
-            judged = data.map(
-                Worker, fn_constructor_args=(options_to_json(options),), concurrency=workers, num_cpus=1
-            )
+            judged = data.map(Worker, fn_constructor_args=(options_to_json(options),), concurrency=workers, num_cpus=1)
             for row in judged.iter_rows():
                 yield [
                     ScoredPicture(tuple((text, origin, value) for text, origin, value in captions), problem)

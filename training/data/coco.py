@@ -29,9 +29,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected JSON in UTF-8: {error}") from error
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}", "set path to an existing file"
-        ) from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}", "set path to an existing file") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -82,8 +80,7 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
     content = load_json_object(path)
     identity = (int, str)
     names = {
-        row["id"]: row["file_name"]
-        for row in rows_of(content, "images", {"id": identity, "file_name": str}, path)
+        row["id"]: row["file_name"] for row in rows_of(content, "images", {"id": identity, "file_name": str}, path)
     }
     rows = rows_of(content, "annotations", {"image_id": identity, "caption": str}, path)
     directory = images if images is not None else _beside(path, names.values())
@@ -122,14 +119,10 @@ def read_vqa(
     """
     content = load_json_object(path)
     identity = (int, str)
-    questions = rows_of(
-        content, "questions", {"question_id": identity, "image_id": identity, "question": str}, path
-    )
+    questions = rows_of(content, "questions", {"question_id": identity, "image_id": identity, "question": str}, path)
     answers = annotations if annotations is not None else _annotations_of(path)
     fields: dict[str, type | tuple[type, ...]] = {"question_id": identity, "answers": list}
-    given = {
-        row["question_id"]: row for row in rows_of(load_json_object(answers), "annotations", fields, answers)
-    }
+    given = {row["question_id"]: row for row in rows_of(load_json_object(answers), "annotations", fields, answers)}
     names = {row["image_id"]: _file_name(content, row["image_id"]) for row in questions}
     if isinstance(content.get("images"), list):
         listed = rows_of(content, "images", {"id": identity, "file_name": str}, path)
@@ -163,9 +156,7 @@ def _answers(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     for answer in row["answers"]:
         text = answer.get("answer") if isinstance(answer, dict) else answer
         if not isinstance(text, str):
-            raise DataError(
-                f"{path}: an answer to question {row['question_id']} is {answer!r:.60}, not a text"
-            )
+            raise DataError(f"{path}: an answer to question {row['question_id']} is {answer!r:.60}, not a text")
         texts.append(text)
     return tuple(texts)
 
@@ -197,9 +188,7 @@ def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
     first = next(iter(names), None)
     parent = path.parent
     split = path.stem.rpartition("_")[2]
-    places = [parent / place for place in _PICTURE_FOLDERS] + [
-        parent.parent / place for place in (split, "images")
-    ]
+    places = [parent / place for place in _PICTURE_FOLDERS] + [parent.parent / place for place in (split, "images")]
     for place in places:
         if first is not None and (place / first).is_file():
             return place

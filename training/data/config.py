@@ -45,13 +45,9 @@ class DataConfig:
         at_least_zero("data", {"count": self.count, "series": self.series, "max_broken": self.max_broken})
         positive("data", {"shuffle_buffer": self.shuffle_buffer})
         if self.kind != "scenes" and not self.path:
-            raise ConfigError(
-                f"[data] kind = {self.kind!r} expects a path, got none", 'add path = "…" to [data]'
-            )
+            raise ConfigError(f"[data] kind = {self.kind!r} expects a path, got none", 'add path = "…" to [data]')
         if self.question.count("{}") != 1:
-            raise ConfigError(
-                f"[data] question must hold {{}} once, where the question goes: {self.question!r}"
-            )
+            raise ConfigError(f"[data] question must hold {{}} once, where the question goes: {self.question!r}")
         unit_interval("data", {"prompt_share": self.prompt_share})
         if self.prompt_share > 0 and not self.prompts:
             raise ConfigError("[data] prompts is empty and prompt_share is not 0")

@@ -15,9 +15,7 @@ _EXPECTED = (
 )
 
 
-def detect_data(
-    path: str, images: str | None, annotations: str | None, max_broken: int
-) -> tuple[DataConfig, Path]:
+def detect_data(path: str, images: str | None, annotations: str | None, max_broken: int) -> tuple[DataConfig, Path]:
     """Detects the kind of data at a path.
 
     Args:

@@ -141,9 +141,7 @@ class BrokenSamples:
         return ", ".join(first) + (", …" if len(self.problems) > _NAMED else "")
 
 
-def missing_pictures(
-    name: str, missing: Mapping[str, str], total: int, broken: BrokenSamples, limit: int
-) -> None:
+def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: BrokenSamples, limit: int) -> None:
     """Adds samples whose picture file is missing to the broken samples.
 
     Args:

@@ -30,9 +30,7 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
     picture, identity = entry.picture, entry.picture.identity
     if entry.question:
         text = entry.answers[int(rng.integers(len(entry.answers)))].strip()
-        return Sample(
-            entry.sample_id, identity, picture.open, text, config.question.replace("{}", entry.question)
-        )
+        return Sample(entry.sample_id, identity, picture.open, text, config.question.replace("{}", entry.question))
     return Sample(entry.sample_id, identity, picture.open, entry.text, draw_prompt(config, rng))
 
 

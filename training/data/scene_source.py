@@ -47,9 +47,7 @@ class SceneSource:
         scene = make_scene(number, seed=self._series)
         rng = np.random.default_rng([_PROMPT, self._seed, position])
         identity = f"scene-{self._series}-{number}"
-        return Sample(
-            identity, identity, lambda: scene.picture, scene.caption, draw_prompt(self._config, rng)
-        )
+        return Sample(identity, identity, lambda: scene.picture, scene.caption, draw_prompt(self._config, rng))
 
     @property
     def broken(self) -> Mapping[str, str]:

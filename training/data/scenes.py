@@ -189,9 +189,7 @@ def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
     return [(x + dx, y + dy) for dx, dy in corners]
 
 
-def _draw(
-    objects: Sequence[SceneObject], tints: NDArray[np.int64], grey: int, noise: NDArray[np.int16]
-) -> Image.Image:
+def _draw(objects: Sequence[SceneObject], tints: NDArray[np.int64], grey: int, noise: NDArray[np.int16]) -> Image.Image:
     """Draws the objects on grey, averages down and adds the noise."""
     scale = SUPERSAMPLING
     canvas = Image.new("RGB", (PICTURE_SIZE * scale,) * 2, (grey, grey, grey))

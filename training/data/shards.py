@@ -127,9 +127,7 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
         broken.add(sample_id, "there is no picture")
         return []
     try:
-        texts = {
-            suffix: parts[suffix][1]().decode("utf-8") for suffix in (".txt", ".json") if suffix in parts
-        }
+        texts = {suffix: parts[suffix][1]().decode("utf-8") for suffix in (".txt", ".json") if suffix in parts}
         fields = json.loads(texts.get(".json", "{}"))
     except (ValueError, tarfile.TarError) as error:
         broken.add(sample_id, f"its text cannot be read: {error}")
@@ -172,9 +170,7 @@ class ShardWriter:
     _tar: tarfile.TarFile | None = None
     _count: int = 0
 
-    def add(
-        self, key: str, picture: bytes, suffix: str, captions: Sequence[str], fields: dict[str, Any]
-    ) -> None:
+    def add(self, key: str, picture: bytes, suffix: str, captions: Sequence[str], fields: dict[str, Any]) -> None:
         """Writes one sample.
 
         Args:

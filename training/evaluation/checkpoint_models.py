@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip2edge.bundle.schema import TOKENIZER_FILE
-from blip2edge.errors import UsageError
+from blip2edge.errors import UsageError, option
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_model
 from blip2edge.model.families.registry import FAMILIES
@@ -71,9 +71,7 @@ class CheckpointCaptioner:
         self._prompts = captioner_prompts(config, tokenizer)
         self._instructions = None
         if instructions is not None:
-            self._instructions = InstructionTokenizer(
-                instructions, config.instruction_positions, config.frames
-            )
+            self._instructions = InstructionTokenizer(instructions, config.instruction_positions, config.frames)
         self._stops = FAMILIES[config.family].stop
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
@@ -89,7 +87,7 @@ class CheckpointCaptioner:
         others = sorted(options.generation.keys() - {"max_new_tokens"})
         if others:
             raise UsageError(
-                f"a checkpoint is decoded greedily, and --{others[0].replace('_', '-')} is for bundles only",
+                f"a checkpoint is decoded greedily, and {option(others[0])} is for bundles only",
                 "export it first: blip2edge export CHECKPOINT -o BUNDLE",
             )
         instructions = None
@@ -120,9 +118,7 @@ class CheckpointCaptioner:
         for group in groups.values():
             for start in range(0, len(group), self._batch_size):
                 rows = group[start : start + self._batch_size]
-                visual_tokens = self._visual_tokens(
-                    [pictures[row] for row in rows], [given[row] for row in rows]
-                )
+                visual_tokens = self._visual_tokens([pictures[row] for row in rows], [given[row] for row in rows])
                 ids = self._generate(visual_tokens, [prepared[row] for row in rows])
                 for row, written in zip(rows, ids, strict=True):
                     texts[row] = self._text(written)
@@ -153,9 +149,7 @@ class CheckpointCaptioner:
         """The function that computes the logits of the next token, by the kind of language model."""
         language = self._language
         before, after = (
-            torch.tensor([prompt.segments[side] for prompt in prompts], dtype=torch.int64).view(
-                len(prompts), -1
-            )
+            torch.tensor([prompt.segments[side] for prompt in prompts], dtype=torch.int64).view(len(prompts), -1)
             for side in (0, -1)
         )
         if language.config.is_encoder_decoder:
@@ -265,9 +259,7 @@ class CheckpointMatcher:
         return vectors
 
     @torch.inference_mode()
-    def probabilities(
-        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
+    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """Probabilities of the matching head."""
         found: list[list[float]] = [[] for _ in pictures]
         pairs = [(row, text) for row, own in enumerate(texts) for text in own]

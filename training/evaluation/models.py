@@ -52,9 +52,7 @@ class MatchModel(Protocol):
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors of texts: float32 [M, F]."""
 
-    def probabilities(
-        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
+    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """Probability of the matching head for each picture with each of its own texts."""
 
 

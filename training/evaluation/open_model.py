@@ -62,9 +62,7 @@ class BundleMatcher:
         """Vectors of texts."""
         return self._matcher.embed_texts(texts, batch_size=self._batch_size)
 
-    def probabilities(
-        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
+    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """Probabilities of the matching head."""
         return self._matcher.probabilities(list(pictures), texts, batch_size=self._batch_size)
 
@@ -107,7 +105,7 @@ def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
     """
     captioner = open_model(model, options).captioner
     if captioner is None:
-        raise UsageError(f"{model} compares pictures with texts and captions none", "give a captioner")
+        raise UsageError(f"{model} compares pictures with texts and cannot caption them", "give a captioner")
     return captioner
 
 

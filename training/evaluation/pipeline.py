@@ -91,9 +91,7 @@ def evaluate(
             f"{option('predictions')} needs a model that writes texts, and data from a file", "leave it out"
         )
     report = progress or (lambda stage, done, total: None)
-    wanted = ScoringOptions(
-        tuple(metrics), prompt, top, ask, lambda done, total: report("scoring", done, total)
-    )
+    wanted = ScoringOptions(tuple(metrics), prompt, top, ask, lambda done, total: report("scoring", done, total))
     if entries is None:
         return score_scenes(opened, count or SCENES_COUNT, split, wanted)
     figures = score_entries(opened, *entries, wanted)

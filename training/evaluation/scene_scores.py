@@ -72,9 +72,7 @@ def evaluate_scenes(
         references += [scene.caption for scene in chunk]
         if progress is not None:
             progress(len(references), n)
-    wrong = [
-        (right, said) for right, said in zip(references, predictions, strict=False) if right != said.strip()
-    ]
+    wrong = [(right, said) for right, said in zip(references, predictions, strict=False) if right != said.strip()]
     return {
         "exact_match": exact_match(predictions, references),
         "shuffled_match": shuffled_match(predictions, references),

@@ -98,9 +98,7 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
     return _compared_scenes(model.matcher, shown, split, options)
 
 
-def _captioned_scenes(
-    captioner: CaptionModel, shown: list[Scene], split: Split, options: ScoringOptions
-) -> Figures:
+def _captioned_scenes(captioner: CaptionModel, shown: list[Scene], split: Split, options: ScoringOptions) -> Figures:
     metrics = options.chosen(("exact", "captions", "chair", "pope"))
     said: list[str] = []
 
@@ -110,9 +108,7 @@ def _captioned_scenes(
         return texts
 
     exact = evaluate_scenes(caption_many, len(shown), split=split, progress=options.progress)
-    figures: Figures = (
-        dict(exact) if "exact" in metrics else {"n": len(shown), "split": split, "seed": exact["seed"]}
-    )
+    figures: Figures = dict(exact) if "exact" in metrics else {"n": len(shown), "split": split, "seed": exact["seed"]}
     things = [things_shown(scene) for scene in shown]
     if "captions" in metrics:
         figures |= caption_scores(said, [[scene.caption] for scene in shown])
@@ -131,9 +127,7 @@ def _captioned_scenes(
     return figures
 
 
-def _compared_scenes(
-    matcher: MatchModel, shown: list[Scene], split: Split, options: ScoringOptions
-) -> Figures:
+def _compared_scenes(matcher: MatchModel, shown: list[Scene], split: Split, options: ScoringOptions) -> Figures:
     metrics = options.chosen(("retrieval", "pope") if matcher.has_head else ("retrieval",))
     # Of scenes with equal captions only the first is used: both pictures would match the caption.
     first = {scene.caption: scene for scene in reversed(shown)}
@@ -142,9 +136,7 @@ def _compared_scenes(
     if "retrieval" in metrics:
         vectors = []
         for at in range(0, len(kept), PICTURES_AT_ONCE):
-            vectors.append(
-                matcher.image_vectors([scene.picture for scene in kept[at : at + PICTURES_AT_ONCE]])
-            )
+            vectors.append(matcher.image_vectors([scene.picture for scene in kept[at : at + PICTURES_AT_ONCE]]))
             options.progress(min(at + PICTURES_AT_ONCE, len(kept)), len(kept))
         texts = [scene.caption for scene in kept]
         gallery = _Gallery(np.concatenate(vectors), lambda number: kept[number].picture)
@@ -196,9 +188,7 @@ def score_entries(
         options.chosen(("retrieval",))
         figures = _retrieved(model.matcher, by_picture(entries), broken, options)
     else:
-        raise UsageError(
-            "this model matches pictures with texts, and the data has questions", "give a captioner"
-        )
+        raise UsageError("this model matches pictures with texts, and the data has questions", "give a captioner")
     problems = broken.problems
     return figures | {"broken": len(problems), "broken_named": dict(list(problems.items())[:10])}
 
@@ -244,9 +234,7 @@ def _answered(
     scores: Mapping[str, Any] = vqa_scores(
         list(said.values()), [entry.answers for entry in asked], [entry.kinds for entry in asked]
     )
-    predictions = [
-        {"question_id": _number(entries[number].sample_id), "answer": text} for number, text in said.items()
-    ]
+    predictions = [{"question_id": _number(entries[number].sample_id), "answer": text} for number, text in said.items()]
     return {"n": len(said), **scores, "predictions": predictions}
 
 

@@ -74,9 +74,7 @@ class CaptionTexts:
         for sample, prompt in zip(samples, prompts, strict=True):
             room = longest if apart else longest - prompt.length
             captions.append(self._caption(sample, min(room, self._max_tokens)))
-        before = torch.tensor(
-            prompts[0].segments[0] if len(prompts[0].segments) > 1 else (), dtype=torch.int64
-        )
+        before = torch.tensor(prompts[0].segments[0] if len(prompts[0].segments) > 1 else (), dtype=torch.int64)
         pad = self._config.pad_token_id or 0
         after = [prompt.segments[-1] for prompt in prompts]
         if apart:

@@ -75,9 +75,7 @@ class TextMakers:
         captions = None if self.captions is None else self.captions(samples)
         own = None
         if self.own is not None:
-            own = self.own(
-                [sample.text for sample in samples], [picture_number(sample.image_id) for sample in samples]
-            )
+            own = self.own([sample.text for sample in samples], [picture_number(sample.image_id) for sample in samples])
         return PictureBatch(
             tuple(sample.sample_id for sample in samples),
             image_embeds,

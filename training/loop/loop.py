@@ -143,9 +143,7 @@ def _step(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, ste
     # With a scaled loss (float16), a step whose gradients overflow is skipped and the scale is lowered.
     scaled = accelerator.scaler is not None
     wrong = [
-        name
-        for name, value in values.items()
-        if not math.isfinite(value) and not (scaled and name == "grad_norm")
+        name for name, value in values.items() if not math.isfinite(value) and not (scaled and name == "grad_norm")
     ]
     if wrong:
         raise _not_finite(run, phase, batches, step, f"{wrong[0]} is {values[wrong[0]]}")
@@ -174,9 +172,7 @@ def _over_processes(accelerator: Accelerator, values: dict[str, float]) -> dict[
     return dict(zip(values, means.tolist(), strict=True))
 
 
-def _not_finite(
-    run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], step: int, what: str
-) -> DataError:
+def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], step: int, what: str) -> DataError:
     """The error for a step whose losses are not finite."""
     names = [name for batch in batches for name in batch.sample_ids]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

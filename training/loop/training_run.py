@@ -75,9 +75,7 @@ class TrainingRun:
         """Takes figures and model tensors of finished phases from a snapshot."""
         self.figures = dict(snapshot.facts["figures"])
         tensors = snapshot.tensors.items()
-        kept = {
-            name.removeprefix(MODEL_PREFIX): value for name, value in tensors if name.startswith(MODEL_PREFIX)
-        }
+        kept = {name.removeprefix(MODEL_PREFIX): value for name, value in tensors if name.startswith(MODEL_PREFIX)}
         self.parts.load_tensors(kept)
 
     def broken(self) -> dict[str, str]:

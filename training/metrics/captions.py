@@ -25,9 +25,7 @@ _TINY, _SMALL = 1e-15, 1e-9  # with which the evaluation server avoids 0/0 in BL
 def _grams(words: Sequence[str]) -> Grams:
     """Counts of all n-grams of 1 to `MAX_WORDS` words."""
     return Counter(
-        tuple(words[at : at + size])
-        for size in range(1, MAX_WORDS + 1)
-        for at in range(len(words) - size + 1)
+        tuple(words[at : at + size]) for size in range(1, MAX_WORDS + 1) for at in range(len(words) - size + 1)
     )
 
 
@@ -110,9 +108,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
     return total / len(candidates)
 
 
-def _weighted(
-    grams: Grams, rarity: Mapping[Gram, float], unseen: float
-) -> tuple[dict[Gram, float], list[float]]:
+def _weighted(grams: Grams, rarity: Mapping[Gram, float], unseen: float) -> tuple[dict[Gram, float], list[float]]:
     """TF-IDF vector of a caption's n-grams, and its Euclidean norm for each n."""
     vector = {gram: count * rarity.get(gram, unseen) for gram, count in grams.items()}
     squares = [0.0] * MAX_WORDS
@@ -178,14 +174,10 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
         DataError: There is no picture, their numbers differ, or a picture has no reference.
     """
     if not candidates or len(candidates) != len(references):
-        raise DataError(
-            f"expected one caption for each of the {len(references)} pictures, got {len(candidates)}"
-        )
+        raise DataError(f"expected one caption for each of the {len(references)} pictures, got {len(candidates)}")
     lonely = sum(not each for each in references)
     if lonely:
-        raise DataError(
-            f"expected reference captions for every picture, {lonely} of {len(references)} have none"
-        )
+        raise DataError(f"expected reference captions for every picture, {lonely} of {len(references)} have none")
     said, written = all_words(candidates), [all_words(each) for each in references]
     scores = bleu(said, written)
     return {f"bleu_{size}": scores[size - 1] for size in range(1, MAX_WORDS + 1)} | {

@@ -21,9 +21,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
         DataError: No captions, or two lists of different length.
     """
     if len(predictions) != len(references) or not references:
-        raise DataError(
-            f"expected one caption for each of the pictures, got {len(predictions)} for {len(references)}"
-        )
+        raise DataError(f"expected one caption for each of the pictures, got {len(predictions)} for {len(references)}")
     pairs = zip(predictions, references, strict=True)
     return sum(said.strip() == right.strip() for said, right in pairs) / len(references)
 

@@ -66,9 +66,7 @@ def chair(captions: Sequence[str], shown: Sequence[Sequence[Kind]]) -> dict[str,
     if not captions or len(captions) != len(shown):
         raise DataError(f"expected one caption for each of the {len(shown)} pictures, got {len(captions)}")
     named = [things_named(caption) for caption in captions]
-    absent = [
-        [not _is_there(thing, there) for thing in things] for things, there in zip(named, shown, strict=True)
-    ]
+    absent = [[not _is_there(thing, there) for thing in things] for things, there in zip(named, shown, strict=True)]
     found = sum(thing in things for things, there in zip(named, shown, strict=True) for thing in there)
     return {
         "chair_i": sum(map(sum, absent)) / max(1, sum(map(len, absent))),
@@ -159,11 +157,7 @@ def pope(asked: Sequence[PopeQuestion], yes: Sequence[bool]) -> dict[str, dict[s
         raise DataError(f"expected one answer for each of the {len(asked)} questions, got {len(yes)}")
     figures = {}
     for name in NEGATIVES:
-        rows = [
-            (probe.there, said)
-            for probe, said in zip(asked, yes, strict=True)
-            if probe.negatives in ("", name)
-        ]
+        rows = [(probe.there, said) for probe, said in zip(asked, yes, strict=True) if probe.negatives in ("", name)]
         right_yes = sum(there and said for there, said in rows)
         all_yes, all_there = sum(said for _, said in rows), sum(there for there, _ in rows)
         figures[name] = {

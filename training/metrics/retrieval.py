@@ -95,9 +95,7 @@ def _order(scores: Scores, top: int, matched: Mapping[tuple[int, int], float]) -
 
 def _recall(orders: Sequence[Sequence[int]], right: Sequence[set[int]], name: str) -> dict[str, float]:
     return {
-        f"{name}_r{rank}": sum(
-            bool(set(order[:rank]) & wanted) for order, wanted in zip(orders, right, strict=True)
-        )
+        f"{name}_r{rank}": sum(bool(set(order[:rank]) & wanted) for order, wanted in zip(orders, right, strict=True))
         / len(orders)
         for rank in RANKS
     }

@@ -27,9 +27,7 @@ _ABBREVIATIONS = (
     "plc pres profs? pte ptys? pvt rd reps? rev rt sens? seq? sept? sfc sgt spc sq sr ste? supts? sys tel tenn "
     "thu thurs treas tues? univ va vs vt wed wis wisc wm wyo"
 )
-_CAPITAL = (
-    "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"  # abbreviations only with a capital letter: "ore" is a word
-)
+_CAPITAL = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"  # abbreviations only with a capital letter: "ore" is a word
 _BEFORE_NUMBERS = "art ca figs? nos? op pp prop"  # abbreviations only before a number: "no. 7"
 # Words that begin a sentence: a letter before them ("vitamin C. The …") is no initial, and loses its full stop.
 _OPENERS = (
@@ -105,9 +103,7 @@ _TWO_WORDS = {  # the length of the first of two words written as one
     "'twas": 2,
 }
 _NOT = re.compile("n't(?:s?)$")
-_SIGNS = str.maketrans(
-    {"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "–": "--", "—": "--", "£": "#", "€": "$"}
-)
+_SIGNS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "–": "--", "—": "--", "£": "#", "€": "$"})
 _NAMES = {
     '"': "''",
     "[": "-lsb-",

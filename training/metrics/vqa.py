@@ -17,14 +17,10 @@ from blip2edge.errors import DataError
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
-_FULL_STOPS = (
-    32  # largest number of full stops removed: the challenge's program passes a flag (32) as the count
-)
+_FULL_STOPS = 32  # largest number of full stops removed: the challenge's program passes a flag (32) as the count
 _ARTICLES = frozenset(["a", "an", "the"])
 _SPOKEN = "one two three four five six seven eight nine ten"
-_NUMBERS = {"none": "0", "zero": "0"} | {
-    word: str(number) for number, word in enumerate(_SPOKEN.split(), start=1)
-}
+_NUMBERS = {"none": "0", "zero": "0"} | {word: str(number) for number, word in enumerate(_SPOKEN.split(), start=1)}
 # Each is also recognised without any one of its apostrophes.
 _CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "

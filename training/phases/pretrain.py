@@ -75,9 +75,7 @@ def dense_labels(batch: Sequence[Scene], patch: int) -> DenseLabels:
     middle = (np.stack(np.meshgrid(*[np.arange(side)] * 2), axis=-1).reshape(-1, 2) + 0.5) * patch
     for row, scene in enumerate(batch):
         opposite = _OPPOSITE[scene.relation]
-        for role, (thing, relation) in enumerate(
-            ((scene.first, scene.relation), (scene.second, opposite)), 1
-        ):
+        for role, (thing, relation) in enumerate(((scene.first, scene.relation), (scene.second, opposite)), 1):
             covered = coverage(thing, patch)
             classes[row, covered] = _object_labels(thing, role, relation)
             box[row, covered, :2] = (np.array([thing.x, thing.y]) - middle[covered]) / PICTURE_SIZE
@@ -99,9 +97,7 @@ def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) 
     parts = torch.split(outputs, [*CLASSES, BOX], dim=-1)
     loss = outputs.new_zeros(())
     for index, logits in enumerate(parts[:-1]):
-        part = F.cross_entropy(
-            logits.flatten(0, 1), labels.classes[:, :, index].flatten(), ignore_index=IGNORED
-        )
+        part = F.cross_entropy(logits.flatten(0, 1), labels.classes[:, :, index].flatten(), ignore_index=IGNORED)
         loss = loss + (shape_weight * part if index == SHAPE else part)
     covered = labels.classes[:, :, 0] > 0
     return loss + 4.0 * F.l1_loss(parts[-1][covered], labels.box[covered])

@@ -128,9 +128,7 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
     if parts.new_projection:
         match_scale(model)
         parts.new_projection = False
-    module = GenerativeStage(
-        model, config.bridge, phase.itg_weight, unfreeze_language=phase.unfreeze_language
-    )
+    module = GenerativeStage(model, config.bridge, phase.itg_weight, unfreeze_language=phase.unfreeze_language)
     captions = CaptionTexts(model.config, parts.runtime_tokenizer, phase.max_tokens)
     texts = TextMakers(
         captions,
@@ -141,14 +139,10 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
     return Phase(name, module, batches, phase, _seed(run, name), module.gauges)
 
 
-def _instruction(
-    parts: ModelParts, captions: CaptionTexts
-) -> Callable[[Sequence[Sample]], tuple[Tensor, Tensor]]:
+def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequence[Sample]], tuple[Tensor, Tensor]]:
     """Makes the Q-Former's ids and mask of the prompts, with the runtime's own code."""
     if parts.qformer_texts is None:
-        raise ConfigError(
-            "instruct: the Q-Former has no tokenizer", "give model.bert, or a checkpoint that has one"
-        )
+        raise ConfigError("instruct: the Q-Former has no tokenizer", "give model.bert, or a checkpoint that has one")
     longest = parts.model.config.instruction_positions
     instructor = InstructionTokenizer(Tokenizer(parts.qformer_texts.tokenizer), longest, 1)
 
@@ -183,9 +177,7 @@ def _changed(config: TrainingConfig, phase: Stage2Phase) -> tuple[str, ...]:
 
 PHASES: dict[str, PhaseKind] = {
     "vision": PhaseKind(_vision, lambda run: freeze(run.parts.model.vision), lambda config: ("vision.",)),
-    "language": PhaseKind(
-        _language, lambda run: freeze(run.parts.model.language), lambda config: ("language.",)
-    ),
+    "language": PhaseKind(_language, lambda run: freeze(run.parts.model.language), lambda config: ("language.",)),
     "stage1": PhaseKind(_stage1, _finish_stage1, lambda config: ("bridge.", "draft.")),
     "stage2": PhaseKind(_stage2, lambda run: None, lambda config: _changed(config, config.stage2)),
     "instruct": PhaseKind(_instruct, lambda run: None, lambda config: _changed(config, config.instruct)),

@@ -164,9 +164,7 @@ class Stage1Model(RetrievalModel):
             self.head,
         )
 
-    def forward(
-        self, image_embeds: Tensor, texts: TextBatch, draw: Draw = draw_negative
-    ) -> dict[str, Tensor]:
+    def forward(self, image_embeds: Tensor, texts: TextBatch, draw: Draw = draw_negative) -> dict[str, Tensor]:
         """The three losses of captioned pictures.
 
         Call the module, not its parts: DistributedDataParallel synchronises gradients only then. B must be the same
@@ -185,9 +183,7 @@ class Stage1Model(RetrievalModel):
         queries, key_values = matcher.qformer.read(image_embeds)
         image_features = matcher.unit(matcher.image_projection(queries))  # [B, Q, F]
         text_features = matcher.text_embeds(texts.input_ids, texts.attention_mask)  # [B, F]
-        image_to_text = (
-            query_text_similarity(image_features, gather(text_features)) / self.temperature
-        )  # [B, N]
+        image_to_text = query_text_similarity(image_features, gather(text_features)) / self.temperature  # [B, N]
         text_to_image = query_text_similarity(gather(image_features), text_features).t() / self.temperature
         same = _same_picture(texts, image_to_text.shape[1])
         logits, counted = self._matched(image_embeds, texts, (image_to_text, text_to_image), same, draw)
@@ -209,9 +205,7 @@ class Stage1Model(RetrievalModel):
         with torch.no_grad():
             counted = (~same).any(dim=1)  # [B]
             hidden = same & counted[:, None]  # a row without a negative keeps its weights and gives no loss
-            image_to_text, text_to_image = (
-                score.masked_fill(hidden, -torch.inf).softmax(dim=1) for score in scores
-            )
+            image_to_text, text_to_image = (score.masked_fill(hidden, -torch.inf).softmax(dim=1) for score in scores)
             other_images, other_texts = draw(text_to_image), draw(image_to_text)
         all_ids = gather_padded(texts.input_ids, self.draft_config.pad_token_id)
         all_masks = gather_padded(texts.attention_mask, 0)

@@ -88,9 +88,7 @@ def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
 
 
-def start_from_bert(
-    model: Stage1Model, source: str | Path, generator: torch.Generator | None = None
-) -> list[str]:
+def start_from_bert(model: Stage1Model, source: str | Path, generator: torch.Generator | None = None) -> list[str]:
     """Loads the text side and self-attention from a BERT, and draws the rest.
 
     Vocabulary rows that BERT does not have ([DEC]) and cross-attention to the picture are drawn. So is the word head
@@ -135,11 +133,7 @@ def start_from_bert(
 def _take(parameter: Tensor, given: Tensor, name: str, directory: Path) -> None:
     """Copies a tensor; the parameter may have further rows where :func:`_may_grow` allows it."""
     rows = len(given)
-    if (
-        given.shape[1:] != parameter.shape[1:]
-        or rows > len(parameter)
-        or not _may_grow(name, given, parameter)
-    ):
+    if given.shape[1:] != parameter.shape[1:] or rows > len(parameter) or not _may_grow(name, given, parameter):
         raise CheckpointError(
             f"{directory}: {name} has shape {list(given.shape)}, but the Q-Former needs {list(parameter.shape)}",
             "set [model.qformer] to the sizes of that BERT",
@@ -158,9 +152,7 @@ def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
     side = model.text_side()
     parts: dict[str, nn.Module] = {"words": side.words, "positions": side.positions, "head": side.head}
     parts |= {f"feed_forwards.{index}": feed_forward for index, (_, feed_forward) in enumerate(side.layers)}
-    return {
-        f"{path}.{name}": tensor for path, part in parts.items() for name, tensor in part.state_dict().items()
-    }
+    return {f"{path}.{name}": tensor for path, part in parts.items() for name, tensor in part.state_dict().items()}
 
 
 def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path | None = None) -> None:
@@ -178,9 +170,7 @@ def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path |
     plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
     save_checkpoint(plain, target, like=like)
     rules = WeightMap(TEXT_HEAD_RULES)
-    tensors = {
-        rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_tensors(model).items()
-    }
+    tensors = {rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_tensors(model).items()}
     write_draft(target, tensors, model.draft_config)
     record = {"temperature": float(model.temperature.detach())}
     (target / STAGE1_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")

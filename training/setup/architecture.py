@@ -83,11 +83,7 @@ class Architecture:
 
 def _flamingo(language: LanguageConfig, vision: VisionConfig, extra: int) -> FlamingoConfig:
     """A Llama with a gated cross-attention layer before each of its own."""
-    if (
-        not isinstance(language, LlamaConfig)
-        or language.kind != "llama"
-        or language.num_kv_heads != language.num_heads
-    ):
+    if not isinstance(language, LlamaConfig) or language.kind != "llama" or language.num_kv_heads != language.num_heads:
         raise ConfigError(
             "bridge = 'flamingo' needs a Llama without grouped-query attention (num_kv_heads = num_heads), and the"
             f" language model is of type {language.kind!r} with {language.num_kv_heads} heads of keys",
@@ -183,9 +179,7 @@ def with_text_side(qformer: QFormerConfig, text: DraftConfig) -> InstructedQForm
     )
 
 
-def stage1_config(
-    vision: VisionConfig, qformer: QFormerConfig, text: DraftConfig, embed_dim: int
-) -> RetrievalConfig:
+def stage1_config(vision: VisionConfig, qformer: QFormerConfig, text: DraftConfig, embed_dim: int) -> RetrievalConfig:
     """The config of the stage-1 model around a picture encoder and a Q-Former.
 
     Args:

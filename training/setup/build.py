@@ -110,9 +110,7 @@ def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
             if (directory / file).is_file():
                 return QFormerTexts(pretrained.load_tokenizer(directory / file), config.stage1.max_tokens)
         if name == config.model.bert:
-            return QFormerTexts(
-                pretrained.load_tokenizer(directory / "tokenizer.json"), config.stage1.max_tokens
-            )
+            return QFormerTexts(pretrained.load_tokenizer(directory / "tokenizer.json"), config.stage1.max_tokens)
     return None
 
 
@@ -149,9 +147,7 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model 
     return parts
 
 
-def _text_config(
-    own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Model | None
-) -> DraftConfig:
+def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> DraftConfig:
     """Config of the Q-Former's text side: special tokens, and the positions of the model that initialises it."""
     if kept is not None:
         return kept.draft_config
@@ -178,9 +174,7 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
     """
     bridge, texts = parts.model.config.bridge, parts.qformer_texts
     if not isinstance(bridge, QFormerConfig) or texts is None:
-        raise ConfigError(
-            f"stage1 trains a Q-Former, and bridge is {config.bridge!r}", "set bridge to 'qformer'"
-        )
+        raise ConfigError(f"stage1 trains a Q-Former, and bridge is {config.bridge!r}", "set bridge to 'qformer'")
     if parts.model.config.vision.clip:
         raise ConfigError(
             "stage1 supports BLIP-2's kind of picture encoder only, and model.vision_from is a CLIP",

@@ -201,9 +201,7 @@ def side_files(directory: Path) -> dict[str, bytes]:
 def tokenizer_files(part: LanguagePart) -> dict[str, bytes]:
     """The tokenizer files of a language model, with the added tokens."""
     found = {
-        name: (part.directory / name).read_bytes()
-        for name in _TOKENIZER_FILES
-        if (part.directory / name).is_file()
+        name: (part.directory / name).read_bytes() for name in _TOKENIZER_FILES if (part.directory / name).is_file()
     }
     return found | {"tokenizer.json": part.tokenizer.to_str(pretty=True).encode()}
 

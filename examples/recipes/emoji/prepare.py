@@ -59,9 +59,7 @@ SHARD = 4000  # pictures
 CHUNK = 64  # pictures augmented at a time
 
 
-def draw_all(
-    sets: Mapping[str, IconSet], names: Sequence[str]
-) -> Iterator[tuple[str, str, NDArray[np.uint8]]]:
+def draw_all(sets: Mapping[str, IconSet], names: Sequence[str]) -> Iterator[tuple[str, str, NDArray[np.uint8]]]:
     """Renders all drawings of the names. Yields name, style and pixels [80, 80, 4]."""
     for name in names:
         for style, icons in sets.items():
@@ -93,9 +91,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(entry, io.BytesIO(content))
 
 
-def write_shards(
-    drawings: Sequence[tuple[str, str, NDArray[np.uint8]]], copies: int, folder: Path, seed: int
-) -> int:
+def write_shards(drawings: Sequence[tuple[str, str, NDArray[np.uint8]]], copies: int, folder: Path, seed: int) -> int:
     """Writes augmented pictures in random order. Returns the number of shards."""
     folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(seed)
@@ -117,9 +113,7 @@ def write_shards(
     return shards
 
 
-def prepare(
-    sets: Mapping[str, IconSet], metadata: Path, out: Path, *, copies: int, seed: int
-) -> dict[str, object]:
+def prepare(sets: Mapping[str, IconSet], metadata: Path, out: Path, *, copies: int, seed: int) -> dict[str, object]:
     """Writes all data.
 
     Args:
@@ -164,9 +158,7 @@ def prepare(
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Prepares emoji and their names as data for training and evaluation."
-    )
+    parser = argparse.ArgumentParser(description="Prepares emoji and their names as data for training and evaluation.")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     parser.add_argument("--copies", type=int, default=12, help="augmented pictures of each drawing")
     parser.add_argument("--seed", type=int, default=0)

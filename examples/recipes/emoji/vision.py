@@ -87,9 +87,7 @@ class Pair(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Maps pictures float [B, 3, H, W] from 0 to 1 to scaled cosines with all names, [B, N]."""
-        mean, std = (
-            torch.tensor(values)[:, None, None] for values in (PREPROCESSING.mean, PREPROCESSING.std)
-        )
+        mean, std = (torch.tensor(values)[:, None, None] for values in (PREPROCESSING.mean, PREPROCESSING.std))
         embeds = self.vision((pictures - mean) / std)  # [B, P, D], the class token first
         cosines: Tensor = self.names(self.project(embeds[:, 1:].mean(dim=1)))
         return cosines

@@ -63,9 +63,7 @@ class SlotDecoder:
 
     state_class: type[SlotState]
 
-    def __init__(
-        self, open_cache: OpenCache, spec: GraphSpec, capacity: int, max_rows: int, table: TokenTable
-    ) -> None:
+    def __init__(self, open_cache: OpenCache, spec: GraphSpec, capacity: int, max_rows: int, table: TokenTable) -> None:
         self.open_cache = open_cache
         self.capacity = capacity
         self.max_rows = max_rows

@@ -74,9 +74,7 @@ class GrowingState:
     ) -> None:
         self._decoder = decoder
         self._context = context
-        self._origin = np.arange(
-            len(positions)
-        )  # the row of the first batch that each row's context belongs to
+        self._origin = np.arange(len(positions))  # the row of the first batch that each row's context belongs to
         self._past = past
         self._mask = mask
         self._positions = positions
@@ -145,9 +143,7 @@ class GrowingState:
             name: np.concatenate([padded(one._past[name], 2, longest, left=True) for one in (self, other)])
             for name in self._past
         }
-        self._context = {
-            name: stacked(name, array, other._context[name]) for name, array in self._context.items()
-        }
+        self._context = {name: stacked(name, array, other._context[name]) for name, array in self._context.items()}
         self._origin = np.concatenate([self._origin, other._origin + self._origin.max() + 1])
         self._positions = np.concatenate([self._positions, other._positions])
 

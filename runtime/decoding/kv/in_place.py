@@ -118,10 +118,7 @@ class InPlaceState:
             logits = self._pass(embeds, self.lengths, 0, np.repeat(indices, batch, axis=0))
         else:
             logits = np.concatenate(
-                [
-                    self._pass(embeds[row : row + 1], self.lengths[row : row + 1], row, indices)
-                    for row in range(batch)
-                ]
+                [self._pass(embeds[row : row + 1], self.lengths[row : row + 1], row, indices) for row in range(batch)]
             )
         self.lengths = self.lengths + steps
         return logits
@@ -149,9 +146,7 @@ class InPlaceState:
         first, used = self.batch_size, int(other.lengths.max())
         self._make_room(first + other.batch_size, max(used, int(self.lengths.max())))
         for name, buffer in self._buffers.items():
-            buffer[first : first + other.batch_size, :, :used] = other._buffers[name][
-                : other.batch_size, :, :used
-            ]
+            buffer[first : first + other.batch_size, :, :used] = other._buffers[name][: other.batch_size, :, :used]
         self.lengths = np.concatenate([self.lengths, other.lengths])
 
     def read(self, embeds: Array, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -210,9 +205,7 @@ class InPlaceState:
         cache, kept = self._decoder.cache, min(self.batch_size, had[0])
         used = min(int(self.lengths.max(initial=0)), had[2])
         for name in self._decoder.past_names:
-            buffer = np.empty(
-                (max(rows, had[0]), cache.num_heads, capacity, cache.head_dim), self._decoder.cache_dtype
-            )
+            buffer = np.empty((max(rows, had[0]), cache.num_heads, capacity, cache.head_dim), self._decoder.cache_dtype)
             if kept:
                 buffer[:kept, :, :used] = self._buffers[name][:kept, :, :used]
             self._buffers[name] = buffer

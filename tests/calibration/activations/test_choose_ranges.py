@@ -75,9 +75,7 @@ def planned(folder: Path, method: str) -> tuple[ActivationPlan, float]:
     ir.save(model, folder / f"{method}.onnx")
     exact, ours = (OnnxRuntimeSession(folder / f"{name}.onnx", 1) for name in ("vision_encoder", method))
     fresh = draw_inputs(28)[24:]
-    return plan, float(
-        np.mean([cosine_similarity(exact.run({"x": x})["y"], ours.run({"x": x})["y"]) for x in fresh])
-    )
+    return plan, float(np.mean([cosine_similarity(exact.run({"x": x})["y"], ours.run({"x": x})["y"]) for x in fresh]))
 
 
 def test_a_division_keeps_what_one_range_a_tensor_ruins(tmp_path: Path) -> None:

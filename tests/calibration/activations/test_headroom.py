@@ -33,9 +33,7 @@ def measured(folder: Path, runs: list[np.ndarray]) -> dict[str, tuple[float, flo
     assert [reach.headroom for reach in reaches] == sorted(reach.headroom for reach in reaches)
     values = headroom_json(reaches)
     assert values["lowest"] == reaches[0].headroom
-    assert {entry["tensor"] for entry in values["keep_fp32"]} == {
-        reach.tensor for reach in reaches if reach.reason
-    }
+    assert {entry["tensor"] for entry in values["keep_fp32"]} == {reach.tensor for reach in reaches if reach.reason}
     return {reach.tensor: (reach.largest, reach.headroom, reach.reason) for reach in reaches}
 
 

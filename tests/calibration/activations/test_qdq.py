@@ -47,10 +47,7 @@ def quantised(folder: Path, threshold: float = 3.0, target: str = "int8") -> Pat
     model = ir.load(folder / "vision_encoder.onnx")
     targets = find_targets(model)
     plan = ActivationPlan(
-        [
-            QuantizedActivation(name, tuple(products), threshold)
-            for name, products in targets.by_activation().items()
-        ]
+        [QuantizedActivation(name, tuple(products), threshold) for name, products in targets.by_activation().items()]
     )
     out = folder / target
     out.mkdir()

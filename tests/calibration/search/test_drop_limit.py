@@ -38,9 +38,7 @@ def ranking(count: int) -> list[Sensitivity]:
     return [Sensitivity(QuantizedLayer("decoder", f"layers.{at}", ()), 1.0 / (at + 1)) for at in range(count)]
 
 
-def chosen(
-    monkeypatch: pytest.MonkeyPatch, drops: Sequence[float], limit: float
-) -> tuple[int, dict[int, float], int]:
+def chosen(monkeypatch: pytest.MonkeyPatch, drops: Sequence[float], limit: float) -> tuple[int, dict[int, float], int]:
     """The number of layers kept, what was tried, and the number kept in the staging directory at the end."""
     written = [0]
 
@@ -52,9 +50,7 @@ def chosen(
     context: Any = None
     quantized = FullyQuantized({}, {}, Path())
     allowed = DropLimit(limit)
-    _, kept = choose_kept_layers(
-        context, quantized, ranking(len(drops) - 1), allowed, lambda graphs: drops[written[0]]
-    )
+    _, kept = choose_kept_layers(context, quantized, ranking(len(drops) - 1), allowed, lambda graphs: drops[written[0]])
     return kept.count, kept.drops, written[0]
 
 
@@ -81,9 +77,7 @@ def test_the_least_that_is_enough(
 
 
 def test_what_is_lost_by_captions_and_by_cider() -> None:
-    captions = CaptionAgreement(
-        4, 0.75, ("a cat", "a dog", "a cow", "a hen"), ("a cat", "a dog", "a cow", "a fox")
-    )
+    captions = CaptionAgreement(4, 0.75, ("a cat", "a dog", "a cow", "a hen"), ("a cat", "a dog", "a cow", "a fox"))
     references = [[text] for text in captions.parent]
     assert DropLimit(1).drop(captions, references) == 25
     lost = DropLimit(1, cider_d)
@@ -131,9 +125,7 @@ def test_a_part_of_a_plan() -> None:
         ]
     )
     part = restrict_plan(plan, ["key"])
-    assert [[product.weight for product in activation.products] for activation in part.activations] == [
-        ["key"]
-    ]
+    assert [[product.weight for product in activation.products] for activation in part.activations] == [["key"]]
 
 
 @pytest.mark.parametrize("limit", [-1.0, 101.0, float("nan")])

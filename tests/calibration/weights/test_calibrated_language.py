@@ -40,9 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def int4(tiny_bundle: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationReport:
     """Random weights suffer: the limit leaves some layers."""
     output = tmp_path_factory.mktemp("calibrated") / "int4"
-    return calibrate(
-        tiny_bundle, output, images=pictures, method="minmax", weights="int4", drop_limit=LIMIT, threads=1
-    )
+    return calibrate(tiny_bundle, output, images=pictures, method="minmax", weights="int4", drop_limit=LIMIT, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +76,7 @@ def test_what_was_left_is_the_parents(int4: CalibrationReport, tiny_bundle: Path
     names = {tensor.name: tensor for tensor in graph.graph.initializer}
     parent = {tensor.name: tensor for tensor in onnx.load(tiny_bundle / "decoder.onnx").graph.initializer}
     for weight in left:
-        assert np.array_equal(
-            onnx.numpy_helper.to_array(names[weight]), onnx.numpy_helper.to_array(parent[weight])
-        )
+        assert np.array_equal(onnx.numpy_helper.to_array(names[weight]), onnx.numpy_helper.to_array(parent[weight]))
     for weight in int4.graphs[DECODER].matrices:
         assert weight not in names
         assert names[f"{weight}.int4"].data_type == onnx.TensorProto.INT4
@@ -99,8 +95,7 @@ def test_a_tied_head_and_the_table_are_one(int8: Bundle, tiny_bundle: Path, pict
     }
     assert places == {"embed_tokens.safetensors"}
     tables = [
-        TokenTable(path / "embed_tokens.safetensors", "embed_tokens", "float32")
-        for path in (int8.path, tiny_bundle)
+        TokenTable(path / "embed_tokens.safetensors", "embed_tokens", "float32") for path in (int8.path, tiny_bundle)
     ]
     rows = [table.rows(range(table.num_rows)) for table in tables]
     assert rows[0].shape == rows[1].shape

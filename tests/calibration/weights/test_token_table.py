@@ -34,9 +34,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert form == BlockFormat(8, 16)
     assert seen[-1] == (ROWS, ROWS)
     found = TokenTable(tmp_path / "rows", "embed_tokens", "float32").rows(range(ROWS))
-    wanted = restored(
-        *nearest(np.ascontiguousarray(table.rows(range(ROWS)).T), form, searched_scales), form
-    ).T
+    wanted = restored(*nearest(np.ascontiguousarray(table.rows(range(ROWS)).T), form, searched_scales), form).T
     assert np.array_equal(found, wanted)
     assert np.abs(found - table.rows(range(ROWS))).max() < 0.02
     size = (tmp_path / "rows").stat().st_size

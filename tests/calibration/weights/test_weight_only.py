@@ -71,9 +71,7 @@ def quantised(
     formats, left = choose_formats(products, bits)
     assert not left
     with DataFile(folder / "graph.data") as data:
-        matrices = quantize_matrices(
-            model, products, data, WeightOnlyOptions(formats, **options), feeds or []
-        )
+        matrices = quantize_matrices(model, products, data, WeightOnlyOptions(formats, **options), feeds or [])
     ir.save(model, folder / "graph.onnx")
     onnx.checker.check_model(str(folder / "graph.onnx"), full_check=True)
     return folder / "graph.onnx", matrices
@@ -114,9 +112,7 @@ def test_onnx_runtime_fuses_the_blocks(source: Path, tmp_path: Path) -> None:
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    kinds = [
-        entry.op_type for entry in onnx.load(tmp_path / "fused.onnx", load_external_data=False).graph.node
-    ]
+    kinds = [entry.op_type for entry in onnx.load(tmp_path / "fused.onnx", load_external_data=False).graph.node]
     assert kinds.count("MatMulNBits") == 4
     assert "DequantizeLinear" not in kinds
     feed = drawn_feeds()[0]
@@ -192,9 +188,7 @@ def test_a_second_graph_over_the_same_weights_is_changed_alike(source: Path, tmp
     ir.save(second, path.with_name("second.onnx"))
     feed = drawn_feeds()[0]
     assert np.array_equal(run(path, feed), run(path.with_name("second.onnx"), feed))
-    write_graph(
-        tmp_path, NODES[:5], dict(zip(("query", "key", "up"), draw_weights(5, *SHAPES), strict=False)), ("u",)
-    )
+    write_graph(tmp_path, NODES[:5], dict(zip(("query", "key", "up"), draw_weights(5, *SHAPES), strict=False)), ("u",))
     few = ir.load(tmp_path / "vision_encoder.onnx")
     replace_weights(few, matrices)  # a graph that lacks a matrix is changed as far as it goes
     assert [entry.op_type for entry in few.graph].count("DequantizeLinear") == 3
@@ -213,9 +207,7 @@ def test_a_width_that_no_block_divides_is_left(tmp_path: Path) -> None:
 
 def test_a_half_graph_keeps_its_type(tmp_path: Path) -> None:
     (weight,) = draw_weights(0, (WIDTH, WIDTH))
-    write_graph(
-        tmp_path, (node("MatMul", ["x", "w"], "y"),), {"w": weight.astype(np.float16)}, dtype="float16"
-    )
+    write_graph(tmp_path, (node("MatMul", ["x", "w"], "y"),), {"w": weight.astype(np.float16)}, dtype="float16")
     feeds = [{"x": feed["x"].astype(np.float16)} for feed in drawn_feeds()]
     _, matrices = quantised(tmp_path / "vision_encoder.onnx", tmp_path / "out", 4, feeds)
     assert matrices["w"].scales.numpy().dtype == np.float16

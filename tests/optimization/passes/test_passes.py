@@ -30,10 +30,7 @@ def model(nodes: list[Any], tensors: list[Any], outputs: dict[str, int]) -> Any:
         nodes,
         "g",
         [onnx.helper.make_tensor_value_info("x", FLOAT, ["b", "s", K])],
-        [
-            onnx.helper.make_tensor_value_info(name, FLOAT, ["b", "s", width])
-            for name, width in outputs.items()
-        ],
+        [onnx.helper.make_tensor_value_info(name, FLOAT, ["b", "s", width]) for name, width in outputs.items()],
         tensors,
     )
     opsets = [onnx.helper.make_opsetid("", 21)]
@@ -44,9 +41,7 @@ def model(nodes: list[Any], tensors: list[Any], outputs: dict[str, int]) -> Any:
 def run(rewritten: Any, x: np.ndarray) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = (
-        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )  # the graph as it stands
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph as it stands
     session = onnxruntime.InferenceSession(ir.to_proto(rewritten).SerializeToString(), options)
     return [np.asarray(value) for value in session.run(None, {"x": x})]
 
@@ -177,8 +172,6 @@ def test_float_products_become_convolutions(narrowing: bool, found: int) -> None
 
 def test_products_of_odd_widths_stay() -> None:
     weight = np.ones((K, N + 1), np.float32)
-    rewritten = model(
-        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], [tensor("w", weight)], {"y": N + 1}
-    )
+    rewritten = model([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], [tensor("w", weight)], {"y": N + 1})
     prepare(rewritten)
     assert use_pointwise_convolutions(rewritten) == 0

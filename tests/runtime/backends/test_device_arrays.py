@@ -24,9 +24,7 @@ from tests.drawing import draw_pictures
 CPU = ["CPUExecutionProvider"]
 
 
-def on_the_cpu(
-    path: Path, threads: int | None = None, optimized: OptimizedFile | None = None
-) -> DeviceSession:
+def on_the_cpu(path: Path, threads: int | None = None, optimized: OptimizedFile | None = None) -> DeviceSession:
     """What ``cuda`` opens, where the device is the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

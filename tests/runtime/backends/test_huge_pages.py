@@ -100,9 +100,7 @@ def test_memory_of_ones_own_is_seen() -> None:
     assert any(first <= address < last for first, last in anonymous_regions())
 
 
-def test_a_kernel_that_never_gives_them_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_never_gives_them_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
     monkeypatch.setattr(huge_pages, "MAPS", tmp_path / "not read")
     assert huge_page_bytes() == 0  # none at all

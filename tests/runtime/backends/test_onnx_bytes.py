@@ -38,10 +38,7 @@ def test_the_model_is_the_one_that_onnx_writes() -> None:
     found = onnx_model(
         [("Cast", ("a",), "x"), ("Add", ("x", "b"), "y")], kinds, ("y", ("int32", (2, "n"))), {"w": weight}
     )
-    values = [
-        helper.make_tensor_value_info(name, ELEMENT_TYPES[kind], shape)
-        for name, (kind, shape) in kinds.items()
-    ]
+    values = [helper.make_tensor_value_info(name, ELEMENT_TYPES[kind], shape) for name, (kind, shape) in kinds.items()]
     graph = helper.make_graph(
         [helper.make_node("Cast", ["a"], ["x"]), helper.make_node("Add", ["x", "b"], ["y"])],
         "graph",

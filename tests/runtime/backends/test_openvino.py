@@ -86,9 +86,7 @@ def test_the_ids_of_the_compiled_copy(bundle: Path, tmp_path: Path, monkeypatch:
     assert report.record.left == {}
     assert all(graph.cosine > 0.99999 for graph in report.record.graphs.values())
     assert all(
-        parity.relative <= parity.tolerance < 1e-3
-        for graph in report.record.graphs.values()
-        for parity in graph.parity
+        parity.relative <= parity.tolerance < 1e-3 for graph in report.record.graphs.values() for parity in graph.parity
     )
     fast = Captioner.load(own, backend="openvino", threads=1)
     assert set(fast.graphs.copied) >= {"vision_encoder", "decoder"}
@@ -133,9 +131,7 @@ def test_a_copy_does_not_need_the_portable_graph(copied: Path) -> None:
     assert compiled.output_names == portable.output_names
     wanted = portable.run({"pixel_values": pixels})["image_embeds"]
     for _ in range(2):
-        np.testing.assert_allclose(
-            compiled.run({"pixel_values": pixels})["image_embeds"], wanted, rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(compiled.run({"pixel_values": pixels})["image_embeds"], wanted, rtol=1e-4, atol=1e-5)
     compiled.close()
 
 
@@ -165,9 +161,7 @@ def test_a_graph_that_opens_no_sooner_stays_portable(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = compiled_module.compile_to
-    monkeypatch.setattr(
-        "blip2edge.optimization.pipeline.compile_to", lambda *paths: (written(*paths), (10.0, 9.9))[1]
-    )
+    monkeypatch.setattr("blip2edge.optimization.pipeline.compile_to", lambda *paths: (written(*paths), (10.0, 9.9))[1])
     own = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     report = optimize(own, "openvino")
     assert report.record.graphs == {}
@@ -216,9 +210,7 @@ def test_an_older_openvino_that_takes_no_tensor_is_refused_in_a_line(
         raise TypeError("import_model(): incompatible function arguments.\nThe following are supported: …")
 
     monkeypatch.setattr(openvino.Core, "import_model", refuses)
-    with pytest.raises(
-        BundleError, match=r"OpenVINO cannot load .*incompatible function arguments"
-    ) as caught:
+    with pytest.raises(BundleError, match=r"OpenVINO cannot load .*incompatible function arguments") as caught:
         OpenVinoSession(copied / "optimized" / "openvino" / "decoder.blob", 1, compiled=True)
     assert "\n" not in str(caught.value)
 

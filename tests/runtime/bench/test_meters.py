@@ -55,9 +55,7 @@ def test_the_rail_is_that_of_the_whole_board(rail: tuple[Path, Path]) -> None:
     assert energy._rail() is None
 
 
-def test_a_rail_is_sampled_until_it_is_closed(
-    rail: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rail_is_sampled_until_it_is_closed(rail: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "SAMPLE", 0.001)
     before = set(threading.enumerate())
     sampled = threading.Event()

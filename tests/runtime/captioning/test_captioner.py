@@ -58,14 +58,10 @@ def answers(results: Iterator[CaptionResult]) -> list[tuple[str | None, str, tup
     [{}, {"num_beams": 3}, {"repetition_penalty": 1.4, "min_new_tokens": 4}, {"temperature": 1.2, "seed": 5}],
 )
 @pytest.mark.parametrize("batch_size", [2, 3, 5, 9])
-def test_batches_give_what_single_pictures_give(
-    batch_size: int, options: dict[str, Any], captioner: Captioner
-) -> None:
+def test_batches_give_what_single_pictures_give(batch_size: int, options: dict[str, Any], captioner: Captioner) -> None:
     images = draw_pictures(5, 1)
     single = answers(captioner.caption_many(images, prompts=PROMPTS, max_new_tokens=NEW, **options))
-    batch = captioner.caption_many(
-        images, prompts=PROMPTS, batch_size=batch_size, max_new_tokens=NEW, **options
-    )
+    batch = captioner.caption_many(images, prompts=PROMPTS, batch_size=batch_size, max_new_tokens=NEW, **options)
     assert answers(batch) == single
     assert len({tokens for _, _, tokens in single}) > 3
 
@@ -107,9 +103,7 @@ def test_no_pictures(captioner: Captioner) -> None:
     assert list(captioner.caption_many([])) == []
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"repetition_penalty": 1.3}, {"temperature": 0.9, "top_k": 9, "seed": 3}]
-)
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"temperature": 0.9, "top_k": 9, "seed": 3}])
 @pytest.mark.parametrize("prompt", [None, "a photo of"])
 def test_the_stream_is_the_caption(prompt: str | None, options: dict[str, Any], captioner: Captioner) -> None:
     for picture in draw_pictures(4, 9):
@@ -189,9 +183,7 @@ def test_a_prompt_that_fills_the_context(captioner: Captioner) -> None:
 # What is refused
 
 
-def test_a_broken_picture_ends_the_run_after_what_came_before(
-    captioner: Captioner, files: list[Path]
-) -> None:
+def test_a_broken_picture_ends_the_run_after_what_came_before(captioner: Captioner, files: list[Path]) -> None:
     files[3].write_bytes(b"no picture")
     wanted = [captioner.caption(path, max_new_tokens=4).tokens for path in files[:3]]
     for batch_size in (1, 2, 3, 5):
@@ -327,9 +319,7 @@ def test_bf16_is_refused_with_the_reason(backend: BackendName, copy: Path) -> No
     reseal(copy, precision="bf16")
     reason = "no CPU kernels" if backend in ("auto", "cpu") else "NumPy has no bfloat16"
     hint = "use backend openvino, or export with precision fp32 or fp16"
-    with pytest.raises(
-        BackendError, match=rf"bf16, which the backend \S+ does not run: .*{reason}.*; {hint}"
-    ):
+    with pytest.raises(BackendError, match=rf"bf16, which the backend \S+ does not run: .*{reason}.*; {hint}"):
         Captioner.load(copy, backend=backend)
 
 

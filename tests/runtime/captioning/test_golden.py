@@ -73,9 +73,7 @@ def test_a_changed_file_is_refused(bundle: Path, tmp_path: Path) -> None:
         Captioner.load(copy)
 
 
-@pytest.mark.skipif(
-    sys.version_info >= (3, 11), reason="on 3.11 and newer torch is there for the other tests"
-)
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="on 3.11 and newer torch is there for the other tests")
 def test_no_torch_was_needed() -> None:
     assert "torch" not in sys.modules
 

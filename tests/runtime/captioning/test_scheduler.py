@@ -48,9 +48,7 @@ class Gate:
         self.open = threading.Semaphore(0)
         self.entered = threading.Semaphore(0)
 
-    def __call__(
-        self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock
-    ) -> EncodedBatch:
+    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> EncodedBatch:
         self.entered.release()
         assert self.open.acquire(timeout=LONG)
         return self.inner(images, texts, clock)
@@ -129,9 +127,7 @@ def test_a_new_picture_joins_the_running_ones_and_a_finished_one_leaves(
     assert late.future.done()
 
 
-def test_a_full_queue_refuses_or_waits(
-    captioner: Captioner, gate: Gate, gated: Callable[..., Scheduler]
-) -> None:
+def test_a_full_queue_refuses_or_waits(captioner: Captioner, gate: Gate, gated: Callable[..., Scheduler]) -> None:
     scheduler = gated(max_batch=1, max_waiting=2)
     options = captioner.options(max_new_tokens=2)
     picture = draw_pictures(1)[0]
@@ -264,9 +260,7 @@ def test_a_decoder_without_room_for_one_more_goes_on_with_the_others(
 
 
 @pytest.mark.parametrize("half", ["encoder", "generator"])
-def test_a_mistake_of_ours_lets_nobody_wait(
-    half: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_of_ours_lets_nobody_wait(half: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     def mistake(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
 
@@ -281,9 +275,7 @@ def test_a_mistake_of_ours_lets_nobody_wait(
     scheduler.close()
 
 
-def test_closing_cancels_what_is_left(
-    captioner: Captioner, gate: Gate, gated: Callable[..., Scheduler]
-) -> None:
+def test_closing_cancels_what_is_left(captioner: Captioner, gate: Gate, gated: Callable[..., Scheduler]) -> None:
     scheduler = gated(max_batch=1)
     requests = [scheduler.submit(picture, captioner.options()) for picture in draw_pictures(3)]
     assert gate.entered.acquire(timeout=LONG)

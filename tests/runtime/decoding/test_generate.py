@@ -136,9 +136,7 @@ def test_encoder_decoder_start_token(t5_oracle: Any, seed: int) -> None:
             assert row.score == (None if score is None else pytest.approx(score, abs=1e-5))
 
 
-def warped(
-    scores: NDArray[np.float32], temperature: float | None, top_k: int | None, top_p: float | None
-) -> Any:
+def warped(scores: NDArray[np.float32], temperature: float | None, top_k: int | None, top_p: float | None) -> Any:
     """The scores after transformers' warpers, in the order of `_get_logits_processor`."""
     out, ids = torch.from_numpy(scores.copy())[None], torch.zeros(1, 1, dtype=torch.long)
     if temperature is not None and temperature != 1.0:

@@ -120,9 +120,7 @@ OPTIONS = (
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("wrong_every", [0, 1, 3, 5])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_text_is_that_of_plain_decoding(
-    prompt: list[int], wrong_every: int, options: GenerationOptions
-) -> None:
+def test_the_text_is_that_of_plain_decoding(prompt: list[int], wrong_every: int, options: GenerationOptions) -> None:
     wanted = plain(prompt, options)
     state = Words([prompt])
     speculator = Speculator(Oracle(wanted.tokens, wrong_every), Eager())
@@ -156,9 +154,7 @@ def test_near_ties_are_decided_by_a_pass_of_their_own() -> None:
     again = Words([[5]])
     again.ties = state.ties
     wanted = generate(again.first(), again, [[5]], options)[0]
-    found = generate(
-        state.first(), state, [[5]], options, speculators=[Speculator(Oracle(wanted.tokens), Eager())]
-    )[0]
+    found = generate(state.first(), state, [[5]], options, speculators=[Speculator(Oracle(wanted.tokens), Eager())])[0]
     assert found.tokens == wanted.tokens
     assert 1 in state.asked
     careless = Words([[5]])
@@ -235,10 +231,7 @@ def seconds(cost: SpeculationCost, clock: Timed, further: float, wrong_every: in
         wanted = plain(prompt, options)
         state = Slow([prompt], clock, further)
         speculator = Speculator(Oracle(wanted.tokens, wrong_every), cost)
-        assert (
-            generate(state.first(), state, [prompt], options, speculators=[speculator])[0].tokens
-            == wanted.tokens
-        )
+        assert generate(state.first(), state, [prompt], options, speculators=[speculator])[0].tokens == wanted.tokens
     return clock.now - start
 
 

@@ -150,9 +150,7 @@ def test_blip_settings(config: dict[str, Any]) -> None:
     pixels = ours(image)
     np.testing.assert_array_equal(pixels, pixels_by(BlipImageProcessorPil(**config), image))
     assert ours.output_size in (None, pixels.shape[1:])
-    np.testing.assert_array_equal(
-        pixels, Preprocessing.from_json(json.loads(json.dumps(ours.to_json())))(image)
-    )
+    np.testing.assert_array_equal(pixels, Preprocessing.from_json(json.loads(json.dumps(ours.to_json())))(image))
     nested = {"processor_class": "Blip2Processor", "image_processor": config}
     assert Preprocessing.from_hf(nested) == ours
 

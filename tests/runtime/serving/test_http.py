@@ -74,8 +74,7 @@ def ask(
     """One request in pieces of 1,000 bytes; with `leave` the client goes as soon as it has sent it."""
     pieces = [body[at : at + 1000] for at in range(0, len(body), 1000)] or [b""]
     incoming = [
-        {"type": "http.request", "body": piece, "more_body": at + 1 < len(pieces)}
-        for at, piece in enumerate(pieces)
+        {"type": "http.request", "body": piece, "more_body": at + 1 < len(pieces)} for at, piece in enumerate(pieces)
     ]
     sent: list[dict[str, Any]] = []
 
@@ -280,9 +279,7 @@ def test_a_prompt_of_half_characters_harms_nobody(server: Server, png: bytes) ->
     got(ask(server, "POST", "/caption", png))
 
 
-def test_health_tells_of_a_scheduler_that_failed(
-    server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_health_tells_of_a_scheduler_that_failed(server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def mistake(*_: Any) -> Any:
         raise ZeroDivisionError
 

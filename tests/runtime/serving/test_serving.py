@@ -37,9 +37,7 @@ def test_a_server_answers_and_ends(tiny_bundle: Path) -> None:
             assert (answer["prompt"], bool(answer["tokens"])) == ("two", True)
             connection.close()
             port = urlsplit(address).port
-            taken = subprocess.run(
-                [*command[:-4], "--port", str(port)], capture_output=True, text=True, timeout=120
-            )
+            taken = subprocess.run([*command[:-4], "--port", str(port)], capture_output=True, text=True, timeout=120)
             assert taken.returncode == 1
             assert "cannot listen on" in taken.stderr
         finally:

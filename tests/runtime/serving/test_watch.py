@@ -78,9 +78,7 @@ def test_new_pictures_appear(captioner: Captioner, folder: Path, monkeypatch: py
     assert names | {next(frames).name} == {"0.png", "1.png", "2.png", "later.png"}
 
 
-def test_a_picture_that_is_removed_while_it_is_looked_for(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_that_is_removed_while_it_is_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = Path.iterdir
 
     def removing(path: Path) -> Iterator[Path]:
@@ -99,7 +97,7 @@ def test_a_folder_that_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch)
     for _ in range(3):
         next(frames)
     shutil.rmtree(folder)
-    with pytest.raises(DataError, match="can be read no more"):
+    with pytest.raises(DataError, match="cannot be read any more"):
         next(frames)
 
 

@@ -162,9 +162,7 @@ def test_decode_is_transformers(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     lists = id_lists(ours)
     for skip in (True, False):
-        assert [ours.decode(ids, skip) for ids in lists] == theirs.batch_decode(
-            lists, skip_special_tokens=skip
-        )
+        assert [ours.decode(ids, skip) for ids in lists] == theirs.batch_decode(lists, skip_special_tokens=skip)
     beyond = [ours.vocab_size + 3, *lists[0], ours.vocab_size]
     assert ours.decode(beyond) == theirs.decode(beyond, skip_special_tokens=True)
     assert ours.decode(np.array(lists[0], np.int64)) == ours.decode(lists[0])  # type: ignore[arg-type]
@@ -285,9 +283,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
         ("no stop at all", (), "no stop at all"),
     ],
 )
-def test_stop_text_is_the_text_before_the_first_stop(
-    text: str, stops: tuple[str, ...], wanted: str, cuts: int
-) -> None:
+def test_stop_text_is_the_text_before_the_first_stop(text: str, stops: tuple[str, ...], wanted: str, cuts: int) -> None:
     stream = StopText(stops)
     pieces = [stream.push(text[at : at + cuts]) for at in range(0, len(text), cuts)]
     assert "".join([*pieces, stream.flush()]) == wanted

@@ -59,11 +59,7 @@ def test_the_caption_is_canonical() -> None:
         one, two = scene.first, scene.second
         assert one.colour < two.colour, "the order of naming is alphabetical"
         across, down = one.x - two.x, one.y - two.y
-        seen = (
-            ("left" if across < 0 else "right")
-            if abs(across) > abs(down)
-            else ("above" if down < 0 else "below")
-        )
+        seen = ("left" if across < 0 else "right") if abs(across) > abs(down) else ("above" if down < 0 else "below")
         assert scene.relation == seen
         assert abs(abs(across) - abs(down)) >= 5.0, "no one could dispute the relation"
         assert max(abs(across), abs(down)) > one.radius + two.radius, "the objects do not touch"

@@ -30,9 +30,7 @@ def config(kind: str, request: pytest.FixtureRequest) -> DataConfig:
     path: Path = request.getfixturevalue(kind)
     names = {"captions": "coco-captions", "questions": "coco-vqa"}
     images = "pictures" if kind in names else ""
-    return DataConfig(
-        kind=names.get(kind, kind), path=path.name, images=images, max_broken=3, shuffle_buffer=3
-    )
+    return DataConfig(kind=names.get(kind, kind), path=path.name, images=images, max_broken=3, shuffle_buffer=3)
 
 
 def take(source: SampleSource, count: int) -> list[Sample]:

@@ -128,7 +128,7 @@ def test_a_checkpoint_scores_as_transformers_does(kind: str, tmp_path: Path) -> 
 def test_a_model_is_asked_for_what_it_does(tiny_bundle: Path, tmp_path: Path) -> None:
     drawing_blip.save_blip2(tmp_path / "compares", 0)
     drawing_blip.save_clip(tmp_path / "clip", 0)
-    with pytest.raises(UsageError, match="captions none"):
+    with pytest.raises(UsageError, match="cannot caption them"):
         open_captioner(tmp_path / "compares", OPTIONS)
     with pytest.raises(UsageError, match="no matching head"):
         open_matcher(tmp_path / "clip", OPTIONS)

@@ -31,13 +31,9 @@ class Knowing:
     """Knows the captions of the held-out scenes, by their pixels; answers questions by them."""
 
     def __init__(self, count: int) -> None:
-        self.captions = {
-            scene.picture.tobytes(): scene.caption for scene in scenes(count, split="heldout", seed=SEED)
-        }
+        self.captions = {scene.picture.tobytes(): scene.caption for scene in scenes(count, split="heldout", seed=SEED)}
 
-    def __call__(
-        self, pictures: Sequence[Image.Image], prompts: Sequence[str | None] | None = None
-    ) -> list[str]:
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str | None] | None = None) -> list[str]:
         known = [self.captions[picture.tobytes()] for picture in pictures]
         if prompts is None or prompts[0] is None:
             return known
@@ -67,13 +63,9 @@ class Seeing:
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
         return self.text_vectors(self.known(pictures))
 
-    def probabilities(
-        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
+    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         captions = self.known(pictures)
-        return [
-            [float(text == caption) for text in own] for own, caption in zip(texts, captions, strict=True)
-        ]
+        return [[float(text == caption) for text in own] for own, caption in zip(texts, captions, strict=True)]
 
 
 def test_one_who_knows_the_scenes() -> None:
@@ -129,9 +121,7 @@ def data(tmp_path: Path) -> Path:
     ]
     write(tmp_path / "captions.json", {"images": images, "annotations": captions})
     questions = [{"question_id": number, "image_id": number, "question": "How many?"} for number in range(4)]
-    answers = [
-        {"question_id": number, "answer_type": "number", "answers": ["two"] * 10} for number in range(4)
-    ]
+    answers = [{"question_id": number, "answer_type": "number", "answers": ["two"] * 10} for number in range(4)]
     write(tmp_path / "questions.json", {"images": images, "questions": questions})
     write(tmp_path / "annotations.json", {"annotations": answers})
     return tmp_path
@@ -164,8 +154,7 @@ def test_captions_of_a_file(ask: Ask, data: Path, tiny_checkpoint: Drawn, tiny_b
     said = json.loads(predictions.read_text())
     assert [row["image_id"] for row in said] == [0, 1, 2]
     references = [
-        [f"{scene.caption}{' !' * copy}" for copy in range(2)]
-        for scene in scenes(3, split="heldout", seed=SEED)
+        [f"{scene.caption}{' !' * copy}" for copy in range(2)] for scene in scenes(3, split="heldout", seed=SEED)
     ]
     expected = caption_scores([row["caption"] for row in said], references)
     assert {name: figures[name] for name in expected} == expected
@@ -191,9 +180,7 @@ def test_retrieval_on_a_file(ask: Ask, data: Path, tmp_path: Path) -> None:
     assert 0.0 <= figures["image_r1"] <= figures["image_r5"] == 1.0
 
 
-def test_what_is_printed_for_people(
-    data: Path, tiny_checkpoint: Drawn, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_printed_for_people(data: Path, tiny_checkpoint: Drawn, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(tiny_checkpoint.directory)
     assert main(["eval", model, "--data", str(data / "captions.json"), "--max-new-tokens", "4"]) == 0
     printed = capsys.readouterr().out
@@ -235,9 +222,7 @@ def test_wrong_usage_is_told_in_one_line(
     assert message in error
 
 
-def test_a_recipe_says_where_the_data_is(
-    ask: Ask, data: Path, tiny_checkpoint: Drawn, tmp_path: Path
-) -> None:
+def test_a_recipe_says_where_the_data_is(ask: Ask, data: Path, tiny_checkpoint: Drawn, tmp_path: Path) -> None:
     (data / "0.txt").write_text("a caption")
     recipe = data / "recipe.toml"
     recipe.write_text('seed = 3\n[data]\nkind = "folder"\npath = "."\nmax_broken = 3\n')

@@ -184,9 +184,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache, "_files", full)
-    with pytest.raises(
-        OutputError, match=r"cannot write features to .*: No space left on device; free some space"
-    ):
+    with pytest.raises(OutputError, match=r"cannot write features to .*: No space left on device; free some space"):
         cache.add(["a"], np.zeros((1, 3, 4), np.float32))
     assert "a" not in cache
 
@@ -197,9 +195,7 @@ def test_the_hash_knows_weights_and_preprocessing(vision: Any) -> None:
     others = [
         encoder_hash(vision, replace(PREPROCESSING, mean=(0.5, 0.5, 0.5)), "float32"),
         encoder_hash(vision, PREPROCESSING, "float16"),
-        encoder_hash(
-            build_miniature(parse_config(recipes.recipe("seed = 9"))).model.vision, PREPROCESSING, "float32"
-        ),
+        encoder_hash(build_miniature(parse_config(recipes.recipe("seed = 9"))).model.vision, PREPROCESSING, "float32"),
     ]
     assert len({first, *others}) == 4
 

@@ -136,9 +136,7 @@ def test_bert_without_its_head_and_what_is_no_bert(tmp_path: Path) -> None:
         start_from_bert(draw_stage1(), tmp_path / "wide")
     (tmp_path / "other").mkdir()
     save_file({"head.weight": torch.zeros(2)}, tmp_path / "other" / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match="which every BERT has; give the directory or hub name of a BERT"
-    ):
+    with pytest.raises(CheckpointError, match="which every BERT has; give the directory or hub name of a BERT"):
         start_from_bert(draw_stage1(), tmp_path / "other")
 
 

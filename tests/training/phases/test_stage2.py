@@ -71,9 +71,7 @@ def case(theirs: Any, directory: Path, prompts: tuple[str, ...] = PROMPTS) -> Ca
     instruction = None
     inputs = {"pixel_values": pixels}
     if ours.config.instruction_positions:
-        reader = InstructionTokenizer(
-            _tokenizer(directory / "qformer_tokenizer"), ours.config.instruction_positions, 1
-        )
+        reader = InstructionTokenizer(_tokenizer(directory / "qformer_tokenizer"), ours.config.instruction_positions, 1)
         given = [texts.prompt(sample) for sample in samples(prompts)]
         ids, mask = (torch.from_numpy(array) for array in reader(given).values())
         instruction = (ids, mask)

@@ -58,9 +58,7 @@ def test_it_captions_scenes_that_it_never_saw() -> None:
 
 def test_transformers_says_the_same() -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(
-        CHECKPOINT, dtype=torch.float32
-    ).eval()
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     processor = transformers.AutoProcessor.from_pretrained(CHECKPOINT)
     shown = [scene.picture for scene in scenes(8, split="heldout", seed=78)]
     ids = theirs.generate(**processor(images=shown, return_tensors="pt"), max_new_tokens=20)
@@ -70,9 +68,7 @@ def test_transformers_says_the_same() -> None:
 
 def test_a_prompt_is_continued() -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(
-        CHECKPOINT, dtype=torch.float32
-    ).eval()
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     processor = transformers.AutoProcessor.from_pretrained(CHECKPOINT)
     shown = [make_scene(number, split="heldout", seed=SERIES).picture for number in NUMBERS]
     inputs = processor(images=shown, text=["a photo of"] * len(shown), return_tensors="pt")

@@ -1,0 +1,27 @@
+"""Axes and tensors that several graphs share."""
+
+from __future__ import annotations
+
+from blip2edge.bundle.schema import Axis, TensorSpec
+from blip2edge.model.models import Config
+
+MAX_BATCH = 8  # rows
+
+
+def batch_axis() -> Axis:
+    """The rows of a batch."""
+    return Axis("batch", 1, 1, MAX_BATCH)
+
+
+def pictures_axis(config: Config) -> Axis:
+    """The pictures of a batch; the frames of a video are consecutive rows."""
+    return Axis("batch", 1, config.frames, MAX_BATCH * config.frames)
+
+
+def image_embeds(config: Config) -> TensorSpec:
+    """The vision encoder's output, which the bridge reads."""
+    return TensorSpec(
+        "image_embeds",
+        "float32",
+        (pictures_axis(config), config.vision.num_embeds, config.vision.hidden_size),
+    )
