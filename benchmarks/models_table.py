@@ -97,8 +97,8 @@ def visual_tokens(config: Config) -> str:
         return f"{config.frames} × {each}"
     cross = config.language.cross
     if config.bridge.kind == "none":
-        return f"{config.vision.num_positions}, looked at"
-    return f"{each}, looked at" if cross is not None and cross.source == "visual_tokens" else str(each)
+        return f"{config.vision.num_positions}, attended to"
+    return f"{each}, attended to" if cross is not None and cross.source == "visual_tokens" else str(each)
 
 
 def passing(name: str, parity: dict[str, Any]) -> str:
@@ -145,8 +145,8 @@ def checkpoints() -> str:
 
 EXPLANATION = """\
 Parameters in millions, a shared table counted once. *A picture*: slots of the language model's input, or what its
-layers look at beside their text. *Parity*: the largest difference from torch in any output of any graph, as a share of
-that output's largest value, measured on the same architecture shrunk to a few random layers
+layers attend to besides their text. *Parity*: the largest difference from torch in any output of any graph, as a share
+of that output's largest value, measured on the same architecture shrunk to a few random layers
 (`python benchmarks/parity.py`); the bounds are {bounds}.
 `attention-pool-opt-2.7b` is BLIP-2's shape with another bridge; no such checkpoint is published.
 """

@@ -10,14 +10,14 @@ import onnx_ir as ir
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION, GraphSpec
 from blip2edge.optimization.graph import dims, producer
-from blip2edge.runtime.bench.roofline import Work
+from blip2edge.runtime.bench.roofline import StageCost
 
 PRODUCTS = ("MatMul", "Gemm")
 STORED = ("DequantizeLinear", "Cast")
 """Nodes between a weight and its product."""
 
 
-def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int = 1) -> Work:
+def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int = 1) -> StageCost:
     """Operations and bytes of one run of a portable graph.
 
     Args:
@@ -27,7 +27,7 @@ def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int
         asked: Tokens that get logits.
     """
     known = {name: axis.min for name, axis in spec.axes().items()} | dict(sizes) | {"asked": asked}
-    total = Work(0.0, 0.0, 0.0)
+    total = StageCost(0.0, 0.0, 0.0)
     read: set[str] = set()
     for node in ir.load(path).graph:
         if node.op_type in PRODUCTS:
@@ -37,18 +37,18 @@ def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int
     return total
 
 
-def decode_cost(bundle: Bundle, past: int) -> Work:
+def decode_cost(bundle: Bundle, past: int) -> StageCost:
     """A decode step in one row with ``past`` tokens in the KV cache, which is read too."""
     spec, cache = bundle.graph(DECODER).spec, bundle.manifest.cache
     cost = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "past": past, "steps": 1})
     if cache is None:
         return cost
-    return cost + Work(0.0, 0.0, 8.0 * cache.num_layers * cache.num_heads * cache.head_dim * past)
+    return cost + StageCost(0.0, 0.0, 8.0 * cache.num_layers * cache.num_heads * cache.head_dim * past)
 
 
-def stage_costs(bundle: Bundle, prompt: int, tokens: int) -> dict[str, Work]:
+def stage_costs(bundle: Bundle, prompt: int, tokens: int) -> dict[str, StageCost]:
     """The stages of a caption: vision, bridge, prefill of ``prompt`` tokens, and ``tokens - 1`` decode steps."""
-    found: dict[str, Work] = {}
+    found: dict[str, StageCost] = {}
     for stage, graph in (("vision", VISION), ("bridge", BRIDGE)):
         if graph in bundle.manifest.graphs:
             spec = bundle.graph(graph).spec
@@ -57,13 +57,13 @@ def stage_costs(bundle: Bundle, prompt: int, tokens: int) -> dict[str, Work]:
     found["prefill"] = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "past": 0, "steps": prompt})
     step, last = decode_cost(bundle, prompt), decode_cost(bundle, prompt + tokens)
     steps = max(tokens - 1, 0)
-    found["decode"] = Work(
+    found["decode"] = StageCost(
         *(steps * (one + other) / 2 for one, other in zip(vars(step).values(), vars(last).values(), strict=True))
     )
     return found
 
 
-def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> Work:
+def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> StageCost:
     """Additions and multiplications of a matrix product; the bytes of a weight count once."""
     first, second = node.inputs[0], node.inputs[1]
     out, inner = _shape(node.outputs[0], known), _shape(first, known)[-1:]
@@ -72,7 +72,7 @@ def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> Work:
         operations *= size
     weight = _stored(second)
     if weight is None:
-        return Work(operations, 0.0, 0.0)
+        return StageCost(operations, 0.0, 0.0)
     array_bytes = 0.0
     if weight.name not in read and weight.const_value is not None:
         read.add(str(weight.name))
@@ -82,7 +82,7 @@ def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> Work:
         if weight is not second and scale is not None and scale.const_value is not None:
             array_bytes += float(scale.const_value.nbytes)
     whole = weight is not second
-    return Work(0.0 if whole else operations, operations if whole else 0.0, array_bytes)
+    return StageCost(0.0 if whole else operations, operations if whole else 0.0, array_bytes)
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
@@ -94,14 +94,14 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     return value if value is not None and value.const_value is not None else None
 
 
-def _convolution(node: ir.Node, known: Mapping[str, int]) -> Work:
+def _convolution(node: ir.Node, known: Mapping[str, int]) -> StageCost:
     weight = node.inputs[1].const_value if node.inputs[1] is not None else None
     if weight is None:
-        return Work(0.0, 0.0, 0.0)
+        return StageCost(0.0, 0.0, 0.0)
     operations = 2.0 * weight.size / weight.shape.numpy()[0]
     for size in _shape(node.outputs[0], known):
         operations *= size
-    return Work(operations, 0.0, float(weight.nbytes))
+    return StageCost(operations, 0.0, float(weight.nbytes))
 
 
 def _shape(value: ir.Value | None, known: Mapping[str, int]) -> list[int]:

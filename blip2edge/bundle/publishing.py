@@ -120,7 +120,7 @@ def _check_target(target: Path, force: bool, marker: str | None) -> None:
             f"give another output directory, or replace it with {option('force', on=True)}",
         )
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file, but the output is a directory", "give another -o")
+        raise OutputError(f"{target} is a file, but the output is a directory", "give another output directory")
     if marker is None or not target.exists() or (target / marker).is_file():
         return
     if any(target.iterdir()):
@@ -133,5 +133,7 @@ def _check_target(target: Path, force: bool, marker: str | None) -> None:
 def output_error(path: Path, error: OSError) -> OutputError:
     """The error of an output that the operating system refuses to write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"the disk is full: {path} could not be written", "free space, or give another -o")
+        return OutputError(
+            f"the disk is full: {path} could not be written", "free space, or give another output directory"
+        )
     return OutputError(f"{path} could not be written ({error.strerror or error})", "check the path and its permissions")

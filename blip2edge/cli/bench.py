@@ -18,7 +18,7 @@ from blip2edge.progress import Progress
 if TYPE_CHECKING:
     import argparse
 
-    from blip2edge.runtime.bench.measure import WorkOf
+    from blip2edge.runtime.bench.measure import CostOf
     from blip2edge.runtime.captioning.captioner import Captioner
 
 
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads, draft=options.draft)
     loaded = time.perf_counter() - start
     with Progress() as progress:
-        report = bench(captioner, chosen, start_s=loaded, work_of=_work_of(captioner), progress=progress)
+        report = bench(captioner, chosen, start_s=loaded, cost_of=_cost_of(captioner), progress=progress)
     print(json.dumps(report.to_json(), indent=2) if options.json else markdown(report))
     if options.html is not None:
         write(options.html, bench_page(report), "--html")
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _work_of(captioner: Captioner) -> WorkOf | None:
+def _cost_of(captioner: Captioner) -> CostOf | None:
     """Counts the operations and bytes of each stage; None where the onnx packages are not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnx_ir")):
         return None

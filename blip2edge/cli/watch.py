@@ -6,6 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from blip2edge.cli.caption import load_captioner
 from blip2edge.cli.flag_groups import add_bundle, add_generation, given_generation
 from blip2edge.cli.flag_types import share_or_zero
 
@@ -41,12 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Caption the newest frame again and again, until the source ends or Ctrl-C."""
-    from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.watch import open_source
     from blip2edge.runtime.serving.watch import watch as live
 
     frames = open_source(options.source, follow=not options.once)
-    captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
+    captioner = load_captioner(options)
     flags = given_generation(options)
     dropped = 0
     for caption in live(

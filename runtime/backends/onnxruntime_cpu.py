@@ -242,6 +242,6 @@ def _package() -> Any:
     except ImportError as error:
         raise BackendError(
             "the cpu backend needs onnxruntime, which is not installed",
-            'install it: pip install "blip2edge[cpu]"',
+            "install it: pip install 'blip2edge[cpu]'",
         ) from error
     return onnxruntime

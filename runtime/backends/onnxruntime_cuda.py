@@ -34,7 +34,7 @@ POSITION_AXIS = 2
 """The axis of ``[B, H, P, d]`` that is sliced."""
 
 RunModel = Callable[[bytes, Mapping[str, Any]], Any]
-"""Runs a model of :mod:`onnx_bytes` on the device; its output ``y`` as an ``OrtValue``."""
+"""Runs a model of :mod:`blip2edge.runtime.backends.onnx_bytes` on the device; its output ``y`` as an ``OrtValue``."""
 
 
 def open_graph(
@@ -100,13 +100,13 @@ def checked_package(provider: str) -> Any:
     except ImportError as error:
         raise BackendError(
             f"{provider} needs onnxruntime-gpu, which is not installed",
-            'install it: pip install "blip2edge[gpu]"; on a Jetson, see docs/jetson.md',
+            "install it: pip install 'blip2edge[gpu]'; on a Jetson, see docs/jetson.md",
         ) from error
     if provider not in onnxruntime.get_available_providers():
         names = ", ".join(onnxruntime.get_available_providers())
         raise BackendError(
             f"this onnxruntime has no {provider}, only {names}",
-            'pip uninstall onnxruntime, then pip install "blip2edge[gpu]"; on a Jetson, see docs/jetson.md',
+            "pip uninstall onnxruntime, then pip install 'blip2edge[gpu]'; on a Jetson, see docs/jetson.md",
         )
     check = check_provider(onnxruntime, provider)
     if not check.ok:
@@ -144,7 +144,7 @@ class DeviceSession:
         """See :class:`blip2edge.runtime.backends.base.Session`; inputs and outputs may be on the device."""
         names = list(self.output_names if outputs is None else outputs)
         devices = [self._device if name.startswith(ON_DEVICE) else ("cpu", 0) for name in names]
-        values = self._run_bound(self._session, inputs, zip(names, devices, strict=True))
+        values = self._run_with_binding(self._session, inputs, zip(names, devices, strict=True))
         return {
             name: DeviceArray(value, self.run_model) if name.startswith(ON_DEVICE) else value.numpy()
             for name, value in zip(names, values, strict=True)
@@ -152,14 +152,14 @@ class DeviceSession:
 
     def run_model(self, model: bytes, inputs: Mapping[str, Any]) -> Any:
         """Runs a small model on the device; see :data:`RunModel`."""
-        return self._run_bound(self._open_model(model), inputs, [("y", self._device)])[0]
+        return self._run_with_binding(self._open_model(model), inputs, [("y", self._device)])[0]
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         del self._session
         self._open_model.cache_clear()
 
-    def _run_bound(
+    def _run_with_binding(
         self, session: Any, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
     ) -> list[Any]:
         """Runs a session of ONNX Runtime; ``OrtValue`` of each output, on the device that stands beside its name."""

@@ -91,7 +91,7 @@ def _package() -> Any:
     except ImportError as error:
         raise BackendError(
             "the openvino backend needs openvino, which is not installed",
-            'install it: pip install "blip2edge[openvino]"',
+            "install it: pip install 'blip2edge[openvino]'",
         ) from error
     return openvino
 

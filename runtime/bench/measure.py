@@ -25,7 +25,7 @@ from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.backends.optimized_copy import installed
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
-from blip2edge.runtime.bench.roofline import Roofline, Work, measure
+from blip2edge.runtime.bench.roofline import Roofline, StageCost, measure
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.pipeline import EncodedBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES
@@ -72,7 +72,7 @@ class StageTimes:
         ms: Percentiles of the wall time in milliseconds: ``p50``, ``p90``, ``p99``.
         cpu_ms: Median CPU time in milliseconds.
         least_cpu_ms: Least CPU time in milliseconds; ``share`` is computed from it.
-        share: The time at the roofline over the least CPU time, at most 1; None where the work is not known.
+        share: The time at the roofline over the least CPU time, at most 1; None where the cost is not known.
         bound: What limits the stage at the roofline, ``products`` or ``bytes``; empty where that is not known.
     """
 
@@ -183,7 +183,7 @@ class Bench:
         found = [self.captioner.caption(item, prompt=self.prompt, **forced) for _ in range(runs)]
         return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
-    def slots(self, prompt: str | None = None) -> int:
+    def prompt_length(self, prompt: str | None = None) -> int:
         """Length of the decoder's prompt, visual tokens included."""
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
         initial = self.captioner.generator.language.initial
@@ -204,7 +204,7 @@ class Bench:
         rows = []
         for count in words:
             text = "a " * count
-            slots = self.slots(text)
+            slots = self.prompt_length(text)
             if slots + 1 > self.captioner.bundle.manifest.max_positions:
                 break
             runs = [self.caption(1, prompt=text) for _ in range(GROWTH_RUNS)]
@@ -215,7 +215,7 @@ class Bench:
         """CPU milliseconds for each token, by the length of the caption."""
         rows = []
         for tokens in lengths:
-            if tokens < 2 or self.slots() + tokens > self.captioner.bundle.manifest.max_positions:
+            if tokens < 2 or self.prompt_length() + tokens > self.captioner.bundle.manifest.max_positions:
                 continue
             runs = [self.caption(tokens) for _ in range(GROWTH_RUNS)]
             least = min(run.cpu_ms["decode"] for run in runs)
@@ -223,8 +223,8 @@ class Bench:
         return rows
 
 
-WorkOf = Callable[[int, int], Mapping[str, Work]]
-"""Computes the work of each stage from the length of the prompt and the number of tokens of the caption."""
+CostOf = Callable[[int, int], Mapping[str, StageCost]]
+"""Computes the cost of each stage from the length of the prompt and the number of tokens of the caption."""
 
 
 def bench(
@@ -232,7 +232,7 @@ def bench(
     options: BenchOptions,
     *,
     start_s: float,
-    work_of: WorkOf | None = None,
+    cost_of: CostOf | None = None,
     progress: ProgressCallback | None = None,
 ) -> BenchReport:
     """Measures a captioner.
@@ -241,12 +241,12 @@ def bench(
         captioner: A loaded bundle.
         options: What to measure.
         start_s: Seconds that loading it took.
-        work_of: Counts the work of the stages; None where the graphs cannot be read.
+        cost_of: Counts the operations and bytes of the stages; None where the graphs cannot be read.
         progress: Called with a stage's name, steps done and steps in all.
     """
     report = progress or (lambda stage, done, total: None)
     run = Bench(captioner)
-    room = captioner.bundle.manifest.max_positions - run.slots()
+    room = captioner.bundle.manifest.max_positions - run.prompt_length()
     tokens = max(1, min(options.tokens, room))
     clocks: list[CpuClock] = []
     energy = EnergyMeter()
@@ -258,8 +258,8 @@ def bench(
             clocks.append(run.caption(tokens))
     report("roofline", 0, 1)
     roofline = _roofline(captioner)
-    work = work_of(run.slots(), tokens) if work_of is not None and roofline is not None else {}
-    stages = _stages(clocks, work, roofline)
+    costs = cost_of(run.prompt_length(), tokens) if cost_of is not None and roofline is not None else {}
+    stages = _stages(clocks, costs, roofline)
     report("sweeps", 0, 3)
     sweeps = {"batch": run.sweep_batches(options.batches, tokens)}
     report("sweeps", 1, 3)
@@ -277,7 +277,7 @@ def bench(
         start_s=start_s,
         memory={"peak": meter.peak, "resident": resident_bytes(), "graphs": _graph_bytes(captioner)},
         sweeps=sweeps,
-        left_out=_left_out(captioner, energy, work_of is not None, roofline is not None),
+        left_out=_left_out(captioner, energy, cost_of is not None, roofline is not None),
         energy=_energy(energy, options.runs),
         draft=run.drafted(tokens, options.runs),
         roofline={} if roofline is None else roofline.to_json(),
@@ -296,33 +296,37 @@ def _roofline(captioner: Captioner) -> Roofline | None:
     return None
 
 
-def _stages(clocks: Sequence[CpuClock], work: Mapping[str, Work], roofline: Roofline | None) -> dict[str, StageTimes]:
+def _stages(
+    clocks: Sequence[CpuClock], costs: Mapping[str, StageCost], roofline: Roofline | None
+) -> dict[str, StageTimes]:
     stages: dict[str, StageTimes] = {}
     for stage in STAGES:
         wall = [clock.ms[stage] for clock in clocks]
         cpu = [clock.cpu_ms[stage] for clock in clocks]
-        stages[stage] = _times(wall, cpu, work.get(stage), roofline)
+        stages[stage] = _times(wall, cpu, costs.get(stage), roofline)
     total = [sum(clock.ms.values()) for clock in clocks]
     stages["total"] = _times(total, [sum(clock.cpu_ms.values()) for clock in clocks], None, roofline)
     return stages
 
 
-def _times(wall: Sequence[float], cpu: Sequence[float], work: Work | None, roofline: Roofline | None) -> StageTimes:
+def _times(
+    wall: Sequence[float], cpu: Sequence[float], cost: StageCost | None, roofline: Roofline | None
+) -> StageTimes:
     ms = {f"p{part}": float(np.percentile(wall, part)) for part in PERCENTILES}
     least, share, bound = min(cpu), None, ""
-    if work is not None and roofline is not None:
-        share = work.seconds(roofline) * 1e3 / least if least > 0 else None
-        bound = work.bound(roofline)
+    if cost is not None and roofline is not None:
+        share = cost.seconds(roofline) * 1e3 / least if least > 0 else None
+        bound = cost.bound(roofline)
     return StageTimes(ms, float(np.median(cpu)), least, share, bound)
 
 
-def _left_out(captioner: Captioner, energy: EnergyMeter, has_work: bool, has_roofline: bool) -> dict[str, str]:
+def _left_out(captioner: Captioner, energy: EnergyMeter, has_costs: bool, has_roofline: bool) -> dict[str, str]:
     left: dict[str, str] = {}
     if energy.reason:
         left["energy"] = energy.reason
     if not has_roofline:
         left["roofline"] = "it is measured with ONNX Runtime or OpenVINO, and neither is installed"
-    elif not has_work:
+    elif not has_costs:
         left["roofline shares"] = "the graphs are read with the packages onnx and onnx_ir, which are not installed"
     sizes = captioner.bundle.graph(VISION).spec.inputs[0].dims[2:]
     if all(isinstance(size, int) for size in sizes):

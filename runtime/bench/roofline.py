@@ -49,8 +49,8 @@ class Roofline:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The least work of a stage.
+class StageCost:
+    """The least operations and bytes of a stage.
 
     Attributes:
         float_ops: Additions and multiplications in float32.
@@ -62,8 +62,10 @@ class Work:
     integer_ops: float
     bytes: float
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.float_ops + other.float_ops, self.integer_ops + other.integer_ops, self.bytes + other.bytes)
+    def __add__(self, other: StageCost) -> StageCost:
+        return StageCost(
+            self.float_ops + other.float_ops, self.integer_ops + other.integer_ops, self.bytes + other.bytes
+        )
 
     def seconds(self, roofline: Roofline) -> float:
         """The least time it can take: that of its products or that of its bytes, whichever is longer."""
@@ -119,13 +121,13 @@ def _seconds(backend: str, rows: int, inner: int, columns: int, *, integer: bool
     return least
 
 
-def _least(work: Callable[[], Any]) -> float:
+def _least(compute: Callable[[], Any]) -> float:
     """The least CPU time of :data:`REPEATS` runs, after one that warms up."""
-    work()
+    compute()
     times = []
     for _ in range(REPEATS):
         start = time.process_time()
-        work()
+        compute()
         times.append(time.process_time() - start)
     return max(min(times), 1e-9)
 

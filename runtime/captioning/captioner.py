@@ -63,7 +63,7 @@ class Captioner:
         check_bundle(bundle, "Captioner")
         self.bundle = bundle
         self.graphs = GraphOpener(bundle, backend, threads)
-        self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=backend)
+        self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=self.graphs.backend)
         self.prompts, self.tokenizer = self.encoder.text.prompts, self.encoder.text.tokenizer
 
     @classmethod

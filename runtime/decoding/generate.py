@@ -135,7 +135,7 @@ class Generation:
         options: Without beams.
         vocabulary: Number of logits V.
         initial: Ids that the decoder was started with.
-        stopped: Says of the generated ids whether the text is over, beside the end tokens.
+        stopped: Whether the generated ids finish the text; the end tokens always do.
         number: Of its random stream.
         speculator: Speculative decoding while the row is decoded alone; None for plain decoding.
 

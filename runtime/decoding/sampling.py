@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from blip2edge.errors import BackendError, option
 
-_CHUNK = 128  # values per chunk when the largest k of many are looked for
-_NUCLEUS = 512  # tokens that top-p looks at first; a nucleus is rarely larger
+_CHUNK = 128  # values per chunk when the largest k of many are searched
+_NUCLEUS = 512  # tokens that top-p sorts first; a nucleus is rarely larger
 
 
 def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:

@@ -92,7 +92,7 @@ def _from_video(path: Path, count: int) -> list[ImageSource]:
     except ImportError as error:
         raise ImageError(
             f"{path}: reading a video needs PyAV, which is not installed",
-            'install it: pip install "blip2edge[video]"',
+            "install it: pip install 'blip2edge[video]'",
         ) from error
     try:
         with av.open(str(path)) as container:

@@ -18,7 +18,7 @@ from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, option
-from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, SlotDecoder, SlotState
+from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, FixedDecoder, FixedState
 from blip2edge.runtime.decoding.state import stacked
 from blip2edge.runtime.tensorrt.cuda import Mirror
 from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines, Workspace, is_cross
@@ -28,8 +28,8 @@ GREEDY = ("inputs_embeds", "position_ids", CACHE_POSITION)
 """Inputs of the next step that the choice of a token computes."""
 
 
-class DeviceSlots:
-    """A cache on the GPU; see :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`.
+class DeviceCache:
+    """A cache on the GPU; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`.
 
     Args:
         engines: The engines that decode.
@@ -47,7 +47,7 @@ class DeviceSlots:
                 self.device.cuda.zero(half.address, half.size, self.device.stream)
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
         device, space = self.device, self.workspace
         steps, asked = inputs["inputs_embeds"].shape[1], inputs["logits_indices"].shape[1]
         profile = "verify" if asked > 1 else "decode" if steps == 1 else "prefill"
@@ -68,7 +68,7 @@ class DeviceSlots:
             return np.array(view, np.float32)
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
         self._cross = {name: array[rows] for name, array in self._cross.items()}
         with self.device.lock:
             old = self.workspace
@@ -80,7 +80,7 @@ class DeviceSlots:
             release()
 
     def shift(self, row: int, by: int, length: int) -> None:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`; through the half that the next step writes."""
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`; through the half that the next step writes."""
         space, device = self.workspace, self.device
         source, target = max(-by, 0) * space.slot_bytes, max(by, 0) * space.slot_bytes
         width, pitch = (length - max(-by, 0)) * space.slot_bytes, space.head_bytes
@@ -93,8 +93,8 @@ class DeviceSlots:
                 copy(there + target, pitch, here + source, pitch, width, heads, device.stream)
                 copy(here + target, pitch, there + target, pitch, width, heads, device.stream)
 
-    def append(self, other: DeviceSlots) -> None:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.SlotCache`."""
+    def append(self, other: DeviceCache) -> None:
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
         self._cross = {name: stacked(name, array, other._cross[name]) for name, array in self._cross.items()}
         with self.device.lock:
             first, second = self.workspace, other.workspace
@@ -137,10 +137,10 @@ class DeviceSlots:
         )
 
 
-class DeviceState(SlotState):
+class DeviceState(FixedState):
     """The rows of a batch on a GPU. Besides what every state does, it decodes greedily without the host."""
 
-    cache: DeviceSlots
+    cache: DeviceCache
 
     def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
         """Yields the likeliest next tokens, ``[B]`` each, while the next step already runs.
@@ -193,8 +193,8 @@ class DeviceState(SlotState):
             "attention_mask": self.mask,
             "logits_indices": np.zeros((self.batch_size, 1), np.int64),
         }
-        if self._looks is not None:
-            values[CROSS_MASK] = self._looks[:, -1:]
+        if self._cross_mask is not None:
+            values[CROSS_MASK] = self._cross_mask[:, -1:]
         for name, array in values.items():
             halves = (0, 1) if name not in GREEDY else (cache.half,)
             for half in halves:
@@ -243,7 +243,7 @@ class DeviceState(SlotState):
         choice.enqueue()
 
 
-class DeviceDecoder(SlotDecoder):
+class DeviceDecoder(FixedDecoder):
     """The decoder of a bundle's engines.
 
     Args:
@@ -261,7 +261,7 @@ class DeviceDecoder(SlotDecoder):
                 f"build it again without {option('decoder')} concatenated",
             )
         super().__init__(
-            lambda rows, context: DeviceSlots(engines, rows, context),
+            lambda rows, context: DeviceCache(engines, rows, context),
             spec,
             engines.capacity,
             spec.axes()["batch"].max,

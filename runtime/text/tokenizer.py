@@ -85,7 +85,7 @@ class Tokenizer:
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with what the tokenizer's template puts around it unless told otherwise.
+        """Token ids of a text, with what the tokenizer's template puts around it by default.
 
         Raises:
             PromptError: The text holds half a surrogate pair, which is no character.

@@ -26,12 +26,12 @@ from blip2edge.engine.constant_shape import (
 from blip2edge.errors import BackendError, EngineError
 from blip2edge.runtime.backends.base import OptimizedFile, open_session
 from blip2edge.runtime.backends.onnxruntime_cpu import open_graph
-from blip2edge.runtime.decoding.kv.fixed import SlotDecoder
+from blip2edge.runtime.decoding.kv.fixed import FixedDecoder
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
 from blip2edge.runtime.decoding.language_model import load_language_model
 from tests.engine.conftest import BundleOf
 from tests.engine.families import DECODERS
-from tests.engine.host_slots import HostSlots
+from tests.engine.host_cache import HostCache
 
 WITHIN = 1e-4  # of logits; the largest seen is 1.3e-5
 CAPACITY = 40
@@ -51,7 +51,7 @@ def save_constant_shape(path: Path, cache: CacheSpec, output: Path) -> Path:
     return output
 
 
-def decoders(path: Path, directory: Path, max_rows: int = 16) -> tuple[GrowingDecoder, SlotDecoder]:
+def decoders(path: Path, directory: Path, max_rows: int = 16) -> tuple[GrowingDecoder, FixedDecoder]:
     """Both forms of a bundle's decoder."""
     bundle = Bundle.open(path)
     cache, spec = bundle.manifest.cache, bundle.graph(DECODER).spec
@@ -61,11 +61,11 @@ def decoders(path: Path, directory: Path, max_rows: int = 16) -> tuple[GrowingDe
     session = open_graph(written, 1, OptimizedFile(bundle.path))
     decoder: GrowingDecoder = grows.decoder
 
-    def open_cache(batch: int, context: Any) -> HostSlots:
-        return HostSlots(session, cache, CAPACITY, decoder.cache_dtype, batch, context)
+    def open_cache(batch: int, context: Any) -> HostCache:
+        return HostCache(session, cache, CAPACITY, decoder.cache_dtype, batch, context)
 
     fixed = constant_shape_spec(spec, cache, CAPACITY)
-    return decoder, SlotDecoder(open_cache, fixed, CAPACITY, max_rows, decoder.table)
+    return decoder, FixedDecoder(open_cache, fixed, CAPACITY, max_rows, decoder.table)
 
 
 def drawn_context(path: Path, rows: int, steps: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:

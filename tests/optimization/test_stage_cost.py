@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
 from blip2edge.optimization.stage_cost import graph_cost
-from blip2edge.runtime.bench.roofline import Work
+from blip2edge.runtime.bench.roofline import StageCost
 
 BATCH, STEPS = Axis("batch", 1, 1, 8), Axis("steps", 1, 4, 16)
 
@@ -64,7 +64,7 @@ def test_products_of_weights_and_of_activations(tmp_path: Path) -> None:
     found = graph_cost(path, spec(BATCH, STEPS, 8), {"batch": 2, "steps": 5})
     projected = 2 * (2 * 5) * 8 * 16
     attended = 2 * 2 * 5 * 5 * 16
-    assert found == Work(2 * projected + attended, 0.0, 8 * 16 * 4)
+    assert found == StageCost(2 * projected + attended, 0.0, 8 * 16 * 4)
     shortest = graph_cost(path, spec(BATCH, STEPS, 8), {})
     assert shortest.float_ops == 2 * (2 * 8 * 16) + 2 * 16
 
@@ -74,7 +74,7 @@ def test_patches(tmp_path: Path) -> None:
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], strides=[8, 8], kernel_shape=[8, 8])]
     path = saved(tmp_path / "g.onnx", nodes, {"w": ones(24, 3, 8, 8)}, x=["batch", 3, 32, 32], y=["batch", 24, 4, 4])
     found = graph_cost(path, spec(BATCH, 3, 32, 32), {"batch": 2})
-    assert found == Work(2.0 * 2 * 16 * 24 * (3 * 8 * 8), 0.0, 24 * 3 * 8 * 8 * 4)
+    assert found == StageCost(2.0 * 2 * 16 * 24 * (3 * 8 * 8), 0.0, 24 * 3 * 8 * 8 * 4)
 
 
 def test_integer_weights_and_their_scales(tmp_path: Path) -> None:
@@ -85,4 +85,4 @@ def test_integer_weights_and_their_scales(tmp_path: Path) -> None:
     ]
     weights = {"w": ones(8, 16, dtype="int8"), "scale": ones(16)}
     path = saved(tmp_path / "g.onnx", nodes, weights, x=["batch", 8], f=[8, 16], y=["batch", 16])
-    assert graph_cost(path, spec(BATCH, 8), {"batch": 3}) == Work(0.0, 2.0 * 3 * 8 * 16, 8 * 16 + 16 * 4)
+    assert graph_cost(path, spec(BATCH, 8), {"batch": 3}) == StageCost(0.0, 2.0 * 3 * 8 * 16, 8 * 16 + 16 * 4)

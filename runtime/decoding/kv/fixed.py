@@ -1,7 +1,7 @@
 """A KV cache of constant capacity, for graphs whose shapes may not change (CUDA graphs).
 
 ``engine/constant_shape.py`` describes the graph's inputs. All rows of a batch continue in the same slot; shorter rows
-have masked slots on their left. :class:`SlotCache` moves keys and values, so that the same state serves a cache on a
+have masked slots on their left. :class:`FixedCache` moves keys and values, so that the same state serves a cache on a
 GPU and one of NumPy arrays, which the tests use.
 """
 
@@ -23,10 +23,10 @@ from blip2edge.runtime.text.prompt import left_padded
 CACHE_POSITION = "cache_position"
 
 
-class SlotCache(Protocol):
+class FixedCache(Protocol):
     """The keys and values of some rows, and the graph that reads and writes them.
 
-    ``[B, H, C, d]`` a layer and kind; what the decoder looks at beside its text is kept here as well.
+    ``[B, H, C, d]`` for each layer and kind. The cross-attention keys and values are kept here as well.
     """
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
@@ -42,15 +42,15 @@ class SlotCache(Protocol):
         ...
 
     def append(self, other: Any) -> None:
-        """The rows of another cache of the same decoder come behind these."""
+        """Adds the rows of another cache of the same decoder after its own."""
         ...
 
 
-OpenCache = Callable[[int, Mapping[str, Array]], SlotCache]
-"""Makes an empty cache for B rows, with what they look at beside their text."""
+OpenCache = Callable[[int, Mapping[str, Array]], FixedCache]
+"""Makes an empty cache for B rows, given their cross-attention keys and values by name."""
 
 
-class SlotDecoder:
+class FixedDecoder:
     """A constant-shape decoder and its token table.
 
     Args:
@@ -61,7 +61,7 @@ class SlotDecoder:
         table: The token table.
     """
 
-    state_class: type[SlotState]
+    state_class: type[FixedState]
 
     def __init__(self, open_cache: OpenCache, spec: GraphSpec, capacity: int, max_rows: int, table: TokenTable) -> None:
         self.open_cache = open_cache
@@ -77,7 +77,7 @@ class SlotDecoder:
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
-    ) -> tuple[NDArray[np.float32], SlotState]:
+    ) -> tuple[NDArray[np.float32], FixedState]:
         """Runs whole prompts; arguments and result as :meth:`.GrowingDecoder.prefill`.
 
         Raises:
@@ -88,13 +88,13 @@ class SlotDecoder:
         batch, longest = valid.shape
         mask = np.ones((batch, self.capacity), np.int64)
         mask[:, :longest] = valid
-        looks = dict(context or {})
-        per_slot = looks.pop(CROSS_MASK) if _is_per_slot(looks) else None
-        state = self.state_class(self, self.open_cache(batch, looks), mask, positions[:, -1], per_slot)
+        cross = dict(context or {})
+        per_token = cross.pop(CROSS_MASK) if _is_per_token(cross) else None
+        state = self.state_class(self, self.open_cache(batch, cross), mask, positions[:, -1], per_token)
         return state.advance(embeds, positions, 1)[:, 0], state
 
     def check(self, rows: int, slots: int) -> None:
-        """Raises BackendError where the graph has not as many rows or slots."""
+        """Raises BackendError where the graph was built for fewer rows or slots."""
         if rows > self.max_rows:
             raise BackendError(
                 f"{rows} rows (pictures times beams) are more than the {self.max_rows} that the engine was built for",
@@ -107,8 +107,8 @@ class SlotDecoder:
             )
 
 
-class SlotState:
-    """The rows of a batch on their way; it follows the ``DecodeState`` protocol of ``options.py``.
+class FixedState:
+    """The rows of a batch. A ``RowState``.
 
     Attributes:
         slot: The slot that the next token is written to.
@@ -116,18 +116,18 @@ class SlotState:
 
     def __init__(
         self,
-        decoder: SlotDecoder,
-        cache: SlotCache,
+        decoder: FixedDecoder,
+        cache: FixedCache,
         mask: NDArray[np.int64],
         positions: NDArray[np.int64],
-        looks: NDArray[np.int64] | None,
+        cross_mask: NDArray[np.int64] | None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.slot = 0
         self.mask = mask
         self.positions = positions
-        self._looks = looks
+        self._cross_mask = cross_mask
 
     @property
     def batch_size(self) -> int:
@@ -136,7 +136,7 @@ class SlotState:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens that each row has read, prompt included, ``[B]``."""
+        """Tokens of each row in the cache, prompt included, ``[B]``."""
         return self.positions + 1
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -144,7 +144,7 @@ class SlotState:
         return self.extend(token_ids[:, None])[:, 0]
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Appends k tokens ``[B, k]`` to each row in one pass; the logits ``[B, k, V]`` behind each of them."""
+        """Appends k tokens ``[B, k]`` to each row in one pass; the logits ``[B, k, V]`` after each of them."""
         steps = token_ids.shape[1]
         self.make_room(steps)
         positions = self.positions[:, None] + np.arange(1, steps + 1)
@@ -153,10 +153,10 @@ class SlotState:
         return self.advance(embeds, positions, steps)
 
     def make_room(self, steps: int) -> None:
-        """Drops slots that no row uses, where S more would not fit.
+        """Drops slots that no row uses, where ``steps`` more would not fit.
 
         Raises:
-            BackendError: They do not fit then either.
+            BackendError: They still do not fit.
         """
         if self.slot + steps <= self.decoder.capacity:
             return
@@ -177,7 +177,7 @@ class SlotState:
         least = int(cut.min())
         self.slot -= least
         for row, by in enumerate(cut.tolist()):
-            if by > least:  # all rows go on in the same slot: what keeps less moves to the right
+            if by > least:  # all rows continue in the same slot: shorter rows move to the right
                 self._shift(row, by - least)
         self.positions = np.asarray(lengths, np.int64) - 1
 
@@ -187,10 +187,10 @@ class SlotState:
             return
         self.decoder.check(len(rows), self.slot)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
-        self._looks = None if self._looks is None else self._looks[rows]
+        self._cross_mask = None if self._cross_mask is None else self._cross_mask[rows]
         self.cache.select(rows)
 
-    def join(self, other: SlotState) -> None:
+    def join(self, other: FixedState) -> None:
         """Adds the rows of another state of the same decoder; the other state is used up."""
         self.decoder.check(self.batch_size + other.batch_size, self.slot)
         last = max(self.slot, other.slot)
@@ -201,8 +201,8 @@ class SlotState:
                 state._shift(row, by)
         self.mask = np.concatenate([self.mask, other.mask])
         self.positions = np.concatenate([self.positions, other.positions])
-        if self._looks is not None and other._looks is not None:
-            self._looks = stacked(CROSS_MASK, self._looks[:, -1:], other._looks[:, -1:])
+        if self._cross_mask is not None and other._cross_mask is not None:
+            self._cross_mask = stacked(CROSS_MASK, self._cross_mask[:, -1:], other._cross_mask[:, -1:])
         self.cache.append(other.cache)
 
     def advance(self, embeds: Array, positions: NDArray[np.int64], asked: int) -> NDArray[np.float32]:
@@ -224,15 +224,15 @@ class SlotState:
             "logits_indices": np.tile(np.arange(steps - asked, steps), (batch, 1)),
             CACHE_POSITION: np.array([self.slot], np.int64),
         }
-        if self._looks is not None:
-            looks = self._looks
-            inputs[CROSS_MASK] = looks if looks.shape[1] == steps else np.repeat(looks[:, -1:], steps, axis=1)
-            self._looks = looks[:, -1:]  # what comes looks where the last slot did
+        if self._cross_mask is not None:
+            cross = self._cross_mask
+            inputs[CROSS_MASK] = cross if cross.shape[1] == steps else np.repeat(cross[:, -1:], steps, axis=1)
+            self._cross_mask = cross[:, -1:]  # later tokens attend as the last one did
         self.slot += steps
         return self.cache.run(inputs)
 
     def _shift(self, row: int, by: int) -> None:
-        """Moves what a row has read; ``self.slot`` is where it ends on the right of both places."""
+        """Moves a row's tokens by some slots. ``self.slot`` is where the old or the new place ends, the larger one."""
         length = self.slot - max(by, 0)
         if by > 0:
             self.cache.shift(row, by, length)
@@ -243,9 +243,9 @@ class SlotState:
             self.mask[row, length + by :] = 1
 
 
-SlotDecoder.state_class = SlotState
+FixedDecoder.state_class = FixedState
 
 
-def _is_per_slot(context: Mapping[str, Array]) -> bool:
-    """Whether each slot looks at keys of its own: a mask ``[B, S, E]``."""
+def _is_per_token(context: Mapping[str, Array]) -> bool:
+    """Whether each token attends to keys of its own: a mask ``[B, S, E]``."""
     return CROSS_MASK in context and context[CROSS_MASK].ndim == 3

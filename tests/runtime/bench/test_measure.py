@@ -23,7 +23,7 @@ from blip2edge.runtime.bench import measure as bench_module
 from blip2edge.runtime.bench.measure import Bench, BenchOptions, BenchReport, CpuClock, bench
 from blip2edge.runtime.bench.meters import EnergyMeter
 from blip2edge.runtime.bench.report import bench_page, facts, markdown
-from blip2edge.runtime.bench.roofline import Roofline, Work
+from blip2edge.runtime.bench.roofline import Roofline, StageCost
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.speculative import SpeculationCost
 from tests.drafted import add_draft
@@ -33,7 +33,7 @@ from tests.runtime.bench.blocked import without
 MACHINE = Roofline(1e9, 2e9, 4e9)
 WALL = {"preprocess": 1.0, "vision": 8.0, "bridge": 2.0, "prefill": 4.0, "decode": 30.0}
 RUNS = (1.0, 3.0, 2.0, 10.0, 1.5)  # how often a stage took so long in each of five captions
-WORK = {"vision": Work(8e6, 0.0, 1e6), "decode": Work(2e6, 0.0, 9e6)}
+COSTS = {"vision": StageCost(8e6, 0.0, 1e6), "decode": StageCost(2e6, 0.0, 9e6)}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def report(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> BenchReport
     monkeypatch.setattr(bench_module, "measure", lambda backend: MACHINE)
     monkeypatch.setattr(bench_module, "EnergyMeter", Joules)
     options = BenchOptions(runs=len(RUNS), warmup=1, tokens=7, batches=(1, 4), prompts=(0, 2), lengths=(1, 4))
-    return bench(captioner, options, start_s=1.25, work_of=lambda slots, tokens: WORK)
+    return bench(captioner, options, start_s=1.25, cost_of=lambda prompt, tokens: COSTS)
 
 
 def test_percentiles_of_each_stage(report: BenchReport) -> None:
@@ -191,7 +191,7 @@ def test_without_a_backend_for_the_cpu_there_is_no_roofline(
 
     monkeypatch.setattr(bench_module, "measure", missing)
     options = BenchOptions(runs=1, warmup=0, tokens=2, batches=(1,), prompts=(0,), lengths=(2,))
-    report = bench(captioner, options, start_s=1.0, work_of=lambda slots, tokens: WORK)
+    report = bench(captioner, options, start_s=1.0, cost_of=lambda prompt, tokens: COSTS)
     assert asked == ["cpu", "openvino"]
     assert report.to_json()["roofline"] == {}
     assert {stage.share for stage in report.stages.values()} == {None}

@@ -1,4 +1,4 @@
-"""The roofline: limits from known times, the least time of known work, products that are products."""
+"""The roofline: limits from known times, the least time of a known cost, products that are products."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ pytest.importorskip("onnxruntime", reason="products are run in it")
 
 from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.bench import roofline
-from blip2edge.runtime.bench.roofline import Roofline, Work, product_graph
+from blip2edge.runtime.bench.roofline import Roofline, StageCost, product_graph
 
 MACHINE = Roofline(bytes_per_s=1e9, float_ops_per_s=2e9, integer_ops_per_s=8e9)
 
 
 @pytest.mark.parametrize(
-    ("work", "seconds", "bound"),
+    ("cost", "seconds", "bound"),
     [
-        (Work(4e9, 0.0, 1e9), 2.0, "products"),
-        (Work(4e9, 8e9, 1e9), 3.0, "products"),
-        (Work(1e9, 0.0, 3e9), 3.0, "bytes"),
-        (Work(2e9, 0.0, 1e9), 1.0, "bytes"),  # a tie: more products would not be free
+        (StageCost(4e9, 0.0, 1e9), 2.0, "products"),
+        (StageCost(4e9, 8e9, 1e9), 3.0, "products"),
+        (StageCost(1e9, 0.0, 3e9), 3.0, "bytes"),
+        (StageCost(2e9, 0.0, 1e9), 1.0, "bytes"),  # a tie: more products would not be free
     ],
 )
-def test_the_least_time(work: Work, seconds: float, bound: str) -> None:
-    assert work.seconds(MACHINE) == pytest.approx(seconds)
-    assert work.bound(MACHINE) == bound
+def test_the_least_time(cost: StageCost, seconds: float, bound: str) -> None:
+    assert cost.seconds(MACHINE) == pytest.approx(seconds)
+    assert cost.bound(MACHINE) == bound
 
 
-def test_work_adds_up() -> None:
-    assert Work(1.0, 2.0, 3.0) + Work(10.0, 20.0, 30.0) == Work(11.0, 22.0, 33.0)
+def test_costs_add_up() -> None:
+    assert StageCost(1.0, 2.0, 3.0) + StageCost(10.0, 20.0, 30.0) == StageCost(11.0, 22.0, 33.0)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "openvino"])
@@ -69,16 +69,16 @@ def test_the_least_of_some_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.process_time", lambda: float(next(ticks)))
     runs: list[int] = []
 
-    def work() -> None:
+    def compute() -> None:
         runs.append(1)
 
-    assert roofline._least(work) == 3.0
+    assert roofline._least(compute) == 3.0
     assert len(runs) == roofline.REPEATS + 1  # one warms up
 
 
 def test_bytes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "STREAMED", 1 << 20)
-    monkeypatch.setattr(roofline, "_least", lambda work: (work(), 0.5)[1])
+    monkeypatch.setattr(roofline, "_least", lambda compute: (compute(), 0.5)[1])
     assert roofline._bandwidth() == (1 << 20) / 0.5
 
 

@@ -14,8 +14,8 @@ from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.decoding.state import stacked
 
 
-class HostSlots:
-    """A cache in the host's memory; it follows the protocol ``SlotCache`` of ``fixed.py``.
+class HostCache:
+    """A cache in the host's memory; it follows the protocol ``FixedCache`` of ``fixed.py``.
 
     Args:
         session: The loaded constant-shape graph.
@@ -23,7 +23,7 @@ class HostSlots:
         capacity: C.
         dtype: Of keys and values.
         batch: Rows B.
-        context: What the decoder looks at beside its text, by the inputs' names.
+        context: What the decoder attends to besides its text, by the inputs' names.
     """
 
     def __init__(
@@ -58,6 +58,6 @@ class HostSlots:
         for array in self._arrays.values():
             array[row, :, target] = array[row, :, source].copy()
 
-    def append(self, other: HostSlots) -> None:
+    def append(self, other: HostCache) -> None:
         self._arrays = {name: np.concatenate([array, other._arrays[name]]) for name, array in self._arrays.items()}
         self._context = {name: stacked(name, array, other._context[name]) for name, array in self._context.items()}
