@@ -45,5 +45,8 @@ def llama(path: str) -> str:
 KINDS = {"ours": ours, "llama": llama}
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--help"]:  # not argparse, whose import would add to the time
+        print(__doc__)
+        sys.exit()
     token = KINDS[sys.argv[1]](sys.argv[2])
     print(f"{time.process_time()} {token!r}", flush=True)

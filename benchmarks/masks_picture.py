@@ -1,14 +1,14 @@
 """Draws docs/masks.svg: the three attention masks of stage 1, computed by the function that training uses.
 
-python benchmarks/masks_picture.py docs/masks.svg
+    python benchmarks/masks_picture.py docs/masks.svg
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
+from reporting import parser_of
 
 from blip2edge.charts import element, label, svg_file
 from blip2edge.model.masks import TASKS, attention_mask
@@ -59,4 +59,6 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(draw(), encoding="utf-8")
+    parser = parser_of(__doc__)
+    parser.add_argument("path", type=Path, help="the SVG file to write")
+    parser.parse_args().path.write_text(draw(), encoding="utf-8")

@@ -220,6 +220,9 @@ KINDS = {
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--help"]:
+        print(__doc__)
+        return
     kind, path = sys.argv[1:]
     contestant = KINDS[kind](path if "://" in path else str(Path(path)))
     print("ready", flush=True)

@@ -148,7 +148,7 @@ def _may_grow(name: str, given: Tensor, parameter: Tensor) -> bool:
 
 
 def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
-    """Tensors of the text side, by their names in ``TextHead``; they share memory with the model."""
+    """Tensors of the text side, by the names of :class:`TextHead`; they share memory with the model."""
     side = model.text_side()
     parts: dict[str, nn.Module] = {"words": side.words, "positions": side.positions, "head": side.head}
     parts |= {f"feed_forwards.{index}": feed_forward for index, (_, feed_forward) in enumerate(side.layers)}
