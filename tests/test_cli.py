@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import errno
 import json
 import re
@@ -17,7 +19,8 @@ from typing import Any
 import pytest
 
 from blip2edge import __version__
-from blip2edge.cli import explain, interrupt, main
+from blip2edge.cli import explain, flag, interrupt, main
+from blip2edge.cli.parser import build_parser
 from blip2edge.errors import BundleError, UsageError, option
 
 COMMANDS = (
@@ -39,6 +42,7 @@ COMMANDS = (
     "serve",
     "bench",
 )
+ROOT = Path(__file__).resolve().parent.parent
 JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]
 
 
@@ -348,3 +352,21 @@ def test_errors_name_flags(captioner: FakeCaptioner, capsys: pytest.CaptureFixtu
     captioner.error = UsageError(f"expected {option('max_new_tokens')} of at least 1", field="max_new_tokens")
     assert main(["caption", "a.png", "-b", "x"]) == 2
     assert capsys.readouterr().err == "error: expected --max-new-tokens of at least 1\n"
+
+
+def test_options_in_errors_are_flags() -> None:
+    """A text that names an option by :func:`option` reads as a flag of some command."""
+    flags: set[str] = set()
+    for action in build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags.update(name for parser in action.choices.values() for name in parser._option_string_actions)
+    named = {
+        call.args[0].value
+        for folder in ("blip2edge", "calibration", "engine", "export", "model", "optimization", "runtime", "training")
+        for path in (ROOT / folder).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "option"
+        if isinstance(call.args[0], ast.Constant)
+    }
+    assert len(named) > 30
+    assert {name for name in named if flag(str(name), True) not in flags} == {"eos_token_ids"}  # Python only

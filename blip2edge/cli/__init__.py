@@ -41,7 +41,7 @@ _EXTRAS = {
 
 
 # Options whose flag has another name.
-_FLAGS = {"activations": "int8_activations", "max_waiting": "queue"}
+_FLAGS = {"max_waiting": "queue"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ _CLEAN_UP = (
 # The end of a text that a later character could still change under _CLEAN_UP: spaces and apostrophes, then
 # perhaps the first letter of n't, 've or 're.
 _UNSETTLED = re.compile(r"[ ']+[nvr]?[ ']*\Z")
-_TRIM_AT = 16  # tokens that a stream decodes again at most before it lets go of the settled ones
+_TRIM_AT = 16  # most tokens that a stream decodes again; older ones, whose text is final, are dropped
 
 
 class Tokenizer:

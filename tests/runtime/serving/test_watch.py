@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
+from blip2edge.cli import main
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving import watch as watch_module
@@ -214,3 +215,12 @@ def test_a_video(captioner: Captioner, tmp_path: Path) -> None:
             container.mux(packet)
     seen = list(watch(captioner, open_source(str(path)), every=True, max_new_tokens=2))
     assert [one.frame for one in seen] == ["0.00 s", "0.05 s", "0.10 s", "0.15 s"]
+
+
+def test_the_command_passes_its_draft_model_on(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["watch", str(tmp_path), "--once", "-b", str(tiny_bundle), "--threads", "1"]
+    assert main([*words, "--draft", "none"]) == 0
+    assert main([*words, "--draft", "itg"]) == 2
+    assert capsys.readouterr().err.startswith("error: --draft itg: the bundle has no draft")
