@@ -45,7 +45,7 @@ SMALL_REST: dict[str, Any] = {
 """The other parts of the captioner are small, because only the vision encoder is measured."""
 
 PICTURE_SIZE = 256  # pixels, of the files
-RACE_SIZE = 224  # pixels, of what the encoder takes
+RACE_SIZE = 224  # pixels: side of the encoder's input
 RACE_PICTURES = 16  # to calibrate on before the race: ranges do not change the speed
 COPIES = {
     "int8 for the CPU: recorded ranges": ("recorded ranges",),
@@ -122,9 +122,9 @@ def race(graphs: dict[str, Path], pixels: np.ndarray[Any, Any], rounds: int) -> 
     }
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(function: Callable[[], object]) -> float:
     start = time.process_time()
-    work()
+    function()
     return time.process_time() - start
 
 

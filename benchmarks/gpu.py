@@ -48,13 +48,13 @@ class Contestant:
     caption: Callable[[], list[int]]
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    """From a CUDA event before to one behind it, the host's part included."""
+def milliseconds(function: Callable[[], object]) -> float:
+    """Milliseconds that a function takes, between two CUDA events; the host's part is included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
     began = time.perf_counter()
-    work()
+    function()
     end.record()
     torch.cuda.synchronize()
     # Work on streams that torch does not know is not between its events: the wall clock covers both.
@@ -74,8 +74,8 @@ def bytes_a_token(bundle: Bundle, context: int) -> int:
     names = record.files
     weights = sum(bundle.manifest.files[name].size for name in names)
     width = 2 if record.spec.inputs[0].dtype == "float16" else 4
-    slots = 0 if cache is None else 2 * cache.num_layers * cache.num_heads * cache.head_dim * width
-    return weights + slots * context
+    per_position = 0 if cache is None else 2 * cache.num_layers * cache.num_heads * cache.head_dim * width
+    return weights + per_position * context
 
 
 def of_transformers(checkpoint: Path, picture: PIL.Image.Image, tokens: int) -> list[Contestant]:

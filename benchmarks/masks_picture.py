@@ -1,6 +1,6 @@
 """Draws docs/masks.svg: the three attention masks of stage 1, computed by the function that training uses.
 
-    python benchmarks/masks_picture.py docs/masks.svg
+python benchmarks/masks_picture.py docs/masks.svg
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def draw() -> str:
         x = LEFT + number * 150
         shapes.append(element("rect", x=x, y=height - 28, width=14, height=14, fill=fill))
         shapes.append(label(note, x + 20, height - 17))
-    turned = f"rotate(-90 14 {TOP + side / 2})"
-    shapes.append(element("text", "query", x=14, y=TOP + side / 2, transform=turned))
+    rotation = f"rotate(-90 14 {TOP + side / 2})"
+    shapes.append(element("text", "query", x=14, y=TOP + side / 2, transform=rotation))
     shapes.append(label("key →", LEFT, TOP - 24))
     return svg_file(width, height, shapes)
 

@@ -88,7 +88,7 @@ def parts(config: Config) -> dict[str, int]:
 
 
 def visual_tokens(config: Config) -> str:
-    """What a picture becomes."""
+    """The cell of the column *a picture*: how many visual tokens or vectors."""
     if not isinstance(config, CaptionerConfig):
         vectors = config.num_features
         return f"{vectors} vector{'s' if vectors > 1 else ''}"
@@ -144,9 +144,9 @@ def checkpoints() -> str:
 
 
 EXPLANATION = """\
-Parameters in millions, a shared table counted once. *A picture*: slots of the language model's input, or what its
-layers attend to besides their text. *Parity*: the largest difference from torch in any output of any graph, as a share
-of that output's largest value, measured on the same architecture shrunk to a few random layers
+Parameters in millions, a shared table counted once. *A picture*: its positions in the language model's input, or
+the visual tokens that its layers attend to. *Parity*: the largest difference from torch in any output of any graph, as
+a share of that output's largest value, measured on the same architecture shrunk to a few random layers
 (`python benchmarks/parity.py`); the bounds are {bounds}.
 `attention-pool-opt-2.7b` is BLIP-2's shape with another bridge; no such checkpoint is published.
 """

@@ -40,11 +40,11 @@ def main() -> None:
     for name, path in options.bundle:
         contestants.append(Contestant(f"ONNX Runtime, portable graph, {name}", "ours", f"{path}:portable"))
         contestants.append(Contestant(f"blip2edge {name}", "ours", str(path)))
-    works = {"prefill": ["prefill", options.prompt], "decode": ["decode", options.prompt, options.tokens]}
-    seconds = race(contestants, works, options.rounds)
+    tasks = {"prefill": ["prefill", options.prompt], "decode": ["decode", options.prompt, options.tokens]}
+    seconds = race(contestants, tasks, options.rounds)
     rows = table(seconds, options.base or contestants[0].name)
     for row in rows:
-        cells = (f"{work} {row[work]['cpu_ms']:8.1f} ms {row[work]['times']:5.2f}" for work in works)
+        cells = (f"{task} {row[task]['cpu_ms']:8.1f} ms {row[task]['times']:5.2f}" for task in tasks)
         print(f"{row['name']:42s} {'   '.join(cells)}")
     packages = (
         "onnxruntime",

@@ -86,7 +86,7 @@ def _massive_tokens(tensors: dict[str, Tensor], states: Tensor) -> None:
 
 
 def _outlier_channels(tensors: dict[str, Tensor], random: np.random.Generator) -> None:
-    """Gain times a factor, and the columns of the weights behind it divided by it."""
+    """Gain times a factor, and the columns of the following weights divided by it."""
     layer = 0
     while LAYER.format(layer) + "layer_norm1.weight" in tensors:
         prefix = LAYER.format(layer)

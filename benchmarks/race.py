@@ -51,10 +51,10 @@ class Running:
             self.close()
             raise SystemExit(f"{self.name} did not start")
 
-    def ask(self, work: list[Any]) -> float:
-        """CPU seconds of a piece of work."""
+    def ask(self, task: list[Any]) -> float:
+        """CPU seconds of one task."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(work) + "\n")
+        self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
         return float(self._line())
 
@@ -70,16 +70,16 @@ class Running:
         return self.process.stdout.readline().strip()
 
 
-def race(contestants: list[Contestant], works: dict[str, list[Any]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """CPU seconds of every work, contestant and round; one round before them warms up."""
+def race(contestants: list[Contestant], tasks: dict[str, list[Any]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """CPU seconds of every task, contestant and round, after one round of warm-up."""
     running = [Running(contestant) for contestant in contestants]
-    seconds: dict[str, dict[str, list[float]]] = {work: {one.name: [] for one in running} for work in works}
+    seconds: dict[str, dict[str, list[float]]] = {task: {one.name: [] for one in running} for task in tasks}
     for number in range(rounds + 1):
-        for work, command in works.items():
+        for task, command in tasks.items():
             for one in running:
                 took = one.ask(command)
                 if number:
-                    seconds[work][one.name].append(took)
+                    seconds[task][one.name].append(took)
         print(f"round {number} of {rounds}", file=sys.stderr)
     for one in running:
         one.close()
@@ -87,13 +87,13 @@ def race(contestants: list[Contestant], works: dict[str, list[Any]], rounds: int
 
 
 def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[str, Any]]:
-    """A row a contestant: the median of its milliseconds and of its ratios to ``base``, of each work."""
+    """One row per contestant: for each task, the medians of its milliseconds and of its ratios to ``base``."""
     rows = []
     for name in next(iter(seconds.values())):
         row: dict[str, Any] = {"name": name}
-        for work, by_name in seconds.items():
+        for task, by_name in seconds.items():
             ratios = [first / own for first, own in zip(by_name[base], by_name[name], strict=True)]
-            row[work] = {
+            row[task] = {
                 "cpu_ms": round(statistics.median(by_name[name]) * 1e3, 2),
                 "times": round(statistics.median(ratios), 3),
             }

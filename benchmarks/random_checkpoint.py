@@ -130,7 +130,7 @@ def random_tensors(config: Config, dtype: torch.dtype, gain: float) -> Iterator[
         values = (noise.roll(-offset) * scale).to(dtype).repeat(count // NOISE + 1)[:count].reshape(shape)
         if "norm" in ours.lower() and ours.endswith("weight"):
             values = values + 1
-        if ours.endswith("_gate"):  # where a gate is 0 nothing behind it counts
+        if ours.endswith("_gate"):  # a gate of 0 would switch its layer off
             values = values / scale
         yield from names.split(ours, values).items()
 

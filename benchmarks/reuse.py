@@ -54,7 +54,7 @@ def film(count: int) -> list[NDArray[np.uint8]]:
 
 
 def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> tuple[list[WatchResult], float]:
-    """What is seen, and CPU seconds."""
+    """The results of one pass over the video, and its CPU seconds."""
 
     def source() -> Iterator[Frame]:
         for index, frame in enumerate(frames):
@@ -66,7 +66,7 @@ def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float)
 
 
 def measure(captioner: Captioner, frames: list[NDArray[np.uint8]], rounds: int) -> list[dict[str, Any]]:
-    """A row a limit; the limits take turns, and of each the quickest round counts."""
+    """One row per limit. The limits run in turn; the quickest round of each counts."""
     watched(captioner, frames[:STILL], 0.0)  # warms up
     seconds: dict[float, list[float]] = {below: [] for below in LIMITS}
     found: dict[float, list[WatchResult]] = {}

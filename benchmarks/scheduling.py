@@ -157,7 +157,7 @@ def sustained(captioner: Captioner, picture: np.ndarray, count: int, batch: int,
 
 
 def drawing(spans: list[Span], pictures: int = 6) -> str:
-    """The spans of the first pictures as an SVG: a lane a thread, a colour a picture."""
+    """The spans of the first pictures as an SVG: one lane per thread, one colour per picture."""
     spans = [span for span in spans if max(span.requests) < pictures]
     first, last = min(span.start for span in spans), max(span.end for span in spans)
     scale = 860 / (last - first)

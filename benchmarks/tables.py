@@ -51,7 +51,7 @@ def language(document: dict[str, Any]) -> list[str]:
         "|---|---:|---:|---:|---:|",
     ]
     rows = [
-        "| " + " | ".join([row["name"], *(f"{row[work][key]:{form}}" for work in ("prefill", "decode")
+        "| " + " | ".join([row["name"], *(f"{row[task][key]:{form}}" for task in ("prefill", "decode")
                                           for key, form in (("cpu_ms", ".0f"), ("times", ".2f")))]) + " |"
         for row in document["results"]
     ]  # fmt: skip

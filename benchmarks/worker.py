@@ -23,9 +23,9 @@ import numpy as np
 SEED = 0
 
 
-def timed(work) -> float:
+def timed(function) -> float:
     start = time.process_time()
-    work()
+    function()
     return time.process_time() - start
 
 

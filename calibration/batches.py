@@ -151,7 +151,7 @@ class PictureRunner:
                 self.instruction = text.instructions([prompt])
 
     def __call__(self, content: bytes, text: Sequence[int] | None) -> None:
-        """Runs all graphs on a picture file, the decoder on its prompt and the tokens of ``text`` behind it."""
+        """Runs all graphs on a picture file, the decoder on its prompt followed by the tokens of ``text``."""
         images, frames = self.images, self.spec.frames if self.spec is not None else 1
         pixels = images.preprocessing.batch(pictures_of([load_image(content)], frames))
         outputs = images.vision.run({"pixel_values": pixels.astype(images.pixels_dtype, copy=False)})
@@ -178,7 +178,7 @@ def _behind(text: Sequence[int], start: Sequence[int]) -> Sequence[int]:
 
 
 def _continued(prompt: Prompt, text: Sequence[int]) -> Prompt:
-    """A prompt with a caption behind it."""
+    """A prompt followed by a caption."""
     segments = (*prompt.segments[:-1], (*prompt.segments[-1], *text))
     attends_to = (*prompt.attends_to, *[prompt.attends_to[-1]] * len(text)) if prompt.attends_to else ()
     return replace(prompt, segments=segments, attends_to=attends_to)

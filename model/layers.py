@@ -101,6 +101,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     return weights @ value
 
 
+def append_to_cache(past: KeyValue | None, new: KeyValue) -> KeyValue:
+    """Cached keys and values, two of ``[B, H, P, d]``, followed by the new ones: two of ``[B, H, P + S, d]``."""
+    return new if past is None else (torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2))
+
+
 def key_mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Bias that hides padded keys.
 
@@ -141,6 +146,8 @@ def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None
     return (hidden.to(dtype) * MASKED)[:, None]
 
 
-def gather_positions(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows ``indices`` (int64 ``[B, K]``) along the sequence of ``x`` (``[B, S, D]``): ``[B, K, D]``."""
+def gather_positions(x: Tensor, indices: Tensor | None) -> Tensor:
+    """Rows ``indices`` (int64 ``[B, K]``) along the sequence of ``x`` (``[B, S, D]``): ``[B, K, D]``; all for None."""
+    if indices is None:
+        return x
     return torch.gather(x, 1, indices[:, :, None].expand(-1, -1, x.shape[-1]))

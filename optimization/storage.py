@@ -57,8 +57,8 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
 def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: str | None) -> dict[str, FileRecord]:
     """Writes an optimized graph to the copy; weights that the bundle's graph has too are read from the bundle's file.
 
-    (A link to that file is no way: ONNX Runtime and onnx follow no links out of a directory, and onnx_ir refuses a file
-    with two names.)
+    (A link to that file does not work: ONNX Runtime and onnx follow no links out of a directory, and onnx_ir refuses a
+    file with two names.)
 
     Args:
         optimized: The graph.

@@ -1,8 +1,8 @@
-"""The token table as integers: a file of its own, or the very bytes that a tied head reads.
+"""Writes the token table as integers, in its own file or shared with a tied head.
 
-The format is that of ``blip2edge/bundle/token_table.py``. Where the decoder's head is the table turned, and both have
-eight bits, the head's integers and scales are written to the table's file alone and the decoder's graph refers to them
-there. In four bits each has its own: a head rounded on what it meets is a poor table.
+The format is that of ``blip2edge/bundle/token_table.py``. Where the decoder's head is the transposed table, and both
+have eight bits, only the table's file holds the integers and scales, and the decoder's graph refers to them there. In
+four bits each has its own file, because the head is rounded for its recorded inputs, which makes it a poor table.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from blip2edge.calibration.weights.blocks import BlockFormat, Floats, Integers, 
 from blip2edge.calibration.weights.gptq import nearest
 
 BITS = 8
-"""Of a table that is no head, whatever the weights have: a step reads one row of it, so that its size costs no time."""
+"""Bits of a table that is not the head, whatever ``--weights`` is: a step reads one row, so its size costs no time."""
 
 CHUNK = 4096  # rows that are compared or rounded at a time
 
 
 def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], None] | None = None) -> BlockFormat:
-    """Writes a table ``[V, D]`` as integers, a row a token.
+    """Writes a table ``[V, D]`` as integers, one row per token.
 
     Args:
-        table: The parent's.
+        table: The table of the parent bundle.
         path: The new file.
         progress: Called with rows done and rows in all.
 
@@ -52,8 +52,8 @@ def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], Non
         kept: list[Floats] = []
         for start in range(0, total, CHUNK):
             ids = np.arange(start, min(start + CHUNK, total))
-            turned = np.ascontiguousarray(table.rows(ids).astype(np.float32).T)
-            integers, scales = nearest(turned, form, searched_scales)
+            columns = np.ascontiguousarray(table.rows(ids).astype(np.float32).T)
+            integers, scales = nearest(columns, form, searched_scales)
             yield packed(np.ascontiguousarray(integers.T), form.bits)
             kept.append(np.ascontiguousarray(scales.T, np.float32))
             if progress is not None:
@@ -78,7 +78,7 @@ def write_shared(
         name: The head's initializer.
 
     Returns:
-        What the decoder's graph refers to.
+        Integers and scales, as the decoder's graph refers to them.
     """
     tensors = _stored(form, integers.shape, scales.shape, scales=scales.dtype)
     write_safetensors(path, tensors, (packed(integers, form.bits), scales), _metadata(form, COLUMNS))
@@ -97,12 +97,12 @@ def write_shared(
 
 
 def tied_head(table: TokenTable, products: dict[str, Product], read: Callable[[str], NDArray[Any]]) -> str | None:
-    """The initializer that is the table turned; None where there is none.
+    """The initializer that equals the transposed table; None where there is none.
 
     Args:
         table: ``[V, D]``.
-        products: A decoder's, by the weight's name.
-        read: Gives an initializer's values.
+        products: The decoder's products, by the weight's name.
+        read: Returns an initializer's values.
     """
     for name, product in products.items():
         if (product.inner, product.outer) == (table.width, table.num_rows) and _same(table, read(name)):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
 from blip2edge.model.config import DraftConfig, QFormerConfig
-from blip2edge.model.layers import ACTIVATIONS, KeyValue, gather_positions, stack
+from blip2edge.model.layers import ACTIVATIONS, KeyValue, append_to_cache, gather_positions, stack
 from blip2edge.model.weights.rules import Rule
 
 DRAFT_FILE = "draft.safetensors"
@@ -88,13 +88,9 @@ class TextSide(NamedTuple):
         x = self.dropout(self.norm(self._embed(input_ids) + self.positions(positions)))
         presents: list[KeyValue] = []
         for (attention, feed_forward), before in zip(self.layers, past, strict=True):
-            key, value = attention.key_value(x)
-            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-            x = feed_forward(attention.attend_to(x, (key, value), bias))
-            presents.append((key, value))
-        if logits_indices is not None:
-            x = gather_positions(x, logits_indices)
-        return self.head(x, self.words.weight), presents
+            presents.append(append_to_cache(before, attention.key_value(x)))
+            x = feed_forward(attention.attend_to(x, presents[-1], bias))
+        return self.head(gather_positions(x, logits_indices), self.words.weight), presents
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """int64 ``[B, S]`` to ``[B, S, D]``."""

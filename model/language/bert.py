@@ -22,6 +22,7 @@ from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
+    append_to_cache,
     causal_bias,
     gather_positions,
     key_mask_bias,
@@ -133,13 +134,11 @@ class BertLayer(nn.Module):
         cross_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; no cross-attention without ``cross``."""
-        key, value = self.self_attention.key_value(x)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        x = self.self_attention.attend_to(x, (key, value), bias)
+        present = append_to_cache(past, self.self_attention.key_value(x))
+        x = self.self_attention.attend_to(x, present, bias)
         if cross is not None:
             x = self.cross_attention.attend_to(x, cross, cross_bias)
-        return self.feed_forward(x), (key, value)
+        return self.feed_forward(x), present
 
 
 class BertEmbeddings(nn.Module):
@@ -201,7 +200,7 @@ class BertHead(nn.Linear):
 
 
 class BertDecoder(DecoderModule):
-    """BertThe decoder, with an encoder of questions for VQA."""
+    """BLIP's decoder, with an encoder of questions for VQA."""
 
     layers: Sequence[BertLayer]
 
@@ -244,6 +243,4 @@ class BertDecoder(DecoderModule):
         for index, layer in enumerate(self.layers):
             x, present = layer(x, bias, None if past is None else past[index], cross[index], cross_bias)
             presents.append(present)
-        if logits_indices is not None:
-            x = gather_positions(x, logits_indices)
-        return self.head(x), presents
+        return self.head(gather_positions(x, logits_indices)), presents

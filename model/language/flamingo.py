@@ -206,6 +206,4 @@ class Flamingo(LlamaDecoder):
                 x = self.cross_layers[number](x, cross[number], cross_bias, has_picture)
             x, present = layer(x, rotation, bias, None if past is None else past[index])
             presents.append(present)
-        if logits_indices is not None:
-            x = gather_positions(x, logits_indices)
-        return self.head(self.final_norm(x)), presents
+        return self.head(self.final_norm(gather_positions(x, logits_indices))), presents

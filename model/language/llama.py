@@ -19,6 +19,7 @@ from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
     RMSNorm,
+    append_to_cache,
     attend,
     causal_bias,
     gather_positions,
@@ -98,10 +99,8 @@ class LlamaAttention(nn.Module):
         query = rotate(self.query_norm(split_heads(self.query(x), self.heads)), *rotation)
         key = rotate(self.key_norm(split_heads(self.key(x), self.kv_heads)), *rotation)
         value = split_heads(self.value(x), self.kv_heads)
-        if past is not None:
-            key = torch.cat([past[0], key], dim=2)
-            value = torch.cat([past[1], value], dim=2)
-        return self.out(merge_heads(self._attend(query, key, value, bias))), (key, value)
+        present = append_to_cache(past, (key, value))
+        return self.out(merge_heads(self._attend(query, *present, bias))), present
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         groups = self.heads // self.kv_heads
@@ -190,6 +189,4 @@ class LlamaDecoder(DecoderModule):
         for index, layer in enumerate(self.layers):
             x, present = layer(x, rotation, bias[layer.window], None if past is None else past[index])
             presents.append(present)
-        if logits_indices is not None:
-            x = gather_positions(x, logits_indices)
-        return self.head(self.final_norm(x)), presents
+        return self.head(self.final_norm(gather_positions(x, logits_indices))), presents

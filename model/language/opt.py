@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config_json import Fields, Key, check_heads, write_keys
@@ -17,6 +16,7 @@ from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
+    append_to_cache,
     attend,
     causal_bias,
     gather_positions,
@@ -124,10 +124,8 @@ class OPTAttention(nn.Module):
         query = split_heads(self.query(x), self.heads)
         key = split_heads(self.key(x), self.heads)
         value = split_heads(self.value(x), self.heads)
-        if past is not None:
-            key = torch.cat([past[0], key], dim=2)
-            value = torch.cat([past[1], value], dim=2)
-        return self.out(merge_heads(attend(query, key, value, bias, self.scale))), (key, value)
+        present = append_to_cache(past, (key, value))
+        return self.out(merge_heads(attend(query, *present, bias, self.scale))), present
 
 
 class OPTLayer(nn.Module):
@@ -189,8 +187,7 @@ class OPTDecoder(DecoderModule):
         for index, layer in enumerate(self.layers):
             x, present = layer(x, bias, None if past is None else past[index])
             presents.append(present)
-        if logits_indices is not None:
-            x = gather_positions(x, logits_indices)
+        x = gather_positions(x, logits_indices)
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.project_out is not None:

@@ -22,6 +22,7 @@ from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
     RMSNorm,
+    append_to_cache,
     attend,
     causal_bias,
     gather_positions,
@@ -243,12 +244,10 @@ class T5DecoderLayer(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values."""
         normed = self.attention_norm(x)
-        key, value = self.attention.key_value(normed)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        x = x + self.dropout(self.attention(normed, (key, value), bias))
+        present = append_to_cache(past, self.attention.key_value(normed))
+        x = x + self.dropout(self.attention(normed, present, bias))
         x = x + self.dropout(self.cross_attention(self.cross_norm(x), cross, cross_bias))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), (key, value)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), present
 
 
 class T5Encoder(nn.Module):
@@ -272,7 +271,7 @@ class T5Encoder(nn.Module):
 
 
 class T5(DecoderModule):
-    """T5Encoder, keys and values of its states, decoder."""
+    """The encoder, the keys and values of its states, and the decoder."""
 
     layers: Sequence[T5DecoderLayer]
 
@@ -319,9 +318,7 @@ class T5(DecoderModule):
         for index, layer in enumerate(self.layers):
             x, present = layer(x, bias, None if past is None else past[index], cross[index], cross_bias)
             presents.append(present)
-        if logits_indices is not None:
-            x = gather_positions(x, logits_indices)
-        x = self.dropout(self.final_norm(x))
+        x = self.dropout(self.final_norm(gather_positions(x, logits_indices)))
         if self.config.scale_outputs:
             x = x * self.config.hidden_size**-0.5
         return self.head(x), presents

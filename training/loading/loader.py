@@ -151,7 +151,7 @@ class Loader:
         return [next(self._stream) for _ in range(count)]
 
     def _take(self, count: int) -> list[Sample]:
-        """Reads samples and moves the saved position behind them."""
+        """Reads samples, and saves the position after them."""
         samples = self._read(count)
         self._state = self._source.state_dict()
         return samples
