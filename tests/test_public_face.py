@@ -82,6 +82,16 @@ def test_a_closed_captioner_captions_nothing_and_frees_its_graphs(tiny_bundle: P
     assert [graph() for graph in graphs] == [None, None, None]
 
 
+def test_a_stream_ends_where_the_captioner_is_closed(tiny_bundle: Path) -> None:
+    captioner = Captioner.load(tiny_bundle, threads=1)
+    pieces = captioner.stream(PICTURE)
+    results = captioner.caption_many([PICTURE] * 2)
+    captioner.close()
+    for rest in (pieces, results):
+        with pytest.raises(UsageError, match="this Captioner is closed"):
+            next(rest)
+
+
 def test_a_closed_matcher_matches_nothing(clip: Path) -> None:
     with Matcher.load(clip, threads=1) as matcher:
         assert -1.0 <= matcher.match(PICTURE, "a").cosine <= 1.0

@@ -153,7 +153,7 @@ class OnnxRuntimeSession:
         with raised_as(BundleError, f"ONNX Runtime cannot load {path}", "export the checkpoint again"):
             graph = str(path) if optimized is None else path.read_bytes()
             with nullcontext() if lean else on_huge_pages():
-                self._session = onnxruntime.InferenceSession(
+                self._session: Any = onnxruntime.InferenceSession(
                     graph,
                     options,
                     providers=PROVIDERS,
@@ -165,13 +165,15 @@ class OnnxRuntimeSession:
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         names = self.output_names if outputs is None else outputs
+        if self._session is None:
+            raise BackendError("this graph is closed", "load the bundle again")
         with raised_as(BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"):
             values = self._session.run(list(names), dict(inputs))
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
-        del self._session
+        self._session = None
 
     def in_place(self, pairs: Mapping[str, str]) -> InPlace:
         """Prepares runs that write some outputs over inputs; each caller needs an own :class:`InPlace`.

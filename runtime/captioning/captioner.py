@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BackendName, DraftName
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["STAGES", "CaptionResult", "Captioner"]
+
+Item = TypeVar("Item")
 
 IN_FLIGHT = 3  # batches at once: one in the decoder, one in the encoder, one waiting
 
@@ -175,8 +177,8 @@ class Captioner:
         check_integer("batch_size", batch_size, 1)
         generation = self.options(**options)
         if len(pictures) > batch_size and (os.cpu_count() or 1) > 1:
-            return self._scheduled(pictures, texts, generation, batch_size)
-        return self._in_turn(pictures, texts, generation, batch_size)
+            return self._while_open(self._scheduled(pictures, texts, generation, batch_size))
+        return self._while_open(self._in_turn(pictures, texts, generation, batch_size))
 
     def stream(
         self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
@@ -194,7 +196,7 @@ class Captioner:
                 f"{option('stream')} and {option('num_beams')} above 1 exclude each other: "
                 "beam search chooses the words at the end"
             )
-        return self.generator.pieces(self.encoder([image], [prompt], StageClock()), generation)
+        return self._while_open(self.generator.pieces(self.encoder([image], [prompt], StageClock()), generation))
 
     def scheduler(
         self,
@@ -250,6 +252,13 @@ class Captioner:
         if chosen.draft == "itg":
             self.generator.drafts.check(chosen)
         return chosen
+
+    def _while_open(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; raises UsageError where the captioner was closed before the next one."""
+        check_open(self.graphs.closed, "Captioner")
+        for item in items:
+            yield item
+            check_open(self.graphs.closed, "Captioner")
 
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int

@@ -41,7 +41,9 @@ def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
     if frames == 1:
         for item in items:
             if isinstance(item, (list, tuple)):
-                raise UsageError(f"expected one picture a prompt, which is what this model takes, got {len(item)}")
+                raise UsageError(
+                    f"expected one picture, got a list of {len(item)}", "this model takes one picture for each prompt"
+                )
         return list(items)  # type: ignore[arg-type]  # preprocessing refuses what is no picture
     return [picture for item in items for picture in load_frames(item, frames)]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from blip2edge.errors import UsageError
 from blip2edge.runtime.captioning.request import CaptionResult
+from blip2edge.runtime.decoding.options import shown
 
 OPTIONS: dict[str, str] = {
     "max_tokens": "max_new_tokens",
@@ -98,7 +99,7 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
             if value != ONLY[key]:
                 raise UsageError(f"expected {key} to be {ONLY[key]!r}, got {value!r}", field=key)
         elif key == "num_beams" and isinstance(value, int) and value > MAX_REQUEST_BEAMS:
-            raise UsageError(f"expected num_beams of at most {MAX_REQUEST_BEAMS}, got more")
+            raise UsageError(f"expected num_beams of at most {MAX_REQUEST_BEAMS}, got {shown(value)}", field=key)
         elif key in OPTIONS:
             options[OPTIONS[key]] = (value,) if key == "stop" and isinstance(value, str) else value
         else:

@@ -142,7 +142,7 @@ def test_a_single_picture_family_takes_no_frames(tmp_path: Path) -> None:
     preprocessing = Preprocessing()
     with pytest.raises(ImageError, match="expected a picture, got a directory"):
         preprocessing.batch(pictures_of([tmp_path], 1))
-    with pytest.raises(UsageError, match="expected one picture a prompt"):
+    with pytest.raises(UsageError, match="expected one picture, got a list"):
         preprocessing.batch(pictures_of([draw_video(0)], 1))
 
 
