@@ -1,4 +1,4 @@
-"""Requests and results: a picture in the scheduler, its caption, and the spans of a trace."""
+"""Requests and results: a picture in the scheduler, its cancelling and deadline, its caption, the spans of a trace."""
 
 from __future__ import annotations
 

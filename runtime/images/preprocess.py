@@ -1,4 +1,4 @@
-"""From a picture to the vision encoder's pixel values, on numpy and Pillow alone.
+"""From a picture file (EXIF orientation, colour modes) to the vision encoder's pixel values, with NumPy and Pillow.
 
 Two steps, each bit-equal to its counterpart in transformers 5.23:
 
