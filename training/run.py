@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -262,6 +263,11 @@ def _publish(run: TrainingRun, target: Path, record: dict[str, Any], evaluation_
             if (beside / BOARD).is_dir():
                 shutil.copytree(beside / BOARD, fresh / BOARD)
             draw_curve(run.journal.lines, fresh / CURVE)
+            if os.path.lexists(target) and not force:
+                raise OutputError(
+                    f"{target} appeared while the run was training",
+                    "move it away and run again: the run resumes from its last snapshot",
+                )
             publish(fresh, target, replace=force)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)

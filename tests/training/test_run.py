@@ -135,6 +135,21 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_
     assert lines[0].startswith("language: step 1/4")
 
 
+def test_a_directory_that_appears_during_the_run_is_not_replaced(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def appear(stage: str, done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("mine", encoding="utf-8")
+
+    with pytest.raises(OutputError, match="appeared while the run was training; move it away and run again"):
+        train("stage2", path, out, progress=appear, evaluation_scenes=0)
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+    out.rename(tmp_path / "away")
+    train("stage2", path, out, evaluation_scenes=0)
+    assert (out / "config.json").is_file()
+
+
 def test_a_recipe_without_the_phase_of_the_snapshot_is_refused(path: Path, tmp_path: Path) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "stage1":
