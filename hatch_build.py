@@ -1,4 +1,4 @@
-"""Stops an editable install when the symlinks of `blip2edge/` are missing. Other builds do not need them."""
+"""Stops an editable install when the symlinks of `blip2edge/` are missing. Wheels and sdists do not need them."""
 
 from __future__ import annotations
 

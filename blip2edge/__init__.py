@@ -5,9 +5,9 @@
         print(captioner.caption("dog.jpg", prompt="a photo of", max_new_tokens=30).text)
 
 Each name below is imported at its first use: ``import blip2edge`` takes milliseconds and needs neither numpy nor torch.
-Where a package that a name needs is not installed, the name is a function that raises :class:`MissingPackageError`
-when it is called, with the command that installs the package. So ``from blip2edge import *``, ``help(blip2edge)`` and
-``hasattr(blip2edge, name)`` work in every installation.
+If a name needs a package that is not installed, the name is a function that raises :class:`MissingPackageError` when it
+is called. The error gives the command that installs the package. So ``from blip2edge import *``, ``help(blip2edge)``
+and ``hasattr(blip2edge, name)`` work in every installation.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _placeholder(name: str, package: str, extra: str) -> Callable[..., Any]:
-    """What stands for a name whose home cannot be imported: calling it raises MissingPackageError."""
+    """Replaces a name whose module cannot be imported: calling it raises MissingPackageError."""
     problem = f"blip2edge.{name} needs the package {package!r}, which is not installed"
     fix = f"install it: pip install 'blip2edge{f'[{extra}]' if extra else ''}'"
 

@@ -84,7 +84,7 @@ def element(tag: str, content: str = "", **attributes: str | float) -> str:
 
 
 def label(text: str, x: float, y: float, *, anchor: str = "start", style: str = "axis") -> str:
-    """A text, escaped; ``anchor`` is ``start``, ``middle`` or ``end``."""
+    """An SVG text element at ``(x, y)`` in px; ``text`` is escaped. ``anchor`` is ``start``, ``middle`` or ``end``."""
     return element("text", escape(text), class_=style, x=x, y=y, text_anchor=anchor)
 
 

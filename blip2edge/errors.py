@@ -1,6 +1,6 @@
 """The errors that blip2edge raises on purpose, as one tree.
 
-Each error is one line: what was expected, what came, and what mends it.
+Each error is one line: what was expected, what was found, and how to correct it.
 
     Blip2EdgeError
     ├── UsageError              an option or argument is outside its range (exit status 2)
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Writer = Callable[[str, bool], str]
-    """Writes an option: given its Python name, and whether the text asks to switch it on."""
+    """Writes an option: arguments are its Python name, and whether it is to be switched on."""
 
 _OPTION = re.compile("\x02(\\w+)(=True)?\x03")
 
@@ -45,7 +45,7 @@ def option(name: str, *, on: bool = False) -> str:
 
     Args:
         name: The Python name, such as ``max_new_tokens``.
-        on: Whether the text asks to switch the option on: ``force=True`` in Python, ``--force`` on the command line.
+        on: Whether to write the option as switched on: ``force=True`` in Python, ``--force`` on the command line.
 
     Returns:
         A marked text, which :meth:`Blip2EdgeError.text` replaces.
@@ -81,12 +81,12 @@ class Blip2EdgeError(Exception):
 
     @property
     def problem(self) -> str:
-        """What was expected and what came."""
+        """What was expected and what was found."""
         return _written(self._problem, python_option)
 
     @property
     def fix(self) -> str | None:
-        """What the user can do next; None where nothing helps."""
+        """What the user can do about it; None if nothing helps."""
         return None if self._fix is None else _written(self._fix, python_option)
 
     def text(self, write: Writer = python_option) -> str:

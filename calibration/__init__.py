@@ -1,4 +1,4 @@
-"""Makes an INT8 or INT4 bundle out of a floating-point one, by running it on pictures.
+"""Makes an INT8 or INT4 bundle from a floating-point bundle, calibrated on pictures.
 
 ``pipeline`` calls the steps in order: ``batches`` records the inputs of each graph, ``activations`` chooses INT8 ranges
 (``choose_ranges``) and writes QuantizeLinear and DequantizeLinear, ``weights`` rounds weights in blocks (GPTQ),

@@ -1,6 +1,6 @@
-"""What each graph of a bundle is really given: pictures through the shipped preprocessing and the graphs before.
+"""Records the inputs of each graph of a bundle: pictures pass the bundle's preprocessing and the preceding graphs.
 
-The inputs are spooled to a directory, one file a run, so that memory does not grow with the number of pictures and
+The inputs are saved to a directory, one file for each run, so that memory does not grow with the number of pictures and
 every later pass reads the same numbers.
 """
 
@@ -29,7 +29,7 @@ from blip2edge.runtime.images.video import pictures_of
 from blip2edge.runtime.text.prompt import Prompt, PromptBuilder, pack_images
 
 QUESTION = "What is in the picture?"
-"""Asked where a model captions nothing without a question."""
+"""Question for models that cannot caption without a question."""
 
 
 class Feeds:
@@ -89,7 +89,7 @@ class _Recording:
 
 
 def default_prompt(prompts: PromptBuilder) -> str | None:
-    """What a picture is read with: the bundle's default, or a plain question where it wants one."""
+    """The prompt of every picture: the bundle's default, or :data:`QUESTION` where the model needs one."""
     spec = prompts.spec
     if spec.default is not None or not (spec.required or spec.instruction_positions):
         return spec.default
@@ -105,14 +105,14 @@ def collect(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Runs the graphs of a bundle on pictures and keeps what each is given.
+    """Runs the graphs of a bundle on pictures and records the inputs of each graph.
 
     Args:
         bundle: The parent.
         pictures: The pictures.
         feeds: Where the inputs go.
-        texts: Token ids of the captions of the first pictures: the decoder reads them behind the prompt, all at
-            once. Without any, no graph of the language model is run.
+        texts: Token ids of the captions of the first pictures: the decoder reads them after the prompt, in
+            one pass. Without any, no graph of the language model is run.
         threads: CPU threads.
         progress: Called with pictures done and pictures in all.
     """

@@ -1,4 +1,4 @@
-"""What the steps of one calibration share: the parent bundle, the staging directory, recorded inputs and options."""
+"""Data shared by the steps of one calibration: parent bundle, staging directory, recorded inputs and options."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class CalibrationContext:
             start: ``time.perf_counter()`` when work on the graph began.
             products: Number of quantized products.
             kept_float: Products kept in floating point, with the reason.
-            matrices: Matrices whose weights alone are integers, by the initializer's name.
+            matrices: Matrices with weight-only quantization, by the initializer's name.
         """
         path = self.staging / record.spec.file
         ir.save(model, path)

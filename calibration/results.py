@@ -18,7 +18,7 @@ from blip2edge.calibration.agreement import CaptionAgreement, Cosine
 
 @dataclass(frozen=True)
 class MatrixSummary:
-    """A matrix whose weights alone became integers.
+    """A matrix with weight-only quantization.
 
     Attributes:
         bits: Bits of an integer, 4 or 8.
@@ -49,7 +49,7 @@ class CalibratedGraph:
         products: Number of products that became INT8, or whose weights became integers.
         kept_float: Products kept in floating point, with the reason.
         cosine: Cosine to the parent's outputs on the parent's inputs, by output.
-        matrices: Matrices whose weights alone are integers, by the initializer's name.
+        matrices: Matrices with weight-only quantization, by the initializer's name.
     """
 
     name: str
@@ -63,7 +63,7 @@ class CalibratedGraph:
     matrices: Mapping[str, MatrixSummary] = field(default_factory=dict)
 
     def weights_json(self) -> dict[str, Any] | None:
-        """The manifest's entry of a graph whose weights alone are integers; None for other graphs.
+        """The manifest's entry of a graph with weight-only quantization; None for other graphs.
 
         ``bits``, the number of matrices of each block size (``blocks``), and the mean ``error`` and ``plain_error``
         of the matrices whose activations were observed.

@@ -1,4 +1,4 @@
-"""Stores the weights of a changed graph: one tensor at a time in the file beside it, hashed while it is written."""
+"""Writes the weights of a changed graph to its data file, one tensor at a time, and hashes them while writing."""
 
 from __future__ import annotations
 

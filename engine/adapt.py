@@ -1,4 +1,4 @@
-"""Replaces operators that not every TensorRT supports by equivalent ones.
+"""Replaces operators that some versions of TensorRT do not support by equivalent ones.
 
 ``Clip`` and ``CumSum`` are documented for floating point only (onnx-tensorrt, docs/operators.md, 10.1 to 10.15), but
 T5 computes key positions with both, in int64. ``Clip`` of integers becomes a maximum and a minimum. ``CumSum`` is

@@ -1,4 +1,4 @@
-"""``blip2edge build``: builds one TensorRT engine for each graph, each in its own process, under one fingerprint."""
+"""``blip2edge build``: builds one TensorRT engine for each graph, each in its own process, into one folder."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class BuildOptions:
         ):
             if given and anywhere:
                 raise UsageError(
-                    f"{name} is for {option('target')} tensorrt: TensorRT for RTX has its own way",
+                    f"{name} is for {option('target')} tensorrt: TensorRT for RTX does not offer it",
                     f"leave {name} out",
                 )
         if self.hardware_compatible and JETSON.exists():
@@ -256,7 +256,7 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
             raise EngineError(
                 f"the builder's process was killed while it built {plan.name}, probably because memory ran out",
                 f"lower {option('workspace')}, {option('capacity')} or {option('max_batch')}, "
-                "add swap, or stop what else runs on the board",
+                "add swap, or stop other programs on the board",
             ) from error
 
 

@@ -1,7 +1,7 @@
 """Builds an engine with TensorRT 10.3 to 11.x or TensorRT for RTX, as a strongly typed network.
 
-The graph fixes every precision (by casts and Q/DQ nodes), so the builder chooses none. Names that not every version of
-the Python binding has are looked up before they are used; ``tests/engine/test_api_names.py`` checks all names against
+The graph fixes every precision (by casts and Q/DQ nodes), so the builder chooses none. Names that some versions of
+the Python binding lack are checked before they are used; ``tests/engine/test_api_names.py`` checks all names against
 the lists of each version.
 """
 
@@ -170,7 +170,7 @@ def _name_gpus(trt: Any, config: Any, compute_capabilities: Sequence[int]) -> No
     if unknown:
         numbers = ", ".join(sorted((name[2:] for name in known), key=int))
         raise EngineError(
-            f"TensorRT for RTX {trt.__version__} does not know the compute capability {unknown[0]}",
+            f"TensorRT for RTX {trt.__version__} does not support the compute capability {unknown[0]}",
             f"{option('sm')} takes {numbers}; for other GPUs "
             f"build with {option('target')} tensorrt on the machine itself",
         )

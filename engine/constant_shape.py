@@ -4,7 +4,7 @@ In an exported decoder the cache grows: ``present = Concat(past, new)``, so ever
 and ``present`` both have C slots. The shapes of a step never change, and a CUDA graph can replay it:
 
     inputs_embeds        [B, S, D]
-    attention_mask int64 [B, C]      0 masks a slot (padding on the left); slots after the last token are masked anyway
+    attention_mask int64 [B, C]      0 masks a slot (padding on the left); slots after the last token are always masked
     position_ids   int64 [B, S]
     logits_indices int64 [B, K]
     cache_position int64 [1]         slot of the first of the S new tokens, the same in all rows
@@ -46,7 +46,7 @@ def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> Gra
         ValueError: ``capacity`` is below 2.
     """
     if capacity < 2:
-        raise ValueError(f"a cache of {capacity} slots holds no prompt and a token")
+        raise ValueError(f"a cache of {capacity} slots is too small: a prompt and a token need at least 2")
     slots = Axis(CAPACITY, capacity, capacity, capacity)
     position = TensorSpec(CACHE_POSITION, "int64", (1,))
 
@@ -119,7 +119,7 @@ class _Writer:
         """Replaces ``Concat(past, new)``."""
         new = concat.inputs[1]
         if new is None:
-            raise ValueError(f"{present} is appended to by nothing")
+            raise ValueError(f"the Concat of {present} has no second input")
         if self._index is None or self._inside is None:
             self._index, self._inside = self._token_of_slot(new)
         moved = self._add("Gather", [new, self._index], f"{present}.moved", {"axis": SLOTS_AXIS})

@@ -2,7 +2,7 @@
 
 Sources: onnx-tensorrt, docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15 for the
 versions between. The documents of 10.3, 10.13, 10.16 and 11.4 were not available: each of these has the table of the
-nearest earlier release with the changes of the changelog, so no operator is listed that only a later release may have.
+nearest earlier release with the changes of the changelog, so that operators of later releases are not listed.
 Operators that exported graphs use, or could use, are listed; all others count as not supported.
 """
 

@@ -78,7 +78,7 @@ def capacity_of(manifest: Manifest, wanted: int | None) -> int:
 
     Args:
         manifest: The bundle's.
-        wanted: The user's choice; None for :data:`DEFAULT_CAPACITY` more than the prompt.
+        wanted: The value of ``--capacity``; None for :data:`DEFAULT_CAPACITY` more than the prompt.
     """
     return min(manifest.max_positions, DEFAULT_CAPACITY + prompt_of(manifest) if wanted is None else wanted)
 

@@ -41,7 +41,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class StepSource:
-    """What the graph is made from.
+    """The inputs from which the graph is made.
 
     Attributes:
         table: The token table, a safetensors file.

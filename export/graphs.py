@@ -1,4 +1,4 @@
-"""The graphs of a captioner: a spec of the tensors, and a small torch module, for each.
+"""The graphs of a captioner: for each, a spec of its tensors and a small torch module.
 
 A module's attributes have the same names as in ``CaptionerModel``. So an initializer of the graph has the name of the
 checkpoint's parameter that fills it.

@@ -1,7 +1,7 @@
 """Verifies merged patches (``model/vision/token_merging.py``), and measures the effect of merging.
 
 Where two cosines differ in the last digit, two runtimes may merge different pairs, and all later rows differ. So the
-graph is run with its choices as further outputs, and torch merges the pairs that the graph chose.
+graph also outputs the pairs that it chose, and torch merges the same pairs.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class GuidedMatching(TokenMatching):
 
 @contextmanager
 def guided(module: nn.Module, choices: Sequence[NDArray[Any]]) -> Iterator[GuidedMatching | None]:
-    """Makes the vision encoder of a module merge the pairs of a graph's choices; yields None where there are none."""
+    """Makes the vision encoder of a module merge the pairs that a graph chose; yields None where nothing is merged."""
     if not choices:
         yield None
         return

@@ -1,9 +1,9 @@
 """``blip2edge export``: makes a verified bundle from a checkpoint.
 
 1. Open: config, tensors, tokenizer and preprocessing are checked before anything is written.
-2. Write: each graph is traced without weights and cast; its weights are written beside it, one at a time.
+2. Write: each graph is traced without weights and cast; its weights are written to its data file, one at a time.
 3. Verify: the outputs of each graph are compared with torch's, and every written weight with the checkpoint's.
-4. Publish: the manifest lists the hash of every file, and the directory gets its name.
+4. Publish: the manifest lists the hash of every file, and the directory is renamed to its final name.
 
 After an error there is no new bundle, and an old one is unchanged.
 """

@@ -1,4 +1,4 @@
-"""The graphs of a matching model, which compares pictures with texts: specs, and a small torch module for each.
+"""The graphs of a matching model, which compares pictures with texts: for each, a spec and a small torch module.
 
     image_embeds [B,P,Dv]                                → image_features [B,K,F], of length 1
     input_ids, attention_mask [B,S]                      → text_embeds [B,F], of length 1

@@ -107,7 +107,7 @@ def _draft_tokenizer(directory: Path, config: CaptionerConfig) -> bytes | None:
     if not path.is_file():
         raise CheckpointError(
             f"{directory} has a draft model, but no {path.name}",
-            "copy it from where the draft model was trained",
+            "copy it from the directory of the trained draft model",
         )
     content = path.read_bytes()
     _check_tokenizer(content, directory, config.draft.vocab_size, "the draft", whole=True, name=path.name)

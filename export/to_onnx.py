@@ -1,7 +1,7 @@
 """Traces a module on the meta device to an ONNX graph without weights.
 
-Initializers have the names of the checkpoint's parameters and a shape, but no values; ``weights.py`` writes the values
-into the file beside the graph later.
+Initializers have the names of the checkpoint's parameters and a shape, but no values; later ``weights.py`` writes the
+values to the graph's data file.
 """
 
 from __future__ import annotations

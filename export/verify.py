@@ -1,4 +1,4 @@
-"""Parity: compares exported graphs with torch on the same random inputs, in the runtime's own session."""
+"""Checks parity: runs exported graphs in the runtime and compares them with torch on the same random inputs."""
 
 from __future__ import annotations
 

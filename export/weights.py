@@ -1,4 +1,4 @@
-"""Writes the weights of a graph to the file beside it, one tensor at a time; and the token table.
+"""Writes the weights of a graph to its data file, and the token table, one tensor at a time.
 
 Memory holds one tensor, whatever the model's size: it is read from the mapped checkpoint, transposed, cast, hashed,
 written and released.

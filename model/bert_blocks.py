@@ -1,6 +1,6 @@
-"""BERT's two blocks (arXiv 1810.04805), with the norm after the residual.
+"""BERT's attention and feed-forward blocks (arXiv 1810.04805), with the norm after the residual.
 
-The Q-Former, its text head and BLIP's text models are built of them.
+The Q-Former, its text head and BLIP's text models use them.
 """
 
 from __future__ import annotations

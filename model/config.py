@@ -1,4 +1,4 @@
-"""Configs of the models: sizes and variants of every part, checked when they are made.
+"""Configs of the models: sizes and variants of every part, checked when a config is created.
 
 A config holds only what the modules need. ``from_hf`` reads the section of transformers' ``config.json``, with
 transformers' defaults; ``to_hf`` writes it.
@@ -154,7 +154,7 @@ class QFormerConfig:
 
 
 class BridgeConfig(Protocol):
-    """What every bridge's config has."""
+    """The fields that all configs of bridges share."""
 
     @property
     def kind(self) -> str:
@@ -181,7 +181,7 @@ class NoBridge:
 
 
 class LanguageConfig(Protocol):
-    """What every language model's config has."""
+    """The fields that all configs of language models share."""
 
     @property
     def kind(self) -> str:
@@ -225,7 +225,7 @@ class LanguageConfig(Protocol):
 
     @property
     def cross(self) -> CrossSpec | None:
-        """What the decoder attends to besides its own text; None for nothing."""
+        """The input of the decoder's cross-attention; None without cross-attention."""
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` of a ``config.json``."""
@@ -285,7 +285,7 @@ class CaptionerConfig:
     Attributes:
         bos_token_id: Begins every text after the visual tokens.
         eos_token_ids: Any of them ends a caption.
-        image_token_id: Stands for a visual token in transformers' ``input_ids``; the repetition penalty counts it.
+        image_token_id: Placeholder of a visual token in transformers' ``input_ids``; the repetition penalty counts it.
         decoder_start_token_id: First token of the decoder of an encoder-decoder model.
         family: Key in ``families/registry.py``.
         frames: Pictures per item: 1, or the frames of a video.
@@ -307,8 +307,8 @@ class CaptionerConfig:
     def __post_init__(self) -> None:
         if self.draft is not None and (self.bridge.kind != "qformer" or self.frames != 1):
             raise CheckpointError(
-                f"draft.json is beside a checkpoint whose bridge is {self.bridge.kind}, but only the text head of a "
-                "plain Q-Former can draft",
+                f"the checkpoint has a draft.json and a bridge of kind {self.bridge.kind}, but a draft model needs a "
+                "plain Q-Former (bridge of kind qformer, one picture)",
                 "remove draft.json and draft.safetensors from the checkpoint",
             )
 

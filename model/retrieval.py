@@ -1,6 +1,6 @@
-"""Models that compare a picture with a text: BLIP and BLIP-2 with their two heads, CLIP with one.
+"""Models that compare a picture with a text: BLIP and BLIP-2 with two heads (ITC and ITM), CLIP with one (ITC).
 
-Image-text contrast (ITC) compares two vectors of one space; image-text matching (ITM) reads picture and
+Image-text contrast (ITC) compares two vectors by their cosine; image-text matching (ITM) reads picture and
 text together and predicts whether they match (Li et al., arXiv 2107.07651, section 3.2; arXiv 2301.12597,
 section 3.1).
 """
@@ -24,7 +24,7 @@ from blip2edge.model.vision.vit import VisionTransformer
 
 
 class TextConfig(Protocol):
-    """What the config of every text encoder has."""
+    """The fields that all configs of text encoders share."""
 
     @property
     def kind(self) -> str:

@@ -1,6 +1,6 @@
 """Compiled models of OpenVINO: a graph is compiled once and written to a file, which opens sooner than the graph.
 
-The file holds the weights too. It fits one version of OpenVINO and one kind of processor.
+The file also holds the weights. It is valid for one version of OpenVINO and one kind of processor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Computes values of a graph from its inputs, with ONNX Runtime.
 
-Passes recognise a mask or a table of angles by its values, because exporters compute them by different nodes.
+Passes identify a mask or a table of rotary angles by its values, because exporters compute them with different nodes.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
     if backend not in BACKENDS:
         raise UsageError(
             f"no optimised copy is made for the backend {backend}, which runs a bundle's own graphs",
-            f"use {option('backend')} {' or '.join(BACKENDS)}, or caption {option('backend')} {backend} without a copy",
+            f"use {option('backend')} {' or '.join(BACKENDS)}, or {option('backend')} {backend} without a copy",
         )
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(

@@ -1,4 +1,4 @@
-"""Compares and times graphs: seeded images pass through the portable graphs, and each graph gets the same inputs."""
+"""Compares and times graphs on the same inputs: seeded images that pass through the portable graphs."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def cosine(one: Array, other: Array) -> float:
 
 
 def relative(got: Array, wanted: Array) -> tuple[float, float]:
-    """The largest absolute difference, and its share of the largest wanted value; infinite where one is not finite."""
+    """The largest absolute difference, and its share of the largest expected value; infinite if one is not finite."""
     if not np.isfinite(got).all():
         return float("inf"), float("inf")
     difference = float(np.abs(np.asarray(got, np.float32) - wanted).max(initial=0.0))

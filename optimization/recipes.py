@@ -1,4 +1,4 @@
-"""Recipes: lists of passes that are tried on a graph; ``pipeline.py`` keeps the fastest."""
+"""Recipes: lists of passes. ``pipeline.py`` tries each recipe on a graph and keeps the fastest result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The least that a bundle's graphs must compute and read: operations and bytes, for their share of the roofline."""
+"""The minimal cost of a bundle's graphs: operations to compute and bytes to read, for the roofline."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> StageCo
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
-    """The initializer behind a factor; None for an activation."""
+    """The initializer from which a factor comes; None for an activation."""
     for kind in STORED:
         node = producer(value, kind)
         if node is not None:

@@ -1,4 +1,4 @@
-"""Writes optimized copies: ONNX Runtime optimizes a graph offline, and unchanged weights stay in the bundle's files."""
+"""Writes optimized copies: graphs that ONNX Runtime optimized; unchanged weights are read from the bundle's files."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What runs on the device: numpy, pillow and tokenizers; a backend is an extra."""
+"""The part that runs on the device. It needs numpy, pillow and tokenizers; each backend is an extra."""

@@ -84,7 +84,7 @@ def read_section(path: str, kind: type[Section], table: Mapping[str, Any]) -> Se
         ConfigError: An unknown key (the error suggests the nearest one), or a value of the wrong type or range.
     """
     types = typing.get_type_hints(kind)
-    known = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]  # no type variable stands for dataclasses
+    known = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]  # there is no type variable for dataclasses
     values = {}
     for key, value in table.items():
         where = f"{path}.{key}" if path else key

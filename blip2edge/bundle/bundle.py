@@ -104,7 +104,10 @@ class Bundle:
                 continue
             if os.access(place, os.W_OK):
                 return place
-        raise OutputError(f"none of {', '.join(map(str, places))} can be written", "set XDG_CACHE_HOME")
+        raise OutputError(
+            f"none of {', '.join(map(str, places))} can be written",
+            "set XDG_CACHE_HOME to a directory that can be written",
+        )
 
     def _derived(self, kind: str) -> tuple[Path, ...]:
         inside = self.path / kind

@@ -1,4 +1,4 @@
-"""Publishes directories whole: they are written beside their place and renamed when every check has passed."""
+"""Publishes directories whole: writes each under a temporary name, and renames it when every check has passed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextmanager
 def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator[Path]:
-    """A new directory beside ``target``, which takes its place when the block ends without an error.
+    """A new temporary directory, which is renamed to ``target`` when the block ends without an error.
 
     On an error the new directory is removed and ``target`` stays as it was.
 

@@ -1,12 +1,12 @@
 """safetensors files: mapped into memory to be read, and written in pieces.
 
-A file is 8 bytes with the length of a JSON header, the header, and the bytes of the tensors one behind the other
+A file is 8 bytes with the length of a JSON header, the header, and the bytes of the tensors one after the other
 (https://github.com/huggingface/safetensors, "Format").
 
 The safetensors library writes checkpoints and snapshots (``model/``, ``training/``). Bundles have their own writer, for
 three reasons. ``build`` writes a token table on boards where the library is not installed. Large tables are quantised
-and written a few thousand rows at a time, but the library takes whole tensors. And the library hides the number of an
-operating system's error, by which a full disk is known.
+and written a few thousand rows at a time, but the library takes whole tensors. And the library's errors lack the
+operating system's error number, which identifies a full disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 
-HEADER_LENGTH = 8  # bytes: a little-endian unsigned integer, the length of the header behind it
+HEADER_LENGTH = 8  # bytes: a little-endian unsigned integer, the length of the header that follows
 PAGE = 4096  # bytes: tensors begin on a memory page, so that a runtime can map them
 METADATA = "__metadata__"
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -57,7 +57,7 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """A safetensors file, mapped into memory: only what is used of a tensor is read from the disk.
+    """A safetensors file, mapped into memory: only the parts of a tensor that are used are read from the disk.
 
     Args:
         path: The file.
@@ -100,17 +100,17 @@ def write_safetensors(
     pieces: Iterable[Array | memoryview],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a file and waits until the disk has it.
+    """Writes a file and flushes it to the disk (fsync).
 
     Args:
         path: The file.
         tensors: dtype and shape of each tensor, in the order in which their bytes come.
-        pieces: The bytes of all tensors, in parts of any length.
+        pieces: The bytes of all tensors in that order, cut into parts of any length.
         metadata: Text annotations.
 
     Raises:
         OSError: It cannot be written.
-        ValueError: ``pieces`` have another length than the tensors.
+        ValueError: The length of all ``pieces`` together is not that of the tensors.
     """
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0

@@ -1,6 +1,6 @@
 """The schema of a bundle: its tensors, graphs and caches as data, and the names of its files.
 
-The exporter writes bundles by it, ``build`` derives optimization profiles from it, and the runtime runs graphs by it.
+The exporter, ``build`` (optimization profiles) and the runtime all read a graph's tensors and axes from it.
 Only the standard library is imported here.
 """
 
@@ -231,7 +231,7 @@ class CrossSpec:
 
 
 MARKERS = ("{image}", "<image>")
-"""What stands for a picture in a prompt with several pictures, and in a template (the first of them)."""
+"""Markers of a picture's place in a prompt with several pictures; templates use the first one."""
 
 SEGMENTS, PLACEHOLDER, INTERLEAVED = PROMPT_KINDS = ("segments", "placeholder", "interleaved")
 """How a prompt is tokenized: the texts around a picture one by one; as a whole, with a placeholder token in each
@@ -250,15 +250,15 @@ class PromptSpec:
         bos_token_id: The whole text where there is no prompt.
         image_token_id: What transformers writes into ``input_ids`` for a slot (the repetition penalty applies to it).
         framed: Segments: whether the tokenizer's special tokens frame the text; else it follows the BOS alone. They
-            go to the first segment that is not empty: for BLIP-2 to the text behind the picture.
+            go to the first segment that is not empty: for BLIP-2 to the text after the picture.
         required: Whether the model needs a prompt to caption.
         default: What ``caption`` puts in place of ``{prompt}`` where none is given; None for nothing.
         frames: Pictures of an item: 1, or the frames of a video.
         instruction_positions: The longest instruction that enters the bridge, in tokens of
             ``qformer_tokenizer.json``; 0 where none enters it.
         picture_token: Interleaved: the marker token of a picture.
-        around_picture: Interleaved: the token before and behind the marker; two pictures in a row share it.
-        end_token_id: Interleaved: the end of a document; tokens behind it attend to no picture before it.
+        around_picture: Interleaved: the token before and after the marker; two adjacent pictures share it.
+        end_token_id: Interleaved: the end of a document; tokens after it attend to no picture before it.
         image_token: Placeholder: the tokenizer's token for a picture.
         kind: One of :data:`PROMPT_KINDS`.
 

@@ -1,4 +1,4 @@
-"""The token table: the embeddings of all tokens, mapped into memory, so that a step reads one row for each token.
+"""The token table: the embeddings of all tokens, memory-mapped, so that a decode step reads only the rows it needs.
 
 The table is one safetensors file in one of three forms:
 
@@ -151,7 +151,7 @@ def _open(file: SafetensorsFile, tensor: str) -> _Rows:
     table, dtype = file.array(tensor), file.tensors[tensor].dtype
     if "bits" not in file.metadata:
         if table.dtype.itemsize == 1:
-            raise ValueError("integers without bits and block")
+            raise ValueError("integers without the metadata bits and block")
         return _Floats(table, dtype == "BF16")
     bits, block = int(file.metadata["bits"]), int(file.metadata["block"])
     if bits not in (4, 8) or table.dtype != DTYPES["I8" if bits == 8 else "U8"]:

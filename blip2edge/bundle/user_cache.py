@@ -1,4 +1,4 @@
-"""The user's cache directory: where files go that a read-only bundle cannot hold."""
+"""The user's cache directory, for files that cannot be written into a read-only bundle."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The command line: parses the arguments, runs one command, turns every failure into one line and an exit status.
 
-Each command is the module of this package with its name: its flags in `add_arguments`, its work in `run`.
+Each command is a module of this package with the command's name: `add_arguments` adds its flags, `run` runs it.
 Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 any error, 2 wrong
 usage, 130 or 143 ended by SIGINT or SIGTERM, 141 when the program that reads the output has ended.
 """

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
     if find_spec("onnx_ir") is None:
         raise EngineError(
-            "graphs are read with onnx-ir, which is not installed",
+            "reading graphs needs onnx-ir, which is not installed",
             "install it: pip install 'blip2edge[build]'",
         )
     from blip2edge.engine.build import build_bundle

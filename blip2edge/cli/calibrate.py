@@ -55,15 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop-limit",
         metavar="X",
         type=float,
-        help="keep the most sensitive layers in floating point, until at most X percent of the captions change; where"
-        " a .txt of references lies beside every picture, until CIDEr drops by at most X points",
+        help="keep the most sensitive layers in floating point, so that at most X percent of the captions change; if"
+        " every picture has a .txt file with reference captions: so that CIDEr drops by at most X points",
     )
     parser.add_argument(
         "--int8-activations",
         metavar="GRAPH",
         action="append",
         default=[],
-        help="make the activations of this graph INT8 too, beside vision_encoder and bridge; may be repeated",
+        help="make the activations of this graph INT8 too, in addition to vision_encoder and bridge; may be repeated",
     )
     parser.add_argument("--count", metavar="N", type=positive_int, default=512, help="use at most N pictures (512)")
     add_threads(parser)

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which captions are kept if they reach the threshold (both)",
     )
     add_data_files(parser)
-    parser.add_argument("--prompt", metavar="P", help="text that captions go on from (the captioner's own prompt)")
+    parser.add_argument("--prompt", metavar="P", help="text that captions continue (the captioner's own prompt)")
     parser.add_argument(
         "--samples-per-shard", metavar="N", type=positive_int, default=1000, help="pictures in a shard (1000)"
     )

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         metavar="P",
         action="append",
-        help="text that the caption goes on from: one for all pictures, or one for each; for models that read several "
+        help="text that the caption continues: one for all pictures, or one for each; for models that read several "
         "pictures, each <image> in it takes one of them",
     )
     add_batch_size(parser, 1)

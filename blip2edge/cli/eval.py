@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"only these of {', '.join(METRICS)}"
     )
-    parser.add_argument("--prompt", metavar="P", help="text that captions go on from (the model's own prompt)")
+    parser.add_argument("--prompt", metavar="P", help="text that captions continue (the model's own prompt)")
     parser.add_argument(
         "--top",
         metavar="K",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ask",
         action="store_true",
-        help="pope: put its questions to the model (default: answer them by the objects that the captions name)",
+        help="pope: give its questions to the model (default: answer them by the objects that the captions name)",
     )
     parser.add_argument(
         "--predictions",

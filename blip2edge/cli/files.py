@@ -1,4 +1,4 @@
-"""Writes a file that a flag names."""
+"""Writes the output file that is given by a flag."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def given_generation(options: Namespace) -> dict[str, Any]:
 
 def add_data_files(parser: ArgumentParser) -> None:
     """Where the parts of COCO's files are, and how much may be broken."""
-    parser.add_argument("--images", metavar="DIR", help="pictures of a JSON file (default: beside it)")
+    parser.add_argument("--images", metavar="DIR", help="pictures of a JSON file (default: in its directory)")
     parser.add_argument(
         "--annotations", metavar="FILE", help="answers to VQA's questions (default: beside the questions)"
     )

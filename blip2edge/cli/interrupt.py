@@ -1,7 +1,7 @@
 """Ends a command on SIGINT and SIGTERM by an exception, so that half-written directories are removed.
 
 An extension written in C may swallow the exception of a signal handler and then fail with its own exception. So the
-signal is recorded: whatever exception ends the command after it, the exit status is that of the signal.
+signal is recorded: the exit status is then that of the signal, whatever exception ends the command.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _received: list[int] = []
 
 
 class Interrupted(BaseException):
-    """A signal asked the command to end; `except Exception` does not catch it."""
+    """Raised when a signal ends the command; `except Exception` does not catch it."""
 
 
 def install() -> None:

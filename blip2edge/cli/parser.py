@@ -1,4 +1,4 @@
-"""The whole command line. A command's module is imported only for its own flags: `--help` does not wait for numpy."""
+"""The parser of the whole command line. It imports only the module of the given command, so `--help` is quick."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from blip2edge import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# A command is the module of `blip2edge.cli` with its name, which has `add_arguments(parser)` and `run(options)`.
+# A command is the module of that name in `blip2edge.cli`, with `add_arguments(parser)` and `run(options)`.
 COMMANDS = {
     "export": "export a checkpoint to a verified ONNX bundle",
     "calibrate": "make an INT8 bundle, calibrated on pictures",
@@ -34,7 +34,7 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors read like all others: one line `error: …`, status 2."""
+    """An ArgumentParser whose errors have the form of all other errors: one line `error: …`, status 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Refuse unknown arguments here: the error then names the command's own --help."""

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train one stage as the recipe says, and print where the checkpoint is."""
+    """Train one stage of the recipe, and print the path of the checkpoint."""
     from blip2edge.training.run import train
 
     output = options.output or Path("runs") / options.config.stem

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a camera's number or /dev/video…, a video file, an address such as rtsp://…, or a folder",
     )
-    parser.add_argument("--prompt", metavar="P", help="text that each caption goes on from")
+    parser.add_argument("--prompt", metavar="P", help="text that each caption continues")
     parser.add_argument(
         "--once",
         action="store_true",

@@ -1,4 +1,4 @@
-"""Keeps observations on disk, so that the next calibration of the same graph on the same pictures need not run it.
+"""Keeps observations on disk, so that the next calibration of the same graph on the same pictures skips this step.
 
 The key of a file is made of the hashes of the graph, its weights and the pictures. A file ends with the hash of its
 content, so that a damaged file is detected.

@@ -1,7 +1,7 @@
-"""Finds the weights that can take the division of an activation's channels, so that the graph needs no node for it.
+"""Folds the division of an activation's channels into earlier weights, so that the graph needs no node for it.
 
-After a norm, its gain and bias take the division. After an attention, the columns and the bias of the value projection
-take it: between the value projection and the output projection there are only reshapes, transposes and a product over
+After a norm, its gain and bias are divided. After an attention, the columns and the bias of the value projection are
+divided: between the value projection and the output projection there are only reshapes, transposes and a product over
 another axis, none of which mixes channels.
 """
 

@@ -1,4 +1,4 @@
-"""Reads inner tensors of a graph while it runs: they become outputs, a part of them at a time to bound memory."""
+"""Reads inner tensors of a graph by making them outputs. Each run reads only some of them, to bound memory."""
 
 from __future__ import annotations
 

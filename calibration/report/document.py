@@ -1,4 +1,4 @@
-"""Writes ``report.json`` and ``report.html``: all measurements of a calibration, for programs and for readers.
+"""Writes ``report.json`` and ``report.html``: all measurements of a calibration, as data and as a page.
 
 The manifest holds what the runtime and other commands need. The reports also hold the histograms, the largest value of
 every tensor, the error of every matrix and the captions of all pictures.

@@ -1,4 +1,4 @@
-"""Renders ``report.html``, one page without scripts and without a network.
+"""Renders ``report.html``, one page without scripts and without external resources.
 
 All its content comes from the object of ``report.json`` (``document.py``) and from thumbnails of the pictures.
 """

@@ -60,7 +60,7 @@ class DropLimit:
 
     @property
     def measure(self) -> str:
-        """What is counted: loss of ``cider``, or ``captions`` that differ."""
+        """The measured loss: the drop of ``cider``, or the share of ``captions`` that differ."""
         return "captions" if self.cider is None else "cider"
 
     def drop(self, captions: CaptionAgreement, references: Sequence[Sequence[str]]) -> float:
@@ -101,12 +101,12 @@ class KeptLayers:
 
 @dataclass(frozen=True)
 class FullyQuantized:
-    """The graphs with every layer quantized, from which layers are taken back to floating point.
+    """The graphs with every layer quantized; the search restores some layers to floating point.
 
     Attributes:
         graphs: The graphs, by name.
         plans: The plans of the graphs with INT8 activations.
-        directory: Copies of the token table and of the graphs whose weights alone are integers.
+        directory: Copies of the token table and of the graphs with weight-only quantization.
     """
 
     graphs: Mapping[str, StagedGraph]

@@ -1,8 +1,8 @@
 """Writes the token table as integers, in its own file or shared with a tied head.
 
 The format is that of ``blip2edge/bundle/token_table.py``. Where the decoder's head is the transposed table, and both
-have eight bits, only the table's file holds the integers and scales, and the decoder's graph refers to them there. In
-four bits each has its own file, because the head is rounded for its recorded inputs, which makes it a poor table.
+have eight bits, only the table's file holds the integers and scales, and the decoder's graph refers to them there. With
+four bits each has its own file, because the head is rounded for its recorded inputs and would be a poor table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Q-Former that also reads an instruction (InstructBLIP: Dai et al., arXiv 2305.06500, section 2.3).
 
 Queries and instruction share each layer's self-attention; only the queries attend to the picture; queries and
-instruction have separate feed-forwards. Only the queries are projected to the language model.
+instruction have separate feed-forward layers. Only the queries are projected to the language model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Q-Former: a few learned queries that attend to the picture (Li et al., arXiv 2301.12597, section 3.1).
 
-Post-norm layers as in BERT (arXiv 1810.04805). Queries have a feed-forward of their own; every
+Post-norm layers as in BERT (arXiv 1810.04805). Queries have their own feed-forward layers; every
 ``cross_attention_frequency``-th layer, from the first, also attends to the picture.
 """
 

@@ -1,10 +1,10 @@
 """The text head of the Q-Former, used as draft model: a small captioner from image-grounded text generation (ITG).
 
 A text follows the queries. Its first token is [DEC]; a token attends to the queries' keys and values and to the
-tokens before it, and a head gives the logits of the next token (Li et al., arXiv 2301.12597,
-section 3.1). Self-attention and the first norm are the Q-Former's;
-token table, position table, feed-forward and head belong to the text head.
-A checkpoint keeps them in files of their own, ``draft.safetensors`` and ``draft.json``, which transformers ignores.
+tokens before it, and the word head gives the logits of the next token (Li et al., arXiv 2301.12597, section 3.1).
+Self-attention and the first norm are shared with the Q-Former. The text head has its own token table, position table,
+feed-forward and word head. A checkpoint stores them in separate files, ``draft.safetensors`` and ``draft.json``, which
+transformers ignores.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@ A directory with ``model.safetensors``, the processor's files and this ``config.
     {
       "model_type": "blip2edge",
       "image_token_index": 50265,
-      "vision_config": {…},     as BLIP-2's (blip_2_vision_model)
+      "vision_config": {…},     as in BLIP-2 (blip_2_vision_model)
       "bridge_config": {
-        "kind": "pool",         a key of BRIDGE_CONFIGS; what follows depends on it
+        "kind": "pool",         a key of BRIDGE_CONFIGS; it decides the other keys
         "num_query_tokens": 32, "hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-6
       },
-      "text_config": {…}        any language model's, with its model_type
+      "text_config": {…}        the config of any language model, with its model_type
     }
 
 Tensors: ``vision_model.…`` as in BLIP-2, ``bridge.…`` as our modules name them, ``language_model.…`` as

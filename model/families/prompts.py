@@ -1,4 +1,4 @@
-"""The prompt of a family's captioners, as training writes it and a bundle's manifest records it."""
+"""The prompt format of a family: training uses it, and export writes it into the bundle's manifest."""
 
 from __future__ import annotations
 

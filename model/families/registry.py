@@ -1,4 +1,4 @@
-"""The families of checkpoints, one row each. A row holds everything that is specific to its family."""
+"""The table of checkpoint families. Everything that is specific to a family is in its row."""
 
 from __future__ import annotations
 

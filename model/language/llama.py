@@ -1,4 +1,4 @@
-"""Llama and its relatives Vicuna, Mistral, Qwen2, Qwen3 and SmolLM; flags of the config select the differences.
+"""Llama, and the similar models Vicuna, Mistral, Qwen2, Qwen3 and SmolLM; flags of the config select the differences.
 
 Touvron et al., arXiv 2302.13971; rotary positions: Su et al., arXiv 2104.09864; grouped heads: Ainslie et al.,
 arXiv 2305.13245; sliding window: Jiang et al., arXiv 2310.06825. One forward serves prefill, decoding and

@@ -148,7 +148,7 @@ def bucket_thresholds(buckets: int, max_distance: int) -> list[int]:
 
 
 class RelativeBias(nn.Module):
-    """A learned bias by distance, shared by all layers of a stack."""
+    """A learned bias of the attention scores by relative position; all layers of a stack share it."""
 
     def __init__(self, config: T5Config, bidirectional: bool) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Positions int64 ``[B, S]`` and ``[B, T]`` to ``[B, H, S, T]``."""
+        """The bias ``[B, H, S, T]`` for positions int64 ``[B, S]`` of queries and ``[B, T]`` of keys."""
         relative = keys[:, None, :] - queries[:, :, None]  # [B, S, T]
         distance = relative.abs() if self.bidirectional else (-relative).clamp(min=0)
         bucket = torch.zeros_like(distance)

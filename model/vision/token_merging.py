@@ -2,8 +2,8 @@
 
 Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3 and appendix D. Patches go to
 two sets in turn. Each patch of the first set is paired with the patch of the second whose key (mean over the heads) is
-most similar by cosine. The ``r`` most similar pairs become their mean, weighted by how many patches each stands for.
-In later layers a key that stands for ``s`` patches counts ``s`` times: ``log s`` is added to its score (proportional
+most similar by cosine. The ``r`` most similar pairs become their mean, weighted by how many patches each represents.
+In later layers a key that represents ``s`` patches counts ``s`` times: ``log s`` is added to its score (proportional
 attention, equation 1). The class token is never merged.
 
 ``r`` is the same for every picture, so that every shape is known when a graph is made. Pairs are added by a product
@@ -46,7 +46,7 @@ class Pairs(NamedTuple):
         order: int64 ``[B, A]``, the first set, with the merged patches last and the others in their order.
         weights: ``[B, C, r]``, each merged patch's share in its partner.
         kept: ``[B, C, 1]``, the partner's own share. It and the partner's row of ``weights`` add up to 1.
-        sizes: ``[B, n - r]``, how many patches each slot stands for after the merge.
+        sizes: ``[B, n - r]``, how many patches each slot represents after the merge.
         bias: ``[B, 1, 1, 1 + n - r]``, bias of the next layer's scores; 0 for the class token.
     """
 
@@ -65,7 +65,7 @@ class TokenMatching(nn.Module):
 
         Args:
             keys: ``[B, H, 1 + n, d]`` of its attention, the class token first.
-            sizes: ``[B, n]``, patches that each slot stands for.
+            sizes: ``[B, n]``, number of patches that each slot represents.
             count: r, patches that disappear.
         """
         unit = F.normalize(keys.mean(dim=1)[:, 1:], dim=-1)  # [B, n, d]

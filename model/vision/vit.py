@@ -1,7 +1,7 @@
 """The vision encoder: a ViT as EVA-CLIP's or as OpenAI's CLIP.
 
-Dosovitskiy et al., arXiv 2010.11929; the bias without a key part is from BEiT (arXiv 2106.08254) by way of
-EVA (arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
+Dosovitskiy et al., arXiv 2010.11929; the bias without a key part comes from BEiT (arXiv 2106.08254) and EVA
+(arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
         Args:
             x: ``[B, 1 + n, D]``, the class token first.
-            sizes: ``[B, n]``, patches that each slot stands for.
+            sizes: ``[B, n]``, number of patches that each slot represents.
             matching: Chooses the pairs.
             count: Patches that disappear.
             bias: What the sizes add to the scores; None where each is 1.

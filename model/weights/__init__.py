@@ -1,1 +1,1 @@
-"""Weight tables: the names of our parameters and of a checkpoint's tensors."""
+"""Weight tables: they map the names of our parameters to the names of a checkpoint's tensors."""

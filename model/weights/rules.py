@@ -1,8 +1,8 @@
 """Maps the names of our parameters to a checkpoint's tensors, by tables of rules.
 
-A :class:`Rule` renames a module path. ``*`` stands for one path component (a layer's number). The longest rule
+A :class:`Rule` renames a module path. ``*`` matches one path component (a layer's number). The longest rule
 that matches wins; the rest of the name is kept. A rule may name several tensors of the checkpoint:
-they are stacked along dimension 0 (a fused matrix of ours, separate ones there), in equal parts unless
+they are stacked along dimension 0 (our matrix is fused, theirs are separate), in equal parts unless
 ``rows`` gives their sizes.
 """
 
@@ -122,7 +122,7 @@ class WeightMap:
             stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
             if stacked != expected[ours]:
                 raise CheckpointError(
-                    f"{names[0]} has shape {list(stacked)}, but config.json asks for {list(expected[ours])}",
+                    f"{names[0]} has shape {list(stacked)}, but config.json requires {list(expected[ours])}",
                     "check that config.json belongs to these weights",
                 )
 

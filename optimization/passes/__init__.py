@@ -1,1 +1,1 @@
-"""Rewrites of a graph for one backend, a module each."""
+"""Rewrites of a graph for one backend, one module for each."""

@@ -1,4 +1,4 @@
-"""Fuses activation functions into one node instead of five, with the bias of the product before them."""
+"""Fuses the nodes of an activation function, and the bias before it, into one node."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _gelu(erf: ir.Node) -> bool:
 
 
 def _halved(x: ir.Value, shifted: ir.Value) -> list[ir.Node] | None:
-    """The two multiplications by ``x`` and by a half behind ``1 + erf``, in whichever order."""
+    """The two multiplications after ``1 + erf``, by ``x`` and by 0.5, in either order."""
     first = only_user(shifted, "Mul")
     second = only_user(first.outputs[0], "Mul") if first is not None else None
     if first is None:

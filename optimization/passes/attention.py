@@ -96,7 +96,7 @@ def _turned(value: ir.Value | None) -> ir.Value | None:
 
 
 def flat(value: ir.Value | None, heads_last: tuple[int, ...] = (0, 2, 1, 3)) -> ir.Value | None:
-    """``[B, S, H d]`` before the heads are split; None where other nodes stand between."""
+    """``[B, S, H d]`` before the heads are split; None where other nodes are in between."""
     node = producer(value, "Transpose")
     if node is None or permutation(node) not in (list(heads_last), [0, 2, 3, 1]):
         return None

@@ -1,4 +1,4 @@
-"""Products with block-quantised weights: ONNX Runtime's MatMulNBits, and several of them as one node.
+"""Turns products with block-quantised weights into ONNX Runtime's MatMulNBits, and merges several into one node.
 
 Decoding reads every weight once for each token, so fewer bytes take less time. The kernel rounds activations to int8
 with a scale for each row and block, so a row's result does not depend on the other rows of its batch.

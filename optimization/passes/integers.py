@@ -1,4 +1,4 @@
-"""INT8 products in the CPU's form: one node takes float activations and returns a float result.
+"""Rewrites INT8 products for CPUs: one node takes float activations and returns a float result.
 
 The portable graph has symmetric QuantizeLinear and DequantizeLinear nodes around each product, the form that TensorRT
 takes. A CPU multiplies unsigned activations by signed weights, so zero points change from 0 to 128. It can also compute

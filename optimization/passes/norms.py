@@ -1,4 +1,4 @@
-"""Fuses norms into one node, with the residual and the bias that are added before them."""
+"""Fuses each norm, and the residual and bias that are added before it, into one node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Float products as 1 x 1 convolutions, whose weights ONNX Runtime reads faster.
+"""Rewrites float products as 1 x 1 convolutions, whose weights ONNX Runtime reads faster.
 
     x [.., K] @ w [K, N] (+ bias)  =  conv(x as [1, K, 1, rows], w as [N, K, 1, 1], bias), reshaped back
 

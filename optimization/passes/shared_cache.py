@@ -1,7 +1,7 @@
-"""A decoder whose KV cache is written in place, in one buffer for each layer: ONNX Runtime's GroupQueryAttention.
+"""Rewrites a decoder such that its KV cache is written in place, by ONNX Runtime's GroupQueryAttention.
 
-The portable decoder concatenates past and new keys at every step, and takes a mask. Here each row of the cache has C
-slots, the row's text begins in slot 0, and ``seqlens_k`` holds its length:
+The portable decoder concatenates past and new keys at every step, and takes a mask. In the new graph each row of the
+cache has C slots, the row's text begins in slot 0, and ``seqlens_k`` holds its length:
 
     inputs_embeds        [B, S, D]     shorter rows of a prefill are padded on the right; the padding is not attended to
     position_ids         [B, S]        only for models with learned positions (OPT)
@@ -10,7 +10,7 @@ slots, the row's text begins in slot 0, and ``seqlens_k`` holds its length:
     logits_indices       [B, K]
     past_key_values.{i}.{key,value}    [B, Hkv, C, d], the same buffers as present.{i}.{key,value}
 
-Several new tokens after a past must be run for each row separately: the kernel supports no batch of them.
+If the cache is not empty, several new tokens must be run for each row separately: the kernel does not support a batch.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _mul(value: ir.Value) -> ir.Node | None:
 
 
 def _before_heads(value: ir.Value | None) -> ir.Value | None:
-    """``[B, S, H d]`` before the split into heads ``[B, H, S, d]``; None where nodes stand between, as in Qwen3."""
+    """``[B, S, H d]`` before the split into heads ``[B, H, S, d]``; None where nodes are in between, as in Qwen3."""
     node = producer(value, "Transpose")
     if node is None or permutation(node) != [0, 2, 1, 3]:
         return None

@@ -1,1 +1,1 @@
-"""Backends: what loads a graph and runs it, and what this machine has for that."""
+"""Backends: they load and run graphs. Also detects processor, GPUs and providers of this machine."""

@@ -1,4 +1,4 @@
-"""What every backend offers (the ``Session`` protocol), and the table of backends.
+"""The interface of every backend (the ``Session`` protocol), and the table of backends.
 
 A backend is a module with ``open_graph(path, threads, optimized)``. The module is imported when the backend is chosen,
 so that its package need not be installed for the others.

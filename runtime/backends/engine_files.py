@@ -1,6 +1,6 @@
 """Reads and writes ``engine.json``, the record of a folder of engines, and finds the folder that fits this machine.
 
-An engine is tied to its GPU, TensorRT and bundle: the folder's :class:`Fingerprint` says to which.
+An engine is valid for one GPU, TensorRT version and bundle only; the folder's :class:`Fingerprint` names them.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an engine is tied to: GPU, TensorRT, driver, machine and bundle.
+    """What an engine was built for: GPU, TensorRT, driver, machine and bundle.
 
     Attributes:
         target: ``tensorrt`` or ``rtx``.

@@ -1,4 +1,4 @@
-"""Writes small ONNX models as bytes, for checks and measurements: the runtime does not need the onnx package.
+"""Writes small ONNX models as bytes, for checks and measurements: the runtime does not depend on the onnx package.
 
 Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3. Wire format: https://protobuf.dev/programming-guides/encoding.
 """

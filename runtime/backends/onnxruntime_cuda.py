@@ -1,8 +1,8 @@
-"""The backends ``cuda`` and ``ort-tensorrt``: ONNX Runtime's GPU providers. They were not yet run on a GPU.
+"""The backends ``cuda`` and ``ort-tensorrt``: ONNX Runtime's GPU providers. Not run on a GPU yet.
 
 Keys and values stay on the GPU from step to step. ONNX Runtime may list a provider that does not work, so before a
-graph is loaded the provider multiplies two matrices with the fallback to the CPU switched off, and a session that was
-loaded without the provider is refused.
+graph is loaded, a product of two matrices is run on the provider, without the fallback to the CPU. A session that does
+not use the provider is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def open_graph_with_tensorrt(
     threads: int | None = None,
     optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
 ) -> DeviceSession:
-    """Loads a graph with the TensorRT provider, and CUDA for what it does not take; errors as :func:`open_with`."""
+    """Loads a graph with the TensorRT provider; CUDA runs the nodes that it does not support.
+
+    Errors are those of :func:`open_with`.
+    """
     folder = cache_directory() / "ort-tensorrt"
     folder.mkdir(parents=True, exist_ok=True)
     options = {
@@ -162,7 +165,7 @@ class DeviceSession:
     def _run_with_binding(
         self, session: Any, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
     ) -> list[Any]:
-        """Runs a session of ONNX Runtime; ``OrtValue`` of each output, on the device that stands beside its name."""
+        """Runs a session of ONNX Runtime; returns an ``OrtValue`` per output, on the device given with its name."""
         binding = session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, self._value(value))

@@ -1,4 +1,4 @@
-"""The one place that opens a bundle's graphs: chooses each graph's file and the backend that runs it."""
+"""Opens the graphs of a bundle: chooses the file of each graph and the backend that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The openvino backend: OpenVINO on the CPU, the fastest one for vision encoders on CPUs with VNNI."""
+"""The openvino backend: OpenVINO on the CPU, the fastest backend for vision encoders on CPUs with VNNI."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class OpenVinoSession:
 
     def __init__(self, path: Path, threads: int | None = None, *, compiled: bool = False) -> None:
         openvino = _package()
-        # Computes in float32 as the graph says: without the hint it uses bfloat16 where the CPU has that.
+        # Computes in float32 like the graph: without the hint, OpenVINO uses bfloat16 on CPUs that support it.
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads

@@ -1,8 +1,8 @@
 """Reads and writes ``optimized.json``, the record of an optimized copy, and finds the copy that fits this machine.
 
 ``optimized/<backend>/`` holds graphs rewritten for one backend, and the record names the bundle they were made from
-by its hash. A copy of another bundle, or made by another version of the backend, is not used: the portable graph is
-always right.
+by its hash. A copy of another bundle, or made by another version of the backend, is not used; the portable graph is
+used instead.
 """
 
 from __future__ import annotations

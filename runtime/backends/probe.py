@@ -1,4 +1,4 @@
-"""What this machine has and what of it works: processor and cores, NVIDIA driver and GPUs, providers that compute."""
+"""Detects what this machine has and what works: processor and cores, NVIDIA driver and GPUs, execution providers."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ COMPUTE_CAPABILITY = (75, 76)
 
 
 def nvidia_driver() -> Driver:
-    """Asks the NVIDIA driver for its version and its GPUs, through libcuda itself."""
+    """Reads the version of the NVIDIA driver and its GPUs from libcuda."""
     try:
         cuda = ctypes.CDLL(LIBCUDA)
     except OSError:
@@ -124,7 +124,7 @@ def nvidia_driver() -> Driver:
 
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu | str:
-    """A GPU by its number; where it does not answer, a text that says so."""
+    """The GPU of this number, or a text with the error if the driver cannot query it."""
     handle, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
     name = ctypes.create_string_buffer(128)
     failed = (

@@ -1,1 +1,1 @@
-"""What a bundle costs on this machine, and what this machine can run."""
+"""Measures a bundle on this machine (``bench``), and checks what the machine can run (``doctor``)."""

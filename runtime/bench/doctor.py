@@ -1,7 +1,7 @@
 """Checks what this machine can run: ``blip2edge doctor``.
 
 A package may list an execution provider that does not work: it fails at the first kernel, or falls back to the CPU
-without a word. So every provider of ONNX Runtime, and OpenVINO, multiplies two matrices, and the product is compared
+without a message. So every provider of ONNX Runtime, and OpenVINO, multiplies two matrices, and the product is compared
 with NumPy's. A missing package is a finding, not an error. torch is never imported.
 """
 

@@ -1,8 +1,8 @@
-"""The roofline of one core: how many bytes it reads from memory in a second, and how many operations it computes.
+"""Measures the roofline of one core: bytes read from memory per second, and operations per second.
 
-A stage can be no faster than its products at that rate, and no faster than its weights at that bandwidth
-(Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). Measured in CPU time of this process, so that the
-load of other processes does not count.
+The time of a stage has two lower bounds: its operations divided by that rate, and the bytes of its weights divided by
+that bandwidth (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). Measured in CPU time of this process,
+so that the load of other processes does not count.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Pictures in, captions out: the pipeline, the scheduler, and matching of pictures and texts."""
+"""Captioning: the pipeline from pictures to captions, the scheduler, and matching of pictures with texts."""

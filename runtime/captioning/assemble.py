@@ -1,4 +1,4 @@
-"""Puts a pipeline together: the one place that knows which parts a bundle's manifest asks for."""
+"""Assembles a pipeline: loads the parts that a bundle's manifest requires. All commands use this module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The captioner: the public face of the runtime.
+"""The captioner: the public interface of the runtime.
 
     picture --preprocess--> pixel_values --vision--> image_embeds --bridge--> visual_tokens
     prompt  --tokenize---> token ids    ----------------------------------> inputs_embeds --prefill--> logits, KV cache
@@ -122,9 +122,9 @@ class Captioner:
             image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. Where the model takes videos: a list
                 of those, an array ``[F, H, W, 3]``, a folder of frames or a video file. Where it reads pictures
                 between texts (Flamingo): one, or a list.
-            prompt: Text that the caption goes on from, or the instruction; None for the bundle's default. Of
-                several pictures each stands where ``<image>`` does: ``"<image>A cat.<image>A"``; without it all
-                stand before the text.
+            prompt: Text that the caption continues, or the instruction; None for the bundle's default. Of
+                several pictures, each ``<image>`` is the place of one: ``"<image>A cat.<image>A"``; without it all
+                are placed before the text.
             **options: Fields of :class:`GenerationOptions`; what is left out is the bundle's default.
 
         Raises:

@@ -1,6 +1,7 @@
-"""Reuses visual tokens of live pictures that hardly change; only the text is generated anew.
+"""Reuses the visual tokens of live pictures that hardly change, so that only the text is generated again.
 
-A frame is compared with the last encoded one, not with the last frame: slow changes add up until they are encoded.
+A frame is compared with the last encoded one, not with the last frame: slow changes add up until a frame is encoded
+again.
 """
 
 from __future__ import annotations

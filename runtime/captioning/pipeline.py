@@ -1,4 +1,4 @@
-"""The stages of a caption, batch by batch: what :class:`Captioner` and :class:`Scheduler` run.
+"""The stages of a caption, for a batch of pictures. :class:`Captioner` and :class:`Scheduler` use them.
 
     Encoder         images, prompts --preprocess--> pixel_values, token ids --vision, bridge--> EncodedBatch
     TextGenerator   EncodedBatch --prefill--> logits, KV cache --decode--> token ids
@@ -74,7 +74,7 @@ class StageClock:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What the language model is given for a batch.
+    """The language model's input for a batch.
 
     Attributes:
         prompts: One a row.
@@ -116,19 +116,19 @@ class PreparedBatch:
     instruction: dict[str, Array]
 
     def encoded(self, outputs: Mapping[str, Array]) -> EncodedBatch:
-        """The batch with what vision encoder and bridge gave for its N pictures."""
+        """The batch together with the outputs of vision encoder and bridge for its N pictures."""
         if max(self.counts) > 1:
             outputs = {name: pack_images(array, self.counts) for name, array in outputs.items()}
         return EncodedBatch(self.prompts, dict(outputs), self.counts)
 
 
 EncodeBatch = Callable[[Sequence[ItemSource], Sequence[str | None], StageClock], EncodedBatch]
-"""Images and prompts of some rows to a batch."""
+"""Function that encodes the images and prompts of some rows as one batch."""
 
 
 @dataclass(frozen=True)
 class ImageParts:
-    """What images go through: ``pixels_dtype`` is that of ``vision``'s input; some families have no bridge."""
+    """The parts that encode images. ``pixels_dtype`` is that of ``vision``'s input; some families have no bridge."""
 
     preprocessing: Preprocessing
     pixels_dtype: np.dtype[np.generic]
@@ -138,7 +138,7 @@ class ImageParts:
 
 @dataclass(frozen=True)
 class TextParts:
-    """What texts go through: ``instructions`` only where the bridge takes an instruction."""
+    """The parts that encode prompts. ``instructions`` is None unless the bridge takes an instruction."""
 
     tokenizer: Tokenizer
     prompts: PromptBuilder

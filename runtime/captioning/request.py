@@ -1,4 +1,4 @@
-"""Requests and results: a picture in the scheduler, its cancelling and deadline, its caption, the spans of a trace."""
+"""Requests of the scheduler (with cancellation and deadline), their results, and the spans of a trace."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Continuous batching: later pictures are encoded while earlier ones are decoded, and a free row is reused at once.
+"""Continuous batching: encodes the next pictures while earlier ones are decoded, and reuses a free row at once.
 
     submit --> waiting --(encoder's thread)--> ready --(decoder's thread: prefill)--> a running row --> result
 
 Both queues are bounded. Requests are served in the order of submission. A step gives each running row one token, so
-that no request waits for another to finish. ``caption_many``, ``watch`` and ``serve`` use it.
+that a short caption does not wait for a long one. ``caption_many``, ``watch`` and ``serve`` use it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blip2edge.runtime.images.video import ItemSource
 
 
 class FairLock:
-    """A lock that is granted in the order of asking: a loop that takes it again waits for the others first."""
+    """A lock that is granted in order of request: a loop that takes it again first waits for the other threads."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -1,1 +1,1 @@
-"""From the logits of a prompt to a text: greedy, sampling, beams, speculative decoding."""
+"""Text generation: greedy decoding, sampling, beam search and speculative decoding."""

@@ -1,8 +1,8 @@
 """Beam search as in `GenerationMixin._beam_search` of transformers 5.23, picture by picture.
 
 Each step considers the best max(2, 1 + number of end tokens) × num_beams continuations of a picture, so that
-num_beams unfinished ones are always among them. Only a finished text among the first num_beams may enter the
-result. transformers runs a batch until its last picture is finished; here pictures leave the batch when they
+num_beams unfinished ones are always among them. A finished text may enter the result only if it is among the first
+num_beams. transformers runs a batch until its last picture is finished; here pictures leave the batch when they
 are finished, as their results do not change afterwards. The KV cache is reordered by the state's `select`.
 """
 

@@ -1,4 +1,4 @@
-"""The draft model of each text: the Q-Former's text head, prompt lookup, or none."""
+"""Chooses the draft model of each text: the Q-Former's text head, prompt lookup, or none."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from blip2edge.runtime.decoding.speculative import (
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 SPARE = 2
-"""Tokens that are drafted beyond what is asked for, as the last word may be incomplete."""
+"""Additional tokens to draft, because the last word may be incomplete and is then dropped."""
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
 """Clock of :class:`SpeculationCost` by backend. ONNX Runtime on the CPU computes in the calling thread and in helper
@@ -84,7 +84,7 @@ class TextHeadDraft:
         self._head = head
         self._past = dict(queries)
         self._queries = next(iter(queries.values())).shape[2]
-        self._text: list[int] = []  # behind [DEC]
+        self._text: list[int] = []  # after [DEC]
         self._cached = 0  # tokens in the KV cache, [DEC] included
         self._ended = False
 
@@ -177,7 +177,7 @@ class DraftSelector:
     """Chooses the draft model of each text; the measured costs are shared by all texts.
 
     Args:
-        head: The text head; None where the bundle has none, or it was not asked for.
+        head: The text head; None where the bundle has none, or where it was not requested.
         default: For texts whose options say nothing; one of :data:`blip2edge.bundle.schema.DRAFTS`.
         tie_margin: See :data:`blip2edge.runtime.decoding.speculative.TIE_MARGIN`.
         most: The most tokens of a proposal.

@@ -1,8 +1,8 @@
-"""Greedy decoding and sampling, streamed or not; beam search is in `beam_search.py`.
+"""Greedy decoding and sampling, with or without streaming; beam search is in `beam_search.py`.
 
 Parity target: transformers 5.23 `generate`, called as `Blip2ForConditionalGeneration.generate` calls its
-language model, with `inputs_embeds` and `input_ids`. The prompt's ids count in the running length and in both
-limits there, so that only the repetition penalty depends on them.
+language model, with `inputs_embeds` and `input_ids`. There the prompt's ids count both in the current length and in the
+limits of length, so that only the repetition penalty depends on them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def generate(
         first_logits: [B,V], the logits that the prompt's last position gave.
         state: The decoder after the prompt, B rows; used up by the call.
         prompt_ids: Per row the prompt's ids as transformers' `input_ids` hold them, without padding (image
-            placeholders included); empty for encoder-decoder models, whose decoder has not seen them.
+            placeholders included); empty for encoder-decoder models, whose decoder does not read them.
         options: What to do.
         stopped: Whether a row's generated ids finish the text; the end tokens always do.
         initial: Ids that the decoder was started with (encoder-decoder models). They come before the
@@ -86,7 +86,7 @@ def stream(
         finished leave the state and cost nothing more.
 
     Raises:
-        UsageError: Beam search was asked for, whose tokens are known only at the end.
+        UsageError: The options select beam search, whose tokens are known only at the end.
         BackendError: The decoder returned NaN.
     """
     if options.num_beams > 1:
@@ -225,7 +225,7 @@ class GenerationBatch:
         """Adds rows.
 
         Args:
-            first_logits: [B,V], behind each prompt.
+            first_logits: [B,V], after each prompt.
             state: The decoder after the prompts; used up by the call.
             rows: B.
 

@@ -1,4 +1,4 @@
-"""Language models: a decoder, or a text encoder and a decoder. Prompts go in, the first logits and a state come out."""
+"""Language models (a decoder, or a text encoder and a decoder): from prompts to the first logits and a state."""
 
 from __future__ import annotations
 

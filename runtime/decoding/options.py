@@ -1,4 +1,4 @@
-"""Options and results of text generation, and when a text is finished."""
+"""Options and results of text generation, and the test whether a text is finished."""
 
 from __future__ import annotations
 

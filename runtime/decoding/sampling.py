@@ -1,8 +1,8 @@
-"""From one step's logits to one token: penalties, filters and the draw, a row at a time.
+"""Chooses a token from the logits of one step: penalties, filters and random draw, one row at a time.
 
 The order and the arithmetic (float32) are those of transformers 5.23: repetition penalty, minimal length,
-temperature, top-k, top-p (`generation/logits_process.py`). Nothing here loops over the vocabulary in Python
-or sorts all of it where a part will do.
+temperature, top-k, top-p (`generation/logits_process.py`). For speed, nothing here loops over the vocabulary in
+Python, or sorts the whole vocabulary where a part is enough.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> None:
-    """Divide the positive and multiply the negative scores of seen tokens (CTRL, arXiv 1909.05858), in place.
+    """Divide the positive and multiply the negative scores of repeated tokens (CTRL, arXiv 1909.05858), in place.
 
     Args:
         scores: [V]: logits, or log-probabilities in beam search.
@@ -151,7 +151,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def broken_logits() -> BackendError:
-    """The error for a decoder whose numbers have broken down."""
+    """The error for a decoder whose logits are not finite."""
     return BackendError(
         "the decoder returned NaN or infinity instead of logits, as half precision does when it overflows",
         f"export with {option('precision')} fp32, or choose another {option('backend')}",

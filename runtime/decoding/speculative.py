@@ -1,11 +1,11 @@
 """Speculative decoding: a draft model proposes tokens, and one pass of the language model verifies them all.
 
 The language model processes its last token and the proposed ones in one pass, which gives logits after each of them.
-A proposed token is accepted while it equals the token that these logits choose; the first one that differs is removed
-from the KV cache with everything behind it (Leviathan et al., arXiv 2211.17192, with arg-max acceptance). Every token
-is chosen from the language model's own logits, so the text is that of plain decoding.
+Proposed tokens are accepted as long as they equal the tokens that these logits choose. The first one that differs and
+all tokens after it are removed from the KV cache (Leviathan et al., arXiv 2211.17192, with arg-max acceptance). Every
+token is chosen from the language model's own logits, so the text is that of plain decoding.
 
-Each row has a draft of its own. Several rows at once are decoded plainly.
+Each row has its own draft. Several rows at once are decoded without one.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Speculator:
 
 
 class PromptLookup:
-    """Prompt lookup: proposes what followed the same last tokens earlier in prompt or text.
+    """Prompt lookup: finds the last tokens earlier in prompt or text, and proposes the tokens that followed there.
 
     Args:
         prompt_ids: The prompt's ids.

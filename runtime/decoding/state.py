@@ -1,4 +1,4 @@
-"""The state of a decoder between two steps: its protocols, and what every form of the KV cache does to rows."""
+"""The state of a decoder between two steps: its protocols, and the operations on rows that all KV caches share."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tokens_to_drop(lengths: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArr
 
 
 def padded(array: Array, axis: int, length: int, *, left: bool = False) -> Array:
-    """An array padded with zeros behind (or before) its values, so that the axis has that length."""
+    """An array padded with zeros after (or before) its values, so that the axis has that length."""
     missing = length - array.shape[axis]
     if not missing:
         return array

@@ -1,1 +1,1 @@
-"""Pictures and videos to pixel values, on NumPy and Pillow alone."""
+"""Converts pictures and videos to pixel values, with NumPy and Pillow only."""

@@ -1,11 +1,11 @@
-"""From a picture file (EXIF orientation, colour modes) to the vision encoder's pixel values, with NumPy and Pillow.
+"""Converts a picture file (EXIF orientation, colour modes) to the vision encoder's pixel values, in NumPy and Pillow.
 
 Two steps, each bit-equal to its counterpart in transformers 5.23:
 
 - `load_image` (`transformers.image_utils.load_image`): decode, turn upright by the EXIF orientation, RGB;
 - `Preprocessing` (`BlipImageProcessorPil`, `CLIPImageProcessorPil`): resize, centre crop, rescale, normalise.
 
-Rescaling and normalising an 8-bit value has 256 outcomes per channel, so both are one table look-up.
+Rescaling and normalising an 8-bit value has 256 outcomes per channel, so both are done with one lookup table.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _blend_on_white(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to a picture between decoding and the vision encoder; the defaults are BLIP's.
+    """The preprocessing of a decoded picture for the vision encoder; the defaults are BLIP's.
 
     Attributes:
         resize: Whether to resize to `size`.
@@ -209,13 +209,13 @@ class Preprocessing:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of what comes out, pixels; None where they depend on the picture."""
+        """Height and width of the result in pixels; None where they depend on the picture."""
         fixed = self.crop if self.crop is not None else (self.size if self.resize else {})
         return (fixed["height"], fixed["width"]) if "height" in fixed else None
 
     @property
     def spans(self) -> NDArray[np.float32]:
-        """What lies between the pixel values of black and of white, by channel, float32 [3]."""
+        """The difference between the pixel values of white and of black, for each channel, float32 [3]."""
         table: NDArray[np.float32] = getattr(self, "_table")  # noqa: B009 - set past the frozen fields
         spans: NDArray[np.float32] = np.abs(table[:, -1] - table[:, 0])
         return np.where(spans > 0, spans, np.float32(1))
@@ -229,7 +229,7 @@ class Preprocessing:
                 `CLIPImageProcessor` or `IdeficsImageProcessor` where `image_processor_type` names one of those.
 
         Raises:
-            CheckpointError: A value is outside its range, or asks for a step that is not supported.
+            CheckpointError: A value is outside its range, or selects a step that is not supported.
         """
         part = config.get("image_processor")
         if isinstance(part, Mapping):
@@ -315,7 +315,7 @@ class Preprocessing:
         shapes = {array.shape for array in pixels}
         if len(shapes) > 1:
             sizes = ", ".join(sorted(f"{width}×{height}" for _, height, width in shapes))
-            raise ImageError(f"expected pictures of one processed size, got {sizes}", "process them singly")
+            raise ImageError(f"expected pictures of one processed size, got {sizes}", "process them one by one")
         return np.stack(pixels)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Pictures in WebDataset shards: uncompressed tar files on a disk.
+"""Reads pictures from WebDataset shards: uncompressed tar files on a disk.
 
 Only the headers of a shard are read to list its files. A picture is read later, from its offset in the shard.
 """

@@ -1,4 +1,4 @@
-"""Frames of a video: from a list, a folder of frames, a video file, or one picture that is repeated."""
+"""Reads the frames of a video from a list, a folder of frames, a video file, or one picture that is repeated."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
     Args:
         item: Pictures; an array ``[F, H, W, 3]`` uint8; a folder, whose files are taken in the order of their
             names, numbers in them as numbers; a video file; or one picture, which is repeated.
-        count: How many frames are wanted.
+        count: How many frames to select.
 
     Returns:
         ``count`` pictures.
@@ -110,7 +110,7 @@ def _from_video(path: Path, count: int) -> list[ImageSource]:
 
 
 def _pick(container: Any, wanted: set[int]) -> dict[int, ImageSource]:
-    """The wanted frames as Pillow pictures; decoding stops after the last one."""
+    """The selected frames as Pillow pictures; decoding stops after the last one."""
     found: dict[int, ImageSource] = {}
     for index, frame in enumerate(container.decode(video=0)):
         if index in wanted:

@@ -1,1 +1,1 @@
-"""Captions over HTTP, and of live pictures."""
+"""Captions over HTTP (``serve``), and of cameras, videos and folders (``watch``)."""

@@ -1,7 +1,7 @@
 """OpenAI's chat format for a captioner: parses requests, and writes completions and chunks.
 
 The last user message holds one picture (or several, where the model takes several) as ``data:`` URLs and an optional
-text, which is the prompt. Pictures behind ``http:`` URLs are refused, so that no client can make the server fetch an
+text, which is the prompt. Pictures given as ``http:`` URLs are refused, so that no client can make the server fetch an
 address (server-side request forgery).
 """
 
@@ -87,7 +87,7 @@ def read_request(body: bytes) -> ChatRequest:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _video(address: str, kind: str | None) -> Source:
         import av
     except ImportError as error:
         raise BackendError(
-            "videos and cameras are read with PyAV, which is not installed",
+            "reading videos and cameras needs PyAV, which is not installed",
             "install it: pip install 'blip2edge[video]'",
         ) from error
     return Source(partial(_decoded, av, address, kind))

@@ -1,6 +1,6 @@
-"""The backends ``tensorrt`` and ``rtx``: a bundle's engines behind the session and decoder protocols.
+"""The backends ``tensorrt`` and ``rtx``: they run a bundle's engines by the session and decoder protocols.
 
-The code is tested against a stand-in for CUDA and TensorRT that computes on the CPU. It was not yet run on a GPU.
+The code is tested with a simulation of CUDA and TensorRT that computes on the CPU. It was not run on a GPU yet.
 """
 
 from __future__ import annotations

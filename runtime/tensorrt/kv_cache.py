@@ -1,9 +1,9 @@
 """The constant-shape decoder on a GPU: its KV cache, decode steps as CUDA graphs, and greedy decoding on the GPU.
 
-A workspace holds the buffers of a batch of B rows, at addresses that never change, and their contexts. Keys and
-values have two halves: a decode step reads one and writes the other, and so it does with the small tensors. So there
-are two steps, from the first half to the second and back. Each is captured once as a CUDA graph of the decoder, the
-choice of the token and its row of the token table, and then launched as a whole.
+A workspace holds the buffers of a batch of B rows, at addresses that never change, and their contexts. Keys, values and
+the small tensors have two buffers each: a decode step reads one and writes the other. So there are two steps, from the
+first buffer to the second and back. Each is captured once as a CUDA graph, which runs the decoder, chooses the token
+and reads its row of the token table, and is then launched as a whole.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class DeviceCache:
 
 
 class DeviceState(FixedState):
-    """The rows of a batch on a GPU. Besides what every state does, it decodes greedily without the host."""
+    """The rows of a batch on a GPU. In addition to :class:`FixedState`, it can choose greedy tokens on the GPU."""
 
     cache: DeviceCache
 

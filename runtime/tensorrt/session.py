@@ -1,4 +1,4 @@
-"""Finds TensorRT, checks its version, and opens and runs engines. The package is imported on the first use."""
+"""Imports TensorRT on first use, checks its version, and opens and runs engines."""
 
 from __future__ import annotations
 
@@ -217,8 +217,8 @@ class Context:
         self._context = engine.create_execution_context(strategy)
         if self._context is None:
             raise EngineError(
-                f"the engine {self._name} has no room to run",
-                "stop what else uses the GPU, or build smaller engines",
+                f"the GPU has too little free memory to run the engine {self._name}",
+                "stop other programs that use the GPU, or build smaller engines",
             )
         self._size = int(engine.device_memory_size_v2)
         index = record.profiles.index(profile)

@@ -128,5 +128,5 @@ class Workspace:
 
 
 def is_cross(name: str) -> bool:
-    """Whether a decoder's input belongs to what it attends to besides its text."""
+    """Whether a decoder's input belongs to its cross-attention."""
     return name.startswith("cross")

@@ -1,1 +1,1 @@
-"""Text to token ids and back, and prompts to the language model's input."""
+"""Converts texts to token ids and back, and prompts to the language model's input."""

@@ -1,11 +1,11 @@
-"""Prompts: a text and its images as token ids, and as the rows that the language model reads.
+"""Prompts: converts a text and its images to token ids, and to the rows that the language model reads.
 
 Three kinds of prompt (``PromptSpec.kind``):
 
-- ``segments``: the texts around an image are tokenized one by one; visual tokens stand between them (BLIP-2).
+- ``segments``: the texts around an image are tokenized one by one; visual tokens are put between them (BLIP-2).
 - ``placeholder``: the text is tokenized as a whole, with one token of the tokenizer in each image's place (LLaVA).
-- ``interleaved``: images take no slots. A marker token stands for each, and every token attends to the last image
-  before it (Flamingo, Idefics). Few-shot prompts are such texts: ``<image>A cat.<image>A dog.<image>A``.
+- ``interleaved``: images take no slots. A marker token marks each, and every token attends to the last image
+  before it (Flamingo, Idefics). Few-shot prompts have this form: ``<image>A cat.<image>A dog.<image>A``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Prompt:
     Attributes:
         segments: One more than there are images that take slots.
         visual_tokens: Slots of an image.
-        image_token_id: Stands for a slot in :attr:`ids`.
+        image_token_id: Placeholder of a visual token in :attr:`ids`.
         images: Number of images.
         attends_to: Interleaved prompts: the index of the image that each token attends to, or :data:`NO_IMAGE`.
     """
@@ -161,7 +161,7 @@ class PromptBuilder:
             else:
                 segments[-1].append(token_id)
         if len(segments) != len(parts):
-            raise PromptError(f"the prompt holds {token}, which stands for a picture", "leave it out")
+            raise PromptError(f"the prompt contains {token}, which marks a picture", "leave it out")
         return self._with_slots(segments)
 
     def _with_slots(self, segments: Sequence[Sequence[int]]) -> Prompt:
@@ -186,7 +186,7 @@ class PromptBuilder:
             )
         if prompt.length == 0:
             raise PromptError(
-                "the prompt is empty, and this model begins no text by itself",
+                "the prompt is empty, and this model cannot start a text without one",
                 f"give a {option('prompt')}",
                 field="prompt",
             )
@@ -255,7 +255,7 @@ def interleave(spec: PromptSpec, text: str, images: int) -> str:
     """The text with a marker token for each image, as transformers' IdeficsProcessor writes it.
 
     Args:
-        spec: The template, and the tokens that stand for an image.
+        spec: The template, and the tokens that mark an image.
         text: With one marker of :data:`MARKERS` for each image. Without any, it goes into the template, and all
             images go where that has its marker. Spaces around an image are dropped.
         images: Number of images.
@@ -271,7 +271,7 @@ def interleave(spec: PromptSpec, text: str, images: int) -> str:
     if len(parts) - 1 != images:
         raise UsageError(
             f"the prompt has {len(parts) - 1} places for pictures, but there are {images}",
-            f"write {MARKERS[1]} where each picture stands, or give a prompt without it",
+            f"write {MARKERS[1]} in the place of each picture, or give a prompt without it",
         )
     result = parts[0].strip(" ")
     after_image = False
@@ -321,7 +321,7 @@ def pack_images(array: Array, counts: Sequence[int]) -> Array:
         counts: Images of each of the B items; their sum is N.
 
     Returns:
-        ``[B, max(counts) * Q, D]``, padded with zeros behind the items with fewer images.
+        ``[B, max(counts) * Q, D]``, where items with fewer images are padded with zeros at the end.
     """
     _, slots, width = array.shape
     packed = np.zeros((len(counts), max(counts), slots, width), array.dtype)

@@ -1,4 +1,4 @@
-"""Text to token ids and back with the `tokenizers` package, and text that grows token by token."""
+"""Converts texts to token ids and back with the `tokenizers` package, also incrementally, token by token."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Tokenizer:
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with what the tokenizer's template puts around it by default.
+        """Token ids of a text, by default with the special tokens of the tokenizer's template.
 
         Raises:
             PromptError: The text holds half a surrogate pair, which is no character.
@@ -207,7 +207,7 @@ class StopText:
         self._over = False
 
     def push(self, text: str) -> str:
-        """Take more text; returns what is now known to stand before any stop."""
+        """Takes more text; returns the part that is certainly before any stop text."""
         if self._over:
             return ""
         held = self._held + text
@@ -220,7 +220,7 @@ class StopText:
         return held[: len(held) - kept]
 
     def flush(self) -> str:
-        """What was held back when the text is over."""
+        """Ends the text; returns the part that was held back."""
         return "" if self._over else self._held
 
 

@@ -83,7 +83,7 @@ def test_eos_comes_from_generation_config(tmp_path: Path) -> None:
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16")
     captioner = Captioner.load(tmp_path / "bundle", threads=1)
     assert captioner.options().eos_token_ids == (7, 9)
-    with pytest.raises(PromptError, match="<image>, which stands for a picture"):
+    with pytest.raises(PromptError, match="<image>, which marks a picture"):
         captioner.caption(drawing.pictures(0)[0], prompt="two <image> of a dog")
 
 

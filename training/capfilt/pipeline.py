@@ -4,7 +4,7 @@ A captioner generates one synthetic caption for each picture. The matching head 
 the web; captions above a threshold are kept (section 3.3 of that paper, whose threshold is 0.5). The result is shards
 to train on, and a report.
 
-`score_batch` scores one batch, and its result depends on nothing but the batch. So one machine and many
+`score_batch` scores one batch, and its result depends only on that batch. So one machine and many machines
 (`ray_backend`) write the same shards, byte by byte.
 """
 

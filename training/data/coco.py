@@ -177,7 +177,7 @@ def _annotations_of(path: Path) -> Path:
     answers = named.with_name(named.name.replace("questions", "annotations"))
     if answers == path or not answers.is_file():
         raise DataError(
-            f"{path}: expected its answers in {answers.name} beside it",
+            f"{path}: expected the answers in {answers.name}, in the same directory",
             "set annotations in [data] to that file",
         )
     return answers

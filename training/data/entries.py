@@ -1,4 +1,4 @@
-"""Entries of a data set: stored pictures with texts, and the samples that are broken."""
+"""Entries of a data set (pictures with texts), and the list of broken samples."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
 def _captions(path: Path | None, picture: str, broken: BrokenSamples) -> list[str]:
     """The captions of a picture. A picture without a readable text is added to `broken` and has none."""
     if path is None:
-        broken.add(picture, "there is no text beside it")
+        broken.add(picture, "it has no .txt file with captions")
         return []
     try:
         captions = captions_of(path.read_text(encoding="utf-8"))

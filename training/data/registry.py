@@ -1,4 +1,4 @@
-"""Opens the data that a recipe's section `[data]` describes, by its `kind`."""
+"""Opens the data that a recipe's section `[data]` describes; the key `kind` selects the reader."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def split_pairs(split: Split) -> tuple[tuple[Kind, Kind], ...]:
         UsageError: The split has another name.
     """
     if split not in _STREAMS:
-        raise UsageError(f"a split of the scenes is called train or heldout, not {split!r}")
+        raise UsageError(f"the split of the scenes must be train or heldout, not {split!r}")
     pairs = all_pairs()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(pairs))
     held = set(order[:HELDOUT_PAIRS].tolist())

@@ -1,7 +1,7 @@
 """Reads and writes WebDataset shards: tar files whose samples are files of one name (`0001.jpg`, `0001.txt`).
 
-Shards are uncompressed and on a disk. Headers and texts are read in order; a picture is read from its offset when it is
-opened. Only the entries of the current block are in memory, so memory does not grow with the data.
+Shards must be uncompressed and on a disk. Headers and texts are read in order; a picture is read from its offset when
+it is needed. Only the entries of the current block are in memory, so memory does not grow with the data.
 """
 
 from __future__ import annotations

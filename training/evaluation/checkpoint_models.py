@@ -1,4 +1,4 @@
-"""Runs checkpoints for evaluation in torch: greedy decoding, no export, no KV cache. The reference for bundles."""
+"""Runs checkpoints in torch for evaluation, as the reference for bundles: greedy decoding, without a KV cache."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class MatchModel(Protocol):
 
     @property
     def has_head(self) -> bool:
-        """Whether it has a matching head (ITM) beside its vectors (ITC)."""
+        """Whether it has a matching head (ITM) in addition to its vectors (ITC)."""
 
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
         """Unit vectors of pictures: float32 [N, F], or [N, K, F] if a picture has K vectors."""

@@ -61,7 +61,7 @@ def evaluate(
         metrics: Names of metrics; empty: all that the model and the data allow.
         prompt: How captions begin; None for the model's own prompt.
         top: Retrieval: how many of the nearest texts and pictures the matching head ranks again; 0: none.
-        ask: POPE: put its questions to the model; otherwise they are answered by what the captions name.
+        ask: POPE: give its questions to the model; otherwise the objects in the captions answer them.
         predictions: Whether the figures hold ``predictions``, the model's texts in COCO's format of results.
         backend: Of a bundle: ``auto``, or a backend by name.
         threads: CPU threads; None for all cores.

@@ -44,7 +44,7 @@ class ScoringOptions:
         metrics: Names of metrics; empty for all that the model and the data support.
         prompt: Prompt of captions; None for the model's default.
         top: Number of nearest candidates that the matching head ranks again; 0: the cosine alone decides.
-        ask: Whether POPE's questions are put to the model; otherwise its captions answer them.
+        ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         progress: Called with (pictures done, all pictures).
     """
 

@@ -1,4 +1,4 @@
-"""Encodes pictures with the frozen picture encoder, and caches the result on disk if the recipe says so.
+"""Encodes pictures with the frozen picture encoder, and caches the result on disk if the recipe sets `cache_features`.
 
 A cache is one directory for one encoder and one preprocessing, named by their hash. Each run appends to its own files:
 rows of fixed size, and an index with one line for each batch. A line is written after its rows, so a run that is killed

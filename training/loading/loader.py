@@ -1,4 +1,4 @@
-"""Loads batches of samples. Broken samples are replaced, and the position in the data can be saved and restored.
+"""Loads batches of samples, replaces broken samples, and saves and restores the position in the data.
 
 All processes read the same stream of samples and open only the pictures of their own rows. If a picture cannot be
 opened, or a text does not fit the model, all processes reject the sample and take the next one of the stream instead.

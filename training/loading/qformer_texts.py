@@ -1,4 +1,4 @@
-"""Tokenizes texts for the Q-Former's text side, with BERT's special tokens and [DEC] in any tokenizer."""
+"""Tokenizes texts for the Q-Former's text side; adds BERT's special tokens and [DEC] to any tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log of a training run: JSON lines, TensorBoard if wanted, and a plot of the losses."""
+"""The log of a training run: JSON lines, optionally TensorBoard, and a plot of the losses."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _NAMED = 3  # samples named in a message
 
 
 class PhaseBatch(Protocol):
-    """What the loop reads of a batch."""
+    """The interface of a batch for the loop."""
 
     @property
     def sample_ids(self) -> Sequence[str]:
@@ -179,7 +179,7 @@ def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], s
     samples = f" on the samples {', '.join(names[:_NAMED])}{more}" if names else ""
     fix = "lower the learning rate of this phase, or raise its warmup_steps"
     if run.snapshots.any:
-        fix += f", and go on from {run.snapshots.directory} with {option('resume', on=True)}"
+        fix += f", and continue from {run.snapshots.directory} with {option('resume', on=True)}"
     return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
 
 

@@ -1,4 +1,4 @@
-"""One training run: the recipe, the model and where log and snapshots go. Every phase of the run shares it."""
+"""One training run: the recipe, the model, and the directory of log and snapshots. All phases share it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL_PREFIX = "workshop."
 
 @dataclass
 class TrainingRun:
-    """What all phases of a run share.
+    """The data that all phases of a run share.
 
     Attributes:
         stage: "stage1", "stage2" or "instruct".

@@ -1,4 +1,4 @@
-"""Exact match of captions. Needs no torch."""
+"""Exact match of captions, with shuffled captions as a control. Needs no torch."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 The evaluation server runs Stanford's PTBTokenizer (CoreNLP 3.4.1) and then drops punctuation. These rules follow the
 Penn Treebank as that tokenizer applies it to English captions: clitics are split off ("it 's", "is n't"), hyphens and
 slashes inside a word are not, an abbreviation keeps its full stop, brackets get names. They were derived by comparison
-with its output on COCO's captions; the tests hold some of them. As in a lexer, the longest match of all rules is used,
-and of equally long ones the first.
+with its output on COCO's captions; the tests contain some of them. As in a lexer, the longest match of all rules is
+used, and of equally long ones the first.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Training phases: the losses of each, what it trains and on which data."""
+"""Training phases: losses, trained parts and data of each phase."""

@@ -1,7 +1,7 @@
 """Collective operations for losses over several processes. With one process they return their input.
 
-LAVIS gathers contrastive features without gradient, so a rank's pictures learn nothing from the texts of other ranks.
-Here the gradient flows back, and N processes at batch B make the same step as one process at N * B.
+LAVIS gathers contrastive features without gradient, so the pictures of one rank get no gradient from the texts of other
+ranks. Here the gradient flows back, and N processes at batch B make the same step as one process at N * B.
 """
 
 from __future__ import annotations

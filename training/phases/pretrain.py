@@ -1,8 +1,8 @@
 """Two short pretraining phases of the miniature, in place of EVA-CLIP and of OPT's training on web text.
 
 The parts of a real BLIP-2 are already trained. These phases train small parts with the same abilities: a picture
-encoder whose patches know which object covers them and where it is (dense labels), and a language model that a prefix
-can steer. Both use the training scenes only.
+encoder whose patches encode which object covers them and where it is (dense labels), and a language model whose text
+follows a prefix. Both use the training scenes only.
 """
 
 from __future__ import annotations

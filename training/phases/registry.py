@@ -1,4 +1,4 @@
-"""The phases of training: for each, what it trains, on which data, and how it ends."""
+"""The table of training phases: for each, its trained parts, its data, and the function that finishes it."""
 
 from __future__ import annotations
 

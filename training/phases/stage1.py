@@ -9,7 +9,7 @@ losses of a picture and its text are added with equal weights:
 
 The formulas are those of the paper and of LAVIS (blip2_qformer.py). One thing differs from LAVIS: several processes
 make the same step as one process on all their rows, because features are gathered with gradient, and itg is averaged
-over the tokens of all ranks. A batch of one works, and so does a run without a process group.
+over the tokens of all ranks. A batch of one sample works, and a process group is not needed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Initialises, loads and saves the model of stage 1, and copies its result into a captioner.
 
 :func:`start_from_bert` initialises it from a BERT. :func:`load_stage1` and :func:`save_stage1` use directories of
-transformers' ``Blip2ForImageTextRetrieval`` with the draft beside it. :func:`begin_stage2` copies the trained parts
-into the bridge and the draft of a captioner.
+transformers' ``Blip2ForImageTextRetrieval``, with the files of the draft model. :func:`begin_stage2` copies the trained
+parts into the bridge and the draft model of a captioner.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
 
 
 def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path | None = None) -> None:
-    """Writes a directory that ``transformers.Blip2ForImageTextRetrieval`` loads, with the draft beside it.
+    """Writes a directory that ``transformers.Blip2ForImageTextRetrieval`` loads, with the files of the draft model.
 
     Args:
         model: The model; its temperature is written to ``stage1.json``.

@@ -3,7 +3,7 @@
 Li et al., arXiv 2301.12597, section 3.3: picture encoder and language model are frozen, the visual tokens precede the
 text, and only the text after the prompt gives loss. In instruction tuning the Q-Former reads the prompt too (Dai et
 al., arXiv 2305.06500, section 2.3). MiniGPT-4 (arXiv 2304.10592) trains the projection only. Flamingo (arXiv
-2204.14198) adds gated layers to the language model, and trains those layers of it only.
+2204.14198) adds gated layers to the language model, and trains only these layers of it.
 """
 
 from __future__ import annotations

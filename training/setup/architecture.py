@@ -1,4 +1,4 @@
-"""The captioner's config for each value of the recipe's key `bridge`, given a picture encoder and a language model."""
+"""Makes a captioner's config from a picture encoder, a language model and the recipe's key `bridge`."""
 
 from __future__ import annotations
 

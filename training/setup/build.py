@@ -66,7 +66,7 @@ def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
     draft = parts.model.config.draft
     if (
         draft is not None and parts.qformer_texts is not None
-    ):  # a kept one may have fewer places than the recipe asks for
+    ):  # an existing draft model may have fewer positions than the recipe sets
         parts.qformer_texts.max_length = min(parts.qformer_texts.max_length, draft.max_positions)
     return parts
 

@@ -1,4 +1,4 @@
-"""The model that a run trains: a captioner with its tokenizer, preprocessing and the files beside its weights."""
+"""The model that a run trains: a captioner with its tokenizer, preprocessing and the other files of its checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 @dataclass
 class ModelParts:
-    """A captioner and everything that its checkpoint holds beside the weights.
+    """A captioner and all files of its checkpoint that are not weights.
 
     Attributes:
         model: The captioner; the phases change it in place.

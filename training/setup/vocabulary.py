@@ -1,6 +1,7 @@
 """The miniature's tokenizer: byte-level BPE like OPT's, with one token for each word of the scenes.
 
-It follows OPT (Zhang et al., arXiv 2205.01068): `<pad>` is 1; `</s>` is 2, begins every text and ends it. Any other
+It follows OPT (Zhang et al., arXiv 2205.01068): `<pad>` is 1; `</s>` is 2, and is the first and the last token of every
+text. Any other
 text is encoded as bytes, so every prompt is accepted. Needs no torch.
 """
 

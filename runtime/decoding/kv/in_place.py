@@ -1,7 +1,7 @@
 """A KV cache that the graph writes in place, for the decoders of optimized copies.
 
-There is one buffer per layer and kind. Each row's text begins in slot 0 of its row of the buffer: a step copies no
-keys and values, dropping tokens only changes a length, and reordering beams copies the used slots alone.
+Each layer has one buffer for keys and one for values. Each row's text begins in slot 0 of its row of the buffer: a step
+copies no keys and values, dropping tokens only changes a length, and reordering beams copies only the used slots.
 ``optimization/passes/shared_cache.py`` describes the graph's inputs.
 """
 
@@ -74,7 +74,7 @@ class InPlaceDecoder:
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         longest = int(lengths.max())
         embeds = np.zeros((len(prompts), longest, self.table.width), self.embeds_dtype)
-        for row, prompt in enumerate(prompts):  # slots behind a shorter prompt are overwritten later
+        for row, prompt in enumerate(prompts):  # slots after a shorter prompt are overwritten later
             embeds[row, : len(prompt)] = prompt
         state = InPlaceState(self, len(prompts), longest)
         return state.read(embeds, lengths), state

@@ -112,7 +112,7 @@ def test_answers_that_are_not_there(questions: Path) -> None:
     change(answers, lambda content: content["annotations"].pop(3))
     assert len(read_vqa(questions, None, questions.parent / "pictures", 1)[0]) == 9
     renamed = answers.rename(answers.with_name("elsewhere.json"))
-    with pytest.raises(DataError, match=r"its answers in v2_tiny_val2014_annotations\.json beside it"):
+    with pytest.raises(DataError, match=r"the answers in v2_tiny_val2014_annotations\.json, in the same directory"):
         read_vqa(questions, None, None, 0)
     assert len(read_vqa(questions, renamed, questions.parent / "pictures", 1)[0]) == 9
 
