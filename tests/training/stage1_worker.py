@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,23 +38,33 @@ def part(rows: slice) -> tuple[Tensor, TextBatch]:
     return images[rows], TextBatch(texts.input_ids[rows, :longest], mask, texts.pictures[rows])
 
 
-def gradients(rank: int, store: str) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Losses of this rank, and the gradients after all ranks have joined theirs."""
+def take_step(rank: int, directory: Path) -> None:
+    """Saves the losses of this rank, and the gradients after all ranks have joined theirs, as ``rank-N.pt``."""
     timeout = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timeout)
-    try:
-        rows = slice(rank * 2, rank * 2 + 2)
-        model = draw_stage1()
-        prepare_stage1(model)
-        joined = DistributedDataParallel(model)
-        losses = joined(*part(rows), drawn(rows))
-        torch.stack(list(losses.values())).sum().backward()
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        return values, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    finally:
-        dist.destroy_process_group()
+    store = f"file://{directory / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timeout)
+    rows = slice(rank * 2, rank * 2 + 2)
+    model = draw_stage1()
+    prepare_stage1(model)
+    joined = DistributedDataParallel(model)
+    losses = joined(*part(rows), drawn(rows))
+    torch.stack(list(losses.values())).sum().backward()
+    values = {name: float(value.detach()) for name, value in losses.items()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.save((values, gradients), directory / f"rank-{rank}.pt")
+    dist.barrier()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gradients(int(sys.argv[1]), sys.argv[2])
+    status = 1
+    try:
+        take_step(int(sys.argv[1]), Path(sys.argv[2]))
+        status = 0
+    except Exception:  # noqa: BLE001 - printed, and the process ends with status 1
+        traceback.print_exc()
+    finally:
+        # Destroying a gloo group may deadlock or abort: a gloo thread frees tensors and waits for the interpreter's
+        # lock (pytorch/pytorch#75097, #190489). The process ends without it.
+        sys.stderr.flush()
+        os._exit(status)

@@ -42,6 +42,7 @@ def _results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.forked", str(root)],
         check=False,
+        timeout=1200,
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[3],
