@@ -36,8 +36,8 @@ INTRODUCTION = """\
 
 # Supported models
 
-blip2edge supports any checkpoint in transformers' format whose `config.json` has one of the types below. Before anything is
-written, `blip2edge export` compares the names and shapes of its tensors with the configuration.
+blip2edge supports any checkpoint in transformers' format whose `config.json` has one of the types below. Before
+anything is written, `blip2edge export` compares the names and shapes of its tensors with the configuration.
 """
 
 
@@ -144,11 +144,11 @@ def checkpoints() -> str:
 
 
 EXPLANATION = """\
-Parameters are in millions (M); a shared table is counted once. The column *a picture* gives the number of positions that a
-picture takes in the language model's input, or of visual tokens that the language model attends to. *Parity* is the largest
-difference from torch in any output of any graph, as a share of that output's largest value. It is measured on the same
-architecture with a few small random layers (`python benchmarks/parity.py`); the limits are {bounds}.
-`attention-pool-opt-2.7b` has the sizes of BLIP-2 and another bridge; no such checkpoint is published.
+Parameters are in millions (M); a shared table is counted once. The column *a picture* gives the number of positions
+that a picture takes in the language model's input, or of visual tokens that the language model attends to. *Parity*
+is the largest difference from torch in any output of any graph, as a share of that output's largest value. It is
+measured on the same architecture with a few small random layers (`python benchmarks/parity.py`); the limits are
+{bounds}. `attention-pool-opt-2.7b` has the sizes of BLIP-2 and another bridge; no such checkpoint is published.
 """
 
 

@@ -105,7 +105,10 @@ def opening(document: dict[str, Any]) -> list[str]:
 def token_merging(document: dict[str, Any]) -> list[str]:
     """What merging patches saves and costs."""
     head = [
-        "| R | the miniature: embeddings | captions that match exactly | same caption as without merging | vision, CPU ms | times |",
+        (
+            "| R | the miniature: embeddings | captions that match exactly | same caption as without merging "
+            "| vision, CPU ms | times |"
+        ),
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for row in document["results"]["miniature"]:
@@ -186,7 +189,8 @@ def startup(document: dict[str, Any]) -> list[str]:
         (f"| SmolLM2-135M at 8 bits, from the start of the process to a text prompt's first token "
         f"| {text['first_token_s']:.2f} s |"),
         f"| the same in llama.cpp, Q8_0 | {text['llama_first_token_s']:.2f} s |",
-        f"| ratio of blip2edge to llama.cpp, median of rounds: wall time, CPU time | {text['wall_ratio']:.2f}, {text['cpu_ratio']:.2f} |",
+        (f"| ratio of blip2edge to llama.cpp, median of rounds: wall time, CPU time "
+        f"| {text['wall_ratio']:.2f}, {text['cpu_ratio']:.2f} |"),
         f"| memory of the miniature after 50 captions (limit: {most:.0f} MB) | {resident[0]:.0f} MB |",
         f"| after {document['captions']:,} captions | {resident[-1]:.0f} MB |",
         "", f"{_where(document)}.",
