@@ -27,7 +27,7 @@ from blip2edge.model.checkpoint.directory import load_model
 from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.runtime.images.preprocess import Preprocessing
 
-OUTLIERS = 4  # channels behind each norm
+OUTLIERS = 4  # channels after each norm
 FACTORS = (20.0, 80.0)  # of those channels
 MASSIVE = 400.0  # hidden value of the units, and what they leave in the residual stream
 SILENT = -8.0  # what the units get for every other token: GELU makes 0 of it

@@ -82,7 +82,7 @@ def overlap(
         half: The same on half of them.
         pictures: What is captioned.
         tokens: Of every caption.
-        rounds: Behind one that warms up.
+        rounds: Measured rounds, after one for warm-up.
     """
     options, spans, unseen = fixed(tokens), list[Span](), list[Span]()
     ways: dict[str, Callable[[], Tokens]] = {
@@ -146,7 +146,7 @@ def arrivals(captioner: Captioner, picture: np.ndarray, rate: float, count: int,
 
 
 def sustained(captioner: Captioner, picture: np.ndarray, count: int, batch: int, solo_s: float) -> dict[str, Any]:
-    """The highest of `RATES` at which the bound holds, and all that was seen on the way there."""
+    """The highest of `RATES` that keeps the time limit, and the measurements of all rates up to it."""
     seen = []
     for relative in RATES:
         seen.append({"of_one_by_one": relative, **arrivals(captioner, picture, relative / solo_s, count, batch)})
