@@ -1,4 +1,4 @@
-"""The pages say what benchmarks/results says, and the tables say it rightly."""
+"""Checks that the tables in the pages match benchmarks/results, and the formats of the tables."""
 
 from __future__ import annotations
 
