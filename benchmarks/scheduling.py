@@ -4,8 +4,8 @@
 
 1. *Overlap*: captions several pictures one by one on all cores, and through the scheduler with one decoding row. The
    scheduler runs with half of the cores for each thread, so that the next picture is encoded while this one is
-   decoded, and with all cores for both threads, which then work in turn. Wall time, in turn (A B C A B C); the
-   captions are equal.
+   decoded, and with all cores for both threads, which then work in turn. Measures wall time; all variants run in
+   turn (A B C A B C), and their captions are equal.
 2. *Arrivals*: pictures arrive at random (a Poisson process) and need captions of mixed lengths. Finds the highest rate
    of arrivals at which 99 % of the captions are ready within a time limit, one by one and with continuous batching.
    Both get the same arrivals.

@@ -1,4 +1,4 @@
-"""Stage 1 followed by stage 2, compared with stage 2 alone, at equal numbers of steps on the scenes.
+"""Compares stage 1 followed by stage 2 with stage 2 alone, at equal numbers of steps on the scenes.
 
     python benchmarks/stages.py --work DIR [--start examples/checkpoint] [--steps 150 300 900] [--seeds 0 1]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py README.md docs/speed.md [--check]
 
-A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a key of :data:`TABLES`. So its numbers
+A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a key of :data:`TABLES`. The numbers
 come from a file that a benchmark wrote. A table whose file is missing is not changed. ``--check`` writes nothing, and
 fails if a page would change.
 """

@@ -1,4 +1,4 @@
-"""A step of stage 2 in this project's loop, and the same computation with transformers' modules, in one run.
+"""Compares a step of stage 2 in this project's loop with the same computation in transformers' modules.
 
     python benchmarks/training_speed.py --json benchmarks/results/training-speed.json
 
