@@ -73,9 +73,10 @@ def check_files(
         if progress is not None:
             progress(name, done, len(files))
         path = directory / name
-        if not path.is_file():
-            raise BundleIntegrityError(f"{path} is missing, though {manifest} lists it", fix)
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise BundleIntegrityError(f"{path} is missing, though {manifest} lists it", fix) from error
         fresh[name] = [status.st_size, status.st_mtime_ns, record.sha256]
         known = use_stamps and stamps.get(name) == fresh[name]
         if status.st_size != record.size or not (known or sha256_of(path) == record.sha256):

@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused_in_a_line(plain: Model, tmp_path: Path) ->
 
     refused("does not divide", cross_layer_interval=3)
     refused("alpha_type is 'matrix'", alpha_type="matrix")
-    refused(r"asks for \[97, 32\]", additional_vocab_size=7)
+    refused(r"requires \[97, 32\]", additional_vocab_size=7)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if "fake" not in token["content"]]
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
