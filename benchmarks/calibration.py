@@ -1,9 +1,9 @@
-"""Cost and result of a calibration: ``python benchmarks/calibration.py memory``, and ``race``.
+"""Memory of a calibration, and speed of its result: ``python benchmarks/calibration.py memory``, and ``race``.
 
 ``memory`` calibrates the example checkpoint on 50 and on 500 scenes, each time in its own process, whose anonymous
 memory is sampled. ``race`` compares three graphs of a ViT-B/16 with random weights at 224 pixels: fp32, the INT8 file
 that TensorRT takes, and that file as ``optimize`` rewrites it for the CPU. They run in turn (A B C A B C ...) in one
-process on one thread, by process CPU time.
+process on one thread; CPU time of the process is measured.
 """
 
 from __future__ import annotations

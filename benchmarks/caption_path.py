@@ -1,7 +1,7 @@
-"""The path of one caption through the code: its files, classes and functions, and how often it changes file.
+"""Traces one caption: lists its files, classes and functions, and counts the changes from one file to another.
 
-A reader who wants to understand a caption opens these files, so they should be few. The second of two equal
-captions is traced: what is done once per process is not counted.
+To understand a caption, a reader must open these files, so there should be few. The second of two equal captions is
+traced, so that work that is done once per process is not counted.
 
     python benchmarks/caption_path.py BUNDLE examples/pictures/scene-1.png
 """

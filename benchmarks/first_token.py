@@ -1,4 +1,4 @@
-"""Time from the start of a process to the first token of a text prompt, for one contestant; prints the CPU seconds.
+"""Measures the CPU seconds from the start of a process to the first token of a text prompt, for one contestant.
 
     python benchmarks/first_token.py ours BUNDLE
     python benchmarks/first_token.py llama FILE.gguf

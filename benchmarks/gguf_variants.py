@@ -3,7 +3,7 @@
     python benchmarks/gguf_variants.py SOURCE.gguf --out DIR
 
 Writes ``Q8_0.gguf`` (every matrix) and ``Q4_0.gguf`` (every matrix but the token table, which is also the head). The
-table stays at Q8_0, as in llama.cpp's own quantizer where the row size is no multiple of 256. Needs
+table stays at Q8_0, as in llama.cpp's own quantizer if the row size is not a multiple of 256. Needs
 ``pip install gguf``.
 """
 

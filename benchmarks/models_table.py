@@ -32,12 +32,12 @@ PARITY = HERE / "results" / "parity.json"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
 NOTES = HERE / "models_notes.md"
 INTRODUCTION = """\
-<!-- Made by `make docs` of the registries, of benchmarks/configs and of benchmarks/models_notes.md. -->
+<!-- Made by `make docs` from the registries, benchmarks/configs and benchmarks/models_notes.md. -->
 
 # Supported models
 
-Any checkpoint in transformers' format whose `config.json` has one of the types below. `blip2edge export` compares its
-tensors with the configuration, name by name and shape by shape, before anything is written.
+blip2edge supports any checkpoint in transformers' format whose `config.json` has one of the types below. Before
+anything is written, `blip2edge export` compares the names and shapes of its tensors with the configuration.
 """
 
 
@@ -49,13 +49,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
 
 
 def code(text: str) -> str:
-    """As code, in a cell; empty stays empty."""
+    """The text as code in a cell; a dash if it is empty."""
     escaped = text.replace("|", "\\|").replace("\n", "\\n")
     return f"`{escaped}`" if text else "–"
 
 
 def families() -> str:
-    """A row a family, as the registry has it."""
+    """One row for each family of the registry."""
     comparing = {config.family for config in map(opened, map(published, NAMES)) if isinstance(config, RetrievalConfig)}
     rows = []
     for name, family in FAMILIES.items():
@@ -113,7 +113,7 @@ def passing(name: str, parity: dict[str, Any]) -> str:
 
 
 def checkpoints() -> str:
-    """A row a published configuration."""
+    """One row for each published configuration."""
     parity = json.loads(PARITY.read_text())["results"] if PARITY.is_file() else {}
     rows = []
     for name in NAMES:
@@ -144,11 +144,11 @@ def checkpoints() -> str:
 
 
 EXPLANATION = """\
-Parameters in millions, a shared table counted once. *A picture*: its positions in the language model's input, or
-the visual tokens that its layers attend to. *Parity*: the largest difference from torch in any output of any graph, as
-a share of that output's largest value, measured on the same architecture shrunk to a few random layers
-(`python benchmarks/parity.py`); the bounds are {bounds}.
-`attention-pool-opt-2.7b` is BLIP-2's shape with another bridge; no such checkpoint is published.
+Parameters are in millions (M); a shared table is counted once. The column *a picture* gives the number of positions
+that a picture takes in the language model's input, or of visual tokens that the language model attends to. *Parity*
+is the largest difference from torch in any output of any graph, as a share of that output's largest value. It is
+measured on the same architecture with a few small random layers (`python benchmarks/parity.py`); the limits are
+{bounds}. `attention-pool-opt-2.7b` has the sizes of BLIP-2 and another bridge; no such checkpoint is published.
 """
 
 
@@ -171,7 +171,7 @@ def document() -> str:
 
 
 def main() -> None:
-    """Writes the page, prints it, or compares it with the one that is there."""
+    """Writes the page, prints it, or compares it with an existing one."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--write", type=Path, metavar="FILE", help="write the page there")
@@ -183,7 +183,7 @@ def main() -> None:
         options.write.write_text(page, encoding="utf-8")
     elif options.check is not None:
         if not options.check.is_file() or options.check.read_text(encoding="utf-8") != page:
-            sys.exit(f"{options.check} is not what the registries say; run: make docs")
+            sys.exit(f"{options.check} does not match the registries; run: make docs")
     else:
         print(page, end="")
 

@@ -95,7 +95,7 @@ def figures(parent: Path, bundle: Path, wanted: Sequence[str], heldout: Sequence
 
 
 def captions(bundle: Path, pictures: Sequence[Scene]) -> list[str]:
-    """What a bundle says."""
+    """Captions of a bundle."""
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
     results = captioner.caption_many([scene.picture for scene in pictures], batch_size=16)
     return [result.text for result in results]

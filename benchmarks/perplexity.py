@@ -51,13 +51,13 @@ def windows(bundle: Bundle, text: Path, count: int) -> Array:
     """Windows of a text's tokens ``[count, WINDOW]``, spread over it."""
     ids = Tokenizer.from_file(bundle.file(TOKENIZER_FILE)).encode(text.read_text(encoding="utf-8"))
     if len(ids) < count * WINDOW:
-        sys.exit(f"{text} has {len(ids)} tokens, and {count} windows of {WINDOW} are wanted")
+        sys.exit(f"{text} has {len(ids)} tokens, but {count} windows of {WINDOW} tokens are needed")
     starts = np.linspace(0, len(ids) - WINDOW, count).astype(int)
     return np.stack([np.array(ids[start : start + WINDOW], np.int64) for start in starts])
 
 
 def inputs(bundle: Bundle, table: TokenTable, rows: Array) -> Iterator[dict[str, Array]]:
-    """The decoder's inputs for each window, with logits asked for at every place."""
+    """The decoder's inputs for each window, with logits at every position."""
     cache = bundle.manifest.cache
     assert cache is not None
     empty = np.zeros((1, cache.num_heads, 0, cache.head_dim), np.float32)
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480, help="of the evaluation, at least")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--only", action="append", choices=VARIANTS, help="a variant; may be repeated (all)")
-    parser.add_argument("--json", type=Path, help="written after each variant; those in it that are not asked for stay")
+    parser.add_argument("--json", type=Path, help="written after each variant; keeps results of other variants")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     texts = {part: options.texts / f"{part}.txt" for part in ("calibration", "evaluation")}

@@ -5,8 +5,8 @@ The example checkpoint is small and has no outliers. This module adds them such 
 - Some channels after each norm become 20 to 80 times larger, and the weights that read them smaller by the same
   factor, so that the function is the same.
 - Two hidden units of the first MLP are active on one token each, the class token and the first patch, with values
-  hundreds of times those of other units. They write to one channel of that token's residual stream, as Sun et al.
-  (arXiv 2402.17762) and Darcet et al. (arXiv 2309.16588) found in trained encoders.
+  hundreds of times larger than those of other units. They write to one channel of that token's residual stream, as
+  Sun et al. (arXiv 2402.17762) and Darcet et al. (arXiv 2309.16588) found in trained encoders.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from blip2edge.model.checkpoint.directory import load_model
 from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.runtime.images.preprocess import Preprocessing
 
-OUTLIERS = 4  # channels behind each norm
+OUTLIERS = 4  # channels after each norm
 FACTORS = (20.0, 80.0)  # of those channels
 MASSIVE = 400.0  # hidden value of the units, and what they leave in the residual stream
 SILENT = -8.0  # what the units get for every other token: GELU makes 0 of it

@@ -21,10 +21,10 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who takes part.
+    """A program that is measured.
 
     Attributes:
-        name: As it stands in the tables.
+        name: Its name in the tables.
         kind: A key of ``worker.KINDS``.
         path: What it loads.
         python: The interpreter of its environment.

@@ -171,7 +171,7 @@ def write_checkpoint(
 
 
 def _write_tokenizers(directory: Path, config: dict[str, Any]) -> None:
-    """A few words, and the tokens that stand for a picture or beside it."""
+    """Writes tokenizers with a few words, and the tokens that mark a picture and surround it."""
     words = ["<s>", "<pad>", "</s>", "<unk>", "a", "photo", "of", "<fake_token_around_image>"]
     vocabulary = {word: index for index, word in enumerate(words)}
     vocabulary["<image>"] = config.get("image_token_index") or len(words)

@@ -23,7 +23,7 @@ BLOCKS = ("vision", "qformer", "language")
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """What stands under each field of a dataclass, its parents' fields included."""
+    """The docstring of each field of a dataclass, inherited fields included."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: paths, command-line parsing, the description of the machine, and the JSON file."""
+"""Functions that the benchmark scripts share: paths, arguments, the description of the machine, and the JSON file."""
 
 from __future__ import annotations
 

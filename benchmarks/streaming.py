@@ -1,9 +1,9 @@
-"""How fast one core multiplies rows by weights larger than its caches: product or convolution, small or huge pages.
+"""Measures products with weights larger than the caches, on one core: product or convolution, small or huge pages.
 
     python benchmarks/streaming.py --json benchmarks/results/streaming.json
 
-A graph multiplies the same rows by 30 matrices, 283 MB in all, one after the other, as a decoder does. Each combination
-is loaded in turn, again in every round. The result is the least process CPU time of its runs, median over rounds.
+A graph multiplies the same rows by 30 matrices, 283 MB in all, one after the other, as a decoder does. All combinations
+are loaded and run in turn, in every round. The result is the least process CPU time of its runs, median over rounds.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py README.md docs/speed.md [--check]
 
-A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a key of :data:`TABLES`. So its numbers
+A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a key of :data:`TABLES`. The numbers
 come from a file that a benchmark wrote. A table whose file is missing is not changed. ``--check`` writes nothing, and
 fails if a page would change.
 """
@@ -105,7 +105,10 @@ def opening(document: dict[str, Any]) -> list[str]:
 def token_merging(document: dict[str, Any]) -> list[str]:
     """What merging patches saves and costs."""
     head = [
-        "| R | the miniature: embeddings | right to the last letter | as without merging | vision, CPU ms | times |",
+        (
+            "| R | the miniature: embeddings | captions that match exactly | same caption as without merging "
+            "| vision, CPU ms | times |"
+        ),
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for row in document["results"]["miniature"]:
@@ -141,15 +144,15 @@ def streaming(document: dict[str, Any]) -> list[str]:
 
 
 def scheduling(document: dict[str, Any]) -> list[str]:
-    """What the scheduler brings: pictures in a row, and pictures that come as they like."""
+    """The gain of the scheduler: for pictures one after another, and for pictures that arrive at random."""
     row = document["overlap"]
     ways = {
         "one_by_one": "one by one, all cores",
-        "overlapped": "vision beside words, half of the cores each",
-        "in_turn": "vision and words in turn, all cores",
+        "overlapped": "encoding in parallel with decoding, half of the cores each",
+        "in_turn": "encoding and decoding in turn, all cores",
     }
     lines = [
-        f"| {row['pictures']} pictures of {row['tokens']} tokens | seconds | times one by one |",
+        f"| {row['pictures']} pictures of {row['tokens']} tokens | seconds | speed relative to one by one |",
         "|---|---:|---:|",
     ]
     for name, said in ways.items():
@@ -157,7 +160,7 @@ def scheduling(document: dict[str, Any]) -> list[str]:
         lines.append(f"| {said} | {statistics.median(row['seconds'][name]):.2f} | {times:.2f} |")
     lines += [
         "",
-        "| rows decoded together | most captions a second within the bound | 99 % within |",
+        "| rows decoded together | most captions a second within the time limit | 99 % are ready within |",
         "|---:|---:|---:|",
     ]
     for served in document["arrivals"]:
@@ -166,11 +169,11 @@ def scheduling(document: dict[str, Any]) -> list[str]:
         said = f"{kept['captions_per_s']:.2f}" if kept else f"less than {least['captions_per_s']:.2f}"
         said += f" | {(kept or least)['p99_s']:.2f} s"
         lines.append(f"| {served['max_batch']} | {said} |")
-    bound = f"Arrivals at random, captions of {document['lengths'][0]} to {document['lengths'][1]} tokens"
+    bound = f"Random arrivals, captions of {document['lengths'][0]} to {document['lengths'][1]} tokens"
     return [
         *lines,
         "",
-        f"{bound}; the bound is {document['bound_s']:.1f} s. {document['cpu']}, {document['cores']} cores.",
+        f"{bound}; the time limit is {document['bound_s']:.1f} s. {document['cpu']}, {document['cores']} cores.",
     ]
 
 
@@ -186,8 +189,9 @@ def startup(document: dict[str, Any]) -> list[str]:
         (f"| SmolLM2-135M at 8 bits, from the start of the process to a text prompt's first token "
         f"| {text['first_token_s']:.2f} s |"),
         f"| the same in llama.cpp, Q8_0 | {text['llama_first_token_s']:.2f} s |",
-        f"| ours over llama.cpp's, round by round: wall, CPU | {text['wall_ratio']:.2f}, {text['cpu_ratio']:.2f} |",
-        f"| memory of the miniature after 50 captions (bound: {most:.0f} MB) | {resident[0]:.0f} MB |",
+        (f"| ratio of blip2edge to llama.cpp, median of rounds: wall time, CPU time "
+        f"| {text['wall_ratio']:.2f}, {text['cpu_ratio']:.2f} |"),
+        f"| memory of the miniature after 50 captions (limit: {most:.0f} MB) | {resident[0]:.0f} MB |",
         f"| after {document['captions']:,} captions | {resident[-1]:.0f} MB |",
         "", f"{_where(document)}.",
     ]  # fmt: skip
@@ -241,7 +245,7 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         new = filled(text)
         if options.check and new != text:
-            sys.exit(f"{page} does not say what benchmarks/results says: python benchmarks/tables.py {page}")
+            sys.exit(f"{page} does not match benchmarks/results; run: python benchmarks/tables.py {page}")
         if not options.check:
             page.write_text(new, encoding="utf-8")
 

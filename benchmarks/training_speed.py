@@ -1,4 +1,4 @@
-"""A step of stage 2 in this project's loop, and the same computation with transformers' modules, in one run.
+"""Compares a step of stage 2 in this project's loop with the same computation in transformers' modules.
 
     python benchmarks/training_speed.py --json benchmarks/results/training-speed.json
 
@@ -79,7 +79,7 @@ class Shape:
 
 
 def shapes() -> dict[str, Shape]:
-    """The miniature's sizes stand in its own checkpoint."""
+    """The measured shapes. The miniature's sizes are read from its checkpoint."""
     miniature = json.loads((CHECKPOINT / "config.json").read_text())
     return {"miniature": Shape(miniature, 16), "ViT-B/16, OPT-125m": Shape(SHAPE, 4)}
 

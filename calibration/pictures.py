@@ -43,7 +43,7 @@ class CalibrationPicture:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
     def references(self) -> list[str]:
-        """Reference captions: the lines of the ``.txt`` of the same name beside the file; none for a shard."""
+        """Reference captions: the lines of the ``.txt`` file of the same name; none for a shard."""
         beside = self.path.with_suffix(".txt")
         if self.member or not beside.is_file():
             return []

@@ -90,7 +90,7 @@ def calibrate(
             None keeps them unchanged.
         drop_limit: Percentage points of the captions that may differ from the parent's: the most sensitive layers are
             kept in floating point until the limit holds. None for no limit.
-        cider: Scores captions. With it, and a ``.txt`` of references beside every picture, the limit is on CIDEr.
+        cider: Scores captions. With it, and a ``.txt`` of references for every picture, the limit is on CIDEr.
         count: Largest number of pictures.
         force: Replace what is at ``output``.
         threads: CPU threads; None for all cores.

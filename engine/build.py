@@ -51,7 +51,7 @@ class BuildOptions:
         max_batch: Largest number of rows (pictures times beams) of the decoder; None for the export's.
         decoder: ``constant`` for a KV cache of constant capacity, which the TensorRT runtime needs, or ``concatenated``
             for the exported form.
-        timing_cache: File with the timings of kernels; None for one beside the engines.
+        timing_cache: File with the timings of kernels; None for one in the directory of the engines.
         version_compatible, hardware_compatible: See :class:`~blip2edge.engine.builder.Settings`.
 
     Raises:

@@ -50,7 +50,7 @@ def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str
     """A graph with its choices as further outputs: the order and the partners of each layer.
 
     Args:
-        graph: The ``.onnx`` file. A temporary file beside it refers to the same weights.
+        graph: The ``.onnx`` file. A temporary file in its directory refers to the same weights.
         spec: Its tensors.
 
     Yields:

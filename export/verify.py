@@ -264,7 +264,7 @@ def compare_sample(
         name: The graph.
         config: The captioner.
         read: Returns a parameter of the checkpoint by blip2edge's name.
-        weights: The file beside the graph, and the places of its tensors.
+        weights: The graph's data file, and the places of its tensors.
         precision: The graph's precision.
 
     Raises:

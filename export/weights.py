@@ -30,7 +30,7 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16
 
 @dataclass(frozen=True)
 class Placed:
-    """The place of a tensor in the file beside a graph."""
+    """The place of a tensor in a graph's data file."""
 
     offset: int  # bytes
     length: int  # bytes
@@ -57,7 +57,7 @@ def write_weights(
     Args:
         traced: A graph without weights.
         read: Returns a parameter of the checkpoint by blip2edge's name.
-        file: The file beside the graph.
+        file: The graph's data file.
         dtype: dtype of the floating weights.
         progress: Called with tensors done and tensors in all.
 

@@ -1,4 +1,4 @@
-"""What every test shares: one torch thread, no network, a cache directory of its own."""
+"""Fixtures of all tests: one torch thread, no network, a separate cache directory."""
 
 from __future__ import annotations
 

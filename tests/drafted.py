@@ -1,4 +1,4 @@
-"""A random draft beside a drawn checkpoint."""
+"""Adds a random draft model to a random checkpoint."""
 
 from __future__ import annotations
 

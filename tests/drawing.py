@@ -1,8 +1,8 @@
 """Random tiny BLIP-2 checkpoints, saved by transformers, whose captions depend on their picture.
 
 Small random weights give logits that hardly move with the input, and parity of such a model proves nothing.
-Here every matrix keeps a signal's size (normal, standard deviation 2.2 / sqrt(fan_in)), embeddings are large,
-and norms and biases are no identities.
+Here every matrix keeps the magnitude of a signal (normal, standard deviation 2.2 / sqrt(fan_in)), embeddings are large,
+norms are not identities, and biases are not zero.
 """
 
 from __future__ import annotations

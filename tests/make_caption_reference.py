@@ -1,7 +1,7 @@
 """Makes the expected values in tests/data/captions. ``python -m tests.make_caption_reference``
 
-Needs pycocoevalcap (PyPI, with pycocotools) and Java, which the tests themselves do not: what its scorers and its
-tokenizer say of the captions in ``coco_example.json`` and of the lines in ``tokens.json`` is written back into them.
+Needs pycocoevalcap (PyPI, with pycocotools) and Java; the tests need neither. Its scores of the captions in
+``coco_example.json``, and its tokens of the lines in ``tokens.json``, are written into these files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Makes tests/data/golden: a tiny bundle and what transformers says for it. ``python -m tests.make_golden``
+"""Makes tests/data/golden: a tiny bundle and transformers' results for it. ``python -m tests.make_golden``
 
-A device has neither torch nor transformers, and its Python may be 3.10: there
-``tests/runtime/captioning/test_golden.py`` holds the runtime to these answers.
-They also hold every later version to bundles of schema version 1.
+On a device without torch and transformers, perhaps with Python 3.10, ``tests/runtime/captioning/test_golden.py``
+compares the runtime with these results. They also check that later versions read bundles of schema version 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Wheels and sdists of every kind of copy of the repository: all complete, all the same."""
+"""Builds wheels and sdists from all kinds of copies of the repository: all are complete and equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input on the real command line: one line that tells what is wrong, the right status, nothing half-written."""
+"""Wrong input on the command line: a one-line error, the right exit status, no incomplete output."""
 
 from __future__ import annotations
 

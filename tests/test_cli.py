@@ -1,4 +1,4 @@
-"""The command line: flags, exit statuses, one line an error, JSON."""
+"""The command line: flags, exit statuses, one-line errors, JSON."""
 
 from __future__ import annotations
 

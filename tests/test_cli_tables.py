@@ -1,4 +1,4 @@
-"""What commands say at their end: tables, units, what was not run; and files that they are told to write."""
+"""The tables that commands print at their end, and the files that they write on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of the package: no import cycle, the limits on sizes, and one home for each public name.
+"""The structure of the package: no import cycle, limits on sizes, and one module that defines each public name.
 
 Everything is read with ``ast`` and nothing is imported, so imports inside functions and under ``TYPE_CHECKING`` count.
 """

@@ -1,4 +1,4 @@
-"""The package as a whole: import time, the bare environment, public names."""
+"""The package as a whole: import time, an environment without optional packages, public names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package as users write it: closing, repr, arguments of the wrong type, an error in three interfaces."""
+"""The public interface: closing, repr, arguments of the wrong type, one error in three interfaces."""
 
 from __future__ import annotations
 

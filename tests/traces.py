@@ -1,6 +1,6 @@
-"""One trace for all exports of equal modules: torch needs about three seconds a graph, for the smallest models too.
+"""Shares one trace among the exports of equal modules: torch needs about three seconds for a graph of any size.
 
-A trace holds no weights, so that checkpoints of equal configs share it. All workers of a test run share the files.
+A trace holds no weights, so checkpoints of equal configs can share it. All workers of a test run share the files.
 """
 
 from __future__ import annotations

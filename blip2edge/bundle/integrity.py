@@ -1,8 +1,8 @@
 """Checks files against the hashes in their manifest: a bundle's, an optimized copy's, an engine folder's.
 
 Hashing gigabytes at every start is slow. So a check that passes leaves stamps: size, modification time and hash of each
-file, in ``.verified.json`` beside the files, or in the user's cache where the directory is read-only. A file that still
-has the size and time of its stamp is not hashed again.
+file, in ``.verified.json`` next to the files, or in the user's cache where the directory is read-only. A file that
+still has the size and time of its stamp is not hashed again.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def check_files(
 
 
 def _stamp_files(directory: Path) -> Iterator[Path]:
-    """Beside the files; where that is read-only, in the user's cache, where the user has one."""
+    """The path of the stamps: next to the files, or in the user's cache if that directory is read-only."""
     yield directory / STAMPS
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
     try:

@@ -112,7 +112,7 @@ def _target(out: Path | None) -> Path:
 
 
 def _calibrate(parent: Path, progress: Progress) -> CalibrationReport:
-    """Make an INT8 bundle beside the other, calibrated on scenes like those of the training."""
+    """Make an INT8 bundle next to the other, calibrated on scenes like those of the training."""
     import tempfile
 
     from blip2edge.calibration.pipeline import calibrate

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 MAX_BROKEN = 100
-DATA = "COCO's JSON of captions or VQA questions, a folder of pictures with .txt beside them, tar shards, or a recipe"
+DATA = "COCO's JSON of captions or VQA questions, a folder of pictures with .txt files, tar shards, or a recipe"
 
 # Field of GenerationOptions -> the flag's placeholder, type and help.
 GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
@@ -118,7 +118,7 @@ def add_data_files(parser: ArgumentParser) -> None:
     """Where the parts of COCO's files are, and how much may be broken."""
     parser.add_argument("--images", metavar="DIR", help="pictures of a JSON file (default: in its directory)")
     parser.add_argument(
-        "--annotations", metavar="FILE", help="answers to VQA's questions (default: beside the questions)"
+        "--annotations", metavar="FILE", help="answers to VQA's questions (default: in the directory of the questions)"
     )
     parser.add_argument(
         "--max-broken",

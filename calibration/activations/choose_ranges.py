@@ -29,7 +29,7 @@ METHODS = (*THRESHOLDS, "smooth")
 """The values of ``--method``."""
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
-"""Migration strengths that are tried, beside no division at all."""
+"""Migration strengths that are tried, in addition to no division."""
 
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15)
 """Thresholds that are tried, as shares of the largest value."""

@@ -15,7 +15,7 @@ SAMPLED_TOKENS = 128
 """Tokens drawn at random, with a fixed seed, over all pictures."""
 
 LARGEST_TOKENS = 16
-"""Tokens kept beside them: those with the largest values. A few tokens of a ViT have values a hundred times larger
+"""Tokens with the largest values, which are kept in addition. A few tokens of a ViT have values a hundred times larger
 than the others (Sun et al., arXiv 2402.17762; Darcet et al., arXiv 2309.16588), and a random sample misses them."""
 
 

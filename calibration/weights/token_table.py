@@ -71,7 +71,7 @@ def write_shared(
     """Writes a head ``[D, V]`` as the token table.
 
     Args:
-        path: The new file, beside the decoder's.
+        path: The new file, in the decoder's directory.
         form: The format.
         integers: ``[D, V]``.
         scales: ``[D / block, V]``.

@@ -116,7 +116,7 @@ class OnnxRuntimeSession:
     ONNX Runtime's own session may run in several threads at once.
 
     Args:
-        path: The ``.onnx`` file; its weights may be beside it.
+        path: The ``.onnx`` file; its weights may be in a data file next to it.
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         lean: Run the graph as it is written, with as little memory as possible: no folded constants, no prepacked
             weights, no arena. Slow; for checking a graph that is larger than the memory.

@@ -21,7 +21,7 @@ class OpenVinoSession:
     where all are running. There are as many requests as there were calls at once.
 
     Args:
-        path: The ``.onnx`` file, whose weights may be beside it; or a file with the bytes of :meth:`export`.
+        path: The ``.onnx`` file, whose weights may be in a data file; or a file with the bytes of :meth:`export`.
         threads: Threads; None leaves the choice to OpenVINO.
         compiled: Whether the file is one of :meth:`export`.
 

@@ -1,4 +1,4 @@
-"""docs/models.md is made by a command, and its figures are those of the published checkpoints."""
+"""Checks that docs/models.md is up to date, and its figures against published checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Races: who runs when, what counts, and what a table makes of it."""
+"""Tests of races: the order of contestants, the measured times, and the table of results."""
 
 from __future__ import annotations
 

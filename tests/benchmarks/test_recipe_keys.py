@@ -1,4 +1,4 @@
-"""docs/training.md tells every key of a recipe, with its default."""
+"""Checks that docs/training.md lists every key of a recipe with its default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages say what benchmarks/results says, and the tables say it rightly."""
+"""Checks that the tables in the pages match benchmarks/results, and the formats of the tables."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_page_is_written_and_checked(own: Any, monkeypatch: pytest.MonkeyPatch
     assert run(own, monkeypatch) == PAGE  # without results the table stays
     row = {"name": "ours", "run": {"cpu_ms": 120.4, "times": 3.04}}
     (own.RESULTS / "peers-vision-cpu.json").write_text(json.dumps({**MACHINE, "results": [row]}))
-    with pytest.raises(SystemExit, match="does not say what benchmarks/results says"):
+    with pytest.raises(SystemExit, match="does not match benchmarks/results"):
         run(own, monkeypatch, "--check")
     written = run(own, monkeypatch)
     assert "| ours | 120 | 3.04 |" in written

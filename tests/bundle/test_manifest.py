@@ -1,4 +1,4 @@
-"""The sealed manifest: what was changed, is missing or is newer is refused; what is known is not hashed again."""
+"""The sealed manifest: changed, missing or newer files are refused; unchanged files are not hashed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publishing by rename: what was there stays until the new directory is whole, also when something goes wrong."""
+"""Publishing by rename: the old directory stays until the new one is complete, also after an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""safetensors files: what is written here the library reads, and the other way round."""
+"""safetensors files: the library reads our files, and we read the library's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token table in its forms, as bytes that were written by hand."""
+"""The three forms of the token table, from bytes written by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small graphs, written by hand, with their weights in a file beside them."""
+"""Small handmade graphs with their weights in a data file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``calibrate`` from a bundle to an INT8 bundle, and what it refuses."""
+"""``calibrate`` from a bundle to an INT8 bundle, and the inputs that it refuses."""
 
 from __future__ import annotations
 

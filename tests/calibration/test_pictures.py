@@ -1,4 +1,4 @@
-"""Which pictures a calibration takes."""
+"""The choice of pictures for a calibration."""
 
 from __future__ import annotations
 

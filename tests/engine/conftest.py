@@ -1,4 +1,4 @@
-"""Bundles of every family in every precision, traced once a session."""
+"""Bundles of every family in every precision, traced once per test session."""
 
 from __future__ import annotations
 

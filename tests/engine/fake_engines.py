@@ -1,4 +1,4 @@
-"""A machine with the stand-ins of ``fake_gpu.py`` in it, and engines for them."""
+"""Simulates a machine with the GPU of ``fake_gpu.py``, and makes engines for it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A GPU that is none: CUDA's runtime and TensorRT's bindings, strict about their rules, computing in ONNX Runtime.
+"""A simulated GPU: CUDA's runtime and TensorRT's bindings, with strict checks, computed in ONNX Runtime.
 
-Nothing happens when it is asked for. Copies, fills, runs and marks stand in a stream's queue until somebody waits, so
-that a buffer that is overwritten or read too early gives wrong tokens. Fresh memory is all ones: NaN in every float.
-As CUDA itself, it may be called from several threads; a stream does its work in order whoever waits for it.
+All calls are asynchronous: copies, fills, runs and events wait in a stream's queue until the stream is synchronised. So
+a buffer that is overwritten or read too early gives wrong tokens. New memory has all bits set: NaN in every float. Like
+CUDA, it may be called from several threads; a stream keeps the order of its calls.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tiny checkpoint of every family, for what is done with its graphs."""
+"""A tiny checkpoint of every family, for tests of its graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The constant-shape decoder's cache in the host's memory, so that its graph is tried in ONNX Runtime."""
+"""The constant-shape decoder's cache in NumPy arrays, so that its graph can be tested in ONNX Runtime."""
 
 from __future__ import annotations
 

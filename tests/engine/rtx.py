@@ -1,6 +1,7 @@
-"""Every graph of every family in every precision: documented by each TensorRT, parsed and built with TensorRT for RTX.
+"""Checks the graphs of every family and precision: operators of each TensorRT, and builds with TensorRT for RTX.
 
-Nothing is run: there is no GPU where the tests run. Both forms of the decoder are built, with past length 0 (prefill).
+Engines are built but not run, because the tests run without a GPU. Both forms of the decoder are built, with past
+length 0 (prefill).
 """
 
 from __future__ import annotations

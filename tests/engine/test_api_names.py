@@ -1,6 +1,6 @@
-"""Every TensorRT and CUDA name in the code exists in each version that comes there, or stands behind a check of it.
+"""Checks that every TensorRT and CUDA name in the code exists in all versions, or is used after a check for it.
 
-The syntax tree of each module is walked; a variable's class is what ``CLASS_OF`` says of its name.
+It reads the syntax tree of each module; ``CLASS_OF`` gives the class of a variable by its name.
 """
 
 from __future__ import annotations

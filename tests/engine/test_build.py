@@ -1,4 +1,4 @@
-"""Profiles, fingerprints and, where TensorRT for RTX is installed, engines of the tiny bundle without a GPU."""
+"""Profiles, fingerprints and, if TensorRT for RTX is installed, engines of the tiny bundle without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder with a cache of constant capacity against the one whose cache grows, in ONNX Runtime."""
+"""The decoder with a cache of constant capacity, compared with the growing cache, in ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vision encoder that merges patches: documented by each TensorRT, parsed and built with TensorRT for RTX."""
+"""A vision encoder that merges patches: operators of each TensorRT, and builds with TensorRT for RTX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each TensorRT documents: nodes outside it are named; what can be said otherwise is said otherwise."""
+"""Support by TensorRT version: unsupported nodes are named, replaceable ones are replaced."""
 
 from __future__ import annotations
 

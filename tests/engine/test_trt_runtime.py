@@ -1,4 +1,4 @@
-"""The TensorRT runtime on a GPU that is none: order of calls, shapes, waiting, and the tokens of the CPU backend."""
+"""The TensorRT runtime on a simulated GPU: order of calls, shapes, synchronisation, and the CPU backend's tokens."""
 
 from __future__ import annotations
 

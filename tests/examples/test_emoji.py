@@ -1,4 +1,4 @@
-"""The emoji recipe's data builder, on hand-made icons in Iconify's format."""
+"""The emoji recipe's data builder, on handmade icons in Iconify's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe in examples/ passes the check at the door, and the parts it names fit each other."""
+"""Every recipe in examples/ is valid, and its parts fit each other."""
 
 from __future__ import annotations
 

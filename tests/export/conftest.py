@@ -1,4 +1,4 @@
-"""Exports as tests of what happens around them need them."""
+"""Exports that the tests of export share."""
 
 from __future__ import annotations
 

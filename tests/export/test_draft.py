@@ -1,4 +1,4 @@
-"""The draft on its whole way: checkpoint, bundle, guesses; and the captions that do not depend on it."""
+"""The draft model from checkpoint to bundle to proposed tokens; captions do not depend on it."""
 
 from __future__ import annotations
 

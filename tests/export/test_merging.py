@@ -1,4 +1,4 @@
-"""Exports that merge patches: held to torch with the same pairs, and refused where pairs or rows are wrong."""
+"""Exports that merge patches: compared with torch on the same pairs, and refused if pairs or rows are wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job: an exported checkpoint answers as transformers does, stage by stage and token by token."""
+"""The main test: an exported checkpoint gives transformers' results, stage by stage and token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An export publishes what it has verified, or leaves nothing behind."""
+"""An export publishes a verified bundle, or nothing."""
 
 from __future__ import annotations
 

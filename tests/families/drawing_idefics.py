@@ -1,4 +1,4 @@
-"""Random tiny Idefics checkpoints: weights so large, and gates so far open, that every picture changes the text."""
+"""Random tiny Idefics checkpoints, with weights and gates so large that every picture changes the text."""
 
 from __future__ import annotations
 

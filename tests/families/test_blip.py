@@ -1,4 +1,4 @@
-"""BLIP captioning and VQA: what is exported generates what transformers generates."""
+"""BLIP captioning and VQA: exported models generate the same as transformers."""
 
 from __future__ import annotations
 

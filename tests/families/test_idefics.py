@@ -1,4 +1,4 @@
-"""Flamingo (Idefics): pictures between texts; the same ids as transformers, alone and in ragged batches."""
+"""Flamingo (Idefics): pictures between texts; ids equal transformers', alone and in batches of different lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InstructBLIP against transformers: the instruction in the Q-Former, two tokenizers, three kinds of language model."""
+"""InstructBLIP compared with transformers: instruction in the Q-Former, two tokenizers, three language models."""
 
 from __future__ import annotations
 

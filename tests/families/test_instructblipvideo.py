@@ -1,4 +1,4 @@
-"""InstructBlipVideo against transformers, and what counts as a video."""
+"""InstructBlipVideo compared with transformers, and the accepted forms of a video."""
 
 from __future__ import annotations
 

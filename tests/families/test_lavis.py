@@ -1,4 +1,4 @@
-"""LAVIS' checkpoints: a transformers model under LAVIS' names, merged back with the frozen parts."""
+"""LAVIS' checkpoints: a transformers model saved with LAVIS' names, merged with the frozen parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and SmolLM as language models of BLIP-2, against transformers."""
+"""Llama, Mistral, Qwen2 and SmolLM as language models of BLIP-2, compared with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA: CLIP's tower, the MLP, pictures in the middle of a chat, against transformers."""
+"""LLaVA compared with transformers: CLIP's encoder, the MLP, pictures in the middle of a chat."""
 
 from __future__ import annotations
 

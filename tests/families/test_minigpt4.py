@@ -1,4 +1,4 @@
-"""MiniGPT-4: BLIP-2's parts with the picture in the middle of the prompt, against transformers' pieces by hand."""
+"""MiniGPT-4 (BLIP-2's parts, picture in the middle of the prompt), compared with modules of transformers."""
 
 from __future__ import annotations
 

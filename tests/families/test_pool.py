@@ -1,4 +1,4 @@
-"""The attention pool: against torch's own attention, and in a whole captioner against transformers' OPT."""
+"""The attention pool: compared with torch's attention, and in a whole captioner with transformers' OPT."""
 
 from __future__ import annotations
 

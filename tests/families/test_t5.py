@@ -1,5 +1,8 @@
-"""BLIP-2 with T5 and Flan-T5 against transformers: an encoder over picture and prompt, a growing cache with relative
-positions, keys and values of the encoder's states computed once."""
+"""BLIP-2 with T5 and Flan-T5, compared with transformers.
+
+An encoder reads picture and prompt; the decoder has a growing cache with relative positions; keys and values of the
+encoder's states are computed once.
+"""
 
 from __future__ import annotations
 

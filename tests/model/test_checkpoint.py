@@ -1,4 +1,4 @@
-"""Checkpoints: read as transformers reads them, written so that it reads them back, refused by name."""
+"""Checkpoints: reading and writing are compatible with transformers; errors name the wrong part."""
 
 from __future__ import annotations
 

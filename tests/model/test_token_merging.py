@@ -1,4 +1,4 @@
-"""Token merging against the paper's algorithm in loops, patch by patch (arXiv 2210.09461, section 3)."""
+"""Token merging, compared with the paper's algorithm in loops, patch by patch (arXiv 2210.09461, section 3)."""
 
 from __future__ import annotations
 

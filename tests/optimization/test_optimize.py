@@ -1,4 +1,4 @@
-"""optimize: the copy says what the bundle says, shares its weights, and is passed over where it does not fit."""
+"""The optimized copy: its results equal the bundle's, it shares weights, and it is ignored where it does not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of graphs whose products were counted by hand."""
+"""Operations of graphs whose products were counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracles for the generation tests: random tiny language models run by transformers."""
+"""Reference results for the generation tests: random tiny language models run by transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models and batches of the first stage, and its losses written out slowly from the paper."""
+"""Tiny models and batches of stage 1, and its losses computed by a slow reference after the paper."""
 
 from __future__ import annotations
 

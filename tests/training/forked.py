@@ -1,8 +1,8 @@
-"""Trainings in processes of their own, killed and resumed, alone and in pairs; prints what they left as JSON.
+"""Trainings in separate processes, killed and resumed, alone and in pairs; prints their results as JSON.
 
     python tests/training/forked.py DIRECTORY
 
-One process imports everything once and forks the others, so that ten of them cost little more than one.
+One process imports everything once and forks the others, so that ten processes take little more time than one.
 """
 
 from __future__ import annotations

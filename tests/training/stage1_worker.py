@@ -1,4 +1,4 @@
-"""One of several processes that take a step of the first stage together."""
+"""One of several processes that make a step of stage 1 together."""
 
 from __future__ import annotations
 

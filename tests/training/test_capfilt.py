@@ -1,4 +1,4 @@
-"""CapFilt: what is kept, what is told, and the same shards here and on Ray."""
+"""CapFilt: kept captions, the report, and the same shards on one machine and on Ray."""
 
 from __future__ import annotations
 

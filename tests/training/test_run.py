@@ -1,4 +1,4 @@
-"""A whole run in small: files, record, log, refusals, and nothing half-written."""
+"""A whole small run: files, record, log, errors, and no incomplete output."""
 
 from __future__ import annotations
 

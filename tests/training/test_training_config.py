@@ -1,4 +1,4 @@
-"""The recipe is checked at the door."""
+"""Checks of the recipe before training starts."""
 
 from __future__ import annotations
 

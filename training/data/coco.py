@@ -10,7 +10,7 @@ from typing import Any
 from blip2edge.errors import DataError
 from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, missing_pictures
 
-_PICTURE_FOLDERS = ("", "images")  # folders beside a file that are searched for its pictures by default
+_PICTURE_FOLDERS = ("", "images")  # folders next to a file that are searched for its pictures by default
 
 
 def load_json_object(path: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
 
     Args:
         path: A file with the lists `images` (id, file_name) and `annotations` (id, image_id, caption).
-        images: Directory of the pictures; None: beside the file.
+        images: Directory of the pictures; None: the directory of the file.
         max_broken: Largest number of samples without a picture or text.
 
     Returns:
@@ -106,9 +106,9 @@ def read_vqa(
 
     Args:
         path: A file with the list `questions` (question_id, image_id, question).
-        annotations: The file with the list `annotations` (question_id, answers); None: the file beside `path` with
-            the name that VQA gives it.
-        images: Directory of the pictures; None: beside the file.
+        annotations: The file with the list `annotations` (question_id, answers); None: the file in
+            the directory of `path` with the name that VQA gives it.
+        images: Directory of the pictures; None: the directory of the file.
         max_broken: Largest number of samples without a picture or an answer.
 
     Returns:
@@ -184,7 +184,7 @@ def _annotations_of(path: Path) -> Path:
 
 
 def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
-    """The directory of the first picture: the file's own, `images` in it, or the directory of the split beside it."""
+    """The directory of the first picture: the file's own, `images` in it, or a directory of the split next to it."""
     first = next(iter(names), None)
     parent = path.parent
     split = path.stem.rpartition("_")[2]

@@ -16,14 +16,14 @@ class DataConfig:
 
     kind: str = "scenes"
     """"scenes": generated scenes; "coco-captions" and "coco-vqa": COCO's JSON files; "folder": pictures, each with a
-    text file beside it; "shards": WebDataset's tar files."""
+    text file of the same name; "shards": WebDataset's tar files."""
     path: str = ""
     """The JSON file (for VQA, of the questions), the folder, or the shards: `part-*.tar`, `part-{000..127}.tar` or a
     directory of them. Relative to the recipe."""
     images: str = ""
-    """Directory of a JSON file's pictures; empty: beside the file, in the layout of COCO."""
+    """Directory of a JSON file's pictures; empty: the directory of the file, or COCO's layout next to it."""
     annotations: str = ""
-    """File of the answers to VQA's questions; empty: the file beside `path` with the name that VQA gives it."""
+    """File of the answers to VQA's questions; empty: the file in the directory of `path` with VQA's name."""
     question: str = "Question: {} Short answer:"
     """Template of a question; the braces are replaced by the question."""
     max_broken: int = 100

@@ -46,8 +46,8 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
         broken.add(str(path.relative_to(directory)), "there is no picture of this name")
     if not entries:
         raise DataError(
-            f"{directory}: expected pictures with texts beside them (dog.jpg and dog.txt), got {len(pictures)}"
-            " pictures and no text for them"
+            f"{directory}: expected pictures with .txt files of the same name (dog.jpg and dog.txt), "
+            f"got {len(pictures)} pictures and no text for them"
         )
     return entries, broken
 

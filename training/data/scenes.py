@@ -40,7 +40,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # in alphabetical order: the order
 }
 COLOUR_JITTER = 14  # of 255, uniform, per channel and object
 NOISE = 10  # of 255, uniform, per channel and pixel
-BACKGROUND = (15, 75)  # of 255, the range of the grey behind the objects
+BACKGROUND = (15, 75)  # of 255, the range of the background's grey
 RELATIONS = {
     "above": "above",
     "below": "below",

@@ -53,8 +53,8 @@ def evaluate(
         model: The directory of a checkpoint or of a bundle.
         data: ``scenes``, generated pictures; or COCO's JSON of captions or of VQA questions, a folder of pictures with
             texts, tar shards, or a recipe with a section ``[data]``.
-        images: The directory of a JSON file's pictures; None: beside the file.
-        annotations: The answers to VQA's questions; None: beside the questions.
+        images: The directory of a JSON file's pictures; None: the directory of the file.
+        annotations: The answers to VQA's questions; None: in the directory of the questions.
         max_broken: How many samples may be missing or broken.
         split: Of the scenes: ``heldout``, pairs of objects that training never showed, or ``train``.
         count: Pictures at most; None for 1000 scenes, or for all that a file has.

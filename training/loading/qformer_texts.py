@@ -71,5 +71,5 @@ class QFormerTexts:
         return TextBatch(*pad_with_mask(rows, self._pad), numbers)
 
     def save(self, directory: Path) -> None:
-        """Writes ``draft_tokenizer.json`` beside a draft."""
+        """Writes ``draft_tokenizer.json``, the tokenizer of a draft model."""
         self.tokenizer.save(str(directory / DRAFT_TOKENIZER_FILE))

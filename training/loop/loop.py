@@ -67,7 +67,7 @@ class Phase:
         batches: The training data.
         config: Steps, learning rates and clipping.
         seed: Seed of dropout and of drawn negatives.
-        gauges: Returns values to log beside the losses.
+        gauges: Returns values to log in addition to the losses.
     """
 
     name: str

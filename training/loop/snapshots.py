@@ -104,7 +104,7 @@ class Snapshots:
                 shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Removes all snapshots and the log beside them."""
+        """Removes all snapshots and the log in their directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _whole(self) -> list[Path]:

@@ -30,7 +30,7 @@ class TrainingRun:
         config: The recipe.
         base: Directory of the recipe; its relative paths start there.
         accelerator: Device, arithmetic and processes.
-        parts: The captioner and the files beside its weights.
+        parts: The captioner and the other files of its checkpoint.
         journal: The log.
         snapshots: The snapshots of this run.
         log: Receives status lines.

@@ -29,7 +29,7 @@ from blip2edge.training.setup.architecture import captioner_config, family_of, q
 from blip2edge.training.setup.miniature import build_miniature, initialise
 from blip2edge.training.setup.model_parts import ModelParts
 
-QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # InstructBLIP's, beside its weights
+QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # of InstructBLIP, in its directory
 
 
 def has_text_side(stage: str, config: TrainingConfig) -> bool:

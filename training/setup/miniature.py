@@ -140,7 +140,7 @@ def _image_processor() -> dict[str, Any]:
 
 
 def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files beside the weights with which transformers' processor reads the directory."""
+    """The files other than weights that transformers' processor needs to read the directory."""
     config = model.config
     named = {"processor_class": PROCESSORS[config.family]}
     files = {

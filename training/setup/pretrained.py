@@ -194,7 +194,7 @@ def load_preprocessing(directory: Path) -> tuple[Preprocessing, bytes]:
 
 
 def side_files(directory: Path) -> dict[str, bytes]:
-    """Content of the files beside the weights of a checkpoint, by name."""
+    """Content of a checkpoint's files other than weights, by name."""
     return {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).is_file()}
 
 
@@ -247,7 +247,7 @@ def new_modules(model: CaptionerModel) -> list[nn.Module]:
 
 
 def json_file(values: Mapping[str, Any]) -> bytes:
-    """Content of a JSON file beside the weights."""
+    """Content of a JSON file of the checkpoint."""
     return (json.dumps(dict(values), indent=2) + "\n").encode()
 
 

@@ -1,8 +1,8 @@
 """Reads sets of icons in Iconify's JSON format and renders them to pixels.
 
 A set is an `icons.json` whose `icons` maps names to `{"body": SVG elements, "width": …, "height": …}`. An icon without
-width or height uses those of the set. `metadata.json` beside it has the names of each category. Only the rendering
-needs `cairosvg`.
+width or height uses those of the set. `metadata.json` in the same directory has the names of each category. Only the
+rendering needs `cairosvg`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 The vector of a picture is the mean of its patches; the vector of a name is the mean of its words' vectors. Both are
 unit vectors, and each picture is compared with all names (cross-entropy of cosines over a learned temperature). Names
 share words, so "red apple" and "green apple" have similar vectors. Each step augments the drawings anew. The encoder
-starts from the miniature's, which knows the colours and shapes of the scenes. The output is a checkpoint for
+starts from the miniature's, which was trained on the colours and shapes of the scenes. The output is a checkpoint for
 `model.vision_from`, without the text side, and `vision.json` with the shares of names ranked first and among the
 first five.
 """

@@ -1,4 +1,4 @@
-"""Observations on disk: what is written is read, and what is broken is not."""
+"""The cache of observations: saved ones are read again, damaged ones are ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outlier channels and massive tokens: what one range a tensor ruins, and a chosen division keeps."""
+"""Outlier channels and massive tokens: plain ranges lose accuracy, chosen divisions keep it."""
 
 from __future__ import annotations
 

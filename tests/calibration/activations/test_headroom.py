@@ -1,4 +1,4 @@
-"""How far tensors are from fp16's largest number."""
+"""The FP16 headroom of tensors."""
 
 from __future__ import annotations
 

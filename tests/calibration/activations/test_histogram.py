@@ -1,4 +1,4 @@
-"""Histograms that stream, and the thresholds that are made of them."""
+"""Streaming histograms, and the thresholds computed from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Q/DQ graphs: what is in them, and that they compute what their integers say."""
+"""Q/DQ graphs: their nodes, and that they compute with the rounded integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--drop-limit``: sensitivity by the next token, and the smallest number of layers kept in floating point."""
+"""``--drop-limit``: sensitivity of layers, and the smallest number of layers kept in floating point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of integers: the format, its scales, and rounding that makes up for itself."""
+"""Integers in blocks: the format, its scales, and rounding with error compensation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny BLIP-2 with INT4 weights and a limit on the drop, from the parent to the report."""
+"""Calibrates a tiny BLIP-2 with INT4 weights and ``--drop-limit``, and checks the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token table as `calibrate` writes it."""
+"""The token table that `calibrate` writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights as blocks of integers in a graph: the same function of the restored weights, in any graph over them."""
+"""Weight-only quantization of a graph: it computes the same as with the dequantized weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention whose keys also choose what is merged (``model/vision/token_merging.py``), in one node."""
+"""Fused attention whose keys are also used to merge patches (``model/vision/token_merging.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The passes on small graphs: what they find, and that integers mean the same afterwards."""
+"""The passes on small graphs: matched patterns, and equal results with integers."""
 
 from __future__ import annotations
 

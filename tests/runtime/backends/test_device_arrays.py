@@ -1,4 +1,4 @@
-"""Tensors that stay on the device, tried where the device is the CPU; and providers that promise more than they do."""
+"""Tensors on the device, tested with the CPU as the device; and providers that are listed but do not work."""
 
 from __future__ import annotations
 

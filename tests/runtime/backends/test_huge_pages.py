@@ -1,4 +1,4 @@
-"""Huge pages: what a load has filled is gathered, whatever was there before is not, and no byte changes."""
+"""Huge pages: the memory of a new session is collapsed, older memory is not, and no byte changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that are written as bytes are what the onnx package reads, checks and writes itself."""
+"""Models written as bytes are equal to those that the onnx package writes."""
 
 from __future__ import annotations
 

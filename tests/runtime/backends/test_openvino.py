@@ -1,4 +1,4 @@
-"""The openvino backend: the ids of the cpu backend in fp32, from the bundle and from its compiled copy."""
+"""The openvino backend gives the cpu backend's ids in fp32, from the bundle and from its compiled copy."""
 
 from __future__ import annotations
 

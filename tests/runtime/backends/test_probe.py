@@ -1,4 +1,4 @@
-"""The processor's name and numbers, and the cores that are ours."""
+"""Detection of the processor, its numbers, and the cores that this process may use."""
 
 from __future__ import annotations
 

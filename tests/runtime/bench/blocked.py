@@ -1,4 +1,4 @@
-"""Commands in a process of their own where some packages cannot be imported."""
+"""Runs commands in a separate process in which some packages cannot be imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor: what it finds, and that a missing part is a finding and no failure."""
+"""The doctor: its findings; a missing package is a finding, not an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench: figures from times that are known, and a whole run of a tiny bundle."""
+"""bench: statistics from known times, and a whole run on a tiny bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joules: counters that begin again, rails that are sampled, a driver that is asked; all of them made up here."""
+"""Energy meters with made-up values: counters that wrap, power rails that are sampled, NVML."""
 
 from __future__ import annotations
 

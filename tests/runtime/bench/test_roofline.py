@@ -1,4 +1,4 @@
-"""The roofline: limits from known times, the least time of a known cost, products that are products."""
+"""The roofline: rates from known times, minimal times of known costs, and the graphs of products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The captioner on an exported bundle: batches, streams, stops, the context, and what it refuses."""
+"""The captioner on an exported bundle: batches, streams, stop texts, context length, and errors."""
 
 from __future__ import annotations
 

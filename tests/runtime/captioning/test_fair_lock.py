@@ -1,4 +1,4 @@
-"""The fair lock of the scheduler: one holder at a time, in the order of asking."""
+"""The fair lock of the scheduler: one holder at a time, in order of request."""
 
 from __future__ import annotations
 

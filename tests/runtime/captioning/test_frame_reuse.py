@@ -1,4 +1,4 @@
-"""Frames that hardly change: the encoder is not run, and what is said is what the last encoded frame says."""
+"""Frames that hardly change: the encoder is not run, and the caption is that of the last encoded frame."""
 
 from __future__ import annotations
 

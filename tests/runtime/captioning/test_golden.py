@@ -1,4 +1,4 @@
-"""The runtime against recorded answers of transformers: what a device can run, without torch and on Python 3.10."""
+"""The runtime compared with recorded results of transformers, without torch and on Python 3.10."""
 
 from __future__ import annotations
 

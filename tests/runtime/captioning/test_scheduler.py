@@ -1,4 +1,4 @@
-"""The scheduler: who joins, who leaves, who waits, and that nobody's words change by it."""
+"""The scheduler: requests that join, finish or wait, without changing the captions of others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beam search against transformers' `_beam_search`."""
+"""Beam search compared with transformers' `_beam_search`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling against transformers' `generate` and warpers."""
+"""Greedy decoding and sampling compared with transformers' `generate` and logits processors."""
 
 from __future__ import annotations
 

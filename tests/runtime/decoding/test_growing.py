@@ -1,4 +1,4 @@
-"""The decoder's state: several tokens at once, forgetting, reordering and joining give what one by one gives."""
+"""The decoder's state: several tokens in a step, dropping, reordering and joining, compared with single steps."""
 
 from __future__ import annotations
 

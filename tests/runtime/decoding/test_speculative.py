@@ -1,4 +1,4 @@
-"""Speculative decoding: the text of plain decoding, fewer passes, and switched off where it does not pay."""
+"""Speculative decoding: same text as plain decoding, fewer passes, switched off where it saves no time."""
 
 from __future__ import annotations
 

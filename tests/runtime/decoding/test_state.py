@@ -1,4 +1,4 @@
-"""What every decoding state does to the rows of a batch."""
+"""Operations on the rows of a batch that every decoding state supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures to pixel values, bit for bit as transformers' Pillow processors make them."""
+"""Pictures to pixel values, bit by bit equal to transformers' Pillow processors."""
 
 from __future__ import annotations
 

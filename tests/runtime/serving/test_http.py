@@ -1,4 +1,4 @@
-"""The HTTP interface, called as an ASGI server calls it."""
+"""The HTTP interface, called in the way of an ASGI server."""
 
 from __future__ import annotations
 

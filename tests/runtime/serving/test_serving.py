@@ -1,4 +1,4 @@
-"""`blip2edge serve` as a process, asked over a socket."""
+"""`blip2edge serve` as a process, with requests over a socket."""
 
 from __future__ import annotations
 

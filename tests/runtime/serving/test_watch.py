@@ -1,4 +1,4 @@
-"""Live captions: the newest frame first, nothing piles up."""
+"""Live captions: the newest frame first, and no backlog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of each kind against transformers' fast tokenizer, and text that grows token by token."""
+"""Tokenizers of each kind compared with transformers' fast tokenizer, also incrementally, token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data files as they are and as they should not be."""
+"""Data files, correct and broken ones."""
 
 from __future__ import annotations
 

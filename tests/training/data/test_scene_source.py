@@ -1,4 +1,4 @@
-"""The scenes as a source: order, prompts, and going on from a state."""
+"""The scenes as a source: order, prompts, and resuming from a state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generated scenes: what they show, what is held out, and that they never change."""
+"""The generated scenes: their content, the held-out split, and that they never change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of data as a stream: whole passes, shuffled by seed, found again anywhere, broken samples counted."""
+"""All kinds of data as a stream: whole passes, shuffled by seed, resumable, broken samples counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on pictures of one's own: a broken one is skipped, counted and named."""
+"""Training on the user's pictures: a broken picture is skipped, counted and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint in torch says and scores what transformers does, and what its bundle does."""
+"""A checkpoint in torch gives the captions and scores of transformers and of its bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of captions, in a process that never sees torch."""
+"""Scores of captions, in a process that does not import torch."""
 
 from __future__ import annotations
 

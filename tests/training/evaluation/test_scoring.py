@@ -1,4 +1,4 @@
-"""The eval command, on scenes and on files, of a checkpoint and of a bundle; and what it refuses."""
+"""The eval command, on scenes and files, for checkpoints and bundles; and its errors."""
 
 from __future__ import annotations
 

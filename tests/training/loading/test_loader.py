@@ -1,4 +1,4 @@
-"""Batches: features kept on disk, broken pictures replaced, threads that change nothing."""
+"""Batches: cached features, replaced pictures, and threads that do not change the result."""
 
 from __future__ import annotations
 

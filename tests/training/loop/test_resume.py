@@ -1,4 +1,4 @@
-"""A run that is killed and goes on ends where an uninterrupted one does; two processes do what one would."""
+"""A killed and resumed run ends like an uninterrupted one; two processes give the result of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caption scores against recorded answers of pycocoevalcap, its Java tokenizer included."""
+"""Caption scores compared with recorded results of pycocoevalcap and its Java tokenizer."""
 
 from __future__ import annotations
 

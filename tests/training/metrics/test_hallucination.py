@@ -1,4 +1,4 @@
-"""Things named and not there."""
+"""Hallucination metrics: objects that a caption names and the picture does not show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retrieval against a slow re-statement."""
+"""Retrieval compared with a slow reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers as the VQA challenge counts them; expected values are those of its program."""
+"""VQA accuracy; the expected values come from the challenge's program."""
 
 from __future__ import annotations
 

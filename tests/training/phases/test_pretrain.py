@@ -1,4 +1,4 @@
-"""The miniature's pretraining: what the labels say, and that the same seed gives the same weights."""
+"""The miniature's pretraining: its labels, and that the same seed gives the same weights."""
 
 from __future__ import annotations
 

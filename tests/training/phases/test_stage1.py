@@ -1,4 +1,4 @@
-"""The first stage: losses against the paper written out, masks entry by entry, what may not change, many processes."""
+"""Stage 1: losses compared with a slow reference, masks entry by entry, frozen parts, several processes."""
 
 from __future__ import annotations
 

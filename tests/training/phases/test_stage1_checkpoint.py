@@ -1,4 +1,4 @@
-"""Where the first stage begins and what it leaves, held against transformers."""
+"""Initial weights and output of stage 1, compared with transformers."""
 
 from __future__ import annotations
 

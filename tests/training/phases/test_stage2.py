@@ -1,4 +1,4 @@
-"""Stage 2 and instruction tuning: losses against transformers, and what is and is not trained."""
+"""Stage 2 and instruction tuning: losses compared with transformers; trained and frozen parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captioners of trained parts: a bare language model, somebody's picture encoder, every bridge between them."""
+"""Captioners composed of trained parts: a language model, a picture encoder, and every bridge between them."""
 
 from __future__ import annotations
 

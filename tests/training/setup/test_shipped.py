@@ -1,4 +1,4 @@
-"""The miniature that ships: it is what its record says, and transformers answers as we do."""
+"""The miniature that ships: it matches its record, and its results equal transformers'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The miniature's tokenizer: OPT's conventions, a token a word, any text encodable."""
+"""The miniature's tokenizer: OPT's conventions, one token for each word, any text can be encoded."""
 
 from __future__ import annotations
 
