@@ -184,48 +184,6 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
             rank.kill()
             rank.wait()
     values, gradients = torch.load(tmp_path / "rank-0.pt")
-    assert values["itc"] == pytest.approx(0.0, abs=1e-6)
-    assert values["itm"] == 0.0  # nothing to tell the pair from
-    assert values["itg"] > 0.1
-    torch.stack(list(losses.values())).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    twins = draw_batch(2, pictures=[4, 4])
-    assert float(model(*twins)["itm"].detach()) == 0.0
-
-
-def test_rows_without_a_negative_do_not_count() -> None:
-    logits = torch.tensor([[[0.0, 2.0], [5.0, 1.0]], [[1.0, 0.0], [3.0, 3.0]], [[0.0, 0.0], [0.0, 9.0]]])
-    wanted = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1)) + math.log(2)
-    assert float(itm_loss(logits, torch.tensor([True, False]))) == pytest.approx(wanted / 6, abs=1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast(dtype: torch.dtype) -> None:
-    model = draw_stage1()
-    images, texts = draw_batch(4)
-    draws = [[1, 3, 1, 0], [3, 2, 1, 2]]
-    exact = model(images, texts, drawn(draws))
-    with torch.autocast("cpu", dtype=dtype):
-        rough = model(images, texts, drawn(draws))
-    for name, value in rough.items():
-        assert value.dtype == torch.float32
-        assert float(value) == pytest.approx(float(exact[name]), rel=0.1)
-        assert float(value) != float(exact[name])
-
-
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    model = draw_stage1()
-    prepare_stage1(model)
-    losses = model(*worker.part(slice(0, 4)), worker.drawn(slice(0, 4)))
-    torch.stack(list(losses.values())).sum().backward()
-    command = [sys.executable, "-m", "tests.training.stage1_worker", "1", str(tmp_path / "store")]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[3]) as other:
-        try:
-            values, gradients = worker.gradients(0, str(tmp_path / "store"))
-        finally:
-            status = other.wait(timeout=120)
-    assert status == 0
     assert values["itc"] != pytest.approx(float(losses["itc"].detach()), abs=1e-3)  # a rank's own share
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == wanted.keys()
