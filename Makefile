@@ -42,6 +42,7 @@ check: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python benchmarks/models_table.py --write docs/models.md
+	$(BIN)/python benchmarks/side_files_table.py --write docs/checkpoints.md
 	$(BIN)/python benchmarks/recipe_keys.py --write docs/training.md
 
 format: $(VENV)/.installed

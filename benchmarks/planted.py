@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blip2edge.model.checkpoint.directory import load_model
+from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.lavis import open_checkpoint
-from blip2edge.runtime.images.preprocess import Preprocessing
 
 OUTLIERS = 4  # channels after each norm
 FACTORS = (20.0, 80.0)  # of those channels
@@ -57,7 +57,7 @@ def _behind_norm2(source: Path, pictures: Sequence[Image.Image]) -> Tensor:
     model: Any = load_model(opened)
     seen: list[Tensor] = []
     model.vision.layers[0].norm2.register_forward_hook(lambda _module, _given, output: seen.append(output))
-    settings = Preprocessing.from_hf(_json(source / "preprocessor_config.json"))
+    settings = load_preprocessing(source).preprocessing
     model.vision(torch.from_numpy(settings.batch(list(pictures))))
     return seen[0]
 

@@ -14,7 +14,7 @@ import hashlib
 import importlib.util
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -88,6 +88,7 @@ class ExportReport:
         seconds: Time for the whole export.
         peak_memory_bytes: Largest anonymous and shared memory of this process; 0 if it cannot be measured.
         merging: The effect of merged patches; None where none are merged.
+        warnings: Keys of the checkpoint's files that are not used, one sentence for each file.
     """
 
     bundle: Path
@@ -96,6 +97,7 @@ class ExportReport:
     seconds: float
     peak_memory_bytes: int
     merging: MergingRecord | None = None
+    warnings: Sequence[str] = ()
 
 
 @dataclass
@@ -162,7 +164,7 @@ def export_checkpoint(
             _write_manifest(source, side, staging, written, precision, mode, merging, report)
         source.files.close()
     graphs = [_graph_report(name, item) for name, item in written.items()]
-    return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak, merging)
+    return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak, merging, side.warnings)
 
 
 def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: ProgressCallback) -> dict[str, _Written]:
@@ -246,6 +248,7 @@ def _write_manifest(
         versions=_versions(),
         draft=draft_of(config),
         merging=merging,
+        tokenizer=side.tokenizer_flags,
     ).write(staging)
 
 

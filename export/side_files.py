@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
-from blip2edge.errors import BundleError, CheckpointError, one_line
+from blip2edge.errors import BundleError, CheckpointError
 from blip2edge.export.chat import prompt_template
+from blip2edge.export.generation import read_generation
+from blip2edge.model.checkpoint.config_keys import check_config
 from blip2edge.model.checkpoint.directory import read_json
+from blip2edge.model.checkpoint.image_processor import SAVE_PROCESSOR, load_preprocessing
+from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused
+from blip2edge.model.checkpoint.tokenizer import load_tokenizer
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.prompts import prompt_spec
 from blip2edge.model.families.registry import FAMILIES
@@ -21,42 +26,45 @@ from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
-MAX_NEW_TOKENS = 30
-"""Default length of a caption: the limit in BLIP-2's evaluation on COCO."""
-
-PROCESSOR_FILES = (
-    ("preprocessor_config.json", ""),
-    ("processor_config.json", "image_processor"),
-    ("processor_config.json", "video_processor"),
-    ("video_preprocessor_config.json", ""),
-)
-"""Where a checkpoint describes its preprocessing: a file and a key in it; the first that exists is used."""
-
-SAVE_PROCESSOR = "save the processor too: Blip2Processor(...).save_pretrained(DIRECTORY)"
-
 
 @dataclass(frozen=True)
 class SideFiles:
-    """The side files of a checkpoint, checked before anything is written."""
+    """The side files of a checkpoint, checked before anything is written.
+
+    Attributes:
+        preprocessing: How a picture becomes pixel values.
+        prompt: How a picture and a text become the decoder's input; None for a matching model.
+        generation: Default options of captions.
+        tokenizer: Content of the bundle's ``tokenizer.json``.
+        tokenizer_flags: Settings that this file cannot hold.
+        qformer_tokenizer, draft_tokenizer: The other tokenizers of the bundle; None if it has none.
+        warnings: Keys that are not used, one sentence for each file.
+    """
 
     preprocessing: Preprocessing
     prompt: PromptSpec | None
     generation: Mapping[str, Any]
     tokenizer: bytes
+    tokenizer_flags: Mapping[str, bool]
     qformer_tokenizer: bytes | None = None
     draft_tokenizer: bytes | None = None
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, directory: Path, config: Config) -> SideFiles:
-        """Reads a checkpoint's processor.
+        """Reads the files of a checkpoint.
 
         Raises:
-            CheckpointError: It has no processor, or one that does not fit the model.
+            CheckpointError: A file is missing, does not fit the model, or has a value that would change captions and
+                is not supported.
         """
-        content = _tokenizer(directory)
+        preprocessing, warnings = _preprocessing(directory, config)
+        warnings = [*check_config(directory), *_check_processor(directory, config), *warnings]
+        tokenizer = load_tokenizer(directory)
+        content, flags = tokenizer.content, tokenizer.flags
         if isinstance(config, RetrievalConfig):
             _check_tokenizer(content, directory, config.text.vocab_size, "the text side")
-            return cls(_preprocessing(directory, config), None, {}, content)
+            return cls(preprocessing, None, {}, content, flags, warnings=tuple(warnings))
         family = FAMILIES[config.family]
         slot = "" if family.around_image else family.image_token
         picture = (slot, config.image_token_id) if slot else None
@@ -66,20 +74,15 @@ class SideFiles:
         instruction = None
         if config.instruction_positions:
             folder = directory / "qformer_tokenizer"
-            instruction = _tokenizer(folder)
+            instruction = load_tokenizer(folder).content
             _check_tokenizer(instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
         prompt = prompt_spec(config)
         if slot:
             prompt = replace(prompt, template=prompt_template(directory, slot, family.template))
-        generation = {
-            "eos_token_ids": _eos(directory, config.eos_token_ids) if family.generation else list(config.eos_token_ids),
-            "stop": list(family.stop),
-            "pad_token_id": config.pad_token_id,
-            "decoder_start_token_id": config.decoder_start_token_id,
-            "max_new_tokens": MAX_NEW_TOKENS,
-        }
+        generation, more = read_generation(directory, config)
         draft = _draft_tokenizer(directory, config)
-        return cls(_preprocessing(directory, config), prompt, generation, content, instruction, draft)
+        warnings += more
+        return cls(preprocessing, prompt, generation, content, flags, instruction, draft, tuple(warnings))
 
     def write(self, bundle: Path) -> None:
         """Writes the tokenizers to a bundle; the other parts are in its manifest."""
@@ -88,15 +91,6 @@ class SideFiles:
             (bundle / QFORMER_TOKENIZER_FILE).write_bytes(self.qformer_tokenizer)
         if self.draft_tokenizer is not None:
             (bundle / DRAFT_TOKENIZER_FILE).write_bytes(self.draft_tokenizer)
-
-
-def _eos(directory: Path, otherwise: Sequence[int]) -> list[int]:
-    """Ids of the end tokens in ``generation_config.json``; ``otherwise`` where it has none."""
-    path = directory / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    if found is None:
-        return list(otherwise)
-    return list(found) if isinstance(found, list) else [found]
 
 
 def _draft_tokenizer(directory: Path, config: CaptionerConfig) -> bytes | None:
@@ -112,23 +106,6 @@ def _draft_tokenizer(directory: Path, config: CaptionerConfig) -> bytes | None:
     content = path.read_bytes()
     _check_tokenizer(content, directory, config.draft.vocab_size, "the draft", whole=True, name=path.name)
     return content
-
-
-def _tokenizer(directory: Path) -> bytes:
-    path = directory / TOKENIZER_FILE
-    if path.is_file():
-        return path.read_bytes()
-    if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")):
-        raise CheckpointError(f"{directory} has no {TOKENIZER_FILE}", SAVE_PROCESSOR)
-    from transformers import AutoTokenizer
-
-    try:
-        backend = AutoTokenizer.from_pretrained(directory, use_fast=True).backend_tokenizer
-    except Exception as error:  # transformers raises ValueError, OSError, ImportError and more
-        raise CheckpointError(
-            f"the slow tokenizer of {directory} could not be converted ({one_line(error)})", SAVE_PROCESSOR
-        ) from error
-    return str(backend.to_str()).encode()
 
 
 def _check_markers(content: bytes, directory: Path, markers: Sequence[str]) -> None:
@@ -182,23 +159,39 @@ def _check_tokenizer(
         )
 
 
-def _preprocessing(directory: Path, config: Config) -> Preprocessing:
-    for name, part in PROCESSOR_FILES:
-        path = directory / name
-        values = read_json(path) if path.is_file() else {}
-        values = values.get(part, {}) if part else values
-        if values:
-            break
-    else:
+def _preprocessing(directory: Path, config: Config) -> tuple[Preprocessing, list[str]]:
+    """The preprocessing and warnings.
+
+    Raises:
+        CheckpointError: It is missing, not supported, or makes pictures that the vision encoder does not take.
+    """
+    loaded = load_preprocessing(directory)
+    made, wanted = loaded.preprocessing.output_size, config.vision.image_size
+    if made != (wanted, wanted):
+        size = "varying sizes" if made is None else f"{made[0]} x {made[1]}"
         raise CheckpointError(
-            f"{directory} has no processor_config.json and no preprocessor_config.json", SAVE_PROCESSOR
-        )
-    preprocessing = Preprocessing.from_hf(values)
-    wanted = (config.vision.image_size, config.vision.image_size)
-    if preprocessing.output_size is not None and preprocessing.output_size != wanted:
-        height, width = preprocessing.output_size
-        raise CheckpointError(
-            f"{path.name} makes pictures of {height} x {width}, but the vision encoder takes {wanted[0]} x {wanted[1]}",
+            f"{loaded.where} makes pictures of {size}, but the vision encoder takes {wanted} x {wanted}",
             "copy the processor that the model was trained with",
         )
-    return preprocessing
+    return loaded.preprocessing, loaded.warnings
+
+
+def _check_processor(directory: Path, config: Config) -> list[str]:
+    """Checks the keys of ``processor_config.json`` outside its parts against the model; returns warnings.
+
+    Raises:
+        CheckpointError: A key makes transformers write another number of visual tokens than the model has.
+    """
+    path = directory / "processor_config.json"
+    values = read_json(path) if path.is_file() else {}
+    accepted: dict[str, tuple[Any, ...]] = {key: (values.get(key),) for key in FROM_CONFIG}
+    if isinstance(config, CaptionerConfig):
+        family = FAMILIES[config.family]
+        accepted |= {"num_query_tokens": (config.bridge.num_visual_tokens,)}
+        if family.image_token:
+            accepted |= {"image_token": (family.image_token,), "patch_size": (config.vision.patch_size,)}
+        added = values.get("num_additional_image_tokens") or 0
+        removed = values.get("vision_feature_select_strategy") == "default"
+        if config.family == "llava" and added - removed != int(config.vision.keep_class):
+            raise refused(str(path), "num_additional_image_tokens", added, (int(config.vision.keep_class) + removed,))
+    return check_keys(replace(PROCESSOR, checked={**PROCESSOR.checked, **accepted}), values, str(path))

@@ -99,6 +99,8 @@ class Manifest:
         draft: The draft model inside the bridge; None where the checkpoint has none.
         calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty where it did not.
         merging: Patches that the vision encoder merges; None where it merges none.
+        tokenizer: Settings that ``tokenizer.json`` cannot hold: arguments of
+            :class:`~blip2edge.runtime.text.tokenizer.Tokenizer` that are true.
         engines_of: Hash of the ``bundle.json`` that the engines were built from, in a bundle that holds engines instead
             of graphs; empty in any other bundle.
     """
@@ -120,6 +122,7 @@ class Manifest:
     draft: DraftSpec | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     merging: MergingRecord | None = None
+    tokenizer: Mapping[str, bool] = field(default_factory=dict)
     engines_of: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -143,6 +146,7 @@ class Manifest:
             "draft": None if self.draft is None else dict(vars(self.draft)),
             "calibration": dict(self.calibration),
             **({"merging": dict(vars(self.merging))} if self.merging is not None else {}),
+            **({"tokenizer": dict(self.tokenizer)} if self.tokenizer else {}),
             **({"engines_of": self.engines_of} if self.engines_of else {}),
         }
 
@@ -171,6 +175,7 @@ class Manifest:
             draft=DraftSpec(**values["draft"]) if values.get("draft") else None,
             calibration=values.get("calibration", {}),
             merging=MergingRecord(**values["merging"]) if values.get("merging") else None,
+            tokenizer=values.get("tokenizer", {}),
             engines_of=values.get("engines_of", ""),
         )
 

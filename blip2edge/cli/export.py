@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
             force=options.force,
             progress=progress,
         )
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     print(report_table(report))
     if not options.no_optimize:
         print(f"\n{copy_table(optimized(report.bundle))}")

@@ -42,7 +42,7 @@ def text_parts(bundle: Bundle) -> TextParts:
             f"{bundle.path} compares pictures with texts and cannot caption them",
             "use blip2edge match or blip2edge embed",
         )
-    tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
+    tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **bundle.manifest.tokenizer)
     prompts = PromptBuilder(spec, tokenizer, bundle.manifest.max_positions, token_table(bundle).num_rows)
     instructions = None
     if spec.instruction_positions:

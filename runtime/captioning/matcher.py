@@ -84,7 +84,7 @@ class Matcher:
         session = self.graphs = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
         self.images = image_parts(bundle, session)
-        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
+        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **bundle.manifest.tokenizer)
         self.features = session(IMAGE_FEATURES)
         self.texts = session(TEXT_EMBEDS)
         self.head = session(MATCH) if MATCH in manifest.graphs else None

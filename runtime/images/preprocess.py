@@ -23,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from blip2edge.errors import BundleError, CheckpointError, ImageError
+from blip2edge.errors import BundleError, ImageError
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded, in pixels: 256 MiB as RGB; above it Pillow warns of a bomb."""
 
+BILINEAR = 2
 BICUBIC = 3
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -221,42 +222,6 @@ class Preprocessing:
         return np.where(spans > 0, spans, np.float32(1))
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """Read a `preprocessor_config.json`, or the `image_processor` part of a `processor_config.json`.
-
-        Args:
-            config: The parsed JSON; keys that are absent take the defaults of `BlipImageProcessor`, or of
-                `CLIPImageProcessor` or `IdeficsImageProcessor` where `image_processor_type` names one of those.
-
-        Raises:
-            CheckpointError: A value is outside its range, or selects a step that is not supported.
-        """
-        part = config.get("image_processor")
-        if isinstance(part, Mapping):
-            config = part
-        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
-        clip = kind.startswith("CLIP")
-        edge = 224 if kind.startswith(("CLIP", "Idefics")) else 384
-        if config.get("do_pad"):
-            raise CheckpointError("preprocessor_config.json: expected do_pad to be false, got true")
-        try:
-            return cls(
-                resize=bool(config.get("do_resize", True)),
-                size=_hf_size(config.get("size", config.get("image_size")), edge, square=not clip),
-                crop=_hf_size(config.get("crop_size"), 224, square=True)
-                if config.get("do_center_crop", clip)
-                else None,
-                resample=int(config.get("resample", BICUBIC)),
-                do_rescale=bool(config.get("do_rescale", True)),
-                rescale_factor=float(config.get("rescale_factor", 1 / 255)),
-                do_normalize=bool(config.get("do_normalize", True)),
-                mean=_hf_channels(config.get("image_mean", OPENAI_CLIP_MEAN)),
-                std=_hf_channels(config.get("image_std", OPENAI_CLIP_STD)),
-            )
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"preprocessor_config.json: {error}") from error
-
-    @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Preprocessing:
         """Read what `to_json` wrote.
 
@@ -347,21 +312,3 @@ def _checked_size(name: str, size: Any) -> dict[str, int]:
     if min(checked.values()) < 1 or np.prod([float(value) for value in checked.values()]) > MAX_PIXELS:
         raise ValueError(f"{name}: expected 1…{MAX_PIXELS} pixels, got {checked}")
     return checked
-
-
-def _hf_size(value: Any, default: int, square: bool) -> dict[str, int]:
-    """Transformers' forms of a size (a dict, a number, or height and width) as a dict."""
-    value = default if value is None else value
-    if isinstance(value, Mapping):
-        return {key: edge for key, edge in value.items() if edge is not None}
-    if isinstance(value, (list, tuple)):
-        height, width = value
-        return {"height": height, "width": width}
-    return {"height": value, "width": value} if square else {"shortest_edge": value}
-
-
-def _hf_channels(value: Any) -> tuple[float, float, float]:
-    if isinstance(value, (int, float)):
-        return (float(value),) * 3
-    red, green, blue = (float(channel) for channel in value)
-    return red, green, blue

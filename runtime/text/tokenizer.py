@@ -39,11 +39,19 @@ class Tokenizer:
         backend: The tokenizer; truncation and padding that were saved with it are switched off.
         clean_up_tokenization_spaces: The setting of that name in `tokenizer_config.json` (transformers 5:
             false unless written there). As in transformers it has no effect on BPE models.
+        split_special_tokens: The setting of that name: special tokens in a text are tokenized like other text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, clean_up_tokenization_spaces: bool = False) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        clean_up_tokenization_spaces: bool = False,
+        split_special_tokens: bool = False,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = split_special_tokens
         self._backend = backend
         self.clean_up = clean_up_tokenization_spaces and type(backend.model).__name__ != "BPE"
         added = backend.get_added_tokens_decoder()
@@ -52,8 +60,12 @@ class Tokenizer:
         self.byte_fallback = decoder is not None and _has_byte_fallback(json.loads(decoder.__getstate__()))
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], *, clean_up_tokenization_spaces: bool = False) -> Tokenizer:
+    def from_file(cls, path: str | os.PathLike[str], **flags: bool) -> Tokenizer:
         """Read a `tokenizer.json`.
+
+        Args:
+            path: The file.
+            **flags: Keyword arguments of the class.
 
         Raises:
             BundleError: The file is missing, or is no tokenizer.
@@ -64,7 +76,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # the package raises bare Exception for every fault of the file
             raise BundleError(f"{os.fspath(path)}: not a tokenizer.json ({error})") from error
-        return cls(backend, clean_up_tokenization_spaces=clean_up_tokenization_spaces)
+        return cls(backend, **flags)
 
     @property
     def vocab_size(self) -> int:

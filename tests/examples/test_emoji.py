@@ -23,8 +23,8 @@ from blip2edge.examples.recipes.emoji import prepare as recipe
 from blip2edge.examples.recipes.emoji import vision
 from blip2edge.examples.recipes.emoji.icons import IconSet, caption, names_of
 from blip2edge.examples.recipes.emoji.vision import Names
-from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
-from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.model.checkpoint.directory import load_checkpoint
+from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.loading.batches import PREPROCESSING
@@ -229,4 +229,4 @@ def test_the_picture_encoder_learns_and_is_written(
     after = load_checkpoint(tmp_path / "vision").vision.state_dict()
     assert after.keys() == before.keys()
     assert not torch.equal(after["layers.0.mlp.fc1.weight"], before["layers.0.mlp.fc1.weight"])
-    assert Preprocessing.from_hf(read_json(tmp_path / "vision" / "preprocessor_config.json")) == PREPROCESSING
+    assert load_preprocessing(tmp_path / "vision").preprocessing == PREPROCESSING

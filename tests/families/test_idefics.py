@@ -21,8 +21,8 @@ from blip2edge.cli.caption import _items
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
+from blip2edge.model.checkpoint.image_processor import read_image_processor
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.prompt import attended_images, cross_attention_mask, interleave, pack_images
 from tests.families.drawing_idefics import IMAGE_SIZE, TINY_VISION, draw_idefics
 
@@ -189,7 +189,7 @@ def test_preprocessing_is_that_of_the_image_processor(size: int) -> None:
     for config in (processor.to_dict(), older):
         for picture in pictures(5, 3):
             wanted = np.asarray(processor([picture], return_tensors="np"))[0]
-            assert np.array_equal(Preprocessing.from_hf(config)(picture), wanted)
+            assert np.array_equal(read_image_processor(config)(picture), wanted)
 
 
 def test_what_does_not_fit_is_refused_in_a_line(plain: Model, tmp_path: Path) -> None:

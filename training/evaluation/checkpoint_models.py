@@ -15,6 +15,7 @@ from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import UsageError, option
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_model
+from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.language.bert import BertDecoder
 from blip2edge.model.retrieval import RetrievalModel
@@ -24,7 +25,6 @@ from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.evaluation.models import EvaluatedModel, ModelOptions, Prompts, Vectors
 from blip2edge.training.loading.batches import pad_with_mask
 from blip2edge.training.loading.caption_texts import captioner_prompts
-from blip2edge.training.setup.pretrained import load_preprocessing
 
 Step = Callable[[Tensor], Tensor]
 """Maps the generated ids [B, N] to the logits of the next token [B, V]."""
@@ -96,7 +96,7 @@ class CheckpointCaptioner:
         return cls(
             model,
             Tokenizer.from_file(directory / TOKENIZER_FILE),
-            load_preprocessing(directory)[0],
+            load_preprocessing(directory).preprocessing,
             instructions,
             batch_size=options.batch_size,
             max_new_tokens=options.generation.get("max_new_tokens", _MAX_NEW_TOKENS),
@@ -302,5 +302,5 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
     if isinstance(model, CaptionerModel):
         return EvaluatedModel(captioner=CheckpointCaptioner.load(directory, model, options))
     tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
-    preprocessing = load_preprocessing(directory)[0]
+    preprocessing = load_preprocessing(directory).preprocessing
     return EvaluatedModel(matcher=CheckpointMatcher(model, tokenizer, preprocessing, options.batch_size))

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
 from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
+from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.training.config import TrainingConfig
@@ -83,7 +84,7 @@ def _whole(stage: str, config: TrainingConfig, base: Path) -> ModelParts | None:
     lacks_text = config.stage2.itg_weight > 0 and given.draft is None and stage == "stage2"
     if given.config.bridge.kind != wanted or gated != (config.bridge == "flamingo") or lacks_text:
         return None
-    preprocessing, _ = pretrained.load_preprocessing(directory)
+    preprocessing = load_preprocessing(directory).preprocessing
     tokenizer = pretrained.load_tokenizer(directory / "tokenizer.json")
     files = pretrained.side_files(directory)
     return ModelParts(given, preprocessing, tokenizer, _own_texts(config, base), files, new_projection=False)

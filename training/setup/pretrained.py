@@ -23,6 +23,7 @@ from blip2edge.model.checkpoint.directory import (
     load_model,
     read_json,
 )
+from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.config import CaptionerConfig, LanguageConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
@@ -170,27 +171,8 @@ def load_vision(name: str, base: Path) -> VisionPart:
         CheckpointError: The checkpoint cannot be read, or has no preprocessing.
     """
     directory = resolve(name, base)
-    preprocessing, content = load_preprocessing(directory)
-    return VisionPart(load_model(directory).vision, preprocessing, content)
-
-
-def load_preprocessing(directory: Path) -> tuple[Preprocessing, bytes]:
-    """Loads a checkpoint's preprocessing, and its content as `preprocessor_config.json`.
-
-    Raises:
-        CheckpointError: The checkpoint has no preprocessing.
-    """
-    path = directory / "preprocessor_config.json"
-    if not path.is_file() and (directory / "processor_config.json").is_file():
-        inner = read_json(directory / "processor_config.json").get("image_processor")
-        if isinstance(inner, Mapping):
-            return Preprocessing.from_hf(inner), json_file(inner)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} has no {path.name}",
-            "save its processor there: AutoProcessor.from_pretrained(NAME).save_pretrained(DIRECTORY)",
-        )
-    return Preprocessing.from_hf(read_json(path)), path.read_bytes()
+    loaded = load_preprocessing(directory)
+    return VisionPart(load_model(directory).vision, loaded.preprocessing, json_file(loaded.values))
 
 
 def side_files(directory: Path) -> dict[str, bytes]:

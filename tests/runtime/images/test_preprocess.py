@@ -23,6 +23,8 @@ from transformers import image_utils
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from blip2edge.model.checkpoint.image_processor import read_image_processor
+
 HEIGHT, WIDTH = 37, 53
 
 
@@ -106,7 +108,7 @@ def test_every_mode_gives_the_pixels_of_transformers(file: Path) -> None:
         (blip, BlipImageProcessorPil(**blip)),
         ({"image_processor_type": "CLIPImageProcessor", **clip}, CLIPImageProcessorPil(**clip)),
     ):
-        ours = Preprocessing.from_hf(config)
+        ours = read_image_processor(config)
         for source, same in (  # a file is loaded; an open picture is blended onto white
             (file, loaded_by_transformers(file)),
             (load_image(file), loaded_by_transformers(file)),
@@ -146,13 +148,13 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
 )
 def test_blip_settings(config: dict[str, Any]) -> None:
     image = Image.fromarray(picture())
-    ours = Preprocessing.from_hf({"image_processor_type": "BlipImageProcessor", **config})
+    ours = read_image_processor({"image_processor_type": "BlipImageProcessor", **config})
     pixels = ours(image)
     np.testing.assert_array_equal(pixels, pixels_by(BlipImageProcessorPil(**config), image))
     assert ours.output_size in (None, pixels.shape[1:])
     np.testing.assert_array_equal(pixels, Preprocessing.from_json(json.loads(json.dumps(ours.to_json())))(image))
     nested = {"processor_class": "Blip2Processor", "image_processor": config}
-    assert Preprocessing.from_hf(nested) == ours
+    assert read_image_processor(nested) == ours
 
 
 @pytest.mark.parametrize(("height", "width"), [(37, 53), (53, 37), (40, 40), (7, 90), (224, 300), (500, 3)])
@@ -169,7 +171,7 @@ def test_blip_settings(config: dict[str, Any]) -> None:
 )
 def test_clip_settings(config: dict[str, Any], height: int, width: int) -> None:
     image = Image.fromarray(picture(3, height, width))
-    ours = Preprocessing.from_hf({"feature_extractor_type": "CLIPFeatureExtractor", **config})
+    ours = read_image_processor({"feature_extractor_type": "CLIPFeatureExtractor", **config})
     np.testing.assert_array_equal(ours(image), pixels_by(CLIPImageProcessorPil(**config), image))
 
 
@@ -178,7 +180,7 @@ def test_configs_that_transformers_writes() -> None:
         BlipImageProcessorPil(size={"height": 30, "width": 30}),
         CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size={"height": 28, "width": 28}),
     ):
-        ours = Preprocessing.from_hf(json.loads(processor.to_json_string()))
+        ours = read_image_processor(json.loads(processor.to_json_string()))
         image = Image.fromarray(picture())
         np.testing.assert_array_equal(ours(image), pixels_by(processor, image))
         assert ours.output_size == ours(image).shape[1:]
@@ -296,7 +298,7 @@ def test_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_configs(config: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
-        Preprocessing.from_hf(config)
+        read_image_processor(config)
 
 
 def test_bad_manifest() -> None:

@@ -1,0 +1,106 @@
+"""Finds the keys of a ``config.json`` that would change the captions and that this project does not read.
+
+:class:`RecordedObject` records the keys that the reader of a family asks for. All others are compared with the
+transformers' config object without them: a key that does not change the object's value changes nothing, and one that
+transformers does not know is named in a warning. Any other is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import CheckpointError, one_line
+from blip2edge.model.checkpoint.directory import read_json
+from blip2edge.model.checkpoint.side_keys import CONFIG, refused, unread_warning
+from blip2edge.model.families.registry import read_config
+
+
+class RecordedObject(Mapping[str, Any]):
+    """A JSON object that records which of its keys were read; its own objects do the same.
+
+    Args:
+        values: The object.
+
+    Attributes:
+        keys_read: The keys that were read.
+        sections: The objects in it that were read.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.content = values
+        self.keys_read: set[str] = set()
+        self.sections: dict[str, RecordedObject] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        value = self.content[key]
+        if isinstance(value, Mapping):
+            return self.sections.setdefault(key, RecordedObject(value))
+        return value
+
+    def read_part(self) -> dict[str, Any]:
+        """The keys that were read, and ``model_type``, which chooses transformers' class."""
+        kept = {key: value for key, value in self.content.items() if key in self.keys_read or key == "model_type"}
+        return kept | {name: section.read_part() for name, section in self.sections.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+def check_config(directory: Path) -> list[str]:
+    """Checks the keys of ``config.json`` that no reader asked for.
+
+    Returns:
+        Warnings: one for each section, with the keys that transformers does not read either.
+
+    Raises:
+        CheckpointError: A key has a value that changes captions and is not supported.
+    """
+    from transformers import CONFIG_MAPPING
+
+    path = directory / "config.json"
+    values = read_json(path)
+    recorded = RecordedObject(values)
+    read_config(recorded)
+    if values.get("model_type") not in CONFIG_MAPPING:
+        return []
+    try:
+        config_class: Any = CONFIG_MAPPING[values["model_type"]]
+        whole, without = (config_class.from_dict(deepcopy(part)) for part in (values, recorded.read_part()))
+    except Exception as error:  # each config class raises its own
+        raise CheckpointError(f"transformers cannot read {path} ({one_line(error)})") from error
+    return _check_section(str(path), recorded, whole, without)
+
+
+def _check_section(where: str, section: RecordedObject, whole: Any, without: Any) -> list[str]:
+    """Checks a section and the sections in it.
+
+    Args:
+        where: Name of the section, for messages.
+        section: The section.
+        whole: transformers' config object of it.
+        without: The same from the keys alone that were read.
+    """
+    unread = []
+    for key, value in section.content.items():
+        if key in section.keys_read or value is None or CONFIG.effect(key) == "neutral":
+            continue
+        accepted = CONFIG.checked.get(key, ())
+        if value in accepted:
+            continue
+        if not hasattr(without, key):
+            unread.append(key)
+        elif getattr(without, key) != getattr(whole, key):
+            raise refused(where, key, value, accepted)
+    warnings = unread_warning(where, unread)
+    for name, part in section.sections.items():
+        inner = getattr(whole, name, None)
+        if hasattr(inner, "to_dict"):
+            warnings += _check_section(f"{where}, {name}", part, inner, getattr(without, name))
+    return warnings

@@ -1,0 +1,195 @@
+"""Reads the preprocessing of a checkpoint: finds its file, and takes the defaults of the image processor it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import CheckpointError
+from blip2edge.model.checkpoint.directory import read_json
+from blip2edge.model.checkpoint.side_keys import IMAGE_PROCESSOR, check_keys
+from blip2edge.runtime.images.preprocess import (
+    BICUBIC,
+    BILINEAR,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    Preprocessing,
+)
+
+SOURCES = (
+    ("processor_config.json", "image_processor"),
+    ("processor_config.json", "video_processor"),
+    ("preprocessor_config.json", ""),
+    ("video_preprocessor_config.json", ""),
+)
+"""Where the settings are: a file and a key in it (empty: the whole file); the first that exists is used. A nested
+``image_processor`` comes first, as in transformers."""
+
+SAVE_PROCESSOR = "save the processor too: AutoProcessor.from_pretrained(NAME).save_pretrained(DIRECTORY)"
+
+SQUARE_384 = {"height": 384, "width": 384}
+SQUARE_224 = {"height": 224, "width": 224}
+SHORT_224 = {"shortest_edge": 224}
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class ImageProcessorClass:
+    """A class of transformers: its defaults. All classes here resize, crop, rescale and normalise, in this order.
+
+    Attributes:
+        size: Size of the resized picture, in pixels.
+        crop: Size of the centre crop, in pixels; None if the class has no crop.
+        do_crop: Whether it crops by default.
+        resample: Pillow's code of the filter.
+        mean, std: One value for each channel, R, G, B.
+        square: Whether a number as ``size`` is both edges; else it is the shortest edge.
+    """
+
+    size: Mapping[str, int] = field(default_factory=lambda: SHORT_224)
+    crop: Mapping[str, int] | None = field(default_factory=lambda: SQUARE_224)
+    do_crop: bool = True
+    resample: int = BICUBIC
+    mean: tuple[float, float, float] = OPENAI_CLIP_MEAN
+    std: tuple[float, float, float] = OPENAI_CLIP_STD
+    square: bool = False
+
+
+_CLIP = ImageProcessorClass()
+_BLIP = ImageProcessorClass(SQUARE_384, None, do_crop=False, square=True)
+
+CLASSES: dict[str, ImageProcessorClass] = {
+    "Blip": _BLIP,
+    "InstructBlipVideo": _BLIP,
+    "InstructBlipVideoVideo": _BLIP,
+    "CLIP": _CLIP,
+    "ChineseCLIP": _CLIP,
+    "Llava": _CLIP,
+    "Bit": _CLIP,
+    "Idefics": ImageProcessorClass(SQUARE_224, None, do_crop=False, square=True),
+    "Siglip": ImageProcessorClass(SQUARE_224, None, do_crop=False, mean=HALF, std=HALF, square=True),
+    "ViT": ImageProcessorClass(SQUARE_224, None, do_crop=False, resample=BILINEAR, mean=HALF, std=HALF, square=True),
+    "DeiT": ImageProcessorClass({"height": 256, "width": 256}, mean=HALF, std=HALF, square=True),
+}
+"""By the name without its ending (``ImageProcessor``, ``ImageProcessorFast``, ``FeatureExtractor`` …)."""
+
+_ENDINGS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor", "VideoProcessor")
+
+FAMILY_CLASSES = {"clip": "CLIP", "llava": "Llava", "idefics": "Idefics"}
+"""Class of a file that names none, by the ``model_type`` of ``config.json``; for all others it is ``Blip``."""
+
+
+@dataclass(frozen=True)
+class LoadedPreprocessing:
+    """The preprocessing of a checkpoint.
+
+    Attributes:
+        preprocessing: The settings.
+        values: The JSON object that they were read from, with the class where it names none.
+        where: Its file, for errors.
+        warnings: Keys that are not used, as one sentence; empty without any.
+    """
+
+    preprocessing: Preprocessing
+    values: Mapping[str, Any]
+    where: str
+    warnings: list[str]
+
+
+def load_preprocessing(directory: Path) -> LoadedPreprocessing:
+    """The preprocessing of a checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it has a value that is not supported.
+    """
+    for name, part in SOURCES:
+        path = directory / name
+        values = read_json(path) if path.is_file() else {}
+        values = values.get(part) or {} if part else values
+        if values:
+            where = f"{path}, {part}" if part else str(path)
+            config = directory / "config.json"
+            model_type = read_json(config).get("model_type") if config.is_file() else None
+            kind = FAMILY_CLASSES.get(str(model_type), "Blip")
+            preprocessing = read_image_processor(values, where, kind)
+            if not _class_name(values):
+                values = {"image_processor_type": f"{kind}ImageProcessor", **values}
+            return LoadedPreprocessing(preprocessing, values, where, check_keys(IMAGE_PROCESSOR, values, where))
+    raise CheckpointError(f"{directory} has no processor_config.json and no preprocessor_config.json", SAVE_PROCESSOR)
+
+
+def read_image_processor(
+    values: Mapping[str, Any], where: str = "preprocessor_config.json", otherwise: str = "Blip"
+) -> Preprocessing:
+    """The preprocessing that a ``preprocessor_config.json`` describes.
+
+    Args:
+        values: The parsed JSON. A key that is absent or null takes the default of the class that is named.
+        where: Name of the file, for errors.
+        otherwise: Key of :data:`CLASSES`, where no class is named.
+
+    Raises:
+        CheckpointError: The class is not supported, a value is outside its range, or a key selects a step that is
+            not supported.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    named = _class_name(given)
+    kind = next((named.removesuffix(ending) for ending in _ENDINGS if named.endswith(ending)), named) or otherwise
+    row = CLASSES.get(kind)
+    if row is None:
+        raise CheckpointError(
+            f"{where}: the image processor {named} is not supported",
+            f"supported: {', '.join(f'{name}ImageProcessor' for name in CLASSES if not name.endswith('Video'))}",
+        )
+    check_keys(IMAGE_PROCESSOR, given, where)
+    if "image_size" in given and kind == "Idefics":
+        given["size"] = given["image_size"]
+    crop = _size(given.get("crop_size", row.crop), square=True)
+    try:
+        return Preprocessing(
+            resize=_flag(given, "do_resize", True),
+            size=_size(given.get("size", row.size), row.square) or {},
+            crop=crop if _flag(given, "do_center_crop", row.do_crop) else None,
+            resample=int(given.get("resample", row.resample)),
+            do_rescale=_flag(given, "do_rescale", True),
+            rescale_factor=float(given.get("rescale_factor", 1 / 255)),
+            do_normalize=_flag(given, "do_normalize", True),
+            mean=_channels(given.get("image_mean", row.mean)),
+            std=_channels(given.get("image_std", row.std)),
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _class_name(values: Mapping[str, Any]) -> str:
+    """The class that a file names; empty if it names none."""
+    keys = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+    return next((str(values[key]) for key in keys if values.get(key)), "")
+
+
+def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = values.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}: expected true or false, got {value!r}")
+    return value
+
+
+def _size(value: Any, square: bool) -> dict[str, int] | None:
+    """transformers' forms of a size (an object, a number, or height and width) as a dict."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {key: edge for key, edge in value.items() if edge is not None}
+    if isinstance(value, (list, tuple)):
+        height, width = value
+        return {"height": height, "width": width}
+    return {"height": value, "width": value} if square else {"shortest_edge": value}
+
+
+def _channels(value: Any) -> tuple[float, float, float]:
+    if isinstance(value, (int, float)):
+        return (float(value),) * 3
+    red, green, blue = (float(channel) for channel in value)
+    return red, green, blue

@@ -1,0 +1,291 @@
+"""What happens to each key of the files next to a checkpoint's weights, as tables.
+
+A key is *honoured* (read and used), *neutral* (no value changes a caption), *checked* (only the values in the table
+are accepted; any other would change a caption and is refused by name), or *unread*: transformers 5.23 does not read
+it either, so it is named in a warning. ``tests/export/test_side_keys.py`` compares the tables with the installed
+transformers, and ``docs/checkpoints.md`` shows them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from blip2edge.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """The keys of one side file.
+
+    Attributes:
+        file: Name of the file, or of the part of it.
+        honoured: Keys that are read and used.
+        neutral: Keys that change no caption, whatever their value.
+        checked: Values that are accepted, by key. null is always accepted.
+    """
+
+    file: str
+    honoured: tuple[str, ...] = ()
+    neutral: tuple[str, ...] = ()
+    checked: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def effect(self, key: str) -> str:
+        """``honoured``, ``neutral``, ``checked`` or ``unread``."""
+        if key in self.honoured:
+            return "honoured"
+        if key in self.neutral:
+            return "neutral"
+        return "checked" if key in self.checked else "unread"
+
+
+IMAGE_PROCESSOR = KeyTable(
+    "preprocessor_config.json, or image_processor in processor_config.json",
+    honoured=(
+        "image_processor_type",
+        "feature_extractor_type",
+        "video_processor_type",
+        "do_resize",
+        "size",
+        "resample",
+        "do_center_crop",
+        "crop_size",
+        "do_rescale",
+        "rescale_factor",
+        "do_normalize",
+        "image_mean",
+        "image_std",
+        "image_size",
+    ),
+    neutral=(
+        "do_convert_rgb",  # pictures are always converted to RGB
+        "input_data_format",  # of arrays; a file has none
+        "pad_size",  # only with do_pad
+        "return_tensors",
+        "disable_grouping",
+        "device",
+        "image_seq_length",
+        "processor_class",
+        "_processor_class",
+        "auto_map",  # code of the repository; transformers' own class goes before it
+        "fps",  # only with do_sample_frames
+        "num_frames",
+        "video_metadata",
+        "return_metadata",
+    ),
+    checked={
+        "do_pad": (False,),
+        "data_format": ("channels_first",),
+        "image_num_channels": (3,),
+        "do_sample_frames": (False,),
+    },
+)
+
+PROCESSOR = KeyTable(
+    "processor_config.json",
+    honoured=("image_processor", "video_processor", "chat_template"),
+    neutral=(
+        "processor_class",
+        "_processor_class",
+        "auto_map",
+        "tokenizer",
+        "qformer_tokenizer",
+        "image_size",
+        "video_token",
+    ),
+    checked={"add_end_of_utterance_token": (False,), "vision_feature_select_strategy": ("default", "full")},
+)
+"""The export adds checked keys of which ``config.json`` gives the accepted value; see :data:`FROM_CONFIG`."""
+
+FROM_CONFIG = ("num_query_tokens", "patch_size", "num_additional_image_tokens", "image_token")
+"""Keys of ``processor_config.json`` that must agree with ``config.json``."""
+
+GENERATION = KeyTable(
+    "generation_config.json",
+    honoured=(
+        "eos_token_id",
+        "max_new_tokens",
+        "min_new_tokens",
+        "do_sample",
+        "num_beams",
+        "early_stopping",
+        "length_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "repetition_penalty",
+        "encoder_repetition_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "sequence_bias",
+        "exponential_decay_length_penalty",
+        "renormalize_logits",
+    ),
+    neutral=(
+        "bos_token_id",
+        "pad_token_id",
+        "decoder_start_token_id",
+        "max_length",  # max_new_tokens goes before it
+        "use_cache",
+        "cache_config",
+        "max_cache_len",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "return_dict_in_generate",
+        "is_assistant",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+        "assistant_lookbehind",
+        "assistant_ensemble_weight",
+        "target_lookbehind",
+        "prompt_lookup_num_tokens",  # drafts change no greedy text
+        "max_matching_ngram_size",
+        "speculation_type",
+        "compile_config",
+        "disable_compile",
+        "continuous_batching_config",
+        "low_memory",
+        "prefill_chunk_size",
+        "remove_invalid_values",
+        "_from_model_config",
+        "transformers_version",
+        "use_mtp",
+    ),
+    checked={
+        "min_length": (0,),
+        "max_time": (),
+        "stop_strings": (),
+        "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static"),
+        "top_h": (),
+        "token_healing": (False,),
+        "guidance_scale": (1, 1.0),
+        "watermarking_config": (),
+        "num_return_sequences": (1,),
+        "penalty_alpha": (0, 0.0),
+        "dola_layers": (),
+        "diversity_penalty": (0, 0.0),
+        "num_beam_groups": (1,),
+        "constraints": (),
+        "force_words_ids": (),
+    },
+)
+
+CONFIG = KeyTable(
+    "config.json, and its sections",
+    neutral=(
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "task_specific_params",
+        "use_cache",
+        "is_decoder",
+        "is_encoder_decoder",
+        "attention_dropout",
+        "activation_dropout",
+        "dropout",
+        "dropout_rate",
+        "classifier_dropout",
+        "layerdrop",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "resid_dropout",
+        "initializer_range",
+        "initializer_factor",
+        "logit_scale_init_value",
+        "projection_dim",
+        "image_text_hidden_size",
+        "label_smoothing",
+        "alpha_initializer",
+        "alphas_initializer_range",
+        "freeze_text_layers",
+        "freeze_text_module_exceptions",
+        "freeze_lm_head",
+        "freeze_vision_layers",
+        "freeze_vision_module_exceptions",
+        "cross_layer_activation_function",
+        "bos_token_id",  # those of language models are read
+        "pad_token_id",
+        "vocab_size",  # of a Q-Former without texts; those of language models are read
+        "max_position_embeddings",
+        "type_vocab_size",
+        "image_seq_length",
+        "tie_word_embeddings",  # at the top level; that of the language model is read
+        "use_resampler",  # in perceiver_config; the one at the top level is read
+    ),
+    checked={"position_embedding_type": ("absolute",)},
+)
+"""For keys that no reader asks for. All other keys of ``config.json`` are read by the family's reader, or must have transformers' default."""
+
+
+def check_keys(table: KeyTable, values: Mapping[str, Any], where: str) -> list[str]:
+    """Compares the keys of a file with its table.
+
+    Args:
+        table: What happens to each key.
+        values: The file's content.
+        where: Name of the file, for messages.
+
+    Returns:
+        Warnings: one that names all keys that are not read.
+
+    Raises:
+        CheckpointError: A checked key has a value that would change captions and is not supported.
+    """
+    for key, accepted in table.checked.items():
+        value = values.get(key)
+        if value is not None and not any(_same(value, one) for one in accepted):
+            raise refused(where, key, value, accepted)
+    unread = [key for key, value in values.items() if value is not None and table.effect(key) == "unread"]
+    return unread_warning(where, unread)
+
+
+def refused(where: str, key: str, value: Any, accepted: Iterable[Any] = ()) -> CheckpointError:
+    """The error for a key whose value would change captions and is not supported."""
+    choices = " or ".join(shown(one) for one in accepted)
+    return CheckpointError(
+        f"{where}: {key} is {shown(value)}, which is not supported",
+        f"set it to {choices}, or remove the key" if choices else "remove the key",
+    )
+
+
+def unread_warning(where: str, keys: Iterable[str]) -> list[str]:
+    """One warning that names all keys that are not read; empty without any."""
+    names = ", ".join(keys)
+    return [f"{where}: not used, as transformers does not read it either: {names}"] if names else []
+
+
+def shown(value: Any) -> str:
+    """A JSON value for a message, cut after 60 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _same(value: Any, accepted: Any) -> bool:
+    return type(value) is type(accepted) and bool(value == accepted)

@@ -1,0 +1,64 @@
+"""Loads the tokenizer of a checkpoint as transformers' AutoTokenizer does, and serialises it for the runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.schema import TOKENIZER_FILE
+from blip2edge.errors import CheckpointError, one_line
+from blip2edge.model.checkpoint.image_processor import SAVE_PROCESSOR
+
+VOCABULARIES = (TOKENIZER_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+"""Files of which a tokenizer has at least one."""
+
+FLAGS = ("clean_up_tokenization_spaces", "split_special_tokens")
+"""Settings of ``tokenizer_config.json`` that a ``tokenizer.json`` cannot hold: the manifest has them."""
+
+
+@dataclass(frozen=True)
+class SerializedTokenizer:
+    """A tokenizer as the runtime reads it.
+
+    Attributes:
+        content: A ``tokenizer.json``.
+        flags: Those of :data:`FLAGS` that are on: arguments of :class:`~blip2edge.runtime.text.tokenizer.Tokenizer`.
+    """
+
+    content: bytes
+    flags: dict[str, bool]
+
+
+def load_tokenizer(directory: Path) -> SerializedTokenizer:
+    """The tokenizer of a directory: what AutoTokenizer makes of all its files, not the ``tokenizer.json`` alone.
+
+    ``tokenizer_config.json`` may change the class, the special tokens and the normaliser. A directory that has a
+    ``tokenizer.json`` without ``tokenizer_config.json`` and ``config.json`` is used as it is.
+
+    Raises:
+        CheckpointError: There is none, or transformers cannot load it.
+    """
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        raise CheckpointError(f"{directory} has no {TOKENIZER_FILE}", SAVE_PROCESSOR)
+    plain = directory / TOKENIZER_FILE
+    if plain.is_file() and not any((directory / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+        return SerializedTokenizer(plain.read_bytes(), {})
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises ValueError, OSError, ImportError and more
+        raise CheckpointError(
+            f"transformers cannot load the tokenizer of {directory} ({one_line(error)})", SAVE_PROCESSOR
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(
+            f"the tokenizer of {directory}, a {type(tokenizer).__name__}, has no form as {TOKENIZER_FILE}",
+            "save it with a class that has one",
+        )
+    backend.no_truncation()
+    backend.no_padding()
+    flags = {name: True for name in FLAGS if getattr(tokenizer, name, False)}
+    return SerializedTokenizer(str(backend.to_str()).encode(), flags)
