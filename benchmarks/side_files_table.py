@@ -25,8 +25,8 @@ def table(keys: KeyTable) -> str:
     if keys.honoured:
         lines.append(f"| {listed(keys.honoured)} | honoured |")
     for key, accepted in keys.checked.items():
-        values = " or ".join(f"`{json.dumps(value)}`" for value in accepted)
-        lines.append(f"| `{key}` | refused, except {values + ' and ' if values else ''}`null` |")
+        values = ", ".join(f"`{json.dumps(value)}`" for value in (*accepted, None))
+        lines.append(f"| `{key}` | refused, except {values} |")
     lines.append(f"| {listed(keys.neutral)} | neutral |")
     return "\n".join(lines)
 

@@ -150,7 +150,7 @@ def read_image_processor(
     try:
         return Preprocessing(
             resize=_flag(given, "do_resize", True),
-            size=_size(given.get("size", row.size), row.square) or {},
+            size=_size(given.get("size", row.size), _flag(given, "default_to_square", row.square)) or {},
             crop=crop if _flag(given, "do_center_crop", row.do_crop) else None,
             resample=int(given.get("resample", row.resample)),
             do_rescale=_flag(given, "do_rescale", True),

@@ -49,6 +49,7 @@ IMAGE_PROCESSOR = KeyTable(
         "video_processor_type",
         "do_resize",
         "size",
+        "default_to_square",
         "resample",
         "do_center_crop",
         "crop_size",
@@ -241,7 +242,7 @@ CONFIG = KeyTable(
     ),
     checked={"position_embedding_type": ("absolute",)},
 )
-"""For keys that no reader asks for. All other keys of ``config.json`` are read by the family's reader, or must have transformers' default."""
+"""For keys that no reader asks for. All others must not change transformers' config object; see ``config_keys.py``."""
 
 
 def check_keys(table: KeyTable, values: Mapping[str, Any], where: str) -> list[str]:
