@@ -7,6 +7,7 @@ A config class lists its keys as :class:`Key` rows. One table serves both direct
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,6 +46,15 @@ def transformer_keys(hidden: int, intermediate: int, layers: int, heads: int) ->
 def write_keys(config: Any, keys: Iterable[Key]) -> dict[str, Any]:
     """The inverse of :meth:`Fields.read`: the fields of ``config`` under their names in ``config.json``."""
     return {key.name: getattr(config, key.field) for key in keys}
+
+
+def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Objects as one: a key is taken from the first that has it.
+
+    Nothing is copied, so an object that records which of its keys are read still does
+    (``checkpoint/config_keys.py``).
+    """
+    return ChainMap(*layers)  # type: ignore[arg-type]  # only read
 
 
 class Fields:

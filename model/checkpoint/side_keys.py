@@ -231,7 +231,11 @@ CONFIG = KeyTable(
         "freeze_vision_layers",
         "freeze_vision_module_exceptions",
         "cross_layer_activation_function",
+        "init_std",
+        "pretraining_tp",
+        "encoder_hidden_size",  # the vision encoder's width is used, as in transformers
         "bos_token_id",  # those of language models are read
+        "eos_token_id",
         "pad_token_id",
         "vocab_size",  # of a Q-Former without texts; those of language models are read
         "max_position_embeddings",
@@ -240,7 +244,6 @@ CONFIG = KeyTable(
         "tie_word_embeddings",  # at the top level; that of the language model is read
         "use_resampler",  # in perceiver_config; the one at the top level is read
     ),
-    checked={"position_embedding_type": ("absolute",)},
 )
 """For keys that no reader asks for. All others must not change transformers' config object; see ``config_keys.py``."""
 

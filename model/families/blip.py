@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from blip2edge.model.config import CaptionerConfig, NoBridge, VisionConfig
-from blip2edge.model.config_json import Fields
+from blip2edge.model.config_json import Fields, layered
 from blip2edge.model.language.bert import BertConfig
 
 BLIP_VISION_DEFAULTS = {
@@ -37,14 +37,14 @@ BLIP_RENAMED = ((r"text_decoder\.cls\.predictions\.decoder\.bias$", "text_decode
 def read_vision(f: Fields) -> VisionConfig:
     """The ``vision_config`` of a BLIP ``config.json``."""
     values = Fields("vision_config", f.values.get("vision_config", {})).values
-    return VisionConfig.from_hf({**BLIP_VISION_DEFAULTS, **values})
+    return VisionConfig.from_hf(layered(values, BLIP_VISION_DEFAULTS))
 
 
 def read_text(f: Fields, vision: VisionConfig) -> tuple[BertConfig, dict[str, int | None]]:
     """The ``text_config`` of a BLIP ``config.json``, and its special tokens' ids."""
     text = Fields("text_config", f.values.get("text_config", {}))
     # As in transformers, encoder_hidden_size of text_config is ignored.
-    config = BertConfig.from_hf({**text.values, "encoder_hidden_size": vision.hidden_size})
+    config = BertConfig.from_hf(layered({"encoder_hidden_size": vision.hidden_size}, text.values))
     return config, {name: text.token_id(name, default) for name, default in BLIP_TOKEN_DEFAULTS.items()}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from blip2edge.model.bridges.perceiver import PerceiverConfig
 from blip2edge.model.config import BridgeConfig, CaptionerConfig, NoBridge, VisionConfig
-from blip2edge.model.config_json import Fields
+from blip2edge.model.config_json import Fields, layered
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.flamingo import FlamingoConfig
 from blip2edge.model.weights.blip2 import CLIP_VISION
@@ -41,8 +41,8 @@ IDEFICS_LEFT_OUT = (
 def read_idefics(f: Fields) -> CaptionerConfig:
     """``IdeficsForVisionText2Text``: the text model's sizes are at the top level; a resampler is optional."""
     section = Fields("vision_config", f.values.get("vision_config") or {}).values
-    values = {**IDEFICS_VISION_DEFAULTS, **section}
-    vision = VisionConfig.from_clip({**values, "hidden_size": values["embed_dim"]})
+    values = layered(section, IDEFICS_VISION_DEFAULTS)
+    vision = VisionConfig.from_clip(layered({"hidden_size": values["embed_dim"]}, values))
     bridge: BridgeConfig = NoBridge()
     if f.flag("use_resampler", False):
         bridge = PerceiverConfig.from_hf(f.values.get("perceiver_config") or {}, width=vision.hidden_size)
@@ -51,7 +51,7 @@ def read_idefics(f: Fields) -> CaptionerConfig:
         vision=vision,
         bridge=bridge,
         language=FlamingoConfig.from_hf(f.values),
-        **read_tokens(Fields("the top level", {**IDEFICS_TOKEN_DEFAULTS, **f.values})),
+        **read_tokens(Fields("the top level", layered(f.values, IDEFICS_TOKEN_DEFAULTS))),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config_json import Fields, check_heads, write_keys
+from blip2edge.model.config_json import Fields, check_heads, layered, write_keys
 from blip2edge.model.language.llama import LlamaDecoder, LlamaFeedForward
 from blip2edge.model.language.llama_config import LLAMA_KEYS, LlamaConfig
 from blip2edge.model.layers import (
@@ -80,7 +80,7 @@ class FlamingoConfig(LlamaConfig):
         f = Fields("the top level", values)
         own = Fields("vision_config", f.values.get("vision_config") or {})
         resampled = f.flag("use_resampler", False)
-        llama = LlamaConfig.from_hf({**f.values, "model_type": "llama", "num_key_value_heads": None})
+        llama = LlamaConfig.from_hf(layered({"model_type": "llama", "num_key_value_heads": None}, f.values))
         base = {field.name: getattr(llama, field.name) for field in fields(llama) if field.name != "kind"}
         additional = f.values.get("additional_vocab_size") or 0
         return cls(

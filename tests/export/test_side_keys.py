@@ -132,8 +132,7 @@ def test_a_step_that_is_not_supported_is_refused_by_name(values: dict[str, Any],
 @pytest.mark.parametrize(
     ("file", "section", "key", "value"),
     [
-        ("config.json", "qformer_config", "position_embedding_type", "relative_key"),
-        ("config.json", "text_config", "enable_bias", False),
+        ("config.json", "qformer_config", "use_qformer_text_input", True),
         ("processor_config.json", "", "num_query_tokens", 7),
         ("processor_config.json", "image_processor", "do_pad", True),
     ],
