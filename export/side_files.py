@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
-from blip2edge.errors import BundleError, CheckpointError
+from blip2edge.errors import CheckpointError
 from blip2edge.export.chat import prompt_template
-from blip2edge.export.generation import read_generation
 from blip2edge.model.checkpoint.config_keys import check_config
 from blip2edge.model.checkpoint.directory import read_json
-from blip2edge.model.checkpoint.image_processor import SAVE_PROCESSOR, load_preprocessing
+from blip2edge.model.checkpoint.generation import read_generation
+from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused
-from blip2edge.model.checkpoint.tokenizer import load_tokenizer
+from blip2edge.model.checkpoint.tokenizer import SerializedTokenizer, read_tokenizer
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.prompts import prompt_spec
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,22 +58,22 @@ class SideFiles:
         """
         preprocessing, warnings = _preprocessing(directory, config)
         warnings = [*check_config(directory), *_check_processor(directory, config), *warnings]
-        tokenizer = load_tokenizer(directory)
+        tokenizer = read_tokenizer(directory)
         content, flags = tokenizer.content, tokenizer.flags
         if isinstance(config, RetrievalConfig):
-            _check_tokenizer(content, directory, config.text.vocab_size, "the text side")
+            _check_tokenizer(tokenizer, config.text.vocab_size, "the text side")
             return cls(preprocessing, None, {}, content, flags, warnings=tuple(warnings))
         family = FAMILIES[config.family]
         slot = "" if family.around_image else family.image_token
         picture = (slot, config.image_token_id) if slot else None
-        _check_tokenizer(content, directory, config.language.vocab_size, "the language model", picture)
+        _check_tokenizer(tokenizer, config.language.vocab_size, "the language model", picture)
         if family.around_image:
-            _check_markers(content, directory, (family.image_token, family.around_image))
+            _check_markers(tokenizer, (family.image_token, family.around_image))
         instruction = None
         if config.instruction_positions:
-            folder = directory / "qformer_tokenizer"
-            instruction = load_tokenizer(folder).content
-            _check_tokenizer(instruction, folder, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
+            reader = read_tokenizer(directory / "qformer_tokenizer")
+            _check_tokenizer(reader, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
+            instruction = reader.content
         prompt = prompt_spec(config)
         if slot:
             prompt = replace(prompt, template=prompt_template(directory, slot, family.template))
@@ -103,44 +101,34 @@ def _draft_tokenizer(directory: Path, config: CaptionerConfig) -> bytes | None:
             f"{directory} has a draft model, but no {path.name}",
             "copy it from the directory of the trained draft model",
         )
-    content = path.read_bytes()
-    _check_tokenizer(content, directory, config.draft.vocab_size, "the draft", whole=True, name=path.name)
-    return content
+    tokenizer = SerializedTokenizer(path, path.read_bytes())
+    _check_tokenizer(tokenizer, config.draft.vocab_size, "the draft", whole=True)
+    return tokenizer.content
 
 
-def _check_markers(content: bytes, directory: Path, markers: Sequence[str]) -> None:
+def _check_markers(tokenizer: SerializedTokenizer, markers: Sequence[str]) -> None:
     """Raises CheckpointError where the tokenizer lacks a token that marks pictures."""
-    known = {token["content"] for token in json.loads(content).get("added_tokens", ())}
+    known = {token["content"] for token in json.loads(tokenizer.content).get("added_tokens", ())}
     missing = [marker for marker in markers if marker not in known]
     if missing:
         raise CheckpointError(
-            f"{directory / TOKENIZER_FILE} has no token {missing[0]}, which marks pictures in this model's texts",
+            f"{tokenizer.where} has no token {missing[0]}, which marks pictures in this model's texts",
             "copy the tokenizer that the model was trained with",
         )
 
 
 def _check_tokenizer(
-    content: bytes,
-    directory: Path,
+    serialized: SerializedTokenizer,
     vocab_size: int,
     reader: str,
     image_token: tuple[str, int | None] | None = None,
     whole: bool = False,
-    name: str = TOKENIZER_FILE,
 ) -> None:
     """Raises CheckpointError where an id of a text, or with ``whole`` of any token, is not in the vocabulary."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / TOKENIZER_FILE
-        path.write_bytes(content)
-        try:
-            tokenizer = Tokenizer.from_file(path)
-        except BundleError as error:
-            raise CheckpointError(
-                f"{directory / TOKENIZER_FILE} is not a valid tokenizer.json", SAVE_PROCESSOR
-            ) from error
+    tokenizer = serialized.open()
     if image_token is not None and tokenizer.token_to_id(image_token[0]) != image_token[1]:
         raise CheckpointError(
-            f"{directory / TOKENIZER_FILE} gives {image_token[0]} the id {tokenizer.token_to_id(image_token[0])}, but "
+            f"{serialized.where} gives {image_token[0]} the id {tokenizer.token_to_id(image_token[0])}, but "
             f"config.json says image_token_index {image_token[1]}",
             "copy the tokenizer that the model was trained with",
         )
@@ -154,7 +142,7 @@ def _check_tokenizer(
     )
     if max(ids, default=0) >= vocab_size:
         raise CheckpointError(
-            f"{directory / name} gives the id {max(ids)}, but {reader} has {vocab_size} tokens",
+            f"{serialized.where} gives the id {max(ids)}, but {reader} has {vocab_size} tokens",
             f"copy the tokenizer that {reader} was trained with",
         )
 

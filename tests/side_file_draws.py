@@ -86,7 +86,7 @@ def theirs(directory: Path, kind: Kind) -> Answers:
     """transformers' ids, or scores, for each picture."""
     name = json.loads((directory / "config.json").read_text())["architectures"][0]
     model: Any = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32).eval()
-    processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]  # transformers has none
+    processor: Any = AutoProcessor.from_pretrained(directory)
     answers = []
     for picture in PICTURES:
         picture = picture.convert("RGB")
@@ -368,7 +368,9 @@ def change(directory: Path, rng: random.Random) -> tuple[str, str, str, Any]:
         known = {key: GENERATION_VALUES.get(key, OTHER_VALUES) for key in GenerationConfig().to_dict()}
         return _set(directory / file, "", *_pick(known | GENERATION_VALUES, rng))
     if file == "image processor":
-        known = {key: IMAGE_VALUES.get(key, (True, False, None)) for key in IMAGE_PROCESSOR.honoured}
+        images: dict[str, tuple[Any, ...]] = {
+            key: IMAGE_VALUES.get(key, (True, False, None)) for key in IMAGE_PROCESSOR.honoured
+        }
         extra = {
             "do_pad": (True, False),
             "do_convert_rgb": (True, False),
@@ -385,8 +387,8 @@ def change(directory: Path, rng: random.Random) -> tuple[str, str, str, Any]:
         return _set(directory / where, "image_processor", key, value)
     values = json.loads((directory / file).read_text())
     section = rng.choice(["", *(key for key, inner in values.items() if isinstance(inner, dict))])
-    keys = sorted(values[section] if section else values)
-    key = rng.choice([key for key in keys if not isinstance((values[section] if section else values)[key], dict)])
+    part = values[section] if section else values
+    key = rng.choice(sorted(key for key, value in part.items() if not isinstance(value, dict)))
     return _set(directory / file, section, key, rng.choice(OTHER_VALUES))
 
 

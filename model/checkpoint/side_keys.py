@@ -272,9 +272,9 @@ def check_keys(table: KeyTable, values: Mapping[str, Any], where: str) -> list[s
 
 def refused(where: str, key: str, value: Any, accepted: Iterable[Any] = ()) -> CheckpointError:
     """The error for a key whose value would change captions and is not supported."""
-    choices = " or ".join(shown(one) for one in accepted)
+    choices = " or ".join(json_text(one) for one in accepted)
     return CheckpointError(
-        f"{where}: {key} is {shown(value)}, which is not supported",
+        f"{where}: {key} is {json_text(value)}, which is not supported",
         f"set it to {choices}, or remove the key" if choices else "remove the key",
     )
 
@@ -285,7 +285,7 @@ def unread_warning(where: str, keys: Iterable[str]) -> list[str]:
     return [f"{where}: not used, as transformers does not read it either: {names}"] if names else []
 
 
-def shown(value: Any) -> str:
+def json_text(value: Any) -> str:
     """A JSON value for a message, cut after 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.checkpoint.image_processor import SAVE_PROCESSOR
+from blip2edge.runtime.text.tokenizer import Tokenizer
 
 VOCABULARIES = (TOKENIZER_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 """Files of which a tokenizer has at least one."""
@@ -22,15 +25,28 @@ class SerializedTokenizer:
     """A tokenizer as the runtime reads it.
 
     Attributes:
+        where: Its file, for errors.
         content: A ``tokenizer.json``.
         flags: Those of :data:`FLAGS` that are on: arguments of :class:`~blip2edge.runtime.text.tokenizer.Tokenizer`.
     """
 
+    where: Path
     content: bytes
-    flags: dict[str, bool]
+    flags: dict[str, bool] = field(default_factory=dict)
+
+    def open(self) -> Tokenizer:
+        """The runtime's tokenizer.
+
+        Raises:
+            CheckpointError: The content is no tokenizer.
+        """
+        try:
+            return Tokenizer(tokenizers.Tokenizer.from_str(self.content.decode()), **self.flags)
+        except Exception as error:  # the package raises bare Exception for every fault of a file
+            raise CheckpointError(f"{self.where} is not a valid {TOKENIZER_FILE}", SAVE_PROCESSOR) from error
 
 
-def load_tokenizer(directory: Path) -> SerializedTokenizer:
+def read_tokenizer(directory: Path) -> SerializedTokenizer:
     """The tokenizer of a directory: what AutoTokenizer makes of all its files, not the ``tokenizer.json`` alone.
 
     ``tokenizer_config.json`` may change the class, the special tokens and the normaliser. A directory that has a
@@ -43,7 +59,7 @@ def load_tokenizer(directory: Path) -> SerializedTokenizer:
         raise CheckpointError(f"{directory} has no {TOKENIZER_FILE}", SAVE_PROCESSOR)
     plain = directory / TOKENIZER_FILE
     if plain.is_file() and not any((directory / name).is_file() for name in ("tokenizer_config.json", "config.json")):
-        return SerializedTokenizer(plain.read_bytes(), {})
+        return SerializedTokenizer(plain, plain.read_bytes())
     from transformers import AutoTokenizer
 
     try:
@@ -61,4 +77,4 @@ def load_tokenizer(directory: Path) -> SerializedTokenizer:
     backend.no_truncation()
     backend.no_padding()
     flags = {name: True for name in FLAGS if getattr(tokenizer, name, False)}
-    return SerializedTokenizer(str(backend.to_str()).encode(), flags)
+    return SerializedTokenizer(plain, str(backend.to_str()).encode(), flags)

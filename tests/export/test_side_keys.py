@@ -184,10 +184,10 @@ def test_generation_config_becomes_the_defaults(tmp_path: Path) -> None:
     found = read(tmp_path).generation
     assert (found["temperature"], found["top_k"], found["top_p"]) == (0.4, 50, 1.0)
     for key, value in (("guidance_scale", 2.0), ("num_return_sequences", 2), ("stop_strings", ["a"])):
-        edit(path, **{key: value})
+        edit(path, "", **{key: value})
         with pytest.raises(CheckpointError, match=rf"generation_config.json: {key} is "):
             read(tmp_path)
-        edit(path, **{key: None})
+        edit(path, "", **{key: None})
 
 
 def test_the_page_is_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import UsageError, option
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_model
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
+from blip2edge.model.checkpoint.tokenizer import read_tokenizer
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.language.bert import BertDecoder
 from blip2edge.model.retrieval import RetrievalModel
@@ -92,10 +92,10 @@ class CheckpointCaptioner:
             )
         instructions = None
         if model.config.instruction_positions:
-            instructions = Tokenizer.from_file(directory / "qformer_tokenizer" / TOKENIZER_FILE)
+            instructions = read_tokenizer(directory / "qformer_tokenizer").open()
         return cls(
             model,
-            Tokenizer.from_file(directory / TOKENIZER_FILE),
+            read_tokenizer(directory).open(),
             load_preprocessing(directory).preprocessing,
             instructions,
             batch_size=options.batch_size,
@@ -301,6 +301,6 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
     model = load_model(directory)
     if isinstance(model, CaptionerModel):
         return EvaluatedModel(captioner=CheckpointCaptioner.load(directory, model, options))
-    tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
+    tokenizer = read_tokenizer(directory).open()
     preprocessing = load_preprocessing(directory).preprocessing
     return EvaluatedModel(matcher=CheckpointMatcher(model, tokenizer, preprocessing, options.batch_size))

@@ -13,6 +13,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
+from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, ConfigError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import (
@@ -24,6 +25,7 @@ from blip2edge.model.checkpoint.directory import (
     read_json,
 )
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
+from blip2edge.model.checkpoint.tokenizer import read_tokenizer
 from blip2edge.model.config import CaptionerConfig, LanguageConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
@@ -138,6 +140,8 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     Raises:
         CheckpointError: The file is missing, or is no tokenizer.
     """
+    if path.name == TOKENIZER_FILE:
+        return tokenizers.Tokenizer.from_str(read_tokenizer(path.parent).content.decode())
     if not path.is_file():
         raise CheckpointError(
             f"{path.parent} has no {path.name}",
