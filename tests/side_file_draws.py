@@ -368,9 +368,7 @@ def change(directory: Path, rng: random.Random) -> tuple[str, str, str, Any]:
         known = {key: GENERATION_VALUES.get(key, OTHER_VALUES) for key in GenerationConfig().to_dict()}
         return _set(directory / file, "", *_pick(known | GENERATION_VALUES, rng))
     if file == "image processor":
-        images: dict[str, tuple[Any, ...]] = {
-            key: IMAGE_VALUES.get(key, (True, False, None)) for key in IMAGE_PROCESSOR.honoured
-        }
+        known = {key: IMAGE_VALUES.get(key, (True, False, None)) for key in IMAGE_PROCESSOR.honoured}
         extra = {
             "do_pad": (True, False),
             "do_convert_rgb": (True, False),
