@@ -17,8 +17,8 @@ import torch
 from random_checkpoint import CONFIGS, opened, published
 from reporting import parser_of
 
+from blip2edge.choices import PRECISIONS
 from blip2edge.export.graphs import graphs_of
-from blip2edge.export.precision import PRECISIONS
 from blip2edge.export.verify import TOLERANCES
 from blip2edge.model.bridges.registry import BRIDGE_BUILDERS
 from blip2edge.model.config import CaptionerConfig

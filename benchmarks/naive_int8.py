@@ -27,7 +27,8 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.agreement import cosine_similarity
-from blip2edge.calibration.pipeline import METHODS, calibrate
+from blip2edge.calibration.pipeline import calibrate
+from blip2edge.choices import RANGE_METHODS
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -119,7 +120,7 @@ def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, An
     rows = {"fp32": figures(parent, parent, wanted, unseen)}
     naive_bundle(parent, folder / "naive", seen)
     rows[NAIVE] = figures(parent, folder / "naive", wanted, unseen)
-    for method in METHODS:
+    for method in RANGE_METHODS:
         bundle = folder / method
         report = calibrate(parent, bundle, images=images, method=method, weights=None, threads=1)
         kept = {name: reason for name, reason in report.graphs[VISION].kept_float.items() if "rounding" in reason}

@@ -17,9 +17,9 @@ import torch
 from random_checkpoint import CONFIGS, published, shrunk, write_checkpoint
 from reporting import RESULTS, parser_of, versions, write_json
 
+from blip2edge.choices import PRECISIONS
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.export.precision import PRECISIONS
 
 GAIN = 2.0
 

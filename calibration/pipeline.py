@@ -26,7 +26,6 @@ from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import BRIDGE, VISION
-from blip2edge.calibration.activations.choose_ranges import METHODS
 from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
 from blip2edge.calibration.activations.quantize import quantize_activations
 from blip2edge.calibration.agreement import (
@@ -50,7 +49,8 @@ from blip2edge.calibration.search.drop_limit import (
     choose_kept_layers,
     measure_layers,
 )
-from blip2edge.calibration.weights.quantize import BITS, quantize_weights
+from blip2edge.calibration.weights.quantize import quantize_weights
+from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
@@ -84,7 +84,7 @@ def calibrate(
         bundle: The parent, in fp32 or fp16.
         output: The directory of the new bundle.
         images: A folder of pictures or ``.tar`` shards.
-        method: How activation ranges are chosen, one of :data:`METHODS`.
+        method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
         activations: Names of the graphs whose activations become INT8; a name that the parent lacks has no effect.
         weights: The type of the weights of the other graphs, ``int8`` or ``int4`` (the token table becomes ``int8``);
             None keeps them unchanged.
@@ -210,7 +210,7 @@ def _quantize(
         return quantize_activations(context, record)
     if record.spec.name == VISION or weights is None:
         return _copied(context, record)
-    bits = BITS[weights] if context.feeds.count(record.spec.name) else BITS_WITHOUT_INPUTS
+    bits = WEIGHT_BITS[weights] if context.feeds.count(record.spec.name) else BITS_WITHOUT_INPUTS
     return quantize_weights(context, record, bits)
 
 
@@ -227,10 +227,10 @@ def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any
 
 
 def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
-    if method not in METHODS:
-        raise UsageError(f"{option('method')} is one of {', '.join(METHODS)}, not {method}")
-    if weights is not None and weights not in BITS:
-        raise UsageError(f"{option('weights')} is one of {', '.join(BITS)}, not {weights}")
+    if method not in RANGE_METHODS:
+        raise UsageError(f"expected {option('method')} to be one of {', '.join(RANGE_METHODS)}, got {method}")
+    if weights is not None and weights not in WEIGHT_BITS:
+        raise UsageError(f"expected {option('weights')} to be one of {', '.join(WEIGHT_BITS)}, got {weights}")
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(
             "calibration runs the bundle in onnxruntime, which is not installed",

@@ -15,6 +15,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import DECODER
+from blip2edge.choices import DECODER_CACHES
 from blip2edge.engine.builder import BuiltEngine, Settings, build_engine, layers_of
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_bytes
@@ -71,7 +72,7 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UsageError(f"{option('target')} is one of {', '.join(TARGETS)}, not {self.target}")
-        if self.decoder not in ("constant", "concatenated"):
+        if self.decoder not in DECODER_CACHES:
             raise UsageError(f"{option('decoder')} is constant or concatenated, not {self.decoder}")
         anywhere = TARGETS[self.target].builds_anywhere
         if self.sm and not anywhere:

@@ -29,12 +29,13 @@ from blip2edge.bundle.integrity import FileRecord, sha256_of
 from blip2edge.bundle.manifest import GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, MergingRecord, Parity
+from blip2edge.choices import PRECISIONS
 from blip2edge.errors import BackendError
 from blip2edge.export import verify
 from blip2edge.export.draft_graph import draft_of
 from blip2edge.export.graphs import cache_of, graphs_of
 from blip2edge.export.merging import merging_of
-from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
+from blip2edge.export.precision import convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
 from blip2edge.export.weights import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from blip2edge.bundle.schema import MARKERS
 from blip2edge.cli.flag_groups import (
     add_batch_size,
-    add_bundle,
+    add_bundle_option,
     add_generation,
     add_stream_or_json,
     given_generation,
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``caption``."""
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="a picture; for video models a video or a folder of frames"
+        "images", metavar="IMAGE", nargs="+", help="picture file; for a video model: a video file or a folder of frames"
     )
     parser.add_argument(
         "--prompt",
         metavar="P",
         action="append",
-        help="text that the caption continues: one for all pictures, or one for each; for models that read several "
-        "pictures, each <image> in it takes one of them",
+        help="text that the caption continues; give it once for all pictures, or once for each; for a model that "
+        "takes several pictures per prompt, write <image> at the place of each (default: the model's own prompt)",
     )
     add_batch_size(parser, 1)
-    add_bundle(parser)
+    add_bundle_option(parser)
     add_stream_or_json(parser)
     add_generation(parser)
 
@@ -121,8 +121,8 @@ def check(options: argparse.Namespace) -> None:
     beams = options.num_beams is not None and options.num_beams > 1
     if options.stream and beams:
         raise UsageError(
-            f"{option('stream')} and {option('num_beams')} exclude each other: "
-            "beam search chooses the words at the end",
+            f"{option('stream')} and {option('num_beams')} exclude each other: beam search chooses the words at the "
+            "end",
             "leave one of the two out",
         )
     least, most = options.min_new_tokens, options.max_new_tokens

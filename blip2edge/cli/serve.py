@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flag_groups import add_backend
+from blip2edge.cli.flag_groups import add_backend, add_bundle
 from blip2edge.cli.flag_types import non_negative_int, positive_int, positive_number
 from blip2edge.errors import BackendError, OutputError, option
 
@@ -19,31 +18,32 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``serve``."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    add_bundle(parser)
     add_backend(parser)
-    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="IP address or host name to listen on")
     parser.add_argument(
         "--port",
         metavar="N",
         type=non_negative_int,
         default=8000,
-        help="port to listen on (8000); 0: a free one",
+        help="TCP port to listen on; 0: any free port",
     )
     parser.add_argument(
-        "--max-batch", metavar="N", type=positive_int, default=8, help="captions decoded in one batch (8)"
+        "--max-batch", metavar="N", type=positive_int, default=8, help="largest number of captions decoded in one batch"
     )
     parser.add_argument(
         "--queue",
         metavar="N",
         type=positive_int,
         default=64,
-        help="requests that may wait (64); more are answered with status 503",
+        help="largest number of waiting requests; more are answered with status 503",
     )
     parser.add_argument(
         "--deadline",
         metavar="S",
         type=positive_number,
-        help="seconds within which a caption must be finished; later ones are answered with status 504",
+        help="time limit of a request in seconds; a request that exceeds it is answered with status 504 (default: "
+        "no limit)",
     )
 
 

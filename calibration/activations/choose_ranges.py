@@ -25,9 +25,6 @@ from blip2edge.calibration.initializers import initializer_tensor
 from blip2edge.calibration.targets import Product, Targets
 from blip2edge.progress import counted
 
-METHODS = (*THRESHOLDS, "smooth")
-"""The values of ``--method``."""
-
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
 """Migration strengths that are tried, in addition to no division."""
 
@@ -80,7 +77,7 @@ def choose_ranges(
         model: The graph.
         targets: Its products.
         observations: Observations by the activation's name.
-        method: One of :data:`METHODS`.
+        method: One of :data:`blip2edge.choices.RANGE_METHODS`.
         progress: Called with activations done and activations in all.
     """
     if method in THRESHOLDS:

@@ -38,9 +38,6 @@ PRECISIONS = {4: "int4", 8: "int8-weights"}
 
 BITS_OF = {precision: bits for bits, precision in PRECISIONS.items()}
 
-BITS = {"int4": 4, "int8": 8}
-"""The values of ``--weights``."""
-
 RUNS = 128
 """Recorded inputs with which weights are rounded: GPTQ also takes 128 samples (arXiv 2210.17323, section 4)."""
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.bundle.schema import BackendName
+from blip2edge.choices import Split
 from blip2edge.errors import UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.data.detect import detect_data
 from blip2edge.training.data.entries import BrokenSamples, Entry, by_picture
 from blip2edge.training.data.registry import read_entries
-from blip2edge.training.data.scenes import Split
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_model
 from blip2edge.training.evaluation.scoring import TOP, Figures, ScoringOptions, score_entries, score_scenes

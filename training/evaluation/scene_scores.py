@@ -7,8 +7,9 @@ from typing import TypedDict
 
 from PIL import Image
 
+from blip2edge.choices import Split
 from blip2edge.errors import UsageError
-from blip2edge.training.data.scenes import Split, scenes
+from blip2edge.training.data.scenes import scenes
 from blip2edge.training.metrics.exact import exact_match, shuffled_match
 
 CaptionMany = Callable[[Sequence[Image.Image]], list[str]]

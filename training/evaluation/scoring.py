@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from blip2edge.choices import Split
 from blip2edge.errors import DataError, ImageError, UsageError
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
-from blip2edge.training.data.scenes import Scene, Split, scenes
+from blip2edge.training.data.scenes import Scene, scenes
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
 from blip2edge.training.evaluation.scene_scores import EVALUATION_SEED, PICTURES_AT_ONCE, evaluate_scenes
 from blip2edge.training.metrics.captions import caption_scores
