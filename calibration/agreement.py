@@ -125,7 +125,7 @@ def compare_graphs(
         for name in outputs:
             if not np.isfinite(got[name]).all():
                 raise BundleError(
-                    f"the quantized {spec.name} gives values in {name} that are not finite",
+                    f"the output {name} of the quantized graph {spec.name} contains NaN or infinity",
                     f"calibrate with another {option('method')} or {option('weights')}, or a bundle in fp32",
                 )
             runs[name].append((cosine_similarity(parents[name], got[name]), _lowest_token(parents[name], got[name])))

@@ -71,13 +71,15 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise UsageError(f"{option('target')} is one of {', '.join(TARGETS)}, not {self.target}")
+            raise UsageError(f"expected {option('target')} to be one of {', '.join(TARGETS)}, got {self.target}")
         if self.decoder not in DECODER_CACHES:
-            raise UsageError(f"{option('decoder')} is constant or concatenated, not {self.decoder}")
+            raise UsageError(
+                f"expected {option('decoder')} to be one of {', '.join(DECODER_CACHES)}, got {self.decoder}"
+            )
         anywhere = TARGETS[self.target].builds_anywhere
         if self.sm and not anywhere:
             raise UsageError(
-                f"{option('sm')} is for {option('target')} rtx: TensorRT builds for the GPU it runs on",
+                f"{option('sm')} requires {option('target')} rtx: TensorRT builds for the GPU of this machine only",
                 f"leave {option('sm')} out, or add {option('target')} rtx",
             )
         for name, given in (
@@ -87,12 +89,13 @@ class BuildOptions:
         ):
             if given and anywhere:
                 raise UsageError(
-                    f"{name} is for {option('target')} tensorrt: TensorRT for RTX does not offer it",
+                    f"{name} requires {option('target')} tensorrt: TensorRT for RTX does not support it",
                     f"leave {name} out",
                 )
         if self.hardware_compatible and JETSON.exists():
             raise UsageError(
-                f"{option('hardware_compatible', on=True)} is not offered by JetPack", "build on each board"
+                f"{option('hardware_compatible', on=True)} is not available on a Jetson",
+                "build the engines on each board",
             )
         if self.capacity is not None and self.capacity < LEAST_CAPACITY:
             raise UsageError(f"{option('capacity')} must be at least {LEAST_CAPACITY}, not {self.capacity}")
@@ -188,8 +191,8 @@ def build_bundle(
 def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
     if bundle.manifest.engines_of:
         raise EngineError(
-            f"{bundle.path} holds only engines, no graphs to build from",
-            "build from the bundle that `blip2edge export` wrote",
+            f"{bundle.path} contains engines only, and no graphs to build from",
+            "build from the bundle with the graphs",
         )
     trt = load_tensorrt(options.target)
     target = fingerprint(

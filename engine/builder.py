@@ -131,7 +131,9 @@ def layers_of(trt: Any, path: Path) -> dict[str, int]:
         opened = runtime.deserialize_cuda_engine(content)
     if opened is None:
         reason = messages[-1] if messages else "no reason given"
-        raise EngineError(f"{path} cannot be opened on this machine ({reason})", "build it again here")
+        raise EngineError(
+            f"{path} cannot be opened on this machine ({reason})", "build the engines again on this machine"
+        )
     inspector = opened.create_engine_inspector()
     return count_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -149,7 +151,7 @@ def _refusal(parser: Any, graph: Path) -> str:
         return f"TensorRT cannot read {graph}"
     error = parser.get_error(0)
     text = " ".join(str(error.desc()).split())
-    return f"TensorRT's parser refuses the node {error.node_name()!r} ({error.node_operator()}) of {graph}: {text}"
+    return f"TensorRT does not support the node {error.node_name()!r} ({error.node_operator()}) of {graph}: {text}"
 
 
 def _configure(trt: Any, config: Any, settings: Settings) -> None:
@@ -194,8 +196,8 @@ def _build_error(graph: Path, messages: Sequence[str]) -> EngineError:
         return EngineError(
             f"TensorRT ran out of memory while it built {graph.name} ({reason})",
             f"lower {option('workspace')}, {option('capacity')} or {option('max_batch')}, "
-            "add swap, or stop what else runs on the board",
+            "add swap, or stop other programs on the board",
         )
     return EngineError(
-        f"TensorRT could not build {graph.name} ({reason})", f"try another {option('precision')} at export"
+        f"TensorRT could not build {graph.name} ({reason})", f"export with another {option('precision')}"
     )

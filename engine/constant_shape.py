@@ -209,6 +209,6 @@ def _axis(node: ir.Node) -> int | None:
 
 def _unsupported(name: str, what: str) -> EngineError:
     return EngineError(
-        f"the decoder {name} cannot be given a cache of constant size: {what}",
+        f"the decoder {name} cannot be rewritten to a KV cache of constant capacity: {what}",
         "export the checkpoint again with this version",
     )

@@ -67,7 +67,7 @@ class VisionConfig:
         check_heads("vision_config", self.hidden_size, self.num_heads)
         if self.patch_size > self.image_size:
             raise CheckpointError(
-                f"config.json: vision_config: a patch of {self.patch_size} exceeds the picture of {self.image_size}"
+                f"config.json: vision_config: patch_size {self.patch_size} exceeds image_size {self.image_size}"
             )
 
     @property
@@ -254,7 +254,7 @@ class DraftConfig:
         for name, token_id in ids.items():
             if not 0 <= token_id < self.vocab_size:
                 raise CheckpointError(
-                    f"draft.json: {name}_token_id {token_id} is not below vocab_size {self.vocab_size}"
+                    f"draft.json: {name}_token_id {token_id} must be below vocab_size {self.vocab_size}"
                 )
 
     @classmethod

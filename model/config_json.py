@@ -142,4 +142,4 @@ class Fields:
 def check_heads(section: str, width: int, heads: int) -> None:
     """Raises CheckpointError unless ``heads`` divides ``width``."""
     if width % heads:
-        raise CheckpointError(f"config.json: {section}: {heads} heads do not divide a width of {width}")
+        raise CheckpointError(f"config.json: {section}: the number of heads {heads} does not divide the width {width}")

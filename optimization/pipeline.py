@@ -131,12 +131,12 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
     """
     if backend not in BACKENDS:
         raise UsageError(
-            f"no optimised copy is made for the backend {backend}, which runs a bundle's own graphs",
-            f"use {option('backend')} {' or '.join(BACKENDS)}, or {option('backend')} {backend} without a copy",
+            f"expected {option('backend')} to be one of {', '.join(BACKENDS)}, got {backend}",
+            "other backends run the bundle's own graphs and need no optimized copy",
         )
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError(
-            "an optimised copy is checked in onnxruntime, which is not installed",
+            "an optimized copy is verified in onnxruntime, which is not installed",
             "install it: pip install 'blip2edge[cpu]'",
         )
     start = time.perf_counter()

@@ -48,8 +48,8 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
         onnxruntime.InferenceSession(str(rewritten), options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS)
     except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
         raise BackendError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load the optimised {name} ({one_line(error)})",
-            "run the bundle as it is: leave the optimisation out",
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the optimized graph {name} ({one_line(error)})",
+            "use the bundle without an optimized copy",
         ) from error
     return optimized
 

@@ -22,14 +22,14 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 def test_names_are_those_of_the_registries() -> None:
     assert {*choices.RANGE_METHODS} == {*THRESHOLDS, "smooth"}
-    assert choices.TENSORRT_EDITIONS == tuple(TARGETS)
-    assert choices.COPIED_BACKENDS == tuple(row.copy for row in BACKENDS.values() if row.copy)
+    assert tuple(TARGETS) == choices.TENSORRT_EDITIONS
+    assert tuple(row.copy for row in BACKENDS.values() if row.copy) == choices.COPIED_BACKENDS
     assert {*get_args(BackendName)} == {"auto", *BACKENDS}
 
 
 def test_copies_are_made_for_the_named_backends() -> None:
     pipeline = pytest.importorskip("blip2edge.optimization.pipeline", reason="needs onnx-ir", exc_type=ImportError)
-    assert choices.COPIED_BACKENDS == tuple(pipeline.BACKENDS)
+    assert tuple(pipeline.BACKENDS) == choices.COPIED_BACKENDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

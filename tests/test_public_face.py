@@ -105,7 +105,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "str for images": (
         lambda c: c.caption_many("dog.jpg"),
         UsageError,
-        "expected images to be a list, got 'dog.jpg'; put a single one in a list: [x]",
+        "expected images to be a list, got 'dog.jpg'; put a single value in a list: [x]",
     ),
     "path for images": (
         lambda c: c.caption_many(Path("dog.jpg")),

@@ -239,8 +239,8 @@ class ModelConfig:
             raise ConfigError(f"[model] max_positions must be at least 40, not {self.max_positions}")
         if not self.checkpoint and bool(self.vision_from) != bool(self.language_from):
             raise ConfigError(
-                "[model] vision_from and language_from belong together",
-                "give both, or a checkpoint that has the missing part",
+                "[model] expected both vision_from and language_from, got only one",
+                "set the other one too, or set checkpoint to a captioner with the missing part",
             )
 
     @property
@@ -281,7 +281,7 @@ class TrainingConfig:
         one_of("", "bridge", self.bridge, _BRIDGES)
         if self.model.is_miniature and self.data.kind != "scenes":
             raise ConfigError(
-                "[model] names no trained parts, and the miniature can be trained on scenes only",
+                "[model] names no trained parts: without them the miniature is trained, on generated scenes only",
                 "set checkpoint, or vision_from and language_from",
             )
 

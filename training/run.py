@@ -115,7 +115,7 @@ def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:
     phase = snapshot.facts["phase"]
     if phase not in names:
         raise ConfigError(
-            f"the snapshot is of the phase {phase}, and this recipe has {', '.join(names)}",
+            f"the snapshot is of the phase {phase}, but this recipe has only {', '.join(names)}",
             f"start again with {option('force', on=True)}",
         )
     run.restore(snapshot)
@@ -201,7 +201,7 @@ def _snapshot_to_resume(
         return None
     if snapshot.facts["stage"] != stage:
         raise ConfigError(
-            f"{snapshots.directory} holds a run of {snapshot.facts['stage']}, and this is {stage}",
+            f"{snapshots.directory} holds a run of {snapshot.facts['stage']}, but this run is {stage}",
             f"give another output directory, or start again with {option('force', on=True)}",
         )
     if snapshot.facts["recipe"] != config_hash(config) and not resume:

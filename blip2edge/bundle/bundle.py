@@ -105,8 +105,8 @@ class Bundle:
             if os.access(place, os.W_OK):
                 return place
         raise OutputError(
-            f"none of {', '.join(map(str, places))} can be written",
-            "set XDG_CACHE_HOME to a directory that can be written",
+            f"none of the directories {', '.join(map(str, places))} can be written",
+            "set XDG_CACHE_HOME to a writable directory",
         )
 
     def _derived(self, kind: str) -> tuple[Path, ...]:
@@ -125,6 +125,7 @@ class Bundle:
         if name not in self.manifest.graphs:
             raise BundleError(
                 f"{self.path} has no graph {name}; it has {', '.join(self.manifest.graphs)}",
-                f"it was exported from a {self.manifest.family} checkpoint: use a command that fits it",
+                f"this bundle is of the family {self.manifest.family}; use a bundle of another family, or another "
+                "command",
             )
         return self.manifest.graphs[name]

@@ -208,14 +208,14 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not directory.is_dir():
         raise BundleError(
-            f"{directory} is not a directory, but a bundle is one",
-            "make it with: blip2edge export CHECKPOINT -o BUNDLE",
+            f"{directory} is not a directory; expected the directory of a bundle",
+            "make a bundle: blip2edge export CHECKPOINT -o BUNDLE",
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = "make a bundle of it with: blip2edge export CHECKPOINT -o BUNDLE"
-        raise BundleError(f"{directory} has no {MANIFEST}, so it is not a bundle", hint) from error
+        hint = "make a bundle: blip2edge export CHECKPOINT -o BUNDLE"
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}", hint) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(
             f"{path} cannot be read as JSON ({error})",
@@ -228,8 +228,8 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if version > SCHEMA_VERSION:
         raise BundleVersionError(
-            f"{path} has schema version {version}, and this blip2edge reads up to {SCHEMA_VERSION}",
-            "upgrade it: pip install --upgrade blip2edge",
+            f"{path} has schema version {version}, but this version of blip2edge reads up to {SCHEMA_VERSION}",
+            "upgrade blip2edge: pip install --upgrade blip2edge",
         )
     try:
         return Manifest.from_json(values)

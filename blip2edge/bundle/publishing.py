@@ -125,7 +125,7 @@ def _check_target(target: Path, force: bool, marker: str | None) -> None:
         return
     if any(target.iterdir()):
         raise OutputError(
-            f"{target} holds files and no {marker}, so {option('force', on=True)} does not replace it",
+            f"{target} contains files but no {marker}, so {option('force', on=True)} does not replace it",
             "give another output directory",
         )
 

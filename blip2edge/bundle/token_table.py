@@ -118,7 +118,7 @@ class TokenTable:
             self._rows = _open(SafetensorsFile(path), tensor)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError(
-                f"{path} is not a safetensors file with a table {tensor} ({error})",
+                f"{path} is not a safetensors file with the tensor {tensor} ({error})",
                 "export the checkpoint again",
             ) from error
 

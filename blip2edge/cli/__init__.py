@@ -98,7 +98,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
-        return "there is not enough memory; try a smaller --batch-size or a smaller model"
+        return "memory ran out; use a smaller --batch-size or a smaller model"
     text = " ".join(str(error).split())
     return f"unexpected {type(error).__name__}: {text}; run the command with --debug for the traceback"
 

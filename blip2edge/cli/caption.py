@@ -84,7 +84,7 @@ def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[
     taken = [max(1, count) for count in places]
     if sum(taken) != len(images):
         raise UsageError(
-            f"{option('prompt')} has places for {sum(taken)} pictures, but {len(images)} are given",
+            f"{option('prompt')} has {MARKERS[1]} for {sum(taken)} pictures, but {len(images)} are given",
             f"write {MARKERS[1]} once for each picture",
         )
     items: list[str | list[str]] = []
@@ -121,7 +121,7 @@ def check(options: argparse.Namespace) -> None:
     beams = options.num_beams is not None and options.num_beams > 1
     if options.stream and beams:
         raise UsageError(
-            f"{option('stream')} and {option('num_beams')} exclude each other: beam search chooses the words at the "
+            f"{option('stream')} and {option('num_beams')} cannot be combined: beam search chooses the words at the "
             "end",
             "leave one of the two out",
         )

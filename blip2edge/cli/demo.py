@@ -85,11 +85,11 @@ def _check_installed() -> None:
         fix = "pip install 'blip2edge[demo]'"
         if sys.version_info < EXPORT_PYTHON:
             fix = f"on Python 3.11 or newer, not {platform.python_version()}: {fix}"
-        raise BackendError(f"the demo needs {', '.join(missing)}, which cannot be found", fix)
+        raise BackendError(f"the demo needs {', '.join(missing)}, which are not installed", fix)
     if not (CHECKPOINT / "config.json").is_file():
         raise BackendError(
-            f"the checkpoint of the demo is not at {CHECKPOINT}",
-            "install blip2edge again, from a complete wheel",
+            f"the example checkpoint is missing: there is no {CHECKPOINT}",
+            "install blip2edge again, from a complete wheel or clone",
         )
 
 

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print or write the vectors of pictures or of texts."""
     if bool(options.images) == bool(options.text):
-        raise UsageError(f"expected either pictures or {option('text')}", "leave one of the two out")
+        given = "both" if options.text else "neither"
+        raise UsageError(f"expected either pictures or {option('text')}, got {given}")
     matcher = load_matcher(options)
     if options.text:
         vectors = matcher.embed_texts(options.text, batch_size=options.batch_size)

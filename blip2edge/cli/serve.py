@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         import uvicorn
     except ImportError as error:
         raise BackendError(
-            "serving needs uvicorn, which is not installed", "install it: pip install 'blip2edge[serve]'"
+            "the server needs uvicorn, which is not installed", "install it: pip install 'blip2edge[serve]'"
         ) from error
     from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.http import Server

@@ -156,10 +156,10 @@ def check_drop_limit(limit: float | None, captions: bool) -> None:
     if limit is None:
         return
     if not 0 <= limit <= 100:
-        raise UsageError(f"{option('drop_limit')} is from 0 to 100 percentage points, not {limit:g}")
+        raise UsageError(f"{option('drop_limit')} must be from 0 to 100 percentage points, not {limit:g}")
     if not captions:
         raise UsageError(
-            f"{option('drop_limit')} compares captions, and this model writes none",
+            f"{option('drop_limit')} compares captions, but this model generates none",
             f"leave {option('drop_limit')} out",
         )
 
@@ -246,7 +246,7 @@ def _rewritten(
     out = {}
     for name, graph in quantized.graphs.items():
         kept_float = {
-            weight: f"kept by --drop-limit: quantized alone, it changes the next token by {item.loss:.2g} nats"
+            weight: f"kept for the drop limit: quantized alone, it changes the next token by {item.loss:.2g} nats"
             for item in worst
             if item.layer.graph == name
             for weight in item.layer.weights

@@ -77,8 +77,8 @@ class GptqRounder:
         diagonal = np.diag(moments).copy()
         if not np.isfinite(moments).all():
             raise BundleError(
-                "an activation is not finite on these pictures: the bundle overflows",
-                f"export with {option('precision')} fp32, and calibrate that",
+                "an activation overflows to NaN or infinity on these pictures",
+                f"export with {option('precision')} fp32, and calibrate that bundle",
             )
         self.importance = np.maximum(diagonal, 1e-8 * max(float(diagonal.mean()), 1e-30)).astype(np.float32)
         self.order = np.argsort(-diagonal, kind="stable")

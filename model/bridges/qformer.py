@@ -96,8 +96,7 @@ class Projection(nn.Linear):
     def __init__(self, width: int, hidden_size: int, embed_dim: int) -> None:
         if embed_dim > hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: a token table of width {embed_dim} is wider than the model "
-                f"({hidden_size}), so that a picture's projection cannot fill its slots"
+                f"config.json: text_config: expected embed_dim of at most hidden_size {hidden_size}, got {embed_dim}"
             )
         super().__init__(width, hidden_size)
         self.embed_dim = embed_dim

@@ -70,8 +70,8 @@ class BertConfig:
         check_heads("text_config", self.hidden_size, self.num_heads)
         if self.reads_question and self.encoder_hidden_size != self.hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: the decoder attends to states of width {self.encoder_hidden_size}, but the "
-                f"question's have {self.hidden_size}"
+                f"config.json: text_config: expected encoder_hidden_size {self.hidden_size}, the width of the "
+                f"question's states, got {self.encoder_hidden_size}"
             )
 
     @property

@@ -130,7 +130,8 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
-                f"config.json: text_config: {self.num_kv_heads} key/value heads do not divide {self.num_heads} heads"
+                f"config.json: text_config: {self.num_kv_heads} heads of keys do not divide {self.num_heads} heads "
+                "of queries"
             )
         if self.head_dim % 2:
             raise CheckpointError(

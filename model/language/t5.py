@@ -98,7 +98,7 @@ class T5Config:
         gated, _, activation = str(kind).rpartition("-")
         if gated not in ("", "gated"):
             raise CheckpointError(
-                f"config.json: text_config.feed_forward_proj is {kind!r}, not an activation or gated-…"
+                f"config.json: text_config.feed_forward_proj must be an activation or gated-ACTIVATION, not {kind!r}"
             )
         activation = "gelu_new" if kind == "gated-gelu" else activation
         if activation not in ACTIVATIONS:

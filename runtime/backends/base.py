@@ -105,6 +105,11 @@ BACKENDS = {
 
 MOST_THREADS = 1024
 
+RUN_FIX = (
+    f"if memory ran out, lower {option('batch_size')} or {option('num_beams')}; else use another {option('backend')}"
+)
+"""What the user can do when a graph that was loaded fails to run."""
+
 
 def check_threads(threads: object) -> None:
     """Raises UsageError unless ``threads`` is None or from 1 to :data:`MOST_THREADS`."""
@@ -143,7 +148,7 @@ def find_backend(name: str) -> Backend:
         return next(iter(BACKENDS.values()))
     if name not in BACKENDS:
         raise BackendError(
-            f"the backend {name} is not part of this version",
+            f"expected {option('backend')} to be one of auto, {', '.join(BACKENDS)}, got {name}",
             f"use {option('backend')} auto or {' or '.join(BACKENDS)}",
         )
     return BACKENDS[name]

@@ -221,7 +221,7 @@ def fingerprint(
     gpu = next(iter(driver.gpus), None)
     if gpu is None and not compute_capabilities:
         raise EngineError(
-            "there is no NVIDIA GPU or no driver here, and an engine is built for a GPU",
+            "building engines needs an NVIDIA GPU and its driver, and this machine has none",
             f"build on the board itself, or for a GPU elsewhere with: {option('target')} rtx {option('sm')} 86",
         )
     numbers = compute_capabilities or ([gpu.compute_capability] if gpu else [])
@@ -337,12 +337,12 @@ def engines_backend(bundle: Bundle, backend: str) -> str:
     folders = sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))
     targets = list(dict.fromkeys(str(EngineSet.read(path.parent).fingerprint.get("target")) for path in folders))
     if not targets:
-        raise EngineError(f"{bundle.path} holds neither graphs nor engines", "copy it again")
+        raise EngineError(f"{bundle.path} contains neither graphs nor engines", "copy the bundle again")
     if backend == "auto":
         return targets[0]
     if backend not in targets:
         raise BackendError(
-            f"{bundle.path} holds engines alone, which the backend {backend} does not run",
+            f"{bundle.path} contains engines only, which the backend {backend} cannot run",
             f"use {option('backend')} {targets[0]}",
         )
     return backend

@@ -14,7 +14,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, one_line
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
@@ -167,7 +167,7 @@ class OnnxRuntimeSession:
         names = self.output_names if outputs is None else outputs
         if self._session is None:
             raise BackendError("this graph is closed", "load the bundle again")
-        with raised_as(BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"):
+        with raised_as(BackendError, "ONNX Runtime cannot run the graph", RUN_FIX):
             values = self._session.run(list(names), dict(inputs))
         return dict(zip(names, values, strict=True))
 

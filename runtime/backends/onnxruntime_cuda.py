@@ -17,7 +17,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile
 from blip2edge.runtime.backends.onnx_bytes import onnx_model
 from blip2edge.runtime.backends.onnxruntime_cpu import raised_as
 from blip2edge.runtime.backends.probe import check_provider
@@ -108,12 +108,12 @@ def checked_package(provider: str) -> Any:
     if provider not in onnxruntime.get_available_providers():
         names = ", ".join(onnxruntime.get_available_providers())
         raise BackendError(
-            f"this onnxruntime has no {provider}, only {names}",
+            f"the installed onnxruntime has no {provider}, only {names}",
             "pip uninstall onnxruntime, then pip install 'blip2edge[gpu]'; on a Jetson, see docs/jetson.md",
         )
     check = check_provider(onnxruntime, provider)
     if not check.ok:
-        raise BackendError(f"{provider} is {check.detail}", check.fix or "see `blip2edge doctor`")
+        raise BackendError(f"{provider} does not work ({check.detail})", check.fix or "see `blip2edge doctor`")
     return onnxruntime
 
 
@@ -171,7 +171,7 @@ class DeviceSession:
             binding.bind_ortvalue_input(name, self._value(value))
         for name, device in outputs:
             binding.bind_output(name, *device)
-        with raised_as(BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"):
+        with raised_as(BackendError, "ONNX Runtime cannot run the graph", RUN_FIX):
             session.run_with_iobinding(binding)
         values: list[Any] = binding.get_outputs()
         return values

@@ -11,7 +11,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, BundleError, one_line, option
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile
 
 
 class OpenVinoSession:
@@ -72,7 +72,7 @@ class OpenVinoSession:
         except RuntimeError as error:
             raise BackendError(
                 f"OpenVINO cannot run the graph ({one_line(error)})",
-                "try fewer pictures at once, or fewer beams",
+                RUN_FIX,
             ) from error
         found = {name: np.array(shared[name]) for name in names}  # the request's next run overwrites its own
         self._idle.append(request)

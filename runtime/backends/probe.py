@@ -186,7 +186,7 @@ def check_matmul(
     try:
         product = multiply({"a": left, "b": right})
     except Exception as error:  # noqa: BLE001 - classes differ by package and version
-        return Check(name, False, f"named, but fails: {one_line(error)}", fix, required)
+        return Check(name, False, f"listed, but fails: {one_line(error)}", fix, required)
     wanted = left @ right
     error_size = float(np.abs(product - wanted).max() / np.abs(wanted).max())
     if not error_size <= MATMUL_TOLERANCE:  # NaN fails as well

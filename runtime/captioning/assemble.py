@@ -40,7 +40,7 @@ def text_parts(bundle: Bundle) -> TextParts:
     if spec is None:
         raise BundleError(
             f"{bundle.path} compares pictures with texts and cannot caption them",
-            "use blip2edge match or blip2edge embed",
+            "use match or embed instead",
         )
     tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
     prompts = PromptBuilder(spec, tokenizer, bundle.manifest.max_positions, token_table(bundle).num_rows)

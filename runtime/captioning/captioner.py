@@ -167,7 +167,7 @@ class Captioner:
         texts: list[str | None] = [None] * len(pictures) if prompts is None else listed("prompts", prompts)
         if len(texts) != len(pictures):
             raise UsageError(
-                f"there are {len(texts)} prompts for {len(pictures)} pictures",
+                f"expected one prompt for each of the {len(pictures)} pictures, got {len(texts)}",
                 "give one prompt for each picture",
                 field="prompts",
             )
@@ -193,7 +193,7 @@ class Captioner:
         generation = self.options(**options)
         if generation.num_beams > 1:
             raise UsageError(
-                f"{option('stream')} and {option('num_beams')} above 1 exclude each other: "
+                f"{option('stream')} and {option('num_beams')} above 1 cannot be combined: "
                 "beam search chooses the words at the end"
             )
         return self._while_open(self.generator.pieces(self.encoder([image], [prompt], StageClock()), generation))

@@ -79,7 +79,7 @@ class Matcher:
                 f"{bundle.path} {verb} pictures and cannot compare them with texts"
                 if DECODER in manifest.graphs
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
-                f"use blip2edge {'ask' if required else 'caption'}",
+                f"use {'ask' if required else 'caption'}",
             )
         session = self.graphs = GraphOpener(bundle, backend, threads)
         self.bundle = bundle
@@ -165,7 +165,7 @@ class Matcher:
         """
         if self.head is None:
             raise UsageError(
-                f"{self.bundle.path} compares by cosine alone and has no matching head",
+                f"{self.bundle.path} has no matching head and compares by cosine only",
                 "use a bundle of BLIP or BLIP-2, such as Salesforce/blip2-itm-vit-g",
             )
         check_open(self.graphs.closed, "Matcher")
@@ -196,7 +196,7 @@ class Matcher:
             for at in _starts(len(pictures), batch_size)
         ]
         if not parts:
-            raise UsageError("there is no picture", "give at least one")
+            raise UsageError("expected at least one picture, got none")
         vectors = np.concatenate(parts)
         return vectors[:, 0] if vectors.shape[1] == 1 else vectors
 
@@ -211,7 +211,7 @@ class Matcher:
         ids = [self._ids(text) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]
         if not parts:
-            raise UsageError("there is no text", "give at least one")
+            raise UsageError("expected at least one text, got none")
         return np.concatenate(parts)
 
     def _match_batches(
@@ -271,14 +271,14 @@ class Matcher:
         ids = self.tokenizer.encode(text)
         if len(ids) > manifest.max_positions:
             raise PromptError(
-                f"the text has {len(ids)} tokens, but the model reads up to {manifest.max_positions}",
-                "shorten it",
+                f"the text has {len(ids)} tokens, but the model takes at most {manifest.max_positions}",
+                "shorten the text",
             )
         if max(ids) >= manifest.vocab_size:
             raise PromptError(
-                f"the text holds the token {self.tokenizer.id_to_token(max(ids))!r} (id {max(ids)}), which the model "
-                f"with its {manifest.vocab_size} tokens does not know",
-                "leave it out",
+                f"the text contains the token {self.tokenizer.id_to_token(max(ids))!r} (id {max(ids)}), but the model "
+                f"has only {manifest.vocab_size} tokens",
+                "remove it from the text",
             )
         return ids
 

@@ -128,7 +128,7 @@ class Request:
     def over(self) -> bool:
         """Whether it is finished, failed or cancelled; a request past its deadline fails here."""
         if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
-            self.fail(DeadlineError("the caption was not done within its deadline", "allow it more seconds"))
+            self.fail(DeadlineError("the caption was not finished before its deadline", "set a longer deadline"))
         return self.future.done()
 
     def push(self, piece: str | None) -> None:

@@ -144,7 +144,9 @@ class Scheduler:
         with self._changed:
             while self._is_full() and not self._closing:
                 if not wait:
-                    raise OverloadError(f"{self._max_waiting} pictures are waiting already", "try again later")
+                    raise OverloadError(
+                        f"the queue is full: {self._max_waiting} pictures are waiting", "try again later"
+                    )
                 self._changed.wait()
             if self._closing:
                 raise RuntimeError("the scheduler is closed") from self._failure

@@ -239,11 +239,15 @@ class DraftSelector:
     def check(self, options: GenerationOptions) -> None:
         """Raises UsageError where the options name a draft model that is not loaded."""
         if options.draft == "itg" and self.head is None:
-            loaded = f"the captioner was loaded with draft={self._asked!r}"
+            if self._asked not in ("auto", "itg"):
+                raise UsageError(
+                    f"{option('draft')} itg: the captioner was loaded with draft={self._asked!r}",
+                    "load it with draft='itg' or 'auto'",
+                )
             raise UsageError(
-                f"{option('draft')} itg: {'the bundle has no draft' if self._asked in ('auto', 'itg') else loaded}",
+                f"{option('draft')} itg: the bundle has no draft model",
                 f"use {option('draft')} {' or '.join(kind for kind in DRAFTS if kind != 'itg')}, "
-                "or export a checkpoint with draft.safetensors",
+                "or export a checkpoint with a draft model (draft.safetensors)",
             )
 
     def kind(self, options: GenerationOptions) -> str:

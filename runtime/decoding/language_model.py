@@ -133,7 +133,9 @@ def decoder_of(bundle: Bundle, session: Session) -> Decoder:
     """
     manifest, spec = bundle.manifest, bundle.graph(DECODER).spec
     if manifest.cache is None:
-        raise BundleError(f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again")
+        raise BundleError(
+            f"{bundle.path} has a decoder, but its bundle.json describes no KV cache", "export the checkpoint again"
+        )
     table = token_table(bundle)
     if isinstance(session, HasDecoder):
         return session.decoder(table)

@@ -262,7 +262,7 @@ def listed(name: str, values: Iterable[Item]) -> list[Item]:
         one = values.ndim < 3 or (values.ndim == 3 and values.shape[-1] in (1, 3, 4))
     if one:
         what = f"an array {list(values.shape)}" if isinstance(values, np.ndarray) else shown(values)
-        raise UsageError(f"expected {option(name)} to be a list, got {what}", "put a single one in a list: [x]")
+        raise UsageError(f"expected {option(name)} to be a list, got {what}", "put a single value in a list: [x]")
     return list(values)
 
 

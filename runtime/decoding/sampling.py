@@ -153,7 +153,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 def broken_logits() -> BackendError:
     """The error for a decoder whose logits are not finite."""
     return BackendError(
-        "the decoder returned NaN or infinity instead of logits, as half precision does when it overflows",
+        "the decoder's logits are NaN or infinity; in fp16 this happens when values overflow",
         f"export with {option('precision')} fp32, or choose another {option('backend')}",
     )
 

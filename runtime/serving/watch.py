@@ -117,8 +117,8 @@ def open_source(source: str, *, follow: bool = True) -> Source:
     if "://" in source or (path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES):
         return _video(source, None)
     raise DataError(
-        f"{source} is no folder, no video file and no camera",
-        "give a folder of pictures, a video, a camera's number, or an address as rtsp://…",
+        f"expected a folder, a video file or a camera, got {source}",
+        "give a folder of pictures, a video, a camera's number, or an address such as rtsp://…",
     )
 
 

@@ -31,7 +31,7 @@ def open_graph(
         BackendError: Always.
     """
     raise BackendError(
-        f"TensorRT runs engines, and {path.name} is a graph", f"build them: blip2edge build {path.parent}"
+        f"TensorRT runs engines, but {path.name} is an ONNX graph", f"build the engines: blip2edge build {path.parent}"
     )
 
 
@@ -81,7 +81,10 @@ class EngineOpener:
         """
         cache = self._bundle.manifest.cache
         if cache is None:
-            raise BackendError(f"{self._bundle.path} has no cache, though it has a decoder", "export it again")
+            raise BackendError(
+                f"{self._bundle.path} has a decoder, but its bundle.json describes no KV cache",
+                "export the checkpoint again",
+            )
         step = self._set.record(STEP)
         engines = Engines(
             self._device,

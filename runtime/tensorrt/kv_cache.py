@@ -257,8 +257,8 @@ class DeviceDecoder(FixedDecoder):
         spec = engines.decoder_record.spec
         if not engines.capacity:
             raise BackendError(
-                "the decoder's engine has a cache that grows, which this runtime does not run",
-                f"build it again without {option('decoder')} concatenated",
+                "the decoder's engine has a growing KV cache, which this runtime does not support",
+                f"build the engines again without {option('decoder')} concatenated",
             )
         super().__init__(
             lambda rows, context: DeviceCache(engines, rows, context),

@@ -235,7 +235,7 @@ class Context:
             raise EngineError(
                 f"the engine {self._name} was not built for {name} of shape {list(shape)}",
                 f"build again with a larger {option('capacity')} or {option('max_batch')}, "
-                "or give fewer pictures at once",
+                f"or lower {option('batch_size')}",
             )
         if not self._context.set_tensor_address(name, address):
             raise EngineError(f"the engine {self._name} has no tensor {name}", "build the engines again")

@@ -104,8 +104,8 @@ class PromptBuilder:
         """
         if not self.spec.question:
             raise UsageError(
-                "this bundle captions pictures and answers no questions",
-                "use blip2edge caption, or export a checkpoint that was trained for questions",
+                "this bundle generates captions and cannot answer questions",
+                "caption the picture instead, or export a checkpoint that was trained for questions",
             )
         return self.spec.question.replace("{question}", question)
 
@@ -126,8 +126,8 @@ class PromptBuilder:
         """
         if text is None and self.spec.required:
             raise UsageError(
-                "this bundle answers questions, and none was given",
-                "use: blip2edge ask IMAGE QUESTION -b BUNDLE",
+                "this bundle answers questions, but no question was given",
+                "use ask, with a picture and a question",
             )
         prompt = self._tokenize(text, images)
         self._check(prompt)
@@ -161,7 +161,7 @@ class PromptBuilder:
             else:
                 segments[-1].append(token_id)
         if len(segments) != len(parts):
-            raise PromptError(f"the prompt contains {token}, which marks a picture", "leave it out")
+            raise PromptError(f"the prompt contains {token}, which marks a picture", "remove it from the prompt")
         return self._with_slots(segments)
 
     def _with_slots(self, segments: Sequence[Sequence[int]]) -> Prompt:
@@ -180,8 +180,9 @@ class PromptBuilder:
     def _check(self, prompt: Prompt) -> None:
         if prompt.length > self.max_positions:
             raise PromptError(
-                f"the prompt takes {prompt.length} slots ({self.spec.visual_tokens} of them for the picture), but the "
-                f"language model's context has {self.max_positions}",
+                f"the prompt has {prompt.length} tokens ({self.spec.visual_tokens} of them visual tokens), but the "
+                "language "
+                f"model's context has {self.max_positions}",
                 "shorten the prompt",
             )
         if prompt.length == 0:
@@ -193,9 +194,9 @@ class PromptBuilder:
         largest = max((token for segment in prompt.segments for token in segment), default=0)
         if largest >= self.vocab_size:
             raise PromptError(
-                f"the prompt holds the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), which the "
-                f"language model with its {self.vocab_size} tokens does not know",
-                "leave it out",
+                f"the prompt contains the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), but the "
+                f"language model has only {self.vocab_size} tokens",
+                "remove it from the prompt",
             )
 
 
@@ -238,14 +239,14 @@ class InstructionTokenizer:
     def _tokens(self, text: str | None) -> list[int]:
         if text is None:
             raise PromptError(
-                "this model encodes a picture together with an instruction, and there is none",
+                "this model needs an instruction to encode a picture, but none was given",
                 f"give a {option('prompt')}",
                 field="prompt",
             )
         tokens = self.tokenizer.encode(text)
         if len(tokens) > self.longest:
             raise PromptError(
-                f"the prompt has {len(tokens)} tokens, but the Q-Former reads at most {self.longest}",
+                f"the prompt has {len(tokens)} tokens, but the Q-Former takes at most {self.longest}",
                 "shorten the prompt",
             )
         return tokens

@@ -152,7 +152,7 @@ def test_no_pictures_and_a_wrong_parent(
         calibrate(tiny_bundle, output, images=tmp_path / "empty")
     with pytest.raises(BundleError, match="was calibrated before"):
         calibrate(report.bundle, output, images=images)
-    with pytest.raises(UsageError, match="method is one of"):
+    with pytest.raises(UsageError, match="expected method to be one of"):
         calibrate(tiny_bundle, output, images=images, method="best")
     with pytest.raises(OutputError, match="exists"):
         calibrate(tiny_bundle, report.bundle, images=images)

@@ -171,11 +171,11 @@ def test_jetpack_6_0_is_told_to_upgrade(monkeypatch: pytest.MonkeyPatch) -> None
     ("options", "told"),
     [
         ({"sm": (86,)}, "target rtx"),
-        ({"target": "lite"}, "target is one of"),
-        ({"target": "rtx", "version_compatible": True}, "version_compatible=True is for target tensorrt"),
-        ({"target": "rtx", "timing_cache": Path("x")}, "timing_cache is for"),
+        ({"target": "lite"}, "expected target to be one of"),
+        ({"target": "rtx", "version_compatible": True}, "version_compatible=True requires target tensorrt"),
+        ({"target": "rtx", "timing_cache": Path("x")}, "timing_cache requires"),
         ({"capacity": 1}, "capacity must be at least 2"),
-        ({"decoder": "other"}, "decoder is constant or concatenated"),
+        ({"decoder": "other"}, "expected decoder to be one of constant, concatenated"),
     ],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], told: str) -> None:
@@ -282,7 +282,7 @@ def graph_of(operator: str, path: Path) -> EnginePlan:
 
 def test_a_node_outside_the_documentation_is_named_before_anything_is_parsed(tmp_path: Path) -> None:
     plan = graph_of("Bernoulli", tmp_path / "g.onnx")
-    with pytest.raises(EngineError, match=r"TensorRT 10\.3 does not take the node 'dice' \(Bernoulli\) of g\.onnx"):
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3 does not support the node 'dice' \(Bernoulli\) of g\.onnx"):
         plan.serialised(VERSIONS["10.3"])
 
 

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_told_in_a_line(half: Path) -> None:
         matcher.match(picture, " ")
     with pytest.raises(UsageError, match="batch_size"):
         list(matcher.match_many([picture], ["a"], batch_size=0))
-    with pytest.raises(BundleError, match="cannot caption them; use blip2edge match or blip2edge embed"):
+    with pytest.raises(BundleError, match="cannot caption them; use match or embed instead"):
         Captioner.load(half)
 
 

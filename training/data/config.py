@@ -50,4 +50,6 @@ class DataConfig:
             raise ConfigError(f"[data] question must hold {{}} once, where the question goes: {self.question!r}")
         unit_interval("data", {"prompt_share": self.prompt_share})
         if self.prompt_share > 0 and not self.prompts:
-            raise ConfigError("[data] prompts is empty and prompt_share is not 0")
+            raise ConfigError(
+                "[data] prompts is empty, but prompt_share is above 0", "set prompts, or set prompt_share to 0"
+            )

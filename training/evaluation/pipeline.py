@@ -88,7 +88,7 @@ def evaluate(
     opened = open_model(Path(model), ModelOptions(backend, threads, batch_size, dict(generation)))
     if predictions and (entries is None or opened.captioner is None):
         raise UsageError(
-            f"{option('predictions')} needs a model that writes texts, and data from a file", "leave it out"
+            f"{option('predictions')} needs a captioner and a data set from files", f"leave {option('predictions')} out"
         )
     report = progress or (lambda stage, done, total: None)
     wanted = ScoringOptions(tuple(metrics), prompt, top, ask, lambda done, total: report("scoring", done, total))

@@ -43,7 +43,8 @@ class Journal:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ConfigError(
-                    "[loop] tensorboard is true, but the package is not installed", "pip install tensorboard"
+                    "[loop] tensorboard is true, but the package tensorboard is not installed",
+                    "pip install tensorboard",
                 ) from error
             self._board = SummaryWriter(str(directory / BOARD))
 

@@ -197,7 +197,7 @@ def phases_of(stage: str, config: TrainingConfig) -> list[str]:
     phases = ["vision"] if config.model.is_miniature else []
     if stage == "stage1":
         if not config.stage1.steps:
-            raise ConfigError("[stage1] steps is 0", "set [stage1] steps to the number of optimiser steps")
+            raise ConfigError("[stage1] steps is 0", "set [stage1] steps to the number of optimizer steps")
         return [*phases, "stage1"]
     phases += ["language"] if config.model.is_miniature else []
     if config.stage1.steps and not config.model.bridge_from:

@@ -236,7 +236,7 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
     model.vision.load_state_dict(vision.module.state_dict(), assign=True)
     missing = _assign(model.language, language.state)
     if missing:
-        raise CheckpointError(f"{language.directory} lacks {some(missing)}", "give a whole language model")
+        raise CheckpointError(f"{language.directory} lacks {some(missing)}", "give a complete language model")
     return model
 
 

@@ -102,7 +102,7 @@ class FixedDecoder:
             )
         if slots > self.capacity:
             raise BackendError(
-                f"{slots} tokens are more than the {self.capacity} slots that the engine was built for",
+                f"{slots} tokens are more than the capacity of {self.capacity} tokens that the engine was built for",
                 f"shorten the prompt, lower {option('max_new_tokens')}, or build again with {option('capacity')}",
             )
 

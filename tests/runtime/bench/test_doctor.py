@@ -89,7 +89,7 @@ def fake_runtime(session_providers: list[str], answer: Any) -> Any:
     ("providers", "answer", "told"),
     [
         (["CPUExecutionProvider"], 1.0, "fell back"),
-        (["CUDAExecutionProvider"], RuntimeError("no kernel\nimage"), "named, but fails: no kernel image"),
+        (["CUDAExecutionProvider"], RuntimeError("no kernel\nimage"), "listed, but fails: no kernel image"),
         (["CUDAExecutionProvider"], 1.5, "is wrong by"),
         (["CUDAExecutionProvider"], np.nan, "is wrong by"),
     ],

@@ -174,7 +174,7 @@ def test_the_context_of_one_row_does_not_end_the_others(captioner: Captioner) ->
 def test_a_prompt_that_fills_the_context(captioner: Captioner) -> None:
     picture = draw_pictures(1)[0]
     assert len(captioner.caption(picture, prompt="two " * 58).tokens) == 1
-    with pytest.raises(PromptError, match=r"takes 65 slots .* context has 64"):
+    with pytest.raises(PromptError, match=r"has 65 tokens .* context has 64"):
         captioner.caption(picture, prompt="two " * 59)
     with pytest.raises(PromptError):
         captioner.stream(picture, prompt="two " * 59)
