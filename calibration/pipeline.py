@@ -254,7 +254,7 @@ def _warnings(pictures: PictureSet) -> list[str]:
     warnings = []
     if len(pictures) < ADVISED:
         warnings.append(
-            f"{len(pictures)} pictures are fewer than the {ADVISED} advised: "
+            f"at least {ADVISED} calibration pictures are advised, got {len(pictures)}: "
             "larger values on other pictures will saturate"
         )
     if pictures.skipped:

@@ -222,11 +222,14 @@ def _estimate(task: _BuildTask, notify: Notify | None) -> int:
     name, most = max(needs.items(), key=lambda item: item[1])
     free = available_memory_mib()
     if notify is not None:
-        notify(f"the largest build ({name}) may take about {most} MiB" + (f", {free} MiB are free" if free else ""))
+        notify(
+            f"the largest build ({name}) may need about {most} MiB of memory"
+            + (f", {free} MiB are free" if free else "")
+        )
         if free is not None and free < most:
             notify(
-                "warning: that is more than is free; lower the workspace, the capacity or the largest batch, add swap, "
-                "or stop what else runs"
+                "warning: less memory is free than the build may need; lower the workspace, the capacity or the "
+                "largest batch, add swap, or stop other programs"
             )
     return most
 

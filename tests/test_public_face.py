@@ -292,5 +292,5 @@ def test_evaluate_is_what_eval_does(tiny_bundle: Path, capsys: pytest.CaptureFix
     assert stages[-1] == ("scoring", 3, 3)
     with pytest.raises(UsageError, match="expected count to be at least 2 pictures, got 1"):
         evaluate(tiny_bundle, count=1)
-    with pytest.raises(UsageError, match="predictions needs a model that writes texts"):
+    with pytest.raises(UsageError, match="predictions needs a captioner"):
         evaluate(tiny_bundle, count=2, predictions=True)

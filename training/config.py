@@ -22,10 +22,10 @@ from blip2edge.training.fields import at_least_zero, one_of, positive, read_sect
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimiser settings of one phase (AdamW, linear warm-up, then half a cosine)."""
+    """Optimizer settings of one phase (AdamW, linear warm-up, then half a cosine)."""
 
     steps: int = 1000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int = 32
     """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
     accumulate: int = 1
@@ -99,7 +99,7 @@ class Stage1Phase(OptimizerConfig):
     """Representation learning: trains the Q-Former and its text side. The picture encoder is frozen."""
 
     steps: int = 0
-    """Optimiser steps; with 0, `train stage2` starts with a new bridge."""
+    """Optimizer steps; with 0, `train stage2` starts with a new bridge."""
     embed_dim: int = 256
     """Dimension of the vectors in which pictures and texts are compared."""
     max_tokens: int = 32
@@ -198,7 +198,7 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The parts of the model: trained parts by name, or the miniature, which is initialised and pretrained in the run.
+    """The parts of the model: trained parts by name, or the miniature, which is initialized and pretrained in the run.
 
     The default sizes are those of the miniature: a BLIP-2 with an OPT language model, for pictures of 64 × 64 pixels.
     """
@@ -212,7 +212,7 @@ class ModelConfig:
     bridge_from: str = ""
     """The output of stage 1: its Q-Former is used, and its text head if this run has one."""
     bert: str = ""
-    """A BERT (directory or hub name) that initialises a new Q-Former, with its tokenizer."""
+    """A BERT (directory or hub name) that initializes a new Q-Former, with its tokenizer."""
     patch_size: int = 8
     """Side of a patch in pixels; must divide 64."""
     num_query_tokens: int = 8
@@ -245,7 +245,7 @@ class ModelConfig:
 
     @property
     def is_miniature(self) -> bool:
-        """Whether picture encoder and language model are initialised and pretrained in this run."""
+        """Whether picture encoder and language model are initialized and pretrained in this run."""
         return not (self.checkpoint or self.vision_from or self.language_from)
 
 

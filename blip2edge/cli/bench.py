@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     print(json.dumps(report.to_json(), indent=2) if options.json else markdown(report))
     if options.html is not None:
         write(options.html, bench_page(report), "--html")
-        print(f"{options.html}: the same with charts", file=sys.stderr)
+        print(f"{options.html}: the results with charts", file=sys.stderr)
     return 0
 
 

@@ -70,15 +70,15 @@ def _label(item: str | list[str], count: int) -> str:
 
 
 def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[str]], list[str] | None]:
-    """The picture of each caption (several where its prompt holds several <image>), and its prompt.
+    """Assigns pictures to prompts: each prompt takes as many pictures as it contains <image>, at least one.
 
     Raises:
-        UsageError: The prompts hold more or fewer <image> than there are pictures.
+        UsageError: The number of <image> in the prompts differs from that of the pictures.
     """
     places = [sum(prompt.count(marker) for marker in MARKERS) for prompt in given or ()]
     if given is None or not any(places):
         return list(images), _prompts(given, len(images))
-    if len(given) == 1:  # the same prompt again and again, each time with the next pictures
+    if len(given) == 1:  # repeat the prompt for the next pictures
         times = max(1, len(images) // places[0])
         given, places = given * times, places * times
     taken = [max(1, count) for count in places]
@@ -95,7 +95,7 @@ def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[
 
 
 def _prompts(given: list[str] | None, count: int) -> list[str] | None:
-    """One prompt a picture, or None for the bundle's own.
+    """One prompt for each picture, or None for the bundle's own.
 
     Raises:
         UsageError: The number of prompts is neither one nor that of the pictures.
@@ -113,7 +113,7 @@ def _prompts(given: list[str] | None, count: int) -> list[str] | None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse flags that exclude each other, before anything is loaded.
+    """Check for flags that cannot be combined, before the bundle is loaded.
 
     Raises:
         UsageError: Beam search with streaming, or a smallest length above the largest.

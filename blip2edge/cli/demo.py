@@ -144,14 +144,14 @@ def _captions(pictures: list[Path], results: list[CaptionResult]) -> str:
 
 
 def _closing(report: ExportReport) -> list[str]:
-    """Size of the bundle, largest difference to torch, and why TensorRT was not run."""
+    """Size of the bundle, largest difference from torch, and why TensorRT was not run."""
     from blip2edge.bundle.bundle import Bundle
 
     manifest = Bundle.open(report.bundle).manifest
     worst = difference(max(graph.max_difference for graph in report.graphs))
     return [
         f"bundle size               {size(bundle_bytes(manifest))}",
-        f"max difference to torch   {worst}",
+        f"max difference from torch {worst}",
         f"TensorRT                  not run: {_tensorrt()}",
     ]
 

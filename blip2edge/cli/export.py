@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 def report_table(report: ExportReport) -> str:
     """A line for each graph, and one for the whole bundle.
 
-    The largest difference to torch is absolute, and relative to the largest value of the output; the tolerance
+    The largest difference from torch is absolute, and relative to the largest value of the output; the tolerance
     limits the relative one. Where patches are merged, torch merges them too, and one more line compares that with the
     model that merges none.
     """

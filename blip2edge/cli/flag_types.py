@@ -23,7 +23,7 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"a number is expected, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
     return value
 
 
@@ -31,7 +31,7 @@ def positive_number(text: str) -> float:
     """A finite number above 0."""
     value = number(text)
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
 
 
@@ -39,7 +39,7 @@ def non_negative_number(text: str) -> float:
     """A finite number of at least 0."""
     value = number(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
     return value
 
 
@@ -47,7 +47,7 @@ def share(text: str) -> float:
     """A number above 0 and at most 1."""
     value = number(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"a number above 0 and at most 1 is expected, not {text}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text}")
     return value
 
 
@@ -55,7 +55,7 @@ def share_or_zero(text: str) -> float:
     """A number from 0 to 1."""
     value = number(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not {text}")
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
     return value
 
 
@@ -65,5 +65,5 @@ def _whole(text: str, least: int) -> int:
     except ValueError:
         value = least - 1
     if value < least:
-        raise argparse.ArgumentTypeError(f"a whole number of at least {least} is expected, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return value

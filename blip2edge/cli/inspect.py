@@ -62,7 +62,7 @@ def _copies(bundle: Bundle) -> list[str]:
             state = f"not used, because it belongs to another bundle or version: {remake}"
         else:
             state = ", ".join(found[1].graphs) or "no graph, because the portable ones are faster"
-        lines.append(f"optimised for {backend}: {state}")
+        lines.append(f"optimized for {backend}: {state}")
     return ["", *lines] if lines else []
 
 

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     host, port = listening.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     if options.host not in LOCAL:
-        print("reachable from other machines; there is no password", file=sys.stderr)
+        print("warning: other machines can reach this server, and it has no password", file=sys.stderr)
     config = uvicorn.Config(server, log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
     try:
         uvicorn.Server(config).run(sockets=[listening])

@@ -73,5 +73,5 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(f"{caption.frame}: {caption.result.text}", flush=True)
     if dropped:
-        print(f"{dropped} frames came faster than captions and were dropped", file=sys.stderr)
+        print(f"{dropped} frames were dropped, because they came faster than captions", file=sys.stderr)
     return 0

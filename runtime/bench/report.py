@@ -47,7 +47,7 @@ def facts(report: BenchReport) -> list[str]:
     if roof := report.roofline:
         speed = f"{roof['gigaflops_fp32']} GFLOP/s in fp32, {roof['gigaops_int8']} GOP/s in int8"
         found.append(f"one core: {roof['gigabytes_per_s']} GB/s read, {speed}")
-    found.append(f"graphs of the optimised copy: {', '.join(report.bundle['optimised']) or 'none'}")
+    found.append(f"graphs of the optimized copy: {', '.join(report.bundle['optimised']) or 'none'}")
     if report.energy is not None:
         found.append(f"{report.energy['joules_per_caption']:.2f} J a caption ({report.energy['source']})")
     if report.draft is not None:

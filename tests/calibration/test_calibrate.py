@@ -140,7 +140,7 @@ def test_a_broken_cache_is_told_of_and_written_anew(
 
 def test_few_pictures_are_told_with_their_number(report: CalibrationReport) -> None:
     (line,) = report.warnings
-    assert line.startswith(f"{PICTURES} pictures are fewer than the {ADVISED} advised")
+    assert line.startswith(f"at least {ADVISED} calibration pictures are advised, got {PICTURES}")
 
 
 def test_no_pictures_and_a_wrong_parent(

@@ -237,8 +237,8 @@ def test_engines_build_without_a_gpu(
     words = ["build", str(tiny_bundle), "--target", "rtx", "--sm", "86", "--sm", "89", "--workspace", "256"]
     assert main([*words, "-o", str(output)]) == 0
     said = capsys.readouterr()
-    assert "may take about" in said.err
-    assert "warning: that is more than is free; lower the workspace" in said.err
+    assert "may need about" in said.err
+    assert "warning: less memory is free than the build may need; lower the workspace" in said.err
     assert "built without a GPU, not run yet" in said.out
     board = Bundle.open(output)
     assert board.sha256 == Bundle.open(tiny_bundle).sha256

@@ -133,7 +133,7 @@ def test_a_bundle_of_engines_alone(gpu: tuple[FakeCuda, Any], tiny_bundle: Path,
     captioner = Captioner.load(board, threads=1)
     assert captioner.caption(picture, max_new_tokens=6).tokens == wanted
     assert captioner.generator.drafts.costs["lookup"].clock is time.perf_counter  # the GPU's time counts as well
-    with pytest.raises(BackendError, match=r"holds engines alone, .* backend cpu .*; use backend tensorrt"):
+    with pytest.raises(BackendError, match=r"contains engines only, .* backend cpu .*; use backend tensorrt"):
         Captioner.load(board, backend="cpu")
     shutil.rmtree(board / KIND)
     with pytest.raises(EngineError, match="neither graphs nor engines"):
