@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.files import write
-from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft
+from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft, add_number
 from blip2edge.cli.flag_types import non_negative_int, positive_int
 from blip2edge.progress import Progress
 
@@ -26,11 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``bench``."""
     add_bundle(parser)
     add_backend(parser)
-    parser.add_argument("--runs", metavar="N", type=positive_int, default=10, help="number of captions that are timed")
-    parser.add_argument(
-        "--warmup", metavar="N", type=non_negative_int, default=2, help="number of captions before the timed ones"
-    )
-    parser.add_argument("--tokens", metavar="N", type=positive_int, default=20, help="number of tokens of each caption")
+    add_number(parser, "--runs", "number of captions that are timed", 10)
+    add_number(parser, "--warmup", "number of captions before the timed ones", 2, kind=non_negative_int)
+    add_number(parser, "--tokens", "number of tokens of each caption", 20)
     parser.add_argument(
         "--batch-sizes",
         metavar="N",

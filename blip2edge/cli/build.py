@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import DECODER_CACHES, TENSORRT_EDITIONS
-from blip2edge.cli.flag_groups import add_bundle
+from blip2edge.cli.flag_groups import add_bundle, add_number
 from blip2edge.cli.flag_types import positive_int
 from blip2edge.cli.table import size, table
 from blip2edge.progress import Progress
@@ -47,25 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
     sizes = parser.add_argument_group("sizes", "limits of the engines; lower limits need less memory")
-    sizes.add_argument(
-        "--workspace",
-        metavar="MiB",
-        type=positive_int,
-        help="limit of the builder's scratch memory in MiB (default: no limit)",
-    )
-    sizes.add_argument(
+    add_number(sizes, "--workspace", "limit of the builder's scratch memory in MiB (default: no limit)", metavar="MiB")
+    add_number(
+        sizes,
         "--capacity",
-        metavar="N",
-        type=positive_int,
-        help="capacity of the KV cache: largest number of tokens of prompt and answer together (default: the usual "
+        "capacity of the KV cache: largest number of tokens of prompt and answer together (default: the usual "
         "length of the prompt plus 256, at most the model's context)",
     )
-    sizes.add_argument(
-        "--max-batch",
-        metavar="N",
-        type=positive_int,
-        help="largest number of rows (pictures times beams) in one batch (default: 8)",
-    )
+    add_number(sizes, "--max-batch", "largest number of rows (pictures times beams) in one batch (default: 8)")
     kinds = parser.add_argument_group("kinds of engines")
     kinds.add_argument(
         "--decoder",

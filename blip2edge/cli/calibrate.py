@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
-from blip2edge.cli.flag_groups import add_no_optimize, add_threads
-from blip2edge.cli.flag_types import positive_int
+from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_threads
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
@@ -75,9 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name of a graph whose activations become INT8 too, in addition to vision_encoder and bridge; repeat "
         "it for several graphs",
     )
-    parser.add_argument(
-        "--count", metavar="N", type=positive_int, default=512, help="largest number of calibration pictures"
-    )
+    add_number(parser, "--count", "largest number of calibration pictures", 512)
     add_threads(parser)
     parser.add_argument("--force", action="store_true", help="replace BUNDLE8 if it exists")
     add_no_optimize(parser)

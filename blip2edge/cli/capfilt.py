@@ -14,10 +14,11 @@ from blip2edge.cli.flag_groups import (
     add_backend,
     add_batch_size,
     add_data_files,
+    add_number,
     add_some_generation,
     given_generation,
 )
-from blip2edge.cli.flag_types import positive_int, share
+from blip2edge.cli.flag_types import share
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -53,12 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="directory of the new shards and report.json",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--threshold",
+        "smallest matching probability of a kept caption (above 0, at most 1)",
+        0.5,
+        kind=share,
         metavar="P",
-        type=share,
-        default=0.5,
-        help="smallest matching probability of a kept caption (above 0, at most 1)",
     )
     parser.add_argument(
         "--keep",
@@ -70,21 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", metavar="P", help="text that the generated captions continue (default: the captioner's own prompt)"
     )
-    parser.add_argument(
-        "--samples-per-shard", metavar="N", type=positive_int, default=1000, help="number of pictures in a shard"
-    )
+    add_number(parser, "--samples-per-shard", "number of pictures in a shard", 1000)
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="run with Ray Data on the cluster at ADDRESS; local: on this machine (default: without Ray)",
     )
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=positive_int,
-        default=1,
-        help="with --ray: number of processes that load the models and run in parallel",
-    )
+    add_number(parser, "--workers", "with --ray: number of processes that load the models and run in parallel", 1)
     add_batch_size(parser, 16)
     add_backend(parser)
     add_some_generation(parser, *DECODING)

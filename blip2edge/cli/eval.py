@@ -14,10 +14,11 @@ from blip2edge.cli.flag_groups import (
     add_backend,
     add_batch_size,
     add_data_files,
+    add_number,
     add_some_generation,
     given_generation,
 )
-from blip2edge.cli.flag_types import non_negative_int, positive_int
+from blip2edge.cli.flag_types import non_negative_int
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -41,12 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="heldout",
         help="with scenes: use the pairs of objects that no training shows (heldout), or the other pairs (train)",
     )
-    parser.add_argument(
-        "--count",
-        metavar="N",
-        type=positive_int,
-        help="largest number of pictures (default: 1000 scenes, or all pictures of a data set)",
-    )
+    add_number(parser, "--count", "largest number of pictures (default: 1000 scenes, or all pictures of a data set)")
     parser.add_argument(
         "--metrics",
         nargs="+",
@@ -57,12 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--top",
+        "retrieval: number of nearest candidates that the matching head ranks again; 0: none",
+        16,
+        kind=non_negative_int,
         metavar="K",
-        type=non_negative_int,
-        default=16,
-        help="retrieval: number of nearest candidates that the matching head ranks again; 0: none",
     )
     parser.add_argument(
         "--ask",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import PRECISIONS, VERIFICATIONS
-from blip2edge.cli.flag_groups import add_no_optimize
+from blip2edge.cli.flag_groups import add_no_optimize, add_number
 from blip2edge.cli.flag_types import non_negative_int
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
@@ -45,13 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the graphs are compared with torch. full: the whole model; sample: some of its layers and shapes "
         "(default: full below 1 GiB, sample from there on)",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--merge-tokens",
-        metavar="R",
-        type=non_negative_int,
-        default=0,
-        help="number of patches to merge in each layer of the vision encoder; faster, but the captions may differ "
+        "number of patches to merge in each layer of the vision encoder; faster, but the captions may differ "
         "from those of transformers; 0: none",
+        0,
+        kind=non_negative_int,
+        metavar="R",
     )
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
     add_no_optimize(parser)

@@ -56,6 +56,19 @@ SAMPLING = (
 )
 
 
+def add_number(
+    group: _ActionsContainer,
+    flag: str,
+    text: str,
+    default: float | None = None,
+    *,
+    kind: Callable[[str], float] = positive_int,
+    metavar: str = "N",
+) -> None:
+    """An option with one number."""
+    group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
+
+
 def add_bundle(parser: ArgumentParser) -> None:
     """The bundle as an argument."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help=BUNDLE)
@@ -80,18 +93,12 @@ def add_backend(parser: ArgumentParser) -> None:
 
 def add_threads(parser: ArgumentParser) -> None:
     """CPU threads."""
-    parser.add_argument("--threads", metavar="N", type=positive_int, help="number of CPU threads (default: all cores)")
+    add_number(parser, "--threads", "number of CPU threads (default: all cores)")
 
 
 def add_batch_size(parser: ArgumentParser, default: int) -> None:
     """Pictures in one batch."""
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=positive_int,
-        default=default,
-        help="number of pictures in one batch",
-    )
+    add_number(parser, "--batch-size", "number of pictures in one batch", default)
 
 
 def add_stream_or_json(parser: ArgumentParser) -> None:
@@ -144,12 +151,12 @@ def add_data_files(parser: ArgumentParser) -> None:
         help="file of the answers to VQA questions (default: the file with VQA's name in the directory of the "
         "questions)",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--max-broken",
-        metavar="N",
-        type=non_negative_int,
-        default=MAX_BROKEN,
-        help="stop with an error if more than N samples are missing or broken; up to N are skipped and reported",
+        "stop with an error if more than N samples are missing or broken; up to N are skipped and reported",
+        MAX_BROKEN,
+        kind=non_negative_int,
     )
 
 

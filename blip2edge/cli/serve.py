@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flag_groups import add_backend, add_bundle
-from blip2edge.cli.flag_types import non_negative_int, positive_int, positive_number
+from blip2edge.cli.flag_groups import add_backend, add_bundle, add_number
+from blip2edge.cli.flag_types import non_negative_int, positive_number
 from blip2edge.errors import BackendError, OutputError, option
 
 if TYPE_CHECKING:
@@ -21,29 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
     add_backend(parser)
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="IP address or host name to listen on")
-    parser.add_argument(
-        "--port",
-        metavar="N",
-        type=non_negative_int,
-        default=8000,
-        help="TCP port to listen on; 0: any free port",
-    )
-    parser.add_argument(
-        "--max-batch", metavar="N", type=positive_int, default=8, help="largest number of captions decoded in one batch"
-    )
-    parser.add_argument(
-        "--queue",
-        metavar="N",
-        type=positive_int,
-        default=64,
-        help="largest number of waiting requests; more are answered with status 503",
-    )
-    parser.add_argument(
+    add_number(parser, "--port", "TCP port to listen on; 0: any free port", 8000, kind=non_negative_int)
+    add_number(parser, "--max-batch", "largest number of captions decoded in one batch", 8)
+    add_number(parser, "--queue", "largest number of waiting requests; more are answered with status 503", 64)
+    add_number(
+        parser,
         "--deadline",
+        "time limit of a request in seconds; a request that exceeds it is answered with status 504 (default: no limit)",
+        kind=positive_number,
         metavar="S",
-        type=positive_number,
-        help="time limit of a request in seconds; a request that exceeds it is answered with status 504 (default: "
-        "no limit)",
     )
 
 

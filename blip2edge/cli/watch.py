@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.caption import load_captioner
-from blip2edge.cli.flag_groups import add_bundle_option, add_generation, given_generation
+from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_number, given_generation
 from blip2edge.cli.flag_types import share_or_zero
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="caption every frame in order and drop none; for a folder: the present files, then stop",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--reuse-below",
-        metavar="X",
-        type=share_or_zero,
-        default=0.0,
-        help="reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X "
+        "reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X "
         "(mean difference of the pixels, 0 to 1); 0: encode every frame",
+        0.0,
+        kind=share_or_zero,
+        metavar="X",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line for each frame")
     add_bundle_option(parser)
