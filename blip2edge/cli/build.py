@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import DECODER_CACHES, TENSORRT_EDITIONS
-from blip2edge.cli.flag_groups import add_bundle, add_number
+from blip2edge.cli.flag_groups import add_bundle, add_number, add_output
 from blip2edge.cli.flag_types import positive_int
 from blip2edge.cli.table import size, table
 from blip2edge.progress import Progress
@@ -37,15 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute capability of the GPU that runs the engines (86 means 8.6), with --target rtx only; repeat it "
         "for several GPUs (default: the GPU of this machine)",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        type=Path,
-        help="write a new bundle to DIR that contains the engines and no ONNX files, for a device with little disk "
-        "space (default: add the engines to BUNDLE)",
+    add_output(
+        parser,
+        "DIR",
+        "write a new bundle to DIR that contains the engines and no ONNX files, for a device with little disk space "
+        "(default: add the engines to BUNDLE)",
+        required=False,
     )
-    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
     sizes = parser.add_argument_group("sizes", "limits of the engines; lower limits need less memory")
     add_number(sizes, "--workspace", "limit of the builder's scratch memory in MiB (default: no limit)", metavar="MiB")
     add_number(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
-from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_threads
+from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output, add_threads
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
@@ -34,9 +34,7 @@ HEADER = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``calibrate``."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="bundle to calibrate, in fp32 or fp16")
-    parser.add_argument(
-        "-o", "--output", metavar="BUNDLE8", type=Path, required=True, help="directory of the new INT8 bundle"
-    )
+    add_output(parser, "BUNDLE8", "directory of the new INT8 bundle")
     parser.add_argument(
         "--images",
         metavar="DIR",
@@ -76,7 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_number(parser, "--count", "largest number of calibration pictures", 512)
     add_threads(parser)
-    parser.add_argument("--force", action="store_true", help="replace BUNDLE8 if it exists")
     add_no_optimize(parser)
 
 

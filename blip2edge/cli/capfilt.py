@@ -15,6 +15,7 @@ from blip2edge.cli.flag_groups import (
     add_batch_size,
     add_data_files,
     add_number,
+    add_output,
     add_some_generation,
     given_generation,
 )
@@ -46,13 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="model with a matching head (ITM), which scores all captions",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        type=Path,
-        required=True,
-        help="directory of the new shards and report.json",
+    add_output(
+        parser, "DIR", "directory of the new shards and report.json", force="replace {} if capfilt wrote it before"
     )
     add_number(
         parser,
@@ -83,7 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
     add_some_generation(parser, *DECODING)
     add_some_generation(parser, *SAMPLING)
-    parser.add_argument("--force", action="store_true", help="replace DIR if capfilt wrote it before")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 

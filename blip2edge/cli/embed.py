@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``embed``."""
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="picture file")
     parser.add_argument(
-        "--text", metavar="T", action="append", help="text to embed instead of pictures; repeat it for several texts"
+        "--text", metavar="T", action="append", help="text to embed instead of pictures; may be repeated"
     )
     add_batch_size(parser, 1)
     add_bundle_option(parser)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import PRECISIONS, VERIFICATIONS
-from blip2edge.cli.flag_groups import add_no_optimize, add_number
+from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output
 from blip2edge.cli.flag_types import non_negative_int
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
@@ -24,21 +23,15 @@ HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``export``."""
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="checkpoint directory, hub name, or .pth file of LAVIS"
-    )
-    parser.add_argument(
-        "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory of the new bundle"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, hub name or .pth file of LAVIS")
+    add_output(parser, "BUNDLE", "directory of the new bundle")
     parser.add_argument(
         "--base",
         metavar="DIRECTORY",
         help="checkpoint with the frozen parts of the model; required for a .pth file of LAVIS, which does not "
         "contain them",
     )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="precision of the weights and activations"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the graphs")
     parser.add_argument(
         "--verify",
         choices=VERIFICATIONS,
@@ -48,13 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(
         parser,
         "--merge-tokens",
-        "number of patches to merge in each layer of the vision encoder; faster, but the captions may differ "
-        "from those of transformers; 0: none",
+        "number of patches to merge in each layer of the vision encoder; faster, but the captions may differ from "
+        "those of transformers; 0: none",
         0,
         kind=non_negative_int,
         metavar="R",
     )
-    parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
     add_no_optimize(parser)
 
 

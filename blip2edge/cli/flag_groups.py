@@ -28,16 +28,8 @@ GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
     "max_new_tokens": ("N", positive_int, "largest number of generated tokens"),
     "min_new_tokens": ("N", non_negative_int, "smallest number of generated tokens"),
     "num_beams": ("K", positive_int, "number of beams; 1: greedy decoding or sampling"),
-    "length_penalty": (
-        "X",
-        number,
-        "divide the score of a beam by its length to the power of X; above 0 prefers longer texts",
-    ),
-    "repetition_penalty": (
-        "X",
-        positive_number,
-        "lower the logits of tokens that are already in the text; 1: off; above 1: fewer repetitions",
-    ),
+    "length_penalty": ("X", number, "divide a beam's score by its length to the power of X; above 0: longer texts"),
+    "repetition_penalty": ("X", positive_number, "above 1: lower the logits of tokens that are in the text; 1: off"),
     "temperature": ("T", non_negative_number, "sample at temperature T; 0: greedy decoding"),
     "top_p": ("P", share, "sample from the most likely tokens whose probabilities sum up to P (0 to 1)"),
     "top_k": ("K", non_negative_int, "sample from the K most likely tokens; 0: from all"),
@@ -96,6 +88,19 @@ def add_threads(parser: ArgumentParser) -> None:
     add_number(parser, "--threads", "number of CPU threads (default: all cores)")
 
 
+def add_output(
+    parser: ArgumentParser,
+    metavar: str,
+    text: str,
+    *,
+    required: bool = True,
+    force: str = "replace {} if it exists",
+) -> None:
+    """The output of a command, and whether it may be replaced."""
+    parser.add_argument("-o", "--output", metavar=metavar, type=Path, required=required, help=text)
+    parser.add_argument("--force", action="store_true", help=force.format(metavar))
+
+
 def add_batch_size(parser: ArgumentParser, default: int) -> None:
     """Pictures in one batch."""
     add_number(parser, "--batch-size", "number of pictures in one batch", default)
@@ -148,8 +153,7 @@ def add_data_files(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--annotations",
         metavar="FILE",
-        help="file of the answers to VQA questions (default: the file with VQA's name in the directory of the "
-        "questions)",
+        help="file of the answers to VQA questions (default: in the directory of the questions)",
     )
     add_number(
         parser,

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         action="append",
         required=True,
-        help="text to compare with each picture; repeat it for several texts",
+        help="text to compare with each picture; may be repeated",
     )
     add_batch_size(parser, 1)
     add_bundle_option(parser)

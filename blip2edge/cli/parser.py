@@ -48,6 +48,9 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors have the form of all other errors: one line `error: …`, status 2."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Refuse unknown arguments here: the error then names the command's own --help."""
         known, unknown = super().parse_known_args(args, namespace)
@@ -71,8 +74,6 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         prog="blip2edge",
         description="From a trained BLIP-2-style captioner to captions on an edge device.",
         epilog="exit status: 0 done, 1 an error (one line on standard error), 2 wrong usage",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"blip2edge {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -80,13 +81,7 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
     )
     for name, summary in COMMANDS.items():
-        one = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
+        one = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         one.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import TRAINING_STAGES
+from blip2edge.cli.flag_groups import add_output
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,19 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-c", "--config", metavar="FILE", type=Path, required=True, help="recipe of the training, a TOML or JSON file"
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        type=Path,
-        help="directory of the new checkpoint (default: runs/NAME for NAME.toml)",
+    add_output(
+        parser,
+        "DIR",
+        "directory of the new checkpoint (default: runs/NAME for NAME.toml)",
+        required=False,
+        force="replace {} if it exists, and start from the beginning",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
         help="resume from the last snapshot even if FILE has changed; if it has not changed, training always resumes",
     )
-    parser.add_argument("--force", action="store_true", help="replace DIR if it exists, and start from the beginning")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(
         parser,
         "--reuse-below",
-        "reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X "
-        "(mean difference of the pixels, 0 to 1); 0: encode every frame",
+        "reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X (mean "
+        "difference of the pixels, 0 to 1); 0: encode every frame",
         0.0,
         kind=share_or_zero,
         metavar="X",
