@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-
-
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def non_negative_int(text: str) -> int:
-    """A whole number of at least 0."""
-    return _whole(text, 0)
+from collections.abc import Callable
 
 
 def number(text: str) -> float:
@@ -27,36 +18,32 @@ def number(text: str) -> float:
     return value
 
 
-def positive_number(text: str) -> float:
-    """A finite number above 0."""
-    value = number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
+def _number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of a number that is ``what``."""
+
+    def parse(text: str) -> float:
+        value = number(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text}")
+        return value
+
+    return parse
 
 
-def non_negative_number(text: str) -> float:
-    """A finite number of at least 0."""
-    value = number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
-    return value
+positive_number = _number("a number above 0", lambda value: value > 0)
+non_negative_number = _number("a number of at least 0", lambda value: value >= 0)
+share = _number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
+share_or_zero = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    value = number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text}")
-    return value
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1)
 
 
-def share_or_zero(text: str) -> float:
-    """A number from 0 to 1."""
-    value = number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
-    return value
+def non_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0)
 
 
 def _whole(text: str, least: int) -> int:

@@ -151,7 +151,7 @@ def test_engines_are_refused_with_the_command_that_builds_them_again(
     with pytest.raises(EngineError, match=r"built for GPU Orin, but here it is Orin Nano.*--capacity 40"):
         Captioner.load(path, backend="tensorrt")
     monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver("12.6", problem="no GPU"))
-    with pytest.raises(EngineError, match="no NVIDIA GPU"):
+    with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
         Captioner.load(path, backend="tensorrt")
     monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver(problem="none: libcuda.so.1 is not there"))
     with pytest.raises(BackendError, match=r"no working NVIDIA driver here \(none: libcuda"):

@@ -100,7 +100,7 @@ def test_metrics_that_cannot_be_had() -> None:
     with pytest.raises(UsageError, match="at least 2 pictures"):
         score_scenes(EvaluatedModel(captioner=Knowing(2)), 1, "heldout", ScoringOptions())
     entry = Entry("1", "1", FilePicture(Path("none.png")), question="What?", answers=("a",))
-    with pytest.raises(UsageError, match="the data has questions"):
+    with pytest.raises(UsageError, match="the data set has questions"):
         score_entries(EvaluatedModel(matcher=Seeing(2)), [entry], BrokenSamples("data", 0), ScoringOptions())
     with pytest.raises(DataError, match="at least one sample"):
         score_entries(EvaluatedModel(captioner=Knowing(2)), [], BrokenSamples("data", 0), ScoringOptions())
