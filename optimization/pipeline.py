@@ -196,7 +196,7 @@ def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fi
     candidates, fault = _candidates(task, name, portable, exact)
     task.upstream.update(portable.outputs)
     if not candidates:
-        return fault or "no recipe applies to it"
+        return fault or "no recipe applies to this graph"
     candidates = [one for one in candidates if one.result.seconds <= portable.seconds * SLOWER_MOST[one.recipe.layout]]
     if not candidates:
         return f"the portable graph is faster here ({portable.seconds * 1e3:.1f} ms)"

@@ -9,9 +9,9 @@ from blip2edge.charts import Bar, bars, curve, html_page, html_table
 from blip2edge.runtime.bench.measure import BenchReport, StageTimes
 
 UNITS = {
-    "batch": ("pictures at once", "pictures a CPU-second", "batch", "pictures_per_cpu_s"),
-    "prompt": ("slots of the prompt", "CPU ms of reading it", "slots", "prefill_cpu_ms"),
-    "caption": ("tokens of the caption", "CPU ms a token", "tokens", "decode_cpu_ms_per_token"),
+    "batch": ("pictures in a batch", "pictures per CPU second", "batch", "pictures_per_cpu_s"),
+    "prompt": ("tokens of the prompt", "CPU ms of the prefill", "slots", "prefill_cpu_ms"),
+    "caption": ("tokens of the caption", "CPU ms per token", "tokens", "decode_cpu_ms_per_token"),
 }
 """For each sweep: labels of the x and y axes, and the keys of its rows for x and y."""
 
@@ -35,9 +35,9 @@ def markdown(report: BenchReport) -> str:
 def facts(report: BenchReport) -> list[str]:
     """Single figures, one sentence each."""
     found = [
-        f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens a caption",
+        f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens per caption",
         (
-            f"loaded in {report.start_s:.2f} s; {report.memory['peak'] / 1e6:.0f} MB at most while captioning, "
+            f"loaded in {report.start_s:.2f} s; {report.memory['peak'] / 1e6:.0f} MB peak memory while captioning, "
             f"{report.memory['resident'] / 1e6:.0f} MB after all sweeps, weights {report.memory['graphs'] / 1e6:.0f} MB"
         ),
         f"{report.machine['processor']}, backend {report.machine['backend']}, "
@@ -49,9 +49,9 @@ def facts(report: BenchReport) -> list[str]:
         found.append(f"one core: {roof['gigabytes_per_s']} GB/s read, {speed}")
     found.append(f"graphs of the optimized copy: {', '.join(report.bundle['optimised']) or 'none'}")
     if report.energy is not None:
-        found.append(f"{report.energy['joules_per_caption']:.2f} J a caption ({report.energy['source']})")
+        found.append(f"{report.energy['joules_per_caption']:.2f} J per caption ({report.energy['source']})")
     if report.draft is not None:
-        found.append(f"{report.draft['tokens_per_pass']:.2f} tokens a pass (draft: {report.draft['kind']})")
+        found.append(f"{report.draft['tokens_per_pass']:.2f} tokens per pass (draft model: {report.draft['kind']})")
     return found + [f"not measured: {what} ({why})" for what, why in report.left_out.items()]
 
 

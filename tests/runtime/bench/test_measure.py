@@ -158,7 +158,7 @@ def test_tokens_a_pass_with_a_draft(
             alone = captioner.caption(Bench(captioner).picture, max_new_tokens=12, min_new_tokens=12)
             assert found["tokens_per_pass"] == alone.tokens_per_pass
     assert main(["bench", str(bundle), *flags, "--draft", "lookup"]) == 0
-    assert re.search(r"- \d\.\d\d tokens a pass \(draft: lookup\)", capsys.readouterr().out)
+    assert re.search(r"- \d\.\d\d tokens per pass \(draft model: lookup\)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["runs", "tokens"])
