@@ -188,7 +188,7 @@ def _tensorrt(name: str, module: str, packages: tuple[str, ...], extra: str, dri
     """Presence and version of a TensorRT, without importing it: without a driver, the import can end the process."""
     fix = f"with an NVIDIA GPU: pip install 'blip2edge[{extra}]'"
     if extra == "tensorrt":
-        fix += "; on a Jetson it comes with JetPack, make the environment with --system-site-packages"
+        fix += "; on a Jetson it comes with JetPack: create the environment with --system-site-packages"
     versions = [version for package in packages if (version := _version(package)) is not None]
     if _spec(module) is None:
         return Check(name, False, "not installed", fix)

@@ -61,7 +61,7 @@ def load_tensorrt(target: str) -> Any:
     except ImportError as error:
         hint = f"install it: pip install 'blip2edge[{wanted.extra}]'"
         if target == "tensorrt":
-            hint += "; on a Jetson it comes with JetPack: make the environment with --system-site-packages"
+            hint += "; on a Jetson it comes with JetPack: create the environment with --system-site-packages"
         raise EngineError(f"{wanted.module} is not installed or does not load ({error})", hint) from error
     if target == "tensorrt" and version_of(trt) < OLDEST:
         raise EngineError(
