@@ -147,10 +147,7 @@ def find_backend(name: str) -> Backend:
     if name == "auto":
         return next(iter(BACKENDS.values()))
     if name not in BACKENDS:
-        raise BackendError(
-            f"expected {option('backend')} to be one of auto, {', '.join(BACKENDS)}, got {name}",
-            f"use {option('backend')} auto or {' or '.join(BACKENDS)}",
-        )
+        raise BackendError(f"expected {option('backend')} to be one of auto, {', '.join(BACKENDS)}, got {name}")
     return BACKENDS[name]
 
 

@@ -168,7 +168,6 @@ class Captioner:
         if len(texts) != len(pictures):
             raise UsageError(
                 f"expected one prompt for each of the {len(pictures)} pictures, got {len(texts)}",
-                "give one prompt for each picture",
                 field="prompts",
             )
         for text in texts:

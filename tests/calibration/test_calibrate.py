@@ -150,7 +150,7 @@ def test_no_pictures_and_a_wrong_parent(
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found none"):
         calibrate(tiny_bundle, output, images=tmp_path / "empty")
-    with pytest.raises(BundleError, match="was calibrated before"):
+    with pytest.raises(BundleError, match="is already calibrated"):
         calibrate(report.bundle, output, images=images)
     with pytest.raises(UsageError, match="expected method to be one of"):
         calibrate(tiny_bundle, output, images=images, method="best")

@@ -136,5 +136,5 @@ def test_a_limit_outside_its_range(limit: float) -> None:
 
 def test_a_limit_on_a_model_that_captions_nothing() -> None:
     check_drop_limit(None, captions=False)
-    with pytest.raises(UsageError, match="writes none"):
+    with pytest.raises(UsageError, match="generates none"):
         check_drop_limit(0.5, captions=False)

@@ -200,7 +200,7 @@ def test_what_is_printed_for_people(data: Path, tiny_checkpoint: Drawn, capsys: 
         (["--data", "nowhere.json"], 1, "cannot read nowhere.json"),
         (["--count", "1"], 2, "at least 2 pictures"),
         (["--metrics", "vqa"], 2, "cannot be computed"),
-        (["--num-beams", "2"], 2, "--num-beams is for bundles"),
+        (["--num-beams", "2"], 2, "--num-beams works with bundles only"),
         (["--count", "2", "--predictions", "said.json"], 2, "--predictions"),
         (["--data", "recipe.toml"], 1, "unknown key 'data.pathh'; did you mean 'path'?"),
     ],
