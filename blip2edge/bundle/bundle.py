@@ -9,7 +9,7 @@ from pathlib import Path
 from blip2edge.bundle.integrity import check_files, sha256_of
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import BundleError, OutputError, option
+from blip2edge.errors import BundleError, OutputError, UsageError, option
 from blip2edge.progress import ProgressCallback
 
 
@@ -38,7 +38,13 @@ class Bundle:
             BundleError: The directory is not a bundle, or its manifest cannot be read.
             BundleVersionError: A newer version wrote it.
             BundleIntegrityError: A file is missing or changed.
+            UsageError: ``path`` is not a path.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise UsageError(
+                f"expected {option('bundle')} to be the path of a directory, got {type(path).__name__}",
+                "give a str or a pathlib.Path",
+            )
         directory = Path(path)
         bundle = cls(directory, read_manifest(directory))
         bundle._check(use_stamps=True)

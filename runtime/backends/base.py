@@ -44,11 +44,16 @@ class Session(Protocol):
             The outputs by name.
 
         Raises:
-            BackendError: The backend cannot run the graph, for example because memory is short.
+            BackendError: The session is closed, or the backend cannot run the graph (memory is short, for example).
         """
 
     def close(self) -> None:
-        """Releases the graph and its memory. :meth:`run` fails afterwards."""
+        """Releases the graph and its memory. :meth:`run` raises BackendError afterwards."""
+
+
+def closed_graph() -> BackendError:
+    """The error of a session that is used after :meth:`Session.close`."""
+    return BackendError("this graph is closed", "load the bundle again")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, one_line
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.runtime.backends.base import OptimizedFile, closed_graph
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
@@ -166,7 +166,7 @@ class OnnxRuntimeSession:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         names = self.output_names if outputs is None else outputs
         if self._session is None:
-            raise BackendError("this graph is closed", "load the bundle again")
+            raise closed_graph()
         with raised_as(BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"):
             values = self._session.run(list(names), dict(inputs))
         return dict(zip(names, values, strict=True))
@@ -181,6 +181,8 @@ class OnnxRuntimeSession:
         Args:
             pairs: For each of these outputs, the input whose buffer it is written to.
         """
+        if self._session is None:
+            raise closed_graph()
         return InPlace(self._session, pairs)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.runtime.backends.base import OptimizedFile, closed_graph
 from blip2edge.runtime.backends.onnx_bytes import onnx_model
 from blip2edge.runtime.backends.onnxruntime_cpu import raised_as
 from blip2edge.runtime.backends.probe import check_provider
@@ -137,7 +137,7 @@ class DeviceSession:
         self, onnxruntime: Any, path: Path, options: Any, providers: Sequence[Any], device: tuple[str, int]
     ) -> None:
         self._onnxruntime, self._providers, self._device = onnxruntime, list(providers), device
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=self._providers)
+        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=self._providers)
         self._open_model = cache(self._open)
         self.provider = str(self._session.get_providers()[0])
         self.input_names = tuple(value.name for value in self._session.get_inputs())
@@ -145,6 +145,8 @@ class DeviceSession:
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """See :class:`blip2edge.runtime.backends.base.Session`; inputs and outputs may be on the device."""
+        if self._session is None:
+            raise closed_graph()
         names = list(self.output_names if outputs is None else outputs)
         devices = [self._device if name.startswith(ON_DEVICE) else ("cpu", 0) for name in names]
         values = self._run_with_binding(self._session, inputs, zip(names, devices, strict=True))
@@ -155,11 +157,13 @@ class DeviceSession:
 
     def run_model(self, model: bytes, inputs: Mapping[str, Any]) -> Any:
         """Runs a small model on the device; see :data:`RunModel`."""
+        if self._session is None:
+            raise closed_graph()
         return self._run_with_binding(self._open_model(model), inputs, [("y", self._device)])[0]
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
-        del self._session
+        self._session = None
         self._open_model.cache_clear()
 
     def _run_with_binding(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 import numpy as np
@@ -72,6 +73,15 @@ class GraphOpener:
         session = self._open(graph)
         self._sessions.append(session)
         return session
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Closes the graphs loaded so far if the block raises an error."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Releases the graphs that it loaded and their memory; harmless when called twice."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, BundleError, one_line, option
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.runtime.backends.base import OptimizedFile, closed_graph
 
 
 class OpenVinoSession:
@@ -61,6 +61,8 @@ class OpenVinoSession:
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
+        if self._model is None:
+            raise closed_graph()
         given = {name: np.ascontiguousarray(inputs[name]) for name in self.input_names}
         names = self.output_names if outputs is None else outputs
         try:
@@ -81,8 +83,7 @@ class OpenVinoSession:
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         self._idle.clear()
-        del self._model
-        self._mapped = None
+        self._model = self._mapped = None
 
 
 def _package() -> Any:

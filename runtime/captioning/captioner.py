@@ -19,8 +19,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
-from blip2edge.runtime.backends.open_graph import GraphOpener
-from blip2edge.runtime.captioning.assemble import load_pipeline
+from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span
@@ -28,9 +27,7 @@ from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.options import (
     CaptionOptions,
     GenerationOptions,
-    check_bundle,
     check_integer,
-    check_open,
     check_text,
     listed,
 )
@@ -46,7 +43,7 @@ Item = TypeVar("Item")
 IN_FLIGHT = 3  # batches at once: one in the decoder, one in the encoder, one waiting
 
 
-class Captioner:
+class Captioner(LoadedBundle):
     """Captions pictures with a bundle.
 
     Make one with :meth:`load`, and close it after use:
@@ -62,10 +59,9 @@ class Captioner:
         threads: int | None = None,
         draft: DraftName = "auto",
     ) -> None:
-        check_bundle(bundle, "Captioner")
-        self.bundle = bundle
-        self.graphs = GraphOpener(bundle, backend, threads)
-        self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=self.graphs.backend)
+        super().__init__(bundle, backend, threads)
+        with self.graphs.closed_on_error():
+            self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=self.graphs.backend)
         self.prompts, self.tokenizer = self.encoder.text.prompts, self.encoder.text.tokenizer
 
     @classmethod
@@ -89,29 +85,10 @@ class Captioner:
         Raises:
             BundleError: No bundle, a newer one, or one whose files were changed.
             BackendError: The backend is not installed, or does not run here.
-            UsageError: ``threads`` is below 1, or the bundle does not have this ``draft``.
+            UsageError: ``bundle`` is not a path, ``threads`` is below 1, or the bundle does not have this ``draft``.
         """
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads, draft)
-
-    def close(self) -> None:
-        """Releases the graphs and their memory; harmless when called twice.
-
-        Finish the running calls and close the schedulers first. Every call after it raises UsageError.
-        """
-        self.graphs.close()
-
-    def __enter__(self) -> Captioner:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes it."""
-        self.close()
-
-    def __repr__(self) -> str:
-        path, precision = str(self.bundle.path), self.bundle.manifest.precision
-        return f"Captioner({path!r}, backend={self.graphs.backend!r}, precision={precision!r})"
 
     def caption(
         self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
@@ -162,7 +139,7 @@ class Captioner:
             ImageError, PromptError: As in :meth:`caption`, after the results of the pictures before it.
             UsageError: As in :meth:`caption`, before the first result.
         """
-        check_open(self.graphs.closed, "Captioner")
+        self._check_open()
         pictures = listed("images", images)
         texts: list[str | None] = [None] * len(pictures) if prompts is None else listed("prompts", prompts)
         if len(texts) != len(pictures):
@@ -187,7 +164,7 @@ class Captioner:
 
         Arguments and errors as in :meth:`caption`; beam search cannot be streamed.
         """
-        check_open(self.graphs.closed, "Captioner")
+        self._check_open()
         if prompt is not None:
             check_text("prompt", prompt)
         generation = self.options(**options)
@@ -214,7 +191,7 @@ class Captioner:
             trace: As of :class:`Scheduler`.
             encoder: Replaces the captioner's own.
         """
-        check_open(self.graphs.closed, "Captioner")
+        self._check_open()
         most = self.generator.language.decoder.max_rows
         return Scheduler(
             encoder or self.encoder,
@@ -255,10 +232,10 @@ class Captioner:
 
     def _while_open(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items; raises UsageError where the captioner was closed before the next one."""
-        check_open(self.graphs.closed, "Captioner")
+        self._check_open()
         for item in items:
             yield item
-            check_open(self.graphs.closed, "Captioner")
+            self._check_open()
 
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int

@@ -30,12 +30,9 @@ from blip2edge.bundle.schema import (
 )
 from blip2edge.errors import BundleError, PromptError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
-from blip2edge.runtime.backends.open_graph import GraphOpener
-from blip2edge.runtime.captioning.assemble import image_parts
+from blip2edge.runtime.captioning.assemble import LoadedBundle, image_parts
 from blip2edge.runtime.decoding.options import (
-    check_bundle,
     check_integer,
-    check_open,
     check_text,
     listed,
 )
@@ -66,11 +63,11 @@ class MatchResult:
         return dict(vars(self))
 
 
-class Matcher:
+class Matcher(LoadedBundle):
     """Compares pictures with texts. Make one with :meth:`load`, and close it after use, as with ``with``."""
 
     def __init__(self, bundle: Bundle, backend: BackendName = "auto", threads: int | None = None) -> None:
-        check_bundle(bundle, "Matcher")
+        super().__init__(bundle, backend, threads)
         manifest = bundle.manifest
         if TEXT_EMBEDS not in manifest.graphs:
             required = manifest.prompt is not None and manifest.prompt.required
@@ -81,13 +78,12 @@ class Matcher:
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
                 f"use blip2edge {'ask' if required else 'caption'}",
             )
-        session = self.graphs = GraphOpener(bundle, backend, threads)
-        self.bundle = bundle
-        self.images = image_parts(bundle, session)
-        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
-        self.features = session(IMAGE_FEATURES)
-        self.texts = session(TEXT_EMBEDS)
-        self.head = session(MATCH) if MATCH in manifest.graphs else None
+        with self.graphs.closed_on_error():
+            self.images = image_parts(bundle, self.graphs)
+            self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE))
+            self.features = self.graphs(IMAGE_FEATURES)
+            self.texts = self.graphs(TEXT_EMBEDS)
+            self.head = self.graphs(MATCH) if MATCH in manifest.graphs else None
 
     @classmethod
     def load(cls, bundle: str | Path, *, backend: BackendName = "auto", threads: int | None = None) -> Matcher:
@@ -101,29 +97,10 @@ class Matcher:
         Raises:
             BundleError: No bundle, a newer one, one whose files were changed, or one that captions.
             BackendError: The backend is not installed, or does not run here.
-            UsageError: ``threads`` is below 1.
+            UsageError: ``bundle`` is not a path, or ``threads`` is below 1.
         """
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads)
-
-    def close(self) -> None:
-        """Releases the graphs and their memory; harmless when called twice.
-
-        Finish the running calls first. Every call after it raises UsageError.
-        """
-        self.graphs.close()
-
-    def __enter__(self) -> Matcher:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes it."""
-        self.close()
-
-    def __repr__(self) -> str:
-        path, precision = str(self.bundle.path), self.bundle.manifest.precision
-        return f"Matcher({path!r}, backend={self.graphs.backend!r}, precision={precision!r})"
 
     def match(self, image: ImageSource, text: str) -> MatchResult:
         """Compares a picture with a text.
@@ -143,7 +120,7 @@ class Matcher:
         self, images: Iterable[ImageSource], texts: Sequence[str], *, batch_size: int = 1
     ) -> Iterator[MatchResult]:
         """Compares every picture with every text, picture by picture; arguments and errors as :meth:`match`."""
-        check_open(self.graphs.closed, "Matcher")
+        self._check_open()
         pictures, sentences = listed("images", images), listed("texts", texts)
         ids = [self._ids(text) for text in sentences]
         starts = _starts(len(pictures), batch_size)
@@ -168,7 +145,7 @@ class Matcher:
                 f"{self.bundle.path} compares by cosine alone and has no matching head",
                 "use a bundle of BLIP or BLIP-2, such as Salesforce/blip2-itm-vit-g",
             )
-        check_open(self.graphs.closed, "Matcher")
+        self._check_open()
         pairs = [(row, self._ids(text)) for row, own in enumerate(texts) for text in listed("texts", own)]
         found: list[list[float]] = [[] for _ in images]
         if not pairs:
@@ -189,7 +166,7 @@ class Matcher:
 
     def embed_images(self, images: Iterable[ImageSource], *, batch_size: int = 1) -> Vectors:
         """The same of N pictures: ``[N, F]`` or ``[N, K, F]``, of length 1."""
-        check_open(self.graphs.closed, "Matcher")
+        self._check_open()
         pictures = listed("images", images)
         parts = [
             self._features(self._image_embeds(pictures[at : at + batch_size]))
@@ -207,7 +184,7 @@ class Matcher:
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1) -> Vectors:
         """The same of N texts: ``[N, F]``, of length 1."""
-        check_open(self.graphs.closed, "Matcher")
+        self._check_open()
         ids = [self._ids(text) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]
         if not parts:

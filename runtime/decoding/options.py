@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DRAFTS, DraftName
 from blip2edge.errors import UsageError, option
 
@@ -228,25 +227,6 @@ def finish_reason(
     return "length" if length >= options.max_new_tokens else None
 
 
-def check_bundle(bundle: object, loader: str) -> None:
-    """Checks that a bundle is an opened one.
-
-    Args:
-        bundle: What the user passed.
-        loader: The class whose ``load`` opens a directory.
-
-    Raises:
-        UsageError: It is a path, or something else.
-    """
-    if not isinstance(bundle, Bundle):
-        raise UsageError(
-            f"expected {option('bundle')} to be an opened Bundle, got {shown(bundle)}",
-            f"load a directory with {loader}.load({shown(bundle)})"
-            if isinstance(bundle, (str, os.PathLike))
-            else f"load a directory with {loader}.load(directory)",
-        )
-
-
 def listed(name: str, values: Iterable[Item]) -> list[Item]:
     """Several pictures or texts as a list.
 
@@ -274,13 +254,3 @@ def check_text(name: str, value: object) -> None:
     """
     if not isinstance(value, str):
         raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}")
-
-
-def check_open(closed: bool, loader: str) -> None:
-    """Checks that a ``Captioner`` or ``Matcher`` is not closed.
-
-    Raises:
-        UsageError: It is closed.
-    """
-    if closed:
-        raise UsageError(f"this {loader} is closed", f"load the bundle again with {loader}.load")

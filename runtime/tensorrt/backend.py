@@ -12,7 +12,7 @@ from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, option
 from blip2edge.runtime.backends import probe
-from blip2edge.runtime.backends.base import OptimizedFile, Session
+from blip2edge.runtime.backends.base import OptimizedFile, Session, closed_graph
 from blip2edge.runtime.backends.engine_files import STEP, EngineRecord, EngineSet, find_engines, fingerprint
 from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
 from blip2edge.runtime.tensorrt.kv_cache import DeviceDecoder
@@ -116,4 +116,6 @@ class DecoderSession(TrtSession):
 
     def decoder(self, table: TokenTable) -> DeviceDecoder:
         """The decoder that runs on this engine."""
+        if self.closed:
+            raise closed_graph()
         return self._opener.decoder(self, table)

@@ -18,6 +18,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
 from blip2edge.errors import EngineError, option
+from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.backends.engine_files import EngineRecord
 from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer, Mirror
 
@@ -271,9 +272,12 @@ class TrtSession:
         self._make = partial(Context, device, engine, record, record.profiles[0])
         self._context: Context | None = None
         self._mirrors: dict[str, Mirror] = {}
+        self.closed = False
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
+        if self.closed:
+            raise closed_graph()
         device = self._device
         with device.lock:
             if self._context is None:
@@ -295,6 +299,7 @@ class TrtSession:
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
+        self.closed = True
         for mirror in self._mirrors.values():
             mirror.free()
         self._mirrors.clear()
