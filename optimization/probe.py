@@ -11,7 +11,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import BRIDGE, CROSS_MASK, DECODER, MATCH, VISION, Axis, GraphSpec, TensorSpec
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.decoding.language_model import Decoder
+from blip2edge.runtime.decoding.state import Decoder
 
 SEED = 6
 ROWS = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
@@ -46,10 +46,11 @@ class LoadedBundle:
     """
 
     def __init__(self, bundle: Bundle, backend: BackendName, threads: int | None) -> None:
-        if not isinstance(bundle, Bundle):
-            directory = shown(bundle) if isinstance(bundle, (str, os.PathLike)) else "directory"
+        given: Any = bundle
+        if not isinstance(given, Bundle):
+            directory = shown(given) if isinstance(given, (str, os.PathLike)) else "directory"
             raise UsageError(
-                f"expected {option('bundle')} to be an opened Bundle, got {shown(bundle)}",
+                f"expected {option('bundle')} to be an opened Bundle, got {shown(given)}",
                 f"load a directory with {type(self).__name__}.load({directory})",
             )
         self.bundle = bundle

@@ -21,11 +21,11 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INTERLEAVED
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult
+from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.draft_model import DraftSelector
-from blip2edge.runtime.decoding.generate import Generation, generate, stream
+from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
 from blip2edge.runtime.decoding.language_model import LanguageModel
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions
-from blip2edge.runtime.decoding.speculative import Speculator
 from blip2edge.runtime.decoding.state import RowState
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource, pictures_of
@@ -267,14 +267,23 @@ class TextGenerator:
     def complete(
         self, batch: EncodedBatch, options: GenerationOptions, numbers: Sequence[int], clock: StageClock
     ) -> list[Generated]:
-        """The texts of a batch; rows that reach the context's end at different lengths are run separately.
+        """The texts of a batch.
 
         Args:
             batch: B rows.
             options: The same for all.
-            numbers: Of their random streams.
+            numbers: Numbers of their random streams.
             clock: Measures prefill and decode.
         """
+        if options.num_beams > 1:
+            return self._search(batch, options, clock)
+        logits, state = self.prefill(batch, clock)
+        with clock("decode"):
+            rows = [self.begin(batch, row, options, logits.shape[-1], number) for row, number in enumerate(numbers)]
+            return generate(logits, state, rows)
+
+    def _search(self, batch: EncodedBatch, options: GenerationOptions, clock: StageClock) -> list[Generated]:
+        """Beam search; rows whose texts reach the end of the context at different lengths are run separately."""
         limited = [self.limited(prompt, options) for prompt in batch.prompts]
         rows = range(len(batch.prompts))
         groups = [list(rows)] if len(set(limited)) == 1 else [[row] for row in rows]
@@ -282,46 +291,30 @@ class TextGenerator:
         for group in groups:
             part = batch.part(group)
             logits, state = self.prefill(part, clock)
+            prompts = [self._prompt_ids(prompt) for prompt in part.prompts]
             with clock("decode"):
-                texts += generate(
+                texts += beam_search(
                     logits,
                     state,
-                    [self._prompt_ids(prompt) for prompt in part.prompts],
+                    prompts,
                     limited[group[0]],
                     initial=self.language.initial,
                     stopped=self._stopped(options),
-                    row_ids=[numbers[row] for row in group],
-                    speculators=self._speculators(part, options),
                 )
         return texts
 
     def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[str]:
         """The pieces of one row's text as they are generated."""
         logits, state = self.prefill(batch, StageClock())
-        prompt = batch.prompts[0]
+        row, decoding = self.begin(batch, 0, options, logits.shape[-1], 0), GenerationBatch()
+        decoding.join(logits, state, [row])
         text = TextPieces(self.tokenizer, options.stop)
-        for event in stream(
-            logits,
-            state,
-            [self._prompt_ids(prompt)],
-            self.limited(prompt, options),
-            initial=self.language.initial,
-            stopped=self._stopped(options),
-            speculators=self._speculators(batch, options),
-        ):
-            piece = text.push(event.token)
-            if piece:
+        while decoding.rows:
+            decoding.step()
+            if piece := text.push(row.generated[-1]):
                 yield piece
-        rest = text.flush()
-        if rest:
+        if rest := text.flush():
             yield rest
-
-    def _speculators(self, batch: EncodedBatch, options: GenerationOptions) -> list[Speculator | None]:
-        if options.draft == "none":
-            return []
-        return [
-            self.drafts.speculator(options, prompt.ids, batch.pictures, row) for row, prompt in enumerate(batch.prompts)
-        ]
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's ids that are in the decoder's context: none where a text encoder takes the prompt."""

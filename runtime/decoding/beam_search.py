@@ -19,6 +19,7 @@ from blip2edge.runtime.decoding.options import (
     Stopped,
     end_ids,
     finish_reason,
+    ids_before,
 )
 from blip2edge.runtime.decoding.sampling import log_softmax, penalize_repetition, top_k_indices
 from blip2edge.runtime.decoding.state import DecodeState
@@ -35,9 +36,17 @@ def beam_search(
     stopped: Stopped | None = None,
     initial: Sequence[int] = (),
 ) -> list[Generated]:
-    """Find the best text of every row with `options.num_beams` beams; the arguments are those of `generate`.
+    """Finds the best text of every picture with `options.num_beams` beams.
 
-    The state is widened to num_beams rows a picture before its first step, by `select`.
+    Before the first step, `select` repeats each row of the state num_beams times.
+
+    Args:
+        first_logits: `[B, V]`, the logits after each prompt.
+        state: The decoder after the prompts, B rows; used up by the call.
+        prompt_ids: The prompt's ids of each row; see `Generation`.
+        options: How to generate, the same for all rows.
+        stopped: Returns whether generated ids finish a text; the end tokens always do.
+        initial: Ids that the decoder was started with (encoder-decoder models).
 
     Raises:
         BackendError: The decoder returned NaN.
@@ -81,8 +90,7 @@ class _BeamGroup:
         stopped: Stopped | None,
     ) -> None:
         width = options.num_beams
-        before = np.unique(np.array([*prompt, *initial], np.int64))
-        self._before = before[(before >= 0) & (before < vocabulary)]
+        self._before = ids_before(prompt, initial, vocabulary)
         self._options, self._stopped = options, stopped
         self._length = 0
         self._running = np.zeros((width, options.max_new_tokens), np.int64)

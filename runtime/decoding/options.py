@@ -202,13 +202,10 @@ class Generated:
     tokens_per_pass: float = 1.0
 
 
-@dataclass(frozen=True)
-class StepEvent:
-    """One new token of one row; `finish_reason` is set on the row's last one."""
-
-    row: int
-    token: int
-    finish_reason: str | None
+def ids_before(prompt: Sequence[int], initial: Sequence[int], vocabulary: int) -> NDArray[np.int64]:
+    """The ids before the generated ones, each once, that the repetition penalty applies to: those below V."""
+    ids = np.unique(np.array([*prompt, *initial], np.int64))
+    return ids[(ids >= 0) & (ids < vocabulary)]
 
 
 def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:

@@ -193,8 +193,8 @@ class DeviceState(FixedState):
             "attention_mask": self.mask,
             "logits_indices": np.zeros((self.batch_size, 1), np.int64),
         }
-        if self._cross_mask is not None:
-            values[CROSS_MASK] = self._cross_mask[:, -1:]
+        if self.cross_mask is not None:
+            values[CROSS_MASK] = self.cross_mask[:, -1:]
         for name, array in values.items():
             halves = (0, 1) if name not in GREEDY else (cache.half,)
             for half in halves:
