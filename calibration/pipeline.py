@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tempfile
 import time
@@ -52,6 +51,7 @@ from blip2edge.calibration.search.drop_limit import (
 )
 from blip2edge.calibration.weights.quantize import BITS, quantize_weights
 from blip2edge.errors import BackendError, BundleError, UsageError, option
+from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
 from blip2edge.version import __version__
@@ -231,11 +231,7 @@ def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle
         raise UsageError(f"{option('method')} is one of {', '.join(METHODS)}, not {method}")
     if weights is not None and weights not in BITS:
         raise UsageError(f"{option('weights')} is one of {', '.join(BITS)}, not {weights}")
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError(
-            "calibration runs the bundle in onnxruntime, which is not installed",
-            "install it: pip install 'blip2edge[cpu,export]'",
-        )
+    require("onnxruntime", "calibration", BackendError, "cpu,export")
     parent = Bundle.open(bundle)
     if parent.manifest.precision == "bf16":
         raise BundleError(

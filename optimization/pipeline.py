@@ -10,7 +10,6 @@ For OpenVINO, the copy of a graph is its compiled model: it runs as fast as the 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from blip2edge.optimization.graph import prepare
 from blip2edge.optimization.passes.integers import without_rounding
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
 from blip2edge.optimization.storage import SMALLEST, optimize_offline, scratch_directory, write_copy
+from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
@@ -134,11 +134,7 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
             f"no optimised copy is made for the backend {backend}, which runs a bundle's own graphs",
             f"use {option('backend')} {' or '.join(BACKENDS)}, or {option('backend')} {backend} without a copy",
         )
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError(
-            "an optimised copy is checked in onnxruntime, which is not installed",
-            "install it: pip install 'blip2edge[cpu]'",
-        )
+    require("onnxruntime", "the check of an optimised copy", BackendError)
     start = time.perf_counter()
     opened = Bundle.open(bundle)
     directory = opened.derive(KIND) / backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, one_line
+from blip2edge.packages import require
 from blip2edge.runtime.backends.base import OptimizedFile, closed_graph
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
@@ -135,7 +136,7 @@ class OnnxRuntimeSession:
         lean: bool = False,
         optimized: OptimizedFile | None = None,
     ) -> None:
-        onnxruntime = _package()
+        onnxruntime = require("onnxruntime", "the cpu backend", BackendError)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         options.inter_op_num_threads = 1
@@ -159,6 +160,7 @@ class OnnxRuntimeSession:
                     providers=PROVIDERS,
                     disabled_optimizers=None if optimized is None else SLOW_FUSIONS,
                 )
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
@@ -183,7 +185,7 @@ class OnnxRuntimeSession:
         """
         if self._session is None:
             raise closed_graph()
-        return InPlace(self._session, pairs)
+        return InPlace(self._session, pairs, self._value)
 
 
 class InPlace:
@@ -195,13 +197,14 @@ class InPlace:
     Args:
         session: ONNX Runtime's own session.
         pairs: For each of these outputs, the input whose buffer it is written to.
+        value_of: Wraps an array, without a copy, as ONNX Runtime's ``OrtValue``.
     """
 
-    def __init__(self, session: Any, pairs: Mapping[str, str]) -> None:
+    def __init__(self, session: Any, pairs: Mapping[str, str], value_of: Callable[[Array], Any]) -> None:
         self._session = session
         self._binding = session.io_binding()
         self._pairs = dict(pairs)
-        self._value = _package().OrtValue.ortvalue_from_numpy
+        self._value = value_of
 
     def bind(self, buffers: Mapping[str, Array]) -> None:
         """Binds the buffers of the paired inputs and outputs, in place of those bound before.
@@ -238,14 +241,3 @@ class InPlace:
 def open_graph(path: Path, threads: int | None = None, optimized: OptimizedFile | None = None) -> OnnxRuntimeSession:
     """Loads a graph; arguments and errors as :class:`OnnxRuntimeSession`."""
     return OnnxRuntimeSession(path, threads, optimized=optimized)
-
-
-def _package() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            "the cpu backend needs onnxruntime, which is not installed",
-            "install it: pip install 'blip2edge[cpu]'",
-        ) from error
-    return onnxruntime

@@ -17,6 +17,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError
+from blip2edge.packages import require
 from blip2edge.runtime.backends.base import OptimizedFile, closed_graph
 from blip2edge.runtime.backends.onnx_bytes import onnx_model
 from blip2edge.runtime.backends.onnxruntime_cpu import raised_as
@@ -24,6 +25,7 @@ from blip2edge.runtime.backends.probe import check_provider
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1"}
+JETSON = "; on a Jetson, see docs/jetson.md"
 GPU = ("cuda", 0)
 """A device as ONNX Runtime names it, and its number."""
 
@@ -98,18 +100,12 @@ def checked_package(provider: str) -> Any:
     Raises:
         BackendError: onnxruntime is not installed, or the provider does not work here.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            f"{provider} needs onnxruntime-gpu, which is not installed",
-            "install it: pip install 'blip2edge[gpu]'; on a Jetson, see docs/jetson.md",
-        ) from error
+    onnxruntime = require("onnxruntime", provider, BackendError, "gpu", JETSON)
     if provider not in onnxruntime.get_available_providers():
         names = ", ".join(onnxruntime.get_available_providers())
         raise BackendError(
             f"this onnxruntime has no {provider}, only {names}",
-            "pip uninstall onnxruntime, then pip install 'blip2edge[gpu]'; on a Jetson, see docs/jetson.md",
+            f"pip uninstall onnxruntime, then pip install 'blip2edge[gpu]'{JETSON}",
         )
     check = check_provider(onnxruntime, provider)
     if not check.ok:

@@ -11,6 +11,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, BundleError, one_line, option
+from blip2edge.packages import require
 from blip2edge.runtime.backends.base import OptimizedFile, closed_graph
 
 
@@ -31,7 +32,7 @@ class OpenVinoSession:
     """
 
     def __init__(self, path: Path, threads: int | None = None, *, compiled: bool = False) -> None:
-        openvino = _package()
+        openvino = require("openvino", "the openvino backend", BackendError)
         # Computes in float32 like the graph: without the hint, OpenVINO uses bfloat16 on CPUs that support it.
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
@@ -84,17 +85,6 @@ class OpenVinoSession:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         self._idle.clear()
         self._model = self._mapped = None
-
-
-def _package() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(
-            "the openvino backend needs openvino, which is not installed",
-            "install it: pip install 'blip2edge[openvino]'",
-        ) from error
-    return openvino
 
 
 def _with_float32_ports(openvino: Any, model: Any) -> Any:

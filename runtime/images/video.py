@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from blip2edge.errors import ImageError, UsageError
+from blip2edge.packages import require
 from blip2edge.runtime.images.preprocess import ImageSource
 
 ItemSource = ImageSource | Sequence[ImageSource]
@@ -89,13 +90,7 @@ def _by_number(name: str) -> list[Any]:
 
 
 def _from_video(path: Path, count: int) -> list[ImageSource]:
-    try:
-        import av  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ImageError(
-            f"{path}: reading a video needs PyAV, which is not installed",
-            "install it: pip install 'blip2edge[video]'",
-        ) from error
+    av = require("av", f"{path}: reading a video", ImageError)
     try:
         with av.open(str(path)) as container:
             total = container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))

@@ -1,0 +1,56 @@
+"""Optional packages: the extra of blip2edge that installs each, and the error where a package is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from blip2edge.errors import Blip2EdgeError
+
+EXTRAS = {
+    **dict.fromkeys(
+        ("huggingface_hub", "onnx", "onnxscript", "safetensors", "torch", "transformers"),
+        "export",
+    ),
+    "accelerate": "train",
+    "av": "video",
+    "onnx_ir": "build",
+    "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "ray": "ray",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    "uvicorn": "serve",
+}
+"""The extra by the name that a package is imported under."""
+
+
+def install_command(extra: str) -> str:
+    """The advice of an error: how to install an extra."""
+    return f"install it: pip install 'blip2edge[{extra}]'"
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """The packages that are not installed; none is imported."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def require(package: str, purpose: str, error: type[Blip2EdgeError], extra: str = "", hint: str = "") -> Any:
+    """Imports an optional package.
+
+    Args:
+        package: The name that it is imported under.
+        purpose: What needs it: the beginning of the error.
+        error: The class of the error where it is missing.
+        extra: The extra that installs it; empty for that of :data:`EXTRAS`.
+        hint: Further advice for the error.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as cause:
+        problem = f"{purpose} needs {package}, which is not installed"
+        raise error(problem, install_command(extra or EXTRAS[package]) + hint) from cause
