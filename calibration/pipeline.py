@@ -31,7 +31,6 @@ from blip2edge.calibration.activations.quantize import quantize_activations
 from blip2edge.calibration.agreement import (
     RUNS,
     CaptionAgreement,
-    GreedyCaption,
     caption_pictures,
     compare_captions,
 )
@@ -54,6 +53,7 @@ from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
+from blip2edge.runtime.captioning.captioner import CaptionResult
 from blip2edge.version import __version__
 
 BITS_WITHOUT_INPUTS = 8
@@ -166,7 +166,7 @@ def _fill_staging(
 def _agreement(
     context: CalibrationContext,
     pictures: PictureSet,
-    captions: Sequence[GreedyCaption],
+    captions: Sequence[CaptionResult],
     graphs: Mapping[str, StagedGraph],
 ) -> CaptionAgreement:
     """Seals the staging directory, captions with it, and compares with the parent's captions."""
@@ -178,7 +178,7 @@ def _agreement(
 def _apply_limit(
     context: CalibrationContext,
     pictures: PictureSet,
-    captions: Sequence[GreedyCaption],
+    captions: Sequence[CaptionResult],
     graphs: Mapping[str, StagedGraph],
     limit: DropLimit,
 ) -> tuple[dict[str, StagedGraph], KeptLayers, CaptionAgreement]:
@@ -260,7 +260,7 @@ def _warnings(pictures: PictureSet) -> list[str]:
 
 def _captions(
     context: CalibrationContext, bundle: Path, pictures: PictureSet, stage: str
-) -> list[GreedyCaption] | None:
+) -> list[CaptionResult] | None:
     """Captions of the first pictures; None where the model writes none."""
     if context.parent.manifest.prompt is None:
         return None

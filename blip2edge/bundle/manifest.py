@@ -17,7 +17,6 @@ from blip2edge.bundle.schema import (
     MergingRecord,
     Parity,
     PromptSpec,
-    TensorSpec,
 )
 from blip2edge.errors import BundleError, BundleVersionError, option
 
@@ -55,21 +54,15 @@ class GraphRecord:
             "data_files": list(self.data_files),
             "precision": self.precision,
             "fp32_exceptions": list(self.fp32_exceptions),
-            "inputs": [spec.to_json() for spec in self.spec.inputs],
-            "outputs": [spec.to_json() for spec in self.spec.outputs],
+            **self.spec.to_json(),
             "parity": [parity.to_json() for parity in self.parity],
         }
 
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> GraphRecord:
         """The inverse of :meth:`to_json`."""
-        spec = GraphSpec(
-            name,
-            tuple(TensorSpec.from_json(item) for item in values["inputs"]),
-            tuple(TensorSpec.from_json(item) for item in values["outputs"]),
-        )
         return cls(
-            spec=spec,
+            spec=GraphSpec.from_json(name, values),
             precision=values["precision"],
             parity=tuple(Parity.from_json(item) for item in values.get("parity", ())),
             fp32_exceptions=tuple(values.get("fp32_exceptions", ())),

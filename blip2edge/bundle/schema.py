@@ -154,6 +154,29 @@ class GraphSpec:
                     found.setdefault(dim.name, dim)
         return found
 
+    def lengths(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The lengths of the elementary axes by name, from the shapes of the inputs.
+
+        Raises:
+            ValueError: A shape has another rank than its tensor.
+        """
+        found: dict[str, int] = {}
+        for tensor in self.inputs:
+            for dim, length in zip(tensor.dims, shapes[tensor.name], strict=True):
+                if isinstance(dim, Axis) and "+" not in dim.name:
+                    found[dim.name] = length
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """``inputs`` and ``outputs`` as in ``bundle.json`` and ``engine.json``."""
+        return {key: [tensor.to_json() for tensor in getattr(self, key)] for key in ("inputs", "outputs")}
+
+    @classmethod
+    def from_json(cls, name: str, values: Mapping[str, Any]) -> GraphSpec:
+        """The inverse of :meth:`to_json`."""
+        inputs, outputs = (tuple(map(TensorSpec.from_json, values[key])) for key in ("inputs", "outputs"))
+        return cls(name, inputs, outputs)
+
     def with_float(self, dtype: str) -> GraphSpec:
         """The same graph with its floating-point tensors in ``dtype``; :data:`SCORES` stay float32."""
 

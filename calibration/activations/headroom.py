@@ -104,7 +104,7 @@ def measure_headroom(
     largest = np.zeros(len(names))
     total = min(RUNS, feeds.count(record.spec.name))
     for inputs in counted(feeds.runs(record.spec.name, RUNS), total, progress):
-        values = [float(value) if value.size else 0.0 for value in session.run(names, inputs)]
+        values = [float(value) if value.size else 0.0 for value in session.run(inputs, names).values()]
         largest = np.maximum(largest, values)
     ranges = [
         TensorRange(name, node.op_type, str(node.name), _reads(node), _dtype(node, name), float(value))

@@ -45,6 +45,9 @@ def write_reports(
 
     Returns:
         Hash and size of each file.
+
+    Raises:
+        ValueError: A measurement is infinite or NaN.
     """
     values = report_document(record, graphs)
     values["captions"] = _captions(pictures, captions)
@@ -53,7 +56,8 @@ def write_reports(
         "parent_bytes": _bytes(context.parent.file(EMBEDDINGS_FILE)),
     }
     values["decode"] = _decode(context, graphs)
-    write_report(context.staging / REPORT, values)
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+    (context.staging / REPORT).write_text(text, encoding="utf-8")
     thumbnails = {at: thumbnail(load_image(pictures[at].read())) for at in shown_pictures(values["captions"])}
     (context.staging / REPORT_PAGE).write_text(report_page(values, title, thumbnails), encoding="utf-8")
     return {name: FileRecord.of(context.staging / name) for name in (REPORT, REPORT_PAGE)}
@@ -92,15 +96,6 @@ def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]
             for name, graph in graphs.items()
         },
     }
-
-
-def write_report(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes the object as JSON.
-
-    Raises:
-        ValueError: It contains an infinity or a NaN.
-    """
-    path.write_text(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _captions(pictures: Sequence[CalibrationPicture], captions: CaptionAgreement | None) -> list[dict[str, str]]:

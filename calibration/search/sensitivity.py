@@ -140,9 +140,7 @@ class DivergenceMeter:
         """
         record = self._parent.graph(layer.graph)
         size = sum(self._parent.manifest.files[file].size for file in record.data_files)
-        proto = ir.to_proto(quantized)
-        probe = open_probe(proto, self._parent.path, size, self._threads)
-        session = _opened(self._sessions[layer.graph], probe)
+        session = open_probe(ir.to_proto(quantized), self._parent.path, size, self._threads)
         return Sensitivity(layer, max(self.loss(layer.graph, session), 0.0))
 
     def _logits(self, sessions: Mapping[str, Session]) -> list[Array]:
@@ -200,12 +198,6 @@ def _all_logits(session: Session, logits: list[Array]) -> Session:
         return found
 
     return _SubstituteSession(session, compute)
-
-
-def _opened(like: Session, graph: Any) -> Session:
-    """A session of a graph that is open in ONNX Runtime."""
-    names = list(like.output_names)
-    return _SubstituteSession(like, lambda inputs: dict(zip(names, graph.run(names, dict(inputs)), strict=True)))
 
 
 def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:

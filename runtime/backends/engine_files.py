@@ -15,7 +15,7 @@ from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord, check_files
-from blip2edge.bundle.schema import GraphSpec, TensorSpec
+from blip2edge.bundle.schema import GraphSpec
 from blip2edge.errors import BackendError, EngineError, option
 from blip2edge.runtime.backends import probe
 
@@ -61,16 +61,14 @@ class EngineRecord:
             "warnings": list(self.warnings),
             "asked": dict(self.asked),
             "landed": None if self.landed is None else dict(self.landed),
-            "inputs": [tensor.to_json() for tensor in self.spec.inputs],
-            "outputs": [tensor.to_json() for tensor in self.spec.outputs],
+            **self.spec.to_json(),
         }
 
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> EngineRecord:
         """The inverse of :meth:`to_json`."""
-        inputs, outputs = (tuple(TensorSpec.from_json(item) for item in values[key]) for key in ("inputs", "outputs"))
         return cls(
-            spec=GraphSpec(name, inputs, outputs),
+            spec=GraphSpec.from_json(name, values),
             file=FileRecord(values["sha256"], values["size"]),
             precision=values["precision"],
             profiles=tuple(values["profiles"]),

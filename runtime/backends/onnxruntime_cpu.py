@@ -117,11 +117,12 @@ class OnnxRuntimeSession:
     ONNX Runtime's own session may run in several threads at once.
 
     Args:
-        path: The ``.onnx`` file; its weights may be in a data file next to it.
+        graph: The ``.onnx`` file, whose weights may be in a data file next to it; or a serialised graph.
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         lean: Run the graph as it is written, with as little memory as possible: no folded constants, no prepacked
             weights, no arena. Slow; for checking a graph that is larger than the memory.
         optimized: How to load a file that ``optimize`` wrote; None for a portable graph.
+        weights: Directory of the external weights of a serialised graph; None where it has none.
 
     Raises:
         BackendError: onnxruntime is not installed.
@@ -130,11 +131,12 @@ class OnnxRuntimeSession:
 
     def __init__(
         self,
-        path: Path,
+        graph: Path | bytes,
         threads: int | None = None,
         *,
         lean: bool = False,
         optimized: OptimizedFile | None = None,
+        weights: Path | None = None,
     ) -> None:
         onnxruntime = require("onnxruntime", "the cpu backend", BackendError)
         options = onnxruntime.SessionOptions()
@@ -149,17 +151,19 @@ class OnnxRuntimeSession:
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-        if optimized is not None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(optimized.weights))
-        with raised_as(BundleError, f"ONNX Runtime cannot load {path}", "export the checkpoint again"):
-            graph = str(path) if optimized is None else path.read_bytes()
-            with nullcontext() if lean else on_huge_pages():
-                self._session: Any = onnxruntime.InferenceSession(
-                    graph,
-                    options,
-                    providers=PROVIDERS,
-                    disabled_optimizers=None if optimized is None else SLOW_FUSIONS,
-                )
+        name = graph if isinstance(graph, Path) else "a changed graph"
+        huge = nullcontext() if lean or isinstance(graph, bytes) else on_huge_pages()
+        with raised_as(BundleError, f"ONNX Runtime cannot load {name}", "export the checkpoint again"), huge:
+            if optimized is not None and isinstance(graph, Path):
+                graph, weights = graph.read_bytes(), optimized.weights
+            if weights is not None:
+                options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
+            self._session: Any = onnxruntime.InferenceSession(
+                str(graph) if isinstance(graph, Path) else graph,
+                options,
+                providers=PROVIDERS,
+                disabled_optimizers=None if optimized is None else SLOW_FUSIONS,
+            )
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())

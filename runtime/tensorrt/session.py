@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import TensorSpec
 from blip2edge.errors import EngineError, option
 from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.backends.engine_files import EngineRecord
@@ -283,7 +283,7 @@ class TrtSession:
             if self._context is None:
                 self._context = self._make()
             context = self._context
-            sizes = lengths(self._spec, {name: array.shape for name, array in inputs.items()})
+            sizes = self._spec.lengths({name: array.shape for name, array in inputs.items()})
             for tensor in self._spec.inputs:
                 mirror = self._mirror(tensor, tensor.shape(sizes))
                 mirror.put(inputs[tensor.name], device.stream)
@@ -313,17 +313,3 @@ class TrtSession:
             known.free()
         made = self._mirrors[tensor.name] = Mirror(self._device.cuda, shape, NUMPY_DTYPES[tensor.dtype])
         return made
-
-
-def lengths(spec: GraphSpec, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The lengths of a graph's axes by name, from the shapes of its inputs.
-
-    Raises:
-        ValueError: A shape has another rank than its tensor.
-    """
-    found: dict[str, int] = {}
-    for tensor in spec.inputs:
-        for dim, length in zip(tensor.dims, shapes[tensor.name], strict=True):
-            if isinstance(dim, Axis) and "+" not in dim.name:
-                found[dim.name] = length
-    return found

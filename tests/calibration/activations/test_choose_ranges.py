@@ -51,11 +51,11 @@ def draw_inputs(runs: int) -> list[Any]:
 
 
 def observed(model: ir.Model, folder: Path, inputs: list[Any]) -> dict[str, Observation]:
-    from blip2edge.calibration.activations.probe import GraphProbe
+    from blip2edge.calibration.activations.probe import open_tensors
 
     names = list(find_targets(model).by_activation())
     observers = {name: Observer(len(inputs), seed) for seed, name in enumerate(names)}
-    probe = GraphProbe(model, [name for name in names if name != "x"], folder, 0, 1)
+    probe = open_tensors(model, [name for name in names if name != "x"], folder, 0, 1)
     for x in inputs:
         for name, values in {**probe.run({"x": x}), "x": x}.items():
             if name in observers:
