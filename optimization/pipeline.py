@@ -22,7 +22,6 @@ import onnx_ir as ir
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.integrity import FileRecord
-from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
 from blip2edge.errors import BackendError, BundleError, UsageError, option
@@ -114,6 +113,14 @@ class _CopyTask:
     within: str | None
     upstream: dict[str, Array]
 
+    def parent(self, name: str) -> tuple[Path, float]:
+        """The file of a portable graph, and the largest difference from it; infinite for graphs with integers.
+
+        Those are compared by cosine.
+        """
+        record = self.bundle.graph(name)
+        return self.bundle.file(record.spec.file), TOLERANCE if record.precision == "fp32" else math.inf
+
 
 def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None) -> OptimizedReport:
     """Makes a bundle's optimized copy for a backend, or makes it again.
@@ -185,10 +192,8 @@ def _record(task: _CopyTask, backend: str, report: ProgressCallback) -> Optimize
 
 def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
     """Writes the fastest rewritten form of a graph that passes the check; or returns why there is none."""
-    record = task.bundle.graph(name)
-    parent = task.bundle.file(record.spec.file)
-    portable = _run(task, name, parent)
-    exact = _with_exact_activations(task, name, parent) or portable
+    parent, tolerance = task.parent(name)
+    portable, exact = _references(task, name)
     candidates, fault = _candidates(task, name, portable, exact)
     task.upstream.update(portable.outputs)
     if not candidates:
@@ -203,7 +208,7 @@ def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fi
         ):
             best = one
     files = write_copy(best.file, parent, task.target, name, task.within)
-    parity, cosine = _agreement(best.result, portable, _tolerance(record))
+    parity, cosine = _agreement(best.result, portable, tolerance)
     milliseconds = (round(portable.seconds * 1e3, 3), round(best.result.seconds * 1e3, 3))
     recipe = best.recipe
     graph = OptimizedGraph(
@@ -220,9 +225,8 @@ def _candidates(
     task: _CopyTask, name: str, portable: probe.ProbeResult, exact: probe.ProbeResult
 ) -> tuple[list[_Candidate], str]:
     """The rewritten forms of a graph that pass the check, and what is wrong with one that does not."""
-    record = task.bundle.graph(name)
-    parent = task.bundle.file(record.spec.file)
-    size = sum(task.bundle.manifest.files[data].size for data in record.data_files)
+    parent, tolerance = task.parent(name)
+    size = sum(task.bundle.manifest.files[data].size for data in task.bundle.graph(name).data_files)
     candidates: list[_Candidate] = []
     fault = ""
     for number, recipe in enumerate(recipes_for(name, ir.load(parent))):
@@ -239,7 +243,7 @@ def _candidates(
         except BackendError as error:  # a kernel that does not support these sizes
             fault = f"{' + '.join(passes)}: {error}"
             continue
-        difference = _fault(result, portable, exact, _tolerance(record))
+        difference = _fault(result, portable, exact, tolerance)
         if difference:
             fault = f"{' + '.join(passes)}: {difference}"
             continue
@@ -254,10 +258,8 @@ def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fil
 
     A graph that OpenVINO cannot load has no copy; the other graphs have theirs all the same.
     """
-    record = task.bundle.graph(name)
-    parent = task.bundle.file(record.spec.file)
-    portable = _run(task, name, parent)
-    exact = _with_exact_activations(task, name, parent) or portable
+    parent, tolerance = task.parent(name)
+    portable, exact = _references(task, name)
     task.upstream.update(portable.outputs)
     blob = task.target / f"{name}.blob"
     try:
@@ -266,13 +268,13 @@ def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fil
     except BundleError as error:
         blob.unlink(missing_ok=True)
         return error.problem
-    fault = _fault(result, portable, exact, _tolerance(record))
+    fault = _fault(result, portable, exact, tolerance)
     if milliseconds[1] > milliseconds[0] * CLEARLY_FASTER:
         fault = fault or f"the portable graph opens as fast here ({milliseconds[0]:.0f} ms)"
     if fault:
         blob.unlink()
         return fault
-    parity, cosine = _agreement(result, portable, _tolerance(record))
+    parity, cosine = _agreement(result, portable, tolerance)
     graph = OptimizedGraph(blob.name, ("compiled",), False, False, parity, cosine, milliseconds)
     return graph, {blob.name: FileRecord.of(blob)}
 
@@ -324,20 +326,17 @@ def _cross_inputs(task: _CopyTask) -> dict[str, Array]:
     return inputs
 
 
-def _with_exact_activations(task: _CopyTask, name: str, parent: Path) -> probe.ProbeResult | None:
-    """Runs a graph without rounding its activations; None where the graph rounds none."""
+def _references(task: _CopyTask, name: str) -> tuple[probe.ProbeResult, probe.ProbeResult]:
+    """Runs the portable graph, and the same graph without rounding its activations (where it rounds any)."""
+    parent, _ = task.parent(name)
+    portable = _run(task, name, parent)
     model = ir.load(parent)
     prepare(model)
     if not without_rounding(model):
-        return None
+        return portable, portable
     graph = task.scratch / f"{name}.exact.onnx"  # not optimized offline: ONNX Runtime would round activations
     ir.save(model, graph, external_data=f"{graph.name}.data", size_threshold_bytes=SMALLEST)
-    return _run(task, name, graph, Recipe(()))
-
-
-def _tolerance(record: GraphRecord) -> float:
-    """Largest allowed difference; infinite for graphs with integers, which are compared by cosine."""
-    return TOLERANCE if record.precision == "fp32" else math.inf
+    return portable, _run(task, name, graph, Recipe(()))
 
 
 def _fault(result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.ProbeResult, tolerance: float) -> str:

@@ -16,8 +16,8 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
 from blip2edge.cli import main
 from blip2edge.engine import build
-from blip2edge.engine.build import BuildOptions, build_bundle
-from blip2edge.engine.builder import build_engine
+from blip2edge.engine.build import build_bundle
+from blip2edge.engine.builder import BuildOptions, build_engine
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.layers import count_precisions
 from blip2edge.engine.operators import VERSIONS
