@@ -15,7 +15,7 @@ pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
 from blip2edge.cli import main
-from blip2edge.engine import build
+from blip2edge.engine import build, builder
 from blip2edge.engine.build import build_bundle
 from blip2edge.engine.builder import BuildOptions, build_engine
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
@@ -185,7 +185,7 @@ def test_options_that_exclude_each_other(options: dict[str, Any], told: str) -> 
 
 
 def test_a_jetson_offers_no_hardware_compatibility(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build, "JETSON", tmp_path)
+    monkeypatch.setattr(builder, "JETSON", tmp_path)
     with pytest.raises(UsageError, match="JetPack"):
         BuildOptions(hardware_compatible=True)
 
