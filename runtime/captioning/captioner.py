@@ -77,13 +77,13 @@ class Captioner(LoadedBundle):
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
-            backend: ``auto``, or a backend by name.
+            backend: The name of a backend; ``auto`` for the default.
             threads: CPU threads within an operator; None for as many as there are cores.
-            draft: Draft model of captions that name none (speculative decoding); one of
+            draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
 
         Raises:
-            BundleError: No bundle, a newer one, or one whose files were changed.
+            BundleError: The directory is not a bundle, a newer version wrote it, or its files were changed.
             BackendError: The backend is not installed, or does not run here.
             UsageError: ``bundle`` is not a path, ``threads`` is below 1, or the bundle does not have this ``draft``.
         """
@@ -96,13 +96,14 @@ class Captioner(LoadedBundle):
         """Captions one picture.
 
         Args:
-            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. Where the model takes videos: a list
-                of those, an array ``[F, H, W, 3]``, a folder of frames or a video file. Where it reads pictures
-                between texts (Flamingo): one, or a list.
-            prompt: Text that the caption continues, or the instruction; None for the bundle's default. Of
-                several pictures, each ``<image>`` is the place of one: ``"<image>A cat.<image>A"``; without it all
-                are placed before the text.
-            **options: Fields of :class:`GenerationOptions`; what is left out is the bundle's default.
+            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. For a model of videos: a list of
+                pictures, an array ``[F, H, W, 3]``, a folder of frames or a video file. For a model that reads
+                several pictures (Flamingo): one picture, or a list.
+            prompt: The beginning of the caption, which the model continues; for models of instructions (InstructBLIP,
+                LLaVA) the instruction. None for the bundle's default. With several pictures, write ``<image>`` in the
+                place of each, as in ``"<image>A cat.<image>A"``; without any ``<image>``, all pictures come before
+                the text.
+            **options: Fields of :class:`GenerationOptions`; the bundle's defaults replace missing ones.
 
         Raises:
             ImageError: The picture cannot be read.
@@ -128,16 +129,16 @@ class Captioner(LoadedBundle):
 
         Args:
             images: As in :meth:`caption`.
-            prompts: One a picture; None for none at all.
-            batch_size: Pictures decoded together; a result does not depend on it.
+            prompts: One for each picture; None for the bundle's default prompt for all.
+            batch_size: Number of pictures that are decoded together; results do not depend on it.
             **options: As in :meth:`caption`.
 
         Yields:
-            A result a picture.
+            One result for each picture.
 
         Raises:
-            ImageError, PromptError: As in :meth:`caption`, after the results of the pictures before it.
-            UsageError: As in :meth:`caption`, before the first result.
+            ImageError, PromptError: As in :meth:`caption`; raised after the results of the pictures before.
+            UsageError: As in :meth:`caption`; raised by the call itself, before the first result.
         """
         self._check_open()
         pictures = listed("images", images)
@@ -160,9 +161,10 @@ class Captioner(LoadedBundle):
     def stream(
         self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
     ) -> Iterator[str]:
-        """The pieces of one picture's caption as they are generated; joined and stripped, they are its text.
+        """Yields the caption of one picture piece by piece, as it is generated.
 
-        Arguments and errors as in :meth:`caption`; beam search cannot be streamed.
+        All pieces together, without spaces at both ends, are the text that :meth:`caption` returns. Arguments and
+        errors are those of :meth:`caption`. Beam search cannot be streamed (UsageError).
         """
         self._check_open()
         if prompt is not None:
@@ -186,10 +188,10 @@ class Captioner(LoadedBundle):
         """Continuous batching for requests that arrive at any time; see :class:`Scheduler`. Close it after use.
 
         Args:
-            max_batch: As of :class:`Scheduler`; an engine that was built for fewer rows decodes as many as it takes.
-            max_waiting: As of :class:`Scheduler`.
-            trace: As of :class:`Scheduler`.
-            encoder: Replaces the captioner's own.
+            max_batch: See :class:`Scheduler`; at most the number of rows that the decoder's engine was built for.
+            max_waiting: See :class:`Scheduler`.
+            trace: See :class:`Scheduler`.
+            encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
         """
         self._check_open()
         most = self.generator.language.decoder.max_rows
@@ -231,7 +233,7 @@ class Captioner(LoadedBundle):
         return chosen
 
     def _while_open(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The same items; raises UsageError where the captioner was closed before the next one."""
+        """Yields the items; raises UsageError if the captioner is closed before the next one."""
         self._check_open()
         for item in items:
             yield item
@@ -240,14 +242,14 @@ class Captioner(LoadedBundle):
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult]:
-        """Results batch by batch, in the calling thread."""
+        """Yields the results batch by batch, computed in the calling thread."""
         for first in range(0, len(images), batch_size):
             yield from self._batch(range(first, min(first + batch_size, len(images))), images, texts, options)
 
     def _batch(
         self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
     ) -> Iterator[CaptionResult]:
-        """Results of a batch; where an item is broken, the results before it, then its error."""
+        """Yields the results of a batch; with a broken picture, the results before it, then its error."""
         clock = StageClock()
         try:
             batch = self.encoder(images[rows.start : rows.stop], texts[rows.start : rows.stop], clock)
@@ -265,7 +267,7 @@ class Captioner(LoadedBundle):
     def _scheduled(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult]:
-        """Results in order; the scheduler works on later pictures meanwhile."""
+        """Yields the results in order, while the scheduler computes those of later pictures."""
         with self.scheduler(max_batch=batch_size, max_waiting=IN_FLIGHT * batch_size) as scheduler:
             coming: deque[Request] = deque()
             for image, text in zip(images, texts, strict=True):

@@ -47,10 +47,11 @@ class MatchResult:
     """How well a picture and a text match.
 
     Attributes:
-        image: The picture's path; None where it was given as an object.
+        image: The picture's path; None if it was given as an object.
         text: The text as given.
-        probability: Of the matching head; None where the model has none (CLIP).
-        cosine: Of the two vectors, −1 to 1.
+        probability: Probability that the text describes the picture, by the matching head; None for a model without
+            one (CLIP).
+        cosine: Cosine of their vectors, −1 to 1.
     """
 
     image: str | None
@@ -91,11 +92,12 @@ class Matcher(LoadedBundle):
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
-            backend: ``auto``, or a backend by name.
+            backend: The name of a backend; ``auto`` for the default.
             threads: CPU threads within an operator; None for all cores.
 
         Raises:
-            BundleError: No bundle, a newer one, one whose files were changed, or one that captions.
+            BundleError: The directory is not a bundle, a newer version wrote it, its files were changed, or its model
+                generates texts and does not compare them.
             BackendError: The backend is not installed, or does not run here.
             UsageError: ``bundle`` is not a path, or ``threads`` is below 1.
         """
@@ -107,7 +109,11 @@ class Matcher(LoadedBundle):
 
         Args:
             image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8.
-            text: What the picture may show.
+            text: A description to compare with the picture, such as ``"a dog on a beach"``.
+
+        Returns:
+            The probability that the text describes the picture (None for a model without a matching head, such as
+            CLIP), and the cosine of their vectors.
 
         Raises:
             ImageError: The picture cannot be read.
@@ -119,7 +125,11 @@ class Matcher(LoadedBundle):
     def match_many(
         self, images: Iterable[ImageSource], texts: Sequence[str], *, batch_size: int = 1
     ) -> Iterator[MatchResult]:
-        """Compares every picture with every text, picture by picture; arguments and errors as :meth:`match`."""
+        """Compares every picture with every text; arguments and errors are those of :meth:`match`.
+
+        Yields:
+            The results of the first picture with all texts, in order; then those of the second picture.
+        """
         self._check_open()
         pictures, sentences = listed("images", images), listed("texts", texts)
         ids = [self._ids(text) for text in sentences]
@@ -129,15 +139,18 @@ class Matcher(LoadedBundle):
     def probabilities(
         self, images: Sequence[ImageSource], texts: Sequence[Sequence[str]], *, batch_size: int = 1
     ) -> list[list[float]]:
-        """Matching probability of each picture with each of its own texts.
+        """The matching probability of each picture with each of its own texts.
 
         Args:
             images: N pictures; the vision encoder runs on all of them at once.
-            texts: Those of each picture, any number of them.
-            batch_size: Pairs in one batch of the matching head.
+            texts: A list of texts for each picture, of any length.
+            batch_size: Number of pairs in one batch of the matching head.
+
+        Returns:
+            For each picture, the probabilities of its texts.
 
         Raises:
-            ImageError, PromptError: As :meth:`match`.
+            ImageError, PromptError: As in :meth:`match`.
             UsageError: The model has no matching head.
         """
         if self.head is None:
@@ -160,12 +173,16 @@ class Matcher(LoadedBundle):
         return found
 
     def embed_image(self, image: ImageSource) -> Vectors:
-        """A picture's vector ``[F]``; of BLIP-2 one a query, ``[K, F]``; errors as :meth:`match`."""
+        """The vector of a picture, float32 ``[F]`` of length 1, to be compared with :meth:`embed_text` by the cosine.
+
+        A BLIP-2 model returns one vector for each of its K query tokens, ``[K, F]``; the cosine of the picture is the
+        largest of theirs. Errors are those of :meth:`match`.
+        """
         vectors: Vectors = self.embed_images([image])[0]
         return vectors
 
     def embed_images(self, images: Iterable[ImageSource], *, batch_size: int = 1) -> Vectors:
-        """The same of N pictures: ``[N, F]`` or ``[N, K, F]``, of length 1."""
+        """The vectors of N pictures, ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
         self._check_open()
         pictures = listed("images", images)
         parts = [
@@ -178,12 +195,12 @@ class Matcher(LoadedBundle):
         return vectors[:, 0] if vectors.shape[1] == 1 else vectors
 
     def embed_text(self, text: str) -> Vectors:
-        """A text's vector ``[F]``; errors as :meth:`match`."""
+        """The vector of a text, float32 ``[F]`` of length 1; see :meth:`embed_image`. Errors as in :meth:`match`."""
         vectors: Vectors = self.embed_texts([text])[0]
         return vectors
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1) -> Vectors:
-        """The same of N texts: ``[N, F]``, of length 1."""
+        """The vectors of N texts, ``[N, F]``; see :meth:`embed_text`."""
         self._check_open()
         ids = [self._ids(text) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]
@@ -220,22 +237,22 @@ class Matcher(LoadedBundle):
         return self.images.vision.run({"pixel_values": pixels})["image_embeds"]
 
     def _features(self, image_embeds: Array) -> Vectors:
-        """``[B, K, F]``."""
+        """The vectors of pictures, ``[B, K, F]``."""
         return self.features.run({"image_embeds": image_embeds})["image_features"].astype(np.float32)
 
     def _embed(self, ids: list[list[int]]) -> Vectors:
-        """``[B, F]``."""
+        """The vectors of texts, ``[B, F]``."""
         return self.texts.run(_padded(ids))["text_embeds"].astype(np.float32)
 
     def _probabilities(self, image_embeds: Array, ids: list[int]) -> Vectors | None:
-        """``[B]``: of every picture with one text."""
+        """The matching probability of every picture with one text, ``[B]``; None without a matching head."""
         if self.head is None:
             return None
         text = _padded([ids] * len(image_embeds))
         return self.head.run({"image_embeds": image_embeds, **text}, ["probability"])["probability"]
 
     def _ids(self, text: str) -> list[int]:
-        """The text's tokens, framed as the tokenizer does.
+        """The text's token ids, with the special tokens of the tokenizer.
 
         Raises:
             PromptError: It is empty, too long, or has a token that the model lacks.

@@ -57,7 +57,7 @@ def beam_search(
     pictures = list(active)
     logits = np.repeat(first_logits, width, axis=0)
     offsets = np.arange(len(active))  # the state's row of each picture's first beam
-    spread = 0  # 0: the picture's beams are one row of the state; 1: a row each
+    spread = 0  # 0: all beams of a picture share one row of the state; 1: each beam has its own row
     while True:
         scores = log_softmax(np.asarray(logits, np.float32)).reshape(len(active), width, vocabulary)
         for picture, beams in zip(active, scores, strict=True):
@@ -78,7 +78,7 @@ class _BeamGroup:
 
     Attributes:
         sources: int64 [num_beams], the beam that each running beam continues.
-        done: Whether nothing can change the result any more.
+        done: Whether the result is final.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class _BeamGroup:
         reasons: Sequence[str | None],
         ended: NDArray[np.bool_],
     ) -> None:
-        """Take the texts that just ended into the finished ones, where their penalised scores are better."""
+        """Adds the texts that just ended to the finished ones, and keeps the num_beams best by penalised score."""
         width = self._options.num_beams
         ripe = ended & (np.arange(len(ended)) < width)
         if not ripe.any():
@@ -181,7 +181,7 @@ class _BeamGroup:
         self._is_finished = np.array([flag for _, _, flag in entries])
 
     def _can_improve(self) -> bool:
-        """Whether the best running beam, at its present length, would beat a finished one."""
+        """Whether the best running beam, at its present length, has a better score than a finished text."""
         best = self._scores[0] / np.float32(self._length**self._options.length_penalty)
         worst = np.where(self._is_finished, self._finished_scores.min(), _EXCLUDED)
         return bool((best > worst).any())

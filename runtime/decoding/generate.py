@@ -118,7 +118,7 @@ class Generation:
         return scores
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token by its logits [V]; greedy decoding takes the lowest id of equals."""
+        """The next token, chosen from logits ``[V]``; of equal scores, greedy decoding takes the lowest id."""
         scores = self.scores(logits)
         if self._random is None:
             return int(argmax(scores[None])[0])
@@ -127,7 +127,7 @@ class Generation:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next token is the arg-max of the raw logits."""
+        """Whether the next token is the arg-max of the decoder's logits, without any change of the scores."""
         return self._random is None and self.speculator is None and not self._changes_scores
 
     def accept(self, token: int) -> None:
@@ -137,30 +137,30 @@ class Generation:
 
 
 class GenerationBatch:
-    """Rows that are decoded together (continuous batching): rows join between two steps and leave when finished.
+    """Texts that are decoded together (continuous batching): rows join between two steps and leave when finished.
 
     Attributes:
-        rows: The unfinished ones, in the order of the decoder's rows.
+        rows: The unfinished texts, in the order of the decoder's rows.
     """
 
     def __init__(self) -> None:
         self.rows: list[Generation] = []
         self._state: DecodeState | None = None
         self._logits: NDArray[np.float32] | None = None
-        self._last: NDArray[np.int64] | None = None  # chosen, not yet given to the decoder
-        # Tokens that the state chooses itself.
+        self._last: NDArray[np.int64] | None = None  # tokens that are chosen, and not processed by the decoder yet
+        # Tokens that a GreedyState chooses itself.
         self._greedy: Generator[NDArray[np.int64], None, None] | None = None
 
     def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> None:
         """Adds rows.
 
         Args:
-            first_logits: [B,V], after each prompt.
-            state: The decoder after the prompts; used up by the call.
-            rows: B.
+            first_logits: ``[B, V]``, the logits after each prompt.
+            state: The decoder after the prompts; it cannot be used afterwards.
+            rows: The B texts.
 
         Raises:
-            BackendError: The decoder has no room for them; the rows before are not affected.
+            BackendError: The decoder has no room for them; the present rows are not affected.
         """
         if not self.rows or self._state is None:
             self._state, self._logits, self._last = state, first_logits, None
@@ -172,10 +172,10 @@ class GenerationBatch:
         self.rows = [*self.rows, *rows]
 
     def step(self) -> list[Generation]:
-        """Gives every row its next token.
+        """Appends the next token to every row.
 
         Returns:
-            The rows that got one. Those with a `finish_reason` have left the batch.
+            These rows. Rows that now have a ``finish_reason`` have left the batch.
 
         Raises:
             BackendError: The decoder returned NaN.
@@ -202,7 +202,7 @@ class GenerationBatch:
         return [int(token) for token in next(self._greedy)]
 
     def _halt(self) -> None:
-        """Stops the state's own greedy decoding; it has then processed all tokens but the last ones."""
+        """Stops the state's own greedy decoding; the state then holds all tokens except the last ones."""
         if self._greedy is not None:
             self._greedy.close()
             self._greedy = None
@@ -225,16 +225,16 @@ class GenerationBatch:
         self._logits = None if self._logits is None else self._logits[kept]
 
     def _advanced(self, state: DecodeState) -> NDArray[np.float32]:
-        """The logits [B,V] after the rows' last tokens; runs the decoder where those are new."""
+        """The logits ``[B, V]`` after the rows' last tokens; runs the decoder if it has not processed those yet."""
         self._halt()
         if self._last is not None:
             self._logits, self._last = self._read(state, self._last), None
         if self._logits is None:
-            raise RuntimeError("a decoding without logits")
+            raise RuntimeError("the batch has neither logits nor new tokens")
         return self._logits
 
     def _read(self, state: DecodeState, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Runs the decoder on tokens [B]; on a draft as well where the only row has a speculator."""
+        """Runs the decoder on tokens ``[B]``; a single row with a speculator may use proposed tokens instead."""
         row = self.rows[0]
         if len(self.rows) == 1 and row.speculator is not None and isinstance(state, RowState):
             logits, passes = row.speculator.step(state, row.generated, row.remaining, row.scores)
@@ -252,13 +252,7 @@ class GenerationBatch:
 
 
 def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The likeliest token of each row, the lowest id of equals.
-
-    Args:
-        logits: [B,V].
-
-    Returns:
-        int64 [B].
+    """The likeliest token of each row of logits ``[B, V]``, int64 ``[B]``; of equal logits, the lowest id.
 
     Raises:
         BackendError: The logits hold NaN.

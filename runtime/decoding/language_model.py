@@ -30,10 +30,10 @@ from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 
 @runtime_checkable
 class HasDecoder(Protocol):
-    """A loaded decoder graph of a backend with its own KV cache."""
+    """A session of a backend that manages the KV cache itself (TensorRT)."""
 
     def decoder(self, table: TokenTable) -> Decoder:
-        """The decoder over this graph."""
+        """The decoder that runs this graph."""
         ...
 
 
@@ -96,10 +96,10 @@ def token_table(bundle: Bundle) -> TokenTable:
 
 
 def decoder_of(bundle: Bundle, session: Session) -> Decoder:
-    """A bundle's decoder over a loaded graph; the graph decides the form of the KV cache.
+    """A bundle's decoder that runs a loaded graph; the inputs of the graph determine the form of the KV cache.
 
     Raises:
-        BundleError: The manifest has no cache.
+        BundleError: The manifest describes no KV cache.
     """
     manifest, spec = bundle.manifest, bundle.graph(DECODER).spec
     if manifest.cache is None:
@@ -118,7 +118,7 @@ class DecoderOnly(LanguageModel):
     Args:
         decoder: The decoder.
         cross_kv: The loaded ``cross_kv`` graph; None without cross-attention.
-        source: The input of that graph, a key of ``pictures``.
+        source: Name of the input of that graph, a key of ``pictures``.
     """
 
     def __init__(self, decoder: Decoder, cross_kv: Session | None, source: str) -> None:
@@ -151,8 +151,8 @@ class EncoderDecoder(LanguageModel):
     Args:
         decoder: The decoder; it cross-attends to the encoder's states.
         encoder: The loaded ``text_encoder`` graph.
-        takes: Names of its inputs: ``inputs_embeds``, or ``input_ids`` where it has its own token table; with
-            ``image_embeds`` where it cross-attends to the picture.
+        takes: Names of its inputs: ``inputs_embeds``, or ``input_ids`` if the graph has its own token table; also
+            ``image_embeds`` if it cross-attends to the picture.
         cross_kv: The loaded ``cross_kv`` graph.
         start_token_id: First id of every text.
     """
@@ -193,6 +193,6 @@ class EncoderDecoder(LanguageModel):
 
 
 def _embedded(table: TokenTable, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> list[Array]:
-    """One ``[S_i, D]`` a row: token embeddings, and the visual tokens in the picture's place."""
+    """For each row ``[S_i, D]``: token embeddings, with the visual tokens in the place of the picture."""
     visual = pictures.get("visual_tokens")
     return [prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)]
