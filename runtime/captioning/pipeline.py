@@ -40,14 +40,14 @@ from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
 
 
 class StageClock:
-    """Milliseconds by stage.
+    """Measures the wall time of each stage.
 
     Args:
-        lock: Held while a stage runs a graph, where graphs run one at a time; the wait is not counted.
+        lock: Held while a stage runs a graph, on backends that run one graph at a time; waiting for it does not count.
 
     Attributes:
-        ms: By stage.
-        spans: Each stage as it was run: its name, start and end (``time.perf_counter`` seconds).
+        ms: Milliseconds by stage.
+        spans: Name, start and end (``time.perf_counter`` seconds) of each measured block.
     """
 
     def __init__(self, lock: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
@@ -57,7 +57,7 @@ class StageClock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Adds the time of the block to a stage."""
+        """Adds the time of the ``with`` block to a stage."""
         with nullcontext() if stage == "preprocess" else self._lock():
             start = time.perf_counter()
             try:
@@ -68,19 +68,19 @@ class StageClock:
                 self.spans.append((stage, start, end))
 
     def share(self, pictures: int) -> dict[str, float]:
-        """Milliseconds of each stage, divided by the number of pictures."""
+        """Milliseconds of each stage for one of ``pictures`` pictures."""
         return {stage: ms / pictures for stage, ms in self.ms.items()}
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The language model's input for a batch.
+    """The language model's inputs for a batch of B rows.
 
     Attributes:
-        prompts: One a row.
+        prompts: The prompt of each row.
         pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-            ``visual_tokens [B, Q, D]`` where there is a bridge; several pictures of a row lie side by side.
-        counts: Pictures of each row.
+            ``visual_tokens [B, Q, D]`` if there is a bridge. Several pictures of a row are concatenated along axis 1.
+        counts: Number of pictures of each row.
     """
 
     prompts: list[Prompt]
@@ -88,7 +88,7 @@ class EncodedBatch:
     counts: list[int]
 
     def part(self, rows: Sequence[int]) -> EncodedBatch:
-        """Some of the rows, cut to the most pictures that one of them has."""
+        """The batch of some rows; padding that none of these rows needs is removed."""
         if list(rows) == list(range(len(self.prompts))):
             return self
         counts = [self.counts[row] for row in rows]
@@ -101,13 +101,13 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch before any graph is run.
+    """A batch after preprocessing, before any graph is run.
 
     Attributes:
-        prompts: One a row.
-        counts: Pictures of each row.
-        pixels: ``pixel_values [N, 3, H, W]`` of all pictures, the pictures of one row after those of another.
-        instruction: The bridge's text inputs by name; empty where it has none.
+        prompts: The prompt of each row.
+        counts: Number of pictures of each row.
+        pixels: ``pixel_values [N, 3, H, W]`` of all pictures, row by row.
+        instruction: The bridge's text inputs by name; empty if it has none.
     """
 
     prompts: list[Prompt]
@@ -116,7 +116,7 @@ class PreparedBatch:
     instruction: dict[str, Array]
 
     def encoded(self, outputs: Mapping[str, Array]) -> EncodedBatch:
-        """The batch together with the outputs of vision encoder and bridge for its N pictures."""
+        """The encoded batch, from the outputs of vision encoder and bridge for the N pictures."""
         if max(self.counts) > 1:
             outputs = {name: pack_images(array, self.counts) for name, array in outputs.items()}
         return EncodedBatch(self.prompts, dict(outputs), self.counts)
@@ -128,7 +128,7 @@ EncodeBatch = Callable[[Sequence[ItemSource], Sequence[str | None], StageClock],
 
 @dataclass(frozen=True)
 class ImageParts:
-    """The parts that encode images. ``pixels_dtype`` is that of ``vision``'s input; some families have no bridge."""
+    """The parts that encode images. ``pixels_dtype`` is the dtype of ``vision``'s input; ``bridge`` is optional."""
 
     preprocessing: Preprocessing
     pixels_dtype: np.dtype[np.generic]
@@ -149,9 +149,9 @@ class Encoder:
     """Preprocessing, vision encoder and bridge.
 
     Args:
-        images: What images go through.
-        text: What texts go through.
-        bridge_outputs: The bridge's outputs that are needed; None for all.
+        images: Preprocessing and graphs.
+        text: Tokenizers and prompt template.
+        bridge_outputs: Names of the bridge's outputs to compute; None for all.
     """
 
     def __init__(self, images: ImageParts, text: TextParts, bridge_outputs: Sequence[str] | None = None) -> None:
@@ -163,7 +163,7 @@ class Encoder:
 
         Args:
             images: As ``Captioner.caption`` takes them, one item a row.
-            texts: Prompts as given; None for the bundle's default.
+            texts: The prompt of each row; None for the bundle's default.
             clock: Measures the stages.
 
         Raises:
@@ -234,7 +234,7 @@ class TextGenerator:
             return self.language.prefill(batch.prompts, batch.pictures)
 
     def limited(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
-        """Options whose lengths fit the context; the last token is generated and needs no slot."""
+        """Reduces the limits of length to the context that the prompt leaves; the last token needs no slot."""
         room = self.max_positions - (len(self.language.initial) or prompt.length) + 1
         if options.max_new_tokens <= room:
             return options
@@ -244,14 +244,14 @@ class TextGenerator:
     def begin(
         self, batch: EncodedBatch, row: int, options: GenerationOptions, vocabulary: int, number: int
     ) -> Generation:
-        """A text that is about to be generated, for a ``GenerationBatch``.
+        """Makes the row of a ``GenerationBatch`` for one text.
 
         Args:
             batch: An encoded batch.
-            row: Its row.
-            options: Without beams.
-            vocabulary: Number of logits V.
-            number: Of its random stream.
+            row: The text's row in it.
+            options: The text's options; ``num_beams`` is 1.
+            vocabulary: V, the number of logits.
+            number: Selects its random stream.
         """
         prompt = batch.prompts[row]
         return Generation(
@@ -317,7 +317,7 @@ class TextGenerator:
             yield rest
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The prompt's ids that are in the decoder's context: none where a text encoder takes the prompt."""
+        """The prompt's ids that the decoder processes: none if a text encoder takes the prompt."""
         return [] if self.language.initial else prompt.ids
 
     def _stopped(self, options: GenerationOptions) -> Callable[[Sequence[int]], bool] | None:
@@ -341,10 +341,10 @@ class TextGenerator:
         """The result of a picture.
 
         Args:
-            image: As it was given.
-            prompt: As it was given.
-            generated: The decoder's tokens.
-            options: Their ``stop`` texts end the caption.
+            image: The picture as the user gave it.
+            prompt: The prompt as the user gave it.
+            generated: The generated tokens.
+            options: The caption is cut before the first of their ``stop`` strings.
             stage_ms: Milliseconds by stage.
         """
         text = self.tokenizer.decode(generated.tokens)

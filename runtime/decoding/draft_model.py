@@ -38,7 +38,7 @@ SPARE = 2
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
 """Clock of :class:`SpeculationCost` by backend. ONNX Runtime on the CPU also computes in the calling thread, so the CPU
-time of that thread compares two runs, and the load of other processes has no effect on it. Other backends: wall time."""
+time of that thread compares two runs, whatever the load of other processes is. Other backends: wall time."""
 
 
 class TextHeadGraph:
@@ -120,7 +120,7 @@ class TextHeadDraft:
         return language.encode(rest, add_special_tokens=False)
 
     def _restart(self, prefix: list[int]) -> None:
-        """Replaces the text by ``prefix``, and keeps the part of the KV cache that belongs to their common beginning."""
+        """Replaces the text by ``prefix``, and keeps the KV cache of their common beginning."""
         same = next(
             (at for at, pair in enumerate(zip(prefix, self._text, strict=False)) if pair[0] != pair[1]),
             min(len(prefix), len(self._text)),

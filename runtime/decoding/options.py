@@ -74,7 +74,7 @@ class GenerationOptions:
         seed: Seed of the random streams, one stream for each row; None for a different text at every call.
         early_stopping: Whether beam search ends as soon as num_beams texts are finished.
         eos_token_ids: End tokens: each of them finishes a text.
-        stop: Texts that end the caption before them.
+        stop: Strings that end the text: it is cut before the first of them.
         draft: Draft model of speculative decoding, one of ``schema.DRAFTS``. The text does not depend on it. Sampling
             and beam search use none.
 
