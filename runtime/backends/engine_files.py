@@ -146,7 +146,7 @@ class EngineSet:
         return self.engines[name]
 
     def file(self, name: str) -> Path:
-        """The file of an engine, whole: hashed unless its size and time are those of the last check.
+        """The file of an engine, after checking its hash (unless its size and time are those of the last check).
 
         Raises:
             BundleIntegrityError: It is missing or changed.
@@ -158,7 +158,7 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an engine was built for: GPU, TensorRT, driver, machine and bundle.
+    """The GPU, TensorRT, driver, machine and bundle that an engine was built for.
 
     Attributes:
         target: ``tensorrt`` or ``rtx``.
@@ -248,7 +248,7 @@ LABELS = {
 
 
 def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, rebuild: str) -> None:
-    """Refuses engines that were built for another GPU, TensorRT or bundle.
+    """Checks that engines were built for this GPU, TensorRT and bundle.
 
     Args:
         found: ``fingerprint`` of an ``engine.json``.

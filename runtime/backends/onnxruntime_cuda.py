@@ -69,11 +69,11 @@ def open_graph_with_tensorrt(
 
 
 def open_with(path: Path, threads: int | None, provider: str, providers: list[Any]) -> DeviceSession:
-    """Loads a graph with a provider that was checked first.
+    """Checks a provider, then loads a graph with it.
 
     Args:
         path: The ``.onnx`` file.
-        threads: CPU threads, for operators that no GPU provider takes.
+        threads: CPU threads, for operators that no GPU provider supports.
         provider: The provider that must come first.
         providers: All providers, best first, with their options.
 
@@ -123,7 +123,7 @@ class DeviceSession:
         path: The ``.onnx`` file.
         options: ONNX Runtime's session options.
         providers: Execution providers, best first.
-        device: Where outputs of :data:`ON_DEVICE` stay.
+        device: The device that the outputs of :data:`ON_DEVICE` stay on.
 
     Attributes:
         provider: The provider that comes first in the loaded session.
@@ -216,7 +216,7 @@ class DeviceArray:
         return np.array(self.value.numpy())
 
     def __getitem__(self, key: Any) -> DeviceArray | Array:
-        """Rows by an array of their numbers, or a slice of positions, on the device; anything else on the host."""
+        """Selects rows by an array of indices, or slices positions, on the device; any other key on the host."""
         if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
             return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
         everything = slice(None)

@@ -18,13 +18,13 @@ from blip2edge.runtime.backends.base import OptimizedFile, closed_graph
 class OpenVinoSession:
     """A graph in OpenVINO on the CPU; it follows :class:`blip2edge.runtime.backends.base.Session`.
 
-    An infer request owns the buffers of one run, so every call takes a request of its own: an idle one, or a new one
-    where all are running. There are as many requests as there were calls at once.
+    An infer request owns the buffers of one run, so every call uses its own request: an idle one, or a new one if all
+    are running.
 
     Args:
         path: The ``.onnx`` file, whose weights may be in a data file; or a file with the bytes of :meth:`export`.
-        threads: Threads; None leaves the choice to OpenVINO.
-        compiled: Whether the file is one of :meth:`export`.
+        threads: CPU threads; None leaves the choice to OpenVINO.
+        compiled: Whether the file holds the bytes of :meth:`export`.
 
     Raises:
         BackendError: openvino is not installed.

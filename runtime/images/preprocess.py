@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from blip2edge.errors import BundleError, CheckpointError, ImageError
 
 MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded, in pixels: 256 MiB as RGB; above it Pillow warns of a bomb."""
+"""Largest picture that is decoded, in pixels (256 MiB as RGB); above it, Pillow warns of a decompression bomb."""
 
 BICUBIC = 3
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,7 +38,7 @@ _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box
 _warning_filters = threading.Lock()
 
 PICTURE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-"""Endings, in lower case, of the files that a folder or a shard is searched for."""
+"""Suffixes of picture files in a folder or a shard, in lower case."""
 
 ImageSource = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
 
@@ -51,7 +51,7 @@ def load_image(source: ImageSource) -> Image.Image:
             (RGB) or [H,W,4] (RGBA).
 
     Returns:
-        The picture in mode RGB; a Pillow image that already is upright RGB is returned itself.
+        The picture in mode RGB; a Pillow image that is upright RGB already is returned without a copy.
 
     Raises:
         ImageError: The file is missing, empty, broken, truncated or no picture; the picture has no pixel or

@@ -33,7 +33,7 @@ _TRIM_AT = 16  # most tokens that a stream decodes again; older ones, whose text
 
 
 class Tokenizer:
-    """A `tokenizer.json`, answering as transformers' `PreTrainedTokenizerFast` over the same file.
+    """A `tokenizer.json`, with the results of transformers' `PreTrainedTokenizerFast` for the same file.
 
     Args:
         backend: The tokenizer; truncation and padding that were saved with it are switched off.
@@ -119,14 +119,17 @@ def clean_up_spaces(text: str) -> str:
 
 
 class TextStream:
-    """Turns tokens into text one by one; text that was returned never changes afterwards.
+    """Converts tokens to text one by one; text that was returned never changes afterwards.
 
-    The pieces of `push` and the rest from `flush`, joined, equal `tokenizer.decode(all ids)`. Held back are:
-    bytes that are not yet a whole UTF-8 character; with byte-fallback tokenizers (Llama) a run of byte
-    tokens until another token ends it, because one invalid byte turns the whole run into U+FFFD; with the
-    clean-up of spaces, an ending that the next character could change.
+    All pieces of `push` and the last one of `flush` together are `tokenizer.decode(all ids)`. Text that a later token
+    could change is returned later:
 
-    Each push decodes a short window of the latest tokens, never the whole text, so its cost is constant.
+    - bytes that are not yet a whole UTF-8 character;
+    - with byte-fallback tokenizers (Llama), a run of byte tokens until another token follows, because one invalid byte
+      turns the whole run into U+FFFD;
+    - with the clean-up of spaces, an ending that the next character could change.
+
+    Each push decodes a short window of the latest tokens, not the whole text, so its cost is constant.
 
     Args:
         tokenizer: Decodes the tokens.
@@ -137,18 +140,18 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []  # the latest tokens, from a character boundary on
-        self._taken = 0  # characters of the window's text that are already taken
-        self._boundary = 0  # tokens of the window at the last push after which everything was taken
-        self._unsettled = ""  # taken, but the clean-up of spaces may still change it
+        self._taken = 0  # characters of the window's text that were processed already
+        self._boundary = 0  # tokens of the window after the last push that processed all of its text
+        self._unsettled = ""  # processed text that the clean-up of spaces may still change
 
     def push(self, token_id: int) -> str:
-        """Take one token.
+        """Adds one token.
 
         Args:
-            token_id: The next generated id; one without a token adds nothing.
+            token_id: The next generated id; an id without a token adds nothing.
 
         Returns:
-            The text that has become final, often the token's own; "" while nothing has.
+            The text that is final now, often that of the token; "" if no further text is final.
         """
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._skipped:
@@ -165,7 +168,7 @@ class TextStream:
         return self._settle(fresh)
 
     def flush(self) -> str:
-        """End the text: whatever was held back, incomplete characters as U+FFFD; the stream starts anew."""
+        """Ends the text; returns the rest, with incomplete characters as U+FFFD. The stream can be used again."""
         rest = self._decode_window()[self._taken :]
         final = self._clean(self._unsettled + rest)
         self._window, self._taken, self._boundary, self._unsettled = [], 0, 0, ""
@@ -195,10 +198,10 @@ class TextStream:
 
 
 class StopText:
-    """Passes a growing text on up to the first stop string; a possible start of one is held back.
+    """Cuts a growing text before the first stop string; a possible beginning of one is returned later.
 
     Args:
-        stops: The strings; without any, all text is passed on at once.
+        stops: The strings; without any, all text is returned at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -231,18 +234,18 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextPieces:
-    """A growing text, handed out in whole characters and up to the first stop text.
+    """Converts tokens to pieces of text: whole characters, up to the first stop string.
 
     Args:
         tokenizer: Decodes the tokens.
-        stops: The stop texts.
+        stops: The stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self._text, self._stops = TextStream(tokenizer), StopText(stops)
 
     def push(self, token: int) -> str:
-        """Adds a token; returns the text that is final now, which may be empty."""
+        """Adds a token; returns the text that is final now, possibly empty."""
         return self._stops.push(self._text.push(token))
 
     def flush(self) -> str:
