@@ -36,7 +36,7 @@ class Feeds:
     """The inputs of each graph, in files.
 
     Args:
-        directory: An empty directory of their own.
+        directory: An empty directory for the files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -62,7 +62,7 @@ class Feeds:
 
         Args:
             graph: Its name.
-            count: Only so many, at equal distances; None for all.
+            count: Largest number of runs, evenly spaced; None for all.
         """
         total = self.count(graph)
         wanted = total if count is None else min(count, total)
@@ -72,7 +72,7 @@ class Feeds:
 
 
 class _Recording:
-    """A session whose inputs are kept."""
+    """A session that records the inputs of every run."""
 
     def __init__(self, session: Session, feeds: Feeds, graph: str) -> None:
         self._session, self._feeds, self._graph = session, feeds, graph
@@ -110,9 +110,9 @@ def collect(
     Args:
         bundle: The parent.
         pictures: The pictures.
-        feeds: Where the inputs go.
-        texts: Token ids of the captions of the first pictures: the decoder reads them after the prompt, in
-            one pass. Without any, no graph of the language model is run.
+        feeds: Stores the inputs.
+        texts: Token ids of the captions of the first pictures: the decoder processes them after the prompt, in the
+            same pass. Without any, no graph of the language model is run.
         threads: CPU threads.
         progress: Called with pictures done and pictures in all.
     """
@@ -173,7 +173,7 @@ class PictureRunner:
 
 
 def _behind(text: Sequence[int], start: Sequence[int]) -> Sequence[int]:
-    """Generated ids without the start token, which encoder-decoder models count among them."""
+    """Generated ids without the start token, with which the texts of encoder-decoder models begin."""
     return text[len(start) :] if tuple(text[: len(start)]) == tuple(start) else text
 
 

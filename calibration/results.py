@@ -24,8 +24,7 @@ class MatrixSummary:
         bits: Bits of an integer, 4 or 8.
         block: Rows that share a scale.
         shape: K and N.
-        error: Relative change of its output by rounding, on the calibration's activations; None where the pictures
-            reach no activation of it.
+        error: Relative change of its output by rounding, on the recorded activations; None if there are none.
         plain_error: The same for rounding to nearest.
     """
 

@@ -32,7 +32,7 @@ class BuildOptions:
 
     Attributes:
         target: ``tensorrt``, which builds on the board itself, or ``rtx``, which builds anywhere.
-        sm: Compute capabilities, 86 for 8.6; ``rtx`` only.
+        sm: Compute capabilities of the GPUs to build for, 86 for 8.6; ``rtx`` only.
         workspace: Limit of the builder's scratch memory, in MiB; None for the builder's default.
         capacity: Slots of the decoder's KV cache; None for 256 more than the prompt usually takes.
         max_batch: Largest number of rows (pictures times beams) of the decoder; None for the export's.

@@ -49,11 +49,11 @@ LEAST_COSINE = 0.995
 """Smallest cosine to the portable graph where weights or activations are integers: each form rounds differently."""
 
 CLEARLY_FASTER = 0.95
-"""A recipe replaces one that is listed before it if it takes less than this share of its time in two measurements."""
+"""A later recipe is preferred to an earlier one if it takes less than this share of its time in two measurements."""
 
 SLOWER_MOST = {False: 1.1, True: 1.0}
-"""How much slower than the portable graph a rewritten one may be, by whether its weights are prepacked at load time. A
-graph without prepacking opens faster, and times are measured with an error."""
+"""Largest time of a rewritten graph as a multiple of the portable graph's, by whether its weights are prepacked at load
+time. A graph without prepacking opens faster, so that it may be slightly slower; measured times have an error too."""
 
 ONE_TRY_FROM = 1 << 30
 """Bytes of a graph from which only the first recipe is tried that shares the bundle's weights: each try reads and
@@ -102,7 +102,7 @@ class _CopyTask:
         context: What passes know about the model.
         scratch: Directory of the rewritten graphs that are tried.
         target: Directory of the copy.
-        within: Path of the copy inside the bundle; None where it is elsewhere.
+        within: Path of the copy inside the bundle; None if the copy is in the user's cache.
         upstream: Outputs of the portable graphs so far, by name: the inputs of later graphs.
     """
 
@@ -256,7 +256,7 @@ def _candidates(
 def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
     """Writes a graph as OpenVINO has compiled it; or returns why there is no such copy.
 
-    A graph that OpenVINO cannot load has no copy; the other graphs have theirs all the same.
+    A graph that OpenVINO cannot load has no copy; the other graphs do.
     """
     parent, tolerance = task.parent(name)
     portable, exact = _references(task, name)
@@ -282,7 +282,7 @@ def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fil
 def _agreement(
     result: probe.ProbeResult, portable: probe.ProbeResult, tolerance: float
 ) -> tuple[tuple[Parity, ...], float]:
-    """How far a copy's outputs are from the portable graph's: the parity of each, and the smallest cosine."""
+    """The difference of a copy's outputs from the portable graph's: the parity of each, and the smallest cosine."""
     parity = tuple(
         Parity(output, *probe.relative(result.outputs[output], wanted), tolerance, ("probe",))
         for output, wanted in portable.outputs.items()

@@ -40,7 +40,7 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """The record of a file as it is now."""
+        """The record of an existing file."""
         return cls(sha256_of(path), path.stat().st_size)
 
 

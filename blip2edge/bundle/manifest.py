@@ -30,10 +30,11 @@ class GraphRecord:
 
     Attributes:
         spec: Its tensors.
-        precision: ``fp32``, ``fp16``, ``bf16``, or what ``calibrate`` made of it.
-        parity: How far each output is from torch.
-        fp32_exceptions: What stays in FP32 in a graph of lower precision, and why; one sentence each.
-        data_files: Files of its weights.
+        precision: ``fp32``, ``fp16``, ``bf16``, or a precision of ``calibrate``: ``int8``, ``int8-weights``, ``int4``.
+        parity: The difference of each output from torch.
+        fp32_exceptions: The parts that are kept in FP32 in a graph of lower precision, with the reason; one sentence
+            each.
+        data_files: Names of the files of its weights.
     """
 
     spec: GraphSpec
@@ -168,7 +169,7 @@ class Manifest:
         )
 
     def graph_bytes(self, graph: GraphRecord) -> int:
-        """Bytes of a graph's files, as far as this bundle holds them."""
+        """Bytes of a graph's files; files that this bundle does not hold count as 0."""
         return sum(self.files[file].size for file in graph.files if file in self.files)
 
     def write(self, directory: Path) -> None:

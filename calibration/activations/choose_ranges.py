@@ -41,10 +41,10 @@ LIMIT = 0.01
 """Largest accepted error of a layer's output, as a share of its power (10 % in amplitude)."""
 
 NODE_ABOVE = 1e-3
-"""A division that needs its own node is tried only where the error without division is larger than this ..."""
+"""Error without division above which a division that needs its own node is tried."""
 
 NODE_GAIN = 0.5
-"""... and taken only where it leaves less than this share of that error."""
+"""Share of that error that must remain at most, for the division with its own node to be used."""
 
 ALWAYS_ZERO = "its input is always zero"
 
@@ -158,8 +158,8 @@ def choose_range(observation: Observation, weights: Sequence[Array], folds: bool
     Args:
         observation: The observation of the activation.
         weights: ``[K, N]`` of each product that reads it.
-        folds: Whether the layer before can take the division, so that it needs no node.
-        shared: Whether another node reads one of the weights, so that its rows must not change.
+        folds: Whether the division can be folded into the weights of the layer before, so that it needs no node.
+        shared: Whether another node reads one of the weights too, so that the weight must not be changed.
     """
     weight = _joined(weights)
     plain = _Division(observation, weight, None).best()
@@ -177,7 +177,7 @@ def _read(model: ir.Model, product: Product) -> Array:
 
 
 def _joined(weights: Sequence[Array]) -> Array:
-    """Some columns of each of the products that read an activation, side by side."""
+    """Some columns of the weights of all products that read an activation, concatenated."""
     return np.concatenate([_some_columns(one, COLUMNS // len(weights)) for one in weights], axis=1)
 
 

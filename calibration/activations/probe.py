@@ -1,4 +1,4 @@
-"""Reads inner tensors of a graph by making them outputs. Each run reads only some of them, to bound memory."""
+"""Reads inner tensors of a graph by making them outputs; each run reads only some of them, to limit the memory."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def _staged(
     seal: FileRecord,
     start: float,
 ) -> StagedGraph:
-    """Writes the graph to its weights; where its head is the token table, the table's file is one of them."""
+    """Writes the graph, whose weights are written already; a head that is the token table is in the table's file."""
     data = {f"{record.spec.name}.onnx.data": seal}
     if any(matrix.integers.location == EMBEDDINGS_FILE for matrix in matrices.values()):
         data[EMBEDDINGS_FILE] = FileRecord.of(context.staging / EMBEDDINGS_FILE)

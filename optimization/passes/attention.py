@@ -85,7 +85,7 @@ def _behind_groups(value: ir.Value) -> ir.Value:
 
 
 def _turned(value: ir.Value | None) -> ir.Value | None:
-    """Keys ``[B, H, T, d]`` before the transposition for the product."""
+    """The keys ``[B, H, T, d]``, from the transposed keys of the product."""
     node = producer(value, "Transpose")
     if node is None:
         return None
@@ -96,7 +96,7 @@ def _turned(value: ir.Value | None) -> ir.Value | None:
 
 
 def flat(value: ir.Value | None, heads_last: tuple[int, ...] = (0, 2, 1, 3)) -> ir.Value | None:
-    """``[B, S, H d]`` before the heads are split; None where other nodes are in between."""
+    """The value ``[B, S, H d]`` from which heads are split; None if other nodes are in between."""
     node = producer(value, "Transpose")
     if node is None or permutation(node) not in (list(heads_last), [0, 2, 3, 1]):
         return None
@@ -126,7 +126,7 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
 
 
 def _read_once(value: ir.Value) -> bool:
-    """Whether heads are used by this attention only, from their split on."""
+    """Whether only this attention uses the heads, before and after their split."""
     node = value.producer()
     split = node.inputs[0] if node is not None else None
     return len(users(value)) == 1 and split is not None and len(users(split)) == 1

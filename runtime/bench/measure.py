@@ -72,8 +72,8 @@ class StageTimes:
         ms: Percentiles of the wall time in milliseconds: ``p50``, ``p90``, ``p99``.
         cpu_ms: Median CPU time in milliseconds.
         least_cpu_ms: Least CPU time in milliseconds; ``share`` is computed from it.
-        share: The time at the roofline over the least CPU time, at most 1; None where the cost is not known.
-        bound: What limits the stage at the roofline, ``products`` or ``bytes``; empty where that is not known.
+        share: The least time by the roofline, divided by the measured least CPU time; None if the cost is not known.
+        bound: Which limit of the roofline is the larger one, ``products`` or ``bytes``; empty if not known.
     """
 
     ms: Mapping[str, float]
@@ -98,10 +98,10 @@ class BenchReport:
         memory: Bytes: ``peak`` while captioning, ``resident`` at the end, and ``graphs`` (the files of the weights).
         sweeps: Tables by name: ``batch``, ``prompt``, ``caption``; each a list of rows.
         left_out: What was not measured, with the reason.
-        energy: Joules a caption and their source; None where the machine has no meter.
-        draft: The draft model (``itg`` or ``lookup``) and how many tokens a pass of the target model yields over whole
-            captions; None without speculative decoding. The stages are always those of plain decoding.
-        roofline: Of one core of this machine; empty where it was not measured.
+        energy: Joules per caption, and the meter; None if the machine has no meter.
+        draft: The draft model (``itg`` or ``lookup``), and the tokens per pass of the target model over whole
+            captions; None without speculative decoding. ``stages`` are always those of plain decoding.
+        roofline: The limits of one core of this machine; empty if they were not measured.
     """
 
     machine: Mapping[str, Any]
@@ -144,7 +144,7 @@ class Bench:
 
     Args:
         captioner: The captioner.
-        picture: The picture to caption, ``[H, W, 3]`` uint8; None for one of noise.
+        picture: The picture to caption, ``[H, W, 3]`` uint8; None for a picture of noise.
     """
 
     def __init__(self, captioner: Captioner, picture: NDArray[np.uint8] | None = None) -> None:
@@ -159,9 +159,9 @@ class Bench:
         """Captions pictures in one batch, and times each stage.
 
         Args:
-            tokens: Length of every caption.
+            tokens: Length of every caption in tokens.
             pictures: Batch size.
-            prompt: None for the bundle's default.
+            prompt: The prompt; None for the bundle's default.
         """
         clock = CpuClock()
         item: Any = self.picture if self.frames == 1 else [self.picture] * self.frames
@@ -174,7 +174,7 @@ class Bench:
         return clock
 
     def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
-        """Captions with speculative decoding: the draft model, and the median of tokens a pass; None without one."""
+        """Measures speculative decoding: the draft model and the median tokens per pass; None without a draft model."""
         forced: CaptionOptions = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         kind = self.captioner.generator.drafts.kind(self.captioner.options(**forced))
         if kind == "none":
@@ -285,7 +285,7 @@ def bench(
 
 
 def _roofline(captioner: Captioner) -> Roofline | None:
-    """The roofline in the captioner's backend, or in another one for the CPU; None where none is installed."""
+    """The roofline measured with the captioner's backend, or another one for the CPU; None if none is installed."""
     own = captioner.graphs.backend
     hosts = [name for name, row in BACKENDS.items() if row.host]
     for backend in sorted(hosts, key=lambda name: name != own):

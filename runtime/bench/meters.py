@@ -67,7 +67,7 @@ def _nvml() -> Counter | None:
 
 
 def _rapl() -> Counter | None:
-    """The counter of the first CPU package: microjoules, with wrap-around. On most systems only root may read it."""
+    """The counter of the first CPU package, in microjoules, which wraps around; often only root may read it."""
     try:
         last = int(RAPL.read_text(encoding="ascii"))
         range_uj = int(RAPL.with_name("max_energy_range_uj").read_text(encoding="ascii"))
@@ -86,7 +86,7 @@ def _rapl() -> Counter | None:
 
 
 class RailCounter:
-    """Integrates the power of a rail, sampled in a thread, from the files that ``tegrastats`` also reads.
+    """Sums up the energy of a power rail, sampled in a thread, from the files that ``tegrastats`` also reads.
 
     Args:
         volts: File with millivolts.

@@ -1,4 +1,4 @@
-"""The backends ``tensorrt`` and ``rtx``: they run a bundle's engines by the session and decoder protocols.
+"""The backends ``tensorrt`` and ``rtx``: sessions and a decoder that run a bundle's engines.
 
 The code is tested with a simulation of CUDA and TensorRT that computes on the CPU. It was not run on a GPU yet.
 """
@@ -43,8 +43,8 @@ class EngineOpener:
         target: ``tensorrt`` or ``rtx``.
 
     Raises:
-        EngineError: TensorRT is absent or too old, there is no GPU, or the engines were built for something else.
-        BackendError: There is no driver, or cuda-python is absent.
+        EngineError: TensorRT is missing or too old, there is no GPU, or the engines were built for another machine.
+        BackendError: There is no driver, or cuda-python is missing.
     """
 
     def __init__(self, bundle: Bundle, target: str) -> None:
@@ -74,7 +74,7 @@ class EngineOpener:
         return DecoderSession(self._device, engine, record, self)
 
     def decoder(self, session: DecoderSession, table: TokenTable) -> DeviceDecoder:
-        """The decoder with the engine that chooses its tokens.
+        """The decoder, with the engine that chooses the next tokens.
 
         Raises:
             BackendError: The bundle does not describe the KV cache, or the engine has a cache that grows.

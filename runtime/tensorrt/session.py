@@ -97,7 +97,7 @@ def make_logger(trt: Any) -> tuple[Any, deque[str]]:
 
 
 class Device:
-    """What all engines of a bundle share: TensorRT, CUDA, one stream and one scratch buffer.
+    """Shared by all engines of a bundle: TensorRT, CUDA, one stream and one scratch buffer.
 
     Args:
         trt: The module of TensorRT's Python binding.
@@ -146,7 +146,7 @@ class Device:
     def scratch(self) -> DeviceBuffer:
         """Scratch memory of all contexts, which run one after the other.
 
-        CUDA graphs hold its address, so that a buffer that became too small is not freed before :meth:`close`.
+        CUDA graphs hold its address, so a buffer that became too small is freed only by :meth:`close`.
         """
         if not self._scratch or self._scratch[-1].size < self._most:
             self._scratch.append(DeviceBuffer(self.cuda, self._most))
@@ -256,7 +256,7 @@ class Context:
 class TrtSession:
     """An engine that takes and returns NumPy arrays; it follows the ``Session`` protocol of ``base.py``.
 
-    Its buffers are shared by all calls, so that a call holds the device's lock until its results are copied.
+    All calls share its buffers, so a call holds the device's lock until its results are copied.
 
     Args:
         device: The device that it runs on.
