@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ def install_command(extra: str) -> str:
 def missing(packages: Iterable[str]) -> list[str]:
     """The packages that are not installed; none is imported."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def installed(package: str) -> str:
+    """The version of a package by its name on PyPI, or of its ``-gpu`` form; empty if neither is installed."""
+    for name in (package, f"{package}-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
 
 
 def require(package: str, purpose: str, error: type[Blip2EdgeError], extra: str = "", hint: str = "") -> Any:

@@ -118,11 +118,8 @@ def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
             "build from the bundle that `blip2edge export` wrote",
         )
     trt = load_tensorrt(options.target)
-    target = fingerprint(
-        options.target,
-        str(trt.__version__),
-        bundle.sha256,
-        options.sm,
+    target = replace(
+        fingerprint(options.target, str(trt.__version__), bundle.sha256, options.sm),
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
     )

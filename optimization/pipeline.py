@@ -31,13 +31,13 @@ from blip2edge.optimization.graph import prepare
 from blip2edge.optimization.passes.integers import without_rounding
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
 from blip2edge.optimization.storage import SMALLEST, optimize_offline, scratch_directory, write_copy
-from blip2edge.packages import require
+from blip2edge.packages import installed, require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import RowByRow
 from blip2edge.runtime.backends.openvino import OpenVinoSession
-from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord, installed
+from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord
 from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.decoding.language_model import decoder_of
 from blip2edge.version import __version__

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from blip2edge.calibration.activations.folding import find_fold
+from blip2edge.calibration.activations.folding import Fold, find_fold
 from blip2edge.calibration.activations.histogram import LEVELS, THRESHOLDS
 from blip2edge.calibration.activations.observer import Observation, Observations
 from blip2edge.calibration.activations.qdq import ActivationPlan, QuantizedActivation, quantize_columns
@@ -77,56 +77,10 @@ def choose_ranges(
     """Chooses the ranges of a graph's activations.
 
     Args:
-        model: The graph.
-        targets: Its products.
-        observations: Observations by the activation's name.
-        method: One of :data:`METHODS`.
-        progress: Called with activations done and activations in all.
-    """
-    if method in THRESHOLDS:
-        return choose_ranges_by_histogram(model, targets, observations, method)
-    return choose_ranges_by_output(model, targets, observations, progress=progress)
-
-
-def choose_ranges_by_histogram(
-    model: ir.Model, targets: Targets, observations: Observations, method: str
-) -> ActivationPlan:
-    """Chooses the range of each activation by its own histogram.
-
-    Args:
-        model: The graph.
-        targets: Its products.
-        observations: Observations by the activation's name.
-        method: A key of :data:`blip2edge.calibration.activations.histogram.THRESHOLDS`.
-    """
-    plan = ActivationPlan()
-    for activation, products in targets.by_activation().items():
-        observation = observations[activation]
-        threshold = THRESHOLDS[method](observation.histogram)
-        if threshold > 0:
-            weight = _joined([_read(model, product) for product in products])
-            error = _Division(observation, weight, None).output_error(threshold)
-            plan.activations.append(QuantizedActivation(activation, tuple(products), threshold, output_error=error))
-        else:
-            plan.kept_float |= {product.node: ALWAYS_ZERO for product in products}
-    return plan
-
-
-def choose_ranges_by_output(
-    model: ir.Model,
-    targets: Targets,
-    observations: Observations,
-    *,
-    limit: float = LIMIT,
-    progress: Callable[[int, int], None] | None = None,
-) -> ActivationPlan:
-    """Chooses range and division of each activation by the error of the outputs of its products.
-
-    Args:
         model: The graph; the weights of one activation's products are in memory at a time.
         targets: Its products.
         observations: Observations by the activation's name.
-        limit: See :data:`LIMIT`.
+        method: One of :data:`METHODS`.
         progress: Called with activations done and activations in all.
     """
     plan = ActivationPlan()
@@ -136,19 +90,26 @@ def choose_ranges_by_output(
         if observation.histogram.maximum == 0.0:
             plan.kept_float |= {product.node: ALWAYS_ZERO for product in products}
             continue
-        fold = find_fold(model, products)
-        shared = any(len(list(model.graph.initializers[product.weight].uses())) > 1 for product in products)
-        choice = choose_range(observation, [_read(model, product) for product in products], fold != (), shared)
-        if choice.output_error > limit:
-            reason = f"rounding would change {choice.output_error:.1%} of the power of its output"
-            plan.kept_float |= {product.node: reason for product in products}
+        weights = [_read(model, product) for product in products]
+        fold: Fold = ()
+        if method in THRESHOLDS:
+            threshold = THRESHOLDS[method](observation.histogram)
+            error = _Division(observation, _joined(weights), None).output_error(threshold)
+            choice = RangeChoice(error, threshold, None)
         else:
-            taken = fold if choice.divisor is not None else ()
-            plan.activations.append(
-                QuantizedActivation(
-                    activation, tuple(products), choice.threshold, choice.divisor, taken, choice.output_error
-                )
+            fold = find_fold(model, products)
+            shared = any(len(list(model.graph.initializers[product.weight].uses())) > 1 for product in products)
+            choice = choose_range(observation, weights, fold != (), shared)
+            if choice.output_error > LIMIT:
+                reason = f"rounding would change {choice.output_error:.1%} of the power of its output"
+                plan.kept_float |= {product.node: reason for product in products}
+                continue
+        taken = fold if choice.divisor is not None else ()
+        plan.activations.append(
+            QuantizedActivation(
+                activation, tuple(products), choice.threshold, choice.divisor, taken, choice.output_error
             )
+        )
     return plan
 
 

@@ -193,15 +193,7 @@ class Fingerprint:
         return {**asdict(self), "gpus": list(self.gpus)}
 
 
-def fingerprint(
-    target: str,
-    version: str,
-    bundle_sha256: str,
-    compute_capabilities: Sequence[int],
-    *,
-    version_compatible: bool = False,
-    hardware_compatible: bool = False,
-) -> Fingerprint:
+def fingerprint(target: str, version: str, bundle_sha256: str, compute_capabilities: Sequence[int]) -> Fingerprint:
     """The fingerprint of engines that are built now, on this machine.
 
     Args:
@@ -209,8 +201,6 @@ def fingerprint(
         version: Version of TensorRT.
         bundle_sha256: Hash of the bundle.
         compute_capabilities: Compute capabilities of ``--sm``; empty for the GPU of this machine.
-        version_compatible: See :class:`Fingerprint`.
-        hardware_compatible: See :class:`Fingerprint`.
 
     Raises:
         EngineError: There is no GPU, and ``compute_capabilities`` is empty.
@@ -231,8 +221,6 @@ def fingerprint(
         driver=driver.version if gpu else "",
         machine=platform.machine(),
         bundle_sha256=bundle_sha256,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
     )
 
 

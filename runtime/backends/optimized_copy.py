@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord, check_files
 from blip2edge.bundle.schema import Parity
+from blip2edge.packages import installed
 from blip2edge.runtime.backends.probe import exact_processor
 
 RECORD = "optimized.json"
@@ -150,13 +150,3 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
 def weights_of(bundle: Bundle, directory: Path) -> Path:
     """The directory of a copy's external weights: the bundle's, where the copy is inside it and shares them."""
     return bundle.path if directory.is_relative_to(bundle.path) else directory
-
-
-def installed(package: str) -> str:
-    """The version of a package; empty where it is not installed."""
-    for name in (package, f"{package}-gpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return ""

@@ -8,7 +8,6 @@ with NumPy's. A missing package is a finding, not an error. torch is never impor
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import platform
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import one_line
+from blip2edge.packages import installed
 from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.backends.probe import (
     MATMUL,
@@ -123,8 +123,8 @@ def _memory() -> Check:
 
 
 def _packages() -> Check:
-    found = [f"{name} {version}" for name in MEASURED_PACKAGES if (version := _version(name)) is not None]
-    missing = [name for name in ("numpy", "pillow", "tokenizers") if _version(name) is None]
+    found = [f"{name} {version}" for name in MEASURED_PACKAGES if (version := installed(name))]
+    missing = [name for name in ("numpy", "pillow", "tokenizers") if not installed(name)]
     if missing:
         return Check("packages", False, f"{', '.join(missing)} missing", "pip install blip2edge", required=True)
     return Check("packages", True, ", ".join(found))
@@ -153,7 +153,7 @@ def _installed(module: str, packages: tuple[str, ...], fix: str) -> Check:
     """Presence and version of a package, without importing it."""
     if _spec(module) is None:
         return Check(module, False, "not installed", fix)
-    versions = [version for package in packages if (version := _version(package)) is not None]
+    versions = [version for package in packages if (version := installed(package))]
     return Check(module, True, versions[0] if versions else "installed, version not recorded")
 
 
@@ -189,7 +189,7 @@ def _tensorrt(name: str, module: str, packages: tuple[str, ...], extra: str, dri
     fix = f"with an NVIDIA GPU: pip install 'blip2edge[{extra}]'"
     if extra == "tensorrt":
         fix += "; on a Jetson it comes with JetPack, make the environment with --system-site-packages"
-    versions = [version for package in packages if (version := _version(package)) is not None]
+    versions = [version for package in packages if (version := installed(package))]
     if _spec(module) is None:
         return Check(name, False, "not installed", fix)
     version = versions[0] if versions else "version not recorded"
@@ -202,13 +202,6 @@ def _spec(module: str) -> object | None:
     try:
         return importlib.util.find_spec(module)
     except (ImportError, ValueError):  # a half-removed package: its __spec__ is None
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
         return None
 
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 import blip2edge
 from blip2edge.bundle.schema import VISION
 from blip2edge.errors import BackendError, UsageError, option
+from blip2edge.packages import installed
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import BACKENDS
-from blip2edge.runtime.backends.optimized_copy import installed
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
 from blip2edge.runtime.bench.roofline import Roofline, StageCost, measure
@@ -269,7 +269,11 @@ def bench(
     decode = stages["decode"].ms["p50"] / 1e3
     return BenchReport(
         machine=_machine(captioner),
-        versions={"blip2edge": blip2edge.__version__, "python": platform.python_version(), **_versions()},
+        versions={
+            "blip2edge": blip2edge.__version__,
+            "python": platform.python_version(),
+            **{name: found for name in PACKAGES if (found := installed(name))},
+        },
         bundle=_bundle(captioner),
         options=options,
         stages=stages,
@@ -350,10 +354,6 @@ def _machine(captioner: Captioner) -> dict[str, Any]:
         "backend": captioner.graphs.backend,
         "threads": captioner.graphs.threads,
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: found for name in PACKAGES if (found := installed(name))}
 
 
 def _bundle(captioner: Captioner) -> dict[str, Any]:
