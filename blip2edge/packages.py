@@ -63,5 +63,6 @@ def require(package: str, purpose: str, error: type[Blip2EdgeError], extra: str 
     try:
         return importlib.import_module(package)
     except ImportError as cause:
-        problem = f"{purpose} needs {package}, which is not installed"
+        absent = isinstance(cause, ModuleNotFoundError) and cause.name == package
+        problem = f"{purpose} needs {package}, which {'is not installed' if absent else f'does not load ({cause})'}"
         raise error(problem, install_command(extra or EXTRAS[package]) + hint) from cause

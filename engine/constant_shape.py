@@ -189,13 +189,9 @@ def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, na
 
 def _rename_slots(graph: ir.Graph) -> None:
     """Names the axes ``past`` and ``past + steps`` as the capacity."""
-    for value in [*graph.inputs, *graph.outputs]:
-        if value.shape is not None:
+    for value in [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is not None and any(_is_past(dim) for dim in value.shape):
             value.shape = ir.Shape([CAPACITY if _is_past(dim) else dim for dim in value.shape])
-    for node in graph:
-        for value in node.outputs:
-            if value.shape is not None and any(_is_past(dim) for dim in value.shape):
-                value.shape = ir.Shape([CAPACITY if _is_past(dim) else dim for dim in value.shape])
 
 
 def _is_past(dim: int | ir.SymbolicDim) -> bool:

@@ -23,7 +23,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.activations.probe import open_probe
 from blip2edge.calibration.activations.qdq import ActivationPlan, insert_qdq
-from blip2edge.calibration.batches import PictureRunner
+from blip2edge.calibration.batches import PictureRunner, SubstituteSession
 from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.calibration.storage import InMemoryStore
 from blip2edge.calibration.weights.blocks import restored
@@ -156,22 +156,6 @@ class DivergenceMeter:
         return logits
 
 
-class _SubstituteSession:
-    """A session with the inputs and outputs of another, whose results come from a function."""
-
-    def __init__(self, like: Session, compute: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
-        self.input_names, self.output_names = like.input_names, like.output_names
-        self._compute = compute
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`; returns all outputs, whatever is requested."""
-        del outputs
-        return self._compute(inputs)
-
-    def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
-
-
 def _recording(session: Session, record: list[dict[str, Array]]) -> Session:
     """A session that appends its outputs to a list."""
 
@@ -180,13 +164,13 @@ def _recording(session: Session, record: list[dict[str, Array]]) -> Session:
         record.append(found)
         return dict(found)
 
-    return _SubstituteSession(session, compute)
+    return SubstituteSession(session, compute)
 
 
 def _replaying(session: Session, record: Sequence[dict[str, Array]]) -> Session:
     """A session that returns recorded outputs, run by run."""
     remaining = iter(record)
-    return _SubstituteSession(session, lambda inputs: dict(next(remaining)))
+    return SubstituteSession(session, lambda inputs: dict(next(remaining)))
 
 
 def _all_logits(session: Session, logits: list[Array]) -> Session:
@@ -197,7 +181,7 @@ def _all_logits(session: Session, logits: list[Array]) -> Session:
         logits.append(found["logits"])
         return found
 
-    return _SubstituteSession(session, compute)
+    return SubstituteSession(session, compute)
 
 
 def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:

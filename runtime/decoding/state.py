@@ -152,15 +152,16 @@ class SlotState(RowState):
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
 
     def run(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> NDArray[np.float32]:
-        """Runs the graph on S new slots of every row, which ``mask`` already contains.
+        """Runs the graph on S new slots of every row; arguments as :meth:`inputs`. Logits ``[B, K, V]``."""
+        return self.run_graph(self.inputs(embeds, positions, wanted))
+
+    def inputs(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> dict[str, Array]:
+        """The graph's inputs for S new slots of every row, without the KV cache.
 
         Args:
             embeds: ``[B, S, D]``.
             positions: ``[B, S]``.
             wanted: K, how many of the last slots need logits.
-
-        Returns:
-            Logits ``[B, K, V]``.
         """
         batch, steps = positions.shape
         inputs = {
@@ -172,7 +173,7 @@ class SlotState(RowState):
         if self.cross_mask is not None:
             mask, self.cross_mask = self.cross_mask, self.cross_mask[:, -1:]  # later tokens attend as the last one did
             inputs[CROSS_MASK] = mask if mask.shape[1] == steps else np.repeat(mask[:, -1:], steps, axis=1)
-        return self.run_graph(inputs)
+        return inputs
 
     def join_rows(self, other: SlotState) -> None:
         """Adds mask, positions and cross-attention mask of another state's rows; both masks have the same length."""

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Union
 
@@ -205,7 +206,6 @@ class Preprocessing:
             if len(values) != 3 or not np.isfinite(values).all() or (name == "std" and 0.0 in values):
                 raise ValueError(f"{name}: expected three finite numbers (std: not 0), got {list(values)}")
             object.__setattr__(self, name, values)
-        object.__setattr__(self, "_table", self._lookup_table())
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -216,8 +216,7 @@ class Preprocessing:
     @property
     def spans(self) -> NDArray[np.float32]:
         """The difference between the pixel values of white and of black, for each channel, float32 [3]."""
-        table: NDArray[np.float32] = getattr(self, "_table")  # noqa: B009 - set past the frozen fields
-        spans: NDArray[np.float32] = np.abs(table[:, -1] - table[:, 0])
+        spans: NDArray[np.float32] = np.abs(self._table[:, -1] - self._table[:, 0])
         return np.where(spans > 0, spans, np.float32(1))
 
     @classmethod
@@ -297,10 +296,9 @@ class Preprocessing:
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
         values = np.asarray(image)  # [H,W,3] uint8
-        table: NDArray[np.float32] = getattr(self, "_table")  # noqa: B009 - set past the frozen fields
         pixels = np.empty((3, *values.shape[:2]), np.float32)
         for channel in range(3):
-            np.take(table[channel], values[:, :, channel], out=pixels[channel], mode="clip")
+            np.take(self._table[channel], values[:, :, channel], out=pixels[channel], mode="clip")
         return pixels
 
     def batch(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
@@ -328,7 +326,8 @@ class Preprocessing:
             raise ImageError(f"the picture passed in: {width}×{height} is too thin to be resized", "crop it")
         return (short, long) if width <= height else (long, short)
 
-    def _lookup_table(self) -> NDArray[np.float32]:
+    @cached_property
+    def _table(self) -> NDArray[np.float32]:
         """Float32 [3,256]: the outcome for each channel and 8-bit value, rounded as transformers rounds."""
         values = np.arange(256, dtype=np.float64)
         if self.do_rescale:

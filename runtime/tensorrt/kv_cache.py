@@ -186,15 +186,8 @@ class DeviceState(FixedState):
     def _put_first(self, token_ids: NDArray[np.int64]) -> None:
         """Copies the inputs of the first step to the GPU; every step computes those of the next."""
         cache, device = self.cache, self.cache.device
-        values: dict[str, Array] = {
-            "inputs_embeds": self.decoder.embed(token_ids[:, None]),
-            "position_ids": self.positions[:, None] + 1,
-            CACHE_POSITION: np.array([self.slot], np.int64),
-            "attention_mask": self.mask,
-            "logits_indices": np.zeros((self.batch_size, 1), np.int64),
-        }
-        if self.cross_mask is not None:
-            values[CROSS_MASK] = self.cross_mask[:, -1:]
+        values = self.inputs(self.decoder.embed(token_ids[:, None]), self.positions[:, None] + 1, 1)
+        values[CACHE_POSITION] = np.array([self.slot], np.int64)
         for name, array in values.items():
             halves = (0, 1) if name not in GREEDY else (cache.half,)
             for half in halves:

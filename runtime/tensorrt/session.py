@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import mmap
 import threading
 from collections import deque
@@ -18,6 +17,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import TensorSpec
 from blip2edge.errors import EngineError, option
+from blip2edge.packages import require
 from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.backends.engine_files import EngineRecord
 from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer, Mirror
@@ -35,18 +35,16 @@ class Target:
 
     Attributes:
         module: Its Python module.
-        extra: The extra of blip2edge that installs it.
         builds_anywhere: Whether it builds without a GPU, for given compute capabilities.
     """
 
     module: str
-    extra: str
     builds_anywhere: bool = False
 
 
 TARGETS = {
-    "tensorrt": Target("tensorrt", "tensorrt"),
-    "rtx": Target("tensorrt_rtx", "rtx", builds_anywhere=True),
+    "tensorrt": Target("tensorrt"),
+    "rtx": Target("tensorrt_rtx", builds_anywhere=True),
 }
 
 
@@ -56,14 +54,9 @@ def load_tensorrt(target: str) -> Any:
     Raises:
         EngineError: It is not installed, cannot be loaded, or is too old.
     """
-    wanted = TARGETS[target]
-    try:
-        trt = importlib.import_module(wanted.module)
-    except ImportError as error:
-        hint = f"install it: pip install 'blip2edge[{wanted.extra}]'"
-        if target == "tensorrt":
-            hint += "; on a Jetson it comes with JetPack: make the environment with --system-site-packages"
-        raise EngineError(f"{wanted.module} is not installed or does not load ({error})", hint) from error
+    jetson = "; on a Jetson it comes with JetPack: make the environment with --system-site-packages"
+    hint = jetson if target == "tensorrt" else ""
+    trt = require(TARGETS[target].module, f"the target {target}", EngineError, hint=hint)
     if target == "tensorrt" and version_of(trt) < OLDEST:
         raise EngineError(
             f"TensorRT {trt.__version__} is older than 10.3",
