@@ -1,4 +1,4 @@
-"""``blip2edge calibrate``: makes an INT8 or INT4 bundle; where a step fails, nothing is published.
+"""``blip2edge calibrate``: makes an INT8 or INT4 bundle; if a step fails, nothing is published.
 
 1. Record: choose the pictures, caption some of them with the parent, and save the inputs of each graph to disk.
 2. Quantize: choose the ranges of activations (``activations``), round the weights (``weights``), write each new graph.

@@ -128,7 +128,7 @@ class BuiltEngine:
 def build_engine(
     trt: Any, plan: EnginePlan, version: ParserVersion, output: Path, options: BuildOptions = DEFAULTS
 ) -> BuiltEngine:
-    """Parses a graph, its weights found by its path, and writes its engine.
+    """Parses a graph and writes its engine. The parser finds the weights in the directory of the graph.
 
     Args:
         trt: The module from :func:`load_tensorrt`.

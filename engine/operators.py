@@ -70,7 +70,7 @@ SINGLE_OUTPUT = frozenset({"LayerNormalization"})
 
 @dataclass(frozen=True)
 class ParserVersion:
-    """One TensorRT.
+    """The operators that one version of TensorRT supports.
 
     Attributes:
         name: Product and version, as users know it.

@@ -1,4 +1,4 @@
-"""``bundle.json``: what a bundle holds, with the size and hash of every file."""
+"""``bundle.json``: the description of a bundle, with size and hash of every file."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class Manifest:
 
 
 def _file_records(values: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """The records of all files; raises ValueError where a graph's file has none, or a file is outside the bundle."""
+    """The records of all files; raises ValueError if a graph's file has none, or a name is a path."""
     files = {name: FileRecord(**record) for name, record in values["files"].items()}
     for name in files:
         if Path(name).name != name:

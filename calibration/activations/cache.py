@@ -72,7 +72,7 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
 
 
 def save_observations(path: Path, observations: Observations) -> None:
-    """Writes a cache file in one step, so that no reader sees a part of it."""
+    """Writes a cache file under a temporary name and renames it, so that other processes never read half a file."""
     arrays: dict[str, Any] = {"names": np.frombuffer(json.dumps(list(observations)).encode(), np.uint8)}
     for index, observation in enumerate(observations.values()):
         histogram = observation.histogram

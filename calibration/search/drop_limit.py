@@ -1,4 +1,4 @@
-"""``--drop-limit``: keeps the most sensitive layers in floating point until few enough captions change.
+"""``--drop-limit``: keeps sensitive layers in floating point until the number of changed captions is within the limit.
 
 1. Everything is quantized, and the sensitivity of each layer is measured (``sensitivity.py``).
 2. As long as more captions differ from the parent's than the limit allows (or CIDEr against the pictures' references
@@ -185,7 +185,7 @@ def choose_kept_layers(
     limit: DropLimit,
     drop_of: Callable[[Mapping[str, StagedGraph]], float],
 ) -> tuple[dict[str, StagedGraph], KeptLayers]:
-    """Keeps the smallest number of the worst layers in floating point with which the limit holds.
+    """Finds the smallest number of the worst layers that must be kept in floating point for the limit to hold.
 
     Args:
         context: The calibration; its staging directory holds the fully quantized graphs.

@@ -93,7 +93,7 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 class DivergenceMeter:
-    """Measures the divergence from the parent where one graph is replaced, over some pictures.
+    """Measures the divergence of the model from the parent when one graph is replaced, over some pictures.
 
     Args:
         parent: The bundle.

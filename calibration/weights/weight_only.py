@@ -227,13 +227,13 @@ def block_tensors(initializers: Mapping[str, ir.Value], weight: str) -> tuple[ir
 
 
 def form_of(integers: ir.ExternalTensor, scales: ir.ExternalTensor) -> BlockFormat:
-    """The format, by type and shapes."""
+    """The format of a matrix, from the type of its integers and both shapes."""
     bits = 4 if integers.dtype == ir.DataType.INT4 else 8
     return BlockFormat(bits, integers.shape.numpy()[0] // scales.shape.numpy()[0])
 
 
 def all_logits(feed: Mapping[str, Array]) -> dict[str, Array]:
-    """A decoder's inputs, changed to request logits at every position: the head then has many activations per run."""
+    """A decoder's inputs with logits requested at every position, so that a run gives many activations of the head."""
     indices, embeds = feed.get(LOGITS_INDICES), feed.get("inputs_embeds")
     if indices is None or embeds is None:
         return dict(feed)

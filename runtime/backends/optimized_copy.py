@@ -118,7 +118,7 @@ class OptimizedRecord:
 
 
 def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | None:
-    """A bundle's optimized copy for a backend: its directory and record; None where none fits bundle and version.
+    """A bundle's optimized copy for a backend: its directory and record; None without one for bundle and version.
 
     Raises:
         BundleIntegrityError: A file of the copy is missing or was changed.
@@ -148,5 +148,5 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
 
 
 def weights_of(bundle: Bundle, directory: Path) -> Path:
-    """The directory of a copy's external weights: the bundle's, where the copy is inside it and shares them."""
+    """The directory of a copy's external weights: the bundle's if the copy is inside it, and so shares its weights."""
     return bundle.path if directory.is_relative_to(bundle.path) else directory

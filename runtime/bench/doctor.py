@@ -2,7 +2,7 @@
 
 A package may list an execution provider that does not work: it fails at the first kernel, or falls back to the CPU
 without a message. So every provider of ONNX Runtime, and OpenVINO, multiplies two matrices, and the product is compared
-with NumPy's. A missing package is a finding, not an error. torch is never imported.
+with NumPy's. A missing package is a failed check, not an exception. torch is never imported.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def diagnose() -> list[Check]:
     """Checks the machine and the installed packages; takes about a second.
 
     Returns:
-        The findings, from the interpreter to the accelerators. Nothing is raised for what is missing. ONNX Runtime is
-        required only where no other backend works.
+        The checks, from the interpreter to the accelerators. A missing package is a failed check, never an exception.
+        ONNX Runtime is required only if no other backend works.
     """
     driver = _driver()
     openvino = _openvino()
@@ -206,7 +206,7 @@ def _spec(module: str) -> object | None:
 
 
 def _read(path: str) -> str:
-    """A small system file, or nothing where it does not exist or may not be read."""
+    """The text of a small system file; empty if it does not exist or cannot be read."""
     try:
         return Path(path).read_text(errors="replace")
     except OSError:

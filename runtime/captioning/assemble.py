@@ -84,7 +84,7 @@ class LoadedBundle:
 
 
 def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
-    """Preprocessing, vision encoder and, where there is one, the bridge."""
+    """Loads preprocessing, vision encoder and, if the bundle has one, the bridge."""
     return ImageParts(
         preprocessing=Preprocessing.from_json(bundle.manifest.preprocessing),
         pixels_dtype=NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype],
@@ -94,7 +94,7 @@ def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
 
 
 def text_parts(bundle: Bundle) -> TextParts:
-    """Tokenizers and prompts.
+    """Loads tokenizers and the prompt template.
 
     Raises:
         BundleError: The bundle matches pictures and texts, and has no prompts.
@@ -122,11 +122,11 @@ def load_pipeline(
     Args:
         bundle: An opened bundle.
         open_graph: Loads a graph by its name.
-        draft: Draft model of texts that name none; see :class:`DraftSelector`.
-        backend: Of the graphs.
+        draft: The default draft model; see :class:`DraftSelector`.
+        backend: Name of the backend that runs the graphs.
 
     Raises:
-        BundleError: The bundle captions nothing, or a file of it cannot be used.
+        BundleError: The bundle generates no captions, or one of its files cannot be used.
         UsageError: ``draft`` is unknown, or the bundle has no such draft model.
     """
     text = text_parts(bundle)

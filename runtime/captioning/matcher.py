@@ -65,7 +65,7 @@ class MatchResult:
 
 
 class Matcher(LoadedBundle):
-    """Compares pictures with texts. Make one with :meth:`load`, and close it after use, as with ``with``."""
+    """Compares pictures with texts. Make one with :meth:`load`, and close it after use; a ``with`` block closes it."""
 
     def __init__(self, bundle: Bundle, backend: BackendName = "auto", threads: int | None = None) -> None:
         super().__init__(bundle, backend, threads)
@@ -288,7 +288,7 @@ def _padded(rows: list[list[int]]) -> dict[str, Array]:
 
 
 def _starts(count: int, batch_size: int) -> range:
-    """Where each batch begins.
+    """The index at which each batch begins.
 
     Raises:
         UsageError: ``batch_size`` is below 1.

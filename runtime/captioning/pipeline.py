@@ -176,7 +176,7 @@ class Encoder:
         return batch.encoded(outputs)
 
     def prepare(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> PreparedBatch:
-        """The first stage: pixel values and token ids."""
+        """Preprocessing: computes the pixel values of the pictures and the token ids of the prompts."""
         with clock("preprocess"):
             spec = self.text.prompts.spec
             counts = [spec.frames] * len(images)
@@ -211,7 +211,7 @@ class Encoder:
 
 
 class TextGenerator:
-    """The language model with tokenizer, context length and draft models: encoded batches to token ids.
+    """Generates texts from encoded batches, with the language model, its tokenizer and the draft models.
 
     Args:
         language: The loaded language model.
