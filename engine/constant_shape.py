@@ -132,7 +132,7 @@ class _Writer:
         old.name, written.name = None, present
 
     def _token_of_slot(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """For each slot, the index of the new token that is written to it ``[C]``, and whether there is one ``[C, 1]``."""
+        """For each slot, the index of its new token ``[C]``, and whether there is one ``[C, 1]``."""
         zero, one = self._constant("cache_zero", 0), self._constant("cache_one", 1)
         scalar = {"start": SLOTS_AXIS, "end": SLOTS_AXIS + 1}
         capacity = self._squeezed(self._add("Shape", [self._past], "cache_capacity", scalar))
