@@ -5,6 +5,8 @@ The code is tested with a simulation of CUDA and TensorRT that computes on the C
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from blip2edge.bundle.bundle import Bundle
@@ -71,28 +73,15 @@ class EngineOpener:
         engine = self._open(graph)
         if graph != DECODER:
             return TrtSession(self._device, engine, record)
-        return DecoderSession(self._device, engine, record, self)
+        return DecoderSession(self._device, engine, record, partial(self._engines, engine, record))
 
-    def decoder(self, session: DecoderSession, table: TokenTable) -> DeviceDecoder:
-        """The decoder, with the engine that chooses the next tokens.
-
-        Raises:
-            BackendError: The bundle does not describe the KV cache, or the engine has a cache that grows.
-        """
+    def _engines(self, decoder: object, record: EngineRecord) -> Engines:
+        """The decoder's engine and the one that chooses its tokens; raises BackendError without a KV cache."""
         cache = self._bundle.manifest.cache
         if cache is None:
             raise BackendError(f"{self._bundle.path} has no cache, though it has a decoder", "export it again")
-        step = self._set.record(STEP)
-        engines = Engines(
-            self._device,
-            session.engine,
-            session.record,
-            self._open(STEP),
-            step,
-            cache,
-            self._set.capacity,
-        )
-        return DeviceDecoder(engines, table)
+        step = self._open(STEP), self._set.record(STEP)
+        return Engines(self._device, decoder, record, *step, cache, self._set.capacity)
 
     def _open(self, name: str) -> object:
         host_code = bool(self._set.fingerprint.get("version_compatible"))
@@ -106,16 +95,15 @@ class DecoderSession(TrtSession):
         device: The device that it runs on.
         engine: The deserialised engine.
         record: Its record in ``engine.json``.
-        opener: The opener that loaded it.
+        engines: Opens the other engine that decoding needs, and returns both.
     """
 
-    def __init__(self, device: Device, engine: object, record: EngineRecord, opener: EngineOpener) -> None:
+    def __init__(self, device: Device, engine: object, record: EngineRecord, engines: Callable[[], Engines]) -> None:
         super().__init__(device, engine, record)
-        self.engine, self.record = engine, record
-        self._opener = opener
+        self._engines = engines
 
     def decoder(self, table: TokenTable) -> DeviceDecoder:
         """The decoder that runs on this engine."""
         if self.closed:
             raise closed_graph()
-        return self._opener.decoder(self, table)
+        return DeviceDecoder(self._engines(), table)
