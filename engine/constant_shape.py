@@ -110,7 +110,6 @@ class _Writer:
     def __init__(self, graph: ir.Graph, past: ir.Value, position: ir.Value) -> None:
         self._graph = graph
         self._past = past
-        self._input = position
         self._index: ir.Value | None = None
         self._inside: ir.Value | None = None
         self.position: ir.Value = self._add("Squeeze", [position], "cache_position_scalar")

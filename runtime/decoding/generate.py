@@ -20,7 +20,7 @@ from blip2edge.runtime.decoding.options import (
     finish_reason,
     ids_before,
 )
-from blip2edge.runtime.decoding.sampling import broken_logits, draw, penalize_repetition, row_streams
+from blip2edge.runtime.decoding.sampling import broken_logits, draw, penalize_repetition, row_stream
 from blip2edge.runtime.decoding.speculative import Speculator
 from blip2edge.runtime.decoding.state import DecodeState, GreedyState, RowState
 
@@ -82,7 +82,7 @@ class Generation:
         self.generated: list[int] = []
         self.finish_reason: str | None = None
         self._stopped = stopped
-        self._random = row_streams(options.seed, [number])[0] if options.sampling else None
+        self._random = row_stream(options.seed, number) if options.sampling else None
         self._penalized = ids_before(prompt_ids, initial, vocabulary)
         self._end_ids = end_ids(options, vocabulary)
 

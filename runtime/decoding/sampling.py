@@ -8,7 +8,6 @@ Python, or sorts the whole vocabulary where a part is enough.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,7 +157,6 @@ def broken_logits() -> BackendError:
     )
 
 
-def row_streams(seed: int | None, rows: Sequence[int]) -> list[np.random.Generator]:
-    """One independent random stream a row: `default_rng([seed, row])`, from fresh entropy without a seed."""
-    entropy = secrets.randbits(128) if seed is None else int(seed)
-    return [np.random.default_rng([entropy, row]) for row in rows]
+def row_stream(seed: int | None, number: int) -> np.random.Generator:
+    """The independent random stream of a row: `default_rng([seed, number])`; without a seed, from fresh entropy."""
+    return np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])
