@@ -1,4 +1,4 @@
-"""Optional packages: the extra of blip2edge that installs each, and the error where a package is missing."""
+"""Optional packages: the extra of blip2edge that installs each, and the error if a package is missing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def require(package: str, purpose: str, error: type[Blip2EdgeError], extra: str 
     Args:
         package: The name that it is imported under.
         purpose: What needs it: the beginning of the error.
-        error: The class of the error where it is missing.
+        error: The class of the error if it is missing.
         extra: The extra that installs it; empty for that of :data:`EXTRAS`.
         hint: Further advice for the error.
     """

@@ -66,7 +66,7 @@ class CaptionAgreement:
 
 
 def cosine_similarity(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Cosine of two arrays, taken as vectors; 1 where both are zero."""
+    """Cosine of two arrays, taken as vectors; 1 if both are zero."""
     a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
     scale = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / scale if scale else float(not a.any() and not b.any())

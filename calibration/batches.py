@@ -88,7 +88,7 @@ class SubstituteSession:
 
 
 def default_prompt(prompts: PromptBuilder) -> str | None:
-    """The prompt of every picture: the bundle's default, or :data:`QUESTION` where the model needs one."""
+    """The prompt of every picture: the bundle's default, or :data:`QUESTION` if the model needs one."""
     spec = prompts.spec
     if spec.default is not None or not (spec.required or spec.instruction_positions):
         return spec.default

@@ -205,7 +205,7 @@ def _apply_limit(
 def _quantize(
     context: CalibrationContext, record: GraphRecord, activations: Sequence[str], weights: str | None
 ) -> StagedGraph:
-    """Quantizes one graph, or copies it where neither its activations nor its weights become integers."""
+    """Quantizes one graph, or copies it if neither its activations nor its weights become integers."""
     if record.spec.name in activations:
         return quantize_activations(context, record)
     if record.spec.name == VISION or weights is None:
@@ -215,7 +215,7 @@ def _quantize(
 
 
 def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any] | None:
-    """The FP16 headroom of the parent's tensors; None where no inputs of the graph were recorded."""
+    """The FP16 headroom of the parent's tensors; None if no inputs of the graph were recorded."""
     name = record.spec.name
     if not context.feeds.count(name):
         return None
@@ -261,7 +261,7 @@ def _warnings(pictures: PictureSet) -> list[str]:
 def _captions(
     context: CalibrationContext, bundle: Path, pictures: PictureSet, stage: str
 ) -> list[CaptionResult] | None:
-    """Captions of the first pictures; None where the model writes none."""
+    """Captions of the first pictures; None if the model writes none."""
     if context.parent.manifest.prompt is None:
         return None
     return caption_pictures(

@@ -83,7 +83,7 @@ def build_bundle(
     """Builds the engines of a bundle.
 
     Args:
-        bundle: Its directory. Engines go into its ``engines`` folder, or to the user's cache where it is read-only.
+        bundle: Its directory. Engines go into its ``engines`` folder, or to the user's cache if it is read-only.
         target: ``tensorrt`` or ``rtx``.
         sm: Compute capabilities; ``rtx`` only.
         output: Directory of a new bundle that holds only engines, no ONNX files.

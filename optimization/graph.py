@@ -123,7 +123,7 @@ def permutation(node: ir.Node | None) -> list[int]:
 
 
 def dims(value: ir.Value | None) -> list[int | str]:
-    """A shape, symbols as text; empty where nothing is known."""
+    """A shape, symbols as text; empty if nothing is known."""
     if value is None or value.shape is None:
         return []
     return [size if isinstance(size, int) else str(size) for size in value.shape]
@@ -187,7 +187,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def subgraph(model: ir.Model, target: ir.Value, inputs: Mapping[str, ir.Value]) -> list[ir.Node] | None:
-    """The nodes that compute a value from ``inputs`` and initializers, in order; None where it needs other inputs."""
+    """The nodes that compute a value from ``inputs`` and initializers, in order; None if it needs other inputs."""
     needed: dict[ir.Node, None] = {}
     waiting = [target]
     while waiting:

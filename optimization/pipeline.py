@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 """Largest difference from the portable graph in fp32, as a share of the output's largest value."""
 
 LEAST_COSINE = 0.995
-"""Smallest cosine to the portable graph where weights or activations are integers: each form rounds differently."""
+"""Smallest cosine to the portable graph if weights or activations are integers: each form rounds differently."""
 
 CLEARLY_FASTER = 0.95
 """A later recipe is preferred to an earlier one if it takes less than this share of its time in two measurements."""
@@ -327,7 +327,7 @@ def _cross_inputs(task: _CopyTask) -> dict[str, Array]:
 
 
 def _references(task: _CopyTask, name: str) -> tuple[probe.ProbeResult, probe.ProbeResult]:
-    """Runs the portable graph, and the same graph without rounding its activations (where it rounds any)."""
+    """Runs the portable graph, and the same graph without rounding its activations (if it rounds any)."""
     parent, _ = task.parent(name)
     portable = _run(task, name, parent)
     model = ir.load(parent)

@@ -90,9 +90,9 @@ class Manifest:
         files: Size and hash of every file of the bundle except ``bundle.json``.
         versions: The packages that made it.
         cross: Keys and values that the decoder's cross-attention reads; None for a decoder without any.
-        draft: The draft model inside the bridge; None where the checkpoint has none.
-        calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty where it did not.
-        merging: Patches that the vision encoder merges; None where it merges none.
+        draft: The draft model inside the bridge; None if the checkpoint has none.
+        calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty if it did not.
+        merging: Patches that the vision encoder merges; None if it merges none.
         engines_of: Hash of the ``bundle.json`` that the engines were built from, in a bundle that holds engines instead
             of graphs; empty in any other bundle.
     """

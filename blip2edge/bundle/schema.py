@@ -365,7 +365,7 @@ class MergingRecord:
         embeds: Number of embeddings that the vision encoder returns.
         embeds_before: The same without merging.
         output: The output that is compared: the bridge's, or the class token of a model without a bridge.
-        cosine: Mean cosine between that output with and without merging, in torch; None where it was not measured.
+        cosine: Mean cosine between that output with and without merging, in torch; None if it was not measured.
         lowest: The lowest cosine of one picture.
         pictures: Number of pictures that were compared.
     """

@@ -49,7 +49,7 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
         names: The activations that it must contain.
 
     Returns:
-        The observations; None where there is no file.
+        The observations; None if there is no file.
 
     Raises:
         ValueError: The file is damaged, or contains something else.

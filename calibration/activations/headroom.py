@@ -57,7 +57,7 @@ class TensorRange:
 
     @property
     def headroom(self) -> float:
-        """65504 over the largest value; infinite where all values are zero."""
+        """65504 over the largest value; infinite if all values are zero."""
         return FP16_MAX / self.largest if self.largest > 0 else np.inf
 
     @property
@@ -167,7 +167,7 @@ def _scores(graph: ir.Model) -> set[str]:
 
 
 def _with_largest(graph: ir.Model, tensors: Mapping[str, bool]) -> onnx.ModelProto:
-    """The graph with new outputs: the largest ``|x|`` of each tensor, or the largest ``x`` where its value is true."""
+    """The graph with new outputs: the largest ``|x|`` of each tensor; the largest ``x`` if ``tensors`` says true."""
     proto = ir.to_proto(graph)
     outputs = []
     for name, signed in tensors.items():

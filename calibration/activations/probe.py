@@ -93,7 +93,7 @@ def open_probe(
 
     Args:
         graph: The graph.
-        weights: The directory of its external data; None where it has none.
+        weights: The directory of its external data; None if it has none.
         size: Bytes of that; above :data:`LOW_MEMORY_ABOVE`, optimizations that copy weights are off.
         threads: CPU threads.
     """

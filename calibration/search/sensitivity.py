@@ -1,4 +1,4 @@
-"""Measures the sensitivity of each layer: how much the next token changes where that layer alone is quantized.
+"""Measures the sensitivity of each layer: how much the next token changes if only that layer is quantized.
 
 A layer is the matrices of a graph that share a layer's path (``language.layers.3``). Its loss is the Kullback-Leibler
 divergence, in nats per token, of the next-token distributions of the whole model, with that layer quantized and all
@@ -45,7 +45,7 @@ class QuantizedLayer:
 
     Attributes:
         graph: The graph's name.
-        name: The layer's path, or the matrix's name where it is in no layer.
+        name: The layer's path, or the matrix's name if it is in no layer.
         weights: Names of the matrices' initializers.
     """
 

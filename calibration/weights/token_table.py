@@ -98,7 +98,7 @@ def write_shared(
 
 
 def tied_head(table: TokenTable, products: dict[str, Product], read: Callable[[str], NDArray[Any]]) -> str | None:
-    """The initializer that equals the transposed table; None where there is none.
+    """The initializer that equals the transposed table; None if there is none.
 
     Args:
         table: ``[V, D]``.

@@ -2,7 +2,7 @@
 
     q, k, v [B, S or T, H d] --split heads--> q k' + bias --softmax--> @ v --merge heads--> [B, S, H d]
 
-becomes ONNX Runtime's MultiHeadAttention, which does not store the scores where it can avoid it.
+becomes ONNX Runtime's MultiHeadAttention, which avoids storing the scores if it can.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fuse_attention(model: ir.Model) -> int:
 
 
 def find_core(softmax: ir.Node) -> Core | None:
-    """The attention around a softmax; None where it is not an attention's."""
+    """The attention around a softmax; None if it is not an attention's."""
     scores = softmax.inputs[0]
     plus = producer(scores, "Add")
     bias = None
@@ -133,7 +133,7 @@ def _read_once(value: ir.Value) -> bool:
 
 
 def _spread(graph: ir.Graph, core: Core, query: list[int | str], key: list[int | str]) -> ir.Value | None:
-    """A bias ``[B, 1, 1, T]`` (one for each key) expanded to all queries, where their number is known."""
+    """A bias ``[B, 1, 1, T]`` (one for each key) expanded to all queries, if their number is known."""
     if core.bias is None or core.bias.shape is None or not isinstance(query[1], int):
         return core.bias
     shape = dims(core.bias)
@@ -176,7 +176,7 @@ def _without_bias(
 
 
 def _addition_before(packed: ir.Node) -> list[ir.Node]:
-    """The addition before a Split, in a list; empty where there is none."""
+    """The addition before a Split, in a list; empty if there is none."""
     value = packed.inputs[0]
     node = value.producer() if value is not None else None
     return [node] if node is not None else []

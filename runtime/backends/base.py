@@ -80,8 +80,8 @@ class Backend:
 
     Attributes:
         module: Module with ``open_graph(path, threads, optimized)``.
-        function: The name of that function, where the module serves more than one backend.
-        copy: Name of the optimized copy that it runs, where the bundle has one; empty for none.
+        function: The name of that function, if the module serves more than one backend.
+        copy: Name of the optimized copy that it runs if the bundle has one; empty for none.
         engines: Target of the engines that it runs instead of graphs; empty for none. The module then also has an
             ``EngineOpener(bundle, target)``.
         host: Whether it computes on the CPU.

@@ -38,7 +38,7 @@ class EngineRecord:
         seconds: Duration of the build.
         warnings: Messages of the builder.
         asked: Number of the graph's products by precision.
-        landed: Number of the engine's layers by precision; None where there was no driver to inspect it.
+        landed: Number of the engine's layers by precision; None if there was no driver to inspect it.
     """
 
     spec: GraphSpec
@@ -86,7 +86,7 @@ class EngineSet:
     Attributes:
         fingerprint: What the engines are tied to; see :class:`Fingerprint`.
         rebuild: The options of ``blip2edge build`` that made them.
-        capacity: Positions of the decoder's KV cache; 0 where the cache grows, or where there is none.
+        capacity: Positions of the decoder's KV cache; 0 if the cache grows, or if there is none.
         engines: The engines by the graph's name.
         directory: Their folder.
     """
@@ -164,7 +164,7 @@ class Fingerprint:
         target: ``tensorrt`` or ``rtx``.
         tensorrt: Version of TensorRT.
         gpus: Compute capabilities, as ``sm86``; for ``tensorrt`` that of the GPU it was built on.
-        gpu: The GPU's name; empty where the engine was built without one.
+        gpu: The GPU's name; empty if the engine was built without one.
         driver: Version of the CUDA driver; empty without one.
         machine: ``x86_64`` or ``aarch64``.
         bundle_sha256: Hash of ``bundle.json``, which holds the hashes of all other files.

@@ -27,7 +27,7 @@ LEAST_FILLED = 0.75
 
 
 def huge_page_bytes() -> int:
-    """Size of the kernel's huge pages in bytes; 0 where it gives none on request."""
+    """Size of the kernel's huge pages in bytes; 0 if it gives none on request."""
     if sys.platform != "linux":
         return 0
     try:
@@ -122,7 +122,7 @@ class OnnxRuntimeSession:
         lean: Run the graph as it is written, with as little memory as possible: no folded constants, no prepacked
             weights, no arena. Slow; for checking a graph that is larger than the memory.
         optimized: How to load a file that ``optimize`` wrote; None for a portable graph.
-        weights: Directory of the external weights of a serialised graph; None where it has none.
+        weights: Directory of the external weights of a serialised graph; None if it has none.
 
     Raises:
         BackendError: onnxruntime is not installed.

@@ -89,9 +89,9 @@ class Driver:
     """The NVIDIA driver.
 
     Attributes:
-        version: The CUDA version that it supports, for example ``12.6``; empty where there is no working driver.
+        version: The CUDA version that it supports, for example ``12.6``; empty if there is no working driver.
         gpus: The GPUs that answer.
-        problem: Why there is no driver or no GPU, or which GPU does not answer; empty where everything works.
+        problem: Why there is no driver or no GPU, or which GPU does not answer; empty if everything works.
     """
 
     version: str = ""
@@ -199,7 +199,7 @@ def check_matmul(
 def check_provider(ort: ModuleType, name: str) -> Check:
     """Multiplies two matrices on one execution provider of ONNX Runtime, and compares the product with NumPy's.
 
-    ONNX Runtime lists a provider also where its driver or libraries are missing, and then runs the graph on the CPU
+    ONNX Runtime lists a provider also if its driver or libraries are missing, and then runs the graph on the CPU
     without a message. So the fallback to the CPU is switched off here. The check fails if the session cannot be made,
     if it uses another provider, if the run raises an exception, or if the product is wrong.
 

@@ -34,7 +34,7 @@ from blip2edge.runtime.decoding.options import CaptionOptions
 
 PERCENTILES = (50, 90, 99)
 PACKAGES = ("onnxruntime", "openvino", "numpy")
-SIZE = (480, 640)  # of the picture, where none is given: rows and columns
+SIZE = (480, 640)  # rows and columns of the picture, if none is given
 GROWTH_RUNS = 3
 
 
@@ -241,7 +241,7 @@ def bench(
         captioner: A loaded bundle.
         options: What to measure.
         start_s: Seconds that loading it took.
-        cost_of: Counts the operations and bytes of the stages; None where the graphs cannot be read.
+        cost_of: Counts the operations and bytes of the stages; None if the graphs cannot be read.
         progress: Called with a stage's name, steps done and steps in all.
     """
     report = progress or (lambda stage, done, total: None)

@@ -21,8 +21,8 @@ class EnergyMeter:
     """Measures the energy of a ``with`` block.
 
     Attributes:
-        source: Name of the meter; empty where the machine has none.
-        reason: Why there is no meter; empty where there is one.
+        source: Name of the meter; empty if the machine has none.
+        reason: Why there is no meter; empty if there is one.
         joules: Energy of the last block; None without a meter.
     """
 
@@ -144,7 +144,7 @@ INTERVAL = 0.02  # seconds between two samples
 
 
 def resident_bytes() -> int:
-    """Anonymous and shared memory of this process now, in bytes; 0 where the system does not report it."""
+    """Anonymous and shared memory of this process now, in bytes; 0 if the system does not report it."""
     try:
         lines = STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -202,7 +202,7 @@ class Encoder:
     def run_bridge(
         self, outputs: Mapping[str, Array], instruction: Mapping[str, Array], clock: StageClock
     ) -> dict[str, Array]:
-        """The vision encoder's outputs together with the bridge's, where there is one."""
+        """The vision encoder's outputs together with the bridge's, if there is one."""
         if self.images.bridge is None:
             return dict(outputs)
         with clock("bridge"):

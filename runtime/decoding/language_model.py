@@ -42,7 +42,7 @@ class LanguageModel:
 
     Args:
         decoder: The decoder.
-        initial: Ids that every text begins with (encoder-decoder models); empty where a text continues its prompt.
+        initial: Ids that every text begins with (encoder-decoder models); empty if a text continues its prompt.
     """
 
     def __init__(self, decoder: Decoder, initial: tuple[int, ...] = ()) -> None:
@@ -63,7 +63,7 @@ class LanguageModel:
         Args:
             prompts: One for each row.
             pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-                ``visual_tokens [B, Q, D]`` where there is a bridge; optionally with their :meth:`context`.
+                ``visual_tokens [B, Q, D]`` if there is a bridge; optionally with their :meth:`context`.
 
         Returns:
             Logits ``[B, V]`` of the first token, and the state.

@@ -44,7 +44,7 @@ class DraftModel(Protocol):
             most: The largest number of tokens to propose.
 
         Returns:
-            Ids of the language model; empty where there is no proposal.
+            Ids of the language model; empty if there is no proposal.
         """
         ...
 

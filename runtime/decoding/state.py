@@ -107,9 +107,9 @@ class SlotState(RowState):
     """Rows whose next token goes to the same slot of the KV cache; shorter rows have masked slots on their left.
 
     Attributes:
-        mask: int64 ``[B, T]``, 1 where a slot holds a token.
+        mask: int64 ``[B, T]``, 1 if a slot holds a token.
         positions: int64 ``[B]``, the position of each row's last token.
-        cross_mask: int64 ``[B, S, E]``, the keys that each new token attends to; None where tokens share their keys.
+        cross_mask: int64 ``[B, S, E]``, the keys that each new token attends to; None if tokens share their keys.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ def split_context(context: Mapping[str, Array] | None) -> tuple[dict[str, Array]
 
 
 def tokens_to_drop(lengths: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many tokens each row drops where it keeps its first ``kept[i]`` of ``lengths[i]``, ``[B]``.
+    """How many tokens each row drops to keep its first ``kept[i]`` of ``lengths[i]``, ``[B]``.
 
     Raises:
         ValueError: A row has fewer tokens, or would keep none.

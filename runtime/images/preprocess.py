@@ -170,7 +170,7 @@ class Preprocessing:
     Attributes:
         resize: Whether to resize to `size`.
         size: {"height", "width"}, or {"shortest_edge"} which keeps the aspect ratio; pixels.
-        crop: {"height", "width"} of the centre crop (zero-padded where the picture is smaller), or None.
+        crop: {"height", "width"} of the centre crop (zero-padded if the picture is smaller), or None.
         resample: Pillow's code of the resampling filter (3: bicubic).
         do_rescale: Whether to multiply by `rescale_factor`.
         rescale_factor: Usually 1/255.
@@ -209,7 +209,7 @@ class Preprocessing:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of the result in pixels; None where they depend on the picture."""
+        """Height and width of the result in pixels; None if they depend on the picture."""
         fixed = self.crop if self.crop is not None else (self.size if self.resize else {})
         return (fixed["height"], fixed["width"]) if "height" in fixed else None
 
@@ -225,7 +225,7 @@ class Preprocessing:
 
         Args:
             config: The parsed JSON; keys that are absent take the defaults of `BlipImageProcessor`, or of
-                `CLIPImageProcessor` or `IdeficsImageProcessor` where `image_processor_type` names one of those.
+                `CLIPImageProcessor` or `IdeficsImageProcessor` if `image_processor_type` names one of those.
 
         Raises:
             CheckpointError: A value is outside its range, or selects a step that is not supported.

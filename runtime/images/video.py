@@ -15,7 +15,7 @@ from blip2edge.packages import require
 from blip2edge.runtime.images.preprocess import ImageSource
 
 ItemSource = ImageSource | Sequence[ImageSource]
-"""A picture; where the model takes videos, also several pictures or an array ``[F, H, W, 3]``."""
+"""A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 

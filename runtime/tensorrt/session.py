@@ -112,7 +112,7 @@ class Device:
         self._most = 0
 
     def open(self, path: Path, *, host_code: bool = False) -> Any:
-        """Deserialises an engine, reading the file in pieces where this TensorRT can, otherwise from a mapped file.
+        """Deserialises an engine, reading the file in pieces if this TensorRT can, otherwise from a mapped file.
 
         Args:
             path: The file.
@@ -298,7 +298,7 @@ class TrtSession:
         self._mirrors.clear()
 
     def _mirror(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Mirror:
-        """The tensor's buffer; a larger one replaces it where it is too small."""
+        """The tensor's buffer; a larger one replaces it if it is too small."""
         known = self._mirrors.get(tensor.name)
         if known is not None and known.holds(shape):
             return known

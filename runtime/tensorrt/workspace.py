@@ -45,7 +45,7 @@ class Engines:
     free: dict[tuple[int, tuple[int, ...]], list[Workspace]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Inputs and outputs of both engines by name; where both have a name, it is the same tensor."""
+        """Inputs and outputs of both engines by name; a name that both have means the same tensor."""
         records = (self.decoder_record.spec, self.step_record.spec)
         return {tensor.name: tensor for spec in records for tensor in (*spec.inputs, *spec.outputs)}
 

@@ -65,7 +65,7 @@ class Prompt:
 
         Args:
             table: The token table.
-            visual_tokens: ``[Q, D]``; None where images take no slots.
+            visual_tokens: ``[Q, D]``; None if images take no slots.
         """
         parts = [table.rows(self.segments[0])]
         for segment in self.segments[1:]:
@@ -110,7 +110,7 @@ class PromptBuilder:
         return self.spec.question.replace("{question}", question)
 
     def with_default(self, text: str | None) -> str | None:
-        """The text, or the bundle's default prompt where it is None."""
+        """The text, or the bundle's default prompt if it is None."""
         return self.spec.default if text is None else text
 
     def __call__(self, text: str | None, images: int = 1) -> Prompt:
@@ -321,7 +321,7 @@ def pack_images(array: Array, counts: Sequence[int]) -> Array:
         counts: Number of images of each of the B items; their sum is N.
 
     Returns:
-        ``[B, max(counts) * Q, D]``, where items with fewer images are padded with zeros at the end.
+        ``[B, max(counts) * Q, D]``, items with fewer images are padded with zeros at the end.
     """
     _, slots, width = array.shape
     packed = np.zeros((len(counts), max(counts), slots, width), array.dtype)
@@ -361,7 +361,7 @@ def left_padded(
         dtype: Of the batch.
 
     Returns:
-        ``[B, S, D]``; ``[B, S]``, 1 where a slot is valid; and the slots' positions ``[B, S]``.
+        ``[B, S, D]``; ``[B, S]``, 1 if a slot is valid; and the slots' positions ``[B, S]``.
     """
     longest = max(len(prompt) for prompt in prompts)
     embeds = np.zeros((len(prompts), longest, prompts[0].shape[1]), dtype)

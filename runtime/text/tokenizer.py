@@ -12,7 +12,7 @@ import tokenizers
 
 from blip2edge.errors import BundleError, PromptError
 
-_REPLACEMENT = "\ufffd"  # what decoders put where bytes are no valid UTF-8
+_REPLACEMENT = "\ufffd"  # decoders put it in place of bytes that are not valid UTF-8
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
 _TRIM_AT = 16  # most tokens that a stream decodes again; older ones, whose text is final, are dropped
 
@@ -61,11 +61,11 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token, or None where the vocabulary lacks it."""
+        """The id of a token, or None if the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The token of an id, or None where the vocabulary lacks it."""
+        """The token of an id, or None if the vocabulary lacks it."""
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -38,7 +38,7 @@ class FixedCache(Protocol):
         ...
 
     def shift(self, row: int, by: int, length: int) -> None:
-        """The first ``length`` slots of a row move ``by`` slots to the right, or to the left where it is negative."""
+        """The first ``length`` slots of a row move ``by`` slots to the right, or to the left if ``by`` is negative."""
         ...
 
     def append(self, other: Any) -> None:
@@ -168,7 +168,7 @@ class FixedDecoder(Decoder):
         return state.run(embeds, positions, 1)[:, 0], state
 
     def check(self, rows: int, slots: int) -> None:
-        """Raises BackendError where the graph was built for fewer rows or slots."""
+        """Raises BackendError if the graph was built for fewer rows or slots."""
         if rows > self.max_rows:
             raise BackendError(
                 f"{rows} rows (pictures times beams) are more than the {self.max_rows} that the engine was built for",
