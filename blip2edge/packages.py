@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ def missing(packages: Iterable[str]) -> list[str]:
 
 def installed(package: str) -> str:
     """The version of a package by its name on PyPI, or of its ``-gpu`` form; empty if neither is installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, so not at every start
+
     for name in (package, f"{package}-gpu"):
         try:
             return version(name)
