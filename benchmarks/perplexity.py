@@ -38,7 +38,7 @@ from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import quantize_weights
-from blip2edge.calibration.weights.weight_only import WeightOnlyOptions, choose_formats, quantize_matrices
+from blip2edge.calibration.weights.weight_only import choose_formats, quantize_matrices
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ def rounded_plainly(bundle: Bundle, bits: int, folder: Path) -> None:
     products = find_targets(model).products
     formats, _ = choose_formats(products, bits)
     with DataFile(folder / "decoder.onnx.data") as file:
-        quantize_matrices(model, products, file, WeightOnlyOptions(formats, plain=True))
+        quantize_matrices(model, products, file, formats, plain=True)
     ir.save(model, folder / "decoder.onnx")
     shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
 

@@ -22,7 +22,7 @@ from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import PRECISIONS
-from blip2edge.calibration.weights.weight_only import WeightOnlyOptions, choose_formats, quantize_matrices
+from blip2edge.calibration.weights.weight_only import choose_formats, quantize_matrices
 from blip2edge.choices import WEIGHT_BITS
 from blip2edge.optimization.pipeline import optimize
 
@@ -46,7 +46,7 @@ def main() -> None:
     targets = find_targets(model)
     formats, _ = choose_formats(targets.products, WEIGHT_BITS[options.weights])
     with DataFile(options.out / f"{DECODER}.onnx.data") as file:
-        quantize_matrices(model, targets.products, file, WeightOnlyOptions(formats, plain=True))
+        quantize_matrices(model, targets.products, file, formats, plain=True)
     ir.save(model, options.out / f"{DECODER}.onnx")
     graphs = dict(source.manifest.graphs)
     graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[WEIGHT_BITS[options.weights]], parity=())

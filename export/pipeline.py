@@ -11,7 +11,6 @@ After an error there is no new bundle, and an old one is unchanged.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import platform
 import time
 from collections.abc import Mapping
@@ -50,6 +49,7 @@ from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.models import build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
 from blip2edge.version import __version__
@@ -141,11 +141,7 @@ def export_checkpoint(
         BackendError: onnxruntime is not installed.
         UsageError: The model cannot merge this many patches.
     """
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError(
-            "an export is verified in onnxruntime, which is not installed",
-            "install it: pip install 'blip2edge[cpu]'",
-        )
+    require("onnxruntime", "the check of an export", BackendError)
     start = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
     target = Path(output)

@@ -324,7 +324,7 @@ def test_process_status_and_streams(tmp_path: Path) -> None:
 
 def test_explain_names_the_extra() -> None:
     told = explain(ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
-    assert told == "the package 'torch' is not installed; pip install 'blip2edge[export]'"
+    assert told == "the package 'torch' is not installed; install it: pip install 'blip2edge[export]'"
 
 
 HELP = """

@@ -147,7 +147,7 @@ class TokenTable:
 
 
 def _open(file: SafetensorsFile, tensor: str) -> _Rows:
-    """The table of a file; raises KeyError or ValueError where it has none of the three forms."""
+    """The table of a file; raises KeyError or ValueError if it has none of the three forms."""
     table, dtype = file.array(tensor), file.tensors[tensor].dtype
     if "bits" not in file.metadata:
         if table.dtype.itemsize == 1:

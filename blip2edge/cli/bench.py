@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from blip2edge.cli.files import write
 from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft, add_number
 from blip2edge.cli.flag_types import non_negative_int, positive_int
+from blip2edge.packages import missing
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _cost_of(captioner: Captioner) -> CostOf | None:
     """Counts the operations and bytes of each stage; None where the onnx packages are not installed."""
-    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnx_ir")):
+    if missing(("onnx", "onnx_ir")):
         return None
     from blip2edge.optimization.stage_cost import stage_costs
 

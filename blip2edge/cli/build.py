@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from blip2edge.choices import DECODER_CACHES, TENSORRT_EDITIONS
 from blip2edge.cli.flag_groups import add_bundle, add_number, add_output
 from blip2edge.cli.flag_types import positive_int
 from blip2edge.cli.table import size, table
+from blip2edge.packages import require
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -84,11 +84,7 @@ def run(options: argparse.Namespace) -> int:
     """Build the engines and print a table of them."""
     from blip2edge.errors import EngineError
 
-    if find_spec("onnx_ir") is None:
-        raise EngineError(
-            "reading graphs needs onnx-ir, which is not installed",
-            "install it: pip install 'blip2edge[build]'",
-        )
+    require("onnx_ir", "reading graphs", EngineError)
     from blip2edge.engine.build import build_bundle
 
     with Progress() as progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from blip2edge.cli.inspect import bundle_bytes
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BackendError, OutputError, option
+from blip2edge.packages import install_command, missing
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -80,12 +80,12 @@ def _check_installed() -> None:
     """
     import platform
 
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        fix = "pip install 'blip2edge[demo]'"
+    absent = missing(NEEDED)
+    if absent:
+        fix = install_command("demo")
         if sys.version_info < EXPORT_PYTHON:
             fix = f"on Python 3.11 or newer, not {platform.python_version()}: {fix}"
-        raise BackendError(f"the demo needs {', '.join(missing)}, which are not installed", fix)
+        raise BackendError(f"the demo needs {', '.join(absent)}, which are not installed", fix)
     if not (CHECKPOINT / "config.json").is_file():
         raise BackendError(
             f"the example checkpoint is missing: there is no {CHECKPOINT}",

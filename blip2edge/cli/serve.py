@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from blip2edge.cli.flag_groups import add_backend, add_bundle, add_number
 from blip2edge.cli.flag_types import non_negative_int, positive_number
 from blip2edge.errors import BackendError, OutputError, option
+from blip2edge.packages import require
 
 if TYPE_CHECKING:
     import argparse
@@ -35,12 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer HTTP requests until Ctrl-C."""
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise BackendError(
-            "the server needs uvicorn, which is not installed", "install it: pip install 'blip2edge[serve]'"
-        ) from error
+    uvicorn = require("uvicorn", "serving", BackendError)
     from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.http import Server
 

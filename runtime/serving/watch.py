@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import BackendError, DataError, ImageError
+from blip2edge.packages import require
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
@@ -148,13 +149,7 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
 
 
 def _video(address: str, kind: str | None) -> Source:
-    try:
-        import av
-    except ImportError as error:
-        raise BackendError(
-            "reading videos and cameras needs PyAV, which is not installed",
-            "install it: pip install 'blip2edge[video]'",
-        ) from error
+    av = require("av", "reading videos and cameras", BackendError)
     return Source(partial(_decoded, av, address, kind))
 
 

@@ -12,47 +12,31 @@ import tokenizers
 
 from blip2edge.errors import BundleError, PromptError
 
-_REPLACEMENT = "\ufffd"  # what decoders put where bytes are no valid UTF-8
+_REPLACEMENT = "\ufffd"  # decoders put it in place of bytes that are not valid UTF-8
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
-_CLEAN_UP = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
-# The end of a text that a later character could still change under _CLEAN_UP: spaces and apostrophes, then
-# perhaps the first letter of n't, 've or 're.
-_UNSETTLED = re.compile(r"[ ']+[nvr]?[ ']*\Z")
 _TRIM_AT = 16  # most tokens that a stream decodes again; older ones, whose text is final, are dropped
 
 
 class Tokenizer:
-    """A `tokenizer.json`, answering as transformers' `PreTrainedTokenizerFast` over the same file.
+    """A `tokenizer.json`, with the results of transformers' `PreTrainedTokenizerFast` for the same file.
+
+    As by default in transformers 5, spaces before punctuation are kept (`clean_up_tokenization_spaces` false).
 
     Args:
         backend: The tokenizer; truncation and padding that were saved with it are switched off.
-        clean_up_tokenization_spaces: The setting of that name in `tokenizer_config.json` (transformers 5:
-            false unless written there). As in transformers it has no effect on BPE models.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, clean_up_tokenization_spaces: bool = False) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.clean_up = clean_up_tokenization_spaces and type(backend.model).__name__ != "BPE"
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         decoder = backend.decoder
         self.byte_fallback = decoder is not None and _has_byte_fallback(json.loads(decoder.__getstate__()))
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], *, clean_up_tokenization_spaces: bool = False) -> Tokenizer:
+    def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Read a `tokenizer.json`.
 
         Raises:
@@ -64,7 +48,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # the package raises bare Exception for every fault of the file
             raise BundleError(f"{os.fspath(path)}: not a tokenizer.json ({error})") from error
-        return cls(backend, clean_up_tokenization_spaces=clean_up_tokenization_spaces)
+        return cls(backend)
 
     @property
     def vocab_size(self) -> int:
@@ -77,11 +61,11 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token, or None where the vocabulary lacks it."""
+        """The id of a token, or None if the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The token of an id, or None where the vocabulary lacks it."""
+        """The token of an id, or None if the vocabulary lacks it."""
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -96,11 +80,6 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids, as transformers' `batch_decode` gives it; ids without a token are left out."""
-        text = self.decode_raw(ids, skip_special_tokens)
-        return clean_up_spaces(text) if self.clean_up else text
-
-    def decode_raw(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids before the clean-up of spaces."""
         kept = [int(token_id) for token_id in ids if token_id >= 0]
         return self._backend.decode(kept, skip_special_tokens=skip_special_tokens)
 
@@ -111,94 +90,70 @@ def _has_byte_fallback(decoder: dict[str, object]) -> bool:
     return decoder.get("type") == "ByteFallback" or any(_has_byte_fallback(part) for part in inner)
 
 
-def clean_up_spaces(text: str) -> str:
-    """Remove spaces before punctuation and English contractions (`clean_up_tokenization` of transformers)."""
-    for spaced, joined in _CLEAN_UP:
-        text = text.replace(spaced, joined)
-    return text
-
-
 class TextStream:
-    """Turns tokens into text one by one; text that was returned never changes afterwards.
+    """Converts tokens to text one by one; text that was returned never changes afterwards.
 
-    The pieces of `push` and the rest from `flush`, joined, equal `tokenizer.decode(all ids)`. Held back are:
-    bytes that are not yet a whole UTF-8 character; with byte-fallback tokenizers (Llama) a run of byte
-    tokens until another token ends it, because one invalid byte turns the whole run into U+FFFD; with the
-    clean-up of spaces, an ending that the next character could change.
+    All pieces of `push` and the last one of `flush` together are `tokenizer.decode(all ids)`. Text that a later token
+    could change is returned later: bytes that are not yet a whole UTF-8 character; with byte-fallback tokenizers
+    (Llama), a run of byte tokens until another token follows, because one invalid byte turns the whole run into U+FFFD.
 
-    Each push decodes a short window of the latest tokens, never the whole text, so its cost is constant.
+    Each push decodes a short window of the latest tokens, not the whole text, so its cost is constant.
 
     Args:
-        tokenizer: Decodes the tokens.
-        skip_special_tokens: As in `Tokenizer.decode`.
+        tokenizer: Decodes the tokens; special tokens are skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []  # the latest tokens, from a character boundary on
-        self._taken = 0  # characters of the window's text that are already taken
-        self._boundary = 0  # tokens of the window at the last push after which everything was taken
-        self._unsettled = ""  # taken, but the clean-up of spaces may still change it
+        self._taken = 0  # characters of the window's text that were processed already
+        self._boundary = 0  # tokens of the window after the last push that processed all of its text
 
     def push(self, token_id: int) -> str:
-        """Take one token.
+        """Adds one token.
 
         Args:
-            token_id: The next generated id; one without a token adds nothing.
+            token_id: The next generated id; an id without a token adds nothing.
 
         Returns:
-            The text that has become final, often the token's own; "" while nothing has.
+            The text that is final now, often that of the token; "" if no further text is final.
         """
         token = self._tokenizer.id_to_token(token_id)
-        if token is None or token_id in self._skipped:
+        if token is None or token_id in self._tokenizer.special_ids:
             return ""
         self._window.append(int(token_id))
         if self._tokenizer.byte_fallback and _BYTE_TOKEN.match(token):
             return ""
         text = self._decode_window()
-        settled = text.rstrip(_REPLACEMENT)
-        fresh = settled[self._taken :]
-        self._taken = max(self._taken, len(settled))
+        final = text.rstrip(_REPLACEMENT)
+        fresh = final[self._taken :]
+        self._taken = max(self._taken, len(final))
         if self._taken == len(text):
-            self._let_go()
-        return self._settle(fresh)
+            self._shorten_window()
+        return fresh
 
     def flush(self) -> str:
-        """End the text: whatever was held back, incomplete characters as U+FFFD; the stream starts anew."""
+        """Ends the text; returns the rest, with incomplete characters as U+FFFD. The stream can be used again."""
         rest = self._decode_window()[self._taken :]
-        final = self._clean(self._unsettled + rest)
-        self._window, self._taken, self._boundary, self._unsettled = [], 0, 0, ""
-        return final
+        self._window, self._taken, self._boundary = [], 0, 0
+        return rest
 
     def _decode_window(self) -> str:
-        return self._tokenizer.decode_raw(self._window, skip_special_tokens=False)
+        return self._tokenizer.decode(self._window, skip_special_tokens=False)
 
-    def _let_go(self) -> None:
-        """Shortens a long window; some tokens stay, as decoders treat the first token differently."""
+    def _shorten_window(self) -> None:
+        """Shortens a long window; some tokens stay, because decoders treat the first token of a text differently."""
         if len(self._window) >= _TRIM_AT:
             self._window = self._window[self._boundary :]
             self._taken = len(self._decode_window())
         self._boundary = len(self._window)
 
-    def _settle(self, fresh: str) -> str:
-        if not self._tokenizer.clean_up:
-            return fresh
-        text = self._unsettled + fresh
-        tail = _UNSETTLED.search(text)
-        cut = tail.start() if tail else len(text)
-        self._unsettled = text[cut:]
-        return self._clean(text[:cut])
-
-    def _clean(self, text: str) -> str:
-        return clean_up_spaces(text) if self._tokenizer.clean_up else text
-
 
 class StopText:
-    """Passes a growing text on up to the first stop string; a possible start of one is held back.
+    """Cuts a growing text before the first stop string; a possible beginning of one is returned later.
 
     Args:
-        stops: The strings; without any, all text is passed on at once.
+        stops: The strings; without any, all text is returned at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -231,18 +186,18 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextPieces:
-    """A growing text, handed out in whole characters and up to the first stop text.
+    """Converts tokens to pieces of text: whole characters, up to the first stop string.
 
     Args:
         tokenizer: Decodes the tokens.
-        stops: The stop texts.
+        stops: The stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self._text, self._stops = TextStream(tokenizer), StopText(stops)
 
     def push(self, token: int) -> str:
-        """Adds a token; returns the text that is final now, which may be empty."""
+        """Adds a token; returns the text that is final now, possibly empty."""
         return self._stops.push(self._text.push(token))
 
     def flush(self) -> str:

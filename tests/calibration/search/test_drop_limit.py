@@ -48,7 +48,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, drops: Sequence[float], limit: float
 
     monkeypatch.setattr(drop_limit, "_rewritten", rewritten)
     context: Any = None
-    quantized = FullyQuantized({}, {}, Path())
+    quantized = FullyQuantized({}, Path())
     allowed = DropLimit(limit)
     _, kept = choose_kept_layers(context, quantized, ranking(len(drops) - 1), allowed, lambda graphs: drops[written[0]])
     return kept.count, kept.drops, written[0]
