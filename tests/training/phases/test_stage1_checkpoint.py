@@ -63,7 +63,7 @@ def captioner(config: Any, draft: DraftConfig | None) -> CaptionerModel:
     names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_query_tokens")
     sizes = {name: getattr(text, name) for name in names}
     bridge = QFormerConfig(**sizes, encoder_hidden_size=text.encoder_hidden_size)
-    language = OPTConfig(30, 16, 24, 1, 2, 40)
+    language = OPTConfig(vocab_size=30, hidden_size=16, ffn_dim=24, num_layers=1, num_heads=2, max_positions=40)
     return CaptionerModel(CaptionerConfig(config.vision, bridge, language, draft=draft)).eval()
 
 
