@@ -42,7 +42,7 @@ class Contestant:
 
 
 def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
-    """transformers as a user runs it: eager, and with the language model compiled."""
+    """transformers: eager, and with `compiled` also with vision encoder, Q-Former and language model compiled."""
     from transformers import Blip2ForConditionalGeneration
 
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -112,7 +112,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
 def ours(
     name: str, bundle: Path, picture: np.ndarray, tokens: int, batch: int, stages: list[dict[str, float]]
 ) -> Contestant:
-    """The runtime on a bundle."""
+    """blip2edge's runtime on a bundle; each call appends the milliseconds of its stages to `stages`."""
     captioner = Captioner.load(bundle, threads=1)
 
     def caption() -> list[list[int]]:
@@ -132,7 +132,7 @@ def ours(
 
 
 def race(contestants: list[Contestant], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """CPU seconds of every contestant by round, after one that warms up; and the share of ids that are the first's."""
+    """CPU seconds of every contestant by round, after a warm-up round; share of token ids equal to the first's."""
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     ids: dict[str, list[list[int]]] = {}
     for number in range(rounds + 1):

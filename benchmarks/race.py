@@ -52,7 +52,7 @@ class Running:
             raise SystemExit(f"{self.name} did not start")
 
     def ask(self, task: list[Any]) -> float:
-        """CPU seconds of one task."""
+        """Runs one task in the process. Returns its CPU seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -102,7 +102,7 @@ def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[st
 
 
 def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """The versions of some packages in each environment that takes part."""
+    """Versions of some packages in the environment of each contestant."""
     code = (
         "import json,sys\nfrom importlib.metadata import version, PackageNotFoundError\nfound={}\n"
         "for name in sys.argv[1:]:\n  try: found[name]=version(name)\n  except PackageNotFoundError: pass\n"

@@ -33,7 +33,7 @@ Picture = NDArray[np.float32]
 
 
 def recoloured(scene: Scene) -> Picture:
-    """The scene with the channels of its first object's box in another order; the grey around stays grey."""
+    """The scene with the channels of its first object's box in another order; the grey background stays grey."""
     picture = np.asarray(scene.picture, np.float32).copy()
     thing = scene.first
     rows, columns = (slice(max(0, int(at - thing.radius - 1)), int(at + thing.radius + 2)) for at in (thing.y, thing.x))

@@ -26,7 +26,7 @@ from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.decoding.speculative import SpeculationCost
 from blip2edge.training.data.scenes import scenes
 
-SERIES = 900  # of the held-out scenes: no training reads it
+SERIES = 900  # series of the held-out scenes, which no training uses
 
 
 class Always(SpeculationCost):
@@ -34,12 +34,12 @@ class Always(SpeculationCost):
 
     @property
     def pays(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
 
 class Contestant:
-    """One way to caption with a captioner that all share: the same weights in the same memory."""
+    """One way to caption. All contestants share one captioner, and so the same weights in memory."""
 
     def __init__(self, captioner: Captioner, draft: str) -> None:
         self.captioner = captioner
@@ -55,19 +55,19 @@ class Contestant:
 
 
 def share(parts: Sequence[CaptionResult], stage: str) -> float:
-    """Milliseconds a caption of a stage."""
+    """Mean milliseconds of a stage per caption."""
     return round(statistics.mean(part.timings_ms[stage] for part in parts), 3)
 
 
 def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, tokens: int) -> dict[str, Any]:
-    """One bundle's figures.
+    """Measures all contestants on one bundle.
 
     Args:
-        bundle: With a draft.
-        drafts: The contestants, "none" among them.
-        pictures: How many captions of each are timed.
-        warm_up: Captions before them.
-        tokens: The longest caption.
+        bundle: A bundle with a draft model.
+        drafts: Values of `--draft`, one for each contestant; includes "none".
+        pictures: Number of timed captions of each contestant.
+        warm_up: Number of captions before them, which are not timed.
+        tokens: Largest number of tokens of a caption.
 
     Raises:
         DataError: A text differs from that of plain decoding.
@@ -116,7 +116,7 @@ def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, token
 
 
 def sizes(path: Path) -> dict[str, Any]:
-    """Bytes that a step of the language model and of the draft read, and their ratio."""
+    """Bytes that one step of the language model and of the draft model reads, and their ratio."""
     files = Bundle.open(path).manifest.files
     language = files[f"{DECODER}.onnx.data"].size
     draft = files[f"{DRAFT}.onnx.data"].size

@@ -55,7 +55,7 @@ BOS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained, and how many pictures a step."""
+    """Config of the trained model, and number of pictures per step."""
 
     config: dict[str, Any]
     rows: int
@@ -85,7 +85,7 @@ def shapes() -> dict[str, Shape]:
 
 
 def draw(config: dict[str, Any]) -> Blip2ForConditionalGeneration:
-    """The model, with dropout off."""
+    """Makes the model with random weights and without dropout."""
     shape = json.loads(json.dumps(config)) | {"dtype": "float32"}
     shape["qformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     shape["text_config"] |= {"dropout": 0.0}
@@ -94,7 +94,7 @@ def draw(config: dict[str, Any]) -> Blip2ForConditionalGeneration:
 
 
 class Pictures:
-    """A source of a few pictures, again and again."""
+    """A source of a few pictures, repeated without end."""
 
     name = "pictures"
 
@@ -119,13 +119,13 @@ class Pictures:
 
 
 def captions(rows: int) -> list[list[int]]:
-    """Random words."""
+    """Random token ids of captions, ``WORDS`` per caption."""
     draw = torch.Generator().manual_seed(1)
     return torch.randint(5, 300, (rows, WORDS), generator=draw).tolist()
 
 
 def theirs(model: Blip2ForConditionalGeneration, shape: Shape, source: Pictures) -> Callable[[], float]:
-    """The step with transformers' modules."""
+    """Returns the function that makes a step with transformers' modules and returns its loss."""
     model.requires_grad_(False)
     trained = nn.ModuleList([model.qformer, model.language_projection])
     trained.requires_grad_(True)
@@ -163,7 +163,7 @@ def theirs(model: Blip2ForConditionalGeneration, shape: Shape, source: Pictures)
 
 
 def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | None) -> Callable[[], float]:
-    """The step of the loop."""
+    """Returns the function that makes a step of this project's loop and returns its loss."""
     model = load_checkpoint(directory)
     accelerator = Accelerator(cpu=True)
     encoder = FrozenEncoder(model.vision, shape.preprocessing, accelerator, cache)
@@ -186,7 +186,7 @@ def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | 
 
 
 def race(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every contestant, round by round, after a round that warms up."""
+    """CPU seconds of every contestant in each round, after a warm-up round. Exits if the losses differ."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         losses = {}
@@ -202,7 +202,7 @@ def race(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[f
 
 
 def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-    """All rounds of a shape, and the rows of its table."""
+    """Measures one shape. Returns the CPU seconds of all rounds, and the rows of the table."""
     source = Pictures(shape)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)

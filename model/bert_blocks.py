@@ -12,7 +12,7 @@ from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, s
 
 
 class BertAttention(nn.Module):
-    """Attention with the residual and the norm after it; keys and values are separate, so that they can be cached."""
+    """Attention, then the residual and the norm. Keys and values have their own method, so that they can be cached."""
 
     def __init__(self, config: BertSizes, context_width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class BertAttention(nn.Module):
 
 
 class BertFeedForward(nn.Module):
-    """The intermediate and the output layer."""
+    """Two linear layers with an activation between them, then the residual and the norm."""
 
     def __init__(self, config: BertSizes) -> None:
         super().__init__()

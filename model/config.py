@@ -55,8 +55,8 @@ class VisionConfig(TransformerConfig):
 
     Attributes:
         qkv_bias: Queries, keys and values have biases.
-        clip: As OpenAI's CLIP: a norm before the blocks, patches without a bias, and class token and positions as
-            ``[D]`` and ``[P, D]``. Else EVA-CLIP as BLIP-2 holds it.
+        clip: Whether it is built as OpenAI's CLIP: a norm before the blocks, patches without a bias, and class token
+            and positions as ``[D]`` and ``[P, D]``. Otherwise it is built as BLIP-2's EVA-CLIP.
         post_norm: There is a norm after the blocks.
         keep_class: The class token stays in the output, before the patches.
         merge_tokens: Patches merged in each layer (``token_merging.py``). Not part of a checkpoint.

@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class Unit(nn.Module):
-    """Scales vectors to length 1; a module of its own so that fp16 leaves it in fp32."""
+    """Scales vectors to length 1. It is a module so that an fp16 graph can keep it in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., F]`` to ``[..., F]``."""
@@ -102,7 +102,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head attention; keys and values are made separately, so that they can be cached.
+    """Multi-head attention. Keys and values have their own method, so that they can be cached.
 
     Args:
         width: Width of what attends, and of the output.

@@ -56,20 +56,24 @@ class OptimizerConfig(RecipeSection):
 
 @dataclass(frozen=True)
 class VisionPhase(OptimizerConfig):
-    """Pretraining of the miniature's picture encoder: every patch predicts the object that covers it."""
+    """Pretraining of the miniature's picture encoder: each patch predicts the object that covers it."""
 
     shape_weight: Annotated[float, POSITIVE] = 1.0
-    """Weight of the loss of the shape. A single patch does not show the shape, so it is learned last."""
+    """Weight of the shape's loss. A single patch does not show the shape, so the shape is learned last."""
 
 
 @dataclass(frozen=True)
 class LanguagePhase(OptimizerConfig):
-    """Pretraining of the miniature's language model on captions, most of them after a prefix of their keywords."""
+    """Pretraining of the miniature's language model on captions that follow embeddings of their keywords, or noise.
+
+    Keywords are the caption's sizes, colours, shapes and relation. Their embeddings stand in the place of the visual
+    tokens, so that the model learns to use these later.
+    """
 
     prefix_share: Annotated[float, SHARE] = 0.75
-    """Share of captions that follow a prefix of keywords; the others follow noise."""
+    """Share of captions that follow embeddings of their keywords; the others follow noise."""
     prefix_noise: Annotated[float, NOT_NEGATIVE] = 0.3
-    """Noise added to the prefix, relative to the size of an embedding: visual tokens never match words exactly."""
+    """Noise added to those embeddings, relative to their size, because visual tokens never equal words exactly."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +160,8 @@ class BlockSizes(RecipeSection):
 
 @dataclass(frozen=True)
 class ModelConfig(RecipeSection):
-    """The parts of the model: trained parts by name, or the miniature, which is initialised and pretrained in the run.
-
-    The default sizes are those of the miniature: a BLIP-2 with an OPT language model, for pictures of 64 × 64 pixels.
+    """The parts of the model: trained parts by name. If none is named, the run trains the "miniature" from scratch: a
+    small BLIP-2 with an OPT language model, for pictures of 64 × 64 pixels, whose sizes are the defaults.
     """
 
     checkpoint: str = ""
@@ -174,11 +177,11 @@ class ModelConfig(RecipeSection):
     patch_size: int = 8
     """Side of a patch in pixels; must divide 64."""
     num_query_tokens: Annotated[int, POSITIVE] = 8
-    """Visual tokens of a picture; the miniature needs one for each keyword, so at least seven."""
+    """Visual tokens of a picture; at least seven in the miniature, whose captions have seven keywords."""
     max_positions: Annotated[int, at_least(40)] = 128
     """Context length of the miniature's language model: visual tokens, prompt and caption."""
     dropout: Annotated[float, SHARE] = 0.1
-    """Dropout of a new Q-Former; the miniature has none, because its data never repeats."""
+    """Dropout of a new Q-Former. The miniature has no dropout, because its data never repeats."""
     vision: BlockSizes = field(default_factory=BlockSizes)
     """Sizes of the miniature's picture encoder."""
     qformer: BlockSizes = field(default_factory=lambda: BlockSizes(num_layers=4))

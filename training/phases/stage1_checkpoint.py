@@ -89,7 +89,7 @@ def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -
 
 
 def start_from_bert(model: Stage1Model, source: str | Path, generator: torch.Generator | None = None) -> list[str]:
-    """Loads the text side and self-attention from a BERT, and draws the rest.
+    """Loads the text side and self-attention from a BERT, and initialises the rest at random ("drawn").
 
     Vocabulary rows that BERT does not have ([DEC]) and cross-attention to the picture are drawn. So is the word head
     if the file has none (BertModel without the language-modelling head).
@@ -206,10 +206,11 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
             "give the output of stage 1, or a captioner with a draft model",
         )
     if draft.vocab_size != given.config.vocab_size:
+        holder = DRAFT_CONFIG if has_draft else "the tokenizer of the text side"
         raise CheckpointError(
-            f"{directory}: expected the vocab_size {given.config.vocab_size} of config.json in {DRAFT_CONFIG} too, "
-            f"got {draft.vocab_size}",
-            "use both files from the same training run",
+            f"{directory}: {holder} has {draft.vocab_size} tokens, but vocab_size in config.json is "
+            f"{given.config.vocab_size}; expected the same number",
+            "copy all files of the directory from the same training run",
         )
     model = Stage1Model(given.config, draft)
     draw_weights(model)
