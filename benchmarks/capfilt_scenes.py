@@ -63,9 +63,8 @@ features_dtype = "{features}"
 """
 STAGE2 = "[stage2]\nsteps = {steps}\nbatch_size = 16\nlearning_rate = 1e-3\nwarmup_steps = 50"
 STAGE1 = "[stage1]\nsteps = 400\nbatch_size = 16\nlearning_rate = 8e-4\nwarmup_steps = 40\nembed_dim = 64"
-MATCHER_DATA = (
-    'kind = "scenes"\ncount = 8000\nseries = 21\nprompts = []'  # right captions, on scenes that no other step uses
-)
+# Scenes with right captions, which no other step uses.
+MATCHER_DATA = 'kind = "scenes"\ncount = 8000\nseries = 21\nprompts = []'
 MATCHER_SEED = 5
 
 

@@ -160,8 +160,10 @@ class BlockSizes(RecipeSection):
 
 @dataclass(frozen=True)
 class ModelConfig(RecipeSection):
-    """The parts of the model: trained parts by name. If none is named, the run trains the "miniature" from scratch: a
-    small BLIP-2 with an OPT language model, for pictures of 64 × 64 pixels, whose sizes are the defaults.
+    """The trained parts of the model, by name. If none is named, the run trains the "miniature" from scratch.
+
+    The miniature is a small BLIP-2 with an OPT language model, for pictures of 64 × 64 pixels. Its sizes are the
+    defaults.
     """
 
     checkpoint: str = ""
