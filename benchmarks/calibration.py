@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import onnx_ir as ir
 import torch
 from export_memory import INTERVAL, tree_bytes
 from random_checkpoint import SHAPE, write_checkpoint
-from reporting import CHECKPOINT, RESULTS, command, cpu_model, parser_of, system, write_json
+from reporting import CHECKPOINT, RESULTS, command, cpu_model, in_turn, median_ratio, parser_of, system, write_json
 
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.agreement import cosine_similarity
@@ -105,27 +105,16 @@ def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
 def race(graphs: dict[str, Path], pixels: np.ndarray[Any, Any], rounds: int) -> dict[str, dict[str, float]]:
     """Runs the graphs in turn. Returns CPU milliseconds, speed relative to fp32 (by round), cosine to fp32's output."""
     sessions = {name: OnnxRuntimeSession(path, 1) for name, path in graphs.items()}
-    outputs = {name: session.run({"pixel_values": pixels})["image_embeds"] for name, session in sessions.items()}
-    spent: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(rounds):
-        for name, session in sessions.items():
-            spent[name].append(_seconds(lambda session=session: session.run({"pixel_values": pixels})))
+    calls = {name: partial(session.run, {"pixel_values": pixels}) for name, session in sessions.items()}
+    spent, outputs = in_turn(calls, rounds)
     return {
         name: {
             "milliseconds": round(statistics.median(times) * 1e3, 1),
-            "times_fp32": round(
-                statistics.median(base / own for base, own in zip(spent["fp32"], times, strict=True)), 2
-            ),
-            "cosine": round(cosine_similarity(outputs["fp32"], outputs[name]), 5),
+            "times_fp32": round(median_ratio(spent["fp32"], times), 2),
+            "cosine": round(cosine_similarity(*(outputs[each]["image_embeds"] for each in ("fp32", name))), 5),
         }
         for name, times in spent.items()
     }
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
 
 
 def measure_memory(folder: Path, parent: Path | None, counts: list[int]) -> dict[str, Any]:

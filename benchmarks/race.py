@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reporting import median_ratio
+
 WORKER = Path(__file__).with_name("worker.py")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -92,10 +94,9 @@ def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[st
     for name in next(iter(seconds.values())):
         row: dict[str, Any] = {"name": name}
         for task, by_name in seconds.items():
-            ratios = [first / own for first, own in zip(by_name[base], by_name[name], strict=True)]
             row[task] = {
                 "cpu_ms": round(statistics.median(by_name[name]) * 1e3, 2),
-                "times": round(statistics.median(ratios), 3),
+                "times": round(median_ratio(by_name[base], by_name[name]), 3),
             }
         rows.append(row)
     return rows

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from random_checkpoint import SHAPE, write_checkpoint
-from reporting import cpu_model, parser_of, write_json
+from reporting import cpu_model, in_turn, median_ratio, parser_of, write_json
 
 from blip2edge.charts import element, label, svg_file
 from blip2edge.export.pipeline import export_checkpoint
@@ -90,22 +89,17 @@ def overlap(
         "overlapped": lambda: streamed(half, pictures, options, spans),
         "in_turn": lambda: streamed(whole, pictures, options, unseen),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        given = []
-        for name, way in ways.items():
-            start = time.perf_counter()
-            given.append(way())
-            if number:
-                seconds[name].append(round(time.perf_counter() - start, 3))
-        if any(tokens != given[0] for tokens in given):
+
+    def check(given: dict[str, Tokens]) -> None:
+        if any(tokens != given["one_by_one"] for tokens in given.values()):
             raise SystemExit("the scheduler gave other tokens than one by one")
+
+    exact, _ = in_turn(ways, rounds, check, time.perf_counter)
+    seconds = {name: [round(value, 3) for value in values] for name, values in exact.items()}
     ratios = {
-        f"{name}_throughput": round(
-            statistics.median(one / two for one, two in zip(seconds["one_by_one"], seconds[name], strict=True)), 3
-        )
+        f"{name}_throughput": round(median_ratio(seconds["one_by_one"], seconds[name]), 3)
         for name in ("overlapped", "in_turn")
-    }  # fmt: skip
+    }
     record = {"pictures": len(pictures), "tokens": tokens, "seconds": seconds, **ratios}
     return record | {"busy_together": round(together(spans), 3)}, spans
 

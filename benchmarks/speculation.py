@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import command, cpu_model, named_path, parser_of, versions, write_json
+from reporting import command, cpu_model, median_ratio, named_path, parser_of, versions, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE
@@ -98,9 +98,7 @@ def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, token
         figures[draft] = {
             "cpu_ms_per_caption": round(1e3 * statistics.mean(seconds[draft]), 3),
             "speed_up": round(sum(seconds["none"]) / sum(seconds[draft]), 3),
-            "speed_up_of_the_median_picture": round(
-                statistics.median(a / b for a, b in zip(seconds["none"], seconds[draft], strict=True)), 3
-            ),
+            "speed_up_of_the_median_picture": round(median_ratio(seconds["none"], seconds[draft]), 3),
             "tokens_per_pass": round(written / passes, 3),
             "prefill_ms": share(mine, "prefill"),
             "decode_ms": share(mine, "decode"),

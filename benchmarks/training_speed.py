@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from random_checkpoint import SHAPE
-from reporting import CHECKPOINT, command, machine, parser_of, python, write_json
+from reporting import CHECKPOINT, command, in_turn, machine, median_ratio, parser_of, python, write_json
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
@@ -187,18 +186,13 @@ def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | 
 
 def race(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of every contestant in each round, after a warm-up round. Exits if the losses differ."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        losses = {}
-        for name, step in steps.items():
-            start = time.process_time()
-            losses[name] = step()
-            if number:
-                seconds[name].append(time.process_time() - start)
+
+    def check(losses: dict[str, float]) -> None:
         values = list(losses.values())
         if max(values) - min(values) > 1e-3 * max(values):
             raise SystemExit(f"the losses differ: {losses}")
-    return seconds
+
+    return in_turn(steps, rounds, check)[0]
 
 
 def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
@@ -219,9 +213,8 @@ def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dic
     base = seconds["transformers' modules"]
     rows = []
     for name, values in seconds.items():
-        ratios = [own / first for own, first in zip(values, base, strict=True)]
         median = statistics.median(values)
-        rows.append({"name": name, "cpu_seconds": round(median, 4), "ratio": round(statistics.median(ratios), 3)})
+        rows.append({"name": name, "cpu_seconds": round(median, 4), "ratio": round(median_ratio(values, base), 3)})
     return seconds, rows
 
 
