@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.bert_blocks import BertFeedForward
-from blip2edge.model.bridges.qformer import Projection, QFormerBase, QFormerLayer
+from blip2edge.model.bridges.qformer import QFormerBase, QFormerLayer
 from blip2edge.model.config import QFormerConfig
 from blip2edge.model.config_json import key
 from blip2edge.model.layers import key_mask_bias, stack
@@ -91,16 +91,3 @@ class InstructedQFormer(QFormerBase):
             if index + 1 < len(self.layers):  # the text after the last layer is not used
                 text = layer.text_feed_forward(text)
         return queries
-
-
-class InstructedBridge(nn.Module):
-    """The instructed Q-Former and the projection to the language model."""
-
-    def __init__(self, config: InstructedQFormerConfig, hidden_size: int, embed_dim: int) -> None:
-        super().__init__()
-        self.qformer = InstructedQFormer(config)
-        self.projection = Projection(config.hidden_size, hidden_size, embed_dim)
-
-    def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
-        """``[B, P, Dv]`` and int64 ``[B, T]`` twice to ``visual_tokens [B, Q, D]``."""
-        return self.projection(self.qformer(image_embeds, instruction_ids, instruction_mask))

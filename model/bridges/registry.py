@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from blip2edge.model.bridges.instruct import InstructedBridge
+from blip2edge.model.bridges.instruct import InstructedQFormer
 from blip2edge.model.bridges.perceiver import PerceiverResampler
 from blip2edge.model.bridges.pool import AttentionPoolBridge
-from blip2edge.model.bridges.qformer import QFormerBridge
+from blip2edge.model.bridges.qformer import QFormer, QFormerBridge
 from blip2edge.model.config import BridgeConfig, LanguageConfig
 from blip2edge.model.layers import MLP
 
@@ -21,8 +21,8 @@ BRIDGE_BUILDERS: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
     ),
     "pool": lambda config, language: AttentionPoolBridge(config, language.embed_dim),
     "perceiver": lambda config, language: PerceiverResampler(config),
-    "qformer": lambda config, language: QFormerBridge(config, language.hidden_size, language.embed_dim),
-    "instructed-qformer": lambda config, language: InstructedBridge(config, language.hidden_size, language.embed_dim),
+    "qformer": lambda config, language: QFormerBridge(QFormer(config), language),
+    "instructed-qformer": lambda config, language: QFormerBridge(InstructedQFormer(config), language),
 }
 
 

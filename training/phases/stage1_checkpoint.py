@@ -155,20 +155,19 @@ def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
     return {f"{path}.{name}": tensor for path, part in parts.items() for name, tensor in part.state_dict().items()}
 
 
-def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path | None = None) -> None:
+def save_stage1(model: Stage1Model, directory: str | Path) -> None:
     """Writes a directory that ``transformers.Blip2ForImageTextRetrieval`` loads, with the files of the draft model.
 
     Args:
         model: The model; its temperature is written to ``stage1.json``.
         directory: The directory; created if it does not exist.
-        like: A directory whose tokenizer and processor files are copied too.
     """
     target = Path(directory)
     with torch.device("meta"):
         plain = RetrievalModel(model.config)
     state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
-    save_checkpoint(plain, target, like=like)
+    save_checkpoint(plain, target)
     rules = WeightMap(TEXT_HEAD_RULES)
     tensors = {rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_tensors(model).items()}
     write_draft(target, tensors, model.draft_config)
