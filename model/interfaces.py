@@ -89,11 +89,11 @@ class MatcherModule(nn.Module):
     """Compares a picture with a text."""
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to ``[B, K, F]`` of length 1; the one nearest to the text counts."""
+        """``[B, P, Dv]`` to K unit vectors per picture, ``[B, K, F]``; only the one nearest to a text counts."""
         raise NotImplementedError
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
+        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to unit vectors ``[B, F]``."""
         raise NotImplementedError
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

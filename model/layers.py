@@ -45,6 +45,11 @@ def stack(layers: Iterable[Module]) -> Sequence[Module]:
     return cast("Sequence[Module]", nn.ModuleList(layers))
 
 
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter; also works on the meta device."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 class RMSNorm(nn.Module):
     """Division by the root of the mean square (Zhang and Sennrich, arXiv 1910.07467)."""
 

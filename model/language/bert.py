@@ -180,7 +180,7 @@ class BertDecoder(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
-        """Int64 ``[B, E]`` twice and ``[B, P, Dv]`` to the states of a question about a picture, ``[B, E, D]``."""
+        """Token ids and their mask, int64 ``[B, E]`` each, and patches ``[B, P, Dv]`` to the states ``[B, E, D]``."""
         if self.encoder is None:
             raise ValueError("a decoder of captions has no encoder")
         return self.encoder(input_ids, attention_mask, image_embeds)

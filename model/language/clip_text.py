@@ -60,7 +60,7 @@ class ClipText(nn.Module):
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, D]``."""
+        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to ``[B, D]``."""
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embed_tokens(input_ids) + self.positions(slots)
         bias = causal_bias(attention_mask, input_ids.shape[1], x.dtype)

@@ -160,9 +160,9 @@ class Flamingo(LlamaDecoder):
         """See :meth:`DecoderModule.start`."""
         if cross_mask is None:
             cross_mask = mask.new_ones(*x.shape[:2], cross[0][0].shape[2])
-        sees = cross_mask.to(x.dtype)
-        has_picture = sees.amax(dim=-1, keepdim=True)  # [B, S, 1]
-        cross_bias = ((1 - sees) * MASKED)[:, None]  # [B, 1, S, E]
+        attended = cross_mask.to(x.dtype)
+        has_picture = attended.amax(dim=-1, keepdim=True)  # [B, S, 1]
+        cross_bias = ((1 - attended) * MASKED)[:, None]  # [B, 1, S, E]
         x, llama = super().start(x, mask, positions)
 
         def step(index: int, x: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:

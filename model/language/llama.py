@@ -146,7 +146,7 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaDecoder(DecoderModule):
-    """The decoder."""
+    """Decoder of Llama and similar models."""
 
     layers: Sequence[LlamaLayer]
 

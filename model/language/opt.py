@@ -103,7 +103,7 @@ class OPTLayer(nn.Module):
 
 
 class OPTDecoder(DecoderModule):
-    """The decoder."""
+    """Decoder of OPT."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()

@@ -197,7 +197,7 @@ class T5Encoder(nn.Module):
 
 
 class T5(DecoderModule):
-    """The encoder, the keys and values of its states, and the decoder."""
+    """T5: an encoder of the prompt, and a decoder that attends to the encoder's states."""
 
     layers: Sequence[T5Layer]
 

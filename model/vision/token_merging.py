@@ -93,7 +93,7 @@ class TokenMatching(nn.Module):
             scores: ``[B, A, C]``.
 
         Returns:
-            int64 ``[B, A]`` twice.
+            Indices of the first set and of the partners, int64 ``[B, A]`` each.
         """
         best, partner = scores.max(dim=-1)
         return best.topk(best.shape[1]).indices, partner
