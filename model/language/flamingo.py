@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config_json import Fields, Section, check_heads
+from blip2edge.model.config_json import Fields, Section, check_heads, key
 from blip2edge.model.interfaces import Step
 from blip2edge.model.language.llama import LlamaDecoder, llama_feed_forward
 from blip2edge.model.language.llama_config import LlamaConfig
@@ -48,16 +48,18 @@ class FlamingoConfig(LlamaConfig):
     """
 
     base_vocab_size: int = 0
-    cross_interval: int = 1
-    qk_norms: bool = False
+    cross_interval: int = key("cross_layer_interval", 1)
+    qk_norms: bool = key("qk_layer_norms", False)
     gates: str = "float"
     source: str = "visual_tokens"
     source_dim: int = 768
     kind: str = "idefics"
 
+    section = "the top level"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads("the top level", self.hidden_size, self.num_heads)
+        check_heads(self.section, self.hidden_size, self.num_heads)
         if self.gates not in GATES:
             raise CheckpointError(f"config.json: alpha_type is {self.gates!r}, not one of {', '.join(GATES)}")
         if self.num_layers % self.cross_interval:
@@ -75,7 +77,7 @@ class FlamingoConfig(LlamaConfig):
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> FlamingoConfig:
         """Reads an Idefics ``config.json``, whose text part is at the top level."""
-        f = Fields("the top level", values)
+        f = Fields(cls.section, values)
         own = Fields("vision_config", f.values.get("vision_config") or {})
         resampled = f.flag("use_resampler", False)
         rows = f.integer("vocab_size", cls.vocab_size)
@@ -84,8 +86,6 @@ class FlamingoConfig(LlamaConfig):
             kind="idefics",
             vocab_size=rows + int(f.values.get("additional_vocab_size") or 0),
             base_vocab_size=rows,
-            cross_interval=f.integer("cross_layer_interval", 1),
-            qk_norms=f.flag("qk_layer_norms", False),
             gates=str(f.values.get("alpha_type", "float")),
             source="visual_tokens" if resampled else "image_embeds",
             source_dim=own.integer("embed_dim", own.integer("hidden_size", 768)),
@@ -99,8 +99,6 @@ class FlamingoConfig(LlamaConfig):
             "vocab_size": self.base_vocab_size,
             "additional_vocab_size": self.vocab_size - self.base_vocab_size,
             "rope_parameters": self.rope.to_hf(),
-            "cross_layer_interval": self.cross_interval,
-            "qk_layer_norms": self.qk_norms,
             "alpha_type": self.gates,
             "use_resampler": self.source == "visual_tokens",
         }
