@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from blip2edge.model.layers import KeyValue, gather_positions
 
-Step = Callable[[int, Tensor, KeyValue | None], tuple[Tensor, KeyValue]]
+LayerStep = Callable[[int, Tensor, KeyValue | None], tuple[Tensor, KeyValue]]
 """Runs one layer: its index, ``x [B, S, D]`` and its cache, to ``[B, S, D]`` and the extended cache."""
 
 
@@ -43,7 +43,7 @@ class DecoderModule(nn.Module):
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None, /
-    ) -> tuple[Tensor, Step]:
+    ) -> tuple[Tensor, LayerStep]:
         """The input of the first layer, and what runs a layer; the arguments are those of :meth:`forward`."""
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class Rule:
+class ValidValues:
     """The valid values of a key, as metadata of its field: ``steps: Annotated[int, POSITIVE]``.
 
     Attributes:
@@ -37,23 +37,23 @@ class Rule:
             raise ConfigError(f"{key} must {self.expected}, not {value!r}", hint)
 
 
-def at_least(least: int) -> Rule:
+def at_least(least: int) -> ValidValues:
     """The numbers from `least` on."""
-    return Rule(lambda value: bool(value >= least), f"be at least {least}")
+    return ValidValues(lambda value: bool(value >= least), f"be at least {least}")
 
 
-def one_of(*choices: str) -> Rule:
+def one_of(*choices: str) -> ValidValues:
     """The given names."""
-    return Rule(lambda value: value in choices, f"be one of {', '.join(choices)}", choices)
+    return ValidValues(lambda value: value in choices, f"be one of {', '.join(choices)}", choices)
 
 
 NOT_NEGATIVE = at_least(0)
-POSITIVE = Rule(lambda value: bool(value > 0), "be greater than 0")
-SHARE = Rule(lambda value: bool(0 <= value <= 1), "lie between 0 and 1")
+POSITIVE = ValidValues(lambda value: bool(value > 0), "be greater than 0")
+SHARE = ValidValues(lambda value: bool(0 <= value <= 1), "lie between 0 and 1")
 
 
 class RecipeSection:
-    """Base of the dataclasses of a recipe: checks each field by the :class:`Rule` in its type.
+    """Base of the dataclasses of a recipe: checks each field by the :class:`ValidValues` in its type.
 
     Raises:
         ConfigError: A value is not valid.

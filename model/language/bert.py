@@ -19,7 +19,7 @@ from blip2edge.errors import CheckpointError
 from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
 from blip2edge.model.config import BertSizes, LanguageConfig
 from blip2edge.model.config_json import key
-from blip2edge.model.interfaces import DecoderModule, Step
+from blip2edge.model.interfaces import DecoderModule, LayerStep
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
@@ -191,7 +191,7 @@ class BertDecoder(DecoderModule):
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
-    ) -> tuple[Tensor, Step]:
+    ) -> tuple[Tensor, LayerStep]:
         """See :meth:`DecoderModule.start`."""
         x = self.embeddings(x, positions)
         bias = causal_bias(mask, x.shape[1], x.dtype)

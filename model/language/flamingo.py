@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.config_json import Fields, Section, check_heads, key
-from blip2edge.model.interfaces import Step
+from blip2edge.model.interfaces import LayerStep
 from blip2edge.model.language.llama import LlamaDecoder, llama_feed_forward
 from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.model.layers import (
@@ -154,7 +154,7 @@ class Flamingo(LlamaDecoder):
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
-    ) -> tuple[Tensor, Step]:
+    ) -> tuple[Tensor, LayerStep]:
         """See :meth:`DecoderModule.start`."""
         if cross_mask is None:
             cross_mask = mask.new_ones(*x.shape[:2], cross[0][0].shape[2])

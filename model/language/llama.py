@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.interfaces import DecoderModule, Step
+from blip2edge.model.interfaces import DecoderModule, LayerStep
 from blip2edge.model.language.llama_config import LlamaConfig, RopeConfig
 from blip2edge.model.layers import (
     FeedForward,
@@ -161,7 +161,7 @@ class LlamaDecoder(DecoderModule):
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
 
-    def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, Step]:
+    def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, LayerStep]:
         """See :meth:`DecoderModule.start`."""
         cos, sin = self.rotary(positions)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blip2edge.model.config import LanguageConfig
 from blip2edge.model.config_json import Fields, check_heads, key
-from blip2edge.model.interfaces import DecoderModule, Step
+from blip2edge.model.interfaces import DecoderModule, LayerStep
 from blip2edge.model.layers import (
     ACTIVATIONS,
     Attention,
@@ -119,7 +119,7 @@ class OPTDecoder(DecoderModule):
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
 
-    def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, Step]:
+    def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, LayerStep]:
         """See :meth:`DecoderModule.start`."""
         x = x if self.project_in is None else self.project_in(x)
         x = x + self.embed_positions(positions + POSITION_OFFSET)

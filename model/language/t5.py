@@ -18,7 +18,7 @@ from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.config import LanguageConfig
 from blip2edge.model.config_json import Fields, key
-from blip2edge.model.interfaces import DecoderModule, Step
+from blip2edge.model.interfaces import DecoderModule, LayerStep
 from blip2edge.model.layers import (
     ACTIVATIONS,
     Attention,
@@ -224,7 +224,7 @@ class T5(DecoderModule):
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
-    ) -> tuple[Tensor, Step]:
+    ) -> tuple[Tensor, LayerStep]:
         """See :meth:`DecoderModule.start`."""
         x = self.dropout(x)
         # Positions of the keys count a row's valid slots, so that rows of a batch may be ragged.
