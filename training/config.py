@@ -22,10 +22,10 @@ from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSecti
 
 @dataclass(frozen=True)
 class OptimizerConfig(RecipeSection):
-    """Optimiser settings of one phase (AdamW, linear warm-up, then half a cosine)."""
+    """Optimizer settings of one phase (AdamW, linear warm-up, then half a cosine)."""
 
     steps: Annotated[int, at_least(1)] = 1000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: Annotated[int, POSITIVE] = 32
     """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
     accumulate: Annotated[int, POSITIVE] = 1
@@ -81,7 +81,7 @@ class Stage1Phase(OptimizerConfig):
     """Representation learning: trains the Q-Former and its text side. The picture encoder is frozen."""
 
     steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Optimiser steps; with 0, `train stage2` starts with a new bridge."""
+    """Optimizer steps; with 0, `train stage2` starts with a new bridge."""
     embed_dim: Annotated[int, POSITIVE] = 256
     """Dimension of the vectors in which pictures and texts are compared."""
     max_tokens: Annotated[int, at_least(3)] = 32
