@@ -25,7 +25,7 @@ GAIN = 2.0
 
 
 def measure(name: str, precision: str, folder: Path) -> dict[str, Any]:
-    """One export: the graphs' largest relative differences, or why there is none."""
+    """Exports one checkpoint. Returns the largest relative difference of each graph, or why the export failed."""
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         write_checkpoint(checkpoint, shrunk(published(name)), torch.float32, GAIN)
@@ -63,7 +63,7 @@ def main() -> None:
     done: dict[str, str] = {}
     for name in names:
         same = done.setdefault(json.dumps(shrunk(published(name)), sort_keys=True), name)
-        if same != name:  # the same model but for its sizes
+        if same != name:  # the same kind of model in another size
             results[name] = {precision: {**found, "as": same} for precision, found in results[same].items()}
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.registry import PHASES, phases_of
 from blip2edge.training.setup.build import build_parts, write_stage1
 
-RECORD_FILE = "training.json"  # in the checkpoint: how its weights were trained
+RECORD_FILE = "training.json"  # in the checkpoint: the record of the training
 _RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and snapshots during the run
 _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 

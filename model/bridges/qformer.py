@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
-from blip2edge.model.config import QFormerConfig
+from blip2edge.model.config import LanguageConfig, QFormerConfig
 from blip2edge.model.layers import KeyValue, stack
 
 
@@ -111,13 +111,16 @@ class Projection(nn.Linear):
 
 
 class QFormerBridge(nn.Module):
-    """Q-Former and the projection to the language model."""
+    """A Q-Former and the projection to the language model."""
 
-    def __init__(self, config: QFormerConfig, hidden_size: int, embed_dim: int) -> None:
+    def __init__(self, qformer: QFormerBase, language: LanguageConfig) -> None:
         super().__init__()
-        self.qformer = QFormer(config)
-        self.projection = Projection(config.hidden_size, hidden_size, embed_dim)
+        self.qformer = qformer
+        self.projection = Projection(qformer.config.hidden_size, language.hidden_size, language.embed_dim)
 
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
-        return self.projection(self.qformer(image_embeds))
+    def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor:
+        """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+
+        A Q-Former that reads an instruction also takes its ids and its mask, int64 ``[B, T]`` each.
+        """
+        return self.projection(self.qformer(image_embeds, *instruction))

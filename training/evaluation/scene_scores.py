@@ -45,7 +45,6 @@ def evaluate_scenes(
     *,
     split: Split = "heldout",
     progress: Callable[[int, int], None] | None = None,
-    mistakes: int = 5,
 ) -> SceneScores:
     """Captions scenes and compares the result with the correct captions.
 
@@ -55,7 +54,6 @@ def evaluate_scenes(
         seed: Seed of their series.
         split: "heldout" for pairs of objects that training never shows, "train" for the others.
         progress: Called with (pictures done, n).
-        mistakes: Largest number of wrong captions to return.
 
     Returns:
         The scores.
@@ -80,5 +78,5 @@ def evaluate_scenes(
         "n": n,
         "split": split,
         "seed": seed,
-        "wrong": wrong[:mistakes],
+        "wrong": wrong[:5],
     }

@@ -89,7 +89,7 @@ def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -
 
 
 def start_from_bert(model: Stage1Model, source: str | Path, generator: torch.Generator | None = None) -> list[str]:
-    """Loads the text side and self-attention from a BERT, and draws the rest.
+    """Loads the text side and self-attention from a BERT, and initialises the rest at random ("drawn").
 
     Vocabulary rows that BERT does not have ([DEC]) and cross-attention to the picture are drawn. So is the word head
     if the file has none (BertModel without the language-modelling head).
@@ -155,20 +155,19 @@ def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
     return {f"{path}.{name}": tensor for path, part in parts.items() for name, tensor in part.state_dict().items()}
 
 
-def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path | None = None) -> None:
+def save_stage1(model: Stage1Model, directory: str | Path) -> None:
     """Writes a directory that ``transformers.Blip2ForImageTextRetrieval`` loads, with the files of the draft model.
 
     Args:
         model: The model; its temperature is written to ``stage1.json``.
         directory: The directory; created if it does not exist.
-        like: A directory whose tokenizer and processor files are copied too.
     """
     target = Path(directory)
     with torch.device("meta"):
         plain = RetrievalModel(model.config)
     state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
-    save_checkpoint(plain, target, like=like)
+    save_checkpoint(plain, target)
     rules = WeightMap(TEXT_HEAD_RULES)
     tensors = {rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_tensors(model).items()}
     write_draft(target, tensors, model.draft_config)
@@ -206,10 +205,11 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
             "give the output of stage 1, or a captioner with a draft model",
         )
     if draft.vocab_size != given.config.vocab_size:
+        holder = DRAFT_CONFIG if has_draft else "the tokenizer of the text side"
         raise CheckpointError(
-            f"{directory}: expected the vocab_size {given.config.vocab_size} of config.json in {DRAFT_CONFIG} too, "
-            f"got {draft.vocab_size}",
-            "use both files from the same training run",
+            f"{directory}: {holder} has {draft.vocab_size} tokens, but vocab_size in config.json is "
+            f"{given.config.vocab_size}; expected the same number",
+            "copy all files of the directory from the same training run",
         )
     model = Stage1Model(given.config, draft)
     draw_weights(model)

@@ -28,6 +28,7 @@ from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.families.tokens import read_tokens
 from blip2edge.model.language.registry import LANGUAGES, bridged_language
+from blip2edge.model.layers import shapes_of
 from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.model.weights.rules import WeightMap, some
 from blip2edge.runtime.images.preprocess import Preprocessing
@@ -115,7 +116,7 @@ def load_language(name: str, base: Path) -> LanguagePart:
     row = bridged_language(values["model_type"])
     config = row.read_config(values)
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in row.build(config).state_dict().items()}
+        shapes = shapes_of(row.build(config))
     files = TensorFiles(directory)
     tied = config.tie_embeddings
     if tied:
