@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import onnx_ir as ir
 import torch
 from export_memory import INTERVAL, tree_bytes
 from random_checkpoint import SHAPE, write_checkpoint
-from reporting import CHECKPOINT, RESULTS, command, cpu_model, parser_of, system, write_json
+from reporting import CHECKPOINT, RESULTS, command, cpu_model, in_turn, median_ratio, parser_of, system, write_json
 
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.agreement import cosine_similarity
@@ -44,9 +44,9 @@ SMALL_REST: dict[str, Any] = {
 }
 """The other parts of the captioner are small, because only the vision encoder is measured."""
 
-PICTURE_SIZE = 256  # pixels, of the files
+PICTURE_SIZE = 256  # pixels: side of the picture files
 RACE_SIZE = 224  # pixels: side of the encoder's input
-RACE_PICTURES = 16  # to calibrate on before the race: ranges do not change the speed
+RACE_PICTURES = 16  # calibration pictures of the raced bundle; few, because ranges do not change the speed
 COPIES = {
     "int8 for the CPU: recorded ranges": ("recorded ranges",),
     "int8 for the CPU: recorded ranges, fused": ("recorded ranges", "fused attention", "fused activations"),
@@ -54,14 +54,14 @@ COPIES = {
 
 
 def draw(folder: Path, count: int) -> None:
-    """Pictures of the kind that the demo is trained on, enlarged."""
+    """Writes enlarged pictures of training scenes as PNG files."""
     folder.mkdir()
     for index, scene in enumerate(scenes(count, split="train", seed=7)):
         scene.picture.resize((PICTURE_SIZE, PICTURE_SIZE)).save(folder / f"{index:04d}.png")
 
 
 def calibrate(parent: Path, target: Path, images: Path, count: int) -> dict[str, Any]:
-    """Calibrates in a process of its own; seconds, peak in bytes, and the progress lines that it wrote."""
+    """Calibrates in a process of its own. Returns its seconds, peak memory in bytes and one of its progress lines."""
     command = [
         sys.executable, "-m", "blip2edge", "calibrate", str(parent), "-o", str(target), "--images", str(images),
         "--count", str(count), "--weights", "none", "--threads", "1", "--no-optimize",
@@ -90,7 +90,7 @@ def calibrate(parent: Path, target: Path, images: Path, count: int) -> dict[str,
 
 
 def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
-    """The graphs that run, by name."""
+    """Path of each measured graph, by its name in the result."""
     found = {"fp32": parent / f"{VISION}.onnx", "int8 as TensorRT takes it": bundle / f"{VISION}.onnx"}
     for index, (name, passes) in enumerate(COPIES.items()):
         model = ir.load(bundle / f"{VISION}.onnx")
@@ -103,33 +103,22 @@ def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
 
 
 def race(graphs: dict[str, Path], pixels: np.ndarray[Any, Any], rounds: int) -> dict[str, dict[str, float]]:
-    """Process CPU time of each graph, in turn; milliseconds, times fp32 (round by round) and cosine to it."""
+    """Runs the graphs in turn. Returns CPU milliseconds, speed relative to fp32 (by round), cosine to fp32's output."""
     sessions = {name: OnnxRuntimeSession(path, 1) for name, path in graphs.items()}
-    outputs = {name: session.run({"pixel_values": pixels})["image_embeds"] for name, session in sessions.items()}
-    spent: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(rounds):
-        for name, session in sessions.items():
-            spent[name].append(_seconds(lambda session=session: session.run({"pixel_values": pixels})))
+    calls = {name: partial(session.run, {"pixel_values": pixels}) for name, session in sessions.items()}
+    spent, outputs = in_turn(calls, rounds)
     return {
         name: {
             "milliseconds": round(statistics.median(times) * 1e3, 1),
-            "times_fp32": round(
-                statistics.median(base / own for base, own in zip(spent["fp32"], times, strict=True)), 2
-            ),
-            "cosine": round(cosine_similarity(outputs["fp32"], outputs[name]), 5),
+            "times_fp32": round(median_ratio(spent["fp32"], times), 2),
+            "cosine": round(cosine_similarity(*(outputs[each]["image_embeds"] for each in ("fp32", name))), 5),
         }
         for name, times in spent.items()
     }
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def measure_memory(folder: Path, parent: Path | None, counts: list[int]) -> dict[str, Any]:
-    """Peaks of calibrations on different numbers of scenes."""
+    """Peak memory of calibrations on different numbers of scenes."""
     draw(folder / "images", max(counts))
     parent = parent or export_checkpoint(CHECKPOINT, folder / "parent").bundle
     runs = [calibrate(parent, folder / f"int8-{count}", folder / "images", count) for count in counts]
@@ -137,7 +126,7 @@ def measure_memory(folder: Path, parent: Path | None, counts: list[int]) -> dict
 
 
 def measure_race(folder: Path, given: tuple[Path, Path] | None, rounds: int) -> dict[str, Any]:
-    """Sizes and times, of a bundle that is given with its parent, or of one that is made for it."""
+    """Sizes and times of the given fp32 and INT8 bundles; without `given`, the bundles are made here."""
     if given is None:
         draw(folder / "images", RACE_PICTURES)
         write_checkpoint(folder / "checkpoint", {**SHAPE, **SMALL_REST}, torch.float32)
@@ -160,7 +149,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="pictures (50 500)")
     parser.add_argument("--rounds", type=int, default=15, help="of the race (15)")
     parser.add_argument("--parent", type=Path, help="an fp32 bundle, in place of one that is exported")
-    parser.add_argument("--bundle", type=Path, help="race: what calibrate made of it")
+    parser.add_argument("--bundle", type=Path, help="race: the INT8 bundle that `blip2edge calibrate` wrote from it")
     parser.add_argument("--work", type=Path, help="where checkpoint and bundles are written, about 2 GB")
     options = parser.parse_args()
     given = (options.parent, options.bundle) if options.parent and options.bundle else None

@@ -35,7 +35,7 @@ TRAINED_ON = {
     "filtered": "after: what CapFilt made of it",
 }
 SIZES = ("web", "clean", "share", "steps", "captioner_steps", "scenes")
-WEB_SERIES, CLEAN_SERIES = 31, 32  # of scenes; neither trained that checkpoint
+WEB_SERIES, CLEAN_SERIES = 31, 32  # series of scenes that the example checkpoint was not trained on
 RECIPE = """
 seed = {seed}
 weights_dtype = "float32"
@@ -63,7 +63,8 @@ features_dtype = "{features}"
 """
 STAGE2 = "[stage2]\nsteps = {steps}\nbatch_size = 16\nlearning_rate = 1e-3\nwarmup_steps = 50"
 STAGE1 = "[stage1]\nsteps = 400\nbatch_size = 16\nlearning_rate = 8e-4\nwarmup_steps = 40\nembed_dim = 64"
-MATCHER_DATA = 'kind = "scenes"\ncount = 8000\nseries = 21\nprompts = []'  # right captions, scenes of its own
+# Scenes with right captions, which no other step uses.
+MATCHER_DATA = 'kind = "scenes"\ncount = 8000\nseries = 21\nprompts = []'
 MATCHER_SEED = 5
 
 
@@ -78,7 +79,7 @@ def blip2edge(*arguments: str) -> str:
 
 
 def write_scenes(directory: Path, series: int, count: int, captions: list[str] | None = None) -> None:
-    """Scenes as shards, with the captions given or the right ones."""
+    """Writes scenes as shards, with the given captions, or with the right ones if None is given."""
     writer = ShardWriter(directory)
     for number in range(count):
         scene = make_scene(number, seed=series)
@@ -90,7 +91,7 @@ def write_scenes(directory: Path, series: int, count: int, captions: list[str] |
 
 
 def planted(series: int, count: int, share: float, seed: int) -> list[str]:
-    """Captions of scenes, a share of them wrong."""
+    """Captions of scenes, of which the given share is wrong."""
     rng = np.random.default_rng(seed)
     scenes = [make_scene(number, seed=series) for number in range(count)]
     near = [
@@ -108,7 +109,7 @@ def planted(series: int, count: int, share: float, seed: int) -> list[str]:
 
 
 def train(work: Path, name: str, stage: str, recipe: str, reuse: bool) -> Path:
-    """Trains by a recipe that is written first; the checkpoint's directory."""
+    """Writes a recipe and trains by it. Returns the checkpoint's directory."""
     path = work / f"{name}.toml"
     path.write_text(recipe, encoding="utf-8")
     if not (reuse and (work / name).is_dir()):
@@ -129,7 +130,7 @@ def captioner(work: Path, name: str, data: str, steps: int, options: argparse.Na
 
 
 def matching_head(work: Path, options: argparse.Namespace) -> Path:
-    """Trains the model that judges, unless one is given that was trained so."""
+    """Trains the matcher that filters the captions, unless a trained one is given. Returns its directory."""
     recipe = RECIPE.format(
         seed=MATCHER_SEED, data=MATCHER_DATA, checkpoint=CHECKPOINT, features="float16", phase=STAGE1
     )
@@ -138,7 +139,7 @@ def matching_head(work: Path, options: argparse.Namespace) -> Path:
 
 
 def filtered(work: Path, writer: Path, matcher: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs CapFilt on the web; its report."""
+    """Runs CapFilt on the web captions. Returns its report."""
     path = work / "filtered" / "report.json"
     if not (options.reuse and path.is_file()):
         models = ["--captioner", str(writer), "--matcher", str(matcher)]
@@ -149,7 +150,7 @@ def filtered(work: Path, writer: Path, matcher: Path, options: argparse.Namespac
 
 
 def cpu_seconds(model: Path) -> float:
-    """What a training took, by its own record."""
+    """CPU seconds of a training, from its record `training.json`."""
     record: dict[str, Any] = json.loads((model / "training.json").read_text(encoding="utf-8"))
     return float(record["cpu_seconds"])
 
@@ -187,7 +188,7 @@ def filtering(kept: Path, web: list[str], right: list[str]) -> dict[str, Any]:
 
 
 def parsed() -> argparse.Namespace:
-    """The flags."""
+    """Parses the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="directory for data and checkpoints")
     parser.add_argument("--write", type=Path, help="write the figures as JSON")
@@ -205,7 +206,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Runs all of it."""
+    """Runs all steps and writes the result."""
     options = parsed()
     work: Path = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)

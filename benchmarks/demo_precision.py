@@ -24,7 +24,7 @@ CALIBRATION_SEED = 4242
 
 
 def score(bundle: Path, count: int) -> dict[str, Any]:
-    """Exact match on held-out scenes, and bytes of the bundle."""
+    """Share of exactly right captions on held-out scenes, and bytes of the bundle."""
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
     scores = evaluate_scenes(
         lambda pictures: [result.text for result in captioner.caption_many(pictures, batch_size=16)], count
@@ -35,7 +35,7 @@ def score(bundle: Path, count: int) -> dict[str, Any]:
 
 
 def measure(folder: Path, pictures: int, count: int) -> dict[str, dict[str, Any]]:
-    """A row a precision."""
+    """One row for each precision."""
     parent = export_checkpoint(CHECKPOINT, folder / "fp32").bundle
     images = folder / "images"
     images.mkdir()
@@ -55,7 +55,7 @@ def measure(folder: Path, pictures: int, count: int) -> dict[str, dict[str, Any]
 
 
 def main() -> None:
-    """Prints a line a precision and writes the JSON."""
+    """Prints one line for each precision and writes the JSON."""
     parser = parser_of(__doc__)
     parser.add_argument("--pictures", type=int, default=200, help="to calibrate on (200)")
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")

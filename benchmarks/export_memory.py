@@ -43,7 +43,7 @@ def tree_bytes(root: int) -> int:
 
 
 def own_bytes(pid: int) -> int:
-    """RssAnon + RssShmem of one process, in bytes; 0 where it has ended."""
+    """RssAnon + RssShmem of one process, in bytes; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -52,7 +52,7 @@ def own_bytes(pid: int) -> int:
 
 
 def measure(checkpoint: Path, bundle: Path, precision: str) -> dict[str, float]:
-    """Exports in a process of its own; seconds and the peak in bytes."""
+    """Exports in a process of its own. Returns its seconds and its peak memory in bytes."""
     command = [sys.executable, "-m", "blip2edge", "export", str(checkpoint), "-o", str(bundle)]
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen([*command, "--precision", precision, "--verify", "sample"])
@@ -65,7 +65,7 @@ def measure(checkpoint: Path, bundle: Path, precision: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Writes, exports, and prints one line a depth."""
+    """Writes and exports a checkpoint of each depth, and prints one line for each."""
     parser = parser_of(__doc__)
     known = sorted(path.stem for path in CONFIGS.glob("*.json"))
     parser.add_argument("size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of benchmarks/configs")

@@ -15,7 +15,7 @@ PROMPT = "The capital of France is a city that is known for its"
 
 
 def ours(path: str) -> str:
-    """A bundle's language model alone: its decoder, token table and tokenizer."""
+    """Generates the first token with a bundle's language model: decoder, token table and tokenizer, no picture."""
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
     from blip2edge.runtime.backends.open_graph import GraphOpener
@@ -30,7 +30,7 @@ def ours(path: str) -> str:
 
 
 def llama(path: str) -> str:
-    """The same weights in llama.cpp, without its warm-up run."""
+    """Generates the first token with the same weights in llama.cpp, without its warm-up run."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -27,7 +27,7 @@ OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architectu
 
 
 def write(source: GGUFReader, out: Path, name: str) -> None:
-    """One variant."""
+    """Writes the GGUF file of one variant."""
     matrices, table, file_type = FORMATS[name]
     architecture = bytes(source.fields["general.architecture"].parts[-1]).decode()
     writer = GGUFWriter(out, architecture)

@@ -27,7 +27,7 @@ def slot_name(slot: int) -> str:
 
 
 def draw() -> str:
-    """The picture as SVG."""
+    """Draws the masks as SVG."""
     text = torch.ones(1, TOKENS, dtype=torch.int64)
     text[0, TOKENS - PADDED :] = 0
     slots = QUERIES + TOKENS

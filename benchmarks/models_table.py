@@ -17,8 +17,8 @@ import torch
 from random_checkpoint import CONFIGS, opened, published
 from reporting import parser_of
 
+from blip2edge.choices import PRECISIONS
 from blip2edge.export.graphs import graphs_of
-from blip2edge.export.precision import PRECISIONS
 from blip2edge.export.verify import TOLERANCES
 from blip2edge.model.bridges.registry import BRIDGE_BUILDERS
 from blip2edge.model.config import CaptionerConfig
@@ -42,7 +42,7 @@ anything is written, `blip2edge export` compares the names and shapes of its ten
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A table in Markdown; the columns ``right`` are aligned there."""
+    """A Markdown table; the columns named in ``right`` are aligned to the right."""
     rule = ["--:" if column in right else "---" for column in range(len(head))]
     lines = [head, rule, *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
@@ -72,16 +72,16 @@ def families() -> str:
 
 
 def count(parameters: int) -> str:
-    """In millions."""
+    """A number of parameters in millions, as text."""
     return f"{parameters / 1e6:,.0f}" if parameters >= 1e7 else f"{parameters / 1e6:.1f}"
 
 
 def parts(config: Config) -> dict[str, int]:
-    """Parameters by part, a shared one counted once."""
+    """Number of parameters of each part; a shared parameter counts once."""
     with torch.device("meta"):
         model = build_model(config)
     found: dict[str, int] = {}
-    for name, parameter in model.named_parameters():  # a tied one comes once
+    for name, parameter in model.named_parameters():  # named_parameters yields a tied parameter once
         part = name.split(".")[0]
         found[part] = found.get(part, 0) + parameter.numel()
     return found
@@ -102,7 +102,7 @@ def visual_tokens(config: Config) -> str:
 
 
 def passing(name: str, parity: dict[str, Any]) -> str:
-    """The precisions that hold parity, each with its largest relative difference."""
+    """The precisions whose parity check passed, each with its largest relative difference."""
     found = parity.get(name, {})
     held = []
     for precision in PRECISIONS:

@@ -27,7 +27,8 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.agreement import cosine_similarity
-from blip2edge.calibration.pipeline import METHODS, calibrate
+from blip2edge.calibration.pipeline import calibrate
+from blip2edge.choices import RANGE_METHODS
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -40,7 +41,7 @@ NAIVE = "onnxruntime MinMax per tensor"
 
 
 class Pixels(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
-    """What ONNX Runtime's tool reads its pictures from."""
+    """Gives calibration pictures to ONNX Runtime's quantization tool."""
 
     def __init__(self, batches: Iterator[np.ndarray[Any, Any]]) -> None:
         self.batches = batches
@@ -51,7 +52,7 @@ class Pixels(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has n
 
 
 def naive_bundle(parent: Path, target: Path, pictures: Sequence[Scene]) -> None:
-    """A copy of a bundle whose vision encoder went through ``quantize_static`` with symmetric MinMax ranges."""
+    """Copies a bundle and quantizes its vision encoder by ``quantize_static`` with symmetric MinMax ranges."""
     shutil.copytree(parent, target)
     bundle = Bundle.open(parent)
     record = bundle.graph(VISION)
@@ -95,14 +96,14 @@ def figures(parent: Path, bundle: Path, wanted: Sequence[str], heldout: Sequence
 
 
 def captions(bundle: Path, pictures: Sequence[Scene]) -> list[str]:
-    """Captions of a bundle."""
+    """Captions pictures with a bundle."""
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
     results = captioner.caption_many([scene.picture for scene in pictures], batch_size=16)
     return [result.text for result in results]
 
 
 def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, Any]]:
-    """A row a way, the parent's first."""
+    """One row for each way to quantize, after the row of the fp32 bundle."""
     plant(
         CHECKPOINT,
         folder / "checkpoint",
@@ -119,7 +120,7 @@ def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, An
     rows = {"fp32": figures(parent, parent, wanted, unseen)}
     naive_bundle(parent, folder / "naive", seen)
     rows[NAIVE] = figures(parent, folder / "naive", wanted, unseen)
-    for method in METHODS:
+    for method in RANGE_METHODS:
         bundle = folder / method
         report = calibrate(parent, bundle, images=images, method=method, weights=None, threads=1)
         kept = {name: reason for name, reason in report.graphs[VISION].kept_float.items() if "rounding" in reason}

@@ -17,15 +17,15 @@ import torch
 from random_checkpoint import CONFIGS, published, shrunk, write_checkpoint
 from reporting import RESULTS, parser_of, versions, write_json
 
+from blip2edge.choices import PRECISIONS
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.export.precision import PRECISIONS
 
 GAIN = 2.0
 
 
 def measure(name: str, precision: str, folder: Path) -> dict[str, Any]:
-    """One export: the graphs' largest relative differences, or why there is none."""
+    """Exports one checkpoint. Returns the largest relative difference of each graph, or why the export failed."""
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         write_checkpoint(checkpoint, shrunk(published(name)), torch.float32, GAIN)
@@ -63,7 +63,7 @@ def main() -> None:
     done: dict[str, str] = {}
     for name in names:
         same = done.setdefault(json.dumps(shrunk(published(name)), sort_keys=True), name)
-        if same != name:  # the same model but for its sizes
+        if same != name:  # the same kind of model in another size
             results[name] = {precision: {**found, "as": same} for precision, found in results[same].items()}
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from random_checkpoint import SHAPE, write_checkpoint
-from reporting import command, machine, named_path, parser_of, python, write_json
+from reporting import command, in_turn, machine, median_ratio, named_path, parser_of, python, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
@@ -42,7 +41,7 @@ class Contestant:
 
 
 def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
-    """transformers as a user runs it: eager, and with the language model compiled."""
+    """transformers: eager, and with `compiled` also with vision encoder, Q-Former and language model compiled."""
     from transformers import Blip2ForConditionalGeneration
 
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -112,7 +111,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
 def ours(
     name: str, bundle: Path, picture: np.ndarray, tokens: int, batch: int, stages: list[dict[str, float]]
 ) -> Contestant:
-    """The runtime on a bundle."""
+    """blip2edge's runtime on a bundle; each call appends the milliseconds of its stages to `stages`."""
     captioner = Captioner.load(bundle, threads=1)
 
     def caption() -> list[list[int]]:
@@ -132,15 +131,8 @@ def ours(
 
 
 def race(contestants: list[Contestant], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """CPU seconds of every contestant by round, after one that warms up; and the share of ids that are the first's."""
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    ids: dict[str, list[list[int]]] = {}
-    for number in range(rounds + 1):
-        for contestant in contestants:
-            start = time.process_time()
-            ids[contestant.name] = contestant.caption()
-            if number:
-                seconds[contestant.name].append(time.process_time() - start)
+    """CPU seconds of every contestant by round, after a warm-up round; share of token ids equal to the first's."""
+    seconds, ids = in_turn({contestant.name: contestant.caption for contestant in contestants}, rounds)
     base = np.array(ids[contestants[0].name])
     same = {name: float((np.array(found) == base).mean()) for name, found in ids.items()}
     return seconds, same
@@ -191,8 +183,7 @@ def report(
     base = next(iter(seconds.values()))
     rows = []
     for name, values in seconds.items():
-        ratios = [first / own for first, own in zip(base, values, strict=True)]
-        row = {"name": name, "cpu_seconds": statistics.median(values), "speedup": statistics.median(ratios)}
+        row = {"name": name, "cpu_seconds": statistics.median(values), "speedup": median_ratio(base, values)}
         rows.append(row | {"same_ids": same[name], "pictures_per_cpu_s": options.batch / row["cpu_seconds"]})
     medians = {
         name: {stage: round(statistics.median(run[stage] for run in runs), 1) for stage in runs[0]}

@@ -38,7 +38,7 @@ from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import quantize_weights
-from blip2edge.calibration.weights.weight_only import WeightOnlyOptions, choose_formats, quantize_matrices
+from blip2edge.calibration.weights.weight_only import choose_formats, quantize_matrices
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ VARIANTS = ("fp32", "int8", "int4", "int4 plain")
 
 
 def windows(bundle: Bundle, text: Path, count: int) -> Array:
-    """Windows of a text's tokens ``[count, WINDOW]``, spread over it."""
+    """Windows of a text's tokens, int64 ``[count, WINDOW]``, at equal distances over the text."""
     ids = Tokenizer.from_file(bundle.file(TOKENIZER_FILE)).encode(text.read_text(encoding="utf-8"))
     if len(ids) < count * WINDOW:
         sys.exit(f"{text} has {len(ids)} tokens, but {count} windows of {WINDOW} tokens are needed")
@@ -73,7 +73,7 @@ def inputs(bundle: Bundle, table: TokenTable, rows: Array) -> Iterator[dict[str,
 
 
 def perplexity(bundle: Bundle, folder: Path, rows: Array) -> tuple[float, int]:
-    """Of a decoder and its table in a folder, and how many tokens were scored."""
+    """Perplexity of the decoder and token table in a folder, and the number of scored tokens."""
     table = TokenTable(folder / EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, "float32")
     session = OnnxRuntimeSession(folder / "decoder.onnx", 1)
     lost, scored = 0.0, 0
@@ -87,7 +87,7 @@ def perplexity(bundle: Bundle, folder: Path, rows: Array) -> tuple[float, int]:
 
 
 def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str, Any]:
-    """Writes the decoder as `calibrate --weights` does; the errors of its matrices."""
+    """Writes the decoder as `calibrate --weights` does. Returns the errors of its matrices."""
     feeds = Feeds(folder / "feeds")
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, "float32")
     for given in inputs(bundle, table, rows):
@@ -108,13 +108,13 @@ def rounded_plainly(bundle: Bundle, bits: int, folder: Path) -> None:
     products = find_targets(model).products
     formats, _ = choose_formats(products, bits)
     with DataFile(folder / "decoder.onnx.data") as file:
-        quantize_matrices(model, products, file, WeightOnlyOptions(formats, plain=True))
+        quantize_matrices(model, products, file, formats, plain=True)
     ir.save(model, folder / "decoder.onnx")
     shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
 
 
 def measure(bundle: Bundle, variant: str, calibration: Array, evaluation: Array) -> dict[str, Any]:
-    """One variant."""
+    """Quantizes and measures one variant."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), {}
@@ -133,7 +133,7 @@ def measure(bundle: Bundle, variant: str, calibration: Array, evaluation: Array)
 
 
 def summary(results: dict[str, Any]) -> dict[str, float]:
-    """The figures that decide."""
+    """Perplexities, losses and sizes relative to fp32; empty until all variants are measured."""
     if not {"fp32", "int8", "int4", "int4 plain"} <= results.keys():
         return {}
     base = results["fp32"]

@@ -21,7 +21,7 @@ from blip2edge.bundle.bundle import Bundle
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
-    """Of windows ``[N, T]``; the first token of each is not scored."""
+    """Perplexity on windows of tokens ``[N, T]``; the first token of a window is not scored."""
     lost = 0.0
     for row in rows:
         logits = model(row[None]).logits[0, :-1].double()

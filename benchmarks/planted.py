@@ -29,19 +29,19 @@ from blip2edge.model.checkpoint.lavis import open_checkpoint
 
 OUTLIERS = 4  # channels after each norm
 FACTORS = (20.0, 80.0)  # of those channels
-MASSIVE = 400.0  # hidden value of the units, and what they leave in the residual stream
-SILENT = -8.0  # what the units get for every other token: GELU makes 0 of it
+MASSIVE = 400.0  # hidden value of the two units, and the value that they add to the residual stream
+SILENT = -8.0  # input of the units for all other tokens; GELU of it is 0
 LAYER = "vision_model.encoder.layers.{}."
 
 
 def plant(source: Path, target: Path, pictures: Sequence[Image.Image], seed: int = 0) -> None:
-    """Writes a copy of a BLIP-2 checkpoint with both.
+    """Writes a copy of a BLIP-2 checkpoint with outlier channels and massive-activation tokens.
 
     Args:
         source: The checkpoint's directory.
-        target: Where the copy goes.
-        pictures: Pictures like those of the training, on which the tokens are distinguished.
-        seed: Of the channels.
+        target: Directory of the copy.
+        pictures: Training-like pictures, from which the directions that separate the two tokens are computed.
+        seed: Seed of the choice of channels.
     """
     shutil.copytree(source, target)
     tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
@@ -52,7 +52,7 @@ def plant(source: Path, target: Path, pictures: Sequence[Image.Image], seed: int
 
 @torch.no_grad()
 def _behind_norm2(source: Path, pictures: Sequence[Image.Image]) -> Tensor:
-    """What the first MLP reads: ``[pictures, tokens, width]``."""
+    """Input of the first MLP: ``[pictures, tokens, width]``."""
     opened = open_checkpoint(source, None)
     model: Any = load_model(opened)
     seen: list[Tensor] = []
@@ -67,7 +67,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _massive_tokens(tensors: dict[str, Tensor], states: Tensor) -> None:
-    """Gives the two least used hidden units of the first MLP to the first two tokens."""
+    """Makes the two least used hidden units of the first MLP active on the first two tokens only."""
     mlp = LAYER.format(0) + "mlp."
     up, down = tensors[mlp + "fc1.weight"], tensors[mlp + "fc2.weight"]
     bias = tensors[mlp + "fc1.bias"]
@@ -82,11 +82,11 @@ def _massive_tokens(tensors: dict[str, Tensor], states: Tensor) -> None:
         scale = (MASSIVE - SILENT) / (high - low)
         up[unit], bias[unit] = direction * scale, SILENT - low * scale
         down[:, unit] = 0.0
-        down[7 + 40 * token, unit] = 1.0  # channels 7 and 47, any will do
+        down[7 + 40 * token, unit] = 1.0  # channels 7 and 47; any other two would do
 
 
 def _outlier_channels(tensors: dict[str, Tensor], random: np.random.Generator) -> None:
-    """Gain times a factor, and the columns of the following weights divided by it."""
+    """Multiplies some gains of a norm by a factor, and divides the columns of the following weights by it."""
     layer = 0
     while LAYER.format(layer) + "layer_norm1.weight" in tensors:
         prefix = LAYER.format(layer)

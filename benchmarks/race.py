@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reporting import median_ratio
+
 WORKER = Path(__file__).with_name("worker.py")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -52,7 +54,7 @@ class Running:
             raise SystemExit(f"{self.name} did not start")
 
     def ask(self, task: list[Any]) -> float:
-        """CPU seconds of one task."""
+        """Runs one task in the process. Returns its CPU seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -92,17 +94,16 @@ def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[st
     for name in next(iter(seconds.values())):
         row: dict[str, Any] = {"name": name}
         for task, by_name in seconds.items():
-            ratios = [first / own for first, own in zip(by_name[base], by_name[name], strict=True)]
             row[task] = {
                 "cpu_ms": round(statistics.median(by_name[name]) * 1e3, 2),
-                "times": round(statistics.median(ratios), 3),
+                "times": round(median_ratio(by_name[base], by_name[name]), 3),
             }
         rows.append(row)
     return rows
 
 
 def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """The versions of some packages in each environment that takes part."""
+    """Versions of some packages in the environment of each contestant."""
     code = (
         "import json,sys\nfrom importlib.metadata import version, PackageNotFoundError\nfound={}\n"
         "for name in sys.argv[1:]:\n  try: found[name]=version(name)\n  except PackageNotFoundError: pass\n"

@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
 
 CONFIGS = Path(__file__).parent / "configs"
 SHARD = 1 << 30  # bytes
-NOISE = (1 << 20) + 7  # random numbers that all tensors share, each from another offset on
+NOISE = (1 << 20) + 7  # length of the block of random numbers; each tensor reads it from another offset
 TINY_VOCABULARY = 96
 TINY: dict[str, int] = {
     "hidden_size": 32,
@@ -74,7 +74,7 @@ TINY: dict[str, int] = {
 
 
 def published(name: str) -> dict[str, Any]:
-    """The configuration of that name."""
+    """The published configuration of this name, from `benchmarks/configs`."""
     return dict(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
 
 
@@ -105,7 +105,7 @@ def scaled(config: dict[str, Any], depth: float) -> dict[str, Any]:
 
 
 def opened(values: dict[str, Any]) -> Config:
-    """A configuration as a checkpoint of it is opened: a head of its own where the published files hold one."""
+    """A configuration as it is read from a checkpoint: with a separate head if the published files have one."""
     config: Any = read_config(values)
     if values.get("text_config", {}).get("tie_word_embeddings") is False and config.language.tie_embeddings:
         config = replace(config, language=replace(config.language, tie_embeddings=False))
@@ -114,7 +114,7 @@ def opened(values: dict[str, Any]) -> Config:
 
 
 def random_tensors(config: Config, dtype: torch.dtype, gain: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's tensors, one at a time, from one block of random numbers that is read at moving offsets."""
+    """Yields the checkpoint's tensors one at a time, all from one block of random numbers, at different offsets."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))

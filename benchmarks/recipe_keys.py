@@ -38,7 +38,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def written(value: Any) -> str:
-    """A default as TOML has it."""
+    """A default value in TOML's notation."""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, str):
@@ -49,7 +49,7 @@ def written(value: Any) -> str:
 
 
 def table(kind: type, without: type | None = None) -> str:
-    """A row a key; those of `without` only where the default is another."""
+    """A table with one row for each key; a key of `without` only if its default differs."""
     default, plain = kind(), None if without is None else without()
     texts = meanings(kind)
     rows = ["| key | default | meaning |", "|---|---|---|"]
@@ -64,7 +64,7 @@ def table(kind: type, without: type | None = None) -> str:
 
 
 def document() -> str:
-    """All tables."""
+    """All tables as Markdown."""
     types = {
         field.name: type(getattr(recipes.TrainingConfig(), field.name))
         for field in dataclasses.fields(recipes.TrainingConfig)
@@ -80,8 +80,11 @@ def document() -> str:
     for name in PHASES:
         base = recipes.Stage2Phase if name == "instruct" else recipes.OptimizerConfig
         rows = table(types[name], base)
-        more = "and" if rows else "with the keys of `[stage2]`."
-        parts += [f"`[{name}]`: {summary(types[name])} Those keys, {more}\n", *([rows] if rows else [])]
+        more = "these:" if rows else "those of `[stage2]`."
+        parts += [
+            f"`[{name}]`: {summary(types[name])} Its keys are those above and {more}\n",
+            *([rows] if rows else []),
+        ]
     return "\n".join(parts)
 
 
@@ -91,7 +94,7 @@ def summary(kind: type) -> str:
 
 
 def placed(page: str) -> str:
-    """A page with the tables between their marks."""
+    """The page with new tables between the marks BEGIN and END."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{document()}\n{END}{after}"

@@ -6,14 +6,55 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINT = ROOT / "examples" / "checkpoint"
+
+
+Name = TypeVar("Name")
+Result = TypeVar("Result")
+
+
+def in_turn(
+    calls: Mapping[Name, Callable[[], Result]],
+    rounds: int,
+    check: Callable[[dict[Name, Result]], None] = lambda results: None,
+    clock: Callable[[], float] = time.process_time,
+) -> tuple[dict[Name, list[float]], dict[Name, Result]]:
+    """Calls all functions in turn, round by round (A B C A B C …), after a warm-up round.
+
+    Args:
+        calls: The measured functions by name.
+        rounds: Measured rounds.
+        check: Called with the results of each round; raises an error if they are wrong.
+        clock: Gives the current time in seconds.
+
+    Returns:
+        Seconds of each function by round, and the results of the last round.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    results: dict[Name, Result] = {}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            start = clock()
+            results[name] = call()
+            if number:
+                seconds[name].append(clock() - start)
+        check(results)
+    return seconds, results
+
+
+def median_ratio(above: Iterable[float], below: Iterable[float]) -> float:
+    """Median of the ratios within each round, which the machine's load distorts less than the ratio of two medians."""
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from reporting import CHECKPOINT, cpu_model, parser_of, write_json
+from reporting import CHECKPOINT, cpu_model, in_turn, parser_of, write_json
 
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -33,7 +33,7 @@ Picture = NDArray[np.float32]
 
 
 def recoloured(scene: Scene) -> Picture:
-    """The scene with the channels of its first object's box in another order; the grey around stays grey."""
+    """The scene with the channels of its first object's box in another order; the grey background stays grey."""
     picture = np.asarray(scene.picture, np.float32).copy()
     thing = scene.first
     rows, columns = (slice(max(0, int(at - thing.radius - 1)), int(at + thing.radius + 2)) for at in (thing.y, thing.x))
@@ -53,27 +53,19 @@ def film(count: int) -> list[NDArray[np.uint8]]:
     return [np.clip(frame + rng.normal(0, NOISE, frame.shape), 0, 255).round().astype(np.uint8) for frame in frames]
 
 
-def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> tuple[list[WatchResult], float]:
-    """The results of one pass over the video, and its CPU seconds."""
+def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> list[WatchResult]:
+    """The results of one pass over the video."""
 
     def source() -> Iterator[Frame]:
         for index, frame in enumerate(frames):
             yield Frame(str(index), frame)
 
-    start = time.process_time()
-    seen = list(watch(captioner, source(), every=True, reuse_below=below, draft="none"))
-    return seen, time.process_time() - start
+    return list(watch(captioner, source(), every=True, reuse_below=below, draft="none"))
 
 
 def measure(captioner: Captioner, frames: list[NDArray[np.uint8]], rounds: int) -> list[dict[str, Any]]:
     """One row per limit. The limits run in turn; the quickest round of each counts."""
-    watched(captioner, frames[:STILL], 0.0)  # warms up
-    seconds: dict[float, list[float]] = {below: [] for below in LIMITS}
-    found: dict[float, list[WatchResult]] = {}
-    for _ in range(rounds):
-        for below in LIMITS:
-            found[below], spent = watched(captioner, frames, below)
-            seconds[below].append(spent)
+    seconds, found = in_turn({below: partial(watched, captioner, frames, below) for below in LIMITS}, rounds)
     texts = {below: [one.result.text for one in seen if one.result] for below, seen in found.items()}
     return [
         {

@@ -21,8 +21,9 @@ from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
-from blip2edge.calibration.weights.quantize import BITS, PRECISIONS
-from blip2edge.calibration.weights.weight_only import WeightOnlyOptions, choose_formats, quantize_matrices
+from blip2edge.calibration.weights.quantize import PRECISIONS
+from blip2edge.calibration.weights.weight_only import choose_formats, quantize_matrices
+from blip2edge.choices import WEIGHT_BITS
 from blip2edge.optimization.pipeline import optimize
 
 FLOATS = ("fp32", "fp16")
@@ -32,7 +33,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--weights", choices=BITS, required=True)
+    parser.add_argument("--weights", choices=WEIGHT_BITS, required=True)
     options = parser.parse_args()
     source = Bundle.open(options.bundle)
     if source.graph(DECODER).precision not in FLOATS:
@@ -43,12 +44,12 @@ def main() -> None:
         shutil.copyfile(source.file(name), options.out / name)
     model = ir.load(source.file(f"{DECODER}.onnx"))
     targets = find_targets(model)
-    formats, _ = choose_formats(targets.products, BITS[options.weights])
+    formats, _ = choose_formats(targets.products, WEIGHT_BITS[options.weights])
     with DataFile(options.out / f"{DECODER}.onnx.data") as file:
-        quantize_matrices(model, targets.products, file, WeightOnlyOptions(formats, plain=True))
+        quantize_matrices(model, targets.products, file, formats, plain=True)
     ir.save(model, options.out / f"{DECODER}.onnx")
     graphs = dict(source.manifest.graphs)
-    graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[BITS[options.weights]], parity=())
+    graphs[DECODER] = replace(graphs[DECODER], precision=PRECISIONS[WEIGHT_BITS[options.weights]], parity=())
     files = {
         name: FileRecord.of(options.out / name) if name in replaced else record
         for name, record in source.manifest.files.items()

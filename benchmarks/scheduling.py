@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from random_checkpoint import SHAPE, write_checkpoint
-from reporting import cpu_model, parser_of, write_json
+from reporting import cpu_model, in_turn, median_ratio, parser_of, write_json
 
 from blip2edge.charts import element, label, svg_file
 from blip2edge.export.pipeline import export_checkpoint
@@ -51,13 +50,13 @@ RATES = (
     1.5,
     1.7,
     2.0,
-)  # of what one by one can do without a pause
-PATIENCE = 6.0  # the bound on 99 % of the waiting times, in captions made one by one
+)  # rates of arrival, relative to the rate of captioning one by one
+PATIENCE = 6.0  # limit on 99 % of the waiting times, in seconds of one caption made alone
 TOKENS = (5, 40)  # shortest and longest caption of the arrivals
 
 
 def fixed(tokens: int) -> dict[str, Any]:
-    """Options for a caption of exactly so many tokens."""
+    """Options for a caption of exactly this number of tokens."""
     return {"max_new_tokens": tokens, "min_new_tokens": tokens}
 
 
@@ -65,7 +64,7 @@ Tokens = list[tuple[int, ...]]
 
 
 def streamed(captioner: Captioner, pictures: list[np.ndarray], options: dict[str, Any], spans: list[Span]) -> Tokens:
-    """The pictures through a scheduler with one decoding row."""
+    """Captions the pictures through a scheduler with one decoding row."""
     spans.clear()
     with captioner.scheduler(max_batch=1, trace=spans.append) as scheduler:
         requests = [scheduler.submit(picture, captioner.options(**options)) for picture in pictures]
@@ -78,11 +77,11 @@ def overlap(
     """Wall seconds of the three ways, round by round, and the spans of the last round on half of the cores each.
 
     Args:
-        whole: Whose graphs take all cores.
-        half: The same on half of them.
-        pictures: What is captioned.
-        tokens: Of every caption.
-        rounds: Measured rounds, after one for warm-up.
+        whole: A captioner whose graphs use all cores.
+        half: A captioner of the same bundle on half of the cores.
+        pictures: The pictures to caption.
+        tokens: Length of every caption.
+        rounds: Measured rounds, after one round of warm-up.
     """
     options, spans, unseen = fixed(tokens), list[Span](), list[Span]()
     ways: dict[str, Callable[[], Tokens]] = {
@@ -90,28 +89,23 @@ def overlap(
         "overlapped": lambda: streamed(half, pictures, options, spans),
         "in_turn": lambda: streamed(whole, pictures, options, unseen),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        given = []
-        for name, way in ways.items():
-            start = time.perf_counter()
-            given.append(way())
-            if number:
-                seconds[name].append(round(time.perf_counter() - start, 3))
-        if any(tokens != given[0] for tokens in given):
+
+    def check(given: dict[str, Tokens]) -> None:
+        if any(tokens != given["one_by_one"] for tokens in given.values()):
             raise SystemExit("the scheduler gave other tokens than one by one")
+
+    exact, _ = in_turn(ways, rounds, check, time.perf_counter)
+    seconds = {name: [round(value, 3) for value in values] for name, values in exact.items()}
     ratios = {
-        f"{name}_throughput": round(
-            statistics.median(one / two for one, two in zip(seconds["one_by_one"], seconds[name], strict=True)), 3
-        )
+        f"{name}_throughput": round(median_ratio(seconds["one_by_one"], seconds[name]), 3)
         for name in ("overlapped", "in_turn")
-    }  # fmt: skip
+    }
     record = {"pictures": len(pictures), "tokens": tokens, "seconds": seconds, **ratios}
     return record | {"busy_together": round(together(spans), 3)}, spans
 
 
 def together(spans: list[Span]) -> float:
-    """The share of the time, from the first span to the last, in which both threads work."""
+    """Share of the time, from the first span to the last, in which both threads are busy."""
     events = sorted([(span.start, 1) for span in spans] + [(span.end, -1) for span in spans])
     both, active, last = 0.0, 0, events[0][0]
     for at, change in events:
@@ -121,7 +115,7 @@ def together(spans: list[Span]) -> float:
 
 
 def arrivals(captioner: Captioner, picture: np.ndarray, rate: float, count: int, batch: int) -> dict[str, float]:
-    """Serves pictures that come at ``rate`` a second; seconds from arrival to caption, and captions a second."""
+    """Serves pictures that arrive at ``rate`` per second; seconds from arrival to caption, captions per second."""
     rng = np.random.default_rng(7)  # the same for every way of serving
     gaps, lengths = rng.exponential(1.0, count) / rate, rng.integers(TOKENS[0], TOKENS[1] + 1, count)
     waits: list[float] = []
@@ -146,7 +140,7 @@ def arrivals(captioner: Captioner, picture: np.ndarray, rate: float, count: int,
 
 
 def sustained(captioner: Captioner, picture: np.ndarray, count: int, batch: int, solo_s: float) -> dict[str, Any]:
-    """The highest of `RATES` that keeps the time limit, and the measurements of all rates up to it."""
+    """The highest of `RATES` within the time limit, and the measurements of all rates up to it."""
     seen = []
     for relative in RATES:
         seen.append({"of_one_by_one": relative, **arrivals(captioner, picture, relative / solo_s, count, batch)})

@@ -25,10 +25,10 @@ RMS_NORM_EPS = 1e-5  # GGUF holds the nearest float32, 9.999999747e-06
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write the GGUF file as ``config.json``, ``model.safetensors`` and tokenizer files.
+    """Writes the GGUF file as ``config.json``, ``model.safetensors`` and tokenizer files.
 
-    The model that transformers builds from GGUF keeps its quantisation in the configuration and cannot be saved as
-    it is: its tensors go into a fresh model of the same sizes.
+    transformers cannot save the model that it builds from GGUF, because the quantization stays in its configuration. So
+    the tensors are copied into a new model of the same sizes.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -55,7 +55,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def say(out: Path, prompt: str, tokens: int = 24) -> str:
-    """The model's greedy answer to ``prompt`` in its chat template: a check of the conversion."""
+    """Generates an answer to ``prompt`` greedily, in the chat template, to check the conversion."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(out)

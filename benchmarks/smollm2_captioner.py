@@ -34,12 +34,12 @@ IMAGE_SIZE = 64
 
 
 def captioner(language: Path, image_token_id: int, vocabulary: int) -> Blip2ForConditionalGeneration:
-    """The model: random eyes, and the language model's own weights.
+    """Builds the model: random vision encoder and Q-Former, and the trained language model.
 
     Args:
-        language: A ``LlamaForCausalLM`` directory.
-        image_token_id: The id that stands for a picture's slot.
-        vocabulary: Tokens, the picture's included.
+        language: Directory of a ``LlamaForCausalLM``.
+        image_token_id: Id of the placeholder of a visual token.
+        vocabulary: Number of tokens, the picture's token included.
     """
     llama = LlamaForCausalLM.from_pretrained(language)
     llama.resize_token_embeddings(vocabulary, mean_resizing=False)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import command, cpu_model, named_path, parser_of, versions, write_json
+from reporting import command, cpu_model, median_ratio, named_path, parser_of, versions, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE
@@ -26,7 +26,7 @@ from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.decoding.speculative import SpeculationCost
 from blip2edge.training.data.scenes import scenes
 
-SERIES = 900  # of the held-out scenes: no training reads it
+SERIES = 900  # series of the held-out scenes, which no training uses
 
 
 class Always(SpeculationCost):
@@ -34,12 +34,12 @@ class Always(SpeculationCost):
 
     @property
     def pays(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
 
 class Contestant:
-    """One way to caption with a captioner that all share: the same weights in the same memory."""
+    """One way to caption. All contestants share one captioner, and so the same weights in memory."""
 
     def __init__(self, captioner: Captioner, draft: str) -> None:
         self.captioner = captioner
@@ -55,19 +55,19 @@ class Contestant:
 
 
 def share(parts: Sequence[CaptionResult], stage: str) -> float:
-    """Milliseconds a caption of a stage."""
+    """Mean milliseconds of a stage per caption."""
     return round(statistics.mean(part.timings_ms[stage] for part in parts), 3)
 
 
 def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, tokens: int) -> dict[str, Any]:
-    """One bundle's figures.
+    """Measures all contestants on one bundle.
 
     Args:
-        bundle: With a draft.
-        drafts: The contestants, "none" among them.
-        pictures: How many captions of each are timed.
-        warm_up: Captions before them.
-        tokens: The longest caption.
+        bundle: A bundle with a draft model.
+        drafts: Values of `--draft`, one for each contestant; includes "none".
+        pictures: Number of timed captions of each contestant.
+        warm_up: Number of captions before them, which are not timed.
+        tokens: Largest number of tokens of a caption.
 
     Raises:
         DataError: A text differs from that of plain decoding.
@@ -98,9 +98,7 @@ def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, token
         figures[draft] = {
             "cpu_ms_per_caption": round(1e3 * statistics.mean(seconds[draft]), 3),
             "speed_up": round(sum(seconds["none"]) / sum(seconds[draft]), 3),
-            "speed_up_of_the_median_picture": round(
-                statistics.median(a / b for a, b in zip(seconds["none"], seconds[draft], strict=True)), 3
-            ),
+            "speed_up_of_the_median_picture": round(median_ratio(seconds["none"], seconds[draft]), 3),
             "tokens_per_pass": round(written / passes, 3),
             "prefill_ms": share(mine, "prefill"),
             "decode_ms": share(mine, "decode"),
@@ -116,7 +114,7 @@ def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, token
 
 
 def sizes(path: Path) -> dict[str, Any]:
-    """Bytes that a step of the language model and of the draft read, and their ratio."""
+    """Bytes that one step of the language model and of the draft model reads, and their ratio."""
     files = Bundle.open(path).manifest.files
     language = files[f"{DECODER}.onnx.data"].size
     draft = files[f"{DRAFT}.onnx.data"].size

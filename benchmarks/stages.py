@@ -33,7 +33,7 @@ BLOCK = "hidden_size = 128\nintermediate_size = 512\nnum_layers = 4\nnum_heads =
 
 
 def recipe(start: Path, seed: int, stage1: int, stage2: int, itg: float) -> str:
-    """The recipe of one run."""
+    """The recipe of one run, as TOML."""
     optimizer = "batch_size = 16\nlearning_rate = 8e-4\nwarmup_steps = 100\n"
     return (
         f"seed = {seed}\nthreads = 1\n[loop]\nlog_every = 25\n"
@@ -45,7 +45,7 @@ def recipe(start: Path, seed: int, stage1: int, stage2: int, itg: float) -> str:
 
 
 def run(work: Path, name: str, text: str, scenes: int) -> dict[str, Any]:
-    """One run: its figures, and the loss of stage 2 over the steps of the whole run."""
+    """Trains once. Returns the figures, and the loss of stage 2 over the steps of the whole run."""
     path, out = work / f"{name}.toml", work / name
     path.write_text(text)
     clock = time.process_time()
@@ -62,7 +62,7 @@ def run(work: Path, name: str, text: str, scenes: int) -> dict[str, Any]:
 
 
 def draw(runs: list[dict[str, Any]]) -> None:
-    """Loss of stage 2 over all steps."""
+    """Draws the loss of stage 2 over the steps of the longest runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,9 +86,9 @@ def draw(runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--work", type=Path, required=True, help="where the runs are written")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the runs")
     parser.add_argument("--start", type=Path, default=CHECKPOINT)
-    parser.add_argument("--steps", type=int, nargs="+", default=[150, 300, 900], help="of either way, in all")
+    parser.add_argument("--steps", type=int, nargs="+", default=[150, 300, 900], help="numbers of steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes that are scored")
     options = parser.parse_args()

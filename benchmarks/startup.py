@@ -69,11 +69,11 @@ def first_token(kind: str, path: str, python: str) -> tuple[float, float, str]:
 
 
 def text_starts(language: str, gguf: str, llama_python: str, starts: int) -> dict[str, Any]:
-    """Starts of both, in turn; ratios of ours to llama.cpp's by round."""
+    """Starts blip2edge and llama.cpp in turn. Returns their seconds, and medians of the ratios by round."""
     rounds = [
         (first_token("ours", language, sys.executable), first_token("llama", gguf, llama_python))
         for _ in range(starts + 1)
-    ][1:]  # the first reads the files into the page cache
+    ][1:]  # without the first round, which reads the files into the page cache
     return {
         "first_token_s": min(ours[0] for ours, _ in rounds),
         "llama_first_token_s": min(theirs[0] for _, theirs in rounds),

@@ -27,7 +27,7 @@ ROWS = (1, 8, 33, 197)  # a token, a batch of them, a prompt, a ViT's patches
 
 
 def graph(kind: str, rows: int, inner: int, columns: int) -> bytes:
-    """A model whose outputs are the same rows times each of the matrices."""
+    """Makes an ONNX model that multiplies the same rows by each of the matrices."""
     rng = np.random.default_rng(0)
     product = kind == "product"
     weight = (inner, columns) if product else (columns, inner, 1, 1)
@@ -43,7 +43,7 @@ def graph(kind: str, rows: int, inner: int, columns: int) -> bytes:
 
 
 def least_seconds(model: bytes, huge: bool) -> float:
-    """The least CPU time of a run."""
+    """CPU seconds of the fastest of `RUNS` runs."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     with on_huge_pages() if huge else nullcontext():

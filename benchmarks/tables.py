@@ -23,7 +23,7 @@ MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re
 
 
 def captions(document: dict[str, Any]) -> list[str]:
-    """A race of whole captions."""
+    """Table of the comparison of whole captions (`peers.py`)."""
     head = ["| | CPU ms a caption | times transformers eager | ids as transformers |", "|---|---:|---:|---:|"]
     batch = document.get("batch", 1)
     rows = [
@@ -34,7 +34,7 @@ def captions(document: dict[str, Any]) -> list[str]:
 
 
 def vision(document: dict[str, Any]) -> list[str]:
-    """A race of vision encoders."""
+    """Table of the comparison of vision encoders (`peers_vision.py`)."""
     head = ["| ViT-B/16, 224 pixels | CPU ms | times fp32 in ONNX Runtime |", "|---|---:|---:|"]
     rows = [
         f"| {row['name']} | {row['run']['cpu_ms']:.0f} | {row['run']['times']:.2f} |" for row in document["results"]
@@ -43,7 +43,7 @@ def vision(document: dict[str, Any]) -> list[str]:
 
 
 def language(document: dict[str, Any]) -> list[str]:
-    """A race of decoders."""
+    """Table of the comparison of decoders (`peers_language.py`)."""
     prompt, tokens = document["prompt"], document["tokens"]
     base = document["results"][0]["name"]
     head = [
@@ -59,7 +59,7 @@ def language(document: dict[str, Any]) -> list[str]:
 
 
 def stages(document: dict[str, Any]) -> list[str]:
-    """What ``blip2edge bench --json`` printed."""
+    """Table of the stages in the output of ``blip2edge bench --json``."""
     head = ["| stage | p50 ms | CPU ms | share of the roofline |", "|---|---:|---:|---:|"]
     rows = []
     for name, stage in document["stages"].items():
@@ -74,7 +74,7 @@ def stages(document: dict[str, Any]) -> list[str]:
 
 
 def reuse(document: dict[str, Any]) -> list[str]:
-    """What ``watch --reuse-below`` saves and costs."""
+    """Table of the time saved and the captions changed by ``watch --reuse-below``."""
     head = [
         "| `--reuse-below` | frames not encoded | same words as encoding all | CPU ms a frame |",
         "|---:|---:|---:|---:|",
@@ -88,7 +88,7 @@ def reuse(document: dict[str, Any]) -> list[str]:
 
 
 def opening(document: dict[str, Any]) -> list[str]:
-    """The ``optimized.json`` of a copy for OpenVINO."""
+    """Table of the opening times in the ``optimized.json`` of a copy for OpenVINO."""
     head = [
         "| graph | compiled when opened, CPU ms | from the copy, CPU ms | times |",
         "|---|---:|---:|---:|",
@@ -103,7 +103,7 @@ def opening(document: dict[str, Any]) -> list[str]:
 
 
 def token_merging(document: dict[str, Any]) -> list[str]:
-    """What merging patches saves and costs."""
+    """Table of the time saved and the captions changed by token merging."""
     head = [
         (
             "| R | the miniature: embeddings | captions that match exactly | same caption as without merging "
@@ -126,7 +126,7 @@ def token_merging(document: dict[str, Any]) -> list[str]:
 
 
 def streaming(document: dict[str, Any]) -> list[str]:
-    """Products and convolutions whose weights no cache holds."""
+    """Table of products and convolutions with weights larger than the caches."""
     lines = [
         "| rows x inner → columns | product | on huge pages | convolution | on huge pages |",
         "|---|---:|---:|---:|---:|",
@@ -144,7 +144,7 @@ def streaming(document: dict[str, Any]) -> list[str]:
 
 
 def scheduling(document: dict[str, Any]) -> list[str]:
-    """The gain of the scheduler: for pictures one after another, and for pictures that arrive at random."""
+    """Tables of the gain of the scheduler, for pictures one after another and for random arrivals."""
     row = document["overlap"]
     ways = {
         "one_by_one": "one by one, all cores",
@@ -178,7 +178,7 @@ def scheduling(document: dict[str, Any]) -> list[str]:
 
 
 def startup(document: dict[str, Any]) -> list[str]:
-    """Seconds to the first word, and memory over many captions."""
+    """Table of the seconds to the first word, and of the memory over many captions."""
     found = document["results"]
     text, resident = found["text"], [value / 1e6 for value in found["resident_bytes"]]
     most = 1.3 * found["bundle_bytes"] / 1e6 + 120
@@ -219,10 +219,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the results have them.
+    """The page with the current results in its tables.
 
     Raises:
-        KeyError: A table of an unknown name.
+        KeyError: The page has a table whose name is not in :data:`TABLES`.
     """
 
     def fill(match: re.Match[str]) -> str:

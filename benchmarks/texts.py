@@ -27,13 +27,13 @@ PARTS = ("calibration", "evaluation")
 
 
 def paragraphs(text: str) -> str:
-    """The text with one line a paragraph and an empty line between two."""
+    """The text with each paragraph on one line, and an empty line between paragraphs."""
     blocks = re.split(r"\n\s*\n", text.replace("\r", ""))
     return "\n\n".join(" ".join(block.split()) for block in blocks if block.strip())
 
 
 def documents(novel: Path, addresses: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of each document: chapters in order, addresses by year, two of one kind after two of the other."""
+    """Name and text of each document. Two chapters and two addresses alternate; each kind is in its own order."""
     chapters = sorted(novel.glob("data/chapter_*.txt"), key=lambda path: int(path.stem.split("_")[1]))
     speeches = [path for path in sorted(addresses.glob("data/*.txt")) if int(path.stem[:4]) >= FIRST_YEAR]
     fours = zip(chapters[::2], chapters[1::2], speeches[::2], speeches[1::2], strict=False)
@@ -42,7 +42,7 @@ def documents(novel: Path, addresses: Path) -> Iterator[tuple[str, str]]:
 
 
 def split(source: Iterator[tuple[str, str]], characters: int) -> dict[str, list[tuple[str, str]]]:
-    """Deal the documents out in turn, until each part holds ``characters``; a part takes whole documents only."""
+    """Puts whole documents into the parts in turn, until each part has at least ``characters`` characters."""
     dealt: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
     for index, document in enumerate(source):
         part = dealt[PARTS[index % len(PARTS)]]

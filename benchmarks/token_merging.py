@@ -34,7 +34,7 @@ ROUNDS = {MINIATURE: 150, LARGE: 15}
 
 
 def checkpoint_of(model: str, folder: Path) -> Path:
-    """The checkpoint that is exported."""
+    """Directory of a model's checkpoint; the large one is written if it does not exist."""
     if model == MINIATURE:
         return CHECKPOINT
     path = folder / "checkpoint"
@@ -45,7 +45,7 @@ def checkpoint_of(model: str, folder: Path) -> Path:
 
 
 def bundle_of(model: str, tokens: int, folder: Path) -> Path:
-    """A bundle with its optimised copy."""
+    """Directory of a bundle with its optimized copy; made if it does not exist."""
     path = folder / f"{model}-{tokens}"
     if not path.exists():
         optimize(export_checkpoint(checkpoint_of(model, folder), path, merge_tokens=tokens).bundle)
@@ -53,7 +53,7 @@ def bundle_of(model: str, tokens: int, folder: Path) -> Path:
 
 
 def captions_of(bundle: Path, count: int) -> tuple[list[str], float]:
-    """Captions of held-out scenes, and how many are right to the last letter."""
+    """Captions of held-out scenes, and the share that is exactly right."""
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
     said: list[str] = []
 
@@ -66,7 +66,7 @@ def captions_of(bundle: Path, count: int) -> tuple[list[str], float]:
 
 
 def scores_of(folder: Path, count: int) -> dict[str, Any]:
-    """Of the miniature, by R."""
+    """Scores of the example checkpoint for each R."""
     path = folder / f"scores-{count}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))

@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from random_checkpoint import SHAPE
-from reporting import CHECKPOINT, command, machine, parser_of, python, write_json
+from reporting import CHECKPOINT, command, in_turn, machine, median_ratio, parser_of, python, write_json
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
@@ -55,7 +54,7 @@ BOS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained, and how many pictures a step."""
+    """Config of the trained model, and number of pictures per step."""
 
     config: dict[str, Any]
     rows: int
@@ -85,7 +84,7 @@ def shapes() -> dict[str, Shape]:
 
 
 def draw(config: dict[str, Any]) -> Blip2ForConditionalGeneration:
-    """The model, with dropout off."""
+    """Makes the model with random weights and without dropout."""
     shape = json.loads(json.dumps(config)) | {"dtype": "float32"}
     shape["qformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     shape["text_config"] |= {"dropout": 0.0}
@@ -94,7 +93,7 @@ def draw(config: dict[str, Any]) -> Blip2ForConditionalGeneration:
 
 
 class Pictures:
-    """A source of a few pictures, again and again."""
+    """A source of a few pictures, repeated without end."""
 
     name = "pictures"
 
@@ -119,13 +118,13 @@ class Pictures:
 
 
 def captions(rows: int) -> list[list[int]]:
-    """Random words."""
+    """Random token ids of captions, ``WORDS`` per caption."""
     draw = torch.Generator().manual_seed(1)
     return torch.randint(5, 300, (rows, WORDS), generator=draw).tolist()
 
 
 def theirs(model: Blip2ForConditionalGeneration, shape: Shape, source: Pictures) -> Callable[[], float]:
-    """The step with transformers' modules."""
+    """Returns the function that makes a step with transformers' modules and returns its loss."""
     model.requires_grad_(False)
     trained = nn.ModuleList([model.qformer, model.language_projection])
     trained.requires_grad_(True)
@@ -163,7 +162,7 @@ def theirs(model: Blip2ForConditionalGeneration, shape: Shape, source: Pictures)
 
 
 def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | None) -> Callable[[], float]:
-    """The step of the loop."""
+    """Returns the function that makes a step of this project's loop and returns its loss."""
     model = load_checkpoint(directory)
     accelerator = Accelerator(cpu=True)
     encoder = FrozenEncoder(model.vision, shape.preprocessing, accelerator, cache)
@@ -186,23 +185,18 @@ def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | 
 
 
 def race(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every contestant, round by round, after a round that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        losses = {}
-        for name, step in steps.items():
-            start = time.process_time()
-            losses[name] = step()
-            if number:
-                seconds[name].append(time.process_time() - start)
+    """CPU seconds of every contestant in each round, after a warm-up round. Exits if the losses differ."""
+
+    def check(losses: dict[str, float]) -> None:
         values = list(losses.values())
         if max(values) - min(values) > 1e-3 * max(values):
             raise SystemExit(f"the losses differ: {losses}")
-    return seconds
+
+    return in_turn(steps, rounds, check)[0]
 
 
 def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-    """All rounds of a shape, and the rows of its table."""
+    """Measures one shape. Returns the CPU seconds of all rounds, and the rows of the table."""
     source = Pictures(shape)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
@@ -219,9 +213,8 @@ def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dic
     base = seconds["transformers' modules"]
     rows = []
     for name, values in seconds.items():
-        ratios = [own / first for own, first in zip(values, base, strict=True)]
         median = statistics.median(values)
-        rows.append({"name": name, "cpu_seconds": round(median, 4), "ratio": round(statistics.median(ratios), 3)})
+        rows.append({"name": name, "cpu_seconds": round(median, 4), "ratio": round(median_ratio(values, base), 3)})
     return seconds, rows
 
 

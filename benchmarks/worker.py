@@ -30,7 +30,7 @@ def timed(function) -> float:
 
 
 class Onnx:
-    """A graph with one float input in ONNX Runtime as it comes."""
+    """A graph with one float input, in ONNX Runtime with default options."""
 
     def __init__(self, path: str) -> None:
         import onnxruntime
@@ -48,7 +48,7 @@ class Onnx:
 
 
 class OpenVino:
-    """The same in OpenVINO; ``path`` may end in ``:bf16`` for its own default precision."""
+    """A graph with one float input, in OpenVINO; ``path`` may end in ``:bf16`` to compute in bfloat16."""
 
     def __init__(self, path: str) -> None:
         import openvino
@@ -114,9 +114,9 @@ class Ours:
 
 
 class Llama:
-    """A GGUF file in llama.cpp (``pip install xllamacpp``, which brings it built for every CPU).
+    """A GGUF file in llama.cpp (``pip install xllamacpp``, which contains builds for all CPUs).
 
-    Prompts of other ids each time, as its server keeps the last one's cache; a text ends after so many tokens.
+    Each prompt has new ids, because the server reuses the cache of equal prompts. All texts have the given length.
     """
 
     def __init__(self, path: str) -> None:
@@ -149,7 +149,7 @@ class Llama:
 
 
 class Eager:
-    """A language model's directory in transformers, as it comes."""
+    """A language model's directory in transformers, with default options."""
 
     def __init__(self, path: str) -> None:
         import torch

@@ -36,6 +36,7 @@ from blip2edge.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from blip2edge.packages import install_command
 from blip2edge.version import __version__
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def __getattr__(name: str) -> Any:
 def _placeholder(name: str, package: str, extra: str) -> Callable[..., Any]:
     """Replaces a name whose module cannot be imported: calling it raises MissingPackageError."""
     problem = f"blip2edge.{name} needs the package {package!r}, which is not installed"
-    fix = f"install it: pip install 'blip2edge{f'[{extra}]' if extra else ''}'"
+    fix = install_command(extra) if extra else "install it: pip install blip2edge"
 
     def placeholder(*_arguments: Any, **_options: Any) -> Any:
         raise MissingPackageError(problem, fix)

@@ -1,7 +1,7 @@
 """Charts as inline SVG, and the HTML page that shows them: no scripts, no network, light and dark.
 
-Colours are CSS classes of the page: ``now`` (the new value), ``before`` (the value to compare with), ``bad`` (beyond a
-limit), ``limit`` (a line), ``axis`` and ``figure`` (texts).
+Colours are CSS classes of the page: ``now`` (new value), ``before`` (old value), ``bad`` (value beyond a limit),
+``limit`` (line), ``axis`` and ``figure`` (texts).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Bar:
     Attributes:
         label: Text before the bar.
         style: CSS class of the bar.
-        length: Length, in the unit of all bars of a chart.
+        length: Length; all bars of a chart have the same unit.
         figure: Text after the bar.
-        limit: Where a vertical line crosses the bar, in the same unit; None for no line.
+        limit: Position of a vertical line, in the same unit; None for no line.
     """
 
     label: str
@@ -72,9 +72,10 @@ def element(tag: str, content: str = "", **attributes: str | float) -> str:
     """An SVG element.
 
     Args:
-        tag: Its name.
-        content: What is inside, already escaped.
-        **attributes: Attributes; a final ``_`` is removed and others become ``-``. Numbers are rounded to 0.1.
+        tag: Name of the element.
+        content: Its content, already escaped.
+        **attributes: Its attributes. In their names, a final ``_`` is removed and any other becomes ``-``. Numbers are
+            rounded to 0.1.
     """
     written = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(value) if isinstance(value, str) else f"{value:.1f}"}"'
@@ -89,7 +90,7 @@ def label(text: str, x: float, y: float, *, anchor: str = "start", style: str = 
 
 
 def svg(width: float, height: float, shapes: Sequence[str]) -> str:
-    """An inline picture that takes its colours from the page."""
+    """An inline SVG picture, with the colours of the page."""
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
         f'role="img">{"".join(shapes)}</svg>'
@@ -97,7 +98,7 @@ def svg(width: float, height: float, shapes: Sequence[str]) -> str:
 
 
 def svg_file(width: float, height: float, shapes: Sequence[str]) -> str:
-    """A picture for a file of its own: black text on white."""
+    """The content of an SVG file: black text on white."""
     background = element("rect", width=width, height=height, fill="#fff")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -142,10 +143,10 @@ def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int =
 
 
 def grid(cells: Mapping[tuple[str, int], float], unit: str) -> str:
-    """Squares, darker for larger values: kinds of matrices from top to bottom, layers from left to right.
+    """A grid of squares, darker for larger values; a row for each kind of matrix, a column for each layer.
 
     Args:
-        cells: Values from 0 on, by kind and layer.
+        cells: Values of at least 0, by kind and layer.
         unit: Text after a value in the tooltip; values are shown in percent.
     """
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
@@ -204,7 +205,7 @@ def histogram(counts: Sequence[int], end: float, threshold: float | None, width:
 
 
 def spread(values: Sequence[float], limit: float, spare: float, width: int = 640, height: int = 90) -> str:
-    """How many tensors have which headroom: one bar for each half power of ten.
+    """The number of tensors by headroom: one bar for each half power of ten.
 
     Args:
         values: Headroom of each tensor.

@@ -1,6 +1,6 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere.
+"""Shows the progress of long functions: a bar on a terminal, plain lines elsewhere.
 
-Long work calls ``progress(stage, done, total)``; any callable with these arguments will do.
+A long function calls ``progress(stage, done, total)``; any callable with these arguments can be passed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Item = TypeVar("Item")
 
 
 class ProgressCallback(Protocol):
-    """A callable that long work calls to report its progress."""
+    """The type of the argument ``progress`` of long functions."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report that `done` of `total` units of `stage` are finished."""
 
 
 def counted(items: Iterable[Item], total: int, progress: Callable[[int, int], None] | None) -> Iterator[Item]:
-    """Yields the items, and reports how many are done before each and at the end.
+    """Yields the items; reports the number of finished items before each item and at the end.
 
     Args:
-        items: The items of one stage of long work.
-        total: Their number.
-        progress: Called with items done and items in all; None for no reports.
+        items: The items of one stage.
+        total: Number of items.
+        progress: Called with the number of finished items and ``total``; None for no reports.
     """
     if progress is None:
         yield from items
@@ -48,17 +48,17 @@ def counted(items: Iterable[Item], total: int, progress: Callable[[int, int], No
 
 
 class Progress:
-    """Draws progress on a text stream, standard error unless another is given.
+    """Shows progress on a text stream, by default standard error.
 
-    A new stage name ends the line of the previous stage. Use it as a context manager, so that the last line ends
-    also after an error:
+    A new stage name ends the line of the previous stage. Use it as a context manager, so that the last line is ended
+    after an error too:
 
         with Progress() as progress:
             export_checkpoint(source, target, progress=progress)
 
     Args:
         stream: The stream to draw on.
-        terminal: Whether to draw a bar in place; by default, whether `stream` is a terminal.
+        terminal: Whether to draw a bar on one line; by default, whether `stream` is a terminal.
     """
 
     def __init__(self, stream: TextIO | None = None, *, terminal: bool | None = None) -> None:
@@ -94,7 +94,7 @@ class Progress:
             self._draw(now)
 
     def close(self) -> None:
-        """Write the last state unless it is shown already, and end the line; harmless when called twice."""
+        """Write the last state if it is not shown yet, and end the line; harmless when called twice."""
         if self._stage is None:
             return
         if self._shown != self._state:

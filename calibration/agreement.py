@@ -16,7 +16,7 @@ from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.errors import BundleError, option
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.images.preprocess import load_image
 
 RUNS = 32
@@ -43,19 +43,6 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class GreedyCaption:
-    """A caption that greedy decoding gives.
-
-    Attributes:
-        text: The text.
-        tokens: Its token ids.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class CaptionAgreement:
     """The captions of a bundle and of its parent for the same pictures.
 
@@ -79,7 +66,7 @@ class CaptionAgreement:
 
 
 def cosine_similarity(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Cosine of two arrays, taken as vectors; 1 where both are zero."""
+    """Cosine of two arrays, taken as vectors; 1 if both are zero."""
     a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
     scale = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / scale if scale else float(not a.any() and not b.any())
@@ -125,7 +112,7 @@ def compare_graphs(
         for name in outputs:
             if not np.isfinite(got[name]).all():
                 raise BundleError(
-                    f"the quantized {spec.name} gives values in {name} that are not finite",
+                    f"the output {name} of the quantized graph {spec.name} contains NaN or infinity",
                     f"calibrate with another {option('method')} or {option('weights')}, or a bundle in fp32",
                 )
             runs[name].append((cosine_similarity(parents[name], got[name]), _lowest_token(parents[name], got[name])))
@@ -151,18 +138,17 @@ def caption_pictures(
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[GreedyCaption]:
+) -> list[CaptionResult]:
     """Captions pictures greedily with a bundle."""
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
     prompt = default_prompt(captioner.prompts)
-    found = []
-    for picture in counted(pictures, len(pictures), progress):
-        result = captioner.caption(load_image(picture.read()), prompt=prompt)
-        found.append(GreedyCaption(result.text, result.tokens))
-    return found
+    return [
+        captioner.caption(load_image(picture.read()), prompt=prompt)
+        for picture in counted(pictures, len(pictures), progress)
+    ]
 
 
-def compare_captions(parent: Sequence[GreedyCaption], ours: Sequence[GreedyCaption]) -> CaptionAgreement:
+def compare_captions(parent: Sequence[CaptionResult], ours: Sequence[CaptionResult]) -> CaptionAgreement:
     """Compares captions of the same pictures token by token."""
     same = [one.tokens == two.tokens for one, two in zip(parent, ours, strict=True)]
     return CaptionAgreement(

@@ -36,7 +36,7 @@ class Feeds:
     """The inputs of each graph, in files.
 
     Args:
-        directory: An empty directory of their own.
+        directory: An empty directory for the files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -62,7 +62,7 @@ class Feeds:
 
         Args:
             graph: Its name.
-            count: Only so many, at equal distances; None for all.
+            count: Largest number of runs, evenly spaced; None for all.
         """
         total = self.count(graph)
         wanted = total if count is None else min(count, total)
@@ -71,25 +71,24 @@ class Feeds:
                 yield dict(arrays)
 
 
-class _Recording:
-    """A session whose inputs are kept."""
+class SubstituteSession:
+    """A session with the inputs and outputs of another, whose results come from a function."""
 
-    def __init__(self, session: Session, feeds: Feeds, graph: str) -> None:
-        self._session, self._feeds, self._graph = session, feeds, graph
-        self.input_names, self.output_names = session.input_names, session.output_names
+    def __init__(self, like: Session, compute: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
+        self.input_names, self.output_names = like.input_names, like.output_names
+        self._compute = compute
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
-        self._feeds.add(self._graph, inputs)
-        return self._session.run(inputs, outputs)
+        """See :class:`blip2edge.runtime.backends.base.Session`; returns all outputs, whatever is requested."""
+        del outputs
+        return self._compute(inputs)
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
-        self._session.close()
 
 
 def default_prompt(prompts: PromptBuilder) -> str | None:
-    """The prompt of every picture: the bundle's default, or :data:`QUESTION` where the model needs one."""
+    """The prompt of every picture: the bundle's default, or :data:`QUESTION` if the model needs one."""
     spec = prompts.spec
     if spec.default is not None or not (spec.required or spec.instruction_positions):
         return spec.default
@@ -110,16 +109,22 @@ def collect(
     Args:
         bundle: The parent.
         pictures: The pictures.
-        feeds: Where the inputs go.
-        texts: Token ids of the captions of the first pictures: the decoder reads them after the prompt, in
-            one pass. Without any, no graph of the language model is run.
+        feeds: Stores the inputs.
+        texts: Token ids of the captions of the first pictures: the decoder processes them after the prompt, in the
+            same pass. Without any, no graph of the language model is run.
         threads: CPU threads.
         progress: Called with pictures done and pictures in all.
     """
 
     def open_graph(graph: str) -> Session:
         path = bundle.file(bundle.graph(graph).spec.file)
-        return _Recording(OnnxRuntimeSession(path, threads), feeds, graph)
+        session = OnnxRuntimeSession(path, threads)
+
+        def compute(inputs: Mapping[str, Array]) -> dict[str, Array]:
+            feeds.add(graph, inputs)
+            return session.run(inputs)
+
+        return SubstituteSession(session, compute)
 
     run = PictureRunner(bundle, open_graph, language=bool(texts))
     for done, picture in enumerate(counted(pictures, len(pictures), progress)):
@@ -173,7 +178,7 @@ class PictureRunner:
 
 
 def _behind(text: Sequence[int], start: Sequence[int]) -> Sequence[int]:
-    """Generated ids without the start token, which encoder-decoder models count among them."""
+    """Generated ids without the start token, with which the texts of encoder-decoder models begin."""
     return text[len(start) :] if tuple(text[: len(start)]) == tuple(start) else text
 
 

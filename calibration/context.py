@@ -68,7 +68,7 @@ class CalibrationContext:
         Args:
             model: The changed graph; its external weights are in the staging directory already.
             record: Its entry in the parent's manifest.
-            precision: Its new precision; the parent's is kept where no product was quantized.
+            precision: Its new precision; the parent's is kept if no product was quantized.
             data: Its weight files, sealed.
             start: ``time.perf_counter()`` when work on the graph began.
             products: Number of quantized products.
@@ -96,7 +96,7 @@ class CalibrationContext:
         return StagedGraph(changed, seals, summary)
 
     def _compare(self, record: GraphRecord) -> dict[str, Cosine]:
-        """Cosines of a staged graph's outputs to the parent's; empty where no inputs were recorded."""
+        """Cosines of a staged graph's outputs to the parent's; empty if no inputs were recorded."""
         if not self.feeds.count(record.spec.name):
             return {}
         return compare_graphs(

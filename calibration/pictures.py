@@ -99,7 +99,7 @@ def choose_pictures(
     if not found:
         raise DataError(
             f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none",
-            f"give {option('images')} a folder of pictures like those that the device will caption",
+            f"give {option('images')} a folder of pictures like those of the application",
         )
     wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
     digest, kept, skipped = hashlib.sha256(), [], []

@@ -1,4 +1,4 @@
-"""``blip2edge calibrate``: makes an INT8 or INT4 bundle; where a step fails, nothing is published.
+"""``blip2edge calibrate``: makes an INT8 or INT4 bundle; if a step fails, nothing is published.
 
 1. Record: choose the pictures, caption some of them with the parent, and save the inputs of each graph to disk.
 2. Quantize: choose the ranges of activations (``activations``), round the weights (``weights``), write each new graph.
@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tempfile
 import time
@@ -26,13 +25,11 @@ from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import BRIDGE, VISION
-from blip2edge.calibration.activations.choose_ranges import METHODS
 from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
 from blip2edge.calibration.activations.quantize import quantize_activations
 from blip2edge.calibration.agreement import (
     RUNS,
     CaptionAgreement,
-    GreedyCaption,
     caption_pictures,
     compare_captions,
 )
@@ -50,10 +47,13 @@ from blip2edge.calibration.search.drop_limit import (
     choose_kept_layers,
     measure_layers,
 )
-from blip2edge.calibration.weights.quantize import BITS, quantize_weights
+from blip2edge.calibration.weights.quantize import quantize_weights
+from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.errors import BackendError, BundleError, UsageError, option
+from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
+from blip2edge.runtime.captioning.captioner import CaptionResult
 from blip2edge.version import __version__
 
 BITS_WITHOUT_INPUTS = 8
@@ -84,7 +84,7 @@ def calibrate(
         bundle: The parent, in fp32 or fp16.
         output: The directory of the new bundle.
         images: A folder of pictures or ``.tar`` shards.
-        method: How activation ranges are chosen, one of :data:`METHODS`.
+        method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
         activations: Names of the graphs whose activations become INT8; a name that the parent lacks has no effect.
         weights: The type of the weights of the other graphs, ``int8`` or ``int4`` (the token table becomes ``int8``);
             None keeps them unchanged.
@@ -166,7 +166,7 @@ def _fill_staging(
 def _agreement(
     context: CalibrationContext,
     pictures: PictureSet,
-    captions: Sequence[GreedyCaption],
+    captions: Sequence[CaptionResult],
     graphs: Mapping[str, StagedGraph],
 ) -> CaptionAgreement:
     """Seals the staging directory, captions with it, and compares with the parent's captions."""
@@ -178,7 +178,7 @@ def _agreement(
 def _apply_limit(
     context: CalibrationContext,
     pictures: PictureSet,
-    captions: Sequence[GreedyCaption],
+    captions: Sequence[CaptionResult],
     graphs: Mapping[str, StagedGraph],
     limit: DropLimit,
 ) -> tuple[dict[str, StagedGraph], KeptLayers, CaptionAgreement]:
@@ -205,17 +205,17 @@ def _apply_limit(
 def _quantize(
     context: CalibrationContext, record: GraphRecord, activations: Sequence[str], weights: str | None
 ) -> StagedGraph:
-    """Quantizes one graph, or copies it where neither its activations nor its weights become integers."""
+    """Quantizes one graph, or copies it if neither its activations nor its weights become integers."""
     if record.spec.name in activations:
         return quantize_activations(context, record)
     if record.spec.name == VISION or weights is None:
         return _copied(context, record)
-    bits = BITS[weights] if context.feeds.count(record.spec.name) else BITS_WITHOUT_INPUTS
+    bits = WEIGHT_BITS[weights] if context.feeds.count(record.spec.name) else BITS_WITHOUT_INPUTS
     return quantize_weights(context, record, bits)
 
 
 def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any] | None:
-    """The FP16 headroom of the parent's tensors; None where no inputs of the graph were recorded."""
+    """The FP16 headroom of the parent's tensors; None if no inputs of the graph were recorded."""
     name = record.spec.name
     if not context.feeds.count(name):
         return None
@@ -227,24 +227,20 @@ def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any
 
 
 def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
-    if method not in METHODS:
-        raise UsageError(f"{option('method')} is one of {', '.join(METHODS)}, not {method}")
-    if weights is not None and weights not in BITS:
-        raise UsageError(f"{option('weights')} is one of {', '.join(BITS)}, not {weights}")
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError(
-            "calibration runs the bundle in onnxruntime, which is not installed",
-            "install it: pip install 'blip2edge[cpu,export]'",
-        )
+    if method not in RANGE_METHODS:
+        raise UsageError(f"expected {option('method')} to be one of {', '.join(RANGE_METHODS)}, got {method}")
+    if weights is not None and weights not in WEIGHT_BITS:
+        raise UsageError(f"expected {option('weights')} to be one of {', '.join(WEIGHT_BITS)}, got {weights}")
+    require("onnxruntime", "calibration", BackendError, "cpu,export")
     parent = Bundle.open(bundle)
     if parent.manifest.precision == "bf16":
         raise BundleError(
             f"{parent.path} is in bf16, which ONNX Runtime does not run on a CPU",
-            f"export with {option('precision')} fp32 or fp16, and calibrate that",
+            f"export with {option('precision')} fp32 or fp16, and calibrate that bundle",
         )
     if parent.manifest.calibration:
         raise BundleError(
-            f"{parent.path} was calibrated before, and its values are rounded already",
+            f"{parent.path} is already calibrated, so its weights are already rounded",
             "calibrate the floating-point bundle that it was made from",
         )
     return parent
@@ -254,7 +250,7 @@ def _warnings(pictures: PictureSet) -> list[str]:
     warnings = []
     if len(pictures) < ADVISED:
         warnings.append(
-            f"{len(pictures)} pictures are fewer than the {ADVISED} advised: "
+            f"at least {ADVISED} calibration pictures are advised, got {len(pictures)}: "
             "larger values on other pictures will saturate"
         )
     if pictures.skipped:
@@ -264,8 +260,8 @@ def _warnings(pictures: PictureSet) -> list[str]:
 
 def _captions(
     context: CalibrationContext, bundle: Path, pictures: PictureSet, stage: str
-) -> list[GreedyCaption] | None:
-    """Captions of the first pictures; None where the model writes none."""
+) -> list[CaptionResult] | None:
+    """Captions of the first pictures; None if the model writes none."""
     if context.parent.manifest.prompt is None:
         return None
     return caption_pictures(

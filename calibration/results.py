@@ -24,8 +24,7 @@ class MatrixSummary:
         bits: Bits of an integer, 4 or 8.
         block: Rows that share a scale.
         shape: K and N.
-        error: Relative change of its output by rounding, on the calibration's activations; None where the pictures
-            reach no activation of it.
+        error: Relative change of its output by rounding, on the recorded activations; None if there are none.
         plain_error: The same for rounding to nearest.
     """
 
@@ -90,11 +89,11 @@ class CalibrationReport:
     Attributes:
         bundle: The published directory.
         graphs: The graphs, by name.
-        captions: Agreement with the parent's captions; None where the model writes none.
+        captions: Agreement with the parent's captions; None if the model writes none.
         pictures: Number of pictures used.
         warnings: Warnings, one line each.
         seconds: Wall time of the calibration.
-        peak_memory_bytes: Largest anonymous and shared memory of this process; 0 where it cannot be measured.
+        peak_memory_bytes: Largest anonymous and shared memory of this process; 0 if it cannot be measured.
     """
 
     bundle: Path
@@ -115,8 +114,8 @@ class StagedGraph:
         seals: Hash and size of each of its files.
         summary: How it was calibrated.
         details: One object per INT8 activation, for the report.
-        headroom: Distance of its tensors to the largest fp16 number (``headroom.py``); None where it was not run.
-        plan: Its INT8 activations; None where no activation became INT8.
+        headroom: Distance of its tensors to the largest fp16 number (``headroom.py``); None if it was not run.
+        plan: Its INT8 activations; None if no activation became INT8.
     """
 
     record: GraphRecord

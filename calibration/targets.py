@@ -83,7 +83,7 @@ def find_targets(model: ir.Model) -> Targets:
 
 
 def _refusal(node: ir.Node, value: ir.Value, weight: ir.Value) -> str:
-    """Why a product cannot be quantized; empty where it can."""
+    """Why a product cannot be quantized; empty if it can."""
     if weight.const_value is None or weight.is_graph_input():
         return NO_WEIGHT
     if node.op_type == "Gemm":

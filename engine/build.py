@@ -15,12 +15,12 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import DECODER
-from blip2edge.engine.builder import BuiltEngine, Settings, build_engine, layers_of
+from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine, layers_of
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_bytes
 from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
-from blip2edge.errors import EngineError, UsageError, option
+from blip2edge.errors import EngineError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.engine_files import (
@@ -31,83 +31,11 @@ from blip2edge.runtime.backends.engine_files import (
     Fingerprint,
     fingerprint,
 )
-from blip2edge.runtime.tensorrt.session import JETSON, TARGETS, load_tensorrt, version_of
+from blip2edge.runtime.tensorrt.session import load_tensorrt, version_of
 
 TIMING_CACHE = "timing.cache"
-LEAST_CAPACITY = 2
 
 Notify = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """The options of ``blip2edge build``.
-
-    Attributes:
-        target: ``tensorrt``, which builds on the board itself, or ``rtx``, which builds anywhere.
-        sm: Compute capabilities, 86 for 8.6; ``rtx`` only.
-        workspace: Limit of the builder's scratch memory, in MiB; None for the builder's default.
-        capacity: Slots of the decoder's KV cache; None for 256 more than the prompt usually takes.
-        max_batch: Largest number of rows (pictures times beams) of the decoder; None for the export's.
-        decoder: ``constant`` for a KV cache of constant capacity, which the TensorRT runtime needs, or ``concatenated``
-            for the exported form.
-        timing_cache: File with the timings of kernels; None for one in the directory of the engines.
-        version_compatible, hardware_compatible: See :class:`~blip2edge.engine.builder.Settings`.
-
-    Raises:
-        UsageError: An option outside its range, or two that exclude each other.
-    """
-
-    target: str = "tensorrt"
-    sm: tuple[int, ...] = ()
-    workspace: int | None = None
-    capacity: int | None = None
-    max_batch: int | None = None
-    decoder: str = "constant"
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise UsageError(f"{option('target')} is one of {', '.join(TARGETS)}, not {self.target}")
-        if self.decoder not in ("constant", "concatenated"):
-            raise UsageError(f"{option('decoder')} is constant or concatenated, not {self.decoder}")
-        anywhere = TARGETS[self.target].builds_anywhere
-        if self.sm and not anywhere:
-            raise UsageError(
-                f"{option('sm')} is for {option('target')} rtx: TensorRT builds for the GPU it runs on",
-                f"leave {option('sm')} out, or add {option('target')} rtx",
-            )
-        for name, given in (
-            (option("timing_cache"), self.timing_cache is not None),
-            (option("version_compatible", on=True), self.version_compatible),
-            (option("hardware_compatible", on=True), self.hardware_compatible),
-        ):
-            if given and anywhere:
-                raise UsageError(
-                    f"{name} is for {option('target')} tensorrt: TensorRT for RTX does not offer it",
-                    f"leave {name} out",
-                )
-        if self.hardware_compatible and JETSON.exists():
-            raise UsageError(
-                f"{option('hardware_compatible', on=True)} is not offered by JetPack", "build on each board"
-            )
-        if self.capacity is not None and self.capacity < LEAST_CAPACITY:
-            raise UsageError(f"{option('capacity')} must be at least {LEAST_CAPACITY}, not {self.capacity}")
-
-    def flags(self) -> tuple[str, ...]:
-        """The flags, besides ``--target``, that build the same engines again."""
-        flags: list[str] = [part for number in self.sm for part in ("--sm", str(number))]
-        for flag, value in (
-            ("--workspace", self.workspace),
-            ("--capacity", self.capacity),
-            ("--max-batch", self.max_batch),
-        ):
-            flags += [] if value is None else [flag, str(value)]
-        flags += [] if self.decoder == "constant" else ["--decoder", self.decoder]
-        flags += ["--version-compatible"] if self.version_compatible else []
-        return (*flags, *(["--hardware-compatible"] if self.hardware_compatible else []))
 
 
 @dataclass(frozen=True)
@@ -138,7 +66,6 @@ class _BuildTask:
     fingerprint: Fingerprint
     plans: list[EnginePlan]
     version: tuple[int, int]
-    settings: Settings
     built: dict[str, BuiltEngine] = field(default_factory=dict)
 
 
@@ -156,7 +83,7 @@ def build_bundle(
     """Builds the engines of a bundle.
 
     Args:
-        bundle: Its directory. Engines go into its ``engines`` folder, or to the user's cache where it is read-only.
+        bundle: Its directory. Engines go into its ``engines`` folder, or to the user's cache if it is read-only.
         target: ``tensorrt`` or ``rtx``.
         sm: Compute capabilities; ``rtx`` only.
         output: Directory of a new bundle that holds only engines, no ONNX files.
@@ -187,28 +114,18 @@ def build_bundle(
 def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
     if bundle.manifest.engines_of:
         raise EngineError(
-            f"{bundle.path} holds only engines, no graphs to build from",
-            "build from the bundle that `blip2edge export` wrote",
+            f"{bundle.path} contains engines only, and no graphs to build from",
+            "build from the bundle with the graphs",
         )
     trt = load_tensorrt(options.target)
-    target = fingerprint(
-        options.target,
-        str(trt.__version__),
-        bundle.sha256,
-        options.sm,
+    target = replace(
+        fingerprint(options.target, str(trt.__version__), bundle.sha256, options.sm),
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
     )
     constant = options.decoder == "constant"
     plans = plans_of(bundle, capacity=options.capacity, most_rows=options.max_batch, constant=constant)
-    settings = Settings(
-        options.sm,
-        options.workspace,
-        options.timing_cache,
-        options.version_compatible,
-        options.hardware_compatible,
-    )
-    return _BuildTask(bundle, options, target, plans, version_of(trt), settings)
+    return _BuildTask(bundle, options, target, plans, version_of(trt))
 
 
 def _estimate(task: _BuildTask, notify: Notify | None) -> int:
@@ -218,19 +135,22 @@ def _estimate(task: _BuildTask, notify: Notify | None) -> int:
     name, most = max(needs.items(), key=lambda item: item[1])
     free = available_memory_mib()
     if notify is not None:
-        notify(f"the largest build ({name}) may take about {most} MiB" + (f", {free} MiB are free" if free else ""))
+        notify(
+            f"the largest build ({name}) may need about {most} MiB of memory"
+            + (f", {free} MiB are free" if free else "")
+        )
         if free is not None and free < most:
             notify(
-                "warning: that is more than is free; lower the workspace, the capacity or the largest batch, add swap, "
-                "or stop what else runs"
+                "warning: less memory is free than the build may need; lower the workspace, the capacity or the "
+                "largest batch, add swap, or stop other programs"
             )
     return most
 
 
 def _build_into(task: _BuildTask, root: Path, progress: ProgressCallback | None) -> Path:
     """Builds every engine; the folder gets its name when all of them are there."""
-    if task.options.target == "tensorrt" and task.settings.timing_cache is None:
-        task.settings = replace(task.settings, timing_cache=task.bundle.derive(KIND) / TIMING_CACHE)
+    if task.options.target == "tensorrt" and task.options.timing_cache is None:
+        task.options = replace(task.options, timing_cache=task.bundle.derive(KIND) / TIMING_CACHE)
     directory = root / task.fingerprint.name
     with staged(directory, force=True, marker=None) as staging:
         for done, plan in enumerate(task.plans):
@@ -249,7 +169,7 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
     output = staging / f"{plan.name}.engine"
     inspect_layers = not task.options.sm and bool(probe.nvidia_driver().gpus)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        future = pool.submit(_build_one, task.options.target, plan, task.version, output, task.settings, inspect_layers)
+        future = pool.submit(_build_one, task.options, plan, task.version, output, inspect_layers)
         try:
             return future.result()
         except BrokenProcessPool as error:
@@ -261,20 +181,15 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
 
 
 def _build_one(
-    target: str,
-    plan: EnginePlan,
-    version: tuple[int, int],
-    output: Path,
-    settings: Settings,
-    inspect_layers: bool,
+    options: BuildOptions, plan: EnginePlan, version: tuple[int, int], output: Path, inspect_layers: bool
 ) -> BuiltEngine:
     """Builds one engine; ``inspect_layers``: counts its layers by precision, which needs a GPU."""
-    trt, written = load_tensorrt(target), output.with_suffix(".safetensors")
+    trt, written = load_tensorrt(options.target), output.with_suffix(".safetensors")
     if plan.step is not None:
         dtype = plan.step.spec.outputs[1].dtype
         table = dense_table(plan.step.table, dtype, written)
         plan = replace(plan, path=table.parent / f"{STEP}.onnx", step=replace(plan.step, table=table))
-    built = build_engine(trt, plan, version_for(target, version), output, settings)
+    built = build_engine(trt, plan, version_for(options.target, version), output, options)
     written.unlink(missing_ok=True)
     return replace(built, landed=layers_of(trt, output)) if inspect_layers else built
 

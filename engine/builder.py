@@ -15,36 +15,95 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blip2edge.choices import DECODER_CACHES
 from blip2edge.engine.layers import count_precisions
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.prepare import EnginePlan
 from blip2edge.engine.profiles import profiles_of
-from blip2edge.errors import EngineError, option
-from blip2edge.runtime.tensorrt.session import make_logger, version_of
+from blip2edge.errors import EngineError, UsageError, option
+from blip2edge.runtime.tensorrt.session import JETSON, TARGETS, make_logger, version_of
 
 MIB = 1 << 20  # bytes
+LEAST_CAPACITY = 2
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The builder's settings.
+class BuildOptions:
+    """The options of ``blip2edge build``.
 
     Attributes:
-        compute_capabilities: GPUs to build for, 86 for 8.6; TensorRT for RTX only, which builds without the GPU.
-        workspace_mib: Limit of the scratch memory, in MiB; None for the builder's default.
-        timing_cache: File that keeps the timings of kernels from build to build; TensorRT only.
-        version_compatible: The engine also runs on newer versions with the same major number; it is larger.
-        hardware_compatible: The engine also runs on other GPUs from Ampere on; it may be slower.
+        target: ``tensorrt``, which builds on the board itself, or ``rtx``, which builds anywhere.
+        sm: Compute capabilities of the GPUs to build for, 86 for 8.6; ``rtx`` only.
+        workspace: Limit of the builder's scratch memory, in MiB; None for the builder's default.
+        capacity: Slots of the decoder's KV cache; None for 256 more than the prompt usually takes.
+        max_batch: Largest number of rows (pictures times beams) of the decoder; None for the export's.
+        decoder: ``constant`` for a KV cache of constant capacity, which the TensorRT runtime needs, or ``concatenated``
+            for the exported form.
+        timing_cache: File that keeps the timings of kernels from build to build; None for one in the directory of the
+            engines. ``tensorrt`` only, as the next two.
+        version_compatible: The engines also run on newer versions with the same major number; they are larger.
+        hardware_compatible: The engines also run on other GPUs from Ampere on; they may be slower.
+
+    Raises:
+        UsageError: An option outside its range, or two that exclude each other.
     """
 
-    compute_capabilities: tuple[int, ...] = ()
-    workspace_mib: int | None = None
+    target: str = "tensorrt"
+    sm: tuple[int, ...] = ()
+    workspace: int | None = None
+    capacity: int | None = None
+    max_batch: int | None = None
+    decoder: str = "constant"
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
 
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UsageError(f"expected {option('target')} to be one of {', '.join(TARGETS)}, got {self.target}")
+        if self.decoder not in DECODER_CACHES:
+            raise UsageError(
+                f"expected {option('decoder')} to be one of {', '.join(DECODER_CACHES)}, got {self.decoder}"
+            )
+        anywhere = TARGETS[self.target].builds_anywhere
+        if self.sm and not anywhere:
+            raise UsageError(
+                f"{option('sm')} requires {option('target')} rtx: TensorRT builds for the GPU of this machine only",
+                f"leave {option('sm')} out, or add {option('target')} rtx",
+            )
+        for name, given in (
+            (option("timing_cache"), self.timing_cache is not None),
+            (option("version_compatible", on=True), self.version_compatible),
+            (option("hardware_compatible", on=True), self.hardware_compatible),
+        ):
+            if given and anywhere:
+                raise UsageError(
+                    f"{name} requires {option('target')} tensorrt: TensorRT for RTX does not support it",
+                    f"leave {name} out",
+                )
+        if self.hardware_compatible and JETSON.exists():
+            raise UsageError(
+                f"{option('hardware_compatible', on=True)} is not available on a Jetson",
+                "build the engines on each board",
+            )
+        if self.capacity is not None and self.capacity < LEAST_CAPACITY:
+            raise UsageError(f"{option('capacity')} must be at least {LEAST_CAPACITY}, not {self.capacity}")
 
-NO_SETTINGS = Settings()
+    def flags(self) -> tuple[str, ...]:
+        """The flags, besides ``--target``, that build the same engines again."""
+        flags: list[str] = [part for number in self.sm for part in ("--sm", str(number))]
+        for flag, value in (
+            ("--workspace", self.workspace),
+            ("--capacity", self.capacity),
+            ("--max-batch", self.max_batch),
+        ):
+            flags += [] if value is None else [flag, str(value)]
+        flags += [] if self.decoder == "constant" else ["--decoder", self.decoder]
+        flags += ["--version-compatible"] if self.version_compatible else []
+        return (*flags, *(["--hardware-compatible"] if self.hardware_compatible else []))
+
+
+DEFAULTS = BuildOptions()
 
 
 @dataclass(frozen=True)
@@ -71,16 +130,16 @@ class BuiltEngine:
 
 
 def build_engine(
-    trt: Any, plan: EnginePlan, version: ParserVersion, output: Path, settings: Settings = NO_SETTINGS
+    trt: Any, plan: EnginePlan, version: ParserVersion, output: Path, options: BuildOptions = DEFAULTS
 ) -> BuiltEngine:
-    """Parses a graph, its weights found by its path, and writes its engine.
+    """Parses a graph and writes its engine. The parser finds the weights in the directory of the graph.
 
     Args:
         trt: The module from :func:`load_tensorrt`.
         plan: The graph and its tensors.
         version: The version whose operators the graph may use.
         output: The engine file.
-        settings: The builder's settings.
+        options: The options of the build.
 
     Raises:
         EngineError: The check or the parser refuses a node, or the builder fails.
@@ -103,14 +162,14 @@ def build_engine(
             shapes.set_shape(name, low, best, high)
         config.add_optimization_profile(shapes)
         names.append(profile.name)
-    _configure(trt, config, settings)
-    cache = _read_timings(config, settings.timing_cache)
+    _configure(trt, config, options)
+    cache = _read_timings(config, options.timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise _build_error(plan.path, messages)
     output.write_bytes(memoryview(engine))
-    if cache is not None and settings.timing_cache is not None:
-        settings.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    if cache is not None and options.timing_cache is not None:
+        options.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
     seconds = time.perf_counter() - start
     warnings = tuple(dict.fromkeys(messages))
     return BuiltEngine(output, output.stat().st_size, seconds, tuple(names), warnings, asked)
@@ -131,7 +190,9 @@ def layers_of(trt: Any, path: Path) -> dict[str, int]:
         opened = runtime.deserialize_cuda_engine(content)
     if opened is None:
         reason = messages[-1] if messages else "no reason given"
-        raise EngineError(f"{path} cannot be opened on this machine ({reason})", "build it again here")
+        raise EngineError(
+            f"{path} cannot be opened on this machine ({reason})", "build the engines again on this machine"
+        )
     inspector = opened.create_engine_inspector()
     return count_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -149,18 +210,18 @@ def _refusal(parser: Any, graph: Path) -> str:
         return f"TensorRT cannot read {graph}"
     error = parser.get_error(0)
     text = " ".join(str(error.desc()).split())
-    return f"TensorRT's parser refuses the node {error.node_name()!r} ({error.node_operator()}) of {graph}: {text}"
+    return f"TensorRT does not support the node {error.node_name()!r} ({error.node_operator()}) of {graph}: {text}"
 
 
-def _configure(trt: Any, config: Any, settings: Settings) -> None:
+def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the inspector reports no precisions
-    if settings.workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * MIB)
-    if settings.compute_capabilities:
-        _name_gpus(trt, config, settings.compute_capabilities)
-    if settings.version_compatible:
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
+    if options.sm:
+        _name_gpus(trt, config, options.sm)
+    if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if settings.hardware_compatible:
+    if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
@@ -194,8 +255,8 @@ def _build_error(graph: Path, messages: Sequence[str]) -> EngineError:
         return EngineError(
             f"TensorRT ran out of memory while it built {graph.name} ({reason})",
             f"lower {option('workspace')}, {option('capacity')} or {option('max_batch')}, "
-            "add swap, or stop what else runs on the board",
+            "add swap, or stop other programs on the board",
         )
     return EngineError(
-        f"TensorRT could not build {graph.name} ({reason})", f"try another {option('precision')} at export"
+        f"TensorRT could not build {graph.name} ({reason})", f"export with another {option('precision')}"
     )

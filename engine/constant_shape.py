@@ -110,7 +110,6 @@ class _Writer:
     def __init__(self, graph: ir.Graph, past: ir.Value, position: ir.Value) -> None:
         self._graph = graph
         self._past = past
-        self._input = position
         self._index: ir.Value | None = None
         self._inside: ir.Value | None = None
         self.position: ir.Value = self._add("Squeeze", [position], "cache_position_scalar")
@@ -132,7 +131,7 @@ class _Writer:
         old.name, written.name = None, present
 
     def _token_of_slot(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The index of each slot's new token ``[C]``, and whether it gets one ``[C, 1]``."""
+        """For each slot, the index of its new token ``[C]``, and whether there is one ``[C, 1]``."""
         zero, one = self._constant("cache_zero", 0), self._constant("cache_one", 1)
         scalar = {"start": SLOTS_AXIS, "end": SLOTS_AXIS + 1}
         capacity = self._squeezed(self._add("Shape", [self._past], "cache_capacity", scalar))
@@ -189,13 +188,9 @@ def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, na
 
 def _rename_slots(graph: ir.Graph) -> None:
     """Names the axes ``past`` and ``past + steps`` as the capacity."""
-    for value in [*graph.inputs, *graph.outputs]:
-        if value.shape is not None:
+    for value in [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is not None and any(_is_past(dim) for dim in value.shape):
             value.shape = ir.Shape([CAPACITY if _is_past(dim) else dim for dim in value.shape])
-    for node in graph:
-        for value in node.outputs:
-            if value.shape is not None and any(_is_past(dim) for dim in value.shape):
-                value.shape = ir.Shape([CAPACITY if _is_past(dim) else dim for dim in value.shape])
 
 
 def _is_past(dim: int | ir.SymbolicDim) -> bool:
@@ -209,6 +204,6 @@ def _axis(node: ir.Node) -> int | None:
 
 def _unsupported(name: str, what: str) -> EngineError:
     return EngineError(
-        f"the decoder {name} cannot be given a cache of constant size: {what}",
+        f"the decoder {name} cannot be rewritten to a KV cache of constant capacity: {what}",
         "export the checkpoint again with this version",
     )

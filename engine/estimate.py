@@ -26,7 +26,7 @@ def build_memory_mib(weights: int, workspace_mib: int | None) -> int:
 
 
 def available_memory_mib(meminfo: Path = MEMINFO) -> int | None:
-    """MiB of free memory and swap; None where the system does not report them."""
+    """MiB of free memory and swap; None if the system does not report them."""
     try:
         lines = meminfo.read_text().splitlines()
     except OSError:

@@ -70,7 +70,7 @@ SINGLE_OUTPUT = frozenset({"LayerNormalization"})
 
 @dataclass(frozen=True)
 class ParserVersion:
-    """One TensorRT.
+    """The operators that one version of TensorRT supports.
 
     Attributes:
         name: Product and version, as users know it.
@@ -91,7 +91,7 @@ class ParserVersion:
     loose_axes: frozenset[str] = frozenset()
 
     def types_of(self, operator: str) -> frozenset[str] | None:
-        """Types that an operator's first input may have; None where the operator is not supported."""
+        """Types that an operator's first input may have; None if the operator is not supported."""
         for table in (self.changed, self.added, COMMON):
             if operator in table:
                 return table[operator]

@@ -40,7 +40,7 @@ class Profile:
         return found
 
 
-PROMPT = 40  # tokens of a prompt, where the visual tokens are not known
+PROMPT = 40  # tokens of a prompt, if the number of visual tokens is not known
 
 DECODER_PROFILES: dict[str, dict[str, Range]] = {
     "prefill": {"past": (0, 0, 0), "steps": (1, PROMPT, 1 << 30), "asked": (1, 1, 1)},

@@ -67,13 +67,13 @@ def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
 
 
 def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
-    """Raises EngineError for the first finding, with the number of others; does nothing where there are none."""
+    """Raises EngineError for the first finding, with the number of the others; returns if there are none."""
     if not findings:
         return
     first, rest = findings[0], len(findings) - 1
     more = f", and {rest} more nodes are not supported" if rest else ""
     raise EngineError(
-        f"{version.name} does not take the node {first.node!r} ({first.operator}) of {file}: {first.problem}{more}",
+        f"{version.name} does not support the node {first.node!r} ({first.operator}) of {file}: {first.problem}{more}",
         first.fix,
     )
 
@@ -113,7 +113,7 @@ def _computed(node: ir.Node, index: int, types: dict[ir.Value, str]) -> str | No
 
 def _inputs(values: Iterable[ir.Value]) -> list[Finding]:
     return [
-        Finding(str(value.name), "input", f"it is {value.dtype.name}", "export the checkpoint again")
+        Finding(str(value.name), "input", f"its type is {value.dtype.name}", "export the checkpoint again")
         for value in values
         if value.dtype is not None and value.dtype.name not in INPUT_TYPES
     ]
@@ -126,7 +126,7 @@ def _opset(model: ir.Model, version: ParserVersion) -> list[Finding]:
     newest = version.quantised_opset if kinds & QUANTISED_OPSET_OPERATORS else version.opset
     if opset <= newest:
         return []
-    problem = f"the graph is of opset {opset}, and {version.name} documents up to {newest}"
+    problem = f"the graph has opset {opset}, but {version.name} documents opsets up to {newest}"
     return [
         Finding(
             "graph",
@@ -141,8 +141,8 @@ def _problem(node: ir.Node, types: dict[ir.Value, str], version: ParserVersion) 
     again = "export the checkpoint again with this version"
     if node.domain not in ("", "ai.onnx"):
         return (
-            f"it is of the domain {node.domain}, which only ONNX Runtime knows",
-            "build from the bundle itself, not from a copy that `optimize` made",
+            f"its domain is {node.domain}, which only ONNX Runtime supports",
+            "build from the bundle itself, not from its optimized copy",
         )
     known = version.types_of(node.op_type)
     if known is None:
@@ -152,9 +152,9 @@ def _problem(node: ir.Node, types: dict[ir.Value, str], version: ParserVersion) 
     if node.op_type == "Where" and len(node.inputs) > 1 and node.inputs[1] is not None:
         dtype = types.get(node.inputs[1])
     if dtype is not None and dtype not in known:
-        return f"it takes no {dtype}, only {', '.join(sorted(known))}", again
+        return f"it does not support {dtype}, only {', '.join(sorted(known))}", again
     if node.op_type in SINGLE_OUTPUT and len(node.outputs) > 1:
-        return "only its first output is taken", again
+        return "only its first output is supported", again
     for index in CONSTANT_INPUTS.get(node.op_type, ()):
         asked = node.inputs[index] if index < len(node.inputs) else None
         if asked is not None and node.op_type not in version.loose_axes and not _is_constant(asked):

@@ -11,7 +11,6 @@ After an error there is no new bundle, and an old one is unchanged.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -29,12 +28,13 @@ from blip2edge.bundle.integrity import FileRecord, sha256_of
 from blip2edge.bundle.manifest import GraphRecord, Manifest
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, MergingRecord, Parity
+from blip2edge.choices import PRECISIONS
 from blip2edge.errors import BackendError
 from blip2edge.export import verify
 from blip2edge.export.draft_graph import draft_of
 from blip2edge.export.graphs import cache_of, graphs_of
 from blip2edge.export.merging import merging_of
-from blip2edge.export.precision import PRECISIONS, convert, exceptions_of
+from blip2edge.export.precision import convert, exceptions_of
 from blip2edge.export.side_files import SideFiles
 from blip2edge.export.to_onnx import trace
 from blip2edge.export.weights import (
@@ -49,6 +49,7 @@ from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.models import build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
 from blip2edge.version import __version__
@@ -142,11 +143,7 @@ def export_checkpoint(
         BackendError: onnxruntime is not installed.
         UsageError: The model cannot merge this many patches.
     """
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError(
-            "an export is verified in onnxruntime, which is not installed",
-            "install it: pip install 'blip2edge[cpu]'",
-        )
+    require("onnxruntime", "the check of an export", BackendError)
     start = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
     target = Path(output)

@@ -18,13 +18,10 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from blip2edge.bundle.schema import GraphSpec
+from blip2edge.choices import PRECISIONS
 from blip2edge.export.to_onnx import Traced
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
-
-PRECISIONS: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""Names on the command line, and the dtype of the graphs' floating tensors."""
-
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key under which torch's exporter stores the module path of a node."""
@@ -101,7 +98,7 @@ def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception])
 
     Args:
         traced: An FP32 graph; its spec is replaced by that of the new precision.
-        precision: A key of :data:`PRECISIONS`.
+        precision: A key of :data:`blip2edge.choices.PRECISIONS`.
         exceptions: The rules for nodes that stay in FP32.
 
     Returns:

@@ -5,43 +5,14 @@ The Q-Former, its text head and BLIP's text models use them.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import Tensor, nn
 
+from blip2edge.model.config import BertSizes
 from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, split_heads
 
 
-class BertSizes(Protocol):
-    """Sizes that the blocks need from a config."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Width."""
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width inside the feed-forward."""
-
-    @property
-    def num_heads(self) -> int:
-        """Heads."""
-
-    @property
-    def activation(self) -> str:
-        """A key of :data:`ACTIVATIONS`."""
-
-    @property
-    def norm_eps(self) -> float:
-        """Epsilon of the norms."""
-
-    @property
-    def dropout(self) -> float:
-        """Dropout probability in training."""
-
-
 class BertAttention(nn.Module):
-    """Attention with the residual and the norm after it; keys and values are separate, so that they can be cached."""
+    """Attention, then the residual and the norm. Keys and values have their own method, so that they can be cached."""
 
     def __init__(self, config: BertSizes, context_width: int) -> None:
         super().__init__()
@@ -71,7 +42,7 @@ class BertAttention(nn.Module):
 
 
 class BertFeedForward(nn.Module):
-    """The intermediate and the output layer."""
+    """Two linear layers with an activation between them, then the residual and the norm."""
 
     def __init__(self, config: BertSizes) -> None:
         super().__init__()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +51,3 @@ class CaptionerModel(nn.Module):
         text_slots = torch.arange(queries, embeds.shape[1], device=embeds.device).expand(batch, -1)
         logits, _ = self.language(embeds, mask, positions, text_slots)
         return logits
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name and shape of every parameter; also works on the meta device."""
-        return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}

@@ -11,18 +11,31 @@ from typing import Any, Protocol
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config_json import Fields, Key, check_heads, transformer_keys, write_keys
+from blip2edge.model.config_json import Fields, Section, check_heads, key
 from blip2edge.model.vision.token_merging import merged_counts
 
-VISION_KEYS = (
-    *transformer_keys(1408, 6144, 39, 16),
-    Key("image_size", "image_size", "integer", 224),
-    Key("patch_size", "patch_size", "integer", 14),
-    Key("activation", "hidden_act", "activation", "gelu"),
-    Key("norm_eps", "layer_norm_eps", "number", 1e-6),
-    Key("qkv_bias", "qkv_bias", "flag", True),
-)
-"""``vision_config`` with the defaults of transformers' Blip2VisionConfig."""
+
+@dataclass(frozen=True)
+class TransformerConfig(Section):
+    """Sizes of a transformer, with BERT's defaults.
+
+    Attributes:
+        hidden_size: Width.
+        intermediate_size: Width inside the feed-forward.
+        activation: Activation of the feed-forward, a key of ``layers.ACTIVATIONS``.
+        norm_eps: Epsilon of the norms.
+    """
+
+    hidden_size: int = key("hidden_size", 768)
+    intermediate_size: int = key("intermediate_size", 3072)
+    num_layers: int = key("num_hidden_layers", 12)
+    num_heads: int = key("num_attention_heads", 12)
+    activation: str = key("hidden_act", "gelu")
+    norm_eps: float = key("layer_norm_eps", 1e-12)
+
+    def __post_init__(self) -> None:
+        check_heads(self.section, self.hidden_size, self.num_heads)
+
 
 CLIP_VISION_DEFAULTS = {
     "hidden_size": 768,
@@ -33,41 +46,42 @@ CLIP_VISION_DEFAULTS = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-"""Defaults of transformers' CLIPVisionConfig where they differ from :data:`VISION_KEYS`."""
+"""Defaults of transformers' CLIPVisionConfig where they differ from :class:`VisionConfig`."""
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """A ViT with a class token and pre-norm blocks.
+class VisionConfig(TransformerConfig):
+    """A ViT with a class token and pre-norm blocks; the defaults are those of transformers' Blip2VisionConfig.
 
     Attributes:
         qkv_bias: Queries, keys and values have biases.
-        clip: As OpenAI's CLIP: a norm before the blocks, patches without a bias, and class token and positions as
-            ``[D]`` and ``[P, D]``. Else EVA-CLIP as BLIP-2 holds it.
+        clip: Whether it is built as OpenAI's CLIP: a norm before the blocks, patches without a bias, and class token
+            and positions as ``[D]`` and ``[P, D]``. Otherwise it is built as BLIP-2's EVA-CLIP.
         post_norm: There is a norm after the blocks.
         keep_class: The class token stays in the output, before the patches.
         merge_tokens: Patches merged in each layer (``token_merging.py``). Not part of a checkpoint.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    image_size: int
-    patch_size: int
-    activation: str = "gelu"
-    norm_eps: float = 1e-6
-    qkv_bias: bool = True
+    hidden_size: int = key("hidden_size", 1408)
+    intermediate_size: int = key("intermediate_size", 6144)
+    num_layers: int = key("num_hidden_layers", 39)
+    num_heads: int = key("num_attention_heads", 16)
+    norm_eps: float = key("layer_norm_eps", 1e-6)
+    image_size: int = key("image_size", 224)
+    patch_size: int = key("patch_size", 14)
+    qkv_bias: bool = key("qkv_bias", True)
     clip: bool = False
     post_norm: bool = True
     keep_class: bool = True
     merge_tokens: int = 0
 
+    section = "vision_config"
+
     def __post_init__(self) -> None:
-        check_heads("vision_config", self.hidden_size, self.num_heads)
+        super().__post_init__()
         if self.patch_size > self.image_size:
             raise CheckpointError(
-                f"config.json: vision_config: a patch of {self.patch_size} exceeds the picture of {self.image_size}"
+                f"config.json: vision_config: patch_size {self.patch_size} exceeds image_size {self.image_size}"
             )
 
     @property
@@ -84,70 +98,44 @@ class VisionConfig:
     @classmethod
     def from_clip(cls, values: Any) -> VisionConfig:
         """Reads a CLIP ``vision_config``. The result has all blocks and no norm after them."""
-        f = Fields("vision_config", values)
-        keys = (key for key in VISION_KEYS if key.name != "qkv_bias")
-        return cls(**f.read(keys, CLIP_VISION_DEFAULTS), clip=True, post_norm=False)
-
-    @classmethod
-    def from_hf(cls, values: Any) -> VisionConfig:
-        """Reads ``vision_config`` of a BLIP-2 ``config.json``."""
-        return cls(**Fields("vision_config", values).read(VISION_KEYS))
+        found = cls.read(values, CLIP_VISION_DEFAULTS) | {"qkv_bias": True}
+        return cls(**found, clip=True, post_norm=False)
 
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
-        model_type = "clip_vision_model" if self.clip else "blip_2_vision_model"
-        return {"model_type": model_type, **write_keys(self, VISION_KEYS)}
-
-
-QFORMER_KEYS = (
-    *transformer_keys(768, 3072, 12, 12),
-    Key("cross_attention_frequency", "cross_attention_frequency", "integer", 2),
-    Key("activation", "hidden_act", "activation", "gelu"),
-    Key("norm_eps", "layer_norm_eps", "number", 1e-12),
-    Key("dropout", "hidden_dropout_prob", "number", 0.1),
-)
-"""``qformer_config`` with the defaults of transformers' Blip2QFormerConfig."""
+        return {"model_type": "clip_vision_model" if self.clip else "blip_2_vision_model", **super().to_hf()}
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
-    """A BERT whose queries also attend to the picture, in every ``cross_attention_frequency``-th layer."""
+class BertSizes(TransformerConfig):
+    """Sizes of BERT's blocks, with the dropout probability of training."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_query_tokens: int
-    encoder_hidden_size: int
-    cross_attention_frequency: int = 2
-    activation: str = "gelu"
-    norm_eps: float = 1e-12
-    dropout: float = 0.1
+    dropout: float = key("hidden_dropout_prob", 0.1)
+
+
+@dataclass(frozen=True)
+class QFormerConfig(BertSizes):
+    """A BERT whose queries also attend to the picture, in every ``cross_attention_frequency``-th layer.
+
+    The defaults are those of transformers' Blip2QFormerConfig.
+    """
+
+    cross_attention_frequency: int = key("cross_attention_frequency", 2)
+    num_query_tokens: int = 32
+    encoder_hidden_size: int = 1408
 
     kind = "qformer"
+    section = "qformer_config"
+    model_type = "blip_2_qformer"
 
     @property
     def num_visual_tokens(self) -> int:
         """Visual tokens per picture."""
         return self.num_query_tokens
 
-    def __post_init__(self) -> None:
-        check_heads("qformer_config", self.hidden_size, self.num_heads)
-
-    @classmethod
-    def from_hf(cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int) -> QFormerConfig:
-        """Reads ``qformer_config`` of a BLIP-2 ``config.json``."""
-        return cls(
-            num_query_tokens=num_query_tokens,
-            encoder_hidden_size=encoder_hidden_size,
-            **Fields("qformer_config", values).read(QFORMER_KEYS),
-        )
-
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
-        return {
-            "model_type": "blip_2_qformer",
-            **write_keys(self, QFORMER_KEYS),
+        return super().to_hf() | {
             "encoder_hidden_size": self.encoder_hidden_size,
             "attention_probs_dropout_prob": self.dropout,
         }
@@ -180,55 +168,54 @@ class NoBridge:
         return {}
 
 
-class LanguageConfig(Protocol):
-    """The fields that all configs of language models share."""
+@dataclass(frozen=True)
+class LanguageConfig(Section):
+    """The fields that all configs of language models share.
+
+    Attributes:
+        vocab_size: Rows of the token table, and logits.
+        hidden_size: Width of the layers, and of the output of a bridge's projection.
+        num_layers: Layers, and so pairs of cached keys and values.
+        max_positions: Longest context in tokens: visual tokens, prompt and caption.
+        tie_embeddings: Whether the head shares the weight of the token table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    max_positions: int
+    tie_embeddings: bool
 
     @property
     def kind(self) -> str:
         """transformers' ``model_type``."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the token table, and logits."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the layers, and of the output of a bridge's projection."""
+        raise NotImplementedError
 
     @property
     def embed_dim(self) -> int:
         """Width of ``inputs_embeds``: of the token table and of the visual tokens."""
-
-    @property
-    def num_layers(self) -> int:
-        """Layers, and so pairs of cached keys and values."""
+        return self.hidden_size
 
     @property
     def num_kv_heads(self) -> int:
         """Heads of the cached keys and values."""
+        return self.num_heads
 
     @property
     def head_dim(self) -> int:
         """Width of a head of the cache."""
-
-    @property
-    def max_positions(self) -> int:
-        """Longest context in tokens: visual tokens, prompt and caption."""
-
-    @property
-    def tie_embeddings(self) -> bool:
-        """Whether the head shares the weight of the token table."""
+        return self.hidden_size // self.num_heads
 
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether an encoder reads the prompt."""
+        return False
 
     @property
     def cross(self) -> CrossSpec | None:
         """The input of the decoder's cross-attention; None without cross-attention."""
-
-    def to_hf(self) -> dict[str, Any]:
-        """The ``text_config`` of a ``config.json``."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -254,7 +241,7 @@ class DraftConfig:
         for name, token_id in ids.items():
             if not 0 <= token_id < self.vocab_size:
                 raise CheckpointError(
-                    f"draft.json: {name}_token_id {token_id} is not below vocab_size {self.vocab_size}"
+                    f"draft.json: {name}_token_id {token_id} must be below vocab_size {self.vocab_size}"
                 )
 
     @classmethod

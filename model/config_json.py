@@ -1,51 +1,22 @@
 """Reads and writes the sections of a ``config.json``.
 
-A config class lists its keys as :class:`Key` rows. One table serves both directions: :meth:`Fields.read` and
-:func:`write_keys`.
+A config class is a :class:`Section`: its fields made by :func:`key` are the keys of a section. :class:`Fields` checks
+the values.
 """
 
 from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from blip2edge.errors import CheckpointError
 from blip2edge.model.layers import ACTIVATIONS
 
-
-@dataclass(frozen=True)
-class Key:
-    """A key of a section, and the field of our config class that it fills.
-
-    Attributes:
-        field: Name of the field.
-        name: Name of the key in ``config.json``.
-        kind: Method of :class:`Fields` that checks the value.
-        default: Value where the key is missing or null; None if the key is required.
-    """
-
-    field: str
-    name: str
-    kind: Literal["integer", "number", "flag", "activation"]
-    default: Any = None
-
-
-def transformer_keys(hidden: int, intermediate: int, layers: int, heads: int) -> tuple[Key, ...]:
-    """The four sizes of a transformer under transformers' usual names, with their defaults."""
-    return (
-        Key("hidden_size", "hidden_size", "integer", hidden),
-        Key("intermediate_size", "intermediate_size", "integer", intermediate),
-        Key("num_layers", "num_hidden_layers", "integer", layers),
-        Key("num_heads", "num_attention_heads", "integer", heads),
-    )
-
-
-def write_keys(config: Any, keys: Iterable[Key]) -> dict[str, Any]:
-    """The inverse of :meth:`Fields.read`: the fields of ``config`` under their names in ``config.json``."""
-    return {key.name: getattr(config, key.field) for key in keys}
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,22 +47,6 @@ class Fields:
             )
         self.section = section
         self.values: Mapping[str, Any] = values
-
-    def read(self, keys: Iterable[Key], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Reads several keys.
-
-        Args:
-            keys: What to read.
-            defaults: Replaces the keys' own defaults, by the key's name in ``config.json``.
-
-        Returns:
-            The checked values by field name, as arguments of a config class.
-
-        Raises:
-            CheckpointError: A required key is missing, or a value has a wrong type.
-        """
-        defaults = defaults or {}
-        return {key.field: getattr(self, key.kind)(key.name, defaults.get(key.name, key.default)) for key in keys}
 
     def integer(self, key: str, default: int | None) -> int:
         """A positive integer. A pair of equal integers counts as one."""
@@ -149,7 +104,72 @@ class Fields:
         return value
 
 
+_READERS: dict[type, Callable[[Fields, str, Any], Any]] = {
+    int: Fields.integer,
+    float: Fields.number,
+    bool: Fields.flag,
+    str: Fields.activation,
+}
+"""Method that checks a value, by the type of the key's default."""
+
+
+def key(name: str, default: Any) -> Any:
+    """A field of a :class:`Section` that a key of ``config.json`` fills.
+
+    Args:
+        name: Name of the key.
+        default: Value where the key is missing or null, as in transformers. Its type decides which values are valid: a
+            positive integer, a finite number, true or false, or the name of an activation.
+    """
+    return field(default=default, metadata={"key": name})
+
+
+@dataclass(frozen=True)
+class Section:
+    """A config class that is read from and written to a section of ``config.json``.
+
+    Attributes:
+        section: Name of the section, for errors.
+        model_type: Value of the key ``model_type`` that :meth:`to_hf` writes; empty for none.
+    """
+
+    section: ClassVar[str] = "text_config"
+    model_type: ClassVar[str] = ""
+
+    @classmethod
+    def read(cls, values: Any, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Reads the keys of a section: the checked values by field name.
+
+        Args:
+            values: Content of the section.
+            defaults: Replaces the defaults of keys, by their names in ``config.json``.
+
+        Raises:
+            CheckpointError: A value has a wrong type.
+        """
+        found, defaults = Fields(cls.section, values), defaults or {}
+        return {
+            each.name: _READERS[type(each.default)](found, name, defaults.get(name, each.default))
+            for each in fields(cls)
+            if (name := each.metadata.get("key"))
+        }
+
+    @classmethod
+    def from_hf(cls, values: Any, **given: Any) -> Self:
+        """Reads the section; ``given`` are the fields that are not read from it.
+
+        Raises:
+            CheckpointError: A value has a wrong type, or the values do not fit together.
+        """
+        return cls(**cls.read(values) | given)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The section that :meth:`from_hf` reads."""
+        keys = {each.metadata["key"]: getattr(self, each.name) for each in fields(self) if each.metadata}
+        return ({"model_type": self.model_type} if self.model_type else {}) | keys
+
+
 def check_heads(section: str, width: int, heads: int) -> None:
     """Raises CheckpointError unless ``heads`` divides ``width``."""
     if width % heads:
-        raise CheckpointError(f"config.json: {section}: {heads} heads do not divide a width of {width}")
+        raise CheckpointError(f"config.json: {section}: the number of heads {heads} does not divide the width {width}")

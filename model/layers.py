@@ -45,6 +45,11 @@ def stack(layers: Iterable[Module]) -> Sequence[Module]:
     return cast("Sequence[Module]", nn.ModuleList(layers))
 
 
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter; also works on the meta device."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 class RMSNorm(nn.Module):
     """Division by the root of the mean square (Zhang and Sennrich, arXiv 1910.07467)."""
 
@@ -59,7 +64,7 @@ class RMSNorm(nn.Module):
 
 
 class Unit(nn.Module):
-    """Scales vectors to length 1; a module of its own so that fp16 leaves it in fp32."""
+    """Scales vectors to length 1. It is a module so that an fp16 graph can keep it in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., F]`` to ``[..., F]``."""
@@ -99,6 +104,83 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
         scores = scores + bias
     weights = torch.softmax(scores, dim=-1)
     return weights @ value
+
+
+class Attention(nn.Module):
+    """Multi-head attention. Keys and values have their own method, so that they can be cached.
+
+    Args:
+        width: Width of what attends, and of the output.
+        heads: Number of heads.
+        head_dim: Width of a head.
+        context_width: Width of what is attended to; ``width`` if None.
+        bias: Whether the four matrices have biases.
+        scale: Factor on the scores; ``head_dim ** -0.5`` if None.
+        norm: Makes the norms of each head's queries and keys; None for no norms.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        context_width: int | None = None,
+        bias: bool = False,
+        scale: float | None = None,
+        norm: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        inner, context_width = heads * head_dim, context_width or width
+        self.heads = heads
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.query = nn.Linear(width, inner, bias=bias)
+        self.key = nn.Linear(context_width, inner, bias=bias)
+        self.value = nn.Linear(context_width, inner, bias=bias)
+        self.out = nn.Linear(inner, width, bias=bias)
+        self.query_norm = norm() if norm else nn.Identity()
+        self.key_norm = norm() if norm else nn.Identity()
+
+    def key_value(self, context: Tensor) -> KeyValue:
+        """``[B, T, C]`` to two of ``[B, H, T, d]``."""
+        key = self.key_norm(split_heads(self.key(context), self.heads))
+        return key, split_heads(self.value(context), self.heads)
+
+    def forward(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
+        """``x [B, S, D]`` attends to keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
+        query = self.query_norm(split_heads(self.query(x), self.heads))
+        return self.out(merge_heads(attend(query, *key_value, bias, self.scale)))
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, width: int, inner: int, output: int, activation: str, bias: bool = True) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(width, inner, bias=bias)
+        self.fc2 = nn.Linear(inner, output, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to ``[..., output]``."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class FeedForward(nn.Module):
+    """Two matrices, or three if it is gated (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, inner: int, activation: str, gated: bool, bias: bool = False) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate = nn.Linear(width, inner, bias=bias) if gated else None
+        self.up = nn.Linear(width, inner, bias=bias)
+        self.down = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, S, D]`` to ``[B, S, D]``."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 def append_to_cache(past: KeyValue | None, new: KeyValue) -> KeyValue:

@@ -7,7 +7,7 @@ section 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -80,11 +80,11 @@ class BlipMatcher(MatcherModule):
         self.unit = Unit()
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to ``[B, 1, F]`` of length 1."""
+        """``[B, P, Dv]`` to unit vectors ``[B, 1, F]``."""
         return self.unit(self.image_projection(image_embeds[:, :1]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
+        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to unit vectors ``[B, F]``."""
         return self.unit(self.text_projection(self.encoder(input_ids, attention_mask)[:, 0]))
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class RetrievalQFormer(InstructedQFormer):
     """The Q-Former of BLIP-2's first stage: it reads a picture, a text, or both together."""
 
     def read_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, S, D]``; it does not attend to the queries."""
+        """Reads a text alone: token ids and mask, int64 ``[B, S]`` each, padded on the right, to ``[B, S, D]``."""
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         text: Tensor = self.norm(self.word_embeddings(input_ids) + self.position_embeddings(slots))
         text = self.dropout(text)
@@ -119,11 +119,11 @@ class Blip2Matcher(MatcherModule):
         self.unit = Unit()
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to ``[B, Q, F]`` of length 1."""
+        """``[B, P, Dv]`` to unit vectors ``[B, Q, F]``."""
         return self.unit(self.image_projection(self.qformer.read(image_embeds)[0]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
+        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to unit vectors ``[B, F]``."""
         states = self.qformer.read_text(input_ids, attention_mask)
         return self.unit(self.text_projection(states[:, 0]))
 
@@ -145,11 +145,11 @@ class ClipMatcher(MatcherModule):
         self.unit = Unit()
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to ``[B, 1, F]`` of length 1."""
+        """``[B, P, Dv]`` to unit vectors ``[B, 1, F]``."""
         return self.unit(self.image_projection(image_embeds[:, :1]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, F]`` of length 1."""
+        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to unit vectors ``[B, F]``."""
         return self.unit(self.text_projection(self.text(input_ids, attention_mask)))
 
 
@@ -169,7 +169,3 @@ class RetrievalModel(nn.Module):
         self.config = config
         self.vision = VisionTransformer(config.vision)
         self.matcher = MATCHERS[config.text.kind](config)
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name and shape of every parameter; also works on the meta device."""
-        return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}

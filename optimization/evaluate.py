@@ -27,7 +27,7 @@ def evaluate_graph(model: ir.Model, targets: Sequence[ir.Value], given: Mapping[
         given: The inputs that they need, by name.
 
     Returns:
-        The arrays; None where they depend on an input that is not given, or on weights.
+        The arrays; None if they depend on an input that is not given, or on weights.
     """
     inputs = {str(value.name): value for value in model.graph.inputs if value.name in given}
     needed: set[ir.Node] = set()

@@ -36,7 +36,7 @@ def constant(value: ir.Value | None) -> Array | None:
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """An initializer's only element; None for anything else."""
+    """The element of an initializer that has exactly one; None for anything else."""
     array = constant(value) if value is None or value.shape is None or _is_small(value.shape) else None
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
@@ -96,7 +96,7 @@ def other_operand(node: ir.Node, value: ir.Value) -> ir.Value:
 
 
 def with_bias(product: ir.Node) -> tuple[ir.Node, ir.Value | None]:
-    """The addition of a constant vector ``[N]`` to a product, and the vector; else the product and None."""
+    """The node that adds a constant vector ``[N]`` to a product, and the vector; without one, the product and None."""
     out = product.outputs[0]
     plus = only_user(out, "Add")
     if plus is None or vector(other_operand(plus, out)) is None:
@@ -123,14 +123,14 @@ def permutation(node: ir.Node | None) -> list[int]:
 
 
 def dims(value: ir.Value | None) -> list[int | str]:
-    """A shape, symbols as text; empty where nothing is known."""
+    """A shape, symbols as text; empty if nothing is known."""
     if value is None or value.shape is None:
         return []
     return [size if isinstance(size, int) else str(size) for size in value.shape]
 
 
 def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """An initializer that holds an array: an existing one of this name and content, or a new one under a free name."""
+    """An initializer with this array: the existing one if name and content are the same, else a new one."""
     known = graph.initializers.get(name)
     if known is not None and known.const_value is not None:
         held = known.const_value.numpy()
@@ -187,7 +187,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def subgraph(model: ir.Model, target: ir.Value, inputs: Mapping[str, ir.Value]) -> list[ir.Node] | None:
-    """The nodes that compute a value from ``inputs`` and initializers, in order; None where it needs other inputs."""
+    """The nodes that compute a value from ``inputs`` and initializers, in order; None if it needs other inputs."""
     needed: dict[ir.Node, None] = {}
     waiting = [target]
     while waiting:

@@ -10,7 +10,6 @@ For OpenVINO, the copy of a graph is its compiled model: it runs as fast as the 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +22,6 @@ import onnx_ir as ir
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.integrity import FileRecord
-from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
 from blip2edge.errors import BackendError, BundleError, UsageError, option
@@ -33,12 +31,13 @@ from blip2edge.optimization.graph import prepare
 from blip2edge.optimization.passes.integers import without_rounding
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
 from blip2edge.optimization.storage import SMALLEST, optimize_offline, scratch_directory, write_copy
+from blip2edge.packages import installed, require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import RowByRow
 from blip2edge.runtime.backends.openvino import OpenVinoSession
-from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord, installed
+from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord
 from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.decoding.language_model import decoder_of
 from blip2edge.version import __version__
@@ -47,14 +46,14 @@ TOLERANCE = 1e-4
 """Largest difference from the portable graph in fp32, as a share of the output's largest value."""
 
 LEAST_COSINE = 0.995
-"""Smallest cosine to the portable graph where weights or activations are integers: each form rounds differently."""
+"""Smallest cosine to the portable graph if weights or activations are integers: each form rounds differently."""
 
 CLEARLY_FASTER = 0.95
-"""A recipe replaces one that is listed before it if it takes less than this share of its time in two measurements."""
+"""A later recipe is preferred to an earlier one if it takes less than this share of its time in two measurements."""
 
 SLOWER_MOST = {False: 1.1, True: 1.0}
-"""How much slower than the portable graph a rewritten one may be, by whether its weights are prepacked at load time. A
-graph without prepacking opens faster, and times are measured with an error."""
+"""Largest time of a rewritten graph as a multiple of the portable graph's, by whether its weights are prepacked at load
+time. A graph without prepacking opens faster, so that it may be slightly slower; measured times have an error too."""
 
 ONE_TRY_FROM = 1 << 30
 """Bytes of a graph from which only the first recipe is tried that shares the bundle's weights: each try reads and
@@ -103,7 +102,7 @@ class _CopyTask:
         context: What passes know about the model.
         scratch: Directory of the rewritten graphs that are tried.
         target: Directory of the copy.
-        within: Path of the copy inside the bundle; None where it is elsewhere.
+        within: Path of the copy inside the bundle; None if the copy is in the user's cache.
         upstream: Outputs of the portable graphs so far, by name: the inputs of later graphs.
     """
 
@@ -113,6 +112,14 @@ class _CopyTask:
     target: Path
     within: str | None
     upstream: dict[str, Array]
+
+    def parent(self, name: str) -> tuple[Path, float]:
+        """The file of a portable graph, and the largest difference from it; infinite for graphs with integers.
+
+        Those are compared by cosine.
+        """
+        record = self.bundle.graph(name)
+        return self.bundle.file(record.spec.file), TOLERANCE if record.precision == "fp32" else math.inf
 
 
 def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None) -> OptimizedReport:
@@ -131,14 +138,10 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
     """
     if backend not in BACKENDS:
         raise UsageError(
-            f"no optimised copy is made for the backend {backend}, which runs a bundle's own graphs",
-            f"use {option('backend')} {' or '.join(BACKENDS)}, or {option('backend')} {backend} without a copy",
+            f"expected {option('backend')} to be one of {', '.join(BACKENDS)}, got {backend}",
+            "other backends run the bundle's own graphs and need no optimized copy",
         )
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError(
-            "an optimised copy is checked in onnxruntime, which is not installed",
-            "install it: pip install 'blip2edge[cpu]'",
-        )
+    require("onnxruntime", "the check of an optimized copy", BackendError)
     start = time.perf_counter()
     opened = Bundle.open(bundle)
     directory = opened.derive(KIND) / backend
@@ -189,14 +192,12 @@ def _record(task: _CopyTask, backend: str, report: ProgressCallback) -> Optimize
 
 def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
     """Writes the fastest rewritten form of a graph that passes the check; or returns why there is none."""
-    record = task.bundle.graph(name)
-    parent = task.bundle.file(record.spec.file)
-    portable = _run(task, name, parent)
-    exact = _with_exact_activations(task, name, parent) or portable
+    parent, tolerance = task.parent(name)
+    portable, exact = _references(task, name)
     candidates, fault = _candidates(task, name, portable, exact)
     task.upstream.update(portable.outputs)
     if not candidates:
-        return fault or "no recipe applies to it"
+        return fault or "no recipe applies to this graph"
     candidates = [one for one in candidates if one.result.seconds <= portable.seconds * SLOWER_MOST[one.recipe.layout]]
     if not candidates:
         return f"the portable graph is faster here ({portable.seconds * 1e3:.1f} ms)"
@@ -207,7 +208,7 @@ def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fi
         ):
             best = one
     files = write_copy(best.file, parent, task.target, name, task.within)
-    parity, cosine = _agreement(best.result, portable, _tolerance(record))
+    parity, cosine = _agreement(best.result, portable, tolerance)
     milliseconds = (round(portable.seconds * 1e3, 3), round(best.result.seconds * 1e3, 3))
     recipe = best.recipe
     graph = OptimizedGraph(
@@ -224,9 +225,8 @@ def _candidates(
     task: _CopyTask, name: str, portable: probe.ProbeResult, exact: probe.ProbeResult
 ) -> tuple[list[_Candidate], str]:
     """The rewritten forms of a graph that pass the check, and what is wrong with one that does not."""
-    record = task.bundle.graph(name)
-    parent = task.bundle.file(record.spec.file)
-    size = sum(task.bundle.manifest.files[data].size for data in record.data_files)
+    parent, tolerance = task.parent(name)
+    size = sum(task.bundle.manifest.files[data].size for data in task.bundle.graph(name).data_files)
     candidates: list[_Candidate] = []
     fault = ""
     for number, recipe in enumerate(recipes_for(name, ir.load(parent))):
@@ -243,7 +243,7 @@ def _candidates(
         except BackendError as error:  # a kernel that does not support these sizes
             fault = f"{' + '.join(passes)}: {error}"
             continue
-        difference = _fault(result, portable, exact, _tolerance(record))
+        difference = _fault(result, portable, exact, tolerance)
         if difference:
             fault = f"{' + '.join(passes)}: {difference}"
             continue
@@ -256,12 +256,10 @@ def _candidates(
 def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
     """Writes a graph as OpenVINO has compiled it; or returns why there is no such copy.
 
-    A graph that OpenVINO cannot load has no copy; the other graphs have theirs all the same.
+    A graph that OpenVINO cannot load has no copy; the other graphs do.
     """
-    record = task.bundle.graph(name)
-    parent = task.bundle.file(record.spec.file)
-    portable = _run(task, name, parent)
-    exact = _with_exact_activations(task, name, parent) or portable
+    parent, tolerance = task.parent(name)
+    portable, exact = _references(task, name)
     task.upstream.update(portable.outputs)
     blob = task.target / f"{name}.blob"
     try:
@@ -270,13 +268,13 @@ def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fil
     except BundleError as error:
         blob.unlink(missing_ok=True)
         return error.problem
-    fault = _fault(result, portable, exact, _tolerance(record))
+    fault = _fault(result, portable, exact, tolerance)
     if milliseconds[1] > milliseconds[0] * CLEARLY_FASTER:
         fault = fault or f"the portable graph opens as fast here ({milliseconds[0]:.0f} ms)"
     if fault:
         blob.unlink()
         return fault
-    parity, cosine = _agreement(result, portable, _tolerance(record))
+    parity, cosine = _agreement(result, portable, tolerance)
     graph = OptimizedGraph(blob.name, ("compiled",), False, False, parity, cosine, milliseconds)
     return graph, {blob.name: FileRecord.of(blob)}
 
@@ -284,7 +282,7 @@ def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fil
 def _agreement(
     result: probe.ProbeResult, portable: probe.ProbeResult, tolerance: float
 ) -> tuple[tuple[Parity, ...], float]:
-    """How far a copy's outputs are from the portable graph's: the parity of each, and the smallest cosine."""
+    """The difference of a copy's outputs from the portable graph's: the parity of each, and the smallest cosine."""
     parity = tuple(
         Parity(output, *probe.relative(result.outputs[output], wanted), tolerance, ("probe",))
         for output, wanted in portable.outputs.items()
@@ -328,20 +326,17 @@ def _cross_inputs(task: _CopyTask) -> dict[str, Array]:
     return inputs
 
 
-def _with_exact_activations(task: _CopyTask, name: str, parent: Path) -> probe.ProbeResult | None:
-    """Runs a graph without rounding its activations; None where the graph rounds none."""
+def _references(task: _CopyTask, name: str) -> tuple[probe.ProbeResult, probe.ProbeResult]:
+    """Runs the portable graph, and the same graph without rounding its activations (if it rounds any)."""
+    parent, _ = task.parent(name)
+    portable = _run(task, name, parent)
     model = ir.load(parent)
     prepare(model)
     if not without_rounding(model):
-        return None
+        return portable, portable
     graph = task.scratch / f"{name}.exact.onnx"  # not optimized offline: ONNX Runtime would round activations
     ir.save(model, graph, external_data=f"{graph.name}.data", size_threshold_bytes=SMALLEST)
-    return _run(task, name, graph, Recipe(()))
-
-
-def _tolerance(record: GraphRecord) -> float:
-    """Largest allowed difference; infinite for graphs with integers, which are compared by cosine."""
-    return TOLERANCE if record.precision == "fp32" else math.inf
+    return portable, _run(task, name, graph, Recipe(()))
 
 
 def _fault(result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.ProbeResult, tolerance: float) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import BRIDGE, CROSS_MASK, DECODER, MATCH, VISION, Axis, GraphSpec, TensorSpec
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.decoding.language_model import Decoder
+from blip2edge.runtime.decoding.state import Decoder
 
 SEED = 6
 ROWS = 2
@@ -156,7 +156,7 @@ def least_cpu_seconds(run: Callable[[], object]) -> float:
 
 
 def cosine(one: Array, other: Array) -> float:
-    """Cosine of two arrays as vectors; 1 where both are zero."""
+    """Cosine of two arrays as vectors; 1 if both are zero."""
     first, second = (np.asarray(array, np.float64).ravel() for array in (one, other))
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / norms if norms else float(np.array_equal(first, second))

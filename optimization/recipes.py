@@ -42,7 +42,7 @@ PASSES: dict[str, Pass] = {
     "pointwise convolutions": lambda model, _: use_pointwise_convolutions(model),
     "narrowing convolutions": lambda model, _: use_pointwise_convolutions(model, narrowing=True),
 }
-"""By name. A pass returns a false value where it changes nothing."""
+"""By name. A pass returns a false value if it changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def apply_recipe(model: ir.Model, recipe: Recipe, context: PassContext) -> tuple
         context: What they know about the model.
 
     Returns:
-        The passes that changed something; None where a needed one did not.
+        The passes that changed something; None if a needed one did not.
     """
     prepare(model)
     done: list[str] = []

@@ -48,8 +48,8 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
         onnxruntime.InferenceSession(str(rewritten), options, providers=PROVIDERS, disabled_optimizers=SLOW_FUSIONS)
     except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
         raise BackendError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load the optimised {name} ({one_line(error)})",
-            "run the bundle as it is: leave the optimisation out",
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the optimized graph {name} ({one_line(error)})",
+            "use the bundle without an optimized copy",
         ) from error
     return optimized
 
@@ -65,7 +65,7 @@ def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: s
         parent: The portable graph's file.
         target: The directory that becomes the copy.
         name: The graph's name.
-        within: The copy's path inside the bundle; None where it is elsewhere and shares no weights.
+        within: The copy's path inside the bundle; None if it is elsewhere and shares no weights.
 
     Returns:
         The records of the files that were written.
@@ -89,7 +89,7 @@ def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: s
 
 
 def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
-    """Makes a graph refer to the parent's weights where they are the same."""
+    """Makes a graph refer to the parent's weights if they are equal."""
     theirs = source.graph.initializers
     for name, value in model.graph.initializers.items():
         known = theirs.get(name)

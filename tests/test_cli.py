@@ -240,7 +240,7 @@ def test_ask_streams_with_the_question_template(captioner: FakeCaptioner, capsys
         (OSError(errno.ENOSPC, "No space left on device", "out/decoder.onnx"), 1, "error: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "error: out: Permission denied"),
         (ModuleNotFoundError("no", name="onnxruntime"), 1, "pip install 'blip2edge[cpu]'"),
-        (MemoryError(), 1, "error: there is not enough memory"),
+        (MemoryError(), 1, "error: memory ran out"),
     ],
 )
 def test_errors_are_one_line(
@@ -324,7 +324,7 @@ def test_process_status_and_streams(tmp_path: Path) -> None:
 
 def test_explain_names_the_extra() -> None:
     told = explain(ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
-    assert told == "the package 'torch' is not installed; pip install 'blip2edge[export]'"
+    assert told == "the package 'torch' is not installed; install it: pip install 'blip2edge[export]'"
 
 
 HELP = """

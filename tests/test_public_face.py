@@ -22,9 +22,10 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge import Captioner, ImageError, Matcher, UsageError, evaluate
 from blip2edge.bundle.schema import DRAFTS, BackendName
 from blip2edge.cli import explain, main
-from blip2edge.errors import BundleError, OverloadError, option
+from blip2edge.errors import BackendError, BundleError, OverloadError, option
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends.base import BACKENDS
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions
 from blip2edge.runtime.serving.http import Server
 from tests.drawing import draw_pictures
@@ -76,10 +77,28 @@ def test_a_closed_captioner_captions_nothing_and_frees_its_graphs(tiny_bundle: P
         captioner.stream(PICTURE)
     with pytest.raises(UsageError, match="closed"):
         captioner.scheduler()
-    assert repr(captioner).startswith("Captioner(")
+    assert repr(captioner).endswith(", precision='fp32', closed)")
     del captioner
     gc.collect()
     assert [graph() for graph in graphs] == [None, None, None]
+
+
+def test_a_captioner_that_fails_to_load_leaves_no_graph_open(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[OnnxRuntimeSession] = []
+
+    def open_graph(path: Path, threads: int | None = None) -> OnnxRuntimeSession:
+        if opened:
+            raise BundleError("the second graph is broken")
+        opened.append(OnnxRuntimeSession(path, threads))
+        return opened[0]
+
+    monkeypatch.setattr("blip2edge.runtime.backends.onnxruntime_cpu.open_graph", open_graph)
+    with pytest.raises(BundleError, match="the second graph is broken"):
+        Captioner.load(tiny_bundle, threads=1)
+    with pytest.raises(BackendError, match="this graph is closed"):
+        opened[0].run({})
 
 
 def test_a_stream_ends_where_the_captioner_is_closed(tiny_bundle: Path) -> None:
@@ -105,7 +124,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "str for images": (
         lambda c: c.caption_many("dog.jpg"),
         UsageError,
-        "expected images to be a list, got 'dog.jpg'; put a single one in a list: [x]",
+        "expected images to be a list, got 'dog.jpg'; put a single value in a list: [x]",
     ),
     "path for images": (
         lambda c: c.caption_many(Path("dog.jpg")),
@@ -166,6 +185,9 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         UsageError,
         "expected bundle to be an opened Bundle, got None; load a directory with Matcher.load(directory)",
     ),
+    "None to load": (lambda c: Captioner.load(None), UsageError, "expected bundle to be the path of a directory, got"),  # type: ignore[arg-type]
+    "number to load": (lambda c: Captioner.load(3), UsageError, "got int; give a str or a pathlib.Path"),  # type: ignore[arg-type]
+    "bytes to load": (lambda c: Matcher.load(b"x"), UsageError, "path of a directory, got bytes"),  # type: ignore[arg-type]
     "str for threads": (
         lambda c: Captioner.load(c.bundle.path, threads="2"),  # type: ignore[arg-type]
         UsageError,
@@ -292,5 +314,5 @@ def test_evaluate_is_what_eval_does(tiny_bundle: Path, capsys: pytest.CaptureFix
     assert stages[-1] == ("scoring", 3, 3)
     with pytest.raises(UsageError, match="expected count to be at least 2 pictures, got 1"):
         evaluate(tiny_bundle, count=1)
-    with pytest.raises(UsageError, match="predictions needs a model that writes texts"):
+    with pytest.raises(UsageError, match="predictions needs a captioner"):
         evaluate(tiny_bundle, count=2, predictions=True)

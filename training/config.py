@@ -11,120 +11,91 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import tomllib
 
 from blip2edge.errors import ConfigError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.fields import at_least_zero, one_of, positive, read_section, unit_interval
+from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, at_least, one_of, read_section
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """Optimiser settings of one phase (AdamW, linear warm-up, then half a cosine)."""
+class OptimizerConfig(RecipeSection):
+    """Optimizer settings of one phase (AdamW, linear warm-up, then half a cosine)."""
 
-    steps: int = 1000
-    """Optimiser steps."""
-    batch_size: int = 32
+    steps: Annotated[int, at_least(1)] = 1000
+    """Optimizer steps."""
+    batch_size: Annotated[int, POSITIVE] = 32
     """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
-    accumulate: int = 1
+    accumulate: Annotated[int, POSITIVE] = 1
     """Forward passes whose gradients are accumulated for one step."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 1e-5
     """Lowest learning rate, reached at the last step."""
-    warmup_steps: int = 50
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 50
     """Steps of the linear warm-up."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     """Weight decay, applied to matrices only."""
-    beta1: float = 0.9
+    beta1: Annotated[float, SHARE] = 0.9
     """Decay rate of AdamW's first moment."""
-    beta2: float = 0.98
+    beta2: Annotated[float, SHARE] = 0.98
     """Decay rate of AdamW's second moment; the value of the BLIP-2 paper."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, POSITIVE] = 1.0
     """Gradients are clipped to this norm over all trained parameters."""
 
-    least_steps: ClassVar[int] = 1
-
     def __post_init__(self) -> None:
-        name = self._section
-        if self.steps < self.least_steps:
-            raise ConfigError(f"[{name}] steps must be at least {self.least_steps}, not {self.steps}")
-        counts = {"batch_size": self.batch_size, "accumulate": self.accumulate, "clip_norm": self.clip_norm}
-        positive(name, {**counts, "learning_rate": self.learning_rate})
+        super().__post_init__()
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ConfigError(
-                f"[{name}] min_learning_rate must lie between 0 and learning_rate ({self.learning_rate}),"
+                f"[{self.section}] min_learning_rate must lie between 0 and learning_rate ({self.learning_rate}),"
                 f" not {self.min_learning_rate}"
             )
-        at_least_zero(name, {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay})
-        unit_interval(name, {"beta1": self.beta1, "beta2": self.beta2})
-
-    @property
-    def _section(self) -> str:
-        """Name of the recipe's section, derived from the name of the class."""
-        return type(self).__name__.removesuffix("Phase").removesuffix("Config").lower()
 
 
 @dataclass(frozen=True)
 class VisionPhase(OptimizerConfig):
-    """Pretraining of the miniature's picture encoder: every patch predicts the object that covers it."""
+    """Pretraining of the miniature's picture encoder: each patch predicts the object that covers it."""
 
-    shape_weight: float = 1.0
-    """Weight of the loss of the shape. A single patch does not show the shape, so it is learned last."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self._section, {"shape_weight": self.shape_weight})
+    shape_weight: Annotated[float, POSITIVE] = 1.0
+    """Weight of the shape's loss. A single patch does not show the shape, so the shape is learned last."""
 
 
 @dataclass(frozen=True)
 class LanguagePhase(OptimizerConfig):
-    """Pretraining of the miniature's language model on captions, most of them after a prefix of their keywords."""
+    """Pretraining of the miniature's language model on captions that follow embeddings of their keywords, or noise.
 
-    prefix_share: float = 0.75
-    """Share of captions that follow a prefix of keywords; the others follow noise."""
-    prefix_noise: float = 0.3
-    """Noise added to the prefix, relative to the size of an embedding: visual tokens never match words exactly."""
+    Keywords are the caption's sizes, colours, shapes and relation. Their embeddings stand in the place of the visual
+    tokens, so that the model learns to use these later.
+    """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unit_interval(self._section, {"prefix_share": self.prefix_share})
-        at_least_zero(self._section, {"prefix_noise": self.prefix_noise})
+    prefix_share: Annotated[float, SHARE] = 0.75
+    """Share of captions that follow embeddings of their keywords; the others follow noise."""
+    prefix_noise: Annotated[float, NOT_NEGATIVE] = 0.3
+    """Noise added to those embeddings, relative to their size, because visual tokens never equal words exactly."""
 
 
 @dataclass(frozen=True)
 class Stage1Phase(OptimizerConfig):
     """Representation learning: trains the Q-Former and its text side. The picture encoder is frozen."""
 
-    steps: int = 0
-    """Optimiser steps; with 0, `train stage2` starts with a new bridge."""
-    embed_dim: int = 256
+    steps: Annotated[int, NOT_NEGATIVE] = 0
+    """Optimizer steps; with 0, `train stage2` starts with a new bridge."""
+    embed_dim: Annotated[int, POSITIVE] = 256
     """Dimension of the vectors in which pictures and texts are compared."""
-    max_tokens: int = 32
+    max_tokens: Annotated[int, at_least(3)] = 32
     """Longest text in tokens; longer texts are cut."""
-    itc_weight: float = 1.0
+    itc_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the contrastive loss (ITC)."""
-    itm_weight: float = 1.0
+    itm_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the matching loss (ITM)."""
-    itg_weight: float = 1.0
+    itg_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the captioning loss (ITG) of the Q-Former's own text head."""
-
-    least_steps: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self._section, {"embed_dim": self.embed_dim})
-        if self.max_tokens < 3:
-            raise ConfigError(f"[stage1] max_tokens must be at least 3, not {self.max_tokens}")
-        weights = {
-            "itc_weight": self.itc_weight,
-            "itm_weight": self.itm_weight,
-            "itg_weight": self.itg_weight,
-        }
-        at_least_zero(self._section, weights)
-        if not any(weights.values()):
+        if not (self.itc_weight or self.itm_weight or self.itg_weight):
             raise ConfigError("[stage1] itc_weight, itm_weight and itg_weight must not all be 0")
 
 
@@ -132,18 +103,13 @@ class Stage1Phase(OptimizerConfig):
 class Stage2Phase(OptimizerConfig):
     """Generative learning: trains the bridge through the frozen language model."""
 
-    max_tokens: int = 64
+    max_tokens: Annotated[int, POSITIVE] = 64
     """Longest target text in tokens, the end token included; longer texts are cut."""
-    itg_weight: float = 0.0
+    itg_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the captioning loss (ITG) of the Q-Former's own text head, which can then serve as draft model; 0: the
     text head is not trained."""
     unfreeze_language: bool = False
     """Train the language model too, as a baseline."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self._section, {"max_tokens": self.max_tokens})
-        at_least_zero(self._section, {"itg_weight": self.itg_weight})
 
 
 @dataclass(frozen=True)
@@ -152,55 +118,52 @@ class InstructPhase(Stage2Phase):
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(RecipeSection):
     """Settings of the training loop, shared by all phases."""
 
-    autocast: str = "float32"
+    autocast: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
     """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with loss scaling)."""
-    snapshot_every: int = 500
+    snapshot_every: Annotated[int, POSITIVE] = 500
     """Steps between two snapshots. An interrupted run resumes from the newest."""
-    log_every: int = 0
+    log_every: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between two lines of the log; 0: about 200 lines for each phase."""
     cache_features: bool = False
     """Cache the frozen picture encoder's output on disk. Each picture is then encoded once, for all runs."""
-    features_dtype: str = "float32"
+    features_dtype: Annotated[str, one_of("float32", "float16")] = "float32"
     """Type of the cached output: "float32" or "float16"."""
-    workers: int = 0
+    workers: Annotated[int, NOT_NEGATIVE] = 0
     """Threads that open the pictures of the next batch during the current step; 0: none."""
     tensorboard: bool = False
     """Also write event files of TensorBoard; needs the package tensorboard."""
 
-    def __post_init__(self) -> None:
-        one_of("loop", "autocast", self.autocast, ("float32", "bfloat16", "float16"))
-        one_of("loop", "features_dtype", self.features_dtype, ("float32", "float16"))
-        positive("loop", {"snapshot_every": self.snapshot_every})
-        at_least_zero("loop", {"workers": self.workers, "log_every": self.log_every})
-
 
 @dataclass(frozen=True)
-class BlockSizes:
+class BlockSizes(RecipeSection):
     """Sizes of one part of the model."""
 
-    hidden_size: int = 128
+    hidden_size: Annotated[int, POSITIVE] = 128
     """Width of the hidden states."""
-    intermediate_size: int = 512
+    intermediate_size: Annotated[int, POSITIVE] = 512
     """Width inside the feed-forward layers."""
-    num_layers: int = 3
+    num_layers: Annotated[int, POSITIVE] = 3
     """Number of layers."""
-    num_heads: int = 4
+    num_heads: Annotated[int, POSITIVE] = 4
     """Attention heads; must divide hidden_size."""
 
+    section = "model"
+
     def __post_init__(self) -> None:
-        positive("model", dataclasses.asdict(self))
+        super().__post_init__()
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"[model] num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The parts of the model: trained parts by name, or the miniature, which is initialised and pretrained in the run.
+class ModelConfig(RecipeSection):
+    """The trained parts of the model, by name. If none is named, the run trains the "miniature" from scratch.
 
-    The default sizes are those of the miniature: a BLIP-2 with an OPT language model, for pictures of 64 × 64 pixels.
+    The miniature is a small BLIP-2 with an OPT language model, for pictures of 64 × 64 pixels. Its sizes are the
+    defaults.
     """
 
     checkpoint: str = ""
@@ -212,15 +175,15 @@ class ModelConfig:
     bridge_from: str = ""
     """The output of stage 1: its Q-Former is used, and its text head if this run has one."""
     bert: str = ""
-    """A BERT (directory or hub name) that initialises a new Q-Former, with its tokenizer."""
+    """A BERT (directory or hub name) that initializes a new Q-Former, with its tokenizer."""
     patch_size: int = 8
     """Side of a patch in pixels; must divide 64."""
-    num_query_tokens: int = 8
-    """Visual tokens of a picture; the miniature needs one for each keyword, so at least seven."""
-    max_positions: int = 128
+    num_query_tokens: Annotated[int, POSITIVE] = 8
+    """Visual tokens of a picture; at least seven in the miniature, whose captions have seven keywords."""
+    max_positions: Annotated[int, at_least(40)] = 128
     """Context length of the miniature's language model: visual tokens, prompt and caption."""
-    dropout: float = 0.1
-    """Dropout of a new Q-Former; the miniature has none, because its data never repeats."""
+    dropout: Annotated[float, SHARE] = 0.1
+    """Dropout of a new Q-Former. The miniature has no dropout, because its data never repeats."""
     vision: BlockSizes = field(default_factory=BlockSizes)
     """Sizes of the miniature's picture encoder."""
     qformer: BlockSizes = field(default_factory=lambda: BlockSizes(num_layers=4))
@@ -229,23 +192,20 @@ class ModelConfig:
     """Sizes of the miniature's language model."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.patch_size < 1 or 64 % self.patch_size:
             raise ConfigError(f"[model] patch_size must divide the picture's 64 pixels, not {self.patch_size}")
-        positive("model", {"num_query_tokens": self.num_query_tokens})
-        unit_interval("model", {"dropout": self.dropout})
         if self.is_miniature and self.num_query_tokens < 7:
             raise ConfigError(f"[model] num_query_tokens must be at least 7, not {self.num_query_tokens}")
-        if self.max_positions < 40:
-            raise ConfigError(f"[model] max_positions must be at least 40, not {self.max_positions}")
         if not self.checkpoint and bool(self.vision_from) != bool(self.language_from):
             raise ConfigError(
-                "[model] vision_from and language_from belong together",
-                "give both, or a checkpoint that has the missing part",
+                "[model] expected both vision_from and language_from, got only one",
+                "set the other one too, or set checkpoint to a captioner with the missing part",
             )
 
     @property
     def is_miniature(self) -> bool:
-        """Whether picture encoder and language model are initialised and pretrained in this run."""
+        """Whether picture encoder and language model are initialized and pretrained in this run."""
         return not (self.checkpoint or self.vision_from or self.language_from)
 
 
@@ -253,16 +213,16 @@ _BRIDGES = ("qformer", "projection", "mlp", "perceiver", "pool", "flamingo")
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(RecipeSection):
     """The whole recipe."""
 
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the initial weights, the order of the data and all random draws."""
-    threads: int = 1
+    threads: Annotated[int, POSITIVE] = 1
     """CPU threads of a process; only the same number reproduces the same weights."""
-    weights_dtype: str = "float16"
+    weights_dtype: Annotated[str, one_of("float16", "bfloat16", "float32")] = "float16"
     """Type of the tensors in the checkpoint: "float16", "bfloat16" or "float32"."""
-    bridge: str = "qformer"
+    bridge: Annotated[str, one_of(*_BRIDGES)] = "qformer"
     """What is trained between the frozen parts: "qformer" (BLIP-2), "projection" (after a frozen Q-Former: MiniGPT-4),
     "mlp" (LLaVA), "perceiver", "pool" (attention pool), or "flamingo" (perceiver and gated cross-attention)."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -274,14 +234,13 @@ class TrainingConfig:
     stage2: Stage2Phase = field(default_factory=Stage2Phase)
     instruct: InstructPhase = field(default_factory=InstructPhase)
 
+    section = ""
+
     def __post_init__(self) -> None:
-        at_least_zero("", {"seed": self.seed})
-        positive("", {"threads": self.threads})
-        one_of("", "weights_dtype", self.weights_dtype, ("float16", "bfloat16", "float32"))
-        one_of("", "bridge", self.bridge, _BRIDGES)
+        super().__post_init__()
         if self.model.is_miniature and self.data.kind != "scenes":
             raise ConfigError(
-                "[model] names no trained parts, and the miniature can be trained on scenes only",
+                "[model] names no trained parts: without them the miniature is trained, on generated scenes only",
                 "set checkpoint, or vision_from and language_from",
             )
 

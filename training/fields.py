@@ -6,47 +6,68 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from blip2edge.errors import ConfigError
 
-Section = TypeVar("Section")
+Kind = TypeVar("Kind")
 
 
-def key_name(section: str, key: str) -> str:
-    """Name of a key in messages; an empty section is the top of the file."""
-    return f"[{section}] {key}" if section else key
+@dataclass(frozen=True)
+class ValidValues:
+    """The valid values of a key, as metadata of its field: ``steps: Annotated[int, POSITIVE]``.
+
+    Attributes:
+        holds: Whether a value is valid.
+        expected: What a valid value must be, for the error.
+        choices: All valid values, if they are names; the error suggests the nearest.
+    """
+
+    holds: Callable[[Any], bool]
+    expected: str
+    choices: tuple[str, ...] = ()
+
+    def check(self, key: str, value: Any) -> None:
+        """Raises ConfigError unless the value is valid."""
+        if not self.holds(value):
+            near = difflib.get_close_matches(str(value), self.choices, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else None
+            raise ConfigError(f"{key} must {self.expected}, not {value!r}", hint)
 
 
-def positive(section: str, values: Mapping[str, float]) -> None:
-    """Raises ConfigError unless all values exceed 0."""
-    for key, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"{key_name(section, key)} must be greater than 0, not {value}")
+def at_least(least: int) -> ValidValues:
+    """The numbers from `least` on."""
+    return ValidValues(lambda value: bool(value >= least), f"be at least {least}")
 
 
-def at_least_zero(section: str, values: Mapping[str, float]) -> None:
-    """Raises ConfigError if a value is below 0."""
-    for key, value in values.items():
-        if value < 0:
-            raise ConfigError(f"{key_name(section, key)} must be at least 0, not {value}")
+def one_of(*choices: str) -> ValidValues:
+    """The given names."""
+    return ValidValues(lambda value: value in choices, f"be one of {', '.join(choices)}", choices)
 
 
-def unit_interval(section: str, values: Mapping[str, float]) -> None:
-    """Raises ConfigError unless all values lie between 0 and 1."""
-    for key, value in values.items():
-        if not 0.0 <= value <= 1.0:
-            raise ConfigError(f"{key_name(section, key)} must lie between 0 and 1, not {value}")
+NOT_NEGATIVE = at_least(0)
+POSITIVE = ValidValues(lambda value: bool(value > 0), "be greater than 0")
+SHARE = ValidValues(lambda value: bool(0 <= value <= 1), "lie between 0 and 1")
 
 
-def one_of(section: str, key: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ConfigError unless the value is one of the choices; names the nearest."""
-    if value in choices:
-        return
-    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else None
-    raise ConfigError(f"{key_name(section, key)} must be one of {', '.join(choices)}, not {value!r}", hint)
+class RecipeSection:
+    """Base of the dataclasses of a recipe: checks each field by the :class:`ValidValues` in its type.
+
+    Raises:
+        ConfigError: A value is not valid.
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            for rule in getattr(kind, "__metadata__", ()):
+                rule.check(f"[{self.section}] {name}" if self.section else name, getattr(self, name))
+
+    @property
+    def section(self) -> str:
+        """Name of the section, derived from the name of the class; empty for the top of the file."""
+        return type(self).__name__.removesuffix("Phase").removesuffix("Config").lower()
 
 
 def _value(path: str, kind: Any, value: Any) -> Any:
@@ -69,7 +90,7 @@ def _value(path: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def read_section(path: str, kind: type[Section], table: Mapping[str, Any]) -> Section:
+def read_section(path: str, kind: type[Kind], table: Mapping[str, Any]) -> Kind:
     """Reads a table of the file into a dataclass.
 
     Args:

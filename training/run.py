@@ -34,7 +34,7 @@ from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.registry import PHASES, phases_of
 from blip2edge.training.setup.build import build_parts, write_stage1
 
-RECORD_FILE = "training.json"  # in the checkpoint: how its weights were trained
+RECORD_FILE = "training.json"  # in the checkpoint: the record of the training
 _RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and snapshots during the run
 _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -115,7 +115,7 @@ def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:
     phase = snapshot.facts["phase"]
     if phase not in names:
         raise ConfigError(
-            f"the snapshot is of the phase {phase}, and this recipe has {', '.join(names)}",
+            f"the snapshot is of the phase {phase}, but this recipe has only {', '.join(names)}",
             f"start again with {option('force', on=True)}",
         )
     run.restore(snapshot)
@@ -201,7 +201,7 @@ def _snapshot_to_resume(
         return None
     if snapshot.facts["stage"] != stage:
         raise ConfigError(
-            f"{snapshots.directory} holds a run of {snapshot.facts['stage']}, and this is {stage}",
+            f"{snapshots.directory} holds a run of {snapshot.facts['stage']}, but this run is {stage}",
             f"give another output directory, or start again with {option('force', on=True)}",
         )
     if snapshot.facts["recipe"] != config_hash(config) and not resume:

@@ -1,1 +1,1 @@
-"""The bundle, the unit that is deployed: its schema, manifest, seals and token table."""
+"""The bundle, the directory that is deployed: its schema, manifest, file hashes and token table."""

@@ -1,4 +1,4 @@
-"""An opened bundle: the directory that is deployed, its manifest, and what was derived from it."""
+"""An opened bundle: its directory, its manifest, and the directories of files that are derived from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from blip2edge.bundle.integrity import check_files, sha256_of
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import BundleError, OutputError, option
+from blip2edge.errors import BundleError, OutputError, UsageError, option
 from blip2edge.progress import ProgressCallback
 
 
@@ -38,7 +38,13 @@ class Bundle:
             BundleError: The directory is not a bundle, or its manifest cannot be read.
             BundleVersionError: A newer version wrote it.
             BundleIntegrityError: A file is missing or changed.
+            UsageError: ``path`` is not a path.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise UsageError(
+                f"expected {option('bundle')} to be the path of a directory, got {type(path).__name__}",
+                "give a str or a pathlib.Path",
+            )
         directory = Path(path)
         bundle = cls(directory, read_manifest(directory))
         bundle._check(use_stamps=True)
@@ -71,7 +77,7 @@ class Bundle:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of ``bundle.json``, by which engines and optimized copies name the bundle that they were made from.
+        """Hash of ``bundle.json``: engines and optimized copies record it as the bundle that they were made from.
 
         ``bundle.json`` holds the hash of every other file, so this one stands for the whole bundle. A bundle that holds
         only engines gives the hash of the bundle that they were built from.
@@ -82,7 +88,7 @@ class Bundle:
         """The directory to read derived files from: in the bundle, or in the user's cache.
 
         Args:
-            kind: What was derived: ``engines`` or ``optimized``.
+            kind: ``engines`` or ``optimized``.
         """
         places = self._derived(kind)
         return next((place for place in places if place.is_dir()), places[0])
@@ -91,7 +97,7 @@ class Bundle:
         """Makes the directory to write derived files to: in the bundle, or in the user's cache if it is read-only.
 
         Args:
-            kind: What is derived: ``engines`` or ``optimized``.
+            kind: ``engines`` or ``optimized``.
 
         Raises:
             OutputError: Neither can be written.
@@ -105,8 +111,8 @@ class Bundle:
             if os.access(place, os.W_OK):
                 return place
         raise OutputError(
-            f"none of {', '.join(map(str, places))} can be written",
-            "set XDG_CACHE_HOME to a directory that can be written",
+            f"none of the directories {', '.join(map(str, places))} can be written",
+            "set XDG_CACHE_HOME to a writable directory",
         )
 
     def _derived(self, kind: str) -> tuple[Path, ...]:
@@ -125,6 +131,7 @@ class Bundle:
         if name not in self.manifest.graphs:
             raise BundleError(
                 f"{self.path} has no graph {name}; it has {', '.join(self.manifest.graphs)}",
-                f"it was exported from a {self.manifest.family} checkpoint: use a command that fits it",
+                f"this bundle is of the family {self.manifest.family}; use a bundle of another family, or another "
+                "command",
             )
         return self.manifest.graphs[name]

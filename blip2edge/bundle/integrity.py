@@ -1,7 +1,7 @@
 """Checks files against the hashes in their manifest: a bundle's, an optimized copy's, an engine folder's.
 
 Hashing gigabytes at every start is slow. So a check that passes leaves stamps: size, modification time and hash of each
-file, in ``.verified.json`` next to the files, or in the user's cache where the directory is read-only. A file that
+file, in ``.verified.json`` next to the files, or in the user's cache if the directory is read-only. A file that
 still has the size and time of its stamp is not hashed again.
 """
 
@@ -40,7 +40,7 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """The record of a file as it is now."""
+        """The record of an existing file."""
         return cls(sha256_of(path), path.stat().st_size)
 
 

@@ -1,4 +1,4 @@
-"""``bundle.json``: what a bundle holds, with the size and hash of every file."""
+"""``bundle.json``: the description of a bundle, with size and hash of every file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from blip2edge.bundle.schema import (
     MergingRecord,
     Parity,
     PromptSpec,
-    TensorSpec,
 )
 from blip2edge.errors import BundleError, BundleVersionError, option
 
@@ -31,10 +30,11 @@ class GraphRecord:
 
     Attributes:
         spec: Its tensors.
-        precision: ``fp32``, ``fp16``, ``bf16``, or what ``calibrate`` made of it.
-        parity: How far each output is from torch.
-        fp32_exceptions: What stays in FP32 in a graph of lower precision, and why; one sentence each.
-        data_files: Files of its weights.
+        precision: ``fp32``, ``fp16``, ``bf16``, or a precision of ``calibrate``: ``int8``, ``int8-weights``, ``int4``.
+        parity: The difference of each output from torch.
+        fp32_exceptions: The parts that are kept in FP32 in a graph of lower precision, with the reason; one sentence
+            each.
+        data_files: Names of the files of its weights.
     """
 
     spec: GraphSpec
@@ -55,21 +55,15 @@ class GraphRecord:
             "data_files": list(self.data_files),
             "precision": self.precision,
             "fp32_exceptions": list(self.fp32_exceptions),
-            "inputs": [spec.to_json() for spec in self.spec.inputs],
-            "outputs": [spec.to_json() for spec in self.spec.outputs],
+            **self.spec.to_json(),
             "parity": [parity.to_json() for parity in self.parity],
         }
 
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> GraphRecord:
         """The inverse of :meth:`to_json`."""
-        spec = GraphSpec(
-            name,
-            tuple(TensorSpec.from_json(item) for item in values["inputs"]),
-            tuple(TensorSpec.from_json(item) for item in values["outputs"]),
-        )
         return cls(
-            spec=spec,
+            spec=GraphSpec.from_json(name, values),
             precision=values["precision"],
             parity=tuple(Parity.from_json(item) for item in values.get("parity", ())),
             fp32_exceptions=tuple(values.get("fp32_exceptions", ())),
@@ -96,9 +90,9 @@ class Manifest:
         files: Size and hash of every file of the bundle except ``bundle.json``.
         versions: The packages that made it.
         cross: Keys and values that the decoder's cross-attention reads; None for a decoder without any.
-        draft: The draft model inside the bridge; None where the checkpoint has none.
-        calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty where it did not.
-        merging: Patches that the vision encoder merges; None where it merges none.
+        draft: The draft model inside the bridge; None if the checkpoint has none.
+        calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty if it did not.
+        merging: Patches that the vision encoder merges; None if it merges none.
         tokenizer: Settings that ``tokenizer.json`` cannot hold: arguments of
             :class:`~blip2edge.runtime.text.tokenizer.Tokenizer` that are true.
         engines_of: Hash of the ``bundle.json`` that the engines were built from, in a bundle that holds engines instead
@@ -180,7 +174,7 @@ class Manifest:
         )
 
     def graph_bytes(self, graph: GraphRecord) -> int:
-        """Bytes of a graph's files, as far as this bundle holds them."""
+        """Bytes of a graph's files; files that this bundle does not hold count as 0."""
         return sum(self.files[file].size for file in graph.files if file in self.files)
 
     def write(self, directory: Path) -> None:
@@ -190,7 +184,7 @@ class Manifest:
 
 
 def _file_records(values: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """The records of all files; raises ValueError where a graph's file has none, or a file is outside the bundle."""
+    """The records of all files; raises ValueError if a graph's file has none, or a name is a path."""
     files = {name: FileRecord(**record) for name, record in values["files"].items()}
     for name in files:
         if Path(name).name != name:
@@ -213,14 +207,14 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not directory.is_dir():
         raise BundleError(
-            f"{directory} is not a directory, but a bundle is one",
-            "make it with: blip2edge export CHECKPOINT -o BUNDLE",
+            f"{directory} is not a directory; expected the directory of a bundle",
+            "make a bundle: blip2edge export CHECKPOINT -o BUNDLE",
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = "make a bundle of it with: blip2edge export CHECKPOINT -o BUNDLE"
-        raise BundleError(f"{directory} has no {MANIFEST}, so it is not a bundle", hint) from error
+        hint = "make a bundle: blip2edge export CHECKPOINT -o BUNDLE"
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}", hint) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(
             f"{path} cannot be read as JSON ({error})",
@@ -233,8 +227,8 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if version > SCHEMA_VERSION:
         raise BundleVersionError(
-            f"{path} has schema version {version}, and this blip2edge reads up to {SCHEMA_VERSION}",
-            "upgrade it: pip install --upgrade blip2edge",
+            f"{path} has schema version {version}, but this version of blip2edge reads up to {SCHEMA_VERSION}",
+            "upgrade blip2edge: pip install --upgrade blip2edge",
         )
     try:
         return Manifest.from_json(values)

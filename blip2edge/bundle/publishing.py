@@ -1,4 +1,4 @@
-"""Publishes directories whole: writes each under a temporary name, and renames it when every check has passed."""
+"""Publishes directories atomically: writes each under a temporary name, and renames it after all checks."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
 
 
 def publish(fresh: Path, target: Path, *, replace: bool) -> None:
-    """Gives a finished directory its name.
+    """Renames a finished directory to its final name.
 
-    An old directory of that name is exchanged for the new one in a single step (``renameat2`` of Linux). So a crash at
-    any moment leaves one of the two there, whole. Where the system cannot do that, the old directory is renamed first,
-    and gets its name back when the new one cannot take it.
+    An old directory of that name is exchanged for the new one in a single step (``renameat2`` of Linux), so that after
+    a crash one of the two is there, complete. On other systems the old directory is renamed first; if the new one then
+    cannot be renamed, the old one gets its name back.
 
     Args:
         fresh: The finished directory, on the same file system.
-        target: Its name from now on.
-        replace: Whether what already has that name is removed.
+        target: Its final name.
+        replace: Whether an existing directory of that name is removed.
 
     Raises:
         OutputError: ``target`` exists, and ``replace`` is False.
@@ -78,7 +78,7 @@ def publish(fresh: Path, target: Path, *, replace: bool) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Lets two directories change names in one step; False where the system or the file system cannot."""
+    """Exchanges the names of two directories in one step; False if the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):  # not Linux, or a C library before glibc 2.28
@@ -105,7 +105,7 @@ def _rename_twice(fresh: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a directory, or a link to one, as far as that is possible."""
+    """Removes a directory, or a link to one; files that cannot be removed stay."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     else:
@@ -113,7 +113,7 @@ def _remove(path: Path) -> None:
 
 
 def _check_target(target: Path, force: bool, marker: str | None) -> None:
-    """Raises OutputError where a directory may not take the name ``target``."""
+    """Raises OutputError if a directory must not be published as ``target``."""
     if os.path.lexists(target) and not force:
         raise OutputError(
             f"{target} exists",
@@ -125,7 +125,7 @@ def _check_target(target: Path, force: bool, marker: str | None) -> None:
         return
     if any(target.iterdir()):
         raise OutputError(
-            f"{target} holds files and no {marker}, so {option('force', on=True)} does not replace it",
+            f"{target} contains files but no {marker}, so {option('force', on=True)} does not replace it",
             "give another output directory",
         )
 

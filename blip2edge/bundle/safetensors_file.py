@@ -86,7 +86,7 @@ class SafetensorsFile:
 
 
 def _stored(name: str, entry: Mapping[str, Any], first: int) -> StoredTensor:
-    """A tensor by its entry in the header; raises ValueError where its length is not that of its shape."""
+    """A tensor by its entry in the header; raises ValueError if its length is not that of its shape."""
     start, end = entry["data_offsets"]
     tensor = StoredTensor(entry["dtype"], tuple(entry["shape"]), first + start)
     if tensor.nbytes != end - start:

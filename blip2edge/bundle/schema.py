@@ -154,6 +154,29 @@ class GraphSpec:
                     found.setdefault(dim.name, dim)
         return found
 
+    def lengths(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The lengths of the elementary axes by name, from the shapes of the inputs.
+
+        Raises:
+            ValueError: A shape has another rank than its tensor.
+        """
+        found: dict[str, int] = {}
+        for tensor in self.inputs:
+            for dim, length in zip(tensor.dims, shapes[tensor.name], strict=True):
+                if isinstance(dim, Axis) and "+" not in dim.name:
+                    found[dim.name] = length
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """``inputs`` and ``outputs`` as in ``bundle.json`` and ``engine.json``."""
+        return {key: [tensor.to_json() for tensor in getattr(self, key)] for key in ("inputs", "outputs")}
+
+    @classmethod
+    def from_json(cls, name: str, values: Mapping[str, Any]) -> GraphSpec:
+        """The inverse of :meth:`to_json`."""
+        inputs, outputs = (tuple(map(TensorSpec.from_json, values[key])) for key in ("inputs", "outputs"))
+        return cls(name, inputs, outputs)
+
     def with_float(self, dtype: str) -> GraphSpec:
         """The same graph with its floating-point tensors in ``dtype``; :data:`SCORES` stay float32."""
 
@@ -244,18 +267,18 @@ class PromptSpec:
 
     Attributes:
         template: Text with one ``{image}`` per picture and one ``{prompt}``.
-        question: What ``ask`` puts in place of ``{prompt}``, with one ``{question}``; empty where the model
+        question: The text that ``ask`` puts in place of ``{prompt}``, with one ``{question}``; empty if the model
             answers no questions.
         visual_tokens: Slots of a picture, or of a video's frames together; 0 for interleaved prompts.
-        bos_token_id: The whole text where there is no prompt.
-        image_token_id: What transformers writes into ``input_ids`` for a slot (the repetition penalty applies to it).
-        framed: Segments: whether the tokenizer's special tokens frame the text; else it follows the BOS alone. They
-            go to the first segment that is not empty: for BLIP-2 to the text after the picture.
+        bos_token_id: The token that is the whole text of an empty prompt.
+        image_token_id: The id in transformers' ``input_ids`` for a slot (the repetition penalty applies to it).
+        framed: Kind ``segments``: whether the tokenizer adds its special tokens to the text; otherwise only BOS is put
+            before it. The first segment that is not empty gets them: for BLIP-2, the text after the picture.
         required: Whether the model needs a prompt to caption.
-        default: What ``caption`` puts in place of ``{prompt}`` where none is given; None for nothing.
+        default: The text that ``caption`` puts in place of ``{prompt}`` if no prompt is given; None for no text.
         frames: Pictures of an item: 1, or the frames of a video.
         instruction_positions: The longest instruction that enters the bridge, in tokens of
-            ``qformer_tokenizer.json``; 0 where none enters it.
+            ``qformer_tokenizer.json``; 0 if the bridge takes no instruction.
         picture_token: Interleaved: the marker token of a picture.
         around_picture: Interleaved: the token before and after the marker; two adjacent pictures share it.
         end_token_id: Interleaved: the end of a document; tokens after it attend to no picture before it.
@@ -342,7 +365,7 @@ class MergingRecord:
         embeds: Number of embeddings that the vision encoder returns.
         embeds_before: The same without merging.
         output: The output that is compared: the bridge's, or the class token of a model without a bridge.
-        cosine: Mean cosine between that output with and without merging, in torch; None where it was not measured.
+        cosine: Mean cosine between that output with and without merging, in torch; None if it was not measured.
         lowest: The lowest cosine of one picture.
         pictures: Number of pictures that were compared.
     """

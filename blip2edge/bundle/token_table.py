@@ -118,7 +118,7 @@ class TokenTable:
             self._rows = _open(SafetensorsFile(path), tensor)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError(
-                f"{path} is not a safetensors file with a table {tensor} ({error})",
+                f"{path} is not a safetensors file with the tensor {tensor} ({error})",
                 "export the checkpoint again",
             ) from error
 
@@ -147,7 +147,7 @@ class TokenTable:
 
 
 def _open(file: SafetensorsFile, tensor: str) -> _Rows:
-    """The table of a file; raises KeyError or ValueError where it has none of the three forms."""
+    """The table of a file; raises KeyError or ValueError if it has none of the three forms."""
     table, dtype = file.array(tensor), file.tensors[tensor].dtype
     if "bits" not in file.metadata:
         if table.dtype.itemsize == 1:

@@ -16,29 +16,13 @@ from typing import TYPE_CHECKING
 from blip2edge.cli import interrupt
 from blip2edge.cli.parser import build_parser
 from blip2edge.errors import Blip2EdgeError
+from blip2edge.packages import EXTRAS, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INTERRUPTED = 130  # 128 + SIGINT, where no handler of ours was installed
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-# Optional package -> the extra that brings it.
-_EXTRAS = {
-    "huggingface_hub": "export",
-    "onnx": "export",
-    "onnx_ir": "export",
-    "onnxscript": "export",
-    "onnxruntime": "cpu",
-    "openvino": "openvino",
-    "safetensors": "export",
-    "tensorrt": "tensorrt",
-    "tensorrt_rtx": "rtx",
-    "accelerate": "train",
-    "torch": "export",
-    "transformers": "export",
-}
-
 
 # Options whose flag has another name.
 _FLAGS = {"max_waiting": "queue"}
@@ -90,15 +74,15 @@ def explain(error: Exception) -> str:
         return error.text(flag)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package in _EXTRAS:
-            return f"the package {package!r} is not installed; pip install 'blip2edge[{_EXTRAS[package]}]'"
+        if package in EXTRAS:
+            return f"the package {package!r} is not installed; {install_command(EXTRAS[package])}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing {error.filename}" if error.filename else ""
         return f"the disk is full{where}; make room and run the command again"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
-        return "there is not enough memory; try a smaller --batch-size or a smaller model"
+        return "memory ran out; use a smaller --batch-size or a smaller model"
     text = " ".join(str(error).split())
     return f"unexpected {type(error).__name__}: {text}; run the command with --debug for the traceback"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.caption import check, load_captioner, print_pieces, print_result
-from blip2edge.cli.flag_groups import add_bundle, add_generation, add_stream_or_json, given_generation
+from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_stream_or_json, given_generation
 
 if TYPE_CHECKING:
     import argparse
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``ask``."""
-    parser.add_argument("image", metavar="IMAGE", help="a picture file")
-    parser.add_argument("question", metavar="QUESTION")
-    add_bundle(parser)
+    parser.add_argument("image", metavar="IMAGE", help="picture file")
+    parser.add_argument("question", metavar="QUESTION", help="question about the picture")
+    add_bundle_option(parser)
     add_stream_or_json(parser)
     add_generation(parser)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.files import write
-from blip2edge.cli.flag_groups import add_backend, add_draft
+from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft, add_number
 from blip2edge.cli.flag_types import non_negative_int, positive_int
+from blip2edge.packages import missing
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``bench``."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    add_bundle(parser)
     add_backend(parser)
-    parser.add_argument("--runs", metavar="N", type=positive_int, default=10, help="captions that are timed (10)")
-    parser.add_argument("--warmup", metavar="N", type=non_negative_int, default=2, help="captions before them (2)")
-    parser.add_argument(
-        "--tokens", metavar="N", type=positive_int, default=20, help="length of a caption, in tokens (20)"
-    )
+    add_number(parser, "--runs", "number of captions that are timed", 10)
+    add_number(parser, "--warmup", "number of captions before the timed ones", 2, kind=non_negative_int)
+    add_number(parser, "--tokens", "number of tokens of each caption", 20)
     parser.add_argument(
         "--batch-sizes",
         metavar="N",
         type=positive_int,
         nargs="+",
         default=[1, 2, 4, 8],
-        help="batch sizes to compare (1 2 4 8)",
+        help="batch sizes to compare",
     )
     add_draft(
         parser,
-        "draft model whose accepted tokens per pass are reported; the stages are timed without speculative decoding",
+        "draft model whose number of tokens per pass is reported; the stages are timed without speculative decoding",
     )
-    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with charts to FILE")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="also write the results with charts to FILE, an HTML page"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,13 +65,13 @@ def run(options: argparse.Namespace) -> int:
     print(json.dumps(report.to_json(), indent=2) if options.json else markdown(report))
     if options.html is not None:
         write(options.html, bench_page(report), "--html")
-        print(f"{options.html}: the same with charts", file=sys.stderr)
+        print(f"{options.html}: the results with charts", file=sys.stderr)
     return 0
 
 
 def _cost_of(captioner: Captioner) -> CostOf | None:
     """Counts the operations and bytes of each stage; None where the onnx packages are not installed."""
-    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnx_ir")):
+    if missing(("onnx", "onnx_ir")):
         return None
     from blip2edge.optimization.stage_cost import stage_costs
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2edge.choices import DECODER_CACHES, TENSORRT_EDITIONS
+from blip2edge.cli.flag_groups import add_bundle, add_number, add_output
 from blip2edge.cli.flag_types import positive_int
 from blip2edge.cli.table import size, table
+from blip2edge.packages import require
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``build``."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    add_bundle(parser)
     parser.add_argument(
         "--target",
-        choices=("tensorrt", "rtx"),
+        choices=TENSORRT_EDITIONS,
         default="tensorrt",
-        help="tensorrt: build on the machine that runs the engines; rtx: build anywhere (tensorrt)",
+        help="edition of TensorRT. tensorrt: build on the machine that runs the engines; rtx (TensorRT for RTX): "
+        "build on any machine",
     )
     parser.add_argument(
         "--sm",
@@ -31,49 +34,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         action="append",
         default=[],
-        help="build for this compute capability (86 is 8.6) without that GPU; rtx only, may be repeated",
+        help="compute capability of the GPU that runs the engines (86 means 8.6), with --target rtx only; repeat it "
+        "for several GPUs (default: the GPU of this machine)",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        type=Path,
-        help="write a bundle that holds engines and no ONNX file, for the device",
+    add_output(
+        parser,
+        "DIR",
+        "write a new bundle to DIR that contains the engines and no ONNX files, for a device with little disk space "
+        "(default: add the engines to BUNDLE)",
+        required=False,
     )
-    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
-    sizes = parser.add_argument_group("sizes", "limits of the engines; smaller ones take less memory")
-    sizes.add_argument("--workspace", metavar="MiB", type=positive_int, help="largest scratch memory of the builder")
-    sizes.add_argument(
+    sizes = parser.add_argument_group("sizes", "limits of the engines; lower limits need less memory")
+    add_number(sizes, "--workspace", "limit of the builder's scratch memory in MiB (default: no limit)", metavar="MiB")
+    add_number(
+        sizes,
         "--capacity",
-        metavar="N",
-        type=positive_int,
-        help="largest number of tokens of prompt and answer (256 beyond the picture's, or the model's context)",
+        "capacity of the KV cache: largest number of tokens of prompt and answer together (default: the usual "
+        "length of the prompt plus 256, at most the model's context)",
     )
-    sizes.add_argument(
-        "--max-batch",
-        metavar="N",
-        type=positive_int,
-        help="rows (pictures times beams) decoded in one batch (8)",
-    )
+    add_number(sizes, "--max-batch", "largest number of rows (pictures times beams) in one batch (default: 8)")
     kinds = parser.add_argument_group("kinds of engines")
     kinds.add_argument(
         "--decoder",
-        choices=("constant", "concatenated"),
+        choices=DECODER_CACHES,
         default="constant",
-        help="constant: a KV cache of constant size, which the TensorRT runtime needs; concatenated: one that grows "
-        "(constant)",
+        help="KV cache of the decoder. constant: of constant capacity, required to run the engines; concatenated: "
+        "growing, for comparisons only",
     )
     kinds.add_argument(
         "--timing-cache",
         metavar="FILE",
         type=Path,
-        help="file with timings of kernels, reused by later builds",
+        help="file of kernel timings, which makes later builds faster (default: a file in the directory of the "
+        "engines)",
     )
     kinds.add_argument(
-        "--version-compatible", action="store_true", help="run on newer TensorRT of the same major version"
+        "--version-compatible",
+        action="store_true",
+        help="build engines that also run with newer TensorRT versions of the same major version",
     )
     kinds.add_argument(
-        "--hardware-compatible", action="store_true", help="run on every GPU since Ampere; not on a Jetson"
+        "--hardware-compatible",
+        action="store_true",
+        help="build engines that also run on other GPUs (Ampere and newer); not available on a Jetson",
     )
 
 
@@ -81,11 +84,7 @@ def run(options: argparse.Namespace) -> int:
     """Build the engines and print a table of them."""
     from blip2edge.errors import EngineError
 
-    if find_spec("onnx_ir") is None:
-        raise EngineError(
-            "reading graphs needs onnx-ir, which is not installed",
-            "install it: pip install 'blip2edge[build]'",
-        )
+    require("onnx_ir", "reading graphs", EngineError)
     from blip2edge.engine.build import build_bundle
 
     with Progress() as progress:
@@ -116,13 +115,13 @@ def run(options: argparse.Namespace) -> int:
         ]
         for name, engine in report.engines.items()
     ]
-    heads = ("engine", "size", "seconds", "profiles", "precisions asked for", "precisions of layers")
-    print(table(heads, rows, right=(1, 2)))
+    header = ("engine", "size", "seconds", "profiles", "requested precisions", "actual precisions")
+    print(table(header, rows, right=(1, 2)))
     mark = report.fingerprint
     print(f"\n{report.directory}: TensorRT {mark.tensorrt} ({mark.target}), {', '.join(mark.gpus)}")
     print("built without a GPU, not run yet" if not mark.gpu else f"built on {mark.gpu}, not run yet")
     if report.bundle is not None:
-        print(f"{report.bundle}: holds engines alone, for the machine that they were built for")
+        print(f"{report.bundle}: contains engines only; they run only on the kind of machine that they were built for")
     return 0
 
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flag_groups import add_no_optimize, add_threads
-from blip2edge.cli.flag_types import positive_int
+from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
+from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output, add_threads
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
@@ -18,15 +18,13 @@ if TYPE_CHECKING:
 
     from blip2edge.calibration.results import CalibrationReport
 
-METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
-WEIGHTS = ("int8", "int4")
 HEADER = (
     "graph",
     "precision",
     "size",
-    "of the parent",
+    "size / parent",
     "INT8 products",
-    "in float",
+    "kept in float",
     "cosine",
     "lowest",
     "seconds",
@@ -35,39 +33,47 @@ HEADER = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``calibrate``."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="in fp32 or fp16")
-    parser.add_argument("-o", "--output", metavar="BUNDLE8", type=Path, required=True, help="directory to write")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="bundle to calibrate, in fp32 or fp16")
+    add_output(parser, "BUNDLE8", "directory of the new INT8 bundle")
     parser.add_argument(
         "--images",
         metavar="DIR",
         type=Path,
         required=True,
-        help="a folder of pictures, or of .tar shards, like those that the device will see",
+        help="folder of calibration pictures, or of .tar shards of them; use pictures like those of the application",
     )
-    parser.add_argument("--method", choices=METHODS, default="smooth", help="how the INT8 ranges are chosen (smooth)")
+    parser.add_argument(
+        "--method",
+        choices=RANGE_METHODS,
+        default="smooth",
+        help="how the INT8 ranges of activations are chosen: by the error of the layer's output (smooth), or by the "
+        "histogram of the activation (all others)",
+    )
     parser.add_argument(
         "--weights",
-        choices=(*WEIGHTS, "none"),
+        choices=(*WEIGHT_BITS, "none"),
         default="int8",
-        help="precision of the language model's weights, with a scale for each block (int8); TensorRT takes int4 only",
+        help="precision of the language model's weights, with one scale per block; none: unchanged. TensorRT "
+        "supports int4 only, TensorRT for RTX both",
     )
     parser.add_argument(
         "--drop-limit",
         metavar="X",
         type=float,
-        help="keep the most sensitive layers in floating point, so that at most X percent of the captions change; if"
-        " every picture has a .txt file with reference captions: so that CIDEr drops by at most X points",
+        help="keep the most sensitive layers in floating point until at most X percent of the captions change, or, "
+        "if every picture has a .txt file with reference captions, until CIDEr drops by at most X points (default: "
+        "no limit)",
     )
     parser.add_argument(
         "--int8-activations",
         metavar="GRAPH",
         action="append",
         default=[],
-        help="make the activations of this graph INT8 too, in addition to vision_encoder and bridge; may be repeated",
+        help="name of a graph whose activations become INT8 too, in addition to vision_encoder and bridge; repeat "
+        "it for several graphs",
     )
-    parser.add_argument("--count", metavar="N", type=positive_int, default=512, help="use at most N pictures (512)")
+    add_number(parser, "--count", "largest number of calibration pictures", 512)
     add_threads(parser)
-    parser.add_argument("--force", action="store_true", help="replace BUNDLE8 if it exists")
     add_no_optimize(parser)
 
 

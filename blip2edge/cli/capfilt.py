@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.choices import KEEP
 from blip2edge.cli.flag_groups import (
     DATA,
     DECODING,
@@ -13,10 +14,12 @@ from blip2edge.cli.flag_groups import (
     add_backend,
     add_batch_size,
     add_data_files,
+    add_number,
+    add_output,
     add_some_generation,
     given_generation,
 )
-from blip2edge.cli.flag_types import positive_int, share
+from blip2edge.cli.flag_types import share
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -29,64 +32,53 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``capfilt``."""
-    parser.add_argument("data", metavar="DATA", help=DATA)
+    parser.add_argument("data", metavar="DATA", help=f"data set to clean: {DATA}")
     parser.add_argument(
         "--captioner",
         metavar="CHECKPOINT|BUNDLE",
         type=Path,
         required=True,
-        help="model that writes the synthetic captions",
+        help="captioner that generates the synthetic captions",
     )
     parser.add_argument(
         "--matcher",
         metavar="CHECKPOINT|BUNDLE",
         type=Path,
         required=True,
-        help="model with a matching head (ITM) that scores all captions",
+        help="model with a matching head (ITM), which scores all captions",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        type=Path,
-        required=True,
-        help="directory for the shards and report.json",
+    add_output(
+        parser, "DIR", "directory of the new shards and report.json", force="replace {} if capfilt wrote it before"
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--threshold",
+        "smallest matching probability of a kept caption (above 0, at most 1)",
+        0.5,
+        kind=share,
         metavar="P",
-        type=share,
-        default=0.5,
-        help="keep captions with at least this matching probability (0.5)",
     )
     parser.add_argument(
         "--keep",
-        choices=("both", "web", "synthetic"),
+        choices=KEEP,
         default="both",
-        help="which captions are kept if they reach the threshold (both)",
+        help="which captions may be kept: those of the data set (web), the generated ones (synthetic), or both",
     )
     add_data_files(parser)
-    parser.add_argument("--prompt", metavar="P", help="text that captions continue (the captioner's own prompt)")
     parser.add_argument(
-        "--samples-per-shard", metavar="N", type=positive_int, default=1000, help="pictures in a shard (1000)"
+        "--prompt", metavar="P", help="text that the generated captions continue (default: the captioner's own prompt)"
     )
+    add_number(parser, "--samples-per-shard", "number of pictures in a shard", 1000)
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="spread the work with Ray Data over the cluster at ADDRESS; local: over this machine",
+        help="run with Ray Data on the cluster at ADDRESS; local: on this machine (default: without Ray)",
     )
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=positive_int,
-        default=1,
-        help="with --ray: models that run in parallel (1)",
-    )
+    add_number(parser, "--workers", "with --ray: number of processes that load the models and run in parallel", 1)
     add_batch_size(parser, 16)
     add_backend(parser)
     add_some_generation(parser, *DECODING)
     add_some_generation(parser, *SAMPLING)
-    parser.add_argument("--force", action="store_true", help="replace DIR if an earlier run of this command wrote it")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
@@ -136,7 +128,7 @@ def _text(report: Mapping[str, Any], output: str) -> str:
     pictures = report["pictures"]
     return "\n".join(
         [
-            table(("captions", "seen", "kept"), rows, right=(1, 2)),
+            table(("captions", "scored", "kept"), rows, right=(1, 2)),
             f"{pictures['kept']} of {pictures['seen']} pictures keep a caption, {pictures['broken']} are broken",
             f"{output}: {len(report['shards'])} shards and report.json, in {report['seconds']} s",
             f'next: train on them with kind = "shards" and path = "{output}" in [data]',

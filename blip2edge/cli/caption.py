@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from blip2edge.bundle.schema import MARKERS
 from blip2edge.cli.flag_groups import (
     add_batch_size,
-    add_bundle,
+    add_bundle_option,
     add_generation,
     add_stream_or_json,
     given_generation,
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``caption``."""
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="a picture; for video models a video or a folder of frames"
+        "images", metavar="IMAGE", nargs="+", help="picture file; for a video model: a video file or a folder of frames"
     )
     parser.add_argument(
         "--prompt",
         metavar="P",
         action="append",
-        help="text that the caption continues: one for all pictures, or one for each; for models that read several "
-        "pictures, each <image> in it takes one of them",
+        help="text that the caption continues; give it once for all pictures, or once for each; for a model that "
+        "takes several pictures per prompt, write <image> at the place of each (default: the model's own prompt)",
     )
     add_batch_size(parser, 1)
-    add_bundle(parser)
+    add_bundle_option(parser)
     add_stream_or_json(parser)
     add_generation(parser)
 
@@ -70,21 +70,21 @@ def _label(item: str | list[str], count: int) -> str:
 
 
 def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[str]], list[str] | None]:
-    """The picture of each caption (several where its prompt holds several <image>), and its prompt.
+    """Assigns pictures to prompts: each prompt takes as many pictures as it contains <image>, at least one.
 
     Raises:
-        UsageError: The prompts hold more or fewer <image> than there are pictures.
+        UsageError: The number of <image> in the prompts differs from that of the pictures.
     """
     places = [sum(prompt.count(marker) for marker in MARKERS) for prompt in given or ()]
     if given is None or not any(places):
         return list(images), _prompts(given, len(images))
-    if len(given) == 1:  # the same prompt again and again, each time with the next pictures
+    if len(given) == 1:  # repeat the prompt for the next pictures
         times = max(1, len(images) // places[0])
         given, places = given * times, places * times
     taken = [max(1, count) for count in places]
     if sum(taken) != len(images):
         raise UsageError(
-            f"{option('prompt')} has places for {sum(taken)} pictures, but {len(images)} are given",
+            f"{option('prompt')} has {MARKERS[1]} for {sum(taken)} pictures, but {len(images)} are given",
             f"write {MARKERS[1]} once for each picture",
         )
     items: list[str | list[str]] = []
@@ -95,7 +95,7 @@ def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[
 
 
 def _prompts(given: list[str] | None, count: int) -> list[str] | None:
-    """One prompt a picture, or None for the bundle's own.
+    """One prompt for each picture, or None for the bundle's own.
 
     Raises:
         UsageError: The number of prompts is neither one nor that of the pictures.
@@ -113,7 +113,7 @@ def _prompts(given: list[str] | None, count: int) -> list[str] | None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse flags that exclude each other, before anything is loaded.
+    """Check for flags that cannot be combined, before the bundle is loaded.
 
     Raises:
         UsageError: Beam search with streaming, or a smallest length above the largest.
@@ -121,8 +121,8 @@ def check(options: argparse.Namespace) -> None:
     beams = options.num_beams is not None and options.num_beams > 1
     if options.stream and beams:
         raise UsageError(
-            f"{option('stream')} and {option('num_beams')} exclude each other: "
-            "beam search chooses the words at the end",
+            f"{option('stream')} and {option('num_beams')} cannot be combined: beam search chooses the words at the "
+            "end",
             "leave one of the two out",
         )
     least, most = options.min_new_tokens, options.max_new_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from blip2edge.cli.inspect import bundle_bytes
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BackendError, OutputError, option
+from blip2edge.packages import install_command, missing
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``demo``."""
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="keep the bundle in DIR (default: the user's cache directory)"
+        "--out", metavar="DIR", type=Path, help="directory of the bundle (default: in the user's cache directory)"
     )
 
 
@@ -80,16 +80,16 @@ def _check_installed() -> None:
     """
     import platform
 
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        fix = "pip install 'blip2edge[demo]'"
+    absent = missing(NEEDED)
+    if absent:
+        fix = install_command("demo")
         if sys.version_info < EXPORT_PYTHON:
             fix = f"on Python 3.11 or newer, not {platform.python_version()}: {fix}"
-        raise BackendError(f"the demo needs {', '.join(missing)}, which cannot be found", fix)
+        raise BackendError(f"the demo needs {', '.join(absent)}, which are not installed", fix)
     if not (CHECKPOINT / "config.json").is_file():
         raise BackendError(
-            f"the checkpoint of the demo is not at {CHECKPOINT}",
-            "install blip2edge again, from a complete wheel",
+            f"the example checkpoint is missing: there is no {CHECKPOINT}",
+            "install blip2edge again, from a complete wheel or clone",
         )
 
 
@@ -144,14 +144,14 @@ def _captions(pictures: list[Path], results: list[CaptionResult]) -> str:
 
 
 def _closing(report: ExportReport) -> list[str]:
-    """Size of the bundle, largest difference to torch, and why TensorRT was not run."""
+    """Size of the bundle, largest difference from torch, and why TensorRT was not run."""
     from blip2edge.bundle.bundle import Bundle
 
     manifest = Bundle.open(report.bundle).manifest
     worst = difference(max(graph.max_difference for graph in report.graphs))
     return [
         f"bundle size               {size(bundle_bytes(manifest))}",
-        f"max difference to torch   {worst}",
+        f"max difference from torch {worst}",
         f"TensorRT                  not run: {_tensorrt()}",
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.files import write
-from blip2edge.cli.flag_groups import add_batch_size, add_bundle
+from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option
 from blip2edge.cli.match import load_matcher
 from blip2edge.errors import UsageError, option
 
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``embed``."""
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="a picture file")
-    parser.add_argument("--text", metavar="T", action="append", help="a text instead of pictures; repeat for more")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="picture file")
+    parser.add_argument(
+        "--text", metavar="T", action="append", help="text to embed instead of pictures; may be repeated"
+    )
     add_batch_size(parser, 1)
-    add_bundle(parser)
+    add_bundle_option(parser)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="one JSON object on a line (the default)")
-    how.add_argument("--output", metavar="FILE", type=Path, help="write one array to FILE, as .npy")
+    how.add_argument("--json", action="store_true", help="print one JSON object per line for each vector (default)")
+    how.add_argument("--output", metavar="FILE", type=Path, help="write all vectors to FILE as one .npy array")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print or write the vectors of pictures or of texts."""
     if bool(options.images) == bool(options.text):
-        raise UsageError(f"expected either pictures or {option('text')}", "leave one of the two out")
+        given = "both" if options.text else "neither"
+        raise UsageError(f"expected either pictures or {option('text')}, got {given}")
     matcher = load_matcher(options)
     if options.text:
         vectors = matcher.embed_texts(options.text, batch_size=options.batch_size)

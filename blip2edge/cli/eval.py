@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.choices import METRICS, SPLITS
 from blip2edge.cli.files import write
 from blip2edge.cli.flag_groups import (
     DATA,
@@ -13,10 +14,11 @@ from blip2edge.cli.flag_groups import (
     add_backend,
     add_batch_size,
     add_data_files,
+    add_number,
     add_some_generation,
     given_generation,
 )
-from blip2edge.cli.flag_types import non_negative_int, positive_int
+from blip2edge.cli.flag_types import non_negative_int
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -24,55 +26,57 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval")
 _TEXTS = ("wrong", "broken_named")  # figures that are lists of texts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``eval``."""
-    parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path)
+    parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path, help="directory of the model to score")
     parser.add_argument(
-        "--data", metavar="FILE", default="scenes", help=f"scenes, generated pictures (the default); {DATA}"
+        "--data", metavar="DATA", default="scenes", help=f"data set: the word scenes for generated pictures, or {DATA}"
     )
     add_data_files(parser)
     parser.add_argument(
         "--split",
-        choices=("heldout", "train"),
+        choices=SPLITS,
         default="heldout",
-        help="scenes: pairs of objects that training never showed, or those that it showed (heldout)",
+        help="with scenes: use the pairs of objects that no training shows (heldout), or the other pairs (train)",
+    )
+    add_number(parser, "--count", "largest number of pictures (default: 1000 scenes, or all pictures of a data set)")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        metavar="METRIC",
+        help=f"metrics to compute, of {', '.join(METRICS)} (default: all that fit the model and the data)",
     )
     parser.add_argument(
-        "--count",
-        metavar="N",
-        type=positive_int,
-        help="pictures at most (1000 scenes; all pictures of a file)",
+        "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"
     )
-    parser.add_argument(
-        "--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"only these of {', '.join(METRICS)}"
-    )
-    parser.add_argument("--prompt", metavar="P", help="text that captions continue (the model's own prompt)")
-    parser.add_argument(
+    add_number(
+        parser,
         "--top",
+        "retrieval: number of nearest candidates that the matching head ranks again; 0: none",
+        16,
+        kind=non_negative_int,
         metavar="K",
-        type=non_negative_int,
-        default=16,
-        help="retrieval: the matching head ranks the K nearest again; 0: none (16)",
     )
     parser.add_argument(
         "--ask",
         action="store_true",
-        help="pope: give its questions to the model (default: answer them by the objects that the captions name)",
+        help="pope: ask the model the questions (default: answer them by the objects that the model's captions name)",
     )
     parser.add_argument(
         "--predictions",
         metavar="FILE",
         type=Path,
-        help="write the model's texts, in COCO's format of results",
+        help="write the generated texts to FILE in COCO's result format; only with a captioner and a data set from "
+        "files",
     )
     add_batch_size(parser, 16)
     add_backend(parser)
     add_some_generation(parser, *DECODING)
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flag_groups import add_no_optimize
+from blip2edge.choices import PRECISIONS, VERIFICATIONS
+from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output
 from blip2edge.cli.flag_types import non_negative_int
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
@@ -19,33 +19,35 @@ if TYPE_CHECKING:
     from blip2edge.bundle.schema import MergingRecord
     from blip2edge.export.pipeline import ExportReport
 
-PRECISIONS = ("fp32", "fp16", "bf16")
 HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``export``."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a local directory, a hub name or a .pth of LAVIS")
-    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, hub name or .pth file of LAVIS")
+    add_output(parser, "BUNDLE", "directory of the new bundle")
     parser.add_argument(
         "--base",
         metavar="DIRECTORY",
-        help="checkpoint with the frozen parts, which a .pth of LAVIS does not hold",
+        help="checkpoint with the frozen parts of the model; required for a .pth file of LAVIS, which does not "
+        "contain them",
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the weights (fp32)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the graphs")
     parser.add_argument(
         "--verify",
-        choices=("full", "sample"),
-        help="full: compare the whole model with torch; sample: some of its layers and shapes (default: by its size)",
+        choices=VERIFICATIONS,
+        help="how the graphs are compared with torch. full: the whole model; sample: some of its layers and shapes "
+        "(default: full below 1 GiB, sample from there on)",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--merge-tokens",
+        "number of patches to merge in each layer of the vision encoder; faster, but the captions may differ from "
+        "those of transformers; 0: none",
+        0,
+        kind=non_negative_int,
         metavar="R",
-        type=non_negative_int,
-        default=0,
-        help="merge R patches in each layer of the vision encoder: faster, but outputs differ from transformers' (0)",
     )
-    parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
     add_no_optimize(parser)
 
 
@@ -75,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 def report_table(report: ExportReport) -> str:
     """A line for each graph, and one for the whole bundle.
 
-    The largest difference to torch is absolute, and relative to the largest value of the output; the tolerance
+    The largest difference from torch is absolute, and relative to the largest value of the output; the tolerance
     limits the relative one. Where patches are merged, torch merges them too, and one more line compares that with the
     model that merges none.
     """
@@ -102,6 +104,6 @@ def merging_line(merging: MergingRecord) -> str:
     if merging.cosine is None or merging.lowest is None:
         return f"merged patches: {counts}; not compared with the model that merges none (--verify full does)"
     return (
-        f"merged patches: {counts}; {merging.output} without merging: cosine {merging.cosine:.4f} "
-        f"(lowest {merging.lowest:.4f}) on {merging.pictures} drawn pictures"
+        f"merged patches: {counts}; {merging.output} without merging: cosine {merging.cosine:.4f} (lowest "
+        f"{merging.lowest:.4f}) on {merging.pictures} drawn pictures"
     )

@@ -20,76 +20,107 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 MAX_BROKEN = 100
-DATA = "COCO's JSON of captions or VQA questions, a folder of pictures with .txt files, tar shards, or a recipe"
+BUNDLE = "bundle directory, written by `blip2edge export` or `calibrate`"
+DATA = "a COCO JSON file of captions or VQA questions, a folder of pictures and .txt files, tar shards, or a recipe"
 
 # Field of GenerationOptions -> the flag's placeholder, type and help.
 GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
-    "max_new_tokens": ("N", positive_int, "stop after N tokens"),
-    "min_new_tokens": ("N", non_negative_int, "generate at least N tokens"),
-    "num_beams": ("K", positive_int, "beam search with K beams"),
-    "length_penalty": ("X", number, "beam scores are divided by length to the power of X"),
-    "repetition_penalty": ("X", positive_number, "above 1: fewer repetitions"),
-    "temperature": ("T", non_negative_number, "sample tokens at temperature T; 0: greedy"),
-    "top_p": ("P", share, "sample from the most likely tokens whose probabilities sum up to P"),
+    "max_new_tokens": ("N", positive_int, "largest number of generated tokens"),
+    "min_new_tokens": ("N", non_negative_int, "smallest number of generated tokens"),
+    "num_beams": ("K", positive_int, "number of beams; 1: greedy decoding or sampling"),
+    "length_penalty": ("X", number, "divide a beam's score by its length to the power of X; above 0: longer texts"),
+    "repetition_penalty": ("X", positive_number, "above 1: lower the logits of tokens that are in the text; 1: off"),
+    "temperature": ("T", non_negative_number, "sample at temperature T; 0: greedy decoding"),
+    "top_p": ("P", share, "sample from the most likely tokens whose probabilities sum up to P (0 to 1)"),
     "top_k": ("K", non_negative_int, "sample from the K most likely tokens; 0: from all"),
-    "seed": ("S", non_negative_int, "seed of the random numbers"),
+    "seed": ("S", non_negative_int, "seed of sampling"),
 }
 # Groups of generation flags: title, description, and which. Published evaluations use those of the first.
 DECODING = (
     "generation",
-    "defaults are the bundle's own; checkpoints decode greedily",
+    "default values are in bundle.json; a checkpoint decodes greedily",
     ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty"),
 )
 SAMPLING = (
     "sampling",
-    "BLIP samples its synthetic captions; without these flags they are greedy",
+    "BLIP samples its synthetic captions; without these options decoding is greedy",
     ("temperature", "top_p", "seed"),
 )
 
 
+def add_number(
+    group: _ActionsContainer,
+    flag: str,
+    text: str,
+    default: float | None = None,
+    *,
+    kind: Callable[[str], float] = positive_int,
+    metavar: str = "N",
+) -> None:
+    """An option with one number."""
+    group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
+
+
 def add_bundle(parser: ArgumentParser) -> None:
-    """The bundle as a flag, and where it runs."""
-    parser.add_argument(
-        "-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help="the directory that `export` wrote"
-    )
+    """The bundle as an argument."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help=BUNDLE)
+
+
+def add_bundle_option(parser: ArgumentParser) -> None:
+    """The bundle as an option, and where it runs."""
+    parser.add_argument("-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help=BUNDLE)
     add_backend(parser)
 
 
 def add_backend(parser: ArgumentParser) -> None:
     """The backend and its threads."""
     parser.add_argument(
-        "--backend", choices=get_args(BackendName), default="auto", help="backend that runs the graphs (auto)"
+        "--backend",
+        choices=get_args(BackendName),
+        default="auto",
+        help="backend that runs the graphs; auto: cpu, or the one that runs the engines of a bundle without graphs",
     )
     add_threads(parser)
 
 
 def add_threads(parser: ArgumentParser) -> None:
     """CPU threads."""
-    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (all cores)")
+    add_number(parser, "--threads", "number of CPU threads (default: all cores)")
+
+
+def add_output(
+    parser: ArgumentParser,
+    metavar: str,
+    text: str,
+    *,
+    required: bool = True,
+    force: str = "replace {} if it exists",
+) -> None:
+    """The output of a command, and whether it may be replaced."""
+    parser.add_argument("-o", "--output", metavar=metavar, type=Path, required=required, help=text)
+    parser.add_argument("--force", action="store_true", help=force.format(metavar))
 
 
 def add_batch_size(parser: ArgumentParser, default: int) -> None:
     """Pictures in one batch."""
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=positive_int,
-        default=default,
-        help=f"pictures in one batch ({default})",
-    )
+    add_number(parser, "--batch-size", "number of pictures in one batch", default)
 
 
 def add_stream_or_json(parser: ArgumentParser) -> None:
     """How captions are printed."""
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--stream", action="store_true", help="print the words while they are generated")
-    how.add_argument("--json", action="store_true", help="one JSON object on a line for each picture")
+    how.add_argument("--stream", action="store_true", help="print each caption while it is generated")
+    how.add_argument("--json", action="store_true", help="print one JSON object per line for each picture")
 
 
 def add_generation(parser: ArgumentParser) -> None:
     """All flags of GenerationOptions, and the draft model."""
-    group = add_some_generation(parser, "generation", "defaults are the bundle's own", GENERATION)
-    add_draft(group, "draft model of speculative decoding; the text stays the same (auto)")
+    group = add_some_generation(parser, "generation", "default values are in bundle.json", GENERATION)
+    add_draft(
+        group,
+        "draft model of speculative decoding, which never changes the text. itg: the Q-Former's text head; lookup: "
+        "prompt lookup; auto: itg if the bundle has it and decoding is greedy, else none",
+    )
 
 
 def add_draft(group: _ActionsContainer, text: str) -> None:
@@ -116,16 +147,20 @@ def given_generation(options: Namespace) -> dict[str, Any]:
 
 def add_data_files(parser: ArgumentParser) -> None:
     """Where the parts of COCO's files are, and how much may be broken."""
-    parser.add_argument("--images", metavar="DIR", help="pictures of a JSON file (default: in its directory)")
     parser.add_argument(
-        "--annotations", metavar="FILE", help="answers to VQA's questions (default: in the directory of the questions)"
+        "--images", metavar="DIR", help="directory of a JSON file's pictures (default: that of the file)"
     )
     parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="file of the answers to VQA questions (default: in the directory of the questions)",
+    )
+    add_number(
+        parser,
         "--max-broken",
-        metavar="N",
-        type=non_negative_int,
-        default=MAX_BROKEN,
-        help=f"how many samples may be missing or broken; they are counted and named ({MAX_BROKEN})",
+        "stop with an error if more than N samples are missing or broken; up to N are skipped and reported",
+        MAX_BROKEN,
+        kind=non_negative_int,
     )
 
 
@@ -134,5 +169,5 @@ def add_no_optimize(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-optimize",
         action="store_true",
-        help="make no faster copy for the CPU (see `blip2edge optimize`)",
+        help="do not make the optimized copy for the CPU (see `blip2edge optimize`)",
     )

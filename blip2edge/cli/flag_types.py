@@ -4,6 +4,36 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
+def _number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of a number that is ``what``."""
+
+    def parse(text: str) -> float:
+        value = number(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text}")
+        return value
+
+    return parse
+
+
+positive_number = _number("a number above 0", lambda value: value > 0)
+non_negative_number = _number("a number of at least 0", lambda value: value >= 0)
+share = _number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
+share_or_zero = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def positive_int(text: str) -> int:
@@ -16,54 +46,11 @@ def non_negative_int(text: str) -> int:
     return _whole(text, 0)
 
 
-def number(text: str) -> float:
-    """A finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"a number is expected, not {text!r}")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """A finite number above 0."""
-    value = number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text}")
-    return value
-
-
-def non_negative_number(text: str) -> float:
-    """A finite number of at least 0."""
-    value = number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text}")
-    return value
-
-
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    value = number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"a number above 0 and at most 1 is expected, not {text}")
-    return value
-
-
-def share_or_zero(text: str) -> float:
-    """A number from 0 to 1."""
-    value = number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not {text}")
-    return value
-
-
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
     if value < least:
-        raise argparse.ArgumentTypeError(f"a whole number of at least {least} is expected, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return value

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.schema import Axis
 from blip2edge.cli.export import merging_line
+from blip2edge.cli.flag_groups import add_bundle
 from blip2edge.cli.table import difference, size, table
 from blip2edge.progress import Progress
 
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``inspect``."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
-    parser.add_argument("--verify", action="store_true", help="hash every file again")
+    add_bundle(parser)
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the SHA-256 of every file with the one recorded in bundle.json"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,7 +62,7 @@ def _copies(bundle: Bundle) -> list[str]:
             state = f"not used, because it belongs to another bundle or version: {remake}"
         else:
             state = ", ".join(found[1].graphs) or "no graph, because the portable ones are faster"
-        lines.append(f"optimised for {backend}: {state}")
+        lines.append(f"optimized for {backend}: {state}")
     return ["", *lines] if lines else []
 
 
@@ -130,8 +132,8 @@ def _graph(name: str, graph: GraphRecord, manifest: Manifest) -> list[str]:
         part = f", sample: {parity.sample}" if parity.sample else ""
         lines.append(
             f"  parity {parity.output}: max difference {difference(parity.max_difference)}, relative "
-            f"{difference(parity.relative)} (tolerance {difference(parity.tolerance)}), "
-            f"{len(parity.cases)} cases{part}"
+            f"{difference(parity.relative)} (tolerance {difference(parity.tolerance)}), {len(parity.cases)} "
+            f"cases{part}"
         )
     return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flag_groups import add_batch_size, add_bundle
+from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option
 
 if TYPE_CHECKING:
     import argparse
@@ -15,13 +15,19 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``match``."""
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture file")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture file")
     parser.add_argument(
-        "--text", metavar="T", action="append", required=True, help="a text to compare; repeat for more"
+        "--text",
+        metavar="T",
+        action="append",
+        required=True,
+        help="text to compare with each picture; may be repeated",
     )
     add_batch_size(parser, 1)
-    add_bundle(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object on a line for each picture and text")
+    add_bundle_option(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per line for each pair of picture and text"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

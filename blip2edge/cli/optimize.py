@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2edge.choices import COPIED_BACKENDS
+from blip2edge.cli.flag_groups import add_bundle
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -13,18 +15,17 @@ if TYPE_CHECKING:
 
     from blip2edge.optimization.pipeline import OptimizedReport
 
-BACKENDS = ("cpu", "cuda", "openvino")
-HEADER = ("graph", "portable ms", "optimised ms", "speedup", "cosine", "passes")
+HEADER = ("graph", "portable ms", "optimized ms", "speedup", "cosine", "passes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``optimize``."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    add_bundle(parser)
     parser.add_argument(
         "--backend",
-        choices=BACKENDS,
+        choices=COPIED_BACKENDS,
         default="cpu",
-        help="backend that runs the copy (cpu); make it on the machine that runs it",
+        help="backend that runs the copy; make the copy on the machine that runs it",
     )
 
 
@@ -50,6 +51,6 @@ def report_table(report: OptimizedReport) -> str:
         times = f"{before / after:.2f}" if after else ""
         rows.append([name, f"{before:.1f}", f"{after:.1f}", times, f"{graph.cosine:.5f}", ", ".join(graph.passes)])
     lines = [table(HEADER, rows, right=range(1, 5))] if rows else []
-    lines += [f"{name} is not optimised: {why}" for name, why in report.record.left.items()]
+    lines += [f"{name} is not optimized: {why}" for name, why in report.record.left.items()]
     lines.append(f"{report.directory}: checked against the bundle's own graphs, {report.seconds:.1f} s")
     return "\n".join(lines)

@@ -15,26 +15,41 @@ if TYPE_CHECKING:
 COMMANDS = {
     "export": "export a checkpoint to a verified ONNX bundle",
     "calibrate": "make an INT8 bundle, calibrated on pictures",
-    "optimize": "make a faster copy of a bundle for one backend",
+    "optimize": "add a copy of the graphs to a bundle, optimized for one backend and this machine",
     "caption": "caption pictures",
     "ask": "answer a question about a picture",
     "match": "score how well pictures and texts match",
     "embed": "print the vectors of pictures or of texts",
-    "watch": "caption a camera, a video or a folder live",
-    "serve": "caption over HTTP, with a page for the camera",
-    "inspect": "show what a bundle holds",
-    "build": "build TensorRT engines of a bundle",
-    "bench": "measure how fast a bundle is on this machine",
-    "doctor": "check what this machine can run",
-    "demo": "export, calibrate and caption with the checkpoint that comes with the package",
-    "train": "train the bridge on a frozen language model",
-    "eval": "score a checkpoint or a bundle",
-    "capfilt": "clean the captions of a data set: write new ones with a captioner, filter all with a matching head",
+    "watch": "caption the newest picture of a camera, a video or a folder, again and again",
+    "serve": "start an HTTP server that captions pictures",
+    "inspect": "show the contents of a bundle",
+    "build": "build TensorRT engines from the graphs of a bundle",
+    "bench": "measure the speed and memory of a bundle on this machine",
+    "doctor": "check which backends run on this machine",
+    "demo": "export, calibrate and caption with the example checkpoint",
+    "train": "train the bridge between a frozen vision encoder and a frozen language model",
+    "eval": "compute the metrics of a checkpoint or a bundle on a data set",
+    "capfilt": "clean a data set (CapFilt): generate captions, and keep those that match their picture",
 }
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Ends the help of an option with its default: ``(default: 16)``."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        plain = default is None or isinstance(default, bool) or default in ([], argparse.SUPPRESS)
+        if plain or not action.option_strings:
+            return text
+        values = default if isinstance(default, list) else [default]
+        return f"{text} (default: {' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)})"
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors have the form of all other errors: one line `error: …`, status 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Refuse unknown arguments here: the error then names the command's own --help."""
@@ -59,7 +74,6 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         prog="blip2edge",
         description="From a trained BLIP-2-style captioner to captions on an edge device.",
         epilog="exit status: 0 done, 1 an error (one line on standard error), 2 wrong usage",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"blip2edge {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -67,7 +81,7 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
     )
     for name, summary in COMMANDS.items():
-        one = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:], allow_abbrev=False)
+        one = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         one.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flag_groups import add_backend
-from blip2edge.cli.flag_types import non_negative_int, positive_int, positive_number
+from blip2edge.cli.flag_groups import add_backend, add_bundle, add_number
+from blip2edge.cli.flag_types import non_negative_int, positive_number
 from blip2edge.errors import BackendError, OutputError, option
+from blip2edge.packages import require
 
 if TYPE_CHECKING:
     import argparse
@@ -19,42 +19,24 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``serve``."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    add_bundle(parser)
     add_backend(parser)
-    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument(
-        "--port",
-        metavar="N",
-        type=non_negative_int,
-        default=8000,
-        help="port to listen on (8000); 0: a free one",
-    )
-    parser.add_argument(
-        "--max-batch", metavar="N", type=positive_int, default=8, help="captions decoded in one batch (8)"
-    )
-    parser.add_argument(
-        "--queue",
-        metavar="N",
-        type=positive_int,
-        default=64,
-        help="requests that may wait (64); more are answered with status 503",
-    )
-    parser.add_argument(
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="IP address or host name to listen on")
+    add_number(parser, "--port", "TCP port to listen on; 0: any free port", 8000, kind=non_negative_int)
+    add_number(parser, "--max-batch", "largest number of captions decoded in one batch", 8)
+    add_number(parser, "--queue", "largest number of waiting requests; more are answered with status 503", 64)
+    add_number(
+        parser,
         "--deadline",
+        "time limit of a request in seconds; a request that exceeds it is answered with status 504 (default: no limit)",
+        kind=positive_number,
         metavar="S",
-        type=positive_number,
-        help="seconds within which a caption must be finished; later ones are answered with status 504",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer HTTP requests until Ctrl-C."""
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise BackendError(
-            "serving needs uvicorn, which is not installed", "install it: pip install 'blip2edge[serve]'"
-        ) from error
+    uvicorn = require("uvicorn", "serving", BackendError)
     from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.http import Server
 
@@ -64,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     host, port = listening.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     if options.host not in LOCAL:
-        print("reachable from other machines; there is no password", file=sys.stderr)
+        print("warning: other machines can reach this server, and it has no password", file=sys.stderr)
     config = uvicorn.Config(server, log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
     try:
         uvicorn.Server(config).run(sockets=[listening])

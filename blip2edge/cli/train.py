@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2edge.choices import TRAINING_STAGES
+from blip2edge.cli.flag_groups import add_output
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -16,24 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``train``."""
     parser.add_argument(
         "stage",
-        choices=("stage1", "stage2", "instruct"),
-        help="stage1: the Q-Former learns from pictures and texts; stage2: the bridge learns to condition the language"
-        " model; instruct: as stage2, with the prompt as an input of the Q-Former",
+        choices=TRAINING_STAGES,
+        help="stage1: train the Q-Former on pictures and texts; stage2: train the bridge through the frozen "
+        "language model; instruct: as stage2, with the prompt as an input of the Q-Former",
     )
-    parser.add_argument("-c", "--config", metavar="FILE", type=Path, required=True, help="the recipe, TOML or JSON")
     parser.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        type=Path,
-        help="directory of the checkpoint (runs/ and the name of FILE)",
+        "-c", "--config", metavar="FILE", type=Path, required=True, help="recipe of the training, a TOML or JSON file"
+    )
+    add_output(
+        parser,
+        "DIR",
+        "directory of the new checkpoint (default: runs/NAME for NAME.toml)",
+        required=False,
+        force="replace {} if it exists, and start from the beginning",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue from the last snapshot even if FILE has changed (without a change, training always continues)",
+        help="resume from the last snapshot even if FILE has changed; if it has not changed, training always resumes",
     )
-    parser.add_argument("--force", action="store_true", help="replace DIR if it exists, and start again")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.caption import load_captioner
-from blip2edge.cli.flag_groups import add_bundle, add_generation, given_generation
+from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_number, given_generation
 from blip2edge.cli.flag_types import share_or_zero
 
 if TYPE_CHECKING:
@@ -19,24 +19,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a camera's number or /dev/video…, a video file, an address such as rtsp://…, or a folder",
+        help="number of a camera or /dev/video…, video file, stream address such as rtsp://…, or folder of pictures",
     )
-    parser.add_argument("--prompt", metavar="P", help="text that each caption continues")
+    parser.add_argument(
+        "--prompt", metavar="P", help="text that each caption continues (default: the model's own prompt)"
+    )
     parser.add_argument(
         "--once",
         action="store_true",
-        help="caption every frame in order, drop none; of a folder, only present files",
+        help="caption every frame in order and drop none; for a folder: the present files, then stop",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--reuse-below",
+        "reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X (mean "
+        "difference of the pixels, 0 to 1); 0: encode every frame",
+        0.0,
+        kind=share_or_zero,
         metavar="X",
-        type=share_or_zero,
-        default=0.0,
-        help="skip the encoder for a frame that differs from the last encoded frame by less than X (0 to 1, mean "
-        "difference of pixels): the caption is generated again from that frame's encoding (0: encode every frame)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on a line for each frame")
-    add_bundle(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line for each frame")
+    add_bundle_option(parser)
     add_generation(parser)
 
 
@@ -71,5 +74,5 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(f"{caption.frame}: {caption.result.text}", flush=True)
     if dropped:
-        print(f"{dropped} frames came faster than captions and were dropped", file=sys.stderr)
+        print(f"{dropped} frames were dropped, because they came faster than captions", file=sys.stderr)
     return 0

@@ -49,7 +49,7 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
         names: The activations that it must contain.
 
     Returns:
-        The observations; None where there is no file.
+        The observations; None if there is no file.
 
     Raises:
         ValueError: The file is damaged, or contains something else.
@@ -72,7 +72,7 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
 
 
 def save_observations(path: Path, observations: Observations) -> None:
-    """Writes a cache file in one step, so that no reader sees a part of it."""
+    """Writes a cache file under a temporary name and renames it, so that other processes never read half a file."""
     arrays: dict[str, Any] = {"names": np.frombuffer(json.dumps(list(observations)).encode(), np.uint8)}
     for index, observation in enumerate(observations.values()):
         histogram = observation.histogram

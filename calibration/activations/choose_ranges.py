@@ -17,16 +17,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from blip2edge.calibration.activations.folding import find_fold
+from blip2edge.calibration.activations.folding import Fold, find_fold
 from blip2edge.calibration.activations.histogram import LEVELS, THRESHOLDS
 from blip2edge.calibration.activations.observer import Observation, Observations
 from blip2edge.calibration.activations.qdq import ActivationPlan, QuantizedActivation, quantize_columns
 from blip2edge.calibration.initializers import initializer_tensor
 from blip2edge.calibration.targets import Product, Targets
 from blip2edge.progress import counted
-
-METHODS = (*THRESHOLDS, "smooth")
-"""The values of ``--method``."""
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
 """Migration strengths that are tried, in addition to no division."""
@@ -41,10 +38,10 @@ LIMIT = 0.01
 """Largest accepted error of a layer's output, as a share of its power (10 % in amplitude)."""
 
 NODE_ABOVE = 1e-3
-"""A division that needs its own node is tried only where the error without division is larger than this ..."""
+"""Error without division above which a division that needs its own node is tried."""
 
 NODE_GAIN = 0.5
-"""... and taken only where it leaves less than this share of that error."""
+"""Share of that error that must remain at most, for the division with its own node to be used."""
 
 ALWAYS_ZERO = "its input is always zero"
 
@@ -77,56 +74,10 @@ def choose_ranges(
     """Chooses the ranges of a graph's activations.
 
     Args:
-        model: The graph.
-        targets: Its products.
-        observations: Observations by the activation's name.
-        method: One of :data:`METHODS`.
-        progress: Called with activations done and activations in all.
-    """
-    if method in THRESHOLDS:
-        return choose_ranges_by_histogram(model, targets, observations, method)
-    return choose_ranges_by_output(model, targets, observations, progress=progress)
-
-
-def choose_ranges_by_histogram(
-    model: ir.Model, targets: Targets, observations: Observations, method: str
-) -> ActivationPlan:
-    """Chooses the range of each activation by its own histogram.
-
-    Args:
-        model: The graph.
-        targets: Its products.
-        observations: Observations by the activation's name.
-        method: A key of :data:`blip2edge.calibration.activations.histogram.THRESHOLDS`.
-    """
-    plan = ActivationPlan()
-    for activation, products in targets.by_activation().items():
-        observation = observations[activation]
-        threshold = THRESHOLDS[method](observation.histogram)
-        if threshold > 0:
-            weight = _joined([_read(model, product) for product in products])
-            error = _Division(observation, weight, None).output_error(threshold)
-            plan.activations.append(QuantizedActivation(activation, tuple(products), threshold, output_error=error))
-        else:
-            plan.kept_float |= {product.node: ALWAYS_ZERO for product in products}
-    return plan
-
-
-def choose_ranges_by_output(
-    model: ir.Model,
-    targets: Targets,
-    observations: Observations,
-    *,
-    limit: float = LIMIT,
-    progress: Callable[[int, int], None] | None = None,
-) -> ActivationPlan:
-    """Chooses range and division of each activation by the error of the outputs of its products.
-
-    Args:
         model: The graph; the weights of one activation's products are in memory at a time.
         targets: Its products.
         observations: Observations by the activation's name.
-        limit: See :data:`LIMIT`.
+        method: One of :data:`METHODS`.
         progress: Called with activations done and activations in all.
     """
     plan = ActivationPlan()
@@ -136,19 +87,26 @@ def choose_ranges_by_output(
         if observation.histogram.maximum == 0.0:
             plan.kept_float |= {product.node: ALWAYS_ZERO for product in products}
             continue
-        fold = find_fold(model, products)
-        shared = any(len(list(model.graph.initializers[product.weight].uses())) > 1 for product in products)
-        choice = choose_range(observation, [_read(model, product) for product in products], fold != (), shared)
-        if choice.output_error > limit:
-            reason = f"rounding would change {choice.output_error:.1%} of the power of its output"
-            plan.kept_float |= {product.node: reason for product in products}
+        weights = [_read(model, product) for product in products]
+        fold: Fold = ()
+        if method in THRESHOLDS:
+            threshold = THRESHOLDS[method](observation.histogram)
+            error = _Division(observation, _joined(weights), None).output_error(threshold)
+            choice = RangeChoice(error, threshold, None)
         else:
-            taken = fold if choice.divisor is not None else ()
-            plan.activations.append(
-                QuantizedActivation(
-                    activation, tuple(products), choice.threshold, choice.divisor, taken, choice.output_error
-                )
+            fold = find_fold(model, products)
+            shared = any(len(list(model.graph.initializers[product.weight].uses())) > 1 for product in products)
+            choice = choose_range(observation, weights, fold != (), shared)
+            if choice.output_error > LIMIT:
+                reason = f"rounding would change {choice.output_error:.1%} of the power of its output"
+                plan.kept_float |= {product.node: reason for product in products}
+                continue
+        taken = fold if choice.divisor is not None else ()
+        plan.activations.append(
+            QuantizedActivation(
+                activation, tuple(products), choice.threshold, choice.divisor, taken, choice.output_error
             )
+        )
     return plan
 
 
@@ -158,8 +116,8 @@ def choose_range(observation: Observation, weights: Sequence[Array], folds: bool
     Args:
         observation: The observation of the activation.
         weights: ``[K, N]`` of each product that reads it.
-        folds: Whether the layer before can take the division, so that it needs no node.
-        shared: Whether another node reads one of the weights, so that its rows must not change.
+        folds: Whether the division can be folded into the weights of the layer before, so that it needs no node.
+        shared: Whether another node reads one of the weights too, so that the weight must not be changed.
     """
     weight = _joined(weights)
     plain = _Division(observation, weight, None).best()
@@ -177,7 +135,7 @@ def _read(model: ir.Model, product: Product) -> Array:
 
 
 def _joined(weights: Sequence[Array]) -> Array:
-    """Some columns of each of the products that read an activation, side by side."""
+    """Some columns of the weights of all products that read an activation, concatenated."""
     return np.concatenate([_some_columns(one, COLUMNS // len(weights)) for one in weights], axis=1)
 
 

@@ -20,7 +20,7 @@ EVERYTHING = slice(None)
 
 
 def find_fold(model: ir.Model, products: Sequence[Product]) -> Fold:
-    """Finds the initializers that can take the division of one activation; empty where there are none.
+    """Finds the initializers to divide in place of one activation; empty if there are none.
 
     Args:
         model: The graph.
@@ -40,7 +40,7 @@ def _only_read_by(value: ir.Value, readers: set[str]) -> bool:
 
 
 def _own(value: ir.Value | None, width: int | None) -> str:
-    """The name of a constant ``[.., width]`` (None: any width) with a single user; empty for any other value."""
+    """The name of a constant ``[.., width]`` (None: any width) that one node uses; empty for any other value."""
     if value is None or value.const_value is None or len(list(value.uses())) != 1 or value.is_graph_output():
         return ""
     shape = tuple(value.const_value.shape)
@@ -71,7 +71,7 @@ def _single_use(value: ir.Value) -> bool:
 
 
 def _behind_linear(value: ir.Value, width: int) -> Fold:
-    """Columns of the value projection: back through Reshape, Transpose and MatMul(weights, V) to V's linear layer."""
+    """The columns of the value projection, found through Reshape, Transpose and the product of softmax and values."""
     producer = _through(value, ("Reshape", "Transpose"))
     if producer is None or producer.op_type != "MatMul":
         return ()
@@ -92,7 +92,7 @@ def _behind_linear(value: ir.Value, width: int) -> Fold:
 
 
 def _through(value: ir.Value, kinds: tuple[str, ...]) -> ir.Node | None:
-    """The first producer of another kind than ``kinds``; None where a value on the way has a second user."""
+    """The first node before ``value`` that is not one of ``kinds``; None if a value between them has other users."""
     node = value.producer()
     while node is not None and node.op_type in kinds:
         inner = node.inputs[0]
@@ -103,7 +103,7 @@ def _through(value: ir.Value, kinds: tuple[str, ...]) -> ir.Node | None:
 
 
 def _split_part(split: ir.Node, head: ir.Value, width: int) -> slice:
-    """The columns of a fused layer that one output of a Split has; everything where they are not known."""
+    """The columns of a fused layer that become one output of a Split; everything if they are not known."""
     value: ir.Value | None = head
     while value is not None and value.producer() is not split:
         producer = value.producer()

@@ -1,7 +1,7 @@
-"""Measures the FP16 headroom of a graph: how far the largest value of each tensor is below 65504.
+"""Measures the FP16 headroom of a graph: 65504, the largest FP16 number, over the largest value of each tensor.
 
-A CPU computes fp16 graphs in fp32, so a run there shows no overflow; the largest values do. A branch added to each
-tensor computes its largest magnitude inside the graph, so that a run outputs one number per tensor.
+A CPU computes fp16 graphs in fp32, so that a run there does not overflow. The largest values show which tensors would
+overflow in fp16. Nodes that are added to the graph compute them, so that a run outputs one number per tensor.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PREFIX = "headroom/"
 class TensorRange:
     """The largest value of a tensor over all runs.
 
-    A tensor that only a softmax reads counts with its positive values: a masked score may overflow downwards.
+    For a tensor that only a softmax reads, only positive values count: a masked score may become minus infinity.
 
     Attributes:
         tensor: The tensor's name.
         op_type: Kind of the node that computes it.
         node: That node's name.
-        reads: Initializers that the node reads; they show where in the model it is.
+        reads: Names of the initializers that the node reads; they show its place in the model.
         dtype: The tensor's type in the graph.
         largest: Largest |x|, or largest x before a softmax.
     """
@@ -57,12 +57,12 @@ class TensorRange:
 
     @property
     def headroom(self) -> float:
-        """65504 over the largest value; infinite where all values are zero."""
+        """65504 over the largest value; infinite if all values are zero."""
         return FP16_MAX / self.largest if self.largest > 0 else np.inf
 
     @property
     def reason(self) -> str:
-        """Why it should be kept in FP32; empty where it need not."""
+        """Why the tensor should be kept in FP32; empty if FP16 is enough."""
         if self.headroom >= MIN_HEADROOM:
             return ""
         return f"reaches {self.largest:.4g} on these pictures; 65504 is {self.headroom:.2g} times that"
@@ -104,7 +104,7 @@ def measure_headroom(
     largest = np.zeros(len(names))
     total = min(RUNS, feeds.count(record.spec.name))
     for inputs in counted(feeds.runs(record.spec.name, RUNS), total, progress):
-        values = [float(value) if value.size else 0.0 for value in session.run(names, inputs)]
+        values = [float(value) if value.size else 0.0 for value in session.run(inputs, names).values()]
         largest = np.maximum(largest, values)
     ranges = [
         TensorRange(name, node.op_type, str(node.name), _reads(node), _dtype(node, name), float(value))
@@ -167,7 +167,7 @@ def _scores(graph: ir.Model) -> set[str]:
 
 
 def _with_largest(graph: ir.Model, tensors: Mapping[str, bool]) -> onnx.ModelProto:
-    """The graph with new outputs: the largest ``|x|`` of each tensor, or the largest ``x`` where its value is true."""
+    """The graph with new outputs: the largest ``|x|`` of each tensor; the largest ``x`` if ``tensors`` says true."""
     proto = ir.to_proto(graph)
     outputs = []
     for name, signed in tensors.items():

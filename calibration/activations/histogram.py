@@ -87,7 +87,7 @@ def mse(histogram: Histogram, candidates: int = 64) -> float:
     def error(threshold: float) -> float:
         step = threshold / LEVELS
         rounded = np.minimum(np.rint(centres / step), LEVELS) * step
-        # where a bin is too coarse to show the rounding, its expected error step² / 12 is taken
+        # if a bin is too coarse to show the rounding, its expected error step² / 12 is used
         exact = (4 * histogram.width < step) | (centres > threshold)
         return float((counts * np.where(exact, (centres - rounded) ** 2, step * step / 12)).sum())
 

@@ -1,10 +1,9 @@
-"""Reads inner tensors of a graph by making them outputs. Each run reads only some of them, to bound memory."""
+"""Reads inner tensors of a graph by making them outputs; each run reads only some of them, to limit the memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -13,6 +12,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.schema import GraphSpec
 from blip2edge.calibration.batches import Feeds
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 
 OUTPUT_BYTES = 256 << 20  # bytes of inner tensors that one run outputs at most
 LOW_MEMORY_ABOVE = 4 << 30  # bytes of weights from which ONNX Runtime neither optimizes nor prepacks a graph
@@ -26,7 +26,6 @@ def observe_tensors(
     weights: Path,
     update: Callable[[Mapping[str, Array]], None],
     *,
-    count: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -39,7 +38,6 @@ def observe_tensors(
         feeds: The recorded inputs.
         weights: The directory of the graph's external data.
         update: Called once per run and part, with the values by name.
-        count: Number of runs; None for all.
         threads: CPU threads.
         progress: Called with runs done and runs in all, over all parts.
     """
@@ -48,12 +46,11 @@ def observe_tensors(
     inner = [tensor for tensor in names if tensor not in given]
     first = next(feeds.runs(name, 1))
     parts = list(_parts(graph, inner, record.spec, first))
-    runs = min(feeds.count(name), count or feeds.count(name))
-    done, total = 0, runs * max(1, len(parts))
+    done, total = 0, feeds.count(name) * max(1, len(parts))
     size = sum((weights / file).stat().st_size for file in record.data_files)
     for at, part in enumerate(parts or [[]]):
-        session = GraphProbe(graph, part, weights, size, threads) if part else None
-        for inputs in feeds.runs(name, count):
+        session = open_tensors(graph, part, weights, size, threads) if part else None
+        for inputs in feeds.runs(name):
             if progress is not None:
                 progress(done, total)
             values = session.run(inputs) if session is not None else {}
@@ -65,60 +62,42 @@ def observe_tensors(
         progress(total, total)
 
 
-class GraphProbe:
-    """A graph in ONNX Runtime whose outputs are some of its inner tensors.
+def open_tensors(
+    graph: ir.Model, names: Sequence[str], weights: Path, size: int, threads: int | None = None
+) -> OnnxRuntimeSession:
+    """Opens a graph with some of its inner tensors as outputs, in place of the graph's own outputs.
 
     No file is written: ONNX Runtime takes the graph as bytes and reads its weights from the parent's files.
 
     Args:
         graph: The graph, its initializers external and in one directory; unchanged afterwards.
-        names: The tensors that become outputs, in place of the graph's own outputs.
+        names: The tensors.
         weights: The directory of the external data.
         size: Bytes of the weights.
         threads: CPU threads.
     """
-
-    def __init__(
-        self, graph: ir.Model, names: Sequence[str], weights: Path, size: int, threads: int | None = None
-    ) -> None:
-        values = values_by_name(graph)
-        before = list(graph.graph.outputs)
-        try:
-            graph.graph.outputs[:] = [values[name] for name in names]
-            content = ir.to_proto(graph)
-        finally:
-            graph.graph.outputs[:] = before
-        self.session = open_probe(content, weights, size, threads)
-        self.names = list(names)
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The values of the tensors, by name."""
-        return dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))
+    values = values_by_name(graph)
+    before = list(graph.graph.outputs)
+    try:
+        graph.graph.outputs[:] = [values[name] for name in names]
+        content = ir.to_proto(graph)
+    finally:
+        graph.graph.outputs[:] = before
+    return open_probe(content, weights, size, threads)
 
 
-def open_probe(graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None) -> Any:
-    """Opens a graph that is in memory as an ``onnxruntime.InferenceSession``.
+def open_probe(
+    graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None
+) -> OnnxRuntimeSession:
+    """Opens a graph that is in memory.
 
     Args:
         graph: The graph.
-        weights: The directory of its external data; None where it has none.
+        weights: The directory of its external data; None if it has none.
         size: Bytes of that; above :data:`LOW_MEMORY_ABOVE`, optimizations that copy weights are off.
         threads: CPU threads.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.inter_op_num_threads = 1
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if weights is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    if size > LOW_MEMORY_ABOVE:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return OnnxRuntimeSession(graph.SerializeToString(), threads, lean=size > LOW_MEMORY_ABOVE, weights=weights)
 
 
 def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
@@ -131,11 +110,7 @@ def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
 
 def _parts(graph: ir.Model, names: Sequence[str], spec: GraphSpec, first: Mapping[str, Array]) -> Iterator[list[str]]:
     """Cuts a list of tensors into parts of at most :data:`OUTPUT_BYTES`, by the shapes of the first run."""
-    lengths: dict[str, int] = {}
-    for tensor in spec.inputs:
-        for dim, size in zip(tensor.dims, first[tensor.name].shape, strict=True):
-            if not isinstance(dim, int):
-                lengths[dim.name] = size
+    lengths = spec.lengths({name: array.shape for name, array in first.items()})
     values = values_by_name(graph)
     part: list[str] = []
     used = 0

@@ -41,10 +41,13 @@ def write_reports(
         pictures: The pictures, in order.
         record: The manifest's ``calibration`` object.
         graphs: The graphs, by name.
-        captions: Agreement of the captions; None where the model writes none.
+        captions: Agreement of the captions; None if the model writes none.
 
     Returns:
         Hash and size of each file.
+
+    Raises:
+        ValueError: A measurement is infinite or NaN.
     """
     values = report_document(record, graphs)
     values["captions"] = _captions(pictures, captions)
@@ -53,7 +56,8 @@ def write_reports(
         "parent_bytes": _bytes(context.parent.file(EMBEDDINGS_FILE)),
     }
     values["decode"] = _decode(context, graphs)
-    write_report(context.staging / REPORT, values)
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+    (context.staging / REPORT).write_text(text, encoding="utf-8")
     thumbnails = {at: thumbnail(load_image(pictures[at].read())) for at in shown_pictures(values["captions"])}
     (context.staging / REPORT_PAGE).write_text(report_page(values, title, thumbnails), encoding="utf-8")
     return {name: FileRecord.of(context.staging / name) for name in (REPORT, REPORT_PAGE)}
@@ -63,7 +67,7 @@ def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]
     """The object of ``report.json``, without the parts that need files.
 
     :func:`write_reports` adds ``captions`` (``picture``, ``parent`` and ``ours`` of each), ``token_table`` (``bytes``
-    and ``parent_bytes``) and ``decode`` (bytes that one token reads; null where nothing is generated).
+    and ``parent_bytes``) and ``decode`` (bytes that one token reads; null if nothing is generated).
 
     Args:
         record: The manifest's ``calibration`` object.
@@ -74,7 +78,7 @@ def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]
         ``parent_bytes``, ``left`` (products kept in floating point, with the reason), ``activations``
         (:func:`blip2edge.calibration.activations.quantize.activation_details`), ``weights`` (matrices whose weights
         alone are integers: :class:`blip2edge.calibration.results.MatrixSummary`) and ``headroom``
-        (:func:`blip2edge.calibration.activations.headroom.headroom_json`; null where the graph was not run).
+        (:func:`blip2edge.calibration.activations.headroom.headroom_json`; null if the graph was not run).
     """
     return {
         "schema_version": SCHEMA,
@@ -94,15 +98,6 @@ def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]
     }
 
 
-def write_report(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes the object as JSON.
-
-    Raises:
-        ValueError: It contains an infinity or a NaN.
-    """
-    path.write_text(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def _captions(pictures: Sequence[CalibrationPicture], captions: CaptionAgreement | None) -> list[dict[str, str]]:
     if captions is None:
         return []
@@ -114,7 +109,7 @@ def _captions(pictures: Sequence[CalibrationPicture], captions: CaptionAgreement
 
 
 def _decode(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> dict[str, int] | None:
-    """Bytes that one token reads at the last position of the first caption; None where nothing is generated."""
+    """Bytes that one token reads at the last position of the first caption; None if nothing is generated."""
     manifest, cache = context.parent.manifest, context.parent.manifest.cache
     if cache is None or DECODER not in graphs or not context.feeds.count(DECODER):
         return None

@@ -1,4 +1,4 @@
-"""``--drop-limit``: keeps the most sensitive layers in floating point until few enough captions change.
+"""``--drop-limit``: keeps sensitive layers in floating point until the number of changed captions is within the limit.
 
 1. Everything is quantized, and the sensitivity of each layer is measured (``sensitivity.py``).
 2. As long as more captions differ from the parent's than the limit allows (or CIDEr against the pictures' references
@@ -105,12 +105,10 @@ class FullyQuantized:
 
     Attributes:
         graphs: The graphs, by name.
-        plans: The plans of the graphs with INT8 activations.
         directory: Copies of the token table and of the graphs with weight-only quantization.
     """
 
     graphs: Mapping[str, StagedGraph]
-    plans: Mapping[str, ActivationPlan]
     directory: Path
 
     @classmethod
@@ -128,18 +126,14 @@ class FullyQuantized:
             files.add(EMBEDDINGS_FILE)
         for file in files:
             shutil.copyfile(context.staging / file, directory / file)
-        plans = {name: graph.plan for name, graph in graphs.items() if graph.plan is not None}
-        return cls(graphs, plans, directory)
+        return cls(graphs, directory)
 
     def layers(self) -> list[QuantizedLayer]:
         """All quantized layers, in the order of the graphs."""
         found = []
         for name, graph in self.graphs.items():
-            plan = self.plans.get(name)
-            if plan is not None:
-                found += group_by_layer(name, plan.weights())
-            else:
-                found += group_by_layer(name, list(graph.summary.matrices))
+            weights = list(graph.summary.matrices) if graph.plan is None else graph.plan.weights()
+            found += group_by_layer(name, weights)
         return found
 
 
@@ -156,10 +150,10 @@ def check_drop_limit(limit: float | None, captions: bool) -> None:
     if limit is None:
         return
     if not 0 <= limit <= 100:
-        raise UsageError(f"{option('drop_limit')} is from 0 to 100 percentage points, not {limit:g}")
+        raise UsageError(f"{option('drop_limit')} must be from 0 to 100 percentage points, not {limit:g}")
     if not captions:
         raise UsageError(
-            f"{option('drop_limit')} compares captions, and this model writes none",
+            f"{option('drop_limit')} compares captions, but this model generates none",
             f"leave {option('drop_limit')} out",
         )
 
@@ -175,7 +169,7 @@ def measure_layers(
 
     def model_of(layer: QuantizedLayer) -> Callable[[], ir.Model]:
         source = context.parent.file(context.parent.graph(layer.graph).spec.file)
-        plan = quantized.plans.get(layer.graph)
+        plan = quantized.graphs[layer.graph].plan
         if plan is not None:
             return partial(with_quantized_activations, source, plan, layer)
         return partial(with_rounded_weights, source, quantized.directory / source.name, layer)
@@ -191,7 +185,7 @@ def choose_kept_layers(
     limit: DropLimit,
     drop_of: Callable[[Mapping[str, StagedGraph]], float],
 ) -> tuple[dict[str, StagedGraph], KeptLayers]:
-    """Keeps the smallest number of the worst layers in floating point with which the limit holds.
+    """Finds the smallest number of the worst layers that must be kept in floating point for the limit to hold.
 
     Args:
         context: The calibration; its staging directory holds the fully quantized graphs.
@@ -246,14 +240,13 @@ def _rewritten(
     out = {}
     for name, graph in quantized.graphs.items():
         kept_float = {
-            weight: f"kept by --drop-limit: quantized alone, it changes the next token by {item.loss:.2g} nats"
+            weight: f"kept for the drop limit: quantized alone, it changes the next token by {item.loss:.2g} nats"
             for item in worst
             if item.layer.graph == name
             for weight in item.layer.weights
         }
-        plan = quantized.plans.get(name)
-        if plan is not None:
-            rewritten = _with_plan(context, graph, plan, kept_float)
+        if graph.plan is not None:
+            rewritten = _with_plan(context, graph, graph.plan, kept_float)
         elif graph.summary.matrices:
             rewritten = rewrite_weights(context, graph, quantized.directory, kept_float)
         else:

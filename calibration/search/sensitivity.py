@@ -1,4 +1,4 @@
-"""Measures the sensitivity of each layer: how much the next token changes where that layer alone is quantized.
+"""Measures the sensitivity of each layer: how much the next token changes if only that layer is quantized.
 
 A layer is the matrices of a graph that share a layer's path (``language.layers.3``). Its loss is the Kullback-Leibler
 divergence, in nats per token, of the next-token distributions of the whole model, with that layer quantized and all
@@ -23,7 +23,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import DECODER
 from blip2edge.calibration.activations.probe import open_probe
 from blip2edge.calibration.activations.qdq import ActivationPlan, insert_qdq
-from blip2edge.calibration.batches import PictureRunner
+from blip2edge.calibration.batches import PictureRunner, SubstituteSession
 from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.calibration.storage import InMemoryStore
 from blip2edge.calibration.weights.blocks import restored
@@ -45,7 +45,7 @@ class QuantizedLayer:
 
     Attributes:
         graph: The graph's name.
-        name: The layer's path, or the matrix's name where it is in no layer.
+        name: The layer's path, or the matrix's name if it is in no layer.
         weights: Names of the matrices' initializers.
     """
 
@@ -93,7 +93,7 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 class DivergenceMeter:
-    """Measures the divergence from the parent where one graph is replaced, over some pictures.
+    """Measures the divergence of the model from the parent when one graph is replaced, over some pictures.
 
     Args:
         parent: The bundle.
@@ -140,9 +140,7 @@ class DivergenceMeter:
         """
         record = self._parent.graph(layer.graph)
         size = sum(self._parent.manifest.files[file].size for file in record.data_files)
-        proto = ir.to_proto(quantized)
-        probe = open_probe(proto, self._parent.path, size, self._threads)
-        session = _opened(self._sessions[layer.graph], probe)
+        session = open_probe(ir.to_proto(quantized), self._parent.path, size, self._threads)
         return Sensitivity(layer, max(self.loss(layer.graph, session), 0.0))
 
     def _logits(self, sessions: Mapping[str, Session]) -> list[Array]:
@@ -158,22 +156,6 @@ class DivergenceMeter:
         return logits
 
 
-class _SubstituteSession:
-    """A session with the inputs and outputs of another, whose results come from a function."""
-
-    def __init__(self, like: Session, compute: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
-        self.input_names, self.output_names = like.input_names, like.output_names
-        self._compute = compute
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`; returns all outputs, whatever is requested."""
-        del outputs
-        return self._compute(inputs)
-
-    def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
-
-
 def _recording(session: Session, record: list[dict[str, Array]]) -> Session:
     """A session that appends its outputs to a list."""
 
@@ -182,13 +164,13 @@ def _recording(session: Session, record: list[dict[str, Array]]) -> Session:
         record.append(found)
         return dict(found)
 
-    return _SubstituteSession(session, compute)
+    return SubstituteSession(session, compute)
 
 
 def _replaying(session: Session, record: Sequence[dict[str, Array]]) -> Session:
     """A session that returns recorded outputs, run by run."""
     remaining = iter(record)
-    return _SubstituteSession(session, lambda inputs: dict(next(remaining)))
+    return SubstituteSession(session, lambda inputs: dict(next(remaining)))
 
 
 def _all_logits(session: Session, logits: list[Array]) -> Session:
@@ -199,13 +181,7 @@ def _all_logits(session: Session, logits: list[Array]) -> Session:
         logits.append(found["logits"])
         return found
 
-    return _SubstituteSession(session, compute)
-
-
-def _opened(like: Session, graph: Any) -> Session:
-    """A session of a graph that is open in ONNX Runtime."""
-    names = list(like.output_names)
-    return _SubstituteSession(like, lambda inputs: dict(zip(names, graph.run(names, dict(inputs)), strict=True)))
+    return SubstituteSession(session, compute)
 
 
 def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:

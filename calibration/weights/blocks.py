@@ -59,7 +59,7 @@ class BlockFormat:
 
     @classmethod
     def for_width(cls, width: int, bits: int) -> BlockFormat | None:
-        """The preferred format for ``width`` inputs; None where no block size divides it."""
+        """The preferred format for ``width`` inputs; None if no block size divides it."""
         fitting = [block for block in BLOCKS[bits] if width % block == 0]
         return cls(bits, fitting[0]) if fitting else None
 

@@ -1,9 +1,9 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): rounds weights so that later inputs compensate the error of earlier ones.
 
-With ``H = XᵀX`` over the activations X of a matrix, the weights are rounded one input after the other. The error of an
-input is distributed over the remaining inputs such that the output changes least, by the Cholesky factor of the inverse
-of H. Scales are fixed before, so that inputs can be taken by decreasing activation (act-order) while blocks stay
-contiguous. At the end the scales are fitted once more to the integers.
+The weights are rounded one input after the other. The error of an input is distributed over the remaining inputs such
+that the output changes least, by the Cholesky factor of the inverse of ``H = XᵀX`` (X: the activations of the matrix).
+Scales are chosen before rounding, so that inputs can be rounded by decreasing activation (act-order) while blocks stay
+contiguous. At the end, the scales are fitted to the integers.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class GptqRounder:
         diagonal = np.diag(moments).copy()
         if not np.isfinite(moments).all():
             raise BundleError(
-                "an activation is not finite on these pictures: the bundle overflows",
-                f"export with {option('precision')} fp32, and calibrate that",
+                "an activation overflows to NaN or infinity on these pictures",
+                f"export with {option('precision')} fp32, and calibrate that bundle",
             )
         self.importance = np.maximum(diagonal, 1e-8 * max(float(diagonal.mean()), 1e-30)).astype(np.float32)
         self.order = np.argsort(-diagonal, kind="stable")

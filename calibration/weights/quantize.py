@@ -24,7 +24,6 @@ from blip2edge.calibration.weights.token_table import tied_head, write_rows, wri
 from blip2edge.calibration.weights.weight_only import (
     BlockMatrix,
     MatrixWriter,
-    WeightOnlyOptions,
     block_tensors,
     choose_formats,
     copy_others,
@@ -38,31 +37,24 @@ PRECISIONS = {4: "int4", 8: "int8-weights"}
 
 BITS_OF = {precision: bits for bits, precision in PRECISIONS.items()}
 
-BITS = {"int4": 4, "int8": 8}
-"""The values of ``--weights``."""
-
 RUNS = 128
 """Recorded inputs with which weights are rounded: GPTQ also takes 128 samples (arXiv 2210.17323, section 4)."""
 
 
-def quantize_weights(
-    context: CalibrationContext, record: GraphRecord, bits: int, kept_float: Mapping[str, str] | None = None
-) -> StagedGraph:
+def quantize_weights(context: CalibrationContext, record: GraphRecord, bits: int) -> StagedGraph:
     """Writes one graph with its weights in blocks of integers to the staging directory, and compares it.
 
     Args:
         context: The calibration.
         record: The graph's entry in the parent's manifest.
         bits: 4 or 8.
-        kept_float: Matrices that are kept in floating point, with the reason.
     """
     start = time.perf_counter()
     name = record.spec.name
     model = ir.load(context.parent.file(record.spec.file))
     targets = find_targets(model)
     formats, unfit = choose_formats(targets.products, bits)
-    kept = {**targets.kept_float, **unfit, **(kept_float or {})}
-    formats = {weight: form for weight, form in formats.items() if weight not in kept}
+    kept = {**targets.kept_float, **unfit}
     writers = _write_table(context, model, targets, formats) if name == DECODER else {}
     feeds = list(context.feeds.runs(name, RUNS)) if context.feeds.count(name) else []
     with DataFile(context.staging / f"{name}.onnx.data") as file:
@@ -70,8 +62,9 @@ def quantize_weights(
             model,
             targets.products,
             file,
-            WeightOnlyOptions(formats, threads=context.threads),
+            formats,
             feeds,
+            threads=context.threads,
             writers=writers,
             progress=partial(context.progress, f"{name}: round"),
         )
@@ -134,7 +127,7 @@ def _staged(
     seal: FileRecord,
     start: float,
 ) -> StagedGraph:
-    """Writes the graph to its weights; where its head is the token table, the table's file is one of them."""
+    """Writes the graph, whose weights are written already; a head that is the token table is in the table's file."""
     data = {f"{record.spec.name}.onnx.data": seal}
     if any(matrix.integers.location == EMBEDDINGS_FILE for matrix in matrices.values()):
         data[EMBEDDINGS_FILE] = FileRecord.of(context.staging / EMBEDDINGS_FILE)

@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from blip2edge.calibration.activations.probe import open_probe
 from blip2edge.calibration.initializers import initializer_tensor
 from blip2edge.calibration.targets import Product
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 
 Array = NDArray[Any]
 
@@ -44,9 +45,18 @@ class Segment:
 
 
 def cut_graph(graph: onnx.GraphProto, products: Sequence[Product]) -> list[Segment]:
-    """Cuts a graph before the first product of each activation.
+    """Cuts a graph before the first MatMul that reads a new activation.
 
-    The nodes after the last cut belong to no segment, because no product needs their outputs.
+    A MatMul is one of ``products`` if its second input is their weight; several MatMuls that read one activation have
+    one cut. There the segment before it has computed the activation, on which the weights of these MatMuls are then
+    rounded. The nodes after the last cut are in no segment, because no product needs their outputs.
+
+    Args:
+        graph: The graph, its nodes in the order in which they run.
+        products: The products whose weights are rounded.
+
+    Returns:
+        The segments, in the order in which they run.
     """
     wanted = {product.weight: product.activation for product in products}
     seen: set[str] = set()
@@ -121,10 +131,10 @@ class SegmentRunner:
         for live in self._live:
             if session is not None:
                 given = {name: live[name] for name in segment.inputs}
-                live.update(zip(segment.outputs, session.run(list(segment.outputs), given), strict=True))
+                live.update(session.run(given))
             yield live[segment.activation]
 
-    def _session(self, segment: Segment) -> Any:
+    def _session(self, segment: Segment) -> OnnxRuntimeSession:
         tensors = [numpy_helper.from_array(self._value(name), name) for name in segment.constants]
         first = self._live[0]
         inputs = [

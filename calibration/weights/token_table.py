@@ -2,7 +2,8 @@
 
 The format is that of ``blip2edge/bundle/token_table.py``. Where the decoder's head is the transposed table, and both
 have eight bits, only the table's file holds the integers and scales, and the decoder's graph refers to them there. With
-four bits each has its own file, because the head is rounded for its recorded inputs and would be a poor table.
+four bits each has its own file: the head's integers minimise the error on its recorded inputs, not the error of the
+embeddings.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def write_shared(
 
 
 def tied_head(table: TokenTable, products: dict[str, Product], read: Callable[[str], NDArray[Any]]) -> str | None:
-    """The initializer that equals the transposed table; None where there is none.
+    """The initializer that equals the transposed table; None if there is none.
 
     Args:
         table: ``[V, D]``.

@@ -10,7 +10,7 @@ Matrices are identified by the initializer's name, so that a second graph with t
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from blip2edge.calibration.weights.blocks import (
     restored,
     searched_scales,
 )
-from blip2edge.calibration.weights.gptq import GptqRounder, SecondMoments, nearest
+from blip2edge.calibration.weights.gptq import GptqRounder, Scales, SecondMoments, nearest
 from blip2edge.calibration.weights.segments import SegmentRunner
 
 Array = NDArray[Any]
@@ -71,21 +71,6 @@ MatrixWriter = Callable[[Product, BlockFormat, Integers, Floats], tuple[ir.Exter
 """Writes integers and scales of a matrix; returns the tensors to which the graph refers."""
 
 
-@dataclass(frozen=True)
-class WeightOnlyOptions:
-    """How the matrices of a graph are rounded.
-
-    Attributes:
-        formats: Each matrix's format, by the initializer's name; others are kept in floating point.
-        plain: Round to nearest with plain scales and without activations, as a baseline.
-        threads: CPU threads of the runs that compute activations.
-    """
-
-    formats: Mapping[str, BlockFormat]
-    plain: bool = False
-    threads: int | None = None
-
-
 def choose_formats(products: Sequence[Product], bits: int) -> tuple[dict[str, BlockFormat], dict[str, str]]:
     """Chooses the formats of a graph's matrices.
 
@@ -107,9 +92,11 @@ def quantize_matrices(
     model: ir.Model,
     products: Sequence[Product],
     data: DataFile,
-    options: WeightOnlyOptions,
+    formats: Mapping[str, BlockFormat],
     feeds: Sequence[Mapping[str, Array]] = (),
     *,
+    plain: bool = False,
+    threads: int | None = None,
     writers: Mapping[str, MatrixWriter] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, BlockMatrix]:
@@ -120,21 +107,26 @@ def quantize_matrices(
             and the outputs of one segment of the graph for all feeds.
         products: Its products (``find_targets``).
         data: The file of the weights.
-        options: Formats and rounding.
+        formats: Each matrix's format, by the initializer's name; others are kept in floating point.
         feeds: Inputs of some runs; empty to round without activations.
+        plain: Round to nearest with plain scales and without activations, as a baseline.
+        threads: CPU threads of the runs that compute activations.
         writers: Writers of the matrices that do not go to ``data``, by the initializer's name.
         progress: Called with matrices done and matrices in all.
 
     Returns:
         The quantized matrices, by the initializer's name.
     """
-    wanted = list({product.weight: product for product in products if product.weight in options.formats}.values())
-    rounder = _MatrixRounder(model, data, options, writers or {}, len(wanted), progress)
-    if options.plain or not feeds:
+    wanted = list({product.weight: product for product in products if product.weight in formats}.values())
+    scales_of = plain_scales if plain else searched_scales
+    rounder = _MatrixRounder(model.graph.initializers, data, formats, writers or {}, scales_of)
+    report = progress or (lambda done, total: None)
+    if plain or not feeds:
         for product in wanted:
             rounder.round(product, None)
+            report(len(rounder.done), len(wanted))
     else:
-        runner = SegmentRunner(model, wanted, [all_logits(feed) for feed in feeds], options.threads)
+        runner = SegmentRunner(model, wanted, [all_logits(feed) for feed in feeds], threads)
         for activation, values in runner:
             group = [product for product in wanted if product.activation == activation]
             moments = SecondMoments(group[0].inner)
@@ -143,6 +135,7 @@ def quantize_matrices(
             gptq = GptqRounder(moments.mean())
             for product in group:
                 runner.replace(product.weight, rounder.round(product, gptq))
+                report(len(rounder.done), len(wanted))
     copy_others(model, data, rounder.done)
     replace_weights(model, rounder.done)
     return rounder.done
@@ -156,34 +149,34 @@ def copy_others(model: ir.Model, data: DataFile, but: Container[str]) -> None:
             value.const_value = data.copy(name, tensor)
 
 
+@dataclass
 class _MatrixRounder:
-    """Rounds matrices and writes them."""
+    """Rounds matrices and writes them.
 
-    def __init__(
-        self,
-        model: ir.Model,
-        data: DataFile,
-        options: WeightOnlyOptions,
-        writers: Mapping[str, MatrixWriter],
-        total: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self.initializers = model.graph.initializers
-        self.data = data
-        self.options = options
-        self.writers = writers
-        self.total = total
-        self.progress = progress
-        self.done: dict[str, BlockMatrix] = {}
+    Attributes:
+        initializers: Of the graph.
+        data: The file of the weights.
+        formats: Each matrix's format, by the initializer's name.
+        writers: Writers of the matrices that do not go to ``data``, by the initializer's name.
+        scales_of: Computes the scales of a matrix that is rounded without activations.
+        done: The matrices so far, by the initializer's name.
+    """
+
+    initializers: Mapping[str, ir.Value]
+    data: DataFile
+    formats: Mapping[str, BlockFormat]
+    writers: Mapping[str, MatrixWriter]
+    scales_of: Scales
+    done: dict[str, BlockMatrix] = field(default_factory=dict)
 
     def round(self, product: Product, gptq: GptqRounder | None) -> Array:
         """Rounds and writes one matrix; returns the restored weights, in the graph's type."""
-        form = self.options.formats[product.weight]
+        form = self.formats[product.weight]
         given = initializer_tensor(self.initializers[product.weight]).numpy()
         weight = np.asarray(given, np.float32)
         error = plain_error = None
         if gptq is None:
-            integers, scales = nearest(weight, form, plain_scales if self.options.plain else searched_scales)
+            integers, scales = nearest(weight, form, self.scales_of)
         else:
             integers, scales = gptq.quantize(weight, form)
         scales = scales.astype(given.dtype)
@@ -194,8 +187,6 @@ class _MatrixRounder:
         self.done[product.weight] = BlockMatrix(
             product.weight, form, *write(product, form, integers, scales), error, plain_error
         )
-        if self.progress is not None:
-            self.progress(len(self.done), self.total)
         return restored(integers, scales, form).astype(given.dtype)
 
     def _write(
@@ -236,13 +227,13 @@ def block_tensors(initializers: Mapping[str, ir.Value], weight: str) -> tuple[ir
 
 
 def form_of(integers: ir.ExternalTensor, scales: ir.ExternalTensor) -> BlockFormat:
-    """The format, by type and shapes."""
+    """The format of a matrix, from the type of its integers and both shapes."""
     bits = 4 if integers.dtype == ir.DataType.INT4 else 8
     return BlockFormat(bits, integers.shape.numpy()[0] // scales.shape.numpy()[0])
 
 
 def all_logits(feed: Mapping[str, Array]) -> dict[str, Array]:
-    """A decoder's inputs, changed to request logits at every position: the head then has many activations per run."""
+    """A decoder's inputs with logits requested at every position, so that a run gives many activations of the head."""
     indices, embeds = feed.get(LOGITS_INDICES), feed.get("inputs_embeds")
     if indices is None or embeds is None:
         return dict(feed)

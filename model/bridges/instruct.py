@@ -8,53 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blip2edge.model.bert_blocks import BertFeedForward
-from blip2edge.model.bridges.qformer import Projection, QFormerBase, QFormerLayer
-from blip2edge.model.config import QFORMER_KEYS, QFormerConfig
-from blip2edge.model.config_json import Fields, Key, write_keys
+from blip2edge.model.bridges.qformer import QFormerBase, QFormerLayer
+from blip2edge.model.config import QFormerConfig
+from blip2edge.model.config_json import key
 from blip2edge.model.layers import key_mask_bias, stack
-
-INSTRUCTION_KEYS = (
-    Key("vocab_size", "vocab_size", "integer", 30522),
-    Key("instruction_positions", "max_position_embeddings", "integer", 512),
-)
-"""Further keys of ``qformer_config``, with the defaults of transformers' InstructBlipQFormerConfig."""
 
 
 @dataclass(frozen=True)
 class InstructedQFormerConfig(QFormerConfig):
-    """A Q-Former that also reads a text.
+    """A Q-Former that also reads a text, with the defaults of transformers' InstructBlipQFormerConfig.
 
     Attributes:
         vocab_size: Rows of its word table; its tokenizer is BERT's, not the language model's.
         instruction_positions: Rows of its position table, and so the longest instruction.
     """
 
-    vocab_size: int = 30522
-    instruction_positions: int = 512
+    vocab_size: int = key("vocab_size", 30522)
+    instruction_positions: int = key("max_position_embeddings", 512)
 
     kind = "instructed-qformer"
-
-    @classmethod
-    def from_hf(cls, values: Any, *, num_query_tokens: int, encoder_hidden_size: int) -> InstructedQFormerConfig:
-        """Reads ``qformer_config`` of an InstructBLIP ``config.json``."""
-        return cls(
-            num_query_tokens=num_query_tokens,
-            encoder_hidden_size=encoder_hidden_size,
-            **Fields("qformer_config", values).read((*QFORMER_KEYS, *INSTRUCTION_KEYS)),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """The section that :meth:`from_hf` reads."""
-        return super().to_hf() | {
-            "model_type": "instructblip_qformer",
-            **write_keys(self, INSTRUCTION_KEYS),
-        }
+    model_type = "instructblip_qformer"
 
 
 class InstructedLayer(QFormerLayer):
@@ -113,16 +91,3 @@ class InstructedQFormer(QFormerBase):
             if index + 1 < len(self.layers):  # the text after the last layer is not used
                 text = layer.text_feed_forward(text)
         return queries
-
-
-class InstructedBridge(nn.Module):
-    """The instructed Q-Former and the projection to the language model."""
-
-    def __init__(self, config: InstructedQFormerConfig, hidden_size: int, embed_dim: int) -> None:
-        super().__init__()
-        self.qformer = InstructedQFormer(config)
-        self.projection = Projection(config.hidden_size, hidden_size, embed_dim)
-
-    def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
-        """``[B, P, Dv]`` and int64 ``[B, T]`` twice to ``visual_tokens [B, Q, D]``."""
-        return self.projection(self.qformer(image_embeds, instruction_ids, instruction_mask))

@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
-from blip2edge.model.layers import ACTIVATIONS
-
 
 @dataclass(frozen=True)
 class MLPConfig:
@@ -40,17 +36,3 @@ class MLPConfig:
             "multimodal_projector_bias": self.bias,
             "image_seq_length": self.num_patches,
         }
-
-
-class MLPBridge(nn.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(self, config: MLPConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = nn.Linear(config.input_size, config.hidden_size, bias=config.bias)
-        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
-
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to ``[B, P, D]``."""
-        return self.fc2(self.activation(self.fc1(image_embeds)))

@@ -7,27 +7,19 @@ themselves, then pass a feed-forward. The output is as wide as the picture's emb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.config_json import Fields, Key, write_keys
-from blip2edge.model.layers import attend, merge_heads, split_heads, stack
-
-PERCEIVER_KEYS = (
-    Key("num_latents", "resampler_n_latents", "integer", 64),
-    Key("num_layers", "resampler_depth", "integer", 6),
-    Key("num_heads", "resampler_n_heads", "integer", 16),
-    Key("head_dim", "resampler_head_dim", "integer", 96),
-    Key("qk_norms", "qk_layer_norms_perceiver", "flag", False),
-)
-"""``perceiver_config`` with the defaults of transformers' IdeficsPerceiverConfig."""
+from blip2edge.model.config_json import Section, key
+from blip2edge.model.layers import Attention, FeedForward, stack
 
 
 @dataclass(frozen=True)
-class PerceiverConfig:
-    """Sizes of the resampler.
+class PerceiverConfig(Section):
+    """Sizes of the resampler, with the defaults of transformers' IdeficsPerceiverConfig.
 
     Attributes:
         width: Width of the picture's embeddings and of the latents.
@@ -37,75 +29,53 @@ class PerceiverConfig:
     """
 
     width: int
-    num_latents: int
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    qk_norms: bool = False
+    num_latents: int = key("resampler_n_latents", 64)
+    num_layers: int = key("resampler_depth", 6)
+    num_heads: int = key("resampler_n_heads", 16)
+    head_dim: int = key("resampler_head_dim", 96)
+    qk_norms: bool = key("qk_layer_norms_perceiver", False)
     output_size: int = 0
 
     kind = "perceiver"
+    section = "perceiver_config"
+    model_type = "idefics_perciever"  # transformers' own spelling
 
     @property
     def num_visual_tokens(self) -> int:
         """Visual tokens per picture."""
         return self.num_latents
 
-    @classmethod
-    def from_hf(cls, values: Any, *, width: int) -> PerceiverConfig:
-        """Reads ``perceiver_config`` of an Idefics ``config.json``."""
-        return cls(width=width, **Fields("perceiver_config", values).read(PERCEIVER_KEYS))
-
     def to_hf(self) -> dict[str, Any]:
         """The section that :meth:`from_hf` reads."""
-        return {
-            "model_type": "idefics_perciever",  # transformers' own spelling
-            "use_resampler": True,
-            **write_keys(self, PERCEIVER_KEYS),
-        }
+        return super().to_hf() | {"use_resampler": True}
 
 
-class PerceiverAttention(nn.Module):
+class PerceiverAttention(Attention):
     """Latents attend to the picture and to themselves; no bias in the matrices."""
 
     def __init__(self, config: PerceiverConfig) -> None:
-        super().__init__()
-        inner = config.num_heads * config.head_dim
-        self.heads = config.num_heads
-        self.scale = config.head_dim**-0.5
+        norm = partial(nn.LayerNorm, config.head_dim) if config.qk_norms else None
+        super().__init__(config.width, config.num_heads, config.head_dim, norm=norm)
         self.context_norm = nn.LayerNorm(config.width)
         self.latents_norm = nn.LayerNorm(config.width)
-        self.query_norm = nn.LayerNorm(config.head_dim) if config.qk_norms else None
-        self.key_norm = nn.LayerNorm(config.head_dim) if config.qk_norms else None
-        self.query = nn.Linear(config.width, inner, bias=False)
-        self.key = nn.Linear(config.width, inner, bias=False)
-        self.value = nn.Linear(config.width, inner, bias=False)
-        self.out = nn.Linear(inner, config.width, bias=False)
 
-    def forward(self, context: Tensor, latents: Tensor) -> Tensor:
+    def read(self, context: Tensor, latents: Tensor) -> Tensor:
         """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
         latents = self.latents_norm(latents)
         context = torch.cat([self.context_norm(context), latents], dim=1)  # [B, P + Q, D]
-        query = split_heads(self.query(latents), self.heads)
-        key = split_heads(self.key(context), self.heads)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        value = split_heads(self.value(context), self.heads)
-        return self.out(merge_heads(attend(query, key, value, scale=self.scale)))
+        return self(latents, self.key_value(context))
 
 
-class PerceiverFeedForward(nn.Module):
+class PerceiverFeedForward(FeedForward):
     """A norm, and two matrices without bias around a ReLU (the paper's squared ReLU is plain in Idefics)."""
 
     def __init__(self, config: PerceiverConfig) -> None:
-        super().__init__()
+        super().__init__(config.width, 4 * config.width, "relu", gated=False)
         self.norm = nn.LayerNorm(config.width)
-        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, Q, D]`` to ``[B, Q, D]``."""
-        return self.down(torch.relu(self.up(self.norm(x))))
+        return super().forward(self.norm(x))
 
 
 class PerceiverLayer(nn.Module):
@@ -118,7 +88,7 @@ class PerceiverLayer(nn.Module):
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
-        latents = latents + self.attention(context, latents)
+        latents = latents + self.attention.read(context, latents)
         return latents + self.feed_forward(latents)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
-from blip2edge.model.config import QFormerConfig
+from blip2edge.model.config import LanguageConfig, QFormerConfig
 from blip2edge.model.layers import KeyValue, stack
 
 
@@ -96,8 +96,7 @@ class Projection(nn.Linear):
     def __init__(self, width: int, hidden_size: int, embed_dim: int) -> None:
         if embed_dim > hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: a token table of width {embed_dim} is wider than the model "
-                f"({hidden_size}), so that a picture's projection cannot fill its slots"
+                f"config.json: text_config: expected embed_dim of at most hidden_size {hidden_size}, got {embed_dim}"
             )
         super().__init__(width, hidden_size)
         self.embed_dim = embed_dim
@@ -112,13 +111,16 @@ class Projection(nn.Linear):
 
 
 class QFormerBridge(nn.Module):
-    """Q-Former and the projection to the language model."""
+    """A Q-Former and the projection to the language model."""
 
-    def __init__(self, config: QFormerConfig, hidden_size: int, embed_dim: int) -> None:
+    def __init__(self, qformer: QFormerBase, language: LanguageConfig) -> None:
         super().__init__()
-        self.qformer = QFormer(config)
-        self.projection = Projection(config.hidden_size, hidden_size, embed_dim)
+        self.qformer = qformer
+        self.projection = Projection(qformer.config.hidden_size, language.hidden_size, language.embed_dim)
 
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
-        return self.projection(self.qformer(image_embeds))
+    def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor:
+        """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+
+        A Q-Former that reads an instruction also takes its ids and its mask, int64 ``[B, T]`` each.
+        """
+        return self.projection(self.qformer(image_embeds, *instruction))

@@ -7,20 +7,22 @@ from typing import Any
 
 from torch import nn
 
-from blip2edge.model.bridges.instruct import InstructedBridge
-from blip2edge.model.bridges.mlp import MLPBridge
+from blip2edge.model.bridges.instruct import InstructedQFormer
 from blip2edge.model.bridges.perceiver import PerceiverResampler
 from blip2edge.model.bridges.pool import AttentionPoolBridge
-from blip2edge.model.bridges.qformer import QFormerBridge
+from blip2edge.model.bridges.qformer import QFormer, QFormerBridge
 from blip2edge.model.config import BridgeConfig, LanguageConfig
+from blip2edge.model.layers import MLP
 
 BRIDGE_BUILDERS: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
     "none": lambda config, language: nn.Identity(),
-    "mlp": lambda config, language: MLPBridge(config),
+    "mlp": lambda config, language: MLP(
+        config.input_size, config.hidden_size, config.hidden_size, config.activation, config.bias
+    ),
     "pool": lambda config, language: AttentionPoolBridge(config, language.embed_dim),
     "perceiver": lambda config, language: PerceiverResampler(config),
-    "qformer": lambda config, language: QFormerBridge(config, language.hidden_size, language.embed_dim),
-    "instructed-qformer": lambda config, language: InstructedBridge(config, language.hidden_size, language.embed_dim),
+    "qformer": lambda config, language: QFormerBridge(QFormer(config), language),
+    "instructed-qformer": lambda config, language: QFormerBridge(InstructedQFormer(config), language),
 }
 
 

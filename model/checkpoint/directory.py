@@ -28,6 +28,7 @@ from blip2edge.model.families.registry import (
     weight_map,
     write_config,
 )
+from blip2edge.model.layers import shapes_of
 from blip2edge.model.models import Config, Model, build_model
 from blip2edge.model.weights.rules import WeightMap
 
@@ -205,7 +206,7 @@ class Checkpoint:
         self.config = config
         self.map: WeightMap = weight_map(config)
         with torch.device("meta"):
-            self.shapes = build_model(self.config).shapes()
+            self.shapes = shapes_of(build_model(self.config))
         self.map.check(self.shapes, self.files.shapes)
 
     def read(self, ours: str) -> Tensor:

@@ -89,7 +89,7 @@ def _layers(feature_layer: Any, depth: int) -> int:
     if isinstance(layers, int) and layers < 0:
         layers += depth + 1
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= depth:
-        raise CheckpointError(f"config.json: vision_feature_layer {feature_layer!r} is not a layer of {depth}")
+        raise CheckpointError(f"config.json: vision_feature_layer must be a layer of {depth}, not {feature_layer!r}")
     return layers
 
 

@@ -47,9 +47,9 @@ class Family:
         write: The inverse.
         rules: Weight table of vision encoder and bridge.
         language_prefix: Prefix of the language model's tensors.
-        template: Positions of picture and prompt in the text.
+        template: Template of a text, with the placeholders ``{image}`` and ``{prompt}``.
         default_prompt: Prompt of ``caption`` if none is given; None for no prompt.
-        question: Prompt of ``ask``, with the question in it.
+        question: Template of the prompt of ``ask``, with the placeholder ``{question}``; empty if it answers none.
         framed: Whether the tokenizer adds its special tokens to a prompt; else only the BOS stands before it.
         prompt_required: Whether captions need a prompt.
         model_type: ``model_type`` of its ``config.json``; empty if it equals the row's key.

@@ -51,7 +51,7 @@ def read_blip2_itm(f: Fields) -> RetrievalConfig:
     )
     if not Fields("qformer_config", values).flag("use_qformer_text_input", False):
         raise CheckpointError(
-            "config.json: qformer_config.use_qformer_text_input is false, so that the model reads no text",
+            "config.json: qformer_config.use_qformer_text_input is false, so the model does not encode texts",
             "give a checkpoint of BLIP-2's first stage, such as Salesforce/blip2-itm-vit-g",
         )
     return RetrievalConfig(

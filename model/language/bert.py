@@ -17,77 +17,46 @@ from torch import Tensor, nn
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
-from blip2edge.model.config_json import Fields, Key, check_heads, transformer_keys, write_keys
-from blip2edge.model.interfaces import DecoderModule
+from blip2edge.model.config import BertSizes, LanguageConfig
+from blip2edge.model.config_json import key
+from blip2edge.model.interfaces import DecoderModule, LayerStep
 from blip2edge.model.layers import (
     ACTIVATIONS,
     KeyValue,
     append_to_cache,
     causal_bias,
-    gather_positions,
     key_mask_bias,
     stack,
 )
 
-BERT_KEYS = (
-    Key("vocab_size", "vocab_size", "integer", 30524),
-    *transformer_keys(768, 3072, 12, 8),
-    Key("encoder_hidden_size", "encoder_hidden_size", "integer", 768),
-    Key("max_positions", "max_position_embeddings", "integer", 512),
-    Key("activation", "hidden_act", "activation", "gelu"),
-    Key("norm_eps", "layer_norm_eps", "number", 1e-12),
-    Key("dropout", "hidden_dropout_prob", "number", 0.0),
-    Key("tie_embeddings", "tie_word_embeddings", "flag", True),
-)
-"""``text_config`` with the defaults of transformers' BlipTextConfig."""
-
 
 @dataclass(frozen=True)
-class BertConfig:
-    """Sizes of BLIP's text models.
+class BertConfig(BertSizes, LanguageConfig):
+    """Sizes of BLIP's text models, with the defaults of transformers' BlipTextConfig.
 
     Attributes:
         encoder_hidden_size: Width of the states that the layers attend to.
         reads_question: Whether an encoder reads a question first, whose states the decoder attends to (VQA).
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    encoder_hidden_size: int
-    max_positions: int = 512
-    activation: str = "gelu"
-    norm_eps: float = 1e-12
-    dropout: float = 0.0
-    tie_embeddings: bool = True
+    vocab_size: int = key("vocab_size", 30524)
+    num_heads: int = key("num_attention_heads", 8)
+    encoder_hidden_size: int = key("encoder_hidden_size", 768)
+    max_positions: int = key("max_position_embeddings", 512)
+    dropout: float = key("hidden_dropout_prob", 0.0)
+    tie_embeddings: bool = key("tie_word_embeddings", True)
     reads_question: bool = False
 
     kind = "blip_text_model"
+    model_type = kind
 
     def __post_init__(self) -> None:
-        check_heads("text_config", self.hidden_size, self.num_heads)
+        super().__post_init__()
         if self.reads_question and self.encoder_hidden_size != self.hidden_size:
             raise CheckpointError(
-                f"config.json: text_config: the decoder attends to states of width {self.encoder_hidden_size}, but the "
-                f"question's have {self.hidden_size}"
+                f"config.json: text_config: expected encoder_hidden_size {self.hidden_size}, the width of the "
+                f"question's states, got {self.encoder_hidden_size}"
             )
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of the token table."""
-        return self.hidden_size
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of the cache."""
-        return self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.hidden_size // self.num_heads
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -106,14 +75,9 @@ class BertConfig:
             source="encoder_states" if self.reads_question else "image_embeds",
         )
 
-    @classmethod
-    def from_hf(cls, values: Any) -> BertConfig:
-        """Reads the ``text_config`` of a BLIP ``config.json``."""
-        return cls(**Fields("text_config", values).read(BERT_KEYS))
-
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` that :meth:`from_hf` reads."""
-        return {"model_type": self.kind, **write_keys(self, BERT_KEYS), "is_decoder": True}
+        return super().to_hf() | {"is_decoder": True}
 
 
 class BertLayer(nn.Module):
@@ -216,7 +180,7 @@ class BertDecoder(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
-        """Int64 ``[B, E]`` twice and ``[B, P, Dv]`` to the states of a question about a picture, ``[B, E, D]``."""
+        """Token ids and their mask, int64 ``[B, E]`` each, and patches ``[B, P, Dv]`` to the states ``[B, E, D]``."""
         if self.encoder is None:
             raise ValueError("a decoder of captions has no encoder")
         return self.encoder(input_ids, attention_mask, image_embeds)
@@ -225,22 +189,15 @@ class BertDecoder(DecoderModule):
         """``[B, E, C]`` to two of ``[B, H, E, d]`` per layer."""
         return [layer.cross_attention.key_value(source) for layer in self.layers]
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        logits_indices: Tensor | None = None,
-        past: Sequence[KeyValue] | None = None,
-        cross: Sequence[KeyValue] = (),
-        cross_attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`DecoderModule`."""
-        x = self.embeddings(inputs_embeds, position_ids)
-        bias = causal_bias(attention_mask, x.shape[1], x.dtype)
-        cross_bias = None if cross_attention_mask is None else key_mask_bias(cross_attention_mask, x.dtype)
-        presents: list[KeyValue] = []
-        for index, layer in enumerate(self.layers):
-            x, present = layer(x, bias, None if past is None else past[index], cross[index], cross_bias)
-            presents.append(present)
-        return self.head(gather_positions(x, logits_indices)), presents
+    def start(
+        self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
+    ) -> tuple[Tensor, LayerStep]:
+        """See :meth:`DecoderModule.start`."""
+        x = self.embeddings(x, positions)
+        bias = causal_bias(mask, x.shape[1], x.dtype)
+        cross_bias = None if cross_mask is None else key_mask_bias(cross_mask, x.dtype)
+        return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See :meth:`DecoderModule.logits`."""
+        return self.head(x)

@@ -3,65 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.config_json import Fields, Key, check_heads, transformer_keys, write_keys
+from blip2edge.model.config import TransformerConfig
+from blip2edge.model.config_json import Fields, key
 from blip2edge.model.layers import causal_bias, stack
 from blip2edge.model.vision.vit import Block
 
 LEGACY_EOS = 2
 """Wrong ``eos_token_id`` of older configs. With it, the largest id of a text marks its end."""
 
-
 CLIP_EOS = 49407
-
-CLIP_TEXT_KEYS = (
-    Key("vocab_size", "vocab_size", "integer", 49408),
-    *transformer_keys(512, 2048, 12, 8),
-    Key("max_positions", "max_position_embeddings", "integer", 77),
-    Key("activation", "hidden_act", "activation", "quick_gelu"),
-    Key("norm_eps", "layer_norm_eps", "number", 1e-5),
-)
-"""``text_config`` with the defaults of transformers' CLIPTextConfig."""
 
 
 @dataclass(frozen=True)
-class ClipTextConfig:
-    """A causal transformer; its state at the end token represents the text."""
+class ClipTextConfig(TransformerConfig):
+    """A causal transformer; its state at the end token represents the text.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    max_positions: int = 77
-    activation: str = "quick_gelu"
-    norm_eps: float = 1e-5
+    The defaults are those of transformers' CLIPTextConfig.
+    """
+
+    vocab_size: int = key("vocab_size", 49408)
+    hidden_size: int = key("hidden_size", 512)
+    intermediate_size: int = key("intermediate_size", 2048)
+    num_heads: int = key("num_attention_heads", 8)
+    max_positions: int = key("max_position_embeddings", 77)
+    activation: str = key("hidden_act", "quick_gelu")
+    norm_eps: float = key("layer_norm_eps", 1e-5)
     eos_token_id: int = CLIP_EOS
 
-    kind = "clip_text_model"
-    qkv_bias: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_heads("text_config", self.hidden_size, self.num_heads)
+    kind = model_type = "clip_text_model"
 
     @classmethod
-    def from_hf(cls, values: Any) -> ClipTextConfig:
+    def from_hf(cls, values: Any, **given: Any) -> ClipTextConfig:
         """Reads the ``text_config`` of a CLIP ``config.json``."""
-        f = Fields("text_config", values)
-        eos = f.token_id("eos_token_id", CLIP_EOS)
-        return cls(**f.read(CLIP_TEXT_KEYS), eos_token_id=CLIP_EOS if eos is None else eos)
+        eos = Fields(cls.section, values).token_id("eos_token_id", CLIP_EOS)
+        return super().from_hf(values, eos_token_id=CLIP_EOS if eos is None else eos, **given)
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` that :meth:`from_hf` reads."""
-        return {
-            "model_type": self.kind,
-            **write_keys(self, CLIP_TEXT_KEYS),
-            "eos_token_id": self.eos_token_id,
-        }
+        return super().to_hf() | {"eos_token_id": self.eos_token_id}
 
 
 class ClipText(nn.Module):
@@ -76,7 +60,7 @@ class ClipText(nn.Module):
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice, padded on the right, to ``[B, D]``."""
+        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to ``[B, D]``."""
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embed_tokens(input_ids) + self.positions(slots)
         bias = causal_bias(attention_mask, input_ids.shape[1], x.dtype)

@@ -8,7 +8,8 @@ by the tanh of a learned gate, which is 0 at the start of training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +17,15 @@ from torch import Tensor, nn
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config_json import Fields, check_heads, layered, write_keys
-from blip2edge.model.language.llama import LlamaDecoder, LlamaFeedForward
-from blip2edge.model.language.llama_config import LLAMA_KEYS, LlamaConfig
+from blip2edge.model.config_json import Fields, Section, check_heads, key, layered
+from blip2edge.model.interfaces import LayerStep
+from blip2edge.model.language.llama import LlamaDecoder, llama_feed_forward
+from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.model.layers import (
     MASKED,
+    Attention,
     KeyValue,
     RMSNorm,
-    attend,
-    causal_bias,
-    gather_positions,
-    merge_heads,
-    split_heads,
     stack,
 )
 
@@ -50,16 +48,18 @@ class FlamingoConfig(LlamaConfig):
     """
 
     base_vocab_size: int = 0
-    cross_interval: int = 1
-    qk_norms: bool = False
+    cross_interval: int = key("cross_layer_interval", 1)
+    qk_norms: bool = key("qk_layer_norms", False)
     gates: str = "float"
     source: str = "visual_tokens"
     source_dim: int = 768
     kind: str = "idefics"
 
+    section = "the top level"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads("the top level", self.hidden_size, self.num_heads)
+        check_heads(self.section, self.hidden_size, self.num_heads)
         if self.gates not in GATES:
             raise CheckpointError(f"config.json: alpha_type is {self.gates!r}, not one of {', '.join(GATES)}")
         if self.num_layers % self.cross_interval:
@@ -75,66 +75,33 @@ class FlamingoConfig(LlamaConfig):
         return CrossSpec(layers, self.num_heads, self.head_dim, self.source_dim, "steps", self.source)
 
     @classmethod
-    def from_hf(cls, values: Any) -> FlamingoConfig:
+    def from_hf(cls, values: Any, **given: Any) -> FlamingoConfig:
         """Reads an Idefics ``config.json``, whose text part is at the top level."""
-        f = Fields("the top level", values)
+        f = Fields(cls.section, values)
         own = Fields("vision_config", f.values.get("vision_config") or {})
         resampled = f.flag("use_resampler", False)
-        llama = LlamaConfig.from_hf(layered({"model_type": "llama", "num_key_value_heads": None}, f.values))
-        base = {field.name: getattr(llama, field.name) for field in fields(llama) if field.name != "kind"}
-        additional = f.values.get("additional_vocab_size") or 0
-        return cls(
-            **{**base, "vocab_size": llama.vocab_size + int(additional)},
-            base_vocab_size=llama.vocab_size,
-            cross_interval=f.integer("cross_layer_interval", 1),
-            qk_norms=f.flag("qk_layer_norms", False),
+        rows = f.integer("vocab_size", cls.vocab_size)
+        return super().from_hf(
+            layered({"model_type": "llama", "num_key_value_heads": None}, f.values),
+            kind="idefics",
+            vocab_size=rows + int(f.values.get("additional_vocab_size") or 0),
+            base_vocab_size=rows,
             gates=str(f.values.get("alpha_type", "float")),
             source="visual_tokens" if resampled else "image_embeds",
             source_dim=own.integer("embed_dim", own.integer("hidden_size", 768)),
+            **given,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The keys of an Idefics ``config.json`` that :meth:`from_hf` reads."""
         return {
-            **write_keys(self, LLAMA_KEYS),
+            **Section.to_hf(self),
             "vocab_size": self.base_vocab_size,
             "additional_vocab_size": self.vocab_size - self.base_vocab_size,
             "rope_parameters": self.rope.to_hf(),
-            "cross_layer_interval": self.cross_interval,
-            "qk_layer_norms": self.qk_norms,
             "alpha_type": self.gates,
             "use_resampler": self.source == "visual_tokens",
         }
-
-
-class CrossAttention(nn.Module):
-    """Text attends to pictures; no positions, no bias in the matrices."""
-
-    def __init__(self, config: FlamingoConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_heads
-        self.scale = config.head_dim**-0.5
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(config.source_dim, width, bias=False)
-        self.value = nn.Linear(config.source_dim, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norms else None
-        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norms else None
-
-    def key_value(self, source: Tensor) -> KeyValue:
-        """``[B, E, Ds]`` to two of ``[B, H, E, d]``."""
-        key = split_heads(self.key(source), self.heads)
-        if self.key_norm is not None:
-            key = self.key_norm(key)
-        return key, split_heads(self.value(source), self.heads)
-
-    def forward(self, x: Tensor, cross: KeyValue, bias: Tensor) -> Tensor:
-        """``x [B, S, D]``, ``cross`` two of ``[B, H, E, d]``, ``bias [B, 1, S, E]``."""
-        query = split_heads(self.query(x), self.heads)
-        if self.query_norm is not None:
-            query = self.query_norm(query)
-        return self.out(merge_heads(attend(query, *cross, bias, self.scale)))
 
 
 class GatedLayer(nn.Module):
@@ -144,10 +111,16 @@ class GatedLayer(nn.Module):
         super().__init__()
         shape = (1, 1, config.hidden_size) if config.gates == "vector" else (1,)
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = CrossAttention(config)
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_heads,
+            config.head_dim,
+            context_width=config.source_dim,
+            norm=partial(RMSNorm, config.head_dim, config.norm_eps) if config.qk_norms else None,
+        )
         self.attention_gate = nn.Parameter(torch.zeros(shape))
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = LlamaFeedForward(config)
+        self.feed_forward = llama_feed_forward(config)
         self.feed_forward_gate = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor, cross: KeyValue, bias: Tensor, has_picture: Tensor) -> Tensor:
@@ -179,31 +152,21 @@ class Flamingo(LlamaDecoder):
         """``[B, E, Ds]`` to two of ``[B, H, E, d]`` per gated layer."""
         return [layer.attention.key_value(source) for layer in self.cross_layers]
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        logits_indices: Tensor | None = None,
-        past: Sequence[KeyValue] | None = None,
-        cross: Sequence[KeyValue] = (),
-        cross_attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`DecoderModule`."""
-        x, steps = inputs_embeds, inputs_embeds.shape[1]
-        if cross_attention_mask is None:
-            cross_attention_mask = attention_mask.new_ones(x.shape[0], steps, cross[0][0].shape[2])
-        mask = cross_attention_mask.to(x.dtype)
-        has_picture = mask.amax(dim=-1, keepdim=True)  # [B, S, 1]
-        cross_bias = ((1 - mask) * MASKED)[:, None]  # [B, 1, S, E]
-        cos, sin = self.rotary(position_ids)
-        rotation = (cos.to(x.dtype), sin.to(x.dtype))
-        bias = causal_bias(attention_mask, steps, x.dtype)
-        presents: list[KeyValue] = []
-        for index, layer in enumerate(self.layers):
+    def start(
+        self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
+    ) -> tuple[Tensor, LayerStep]:
+        """See :meth:`DecoderModule.start`."""
+        if cross_mask is None:
+            cross_mask = mask.new_ones(*x.shape[:2], cross[0][0].shape[2])
+        attended = cross_mask.to(x.dtype)
+        has_picture = attended.amax(dim=-1, keepdim=True)  # [B, S, 1]
+        cross_bias = ((1 - attended) * MASKED)[:, None]  # [B, 1, S, E]
+        x, llama = super().start(x, mask, positions)
+
+        def step(index: int, x: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
             number, rest = divmod(index, self.config.cross_interval)
             if not rest:
                 x = self.cross_layers[number](x, cross[number], cross_bias, has_picture)
-            x, present = layer(x, rotation, bias, None if past is None else past[index])
-            presents.append(present)
-        return self.head(self.final_norm(gather_positions(x, logits_indices))), presents
+            return llama(index, x, past)
+
+        return x, step

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.interfaces import DecoderModule
+from blip2edge.model.interfaces import DecoderModule, LayerStep
 from blip2edge.model.language.llama_config import LlamaConfig, RopeConfig
 from blip2edge.model.layers import (
-    ACTIVATIONS,
+    FeedForward,
     KeyValue,
     RMSNorm,
     append_to_cache,
     attend,
     causal_bias,
-    gather_positions,
     merge_heads,
     split_heads,
     stack,
@@ -47,7 +47,7 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
     def _speeds(self, device: torch.device) -> Tensor:
-        """Radians a position, ``[d / 2]``."""
+        """Radians per position, ``[d / 2]``."""
         rope = self.rope
         exponents = torch.arange(0, self.head_dim, 2, device=device).to(torch.float32) / self.head_dim
         speeds = 1.0 / rope.theta**exponents
@@ -115,19 +115,9 @@ class LlamaAttention(nn.Module):
         return out.flatten(1, 2)
 
 
-class LlamaFeedForward(nn.Module):
-    """Three matrices: gate, up, down (SwiGLU; Shazeer, arXiv 2002.05202)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.mlp_bias)
-        self.up = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.mlp_bias)
-        self.down = nn.Linear(config.ffn_dim, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, D]`` to ``[B, S, D]``."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+def llama_feed_forward(config: LlamaConfig) -> FeedForward:
+    """Three matrices: gate, up, down (SwiGLU)."""
+    return FeedForward(config.hidden_size, config.ffn_dim, config.activation, gated=True, bias=config.mlp_bias)
 
 
 class LlamaLayer(nn.Module):
@@ -144,7 +134,7 @@ class LlamaLayer(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = LlamaAttention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = LlamaFeedForward(config)
+        self.feed_forward = llama_feed_forward(config)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
@@ -156,7 +146,7 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaDecoder(DecoderModule):
-    """The decoder."""
+    """Decoder of Llama and similar models."""
 
     layers: Sequence[LlamaLayer]
 
@@ -171,22 +161,19 @@ class LlamaDecoder(DecoderModule):
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        logits_indices: Tensor | None = None,
-        past: Sequence[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`DecoderModule`."""
-        x, steps = inputs_embeds, inputs_embeds.shape[1]
-        cos, sin = self.rotary(position_ids)
+    def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, LayerStep]:
+        """See :meth:`DecoderModule.start`."""
+        cos, sin = self.rotary(positions)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))
         windows: set[int | None] = {layer.window for layer in self.layers}
-        bias = {window: causal_bias(attention_mask, steps, x.dtype, window) for window in windows}
-        presents: list[KeyValue] = []
-        for index, layer in enumerate(self.layers):
-            x, present = layer(x, rotation, bias[layer.window], None if past is None else past[index])
-            presents.append(present)
-        return self.head(self.final_norm(gather_positions(x, logits_indices))), presents
+        bias = {window: causal_bias(mask, x.shape[1], x.dtype, window) for window in windows}
+
+        def step(index: int, x: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+            layer = self.layers[index]
+            return layer(x, rotation, bias[layer.window], past)
+
+        return x, step
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See :meth:`DecoderModule.logits`."""
+        return self.head(self.final_norm(x))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError, UnsupportedModelError
-from blip2edge.model.config_json import Fields, Key, write_keys
+from blip2edge.model.config import LanguageConfig
+from blip2edge.model.config_json import Fields, key
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ROPE_KINDS = ("default", "linear", "llama3")
 
@@ -77,23 +80,9 @@ class RopeConfig:
         return found
 
 
-LLAMA_KEYS = (
-    Key("vocab_size", "vocab_size", "integer"),
-    Key("hidden_size", "hidden_size", "integer", 4096),
-    Key("ffn_dim", "intermediate_size", "integer"),
-    Key("num_layers", "num_hidden_layers", "integer", 32),
-    Key("num_heads", "num_attention_heads", "integer", 32),
-    Key("max_positions", "max_position_embeddings", "integer"),
-    Key("activation", "hidden_act", "activation", "silu"),
-    Key("norm_eps", "rms_norm_eps", "number", 1e-6),
-    Key("tie_embeddings", "tie_word_embeddings", "flag", False),
-)
-"""``text_config`` of Llama and its relatives; :data:`DEFAULTS` has the sizes that differ between them."""
-
-
 @dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and variants.
+class LlamaConfig(LanguageConfig):
+    """Sizes and variants; the defaults are Llama's, and :data:`DEFAULTS` has the sizes of its relatives.
 
     Attributes:
         qkv_bias: Queries, keys and values have biases (Qwen2).
@@ -105,75 +94,64 @@ class LlamaConfig:
         kind: transformers' ``model_type``, a key of :data:`DEFAULTS`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    ffn_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int = 2048
-    activation: str = "silu"
-    norm_eps: float = 1e-6
+    vocab_size: int = key("vocab_size", 32000)
+    hidden_size: int = key("hidden_size", 4096)
+    ffn_dim: int = key("intermediate_size", 11008)
+    num_layers: int = key("num_hidden_layers", 32)
+    num_heads: int = key("num_attention_heads", 32)
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    max_positions: int = key("max_position_embeddings", 2048)
+    activation: str = key("hidden_act", "silu")
+    norm_eps: float = key("rms_norm_eps", 1e-6)
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    tie_embeddings: bool = False
+    tie_embeddings: bool = key("tie_word_embeddings", False)
     window: int | None = None
     window_layers: tuple[int, ...] = ()
     rope: RopeConfig = field(default_factory=RopeConfig)
     kind: str = "llama"
 
-    is_encoder_decoder = False
-
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
-                f"config.json: text_config: {self.num_kv_heads} key/value heads do not divide {self.num_heads} heads"
+                f"config.json: text_config: {self.num_kv_heads} heads of keys do not divide {self.num_heads} heads "
+                "of queries"
             )
         if self.head_dim % 2:
             raise CheckpointError(
                 f"config.json: text_config: rotary positions need an even head_dim, not {self.head_dim}"
             )
 
-    @property
-    def embed_dim(self) -> int:
-        """Width of the token table."""
-        return self.hidden_size
-
-    @property
-    def cross(self) -> CrossSpec | None:
-        """None: it has no cross-attention."""
-        return None
-
     def window_of(self, layer: int) -> int | None:
         """The window of one layer."""
         return self.window if layer in self.window_layers else None
 
     @classmethod
-    def from_hf(cls, values: Any) -> LlamaConfig:
+    def from_hf(cls, values: Any, **given: Any) -> Self:
         """Reads a ``config.json`` or ``text_config`` of Llama or a relative, with its own defaults."""
-        f = Fields("text_config", values)
+        f = Fields(cls.section, values)
         kind = str(f.values.get("model_type", "llama"))
         sizes = DEFAULTS[kind]
-        found = f.read(LLAMA_KEYS, sizes)
-        heads, longest = found["num_heads"], found["max_positions"]
+        found = cls.read(values, sizes)
+        heads = found["num_heads"]
         bias = kind in ("llama", "qwen3") and f.flag("attention_bias", False)
         window, window_layers = _window(kind, f, found["num_layers"])
-        return cls(
-            **found,
-            num_kv_heads=_kv_heads(f, heads, sizes),
-            head_dim=f.integer("head_dim", sizes.get("head_dim", found["hidden_size"] // heads)),
-            qkv_bias=bias or kind == "qwen2",
-            out_bias=bias,
-            mlp_bias=kind == "llama" and f.flag("mlp_bias", False),
-            qk_norm=kind == "qwen3",
-            window=window,
-            window_layers=window_layers,
-            rope=RopeConfig.from_hf(f.values, longest),
-            kind=kind,
-        )
+        own = {
+            "num_kv_heads": _kv_heads(f, heads, sizes),
+            "head_dim": f.integer("head_dim", sizes.get("head_dim", found["hidden_size"] // heads)),
+            "qkv_bias": bias or kind == "qwen2",
+            "out_bias": bias,
+            "mlp_bias": kind == "llama" and f.flag("mlp_bias", False),
+            "qk_norm": kind == "qwen3",
+            "window": window,
+            "window_layers": window_layers,
+            "rope": RopeConfig.from_hf(f.values, found["max_positions"]),
+            "kind": kind,
+        }
+        return cls(**found | own | given)
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` that :meth:`from_hf` reads."""
@@ -195,7 +173,7 @@ class LlamaConfig:
         return {
             "model_type": self.kind,
             "architectures": [f"{names[self.kind]}ForCausalLM"],
-            **write_keys(self, LLAMA_KEYS),
+            **super().to_hf(),
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "rope_parameters": self.rope.to_hf(),
@@ -203,29 +181,19 @@ class LlamaConfig:
         }
 
 
-DEFAULTS: dict[str, dict[str, int]] = {
-    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    "mistral": {
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-    },
-    "qwen2": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-    },
-    "qwen3": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-    },
+_QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
 }
-"""Defaults of transformers' configs."""
+DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+"""Defaults of transformers' configs where they differ from :class:`LlamaConfig`."""
 
 
 def _kv_heads(f: Fields, heads: int, sizes: Mapping[str, int]) -> int:

@@ -5,23 +5,20 @@ One forward serves prefill, decoding and verification: the cache is an argument,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from blip2edge.model.config_json import Fields, Key, check_heads, write_keys
-from blip2edge.model.interfaces import DecoderModule
+from blip2edge.model.config import LanguageConfig
+from blip2edge.model.config_json import Fields, check_heads, key
+from blip2edge.model.interfaces import DecoderModule, LayerStep
 from blip2edge.model.layers import (
     ACTIVATIONS,
+    Attention,
     KeyValue,
     append_to_cache,
-    attend,
     causal_bias,
-    gather_positions,
-    merge_heads,
-    split_heads,
     stack,
 )
 
@@ -29,103 +26,53 @@ POSITION_OFFSET = 2
 """Unused rows at the start of OPT's position table (metaseq's padding_idx + 1)."""
 
 
-OPT_KEYS = (
-    Key("vocab_size", "vocab_size", "integer", 50272),
-    Key("hidden_size", "hidden_size", "integer", 768),
-    Key("ffn_dim", "ffn_dim", "integer", 3072),
-    Key("num_layers", "num_hidden_layers", "integer", 12),
-    Key("num_heads", "num_attention_heads", "integer", 12),
-    Key("max_positions", "max_position_embeddings", "integer", 2048),
-    Key("activation", "activation_function", "activation", "relu"),
-    Key("norm_before", "do_layer_norm_before", "flag", True),
-    Key("bias", "enable_bias", "flag", True),
-    Key("norm_affine", "layer_norm_elementwise_affine", "flag", True),
-    Key("tie_embeddings", "tie_word_embeddings", "flag", True),
-    Key("dropout", "dropout", "number", 0.1),
-)
-"""``text_config`` with the defaults of transformers' OPTConfig."""
-
-
 @dataclass(frozen=True)
-class OPTConfig:
-    """Sizes and variants: 350m has its norms after the blocks and a narrower token table."""
+class OPTConfig(LanguageConfig):
+    """Sizes and variants, with the defaults of transformers' OPTConfig.
 
-    vocab_size: int
-    hidden_size: int
-    ffn_dim: int
-    num_layers: int
-    num_heads: int
-    max_positions: int = 2048
+    350m has its norms after the blocks and a narrower token table.
+    """
+
+    vocab_size: int = key("vocab_size", 50272)
+    hidden_size: int = key("hidden_size", 768)
+    ffn_dim: int = key("ffn_dim", 3072)
+    num_layers: int = key("num_hidden_layers", 12)
+    num_heads: int = key("num_attention_heads", 12)
+    max_positions: int = key("max_position_embeddings", 2048)
     embed_dim: int = 0
-    activation: str = "relu"
-    norm_before: bool = True
+    activation: str = key("activation_function", "relu")
+    norm_before: bool = key("do_layer_norm_before", True)
     final_norm: bool = True
-    bias: bool = True
-    norm_affine: bool = True
-    tie_embeddings: bool = True
-    dropout: float = 0.1
+    bias: bool = key("enable_bias", True)
+    norm_affine: bool = key("layer_norm_elementwise_affine", True)
+    tie_embeddings: bool = key("tie_word_embeddings", True)
+    dropout: float = key("dropout", 0.1)
 
-    kind = "opt"
-    is_encoder_decoder = False
-    cross = None
+    kind = model_type = "opt"
 
     def __post_init__(self) -> None:
         check_heads("text_config", self.hidden_size, self.num_heads)
         if self.embed_dim == 0:
             object.__setattr__(self, "embed_dim", self.hidden_size)
 
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of the cache."""
-        return self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.hidden_size // self.num_heads
-
     @classmethod
-    def from_hf(cls, values: Any) -> OPTConfig:
+    def from_hf(cls, values: Any, **given: Any) -> OPTConfig:
         """Reads an OPT ``config.json`` or ``text_config``."""
-        f = Fields("text_config", values)
-        found = f.read(OPT_KEYS)
+        f, found = Fields(cls.section, values), cls.read(values)
         return cls(
             **found,
             embed_dim=f.integer("word_embed_proj_dim", found["hidden_size"]),
             final_norm=found["norm_before"] and not f.flag("_remove_final_layer_norm", False),
+            **given,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The ``text_config`` that :meth:`from_hf` reads."""
-        return {
-            "model_type": "opt",
+        return super().to_hf() | {
             "architectures": ["OPTForCausalLM"],
-            **write_keys(self, OPT_KEYS),
             "word_embed_proj_dim": self.embed_dim,
             "_remove_final_layer_norm": self.norm_before and not self.final_norm,
         }
-
-
-class OPTAttention(nn.Module):
-    """Causal self-attention over the cache and the new slots."""
-
-    def __init__(self, config: OPTConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_heads
-        self.scale = config.head_dim**-0.5
-        self.query = nn.Linear(width, width, bias=config.bias)
-        self.key = nn.Linear(width, width, bias=config.bias)
-        self.value = nn.Linear(width, width, bias=config.bias)
-        self.out = nn.Linear(width, width, bias=config.bias)
-
-    def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]``, ``bias [B, 1, S, P + S]``, ``past`` two of ``[B, H, P, d]``."""
-        query = split_heads(self.query(x), self.heads)
-        key = split_heads(self.key(x), self.heads)
-        value = split_heads(self.value(x), self.heads)
-        present = append_to_cache(past, (key, value))
-        return self.out(merge_heads(attend(query, *present, bias, self.scale))), present
 
 
 class OPTLayer(nn.Module):
@@ -136,7 +83,7 @@ class OPTLayer(nn.Module):
         width, affine = config.hidden_size, config.norm_affine
         self.norm_before = config.norm_before
         self.activation = ACTIVATIONS[config.activation]
-        self.attention = OPTAttention(config)
+        self.attention = Attention(width, config.num_heads, config.head_dim, bias=config.bias)
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=affine)
         self.fc1 = nn.Linear(width, config.ffn_dim, bias=config.bias)
         self.fc2 = nn.Linear(config.ffn_dim, width, bias=config.bias)
@@ -146,8 +93,9 @@ class OPTLayer(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values."""
         before = self.norm_before
-        out, present = self.attention(self.attention_norm(x) if before else x, bias, past)
-        x = x + self.dropout(out)
+        normed = self.attention_norm(x) if before else x
+        present = append_to_cache(past, self.attention.key_value(normed))
+        x = x + self.dropout(self.attention(normed, present, bias))
         x = x if before else self.attention_norm(x)
         out = self.fc2(self.activation(self.fc1(self.final_norm(x) if before else x)))
         x = x + self.dropout(out)
@@ -155,7 +103,7 @@ class OPTLayer(nn.Module):
 
 
 class OPTDecoder(DecoderModule):
-    """The decoder."""
+    """Decoder of OPT."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -171,25 +119,17 @@ class OPTDecoder(DecoderModule):
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        logits_indices: Tensor | None = None,
-        past: Sequence[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """The decoder contract; see :class:`DecoderModule`."""
-        x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
-        x = x + self.embed_positions(position_ids + POSITION_OFFSET)
-        bias = causal_bias(attention_mask, inputs_embeds.shape[1], x.dtype)
-        presents: list[KeyValue] = []
-        for index, layer in enumerate(self.layers):
-            x, present = layer(x, bias, None if past is None else past[index])
-            presents.append(present)
-        x = gather_positions(x, logits_indices)
+    def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, LayerStep]:
+        """See :meth:`DecoderModule.start`."""
+        x = x if self.project_in is None else self.project_in(x)
+        x = x + self.embed_positions(positions + POSITION_OFFSET)
+        bias = causal_bias(mask, x.shape[1], x.dtype)
+        return x, lambda index, x, past: self.layers[index](x, bias, past)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See :meth:`DecoderModule.logits`."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.project_out is not None:
             x = self.project_out(x)
-        return self.head(x), presents
+        return self.head(x)

@@ -1,4 +1,4 @@
-"""Token merging: in every layer of a ViT, between attention and MLP, the most alike patches become one.
+"""Token merging: in every layer of a ViT, between attention and MLP, the most similar patches are merged.
 
 Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3 and appendix D. Patches go to
 two sets in turn. Each patch of the first set is paired with the patch of the second whose key (mean over the heads) is
@@ -93,7 +93,7 @@ class TokenMatching(nn.Module):
             scores: ``[B, A, C]``.
 
         Returns:
-            int64 ``[B, A]`` twice.
+            Indices of the first set and of the partners, int64 ``[B, A]`` each.
         """
         best, partner = scores.max(dim=-1)
         return best.topk(best.shape[1]).indices, partner

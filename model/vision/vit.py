@@ -6,53 +6,23 @@ Dosovitskiy et al., arXiv 2010.11929; the bias without a key part comes from BEi
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
-from blip2edge.model.config import VisionConfig
-from blip2edge.model.layers import ACTIVATIONS, attend, merge_heads, split_heads, stack
+from blip2edge.model.config import TransformerConfig, VisionConfig
+from blip2edge.model.layers import MLP, attend, merge_heads, split_heads, stack
 from blip2edge.model.vision.token_merging import Pairs, TokenMatching, merge, merged_counts
-
-
-class BlockConfig(Protocol):
-    """Sizes that a block needs from a config."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Width D."""
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width inside the MLP."""
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of the attention."""
-
-    @property
-    def activation(self) -> str:
-        """Activation of the MLP."""
-
-    @property
-    def norm_eps(self) -> float:
-        """Epsilon of both norms."""
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases."""
 
 
 class PatchAttention(nn.Module):
     """Self-attention over patches; one matrix makes queries, keys and values."""
 
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(self, config: TransformerConfig, qkv_bias: bool) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_heads
         self.scale = (width // config.num_heads) ** -0.5
-        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)  # [B, P, D] -> [B, P, 3D]
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)  # [B, P, D] -> [B, P, 3D]
         self.projection = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,29 +35,15 @@ class PatchAttention(nn.Module):
         return self.projection(merge_heads(attend(query, key, value, bias, self.scale))), key
 
 
-class MLP(nn.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(self, config: BlockConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, P, D]`` to ``[B, P, D]``."""
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block; ``qkv_bias``: queries, keys and values have biases."""
 
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(self, config: TransformerConfig, qkv_bias: bool = True) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = PatchAttention(config)
+        self.attention = PatchAttention(config, qkv_bias)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, config.activation)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[B, P, D]`` to ``[B, P, D]``; ``bias`` hides keys."""
@@ -127,7 +83,7 @@ class VisionTransformer(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(positions if config.clip else (1, *positions)))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not config.clip)
         self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.clip else None
-        self.layers = stack(Block(config) for _ in range(config.num_layers))
+        self.layers = stack(Block(config, config.qkv_bias) for _ in range(config.num_layers))
         self.matching = TokenMatching() if config.merge_tokens else None
         self.post_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.post_norm else None
 

@@ -22,10 +22,10 @@ TIE_MARGIN = 1e-4
 
 
 def fuse_activations(model: ir.Model) -> int:
-    """GELU by its error function, and ``x * sigmoid(a x)`` (SiLU, CLIP's quick GELU); how many were found."""
+    """Fuses GELU (computed with Erf) and ``x * sigmoid(a x)`` (SiLU, CLIP's quick GELU); returns their number."""
     found = 0
     for node in list(model.graph):
-        if node.graph is None:  # went away with one before
+        if node.graph is None:  # removed together with an earlier one
             continue
         if node.op_type == "Erf":
             found += _gelu(node)

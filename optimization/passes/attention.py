@@ -2,7 +2,7 @@
 
     q, k, v [B, S or T, H d] --split heads--> q k' + bias --softmax--> @ v --merge heads--> [B, S, H d]
 
-becomes ONNX Runtime's MultiHeadAttention, which does not store the scores where it can avoid it.
+becomes ONNX Runtime's MultiHeadAttention, which avoids storing the scores if it can.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fuse_attention(model: ir.Model) -> int:
 
 
 def find_core(softmax: ir.Node) -> Core | None:
-    """The attention around a softmax; None where it is not an attention's."""
+    """The attention around a softmax; None if it is not an attention's."""
     scores = softmax.inputs[0]
     plus = producer(scores, "Add")
     bias = None
@@ -85,7 +85,7 @@ def _behind_groups(value: ir.Value) -> ir.Value:
 
 
 def _turned(value: ir.Value | None) -> ir.Value | None:
-    """Keys ``[B, H, T, d]`` before the transposition for the product."""
+    """The keys ``[B, H, T, d]``, from the transposed keys of the product."""
     node = producer(value, "Transpose")
     if node is None:
         return None
@@ -96,7 +96,7 @@ def _turned(value: ir.Value | None) -> ir.Value | None:
 
 
 def flat(value: ir.Value | None, heads_last: tuple[int, ...] = (0, 2, 1, 3)) -> ir.Value | None:
-    """``[B, S, H d]`` before the heads are split; None where other nodes are in between."""
+    """The value ``[B, S, H d]`` from which heads are split; None if other nodes are in between."""
     node = producer(value, "Transpose")
     if node is None or permutation(node) not in (list(heads_last), [0, 2, 3, 1]):
         return None
@@ -126,14 +126,14 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
 
 
 def _read_once(value: ir.Value) -> bool:
-    """Whether heads are used by this attention only, from their split on."""
+    """Whether only this attention uses the heads, before and after their split."""
     node = value.producer()
     split = node.inputs[0] if node is not None else None
     return len(users(value)) == 1 and split is not None and len(users(split)) == 1
 
 
 def _spread(graph: ir.Graph, core: Core, query: list[int | str], key: list[int | str]) -> ir.Value | None:
-    """A bias ``[B, 1, 1, T]`` (one for each key) expanded to all queries, where their number is known."""
+    """A bias ``[B, 1, 1, T]`` (one for each key) expanded to all queries, if their number is known."""
     if core.bias is None or core.bias.shape is None or not isinstance(query[1], int):
         return core.bias
     shape = dims(core.bias)
@@ -176,7 +176,7 @@ def _without_bias(
 
 
 def _addition_before(packed: ir.Node) -> list[ir.Node]:
-    """The addition before a Split, in a list; empty where there is none."""
+    """The addition before a Split, in a list; empty if there is none."""
     value = packed.inputs[0]
     node = value.producer() if value is not None else None
     return [node] if node is not None else []

@@ -76,8 +76,8 @@ def use_block_kernels(model: ir.Model, *, columns_too: bool = False) -> int:
 
     Args:
         model: A prepared graph.
-        columns_too: Replace products with int8 activations and one scale for each column too; the recorded range of
-            their activation is then not used.
+        columns_too: Whether to replace products with int8 activations and one scale for each column too. The kernel
+            does not use the recorded ranges of their activations.
 
     Returns:
         The number of products.

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from blip2edge.optimization.graph import (
-    Array,
     constant,
+    dims,
     initializer,
     insert,
     producer,
@@ -80,11 +80,7 @@ def _product(node: ir.Node) -> QuantisedProduct | None:
 
 
 def use_dynamic_ranges(model: ir.Model) -> int:
-    """Makes products compute the range of their activation at run time, one range for each tensor.
-
-    Returns:
-        The number of products.
-    """
+    """Makes products compute one range for each activation at run time; returns the number of products."""
     products = quantised_products(model)
     for product in products:
         zeros = _zeros(model.graph, product)
@@ -94,11 +90,7 @@ def use_dynamic_ranges(model: ir.Model) -> int:
 
 
 def use_recorded_ranges(model: ir.Model) -> int:
-    """Makes products use the ranges of the calibration, with unsigned activations around 128.
-
-    Returns:
-        The number of products.
-    """
+    """Makes products use the ranges of the calibration, with unsigned activations around 128; returns their number."""
     products = quantised_products(model)
     zero = initializer(model.graph, "middle", np.array(MIDDLE, np.uint8))
     rounded: dict[tuple[str, str], ir.Value] = {}
@@ -117,11 +109,7 @@ def use_recorded_ranges(model: ir.Model) -> int:
 
 
 def without_rounding(model: ir.Model) -> int:
-    """Leaves the activations of products unrounded, for a reference that INT8 forms are compared with.
-
-    Returns:
-        The number of products.
-    """
+    """Removes the rounding of activations, for the reference of INT8 graphs; returns the number of products."""
     products = quantised_products(model)
     for product in products:
         product.node.replace_input_with(0, product.activation)
@@ -130,12 +118,5 @@ def without_rounding(model: ir.Model) -> int:
 
 def _zeros(graph: ir.Graph, product: QuantisedProduct) -> ir.Value:
     """Zero points of a weight's columns, all 0."""
-    width = len(_array(product.scales))
+    width = int(dims(product.scales)[0])
     return initializer(graph, f"zeros.{width}", np.zeros(width, np.int8))
-
-
-def _array(value: ir.Value) -> Array:
-    array = constant(value)
-    if array is None:
-        raise ValueError(f"{value.name} is no constant")
-    return array

@@ -58,7 +58,7 @@ def _rms(reciprocal: ir.Node) -> bool:
 
 
 def _squared(value: ir.Value | None) -> ir.Value | None:
-    """The value that was squared; None where this is no square."""
+    """The value that was squared; None if this is no square."""
     power = with_scalar(producer(value, "Pow"))
     if power is not None:
         return power[0] if power[1] == 2.0 else None

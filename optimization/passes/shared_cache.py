@@ -99,7 +99,7 @@ def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
 
 
 def _layer(graph: ir.Graph, index: int) -> Layer | None:
-    """The attention of a layer, found by the names of its cache; None where it has another form."""
+    """The attention of a layer, found by the names of its cache; None if it has another form."""
     outputs = {value.name: value for value in graph.outputs}
     key, value = outputs[f"present.{index}.key"], outputs[f"present.{index}.value"]
     news = [_appended(part) for part in (key, value)]
@@ -147,7 +147,7 @@ def _is_heads_of(value: ir.Value, present: ir.Value) -> bool:
 
 
 def _before_rotation(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Value, ir.Value] | None] | None:
-    """Heads ``[B, H, S, d]`` before the rotation, with its cosines and sines; (heads, None) where none are rotated."""
+    """Heads ``[B, H, S, d]`` before the rotation, with its cosines and sines; (heads, None) without rotation."""
     if value is None:
         return None
     grouped = producer(value, "Reshape")
@@ -176,7 +176,7 @@ def _mul(value: ir.Value) -> ir.Node | None:
 
 
 def _before_heads(value: ir.Value | None) -> ir.Value | None:
-    """``[B, S, H d]`` before the split into heads ``[B, H, S, d]``; None where nodes are in between, as in Qwen3."""
+    """``[B, S, H d]`` before the split into heads ``[B, H, S, d]``; None if nodes are in between, as in Qwen3."""
     node = producer(value, "Transpose")
     if node is None or permutation(node) != [0, 2, 1, 3]:
         return None
@@ -185,7 +185,7 @@ def _before_heads(value: ir.Value | None) -> ir.Value | None:
 
 
 def _window(model: ir.Model, layers: Sequence[Layer], longest: int) -> int | None:
-    """How many slots each slot attends to, -1 for all before it; None where the bias is not that of a causal mask.
+    """How many slots each slot attends to, -1 for all before it; None if the bias is not that of a causal mask.
 
     The bias is computed over the longest context, for a row without padding and one with padding, and its values are
     examined: exporters build masks from different nodes.
@@ -291,7 +291,7 @@ def _rewrite(
 
 
 def _finish(model: ir.Model) -> None:
-    """Removes the mask, the positions where they are not used, and all nodes that computed with them."""
+    """Removes the mask, the positions if they are not used, and all nodes that computed with them."""
     model.graph.sort()
     clean(model)
     for name in ("attention_mask", "position_ids"):

@@ -44,21 +44,26 @@ class Session(Protocol):
             The outputs by name.
 
         Raises:
-            BackendError: The backend cannot run the graph, for example because memory is short.
+            BackendError: The session is closed, or the backend cannot run the graph (memory is short, for example).
         """
 
     def close(self) -> None:
-        """Releases the graph and its memory. :meth:`run` fails afterwards."""
+        """Releases the graph and its memory. :meth:`run` raises BackendError afterwards."""
+
+
+def closed_graph() -> BackendError:
+    """The error of a session that is used after :meth:`Session.close`."""
+    return BackendError("this graph is closed", "load the bundle again")
 
 
 @dataclass(frozen=True)
 class OptimizedFile:
-    """How to load a file that ``blip2edge optimize`` wrote: its graph is already optimised for the backend.
+    """How to load a file that ``blip2edge optimize`` wrote.
 
     Attributes:
-        weights: Directory that the paths of its external weights start from.
-        layout: Whether ONNX Runtime still optimises the graph for this processor when it loads it. It then changes
-            the weight layout, which no file can hold for another processor.
+        weights: Directory that the paths of its external weights are relative to.
+        layout: Whether ONNX Runtime changes the weight layout for this processor when it loads the file (prepacking).
+            Other optimizations are already in the file; this one depends on the processor, so no file holds it.
     """
 
     weights: Path
@@ -75,11 +80,11 @@ class Backend:
 
     Attributes:
         module: Module with ``open_graph(path, threads, optimized)``.
-        function: The name of that function, where the module serves more than one backend.
-        copy: Name of the optimized copy that it runs, where the bundle has one; empty for none.
+        function: The name of that function, if the module serves more than one backend.
+        copy: Name of the optimized copy that it runs if the bundle has one; empty for none.
         engines: Target of the engines that it runs instead of graphs; empty for none. The module then also has an
             ``EngineOpener(bundle, target)``.
-        host: Whether it computes on the CPU cores that the rest of the program runs on.
+        host: Whether it computes on the CPU.
         refuses: Precisions of a bundle that it cannot run, each with the reason.
     """
 
@@ -101,9 +106,14 @@ BACKENDS = {
     "rtx": Backend("blip2edge.runtime.tensorrt.backend", engines="rtx"),
     "ort-tensorrt": Backend("blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt"),
 }
-"""The backends of this version; ``auto`` is the first."""
+"""The backends by name; ``auto`` is the first one."""
 
 MOST_THREADS = 1024
+
+RUN_FIX = (
+    f"if memory ran out, lower {option('batch_size')} or {option('num_beams')}; else use another {option('backend')}"
+)
+"""What the user can do when a graph that was loaded fails to run."""
 
 
 def check_threads(threads: object) -> None:
@@ -113,14 +123,14 @@ def check_threads(threads: object) -> None:
 
 
 def check_precision(backend: str, precision: str) -> None:
-    """Refuses a bundle that a backend cannot run.
+    """Checks that a backend can run a bundle of this precision.
 
     Args:
         backend: ``auto``, or a backend by name.
         precision: Of the bundle: ``fp32``, ``fp16`` or ``bf16``.
 
     Raises:
-        BackendError: The backend is unknown or cannot run it; the message names the reason and what can be done.
+        BackendError: The backend is unknown, or cannot run this precision.
     """
     reason = find_backend(backend).refuses.get(precision)
     if reason is None:
@@ -142,18 +152,15 @@ def find_backend(name: str) -> Backend:
     if name == "auto":
         return next(iter(BACKENDS.values()))
     if name not in BACKENDS:
-        raise BackendError(
-            f"the backend {name} is not part of this version",
-            f"use {option('backend')} auto or {' or '.join(BACKENDS)}",
-        )
+        raise BackendError(f"expected {option('backend')} to be one of auto, {', '.join(BACKENDS)}, got {name}")
     return BACKENDS[name]
 
 
 def open_session(path: Path, backend: str = "auto", threads: int | None = None) -> Session:
-    """Loads a portable graph on a backend.
+    """Loads an ``.onnx`` file in a backend, without the optimized copy that the bundle may have for it.
 
     Args:
-        path: The ``.onnx`` file.
+        path: The file as it is in the bundle. (``GraphOpener`` loads optimized copies and engines.)
         backend: ``auto``, or a backend by name.
         threads: CPU threads within an operator; None leaves the choice to the backend.
 

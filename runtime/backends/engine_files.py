@@ -15,7 +15,7 @@ from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord, check_files
-from blip2edge.bundle.schema import GraphSpec, TensorSpec
+from blip2edge.bundle.schema import GraphSpec
 from blip2edge.errors import BackendError, EngineError, option
 from blip2edge.runtime.backends import probe
 
@@ -38,7 +38,7 @@ class EngineRecord:
         seconds: Duration of the build.
         warnings: Messages of the builder.
         asked: Number of the graph's products by precision.
-        landed: Number of the engine's layers by precision; None where there was no driver to inspect it.
+        landed: Number of the engine's layers by precision; None if there was no driver to inspect it.
     """
 
     spec: GraphSpec
@@ -61,16 +61,14 @@ class EngineRecord:
             "warnings": list(self.warnings),
             "asked": dict(self.asked),
             "landed": None if self.landed is None else dict(self.landed),
-            "inputs": [tensor.to_json() for tensor in self.spec.inputs],
-            "outputs": [tensor.to_json() for tensor in self.spec.outputs],
+            **self.spec.to_json(),
         }
 
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> EngineRecord:
         """The inverse of :meth:`to_json`."""
-        inputs, outputs = (tuple(TensorSpec.from_json(item) for item in values[key]) for key in ("inputs", "outputs"))
         return cls(
-            spec=GraphSpec(name, inputs, outputs),
+            spec=GraphSpec.from_json(name, values),
             file=FileRecord(values["sha256"], values["size"]),
             precision=values["precision"],
             profiles=tuple(values["profiles"]),
@@ -88,7 +86,7 @@ class EngineSet:
     Attributes:
         fingerprint: What the engines are tied to; see :class:`Fingerprint`.
         rebuild: The options of ``blip2edge build`` that made them.
-        capacity: Positions of the decoder's KV cache; 0 where the cache grows, or where there is none.
+        capacity: Positions of the decoder's KV cache; 0 if the cache grows, or if there is none.
         engines: The engines by the graph's name.
         directory: Their folder.
     """
@@ -148,7 +146,7 @@ class EngineSet:
         return self.engines[name]
 
     def file(self, name: str) -> Path:
-        """The file of an engine, whole: hashed unless its size and time are those of the last check.
+        """The file of an engine, after checking its hash (unless its size and time are those of the last check).
 
         Raises:
             BundleIntegrityError: It is missing or changed.
@@ -160,13 +158,13 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an engine was built for: GPU, TensorRT, driver, machine and bundle.
+    """The GPU, TensorRT, driver, machine and bundle that an engine was built for.
 
     Attributes:
         target: ``tensorrt`` or ``rtx``.
         tensorrt: Version of TensorRT.
         gpus: Compute capabilities, as ``sm86``; for ``tensorrt`` that of the GPU it was built on.
-        gpu: The GPU's name; empty where the engine was built without one.
+        gpu: The GPU's name; empty if the engine was built without one.
         driver: Version of the CUDA driver; empty without one.
         machine: ``x86_64`` or ``aarch64``.
         bundle_sha256: Hash of ``bundle.json``, which holds the hashes of all other files.
@@ -195,15 +193,7 @@ class Fingerprint:
         return {**asdict(self), "gpus": list(self.gpus)}
 
 
-def fingerprint(
-    target: str,
-    version: str,
-    bundle_sha256: str,
-    compute_capabilities: Sequence[int],
-    *,
-    version_compatible: bool = False,
-    hardware_compatible: bool = False,
-) -> Fingerprint:
+def fingerprint(target: str, version: str, bundle_sha256: str, compute_capabilities: Sequence[int]) -> Fingerprint:
     """The fingerprint of engines that are built now, on this machine.
 
     Args:
@@ -211,8 +201,6 @@ def fingerprint(
         version: Version of TensorRT.
         bundle_sha256: Hash of the bundle.
         compute_capabilities: Compute capabilities of ``--sm``; empty for the GPU of this machine.
-        version_compatible: See :class:`Fingerprint`.
-        hardware_compatible: See :class:`Fingerprint`.
 
     Raises:
         EngineError: There is no GPU, and ``compute_capabilities`` is empty.
@@ -221,7 +209,7 @@ def fingerprint(
     gpu = next(iter(driver.gpus), None)
     if gpu is None and not compute_capabilities:
         raise EngineError(
-            "there is no NVIDIA GPU or no driver here, and an engine is built for a GPU",
+            "building engines needs an NVIDIA GPU and its driver, and this machine has none",
             f"build on the board itself, or for a GPU elsewhere with: {option('target')} rtx {option('sm')} 86",
         )
     numbers = compute_capabilities or ([gpu.compute_capability] if gpu else [])
@@ -233,8 +221,6 @@ def fingerprint(
         driver=driver.version if gpu else "",
         machine=platform.machine(),
         bundle_sha256=bundle_sha256,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
     )
 
 
@@ -250,7 +236,7 @@ LABELS = {
 
 
 def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, rebuild: str) -> None:
-    """Refuses engines that were built for another GPU, TensorRT or bundle.
+    """Checks that engines were built for this GPU, TensorRT and bundle.
 
     Args:
         found: ``fingerprint`` of an ``engine.json``.
@@ -337,12 +323,12 @@ def engines_backend(bundle: Bundle, backend: str) -> str:
     folders = sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))
     targets = list(dict.fromkeys(str(EngineSet.read(path.parent).fingerprint.get("target")) for path in folders))
     if not targets:
-        raise EngineError(f"{bundle.path} holds neither graphs nor engines", "copy it again")
+        raise EngineError(f"{bundle.path} contains neither graphs nor engines", "copy the bundle again")
     if backend == "auto":
         return targets[0]
     if backend not in targets:
         raise BackendError(
-            f"{bundle.path} holds engines alone, which the backend {backend} does not run",
+            f"{bundle.path} contains engines only, which the backend {backend} cannot run",
             f"use {option('backend')} {targets[0]}",
         )
     return backend

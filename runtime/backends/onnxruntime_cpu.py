@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, one_line
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.packages import require
+from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
@@ -26,7 +27,7 @@ LEAST_FILLED = 0.75
 
 
 def huge_page_bytes() -> int:
-    """Size of the kernel's huge pages in bytes; 0 where it gives none on request."""
+    """Size of the kernel's huge pages in bytes; 0 if it gives none on request."""
     if sys.platform != "linux":
         return 0
     try:
@@ -116,11 +117,12 @@ class OnnxRuntimeSession:
     ONNX Runtime's own session may run in several threads at once.
 
     Args:
-        path: The ``.onnx`` file; its weights may be in a data file next to it.
+        graph: The ``.onnx`` file, whose weights may be in a data file next to it; or a serialised graph.
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         lean: Run the graph as it is written, with as little memory as possible: no folded constants, no prepacked
             weights, no arena. Slow; for checking a graph that is larger than the memory.
         optimized: How to load a file that ``optimize`` wrote; None for a portable graph.
+        weights: Directory of the external weights of a serialised graph; None if it has none.
 
     Raises:
         BackendError: onnxruntime is not installed.
@@ -129,13 +131,14 @@ class OnnxRuntimeSession:
 
     def __init__(
         self,
-        path: Path,
+        graph: Path | bytes,
         threads: int | None = None,
         *,
         lean: bool = False,
         optimized: OptimizedFile | None = None,
+        weights: Path | None = None,
     ) -> None:
-        onnxruntime = _package()
+        onnxruntime = require("onnxruntime", "the cpu backend", BackendError)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         options.inter_op_num_threads = 1
@@ -148,17 +151,20 @@ class OnnxRuntimeSession:
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-        if optimized is not None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(optimized.weights))
-        with raised_as(BundleError, f"ONNX Runtime cannot load {path}", "export the checkpoint again"):
-            graph = str(path) if optimized is None else path.read_bytes()
-            with nullcontext() if lean else on_huge_pages():
-                self._session: Any = onnxruntime.InferenceSession(
-                    graph,
-                    options,
-                    providers=PROVIDERS,
-                    disabled_optimizers=None if optimized is None else SLOW_FUSIONS,
-                )
+        name = graph if isinstance(graph, Path) else "a changed graph"
+        huge = nullcontext() if lean or isinstance(graph, bytes) else on_huge_pages()
+        with raised_as(BundleError, f"ONNX Runtime cannot load {name}", "export the checkpoint again"), huge:
+            if optimized is not None and isinstance(graph, Path):
+                graph, weights = graph.read_bytes(), optimized.weights
+            if weights is not None:
+                options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
+            self._session: Any = onnxruntime.InferenceSession(
+                str(graph) if isinstance(graph, Path) else graph,
+                options,
+                providers=PROVIDERS,
+                disabled_optimizers=None if optimized is None else SLOW_FUSIONS,
+            )
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
@@ -166,8 +172,8 @@ class OnnxRuntimeSession:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         names = self.output_names if outputs is None else outputs
         if self._session is None:
-            raise BackendError("this graph is closed", "load the bundle again")
-        with raised_as(BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"):
+            raise closed_graph()
+        with raised_as(BackendError, "ONNX Runtime cannot run the graph", RUN_FIX):
             values = self._session.run(list(names), dict(inputs))
         return dict(zip(names, values, strict=True))
 
@@ -181,7 +187,9 @@ class OnnxRuntimeSession:
         Args:
             pairs: For each of these outputs, the input whose buffer it is written to.
         """
-        return InPlace(self._session, pairs)
+        if self._session is None:
+            raise closed_graph()
+        return InPlace(self._session, pairs, self._value)
 
 
 class InPlace:
@@ -193,13 +201,14 @@ class InPlace:
     Args:
         session: ONNX Runtime's own session.
         pairs: For each of these outputs, the input whose buffer it is written to.
+        value_of: Wraps an array, without a copy, as ONNX Runtime's ``OrtValue``.
     """
 
-    def __init__(self, session: Any, pairs: Mapping[str, str]) -> None:
+    def __init__(self, session: Any, pairs: Mapping[str, str], value_of: Callable[[Array], Any]) -> None:
         self._session = session
         self._binding = session.io_binding()
         self._pairs = dict(pairs)
-        self._value = _package().OrtValue.ortvalue_from_numpy
+        self._value = value_of
 
     def bind(self, buffers: Mapping[str, Array]) -> None:
         """Binds the buffers of the paired inputs and outputs, in place of those bound before.
@@ -236,14 +245,3 @@ class InPlace:
 def open_graph(path: Path, threads: int | None = None, optimized: OptimizedFile | None = None) -> OnnxRuntimeSession:
     """Loads a graph; arguments and errors as :class:`OnnxRuntimeSession`."""
     return OnnxRuntimeSession(path, threads, optimized=optimized)
-
-
-def _package() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            "the cpu backend needs onnxruntime, which is not installed",
-            "install it: pip install 'blip2edge[cpu]'",
-        ) from error
-    return onnxruntime

@@ -17,13 +17,15 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.packages import require
+from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
 from blip2edge.runtime.backends.onnx_bytes import onnx_model
 from blip2edge.runtime.backends.onnxruntime_cpu import raised_as
 from blip2edge.runtime.backends.probe import check_provider
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1"}
+JETSON = "; on a Jetson, see docs/jetson.md"
 GPU = ("cuda", 0)
 """A device as ONNX Runtime names it, and its number."""
 
@@ -67,11 +69,11 @@ def open_graph_with_tensorrt(
 
 
 def open_with(path: Path, threads: int | None, provider: str, providers: list[Any]) -> DeviceSession:
-    """Loads a graph with a provider that was checked first.
+    """Checks a provider, then loads a graph with it.
 
     Args:
         path: The ``.onnx`` file.
-        threads: CPU threads, for operators that no GPU provider takes.
+        threads: CPU threads, for operators that no GPU provider supports.
         provider: The provider that must come first.
         providers: All providers, best first, with their options.
 
@@ -98,22 +100,16 @@ def checked_package(provider: str) -> Any:
     Raises:
         BackendError: onnxruntime is not installed, or the provider does not work here.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            f"{provider} needs onnxruntime-gpu, which is not installed",
-            "install it: pip install 'blip2edge[gpu]'; on a Jetson, see docs/jetson.md",
-        ) from error
+    onnxruntime = require("onnxruntime", provider, BackendError, "gpu", JETSON)
     if provider not in onnxruntime.get_available_providers():
         names = ", ".join(onnxruntime.get_available_providers())
         raise BackendError(
-            f"this onnxruntime has no {provider}, only {names}",
-            "pip uninstall onnxruntime, then pip install 'blip2edge[gpu]'; on a Jetson, see docs/jetson.md",
+            f"the installed onnxruntime has no {provider}, only {names}",
+            f"pip uninstall onnxruntime, then pip install 'blip2edge[gpu]'{JETSON}",
         )
     check = check_provider(onnxruntime, provider)
     if not check.ok:
-        raise BackendError(f"{provider} is {check.detail}", check.fix or "see `blip2edge doctor`")
+        raise BackendError(f"{provider} does not work ({check.detail})", check.fix or "see `blip2edge doctor`")
     return onnxruntime
 
 
@@ -127,7 +123,7 @@ class DeviceSession:
         path: The ``.onnx`` file.
         options: ONNX Runtime's session options.
         providers: Execution providers, best first.
-        device: Where outputs of :data:`ON_DEVICE` stay.
+        device: The device that the outputs of :data:`ON_DEVICE` stay on.
 
     Attributes:
         provider: The provider that comes first in the loaded session.
@@ -137,7 +133,7 @@ class DeviceSession:
         self, onnxruntime: Any, path: Path, options: Any, providers: Sequence[Any], device: tuple[str, int]
     ) -> None:
         self._onnxruntime, self._providers, self._device = onnxruntime, list(providers), device
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=self._providers)
+        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=self._providers)
         self._open_model = cache(self._open)
         self.provider = str(self._session.get_providers()[0])
         self.input_names = tuple(value.name for value in self._session.get_inputs())
@@ -145,6 +141,8 @@ class DeviceSession:
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """See :class:`blip2edge.runtime.backends.base.Session`; inputs and outputs may be on the device."""
+        if self._session is None:
+            raise closed_graph()
         names = list(self.output_names if outputs is None else outputs)
         devices = [self._device if name.startswith(ON_DEVICE) else ("cpu", 0) for name in names]
         values = self._run_with_binding(self._session, inputs, zip(names, devices, strict=True))
@@ -155,11 +153,13 @@ class DeviceSession:
 
     def run_model(self, model: bytes, inputs: Mapping[str, Any]) -> Any:
         """Runs a small model on the device; see :data:`RunModel`."""
+        if self._session is None:
+            raise closed_graph()
         return self._run_with_binding(self._open_model(model), inputs, [("y", self._device)])[0]
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
-        del self._session
+        self._session = None
         self._open_model.cache_clear()
 
     def _run_with_binding(
@@ -171,7 +171,7 @@ class DeviceSession:
             binding.bind_ortvalue_input(name, self._value(value))
         for name, device in outputs:
             binding.bind_output(name, *device)
-        with raised_as(BackendError, "ONNX Runtime cannot run the graph", "try fewer pictures at once, or fewer beams"):
+        with raised_as(BackendError, "ONNX Runtime cannot run the graph", RUN_FIX):
             session.run_with_iobinding(binding)
         values: list[Any] = binding.get_outputs()
         return values
@@ -216,7 +216,7 @@ class DeviceArray:
         return np.array(self.value.numpy())
 
     def __getitem__(self, key: Any) -> DeviceArray | Array:
-        """Rows by an array of their numbers, or a slice of positions, on the device; anything else on the host."""
+        """Selects rows by an array of indices, or slices positions, on the device; any other key on the host."""
         if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
             return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
         everything = slice(None)

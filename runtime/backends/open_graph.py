@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 import numpy as np
@@ -23,7 +24,7 @@ from blip2edge.runtime.backends.probe import cores
 
 
 class GraphOpener:
-    """Loads a bundle's graphs: each from the backend's optimized copy where that has it, otherwise from the bundle.
+    """Loads the graphs of a bundle, from the backend's optimized copy if it has the graph, else from the bundle.
 
     Args:
         bundle: An opened bundle.
@@ -32,7 +33,7 @@ class GraphOpener:
         portable: Ignore optimized copies.
 
     Attributes:
-        backend: The backend's name, ``auto`` resolved.
+        backend: Name of the backend; for ``auto``, the one that was chosen.
         closed: Whether :meth:`close` was called.
         copied: Names of the graphs that were loaded from an optimized copy.
 
@@ -73,6 +74,15 @@ class GraphOpener:
         self._sessions.append(session)
         return session
 
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Closes the graphs loaded so far if the block raises an error."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Releases the graphs that it loaded and their memory; harmless when called twice."""
         self.closed = True
@@ -98,8 +108,8 @@ class GraphOpener:
 class RowByRow:
     """A session that runs the rows of a batch separately.
 
-    A quantised graph that finds the range of an activation at run time finds it over the whole batch. Run separately,
-    a row's result does not depend on the other rows.
+    It is for quantised graphs that compute the range of an activation at run time, over the whole batch. If rows run
+    separately, a row's result does not depend on the other rows.
     """
 
     def __init__(self, session: Session) -> None:

@@ -11,19 +11,20 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, BundleError, one_line, option
-from blip2edge.runtime.backends.base import OptimizedFile
+from blip2edge.packages import require
+from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
 
 
 class OpenVinoSession:
     """A graph in OpenVINO on the CPU; it follows :class:`blip2edge.runtime.backends.base.Session`.
 
-    An infer request owns the buffers of one run, so every call takes a request of its own: an idle one, or a new one
-    where all are running. There are as many requests as there were calls at once.
+    An infer request owns the buffers of one run, so every call uses its own request: an idle one, or a new one if all
+    are running.
 
     Args:
         path: The ``.onnx`` file, whose weights may be in a data file; or a file with the bytes of :meth:`export`.
-        threads: Threads; None leaves the choice to OpenVINO.
-        compiled: Whether the file is one of :meth:`export`.
+        threads: CPU threads; None leaves the choice to OpenVINO.
+        compiled: Whether the file holds the bytes of :meth:`export`.
 
     Raises:
         BackendError: openvino is not installed.
@@ -31,7 +32,7 @@ class OpenVinoSession:
     """
 
     def __init__(self, path: Path, threads: int | None = None, *, compiled: bool = False) -> None:
-        openvino = _package()
+        openvino = require("openvino", "the openvino backend", BackendError)
         # Computes in float32 like the graph: without the hint, OpenVINO uses bfloat16 on CPUs that support it.
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
@@ -61,6 +62,8 @@ class OpenVinoSession:
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
+        if self._model is None:
+            raise closed_graph()
         given = {name: np.ascontiguousarray(inputs[name]) for name in self.input_names}
         names = self.output_names if outputs is None else outputs
         try:
@@ -72,7 +75,7 @@ class OpenVinoSession:
         except RuntimeError as error:
             raise BackendError(
                 f"OpenVINO cannot run the graph ({one_line(error)})",
-                "try fewer pictures at once, or fewer beams",
+                RUN_FIX,
             ) from error
         found = {name: np.array(shared[name]) for name in names}  # the request's next run overwrites its own
         self._idle.append(request)
@@ -81,19 +84,7 @@ class OpenVinoSession:
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
         self._idle.clear()
-        del self._model
-        self._mapped = None
-
-
-def _package() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(
-            "the openvino backend needs openvino, which is not installed",
-            "install it: pip install 'blip2edge[openvino]'",
-        ) from error
-    return openvino
+        self._model = self._mapped = None
 
 
 def _with_float32_ports(openvino: Any, model: Any) -> Any:

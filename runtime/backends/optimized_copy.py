@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord, check_files
 from blip2edge.bundle.schema import Parity
+from blip2edge.packages import installed
 from blip2edge.runtime.backends.probe import exact_processor
 
 RECORD = "optimized.json"
@@ -118,7 +118,7 @@ class OptimizedRecord:
 
 
 def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | None:
-    """A bundle's optimized copy for a backend: its directory and record; None where none fits bundle and version.
+    """A bundle's optimized copy for a backend: its directory and record; None without one for bundle and version.
 
     Raises:
         BundleIntegrityError: A file of the copy is missing or was changed.
@@ -148,15 +148,5 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
 
 
 def weights_of(bundle: Bundle, directory: Path) -> Path:
-    """The directory of a copy's external weights: the bundle's, where the copy is inside it and shares them."""
+    """The directory of a copy's external weights: the bundle's if the copy is inside it, and so shares its weights."""
     return bundle.path if directory.is_relative_to(bundle.path) else directory
-
-
-def installed(package: str) -> str:
-    """The version of a package; empty where it is not installed."""
-    for name in (package, f"{package}-gpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return ""

@@ -45,7 +45,7 @@ def processor() -> str:
 
 
 def exact_processor() -> str:
-    """The processor's name and the numbers of its generation: virtual machines call several of them ``AMD EPYC``."""
+    """The processor's name with family, model and stepping: one name, such as ``AMD EPYC``, can mean several."""
     found = cpu_facts()
     numbers = ", ".join(
         f"{key.removeprefix('cpu ').removeprefix('CPU ')} {found[key]}" for key in NUMBERS if key in found
@@ -54,7 +54,7 @@ def exact_processor() -> str:
 
 
 def cpu_facts() -> dict[str, str]:
-    """The fields of ``/proc/cpuinfo``, of each the first value; empty where there is no such file."""
+    """The fields of ``/proc/cpuinfo``, each with its first value; empty if there is no such file."""
     try:
         lines = CPUINFO.read_text(errors="replace").splitlines()
     except OSError:
@@ -89,9 +89,9 @@ class Driver:
     """The NVIDIA driver.
 
     Attributes:
-        version: The CUDA version that it supports, for example ``12.6``; empty where there is no working driver.
+        version: The CUDA version that it supports, for example ``12.6``; empty if there is no working driver.
         gpus: The GPUs that answer.
-        problem: Why there is no driver or no GPU, or which GPU does not answer; empty where everything works.
+        problem: Why there is no driver or no GPU, or which GPU does not answer; empty if everything works.
     """
 
     version: str = ""
@@ -140,14 +140,14 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu | str:
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """The result of one check.
 
     Attributes:
         name: What was checked.
-        ok: Whether it is there and works.
+        ok: Whether it is installed and works.
         detail: What was found, in one line.
-        fix: What the user can do about it; None for nothing.
-        required: Whether no caption is possible without it.
+        fix: What the user can do; None if there is nothing to do.
+        required: Whether captions need it.
     """
 
     name: str
@@ -175,9 +175,9 @@ def check_matmul(
     """Multiplies two matrices and compares the product with NumPy's.
 
     Args:
-        name: Of the check.
-        multiply: Runs :data:`MATMUL` on the inputs ``a`` and ``b``. Any exception it raises is a finding.
-        fix: What the user can do where it fails.
+        name: Name of the check.
+        multiply: Runs :data:`MATMUL` on the inputs ``a`` and ``b``. If it raises an exception, the check fails.
+        fix: What the user can do if it fails.
         required: As in :class:`Check`.
     """
     generator = np.random.default_rng(0)
@@ -186,7 +186,7 @@ def check_matmul(
     try:
         product = multiply({"a": left, "b": right})
     except Exception as error:  # noqa: BLE001 - classes differ by package and version
-        return Check(name, False, f"named, but fails: {one_line(error)}", fix, required)
+        return Check(name, False, f"listed, but fails: {one_line(error)}", fix, required)
     wanted = left @ right
     error_size = float(np.abs(product - wanted).max() / np.abs(wanted).max())
     if not error_size <= MATMUL_TOLERANCE:  # NaN fails as well
@@ -197,7 +197,16 @@ def check_matmul(
 
 
 def check_provider(ort: ModuleType, name: str) -> Check:
-    """Multiplies two matrices on one provider of ONNX Runtime, with the fallback to the CPU switched off."""
+    """Multiplies two matrices on one execution provider of ONNX Runtime, and compares the product with NumPy's.
+
+    ONNX Runtime lists a provider also if its driver or libraries are missing, and then runs the graph on the CPU
+    without a message. So the fallback to the CPU is switched off here. The check fails if the session cannot be made,
+    if it uses another provider, if the run raises an exception, or if the product is wrong.
+
+    Args:
+        ort: The module ``onnxruntime``.
+        name: The provider, for example ``CUDAExecutionProvider``.
+    """
 
     def multiply(inputs: Mapping[str, Array]) -> Array:
         options: Any = ort.SessionOptions()

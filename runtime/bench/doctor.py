@@ -2,13 +2,12 @@
 
 A package may list an execution provider that does not work: it fails at the first kernel, or falls back to the CPU
 without a message. So every provider of ONNX Runtime, and OpenVINO, multiplies two matrices, and the product is compared
-with NumPy's. A missing package is a finding, not an error. torch is never imported.
+with NumPy's. A missing package is a failed check, not an exception. torch is never imported.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import platform
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import one_line
+from blip2edge.packages import installed
 from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.backends.probe import (
     MATMUL,
@@ -58,8 +58,8 @@ def diagnose() -> list[Check]:
     """Checks the machine and the installed packages; takes about a second.
 
     Returns:
-        The findings, from the interpreter to the accelerators. Nothing is raised for what is missing. ONNX Runtime is
-        required only where no other backend works.
+        The checks, from the interpreter to the accelerators. A missing package is a failed check, never an exception.
+        ONNX Runtime is required only if no other backend works.
     """
     driver = _driver()
     openvino = _openvino()
@@ -123,8 +123,8 @@ def _memory() -> Check:
 
 
 def _packages() -> Check:
-    found = [f"{name} {version}" for name in MEASURED_PACKAGES if (version := _version(name)) is not None]
-    missing = [name for name in ("numpy", "pillow", "tokenizers") if _version(name) is None]
+    found = [f"{name} {version}" for name in MEASURED_PACKAGES if (version := installed(name))]
+    missing = [name for name in ("numpy", "pillow", "tokenizers") if not installed(name)]
     if missing:
         return Check("packages", False, f"{', '.join(missing)} missing", "pip install blip2edge", required=True)
     return Check("packages", True, ", ".join(found))
@@ -153,7 +153,7 @@ def _installed(module: str, packages: tuple[str, ...], fix: str) -> Check:
     """Presence and version of a package, without importing it."""
     if _spec(module) is None:
         return Check(module, False, "not installed", fix)
-    versions = [version for package in packages if (version := _version(package)) is not None]
+    versions = [version for package in packages if (version := installed(package))]
     return Check(module, True, versions[0] if versions else "installed, version not recorded")
 
 
@@ -188,8 +188,8 @@ def _tensorrt(name: str, module: str, packages: tuple[str, ...], extra: str, dri
     """Presence and version of a TensorRT, without importing it: without a driver, the import can end the process."""
     fix = f"with an NVIDIA GPU: pip install 'blip2edge[{extra}]'"
     if extra == "tensorrt":
-        fix += "; on a Jetson it comes with JetPack, make the environment with --system-site-packages"
-    versions = [version for package in packages if (version := _version(package)) is not None]
+        fix += "; on a Jetson it comes with JetPack: create the environment with --system-site-packages"
+    versions = [version for package in packages if (version := installed(package))]
     if _spec(module) is None:
         return Check(name, False, "not installed", fix)
     version = versions[0] if versions else "version not recorded"
@@ -205,15 +205,8 @@ def _spec(module: str) -> object | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _read(path: str) -> str:
-    """A small system file, or nothing where it does not exist or may not be read."""
+    """The text of a small system file; empty if it does not exist or cannot be read."""
     try:
         return Path(path).read_text(errors="replace")
     except OSError:

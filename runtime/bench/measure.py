@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 import blip2edge
 from blip2edge.bundle.schema import VISION
 from blip2edge.errors import BackendError, UsageError, option
+from blip2edge.packages import installed
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import BACKENDS
-from blip2edge.runtime.backends.optimized_copy import installed
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
 from blip2edge.runtime.bench.roofline import Roofline, StageCost, measure
@@ -34,7 +34,7 @@ from blip2edge.runtime.decoding.options import CaptionOptions
 
 PERCENTILES = (50, 90, 99)
 PACKAGES = ("onnxruntime", "openvino", "numpy")
-SIZE = (480, 640)  # of the picture, where none is given: rows and columns
+SIZE = (480, 640)  # rows and columns of the picture, if none is given
 GROWTH_RUNS = 3
 
 
@@ -72,8 +72,8 @@ class StageTimes:
         ms: Percentiles of the wall time in milliseconds: ``p50``, ``p90``, ``p99``.
         cpu_ms: Median CPU time in milliseconds.
         least_cpu_ms: Least CPU time in milliseconds; ``share`` is computed from it.
-        share: The time at the roofline over the least CPU time, at most 1; None where the cost is not known.
-        bound: What limits the stage at the roofline, ``products`` or ``bytes``; empty where that is not known.
+        share: The least time by the roofline, divided by the measured least CPU time; None if the cost is not known.
+        bound: Which limit of the roofline is the larger one, ``products`` or ``bytes``; empty if not known.
     """
 
     ms: Mapping[str, float]
@@ -98,10 +98,10 @@ class BenchReport:
         memory: Bytes: ``peak`` while captioning, ``resident`` at the end, and ``graphs`` (the files of the weights).
         sweeps: Tables by name: ``batch``, ``prompt``, ``caption``; each a list of rows.
         left_out: What was not measured, with the reason.
-        energy: Joules a caption and their source; None where the machine has no meter.
-        draft: The draft model (``itg`` or ``lookup``) and how many tokens a pass of the target model yields over whole
-            captions; None without speculative decoding. The stages are always those of plain decoding.
-        roofline: Of one core of this machine; empty where it was not measured.
+        energy: Joules per caption, and the meter; None if the machine has no meter.
+        draft: The draft model (``itg`` or ``lookup``), and the tokens per pass of the target model over whole
+            captions; None without speculative decoding. ``stages`` are always those of plain decoding.
+        roofline: The limits of one core of this machine; empty if they were not measured.
     """
 
     machine: Mapping[str, Any]
@@ -144,7 +144,7 @@ class Bench:
 
     Args:
         captioner: The captioner.
-        picture: The picture to caption, ``[H, W, 3]`` uint8; None for one of noise.
+        picture: The picture to caption, ``[H, W, 3]`` uint8; None for a picture of noise.
     """
 
     def __init__(self, captioner: Captioner, picture: NDArray[np.uint8] | None = None) -> None:
@@ -159,9 +159,9 @@ class Bench:
         """Captions pictures in one batch, and times each stage.
 
         Args:
-            tokens: Length of every caption.
+            tokens: Length of every caption in tokens.
             pictures: Batch size.
-            prompt: None for the bundle's default.
+            prompt: The prompt; None for the bundle's default.
         """
         clock = CpuClock()
         item: Any = self.picture if self.frames == 1 else [self.picture] * self.frames
@@ -174,7 +174,7 @@ class Bench:
         return clock
 
     def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
-        """Captions with speculative decoding: the draft model, and the median of tokens a pass; None without one."""
+        """Measures speculative decoding: the draft model and the median tokens per pass; None without a draft model."""
         forced: CaptionOptions = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         kind = self.captioner.generator.drafts.kind(self.captioner.options(**forced))
         if kind == "none":
@@ -241,7 +241,7 @@ def bench(
         captioner: A loaded bundle.
         options: What to measure.
         start_s: Seconds that loading it took.
-        cost_of: Counts the operations and bytes of the stages; None where the graphs cannot be read.
+        cost_of: Counts the operations and bytes of the stages; None if the graphs cannot be read.
         progress: Called with a stage's name, steps done and steps in all.
     """
     report = progress or (lambda stage, done, total: None)
@@ -269,7 +269,11 @@ def bench(
     decode = stages["decode"].ms["p50"] / 1e3
     return BenchReport(
         machine=_machine(captioner),
-        versions={"blip2edge": blip2edge.__version__, "python": platform.python_version(), **_versions()},
+        versions={
+            "blip2edge": blip2edge.__version__,
+            "python": platform.python_version(),
+            **{name: found for name in PACKAGES if (found := installed(name))},
+        },
         bundle=_bundle(captioner),
         options=options,
         stages=stages,
@@ -285,7 +289,7 @@ def bench(
 
 
 def _roofline(captioner: Captioner) -> Roofline | None:
-    """The roofline in the captioner's backend, or in another one for the CPU; None where none is installed."""
+    """The roofline measured with the captioner's backend, or another one for the CPU; None if none is installed."""
     own = captioner.graphs.backend
     hosts = [name for name, row in BACKENDS.items() if row.host]
     for backend in sorted(hosts, key=lambda name: name != own):
@@ -350,10 +354,6 @@ def _machine(captioner: Captioner) -> dict[str, Any]:
         "backend": captioner.graphs.backend,
         "threads": captioner.graphs.threads,
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: found for name in PACKAGES if (found := installed(name))}
 
 
 def _bundle(captioner: Captioner) -> dict[str, Any]:

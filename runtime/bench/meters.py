@@ -21,8 +21,8 @@ class EnergyMeter:
     """Measures the energy of a ``with`` block.
 
     Attributes:
-        source: Name of the meter; empty where the machine has none.
-        reason: Why there is no meter; empty where there is one.
+        source: Name of the meter; empty if the machine has none.
+        reason: Why there is no meter; empty if there is one.
         joules: Energy of the last block; None without a meter.
     """
 
@@ -67,7 +67,7 @@ def _nvml() -> Counter | None:
 
 
 def _rapl() -> Counter | None:
-    """The counter of the first CPU package: microjoules, with wrap-around. On most systems only root may read it."""
+    """The counter of the first CPU package, in microjoules, which wraps around; often only root may read it."""
     try:
         last = int(RAPL.read_text(encoding="ascii"))
         range_uj = int(RAPL.with_name("max_energy_range_uj").read_text(encoding="ascii"))
@@ -86,7 +86,7 @@ def _rapl() -> Counter | None:
 
 
 class RailCounter:
-    """Integrates the power of a rail, sampled in a thread, from the files that ``tegrastats`` also reads.
+    """Sums up the energy of a power rail, sampled in a thread, from the files that ``tegrastats`` also reads.
 
     Args:
         volts: File with millivolts.
@@ -144,7 +144,7 @@ INTERVAL = 0.02  # seconds between two samples
 
 
 def resident_bytes() -> int:
-    """Anonymous and shared memory of this process now, in bytes; 0 where the system does not report it."""
+    """Anonymous and shared memory of this process now, in bytes; 0 if the system does not report it."""
     try:
         lines = STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

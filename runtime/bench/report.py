@@ -8,10 +8,11 @@ from html import escape
 from blip2edge.charts import Bar, bars, curve, html_page, html_table
 from blip2edge.runtime.bench.measure import BenchReport, StageTimes
 
+STAGE_COLUMNS = ("stage", "p50 ms", "p90 ms", "p99 ms", "CPU ms", "share of the roofline")
 UNITS = {
-    "batch": ("pictures at once", "pictures a CPU-second", "batch", "pictures_per_cpu_s"),
-    "prompt": ("slots of the prompt", "CPU ms of reading it", "slots", "prefill_cpu_ms"),
-    "caption": ("tokens of the caption", "CPU ms a token", "tokens", "decode_cpu_ms_per_token"),
+    "batch": ("pictures in a batch", "pictures per CPU second", "batch", "pictures_per_cpu_s"),
+    "prompt": ("tokens of the prompt", "CPU ms of the prefill", "slots", "prefill_cpu_ms"),
+    "caption": ("tokens of the caption", "CPU ms per token", "tokens", "decode_cpu_ms_per_token"),
 }
 """For each sweep: labels of the x and y axes, and the keys of its rows for x and y."""
 
@@ -19,12 +20,10 @@ UNITS = {
 def markdown(report: BenchReport) -> str:
     """The report as Markdown: the stages as a table, then single figures, then the sweeps."""
     lines = [
-        "| stage | p50 ms | p90 ms | p99 ms | CPU ms | share of the roofline |",
+        f"| {' | '.join(STAGE_COLUMNS)} |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for name, stage in report.stages.items():
-        cells = [f"{stage.ms[key]:.1f}" for key in ("p50", "p90", "p99")]
-        lines.append(f"| {name} | {' | '.join(cells)} | {stage.cpu_ms:.1f} | {_share(stage)} |")
+    lines += [f"| {' | '.join(row)} |" for row in _stage_rows(report)]
     lines += ["", *(f"- {line}" for line in facts(report))]
     for name, rows in report.sweeps.items():
         if rows:
@@ -35,9 +34,9 @@ def markdown(report: BenchReport) -> str:
 def facts(report: BenchReport) -> list[str]:
     """Single figures, one sentence each."""
     found = [
-        f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens a caption",
+        f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens per caption",
         (
-            f"loaded in {report.start_s:.2f} s; {report.memory['peak'] / 1e6:.0f} MB at most while captioning, "
+            f"loaded in {report.start_s:.2f} s; {report.memory['peak'] / 1e6:.0f} MB peak memory while captioning, "
             f"{report.memory['resident'] / 1e6:.0f} MB after all sweeps, weights {report.memory['graphs'] / 1e6:.0f} MB"
         ),
         f"{report.machine['processor']}, backend {report.machine['backend']}, "
@@ -47,11 +46,11 @@ def facts(report: BenchReport) -> list[str]:
     if roof := report.roofline:
         speed = f"{roof['gigaflops_fp32']} GFLOP/s in fp32, {roof['gigaops_int8']} GOP/s in int8"
         found.append(f"one core: {roof['gigabytes_per_s']} GB/s read, {speed}")
-    found.append(f"graphs of the optimised copy: {', '.join(report.bundle['optimised']) or 'none'}")
+    found.append(f"graphs of the optimized copy: {', '.join(report.bundle['optimised']) or 'none'}")
     if report.energy is not None:
-        found.append(f"{report.energy['joules_per_caption']:.2f} J a caption ({report.energy['source']})")
+        found.append(f"{report.energy['joules_per_caption']:.2f} J per caption ({report.energy['source']})")
     if report.draft is not None:
-        found.append(f"{report.draft['tokens_per_pass']:.2f} tokens a pass (draft: {report.draft['kind']})")
+        found.append(f"{report.draft['tokens_per_pass']:.2f} tokens per pass (draft model: {report.draft['kind']})")
     return found + [f"not measured: {what} ({why})" for what, why in report.left_out.items()]
 
 
@@ -66,11 +65,12 @@ def _table(name: str, rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 def bench_page(report: BenchReport) -> str:
     """The report as an HTML page with bars and curves."""
+    table = html_table(STAGE_COLUMNS, "lrrrrr", _stage_rows(report))
     parts = [
         f"<header><h1>{escape(str(report.bundle['family']))}</h1></header>",
         f"<section><ul>{''.join(f'<li>{escape(fact)}</li>' for fact in facts(report))}</ul></section>",
         (
-            f"<section><h2>Time of each stage</h2>{_stage_table(report)}{bars(_stage_bars(report))}"
+            f"<section><h2>Time of each stage</h2>{table}{bars(_stage_bars(report))}"
             "<p class=note>Grey: wall time, median. Blue: CPU time; the red line is its roofline bound.</p>"
             "</section>"
         ),
@@ -83,17 +83,12 @@ def bench_page(report: BenchReport) -> str:
     return html_page("blip2edge bench", "".join(parts))
 
 
-def _stage_table(report: BenchReport) -> str:
-    rows = (
-        (
-            name,
-            *(f"{stage.ms[key]:.1f}" for key in ("p50", "p90", "p99")),
-            f"{stage.cpu_ms:.1f}",
-            _share(stage),
-        )
+def _stage_rows(report: BenchReport) -> list[tuple[str, ...]]:
+    """The cells of :data:`STAGE_COLUMNS` for each stage."""
+    return [
+        (name, *(f"{stage.ms[key]:.1f}" for key in ("p50", "p90", "p99")), f"{stage.cpu_ms:.1f}", _share(stage))
         for name, stage in report.stages.items()
-    )
-    return html_table(("stage", "p50 ms", "p90 ms", "p99 ms", "CPU ms", "share of the roofline"), "lrrrrr", rows)
+    ]
 
 
 def _stage_bars(report: BenchReport) -> list[Bar]:

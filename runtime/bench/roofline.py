@@ -78,7 +78,7 @@ class StageCost:
 
 
 def measure(backend: str) -> Roofline:
-    """Measures this machine, in about a second.
+    """Measures one core of this machine; takes about a second.
 
     Args:
         backend: The backend that multiplies, ``cpu`` or ``openvino``.
@@ -91,13 +91,13 @@ def measure(backend: str) -> Roofline:
 
 
 def _bandwidth() -> float:
-    """Bytes a second that a sum of squares reads."""
+    """Bytes per second read from memory, measured with a sum of squares."""
     stream = np.ones(STREAMED // 4, np.float32)
     return stream.nbytes / _least(lambda: np.dot(stream, stream))
 
 
 def _rate(backend: str, *, integer: bool) -> float:
-    """Operations a second of a product whose second factor is a weight: the best of some sizes."""
+    """Operations per second of a matrix product with a constant weight, the best of several sizes."""
     return max(
         2.0 * rows * inner * columns / _seconds(backend, rows, inner, columns, integer=integer)
         for rows, inner, columns in SIZES
@@ -105,7 +105,7 @@ def _rate(backend: str, *, integer: bool) -> float:
 
 
 def _seconds(backend: str, rows: int, inner: int, columns: int, *, integer: bool) -> float:
-    """The least CPU time of one product."""
+    """The least CPU time of one matrix product, in seconds."""
     rng = np.random.default_rng(0)
     if integer:
         second = rng.integers(-127, 128, (inner, columns), np.int8)

@@ -1,27 +1,90 @@
-"""Assembles a pipeline: loads the parts that a bundle's manifest requires. All commands use this module."""
+"""Loads the parts that a bundle's manifest requires, and the base class of ``Captioner`` and ``Matcher``."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
-from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION, DraftName
-from blip2edge.errors import BundleError
+from blip2edge.bundle.schema import (
+    BRIDGE,
+    QFORMER_TOKENIZER_FILE,
+    TOKENIZER_FILE,
+    VISION,
+    BackendName,
+    DraftName,
+)
+from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.runtime.backends.base import Session
+from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.pipeline import Encoder, ImageParts, TextGenerator, TextParts
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.language_model import load_language_model, token_table
+from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.prompt import InstructionTokenizer, PromptBuilder
 from blip2edge.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OpenGraph = Callable[[str], Session]
 """Loads a graph of a bundle by its name."""
 
 
+class LoadedBundle:
+    """An opened bundle and the graphs that are loaded from it: the base of ``Captioner`` and ``Matcher``.
+
+    Attributes:
+        bundle: The bundle.
+        graphs: Loads its graphs, and closes them.
+
+    Raises:
+        UsageError: ``bundle`` is a path, or something else that is not an opened bundle.
+    """
+
+    def __init__(self, bundle: Bundle, backend: BackendName, threads: int | None) -> None:
+        given: Any = bundle
+        if not isinstance(given, Bundle):
+            directory = shown(given) if isinstance(given, (str, os.PathLike)) else "directory"
+            raise UsageError(
+                f"expected {option('bundle')} to be an opened Bundle, got {shown(given)}",
+                f"load a directory with {type(self).__name__}.load({directory})",
+            )
+        self.bundle = bundle
+        self.graphs = GraphOpener(bundle, backend, threads)
+
+    def close(self) -> None:
+        """Releases the graphs and their memory; harmless when called twice.
+
+        Finish the running calls and close the schedulers first. Every later call raises UsageError.
+        """
+        self.graphs.close()
+
+    def __enter__(self) -> Self:
+        """Returns the object itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        values = f"{str(self.bundle.path)!r}, backend={self.graphs.backend!r}"
+        state = ", closed" if self.graphs.closed else ""
+        return f"{type(self).__name__}({values}, precision={self.bundle.manifest.precision!r}{state})"
+
+    def _check_open(self) -> None:
+        """Raises UsageError after :meth:`close`."""
+        if self.graphs.closed:
+            name = type(self).__name__
+            raise UsageError(f"this {name} is closed", f"load the bundle again with {name}.load")
+
+
 def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
-    """Preprocessing, vision encoder and, where there is one, the bridge."""
+    """Loads preprocessing, vision encoder and, if the bundle has one, the bridge."""
     return ImageParts(
         preprocessing=Preprocessing.from_json(bundle.manifest.preprocessing),
         pixels_dtype=NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype],
@@ -31,7 +94,7 @@ def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
 
 
 def text_parts(bundle: Bundle) -> TextParts:
-    """Tokenizers and prompts.
+    """Loads tokenizers and the prompt template.
 
     Raises:
         BundleError: The bundle matches pictures and texts, and has no prompts.
@@ -40,7 +103,7 @@ def text_parts(bundle: Bundle) -> TextParts:
     if spec is None:
         raise BundleError(
             f"{bundle.path} compares pictures with texts and cannot caption them",
-            "use blip2edge match or blip2edge embed",
+            "use match or embed instead",
         )
     tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **bundle.manifest.tokenizer)
     prompts = PromptBuilder(spec, tokenizer, bundle.manifest.max_positions, token_table(bundle).num_rows)
@@ -59,11 +122,11 @@ def load_pipeline(
     Args:
         bundle: An opened bundle.
         open_graph: Loads a graph by its name.
-        draft: Draft model of texts that name none; see :class:`DraftSelector`.
-        backend: Of the graphs.
+        draft: The default draft model; see :class:`DraftSelector`.
+        backend: Name of the backend that runs the graphs.
 
     Raises:
-        BundleError: The bundle captions nothing, or a file of it cannot be used.
+        BundleError: The bundle generates no captions, or one of its files cannot be used.
         UsageError: ``draft`` is unknown, or the bundle has no such draft model.
     """
     text = text_parts(bundle)

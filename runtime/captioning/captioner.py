@@ -19,8 +19,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
-from blip2edge.runtime.backends.open_graph import GraphOpener
-from blip2edge.runtime.captioning.assemble import load_pipeline
+from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span
@@ -28,9 +27,7 @@ from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.options import (
     CaptionOptions,
     GenerationOptions,
-    check_bundle,
     check_integer,
-    check_open,
     check_text,
     listed,
 )
@@ -46,7 +43,7 @@ Item = TypeVar("Item")
 IN_FLIGHT = 3  # batches at once: one in the decoder, one in the encoder, one waiting
 
 
-class Captioner:
+class Captioner(LoadedBundle):
     """Captions pictures with a bundle.
 
     Make one with :meth:`load`, and close it after use:
@@ -62,10 +59,9 @@ class Captioner:
         threads: int | None = None,
         draft: DraftName = "auto",
     ) -> None:
-        check_bundle(bundle, "Captioner")
-        self.bundle = bundle
-        self.graphs = GraphOpener(bundle, backend, threads)
-        self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=self.graphs.backend)
+        super().__init__(bundle, backend, threads)
+        with self.graphs.closed_on_error():
+            self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=self.graphs.backend)
         self.prompts, self.tokenizer = self.encoder.text.prompts, self.encoder.text.tokenizer
 
     @classmethod
@@ -81,37 +77,18 @@ class Captioner:
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
-            backend: ``auto``, or a backend by name.
+            backend: The name of a backend; ``auto`` for the default.
             threads: CPU threads within an operator; None for as many as there are cores.
-            draft: Draft model of captions that name none (speculative decoding); one of
+            draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
 
         Raises:
-            BundleError: No bundle, a newer one, or one whose files were changed.
+            BundleError: The directory is not a bundle, a newer version wrote it, or its files were changed.
             BackendError: The backend is not installed, or does not run here.
-            UsageError: ``threads`` is below 1, or the bundle does not have this ``draft``.
+            UsageError: ``bundle`` is not a path, ``threads`` is below 1, or the bundle does not have this ``draft``.
         """
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads, draft)
-
-    def close(self) -> None:
-        """Releases the graphs and their memory; harmless when called twice.
-
-        Finish the running calls and close the schedulers first. Every call after it raises UsageError.
-        """
-        self.graphs.close()
-
-    def __enter__(self) -> Captioner:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes it."""
-        self.close()
-
-    def __repr__(self) -> str:
-        path, precision = str(self.bundle.path), self.bundle.manifest.precision
-        return f"Captioner({path!r}, backend={self.graphs.backend!r}, precision={precision!r})"
 
     def caption(
         self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
@@ -119,13 +96,14 @@ class Captioner:
         """Captions one picture.
 
         Args:
-            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. Where the model takes videos: a list
-                of those, an array ``[F, H, W, 3]``, a folder of frames or a video file. Where it reads pictures
-                between texts (Flamingo): one, or a list.
-            prompt: Text that the caption continues, or the instruction; None for the bundle's default. Of
-                several pictures, each ``<image>`` is the place of one: ``"<image>A cat.<image>A"``; without it all
-                are placed before the text.
-            **options: Fields of :class:`GenerationOptions`; what is left out is the bundle's default.
+            image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. For a model of videos: a list of
+                pictures, an array ``[F, H, W, 3]``, a folder of frames or a video file. For a model that reads
+                several pictures (Flamingo): one picture, or a list.
+            prompt: The beginning of the caption, which the model continues; for models of instructions (InstructBLIP,
+                LLaVA) the instruction. None for the bundle's default. With several pictures, write ``<image>`` in the
+                place of each, as in ``"<image>A cat.<image>A"``; without any ``<image>``, all pictures come before
+                the text.
+            **options: Fields of :class:`GenerationOptions`; the bundle's defaults replace missing ones.
 
         Raises:
             ImageError: The picture cannot be read.
@@ -151,24 +129,23 @@ class Captioner:
 
         Args:
             images: As in :meth:`caption`.
-            prompts: One a picture; None for none at all.
-            batch_size: Pictures decoded together; a result does not depend on it.
+            prompts: One for each picture; None for the bundle's default prompt for all.
+            batch_size: Number of pictures that are decoded together; results do not depend on it.
             **options: As in :meth:`caption`.
 
         Yields:
-            A result a picture.
+            One result for each picture.
 
         Raises:
-            ImageError, PromptError: As in :meth:`caption`, after the results of the pictures before it.
-            UsageError: As in :meth:`caption`, before the first result.
+            ImageError, PromptError: As in :meth:`caption`; raised after the results of the pictures before.
+            UsageError: As in :meth:`caption`; raised by the call itself, before the first result.
         """
-        check_open(self.graphs.closed, "Captioner")
+        self._check_open()
         pictures = listed("images", images)
         texts: list[str | None] = [None] * len(pictures) if prompts is None else listed("prompts", prompts)
         if len(texts) != len(pictures):
             raise UsageError(
-                f"there are {len(texts)} prompts for {len(pictures)} pictures",
-                "give one prompt for each picture",
+                f"expected one prompt for each of the {len(pictures)} pictures, got {len(texts)}",
                 field="prompts",
             )
         for text in texts:
@@ -183,17 +160,18 @@ class Captioner:
     def stream(
         self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
     ) -> Iterator[str]:
-        """The pieces of one picture's caption as they are generated; joined and stripped, they are its text.
+        """Yields the caption of one picture piece by piece, as it is generated.
 
-        Arguments and errors as in :meth:`caption`; beam search cannot be streamed.
+        All pieces together, without spaces at both ends, are the text that :meth:`caption` returns. Arguments and
+        errors are those of :meth:`caption`. Beam search cannot be streamed (UsageError).
         """
-        check_open(self.graphs.closed, "Captioner")
+        self._check_open()
         if prompt is not None:
             check_text("prompt", prompt)
         generation = self.options(**options)
         if generation.num_beams > 1:
             raise UsageError(
-                f"{option('stream')} and {option('num_beams')} above 1 exclude each other: "
+                f"{option('stream')} and {option('num_beams')} above 1 cannot be combined: "
                 "beam search chooses the words at the end"
             )
         return self._while_open(self.generator.pieces(self.encoder([image], [prompt], StageClock()), generation))
@@ -209,12 +187,12 @@ class Captioner:
         """Continuous batching for requests that arrive at any time; see :class:`Scheduler`. Close it after use.
 
         Args:
-            max_batch: As of :class:`Scheduler`; an engine that was built for fewer rows decodes as many as it takes.
-            max_waiting: As of :class:`Scheduler`.
-            trace: As of :class:`Scheduler`.
-            encoder: Replaces the captioner's own.
+            max_batch: See :class:`Scheduler`; at most the number of rows that the decoder's engine was built for.
+            max_waiting: See :class:`Scheduler`.
+            trace: See :class:`Scheduler`.
+            encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
         """
-        check_open(self.graphs.closed, "Captioner")
+        self._check_open()
         most = self.generator.language.decoder.max_rows
         return Scheduler(
             encoder or self.encoder,
@@ -254,23 +232,23 @@ class Captioner:
         return chosen
 
     def _while_open(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The same items; raises UsageError where the captioner was closed before the next one."""
-        check_open(self.graphs.closed, "Captioner")
+        """Yields the items; raises UsageError if the captioner is closed before the next one."""
+        self._check_open()
         for item in items:
             yield item
-            check_open(self.graphs.closed, "Captioner")
+            self._check_open()
 
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult]:
-        """Results batch by batch, in the calling thread."""
+        """Yields the results batch by batch, computed in the calling thread."""
         for first in range(0, len(images), batch_size):
             yield from self._batch(range(first, min(first + batch_size, len(images))), images, texts, options)
 
     def _batch(
         self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
     ) -> Iterator[CaptionResult]:
-        """Results of a batch; where an item is broken, the results before it, then its error."""
+        """Yields the results of a batch; with a broken picture, the results before it, then its error."""
         clock = StageClock()
         try:
             batch = self.encoder(images[rows.start : rows.stop], texts[rows.start : rows.stop], clock)
@@ -288,7 +266,7 @@ class Captioner:
     def _scheduled(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult]:
-        """Results in order; the scheduler works on later pictures meanwhile."""
+        """Yields the results in order, while the scheduler computes those of later pictures."""
         with self.scheduler(max_batch=batch_size, max_waiting=IN_FLIGHT * batch_size) as scheduler:
             coming: deque[Request] = deque()
             for image, text in zip(images, texts, strict=True):

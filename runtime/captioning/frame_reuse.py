@@ -19,7 +19,7 @@ from blip2edge.runtime.captioning.pipeline import EncodedBatch, Encoder, Prepare
 from blip2edge.runtime.images.video import ItemSource
 
 CELLS = 16
-"""Pictures are compared by the means of this many cells per side: noise averages out, movement does not."""
+"""Cells per side. Pictures are compared by the mean of each cell, in which noise averages out and movement does not."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class _Reference:
     """The last encoded row.
 
     Attributes:
-        cells: Of :func:`cells_of`.
-        counts: Pictures of the row.
+        cells: The means of :func:`cells_of`.
+        counts: Number of pictures of the row, in a list.
         vision: The vision encoder's outputs.
         instruction: The bridge's text inputs.
         pictures: The language model's inputs.
@@ -42,22 +42,22 @@ class _Reference:
 
 
 class ReusingEncoder:
-    """An encoder of one row a call that skips a picture which hardly differs from the last encoded one.
+    """An encoder that does not encode a picture which hardly differs from the last encoded one.
 
-    Such a picture gets the last one's visual tokens and cross-attention keys. Where the instruction differs, the
-    bridge runs again on the last ``image_embeds``. For one thread.
+    Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction differs, the
+    bridge runs again on the last ``image_embeds``. It encodes one row in each call, and is for a single thread.
 
     Args:
-        encoder: Encodes.
+        encoder: Encodes the other pictures.
         below: The mean absolute difference below which a picture is not encoded, as a share of the range of pixel
-            values: 0 encodes every picture, 1 only the first. Of several pictures of a row the largest difference
+            values: 0 encodes every picture, 1 only the first. For several pictures of a row, the largest difference
             counts.
         context: The language model's prompt-independent tensors of the pictures (cross-attention keys), by name;
             computed with the bridge and reused as well.
 
     Attributes:
-        reused: Whether the last call skipped the encoder.
-        difference: Of the last call's picture to the last encoded one; infinite where there was none to compare with.
+        reused: Whether the last call reused the visual tokens.
+        difference: Difference of the last call's picture from the last encoded one; infinite if there was none.
 
     Raises:
         UsageError: ``below`` is no number from 0 to 1.

@@ -30,12 +30,9 @@ from blip2edge.bundle.schema import (
 )
 from blip2edge.errors import BundleError, PromptError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
-from blip2edge.runtime.backends.open_graph import GraphOpener
-from blip2edge.runtime.captioning.assemble import image_parts
+from blip2edge.runtime.captioning.assemble import LoadedBundle, image_parts
 from blip2edge.runtime.decoding.options import (
-    check_bundle,
     check_integer,
-    check_open,
     check_text,
     listed,
 )
@@ -50,10 +47,11 @@ class MatchResult:
     """How well a picture and a text match.
 
     Attributes:
-        image: The picture's path; None where it was given as an object.
+        image: The picture's path; None if it was given as an object.
         text: The text as given.
-        probability: Of the matching head; None where the model has none (CLIP).
-        cosine: Of the two vectors, −1 to 1.
+        probability: Probability that the text describes the picture, by the matching head; None for a model without
+            one (CLIP).
+        cosine: Cosine of their vectors, −1 to 1.
     """
 
     image: str | None
@@ -66,11 +64,11 @@ class MatchResult:
         return dict(vars(self))
 
 
-class Matcher:
-    """Compares pictures with texts. Make one with :meth:`load`, and close it after use, as with ``with``."""
+class Matcher(LoadedBundle):
+    """Compares pictures with texts. Make one with :meth:`load`, and close it after use; a ``with`` block closes it."""
 
     def __init__(self, bundle: Bundle, backend: BackendName = "auto", threads: int | None = None) -> None:
-        check_bundle(bundle, "Matcher")
+        super().__init__(bundle, backend, threads)
         manifest = bundle.manifest
         if TEXT_EMBEDS not in manifest.graphs:
             required = manifest.prompt is not None and manifest.prompt.required
@@ -79,15 +77,14 @@ class Matcher:
                 f"{bundle.path} {verb} pictures and cannot compare them with texts"
                 if DECODER in manifest.graphs
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
-                f"use blip2edge {'ask' if required else 'caption'}",
+                f"use {'ask' if required else 'caption'}",
             )
-        session = self.graphs = GraphOpener(bundle, backend, threads)
-        self.bundle = bundle
-        self.images = image_parts(bundle, session)
-        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **bundle.manifest.tokenizer)
-        self.features = session(IMAGE_FEATURES)
-        self.texts = session(TEXT_EMBEDS)
-        self.head = session(MATCH) if MATCH in manifest.graphs else None
+        with self.graphs.closed_on_error():
+            self.images = image_parts(bundle, self.graphs)
+            self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **manifest.tokenizer)
+            self.features = self.graphs(IMAGE_FEATURES)
+            self.texts = self.graphs(TEXT_EMBEDS)
+            self.head = self.graphs(MATCH) if MATCH in manifest.graphs else None
 
     @classmethod
     def load(cls, bundle: str | Path, *, backend: BackendName = "auto", threads: int | None = None) -> Matcher:
@@ -95,42 +92,28 @@ class Matcher:
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
-            backend: ``auto``, or a backend by name.
+            backend: The name of a backend; ``auto`` for the default.
             threads: CPU threads within an operator; None for all cores.
 
         Raises:
-            BundleError: No bundle, a newer one, one whose files were changed, or one that captions.
+            BundleError: The directory is not a bundle, a newer version wrote it, its files were changed, or its model
+                generates texts and does not compare them.
             BackendError: The backend is not installed, or does not run here.
-            UsageError: ``threads`` is below 1.
+            UsageError: ``bundle`` is not a path, or ``threads`` is below 1.
         """
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads)
-
-    def close(self) -> None:
-        """Releases the graphs and their memory; harmless when called twice.
-
-        Finish the running calls first. Every call after it raises UsageError.
-        """
-        self.graphs.close()
-
-    def __enter__(self) -> Matcher:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes it."""
-        self.close()
-
-    def __repr__(self) -> str:
-        path, precision = str(self.bundle.path), self.bundle.manifest.precision
-        return f"Matcher({path!r}, backend={self.graphs.backend!r}, precision={precision!r})"
 
     def match(self, image: ImageSource, text: str) -> MatchResult:
         """Compares a picture with a text.
 
         Args:
             image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8.
-            text: What the picture may show.
+            text: A description to compare with the picture, such as ``"a dog on a beach"``.
+
+        Returns:
+            The probability that the text describes the picture (None for a model without a matching head, such as
+            CLIP), and the cosine of their vectors.
 
         Raises:
             ImageError: The picture cannot be read.
@@ -142,8 +125,12 @@ class Matcher:
     def match_many(
         self, images: Iterable[ImageSource], texts: Sequence[str], *, batch_size: int = 1
     ) -> Iterator[MatchResult]:
-        """Compares every picture with every text, picture by picture; arguments and errors as :meth:`match`."""
-        check_open(self.graphs.closed, "Matcher")
+        """Compares every picture with every text; arguments and errors are those of :meth:`match`.
+
+        Yields:
+            The results of the first picture with all texts, in order; then those of the second picture.
+        """
+        self._check_open()
         pictures, sentences = listed("images", images), listed("texts", texts)
         ids = [self._ids(text) for text in sentences]
         starts = _starts(len(pictures), batch_size)
@@ -152,23 +139,26 @@ class Matcher:
     def probabilities(
         self, images: Sequence[ImageSource], texts: Sequence[Sequence[str]], *, batch_size: int = 1
     ) -> list[list[float]]:
-        """Matching probability of each picture with each of its own texts.
+        """The matching probability of each picture with each of its own texts.
 
         Args:
             images: N pictures; the vision encoder runs on all of them at once.
-            texts: Those of each picture, any number of them.
-            batch_size: Pairs in one batch of the matching head.
+            texts: A list of texts for each picture, of any length.
+            batch_size: Number of pairs in one batch of the matching head.
+
+        Returns:
+            For each picture, the probabilities of its texts.
 
         Raises:
-            ImageError, PromptError: As :meth:`match`.
+            ImageError, PromptError: As in :meth:`match`.
             UsageError: The model has no matching head.
         """
         if self.head is None:
             raise UsageError(
-                f"{self.bundle.path} compares by cosine alone and has no matching head",
+                f"{self.bundle.path} has no matching head and compares by cosine only",
                 "use a bundle of BLIP or BLIP-2, such as Salesforce/blip2-itm-vit-g",
             )
-        check_open(self.graphs.closed, "Matcher")
+        self._check_open()
         pairs = [(row, self._ids(text)) for row, own in enumerate(texts) for text in listed("texts", own)]
         found: list[list[float]] = [[] for _ in images]
         if not pairs:
@@ -183,35 +173,39 @@ class Matcher:
         return found
 
     def embed_image(self, image: ImageSource) -> Vectors:
-        """A picture's vector ``[F]``; of BLIP-2 one a query, ``[K, F]``; errors as :meth:`match`."""
+        """The vector of a picture, float32 ``[F]`` of length 1, to be compared with :meth:`embed_text` by the cosine.
+
+        A BLIP-2 model returns one vector for each of its K query tokens, ``[K, F]``; the cosine of the picture is the
+        largest of theirs. Errors are those of :meth:`match`.
+        """
         vectors: Vectors = self.embed_images([image])[0]
         return vectors
 
     def embed_images(self, images: Iterable[ImageSource], *, batch_size: int = 1) -> Vectors:
-        """The same of N pictures: ``[N, F]`` or ``[N, K, F]``, of length 1."""
-        check_open(self.graphs.closed, "Matcher")
+        """The vectors of N pictures, ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
+        self._check_open()
         pictures = listed("images", images)
         parts = [
             self._features(self._image_embeds(pictures[at : at + batch_size]))
             for at in _starts(len(pictures), batch_size)
         ]
         if not parts:
-            raise UsageError("there is no picture", "give at least one")
+            raise UsageError("expected at least one picture, got none")
         vectors = np.concatenate(parts)
         return vectors[:, 0] if vectors.shape[1] == 1 else vectors
 
     def embed_text(self, text: str) -> Vectors:
-        """A text's vector ``[F]``; errors as :meth:`match`."""
+        """The vector of a text, float32 ``[F]`` of length 1; see :meth:`embed_image`. Errors as in :meth:`match`."""
         vectors: Vectors = self.embed_texts([text])[0]
         return vectors
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1) -> Vectors:
-        """The same of N texts: ``[N, F]``, of length 1."""
-        check_open(self.graphs.closed, "Matcher")
+        """The vectors of N texts, ``[N, F]``; see :meth:`embed_text`."""
+        self._check_open()
         ids = [self._ids(text) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]
         if not parts:
-            raise UsageError("there is no text", "give at least one")
+            raise UsageError("expected at least one text, got none")
         return np.concatenate(parts)
 
     def _match_batches(
@@ -243,22 +237,22 @@ class Matcher:
         return self.images.vision.run({"pixel_values": pixels})["image_embeds"]
 
     def _features(self, image_embeds: Array) -> Vectors:
-        """``[B, K, F]``."""
+        """The vectors of pictures, ``[B, K, F]``."""
         return self.features.run({"image_embeds": image_embeds})["image_features"].astype(np.float32)
 
     def _embed(self, ids: list[list[int]]) -> Vectors:
-        """``[B, F]``."""
+        """The vectors of texts, ``[B, F]``."""
         return self.texts.run(_padded(ids))["text_embeds"].astype(np.float32)
 
     def _probabilities(self, image_embeds: Array, ids: list[int]) -> Vectors | None:
-        """``[B]``: of every picture with one text."""
+        """The matching probability of every picture with one text, ``[B]``; None without a matching head."""
         if self.head is None:
             return None
         text = _padded([ids] * len(image_embeds))
         return self.head.run({"image_embeds": image_embeds, **text}, ["probability"])["probability"]
 
     def _ids(self, text: str) -> list[int]:
-        """The text's tokens, framed as the tokenizer does.
+        """The text's token ids, with the special tokens of the tokenizer.
 
         Raises:
             PromptError: It is empty, too long, or has a token that the model lacks.
@@ -271,14 +265,14 @@ class Matcher:
         ids = self.tokenizer.encode(text)
         if len(ids) > manifest.max_positions:
             raise PromptError(
-                f"the text has {len(ids)} tokens, but the model reads up to {manifest.max_positions}",
-                "shorten it",
+                f"the text has {len(ids)} tokens, but the model takes at most {manifest.max_positions}",
+                "shorten the text",
             )
         if max(ids) >= manifest.vocab_size:
             raise PromptError(
-                f"the text holds the token {self.tokenizer.id_to_token(max(ids))!r} (id {max(ids)}), which the model "
-                f"with its {manifest.vocab_size} tokens does not know",
-                "leave it out",
+                f"the text contains the token {self.tokenizer.id_to_token(max(ids))!r} (id {max(ids)}), but the model "
+                f"has only {manifest.vocab_size} tokens",
+                "remove it from the text",
             )
         return ids
 
@@ -294,7 +288,7 @@ def _padded(rows: list[list[int]]) -> dict[str, Array]:
 
 
 def _starts(count: int, batch_size: int) -> range:
-    """Where each batch begins.
+    """The index at which each batch begins.
 
     Raises:
         UsageError: ``batch_size`` is below 1.

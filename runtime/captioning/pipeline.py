@@ -21,11 +21,11 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INTERLEAVED
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult
+from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.draft_model import DraftSelector
-from blip2edge.runtime.decoding.generate import Generation, generate, stream
+from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
 from blip2edge.runtime.decoding.language_model import LanguageModel
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions
-from blip2edge.runtime.decoding.speculative import Speculator
 from blip2edge.runtime.decoding.state import RowState
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource, pictures_of
@@ -40,14 +40,14 @@ from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
 
 
 class StageClock:
-    """Milliseconds by stage.
+    """Measures the wall time of each stage.
 
     Args:
-        lock: Held while a stage runs a graph, where graphs run one at a time; the wait is not counted.
+        lock: Held while a stage runs a graph, on backends that run one graph at a time; waiting for it does not count.
 
     Attributes:
-        ms: By stage.
-        spans: Each stage as it was run: its name, start and end (``time.perf_counter`` seconds).
+        ms: Milliseconds by stage.
+        spans: Name, start and end (``time.perf_counter`` seconds) of each measured block.
     """
 
     def __init__(self, lock: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
@@ -57,7 +57,7 @@ class StageClock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Adds the time of the block to a stage."""
+        """Adds the time of the ``with`` block to a stage."""
         with nullcontext() if stage == "preprocess" else self._lock():
             start = time.perf_counter()
             try:
@@ -68,19 +68,19 @@ class StageClock:
                 self.spans.append((stage, start, end))
 
     def share(self, pictures: int) -> dict[str, float]:
-        """Milliseconds of each stage, divided by the number of pictures."""
+        """Milliseconds of each stage for one of ``pictures`` pictures."""
         return {stage: ms / pictures for stage, ms in self.ms.items()}
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The language model's input for a batch.
+    """The language model's inputs for a batch of B rows.
 
     Attributes:
-        prompts: One a row.
+        prompts: The prompt of each row.
         pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-            ``visual_tokens [B, Q, D]`` where there is a bridge; several pictures of a row lie side by side.
-        counts: Pictures of each row.
+            ``visual_tokens [B, Q, D]`` if there is a bridge. Several pictures of a row are concatenated along axis 1.
+        counts: Number of pictures of each row.
     """
 
     prompts: list[Prompt]
@@ -88,7 +88,7 @@ class EncodedBatch:
     counts: list[int]
 
     def part(self, rows: Sequence[int]) -> EncodedBatch:
-        """Some of the rows, cut to the most pictures that one of them has."""
+        """The batch of some rows; padding that none of these rows needs is removed."""
         if list(rows) == list(range(len(self.prompts))):
             return self
         counts = [self.counts[row] for row in rows]
@@ -101,13 +101,13 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch before any graph is run.
+    """A batch after preprocessing, before any graph is run.
 
     Attributes:
-        prompts: One a row.
-        counts: Pictures of each row.
-        pixels: ``pixel_values [N, 3, H, W]`` of all pictures, the pictures of one row after those of another.
-        instruction: The bridge's text inputs by name; empty where it has none.
+        prompts: The prompt of each row.
+        counts: Number of pictures of each row.
+        pixels: ``pixel_values [N, 3, H, W]`` of all pictures, row by row.
+        instruction: The bridge's text inputs by name; empty if it has none.
     """
 
     prompts: list[Prompt]
@@ -116,7 +116,7 @@ class PreparedBatch:
     instruction: dict[str, Array]
 
     def encoded(self, outputs: Mapping[str, Array]) -> EncodedBatch:
-        """The batch together with the outputs of vision encoder and bridge for its N pictures."""
+        """The encoded batch, from the outputs of vision encoder and bridge for the N pictures."""
         if max(self.counts) > 1:
             outputs = {name: pack_images(array, self.counts) for name, array in outputs.items()}
         return EncodedBatch(self.prompts, dict(outputs), self.counts)
@@ -128,7 +128,7 @@ EncodeBatch = Callable[[Sequence[ItemSource], Sequence[str | None], StageClock],
 
 @dataclass(frozen=True)
 class ImageParts:
-    """The parts that encode images. ``pixels_dtype`` is that of ``vision``'s input; some families have no bridge."""
+    """The parts that encode images. ``pixels_dtype`` is the dtype of ``vision``'s input; ``bridge`` is optional."""
 
     preprocessing: Preprocessing
     pixels_dtype: np.dtype[np.generic]
@@ -149,9 +149,9 @@ class Encoder:
     """Preprocessing, vision encoder and bridge.
 
     Args:
-        images: What images go through.
-        text: What texts go through.
-        bridge_outputs: The bridge's outputs that are needed; None for all.
+        images: Preprocessing and graphs.
+        text: Tokenizers and prompt template.
+        bridge_outputs: Names of the bridge's outputs to compute; None for all.
     """
 
     def __init__(self, images: ImageParts, text: TextParts, bridge_outputs: Sequence[str] | None = None) -> None:
@@ -163,7 +163,7 @@ class Encoder:
 
         Args:
             images: As ``Captioner.caption`` takes them, one item a row.
-            texts: Prompts as given; None for the bundle's default.
+            texts: The prompt of each row; None for the bundle's default.
             clock: Measures the stages.
 
         Raises:
@@ -176,7 +176,7 @@ class Encoder:
         return batch.encoded(outputs)
 
     def prepare(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> PreparedBatch:
-        """The first stage: pixel values and token ids."""
+        """Preprocessing: computes the pixel values of the pictures and the token ids of the prompts."""
         with clock("preprocess"):
             spec = self.text.prompts.spec
             counts = [spec.frames] * len(images)
@@ -202,7 +202,7 @@ class Encoder:
     def run_bridge(
         self, outputs: Mapping[str, Array], instruction: Mapping[str, Array], clock: StageClock
     ) -> dict[str, Array]:
-        """The vision encoder's outputs together with the bridge's, where there is one."""
+        """The vision encoder's outputs together with the bridge's, if there is one."""
         if self.images.bridge is None:
             return dict(outputs)
         with clock("bridge"):
@@ -211,7 +211,7 @@ class Encoder:
 
 
 class TextGenerator:
-    """The language model with tokenizer, context length and draft models: encoded batches to token ids.
+    """Generates texts from encoded batches, with the language model, its tokenizer and the draft models.
 
     Args:
         language: The loaded language model.
@@ -234,7 +234,7 @@ class TextGenerator:
             return self.language.prefill(batch.prompts, batch.pictures)
 
     def limited(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
-        """Options whose lengths fit the context; the last token is generated and needs no slot."""
+        """Reduces the limits of length to the context that the prompt leaves; the last token needs no slot."""
         room = self.max_positions - (len(self.language.initial) or prompt.length) + 1
         if options.max_new_tokens <= room:
             return options
@@ -244,14 +244,14 @@ class TextGenerator:
     def begin(
         self, batch: EncodedBatch, row: int, options: GenerationOptions, vocabulary: int, number: int
     ) -> Generation:
-        """A text that is about to be generated, for a ``GenerationBatch``.
+        """Makes the row of a ``GenerationBatch`` for one text.
 
         Args:
             batch: An encoded batch.
-            row: Its row.
-            options: Without beams.
-            vocabulary: Number of logits V.
-            number: Of its random stream.
+            row: The text's row in it.
+            options: The text's options; ``num_beams`` is 1.
+            vocabulary: V, the number of logits.
+            number: Selects its random stream.
         """
         prompt = batch.prompts[row]
         return Generation(
@@ -267,14 +267,23 @@ class TextGenerator:
     def complete(
         self, batch: EncodedBatch, options: GenerationOptions, numbers: Sequence[int], clock: StageClock
     ) -> list[Generated]:
-        """The texts of a batch; rows that reach the context's end at different lengths are run separately.
+        """The texts of a batch.
 
         Args:
             batch: B rows.
             options: The same for all.
-            numbers: Of their random streams.
+            numbers: Numbers of their random streams.
             clock: Measures prefill and decode.
         """
+        if options.num_beams > 1:
+            return self._search(batch, options, clock)
+        logits, state = self.prefill(batch, clock)
+        with clock("decode"):
+            rows = [self.begin(batch, row, options, logits.shape[-1], number) for row, number in enumerate(numbers)]
+            return generate(logits, state, rows)
+
+    def _search(self, batch: EncodedBatch, options: GenerationOptions, clock: StageClock) -> list[Generated]:
+        """Beam search; rows whose texts reach the end of the context at different lengths are run separately."""
         limited = [self.limited(prompt, options) for prompt in batch.prompts]
         rows = range(len(batch.prompts))
         groups = [list(rows)] if len(set(limited)) == 1 else [[row] for row in rows]
@@ -282,49 +291,33 @@ class TextGenerator:
         for group in groups:
             part = batch.part(group)
             logits, state = self.prefill(part, clock)
+            prompts = [self._prompt_ids(prompt) for prompt in part.prompts]
             with clock("decode"):
-                texts += generate(
+                texts += beam_search(
                     logits,
                     state,
-                    [self._prompt_ids(prompt) for prompt in part.prompts],
+                    prompts,
                     limited[group[0]],
                     initial=self.language.initial,
                     stopped=self._stopped(options),
-                    row_ids=[numbers[row] for row in group],
-                    speculators=self._speculators(part, options),
                 )
         return texts
 
     def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[str]:
         """The pieces of one row's text as they are generated."""
         logits, state = self.prefill(batch, StageClock())
-        prompt = batch.prompts[0]
+        row, decoding = self.begin(batch, 0, options, logits.shape[-1], 0), GenerationBatch()
+        decoding.join(logits, state, [row])
         text = TextPieces(self.tokenizer, options.stop)
-        for event in stream(
-            logits,
-            state,
-            [self._prompt_ids(prompt)],
-            self.limited(prompt, options),
-            initial=self.language.initial,
-            stopped=self._stopped(options),
-            speculators=self._speculators(batch, options),
-        ):
-            piece = text.push(event.token)
-            if piece:
+        while decoding.rows:
+            decoding.step()
+            if piece := text.push(row.generated[-1]):
                 yield piece
-        rest = text.flush()
-        if rest:
+        if rest := text.flush():
             yield rest
 
-    def _speculators(self, batch: EncodedBatch, options: GenerationOptions) -> list[Speculator | None]:
-        if options.draft == "none":
-            return []
-        return [
-            self.drafts.speculator(options, prompt.ids, batch.pictures, row) for row, prompt in enumerate(batch.prompts)
-        ]
-
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The prompt's ids that are in the decoder's context: none where a text encoder takes the prompt."""
+        """The prompt's ids that the decoder processes: none if a text encoder takes the prompt."""
         return [] if self.language.initial else prompt.ids
 
     def _stopped(self, options: GenerationOptions) -> Callable[[Sequence[int]], bool] | None:
@@ -348,10 +341,10 @@ class TextGenerator:
         """The result of a picture.
 
         Args:
-            image: As it was given.
-            prompt: As it was given.
-            generated: The decoder's tokens.
-            options: Their ``stop`` texts end the caption.
+            image: The picture as the user gave it.
+            prompt: The prompt as the user gave it.
+            generated: The generated tokens.
+            options: The caption is cut before the first of their ``stop`` strings.
             stage_ms: Milliseconds by stage.
         """
         text = self.tokenizer.decode(generated.tokens)

@@ -25,15 +25,16 @@ class CaptionResult:
     """A picture's caption.
 
     Attributes:
-        image: Its path; None where a picture was given as an object. Of several pictures a list of those.
-        prompt: The prompt as given; None for none.
+        image: The picture's path; None if it was given as an object. For several pictures, a list of these.
+        prompt: The prompt as given; None if none was given.
         text: The caption, without special tokens and surrounding spaces.
         tokens: Generated ids, the end token included.
         finish_reason: ``eos``, ``length`` or ``stop``.
         timings_ms: Milliseconds of each of :data:`STAGES` and ``total``, their sum. The time of a batch is divided
-            equally among its pictures. Encoding overlaps with decoding: a run takes less than the sum of totals.
-        tokens_per_s: Generated tokens over the seconds of prefill and decode.
-        tokens_per_pass: Generated tokens over the passes of the language model; 1 without a draft model.
+            equally among its pictures. Encoding overlaps with decoding, so that many pictures take less wall time than
+            the sum of their totals.
+        tokens_per_s: Generated tokens per second of prefill and decode.
+        tokens_per_pass: Generated tokens per pass of the language model; 1 without a draft model.
     """
 
     image: str | list[str | None] | None
@@ -64,16 +65,16 @@ class Span:
 
 @dataclass(eq=False)
 class Request:
-    """A picture that was submitted to the scheduler. Made by :meth:`Scheduler.submit`.
+    """A picture that was submitted to the scheduler by :meth:`Scheduler.submit`.
 
     Attributes:
-        image, prompt, options: As given.
-        number: Its place in the order of submission, and its random stream.
-        expires: Its deadline (``time.monotonic`` seconds); None for none.
+        image, prompt, options: The arguments of ``submit``.
+        number: Its place in the order of submission; it also selects the random stream.
+        expires: Its deadline (``time.monotonic`` seconds); None for no deadline.
         future: Holds the result or the error.
         stage_ms: Milliseconds by stage so far.
-        on_piece: Called with each piece of the text, and with None at the end, from the decoder's thread; then
-            :meth:`pieces` gives nothing.
+        on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
+            :meth:`pieces` yields nothing.
     """
 
     image: ItemSource
@@ -89,7 +90,7 @@ class Request:
     _finishing: threading.RLock = field(default_factory=threading.RLock)  # several threads may finish it at once
 
     def begin(self, tokenizer: Tokenizer) -> None:
-        """Starts its text; called before the first token."""
+        """Prepares the conversion of tokens to text; called before the first token."""
         self._text = TextPieces(tokenizer, self.options.stop)
 
     def take(self, row: Generation) -> None:
@@ -104,31 +105,32 @@ class Request:
         """Waits for the caption.
 
         Args:
-            timeout: Seconds; None for as long as it takes.
+            timeout: Seconds to wait; None for no limit.
 
         Raises:
-            DeadlineError: It was not done in time.
-            ImageError, PromptError: As of ``Captioner.caption``.
-            concurrent.futures.CancelledError: It was cancelled.
+            DeadlineError: The caption was not finished within its deadline.
+            ImageError, PromptError: As in ``Captioner.caption``.
+            concurrent.futures.CancelledError: The request was cancelled.
+            TimeoutError: ``timeout`` has passed.
         """
         return self.future.result(timeout)
 
     def pieces(self) -> Iterator[str]:
-        """The pieces of the text as they are generated, or all at the end (beams); errors as of :meth:`result`."""
+        """Yields the text piece by piece as it is generated (beam search: at the end); errors as in :meth:`result`."""
         while (piece := self._pieces.get()) is not None:
             yield piece
         self.future.result()
 
     def cancel(self) -> None:
-        """Cancels it: it leaves the batch at the next step, and its result raises CancelledError."""
+        """Cancels the request: it leaves the batch at the next step, and :meth:`result` raises CancelledError."""
         if self.future.cancel():
             self.push(None)
 
     @property
     def over(self) -> bool:
-        """Whether it is finished, failed or cancelled; a request past its deadline fails here."""
+        """Whether the request is finished, failed or cancelled. A request past its deadline fails at this call."""
         if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
-            self.fail(DeadlineError("the caption was not done within its deadline", "allow it more seconds"))
+            self.fail(DeadlineError("the caption was not finished before its deadline", "set a longer deadline"))
         return self.future.done()
 
     def push(self, piece: str | None) -> None:
@@ -137,14 +139,14 @@ class Request:
             (self.on_piece or self._pieces.put)(piece)
 
     def finish(self, result: CaptionResult) -> None:
-        """Sets the result, unless it was cancelled."""
+        """Sets the result, unless the request is finished or cancelled already."""
         with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_result(result)
         self.push(None)
 
     def fail(self, error: BaseException) -> None:
-        """Sets the error, unless it was cancelled."""
+        """Sets the error, unless the request is finished or cancelled already."""
         with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)

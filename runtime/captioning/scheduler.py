@@ -25,7 +25,10 @@ from blip2edge.runtime.images.video import ItemSource
 
 
 class FairLock:
-    """A lock that is granted in order of request: a loop that takes it again first waits for the other threads."""
+    """A lock that threads get in the order in which they asked for it.
+
+    With an ordinary lock, a thread that takes it in a loop can keep all others waiting.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -47,7 +50,7 @@ class FairLock:
 
 
 LONGEST_DEADLINE = 1e6
-"""Seconds: eleven days."""
+"""Largest deadline in seconds (eleven days)."""
 
 
 class Scheduler:
@@ -56,11 +59,11 @@ class Scheduler:
     Args:
         encoder: Encodes batches.
         generator: Generates their texts.
-        max_batch: Rows decoded together at most.
-        max_waiting: The most requests that wait to be encoded; see :meth:`submit`.
-        one_at_a_time: Run one graph at a time, encoding and decoding in turn: for backends whose graphs use all
-            cores, where two at once would oversubscribe them.
-        trace: Called from both threads with every span; must be quick.
+        max_batch: Largest number of rows that are decoded together.
+        max_waiting: Largest number of requests that wait to be encoded; see :meth:`submit`.
+        one_at_a_time: Run one graph at a time, encoding and decoding alternately. For backends whose graphs use all
+            cores: two graphs at once would cause thread oversubscription.
+        trace: Called by both threads with every span; it must return quickly.
 
     Raises:
         UsageError: ``max_batch`` or ``max_waiting`` is below 1.
@@ -104,13 +107,13 @@ class Scheduler:
             thread.start()
 
     def __enter__(self) -> Scheduler:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """Itself."""
+        """Returns the object itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes it; what is not done is cancelled."""
+        """Closes it; unfinished requests are cancelled."""
         self.close()
 
     def submit(
@@ -123,14 +126,14 @@ class Scheduler:
         wait: bool = True,
         on_piece: Callable[[str | None], None] | None = None,
     ) -> Request:
-        """Hands in a picture.
+        """Adds a picture to the queue.
 
         Args:
-            image: As ``Captioner.caption`` takes it.
+            image: See ``Captioner.caption``.
             options: How to generate.
-            prompt: As ``Captioner.caption`` takes it.
-            deadline: Seconds from now within which the caption is of use; None for no such bound.
-            wait: Wait for a place in the queue; otherwise a full queue refuses.
+            prompt: See ``Captioner.caption``.
+            deadline: Seconds from now after which the request fails if it is not finished; None for no deadline.
+            wait: Whether to wait while the queue is full.
             on_piece: See :class:`Request`.
 
         Raises:
@@ -144,7 +147,9 @@ class Scheduler:
         with self._changed:
             while self._is_full() and not self._closing:
                 if not wait:
-                    raise OverloadError(f"{self._max_waiting} pictures are waiting already", "try again later")
+                    raise OverloadError(
+                        f"the queue is full: {self._max_waiting} pictures are waiting", "try again later"
+                    )
                 self._changed.wait()
             if self._closing:
                 raise RuntimeError("the scheduler is closed") from self._failure
@@ -164,7 +169,7 @@ class Scheduler:
 
     @property
     def failed(self) -> bool:
-        """Whether an unexpected error has ended it; it takes no more requests."""
+        """Whether an unexpected error has ended its threads; it takes no more requests."""
         return self._failure is not None
 
     @property
@@ -180,7 +185,7 @@ class Scheduler:
             }
 
     def close(self) -> None:
-        """Cancels what is not done and ends both threads."""
+        """Cancels unfinished requests and ends both threads."""
         with self._changed:
             self._closing = True
             self._drop(Request.cancel)
@@ -189,7 +194,7 @@ class Scheduler:
             thread.join()
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """Runs a thread; an unexpected error is given to every request, so that none waits for ever."""
+        """Runs a thread's loop; an unexpected error fails every request, so that no caller waits for ever."""
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - given to every request and to the next submit()
@@ -199,7 +204,7 @@ class Scheduler:
                 self._changed.notify_all()
 
     def _drop(self, finish: Callable[[Request], None]) -> None:
-        """Finishes every request without a result, and empties the queues."""
+        """Calls ``finish`` with every unfinished request, and empties the queues."""
         for request in list(self._open.values()):
             finish(request)
         self._waiting.clear()
@@ -230,16 +235,16 @@ class Scheduler:
         return None
 
     def _room(self) -> int:
-        """How many pictures to encode now."""
+        """How many pictures may be encoded now."""
         ready = sum(len(group) for group, _ in self._ready)
         if not self._one_at_a_time:
             return self._max_batch - ready
-        # Encoding before a row is free gains nothing, and a whole batch would delay the running rows' next token.
+        # Encode only for free rows. While rows are running, encode one picture: more would delay their next token.
         free = self._max_batch - ready - len(self._running)
         return min(free, 1) if self._running else free
 
     def _encoded(self, requests: list[Request]) -> Iterator[tuple[list[Request], EncodedBatch]]:
-        """Encodes requests as one batch; where a picture is broken, each by itself, and that request fails."""
+        """Encodes requests as one batch; with a broken picture, each by itself, so that only its request fails."""
         alive = [request for request in requests if not request.over]
         groups = deque([alive] if alive else [])
         while groups:

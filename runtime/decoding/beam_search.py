@@ -19,6 +19,7 @@ from blip2edge.runtime.decoding.options import (
     Stopped,
     end_ids,
     finish_reason,
+    ids_before,
 )
 from blip2edge.runtime.decoding.sampling import log_softmax, penalize_repetition, top_k_indices
 from blip2edge.runtime.decoding.state import DecodeState
@@ -35,9 +36,17 @@ def beam_search(
     stopped: Stopped | None = None,
     initial: Sequence[int] = (),
 ) -> list[Generated]:
-    """Find the best text of every row with `options.num_beams` beams; the arguments are those of `generate`.
+    """Finds the best text of every picture with `options.num_beams` beams.
 
-    The state is widened to num_beams rows a picture before its first step, by `select`.
+    Before the first step, `select` repeats each row of the state num_beams times.
+
+    Args:
+        first_logits: `[B, V]`, the logits after each prompt.
+        state: The decoder after the prompts, B rows; used up by the call.
+        prompt_ids: The prompt's ids of each row; see `Generation`.
+        options: How to generate, the same for all rows.
+        stopped: Returns whether generated ids finish a text; the end tokens always do.
+        initial: Ids that the decoder was started with (encoder-decoder models).
 
     Raises:
         BackendError: The decoder returned NaN.
@@ -48,7 +57,7 @@ def beam_search(
     pictures = list(active)
     logits = np.repeat(first_logits, width, axis=0)
     offsets = np.arange(len(active))  # the state's row of each picture's first beam
-    spread = 0  # 0: the picture's beams are one row of the state; 1: a row each
+    spread = 0  # 0: all beams of a picture share one row of the state; 1: each beam has its own row
     while True:
         scores = log_softmax(np.asarray(logits, np.float32)).reshape(len(active), width, vocabulary)
         for picture, beams in zip(active, scores, strict=True):
@@ -69,7 +78,7 @@ class _BeamGroup:
 
     Attributes:
         sources: int64 [num_beams], the beam that each running beam continues.
-        done: Whether nothing can change the result any more.
+        done: Whether the result is final.
     """
 
     def __init__(
@@ -81,8 +90,7 @@ class _BeamGroup:
         stopped: Stopped | None,
     ) -> None:
         width = options.num_beams
-        before = np.unique(np.array([*prompt, *initial], np.int64))
-        self._before = before[(before >= 0) & (before < vocabulary)]
+        self._before = ids_before(prompt, initial, vocabulary)
         self._options, self._stopped = options, stopped
         self._length = 0
         self._running = np.zeros((width, options.max_new_tokens), np.int64)
@@ -155,7 +163,7 @@ class _BeamGroup:
         reasons: Sequence[str | None],
         ended: NDArray[np.bool_],
     ) -> None:
-        """Take the texts that just ended into the finished ones, where their penalised scores are better."""
+        """Adds the texts that just ended to the finished ones, and keeps the num_beams best by penalised score."""
         width = self._options.num_beams
         ripe = ended & (np.arange(len(ended)) < width)
         if not ripe.any():
@@ -173,7 +181,7 @@ class _BeamGroup:
         self._is_finished = np.array([flag for _, _, flag in entries])
 
     def _can_improve(self) -> bool:
-        """Whether the best running beam, at its present length, would beat a finished one."""
+        """Whether the best running beam, at its present length, has a better score than a finished text."""
         best = self._scores[0] / np.float32(self._length**self._options.length_penalty)
         worst = np.where(self._is_finished, self._finished_scores.min(), _EXCLUDED)
         return bool((best > worst).any())

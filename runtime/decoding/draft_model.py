@@ -34,11 +34,11 @@ from blip2edge.runtime.decoding.speculative import (
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 SPARE = 2
-"""Additional tokens to draft, because the last word may be incomplete and is then dropped."""
+"""Tokens that are drafted in addition: the last word of a draft may be incomplete, and is then removed."""
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
-"""Clock of :class:`SpeculationCost` by backend. ONNX Runtime on the CPU computes in the calling thread and in helper
-threads: that thread's CPU time compares two runs whatever else the machine does. Other backends: the wall clock."""
+"""Clock of :class:`SpeculationCost` by backend. ONNX Runtime on the CPU also computes in the calling thread, so the CPU
+time of that thread compares two runs, whatever the load of other processes is. Other backends: wall time."""
 
 
 class TextHeadGraph:
@@ -47,9 +47,9 @@ class TextHeadGraph:
     Args:
         session: The loaded graph.
         spec: Its special tokens and its KV cache.
-        tokenizer: Of ``draft_tokenizer.json``.
+        tokenizer: The tokenizer of ``draft_tokenizer.json``.
         language: The language model's tokenizer.
-        end_id: The language model's end token; None where it has none.
+        end_id: The language model's end token; None if it has none.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class TextHeadGraph:
         """The draft model of one picture's text.
 
         Args:
-            pictures: The bridge's outputs; the queries' keys and values are among them.
-            row: A row of these.
+            pictures: The bridge's outputs by name; they include the keys and values of the query tokens.
+            row: Index of the picture in them.
         """
         names = zip(self.spec.past_names(), self.spec.names(QUERIES), strict=True)
         return TextHeadDraft(self, {past: pictures[name][row : row + 1] for past, name in names})
@@ -89,9 +89,9 @@ class TextHeadDraft:
         self._ended = False
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """See :class:`DraftModel`: the rest of the draft, where it begins with the language model's text.
+        """See :class:`DraftModel`: continues the language model's text.
 
-        Where they differ, the draft is replaced by the language model's text and continued from there.
+        If the draft so far does not begin with that text, the draft model starts again with the text as its prefix.
         """
         written = self._head.language.decode(generated)
         prefix = self._head.tokenizer.encode(written.strip(), add_special_tokens=False)
@@ -112,7 +112,7 @@ class TextHeadDraft:
         return self._head.tokenizer.decode(self._text)
 
     def _retokenized(self, generated: list[int], written: str, rest: str) -> list[int]:
-        """The rest in the language model's tokens."""
+        """The tokens of the language model for ``rest``, which follows ``written``."""
         language = self._head.language
         whole = language.encode(written + rest, add_special_tokens=False)
         if whole[: len(generated)] == generated:
@@ -120,7 +120,7 @@ class TextHeadDraft:
         return language.encode(rest, add_special_tokens=False)
 
     def _restart(self, prefix: list[int]) -> None:
-        """Sets the text to ``prefix`` and cuts the KV cache to what both share."""
+        """Replaces the text by ``prefix``, and keeps the KV cache of their common beginning."""
         same = next(
             (at for at, pair in enumerate(zip(prefix, self._text, strict=False)) if pair[0] != pair[1]),
             min(len(prefix), len(self._text)),
@@ -131,7 +131,7 @@ class TextHeadDraft:
         self._text, self._ended = list(prefix), False
 
     def _extend(self, count: int) -> None:
-        """Generates until the text has that many tokens, or ends."""
+        """Generates greedily until the text has ``count`` tokens, or ends."""
         spec = self._head.spec
         while len(self._text) < min(count, spec.max_positions - 1) and not self._ended:
             token = self._next()
@@ -160,7 +160,7 @@ class TextHeadDraft:
 
 
 def remainder(written: str, drafted: str) -> str | None:
-    """The draft's text after ``written``; None where it does not begin with it. Spaces and case are ignored."""
+    """The part of ``drafted`` after ``written``; None if it does not begin with it. Ignores spaces and case."""
     at = 0
     for character in written:
         if character.isspace():
@@ -177,14 +177,14 @@ class DraftSelector:
     """Chooses the draft model of each text; the measured costs are shared by all texts.
 
     Args:
-        head: The text head; None where the bundle has none, or where it was not requested.
-        default: For texts whose options say nothing; one of :data:`blip2edge.bundle.schema.DRAFTS`.
+        head: The text head; None if the bundle has none, or if it was not requested.
+        default: For texts whose options do not set ``draft``; one of :data:`blip2edge.bundle.schema.DRAFTS`.
         tie_margin: See :data:`blip2edge.runtime.decoding.speculative.TIE_MARGIN`.
-        most: The most tokens of a proposal.
-        clock: Gives seconds.
+        most: Largest number of tokens of a proposal.
+        clock: Returns seconds.
 
     Attributes:
-        default: ``none`` where it was ``auto`` and there is no text head.
+        default: The argument; ``none`` if the argument is ``auto`` and there is no text head.
     """
 
     def __init__(
@@ -215,12 +215,12 @@ class DraftSelector:
         Args:
             bundle: An opened bundle.
             open_graph: Loads a graph by name.
-            tokenizer: The language model's.
-            default: As of the class; the text head is loaded for ``auto`` and ``itg``.
-            backend: Of the graphs; chooses one of :data:`CLOCKS`.
+            tokenizer: The language model's tokenizer.
+            default: See the class; the text head is loaded for ``auto`` and ``itg``.
+            backend: The backend of the graphs; it selects one of :data:`CLOCKS`.
 
         Raises:
-            UsageError: ``default`` is unknown, or ``itg`` where the bundle has no text head.
+            UsageError: ``default`` is unknown, or it is ``itg`` and the bundle has no text head.
         """
         manifest = bundle.manifest
         head = None
@@ -237,17 +237,21 @@ class DraftSelector:
         return drafts
 
     def check(self, options: GenerationOptions) -> None:
-        """Raises UsageError where the options name a draft model that is not loaded."""
+        """Raises UsageError if the options name a draft model that is not loaded."""
         if options.draft == "itg" and self.head is None:
-            loaded = f"the captioner was loaded with draft={self._asked!r}"
+            if self._asked not in ("auto", "itg"):
+                raise UsageError(
+                    f"{option('draft')} itg: the captioner was loaded with draft={self._asked!r}",
+                    "load it with draft='itg' or 'auto'",
+                )
             raise UsageError(
-                f"{option('draft')} itg: {'the bundle has no draft' if self._asked in ('auto', 'itg') else loaded}",
+                f"{option('draft')} itg: the bundle has no draft model",
                 f"use {option('draft')} {' or '.join(kind for kind in DRAFTS if kind != 'itg')}, "
-                "or export a checkpoint with draft.safetensors",
+                "or export a checkpoint with a draft model (draft.safetensors)",
             )
 
     def kind(self, options: GenerationOptions) -> str:
-        """The draft model that the options mean: ``itg``, ``lookup`` or ``none``."""
+        """The draft model for these options: ``itg``, ``lookup`` or ``none``."""
         if options.num_beams > 1:
             return "none"
         if options.draft == "auto":
@@ -257,13 +261,13 @@ class DraftSelector:
     def speculator(
         self, options: GenerationOptions, prompt_ids: Sequence[int], pictures: Mapping[str, Array], row: int
     ) -> Speculator | None:
-        """Speculative decoding of a text; None for plain decoding.
+        """The speculative decoding of a text; None for plain decoding.
 
         Args:
-            options: The text's.
-            prompt_ids: Of its prompt.
-            pictures: The outputs of vision encoder and bridge.
-            row: Its row of these.
+            options: The text's options.
+            prompt_ids: The ids of its prompt.
+            pictures: The outputs of vision encoder and bridge by name.
+            row: The text's row in these.
         """
         kind = self.kind(options)
         if kind == "none":

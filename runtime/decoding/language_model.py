@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,81 +24,51 @@ from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, InPlaceDecoder
-from blip2edge.runtime.decoding.state import RowState
+from blip2edge.runtime.decoding.state import Decoder, RowState
 from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 
 
 @runtime_checkable
 class HasDecoder(Protocol):
-    """A loaded decoder graph of a backend with its own KV cache."""
+    """A session of a backend that manages the KV cache itself (TensorRT)."""
 
     def decoder(self, table: TokenTable) -> Decoder:
-        """The decoder over this graph."""
+        """The decoder that runs this graph."""
         ...
 
 
-class Decoder(Protocol):
-    """A decoder with any form of KV cache."""
+class LanguageModel:
+    """A decoder, with the graphs that compute its inputs from prompts and pictures.
 
-    @property
-    def table(self) -> TokenTable:
-        """The token table."""
-        ...
+    Args:
+        decoder: The decoder.
+        initial: Ids that every text begins with (encoder-decoder models); empty if a text continues its prompt.
+    """
 
-    @property
-    def embeds_dtype(self) -> np.dtype[Any]:
-        """Of its input embeddings."""
-        ...
-
-    @property
-    def max_rows(self) -> int | None:
-        """The largest batch; None for no limit."""
-        ...
-
-    def prefill(
-        self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
-    ) -> tuple[NDArray[np.float32], RowState]:
-        """See :meth:`blip2edge.runtime.decoding.kv.growing.GrowingDecoder.prefill`."""
-        ...
-
-
-class LanguageModel(Protocol):
-    """A decoder, or an encoder and a decoder."""
-
-    @property
-    def decoder(self) -> Decoder:
-        """The decoder."""
-        ...
-
-    @property
-    def table(self) -> TokenTable:
-        """Embeddings of the prompt's tokens."""
-        ...
-
-    @property
-    def initial(self) -> tuple[int, ...]:
-        """Ids that every text begins with (encoder-decoder models); empty where it continues the prompt."""
-        ...
+    def __init__(self, decoder: Decoder, initial: tuple[int, ...] = ()) -> None:
+        self.decoder = decoder
+        self.initial = initial
 
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
-        """Tensors of the pictures that do not depend on the prompts, by name: cross-attention keys and values.
+        """The tensors of the pictures that do not depend on the prompts, by name: cross-attention keys and values.
 
-        They may be passed to :meth:`prefill` among ``pictures``, to save computing them again.
+        Pass them to :meth:`prefill` among ``pictures`` to avoid computing them again. Empty for models without any.
         """
-        ...
+        del pictures
+        return {}
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
         """Runs the prompts of a batch.
 
         Args:
-            prompts: One a row.
+            prompts: One for each row.
             pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-                ``visual_tokens [B, Q, D]`` where there is a bridge; optionally with their :meth:`context`.
+                ``visual_tokens [B, Q, D]`` if there is a bridge; optionally with their :meth:`context`.
 
         Returns:
             Logits ``[B, V]`` of the first token, and the state.
         """
-        ...
+        raise NotImplementedError
 
 
 def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) -> LanguageModel:
@@ -126,14 +96,16 @@ def token_table(bundle: Bundle) -> TokenTable:
 
 
 def decoder_of(bundle: Bundle, session: Session) -> Decoder:
-    """A bundle's decoder over a loaded graph; the graph decides the form of the KV cache.
+    """A bundle's decoder that runs a loaded graph; the inputs of the graph determine the form of the KV cache.
 
     Raises:
-        BundleError: The manifest has no cache.
+        BundleError: The manifest describes no KV cache.
     """
     manifest, spec = bundle.manifest, bundle.graph(DECODER).spec
     if manifest.cache is None:
-        raise BundleError(f"{bundle.path} has no cache, though it has a decoder", "export the checkpoint again")
+        raise BundleError(
+            f"{bundle.path} has a decoder, but its bundle.json describes no KV cache", "export the checkpoint again"
+        )
     table = token_table(bundle)
     if isinstance(session, HasDecoder):
         return session.decoder(table)
@@ -142,26 +114,19 @@ def decoder_of(bundle: Bundle, session: Session) -> Decoder:
     return GrowingDecoder(session, spec, manifest.cache, table)
 
 
-class DecoderOnly:
+class DecoderOnly(LanguageModel):
     """A decoder that continues its prompt; it may cross-attend to the picture (BLIP), or to several (Flamingo).
 
     Args:
         decoder: The decoder.
         cross_kv: The loaded ``cross_kv`` graph; None without cross-attention.
-        source: The input of that graph, a key of ``pictures``.
+        source: Name of the input of that graph, a key of ``pictures``.
     """
 
-    initial: tuple[int, ...] = ()
-
     def __init__(self, decoder: Decoder, cross_kv: Session | None, source: str) -> None:
-        self.decoder = decoder
+        super().__init__(decoder)
         self.cross_kv = cross_kv
         self.source = source
-
-    @property
-    def table(self) -> TokenTable:
-        """The token table."""
-        return self.decoder.table
 
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
         """See :class:`LanguageModel`: cross-attention keys and values."""
@@ -179,17 +144,17 @@ class DecoderOnly:
             most = max(prompt.images for prompt in prompts)
             keys = pictures[self.source].shape[1]
             context[CROSS_MASK] = cross_attention_mask([prompt.attends_to for prompt in prompts], most, keys)
-        return self.decoder.prefill(_embedded(self.table, prompts, pictures), context)
+        return self.decoder.prefill(_embedded(self.decoder.table, prompts, pictures), context)
 
 
-class EncoderDecoder:
+class EncoderDecoder(LanguageModel):
     """A text encoder and a decoder (T5): the encoder takes the prompt, and the decoder starts a new text.
 
     Args:
         decoder: The decoder; it cross-attends to the encoder's states.
         encoder: The loaded ``text_encoder`` graph.
-        takes: Names of its inputs: ``inputs_embeds``, or ``input_ids`` where it has its own token table; with
-            ``image_embeds`` where it cross-attends to the picture.
+        takes: Names of its inputs: ``inputs_embeds``, or ``input_ids`` if the graph has its own token table; also
+            ``image_embeds`` if it cross-attends to the picture.
         cross_kv: The loaded ``cross_kv`` graph.
         start_token_id: First id of every text.
     """
@@ -202,20 +167,10 @@ class EncoderDecoder:
         cross_kv: Session,
         start_token_id: int,
     ) -> None:
-        self.decoder = decoder
+        super().__init__(decoder, (start_token_id,))
         self.encoder = encoder
         self.takes = takes
         self.cross_kv = cross_kv
-        self.initial = (start_token_id,)
-
-    @property
-    def table(self) -> TokenTable:
-        """The token table of the decoder, and of an encoder that takes embeddings."""
-        return self.decoder.table
-
-    def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:  # noqa: ARG002 - the protocol's
-        """See :class:`LanguageModel`: empty, as the encoder takes pictures and prompt together."""
-        return {}
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
         """See :class:`LanguageModel`; the logits are those after the start token."""
@@ -223,7 +178,7 @@ class EncoderDecoder:
         rows = (
             [np.array(prompt.ids, np.int64) for prompt in prompts]
             if "input_ids" in self.takes
-            else _embedded(self.table, prompts, pictures)
+            else _embedded(self.decoder.table, prompts, pictures)
         )
         longest = max(map(len, rows))
         dtype = np.dtype(np.int64) if "input_ids" in self.takes else self.decoder.embeds_dtype
@@ -235,11 +190,11 @@ class EncoderDecoder:
         given = {"inputs_embeds": padded, "input_ids": padded, "attention_mask": mask, **pictures}
         states = self.encoder.run({name: given[name] for name in self.takes})["encoder_states"]
         context = {**self.cross_kv.run({"encoder_states": states}), "cross_attention_mask": mask}
-        start = self.table.rows(self.initial)
+        start = self.decoder.table.rows(self.initial)
         return self.decoder.prefill([start] * batch, context)
 
 
 def _embedded(table: TokenTable, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> list[Array]:
-    """One ``[S_i, D]`` a row: token embeddings, and the visual tokens in the picture's place."""
+    """For each row ``[S_i, D]``: token embeddings, with the visual tokens in the place of the picture."""
     visual = pictures.get("visual_tokens")
     return [prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)]

@@ -1,4 +1,4 @@
-"""Options and results of text generation, and the test whether a text is finished."""
+"""Options and results of text generation, checks of arguments, and the test whether a text is finished."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DRAFTS, DraftName
 from blip2edge.errors import UsageError, option
 
 MAX_BEAMS = 256
-"""Every beam has its own KV cache."""
+"""Largest number of beams: each has its own KV cache."""
 
 MAX_TOKENS = 2**31 - 1
-"""Bound of counts of tokens: more than any context or vocabulary has."""
+"""Largest number of tokens that an option may have, more than any context or vocabulary."""
 
 MAX_SEED = 2**64 - 1
 
@@ -27,13 +26,13 @@ PENALTIES = (1e-3, 1e3)
 """Range of repetition penalties; outside it logits overflow float32."""
 
 MAX_TEMPERATURE = 1e3
-"""Largest temperature; it samples almost uniformly."""
+"""Largest temperature: with it, all tokens are almost equally likely."""
 
 MAX_STOPS = 64
 """Largest number of stop texts, as each is searched for at every token."""
 
 MIN_SAMPLING_TEMPERATURE = 1e-5
-"""Temperatures below this are greedy: in float32 the likeliest token has all of the probability."""
+"""Temperatures below this are greedy decoding: in float32, the likeliest token then has the probability 1."""
 
 _SAMPLING = f"{option('temperature')}, {option('top_p')} or {option('top_k')}"
 
@@ -61,23 +60,23 @@ class CaptionOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to generate. Sampling is on as soon as a temperature, top_p or top_k is given (temperature 0: off).
+    """How to generate a text. Tokens are sampled if a temperature, top_p or top_k is given (temperature 0: not).
 
     Attributes:
-        max_new_tokens: At most this many tokens, the end token included.
-        min_new_tokens: No end token before this many.
-        num_beams: 1, or the width of beam search.
-        length_penalty: Beam scores are divided by length ** length_penalty.
-        repetition_penalty: Above 1 discourages tokens of the prompt and of the text so far.
+        max_new_tokens: Largest number of generated tokens, the end token included.
+        min_new_tokens: Number of tokens before which no end token is generated.
+        num_beams: Width of beam search; 1 for greedy decoding or sampling.
+        length_penalty: Beam scores are divided by ``length ** length_penalty``.
+        repetition_penalty: Above 1, tokens of the prompt and of the text so far become less likely.
         temperature: Divides the logits before sampling.
-        top_p: Sample from the fewest tokens whose probabilities reach this sum.
-        top_k: Sample from this many tokens; 0: from all.
-        seed: Of the random streams, one per row; None for a different text every time.
-        early_stopping: Beam search ends as soon as num_beams texts are finished.
-        eos_token_ids: Each of these finishes a text.
-        stop: Strings that finish a text; the caller searches for them and passes `stopped`.
-        draft: Draft model of speculative decoding, one of `schema.DRAFTS`. The text does not depend on it; sampling
-            uses none.
+        top_p: Sample from the smallest set of likeliest tokens whose probabilities sum to at least this.
+        top_k: Sample from this number of likeliest tokens; 0 for all.
+        seed: Seed of the random streams, one stream for each row; None for a different text at every call.
+        early_stopping: Whether beam search ends as soon as num_beams texts are finished.
+        eos_token_ids: End tokens: each of them finishes a text.
+        stop: Strings that end the text: it is cut before the first of them.
+        draft: Draft model of speculative decoding, one of ``schema.DRAFTS``. The text does not depend on it. Sampling
+            and beam search use none.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -179,7 +178,7 @@ def check_number(name: str, value: Any, low: float, high: float, *, above: bool 
 
 
 def shown(value: Any) -> str:
-    """A value for an error of one line, cut where it is long."""
+    """A value as text for an error message, at most 80 characters."""
     if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
@@ -188,13 +187,13 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Generated:
-    """One row's outcome.
+    """The generated text of one row.
 
     Attributes:
-        tokens: The generated ids, the end token included, without padding; preceded by `initial`.
+        tokens: The ids that the decoder was started with, then the generated ids with the end token; no padding.
         finish_reason: "eos", "length" or "stop".
         score: The length-penalised log-probability of the best beam; None without beam search.
-        tokens_per_pass: Generated tokens over the passes of the decoder that they took; 1 without a draft model.
+        tokens_per_pass: Number of generated tokens divided by the decoder's passes for them; 1 without a draft model.
     """
 
     tokens: tuple[int, ...]
@@ -203,13 +202,10 @@ class Generated:
     tokens_per_pass: float = 1.0
 
 
-@dataclass(frozen=True)
-class StepEvent:
-    """One new token of one row; `finish_reason` is set on the row's last one."""
-
-    row: int
-    token: int
-    finish_reason: str | None
+def ids_before(prompt: Sequence[int], initial: Sequence[int], vocabulary: int) -> NDArray[np.int64]:
+    """The ids before the generated ones, each once, that the repetition penalty applies to: those below V."""
+    ids = np.unique(np.array([*prompt, *initial], np.int64))
+    return ids[(ids >= 0) & (ids < vocabulary)]
 
 
 def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
@@ -220,7 +216,7 @@ def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
 def finish_reason(
     generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
 ) -> str | None:
-    """Why a text of `length` generated tokens is finished: "eos", "stop", "length"; None where it is not."""
+    """Why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if it is not finished."""
     if generated[-1] in options.eos_token_ids:
         return "eos"
     if stopped is not None and stopped(generated):
@@ -228,41 +224,22 @@ def finish_reason(
     return "length" if length >= options.max_new_tokens else None
 
 
-def check_bundle(bundle: object, loader: str) -> None:
-    """Checks that a bundle is an opened one.
-
-    Args:
-        bundle: What the user passed.
-        loader: The class whose ``load`` opens a directory.
-
-    Raises:
-        UsageError: It is a path, or something else.
-    """
-    if not isinstance(bundle, Bundle):
-        raise UsageError(
-            f"expected {option('bundle')} to be an opened Bundle, got {shown(bundle)}",
-            f"load a directory with {loader}.load({shown(bundle)})"
-            if isinstance(bundle, (str, os.PathLike))
-            else f"load a directory with {loader}.load(directory)",
-        )
-
-
 def listed(name: str, values: Iterable[Item]) -> list[Item]:
-    """Several pictures or texts as a list.
+    """Pictures or texts as a list.
 
     Args:
-        name: The argument's name.
-        values: What the user passed.
+        name: The argument's name, for the error.
+        values: The value that the user passed.
 
     Raises:
-        UsageError: It is one picture or one text.
+        UsageError: The value is a single picture or text, or not iterable.
     """
     one = isinstance(values, (str, bytes, os.PathLike, Image.Image)) or not isinstance(values, Iterable)
     if isinstance(values, np.ndarray):  # a batch of pictures is [N, H, W] or [N, H, W, 3]
         one = values.ndim < 3 or (values.ndim == 3 and values.shape[-1] in (1, 3, 4))
     if one:
         what = f"an array {list(values.shape)}" if isinstance(values, np.ndarray) else shown(values)
-        raise UsageError(f"expected {option(name)} to be a list, got {what}", "put a single one in a list: [x]")
+        raise UsageError(f"expected {option(name)} to be a list, got {what}", "put a single value in a list: [x]")
     return list(values)
 
 
@@ -274,13 +251,3 @@ def check_text(name: str, value: object) -> None:
     """
     if not isinstance(value, str):
         raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}")
-
-
-def check_open(closed: bool, loader: str) -> None:
-    """Checks that a ``Captioner`` or ``Matcher`` is not closed.
-
-    Raises:
-        UsageError: It is closed.
-    """
-    if closed:
-        raise UsageError(f"this {loader} is closed", f"load the bundle again with {loader}.load")

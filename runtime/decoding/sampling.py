@@ -2,13 +2,12 @@
 
 The order and the arithmetic (float32) are those of transformers 5.23: repetition penalty, minimal length,
 temperature, top-k, top-p (`generation/logits_process.py`). For speed, nothing here loops over the vocabulary in
-Python, or sorts the whole vocabulary where a part is enough.
+Python, or sorts the whole vocabulary if a part is enough.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,8 +86,8 @@ def filter_scores(
 def _nucleus(scores: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
     """Positions that top-p keeps, ascending (Holtzman et al., arXiv 1904.09751).
 
-    A token goes where the mass of itself and everything less probable is at most 1 - p; that is, it stays
-    where the mass before it, in falling order, is below p. The likeliest always stays.
+    With tokens in falling order of probability, a token is kept if the sum of the probabilities before it is below p.
+    The likeliest token is always kept.
     """
     weights = np.exp((scores - scores.max()).astype(np.float64))
     limit = np.float32(1.0 - top_p)
@@ -153,12 +152,11 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 def broken_logits() -> BackendError:
     """The error for a decoder whose logits are not finite."""
     return BackendError(
-        "the decoder returned NaN or infinity instead of logits, as half precision does when it overflows",
+        "the decoder's logits are NaN or infinity; in fp16 this happens when values overflow",
         f"export with {option('precision')} fp32, or choose another {option('backend')}",
     )
 
 
-def row_streams(seed: int | None, rows: Sequence[int]) -> list[np.random.Generator]:
-    """One independent random stream a row: `default_rng([seed, row])`, from fresh entropy without a seed."""
-    entropy = secrets.randbits(128) if seed is None else int(seed)
-    return [np.random.default_rng([entropy, row]) for row in rows]
+def row_stream(seed: int | None, number: int) -> np.random.Generator:
+    """The independent random stream of a row: `default_rng([seed, number])`; without a seed, from fresh entropy."""
+    return np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from blip2edge.runtime.decoding.state import RowState
 
 MAX_DRAFT_TOKENS = 15
-"""Proposed tokens that one pass verifies at most; the exported decoders give logits for 16 slots."""
+"""The most proposed tokens that one pass verifies: exported decoders return logits of at most 16 slots."""
 
 TIE_MARGIN = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-"""Smallest gap between the two best scores, as a share of the largest, that a verifying pass may decide, by the
-decoder's precision. A pass over several tokens sums in another order than one over a single token; smaller gaps are
-decided by a pass over a single token, as in plain decoding."""
+"""By the decoder's precision: the smallest difference between the two best scores, as a share of the largest absolute
+logit, at which a token is chosen from a verifying pass. A pass over several tokens sums in another order than a pass
+over one token, so that rounding could swap two nearly equal scores. Below the margin, the token is computed again by a
+pass over one token, as in plain decoding."""
 
 TIE_MARGIN_QUANTIZED = 3e-2
 """The same for INT8 and INT4 decoders."""
@@ -39,30 +40,31 @@ class DraftModel(Protocol):
         """Proposes tokens.
 
         Args:
-            generated: The language model's ids so far, at least one.
+            generated: Ids that the language model generated so far, at least one.
             most: The largest number of tokens to propose.
 
         Returns:
-            Ids of the language model; empty where there is no proposal.
+            Ids of the language model; empty if there is no proposal.
         """
         ...
 
 
 class SpeculationCost:
-    """Measures cost and gain of speculation over all texts of a captioner, and switches it off where it does not pay.
+    """Decides for each step whether to speculate, from the times of earlier steps of all texts of a captioner.
 
-    A plain step is timed on the first steps and again from time to time. Where a token by speculation costs more,
-    speculation pauses; it is tried again after a pause that grows each time it does not pay.
+    It compares the seconds per token with speculation (draft model and verification) with the seconds of a plain step.
+    If speculation is slower, it pauses: the next steps are plain. Then it is tried again. Each time it is slower
+    again, the next pause is longer.
 
     Args:
-        clock: Gives seconds.
+        clock: Returns seconds.
     """
 
-    LEARN = 3  # plain steps before the first proposal
-    AGAIN = 64  # passes between two measurements of a plain step
-    TRIAL = 4  # passes before a judgement
-    FADE = 0.9  # weight of earlier passes at each new one
-    SHORTEST_PAUSE, LONGEST_PAUSE = 128, 8192  # tokens
+    LEARN = 3  # plain steps that are timed before the first speculation
+    AGAIN = 64  # passes with speculation after which one plain step is timed again
+    TRIAL = 4  # passes with speculation before it may be stopped
+    FADE = 0.9  # factor on the sums of earlier passes at each new pass: recent passes count more
+    SHORTEST_PAUSE, LONGEST_PAUSE = 128, 8192  # plain steps; a pause is four times as long as the last one
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -77,22 +79,22 @@ class SpeculationCost:
 
     @property
     def pays(self) -> bool:
-        """Whether to speculate at the next step."""
+        """Whether the next step speculates."""
         return self._steps >= self.LEARN and self._pause == 0 and self._since_plain < self.AGAIN
 
     @property
     def seconds_per_token(self) -> float:
-        """Of recent speculation, draft model and verification together; infinite where no token was accepted."""
+        """Seconds per token of recent speculation, draft model included; infinite if no token was accepted."""
         return self._seconds / self._tokens if self._tokens else math.inf
 
     @property
     def width(self) -> int:
-        """How many tokens to propose: somewhat more than were accepted recently."""
+        """How many tokens to propose: 1.5 times the number accepted recently, plus 1."""
         return min(MAX_DRAFT_TOKENS, math.ceil(1.5 * self._accepted) + 1)
 
     def plain_step(self, seconds: float) -> None:
-        """Records a plain step."""
-        # The first runs of a session are slow: the quickest of them counts, later ones are averaged in.
+        """Records the time of a plain step."""
+        # The first runs of a session are slow, so that the quickest of them counts. Later steps enter an average.
         learning = self._steps < self.LEARN
         quickest = min(self.plain_seconds or seconds, seconds)
         self.plain_seconds = quickest if learning else 0.8 * self.plain_seconds + 0.2 * seconds
@@ -102,7 +104,7 @@ class SpeculationCost:
             self._pause -= 1
 
     def speculative_pass(self, seconds: float) -> None:
-        """Records a pass that verified a draft, or a draft model that proposed nothing."""
+        """Records the time of a pass that verified proposed tokens, or of a draft model that proposed none."""
         self._seconds = self.FADE * self._seconds + seconds
         self._tokens *= self.FADE
         self._passes += 1
@@ -114,7 +116,7 @@ class SpeculationCost:
             self._next_pause = self.SHORTEST_PAUSE
 
     def token(self) -> None:
-        """Records a token that a verifying pass gave."""
+        """Records a token that was chosen from the logits of a verifying pass."""
         self._tokens += 1
 
     def accepted(self, count: int) -> None:
@@ -126,8 +128,8 @@ class Speculator:
     """Speculative decoding of one text.
 
     Args:
-        draft: The draft model.
-        cost: Decides whether to speculate.
+        draft: The draft model of this text.
+        cost: Decides at each step whether to speculate; shared by all texts.
         tie_margin: See :data:`TIE_MARGIN`.
         most: The most tokens of a proposal.
 
@@ -164,9 +166,9 @@ class Speculator:
 
         Args:
             state: The decoder; one row.
-            generated: The ids so far; the last was chosen from the logits of the step before.
-            remaining: Tokens that may still be generated.
-            scores: Logits ``[V]`` to the scores that a token is chosen from.
+            generated: The ids so far; the last one was chosen from the logits of the previous step.
+            remaining: Number of tokens that may still be generated.
+            scores: Computes from logits ``[V]`` the scores that the token is chosen from.
 
         Returns:
             Logits ``[1, V]``, and the passes of the decoder for them: 0, 1 or 2.
@@ -236,11 +238,11 @@ class Speculator:
 
 
 class PromptLookup:
-    """Prompt lookup: finds the last tokens earlier in prompt or text, and proposes the tokens that followed there.
+    """Prompt lookup: searches prompt and text for the last tokens of the text, and proposes what follows them there.
 
     Args:
         prompt_ids: The prompt's ids.
-        longest: The most last tokens that are compared.
+        longest: The largest number of last tokens that is searched for.
     """
 
     def __init__(self, prompt_ids: Sequence[int], longest: int = 3) -> None:
@@ -248,7 +250,7 @@ class PromptLookup:
         self._longest = longest
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """See :class:`DraftModel`; the longest match counts, and of several the latest."""
+        """See :class:`DraftModel`; the longest match is used, and of equally long ones the latest."""
         ids = [*self._prompt, *generated]
         for size in range(min(self._longest, len(ids) - 1), 0, -1):
             tail = ids[-size:]

@@ -1,42 +1,46 @@
-"""The state of a decoder between two steps: its protocols, and the operations on rows that all KV caches share."""
+"""Decoders and their states: the protocols, and the code that the forms of the KV cache in ``kv/`` share."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import CROSS_MASK
+from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.schema import CROSS_MASK, GraphSpec
+from blip2edge.bundle.token_table import TokenTable
 
 
 class DecodeState(Protocol):
-    """A decoder with the KV cache of some rows, which all advance by one token a step."""
+    """The texts of a batch in a decoder: each row is one text, whose keys and values are in the KV cache.
+
+    A step appends one token to every row.
+    """
 
     @property
     def batch_size(self) -> int:
         """Number of rows B."""
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append one token [B] to each row; returns the logits [B,V] of the next position."""
+        """Appends one token ``[B]`` to each row; returns the logits ``[B, V]`` of the next position."""
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Let row i continue old row `rows[i]`; rows may repeat, change places or be dropped."""
+        """Makes row i a copy of old row ``rows[i]`` (``[B']``): rows can be repeated, reordered or dropped."""
 
     def join(self, other: Any) -> None:
-        """Add the rows of another state of the same decoder after its own; the other state is used up."""
+        """Adds the rows of another state of the same decoder after its own; the other state is used up."""
 
 
 @runtime_checkable
 class GreedyState(Protocol):
-    """A state that decodes greedily by itself, so that the next step does not wait for the host."""
+    """A state that chooses the likeliest tokens itself, so that a GPU starts the next step without the host."""
 
     def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
-        """Appends tokens [B] and yields the likeliest next ones, step by step.
+        """Appends tokens ``[B]``, then yields the likeliest next tokens ``[B]`` step by step, and appends them.
 
-        After closing, the state has processed all tokens but those that were yielded last.
+        When the generator is closed, the state holds all tokens except the last ones that were yielded.
         """
 
 
@@ -46,17 +50,160 @@ class RowState(DecodeState, Protocol):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row in the KV cache, prompt included, [B]."""
+        """Tokens of each row in the KV cache, prompt included, int64 ``[B]``."""
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append k tokens [B,k] to each row; returns the logits [B,k,V] after each of them."""
+        """Appends k tokens ``[B, k]`` to each row; returns the logits ``[B, k, V]`` after each of them."""
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """Drop the tokens of row i after its first `lengths[i]`."""
+        """Removes the tokens of row i after its first ``lengths[i]`` (``[B]``).
+
+        Raises:
+            ValueError: A row has fewer tokens, or would keep none.
+        """
+
+
+class Decoder:
+    """A decoder graph and its token table: the base of the decoders with each form of KV cache.
+
+    Args:
+        spec: The graph's tensors.
+        table: The token table.
+
+    Attributes:
+        dtypes: dtypes of the graph's inputs, by name.
+        embeds_dtype: dtype of its input embeddings.
+        max_rows: The largest batch; None for no limit.
+    """
+
+    max_rows: int | None = None
+
+    def __init__(self, spec: GraphSpec, table: TokenTable) -> None:
+        self.table = table
+        self.dtypes = {tensor.name: NUMPY_DTYPES[tensor.dtype] for tensor in spec.inputs}
+        self.embeds_dtype = self.dtypes["inputs_embeds"]
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Array:
+        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
+        return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
+
+    def prefill(
+        self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
+    ) -> tuple[NDArray[np.float32], RowState]:
+        """Runs whole prompts.
+
+        Args:
+            prompts: One ``[S_i, D]`` for each row; lengths may differ.
+            context: Inputs that stay the same from step to step: cross-attention keys and values and their mask.
+                Of a mask ``[B, S, E]`` later steps use the last slot's row.
+
+        Returns:
+            The logits ``[B, V]`` after each prompt, and the state.
+        """
+        raise NotImplementedError
+
+
+class SlotState(RowState):
+    """Rows whose next token goes to the same slot of the KV cache; shorter rows have masked slots on their left.
+
+    Attributes:
+        mask: int64 ``[B, T]``, 1 if a slot holds a token.
+        positions: int64 ``[B]``, the position of each row's last token.
+        cross_mask: int64 ``[B, S, E]``, the keys that each new token attends to; None if tokens share their keys.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        cross_mask: NDArray[np.int64] | None,
+    ) -> None:
+        self.decoder, self.mask, self.positions, self.cross_mask = decoder, mask, positions, cross_mask
+
+    @property
+    def batch_size(self) -> int:
+        """See :class:`DecodeState`."""
+        return len(self.positions)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """See :class:`RowState`."""
+        return self.positions + 1
+
+    def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See :class:`DecodeState`."""
+        return self.extend(token_ids[:, None])[:, 0]
+
+    def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See :class:`RowState`; one pass for all rows and tokens."""
+        steps = token_ids.shape[1]
+        self.make_room(steps)
+        positions = self.positions[:, None] + np.arange(1, steps + 1)
+        self.positions = positions[:, -1]
+        return self.run(self.decoder.embed(token_ids), positions, steps)
+
+    def select(self, rows: NDArray[np.int64]) -> None:
+        """See :class:`DecodeState`."""
+        if len(rows) == self.batch_size and np.array_equal(rows, np.arange(len(rows))):
+            return
+        self.select_cache(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
+
+    def run(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> NDArray[np.float32]:
+        """Runs the graph on S new slots of every row; arguments as :meth:`inputs`. Logits ``[B, K, V]``."""
+        return self.run_graph(self.inputs(embeds, positions, wanted))
+
+    def inputs(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> dict[str, Array]:
+        """The graph's inputs for S new slots of every row, without the KV cache.
+
+        Args:
+            embeds: ``[B, S, D]``.
+            positions: ``[B, S]``.
+            wanted: K, how many of the last slots need logits.
+        """
+        batch, steps = positions.shape
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": self.mask,
+            "position_ids": positions,
+            "logits_indices": np.tile(np.arange(steps - wanted, steps), (batch, 1)),
+        }
+        if self.cross_mask is not None:
+            mask, self.cross_mask = self.cross_mask, self.cross_mask[:, -1:]  # later tokens attend as the last one did
+            inputs[CROSS_MASK] = mask if mask.shape[1] == steps else np.repeat(mask[:, -1:], steps, axis=1)
+        return inputs
+
+    def join_rows(self, other: SlotState) -> None:
+        """Adds mask, positions and cross-attention mask of another state's rows; both masks have the same length."""
+        self.mask = np.concatenate([self.mask, other.mask])
+        self.positions = np.concatenate([self.positions, other.positions])
+        if self.cross_mask is not None and other.cross_mask is not None:
+            self.cross_mask = stacked(CROSS_MASK, self.cross_mask[:, -1:], other.cross_mask[:, -1:])
+
+    def make_room(self, steps: int) -> None:
+        """Prepares mask and cache for ``steps`` new slots."""
+        raise NotImplementedError
+
+    def select_cache(self, rows: NDArray[np.int64]) -> None:
+        """Makes row i of the cache a copy of old row ``rows[i]``."""
+        raise NotImplementedError
+
+    def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
+        """Runs the graph on ``inputs`` and the cache, and keeps the new keys and values; logits ``[B, K, V]``."""
+        raise NotImplementedError
+
+
+def split_context(context: Mapping[str, Array] | None) -> tuple[dict[str, Array], NDArray[np.int64] | None]:
+    """The cross-attention inputs that never change, and the mask ``[B, S, E]`` of models with one for each token."""
+    shared = dict(context or {})
+    own = CROSS_MASK in shared and shared[CROSS_MASK].ndim == 3
+    return shared, shared.pop(CROSS_MASK) if own else None
 
 
 def tokens_to_drop(lengths: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many tokens each row drops where it keeps its first ``kept[i]`` of ``lengths[i]``, ``[B]``.
+    """How many tokens each row drops to keep its first ``kept[i]`` of ``lengths[i]``, ``[B]``.
 
     Raises:
         ValueError: A row has fewer tokens, or would keep none.

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Union
 
@@ -26,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from blip2edge.errors import BundleError, ImageError
 
 MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded, in pixels: 256 MiB as RGB; above it Pillow warns of a bomb."""
+"""Largest picture that is decoded, in pixels (256 MiB as RGB); above it, Pillow warns of a decompression bomb."""
 
 BILINEAR = 2
 BICUBIC = 3
@@ -39,7 +40,7 @@ _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box
 _warning_filters = threading.Lock()
 
 PICTURE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-"""Endings, in lower case, of the files that a folder or a shard is searched for."""
+"""Suffixes of picture files in a folder or a shard, in lower case."""
 
 ImageSource = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
 
@@ -52,7 +53,7 @@ def load_image(source: ImageSource) -> Image.Image:
             (RGB) or [H,W,4] (RGBA).
 
     Returns:
-        The picture in mode RGB; a Pillow image that already is upright RGB is returned itself.
+        The picture in mode RGB; a Pillow image that is upright RGB already is returned without a copy.
 
     Raises:
         ImageError: The file is missing, empty, broken, truncated or no picture; the picture has no pixel or
@@ -170,7 +171,7 @@ class Preprocessing:
     Attributes:
         resize: Whether to resize to `size`.
         size: {"height", "width"}, or {"shortest_edge"} which keeps the aspect ratio; pixels.
-        crop: {"height", "width"} of the centre crop (zero-padded where the picture is smaller), or None.
+        crop: {"height", "width"} of the centre crop (zero-padded if the picture is smaller), or None.
         resample: Pillow's code of the resampling filter (3: bicubic).
         do_rescale: Whether to multiply by `rescale_factor`.
         rescale_factor: Usually 1/255.
@@ -206,19 +207,17 @@ class Preprocessing:
             if len(values) != 3 or not np.isfinite(values).all() or (name == "std" and 0.0 in values):
                 raise ValueError(f"{name}: expected three finite numbers (std: not 0), got {list(values)}")
             object.__setattr__(self, name, values)
-        object.__setattr__(self, "_table", self._lookup_table())
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of the result in pixels; None where they depend on the picture."""
+        """Height and width of the result in pixels; None if they depend on the picture."""
         fixed = self.crop if self.crop is not None else (self.size if self.resize else {})
         return (fixed["height"], fixed["width"]) if "height" in fixed else None
 
     @property
     def spans(self) -> NDArray[np.float32]:
         """The difference between the pixel values of white and of black, for each channel, float32 [3]."""
-        table: NDArray[np.float32] = getattr(self, "_table")  # noqa: B009 - set past the frozen fields
-        spans: NDArray[np.float32] = np.abs(table[:, -1] - table[:, 0])
+        spans: NDArray[np.float32] = np.abs(self._table[:, -1] - self._table[:, 0])
         return np.where(spans > 0, spans, np.float32(1))
 
     @classmethod
@@ -262,10 +261,9 @@ class Preprocessing:
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
         values = np.asarray(image)  # [H,W,3] uint8
-        table: NDArray[np.float32] = getattr(self, "_table")  # noqa: B009 - set past the frozen fields
         pixels = np.empty((3, *values.shape[:2]), np.float32)
         for channel in range(3):
-            np.take(table[channel], values[:, :, channel], out=pixels[channel], mode="clip")
+            np.take(self._table[channel], values[:, :, channel], out=pixels[channel], mode="clip")
         return pixels
 
     def batch(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
@@ -293,7 +291,8 @@ class Preprocessing:
             raise ImageError(f"the picture passed in: {width}×{height} is too thin to be resized", "crop it")
         return (short, long) if width <= height else (long, short)
 
-    def _lookup_table(self) -> NDArray[np.float32]:
+    @cached_property
+    def _table(self) -> NDArray[np.float32]:
         """Float32 [3,256]: the outcome for each channel and 8-bit value, rounded as transformers rounds."""
         values = np.arange(256, dtype=np.float64)
         if self.do_rescale:

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from blip2edge.errors import ImageError, UsageError
+from blip2edge.packages import require
 from blip2edge.runtime.images.preprocess import ImageSource
 
 ItemSource = ImageSource | Sequence[ImageSource]
-"""A picture; where the model takes videos, also several pictures or an array ``[F, H, W, 3]``."""
+"""A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 
 
 def chosen(total: int, count: int) -> list[int]:
-    """Indices of ``count`` of ``total`` frames, at equal distances from the first on; fewer frames repeat.
+    """Indices of ``count`` of ``total`` frames, evenly spaced from the first one; with fewer frames, some repeat.
 
     As in transformers' example for InstructBlipVideo.
     """
@@ -28,15 +29,15 @@ def chosen(total: int, count: int) -> list[int]:
 
 
 def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
-    """The pictures of several items, one item's after the other's.
+    """The pictures of several items, item by item.
 
     Args:
-        items: As in :func:`load_frames`; single pictures where ``frames`` is 1.
-        frames: Pictures an item.
+        items: Videos as in :func:`load_frames`; single pictures if ``frames`` is 1.
+        frames: Number of pictures of each item.
 
     Raises:
         ImageError: As in :func:`load_frames`.
-        UsageError: Several pictures where one is taken.
+        UsageError: An item is a list, and ``frames`` is 1.
     """
     if frames == 1:
         for item in items:
@@ -52,8 +53,8 @@ def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
     """The frames of a video.
 
     Args:
-        item: Pictures; an array ``[F, H, W, 3]`` uint8; a folder, whose files are taken in the order of their
-            names, numbers in them as numbers; a video file; or one picture, which is repeated.
+        item: Pictures; an array ``[F, H, W, 3]`` uint8; a folder of frames, which are sorted by name with numbers
+            compared as numbers; a video file; or one picture, which is repeated.
         count: How many frames to select.
 
     Returns:
@@ -89,13 +90,7 @@ def _by_number(name: str) -> list[Any]:
 
 
 def _from_video(path: Path, count: int) -> list[ImageSource]:
-    try:
-        import av  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ImageError(
-            f"{path}: reading a video needs PyAV, which is not installed",
-            "install it: pip install 'blip2edge[video]'",
-        ) from error
+    av = require("av", f"{path}: reading a video", ImageError)
     try:
         with av.open(str(path)) as container:
             total = container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
@@ -105,7 +100,7 @@ def _from_video(path: Path, count: int) -> list[ImageSource]:
         raise ImageError(f"{path}: cannot be read as a video ({error})", "convert it to MP4") from error
     if not found:
         raise ImageError(f"{path}: expected a video of at least one frame, got none")
-    last = found[max(found)]  # where the header promises more frames than there are
+    last = found[max(found)]  # in place of frames that the header counts but the file does not have
     return [found.get(index, last) for index in chosen(total, count)]
 
 

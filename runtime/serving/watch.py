@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import BackendError, DataError, ImageError
+from blip2edge.packages import require
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
@@ -117,8 +118,8 @@ def open_source(source: str, *, follow: bool = True) -> Source:
     if "://" in source or (path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES):
         return _video(source, None)
     raise DataError(
-        f"{source} is no folder, no video file and no camera",
-        "give a folder of pictures, a video, a camera's number, or an address as rtsp://…",
+        f"expected a folder, a video file or a camera, got {source}",
+        "give a folder of pictures, a video, a camera's number, or an address such as rtsp://…",
     )
 
 
@@ -148,13 +149,7 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
 
 
 def _video(address: str, kind: str | None) -> Source:
-    try:
-        import av
-    except ImportError as error:
-        raise BackendError(
-            "reading videos and cameras needs PyAV, which is not installed",
-            "install it: pip install 'blip2edge[video]'",
-        ) from error
+    av = require("av", "reading videos and cameras", BackendError)
     return Source(partial(_decoded, av, address, kind))
 
 

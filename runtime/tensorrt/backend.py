@@ -1,10 +1,12 @@
-"""The backends ``tensorrt`` and ``rtx``: they run a bundle's engines by the session and decoder protocols.
+"""The backends ``tensorrt`` and ``rtx``: sessions and a decoder that run a bundle's engines.
 
 The code is tested with a simulation of CUDA and TensorRT that computes on the CPU. It was not run on a GPU yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from blip2edge.bundle.bundle import Bundle
@@ -12,7 +14,7 @@ from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, option
 from blip2edge.runtime.backends import probe
-from blip2edge.runtime.backends.base import OptimizedFile, Session
+from blip2edge.runtime.backends.base import OptimizedFile, Session, closed_graph
 from blip2edge.runtime.backends.engine_files import STEP, EngineRecord, EngineSet, find_engines, fingerprint
 from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
 from blip2edge.runtime.tensorrt.kv_cache import DeviceDecoder
@@ -31,7 +33,7 @@ def open_graph(
         BackendError: Always.
     """
     raise BackendError(
-        f"TensorRT runs engines, and {path.name} is a graph", f"build them: blip2edge build {path.parent}"
+        f"TensorRT runs engines, but {path.name} is an ONNX graph", f"build the engines: blip2edge build {path.parent}"
     )
 
 
@@ -43,8 +45,8 @@ class EngineOpener:
         target: ``tensorrt`` or ``rtx``.
 
     Raises:
-        EngineError: TensorRT is absent or too old, there is no GPU, or the engines were built for something else.
-        BackendError: There is no driver, or cuda-python is absent.
+        EngineError: TensorRT is missing or too old, there is no GPU, or the engines were built for another machine.
+        BackendError: There is no driver, or cuda-python is missing.
     """
 
     def __init__(self, bundle: Bundle, target: str) -> None:
@@ -71,28 +73,18 @@ class EngineOpener:
         engine = self._open(graph)
         if graph != DECODER:
             return TrtSession(self._device, engine, record)
-        return DecoderSession(self._device, engine, record, self)
+        return DecoderSession(self._device, engine, record, partial(self._engines, engine, record))
 
-    def decoder(self, session: DecoderSession, table: TokenTable) -> DeviceDecoder:
-        """The decoder with the engine that chooses its tokens.
-
-        Raises:
-            BackendError: The bundle does not describe the KV cache, or the engine has a cache that grows.
-        """
+    def _engines(self, decoder: object, record: EngineRecord) -> Engines:
+        """The decoder's engine and the one that chooses its tokens; raises BackendError without a KV cache."""
         cache = self._bundle.manifest.cache
         if cache is None:
-            raise BackendError(f"{self._bundle.path} has no cache, though it has a decoder", "export it again")
-        step = self._set.record(STEP)
-        engines = Engines(
-            self._device,
-            session.engine,
-            session.record,
-            self._open(STEP),
-            step,
-            cache,
-            self._set.capacity,
-        )
-        return DeviceDecoder(engines, table)
+            raise BackendError(
+                f"{self._bundle.path} has a decoder, but its bundle.json describes no KV cache",
+                "export the checkpoint again",
+            )
+        step = self._open(STEP), self._set.record(STEP)
+        return Engines(self._device, decoder, record, *step, cache, self._set.capacity)
 
     def _open(self, name: str) -> object:
         host_code = bool(self._set.fingerprint.get("version_compatible"))
@@ -106,14 +98,15 @@ class DecoderSession(TrtSession):
         device: The device that it runs on.
         engine: The deserialised engine.
         record: Its record in ``engine.json``.
-        opener: The opener that loaded it.
+        engines: Opens the other engine that decoding needs, and returns both.
     """
 
-    def __init__(self, device: Device, engine: object, record: EngineRecord, opener: EngineOpener) -> None:
+    def __init__(self, device: Device, engine: object, record: EngineRecord, engines: Callable[[], Engines]) -> None:
         super().__init__(device, engine, record)
-        self.engine, self.record = engine, record
-        self._opener = opener
+        self._engines = engines
 
     def decoder(self, table: TokenTable) -> DeviceDecoder:
         """The decoder that runs on this engine."""
-        return self._opener.decoder(self, table)
+        if self.closed:
+            raise closed_graph()
+        return DeviceDecoder(self._engines(), table)

@@ -35,7 +35,7 @@ def load_cuda() -> Any:
             reasons.append(str(error))
     raise BackendError(
         f"cuda-python is not installed or does not load ({'; '.join(reasons)})",
-        "install it: pip install cuda-bindings, of the CUDA version that nvidia-smi names",
+        "install it: pip install cuda-bindings, in the CUDA version that nvidia-smi shows",
     )
 
 
@@ -70,7 +70,7 @@ class Cuda:
             hint = "see `blip2edge doctor`"
             if "memory" in text:
                 hint = f"build with a smaller {option('capacity')} or {option('max_batch')}, "
-                hint += "or stop what else uses the GPU"
+                hint += "or stop other programs that use the GPU"
             raise BackendError(f"{name} failed: {text}", hint)
         return results[0] if len(results) == 1 else tuple(results)
 

@@ -34,7 +34,7 @@ class DeviceCache:
     Args:
         engines: The engines that decode.
         rows: B.
-        context: What the rows attend to besides their text, by the inputs' names.
+        context: Cross-attention keys and values, and their mask, by the inputs' names.
     """
 
     def __init__(self, engines: Engines, rows: int, context: Mapping[str, Array]) -> None:
@@ -80,7 +80,7 @@ class DeviceCache:
             release()
 
     def shift(self, row: int, by: int, length: int) -> None:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`; through the half that the next step writes."""
+        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`; the other half serves as scratch memory."""
         space, device = self.workspace, self.device
         source, target = max(-by, 0) * space.slot_bytes, max(by, 0) * space.slot_bytes
         width, pitch = (length - max(-by, 0)) * space.slot_bytes, space.head_bytes
@@ -110,7 +110,7 @@ class DeviceCache:
             other._release()
 
     def _adopt(self, rows: int) -> None:
-        """Takes a workspace for B rows, and copies what they attend to into it."""
+        """Takes a workspace for B rows, and copies the cross-attention inputs into it."""
         lengths = tuple(
             self._cross[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
             for tensor in self.engines.decoder_record.spec.inputs
@@ -143,10 +143,10 @@ class DeviceState(FixedState):
     cache: DeviceCache
 
     def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
-        """Yields the likeliest next tokens, ``[B]`` each, while the next step already runs.
+        """Yields the likeliest next tokens ``[B]`` step by step; the next step already runs on the GPU meanwhile.
 
-        A step is launched before the previous token is read. When the caller stops, the state holds all tokens up to
-        the last one that it received, without that one, as after :meth:`step`.
+        A step is launched before the previous token is read. When the caller stops, the state holds all tokens except
+        the last ones that were yielded, as after :meth:`step`.
 
         Args:
             token_ids: The last token of each row, ``[B]``.
@@ -186,15 +186,8 @@ class DeviceState(FixedState):
     def _put_first(self, token_ids: NDArray[np.int64]) -> None:
         """Copies the inputs of the first step to the GPU; every step computes those of the next."""
         cache, device = self.cache, self.cache.device
-        values: dict[str, Array] = {
-            "inputs_embeds": self.decoder.embed(token_ids[:, None]),
-            "position_ids": self.positions[:, None] + 1,
-            CACHE_POSITION: np.array([self.slot], np.int64),
-            "attention_mask": self.mask,
-            "logits_indices": np.zeros((self.batch_size, 1), np.int64),
-        }
-        if self._cross_mask is not None:
-            values[CROSS_MASK] = self._cross_mask[:, -1:]
+        values = self.inputs(self.decoder.embed(token_ids[:, None]), self.positions[:, None] + 1, 1)
+        values[CACHE_POSITION] = np.array([self.slot], np.int64)
         for name, array in values.items():
             halves = (0, 1) if name not in GREEDY else (cache.half,)
             for half in halves:
@@ -202,7 +195,7 @@ class DeviceState(FixedState):
         self._shapes = {name: array.shape for name, array in values.items()}
 
     def _launch(self, number: int) -> None:
-        """Launches a step (decoder, choice of the token, its row) and the copy of its token to the host."""
+        """Launches a step (decoder, choice of the token, its row of the table), and copies its token to the host."""
         cache, device = self.cache, self.cache.device
         space, half = cache.workspace, cache.half
         cuda = device.cuda
@@ -257,8 +250,8 @@ class DeviceDecoder(FixedDecoder):
         spec = engines.decoder_record.spec
         if not engines.capacity:
             raise BackendError(
-                "the decoder's engine has a cache that grows, which this runtime does not run",
-                f"build it again without {option('decoder')} concatenated",
+                "the decoder's engine has a growing KV cache, which this runtime does not support",
+                f"build the engines again without {option('decoder')} concatenated",
             )
         super().__init__(
             lambda rows, context: DeviceCache(engines, rows, context),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import mmap
 import threading
 from collections import deque
@@ -16,8 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import TensorSpec
 from blip2edge.errors import EngineError, option
+from blip2edge.packages import require
+from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.backends.engine_files import EngineRecord
 from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer, Mirror
 
@@ -34,18 +35,16 @@ class Target:
 
     Attributes:
         module: Its Python module.
-        extra: The extra of blip2edge that installs it.
         builds_anywhere: Whether it builds without a GPU, for given compute capabilities.
     """
 
     module: str
-    extra: str
     builds_anywhere: bool = False
 
 
 TARGETS = {
-    "tensorrt": Target("tensorrt", "tensorrt"),
-    "rtx": Target("tensorrt_rtx", "rtx", builds_anywhere=True),
+    "tensorrt": Target("tensorrt"),
+    "rtx": Target("tensorrt_rtx", builds_anywhere=True),
 }
 
 
@@ -55,14 +54,9 @@ def load_tensorrt(target: str) -> Any:
     Raises:
         EngineError: It is not installed, cannot be loaded, or is too old.
     """
-    wanted = TARGETS[target]
-    try:
-        trt = importlib.import_module(wanted.module)
-    except ImportError as error:
-        hint = f"install it: pip install 'blip2edge[{wanted.extra}]'"
-        if target == "tensorrt":
-            hint += "; on a Jetson it comes with JetPack: make the environment with --system-site-packages"
-        raise EngineError(f"{wanted.module} is not installed or does not load ({error})", hint) from error
+    jetson = "; on a Jetson it comes with JetPack: create the environment with --system-site-packages"
+    hint = jetson if target == "tensorrt" else ""
+    trt = require(TARGETS[target].module, f"the target {target}", EngineError, hint=hint)
     if target == "tensorrt" and version_of(trt) < OLDEST:
         raise EngineError(
             f"TensorRT {trt.__version__} is older than 10.3",
@@ -96,7 +90,7 @@ def make_logger(trt: Any) -> tuple[Any, deque[str]]:
 
 
 class Device:
-    """What all engines of a bundle share: TensorRT, CUDA, one stream and one scratch buffer.
+    """Shared by all engines of a bundle: TensorRT, CUDA, one stream and one scratch buffer.
 
     Args:
         trt: The module of TensorRT's Python binding.
@@ -118,7 +112,7 @@ class Device:
         self._most = 0
 
     def open(self, path: Path, *, host_code: bool = False) -> Any:
-        """Deserialises an engine, reading the file in pieces where this TensorRT can, otherwise from a mapped file.
+        """Deserialises an engine, reading the file in pieces if this TensorRT can, otherwise from a mapped file.
 
         Args:
             path: The file.
@@ -145,7 +139,7 @@ class Device:
     def scratch(self) -> DeviceBuffer:
         """Scratch memory of all contexts, which run one after the other.
 
-        CUDA graphs hold its address, so that a buffer that became too small is not freed before :meth:`close`.
+        CUDA graphs hold its address, so a buffer that became too small is freed only by :meth:`close`.
         """
         if not self._scratch or self._scratch[-1].size < self._most:
             self._scratch.append(DeviceBuffer(self.cuda, self._most))
@@ -235,7 +229,7 @@ class Context:
             raise EngineError(
                 f"the engine {self._name} was not built for {name} of shape {list(shape)}",
                 f"build again with a larger {option('capacity')} or {option('max_batch')}, "
-                "or give fewer pictures at once",
+                f"or lower {option('batch_size')}",
             )
         if not self._context.set_tensor_address(name, address):
             raise EngineError(f"the engine {self._name} has no tensor {name}", "build the engines again")
@@ -255,7 +249,7 @@ class Context:
 class TrtSession:
     """An engine that takes and returns NumPy arrays; it follows the ``Session`` protocol of ``base.py``.
 
-    Its buffers are shared by all calls, so that a call holds the device's lock until its results are copied.
+    All calls share its buffers, so a call holds the device's lock until its results are copied.
 
     Args:
         device: The device that it runs on.
@@ -271,15 +265,18 @@ class TrtSession:
         self._make = partial(Context, device, engine, record, record.profiles[0])
         self._context: Context | None = None
         self._mirrors: dict[str, Mirror] = {}
+        self.closed = False
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
+        if self.closed:
+            raise closed_graph()
         device = self._device
         with device.lock:
             if self._context is None:
                 self._context = self._make()
             context = self._context
-            sizes = lengths(self._spec, {name: array.shape for name, array in inputs.items()})
+            sizes = self._spec.lengths({name: array.shape for name, array in inputs.items()})
             for tensor in self._spec.inputs:
                 mirror = self._mirror(tensor, tensor.shape(sizes))
                 mirror.put(inputs[tensor.name], device.stream)
@@ -295,12 +292,13 @@ class TrtSession:
 
     def close(self) -> None:
         """See :class:`blip2edge.runtime.backends.base.Session`."""
+        self.closed = True
         for mirror in self._mirrors.values():
             mirror.free()
         self._mirrors.clear()
 
     def _mirror(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Mirror:
-        """The tensor's buffer; a larger one replaces it where it is too small."""
+        """The tensor's buffer; a larger one replaces it if it is too small."""
         known = self._mirrors.get(tensor.name)
         if known is not None and known.holds(shape):
             return known
@@ -308,17 +306,3 @@ class TrtSession:
             known.free()
         made = self._mirrors[tensor.name] = Mirror(self._device.cuda, shape, NUMPY_DTYPES[tensor.dtype])
         return made
-
-
-def lengths(spec: GraphSpec, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The lengths of a graph's axes by name, from the shapes of its inputs.
-
-    Raises:
-        ValueError: A shape has another rank than its tensor.
-    """
-    found: dict[str, int] = {}
-    for tensor in spec.inputs:
-        for dim, length in zip(tensor.dims, shapes[tensor.name], strict=True):
-            if isinstance(dim, Axis) and "+" not in dim.name:
-                found[dim.name] = length
-    return found

@@ -17,7 +17,7 @@ TOKENS_IN_FLIGHT = 4
 """Tokens that may be on the way from the GPU to the host at once."""
 
 WIDE = 2
-"""In place of the number of a half: tensors of prompts, and of several tokens at once."""
+"""Used in place of the number of a half (0 or 1): the buffers of prompts, and of several tokens at once."""
 
 
 @dataclass
@@ -45,17 +45,17 @@ class Engines:
     free: dict[tuple[int, tuple[int, ...]], list[Workspace]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Inputs and outputs of both engines by name; where both have a name, it is the same tensor."""
+        """Inputs and outputs of both engines by name; a name that both have means the same tensor."""
         records = (self.decoder_record.spec, self.step_record.spec)
         return {tensor.name: tensor for spec in records for tensor in (*spec.inputs, *spec.outputs)}
 
     def take(self, rows: int, cross: tuple[int, ...]) -> Workspace:
-        """A workspace for B rows that attend to ``cross`` other positions, an idle one or a new one."""
+        """An idle or new workspace for B rows; ``cross``: the lengths of their cross-attention inputs."""
         known = self.free.get((rows, cross))
         return known.pop() if known else Workspace(self, rows, cross)
 
     def give(self, workspace: Workspace) -> None:
-        """Returns a workspace, for the next batch of its size."""
+        """Puts a workspace back, for the next batch of its size."""
         self.free.setdefault(workspace.key, []).append(workspace)
 
 
@@ -65,7 +65,7 @@ class Workspace:
     Args:
         engines: The engines that use it.
         rows: B.
-        cross: Lengths E of the keys that the decoder attends to besides its text, tensor by tensor.
+        cross: Lengths E of the decoder's cross-attention inputs, tensor by tensor.
     """
 
     def __init__(self, engines: Engines, rows: int, cross: tuple[int, ...]) -> None:
@@ -96,7 +96,7 @@ class Workspace:
         self.choice = Context(engines.device, engines.step, engines.step_record, engines.step_record.profiles[0])
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
-        """The buffer of a small tensor, of one of the two halves or :data:`WIDE`; those of a half never move."""
+        """The buffer of a small tensor in one of the two halves, whose addresses never change, or :data:`WIDE`."""
         known = self.mirrors.get((name, half))
         if known is not None and known.holds(shape):
             return known
@@ -119,7 +119,7 @@ class Workspace:
             context.bind(name, mirror.address, self.cross_shape(name))
 
     def cross_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that the decoder attends to."""
+        """The shape of a cross-attention input."""
         names = [tensor.name for tensor in self._engines.decoder_record.spec.inputs if is_cross(tensor.name)]
         length = self.key[1][names.index(name)]
         dims = self.tensors[name].dims

@@ -33,9 +33,9 @@ class Prompt:
     """A tokenized prompt: segments of token ids, with an image between any two.
 
     Attributes:
-        segments: One more than there are images that take slots.
-        visual_tokens: Slots of an image.
-        image_token_id: Placeholder of a visual token in :attr:`ids`.
+        segments: The texts between the images that take slots: one more than there are such images.
+        visual_tokens: Number of slots of an image.
+        image_token_id: Placeholder of a visual token in :attr:`ids`; None for no placeholder.
         images: Number of images.
         attends_to: Interleaved prompts: the index of the image that each token attends to, or :data:`NO_IMAGE`.
     """
@@ -48,12 +48,12 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Slots in all."""
+        """Number of slots of the whole prompt."""
         return sum(map(len, self.segments)) + (len(self.segments) - 1) * self.visual_tokens
 
     @property
     def ids(self) -> list[int]:
-        """The ids as transformers' ``input_ids`` hold them; the repetition penalty applies to them."""
+        """The ids as in transformers' ``input_ids``; the repetition penalty applies to them."""
         slots = [] if self.image_token_id is None else [self.image_token_id] * self.visual_tokens
         ids = list(self.segments[0])
         for segment in self.segments[1:]:
@@ -65,7 +65,7 @@ class Prompt:
 
         Args:
             table: The token table.
-            visual_tokens: ``[Q, D]``; None where images take no slots.
+            visual_tokens: ``[Q, D]``; None if images take no slots.
         """
         parts = [table.rows(self.segments[0])]
         for segment in self.segments[1:]:
@@ -79,9 +79,9 @@ class PromptBuilder:
 
     Args:
         spec: The template and its special tokens.
-        tokenizer: The language model's.
-        max_positions: Longest context.
-        vocab_size: Rows of the token table.
+        tokenizer: The language model's tokenizer.
+        max_positions: Longest context in tokens.
+        vocab_size: Number of rows of the token table.
     """
 
     def __init__(self, spec: PromptSpec, tokenizer: Tokenizer, max_positions: int, vocab_size: int) -> None:
@@ -104,13 +104,13 @@ class PromptBuilder:
         """
         if not self.spec.question:
             raise UsageError(
-                "this bundle captions pictures and answers no questions",
-                "use blip2edge caption, or export a checkpoint that was trained for questions",
+                "this bundle generates captions and cannot answer questions",
+                "caption the picture instead, or export a checkpoint that was trained for questions",
             )
         return self.spec.question.replace("{question}", question)
 
     def with_default(self, text: str | None) -> str | None:
-        """The text, or the bundle's default prompt where it is None."""
+        """The text, or the bundle's default prompt if it is None."""
         return self.spec.default if text is None else text
 
     def __call__(self, text: str | None, images: int = 1) -> Prompt:
@@ -121,20 +121,20 @@ class PromptBuilder:
             images: Number of images of an interleaved prompt.
 
         Raises:
-            PromptError: It is longer than the context, or has a token that the model lacks.
-            UsageError: It is None and the model needs a prompt, or it has not one place for each image.
+            PromptError: The prompt is longer than the context, or has a token that the model does not have.
+            UsageError: ``text`` is None and the model needs a prompt, or it does not have one place for each image.
         """
         if text is None and self.spec.required:
             raise UsageError(
-                "this bundle answers questions, and none was given",
-                "use: blip2edge ask IMAGE QUESTION -b BUNDLE",
+                "this bundle answers questions, but no question was given",
+                "use ask, with a picture and a question",
             )
         prompt = self._tokenize(text, images)
         self._check(prompt)
         return prompt
 
     def _segments(self, text: str | None, _images: int) -> Prompt:
-        """Each part of the template by itself; special tokens go to the first part that is not empty."""
+        """Tokenizes each part of the template alone; the first part that is not empty gets the special tokens."""
         segments, special = [], True
         for part in self.spec.template.split(MARKERS[0]):
             filled = part.replace("{prompt}", text or "")
@@ -151,7 +151,7 @@ class PromptBuilder:
         return self.tokenizer.encode(text, add_special_tokens=special)
 
     def _around_placeholders(self, text: str | None, _images: int) -> Prompt:
-        """The whole text at once, as transformers' processor does it; then split at the placeholders."""
+        """Tokenizes the whole text, as transformers' processor does; then splits the ids at the placeholders."""
         token = self.spec.image_token
         parts = [part.replace("{prompt}", text or "") for part in self.spec.template.split(MARKERS[0])]
         segments: list[list[int]] = [[]]
@@ -161,14 +161,14 @@ class PromptBuilder:
             else:
                 segments[-1].append(token_id)
         if len(segments) != len(parts):
-            raise PromptError(f"the prompt contains {token}, which marks a picture", "leave it out")
+            raise PromptError(f"the prompt contains {token}, which marks a picture", "remove it from the prompt")
         return self._with_slots(segments)
 
     def _with_slots(self, segments: Sequence[Sequence[int]]) -> Prompt:
         return Prompt(tuple(map(tuple, segments)), self.spec.visual_tokens, self.spec.image_token_id)
 
     def _interleaved(self, text: str | None, images: int) -> Prompt:
-        """One segment with markers in it: the text is tokenized as a whole, as transformers does it."""
+        """Tokenizes the whole text with its markers as one segment, as transformers does."""
         bos, end = self.spec.bos_token_id, self.spec.end_token_id
         start = (self.tokenizer.id_to_token(bos) if bos is not None else None) or ""
         whole = start + interleave(self.spec, text or "", images)
@@ -180,8 +180,9 @@ class PromptBuilder:
     def _check(self, prompt: Prompt) -> None:
         if prompt.length > self.max_positions:
             raise PromptError(
-                f"the prompt takes {prompt.length} slots ({self.spec.visual_tokens} of them for the picture), but the "
-                f"language model's context has {self.max_positions}",
+                f"the prompt has {prompt.length} tokens ({self.spec.visual_tokens} of them visual tokens), but the "
+                "language "
+                f"model's context has {self.max_positions}",
                 "shorten the prompt",
             )
         if prompt.length == 0:
@@ -193,9 +194,9 @@ class PromptBuilder:
         largest = max((token for segment in prompt.segments for token in segment), default=0)
         if largest >= self.vocab_size:
             raise PromptError(
-                f"the prompt holds the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), which the "
-                f"language model with its {self.vocab_size} tokens does not know",
-                "leave it out",
+                f"the prompt contains the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), but the "
+                f"language model has only {self.vocab_size} tokens",
+                "remove it from the prompt",
             )
 
 
@@ -203,9 +204,9 @@ class InstructionTokenizer:
     """Tokenizes the instructions that enter the bridge (InstructBLIP).
 
     Args:
-        tokenizer: The Q-Former's.
-        longest: Positions that the Q-Former has.
-        frames: Pictures of an item; each is encoded with the item's instruction.
+        tokenizer: The Q-Former's tokenizer.
+        longest: Length of the Q-Former's position table.
+        frames: Number of pictures of an item; each picture is encoded with the item's instruction.
     """
 
     def __init__(self, tokenizer: Tokenizer, longest: int, frames: int) -> None:
@@ -238,14 +239,14 @@ class InstructionTokenizer:
     def _tokens(self, text: str | None) -> list[int]:
         if text is None:
             raise PromptError(
-                "this model encodes a picture together with an instruction, and there is none",
+                "this model needs an instruction to encode a picture, but none was given",
                 f"give a {option('prompt')}",
                 field="prompt",
             )
         tokens = self.tokenizer.encode(text)
         if len(tokens) > self.longest:
             raise PromptError(
-                f"the prompt has {len(tokens)} tokens, but the Q-Former reads at most {self.longest}",
+                f"the prompt has {len(tokens)} tokens, but the Q-Former takes at most {self.longest}",
                 "shorten the prompt",
             )
         return tokens
@@ -256,8 +257,8 @@ def interleave(spec: PromptSpec, text: str, images: int) -> str:
 
     Args:
         spec: The template, and the tokens that mark an image.
-        text: With one marker of :data:`MARKERS` for each image. Without any, it goes into the template, and all
-            images go where that has its marker. Spaces around an image are dropped.
+        text: The text with one marker of :data:`MARKERS` for each image. A text without markers is put into the
+            template, with all images in the place of the template's marker. Spaces around an image are removed.
         images: Number of images.
 
     Raises:
@@ -289,7 +290,7 @@ def _split(text: str) -> list[str]:
 
 
 def attended_images(ids: Sequence[int], image_id: int, end_id: int | None) -> tuple[int, ...]:
-    """The image that each token attends to: the last one up to the token itself; none after an end token."""
+    """The image that each token attends to: the last one before it, or at it; none after an end token."""
     attends_to: list[int] = []
     count, current = 0, NO_IMAGE
     for token in ids:
@@ -302,10 +303,10 @@ def attended_images(ids: Sequence[int], image_id: int, end_id: int | None) -> tu
 
 
 def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
-    """The images of each item of an interleaved batch: one, or several.
+    """The images of each item of an interleaved batch, as lists.
 
     Raises:
-        UsageError: An item has none.
+        UsageError: An item has no image.
     """
     groups = [list(item) if isinstance(item, (list, tuple)) else [item] for item in items]
     if not all(groups):
@@ -314,14 +315,14 @@ def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
 
 
 def pack_images(array: Array, counts: Sequence[int]) -> Array:
-    """One row per item: the visual tokens of an item's images side by side.
+    """Concatenates the visual tokens of each item's images, so that each item is one row.
 
     Args:
-        array: ``[N, Q, D]``, the images of one item after those of another.
-        counts: Images of each of the B items; their sum is N.
+        array: ``[N, Q, D]``, the visual tokens of all images, item by item.
+        counts: Number of images of each of the B items; their sum is N.
 
     Returns:
-        ``[B, max(counts) * Q, D]``, where items with fewer images are padded with zeros at the end.
+        ``[B, max(counts) * Q, D]``, items with fewer images are padded with zeros at the end.
     """
     _, slots, width = array.shape
     packed = np.zeros((len(counts), max(counts), slots, width), array.dtype)
@@ -361,7 +362,7 @@ def left_padded(
         dtype: Of the batch.
 
     Returns:
-        ``[B, S, D]``; ``[B, S]``, 1 where a slot is valid; and the slots' positions ``[B, S]``.
+        ``[B, S, D]``; ``[B, S]``, 1 if a slot is valid; and the slots' positions ``[B, S]``.
     """
     longest = max(len(prompt) for prompt in prompts)
     embeds = np.zeros((len(prompts), longest, prompts[0].shape[1]), dtype)

@@ -298,7 +298,7 @@ def test_a_manifest_of_another_shape(change: Callable[[dict[str, Any]], Any], bu
 
 
 def test_no_bundle(tmp_path: Path, bundle: Path) -> None:
-    with pytest.raises(BundleError, match=r"has no bundle\.json, so it is not a bundle; .*blip2edge export"):
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no bundle\.json; .*blip2edge export"):
         Bundle.open(tmp_path)
     for path in (tmp_path / "nowhere", bundle / MANIFEST):
         with pytest.raises(BundleError, match="is not a directory"):

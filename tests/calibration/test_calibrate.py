@@ -140,7 +140,7 @@ def test_a_broken_cache_is_told_of_and_written_anew(
 
 def test_few_pictures_are_told_with_their_number(report: CalibrationReport) -> None:
     (line,) = report.warnings
-    assert line.startswith(f"{PICTURES} pictures are fewer than the {ADVISED} advised")
+    assert line.startswith(f"at least {ADVISED} calibration pictures are advised, got {PICTURES}")
 
 
 def test_no_pictures_and_a_wrong_parent(
@@ -150,9 +150,9 @@ def test_no_pictures_and_a_wrong_parent(
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found none"):
         calibrate(tiny_bundle, output, images=tmp_path / "empty")
-    with pytest.raises(BundleError, match="was calibrated before"):
+    with pytest.raises(BundleError, match="is already calibrated"):
         calibrate(report.bundle, output, images=images)
-    with pytest.raises(UsageError, match="method is one of"):
+    with pytest.raises(UsageError, match="expected method to be one of"):
         calibrate(tiny_bundle, output, images=images, method="best")
     with pytest.raises(OutputError, match="exists"):
         calibrate(tiny_bundle, report.bundle, images=images)

@@ -13,7 +13,7 @@ import pytest
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
-from blip2edge.engine.builder import Settings, build_engine
+from blip2edge.engine.builder import BuildOptions, build_engine
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import EnginePlan, plans_of
 from blip2edge.engine.support import check_graph
@@ -44,7 +44,7 @@ def assert_taken_and_built(family: str, precision: str, bundle_of: BundleOf, dir
         if not HAS_RTX or (precision == "int4" and bundle.graph(plan.name).precision == "int8"):
             continue  # the latter are the graphs of the INT8 bundle
         file = directory / f"{plan.name}.engine"
-        built = build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, Settings(SM))
+        built = build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, BuildOptions("rtx", SM))
         assert built.size == file.stat().st_size > 0
         if plan.name == DECODER:
             assert built.profiles == ("prefill", "decode", "verify")

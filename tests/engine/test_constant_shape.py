@@ -137,7 +137,7 @@ def test_no_room_is_told(bundle_of: BundleOf, tmp_path: Path) -> None:
     prompt = np.zeros((CAPACITY, fixed.table.width), np.float32)
     with pytest.raises(BackendError, match=r"3 rows .* more than the 2 .*max_batch"):
         fixed.prefill([prompt[:3]] * 3)
-    with pytest.raises(BackendError, match=r"41 tokens are more than the 40 slots .*capacity"):
+    with pytest.raises(BackendError, match=r"41 tokens are more than the capacity of 40 tokens .*capacity"):
         fixed.prefill([np.zeros((CAPACITY + 1, fixed.table.width), np.float32)])
     _, state = fixed.prefill([prompt])
     with pytest.raises(BackendError, match="41 tokens"):

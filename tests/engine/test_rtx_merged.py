@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime", reason="bundles are checked and calibrated in
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.pipeline import calibrate
-from blip2edge.engine.builder import Settings, build_engine
+from blip2edge.engine.builder import BuildOptions, build_engine
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import plans_of
 from blip2edge.engine.support import check_graph
@@ -31,7 +31,7 @@ def assert_taken_and_built(bundle: Path, directory: Path) -> None:
         assert check_graph(plan.model(), version) == [], name
     if HAS_RTX:
         file = directory / f"{bundle.name}.engine"
-        assert build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, Settings(SM)).size > 0
+        assert build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, BuildOptions("rtx", SM)).size > 0
 
 
 @pytest.mark.slow

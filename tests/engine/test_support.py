@@ -84,14 +84,14 @@ def test_plain_graphs_are_taken(version: str) -> None:
 def test_what_no_version_takes(version: str) -> None:
     contrib = helper.make_node("FusedMatMul", ["x", "x"], ["y"], name="fused", domain="com.microsoft")
     assert problems(model_of([contrib], {"x": F32}, {"y": F32}), version) == [
-        "fused FusedMatMul: it is of the domain com.microsoft, which only ONNX Runtime knows"
+        "fused FusedMatMul: its domain is com.microsoft, which only ONNX Runtime supports"
     ]
     unknown = helper.make_node("Bernoulli", ["x"], ["y"], name="dice")
     assert "no such operator" in problems(model_of([unknown], {"x": F32}, {"y": F32}), version)[0]
     assert problems(dequantised(np.int8, 0, zero=3), version) == ["dq DequantizeLinear: its zero point is not 0"]
     norm = helper.make_node("LayerNormalization", ["x", "s"], ["y", "mean"], name="norm")
     model = model_of([norm], {"x": F32}, {"y": F32, "mean": F32}, {"s": np.ones(4, np.float32)})
-    assert problems(model, version) == ["norm LayerNormalization: only its first output is taken"]
+    assert problems(model, version) == ["norm LayerNormalization: only its first output is supported"]
 
 
 def test_blocks_of_int8_are_for_rtx_alone() -> None:
@@ -107,7 +107,7 @@ def test_newer_operators_and_opsets_need_newer_versions() -> None:
     assert problems(model, "10.16") == []
     found = problems(model, "10.3")
     assert found == [
-        "graph opset: the graph is of opset 23, and TensorRT 10.3 documents up to 20",
+        "graph opset: the graph has opset 23, but TensorRT 10.3 documents opsets up to 20",
         "norm RMSNormalization: TensorRT 10.3 has no such operator",
     ]
     with pytest.raises(EngineError, match=r"node 'graph' \(opset\) of g\.onnx: .* and 1 more"):

@@ -133,7 +133,7 @@ def test_a_bundle_of_engines_alone(gpu: tuple[FakeCuda, Any], tiny_bundle: Path,
     captioner = Captioner.load(board, threads=1)
     assert captioner.caption(picture, max_new_tokens=6).tokens == wanted
     assert captioner.generator.drafts.costs["lookup"].clock is time.perf_counter  # the GPU's time counts as well
-    with pytest.raises(BackendError, match=r"holds engines alone, .* backend cpu .*; use backend tensorrt"):
+    with pytest.raises(BackendError, match=r"contains engines only, .* backend cpu .*; use backend tensorrt"):
         Captioner.load(board, backend="cpu")
     shutil.rmtree(board / KIND)
     with pytest.raises(EngineError, match="neither graphs nor engines"):
@@ -151,7 +151,7 @@ def test_engines_are_refused_with_the_command_that_builds_them_again(
     with pytest.raises(EngineError, match=r"built for GPU Orin, but here it is Orin Nano.*--capacity 40"):
         Captioner.load(path, backend="tensorrt")
     monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver("12.6", problem="no GPU"))
-    with pytest.raises(EngineError, match="no NVIDIA GPU"):
+    with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
         Captioner.load(path, backend="tensorrt")
     monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver(problem="none: libcuda.so.1 is not there"))
     with pytest.raises(BackendError, match=r"no working NVIDIA driver here \(none: libcuda"):

@@ -206,7 +206,7 @@ def test_what_is_asked_for_by_name_must_be_there(
     tmp_path: Path,
 ) -> None:
     picture = draw_pictures(1)[0]
-    with pytest.raises(UsageError, match=r"draft itg: the bundle has no draft; use draft auto or none or lookup"):
+    with pytest.raises(UsageError, match=r"draft itg: the bundle has no draft model; use draft auto or none or lookup"):
         Captioner.load(tiny_bundle, draft="itg")
     with pytest.raises(UsageError, match="the bundle has no draft"):
         Captioner.load(tiny_bundle).caption(picture, draft="itg")

@@ -124,9 +124,9 @@ def test_half_precision_stays_near(captioning: Path, half: Path) -> None:
 
 def test_a_captioner_answers_no_questions(half: Path) -> None:
     captioner = Captioner.load(half, threads=1)
-    with pytest.raises(UsageError, match="answers no questions; use blip2edge caption"):
+    with pytest.raises(UsageError, match="cannot answer questions; caption the picture instead"):
         captioner.ask(draw_pictures(1)[0], "what is it?")
-    with pytest.raises(BundleError, match="cannot compare them with texts; use blip2edge caption"):
+    with pytest.raises(BundleError, match="cannot compare them with texts; use caption"):
         Matcher.load(half)
 
 
@@ -137,9 +137,9 @@ def test_questions_are_needed(
     picture = tmp_path / "picture.png"
     draw_pictures(1)[0].save(picture)
     assert main(["caption", str(picture), "-b", bundle]) == 2
-    assert "answers questions, and none was given; use: blip2edge ask" in capsys.readouterr().err
+    assert "answers questions, but no question was given; use ask" in capsys.readouterr().err
     assert main(["match", str(picture), "--text", "a", "-b", bundle]) == 1
-    assert "use blip2edge ask" in capsys.readouterr().err
+    assert "use ask" in capsys.readouterr().err
     ask = ["ask", str(picture), "what is it?", "-b", bundle, "--json"]
     assert main([*ask, "--max-new-tokens", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"][0] == drawing.BOS

@@ -178,7 +178,7 @@ def test_prompts_on_the_command_line_take_as_many_pictures_as_they_have_places_f
     few = "<image>A cat.<image>A"
     assert _items(["a", "b", "c", "d"], [few]) == ([["a", "b"], ["c", "d"]], [few, few])
     assert _items(["a", "b", "c"], [few, "plain"]) == ([["a", "b"], "c"], [few, "plain"])
-    with pytest.raises(UsageError, match="places for 2 pictures, but 3 are given"):
+    with pytest.raises(UsageError, match="<image> for 2 pictures, but 3 are given"):
         _items(["a", "b", "c"], [few])
 
 

@@ -119,7 +119,7 @@ def test_no_instruction_is_one_line(
 
 
 def test_too_long_an_instruction_is_one_line(exported: Exported, pictures: list[Image.Image]) -> None:
-    with pytest.raises(PromptError, match=r"has 32 tokens, but the Q-Former reads at most 24"):
+    with pytest.raises(PromptError, match=r"has 32 tokens, but the Q-Former takes at most 24"):
         exported.captioner.caption(pictures[0], prompt="cats " * 30)
 
 

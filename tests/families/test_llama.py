@@ -151,7 +151,7 @@ def test_fp16_keeps_positions_in_fp32(tmp_path: Path) -> None:
     [
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary positions of kind 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "over a part of each head"),
-        ({"num_key_value_heads": 3}, "3 key/value heads do not divide 4 heads"),
+        ({"num_key_value_heads": 3}, "3 heads of keys do not divide 4 heads of queries"),
         ({"head_dim": 7}, "even head_dim"),
         ({"hidden_act": "xielu"}, "text_config.hidden_act is 'xielu'"),
     ],

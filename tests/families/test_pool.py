@@ -145,5 +145,5 @@ def test_half_precision_passes_the_parity_check(tmp_path: Path) -> None:
 def test_what_is_no_bridge_is_one_line() -> None:
     with pytest.raises(UnsupportedModelError, match="the bridge is of kind 'resampler'"):
         read_config({"model_type": "blip2edge", "bridge_config": {"kind": "resampler"}})
-    with pytest.raises(CheckpointError, match="5 heads do not divide a width of 24"):
+    with pytest.raises(CheckpointError, match="the number of heads 5 does not divide the width 24"):
         AttentionPoolConfig(24, 5, QUERIES, 32)

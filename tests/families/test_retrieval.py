@@ -147,13 +147,13 @@ def test_the_command_line_embeds(half: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_what_does_not_fit_is_told_in_a_line(half: Path) -> None:
     matcher, picture = Matcher.load(half, threads=1), draw_pictures(1)[0]
-    with pytest.raises(PromptError, match="43 tokens, but the model reads up to 40"):
+    with pytest.raises(PromptError, match="43 tokens, but the model takes at most 40"):
         matcher.match(picture, "a " * 41)
     with pytest.raises(PromptError, match="the text is empty"):
         matcher.match(picture, " ")
     with pytest.raises(UsageError, match="batch_size"):
         list(matcher.match_many([picture], ["a"], batch_size=0))
-    with pytest.raises(BundleError, match="cannot caption them; use blip2edge match or blip2edge embed"):
+    with pytest.raises(BundleError, match="cannot caption them; use match or embed instead"):
         Captioner.load(half)
 
 

@@ -153,7 +153,7 @@ def test_a_copy_that_was_changed_is_refused(bundle: Path, tmp_path: Path) -> Non
 
 
 def test_there_is_a_copy_for_some_backends_only(bundle: Path) -> None:
-    with pytest.raises(UsageError, match="use backend cpu"):
+    with pytest.raises(UsageError, match="expected backend to be one of cpu, openvino, got abacus"):
         optimize(bundle, "abacus")
 
 
@@ -211,10 +211,10 @@ def test_inspect_tells_of_the_copy_and_what_is_left_of_one_is_replaced(
     other = tmp_path / "bundle"
     shutil.copytree(bundle, other)
     assert main(["inspect", str(other)]) == 0
-    assert "optimised for cpu: vision_encoder" in capsys.readouterr().out
+    assert "optimized for cpu: vision_encoder" in capsys.readouterr().out
     (other / "optimized" / "cpu" / RECORD).unlink()
     assert main(["inspect", str(other)]) == 0
-    told = f"optimised for cpu: not used, because it belongs to another bundle or version: blip2edge optimize {other}"
+    told = f"optimized for cpu: not used, because it belongs to another bundle or version: blip2edge optimize {other}"
     assert told in capsys.readouterr().out
     assert main(["optimize", str(other), "--backend", "cpu"]) == 0
     capsys.readouterr()

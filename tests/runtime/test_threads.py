@@ -1,4 +1,4 @@
-"""The thread contract of ``Session``: one captioner under eight threads gives the tokens that one thread gives."""
+"""Contracts of ``Session`` on every backend: eight threads get one thread's tokens; closed sessions run nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 pytest.importorskip("onnxruntime", reason="most backends compute in ONNX Runtime")
 
+from blip2edge.errors import BackendError
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends import onnxruntime_cuda
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -61,7 +62,10 @@ def tensorrt(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Captioner:
     return Captioner.load(bundle, backend="tensorrt", threads=1)
 
 
-@pytest.mark.parametrize("load", [portable, optimized_copy, openvino, cuda, tensorrt])
+BACKENDS = pytest.mark.parametrize("load", [portable, optimized_copy, openvino, cuda, tensorrt])
+
+
+@BACKENDS
 def test_eight_threads_give_the_tokens_of_one(
     load: Load, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,3 +92,18 @@ def test_eight_threads_give_the_tokens_of_one(
     with ThreadPoolExecutor(THREADS) as pool:
         wrong = list(pool.map(work, range(THREADS)))
     assert wrong == [[]] * THREADS
+
+
+@BACKENDS
+def test_a_closed_session_runs_nothing(
+    load: Load, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner = load(shutil.copytree(tiny_bundle, tmp_path / "bundle"), monkeypatch)
+    session, vision = captioner.graphs("bridge"), captioner.encoder.images.vision
+    pixels = captioner.encoder.images.preprocessing.batch(draw_pictures(1))
+    inputs = {"image_embeds": vision.run({"pixel_values": pixels})["image_embeds"]}
+    assert session.run(inputs)
+    captioner.close()
+    for closed, given in ((vision, {"pixel_values": pixels}), (session, inputs)):
+        with pytest.raises(BackendError, match="this graph is closed; load the bundle again"):
+            closed.run(given)

@@ -20,7 +20,7 @@ QUERIES, PATCHES, WIDTH = 3, 5, 8
 
 def draw_stage1(seed: int = 0, dropout: float = 0.0) -> Stage1Model:
     """A random model in eval mode whose scores depend on their input."""
-    vision = VisionConfig(8, 12, 1, 2, 16, 8)
+    vision = VisionConfig(8, 12, 1, 2, image_size=16, patch_size=8)
     text = InstructedQFormerConfig(
         hidden_size=12,
         intermediate_size=20,

@@ -167,7 +167,7 @@ def test_tensorboard_is_written_or_missed_at_once(path: Path, tmp_path: Path) ->
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        with pytest.raises(ConfigError, match="tensorboard is true, but the package is not installed"):
+        with pytest.raises(ConfigError, match="tensorboard is true, but the package tensorboard is not installed"):
             train("stage2", path, tmp_path / "out")
     else:
         train("stage2", path, tmp_path / "out", evaluation_scenes=0)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from blip2edge.bundle.integrity import sha256_of
 from blip2edge.bundle.publishing import staged
+from blip2edge.choices import KEEP, SYNTHETIC, WEB
 from blip2edge.errors import DataError, ImageError, option
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples
 from blip2edge.training.data.shards import ShardWriter
@@ -28,8 +29,6 @@ from blip2edge.training.evaluation.models import CaptionModel, MatchModel, Model
 from blip2edge.training.evaluation.open_model import open_captioner, open_matcher
 
 REPORT_FILE = "report.json"
-WEB, SYNTHETIC = "web", "synthetic"
-KEEP: Mapping[str, tuple[str, ...]] = {"both": (WEB, SYNTHETIC), WEB: (WEB,), SYNTHETIC: (SYNTHETIC,)}
 _BINS = 10  # of the histogram of probabilities
 _EXAMPLES = 20  # dropped captions that the report lists
 

@@ -121,7 +121,9 @@ def score_on_ray(
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise UsageError(f"{option('ray')} needs Ray Data", "install it: pip install 'blip2edge[ray]'") from error
+        raise UsageError(
+            f"{option('ray')} needs Ray Data, which is not installed", "install it: pip install 'blip2edge[ray]'"
+        ) from error
 
     def score_batches(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
         rows = [{"number": number, "batch": batch_to_json(batch)} for number, batch in enumerate(batches)]

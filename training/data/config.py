@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from blip2edge.errors import ConfigError
-from blip2edge.training.fields import at_least_zero, one_of, positive, unit_interval
+from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, one_of
 
 DATA_KINDS = ("scenes", "coco-captions", "coco-vqa", "folder", "shards")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(RecipeSection):
     """The training data."""
 
-    kind: str = "scenes"
+    kind: Annotated[str, one_of(*DATA_KINDS)] = "scenes"
     """"scenes": generated scenes; "coco-captions" and "coco-vqa": COCO's JSON files; "folder": pictures, each with a
     text file of the same name; "shards": WebDataset's tar files."""
     path: str = ""
@@ -26,28 +27,27 @@ class DataConfig:
     """File of the answers to VQA's questions; empty: the file in the directory of `path` with VQA's name."""
     question: str = "Question: {} Short answer:"
     """Template of a question; the braces are replaced by the question."""
-    max_broken: int = 100
+    max_broken: Annotated[int, NOT_NEGATIVE] = 100
     """Largest number of samples with a missing or broken picture or text. They are skipped and reported; one more is
     an error."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: Annotated[int, POSITIVE] = 1000
     """Samples in a block of shards that are shuffled together."""
-    count: int = 0
+    count: Annotated[int, NOT_NEGATIVE] = 0
     """Number of generated scenes, shown pass after pass, so that features can be cached; 0: every scene is new."""
-    series: int = 0
+    series: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of those `count` scenes. With `count = 0`, the recipe's seed and the phase decide instead."""
     prompts: tuple[str, ...] = ("a photo of", "a picture of")
     """Short prompts; some captions are trained as their continuation."""
-    prompt_share: float = 0.2
+    prompt_share: Annotated[float, SHARE] = 0.2
     """Share of captions that follow one of the prompts; the others follow the empty prompt."""
 
     def __post_init__(self) -> None:
-        one_of("data", "kind", self.kind, DATA_KINDS)
-        at_least_zero("data", {"count": self.count, "series": self.series, "max_broken": self.max_broken})
-        positive("data", {"shuffle_buffer": self.shuffle_buffer})
+        super().__post_init__()
         if self.kind != "scenes" and not self.path:
             raise ConfigError(f"[data] kind = {self.kind!r} expects a path, got none", 'add path = "…" to [data]')
         if self.question.count("{}") != 1:
             raise ConfigError(f"[data] question must hold {{}} once, where the question goes: {self.question!r}")
-        unit_interval("data", {"prompt_share": self.prompt_share})
         if self.prompt_share > 0 and not self.prompts:
-            raise ConfigError("[data] prompts is empty and prompt_share is not 0")
+            raise ConfigError(
+                "[data] prompts is empty, but prompt_share is above 0", "set prompts, or set prompt_share to 0"
+            )

@@ -157,7 +157,7 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
     files = sorted(set(missing.values()))
     if len(missing) > limit:
         raise DataError(
-            f"{name}: {len(files)} pictures of {len(missing)} of the {total} samples are missing:"
+            f"{name}: {len(missing)} of the {total} samples have no picture; {len(files)} files are missing:"
             f" {', '.join(files[:_NAMED])}" + (", …" if len(files) > _NAMED else ""),
             "set images in [data] to their directory, or raise max_broken",
         )

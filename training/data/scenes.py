@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from blip2edge.errors import UsageError
+from blip2edge.choices import SPLITS, Split
+from blip2edge.errors import UsageError, option
 
 PICTURE_SIZE = 64  # pixels, both sides
 SUPERSAMPLING = 4  # the scene is drawn this much larger, then averaged down: smooth edges
@@ -50,7 +50,6 @@ RELATIONS = {
 CLEARANCE = 2.0  # pixels between the two objects along the axis of the relation
 DOMINANCE = 5.0  # pixels by which the distance along that axis exceeds the other one
 
-Split = Literal["train", "heldout"]
 Kind = tuple[str, str]  # (colour, shape)
 
 HELDOUT_PAIRS = 200  # of the 1008 unordered pairs of (colour, shape) with two colours
@@ -136,8 +135,8 @@ def split_pairs(split: Split) -> tuple[tuple[Kind, Kind], ...]:
     Raises:
         UsageError: The split has another name.
     """
-    if split not in _STREAMS:
-        raise UsageError(f"the split of the scenes must be train or heldout, not {split!r}")
+    if split not in SPLITS:
+        raise UsageError(f"expected {option('split')} to be one of {', '.join(SPLITS)}, got {split!r}")
     pairs = all_pairs()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(pairs))
     held = set(order[:HELDOUT_PAIRS].tolist())

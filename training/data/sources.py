@@ -77,7 +77,7 @@ class SampleSource(Protocol):
 
     @property
     def name(self) -> str:
-        """The file, directory or shards that it reads, for messages."""
+        """Name of the file, directory or shards that it reads, for messages."""
 
     def __iter__(self) -> Iterator[Sample]:
         """Samples from the current position, pass after pass, without end."""

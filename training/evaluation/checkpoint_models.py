@@ -62,8 +62,8 @@ class CheckpointCaptioner:
         encoder_attends = isinstance(model.language, BertDecoder) and config.language.is_encoder_decoder
         if config.frames > 1 or encoder_attends:
             raise UsageError(
-                f"a checkpoint of the family {config.family} can be scored as a bundle only",
-                "use: blip2edge export CHECKPOINT -o BUNDLE, then blip2edge eval BUNDLE",
+                f"a checkpoint of the family {config.family} can be scored only as a bundle",
+                "export the checkpoint, and score the bundle",
             )
         self._model = model
         self._tokenizer = tokenizer
@@ -87,8 +87,8 @@ class CheckpointCaptioner:
         others = sorted(options.generation.keys() - {"max_new_tokens"})
         if others:
             raise UsageError(
-                f"a checkpoint is decoded greedily, and {option(others[0])} is for bundles only",
-                "export it first: blip2edge export CHECKPOINT -o BUNDLE",
+                f"a checkpoint is decoded greedily; {option(others[0])} works with bundles only",
+                "export the checkpoint, and score the bundle",
             )
         instructions = None
         if model.config.instruction_positions:
@@ -294,7 +294,7 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
 
     Raises:
         CheckpointError: A file is missing or does not fit the model.
-        UsageError: An option is for bundles only, or the family can be scored as a bundle only.
+        UsageError: An option is for bundles only, or the family can be scored only as a bundle.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -93,7 +93,7 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
         return open_checkpoint_model(model, options)
     raise BundleError(
         f"{model} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json)",
-        "make a bundle with: blip2edge export CHECKPOINT -o BUNDLE",
+        "make a bundle: blip2edge export CHECKPOINT -o BUNDLE",
     )
 
 
@@ -119,6 +119,6 @@ def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
     if matcher is None or not matcher.has_head:
         raise UsageError(
             f"{model} has no matching head",
-            "give the output of train stage1, or a checkpoint of BLIP or BLIP-2 for image-text matching (ITM)",
+            "give the output of stage 1, or a checkpoint of BLIP or BLIP-2 for image-text matching (ITM)",
         )
     return matcher

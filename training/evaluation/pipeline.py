@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.bundle.schema import BackendName
+from blip2edge.choices import Split
 from blip2edge.errors import UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.data.detect import detect_data
 from blip2edge.training.data.entries import BrokenSamples, Entry, by_picture
 from blip2edge.training.data.registry import read_entries
-from blip2edge.training.data.scenes import Split
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_model
 from blip2edge.training.evaluation.scoring import TOP, Figures, ScoringOptions, score_entries, score_scenes
@@ -53,31 +53,31 @@ def evaluate(
         model: The directory of a checkpoint or of a bundle.
         data: ``scenes``, generated pictures; or COCO's JSON of captions or of VQA questions, a folder of pictures with
             texts, tar shards, or a recipe with a section ``[data]``.
-        images: The directory of a JSON file's pictures; None: the directory of the file.
-        annotations: The answers to VQA's questions; None: in the directory of the questions.
-        max_broken: How many samples may be missing or broken.
-        split: Of the scenes: ``heldout``, pairs of objects that training never showed, or ``train``.
-        count: Pictures at most; None for 1000 scenes, or for all that a file has.
-        metrics: Names of metrics; empty: all that the model and the data allow.
-        prompt: How captions begin; None for the model's own prompt.
-        top: Retrieval: how many of the nearest texts and pictures the matching head ranks again; 0: none.
-        ask: POPE: give its questions to the model; otherwise the objects in the captions answer them.
-        predictions: Whether the figures hold ``predictions``, the model's texts in COCO's format of results.
-        backend: Of a bundle: ``auto``, or a backend by name.
+        images: Directory of a JSON file's pictures; None: the directory of the file.
+        annotations: File of the answers to VQA's questions; None: the file in the directory of the questions.
+        max_broken: Largest number of missing or broken samples.
+        split: Which scenes: ``heldout``, with pairs of objects that training never shows, or ``train``.
+        count: Number of pictures; None for 1000 scenes, or for all pictures of a file.
+        metrics: Names of metrics; empty for all that the model and the data support.
+        prompt: Prompt of the captions; None for the model's default prompt.
+        top: Number of nearest texts and pictures that the matching head ranks again in retrieval; 0: none.
+        ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
+        predictions: Whether the figures contain ``predictions``, the generated texts in COCO's result format.
+        backend: Backend of a bundle: ``auto``, or a backend by name.
         threads: CPU threads; None for all cores.
         batch_size: Pictures in one batch.
-        progress: Called with ``scoring``, pictures done and pictures in all.
-        **generation: Fields of ``GenerationOptions``; a checkpoint takes ``max_new_tokens`` alone.
+        progress: Called with ("scoring", pictures done, all pictures).
+        **generation: Fields of ``GenerationOptions``; a checkpoint supports ``max_new_tokens`` only.
 
     Returns:
         Figures by name, as ``blip2edge eval --json`` prints them.
 
     Raises:
-        UsageError: An option outside its range, or one that the model or the data do not allow.
+        UsageError: An option is out of range, or the model or the data do not support it.
         BundleError: ``model`` is neither a checkpoint nor a bundle.
-        DataError: The data cannot be read, or too much of it is broken.
+        DataError: The data cannot be read, or more than `max_broken` samples are broken.
         CheckpointError: The checkpoint cannot be read.
-        BackendError: The backend is not installed, or does not run here.
+        BackendError: The backend is not installed, or does not run on this machine.
     """
     entries: tuple[list[Entry], BrokenSamples] | None = None
     if data == SCENES:
@@ -88,7 +88,7 @@ def evaluate(
     opened = open_model(Path(model), ModelOptions(backend, threads, batch_size, dict(generation)))
     if predictions and (entries is None or opened.captioner is None):
         raise UsageError(
-            f"{option('predictions')} needs a model that writes texts, and data from a file", "leave it out"
+            f"{option('predictions')} needs a captioner and a data set from files", f"leave {option('predictions')} out"
         )
     report = progress or (lambda stage, done, total: None)
     wanted = ScoringOptions(tuple(metrics), prompt, top, ask, lambda done, total: report("scoring", done, total))
@@ -101,7 +101,7 @@ def evaluate(
 def _read(
     data: str, images: str | Path | None, annotations: str | Path | None, max_broken: int, count: int | None
 ) -> tuple[list[Entry], BrokenSamples]:
-    """The samples of the first `count` pictures, and those that are broken."""
+    """The samples of the first `count` pictures, and the broken samples."""
     config, base = detect_data(data, _text(images), _text(annotations), max_broken)
     found, broken = read_entries(config, base=base)
     entries = list(found)

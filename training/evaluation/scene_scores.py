@@ -7,8 +7,9 @@ from typing import TypedDict
 
 from PIL import Image
 
+from blip2edge.choices import Split
 from blip2edge.errors import UsageError
-from blip2edge.training.data.scenes import Split, scenes
+from blip2edge.training.data.scenes import scenes
 from blip2edge.training.metrics.exact import exact_match, shuffled_match
 
 CaptionMany = Callable[[Sequence[Image.Image]], list[str]]
@@ -44,7 +45,6 @@ def evaluate_scenes(
     *,
     split: Split = "heldout",
     progress: Callable[[int, int], None] | None = None,
-    mistakes: int = 5,
 ) -> SceneScores:
     """Captions scenes and compares the result with the correct captions.
 
@@ -54,7 +54,6 @@ def evaluate_scenes(
         seed: Seed of their series.
         split: "heldout" for pairs of objects that training never shows, "train" for the others.
         progress: Called with (pictures done, n).
-        mistakes: Largest number of wrong captions to return.
 
     Returns:
         The scores.
@@ -79,5 +78,5 @@ def evaluate_scenes(
         "n": n,
         "split": split,
         "seed": seed,
-        "wrong": wrong[:mistakes],
+        "wrong": wrong[:5],
     }

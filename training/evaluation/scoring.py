@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from blip2edge.choices import Split
 from blip2edge.errors import DataError, ImageError, UsageError
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
-from blip2edge.training.data.scenes import Scene, Split, scenes
+from blip2edge.training.data.scenes import Scene, scenes
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
 from blip2edge.training.evaluation.scene_scores import EVALUATION_SEED, PICTURES_AT_ONCE, evaluate_scenes
 from blip2edge.training.metrics.captions import caption_scores
@@ -94,7 +95,7 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
     if model.captioner is not None:
         return _captioned_scenes(model.captioner, shown, split, options)
     if model.matcher is None:
-        raise UsageError("expected a model that captions or compares")
+        raise UsageError("expected a captioner or a model that matches pictures with texts")
     return _compared_scenes(model.matcher, shown, split, options)
 
 
@@ -188,7 +189,7 @@ def score_entries(
         options.chosen(("retrieval",))
         figures = _retrieved(model.matcher, by_picture(entries), broken, options)
     else:
-        raise UsageError("this model matches pictures with texts, and the data has questions", "give a captioner")
+        raise UsageError("this model matches pictures with texts, but the data set has questions", "give a captioner")
     problems = broken.problems
     return figures | {"broken": len(problems), "broken_named": dict(list(problems.items())[:10])}
 

@@ -12,8 +12,8 @@ from typing import Any
 from blip2edge.errors import ConfigError, OutputError
 
 LOG, CURVE, BOARD = "log.jsonl", "curve.png", "tensorboard"
-WHOLE = ("loss", "grad_norm")  # fields of a line that are no part of the loss
-LINES = 200  # lines of a phase, about, unless the recipe sets log_every
+WHOLE = ("loss", "grad_norm")  # values that are fields of a line, not entries of `losses`
+LINES = 200  # approximate number of lines of a phase, unless the recipe sets log_every
 
 
 class Journal:
@@ -43,7 +43,8 @@ class Journal:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ConfigError(
-                    "[loop] tensorboard is true, but the package is not installed", "pip install tensorboard"
+                    "[loop] tensorboard is true, but the package tensorboard is not installed",
+                    "pip install tensorboard",
                 ) from error
             self._board = SummaryWriter(str(directory / BOARD))
 

@@ -74,7 +74,7 @@ def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapsho
     if snapshot.facts["processes"] != accelerator.num_processes:
         raise DataError(
             f"the run was started with {snapshot.facts['processes']} processes,"
-            f" and now there are {accelerator.num_processes}",
+            f" but now there are {accelerator.num_processes}",
             f"use the same number, or start again with {option('force', on=True)}",
         )
     weights = _under(_WEIGHTS, snapshot.tensors)

@@ -22,7 +22,7 @@ from torch import Tensor
 from blip2edge.errors import DataError, OutputError, option
 
 _TENSORS, FACTS = "state.safetensors", "state.json"
-_PREFIX = "step-"  # of a whole snapshot; what is being written begins with a dot
+_PREFIX = "step-"  # of a complete snapshot; an incomplete one begins with a dot
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Snapshots:
             content = save({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()})
             _write(fresh / _TENSORS, content)
             _write(fresh / FACTS, json.dumps(snapshot.facts).encode())
-            while target.exists():  # left by a run that was started again: kept until the new one is complete
+            while target.exists():  # from an earlier run; kept until the new snapshot is complete
                 target = target.with_name(f"{target.name}+")  # sorts after it
             fresh.rename(target)
         except OSError as error:

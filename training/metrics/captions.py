@@ -19,7 +19,7 @@ Grams = Counter[Gram]
 MAX_WORDS = 4  # words of the longest n-gram
 ROUGE_BETA = 1.2  # weight of recall relative to precision
 CIDER_SIGMA = 6.0  # words; width of the penalty on a wrong length
-_TINY, _SMALL = 1e-15, 1e-9  # with which the evaluation server avoids 0/0 in BLEU
+_TINY, _SMALL = 1e-15, 1e-9  # constants of the evaluation server that avoid 0/0 in BLEU
 
 
 def _grams(words: Sequence[str]) -> Grams:

@@ -48,13 +48,13 @@ def _one_of(words: str) -> str:
 _RULES = tuple(
     re.compile(rule, re.IGNORECASE)
     for rule in (
-        # A tag, an address of the web or of a person, a name of a user.
+        # An HTML tag, a web or e-mail address, a user name.
         r"<[/!?]?[a-z][a-z0-9]*(?:\s[^<>]*)?/?>",
         r"https?://[^\s\"<>|()]+[^\s\"<>|.!?(){},;:\-]",
         r"www\.[^\s\"<>|()]+[^\s\"<>|.!?(){},;:\-]",
         r"[a-z0-9][^\s\"<>|()\\@]*@[^\s\"<>|()\\@.,]+(?:\.[^\s\"<>|()\\@.,]+)*",
         rf"[@#]{_L}\w*",
-        # Words with an apostrophe of their own, and clitics.
+        # Words that contain an apostrophe, and clitics.
         rf"{_L}+n{_APOS}ts?{_END}",
         rf"n{_APOS}t{_END}",
         rf"{_APOS}(?:[smd]|re|ve|ll){_END}",
@@ -70,14 +70,14 @@ _RULES = tuple(
         rf"{_one_of(_BEFORE_NUMBERS)}\.(?=\s?\d)",
         rf"{_L}\.(?!\s+(?-i:{_one_of(_OPENERS)}){_END}(?!\.)){_END}",
         rf"(?:{_L}(?:\.{_L})+|ph\.d)\.{_END}",
-        # Numbers, and what is held together by hyphens, slashes, full stops or an ampersand.
+        # Numbers, and words joined by hyphens, slashes, full stops or an ampersand.
         r"\d+ \d+/\d+",
         r"[-+]?\d*(?:[.:,]?\d+)+",
         rf"\d*(?:[.,]?\d+)+(?:[-_/]{_W}+)+",
         rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)+",
         rf"{_W}+(?:[-_/]{_W}+)*",
         r"(?-i:[A-Z]+&[A-Z]+)",
-        # What is left: punctuation, faces, single signs.
+        # Everything else: punctuation, emoticons, single signs.
         r"(?-i:US)\$",
         r"\(\d{3}\) ?\d{3}-\d{4}",
         r"[!?]{2,}",
@@ -90,7 +90,7 @@ _RULES = tuple(
         r"\S",
     )
 )
-_PLAIN = re.compile(r"[a-z]+(?=[ ,;]|$)")  # what most words are: no other rule would take more
+_PLAIN = re.compile(r"[a-z]+(?=[ ,;]|$)")  # most words; no other rule matches a longer text at such a word
 
 _TWO_WORDS = {  # the length of the first of two words written as one
     "cannot": 3,

@@ -1,8 +1,8 @@
-"""Two short pretraining phases of the miniature, in place of EVA-CLIP and of OPT's training on web text.
+"""Two short pretraining phases of the miniature, the small BLIP-2 that a run trains if the recipe names no checkpoint.
 
-The parts of a real BLIP-2 are already trained. These phases train small parts with the same abilities: a picture
-encoder whose patches encode which object covers them and where it is (dense labels), and a language model whose text
-follows a prefix. Both use the training scenes only.
+They replace the training of EVA-CLIP and OPT, which a real BLIP-2 takes from checkpoints. The picture encoder learns
+which object covers a patch and where its centre is (dense labels). The language model learns to write a caption after
+vectors that stand in the place of the visual tokens. Both phases use the training scenes only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left
 ROLES = 3  # no object, the object named first, the object named second
 CLASSES = (ROLES, len(COLOURS), len(SHAPES), len(SIZES), len(RELATIONS))
 SHAPE = 2  # index of the shape in CLASSES
-BOX = 3  # centre of the object from that of the patch (x, y), and its radius
+BOX = 3  # numbers of a box: offset of the object's centre from the patch's centre (x, y), and radius
 
 
 class DenseLabels(NamedTuple):
@@ -123,7 +123,7 @@ class DenseBatch(NamedTuple):
 
 
 class VisionPretraining(nn.Module):
-    """Pretraining of the picture encoder with a linear head on its patches. The head is dropped afterwards.
+    """Pretraining of the picture encoder with a linear head on its patches. The head is not kept.
 
     Args:
         vision: The picture encoder, trained in place.
@@ -145,14 +145,14 @@ class VisionPretraining(nn.Module):
 
 
 class LanguagePretraining(nn.Module):
-    """Pretraining of the language model on captions after a prefix of their keywords.
+    """Pretraining of the language model on captions after embeddings of their seven keywords.
 
-    A language model that was trained on captions alone does not follow visual tokens when it is frozen later. One that
-    was trained on most captions after their seven keywords does.
+    If a language model is trained on captions alone and then frozen, its text does not depend on the visual tokens. If
+    most captions of its training follow their keywords, it does.
 
     Args:
         language: The language model, trained in place.
-        phase: Share of captions with keywords, and noise on the prefix.
+        phase: Share of captions with keywords, and noise on the keywords.
     """
 
     def __init__(self, language: OPTDecoder, phase: LanguagePhase) -> None:
@@ -163,7 +163,7 @@ class LanguagePretraining(nn.Module):
         self.train()
 
     def _prefix(self, keyword_ids: Tensor) -> Tensor:
-        """The prefix [B, Q, D]: embeddings of the keywords with noise, or noise alone."""
+        """The vectors before a caption [B, Q, D]: embeddings of its keywords with noise, or noise alone."""
         words = self.language.embed(keyword_ids)  # [B, Q, D]
         scale = words.detach().pow(2).mean().sqrt()
         noise = torch.randn_like(words) * scale

@@ -75,7 +75,7 @@ def _loader(run: TrainingRun, phase: str, rows: int, texts: TextMakers) -> Loade
 
 def _vision(run: TrainingRun) -> Phase:
     config, model = run.config, run.parts.model
-    torch.manual_seed(config.seed)  # for the weights of the head, which is dropped at the end
+    torch.manual_seed(config.seed)  # for the initial weights of the head
     module = VisionPretraining(model.vision, config.vision)
 
     def make(batch: list[Scene], names: list[str]) -> DenseBatch:
@@ -156,7 +156,7 @@ def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequenc
 
 @dataclass(frozen=True)
 class PhaseKind:
-    """How one kind of phase is made and finished.
+    """How a phase is made and finished.
 
     Attributes:
         make: Makes the phase, after the phases before it have ended.
@@ -197,7 +197,7 @@ def phases_of(stage: str, config: TrainingConfig) -> list[str]:
     phases = ["vision"] if config.model.is_miniature else []
     if stage == "stage1":
         if not config.stage1.steps:
-            raise ConfigError("[stage1] steps is 0", "set [stage1] steps to the number of optimiser steps")
+            raise ConfigError("[stage1] steps is 0", "set [stage1] steps to the number of optimizer steps")
         return [*phases, "stage1"]
     phases += ["language"] if config.model.is_miniature else []
     if config.stage1.steps and not config.model.bridge_from:

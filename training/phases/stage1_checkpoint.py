@@ -89,7 +89,7 @@ def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -
 
 
 def start_from_bert(model: Stage1Model, source: str | Path, generator: torch.Generator | None = None) -> list[str]:
-    """Loads the text side and self-attention from a BERT, and draws the rest.
+    """Loads the text side and self-attention from a BERT, and initialises the rest at random ("drawn").
 
     Vocabulary rows that BERT does not have ([DEC]) and cross-attention to the picture are drawn. So is the word head
     if the file has none (BertModel without the language-modelling head).
@@ -155,20 +155,19 @@ def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
     return {f"{path}.{name}": tensor for path, part in parts.items() for name, tensor in part.state_dict().items()}
 
 
-def save_stage1(model: Stage1Model, directory: str | Path, *, like: str | Path | None = None) -> None:
+def save_stage1(model: Stage1Model, directory: str | Path) -> None:
     """Writes a directory that ``transformers.Blip2ForImageTextRetrieval`` loads, with the files of the draft model.
 
     Args:
         model: The model; its temperature is written to ``stage1.json``.
         directory: The directory; created if it does not exist.
-        like: A directory whose tokenizer and processor files are copied too.
     """
     target = Path(directory)
     with torch.device("meta"):
         plain = RetrievalModel(model.config)
     state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
-    save_checkpoint(plain, target, like=like)
+    save_checkpoint(plain, target)
     rules = WeightMap(TEXT_HEAD_RULES)
     tensors = {rules.sources(name)[0]: tensor.contiguous().cpu() for name, tensor in draft_tensors(model).items()}
     write_draft(target, tensors, model.draft_config)
@@ -203,13 +202,14 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
         raise CheckpointError(
             f"expected the output of stage 1 with {DRAFT_CONFIG} in {directory}, found "
             + (f"the family {given.config.family}" if draft else f"no {DRAFT_CONFIG}"),
-            "give the output of train stage1, or a captioner with a draft",
+            "give the output of stage 1, or a captioner with a draft model",
         )
     if draft.vocab_size != given.config.vocab_size:
+        holder = DRAFT_CONFIG if has_draft else "the tokenizer of the text side"
         raise CheckpointError(
-            f"{directory}: {DRAFT_CONFIG} has a vocabulary of {draft.vocab_size}, config.json of "
-            f"{given.config.vocab_size}",
-            "give both from one training run",
+            f"{directory}: {holder} has {draft.vocab_size} tokens, but vocab_size in config.json is "
+            f"{given.config.vocab_size}; expected the same number",
+            "copy all files of the directory from the same training run",
         )
     model = Stage1Model(given.config, draft)
     draw_weights(model)
@@ -231,8 +231,8 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
     bridge, draft = captioner.config.bridge, captioner.config.draft
     if type(bridge) is not QFormerConfig or draft is None or captioner.draft is None:
         raise CheckpointError(
-            f"expected a plain Q-Former with a draft in {directory}, found a bridge of kind {bridge.kind}",
-            "give the output of train stage1",
+            f"expected a plain Q-Former with a draft model in {directory}, found a bridge of kind {bridge.kind}",
+            "give the output of stage 1",
         )
     model = Stage1Model(stage1_config(captioner.config.vision, bridge, draft, EMBED_DIM), draft)
     draw_weights(model)
@@ -256,7 +256,7 @@ def _load_head(model: Stage1Model, directory: Path) -> None:
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{directory / DRAFT_FILE} does not hold the word head ({reason})", "copy it again"
+            f"{directory / DRAFT_FILE} does not contain the word head ({reason})", "copy it again"
         ) from error
 
 
@@ -274,13 +274,13 @@ def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
     qformer = getattr(captioner.bridge, "qformer", None)
     if not isinstance(qformer, QFormerBase):
         raise CheckpointError(
-            f"a bridge of kind {captioner.config.bridge.kind} has no Q-Former that could take the result of stage 1",
+            f"a bridge of kind {captioner.config.bridge.kind} has no Q-Former that could be initialized from stage 1",
             "set bridge to qformer, or set stage1.steps to 0 and bridge_from to empty",
         )
     trained: Any = stage1.matcher.qformer
     _copy(qformer, trained.state_dict(), "the Q-Former")
     if captioner.draft is not None:
-        _copy(captioner.draft, draft_tensors(stage1), "the draft")
+        _copy(captioner.draft, draft_tensors(stage1), "the draft model")
 
 
 def _copy(module: nn.Module, given: Mapping[str, Tensor], title: str) -> None:
@@ -288,6 +288,6 @@ def _copy(module: nn.Module, given: Mapping[str, Tensor], title: str) -> None:
     wrong = [name for name, tensor in state.items() if name not in given or given[name].shape != tensor.shape]
     if wrong:
         raise CheckpointError(
-            f"{title} differs in size from that of stage 1: {some(wrong)}", "train both with the same sizes"
+            f"{title} has other sizes than that of stage 1: {some(wrong)}", "use the same sizes in both stages"
         )
     module.load_state_dict({name: given[name] for name in state})

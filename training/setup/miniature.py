@@ -1,4 +1,4 @@
-"""Builds the miniature: a BLIP-2 with an OPT language model that is small enough to ship with the package."""
+"""Builds the miniature: a small BLIP-2 with an OPT language model, trained from scratch on generated scenes."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.families.tokens import read_tokens
 from blip2edge.model.language.registry import LANGUAGES, bridged_language
+from blip2edge.model.layers import shapes_of
 from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.model.weights.rules import WeightMap, some
 from blip2edge.runtime.images.preprocess import Preprocessing
@@ -118,7 +119,7 @@ def load_language(name: str, base: Path) -> LanguagePart:
     row = bridged_language(values["model_type"])
     config = row.read_config(values)
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in row.build(config).state_dict().items()}
+        shapes = shapes_of(row.build(config))
     files = TensorFiles(directory)
     tied = config.tie_embeddings
     if tied:
@@ -222,7 +223,7 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
     model.vision.load_state_dict(vision.module.state_dict(), assign=True)
     missing = _assign(model.language, language.state)
     if missing:
-        raise CheckpointError(f"{language.directory} lacks {some(missing)}", "give a whole language model")
+        raise CheckpointError(f"{language.directory} lacks {some(missing)}", "give a complete language model")
     return model
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.decoding.state import tokens_to_drop
+from blip2edge.runtime.decoding.state import Decoder, tokens_to_drop
 
 LENGTHS = "seqlens_k"
 TOTAL = "total_sequence_length"
@@ -25,8 +25,8 @@ ROOM = 64
 """Capacities are multiples of this number of slots, so that the buffers seldom have to grow."""
 
 
-class InPlaceDecoder:
-    """A decoder graph that writes its KV cache in place, and its token table.
+class InPlaceDecoder(Decoder):
+    """The decoder of a graph that writes its KV cache in place.
 
     Args:
         session: The loaded graph.
@@ -36,8 +36,6 @@ class InPlaceDecoder:
         max_positions: The longest context.
     """
 
-    max_rows: int | None = None
-
     def __init__(
         self,
         session: OnnxRuntimeSession,
@@ -46,25 +44,18 @@ class InPlaceDecoder:
         table: TokenTable,
         max_positions: int,
     ) -> None:
+        super().__init__(spec, table)
         self.session = session
         self.cache = cache
-        self.table = table
         self.max_positions = max_positions
-        dtypes = {tensor.name: tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
-        self.embeds_dtype = NUMPY_DTYPES[dtypes["inputs_embeds"]]
-        self.cache_dtype = NUMPY_DTYPES[dtypes[cache.past_names()[0]]]
+        self.cache_dtype = self.dtypes[cache.past_names()[0]]
         self.vocabulary = spec.outputs[0].width
-        self.past_names = cache.past_names()
-        self.past_of = dict(zip(cache.present_names(), self.past_names, strict=True))
-
-    def embed(self, token_ids: NDArray[np.int64]) -> Array:
-        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
-        return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
+        self.past_of = dict(zip(cache.present_names(), cache.past_names(), strict=True))
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], InPlaceState]:
-        """Runs whole prompts; arguments and result as :meth:`.GrowingDecoder.prefill`.
+        """See :class:`Decoder`.
 
         Raises:
             ValueError: There is a context: these decoders have no cross-attention.
@@ -81,7 +72,7 @@ class InPlaceDecoder:
 
 
 class InPlaceState:
-    """The rows of a batch and their buffers. A ``RowState``.
+    """The rows of a batch and their buffers; it follows :class:`RowState`.
 
     Attributes:
         lengths: Tokens of each row in the cache, prompt included, int64 ``[B]``.
@@ -98,18 +89,15 @@ class InPlaceState:
 
     @property
     def batch_size(self) -> int:
-        """Rows B."""
+        """See :class:`DecodeState`."""
         return len(self.lengths)
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Appends a token ``[B]`` to each row; the logits ``[B, V]`` of the next."""
+        """See :class:`DecodeState`."""
         return self.extend(token_ids[:, None])[:, 0]
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Appends k tokens ``[B, k]`` to each row; the logits ``[B, k, V]`` after each of them.
-
-        In one pass; several tokens of several rows take a pass per row, as the kernel has no such batches.
-        """
+        """See :class:`RowState`; several tokens of several rows take one pass for each row, as the kernel requires."""
         batch, steps = token_ids.shape
         embeds = self._decoder.embed(token_ids)
         self._make_room(batch, int(self.lengths.max()) + steps)
@@ -124,15 +112,11 @@ class InPlaceState:
         return logits
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """Drops the tokens of row i after its first ``lengths[i]`` (``[B]``).
-
-        Raises:
-            ValueError: A row has fewer tokens, or would keep none.
-        """
+        """See :class:`RowState`."""
         self.lengths = self.lengths - tokens_to_drop(self.lengths, np.asarray(lengths, np.int64))
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Row i continues old row ``rows[i]``."""
+        """See :class:`DecodeState`."""
         used = int(self.lengths.max())
         self._make_room(len(rows), used)
         moved = np.flatnonzero(rows != np.arange(len(rows)))
@@ -142,7 +126,7 @@ class InPlaceState:
         self.lengths = self.lengths[rows]
 
     def join(self, other: InPlaceState) -> None:
-        """Adds the rows of another state of the same decoder; the other state is used up."""
+        """See :class:`DecodeState`."""
         first, used = self.batch_size, int(other.lengths.max())
         self._make_room(first + other.batch_size, max(used, int(self.lengths.max())))
         for name, buffer in self._buffers.items():
@@ -204,7 +188,7 @@ class InPlaceState:
         capacity = max(slots, min(-(-wanted // ROOM) * ROOM + ROOM, self._decoder.max_positions))
         cache, kept = self._decoder.cache, min(self.batch_size, had[0])
         used = min(int(self.lengths.max(initial=0)), had[2])
-        for name in self._decoder.past_names:
+        for name in self._decoder.past_of.values():
             buffer = np.empty((max(rows, had[0]), cache.num_heads, capacity, cache.head_dim), self._decoder.cache_dtype)
             if kept:
                 buffer[:kept, :, :used] = self._buffers[name][:kept, :, :used]

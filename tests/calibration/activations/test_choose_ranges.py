@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from blip2edge.calibration.activations.choose_ranges import choose_ranges, choose_ranges_by_output
+from blip2edge.calibration.activations.choose_ranges import choose_ranges
 from blip2edge.calibration.activations.folding import EVERYTHING, find_fold
 from blip2edge.calibration.activations.observer import LARGEST_TOKENS, SAMPLED_TOKENS, Observation, Observer
 from blip2edge.calibration.activations.qdq import ActivationPlan, insert_qdq
@@ -51,11 +51,11 @@ def draw_inputs(runs: int) -> list[Any]:
 
 
 def observed(model: ir.Model, folder: Path, inputs: list[Any]) -> dict[str, Observation]:
-    from blip2edge.calibration.activations.probe import GraphProbe
+    from blip2edge.calibration.activations.probe import open_tensors
 
     names = list(find_targets(model).by_activation())
     observers = {name: Observer(len(inputs), seed) for seed, name in enumerate(names)}
-    probe = GraphProbe(model, [name for name in names if name != "x"], folder, 0, 1)
+    probe = open_tensors(model, [name for name in names if name != "x"], folder, 0, 1)
     for x in inputs:
         for name, values in {**probe.run({"x": x}), "x": x}.items():
             if name in observers:
@@ -92,15 +92,16 @@ def test_a_division_keeps_what_one_range_a_tensor_ruins(tmp_path: Path) -> None:
 def test_without_outliers_no_node_is_added(tmp_path: Path) -> None:
     norm_then_products(tmp_path, outliers=1.0)
     model = ir.load(tmp_path / "vision_encoder.onnx")
-    plan = choose_ranges_by_output(model, find_targets(model), observed(model, tmp_path, draw_inputs(8)))
+    plan = choose_ranges(model, find_targets(model), observed(model, tmp_path, draw_inputs(8)), "smooth")
     assert all(one.fold or one.divisor is None for one in plan.activations if one.name == "normed")
 
 
-def test_a_product_that_cannot_be_rounded_stays(tmp_path: Path) -> None:
+def test_a_product_that_cannot_be_rounded_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     norm_then_products(tmp_path, outliers=60.0)
     model = ir.load(tmp_path / "vision_encoder.onnx")
     observations = observed(model, tmp_path, draw_inputs(8))
-    plan = choose_ranges_by_output(model, find_targets(model), observations, limit=1e-9)
+    monkeypatch.setattr("blip2edge.calibration.activations.choose_ranges.LIMIT", 1e-9)
+    plan = choose_ranges(model, find_targets(model), observations, "smooth")
     assert not plan.activations
     assert set(plan.kept_float) == {"node_hidden", "node_out", "node_aside"}
     assert all("rounding would change" in reason for reason in plan.kept_float.values())

@@ -48,7 +48,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, drops: Sequence[float], limit: float
 
     monkeypatch.setattr(drop_limit, "_rewritten", rewritten)
     context: Any = None
-    quantized = FullyQuantized({}, {}, Path())
+    quantized = FullyQuantized({}, Path())
     allowed = DropLimit(limit)
     _, kept = choose_kept_layers(context, quantized, ranking(len(drops) - 1), allowed, lambda graphs: drops[written[0]])
     return kept.count, kept.drops, written[0]
@@ -136,5 +136,5 @@ def test_a_limit_outside_its_range(limit: float) -> None:
 
 def test_a_limit_on_a_model_that_captions_nothing() -> None:
     check_drop_limit(None, captions=False)
-    with pytest.raises(UsageError, match="writes none"):
+    with pytest.raises(UsageError, match="generates none"):
         check_drop_limit(0.5, captions=False)

@@ -65,13 +65,13 @@ def test_the_limit_holds_and_the_record_says_which(int4: CalibrationReport) -> N
         weight: reason
         for graph in int4.graphs.values()
         for weight, reason in graph.kept_float.items()
-        if "--drop-limit" in reason
+        if "drop limit" in reason
     }
     assert bool(left) == bool(record["left"])
 
 
 def test_what_was_left_is_the_parents(int4: CalibrationReport, tiny_bundle: Path) -> None:
-    left = [w for w, reason in int4.graphs[DECODER].kept_float.items() if "--drop-limit" in reason]
+    left = [w for w, reason in int4.graphs[DECODER].kept_float.items() if "drop limit" in reason]
     graph = onnx.load(int4.bundle / "decoder.onnx")
     names = {tensor.name: tensor for tensor in graph.graph.initializer}
     parent = {tensor.name: tensor for tensor in onnx.load(tiny_bundle / "decoder.onnx").graph.initializer}

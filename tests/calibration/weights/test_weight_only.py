@@ -23,7 +23,6 @@ from blip2edge.calibration.weights.gptq import nearest
 from blip2edge.calibration.weights.segments import SegmentRunner, cut_graph
 from blip2edge.calibration.weights.weight_only import (
     BlockMatrix,
-    WeightOnlyOptions,
     all_logits,
     choose_formats,
     quantize_matrices,
@@ -71,7 +70,7 @@ def quantised(
     formats, left = choose_formats(products, bits)
     assert not left
     with DataFile(folder / "graph.data") as data:
-        matrices = quantize_matrices(model, products, data, WeightOnlyOptions(formats, **options), feeds or [])
+        matrices = quantize_matrices(model, products, data, formats, feeds or [], **options)
     ir.save(model, folder / "graph.onnx")
     onnx.checker.check_model(str(folder / "graph.onnx"), full_check=True)
     return folder / "graph.onnx", matrices

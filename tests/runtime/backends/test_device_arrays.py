@@ -84,9 +84,9 @@ def test_a_provider_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider, only .*blip2edge\[gpu\]"):
             Captioner.load(tiny_bundle, backend="cuda")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    told = SimpleNamespace(ok=False, detail="named, but fails: no driver", fix="install the driver")
+    told = SimpleNamespace(ok=False, detail="listed, but fails: no driver", fix="install the driver")
     monkeypatch.setattr(backend_cuda, "check_provider", lambda package, name: told)
-    with pytest.raises(BackendError, match="named, but fails: no driver; install the driver"):
+    with pytest.raises(BackendError, match=r"listed, but fails: no driver\); install the driver"):
         Captioner.load(tiny_bundle, backend="cuda")
     told.ok = True
     backend_cuda.checked_package.cache_clear()

@@ -89,7 +89,7 @@ def fake_runtime(session_providers: list[str], answer: Any) -> Any:
     ("providers", "answer", "told"),
     [
         (["CPUExecutionProvider"], 1.0, "fell back"),
-        (["CUDAExecutionProvider"], RuntimeError("no kernel\nimage"), "named, but fails: no kernel image"),
+        (["CUDAExecutionProvider"], RuntimeError("no kernel\nimage"), "listed, but fails: no kernel image"),
         (["CUDAExecutionProvider"], 1.5, "is wrong by"),
         (["CUDAExecutionProvider"], np.nan, "is wrong by"),
     ],
@@ -133,7 +133,7 @@ def test_an_openvino_that_fails_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_tensorrt_without_a_driver_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_spec", lambda module: object())
-    monkeypatch.setattr(doctor, "_version", lambda package: "10.3.0")
+    monkeypatch.setattr(doctor, "installed", lambda package: "10.3.0")
     absent = Check("NVIDIA driver", False, "none", "install it")
     check = doctor._tensorrt("TensorRT", "tensorrt", ("tensorrt",), "tensorrt", absent)
     assert not check.ok

@@ -113,10 +113,10 @@ def test_the_table_and_the_page_say_what_was_measured(report: BenchReport) -> No
     assert f"| vision | 16.0 | {p90:.1f} | {p99:.1f} | 8.0 | 100% (products) |" in lines
     assert "| bridge | 4.0 |" in "\n".join(lines)
     told = facts(report)
-    assert "100.0 tokens/s while decoding, 7 tokens a caption" in told
+    assert "100.0 tokens/s while decoding, 7 tokens per caption" in told
     assert any("loaded in 1.25 s" in fact for fact in told)
-    assert "3.00 J a caption (a fake)" in told
-    assert not any("tokens a pass" in fact for fact in told)
+    assert "3.00 J per caption (a fake)" in told
+    assert not any("tokens per pass" in fact for fact in told)
     written = bench_page(report)
     for fact in told:
         assert escape(fact) in written
@@ -158,7 +158,7 @@ def test_tokens_a_pass_with_a_draft(
             alone = captioner.caption(Bench(captioner).picture, max_new_tokens=12, min_new_tokens=12)
             assert found["tokens_per_pass"] == alone.tokens_per_pass
     assert main(["bench", str(bundle), *flags, "--draft", "lookup"]) == 0
-    assert re.search(r"- \d\.\d\d tokens a pass \(draft: lookup\)", capsys.readouterr().out)
+    assert re.search(r"- \d\.\d\d tokens per pass \(draft model: lookup\)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["runs", "tokens"])

@@ -174,7 +174,7 @@ def test_the_context_of_one_row_does_not_end_the_others(captioner: Captioner) ->
 def test_a_prompt_that_fills_the_context(captioner: Captioner) -> None:
     picture = draw_pictures(1)[0]
     assert len(captioner.caption(picture, prompt="two " * 58).tokens) == 1
-    with pytest.raises(PromptError, match=r"takes 65 slots .* context has 64"):
+    with pytest.raises(PromptError, match=r"has 65 tokens .* context has 64"):
         captioner.caption(picture, prompt="two " * 59)
     with pytest.raises(PromptError):
         captioner.stream(picture, prompt="two " * 59)
@@ -282,7 +282,7 @@ def test_an_engine_bounds_the_rows(captioner: Captioner, monkeypatch: pytest.Mon
 
 def test_arguments_that_do_not_fit(captioner: Captioner, tiny_bundle: Path) -> None:
     images = draw_pictures(2)
-    with pytest.raises(UsageError, match="1 prompts for 2 pictures"):
+    with pytest.raises(UsageError, match="one prompt for each of the 2 pictures, got 1"):
         captioner.caption_many(images, prompts=["a"])
     with pytest.raises(UsageError, match="batch_size"):
         captioner.caption_many(images, batch_size=0)
@@ -290,7 +290,7 @@ def test_arguments_that_do_not_fit(captioner: Captioner, tiny_bundle: Path) -> N
         captioner.stream(images[0], num_beams=2)
     with pytest.raises(UsageError, match="threads"):
         Captioner.load(tiny_bundle, threads=0)
-    with pytest.raises(BackendError, match="backend abacus"):
+    with pytest.raises(BackendError, match=r"expected backend to be one of .* got abacus"):
         Captioner.load(tiny_bundle, backend="abacus")  # type: ignore[arg-type]
 
 

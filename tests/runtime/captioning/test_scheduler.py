@@ -217,7 +217,7 @@ def test_a_decoder_that_breaks_fails_those_that_run_and_no_others(
 
     def breaking(self: generate_module.GenerationBatch) -> Any:
         if broken.pop() if broken else False:
-            raise BackendError("the decoder returned NaN")
+            raise BackendError("logits are NaN")
         return step(self)
 
     monkeypatch.setattr(generate_module.GenerationBatch, "step", breaking)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoding.generate import Generated, GenerationOptions, generate
+from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from tests.runtime.decoding.generating import generate
 
 pytest.importorskip("transformers", reason="the oracle is transformers")
 

@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from blip2edge.errors import BackendError, UsageError
-from blip2edge.runtime.decoding.generate import GenerationOptions, generate, stream
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.sampling import draw, filter_scores, log_softmax, top_k_indices
+from tests.runtime.decoding.generating import generate, stream
 
 pytest.importorskip("torch", reason="the oracle runs in torch")
 pytest.importorskip("transformers", reason="the oracle is transformers")
@@ -73,13 +74,11 @@ def test_stream_tells_every_token_before_the_next_step(opt_oracle: Any) -> None:
     options = GenerationOptions(max_new_tokens=5)
     first, state, prompts = oracle.start()
     tokens: list[list[int]] = [[], [], []]
-    for event in stream(first, state, prompts, options):
-        tokens[event.row].append(event.token)
-        assert len(state.steps) == len(tokens[event.row]) - 1
-        assert event.finish_reason == ("length" if len(tokens[event.row]) == 5 else None)
+    for row, token, finish_reason in stream(first, state, prompts, options):
+        tokens[row].append(token)
+        assert len(state.steps) == len(tokens[row]) - 1
+        assert finish_reason == ("length" if len(tokens[row]) == 5 else None)
     assert [tuple(row) for row in tokens] == [row.tokens for row in oracle.run(options)]
-    with pytest.raises(UsageError, match="num_beams"):
-        stream(first, state, prompts, GenerationOptions(num_beams=2))
 
 
 def test_the_prompt_counts_for_the_repetition_penalty(opt_oracle: Any) -> None:
@@ -264,11 +263,3 @@ def test_options_outside_their_range(values: dict[str, Any], named: str) -> None
     with pytest.raises(UsageError, match=named) as caught:
         GenerationOptions(**values)
     assert "\n" not in str(caught.value)
-
-
-def test_rows_must_agree(opt_oracle: Any) -> None:
-    first, state, prompts = opt_oracle(0, (2, 3)).start()
-    with pytest.raises(ValueError, match="B rows"):
-        stream(first, state, prompts[:1], GenerationOptions())
-    with pytest.raises(ValueError, match="row_ids"):
-        stream(first, state, prompts, GenerationOptions(), row_ids=[1])

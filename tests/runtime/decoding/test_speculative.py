@@ -11,14 +11,10 @@ from numpy.typing import NDArray
 
 from blip2edge.errors import UsageError
 from blip2edge.runtime.decoding.draft_model import remainder
-from blip2edge.runtime.decoding.generate import (
-    Generation,
-    GenerationBatch,
-    GenerationOptions,
-    generate,
-    stream,
-)
+from blip2edge.runtime.decoding.generate import Generation, GenerationBatch
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.speculative import PromptLookup, SpeculationCost, Speculator
+from tests.runtime.decoding.generating import generate, stream
 
 VOCABULARY, END = 50, 7
 PROMPTS = [[11, 12], [13], [14, 15, 16]]
@@ -136,7 +132,7 @@ def test_the_text_is_that_of_plain_decoding(prompt: list[int], wrong_every: int,
         assert speculator.accepted == 0
     again = Speculator(Oracle(wanted.tokens, wrong_every), Eager())
     events = stream(Words([prompt]).first(), Words([prompt]), [prompt], options, speculators=[again])
-    assert tuple(event.token for event in events) == wanted.tokens
+    assert tuple(token for _, token, _ in events) == wanted.tokens
 
 
 def test_nothing_is_read_that_no_token_needs() -> None:

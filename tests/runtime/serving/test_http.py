@@ -227,7 +227,7 @@ def test_other_statuses(server: Server, png: bytes, monkeypatch: pytest.MonkeyPa
         got(ask(server, "POST", "/caption", png), 413)
 
     def full(*_: Any, **__: Any) -> Any:
-        raise OverloadError("64 pictures are waiting already", "try again later")
+        raise OverloadError("the queue is full: 64 pictures are waiting", "try again later")
 
     monkeypatch.setattr(server.scheduler, "submit", full)
     assert got(ask(server, "POST", "/caption", png), 503).headers["retry-after"] == "1"

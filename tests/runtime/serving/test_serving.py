@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
-pytest.importorskip("uvicorn", reason="serving needs uvicorn")
+pytest.importorskip("uvicorn", reason="the server needs uvicorn")
 
 from tests.drawing import draw_pictures
 

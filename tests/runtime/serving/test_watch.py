@@ -197,7 +197,7 @@ def test_a_source_that_breaks_off(captioner: Captioner) -> None:
 
 @pytest.mark.parametrize("source", ["nowhere", "pyproject.toml"])
 def test_what_is_no_source(source: str) -> None:
-    with pytest.raises(DataError, match="no folder, no video file and no camera"):
+    with pytest.raises(DataError, match="expected a folder, a video file or a camera"):
         open_source(source)
 
 

@@ -98,5 +98,5 @@ def test_numbers_and_seeds_below_zero_are_refused(index: int, seed: int) -> None
 
 
 def test_another_split_is_refused() -> None:
-    with pytest.raises(UsageError, match="train or heldout"):
+    with pytest.raises(UsageError, match="heldout, train"):
         make_scene(0, split="test")  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def test_metrics_that_cannot_be_had() -> None:
     with pytest.raises(UsageError, match="at least 2 pictures"):
         score_scenes(EvaluatedModel(captioner=Knowing(2)), 1, "heldout", ScoringOptions())
     entry = Entry("1", "1", FilePicture(Path("none.png")), question="What?", answers=("a",))
-    with pytest.raises(UsageError, match="the data has questions"):
+    with pytest.raises(UsageError, match="the data set has questions"):
         score_entries(EvaluatedModel(matcher=Seeing(2)), [entry], BrokenSamples("data", 0), ScoringOptions())
     with pytest.raises(DataError, match="at least one sample"):
         score_entries(EvaluatedModel(captioner=Knowing(2)), [], BrokenSamples("data", 0), ScoringOptions())
@@ -200,7 +200,7 @@ def test_what_is_printed_for_people(data: Path, tiny_checkpoint: Drawn, capsys: 
         (["--data", "nowhere.json"], 1, "cannot read nowhere.json"),
         (["--count", "1"], 2, "at least 2 pictures"),
         (["--metrics", "vqa"], 2, "cannot be computed"),
-        (["--num-beams", "2"], 2, "--num-beams is for bundles"),
+        (["--num-beams", "2"], 2, "--num-beams works with bundles only"),
         (["--count", "2", "--predictions", "said.json"], 2, "--predictions"),
         (["--data", "recipe.toml"], 1, "unknown key 'data.pathh'; did you mean 'path'?"),
     ],

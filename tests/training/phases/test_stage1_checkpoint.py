@@ -63,7 +63,7 @@ def captioner(config: Any, draft: DraftConfig | None) -> CaptionerModel:
     names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_query_tokens")
     sizes = {name: getattr(text, name) for name in names}
     bridge = QFormerConfig(**sizes, encoder_hidden_size=text.encoder_hidden_size)
-    language = OPTConfig(30, 16, 24, 1, 2, 40)
+    language = OPTConfig(vocab_size=30, hidden_size=16, ffn_dim=24, num_layers=1, num_heads=2, max_positions=40)
     return CaptionerModel(CaptionerConfig(config.vision, bridge, language, draft=draft)).eval()
 
 
@@ -163,7 +163,7 @@ def test_the_second_stage_starts_where_the_first_ended(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in copy.state_dict().items())
     narrow = captioner(draw_stage1().config, None)
     narrow.bridge.qformer.query_tokens = torch.nn.Parameter(torch.zeros(1, 2, 12))  # type: ignore[union-attr]
-    with pytest.raises(CheckpointError, match="differs in size from that of stage 1: query_tokens"):
+    with pytest.raises(CheckpointError, match="has other sizes than that of stage 1: query_tokens"):
         begin_stage2(stage1, narrow)
 
 
@@ -174,7 +174,7 @@ def test_a_draft_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "draft.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"dec_token_id": 99}))
-    with pytest.raises(CheckpointError, match=r"dec_token_id 99 is not below vocab_size 19"):
+    with pytest.raises(CheckpointError, match=r"dec_token_id 99 must be below vocab_size 19"):
         load_checkpoint(tmp_path)
     path.write_text(json.dumps(values | {"vocab_size": 20}))
     with pytest.raises(CheckpointError, match=r"check that config.json belongs to these weights"):
@@ -187,12 +187,12 @@ def test_a_draft_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_first_stage(tmp_path: Path) -> None:
     save_checkpoint(captioner(draw_stage1().config, None), tmp_path / "captioner")
-    with pytest.raises(CheckpointError, match=r"found no draft.json; give the output of train stage1"):
+    with pytest.raises(CheckpointError, match=r"found no draft.json; give the output of stage 1"):
         load_stage1(tmp_path / "captioner")
     with pytest.raises(CheckpointError, match="found the family blip-2;"):
         load_stage1(tmp_path / "captioner", DraftConfig(19, 16, DEC, SEP, PAD))
     save_blip2(tmp_path / "given", 1)
-    with pytest.raises(CheckpointError, match=r"a vocabulary of 19, config.json of 90"):
+    with pytest.raises(CheckpointError, match=r"has 19 tokens, but vocab_size in config.json is 90"):
         load_stage1(tmp_path / "given", DraftConfig(19, 16, DEC, SEP, PAD))
 
 

@@ -146,7 +146,7 @@ def test_a_whole_checkpoint_is_gone_on_with(parts: Path) -> None:
             'vision_from = "blip2"\nlanguage_from = "llama"',
             "does not support the picture encoder of a BLIP-2",
         ),
-        ("qformer", 'vision_from = "blip2"', "vision_from and language_from belong together"),
+        ("qformer", 'vision_from = "blip2"', "expected both vision_from and language_from"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(bridge: str, model: str, said: str, parts: Path) -> None:

@@ -1,0 +1,41 @@
+"""The values of options that take one of a few names: one list for the code, the command line and its help.
+
+Only the standard library is imported, because `--help` imports this module.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Precisions of an export, and the dtype of the graphs' floating tensors."""
+
+VERIFICATIONS = ("full", "sample")
+"""How an export is compared with torch: the whole model, or some of its layers and shapes."""
+
+RANGE_METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
+"""How calibration chooses INT8 ranges: by the histogram alone, or (``smooth``) by the error of the layer's output."""
+
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+"""Precisions of weights in blocks, and their bits."""
+
+COPIED_BACKENDS = ("cpu", "openvino")
+"""Backends that have optimized copies."""
+
+TENSORRT_EDITIONS = ("tensorrt", "rtx")
+"""TensorRT, and TensorRT for RTX."""
+
+DECODER_CACHES = ("constant", "concatenated")
+"""KV cache of a decoder's engine: of constant capacity, or growing."""
+
+TRAINING_STAGES = ("stage1", "stage2", "instruct")
+
+METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval")
+
+Split = Literal["heldout", "train"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+"""Splits of the generated scenes: pairs of objects that no training shows, and the others."""
+
+WEB, SYNTHETIC = "web", "synthetic"
+KEEP = {"both": (WEB, SYNTHETIC), WEB: (WEB,), SYNTHETIC: (SYNTHETIC,)}
+"""Which captions CapFilt may keep, by their origin."""

@@ -1,0 +1,69 @@
+"""Optional packages: the extra of blip2edge that installs each, and the error if a package is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from blip2edge.errors import Blip2EdgeError
+
+EXTRAS = {
+    **dict.fromkeys(
+        ("huggingface_hub", "onnx", "onnxscript", "safetensors", "torch", "transformers"),
+        "export",
+    ),
+    "accelerate": "train",
+    "av": "video",
+    "onnx_ir": "build",
+    "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "ray": "ray",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    "uvicorn": "serve",
+}
+"""The extra by the name that a package is imported under."""
+
+
+def install_command(extra: str) -> str:
+    """The advice of an error: how to install an extra."""
+    return f"install it: pip install 'blip2edge[{extra}]'"
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """The packages that are not installed; none is imported."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def installed(package: str) -> str:
+    """The version of a package by its name on PyPI, or of its ``-gpu`` form; empty if neither is installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, so not at every start
+
+    for name in (package, f"{package}-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def require(package: str, purpose: str, error: type[Blip2EdgeError], extra: str = "", hint: str = "") -> Any:
+    """Imports an optional package.
+
+    Args:
+        package: The name that it is imported under.
+        purpose: What needs it: the beginning of the error.
+        error: The class of the error if it is missing.
+        extra: The extra that installs it; empty for that of :data:`EXTRAS`.
+        hint: Further advice for the error.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as cause:
+        absent = isinstance(cause, ModuleNotFoundError) and cause.name == package
+        problem = f"{purpose} needs {package}, which {'is not installed' if absent else f'does not load ({cause})'}"
+        raise error(problem, install_command(extra or EXTRAS[package]) + hint) from cause
