@@ -194,7 +194,7 @@ def set_config(directory: Path, section: str | None, **values: Any) -> None:
         ("vision_config", {"patch_size": 64}, "64"),
         ("vision_config", {"image_size": -32}, "vision_config.image_size"),
         ("vision_config", {"layer_norm_eps": float("nan")}, "vision_config.layer_norm_eps"),
-        ("qformer_config", {"num_attention_heads": 5}, "5 heads"),
+        ("qformer_config", {"num_attention_heads": 5}, "number of heads 5"),
         ("qformer_config", {"cross_attention_frequency": 0}, "cross_attention_frequency"),
         (None, {"vision_config": [1]}, "vision_config"),
         (None, {"num_query_tokens": True}, "num_query_tokens"),

@@ -21,7 +21,7 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 
 from blip2edge.errors import BundleError
-from blip2edge.runtime.text.tokenizer import StopText, TextStream, Tokenizer
+from blip2edge.runtime.text.tokenizer import StopText, TextStream, Tokenizer, clean_up_spaces
 
 pytest.importorskip("transformers", reason="the oracle is transformers")
 from transformers import PreTrainedTokenizerFast
@@ -114,22 +114,26 @@ def no_decoder() -> Backend:
     return backend
 
 
-KINDS: dict[str, Callable[[], Backend]] = {
-    "byte-level": byte_level,
-    "llama": llama,
-    "unigram": unigram,
-    "wordpiece": wordpiece,
-    "wordpiece without cleanup": lambda: wordpiece(cleanup=False),
-    "no decoder": no_decoder,
+KINDS: dict[str, tuple[Callable[[], Backend], bool]] = {
+    "byte-level": (byte_level, False),
+    "byte-level, clean-up asked for": (byte_level, True),
+    "llama": (llama, False),
+    "unigram": (unigram, False),
+    "unigram, clean-up": (unigram, True),
+    "wordpiece": (wordpiece, False),
+    "wordpiece, clean-up": (lambda: wordpiece(cleanup=False), True),
+    "no decoder": (no_decoder, False),
 }
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """A tokenizer and transformers' over the same file."""
+    make, clean_up = KINDS[request.param]
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    KINDS[request.param]().save(str(path))
-    return Tokenizer.from_file(path), PreTrainedTokenizerFast(tokenizer_file=str(path))
+    make().save(str(path))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=clean_up)
+    return Tokenizer.from_file(path, clean_up_tokenization_spaces=clean_up), theirs
 
 
 def id_lists(tokenizer: Tokenizer) -> list[list[int]]:
@@ -164,12 +168,13 @@ def test_decode_is_transformers(pair: tuple[Tokenizer, Any]) -> None:
     assert ours.decode(np.array(lists[0], np.int64)) == ours.decode(lists[0])  # type: ignore[arg-type]
 
 
-def test_stream_adds_up_to_decode(pair: tuple[Tokenizer, Any]) -> None:
+@pytest.mark.parametrize("skip", [True, False])
+def test_stream_adds_up_to_decode(pair: tuple[Tokenizer, Any], skip: bool) -> None:
     tokenizer, _ = pair
-    stream = TextStream(tokenizer)
+    stream = TextStream(tokenizer, skip)
     for ids in id_lists(tokenizer):
         pieces = [stream.push(token_id) for token_id in ids]
-        assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+        assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, skip)
     assert stream.push(tokenizer.vocab_size + 7) == ""
     assert stream.flush() == ""
 
@@ -179,7 +184,7 @@ def test_stream_of_a_long_text_is_prompt_and_decodes_short_windows(monkeypatch: 
         tokenizer = Tokenizer(make())
         ids = tokenizer.encode("a dog on the grass , playing. " * 30, add_special_tokens=False)
         lengths: list[int] = []
-        decode = Tokenizer.decode
+        decode = Tokenizer.decode_raw
 
         def counted(
             self: Tokenizer, ids: Any, skip_special_tokens: bool = True, log: Any = lengths, raw: Any = decode
@@ -188,7 +193,7 @@ def test_stream_of_a_long_text_is_prompt_and_decodes_short_windows(monkeypatch: 
             return raw(self, ids, skip_special_tokens)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Tokenizer, "decode", counted)
+            patch.setattr(Tokenizer, "decode_raw", counted)
             stream = TextStream(tokenizer)
             text = ""
             for at, token_id in enumerate(ids):
@@ -223,6 +228,29 @@ def test_stream_holds_a_run_of_byte_tokens_until_it_ends() -> None:
     assert stream.flush() == ""
     assert [stream.push(token_id) for token_id in [*dog, dog[0]]] == [""] * 5
     assert stream.flush() == "\ufffd" * 5  # one broken byte breaks its run
+
+
+def test_clean_up_is_transformers(pair: tuple[Tokenizer, Any]) -> None:
+    _, theirs = pair
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        text = "".join(rng.choice(list(" ''nntvre.,a"), 20))
+        assert clean_up_spaces(text) == theirs.clean_up_tokenization(text)
+
+
+def test_clean_up_in_a_stream_of_single_characters() -> None:
+    letters = {letter: at for at, letter in enumerate(" 'nntvremsa.,?!"[::-1])}
+    backend = Backend(models.WordLevel(letters, unk_token="a"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = Tokenizer(backend, clean_up_tokenization_spaces=True)
+    rng, held = np.random.default_rng(2), 0
+    for _ in range(1500):
+        ids = [letters[letter] for letter in rng.choice(list("   ''' nntvremsa.,"), 24)]
+        stream = TextStream(tokenizer)
+        pieces = [stream.push(token_id) for token_id in ids]
+        held += pieces.count("")
+        assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    assert held
 
 
 def test_tokens_and_ids() -> None:
