@@ -56,6 +56,21 @@ class ImageProcessorClass:
     std: tuple[float, float, float] = OPENAI_CLIP_STD
     square: bool = False
 
+    def settings(self) -> dict[str, Any]:
+        """The defaults by transformers' keys."""
+        return {
+            "do_resize": True,
+            "size": self.size,
+            "resample": self.resample,
+            "do_center_crop": self.do_crop,
+            "crop_size": self.crop,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.mean,
+            "image_std": self.std,
+        }
+
 
 _CLIP = ImageProcessorClass()
 _BLIP = ImageProcessorClass(SQUARE_384, None, do_crop=False, square=True)
@@ -126,7 +141,7 @@ def read_image_processor(
     """The preprocessing that a ``preprocessor_config.json`` describes.
 
     Args:
-        values: The parsed JSON. A key that is absent or null takes the default of the class that is named.
+        values: The parsed JSON. An absent key takes the default of the class that is named.
         where: Name of the file, for errors.
         otherwise: Key of :data:`CLASSES`, where no class is named.
 
@@ -134,8 +149,7 @@ def read_image_processor(
         CheckpointError: The class is not supported, a value is outside its range, or a key selects a step that is
             not supported.
     """
-    given = {key: value for key, value in values.items() if value is not None}
-    named = _class_name(given)
+    named = _class_name(values)
     kind = next((named.removesuffix(ending) for ending in _ENDINGS if named.endswith(ending)), named) or otherwise
     row = CLASSES.get(kind)
     if row is None:
@@ -143,21 +157,28 @@ def read_image_processor(
             f"{where}: the image processor {named} is not supported",
             f"supported: {', '.join(f'{name}ImageProcessor' for name in CLASSES if not name.endswith('Video'))}",
         )
-    check_keys(IMAGE_PROCESSOR, given, where)
-    if "image_size" in given and kind == "Idefics":
-        given["size"] = given["image_size"]
-    crop = _size(given.get("crop_size", row.crop), square=True)
+    check_keys(IMAGE_PROCESSOR, values, where)
+    settings = {**row.settings(), **{key: values[key] for key in row.settings() if key in values}}
+    if kind == "Idefics" and values.get("image_size") is not None:
+        settings["size"] = values["image_size"]
     try:
+        steps = {key: _flag(settings, key) for key in settings if key.startswith("do_")}
+        needed = {"size": "do_resize", "crop_size": "do_center_crop", "rescale_factor": "do_rescale"}
+        for key, step in {**needed, "image_mean": "do_normalize", "image_std": "do_normalize"}.items():
+            if settings[key] is None and steps[step]:
+                raise ValueError(f"{key}: expected a value, got null")
+            if settings[key] is None or not steps[step]:
+                settings[key] = row.settings()[key]
         return Preprocessing(
-            resize=_flag(given, "do_resize", True),
-            size=_size(given.get("size", row.size), _flag(given, "default_to_square", row.square)) or {},
-            crop=crop if _flag(given, "do_center_crop", row.do_crop) else None,
-            resample=int(given.get("resample", row.resample)),
-            do_rescale=_flag(given, "do_rescale", True),
-            rescale_factor=float(given.get("rescale_factor", 1 / 255)),
-            do_normalize=_flag(given, "do_normalize", True),
-            mean=_channels(given.get("image_mean", row.mean)),
-            std=_channels(given.get("image_std", row.std)),
+            resize=steps["do_resize"],
+            size=_size(settings["size"], _flag(values, "default_to_square", row.square)),
+            crop=_size(settings["crop_size"], square=True) if steps["do_center_crop"] else None,
+            resample=BILINEAR if settings["resample"] is None else int(settings["resample"]),
+            do_rescale=steps["do_rescale"],
+            rescale_factor=float(settings["rescale_factor"]),
+            do_normalize=steps["do_normalize"],
+            mean=_channels(settings["image_mean"]),
+            std=_channels(settings["image_std"]),
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
@@ -169,17 +190,16 @@ def _class_name(values: Mapping[str, Any]) -> str:
     return next((str(values[key]) for key in keys if values.get(key)), "")
 
 
-def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+def _flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """A switch; null switches a step off, as in transformers."""
     value = values.get(key, default)
-    if not isinstance(value, bool):
+    if value is not None and not isinstance(value, bool):
         raise ValueError(f"{key}: expected true or false, got {value!r}")
-    return value
+    return bool(value)
 
 
-def _size(value: Any, square: bool) -> dict[str, int] | None:
+def _size(value: Any, square: bool) -> dict[str, int]:
     """transformers' forms of a size (an object, a number, or height and width) as a dict."""
-    if value is None:
-        return None
     if isinstance(value, Mapping):
         return {key: edge for key, edge in value.items() if edge is not None}
     if isinstance(value, (list, tuple)):

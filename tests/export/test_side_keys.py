@@ -103,7 +103,9 @@ def test_a_nested_image_processor_goes_before_the_other_file(copied: Path) -> No
         ({"image_processor_type": "SiglipImageProcessor"}, "mean", (0.5, 0.5, 0.5)),
         ({"image_processor_type": "ViTImageProcessorFast"}, "resample", 2),
         ({"feature_extractor_type": "ViTFeatureExtractor", "resample": 0}, "resample", 0),
-        ({"image_processor_type": "CLIPImageProcessor", "size": None}, "size", {"shortest_edge": 224}),
+        ({"image_processor_type": "CLIPImageProcessor"}, "size", {"shortest_edge": 224}),
+        ({"do_rescale": None}, "do_rescale", False),
+        ({"resample": None}, "resample", 2),
         ({"image_processor_type": "DeiTImageProcessor"}, "crop", {"height": 224, "width": 224}),
         ({"image_processor_type": "IdeficsImageProcessor", "image_size": 98}, "size", {"height": 98, "width": 98}),
         ({"size": 98}, "size", {"height": 98, "width": 98}),
@@ -122,6 +124,8 @@ def test_absent_keys_take_the_defaults_of_the_class(values: dict[str, Any], fiel
         ({"do_pad": True}, "do_pad is true, which is not supported"),
         ({"data_format": "channels_last"}, 'data_format is "channels_last"'),
         ({"do_resize": "yes"}, "do_resize: expected true or false"),
+        ({"size": None}, "size: expected a value, got null"),
+        ({"image_std": None}, "image_std: expected a value, got null"),
     ],
 )
 def test_a_step_that_is_not_supported_is_refused_by_name(values: dict[str, Any], message: str) -> None:

@@ -289,6 +289,7 @@ def test_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         {"resample": 9},
         {"image_mean": [0.1, 0.2]},
         {"image_std": [0.0, 1.0, 1.0]},
+        {"image_std": None},
         {"do_pad": True},
         {"do_center_crop": True, "crop_size": {"height": 10**6, "width": 10**6}},
     ],
