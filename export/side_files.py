@@ -182,4 +182,6 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
         removed = values.get("vision_feature_select_strategy") == "default"
         if config.family == "llava" and added - removed != int(config.vision.keep_class):
             raise refused(str(path), "num_additional_image_tokens", added, (int(config.vision.keep_class) + removed,))
+    elif config.family == "blip-2-itm":  # transformers would put placeholders of the picture into the text
+        accepted |= {"num_query_tokens": ()}
     return check_keys(replace(PROCESSOR, checked={**PROCESSOR.checked, **accepted}), values, str(path))
