@@ -312,6 +312,11 @@ class PromptSpec:
             if bool(token) != (self.kind == kind):
                 raise ValueError(f"a prompt of kind {self.kind} {'has no' if token else 'needs a'} token of {kind}")
 
+    @property
+    def gives_ids(self) -> bool:
+        """Whether transformers generates from the prompt's ids alone; else from embeddings, as of visual tokens."""
+        return self.kind != SEGMENTS or MARKERS[0] not in self.template
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object in ``bundle.json``."""
         return dict(vars(self))

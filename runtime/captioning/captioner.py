@@ -12,25 +12,22 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
+from blip2edge.runtime.captioning.arguments import check_text, listed
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span
 from blip2edge.runtime.captioning.scheduler import Scheduler
-from blip2edge.runtime.decoding.options import (
-    CaptionOptions,
-    GenerationOptions,
-    check_integer,
-    check_text,
-    listed,
-)
+from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
+from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged
 from blip2edge.runtime.images.video import ItemSource
 
 if TYPE_CHECKING:
@@ -213,20 +210,17 @@ class Captioner(LoadedBundle):
         Raises:
             UsageError: An unknown field, or a value outside its range.
         """
-        defaults = self.bundle.manifest.generation
         known = GenerationOptions.__dataclass_fields__
         unknown = sorted(options.keys() - known.keys())
         if unknown:
-            raise UsageError(f"there is no option {unknown[0]}", f"options are {', '.join(known)}", field=unknown[0])
-        least: object = options.get("min_new_tokens", 0)
-        merged: dict[str, Any] = {
-            "eos_token_ids": tuple(defaults["eos_token_ids"]),
-            "stop": tuple(defaults.get("stop", ())),
-            "max_new_tokens": max(defaults["max_new_tokens"], least if isinstance(least, int) else 0),
-            "draft": self.generator.drafts.default,
-            **options,
-        }
-        chosen = GenerationOptions(**merged)
+            similar = " or ".join(map(option, get_close_matches(unknown[0], known)))
+            fix = f"use {similar}" if similar else "the options are the fields of GenerationOptions"
+            raise UsageError(f"there is no option {unknown[0]}", fix, field=unknown[0])
+        manifest = self.bundle.manifest
+        defaults = {**manifest.generation, "draft": self.generator.drafts.default}
+        chosen = GenerationOptions(**merged(defaults, options))
+        check_ids(chosen, manifest.vocab_size)
+        check_prompt_ids(chosen, given=self.prompts.spec.gives_ids)
         if chosen.draft == "itg":
             self.generator.drafts.check(chosen)
         return chosen

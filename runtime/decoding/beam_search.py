@@ -13,15 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoding.options import (
-    Generated,
-    GenerationOptions,
-    Stopped,
-    end_ids,
-    finish_reason,
-    ids_before,
-)
-from blip2edge.runtime.decoding.sampling import log_softmax, penalize_repetition, top_k_indices
+from blip2edge.runtime.decoding.logits_processors import LogitsProcessors
+from blip2edge.runtime.decoding.options import Generated, GenerationOptions, Stopped, finish_reason
+from blip2edge.runtime.decoding.sampling import log_softmax, top_k_indices
 from blip2edge.runtime.decoding.state import DecodeState
 
 _EXCLUDED = np.float32(-1e9)  # added to a score that must not be chosen, as in transformers
@@ -52,7 +46,6 @@ def beam_search(
         BackendError: The decoder returned NaN.
     """
     width, vocabulary = options.num_beams, first_logits.shape[-1]
-    ends = end_ids(options, vocabulary)
     active = [_BeamGroup(ids, initial, options, vocabulary, stopped) for ids in prompt_ids]
     pictures = list(active)
     logits = np.repeat(first_logits, width, axis=0)
@@ -61,7 +54,7 @@ def beam_search(
     while True:
         scores = log_softmax(np.asarray(logits, np.float32)).reshape(len(active), width, vocabulary)
         for picture, beams in zip(active, scores, strict=True):
-            picture.advance(beams, ends)
+            picture.advance(beams)
         going = [position for position, picture in enumerate(active) if not picture.done]
         if not going:
             return [picture.result(initial) for picture in pictures]
@@ -90,7 +83,7 @@ class _BeamGroup:
         stopped: Stopped | None,
     ) -> None:
         width = options.num_beams
-        self._before = ids_before(prompt, initial, vocabulary)
+        self._processors = LogitsProcessors([*prompt, *initial], options, vocabulary)
         self._options, self._stopped = options, stopped
         self._length = 0
         self._running = np.zeros((width, options.max_new_tokens), np.int64)
@@ -108,14 +101,15 @@ class _BeamGroup:
         """The last token of each running beam, int64 [num_beams]."""
         return self._running[:, self._length - 1]
 
-    def advance(self, log_probs: NDArray[np.float32], ends: NDArray[np.int64]) -> None:
+    def advance(self, log_probs: NDArray[np.float32]) -> None:
         """Extends all beams by one token.
 
         Args:
             log_probs: [num_beams,V], of the running beams' next token; changed in place.
-            ends: The end tokens.
         """
-        self._process(log_probs, ends)
+        if self._processors.act(self._length):
+            for beam, text in zip(log_probs, self._running, strict=True):
+                self._processors(beam, text[: self._length])
         log_probs += self._scores[:, None]
         scores, sources, texts = self._continuations(log_probs)
         length = self._length + 1
@@ -128,21 +122,13 @@ class _BeamGroup:
         self._running, self._scores, self.sources = texts[chosen], continued[chosen], sources[chosen]
         self._length = length
         self._improvable = self._improvable and self._can_improve()
-        full = self._options.early_stopping and bool(self._is_finished.all())
+        full = self._options.early_stopping is True and bool(self._is_finished.all())
         self.done = full or not self._improvable or bool(ended.all())
 
     def result(self, initial: Sequence[int]) -> Generated:
         """The best finished text."""
         tokens, reason = self._finished[0]
         return Generated((*initial, *tokens), reason, float(self._finished_scores[0]))
-
-    def _process(self, log_probs: NDArray[np.float32], ends: NDArray[np.int64]) -> None:
-        if self._options.repetition_penalty != 1.0:
-            for scores, text in zip(log_probs, self._running, strict=True):
-                seen = np.concatenate((self._before, text[: self._length]))
-                penalize_repetition(scores, seen, self._options.repetition_penalty)
-        if self._length < self._options.min_new_tokens:
-            log_probs[:, ends] = -np.inf
 
     def _continuations(
         self, log_probs: NDArray[np.float32]
@@ -168,7 +154,8 @@ class _BeamGroup:
         ripe = ended & (np.arange(len(ended)) < width)
         if not ripe.any():
             return
-        penalised = scores / np.float32(texts.shape[1] ** self._options.length_penalty)
+        with np.errstate(over="ignore"):  # the lowest float32, of `remove_invalid_values`
+            penalised = scores / np.float32(texts.shape[1] ** self._options.length_penalty)
         entries = list(zip(self._finished_scores, self._finished, self._is_finished, strict=True))
         entries += [
             (penalised[at], (tuple(texts[at].tolist()), reasons[at] or ""), np.True_)
@@ -181,7 +168,13 @@ class _BeamGroup:
         self._is_finished = np.array([flag for _, _, flag in entries])
 
     def _can_improve(self) -> bool:
-        """Whether the best running beam, at its present length, has a better score than a finished text."""
-        best = self._scores[0] / np.float32(self._length**self._options.length_penalty)
+        """Whether the best running beam has a better score than a finished text.
+
+        Its length is the present one; with `early_stopping` "never", the longest possible.
+        """
+        penalty = self._options.length_penalty
+        longest = self._options.early_stopping == "never" and penalty > 0
+        length = self._options.max_new_tokens if longest else self._length
+        best = self._scores[0] / np.float32(length**penalty)
         worst = np.where(self._is_finished, self._finished_scores.min(), _EXCLUDED)
         return bool((best > worst).any())

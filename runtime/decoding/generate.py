@@ -2,7 +2,7 @@
 
 Parity target: transformers 5.23 `generate`, called as `Blip2ForConditionalGeneration.generate` calls its
 language model, with `inputs_embeds` and `input_ids`. There the prompt's ids count both in the current length and in the
-limits of length, so that only the repetition penalty depends on them.
+limits of length, so that only logits processors depend on them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,9 @@ from collections.abc import Generator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoding.options import (
-    Generated,
-    GenerationOptions,
-    Stopped,
-    end_ids,
-    finish_reason,
-    ids_before,
-)
-from blip2edge.runtime.decoding.sampling import broken_logits, draw, penalize_repetition, row_stream
+from blip2edge.runtime.decoding.logits_processors import LogitsProcessors, sampling_filters
+from blip2edge.runtime.decoding.options import Generated, GenerationOptions, Stopped, finish_reason
+from blip2edge.runtime.decoding.sampling import broken_logits, draw, row_stream
 from blip2edge.runtime.decoding.speculative import Speculator
 from blip2edge.runtime.decoding.state import DecodeState, GreedyState, RowState
 
@@ -48,11 +42,10 @@ class Generation:
 
     Args:
         prompt_ids: The prompt's ids as transformers' ``input_ids`` hold them, without padding (image placeholders
-            included); empty for encoder-decoder models, whose decoder does not read them. Ids outside the vocabulary
-            are ignored.
+            included); empty for encoder-decoder models, whose decoder does not read them.
         options: How to generate; ``num_beams`` is 1.
         vocabulary: V, the number of logits.
-        initial: Ids that the decoder was started with (encoder-decoder models). The result and the repetition penalty
+        initial: Ids that the decoder was started with (encoder-decoder models). The result and the logits processors
             include them; limits of length do not count them.
         stopped: Returns whether the generated ids finish the text; the end tokens always do.
         number: Selects the row's random stream: with the same seed and number, a text does not depend on its batch.
@@ -83,8 +76,8 @@ class Generation:
         self.finish_reason: str | None = None
         self._stopped = stopped
         self._random = row_stream(options.seed, number) if options.sampling else None
-        self._penalized = ids_before(prompt_ids, initial, vocabulary)
-        self._end_ids = end_ids(options, vocabulary)
+        self._processors = LogitsProcessors([*prompt_ids, *initial], options, vocabulary)
+        self._filters = sampling_filters(options)
 
     def result(self) -> Generated:
         """The result; call it when the text is finished."""
@@ -96,39 +89,29 @@ class Generation:
         """Tokens that may still be generated."""
         return self.options.max_new_tokens - len(self.generated)
 
-    @property
-    def _too_short(self) -> bool:
-        return len(self.generated) < self.options.min_new_tokens and len(self._end_ids) > 0
-
-    @property
-    def _changes_scores(self) -> bool:
-        """Whether the next token is chosen from other scores than the decoder's logits."""
-        return self.options.repetition_penalty != 1.0 or self._too_short
-
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits ``[V]`` after repetition penalty and minimal length; the argument is not changed."""
-        if not self._changes_scores:
+        """Logits ``[V]`` after the logits processors; the argument is not changed."""
+        if not self._processors.act(len(self.generated)):
             return logits
         scores = np.array(logits, np.float32)
-        if self.options.repetition_penalty != 1.0:
-            penalized = np.concatenate((self._penalized, np.array(self.generated, np.int64)))
-            penalize_repetition(scores, penalized, self.options.repetition_penalty)
-        if self._too_short:
-            scores[self._end_ids] = -np.inf
+        self._processors(scores, np.array(self.generated, np.int64))
         return scores
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token, chosen from logits ``[V]``; of equal scores, greedy decoding takes the lowest id."""
+        """The next token, chosen from logits ``[V]``; of equal scores, greedy decoding takes the lowest id.
+
+        If processors exclude every token, or make a score infinite, there are no probabilities: sampling is greedy.
+        """
         scores = self.scores(logits)
-        if self._random is None:
+        if self._random is None or (scores is not logits and not np.isfinite(scores.max())):
             return int(argmax(scores[None])[0])
-        options = self.options
-        return draw(np.asarray(scores, np.float32), self._random, options.temperature, options.top_k, options.top_p)
+        options, scores = self.options, np.asarray(scores, np.float32)
+        return draw(scores, self._random, options.temperature, options.top_k, options.top_p, self._filters)
 
     @property
     def is_plain(self) -> bool:
         """Whether the next token is the arg-max of the decoder's logits, without any change of the scores."""
-        return self._random is None and self.speculator is None and not self._changes_scores
+        return self._random is None and self.speculator is None and not self._processors.act(len(self.generated))
 
     def accept(self, token: int) -> None:
         """Appends a token; sets ``finish_reason`` if the token finishes the text."""

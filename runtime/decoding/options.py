@@ -1,15 +1,15 @@
-"""Options and results of text generation, checks of arguments, and the test whether a text is finished."""
+"""Options and results of text generation, and the test whether a text is finished."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from blip2edge.bundle.schema import DRAFTS, DraftName
 from blip2edge.errors import UsageError, option
@@ -34,9 +34,17 @@ MAX_STOPS = 64
 MIN_SAMPLING_TEMPERATURE = 1e-5
 """Temperatures below this are greedy decoding: in float32, the likeliest token then has the probability 1."""
 
+MAX_BIAS = 1e6
+"""Largest bias of a sequence; minus infinity excludes it."""
+
+BELOW_ONE = 1 - 1e-6
+"""Largest probability that a cutoff of sampling may have."""
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Options that act in sampling alone."""
+
 _SAMPLING = f"{option('temperature')}, {option('top_p')} or {option('top_k')}"
 
-Item = TypeVar("Item")
 Stopped = Callable[[Sequence[int]], bool]
 
 
@@ -52,15 +60,35 @@ class CaptionOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     seed: int | None
-    early_stopping: bool
+    early_stopping: bool | Literal["never"]
     eos_token_ids: tuple[int, ...] | list[int]
     stop: tuple[str, ...] | list[str]
     draft: DraftName
+    min_length: int | None
+    no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
+    encoder_repetition_penalty: float | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    sequence_bias: Mapping[tuple[int, ...], float] | Sequence[Sequence[Any]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | Sequence[int] | None
+    exponential_decay_length_penalty: Sequence[float] | None
+    remove_invalid_values: bool | None
+    renormalize_logits: bool | None
+    min_p: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to generate a text. Tokens are sampled if a temperature, top_p or top_k is given (temperature 0: not).
+    """How to generate a text. Tokens are sampled if one of :data:`SAMPLING` is given (temperature 0: not).
+
+    From ``min_length`` on, the names, values and effects are those of transformers' `GenerationConfig`, and None means
+    off; `logits_processors` has the formulas. Lists and mappings are stored as tuples.
 
     Attributes:
         max_new_tokens: Largest number of generated tokens, the end token included.
@@ -72,11 +100,31 @@ class GenerationOptions:
         top_p: Sample from the smallest set of likeliest tokens whose probabilities sum to at least this.
         top_k: Sample from this number of likeliest tokens; 0 for all.
         seed: Seed of the random streams, one stream for each row; None for a different text at every call.
-        early_stopping: Whether beam search ends as soon as num_beams texts are finished.
+        early_stopping: True: beam search ends as soon as num_beams texts are finished. False: as soon as the best
+            running text, at its present length, is worse than they are; "never": at any length.
         eos_token_ids: End tokens: each of them finishes a text.
         stop: Strings that end the text: it is cut before the first of them.
         draft: Draft model of speculative decoding, one of ``schema.DRAFTS``. The text does not depend on it. Sampling
             and beam search use none.
+        min_length: No end token before this many tokens, the prompt's included. `min_new_tokens` replaces it.
+        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and text; 0: off.
+        encoder_no_repeat_ngram_size: No n-gram of this size in the prompt occurs in the text; 0: off.
+        encoder_repetition_penalty: Above 1 encourages tokens of the prompt.
+        bad_words_ids: Sequences of ids that do not occur.
+        sequence_bias: Sequences of ids and what is added to the score of their last token, where the others precede
+            it: a mapping, or the list of pairs that JSON files have.
+        suppress_tokens: Ids that do not occur.
+        begin_suppress_tokens: Ids that do not occur as the first one.
+        forced_bos_token_id: The first generated id, where the text starts from a single id.
+        forced_eos_token_id: The last id of a text of `max_new_tokens` is the likeliest of these.
+        exponential_decay_length_penalty: (start, factor): from `start` generated tokens on, the end tokens' scores
+            grow by |score| (factor ** (tokens - start) - 1).
+        remove_invalid_values: NaN and infinite scores become finite.
+        renormalize_logits: Scores become log-probabilities after all other processors.
+        min_p: Sample from tokens of at least this share of the likeliest one's probability.
+        typical_p: Sample from the most typical tokens whose probabilities reach this sum; 1: from all.
+        epsilon_cutoff: Sample from tokens of at least this probability.
+        eta_cutoff: As `epsilon_cutoff`, but lower where the entropy is large.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -91,40 +139,42 @@ class GenerationOptions:
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    early_stopping: bool = False
+    early_stopping: bool | Literal["never"] = False
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     draft: DraftName = "auto"
+    min_length: int = 0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    encoder_repetition_penalty: float = 1.0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] = ()
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    remove_invalid_values: bool = False
+    renormalize_logits: bool = False
+    min_p: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("max_new_tokens", 1, MAX_TOKENS),
-            ("min_new_tokens", 0, MAX_TOKENS),
-            ("num_beams", 1, MAX_BEAMS),
-        ):
-            check_integer(name, getattr(self, name), least, most)
-        for name, most in (("top_k", MAX_TOKENS), ("seed", MAX_SEED)):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 0, most)
-        check_number("length_penalty", self.length_penalty, -10.0, 10.0)
-        check_number("repetition_penalty", self.repetition_penalty, *PENALTIES)
-        if self.temperature is not None:
-            check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
-        if self.top_p is not None:
-            check_number("top_p", self.top_p, 0.0, 1.0)
+        for name, checked in _CHECKED.items():
+            value = getattr(self, name)
+            off = value is None and (name in _NONE_IS_OFF or _DEFAULTS[name] is None)
+            object.__setattr__(self, name, _DEFAULTS[name] if off else checked(name, value))
         if self.min_new_tokens > self.max_new_tokens:
             raise UsageError(
                 f"expected {option('min_new_tokens')} of at most {self.max_new_tokens}, got {self.min_new_tokens}",
                 f"raise {option('max_new_tokens')}",
             )
-        ends: Any = self.eos_token_ids
-        if isinstance(ends, (int, str)):
-            raise UsageError(f"expected {option('eos_token_ids')} to be a list of ids, got {ends!r}")
-        for token_id in self.eos_token_ids:
-            check_integer("eos_token_ids", token_id, 0, MAX_TOKENS)
-        _check_texts("stop", self.stop)
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        """Raises UsageError where beam search, sampling and the draft model contradict each other."""
         if self.draft not in DRAFTS:
             raise UsageError(f"expected {option('draft')} to be one of {', '.join(DRAFTS)}, got {self.draft!r}")
         if self.num_beams > 1 and self.draft not in ("auto", "none"):
@@ -147,34 +197,118 @@ class GenerationOptions:
     @property
     def sampling(self) -> bool:
         """Whether tokens are drawn at random."""
-        given = self.temperature is not None or self.top_p is not None or self.top_k is not None
-        return given and (self.temperature is None or self.temperature >= MIN_SAMPLING_TEMPERATURE)
+        return _samples(vars(self))
 
 
-def check_integer(name: str, value: Any, least: int, most: int = MAX_TOKENS) -> None:
-    """Raises UsageError unless a value is a whole number from ``least`` to ``most``."""
+def _samples(values: Mapping[str, Any]) -> bool:
+    """Whether options sample; they need not be checked."""
+    temperature = values.get("temperature")
+    greedy = isinstance(temperature, (int, float)) and temperature < MIN_SAMPLING_TEMPERATURE
+    return not greedy and any(values.get(name) is not None for name in SAMPLING)
+
+
+def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A bundle's defaults, replaced by what a caller gives.
+
+    Sampling and beam search exclude each other: the one that the caller gives replaces the bundle's. The bundle's
+    limits of length give way to the caller's.
+
+    Args:
+        defaults: The manifest's `generation`; keys that are no options are ignored.
+        given: Fields of :class:`GenerationOptions`, not checked.
+
+    Returns:
+        Fields of :class:`GenerationOptions`.
+    """
+    base = {name: value for name, value in defaults.items() if name in _DEFAULTS and value is not None}
+    if _samples(given):
+        base.pop("num_beams", None)
+    elif given.get("num_beams", 1) != 1:
+        base = {name: value for name, value in base.items() if name not in SAMPLING}
+    least, most = given.get("min_new_tokens"), given.get("max_new_tokens")
+    if isinstance(most, (int, np.integer)):
+        base["min_new_tokens"] = min(base.get("min_new_tokens", 0), most)
+    if isinstance(least, (int, np.integer)):
+        base["max_new_tokens"] = max(base["max_new_tokens"], least)
+        base.pop("min_length", None)
+    return {**base, **given}
+
+
+def check_integer(name: str, value: Any, least: int, most: int = MAX_TOKENS) -> Any:
+    """The value; raises UsageError unless it is a whole number from ``least`` to ``most``."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise UsageError(f"expected {option(name)} to be a whole number of at least {least}, got {shown(value)}")
     if value > most:
         raise UsageError(f"expected {option(name)} of at most {most}, got {shown(value)}")
+    return value
 
 
-def _check_texts(name: str, value: Any) -> None:
+def _texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
         fix = f"put it in a list: [{shown(value)}]" if isinstance(value, str) and value else None
         raise UsageError(f"expected {option(name)} to be a list of non-empty texts, got {shown(value)}", fix)
     if len(value) > MAX_STOPS:
         raise UsageError(f"expected {option(name)} to be at most {MAX_STOPS} texts, got {len(value)}")
+    return tuple(value)
 
 
-def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
-    """Raises UsageError unless a value is a number from ``low`` to ``high``; ``above`` excludes ``low`` itself."""
+def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> Any:
+    """The value; raises UsageError unless it is a number from ``low`` to ``high``; ``above`` excludes ``low``."""
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if real and low <= value <= high and not (above and value == low):  # NaN is in no range
-        return
+        return value
     expected = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
     raise UsageError(f"expected {option(name)} to be {expected}, got {shown(value)}")
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise UsageError(f"expected {option(name)} to be a list of ids, got {shown(value)}")
+    return tuple(int(check_integer(name, token_id, 0)) for token_id in value)
+
+
+def _id_or_ids(name: str, value: Any) -> tuple[int, ...]:
+    return _ids(name, [value] if isinstance(value, (int, np.integer)) else value)
+
+
+def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UsageError(f"expected {option(name)} to be a list of lists of ids, got {shown(value)}")
+    sequences = tuple(_ids(name, ids) for ids in value)
+    if not all(sequences):
+        raise UsageError(f"expected {option(name)} to be a list of lists of ids, got an empty list in it")
+    return sequences
+
+
+def _biases(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    whole = isinstance(pairs, Sequence) and not isinstance(pairs, str)
+    if not whole or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+        raise UsageError(f"expected {option(name)} to be a list of pairs of ids and a number, got {shown(value)}")
+    sequences = _sequences(name, [ids for ids, _ in pairs])
+    biases = [float(check_number(name, bias, -math.inf, MAX_BIAS)) for _, bias in pairs]
+    return tuple(dict(zip(sequences, biases, strict=True)).items())  # of equal sequences the last one counts
+
+
+def _decay(name: str, value: Any) -> tuple[int, float]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise UsageError(f"expected {option(name)} to be a start and a factor, got {shown(value)}")
+    return check_integer(name, value[0], 0), check_number(name, value[1], 0.0, PENALTIES[1], above=True)
+
+
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise UsageError(f"expected {option(name)} to be true or false, got {shown(value)}")
+    return bool(value)
+
+
+def _early_stopping(name: str, value: Any) -> bool | Literal["never"]:
+    if isinstance(value, str) and value == "never":
+        return "never"
+    if not isinstance(value, (bool, np.bool_)):
+        raise UsageError(f'expected {option(name)} to be true, false or "never", got {shown(value)}')
+    return bool(value)
 
 
 def shown(value: Any) -> str:
@@ -183,6 +317,44 @@ def shown(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_DEFAULTS = {field.name: field.default for field in fields(GenerationOptions)}
+
+_CHECKED: Mapping[str, Callable[[str, Any], Any]] = {
+    "max_new_tokens": partial(check_integer, least=1),
+    "min_new_tokens": partial(check_integer, least=0),
+    "num_beams": partial(check_integer, least=1, most=MAX_BEAMS),
+    "top_k": partial(check_integer, least=0),
+    "seed": partial(check_integer, least=0, most=MAX_SEED),
+    "length_penalty": partial(check_number, low=-10.0, high=10.0),
+    "repetition_penalty": partial(check_number, low=PENALTIES[0], high=PENALTIES[1]),
+    "temperature": partial(check_number, low=0.0, high=MAX_TEMPERATURE),
+    "top_p": partial(check_number, low=0.0, high=1.0),
+    "early_stopping": _early_stopping,
+    "eos_token_ids": _ids,
+    "stop": _texts,
+    "min_length": partial(check_integer, least=0),
+    "no_repeat_ngram_size": partial(check_integer, least=0),
+    "encoder_no_repeat_ngram_size": partial(check_integer, least=0),
+    "encoder_repetition_penalty": partial(check_number, low=PENALTIES[0], high=PENALTIES[1]),
+    "bad_words_ids": _sequences,
+    "sequence_bias": _biases,
+    "suppress_tokens": _ids,
+    "begin_suppress_tokens": _ids,
+    "forced_bos_token_id": partial(check_integer, least=0),
+    "forced_eos_token_id": _id_or_ids,
+    "exponential_decay_length_penalty": _decay,
+    "remove_invalid_values": _switch,
+    "renormalize_logits": _switch,
+    "min_p": partial(check_number, low=0.0, high=1.0),
+    "typical_p": partial(check_number, low=0.0, high=1.0, above=True),
+    "epsilon_cutoff": partial(check_number, low=0.0, high=BELOW_ONE),
+    "eta_cutoff": partial(check_number, low=0.0, high=BELOW_ONE),
+}
+"""By field: the function that checks a value, and returns it as it is stored."""
+
+_NONE_IS_OFF = tuple(_CHECKED)[tuple(_CHECKED).index("min_length") :]
 
 
 @dataclass(frozen=True)
@@ -202,12 +374,6 @@ class Generated:
     tokens_per_pass: float = 1.0
 
 
-def ids_before(prompt: Sequence[int], initial: Sequence[int], vocabulary: int) -> NDArray[np.int64]:
-    """The ids before the generated ones, each once, that the repetition penalty applies to: those below V."""
-    ids = np.unique(np.array([*prompt, *initial], np.int64))
-    return ids[(ids >= 0) & (ids < vocabulary)]
-
-
 def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
     """The end tokens that the model can generate, int64."""
     return np.array([token for token in options.eos_token_ids if token < vocabulary], np.int64)
@@ -222,32 +388,3 @@ def finish_reason(
     if stopped is not None and stopped(generated):
         return "stop"
     return "length" if length >= options.max_new_tokens else None
-
-
-def listed(name: str, values: Iterable[Item]) -> list[Item]:
-    """Pictures or texts as a list.
-
-    Args:
-        name: The argument's name, for the error.
-        values: The value that the user passed.
-
-    Raises:
-        UsageError: The value is a single picture or text, or not iterable.
-    """
-    one = isinstance(values, (str, bytes, os.PathLike, Image.Image)) or not isinstance(values, Iterable)
-    if isinstance(values, np.ndarray):  # a batch of pictures is [N, H, W] or [N, H, W, 3]
-        one = values.ndim < 3 or (values.ndim == 3 and values.shape[-1] in (1, 3, 4))
-    if one:
-        what = f"an array {list(values.shape)}" if isinstance(values, np.ndarray) else shown(values)
-        raise UsageError(f"expected {option(name)} to be a list, got {what}", "put a single value in a list: [x]")
-    return list(values)
-
-
-def check_text(name: str, value: object) -> None:
-    """Checks that a prompt, a question or a text is a str.
-
-    Raises:
-        UsageError: It is something else.
-    """
-    if not isinstance(value, str):
-        raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}")

@@ -1,18 +1,22 @@
-"""Chooses a token from the logits of one step: penalties, filters and random draw, one row at a time.
+"""Chooses a token from the scores of one step: filters and random draw, one row at a time.
 
-The order and the arithmetic (float32) are those of transformers 5.23: repetition penalty, minimal length,
-temperature, top-k, top-p (`generation/logits_process.py`). For speed, nothing here loops over the vocabulary in
+The order and the arithmetic (float32) are those of transformers 5.23: temperature, top-k, top-p, then the filters of
+`logits_processors.FILTERS` (`generation/logits_process.py`). For speed, nothing here loops over the vocabulary in
 Python, or sorts the whole vocabulary if a part is enough.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.errors import BackendError, option
+
+Filter = Callable[[NDArray[np.float32]], NDArray[np.bool_]]
+"""Which of the finite scores [N] stay, [N]; at least one does."""
 
 _CHUNK = 128  # values per chunk when the largest k of many are searched
 _NUCLEUS = 512  # tokens that top-p sorts first; a nucleus is rarely larger
@@ -55,9 +59,13 @@ def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], pe
 
 
 def filter_scores(
-    scores: NDArray[np.float32], temperature: float | None, top_k: int | None, top_p: float | None
+    scores: NDArray[np.float32],
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    filters: Sequence[Filter] = (),
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
-    """Apply temperature, top-k and top-p.
+    """Apply temperature, top-k, top-p and further filters.
 
     Args:
         scores: [V].
@@ -65,12 +73,14 @@ def filter_scores(
         top_k: Keep the k largest, and what equals the k-th; None or 0: keep all.
         top_p: Keep the fewest most probable tokens whose probabilities reach this sum, at least one; None
             or 1: keep all.
+        filters: Act one after the other on what top-p kept.
 
     Returns:
         The ids kept, ascending (None: the whole vocabulary), and their scores after the temperature.
     """
     if temperature is not None and temperature != 1.0:
-        scores = scores / np.float32(temperature)
+        with np.errstate(over="ignore"):
+            scores = scores / np.float32(temperature)
     kept: NDArray[np.int64] | None = None
     if top_k and top_k < len(scores):
         smallest = scores[top_k_indices(scores, top_k)[-1]]
@@ -80,6 +90,12 @@ def filter_scores(
         nucleus = _nucleus(scores, top_p)
         kept = nucleus if kept is None else kept[nucleus]
         scores = scores[nucleus]
+    if filters:
+        masks: list[Filter] = [np.isfinite, *filters]
+        for mask in masks:
+            places = np.flatnonzero(mask(scores))
+            kept = places if kept is None else kept[places]
+            scores = scores[places]
     return kept, scores
 
 
@@ -110,6 +126,7 @@ def draw(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    filters: Sequence[Filter] = (),
 ) -> int:
     """Draw one token from the softmax over the filtered scores, with one uniform number.
 
@@ -119,6 +136,7 @@ def draw(
         temperature: See `filter_scores`.
         top_k: See `filter_scores`.
         top_p: See `filter_scores`.
+        filters: See `filter_scores`.
 
     Returns:
         The token id.
@@ -128,7 +146,7 @@ def draw(
     """
     if not np.isfinite(scores.max()):
         raise broken_logits()
-    kept, scores = filter_scores(scores, temperature, top_k, top_p)
+    kept, scores = filter_scores(scores, temperature, top_k, top_p, filters)
     mass = np.cumsum(np.exp((scores - scores.max()).astype(np.float64)))
     position = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
     position = min(position, len(mass) - 1)

@@ -234,7 +234,8 @@ class Speculator:
         best = int(scores.argmax())
         second = max(scores[:best].max(initial=-np.inf), scores[best + 1 :].max(initial=-np.inf))
         bound = self._tie_margin * max(abs(logits.max()), abs(logits.min()))
-        return not bool(scores[best] - second > bound)
+        with np.errstate(invalid="ignore"):  # minus infinity, where all tokens are excluded
+            return not bool(scores[best] - second > bound)
 
 
 class PromptLookup:

@@ -130,6 +130,7 @@ def test_a_draft_goes_back_to_where_the_text_went_on_otherwise(captioner: Captio
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"repetition_penalty": 1.5, "min_new_tokens": 9},
+    {"no_repeat_ngram_size": 2, "suppress_tokens": [9, 10, 11], "exponential_decay_length_penalty": (3, 1.2)},
 )
 
 

@@ -200,8 +200,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"num_beams": 3},
     {"num_beams": 3, "repetition_penalty": 1.4, "length_penalty": 0.3},
     {"repetition_penalty": 1.4, "min_new_tokens": 6},
+    {"no_repeat_ngram_size": 1, "suppress_tokens": [10, 50, 70], "min_length": 14},
 )
-"""Greedy and three beams, each with and without the repetition penalty, which sees the prompt's ids."""
+"""Greedy and three beams, each with and without processors that read the prompt's ids."""
 
 Reference = Callable[..., list[int]]
 """Picture, prompt and options of ``generate`` to the ids that transformers generates, with its padding."""

@@ -29,6 +29,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 1.5, "min_new_tokens": 4},
     {"num_beams": 3},
     {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.3},
+    {"encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 0.4, "forced_bos_token_id": 20, "min_length": 7},
+    {"num_beams": 2, "no_repeat_ngram_size": 1, "begin_suppress_tokens": [20], "forced_bos_token_id": 21},
 )
 VARIANTS: dict[int, dict[str, Any]] = {
     0: {"num_hidden_layers": 2},

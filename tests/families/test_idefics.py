@@ -44,7 +44,12 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"use_resampler": False, "additional_vocab_size": 0, "vocab_size": 93, "num_hidden_layers": 2},
     ),
 }
-SEARCHES: tuple[dict[str, Any], ...] = ({}, {"num_beams": 3}, {"num_beams": 3, "repetition_penalty": 1.3})
+SEARCHES: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_beams": 3},
+    {"num_beams": 3, "repetition_penalty": 1.3},
+    {"encoder_repetition_penalty": 2.5, "no_repeat_ngram_size": 1, "min_length": 12},
+)
 NEW_TOKENS = 10
 Model = tuple[Any, Any, Path]
 

@@ -29,6 +29,12 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "penalties": {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.3, "min_new_tokens": 4},
+    "processors": {
+        "no_repeat_ngram_size": 1,
+        "forced_bos_token_id": 30,
+        "begin_suppress_tokens": [40],
+        "min_length": 7,
+    },
 }
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "t5": (0, "t5", {}),

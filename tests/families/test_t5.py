@@ -33,6 +33,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"num_beams": 3},
     {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.3},
     {"repetition_penalty": 1.5, "min_new_tokens": 5},
+    {"forced_bos_token_id": 20, "no_repeat_ngram_size": 1, "min_length": 5, "num_beams": 2},
 )
 KINDS: tuple[dict[str, Any], ...] = (
     {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},  # Flan-T5

@@ -30,6 +30,13 @@ def _no_grad(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+SAME_FORM = (
+    *("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty"),
+    *("forced_bos_token_id", "exponential_decay_length_penalty", "remove_invalid_values", "renormalize_logits"),
+    *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
+"""Options that have transformers' form; the others are tuples where transformers has lists."""
+
 VOCABULARY, WIDTH, SLOTS, IMAGE, PAD = 97, 32, 4, 96, 1
 
 
@@ -41,10 +48,20 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
             torch.nn.init.normal_(weight, 0.0, 0.7 if embedding else 2.2 / weight.shape[1] ** 0.5)
 
 
-def _generation_arguments(options: GenerationOptions) -> dict[str, Any]:
+def generation_arguments(options: GenerationOptions) -> dict[str, Any]:
+    """The keywords of transformers' `generate`."""
+    lists = {
+        "bad_words_ids": [list(ids) for ids in options.bad_words_ids],
+        "sequence_bias": [[list(ids), bias] for ids, bias in options.sequence_bias],
+        "suppress_tokens": list(options.suppress_tokens),
+        "begin_suppress_tokens": list(options.begin_suppress_tokens),
+        "forced_eos_token_id": list(options.forced_eos_token_id),
+    }
     return {
+        **{name: getattr(options, name) for name in SAME_FORM},
+        **{name: ids or None for name, ids in lists.items()},
         "max_new_tokens": options.max_new_tokens,
-        "min_new_tokens": options.min_new_tokens,
+        "min_new_tokens": options.min_new_tokens or None,
         "num_beams": options.num_beams,
         "length_penalty": options.length_penalty,
         "repetition_penalty": options.repetition_penalty,
@@ -98,7 +115,7 @@ class OptOracle:
             input_ids=ids,
             attention_mask=mask,
             stopping_criteria=criteria,
-            **_generation_arguments(options),
+            **generation_arguments(options),
         )
         scores = out.sequences_scores.tolist() if options.num_beams > 1 else [None] * len(ids)
         rows = [row[ids.shape[1] :].tolist() for row in out.sequences]
@@ -194,7 +211,7 @@ class T5Oracle:
     @_no_grad
     def reference(self, options: GenerationOptions) -> list[tuple[tuple[int, ...], float | None]]:
         mask = torch.ones(self.embeds.shape[:2], dtype=torch.long)
-        arguments = _generation_arguments(options) | {"pad_token_id": 0}
+        arguments = generation_arguments(options) | {"pad_token_id": 0}
         out = self.model.generate(inputs_embeds=self.embeds, attention_mask=mask, **arguments)
         scores = out.sequences_scores.tolist() if options.num_beams > 1 else [None] * len(mask)
         rows = [row.tolist() for row in out.sequences]

@@ -237,6 +237,9 @@ def test_a_run_may_be_left_early(captioner: Captioner, files: list[Path]) -> Non
         ({"stop": "text"}, "stop"),
         ({"stop": ("",)}, "stop"),
         ({"beams": 3}, "no option beams"),
+        ({"encoder_repetition_penalty": 2.0}, "does not act on this model"),
+        ({"encoder_no_repeat_ngram_size": 2}, "does not act on this model"),
+        ({"bad_words_ids": [[3, 9999]]}, "ids below 120, got 9999"),
     ],
 )
 def test_options_outside_their_range(options: dict[str, Any], told: str, captioner: Captioner) -> None:

@@ -110,7 +110,18 @@ OPTIONS = (
     GenerationOptions(max_new_tokens=40, eos_token_ids=(END,)),
     GenerationOptions(max_new_tokens=25, min_new_tokens=20, repetition_penalty=1.4, eos_token_ids=(END,)),
     GenerationOptions(max_new_tokens=30, temperature=0.7, top_k=4, seed=3),
+    GenerationOptions(
+        max_new_tokens=30, no_repeat_ngram_size=1, suppress_tokens=(3, 4, 5, 6), forced_eos_token_id=(END,)
+    ),
 )
+
+
+def test_a_text_whose_tokens_are_all_excluded_is_that_of_plain_decoding() -> None:
+    options = GenerationOptions(max_new_tokens=6, suppress_tokens=tuple(range(VOCABULARY)))
+    state, speculator = Words([[11]]), Speculator(Oracle([0] * 6), Eager())
+    assert generate(state.first(), state, [[11]], options, speculators=[speculator])[0].tokens == (0,) * 6
+    assert speculator.drafted  # each of them is a tie, and decided by a pass over one token
+    assert plain([11], options).tokens == (0,) * 6
 
 
 @pytest.mark.parametrize("options", OPTIONS)

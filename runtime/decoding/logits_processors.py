@@ -1,0 +1,376 @@
+"""Changes a step's scores by the ids so far: penalties, suppressed and forced tokens, biases, and filters of sampling.
+
+The tables `PROCESSORS` and `FILTERS` have a function for each option, in the order of `_get_logits_processor` of
+transformers 5.23. `PROCESSORS` acts in greedy decoding, sampling and beam search, where scores are log-probabilities.
+`FILTERS` acts in sampling alone, after temperature, top-k and top-p.
+
+A processor reads the ids that transformers' `input_ids` hold: those of the prompt with its image placeholders, or those
+that an encoder-decoder model starts with; then the generated ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from blip2edge.errors import UsageError, option
+from blip2edge.runtime.decoding.options import MAX_TOKENS, GenerationOptions, end_ids
+from blip2edge.runtime.decoding.sampling import Filter, log_softmax, penalize_repetition
+
+Scores = NDArray[np.float32]
+Ids = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+ALWAYS = range(MAX_TOKENS)
+NEVER = range(0)
+
+_LARGEST_GROWTH = 1e30
+"""Limit of the factor of `exponential_decay_length_penalty`, which would overflow float32."""
+
+
+@dataclass(frozen=True)
+class LogitsProcessor:
+    """Changes the scores of the next token.
+
+    Attributes:
+        apply: Changes scores [V] in place; the ids [P + n] are those of the prompt and the n generated ones.
+        steps: The numbers n of generated tokens at which it acts.
+    """
+
+    apply: Callable[[Scores, Ids], None]
+    steps: range = ALWAYS
+
+
+@dataclass(frozen=True)
+class TextStart:
+    """What the processors of one text are made from.
+
+    Attributes:
+        prompt: int64 [P], the ids before the first generated one.
+        options: How to generate.
+        vocabulary: Number of logits V.
+    """
+
+    prompt: Ids
+    options: GenerationOptions
+    vocabulary: int
+
+    def known(self, ids: Iterable[int]) -> Ids:
+        """Those of the ids that are in the vocabulary, without repetitions."""
+        unique = np.unique(np.array(list(ids), np.int64))
+        return unique[(unique >= 0) & (unique < self.vocabulary)]
+
+
+class LogitsProcessors:
+    """The processors of one text.
+
+    Args:
+        prompt: The ids before the first generated one. Those outside the vocabulary count as ids, and have no score.
+        options: How to generate.
+        vocabulary: Number of logits V.
+    """
+
+    def __init__(self, prompt: Sequence[int], options: GenerationOptions, vocabulary: int) -> None:
+        self._prompt = np.array(prompt, np.int64)
+        start = TextStart(self._prompt, options, vocabulary)
+        self._processors = [
+            make(value, start) for name, make in PROCESSORS.items() if (value := getattr(options, name)) != _OFF[name]
+        ]
+
+    def act(self, count: int) -> bool:
+        """Whether the scores change after this many generated tokens."""
+        return any(count in processor.steps for processor in self._processors)
+
+    def __call__(self, scores: Scores, generated: Ids) -> None:
+        """Changes scores [V] in place.
+
+        Args:
+            scores: float32 logits, or log-probabilities in beam search.
+            generated: int64 [n], the generated ids.
+        """
+        ids = np.concatenate((self._prompt, generated))
+        for processor in self._processors:
+            if len(generated) in processor.steps:
+                processor.apply(scores, ids)
+
+
+class _SequenceBias:
+    """Adds a bias to the last token of each sequence where the ids end with the tokens before it."""
+
+    def __init__(self, biases: Iterable[tuple[tuple[int, ...], float]], start: TextStart) -> None:
+        self._single = np.zeros(start.vocabulary, np.float32)
+        longer: dict[int, list[tuple[tuple[int, ...], float]]] = {}
+        for ids, bias in biases:
+            if ids[-1] >= start.vocabulary:
+                continue
+            if len(ids) == 1:
+                self._single[ids[0]] = bias
+            else:
+                longer.setdefault(len(ids) - 1, []).append((ids, bias))
+        self._longer = [
+            (
+                np.array([ids[:-1] for ids, _ in group], np.int64),
+                np.array([ids[-1] for ids, _ in group], np.int64),
+                np.array([bias for _, bias in group], np.float32),
+            )
+            for group in longer.values()
+        ]
+
+    def __call__(self, scores: Scores, ids: Ids) -> None:
+        biases = self._single
+        for prefixes, last, values in self._longer:
+            length = prefixes.shape[1]
+            matches = (prefixes == ids[-length:]).all(axis=1) if length <= len(ids) else np.zeros(len(last), bool)
+            if matches.any():
+                biases = biases.copy() if biases is self._single else biases
+                np.add.at(biases, last[matches], values[matches])
+        scores += biases
+
+
+def _sequence_bias(biases: Sequence[tuple[tuple[int, ...], float]], start: TextStart) -> LogitsProcessor:
+    return LogitsProcessor(_SequenceBias(biases, start))
+
+
+def _bad_words(words: Sequence[tuple[int, ...]], start: TextStart) -> LogitsProcessor:
+    """A word that is a single end token is allowed, as in transformers."""
+    ends = {(token,) for token in start.options.eos_token_ids}
+    return LogitsProcessor(_SequenceBias([(word, -math.inf) for word in words if word not in ends], start))
+
+
+def _repetition(penalty: float, start: TextStart) -> LogitsProcessor:
+    before, length = start.known(start.prompt), len(start.prompt)
+
+    def apply(scores: Scores, ids: Ids) -> None:
+        penalize_repetition(scores, np.concatenate((before, ids[length:])), penalty)
+
+    return LogitsProcessor(apply)
+
+
+def _encoder_repetition(penalty: float, start: TextStart) -> LogitsProcessor:
+    before = start.known(start.prompt)
+    return LogitsProcessor(lambda scores, _: penalize_repetition(scores, before, 1 / penalty))
+
+
+def _ban_ngrams(scores: Scores, ngrams: Ids, ids: Ids) -> None:
+    """Excludes the last token of each n-gram ``[N, n]`` whose first n - 1 tokens are the last ids."""
+    last = ids[len(ids) + 1 - ngrams.shape[1] :]
+    banned = ngrams[(ngrams[:, :-1] == last).all(axis=1), -1]
+    scores[banned[(banned >= 0) & (banned < len(scores))]] = -np.inf
+
+
+def _no_repeated_ngram(size: int, start: TextStart) -> LogitsProcessor:
+    def apply(scores: Scores, ids: Ids) -> None:
+        _ban_ngrams(scores, sliding_window_view(ids, size), ids)
+
+    return LogitsProcessor(apply, range(max(0, size - len(start.prompt)), MAX_TOKENS))
+
+
+def _no_ngram_of_prompt(size: int, start: TextStart) -> LogitsProcessor:
+    if size > len(start.prompt):
+        return LogitsProcessor(lambda scores, ids: None, NEVER)
+    ngrams = sliding_window_view(start.prompt, size)
+    return LogitsProcessor(lambda scores, ids: _ban_ngrams(scores, ngrams, ids))
+
+
+def _suppressed(tokens: Iterable[int], start: TextStart, steps: range = ALWAYS) -> LogitsProcessor:
+    banned = start.known(tokens)
+
+    def apply(scores: Scores, _: Ids) -> None:
+        scores[banned] = -np.inf
+
+    return LogitsProcessor(apply, steps if len(banned) else NEVER)
+
+
+def _suppressed_first(tokens: Iterable[int], start: TextStart) -> LogitsProcessor:
+    """Acts on the first token, or on the one after a forced first one."""
+    forced = len(start.prompt) <= 1 and start.options.forced_bos_token_id is not None
+    return _suppressed(tokens, start, range(int(forced), int(forced) + 1))
+
+
+def _too_short(least: int, start: TextStart) -> LogitsProcessor:
+    return _suppressed(start.options.eos_token_ids, start, range(least))
+
+
+def _too_short_with_prompt(least: int, start: TextStart) -> LogitsProcessor:
+    """`min_length` counts the prompt; `min_new_tokens` replaces it."""
+    return _too_short(0 if start.options.min_new_tokens else max(0, least - len(start.prompt)), start)
+
+
+def _forced(tokens: Iterable[int], start: TextStart, steps: range) -> LogitsProcessor:
+    allowed = start.known(tokens)
+
+    def apply(scores: Scores, _: Ids) -> None:
+        scores.fill(-np.inf)
+        scores[allowed] = 0.0
+
+    return LogitsProcessor(apply, steps)
+
+
+def _forced_first(token: int, start: TextStart) -> LogitsProcessor:
+    """Acts on the second id of a text: after a prompt of several ids it never acts."""
+    return _forced([token], start, range(1) if len(start.prompt) == 1 else NEVER)
+
+
+def _forced_last(tokens: Sequence[int], start: TextStart) -> LogitsProcessor:
+    last = start.options.max_new_tokens - 1
+    return _forced(tokens, start, range(last, last + 1))
+
+
+def _finite(_: bool, start: TextStart) -> LogitsProcessor:  # noqa: ARG001 - the table's
+    largest = float(np.finfo(np.float32).max)
+
+    def apply(scores: Scores, _: Ids) -> None:
+        np.nan_to_num(scores, copy=False, nan=0.0, posinf=largest, neginf=-largest)
+
+    return LogitsProcessor(apply)
+
+
+def _growing_end(value: tuple[int, float], start: TextStart) -> LogitsProcessor:
+    first, factor = value
+    ends, before = end_ids(start.options, start.vocabulary), len(start.prompt)
+
+    def apply(scores: Scores, ids: Ids) -> None:
+        late = len(ids) - before - first
+        growth = factor**late if late * math.log(factor) < math.log(_LARGEST_GROWTH) else _LARGEST_GROWTH
+        values = scores[ends]
+        finite = np.isfinite(values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores[ends] = np.where(finite, values + np.abs(values) * np.float32(growth - 1), values)
+
+    return LogitsProcessor(apply, range(first + 1, MAX_TOKENS))
+
+
+def _renormalized(_: bool, start: TextStart) -> LogitsProcessor:
+    """Does nothing in sampling, which normalizes its probabilities."""
+
+    def apply(scores: Scores, _: Ids) -> None:
+        if scores.max() > -np.inf:
+            scores[:] = log_softmax(scores)
+
+    return LogitsProcessor(apply, NEVER if start.options.sampling else ALWAYS)
+
+
+PROCESSORS: Mapping[str, Callable[[Any, TextStart], LogitsProcessor]] = {
+    "sequence_bias": _sequence_bias,
+    "encoder_repetition_penalty": _encoder_repetition,
+    "repetition_penalty": _repetition,
+    "no_repeat_ngram_size": _no_repeated_ngram,
+    "encoder_no_repeat_ngram_size": _no_ngram_of_prompt,
+    "bad_words_ids": _bad_words,
+    "min_length": _too_short_with_prompt,
+    "min_new_tokens": _too_short,
+    "forced_bos_token_id": _forced_first,
+    "forced_eos_token_id": _forced_last,
+    "remove_invalid_values": _finite,
+    "exponential_decay_length_penalty": _growing_end,
+    "suppress_tokens": _suppressed,
+    "begin_suppress_tokens": _suppressed_first,
+    "renormalize_logits": _renormalized,
+}
+"""The function that makes the processor of an option from its value, in the order in which processors act."""
+
+_OFF = {field.name: field.default for field in fields(GenerationOptions)}
+
+
+def _probabilities(scores: Scores) -> Scores:
+    weights = np.exp((scores - scores.max()).astype(np.float64))
+    probabilities: Scores = (weights / weights.sum()).astype(np.float32)
+    return probabilities
+
+
+def _entropy(probabilities: Scores) -> np.float32:
+    positive = probabilities[probabilities > 0]
+    return np.float32(-(positive * np.log(positive)).sum(dtype=np.float64))
+
+
+def _min_p(share: float, scores: Scores) -> Mask:
+    probabilities = _probabilities(scores)
+    kept: Mask = probabilities >= np.float32(share) * probabilities.max()
+    return kept
+
+
+def _typical(mass: float, scores: Scores) -> Mask:
+    """Locally typical sampling (Meister et al., arXiv 2202.00666)."""
+    log_probs = log_softmax(scores)
+    unusual = np.abs(-log_probs - _entropy(np.exp(log_probs)))
+    order = np.argsort(unusual, kind="stable")
+    total = np.cumsum(_probabilities(scores)[order], dtype=np.float64).astype(np.float32)
+    last = min(int(np.count_nonzero(total < np.float32(mass))), len(scores) - 1)
+    kept: Mask = unusual <= unusual[order[last]]
+    return kept
+
+
+def _epsilon(least: float, scores: Scores) -> Mask:
+    """Truncation sampling (Hewitt et al., arXiv 2210.15191)."""
+    kept: Mask = (_probabilities(scores) >= np.float32(least)) | (scores >= scores.max())
+    return kept
+
+
+def _eta(epsilon: float, scores: Scores) -> Mask:
+    """Truncation sampling with a limit that the entropy lowers (as `_epsilon`)."""
+    probabilities = _probabilities(scores)
+    return _epsilon(min(epsilon, math.sqrt(epsilon) * math.exp(-_entropy(probabilities))), scores)
+
+
+FILTERS: Mapping[str, tuple[Callable[[float, Scores], Mask], float]] = {
+    "min_p": (_min_p, 0.0),
+    "typical_p": (_typical, 1.0),
+    "epsilon_cutoff": (_epsilon, 0.0),
+    "eta_cutoff": (_eta, 0.0),
+}
+"""By option: the function that chooses the tokens to keep, and the option's value that keeps all."""
+
+
+def sampling_filters(options: GenerationOptions) -> list[Filter]:
+    """The filters of sampling besides top-k and top-p, in the order in which they act."""
+    return [
+        partial(keeps, value)
+        for name, (keeps, neutral) in FILTERS.items()
+        if (value := getattr(options, name)) is not None and value != neutral
+    ]
+
+
+def check_ids(options: GenerationOptions, vocabulary: int) -> None:
+    """Checks the ids of options that transformers refuses outside the vocabulary.
+
+    Raises:
+        UsageError: An id has no logit.
+    """
+    forced_first = () if options.forced_bos_token_id is None else (options.forced_bos_token_id,)
+    sequences = {
+        "sequence_bias": [ids for ids, _ in options.sequence_bias],
+        "bad_words_ids": options.bad_words_ids,
+        "forced_bos_token_id": [forced_first],
+        "forced_eos_token_id": [options.forced_eos_token_id],
+    }
+    for name, found in sequences.items():
+        largest = max((max(ids, default=0) for ids in found), default=0)
+        if largest >= vocabulary:
+            raise UsageError(f"expected {option(name)} to hold ids below {vocabulary}, got {largest}", field=name)
+
+
+def check_prompt_ids(options: GenerationOptions, *, given: bool) -> None:
+    """Checks the options that read the ids of a prompt as transformers' `encoder_input_ids`.
+
+    Args:
+        options: How to generate.
+        given: Whether transformers gives its `generate` the prompt's ids. A language model behind a bridge
+            (BLIP-2) is given embeddings, and transformers ignores these options.
+
+    Raises:
+        UsageError: An option is set that would not act.
+    """
+    for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
+        if not given and getattr(options, name) != _OFF[name]:
+            raise UsageError(
+                f"{option(name)} does not act on this model, whose language model is given embeddings and no ids",
+                "leave it out",
+                field=name,
+            )
