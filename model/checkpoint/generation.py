@@ -36,6 +36,8 @@ NO_EFFECT: Mapping[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "min_new_tokens": 0,
+    "min_length": 0,
+    "remove_invalid_values": False,
     "num_beams": 1,
     "early_stopping": False,
     "length_penalty": 1.0,
