@@ -58,10 +58,12 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None) -> float:
-        """A finite number."""
+        """A finite number; a dropout is a probability."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise CheckpointError(f"config.json: {self.section}.{key} must be a finite number, not {value!r}")
+        if "dropout" in key and not 0 <= value <= 1:
+            raise CheckpointError(f"config.json: {self.section}.{key} must be from 0 to 1, not {value!r}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -7,7 +7,7 @@ Each draw changes one key of one file next to the weights of a tiny checkpoint. 
 - ``equal``: exported, and the answers are those of transformers for the changed file;
 - ``refused``: the export refuses the file (``unneeded`` if transformers' answers do not change);
 - ``fails``: transformers cannot load or run the changed checkpoint, the export does not refuse it;
-- ``different``: exported, and the answers differ. There must be none.
+- ``different``: exported, and the answers differ, or an error that is not meant for users. There must be none.
 """
 
 from __future__ import annotations
@@ -221,6 +221,8 @@ def judge(base: Base, directory: Path) -> str:
     except Blip2EdgeError as error:
         changed = wanted is None or not same(wanted, base.answers)
         return f"refused{'' if changed else ', unneeded'}: {error}"
+    except Exception as error:  # noqa: BLE001 - a fault of the export
+        return f"different: {type(error).__name__}: {error}"
     if wanted is None:
         return "fails"
     if state == base.state:
@@ -234,7 +236,7 @@ def judge(base: Base, directory: Path) -> str:
         try:
             found = ours(bundle, base.kind)
         except Blip2EdgeError as error:
-            return f"fails at run: {error}"
+            return f"different: {error}"
     if same(found, wanted):
         return "equal" if same(wanted, base.answers) else "equal, changed"
     return f"different: {found} instead of {wanted}, before {base.answers}"
