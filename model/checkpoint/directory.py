@@ -16,8 +16,8 @@ from torch import Tensor
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, DRAFT_PREFIX, write_draft
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint.adapter import base_of, has_adapter, merged_tensors
-from blip2edge.model.checkpoint.files import (
+from blip2edge.model.checkpoint.adapters.folder import base_of, has_adapter, merged_tensors
+from blip2edge.model.checkpoint.stored.files import (
     CHECKPOINT_FILES,
     copy_side_files,
     find_checkpoint,
@@ -26,9 +26,9 @@ from blip2edge.model.checkpoint.files import (
     matching,
     read_json,
 )
-from blip2edge.model.checkpoint.quantized import refuse_quantized
-from blip2edge.model.checkpoint.tensors import TensorFiles, has_weights, no_weights, shards
-from blip2edge.model.checkpoint.tied import add_tied_names, all_equal, repeated_names
+from blip2edge.model.checkpoint.stored.quantized import refuse_quantized
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles, has_weights, no_weights, shards
+from blip2edge.model.checkpoint.stored.tied import add_tied_names, all_equal, repeated_names
 from blip2edge.model.config import CaptionerConfig, DraftConfig
 from blip2edge.model.families.registry import (
     canonical_name,

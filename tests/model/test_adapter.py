@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Blip2ForConditionalGeneration, BlipForConditionalGeneration  # noqa: E402
 
 from blip2edge.errors import CheckpointError, MissingPackageError, UnsupportedModelError, UsageError  # noqa: E402
-from blip2edge.model.checkpoint.adapter import MERGED_TYPES  # noqa: E402
+from blip2edge.model.checkpoint.adapters.folder import MERGED_TYPES  # noqa: E402
 from blip2edge.model.checkpoint.directory import Checkpoint, load_checkpoint, load_model  # noqa: E402
 from blip2edge.model.checkpoint.lavis import open_checkpoint  # noqa: E402
 from tests import drawing  # noqa: E402
@@ -243,8 +243,7 @@ def test_two_adapters_are_not_one(apart: tuple[Path, Path, Any], copied: Path, t
 
 
 def test_without_peft_the_adapter_is_named(apart: tuple[Path, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingPackageError, match=r"adapter_config\.json.*pip install 'blip2edge\[peft\]'"):
         load_checkpoint(apart[0])
 

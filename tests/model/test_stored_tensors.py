@@ -22,8 +22,8 @@ from transformers import Blip2ForConditionalGeneration, BlipForConditionalGenera
 
 from blip2edge.errors import CheckpointError  # noqa: E402
 from blip2edge.model.checkpoint.directory import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
-from blip2edge.model.checkpoint.files import find_checkpoint, find_side_files  # noqa: E402
 from blip2edge.model.checkpoint.lavis import open_checkpoint  # noqa: E402
+from blip2edge.model.checkpoint.stored.files import find_checkpoint, find_side_files  # noqa: E402
 from blip2edge.model.weights.ties import stored_names  # noqa: E402
 from blip2edge.training.setup.pretrained import load_language  # noqa: E402
 from tests import drawing  # noqa: E402

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, ConfigError
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint import files
-from blip2edge.model.checkpoint.adapter import ADAPTER_CONFIG, has_adapter
+from blip2edge.model.checkpoint.adapters.folder import ADAPTER_CONFIG, has_adapter
 from blip2edge.model.checkpoint.directory import load_checkpoint, load_model
-from blip2edge.model.checkpoint.files import find_checkpoint, read_json
-from blip2edge.model.checkpoint.quantized import refuse_quantized
-from blip2edge.model.checkpoint.tensors import TensorFiles
-from blip2edge.model.checkpoint.tied import add_tied_names, all_equal, repeated_names
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
+from blip2edge.model.checkpoint.stored import files
+from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_json
+from blip2edge.model.checkpoint.stored.quantized import refuse_quantized
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles
+from blip2edge.model.checkpoint.stored.tied import add_tied_names, all_equal, repeated_names
 from blip2edge.model.checkpoint.tokenizer import read_tokenizer
 from blip2edge.model.config import CaptionerConfig, LanguageConfig
 from blip2edge.model.config_json import Fields

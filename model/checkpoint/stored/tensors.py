@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blip2edge.errors import CheckpointError, one_line
-from blip2edge.model.checkpoint.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.weights.rules import some
 
 WEIGHTS = "model.safetensors"

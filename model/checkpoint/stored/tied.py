@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from blip2edge.errors import CheckpointError
-from blip2edge.model.checkpoint.tensors import TensorFiles
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.weights.rules import WeightMap
 from blip2edge.model.weights.ties import Tie, stored_names
 

@@ -9,7 +9,6 @@ and the layer is emptied again.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from blip2edge.errors import CheckpointError, MissingPackageError, UnsupportedModelError, one_line, option
-from blip2edge.model.checkpoint.adapter_layers import (
+from blip2edge.model.checkpoint.adapters.layers import (
     ADAPTER_NAME,
     INITS,
     Merged,
@@ -27,10 +26,11 @@ from blip2edge.model.checkpoint.adapter_layers import (
     check_each_kind,
     replaced_tensors,
 )
-from blip2edge.model.checkpoint.files import cached_checkpoint, read_json
-from blip2edge.model.checkpoint.pickled import read_pickled
-from blip2edge.model.checkpoint.tensors import TensorFiles, has_weights, open_safetensors
+from blip2edge.model.checkpoint.stored.files import cached_checkpoint, read_json
+from blip2edge.model.checkpoint.stored.pickled import read_pickled
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles, has_weights, open_safetensors
 from blip2edge.model.weights.rules import some
+from blip2edge.packages import require
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -124,11 +124,8 @@ def merged_tensors(directory: Path, base: Path, architecture: str, files: Tensor
     """
     path = directory / ADAPTER_CONFIG
     _check_file(directory)
-    if importlib.util.find_spec("peft") is None:
-        raise MissingPackageError(
-            f"{path}: the checkpoint has a PEFT adapter, which peft merges, and peft is not installed",
-            "install it: pip install 'blip2edge[peft]'; or merge the adapter where it was trained: merge_and_unload()",
-        )
+    hint = "; or merge the adapter where it was trained: merge_and_unload() of the PEFT model, then save_pretrained"
+    require("peft", f"merging the adapter of {path}", MissingPackageError, hint=hint)
     config = _adapter_config(path)
     init = INITS.get(str(config.__dict__.get("init_lora_weights")).lower())
     if init is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.errors import CheckpointError, one_line
-from blip2edge.model.checkpoint.tensors import TensorFiles
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 
 ADAPTER_NAME = "default"
 
