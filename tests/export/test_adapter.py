@@ -49,7 +49,8 @@ def test_an_adapter_on_a_base_over_the_command_line(tmp_path: Path, capsys: pyte
     adapter = tmp_path / "run" / "checkpoint-500"
     model = add_adapter(base.model, modules_to_save=["language_projection"])
     model.save_pretrained(adapter)
-    shutil.copy(base.directory / "tokenizer.json", adapter)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as a Trainer saves them
+        shutil.copy(base.directory / name, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owner/elsewhere"}))
     command = ["export", str(adapter), "-o", str(tmp_path / "bundle"), "--no-optimize"]
