@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     """Writes an option: arguments are its Python name, and whether it is to be switched on."""
 
 _OPTION = re.compile("\x02(\\w+)(=True)?\x03")
+_ESCAPE = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # colours of a terminal
 
 
 def option(name: str, *, on: bool = False) -> str:
@@ -178,6 +179,6 @@ class BackendError(Blip2EdgeError):
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message in one line of at most 200 characters; its class where the message is empty."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An exception's message in one plain line of at most 200 characters; its class where the message is empty."""
+    text = " ".join(_ESCAPE.sub("", str(error)).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:199]}…"

@@ -21,6 +21,7 @@ EXTRAS = {
     "onnx_ir": "build",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    "peft": "peft",
     "ray": "ray",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",

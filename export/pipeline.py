@@ -126,12 +126,12 @@ def export_checkpoint(
     """Exports a checkpoint to a bundle.
 
     Args:
-        checkpoint: A directory in transformers' format, a hub name, or a ``.pth`` of LAVIS.
+        checkpoint: A directory in transformers' format, a hub name, a PEFT adapter, or a ``.pth`` of LAVIS.
         output: Directory of the new bundle.
         precision: ``fp32``, ``fp16`` or ``bf16``.
         verify: ``full`` compares the whole model with torch; ``sample`` compares single layers with the written
             weights, and needs the memory of one layer. None chooses by the checkpoint's size.
-        base: The directory or hub name with the frozen parts of a ``.pth``.
+        base: The directory or hub name with the frozen parts of a ``.pth``, or with the base of an adapter.
         merge_tokens: Patches that are merged in each layer of the vision encoder (``model/vision/token_merging.py``).
         force: Replace an existing bundle.
         progress: Called with a stage's name, steps done and steps in all.
@@ -150,7 +150,7 @@ def export_checkpoint(
     with MemoryMeter() as meter:
         source = open_checkpoint(checkpoint, base)
         source.config = with_merged_tokens(source.config, merge_tokens)
-        side = SideFiles.read(source.directory, source.config)
+        side = SideFiles.read(source.side_directory(), source.config)
         mode = verify or ("full" if source.num_bytes() <= FULL_UP_TO else "sample")
         with staged(target, force) as staging:
             written = _write_graphs(source, staging, precision, report)
@@ -257,9 +257,9 @@ def _source_of(source: Checkpoint, report: ProgressCallback) -> dict[str, str]:
         report("hash the source", done, len(paths))
         digest.update(f"{sha256_of(path)}  {path.name}\n".encode())
     report("hash the source", len(paths), len(paths))
-    where = {"checkpoint": str(source.directory)}
-    if source.laid_over is not None:
-        where = {"checkpoint": str(source.laid_over), "base": str(source.directory)}
+    where = {"checkpoint": str(source.laid_over or source.given)}
+    if where["checkpoint"] != str(source.directory):
+        where["base"] = str(source.directory)
     return {**where, "sha256": digest.hexdigest()}
 
 

@@ -12,10 +12,10 @@ from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE
 from blip2edge.errors import CheckpointError
 from blip2edge.export.chat import prompt_template
 from blip2edge.model.checkpoint.config_keys import check_config
-from blip2edge.model.checkpoint.directory import read_json
 from blip2edge.model.checkpoint.generation import read_generation
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused
+from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.checkpoint.tokenizer import SerializedTokenizer, read_tokenizer
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.prompts import prompt_spec

@@ -24,13 +24,15 @@ HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``export``."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, hub name or .pth file of LAVIS")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint directory, hub name, PEFT adapter or .pth file of LAVIS"
+    )
     add_output(parser, "BUNDLE", "directory of the new bundle")
     parser.add_argument(
         "--base",
         metavar="DIRECTORY",
-        help="checkpoint with the frozen parts of the model; required for a .pth file of LAVIS, which does not "
-        "contain them",
+        help="checkpoint with the frozen parts of the model; required for a .pth file of LAVIS and for a PEFT adapter "
+        "whose base is not on this machine",
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the graphs")
     parser.add_argument(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError, one_line
-from blip2edge.model.checkpoint.directory import read_json
 from blip2edge.model.checkpoint.side_keys import CONFIG, refused, unread_warning
+from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.families.registry import read_config
 
 

@@ -3,214 +3,120 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, DRAFT_PREFIX, write_draft
 from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.checkpoint.adapters.folder import base_of, has_adapter, merged_tensors
+from blip2edge.model.checkpoint.stored.files import (
+    CHECKPOINT_FILES,
+    copy_side_files,
+    find_checkpoint,
+    find_side_files,
+    joined_side_files,
+    matching,
+    read_json,
+)
+from blip2edge.model.checkpoint.stored.quantized import refuse_quantized
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles, has_weights, no_weights, shards
+from blip2edge.model.checkpoint.stored.tied import add_tied_names, all_equal, repeated_names
 from blip2edge.model.config import CaptionerConfig, DraftConfig
 from blip2edge.model.families.registry import (
     canonical_name,
-    head_names,
+    head_and_table,
     read_config,
+    ties_of,
     weight_map,
     write_config,
 )
 from blip2edge.model.layers import shapes_of
 from blip2edge.model.models import Config, Model, build_model
 from blip2edge.model.weights.rules import WeightMap
-
-SIDE_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "qformer_tokenizer/tokenizer.json",
-    "qformer_tokenizer/tokenizer_config.json",
-    DRAFT_TOKENIZER_FILE,
-)
-"""Files of a checkpoint besides its config and weights."""
-
-INDEX = "model.safetensors.index.json"
-
-
-def find_checkpoint(checkpoint: str | Path) -> Path:
-    """A local directory, or a hub name that is fetched into the hub's cache.
-
-    Raises:
-        CheckpointError: ``checkpoint`` is neither.
-    """
-    path = Path(checkpoint)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(
-            f"{path} is a file, but a checkpoint is a directory with config.json and *.safetensors",
-            "give the directory that holds it",
-        )
-    name = str(checkpoint)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"there is no directory {name}", "give a checkpoint directory, or a hub name as owner/name"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{name} is no local directory and could not be fetched from the hub ({reason})",
-            "check the name and the network, or give a local directory",
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: The file is missing, unreadable, not JSON, or not an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}",
-            "give a directory written by transformers' save_pretrained",
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values
-
-
-class TensorFiles:
-    """The tensors of a directory's safetensors files, mapped into memory and read one by one.
-
-    Args:
-        directory: Where they are.
-        rename: Maps a tensor's name to its name in the weight tables.
-
-    Raises:
-        CheckpointError: No weights, a shard missing, or a truncated file.
-    """
-
-    def __init__(self, directory: Path, rename: Callable[[str], str] = str) -> None:
-        self.directory = directory
-        self._files = ExitStack()
-        self._of: dict[str, tuple[Any, str]] = {}
-        self._laid: dict[str, Tensor] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in _shards(directory):
-            self.add(path, rename)
-
-    def add(self, path: Path, rename: Callable[[str], str]) -> None:
-        """Maps a further file and renames its tensors.
-
-        Raises:
-            CheckpointError: Missing or truncated.
-        """
-        try:
-            file = self._files.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is not a whole safetensors file ({error})", "copy or download it again"
-            ) from error
-        for name in file.keys():  # noqa: SIM118  (a safe_open handle, which does not iterate)
-            self._of[rename(name)] = (file, name)
-            self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
-
-    def read(self, names: Iterable[str]) -> Tensor:
-        """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file if possible."""
-        parts = [self._laid[name] if name in self._laid else self._stored(name) for name in names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _stored(self, name: str) -> Tensor:
-        file, stored = self._of[name]
-        return file.get_tensor(stored)
-
-    def lay_over(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces tensors of the files."""
-        self._laid |= tensors
-        self.shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    def close(self) -> None:
-        """Unmaps the files."""
-        self._of.clear()
-        self._laid.clear()
-        self._files.close()
-
-
-def _shards(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    single = directory / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensors to files", "copy or download it again")
-        shards = [directory / name for name in sorted(set(weight_map.values()))]
-        missing = [shard.name for shard in shards if not shard.is_file()]
-        if missing:
-            raise CheckpointError(f"{directory} lacks {', '.join(missing)}", "copy or download the missing shards")
-        return shards
-    hint = "give a directory written by transformers' save_pretrained"
-    if any(directory.glob("*.bin")):
-        hint = "its weights are pickled: load and save it once with transformers, which writes safetensors"
-    raise CheckpointError(f"{directory} has no model.safetensors and no {INDEX}", hint)
+from blip2edge.model.weights.ties import Tie
 
 
 class Checkpoint:
-    """An open checkpoint directory: its config, its weight map and its tensors, which are not loaded yet.
+    """An open checkpoint: its config, its weight map and its tensors, which are not loaded yet.
+
+    An adapter in the directory is merged into the tensors when they are read.
+
+    Args:
+        given: A directory with weights, with a PEFT adapter, or with both.
+        base: The directory with the weights that an adapter changes; None for the one that the adapter names.
+
+    Attributes:
+        directory: Where config and weights are: ``given``, or the base of the adapter in it.
+        laid_over: The file with trained tensors that replace the directory's.
+        config: Its config. The head is tied where the tensors are.
+        ties: Tied tensors, as the config has them.
+        map: Maps our parameters to its tensors.
+        shapes: Shapes of our parameters.
 
     Raises:
-        CheckpointError: Config and tensors do not fit together.
+        CheckpointError: Config and tensors do not fit together, or the weights are quantised.
+        MissingPackageError: There is an adapter, and peft is not installed.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, given: Path, base: Path | None = None) -> None:
+        self.given = given
+        self.directory = base_of(given, base) if has_adapter(given) else given
         self.laid_over: Path | None = None
-        config = read_config(read_json(directory / "config.json"))
-        self.files = TensorFiles(directory, partial(canonical_name, config))
-        if ties_head(config) and head_names(config)["head"] <= self.files.shapes.keys():
-            # As in transformers: a head in the file is used even if the config ties it to the token table.
+        if not (self.directory / "config.json").is_file() and not has_weights(self.directory):
+            raise no_weights(self.directory)
+        values = read_json(self.directory / "config.json")
+        self._read = read_config(values)
+        rename = partial(canonical_name, self._read)
+        self.files = TensorFiles(self.directory, rename)
+        self.ties: tuple[Tie, ...] = ties_of(self._read)
+        add_tied_names(self.files, self.ties)
+        if isinstance(self._read, CaptionerConfig) and (self.directory / DRAFT_CONFIG).is_file():
+            draft = DraftConfig.from_json(read_json(self.directory / DRAFT_CONFIG))
+            self._read = replace(self._read, draft=draft)
+            self.files.add(self.directory / DRAFT_FILE, DRAFT_PREFIX.__add__)
+        refuse_quantized(values, self.files, self._used(self._read))
+        if has_adapter(given):
+            architecture = write_config(self._read).get("architectures", ["of this family"])[0]
+            for name, (shape, read) in merged_tensors(given, self.directory, architecture, self.files, rename).items():
+                self.files.put(name, shape, read)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Decides which tied tensors are one, and compares names and shapes.
+
+        Raises:
+            CheckpointError: Config and tensors do not fit together.
+        """
+        config = self._read
+        if ties_head(config):
+            # As in transformers: tensors that differ are used as they are, even if the config ties them.
+            tied = all_equal(self.files, head_and_table(config))
             language: Any = config.language
-            config = replace(config, language=replace(language, tie_embeddings=False))
-        if isinstance(config, CaptionerConfig) and (directory / DRAFT_CONFIG).is_file():
-            draft = DraftConfig.from_json(read_json(directory / DRAFT_CONFIG))
-            config = replace(config, draft=draft)
-            self.files.add(directory / DRAFT_FILE, DRAFT_PREFIX.__add__)
-        self.config = config
+            config = replace(config, language=replace(language, tie_embeddings=tied))
+        self.config: Config = config
         self.map: WeightMap = weight_map(config)
         with torch.device("meta"):
-            self.shapes = shapes_of(build_model(self.config))
-        self.map.check(self.shapes, self.files.shapes)
+            self.shapes = shapes_of(build_model(config))
+        repeated = repeated_names(self.files, self.ties, self._used(config), self.map)
+        found = {name: shape for name, shape in self.files.shapes.items() if name not in repeated}
+        self.map.check(self.shapes, found)
+
+    def _used(self, config: Config) -> set[str]:
+        """Names of the tensors that are weights of a model with this config."""
+        names = weight_map(config)
+        with torch.device("meta"):
+            return {source for ours in shapes_of(build_model(config)) for source in names.sources(ours)}
 
     def read(self, ours: str) -> Tensor:
-        """Reads our parameter ``ours``, in the checkpoint's dtype."""
+        """Reads our parameter ``ours``, in the checkpoint's dtype; in float32 where an adapter changes it."""
         return self.files.read(self.map.sources(ours))
 
     def lay_over(self, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -224,18 +130,32 @@ class Checkpoint:
             CheckpointError: A shape differs.
         """
         self.files.lay_over(tensors)
-        self.map.check(self.shapes, self.files.shapes)
+        self._fit()
         self.laid_over = path
 
     def paths(self) -> list[Path]:
         """Every file that affects the captions."""
-        files = [*self.directory.iterdir(), *self.directory.glob("qformer_tokenizer/*")]
-        paths = sorted(path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"))
+        folders = dict.fromkeys([self.directory, self.given])
+        paths = [path for folder in folders for path in matching(folder, CHECKPOINT_FILES).values()]
         return paths if self.laid_over is None else [*paths, self.laid_over]
+
+    def side_directory(self) -> Path:
+        """The directory with config, tokenizer, processor and chat template.
+
+        An adapter's directory may hold some of them; the others are the base's. A folder of links joins them.
+        """
+        if self.given == self.directory or not find_side_files(self.given):
+            return self.directory
+        folder = self.files.folder()
+        joined = joined_side_files(self.given, self.directory) | {"config.json": self.directory / "config.json"}
+        for name, path in joined.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(path.resolve())
+        return folder
 
     def num_bytes(self) -> int:
         """Size of all safetensors files."""
-        return sum(path.stat().st_size for path in _shards(self.directory))
+        return sum(path.stat().st_size for path in shards(self.directory))
 
 
 def ties_head(config: Config) -> TypeGuard[CaptionerConfig]:
@@ -327,8 +247,5 @@ def save_checkpoint(
         )
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in SIDE_FILES if like is not None else ():
-        source = Path(like or ".") / name
-        if source.is_file() and source.resolve() != (target / name).resolve():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, target / name)
+    if like is not None:
+        copy_side_files(Path(like), target)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError, UsageError
-from blip2edge.model.checkpoint.directory import read_json
 from blip2edge.model.checkpoint.side_keys import GENERATION, check_keys, refused
+from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.runtime.decoding.options import GenerationOptions

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError
-from blip2edge.model.checkpoint.directory import read_json
 from blip2edge.model.checkpoint.side_keys import IMAGE_PROCESSOR, check_keys
+from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.runtime.images.preprocess import (
     BICUBIC,
     BILINEAR,

@@ -8,9 +8,7 @@ directory of the same shape.
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +16,12 @@ import torch
 from torch import Tensor
 
 from blip2edge.errors import CheckpointError, UsageError, option
-from blip2edge.model.checkpoint.directory import Checkpoint, find_checkpoint
-from blip2edge.model.weights.rules import some
+from blip2edge.model.checkpoint.adapters.folder import has_adapter
+from blip2edge.model.checkpoint.directory import Checkpoint
+from blip2edge.model.checkpoint.stored.files import find_checkpoint
+from blip2edge.model.checkpoint.stored.pickled import Ignored, read_pickled, save_again
+from blip2edge.model.weights.rules import BUFFERS, some
+from blip2edge.model.weights.ties import stored_names
 
 _VIT = r"visual_encoder\.blocks\.(\d+)\."
 _LAYER = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
@@ -69,73 +71,78 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> Checkpoint:
-    """A directory, a hub name, or a ``.pth`` of LAVIS on a directory.
+    """A directory, a hub name, a PEFT adapter on a directory, or a ``.pth`` of LAVIS on a directory.
 
     Args:
         checkpoint: The checkpoint to open.
-        base: Where the frozen parts of a ``.pth`` are: a checkpoint directory or a hub name.
+        base: Where the frozen parts of a ``.pth`` or of an adapter are: a checkpoint directory or a hub name.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or does not fit its config or its base.
+        MissingPackageError: It has an adapter, and peft is not installed.
         UsageError: A ``.pth`` without a base, or a base for a checkpoint that needs none.
     """
     path = Path(checkpoint)
     is_lavis = path.suffix in (".pth", ".pt") and not path.is_dir()
     if not is_lavis:
-        if base is not None:
+        directory = find_checkpoint(checkpoint)
+        if base is not None and not has_adapter(directory):
             raise UsageError(
-                f"{option('base')} is for a .pth of LAVIS, but {checkpoint} is not one",
+                f"{option('base')} is for a .pth of LAVIS or a PEFT adapter, but {checkpoint} is neither",
                 f"leave {option('base')} out",
             )
-        return Checkpoint(find_checkpoint(checkpoint))
+        return Checkpoint(directory, None if base is None else find_checkpoint(base))
     if base is None:
         raise UsageError(
             f"{path} holds only the trained parts",
             f"give the directory with the frozen parts: {option('base')} DIRECTORY",
         )
     source = Checkpoint(find_checkpoint(base))
-    source.lay_over(translate(read_lavis(path), source.files.shapes, path), path)
+    source.lay_over(translate(read_lavis(path), source, path), path)
     return source
 
 
 def read_lavis(path: Path) -> dict[str, Tensor]:
-    """The state of a ``.pth``, mapped into memory. No code in it is executed.
+    """The state of a ``.pth``, mapped into memory. No code in it is executed; all but the tensors is ignored.
 
     Raises:
         CheckpointError: The file is missing, broken, or not in LAVIS' format.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file", "give a .pth that LAVIS wrote")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read as a file of tensors ({reason})", "copy or download it again"
-        ) from error
-    state = content.get("model") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            f'{path} is no checkpoint of LAVIS: expected {{"model": tensors by name}}',
-            "give a .pth that LAVIS wrote",
+    content = read_pickled(path)
+    state = content.get("model")
+    if isinstance(state, Mapping):
+        others = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
+        if not others:
+            return {str(name): value for name, value in state.items()}
+        problem = f"{path} cannot be read as a file of tensors: {some(others)} of its model is no tensor"
+    elif isinstance(state, Ignored):
+        problem = f"{path} cannot be read as a file of tensors: its model is an object, not tensors by name"
+    else:
+        problem = f'{path} is no checkpoint of LAVIS: expected {{"model": tensors by name}}, found ' + (
+            some(sorted(content)) or "nothing"
         )
-    return {str(name): value for name, value in state.items()}
+    raise CheckpointError(problem, save_again(path))
 
 
-def translate(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
+def translate(state: Mapping[str, Tensor], base: Checkpoint, path: Path) -> dict[str, Tensor]:
     """A state of LAVIS under transformers' names.
 
     Args:
         state: LAVIS' tensors.
-        shapes: Shapes of the directory's tensors.
+        base: The directory's checkpoint.
         path: The file, for errors.
 
     Raises:
         CheckpointError: A tensor is unknown, or a part of the model is incomplete.
     """
+    shapes = base.files.shapes
     found: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in _with_whole_biases(state, path).items():
+        if any(re.fullmatch(pattern, name) for pattern in BUFFERS):
+            continue
         ours = next((candidate for candidate in _candidates(name) if candidate in shapes), None)
         if ours is not None:
             found[ours] = tensor
@@ -146,8 +153,18 @@ def translate(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
             f"{path} holds tensors that the base does not have: {some(sorted(unknown))}",
             f"give the {option('base')} that this file was trained on",
         )
+    tied = stored_names(base.ties, found)
+    found |= {name: found[stored] for name, stored in tied.items() if base.files.same(name, stored)}
+    wrong = sorted(
+        name for name, tensor in found.items() if not tensor.is_floating_point() or tensor.element_size() < 2
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{path} holds {some(wrong)} as {str(found[wrong[0]].dtype)[6:]}, but weights must be in floating point",
+            "save it in float32, float16 or bfloat16",
+        )
     needed = {name for part in _touched(found) for name in shapes if name.startswith(part)}
-    missing = sorted(name for name in needed - found.keys() if not name.endswith("position_ids"))
+    missing = sorted(name for name in needed - found.keys() if not base.map.is_left_out(name))
     if missing:
         raise CheckpointError(
             f"{path} holds an incomplete part of the model: it lacks {some(missing)}",

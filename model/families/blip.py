@@ -27,13 +27,6 @@ BLIP_TOKEN_DEFAULTS = {"bos_token_id": 30522, "sep_token_id": 102, "pad_token_id
 """Defaults of BlipTextConfig; the BOS is [DEC], the 30523rd token of BLIP's BERT."""
 
 
-BLIP_LEFT_OUT = (r"(vision_model|text_decoder\.bert|text_encoder)\.embeddings\.position_ids",)
-"""Buffers of older checkpoints."""
-
-BLIP_RENAMED = ((r"text_decoder\.cls\.predictions\.decoder\.bias$", "text_decoder.cls.predictions.bias"),)
-"""The head's bias has two names; a file holds one or both."""
-
-
 def read_vision(f: Fields) -> VisionConfig:
     """The ``vision_config`` of a BLIP ``config.json``."""
     values = Fields("vision_config", f.values.get("vision_config", {})).values
@@ -44,7 +37,10 @@ def read_text(f: Fields, vision: VisionConfig) -> tuple[BertConfig, dict[str, in
     """The ``text_config`` of a BLIP ``config.json``, and its special tokens' ids."""
     text = Fields("text_config", f.values.get("text_config", {}))
     # As in transformers, encoder_hidden_size of text_config is ignored.
-    config = BertConfig.from_hf(layered({"encoder_hidden_size": vision.hidden_size}, text.values))
+    # As in transformers, either tie_word_embeddings ties.
+    tied = f.flag("tie_word_embeddings", True) or text.flag("tie_word_embeddings", True)
+    own = {"encoder_hidden_size": vision.hidden_size, "tie_word_embeddings": tied}
+    config = BertConfig.from_hf(layered(own, text.values))
     return config, {name: text.token_id(name, default) for name, default in BLIP_TOKEN_DEFAULTS.items()}
 
 

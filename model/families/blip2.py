@@ -9,9 +9,6 @@ from blip2edge.model.config_json import Fields
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
 
-BLIP2_LEFT_OUT = (r"vision_model\.embeddings\.position_ids", r"qformer\.embeddings\.position_ids")
-"""Buffers of older checkpoints."""
-
 VIDEO_FRAMES = 4
 """Frames of a video: transformers' InstructBlipVideoProcessor always writes visual tokens for four."""
 

@@ -31,11 +31,8 @@ IDEFICS_RULES = (
     *under("bridge.", "model.perceiver_resampler.", PERCEIVER),
 )
 
-IDEFICS_LEFT_OUT = (
-    r"model\.vision_model\.post_layernorm\.(weight|bias)",
-    r"model\.vision_model\.embeddings\.position_ids",
-)
-"""The norm after the pooled class token, and a buffer of older checkpoints."""
+IDEFICS_LEFT_OUT = (r"model\.vision_model\.post_layernorm\.(weight|bias)",)
+"""The norm after the pooled class token."""
 
 
 def read_idefics(f: Fields) -> CaptionerConfig:

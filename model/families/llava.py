@@ -8,7 +8,7 @@ from typing import Any
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.bridges.mlp import MLPConfig
 from blip2edge.model.config import CaptionerConfig, VisionConfig
-from blip2edge.model.config_json import Fields
+from blip2edge.model.config_json import Fields, layered
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
 
@@ -32,7 +32,6 @@ LLAVA_RENAMED = (
 """Names that other versions of transformers write, and their replacements."""
 
 LLAVA_LEFT_OUT = (
-    r"vision_tower\.embeddings\.position_ids",
     r"vision_tower\.post_layernorm\..*",
     r"vision_tower\.encoder\.layers\.\d+\..*",
 )
@@ -58,7 +57,9 @@ def read_llava(f: Fields) -> CaptionerConfig:
     layers = _layers(f.values.get("vision_feature_layer", -2), tower.num_layers)
     tower = replace(tower, num_layers=layers, keep_class=strategy == "full")
     text = Fields("text_config", f.values.get("text_config", {}))
-    language = bridged_language(text.values.get("model_type", "llama")).read_config(text.values)
+    tied = f.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
+    own = {"tie_word_embeddings": tied}  # as in transformers, either key ties
+    language = bridged_language(text.values.get("model_type", "llama")).read_config(layered(own, text.values))
     bridge = MLPConfig(
         input_size=tower.hidden_size,
         hidden_size=language.hidden_size,

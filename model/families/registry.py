@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.bridges.text_head import DRAFT_PREFIX, TEXT_HEAD_RULES
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.config_json import Fields
-from blip2edge.model.families.blip import BLIP_LEFT_OUT, BLIP_RENAMED, read_blip, write_blip
-from blip2edge.model.families.blip2 import BLIP2_LEFT_OUT, VIDEO_FRAMES, read_blip2, write_blip2
+from blip2edge.model.families.blip import read_blip, write_blip
+from blip2edge.model.families.blip2 import VIDEO_FRAMES, read_blip2, write_blip2
 from blip2edge.model.families.idefics import IDEFICS_LEFT_OUT, IDEFICS_RULES, read_idefics, write_idefics
 from blip2edge.model.families.llava import LLAVA_LEFT_OUT, LLAVA_RENAMED, read_llava, write_llava
 from blip2edge.model.families.native import NATIVE_RULES, read_native, write_native
@@ -32,6 +32,7 @@ from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.model.weights.blip import BLIP2_ITM, BLIP_ITM, BLIP_VISION, CLIP
 from blip2edge.model.weights.blip2 import BLIP2, INSTRUCTBLIP, LLAVA
 from blip2edge.model.weights.rules import Rule, WeightMap, under
+from blip2edge.model.weights.ties import Tie
 
 VQA_QUESTION = "Question: {question} Short answer:"
 """BLIP-2's prompt for visual questions (LAVIS, configuration of its VQA task)."""
@@ -91,7 +92,6 @@ FAMILIES: dict[str, Family] = {
         write=write_blip2,
         rules=BLIP2,
         architectures=("Blip2ForConditionalGeneration",),
-        left_out=BLIP2_LEFT_OUT,
     ),
     "blip": Family(
         title="BLIP captioning",
@@ -103,8 +103,6 @@ FAMILIES: dict[str, Family] = {
         question="",
         framed=False,
         architectures=("BlipForConditionalGeneration",),
-        left_out=BLIP_LEFT_OUT,
-        renamed=BLIP_RENAMED,
     ),
     "blip-vqa": Family(
         title="BLIP VQA",
@@ -117,8 +115,6 @@ FAMILIES: dict[str, Family] = {
         prompt_required=True,
         model_type="blip",
         architectures=("BlipForQuestionAnswering",),
-        left_out=BLIP_LEFT_OUT,
-        renamed=BLIP_RENAMED,
     ),
     "blip-itm": Family(
         title="BLIP ITM and ITC",
@@ -127,7 +123,6 @@ FAMILIES: dict[str, Family] = {
         rules=BLIP_ITM,
         model_type="blip",
         architectures=("BlipForImageTextRetrieval",),
-        left_out=BLIP_LEFT_OUT,
     ),
     "blip-2-itm": Family(
         title="BLIP-2 ITM and ITC",
@@ -136,7 +131,6 @@ FAMILIES: dict[str, Family] = {
         rules=BLIP2_ITM,
         model_type="blip-2",
         architectures=("Blip2ForImageTextRetrieval",),
-        left_out=(*BLIP2_LEFT_OUT, r"embeddings\.position_ids"),
     ),
     "clip": Family(
         title="CLIP",
@@ -144,7 +138,7 @@ FAMILIES: dict[str, Family] = {
         write=write_clip,
         rules=CLIP,
         architectures=("CLIPModel",),
-        left_out=(r"(vision|text)_model\.embeddings\.position_ids", "logit_scale"),
+        left_out=("logit_scale",),
     ),
     "instructblip": Family(
         title="InstructBLIP",
@@ -152,7 +146,6 @@ FAMILIES: dict[str, Family] = {
         write=partial(write_blip2, architecture="InstructBlip", part="instructblip"),
         rules=INSTRUCTBLIP,
         default_prompt="A short image caption.",
-        left_out=BLIP2_LEFT_OUT,
     ),
     "instructblipvideo": Family(
         title="InstructBlipVideo",
@@ -166,7 +159,6 @@ FAMILIES: dict[str, Family] = {
         write=partial(write_blip2, architecture="InstructBlipVideo", slot="video_token", part="instructblipvideo"),
         rules=INSTRUCTBLIP,
         default_prompt="A short video caption.",
-        left_out=BLIP2_LEFT_OUT,
     ),
     "blip2edge": Family(
         title="Attention pool",
@@ -183,7 +175,6 @@ FAMILIES: dict[str, Family] = {
         default_prompt="Describe this image in detail.",
         question="{question}",
         stop=("###",),
-        left_out=BLIP2_LEFT_OUT,
     ),
     "llava": Family(
         title="LLaVA",
@@ -280,11 +271,20 @@ def weight_map(config: Config) -> WeightMap:
     return WeightMap((*family.rules, *rules, *text_head), left_out)
 
 
-def head_names(config: CaptionerConfig) -> Mapping[str, frozenset[str]]:
-    """The checkpoint's names of the head's weight, and of the token table's."""
+def ties_of(config: Config) -> tuple[Tie, ...]:
+    """The tied tensors of a checkpoint with this config; none where it does not tie the embeddings."""
+    if isinstance(config, RetrievalConfig) or not config.language.tie_embeddings:
+        return ()
+    prefix = FAMILIES[config.family].language_prefix
+    return tuple((prefix + target, prefix + source) for target, source in language_of(config.language.kind).ties)
+
+
+def head_and_table(config: CaptionerConfig) -> list[tuple[str, str]]:
+    """The checkpoint's names of the head's weight where it is not tied, each with that of its token table."""
     untied = WeightMap(_language_rules(config))
-    parts = {"head": "language.head.weight", "table": "language.embed_tokens.weight"}
-    return {part: frozenset(untied.sources(name)) for part, name in parts.items()}
+    return list(
+        zip(untied.sources("language.head.weight"), untied.sources("language.embed_tokens.weight"), strict=True)
+    )
 
 
 def _language_rules(config: CaptionerConfig) -> tuple[Rule, ...]:

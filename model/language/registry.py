@@ -15,10 +15,11 @@ from blip2edge.model.language.llama import LlamaDecoder
 from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.model.language.opt import OPTConfig, OPTDecoder
 from blip2edge.model.language.t5 import T5, T5Config
-from blip2edge.model.weights.blip import BLIP_DECODER
-from blip2edge.model.weights.idefics import flamingo_rules
-from blip2edge.model.weights.language import LLAMA, OPT, t5_rules
+from blip2edge.model.weights.blip import BLIP_DECODER, BLIP_TIES
+from blip2edge.model.weights.idefics import IDEFICS_TIES, flamingo_rules
+from blip2edge.model.weights.language import LLAMA, LLAMA_TIES, OPT, OPT_TIES, T5_TIES, t5_rules
 from blip2edge.model.weights.rules import Rule
+from blip2edge.model.weights.ties import Tie
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Language:
         build: Makes the module from a config.
         rules: Its weight table, which may depend on the config.
         encoder_inputs: Names of the encoder's inputs, for encoder-decoder models.
+        ties: Tied tensors of a checkpoint whose config ties its embeddings.
         left_out: Tensors of a checkpoint that are not used (regular expressions).
         bridged: Whether it works with any bridge; else only one family has it.
     """
@@ -38,41 +40,41 @@ class Language:
     build: Callable[[Any], DecoderModule]
     rules: Callable[[Any], tuple[Rule, ...]]
     encoder_inputs: tuple[str, ...] = ("inputs_embeds", "attention_mask")
+    ties: tuple[Tie, ...] = ()
     left_out: tuple[str, ...] = ()
     bridged: bool = True
 
 
 LANGUAGES: dict[str, Language] = {
-    "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: OPT),
+    "opt": Language(OPTConfig.from_hf, OPTDecoder, lambda config: OPT, ties=OPT_TIES),
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3"),
-        Language(
-            LlamaConfig.from_hf,
-            LlamaDecoder,
-            lambda config: LLAMA,
-            left_out=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-        ),
+        Language(LlamaConfig.from_hf, LlamaDecoder, lambda config: LLAMA, ties=LLAMA_TIES),
     ),
     "blip_text_model": Language(
         BertConfig.from_hf,
         BertDecoder,
         lambda config: BLIP_DECODER,
         encoder_inputs=("input_ids", "attention_mask", "image_embeds"),
+        ties=BLIP_TIES,
+        left_out=(r"text_decoder\.cls\.predictions\.bias",),
         bridged=False,
     ),
     "idefics": Language(
         FlamingoConfig.from_hf,
         Flamingo,
         lambda config: flamingo_rules(config.base_vocab_size, config.vocab_size - config.base_vocab_size),
-        left_out=(r"model\.(layers|gated_cross_attn_layers)\.\d+\.\w+\.rotary_emb\.inv_freq",),
+        ties=IDEFICS_TIES,
         bridged=False,
     ),
     "t5": Language(
         T5Config.from_hf,
         T5,
         lambda config: t5_rules(config.gated),
+        ties=T5_TIES,
+        # The encoder reads embeddings, not ids.
         left_out=(
-            r"(encoder|decoder)\.embed_tokens\.weight",
+            r"encoder\.embed_tokens\.weight",
             r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative.*",
         ),
     ),

@@ -25,11 +25,17 @@ BLIP_DECODER = (
     *under("", "text_decoder.bert.", BERT),
     *under("encoder.", "text_encoder.", BERT),
     Rule("head", "text_decoder.cls.predictions.decoder"),
-    Rule("head.bias", "text_decoder.cls.predictions.bias"),
+    Rule("head.bias", "text_decoder.cls.predictions.decoder.bias"),
     Rule("head.dense", "text_decoder.cls.predictions.transform.dense"),
     Rule("head.norm", "text_decoder.cls.predictions.transform.LayerNorm"),
 )
 """The decoder of captions, or the encoder of questions and the decoder of answers."""
+
+BLIP_TIES = (
+    ("text_decoder.cls.predictions.decoder.bias", "text_decoder.cls.predictions.bias"),
+    ("text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"),
+)
+"""Of the two biases transformers uses the first."""
 
 BLIP_VISION = under("vision.", "vision_model.", BLIP2_VISION)
 

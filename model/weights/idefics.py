@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blip2edge.model.weights.language import LLAMA, LLAMA_LAYER
+from blip2edge.model.weights.language import LLAMA, LLAMA_LAYER, LLAMA_TIES
 from blip2edge.model.weights.rules import Rule, under
 
 ADDITIONAL = (
@@ -10,6 +10,11 @@ ADDITIONAL = (
     Rule("head", ("lm_head", "lm_head.additional_fc")),
 )
 """The token table and the head, with additional rows after those of the Llama."""
+
+IDEFICS_TIES = (
+    *LLAMA_TIES,
+    ("lm_head.additional_fc.weight", "model.embed_tokens.additional_embedding.weight"),
+)
 
 GATED_LAYER = (
     *(rule for rule in LLAMA_LAYER if not rule.ours.startswith("attention.")),

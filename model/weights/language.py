@@ -20,6 +20,8 @@ OPT = (
     Rule("layers.*.attention.out", "model.decoder.layers.*.self_attn.out_proj"),
 )
 
+OPT_TIES = (("lm_head.weight", "model.decoder.embed_tokens.weight"),)
+
 LLAMA_LAYER = (
     Rule("attention_norm", "input_layernorm"),
     Rule("attention.query", "self_attn.q_proj"),
@@ -39,6 +41,14 @@ LLAMA = (
     *under("layers.*.", "model.layers.*.", LLAMA_LAYER),
     Rule("final_norm", "model.norm"),
     Rule("head", "lm_head"),
+)
+
+LLAMA_TIES = (("lm_head.weight", "model.embed_tokens.weight"),)
+
+T5_TIES = (
+    ("encoder.embed_tokens.weight", "shared.weight"),
+    ("decoder.embed_tokens.weight", "shared.weight"),
+    ("lm_head.weight", "shared.weight"),
 )
 
 T5_ATTENTION = (Rule("query", "q"), Rule("key", "k"), Rule("value", "v"), Rule("out", "o"))

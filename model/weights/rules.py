@@ -17,6 +17,16 @@ from torch import Tensor
 
 from blip2edge.errors import CheckpointError
 
+BUFFERS = (
+    r"(.*\.)?position_ids",
+    r"(.*\.)?embeddings\.token_type_ids",
+    r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)",
+    r"(.*\.)?masked_bias",
+    r"(.*\.)?causal_mask",
+    r"(.*\.)?num_batches_tracked",
+)
+"""Buffers that some versions of transformers and LAVIS store, and that are computed here (regular expressions)."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -47,13 +57,13 @@ class WeightMap:
 
     Args:
         rules: How names translate.
-        left_out: Regular expressions of a checkpoint's tensors that are not used.
+        left_out: Regular expressions of a checkpoint's tensors that are not used, besides :data:`BUFFERS`.
     """
 
     def __init__(self, rules: Sequence[Rule], left_out: Sequence[str] = ()) -> None:
         ordered = sorted(rules, key=lambda rule: len(rule.ours.split(".")), reverse=True)
         self._rules = [(_compile(rule.ours), rule.sources(), rule.rows) for rule in ordered]
-        self._left_out = [re.compile(pattern) for pattern in left_out]
+        self._left_out = [re.compile(pattern) for pattern in (*left_out, *BUFFERS)]
 
     def sources(self, ours: str) -> tuple[str, ...]:
         """The tensors of the checkpoint that make up our parameter ``ours``.

@@ -21,13 +21,9 @@ from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.qformer import QFormerBase
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, TEXT_HEAD_RULES, write_draft
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint.directory import (
-    TensorFiles,
-    find_checkpoint,
-    load_model,
-    read_json,
-    save_checkpoint,
-)
+from blip2edge.model.checkpoint.directory import load_model, save_checkpoint
+from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_json
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.config import DraftConfig, QFormerConfig
 from blip2edge.model.retrieval import RetrievalModel
 from blip2edge.model.weights.rules import Rule, WeightMap, some, under

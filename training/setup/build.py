@@ -12,8 +12,9 @@ from tokenizers.processors import TemplateProcessing
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
-from blip2edge.model.checkpoint.directory import load_checkpoint, read_json
+from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
+from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.training.config import TrainingConfig

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, ConfigError
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint.directory import (
-    SIDE_FILES,
-    TensorFiles,
-    find_checkpoint,
-    load_checkpoint,
-    load_model,
-    read_json,
-)
+from blip2edge.model.checkpoint.adapters.folder import ADAPTER_CONFIG, has_adapter
+from blip2edge.model.checkpoint.directory import load_checkpoint, load_model
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
+from blip2edge.model.checkpoint.stored import files
+from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_json
+from blip2edge.model.checkpoint.stored.quantized import refuse_quantized
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles
+from blip2edge.model.checkpoint.stored.tied import add_tied_names, all_equal, repeated_names
 from blip2edge.model.checkpoint.tokenizer import read_tokenizer
 from blip2edge.model.config import CaptionerConfig, LanguageConfig
 from blip2edge.model.config_json import Fields
@@ -120,18 +119,32 @@ def load_language(name: str, base: Path) -> LanguagePart:
     config = row.read_config(values)
     with torch.device("meta"):
         shapes = shapes_of(row.build(config))
-    files = TensorFiles(directory)
-    tied = config.tie_embeddings
-    if tied:
-        shapes.pop("head.weight")
-    rules = WeightMap(row.rules(config), [*row.left_out, r"lm_head\.weight"])
+    if has_adapter(directory):
+        raise CheckpointError(
+            f"{directory} has a PEFT adapter ({ADAPTER_CONFIG}), which is merged in captioners alone",
+            "merge it first: merge_and_unload() of the PEFT model, then save_pretrained",
+        )
+    tensors = TensorFiles(directory)
     try:
-        rules.check(shapes, files.shapes)
-        state = {ours: files.read(rules.sources(ours)).float().clone() for ours in shapes}
+        tied = config.tie_embeddings
+        ties = row.ties if tied else ()
+        add_tied_names(tensors, ties)
+        tied = tied and all_equal(tensors, [tie for tie in ties if tie[0] == "lm_head.weight"])
+        if tied:
+            shapes.pop("head.weight")
+        rules = WeightMap(row.rules(config), [*row.left_out, r"lm_head\.weight"])
+        used = {source for ours in shapes for source in rules.sources(ours)}
+        refuse_quantized(values, tensors, used)
+        repeated = repeated_names(tensors, ties, used, rules)
+        rules.check(shapes, {name: shape for name, shape in tensors.shapes.items() if name not in repeated})
+        state = {ours: tensors.read(rules.sources(ours)).float().clone() for ours in shapes}
     finally:
-        files.close()
+        tensors.close()
     if tied:
         state["head.weight"] = state["embed_tokens.weight"]
+    else:
+        untied: Any = config
+        config = replace(untied, tie_embeddings=False)
     return LanguagePart(config, state, read_tokens(Fields("config", values)), tokenizer, directory)
 
 
@@ -182,7 +195,7 @@ def load_vision(name: str, base: Path) -> VisionPart:
 
 def side_files(directory: Path) -> dict[str, bytes]:
     """Content of a checkpoint's files other than weights, by name."""
-    return {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).is_file()}
+    return {name: path.read_bytes() for name, path in files.find_side_files(directory).items()}
 
 
 def tokenizer_files(part: LanguagePart) -> dict[str, bytes]:

@@ -1,0 +1,1 @@
+"""PEFT adapters: merged into the tensors of their base."""

@@ -1,0 +1,1 @@
+"""The files of a checkpoint: finds them, and reads their tensors and JSON objects."""

@@ -1,0 +1,145 @@
+"""The files of a checkpoint directory: finds the directory, lists its side files, and reads its JSON files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
+from blip2edge.errors import CheckpointError, one_line
+
+SIDE_GROUPS = (
+    (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "*.tiktoken",
+        "tekken.json",
+    ),
+    ("*processor_config.json",),
+    ("generation_config.json",),
+    ("chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
+    ("qformer_tokenizer/*",),
+    (DRAFT_TOKENIZER_FILE,),
+)
+"""Glob patterns of the files besides config and weights that affect the captions, in groups that belong together: the
+tokenizer, the processor, defaults of generation, chat templates, the tokenizers of the Q-Former and of the draft."""
+
+SIDE_FILES = tuple(pattern for group in SIDE_GROUPS for pattern in group)
+"""What export reads, `save_checkpoint` copies, and the hash of a bundle's source covers."""
+
+CHECKPOINT_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.bin",
+    "draft.json",
+    "stage1.json",
+    "quant*_config.json",
+    *SIDE_FILES,
+)
+"""Glob patterns of all files that affect the captions. Only these are downloaded from the hub."""
+
+
+def matching(directory: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    """The files of a directory that match one of the glob patterns, by their path relative to it, sorted."""
+    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    return {path.relative_to(directory).as_posix(): path for path in sorted(found)}
+
+
+def find_side_files(directory: Path) -> dict[str, Path]:
+    """The side files of a checkpoint, see :data:`SIDE_FILES`, by their path relative to it."""
+    return matching(directory, SIDE_FILES)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies the side files of the checkpoint ``source`` to the directory ``target``."""
+    for name, path in find_side_files(source).items():
+        copy = target / name
+        if path.resolve() != copy.resolve():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def joined_side_files(first: Path, other: Path) -> dict[str, Path]:
+    """The side files of two checkpoints by name: each group from ``first``, where that has it, else from ``other``."""
+    found: dict[str, Path] = {}
+    for group in SIDE_GROUPS:
+        found |= matching(first, group) or matching(other, group)
+    return found
+
+
+def find_checkpoint(checkpoint: str | Path) -> Path:
+    """A local directory, or a hub name that is fetched into the hub's cache.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is neither.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is a file, but a checkpoint is a directory with config.json and *.safetensors",
+            "give the directory that holds it",
+        )
+    name = str(checkpoint)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"there is no directory {name}", "give a checkpoint directory, or a hub name as owner/name"
+        )
+    try:
+        return _snapshot(name)
+    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name} is no local directory and could not be fetched from the hub ({reason})",
+            "check the name and the network, or give a local directory",
+        ) from error
+
+
+def cached_checkpoint(name: str) -> Path | None:
+    """The directory of a hub name in the hub's cache; None where it is not there. Nothing is downloaded."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return _snapshot(name, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _snapshot(name: str, local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = list(CHECKPOINT_FILES)
+    ignored = ["*/*.safetensors", "*/adapter_model.bin"]
+    return Path(
+        snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=local_files_only)
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}",
+            "give a directory written by transformers' save_pretrained",
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values

@@ -1,0 +1,87 @@
+"""Reads pickled files of tensors. No code in them is executed."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from blip2edge.errors import CheckpointError, one_line
+from blip2edge.model.weights.rules import some
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+
+
+class Ignored:
+    """Stands for an object in a pickled file that is no tensor. It drops its content."""
+
+    def __new__(cls, *_: Any) -> Self:
+        """Takes the arguments of any class."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """The top level of a file that ``torch.save`` wrote, mapped into memory.
+
+    Objects of other classes than torch's (``argparse.Namespace``, numpy's scalars, OmegaConf's configs) become
+    :class:`Ignored`: their classes are not imported.
+
+    Raises:
+        CheckpointError: The file is broken, holds objects that cannot be skipped, or no mapping.
+    """
+    others: list[str] = []
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:  # only the names of the classes are read here
+            others = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals([(Ignored, name) for name in others]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error, others) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f'{path} is no checkpoint of LAVIS: expected {{"model": tensors by name}}, found {type(content).__name__}',
+            save_again(path),
+        )
+    return {str(name): value for name, value in content.items()}
+
+
+def save_again(path: Path) -> str:
+    """What mends a file that holds more than tensors: a line to run where it was written."""
+    return f'save its tensors alone where it was trained: torch.save({{"model": model.state_dict()}}, "{path.name}")'
+
+
+def _unreadable(path: Path, error: Exception, others: list[str]) -> CheckpointError:
+    """The error for a file that torch does not load, without torch's advice.
+
+    Args:
+        path: The file.
+        error: torch's error.
+        others: Classes in the file that are not torch's.
+    """
+    found = _GLOBAL.search(str(error))
+    classes = [found[1].rstrip(".")] if found else others
+    problem = f"{path} cannot be read as a file of tensors"
+    if classes:
+        return CheckpointError(
+            f"{problem}: it holds objects of {some(classes)}, whose code is not run", save_again(path)
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return CheckpointError(
+            f"{problem}: it is no file of torch.save, or holds more than tensors",
+            f"copy or download it again, or {save_again(path)}",
+        )
+    reason = one_line(error)
+    return CheckpointError(f"{path} cannot be read as a file of tensors ({reason})", "copy or download it again")

@@ -1,0 +1,103 @@
+"""Refuses checkpoints whose tensors are not the weights themselves: quantised, or with an adapter not merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from blip2edge.errors import CheckpointError
+from blip2edge.model.checkpoint.stored.tensors import FLOAT_DTYPES, TensorFiles, dtype_name
+from blip2edge.model.weights.rules import some
+
+CONFIG_KEYS = ("quantization_config", "compression_config")
+
+DEQUANTISE = (
+    "export the checkpoint in float16 that it was made from; or load it with transformers, call model.dequantize() "
+    "where the method has it, and save_pretrained again"
+)
+MERGE = "call merge_and_unload() of the PEFT model, and save_pretrained again"
+
+MARKS = (
+    (
+        r"(SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)",
+        "bitsandbytes",
+        DEQUANTISE,
+    ),
+    (r"(qweight|qzeros|g_idx)", "GPTQ or AWQ", DEQUANTISE),
+    (r"(W_q|weight\._data|weight\._scale|weight:.+|_weight_qdata)", "HQQ, quanto or torchao", DEQUANTISE),
+    (r"(codes|codebooks|centroids)", "AQLM or VPTQ", DEQUANTISE),
+    (
+        r"((weight|input|activation|output)_(scale|scale_inv|scales|packed|zero_point|shape|global_scale|blocks))",
+        "FP8 or compressed-tensors",
+        DEQUANTISE,
+    ),
+    (r"(lora_\w+(\..+)?|base_layer\..+|modules_to_save\..+)", "a PEFT adapter that is not merged", MERGE),
+)
+"""Last components of a tensor's name (a regular expression), what they belong to, and what mends it."""
+
+
+def refuse_quantized(values: Mapping[str, Any], files: TensorFiles, used: Collection[str]) -> None:
+    """Compares what ``config.json`` and the tensors say. No weight is read.
+
+    Args:
+        values: Content of ``config.json``.
+        files: The checkpoint's tensors.
+        used: Names of the tensors that are weights.
+
+    Raises:
+        CheckpointError: Weights are quantised, or an adapter is not merged.
+    """
+    said = next(_quantized_sections(values), None)
+    marks, mend = _marks(files)
+    wrong = sorted(name for name in used if files.dtypes.get(name, FLOAT_DTYPES[0]) not in FLOAT_DTYPES)
+    if said is None and mend == MERGE:
+        raise CheckpointError(f"{files.directory} holds {marks}", mend)
+    if said is None and not marks and not wrong:
+        return
+    found = [f"config.json says so in {said[0]} ({said[1]})"] if said else []
+    if marks:
+        found.append(f"its tensors are {marks}")
+    if wrong:
+        dtype = dtype_name(files.dtypes[wrong[0]])
+        found.append(f"{some(wrong)} stored as {dtype}")
+    if not marks and not wrong:
+        mend = (
+            "its tensors are in floating point: if they have been dequantised, delete that key; else export the "
+            "checkpoint that it was made from"
+        )
+    raise CheckpointError(
+        f"the weights of {files.directory} are quantised, and export reads weights in floating point: "
+        + "; ".join(found),
+        mend or DEQUANTISE,
+    )
+
+
+def _quantized_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys of a config that say how its weights are quantised, and the method."""
+    sections = {"": values} | {f"{name}.": part for name, part in values.items() if isinstance(part, Mapping)}
+    for section, part in sections.items():
+        for key in CONFIG_KEYS:
+            content = part.get(key)
+            if content:
+                yield f"{section}{key}", _method(content if isinstance(content, Mapping) else {})
+
+
+def _method(content: Mapping[str, Any]) -> str:
+    """Names the method of a ``quantization_config``."""
+    bits = content.get("bits") or content.get("nbits")
+    loads = [bits for bits in (4, 8) if content.get(f"load_in_{bits}bit") or content.get(f"_load_in_{bits}bit")]
+    method = (
+        content.get("quant_method") or content.get("quant_algo") or ("bitsandbytes" if loads else "no method named")
+    )
+    bits = bits or (loads[0] if loads else None)
+    return f"{method}, {bits} bit" if bits else str(method)
+
+
+def _marks(files: TensorFiles) -> tuple[str, str | None]:
+    """The first kind of tensors that belong to a method, with a few names, and what mends it."""
+    for pattern, what, mend in MARKS:
+        names = sorted(name for name in files.shapes if re.search(rf"\.{pattern}$", name))
+        if names:
+            return f"{what}: {some(names)}", mend
+    return "", None

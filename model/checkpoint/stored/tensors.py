@@ -1,0 +1,234 @@
+"""The tensors of a directory's safetensors files, read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from blip2edge.errors import CheckpointError, one_line
+from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.weights.rules import some
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""The dtypes of a parameter, as safetensors names them. All others are quantised weights, or no weights."""
+
+DTYPE_NAMES = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
+
+OTHER_LAYOUTS = (
+    ("adapter_model.*", "the weights of a PEFT adapter", "copy its adapter_config.json too"),
+    (
+        "pytorch_model*.bin",
+        "pickled weights",
+        "load and save them once with transformers, which writes safetensors: from_pretrained(A).save_pretrained(B)",
+    ),
+    ("model*.safetensors", "a variant or a shard without its index", f"copy {INDEX}, or rename the file to {WEIGHTS}"),
+    ("*.gguf", "quantised weights (GGUF)", "give the checkpoint in floating point that they were made from"),
+    ("tf_model.h5", "TensorFlow's weights", "load them with a transformers that reads them, and save safetensors"),
+    ("flax_model.msgpack", "Flax' weights", "load them with a transformers that reads them, and save safetensors"),
+    ("global_step*", "DeepSpeed's shards", "run its zero_to_fp32.py there with --safe_serialization"),
+    ("pytorch_model_fsdp_*", "FSDP's shards", "run: accelerate merge-weights FOLDER DIRECTORY"),
+)
+"""Weights in a form that is not read: a glob pattern, what it is, and what mends it."""
+
+
+class TensorFiles:
+    """The tensors of a directory's safetensors files, mapped into memory and read one by one.
+
+    Args:
+        directory: Where they are.
+        rename: Maps a tensor's name to its name in the weight tables.
+
+    Attributes:
+        shapes: Shapes by name.
+        dtypes: dtypes by name, as safetensors writes them: ``F32``, ``BF16``, ``I8``.
+
+    Raises:
+        CheckpointError: No weights, a shard missing, a truncated file, or two tensors of one name.
+    """
+
+    def __init__(self, directory: Path, rename: Callable[[str], str] = str) -> None:
+        self.directory = directory
+        self._files = ExitStack()
+        self._readers: dict[str, Callable[[], Tensor]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for path in shards(directory):
+            self.add(path, rename)
+
+    def add(self, path: Path, rename: Callable[[str], str]) -> None:
+        """Maps a further file and renames its tensors.
+
+        Raises:
+            CheckpointError: Missing or truncated, or two of its tensors have one name.
+        """
+        file = self._files.enter_context(open_safetensors(path))
+        stored_as: dict[str, str] = {}
+        for stored in file.keys():  # noqa: SIM118  (a safe_open handle, which does not iterate)
+            name = rename(stored)
+            if name in stored_as:
+                raise CheckpointError(
+                    f"{path} holds one tensor under two names, {stored_as[name]} and {stored}",
+                    "save it again with one version of transformers",
+                )
+            stored_as[name] = stored
+            part = file.get_slice(stored)
+            self.put(name, tuple(part.get_shape()), partial(_stored, file, stored, part.get_dtype()))
+            self.dtypes[name] = part.get_dtype()
+
+    def put(self, name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> None:
+        """Adds a tensor, or replaces the one of this name.
+
+        Args:
+            name: Its name in the weight tables.
+            shape: Its shape.
+            read: Returns it; called at each read.
+        """
+        self._readers[name] = read
+        self.shapes[name] = shape
+        self.dtypes.pop(name, None)
+
+    def alias(self, name: str, other: str) -> None:
+        """Lets ``name`` be the tensor that is stored as ``other``."""
+        self.put(name, self.shapes[other], self._readers[other])
+
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        """Returns the function that reads the tensor ``name``. Later changes of the name do not affect it."""
+        return self._readers[name]
+
+    def read(self, names: Iterable[str]) -> Tensor:
+        """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file if possible.
+
+        Raises:
+            CheckpointError: Its dtype is not one of a parameter.
+        """
+        parts = [self._readers[name]() for name in names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether both names are one stored tensor. No weight is read."""
+        return self._readers[one] is self._readers[other]
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same values; of different dtypes, after a cast to float32."""
+        if self.same(one, other):
+            return True
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        first, second = self.read([one]), self.read([other])
+        if first.dtype == second.dtype:
+            return torch.equal(first, second)
+        rows = zip(torch.split(first, 1024), torch.split(second, 1024), strict=True)
+        return all(torch.equal(a.float(), b.float()) for a, b in rows)
+
+    def lay_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces tensors of the files."""
+        for name, tensor in tensors.items():
+            self.put(name, tuple(tensor.shape), partial(_itself, tensor))
+
+    def folder(self) -> Path:
+        """An empty temporary folder, which :meth:`close` removes."""
+        return Path(self._files.enter_context(TemporaryDirectory()))
+
+    def close(self) -> None:
+        """Unmaps the files."""
+        self._readers.clear()
+        self._files.close()
+
+
+def open_safetensors(path: Path) -> Any:
+    """Maps a safetensors file.
+
+    Raises:
+        CheckpointError: Missing or truncated.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({one_line(error)})", "copy or download it again"
+        ) from error
+
+
+def _stored(file: Any, name: str, dtype: str) -> Tensor:
+    if dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"the tensor {name} is stored as {dtype_name(dtype)}, but weights must be in floating point",
+            "save the checkpoint in float32, float16 or bfloat16",
+        )
+    tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def dtype_name(dtype: str) -> str:
+    """The usual name of a dtype of safetensors: ``int8`` for ``I8``, ``float8_e4m3`` for ``F8_E4M3``."""
+    return DTYPE_NAMES.get(dtype, dtype.lower().replace("f8", "float8").replace("f4", "float4"))
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has safetensors files of a whole model."""
+    return (directory / WEIGHTS).is_file() or (directory / INDEX).is_file()
+
+
+def shards(directory: Path) -> list[Path]:
+    """The safetensors files of a directory.
+
+    Raises:
+        CheckpointError: It has none, its index is broken, or a shard is missing.
+    """
+    index = directory / INDEX
+    single = directory / WEIGHTS
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise no_weights(directory)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files", "copy or download it again")
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{directory} lacks {', '.join(missing)}", "copy or download the missing shards")
+    return files
+
+
+def no_weights(directory: Path) -> CheckpointError:
+    """The error for a directory without weights. It names the folders or files that have some in another form."""
+    problem = f"{directory} has no {WEIGHTS} and no {INDEX}"
+    folders = _folders_with_weights(directory)
+    if folders:
+        return CheckpointError(
+            f"{problem}, but weights or an adapter in {some([folder.name for folder in reversed(folders)])}",
+            f"give the folder itself: {folders[-1]}",
+        )
+    for pattern, what, mend in OTHER_LAYOUTS:
+        found = sorted(directory.glob(pattern))
+        if found:
+            return CheckpointError(f"{problem}, but {found[0].name}: {what}", mend)
+    return CheckpointError(problem, "give a directory written by transformers' save_pretrained")
+
+
+def _folders_with_weights(directory: Path) -> list[Path]:
+    """Subfolders that are checkpoints of their own: ``checkpoint-500`` of a Trainer, or an adapter's."""
+    marks = (WEIGHTS, INDEX, "adapter_config.json")
+    found = [path for path in directory.glob("*/") if any((path / mark).is_file() for mark in marks)]
+    return sorted(found, key=lambda path: (_step(path), path.name))
+
+
+def _step(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
