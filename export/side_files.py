@@ -71,9 +71,13 @@ class SideFiles:
             _check_markers(tokenizer, (family.image_token, family.around_image))
         instruction = None
         if config.instruction_positions:
-            reader = read_tokenizer(directory / "qformer_tokenizer")
-            _check_tokenizer(reader, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
-            instruction = reader.content
+            qformer = read_tokenizer(directory / "qformer_tokenizer")
+            _check_tokenizer(qformer, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
+            if "split_special_tokens" in qformer.flags:  # the manifest has flags for the main tokenizer only
+                raise refused(
+                    str(qformer.where.with_name("tokenizer_config.json")), "split_special_tokens", True, (False,)
+                )
+            instruction = qformer.content
         prompt = prompt_spec(config)
         if slot:
             prompt = replace(prompt, template=prompt_template(directory, slot, family.template))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.model.checkpoint.directory import read_json
-from blip2edge.model.checkpoint.side_keys import GENERATION, check_keys, refused
+from blip2edge.model.checkpoint.side_keys import GENERATION, check_keys
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.runtime.decoding.options import GenerationOptions
@@ -19,31 +18,15 @@ MAX_NEW_TOKENS = 30
 
 FILE = "generation_config.json"
 
-SAMPLING: Mapping[str, Any] = {
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
+SAMPLING: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 """Keys that have an effect only with ``do_sample``, and transformers' defaults of them."""
 
 NO_EFFECT: Mapping[str, Any] = {
-    "min_p": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
     "min_new_tokens": 0,
     "num_beams": 1,
     "early_stopping": False,
     "length_penalty": 1.0,
     "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "renormalize_logits": False,
 }
 """Values that change nothing; they are not written."""
 
@@ -75,12 +58,14 @@ def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str,
         changed = [
             key
             for key, value in values.items()
-            if GENERATION.effect(key) != "neutral" and key != "eos_token_id" and value != defaults.get(key)
+            if GENERATION.effect(key) != "neutral"
+            and key != "eos_token_id"
+            and value not in (defaults.get(key), *GENERATION.checked.get(key, ()))
         ]
         warning = f"{path}: not used for {family.title}, as in transformers: {', '.join(changed)}"
         return generation, [warning] if changed else []
     warnings = check_keys(GENERATION, values, str(path))
-    eos = values.pop("eos_token_id", None)
+    eos = values.get("eos_token_id")
     if eos is not None:
         generation["eos_token_ids"] = list(eos) if isinstance(eos, list) else [eos]
     return generation | _options(values, path), warnings
@@ -90,21 +75,17 @@ def _options(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The keys of a generation config that are options of the runtime.
 
     Raises:
-        CheckpointError: A value is outside its range, or the runtime has no such option.
+        CheckpointError: A value is outside its range.
     """
     sampled = values.get("do_sample", False)
     found = {
         key: values[key]
         for key in GENERATION.honoured
-        if key in values and key != "do_sample" and (sampled or key not in SAMPLING)
+        if key in values and key not in ("do_sample", "eos_token_id") and (sampled or key not in SAMPLING)
     }
     if sampled:
-        found = {key: SAMPLING[key] for key in ("temperature", "top_k", "top_p")} | found
+        found = {**SAMPLING, **found}
     found = {key: value for key, value in found.items() if key not in NO_EFFECT or value != NO_EFFECT[key]}
-    known = {field.name for field in dataclasses.fields(GenerationOptions)}
-    for key, value in found.items():
-        if key not in known:
-            raise refused(str(path), key, value)
     try:
         GenerationOptions(**{"max_new_tokens": MAX_NEW_TOKENS, **found})
     except (UsageError, TypeError, ValueError) as error:

@@ -107,9 +107,11 @@ def load_preprocessing(directory: Path) -> LoadedPreprocessing:
     for name, part in SOURCES:
         path = directory / name
         values = read_json(path) if path.is_file() else {}
+        where = f"{path}, {part}" if part else str(path)
         values = values.get(part) or {} if part else values
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"{where} must be an object, not {type(values).__name__}")
         if values:
-            where = f"{path}, {part}" if part else str(path)
             config = directory / "config.json"
             model_type = read_json(config).get("model_type") if config.is_file() else None
             kind = FAMILY_CLASSES.get(str(model_type), "Blip")
@@ -126,7 +128,8 @@ def read_image_processor(
     """The preprocessing that a ``preprocessor_config.json`` describes.
 
     Args:
-        values: The parsed JSON. A key that is absent or null takes the default of the class that is named.
+        values: The parsed JSON. A key that is absent takes the default of the class that is named; so does one
+            that is null, except that a null flag is false.
         where: Name of the file, for errors.
         otherwise: Key of :data:`CLASSES`, where no class is named.
 
@@ -149,13 +152,13 @@ def read_image_processor(
     crop = _size(given.get("crop_size", row.crop), square=True)
     try:
         return Preprocessing(
-            resize=_flag(given, "do_resize", True),
-            size=_size(given.get("size", row.size), _flag(given, "default_to_square", row.square)) or {},
-            crop=crop if _flag(given, "do_center_crop", row.do_crop) else None,
+            resize=_flag(values, "do_resize", True),
+            size=_size(given.get("size", row.size), _flag(values, "default_to_square", row.square)) or {},
+            crop=crop if _flag(values, "do_center_crop", row.do_crop) else None,
             resample=int(given.get("resample", row.resample)),
-            do_rescale=_flag(given, "do_rescale", True),
+            do_rescale=_flag(values, "do_rescale", True),
             rescale_factor=float(given.get("rescale_factor", 1 / 255)),
-            do_normalize=_flag(given, "do_normalize", True),
+            do_normalize=_flag(values, "do_normalize", True),
             mean=_channels(given.get("image_mean", row.mean)),
             std=_channels(given.get("image_std", row.std)),
         )
@@ -170,7 +173,10 @@ def _class_name(values: Mapping[str, Any]) -> str:
 
 
 def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A value that is true or false; null is false, as in transformers."""
     value = values.get(key, default)
+    if value is None:
+        return False
     if not isinstance(value, bool):
         raise ValueError(f"{key}: expected true or false, got {value!r}")
     return value

@@ -108,6 +108,8 @@ class GenerationOptions:
                 check_integer(name, getattr(self, name), 0, most)
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         check_number("repetition_penalty", self.repetition_penalty, *PENALTIES)
+        if not isinstance(self.early_stopping, bool):
+            raise UsageError(f"expected {option('early_stopping')} to be true or false, got {self.early_stopping!r}")
         if self.temperature is not None:
             check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         if self.top_p is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import importlib
 import inspect
 import json
@@ -23,6 +24,7 @@ from blip2edge.export.side_files import SideFiles
 from blip2edge.model.checkpoint.directory import Checkpoint
 from blip2edge.model.checkpoint.image_processor import CLASSES, load_preprocessing, read_image_processor
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, GENERATION, IMAGE_PROCESSOR, PROCESSOR, KeyTable
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from tests.drawing import Drawn
 from tests.families.drawing_llama import draw_llava
@@ -82,6 +84,11 @@ def test_every_key_of_a_generation_config_is_in_the_table() -> None:
     assert [key for key in keys if GENERATION.effect(key) == "unread"] == []
 
 
+def test_honoured_keys_are_options_of_the_runtime() -> None:
+    options = {field.name for field in dataclasses.fields(GenerationOptions)}
+    assert {*GENERATION.honoured} - options == {"eos_token_id", "do_sample"}
+
+
 def test_every_argument_of_the_processors_is_in_the_table() -> None:
     for name in ("Blip", "Blip2", "InstructBlip", "InstructBlipVideo", "Llava", "Idefics", "CLIP"):
         for key in inspect.signature(getattr(transformers, f"{name}Processor").__init__).parameters:
@@ -104,6 +111,8 @@ def test_a_nested_image_processor_goes_before_the_other_file(copied: Path) -> No
         ({"image_processor_type": "ViTImageProcessorFast"}, "resample", 2),
         ({"feature_extractor_type": "ViTFeatureExtractor", "resample": 0}, "resample", 0),
         ({"image_processor_type": "CLIPImageProcessor", "size": None}, "size", {"shortest_edge": 224}),
+        ({"do_normalize": None}, "do_normalize", False),
+        ({"image_processor_type": "CLIPImageProcessor", "do_center_crop": None}, "crop", None),
         ({"image_processor_type": "DeiTImageProcessor"}, "crop", {"height": 224, "width": 224}),
         ({"image_processor_type": "IdeficsImageProcessor", "image_size": 98}, "size", {"height": 98, "width": 98}),
         ({"size": 98}, "size", {"height": 98, "width": 98}),
@@ -183,7 +192,12 @@ def test_generation_config_becomes_the_defaults(tmp_path: Path) -> None:
     edit(path, do_sample=True)
     found = read(tmp_path).generation
     assert (found["temperature"], found["top_k"], found["top_p"]) == (0.4, 50, 1.0)
-    for key, value in (("guidance_scale", 2.0), ("num_return_sequences", 2), ("stop_strings", ["a"])):
+    for key, value in (
+        ("guidance_scale", 2.0),
+        ("num_return_sequences", 2),
+        ("stop_strings", ["a"]),
+        ("no_repeat_ngram_size", 2),
+    ):
         edit(path, "", **{key: value})
         with pytest.raises(CheckpointError, match=rf"generation_config.json: {key} is "):
             read(tmp_path)
