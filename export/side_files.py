@@ -65,7 +65,9 @@ class SideFiles:
             return cls(preprocessing, None, {}, content, flags, warnings=tuple(warnings))
         family = FAMILIES[config.family]
         slot = "" if family.around_image else family.image_token
-        picture = (slot, config.image_token_id) if slot else None
+        marker = slot or ("<video>" if config.frames > 1 else "<image>")  # BLIP-2's processors have these two
+        checked = slot or (config.image_token_id is not None and tokenizer.open().token_to_id(marker) is not None)
+        picture = (marker, config.image_token_id) if checked else None
         _check_tokenizer(tokenizer, config.language.vocab_size, "the language model", picture)
         if family.around_image:
             _check_markers(tokenizer, (family.image_token, family.around_image))

@@ -165,6 +165,12 @@ def test_a_key_that_transformers_does_not_read_is_named_in_a_warning(copied: Pat
     assert generation.endswith("not used for BLIP-2, as in transformers: num_beams, temperature")
 
 
+def test_another_image_token_than_the_tokenizers_is_refused(copied: Path) -> None:
+    edit(copied / "config.json", image_token_index=0)
+    with pytest.raises(CheckpointError, match=r"but config\.json says image_token_index 0"):
+        read(copied)
+
+
 def test_pictures_of_varying_sizes_are_refused(copied: Path) -> None:
     edit(copied / "processor_config.json", "image_processor", size={"shortest_edge": 32})
     with pytest.raises(CheckpointError, match="pictures of varying sizes, but the vision encoder takes 32 x 32"):
