@@ -65,15 +65,21 @@ class SideFiles:
             return cls(preprocessing, None, {}, content, flags, warnings=tuple(warnings))
         family = FAMILIES[config.family]
         slot = "" if family.around_image else family.image_token
-        picture = (slot, config.image_token_id) if slot else None
+        marker = slot or ("<video>" if config.frames > 1 else "<image>")  # BLIP-2's processors have these two
+        checked = slot or (config.image_token_id is not None and tokenizer.open().token_to_id(marker) is not None)
+        picture = (marker, config.image_token_id) if checked else None
         _check_tokenizer(tokenizer, config.language.vocab_size, "the language model", picture)
         if family.around_image:
             _check_markers(tokenizer, (family.image_token, family.around_image))
         instruction = None
         if config.instruction_positions:
-            reader = read_tokenizer(directory / "qformer_tokenizer")
-            _check_tokenizer(reader, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
-            instruction = reader.content
+            qformer = read_tokenizer(directory / "qformer_tokenizer")
+            _check_tokenizer(qformer, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
+            if "split_special_tokens" in qformer.flags:  # the manifest has flags for the main tokenizer only
+                raise refused(
+                    str(qformer.where.with_name("tokenizer_config.json")), "split_special_tokens", True, (False,)
+                )
+            instruction = qformer.content
         prompt = prompt_spec(config)
         if slot:
             prompt = replace(prompt, template=prompt_template(directory, slot, family.template))
@@ -179,9 +185,9 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
         if family.image_token:
             accepted |= {"image_token": (family.image_token,), "patch_size": (config.vision.patch_size,)}
         added = values.get("num_additional_image_tokens") or 0
-        removed = values.get("vision_feature_select_strategy") == "default"
-        if config.family == "llava" and added - removed != int(config.vision.keep_class):
-            raise refused(str(path), "num_additional_image_tokens", added, (int(config.vision.keep_class) + removed,))
+        wanted = int(config.vision.keep_class) + (values.get("vision_feature_select_strategy") == "default")
+        if config.family == "llava" and added != wanted:
+            raise refused(str(path), "num_additional_image_tokens", added, (wanted,))
     elif config.family == "blip-2-itm":  # transformers would put placeholders of the picture into the text
         accepted |= {"num_query_tokens": ()}
     return check_keys(replace(PROCESSOR, checked={**PROCESSOR.checked, **accepted}), values, str(path))

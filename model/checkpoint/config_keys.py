@@ -91,13 +91,10 @@ def _check_section(where: str, section: RecordedObject, whole: Any, without: Any
     for key, value in section.content.items():
         if key in section.keys_read or value is None or CONFIG.effect(key) == "neutral":
             continue
-        accepted = CONFIG.checked.get(key, ())
-        if value in accepted:
-            continue
         if not hasattr(without, key):
             unread.append(key)
         elif getattr(without, key) != getattr(whole, key):
-            raise refused(where, key, value, accepted)
+            raise refused(where, key, value)
     warnings = unread_warning(where, unread)
     for name, part in section.sections.items():
         inner = getattr(whole, name, None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError, UsageError
-from blip2edge.model.checkpoint.side_keys import GENERATION, check_keys, refused
+from blip2edge.model.checkpoint.side_keys import GENERATION, check_keys
 from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import FAMILIES
@@ -23,7 +22,7 @@ SAMPLING: Mapping[str, Any] = {
     "temperature": 1.0,
     "top_k": 50,
     "top_p": 1.0,
-    "min_p": None,
+    "min_p": 0.0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -31,10 +30,6 @@ SAMPLING: Mapping[str, Any] = {
 """Keys that have an effect only with ``do_sample``, and transformers' defaults of them."""
 
 NO_EFFECT: Mapping[str, Any] = {
-    "min_p": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
     "min_new_tokens": 0,
     "min_length": 0,
     "remove_invalid_values": False,
@@ -46,8 +41,15 @@ NO_EFFECT: Mapping[str, Any] = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "renormalize_logits": False,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
 }
 """Values that change nothing; they are not written."""
+
+TRANSFORMERS_LENGTH = 20
+"""transformers' default of ``max_length``."""
 
 
 def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str, Any], list[str]]:
@@ -77,38 +79,38 @@ def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str,
         changed = [
             key
             for key, value in values.items()
-            if GENERATION.effect(key) != "neutral" and key != "eos_token_id" and value != defaults.get(key)
+            if GENERATION.effect(key) != "neutral"
+            and key != "eos_token_id"
+            and value not in (defaults.get(key), *GENERATION.checked.get(key, ()))
         ]
         warning = f"{path}: not used for {family.title}, as in transformers: {', '.join(changed)}"
         return generation, [warning] if changed else []
     warnings = check_keys(GENERATION, values, str(path))
-    eos = values.pop("eos_token_id", None)
+    if "max_new_tokens" not in values and values.get("max_length", TRANSFORMERS_LENGTH) != TRANSFORMERS_LENGTH:
+        warnings.append(f"{path}: max_length is not used; texts have at most {MAX_NEW_TOKENS} new tokens by default")
+    eos = values.get("eos_token_id")
     if eos is not None:
         generation["eos_token_ids"] = list(eos) if isinstance(eos, list) else [eos]
-    return generation | _options(values, path), warnings
+    return generation | _options(values, generation["eos_token_ids"], path), warnings
 
 
-def _options(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _options(values: Mapping[str, Any], eos: list[Any], path: Path) -> dict[str, Any]:
     """The keys of a generation config that are options of the runtime.
 
     Raises:
-        CheckpointError: A value is outside its range, or the runtime has no such option.
+        CheckpointError: A value is outside its range.
     """
     sampled = values.get("do_sample", False)
     found = {
         key: values[key]
         for key in GENERATION.honoured
-        if key in values and key != "do_sample" and (sampled or key not in SAMPLING)
+        if key in values and key not in ("do_sample", "eos_token_id") and (sampled or key not in SAMPLING)
     }
     if sampled:
-        found = {key: SAMPLING[key] for key in ("temperature", "top_k", "top_p")} | found
+        found = {**{key: SAMPLING[key] for key in ("temperature", "top_k", "top_p")}, **found}
     found = {key: value for key, value in found.items() if key not in NO_EFFECT or value != NO_EFFECT[key]}
-    known = {field.name for field in dataclasses.fields(GenerationOptions)}
-    for key, value in found.items():
-        if key not in known:
-            raise refused(str(path), key, value)
     try:
-        GenerationOptions(**{"max_new_tokens": MAX_NEW_TOKENS, **found})
+        GenerationOptions(**{"max_new_tokens": MAX_NEW_TOKENS, "eos_token_ids": eos, **found})
     except (UsageError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return found

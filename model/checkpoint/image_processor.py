@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError
-from blip2edge.model.checkpoint.side_keys import IMAGE_PROCESSOR, check_keys
+from blip2edge.model.checkpoint.side_keys import IMAGE_PROCESSOR, check_keys, unread_warning
 from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.runtime.images.preprocess import (
     BICUBIC,
@@ -122,22 +122,20 @@ def load_preprocessing(directory: Path) -> LoadedPreprocessing:
     for name, part in SOURCES:
         path = directory / name
         values = read_json(path) if path.is_file() else {}
+        where = f"{path}, {part}" if part else str(path)
         values = values.get(part) or {} if part else values
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"{where} must be an object, not {type(values).__name__}")
         if values:
-            where = f"{path}, {part}" if part else str(path)
             config = directory / "config.json"
             model_type = read_json(config).get("model_type") if config.is_file() else None
-            kind = FAMILY_CLASSES.get(str(model_type), "Blip")
-            preprocessing = read_image_processor(values, where, kind)
-            if not _class_name(values):
-                values = {"image_processor_type": f"{kind}ImageProcessor", **values}
-            return LoadedPreprocessing(preprocessing, values, where, check_keys(IMAGE_PROCESSOR, values, where))
+            return read_image_processor(values, where, FAMILY_CLASSES.get(str(model_type), "Blip"))
     raise CheckpointError(f"{directory} has no processor_config.json and no preprocessor_config.json", SAVE_PROCESSOR)
 
 
 def read_image_processor(
     values: Mapping[str, Any], where: str = "preprocessor_config.json", otherwise: str = "Blip"
-) -> Preprocessing:
+) -> LoadedPreprocessing:
     """The preprocessing that a ``preprocessor_config.json`` describes.
 
     Args:
@@ -157,7 +155,9 @@ def read_image_processor(
             f"{where}: the image processor {named} is not supported",
             f"supported: {', '.join(f'{name}ImageProcessor' for name in CLASSES if not name.endswith('Video'))}",
         )
-    check_keys(IMAGE_PROCESSOR, values, where)
+    warnings = check_keys(IMAGE_PROCESSOR, values, where)
+    if kind != "Idefics":
+        warnings += unread_warning(where, [key for key in ("image_size",) if values.get(key) is not None])
     settings = {**row.settings(), **{key: values[key] for key in row.settings() if key in values}}
     if kind == "Idefics" and values.get("image_size") is not None:
         settings["size"] = values["image_size"]
@@ -169,11 +169,11 @@ def read_image_processor(
                 raise ValueError(f"{key}: expected a value, got null")
             if settings[key] is None or not steps[step]:
                 settings[key] = row.settings()[key]
-        return Preprocessing(
+        preprocessing = Preprocessing(
             resize=steps["do_resize"],
             size=_size(settings["size"], _flag(values, "default_to_square", row.square)),
             crop=_size(settings["crop_size"], square=True) if steps["do_center_crop"] else None,
-            resample=BILINEAR if settings["resample"] is None else int(settings["resample"]),
+            resample=BILINEAR if settings["resample"] is None else settings["resample"],
             do_rescale=steps["do_rescale"],
             rescale_factor=float(settings["rescale_factor"]),
             do_normalize=steps["do_normalize"],
@@ -182,6 +182,9 @@ def read_image_processor(
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
+    if not named:
+        values = {"image_processor_type": f"{kind}ImageProcessor", **values}
+    return LoadedPreprocessing(preprocessing, values, where, warnings)
 
 
 def _class_name(values: Mapping[str, Any]) -> str:

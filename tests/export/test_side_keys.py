@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import importlib
 import inspect
 import json
@@ -23,6 +24,7 @@ from blip2edge.export.side_files import SideFiles
 from blip2edge.model.checkpoint.directory import Checkpoint
 from blip2edge.model.checkpoint.image_processor import CLASSES, load_preprocessing, read_image_processor
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, GENERATION, IMAGE_PROCESSOR, PROCESSOR, KeyTable
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from tests.drawing import Drawn
 from tests.families.drawing_llama import draw_llava
@@ -82,6 +84,11 @@ def test_every_key_of_a_generation_config_is_in_the_table() -> None:
     assert [key for key in keys if GENERATION.effect(key) == "unread"] == []
 
 
+def test_honoured_keys_are_options_of_the_runtime() -> None:
+    options = {field.name for field in dataclasses.fields(GenerationOptions)}
+    assert {*GENERATION.honoured} - options == {"eos_token_id", "do_sample"}
+
+
 def test_every_argument_of_the_processors_is_in_the_table() -> None:
     for name in ("Blip", "Blip2", "InstructBlip", "InstructBlipVideo", "Llava", "Idefics", "CLIP"):
         for key in inspect.signature(getattr(transformers, f"{name}Processor").__init__).parameters:
@@ -106,6 +113,7 @@ def test_a_nested_image_processor_goes_before_the_other_file(copied: Path) -> No
         ({"image_processor_type": "CLIPImageProcessor"}, "size", {"shortest_edge": 224}),
         ({"do_rescale": None}, "do_rescale", False),
         ({"resample": None}, "resample", 2),
+        ({"image_processor_type": "CLIPImageProcessor", "do_center_crop": None}, "crop", None),
         ({"image_processor_type": "DeiTImageProcessor"}, "crop", {"height": 224, "width": 224}),
         ({"image_processor_type": "IdeficsImageProcessor", "image_size": 98}, "size", {"height": 98, "width": 98}),
         ({"size": 98}, "size", {"height": 98, "width": 98}),
@@ -114,7 +122,7 @@ def test_a_nested_image_processor_goes_before_the_other_file(copied: Path) -> No
     ],
 )
 def test_absent_keys_take_the_defaults_of_the_class(values: dict[str, Any], field: str, wanted: Any) -> None:
-    assert getattr(read_image_processor(values), field) == wanted
+    assert getattr(read_image_processor(values).preprocessing, field) == wanted
 
 
 @pytest.mark.parametrize(
@@ -160,6 +168,12 @@ def test_a_key_that_transformers_does_not_read_is_named_in_a_warning(copied: Pat
     assert generation.endswith("not used for BLIP-2, as in transformers: num_beams, temperature")
 
 
+def test_another_image_token_than_the_tokenizers_is_refused(copied: Path) -> None:
+    edit(copied / "config.json", image_token_index=0)
+    with pytest.raises(CheckpointError, match=r"but config\.json says image_token_index 0"):
+        read(copied)
+
+
 def test_pictures_of_varying_sizes_are_refused(copied: Path) -> None:
     edit(copied / "processor_config.json", "image_processor", size={"shortest_edge": 32})
     with pytest.raises(CheckpointError, match="pictures of varying sizes, but the vision encoder takes 32 x 32"):
@@ -187,7 +201,11 @@ def test_generation_config_becomes_the_defaults(tmp_path: Path) -> None:
     edit(path, do_sample=True)
     found = read(tmp_path).generation
     assert (found["temperature"], found["top_k"], found["top_p"]) == (0.4, 50, 1.0)
-    for key, value in (("guidance_scale", 2.0), ("num_return_sequences", 2), ("stop_strings", ["a"])):
+    for key, value in (
+        ("guidance_scale", 2.0),
+        ("num_return_sequences", 2),
+        ("stop_strings", ["a"]),
+    ):
         edit(path, "", **{key: value})
         with pytest.raises(CheckpointError, match=rf"generation_config.json: {key} is "):
             read(tmp_path)

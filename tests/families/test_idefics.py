@@ -194,7 +194,7 @@ def test_preprocessing_is_that_of_the_image_processor(size: int) -> None:
     for config in (processor.to_dict(), older):
         for picture in pictures(5, 3):
             wanted = np.asarray(processor([picture], return_tensors="np"))[0]
-            assert np.array_equal(read_image_processor(config)(picture), wanted)
+            assert np.array_equal(read_image_processor(config).preprocessing(picture), wanted)
 
 
 def test_what_does_not_fit_is_refused_in_a_line(plain: Model, tmp_path: Path) -> None:

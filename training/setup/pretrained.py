@@ -155,14 +155,16 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
         CheckpointError: The file is missing, or is no tokenizer.
     """
     if path.name == TOKENIZER_FILE:
-        return tokenizers.Tokenizer.from_str(read_tokenizer(path.parent).content.decode())
-    if not path.is_file():
+        content = read_tokenizer(path.parent).content
+    elif path.is_file():
+        content = path.read_bytes()
+    else:
         raise CheckpointError(
             f"{path.parent} has no {path.name}",
             "save it there with transformers: AutoTokenizer.from_pretrained(NAME).save_pretrained(DIRECTORY)",
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the package raises bare Exception for every fault of the file
         raise CheckpointError(f"{path} is no tokenizer.json ({error})") from error
 

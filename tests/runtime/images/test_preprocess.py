@@ -108,7 +108,7 @@ def test_every_mode_gives_the_pixels_of_transformers(file: Path) -> None:
         (blip, BlipImageProcessorPil(**blip)),
         ({"image_processor_type": "CLIPImageProcessor", **clip}, CLIPImageProcessorPil(**clip)),
     ):
-        ours = read_image_processor(config)
+        ours = read_image_processor(config).preprocessing
         for source, same in (  # a file is loaded; an open picture is blended onto white
             (file, loaded_by_transformers(file)),
             (load_image(file), loaded_by_transformers(file)),
@@ -148,7 +148,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
 )
 def test_blip_settings(config: dict[str, Any]) -> None:
     image = Image.fromarray(picture())
-    ours = read_image_processor({"image_processor_type": "BlipImageProcessor", **config})
+    ours = read_image_processor({"image_processor_type": "BlipImageProcessor", **config}).preprocessing
     pixels = ours(image)
     np.testing.assert_array_equal(pixels, pixels_by(BlipImageProcessorPil(**config), image))
     assert ours.output_size in (None, pixels.shape[1:])
@@ -169,7 +169,7 @@ def test_blip_settings(config: dict[str, Any]) -> None:
 )
 def test_clip_settings(config: dict[str, Any], height: int, width: int) -> None:
     image = Image.fromarray(picture(3, height, width))
-    ours = read_image_processor({"feature_extractor_type": "CLIPFeatureExtractor", **config})
+    ours = read_image_processor({"feature_extractor_type": "CLIPFeatureExtractor", **config}).preprocessing
     np.testing.assert_array_equal(ours(image), pixels_by(CLIPImageProcessorPil(**config), image))
 
 
@@ -178,7 +178,7 @@ def test_configs_that_transformers_writes() -> None:
         BlipImageProcessorPil(size={"height": 30, "width": 30}),
         CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size={"height": 28, "width": 28}),
     ):
-        ours = read_image_processor(json.loads(processor.to_json_string()))
+        ours = read_image_processor(json.loads(processor.to_json_string())).preprocessing
         image = Image.fromarray(picture())
         np.testing.assert_array_equal(ours(image), pixels_by(processor, image))
         assert ours.output_size == ours(image).shape[1:]
