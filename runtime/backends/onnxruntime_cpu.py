@@ -98,12 +98,12 @@ SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
 
 @contextmanager
 def raised_as(kind: type[Blip2EdgeError], problem: str, fix: str | None = None) -> Iterator[None]:
-    """Raises an exception of ONNX Runtime as one of this project, with its message as the reason.
+    """Turns an exception that ONNX Runtime raises in the block into an error of this project.
 
     Args:
-        kind: The class to raise.
-        problem: What failed.
-        fix: What the user can do.
+        kind: The error class to raise.
+        problem: What failed; the error shows it together with ONNX Runtime's message.
+        fix: What the user can do; None if unknown.
     """
     try:
         yield
@@ -182,10 +182,10 @@ class OnnxRuntimeSession:
         self._session = None
 
     def in_place(self, pairs: Mapping[str, str]) -> InPlace:
-        """Prepares runs that write some outputs over inputs; each caller needs an own :class:`InPlace`.
+        """Prepares runs that write some outputs into the buffers of inputs; each caller needs its own :class:`InPlace`.
 
         Args:
-            pairs: For each of these outputs, the input whose buffer it is written to.
+            pairs: Names of these outputs, each with the name of the input whose buffer the output is written to.
         """
         if self._session is None:
             raise closed_graph()
@@ -200,7 +200,7 @@ class InPlace:
 
     Args:
         session: ONNX Runtime's own session.
-        pairs: For each of these outputs, the input whose buffer it is written to.
+        pairs: Names of outputs, each with the name of the input whose buffer the output is written to.
         value_of: Wraps an array, without a copy, as ONNX Runtime's ``OrtValue``.
     """
 
@@ -211,7 +211,7 @@ class InPlace:
         self._value = value_of
 
     def bind(self, buffers: Mapping[str, Array]) -> None:
-        """Binds the buffers of the paired inputs and outputs, in place of those bound before.
+        """Binds the buffers of the paired inputs and outputs; buffers of an earlier call are no longer used.
 
         Args:
             buffers: Contiguous arrays by the input's name. They are used without a copy, and kept until the next call.
@@ -223,15 +223,15 @@ class InPlace:
             self._binding.bind_ortvalue_output(output, values[name])
 
     def run(self, inputs: Mapping[str, Array], output: str, shape: Sequence[int]) -> Array:
-        """Runs the graph once.
+        """Runs the graph once and returns one output; the paired outputs are written to the bound buffers.
 
         Args:
-            inputs: The other inputs by name.
-            output: Name of an output without a buffer, float32.
-            shape: The shape of that output.
+            inputs: The inputs that have no bound buffer, by name.
+            output: Name of the output to return, float32; an output without a bound buffer.
+            shape: Shape of that output.
 
         Returns:
-            That output, a new array.
+            The values of ``output``, a new array.
         """
         result = np.empty(tuple(shape), np.float32)
         for name, array in inputs.items():

@@ -69,7 +69,7 @@ def open_graph_with_tensorrt(
 
 
 def open_with(path: Path, threads: int | None, provider: str, providers: list[Any]) -> DeviceSession:
-    """Checks a provider, then loads a graph with it.
+    """Checks that an execution provider works, then loads a graph with this provider.
 
     Args:
         path: The ``.onnx`` file.
@@ -95,7 +95,7 @@ def open_with(path: Path, threads: int | None, provider: str, providers: list[An
 
 @cache
 def checked_package(provider: str) -> Any:
-    """The package onnxruntime, after its provider has multiplied two matrices.
+    """Returns the module onnxruntime, after checking that ``provider`` can multiply two matrices.
 
     Raises:
         BackendError: onnxruntime is not installed, or the provider does not work here.
@@ -189,11 +189,11 @@ class DeviceSession:
 
 
 class DeviceArray:
-    """A tensor ``[B, H, P, d]`` on the device, float32 or float16.
+    """Keys or values ``[B, H, P, d]`` in device memory, float32 or float16.
 
     Args:
         value: ONNX Runtime's ``OrtValue``.
-        run_model: Runs the models that select and slice.
+        run_model: Runs the small ONNX models that select rows and cut slices on the device.
     """
 
     def __init__(self, value: Any, run_model: RunModel) -> None:
@@ -212,7 +212,7 @@ class DeviceArray:
         return array if dtype is None else array.astype(dtype)
 
     def copy(self) -> Array:
-        """The values on the host, in a new array that may be written to."""
+        """Copies the values to the host; returns a new array that may be written to."""
         return np.array(self.value.numpy())
 
     def __getitem__(self, key: Any) -> DeviceArray | Array:
@@ -235,14 +235,17 @@ class DeviceArray:
 
 @cache
 def gather_model(dtype: str) -> bytes:
-    """``y = x[rows]``: rows of ``x [b, h, s, d]``."""
+    """An ONNX model that selects rows on the device: ``y = x[rows]`` for ``x [b, h, s, d]`` of this dtype."""
     x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("n", "h", "s", "d"))
     return onnx_model([("Gather", ("x", "rows"), "y")], {"x": x, "rows": ("int64", ("n",))}, ("y", y))
 
 
 @cache
 def slice_model(dtype: str) -> bytes:
-    """``y``: ``x [b, h, s, d]`` from ``first`` to ``end`` (exclusive) along ``axis``, int64 ``[1]`` each."""
+    """An ONNX model that cuts a slice on the device, for ``x [b, h, s, d]`` of this dtype.
+
+    The slice goes from ``first`` to ``end`` (exclusive) along ``axis``; these three inputs are int64 ``[1]``.
+    """
     bounds = dict.fromkeys(("first", "end", "axis"), ("int64", (1,)))
     x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
     return onnx_model([("Slice", ("x", *bounds), "y")], {"x": x, **bounds}, ("y", y))

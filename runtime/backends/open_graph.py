@@ -30,7 +30,7 @@ class GraphOpener:
         bundle: An opened bundle.
         backend: ``auto``, or a backend by name.
         threads: CPU threads within an operator; None leaves the choice to the backend.
-        portable: Ignore optimized copies.
+        portable: Whether to ignore optimized copies.
 
     Attributes:
         backend: Name of the backend; for ``auto``, the one that was chosen.
@@ -84,7 +84,7 @@ class GraphOpener:
             raise
 
     def close(self) -> None:
-        """Releases the graphs that it loaded and their memory; harmless when called twice."""
+        """Releases all loaded graphs and their memory; harmless when called twice."""
         self.closed = True
         while self._sessions:
             self._sessions.pop().close()
@@ -106,9 +106,9 @@ class GraphOpener:
 
 
 class RowByRow:
-    """A session that runs the rows of a batch separately.
+    """Wraps a session and runs each row of a batch separately.
 
-    It is for quantised graphs that compute the range of an activation at run time, over the whole batch. If rows run
+    Needed for quantised graphs that compute the range of an activation at run time, over the whole batch. If rows run
     separately, a row's result does not depend on the other rows.
     """
 

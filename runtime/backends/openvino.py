@@ -56,7 +56,7 @@ class OpenVinoSession:
         self.output_names = tuple(_name(port) for port in self._model.outputs)
 
     def export(self) -> bytes:
-        """The compiled graph with its weights, for the same version of OpenVINO on the same processor."""
+        """Returns the compiled graph with its weights as bytes, for the same OpenVINO version on the same processor."""
         found: bytes = self._model.export_model().getvalue()
         return found
 

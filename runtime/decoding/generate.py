@@ -30,7 +30,7 @@ def generate(first_logits: NDArray[np.float32], state: DecodeState, rows: Sequen
 
     Args:
         first_logits: ``[B, V]``, the logits after each prompt.
-        state: The decoder after the prompts; used up by the call.
+        state: The decoder's state after the prompts; the caller must not use it afterwards.
         rows: The B texts.
 
     Raises:
@@ -54,7 +54,7 @@ class Generation:
         vocabulary: V, the number of logits.
         initial: Ids that the decoder was started with (encoder-decoder models). The result and the repetition penalty
             include them; limits of length do not count them.
-        stopped: Returns whether the generated ids finish the text; the end tokens always do.
+        stopped: Returns whether the generated ids finish the text (stop strings); end tokens always finish the text.
         number: Selects the row's random stream: with the same seed and number, a text does not depend on its batch.
         speculator: Speculative decoding while the row is decoded alone; None for plain decoding.
 
@@ -87,13 +87,13 @@ class Generation:
         self._end_ids = end_ids(options, vocabulary)
 
     def result(self) -> Generated:
-        """The result; call it when the text is finished."""
+        """Returns the generated tokens and why the text ended; call it when the text is finished."""
         tokens = self.initial + tuple(self.generated)
         return Generated(tokens, self.finish_reason or "", None, len(self.generated) / self.passes)
 
     @property
     def remaining(self) -> int:
-        """Tokens that may still be generated."""
+        """Number of tokens that may still be generated."""
         return self.options.max_new_tokens - len(self.generated)
 
     @property
@@ -106,7 +106,7 @@ class Generation:
         return self.options.repetition_penalty != 1.0 or self._too_short
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits ``[V]`` after repetition penalty and minimal length; the argument is not changed."""
+        """Returns logits ``[V]`` with repetition penalty and minimal length applied, in a new array."""
         if not self._changes_scores:
             return logits
         scores = np.array(logits, np.float32)
@@ -118,7 +118,7 @@ class Generation:
         return scores
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token, chosen from logits ``[V]``; of equal scores, greedy decoding takes the lowest id."""
+        """Chooses the next token from logits ``[V]``; of equal scores, greedy decoding takes the lowest id."""
         scores = self.scores(logits)
         if self._random is None:
             return int(argmax(scores[None])[0])
@@ -152,15 +152,15 @@ class GenerationBatch:
         self._greedy: Generator[NDArray[np.int64], None, None] | None = None
 
     def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> None:
-        """Adds rows.
+        """Adds texts to the batch, after their prefill.
 
         Args:
             first_logits: ``[B, V]``, the logits after each prompt.
-            state: The decoder after the prompts; it cannot be used afterwards.
-            rows: The B texts.
+            state: The decoder's state after the prompts; the caller must not use it afterwards.
+            rows: The B texts to add.
 
         Raises:
-            BackendError: The decoder has no room for them; the present rows are not affected.
+            BackendError: The decoder has no room for the new rows; the rows that were in the batch are not affected.
         """
         if not self.rows or self._state is None:
             self._state, self._logits, self._last = state, first_logits, None
@@ -175,7 +175,7 @@ class GenerationBatch:
         """Appends the next token to every row.
 
         Returns:
-            These rows. Rows that now have a ``finish_reason`` have left the batch.
+            The rows that got a token. Those that now have a ``finish_reason`` are no longer in the batch.
 
         Raises:
             BackendError: The decoder returned NaN.
@@ -252,7 +252,7 @@ class GenerationBatch:
 
 
 def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The likeliest token of each row of logits ``[B, V]``, int64 ``[B]``; of equal logits, the lowest id.
+    """Returns the likeliest token of each row of logits ``[B, V]``, int64 ``[B]``; of equal logits, the lowest id.
 
     Raises:
         BackendError: The logits hold NaN.

@@ -64,7 +64,7 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: Largest number of generated tokens, the end token included.
-        min_new_tokens: Number of tokens before which no end token is generated.
+        min_new_tokens: Smallest number of generated tokens; no end token is generated before.
         num_beams: Width of beam search; 1 for greedy decoding or sampling.
         length_penalty: Beam scores are divided by ``length ** length_penalty``.
         repetition_penalty: Above 1, tokens of the prompt and of the text so far become less likely.
@@ -152,7 +152,7 @@ class GenerationOptions:
 
 
 def check_integer(name: str, value: Any, least: int, most: int = MAX_TOKENS) -> None:
-    """Raises UsageError unless a value is a whole number from ``least`` to ``most``."""
+    """Raises UsageError unless ``value`` is a whole number from ``least`` to ``most``; ``name`` is for the message."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise UsageError(f"expected {option(name)} to be a whole number of at least {least}, got {shown(value)}")
@@ -169,7 +169,7 @@ def _check_texts(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
-    """Raises UsageError unless a value is a number from ``low`` to ``high``; ``above`` excludes ``low`` itself."""
+    """Raises UsageError unless ``value`` is a number from ``low`` to ``high``; ``above`` excludes ``low`` itself."""
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if real and low <= value <= high and not (above and value == low):  # NaN is in no range
         return
@@ -203,20 +203,20 @@ class Generated:
 
 
 def ids_before(prompt: Sequence[int], initial: Sequence[int], vocabulary: int) -> NDArray[np.int64]:
-    """The ids before the generated ones, each once, that the repetition penalty applies to: those below V."""
+    """Returns the ids of ``prompt`` and ``initial`` for the repetition penalty: those below V, each once."""
     ids = np.unique(np.array([*prompt, *initial], np.int64))
     return ids[(ids >= 0) & (ids < vocabulary)]
 
 
 def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
-    """The end tokens that the model can generate, int64."""
+    """Returns the end tokens with ids below ``vocabulary``, which the model can generate, int64."""
     return np.array([token for token in options.eos_token_ids if token < vocabulary], np.int64)
 
 
 def finish_reason(
     generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
 ) -> str | None:
-    """Why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if it is not finished."""
+    """Returns why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if not finished."""
     if generated[-1] in options.eos_token_ids:
         return "eos"
     if stopped is not None and stopped(generated):
@@ -225,7 +225,7 @@ def finish_reason(
 
 
 def listed(name: str, values: Iterable[Item]) -> list[Item]:
-    """Pictures or texts as a list.
+    """Returns pictures or texts as a list.
 
     Args:
         name: The argument's name, for the error.
@@ -244,10 +244,10 @@ def listed(name: str, values: Iterable[Item]) -> list[Item]:
 
 
 def check_text(name: str, value: object) -> None:
-    """Checks that a prompt, a question or a text is a str.
+    """Checks that a prompt, a question or a text is a str; ``name`` is the argument's name, for the error.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: ``value`` is not a str.
     """
     if not isinstance(value, str):
         raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}")

@@ -60,9 +60,9 @@ def filter_scores(
     """Apply temperature, top-k and top-p.
 
     Args:
-        scores: [V].
-        temperature: Above 0; None or 1: as they are.
-        top_k: Keep the k largest, and what equals the k-th; None or 0: keep all.
+        scores: Logits [V].
+        temperature: Divides the scores, above 0; None or 1: no change.
+        top_k: Keep the k largest scores, and all that equal the k-th; None or 0: keep all.
         top_p: Keep the fewest most probable tokens whose probabilities reach this sum, at least one; None
             or 1: keep all.
 
@@ -114,7 +114,7 @@ def draw(
     """Draw one token from the softmax over the filtered scores, with one uniform number.
 
     Args:
-        scores: [V].
+        scores: Logits [V].
         rng: The row's own random stream.
         temperature: See `filter_scores`.
         top_k: See `filter_scores`.
@@ -158,5 +158,5 @@ def broken_logits() -> BackendError:
 
 
 def row_stream(seed: int | None, number: int) -> np.random.Generator:
-    """The independent random stream of a row: `default_rng([seed, number])`; without a seed, from fresh entropy."""
+    """Makes the random stream of row `number`: `default_rng([seed, number])`; without a seed, from fresh entropy."""
     return np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])

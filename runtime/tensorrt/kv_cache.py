@@ -33,7 +33,7 @@ class DeviceCache:
 
     Args:
         engines: The engines that decode.
-        rows: B.
+        rows: B, the number of rows.
         context: Cross-attention keys and values, and their mask, by the inputs' names.
     """
 
@@ -240,7 +240,7 @@ class DeviceDecoder(FixedDecoder):
     """The decoder of a bundle's engines.
 
     Args:
-        engines: The engines.
+        engines: The two engines that decode.
         table: The token table, for prompts and for decoding that is not greedy.
     """
 

@@ -16,12 +16,12 @@ from blip2edge.runtime.text.prompt import left_padded
 
 
 class GrowingDecoder(Decoder):
-    """The decoder of a portable graph.
+    """The decoder of a portable graph, whose KV cache grows by one slot in each step.
 
     Args:
         session: The loaded graph.
-        spec: Its tensors.
-        cache: Its keys and values.
+        spec: The graph's inputs and outputs.
+        cache: Names and sizes of the graph's key and value tensors.
         table: The token table.
     """
 
@@ -43,7 +43,7 @@ class GrowingDecoder(Decoder):
 
 
 class GrowingState(SlotState):
-    """The rows of a batch with their keys and values, which every step returns with one slot more."""
+    """The decoding state of a batch; every step returns its keys and values with one slot more."""
 
     decoder: GrowingDecoder
 

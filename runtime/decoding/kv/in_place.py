@@ -30,10 +30,10 @@ class InPlaceDecoder(Decoder):
 
     Args:
         session: The loaded graph.
-        spec: The portable decoder's tensors.
-        cache: Its keys and values.
+        spec: Inputs and outputs of the portable decoder graph.
+        cache: Names and sizes of that graph's key and value tensors.
         table: The token table.
-        max_positions: The longest context.
+        max_positions: The longest context, in tokens.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class InPlaceDecoder(Decoder):
         """See :class:`Decoder`.
 
         Raises:
-            ValueError: There is a context: these decoders have no cross-attention.
+            ValueError: ``context`` is not empty: these decoders have no cross-attention.
         """
         if context:
             raise ValueError(f"this decoder has no cross-attention, but got {', '.join(context)}")
@@ -72,10 +72,10 @@ class InPlaceDecoder(Decoder):
 
 
 class InPlaceState:
-    """The rows of a batch and their buffers; it follows :class:`RowState`.
+    """The decoding state of a batch with its KV cache buffers; it follows :class:`RowState`.
 
     Attributes:
-        lengths: Tokens of each row in the cache, prompt included, int64 ``[B]``.
+        lengths: Number of tokens of each row in the cache, prompt included, int64 ``[B]``.
     """
 
     def __init__(self, decoder: InPlaceDecoder, rows: int, slots: int) -> None:
@@ -134,11 +134,11 @@ class InPlaceState:
         self.lengths = np.concatenate([self.lengths, other.lengths])
 
     def read(self, embeds: Array, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Runs the first tokens of every row.
+        """Runs the prompts of all rows, and fills the KV cache.
 
         Args:
-            embeds: ``[B, S, D]``.
-            lengths: Valid tokens of each row, ``[B]``.
+            embeds: Embedded prompts ``[B, S, D]``.
+            lengths: Number of valid tokens of each row, ``[B]``.
 
         Returns:
             Logits ``[B, V]`` after each row's last token.
