@@ -195,7 +195,7 @@ class Matcher(LoadedBundle):
         return vectors[:, 0] if vectors.shape[1] == 1 else vectors
 
     def embed_text(self, text: str) -> Vectors:
-        """Computes a text's vector, float32 ``[F]`` of length 1; see :meth:`embed_image`. Errors as in :meth:`match`"""
+        """Computes a text's vector, float32 ``[F]`` of length 1; see :meth:`embed_image`."""
         vectors: Vectors = self.embed_texts([text])[0]
         return vectors
 

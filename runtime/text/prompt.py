@@ -65,7 +65,7 @@ class Prompt:
 
         Args:
             table: The token table.
-            visual_tokens: Visual tokens of all images, ``[Q, D]``; None if images take no slots.
+            visual_tokens: Visual tokens ``[Q, D]`` to put between the segments; None if images take no slots.
         """
         parts = [table.rows(self.segments[0])]
         for segment in self.segments[1:]:

@@ -177,7 +177,7 @@ class TextStream:
         return self._settle(fresh)
 
     def flush(self) -> str:
-        """End the text: whatever was held back, incomplete characters as U+FFFD; the stream starts anew."""
+        """Ends the text; returns what was held back (incomplete characters as U+FFFD). Then the stream starts anew."""
         rest = self._decode_window()[self._taken :]
         final = self._clean(self._unsettled + rest)
         self._window, self._taken, self._boundary, self._unsettled = [], 0, 0, ""
