@@ -22,11 +22,11 @@ class TensorStore(Protocol):
     """Stores the initializers of a changed graph."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
-        """Stores a new tensor; returns the tensor to which the graph refers."""
+        """Stores a new tensor; returns the tensor that the graph refers to. ``dtype`` None keeps the array's."""
         ...
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Stores an unchanged tensor of the parent; returns the tensor to which the graph refers."""
+        """Stores an unchanged tensor of the parent; returns the tensor that the graph refers to."""
         ...
 
 
@@ -72,8 +72,8 @@ class DataFile:
 
         Args:
             name: Name of the initializer.
-            array: Its values. Packed 4-bit values go through :meth:`add_bytes`.
-            dtype: Type of the tensor; None for the array's.
+            array: Values of the tensor. For packed 4-bit values, use :meth:`add_bytes`.
+            dtype: Type of the tensor; None for the array's dtype.
 
         Returns:
             A tensor that refers to the values in the file.
@@ -107,5 +107,5 @@ class DataFile:
 
     @property
     def record(self) -> FileRecord:
-        """Hash and size of the bytes written so far."""
+        """Returns hash and size of the bytes written so far."""
         return FileRecord(self._digest.hexdigest(), self._offset)

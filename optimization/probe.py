@@ -166,7 +166,7 @@ def cosine(one: Array, other: Array) -> float:
 def relative(got: Array, wanted: Array) -> tuple[float, float]:
     """Returns the largest absolute difference, and its ratio to the largest absolute value of ``wanted``.
 
-    Both are infinite if ``got`` or ``wanted`` has a value that is not finite.
+    Both are infinite if ``got`` has a value that is not finite.
     """
     if not np.isfinite(got).all():
         return float("inf"), float("inf")

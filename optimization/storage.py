@@ -129,5 +129,5 @@ def _same(one: ir.Value, other: ir.Value) -> bool:
 
 
 def scratch_directory(beside: Path) -> tempfile.TemporaryDirectory[str]:
-    """Makes a temporary directory on the file system of ``beside``, the copy's directory."""
+    """Makes a temporary directory inside ``beside``, so that it is on the file system of the copy."""
     return tempfile.TemporaryDirectory(prefix=".trying.", dir=beside)

@@ -26,7 +26,7 @@ class Observation:
     Attributes:
         histogram: Histogram of all values.
         channel_max: float32 ``[K]``, the largest |x| of each channel.
-        rows: float16 ``[R, K]``, drawn tokens divided by ``channel_max``, so that values are within ±1.
+        rows: float16 ``[R, K]``, randomly drawn tokens divided by ``channel_max``, so that values are within ±1.
         largest: float16 ``[L, K]``, the tokens with the largest values, divided in the same way.
     """
 
@@ -36,7 +36,7 @@ class Observation:
     largest: NDArray[np.float16] = field(default_factory=lambda: np.zeros((0, 0), np.float16))
 
     def sample(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The drawn tokens and the tokens with the largest values, undivided: float32 ``[R, K]`` and ``[L, K]``."""
+        """Returns ``rows`` and ``largest`` with their original values: float32 ``[R, K]`` and ``[L, K]``."""
         return self.rows * self.channel_max, self.largest * self.channel_max
 
 
