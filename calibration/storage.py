@@ -107,5 +107,5 @@ class DataFile:
 
     @property
     def record(self) -> FileRecord:
-        """Returns hash and size of the bytes written so far."""
+        """Hash and size of the bytes written so far."""
         return FileRecord(self._digest.hexdigest(), self._offset)

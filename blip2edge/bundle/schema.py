@@ -320,7 +320,7 @@ class PromptSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PromptSpec:
-        """The inverse of :meth:`to_json`; bundles of before 0.2 have no ``kind``, and their tokens give it."""
+        """Reads a spec from the JSON object of :meth:`to_json`; before version 0.2, the tokens determine ``kind``."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         tokens = {INTERLEAVED: known.get("picture_token"), PLACEHOLDER: known.get("image_token")}
         implied = next((kind for kind, token in tokens.items() if token), SEGMENTS)

@@ -202,7 +202,7 @@ class _MatrixRounder:
 
 
 def replace_weights(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None:
-    """Replaces initializers by integers, scales and a DequantizeLinear; names that the graph lacks have no effect."""
+    """Replaces initializers by integers, scales and a DequantizeLinear; names that the graph lacks are ignored."""
     graph = model.graph
     for name, matrix in matrices.items():
         if name in graph.initializers:
@@ -234,7 +234,7 @@ def form_of(integers: ir.ExternalTensor, scales: ir.ExternalTensor) -> BlockForm
 
 
 def all_logits(feed: Mapping[str, Array]) -> dict[str, Array]:
-    """A decoder's inputs with logits requested at every position, so that a run gives many activations of the head."""
+    """Requests logits at every position in a decoder's inputs, so that a run gives many activations of the head."""
     indices, embeds = feed.get(LOGITS_INDICES), feed.get("inputs_embeds")
     if indices is None or embeds is None:
         return dict(feed)
