@@ -205,7 +205,7 @@ class ModelConfig(RecipeSection):
 
     @property
     def is_miniature(self) -> bool:
-        """Whether picture encoder and language model are initialized and pretrained in this run."""
+        """Whether the run trains the miniature: picture encoder and language model are initialized and pretrained."""
         return not (self.checkpoint or self.vision_from or self.language_from)
 
 

@@ -77,10 +77,10 @@ class Bundle:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of ``bundle.json``: engines and optimized copies record it as the bundle that they were made from.
+        """SHA-256 of ``bundle.json``; engines and optimized copies record this hash of the bundle they were made from.
 
-        ``bundle.json`` holds the hash of every other file, so this one stands for the whole bundle. A bundle that holds
-        only engines gives the hash of the bundle that they were built from.
+        ``bundle.json`` holds the hash of every other file, so its hash identifies the whole bundle. For a bundle that
+        holds only engines, this is the hash of the bundle that the engines were built from.
         """
         return self.manifest.engines_of or sha256_of(self.path / MANIFEST)
 

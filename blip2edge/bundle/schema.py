@@ -250,7 +250,7 @@ class CrossSpec:
             raise ValueError(f"cross mask {self.mask} is not one of {', '.join(CROSS_MASKS)}")
 
     def names(self) -> list[str]:
-        """Names of the ``cross_kv`` graph's outputs, which are inputs of the decoder; key before value."""
+        """Names of the ``cross_kv`` graph's outputs, which are inputs of the decoder; per layer, key before value."""
         return [f"cross.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 

@@ -28,9 +28,9 @@ POSITION_OFFSET = 2
 
 @dataclass(frozen=True)
 class OPTConfig(LanguageConfig):
-    """Sizes and variants, with the defaults of transformers' OPTConfig.
+    """Config of OPT, with the defaults of transformers' OPTConfig.
 
-    350m has its norms after the blocks and a narrower token table.
+    OPT-350m has its norms after the blocks and a narrower token table.
     """
 
     vocab_size: int = key("vocab_size", 50272)
@@ -67,7 +67,7 @@ class OPTConfig(LanguageConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``text_config`` that :meth:`from_hf` reads."""
+        """Returns the ``text_config`` that :meth:`from_hf` reads."""
         return super().to_hf() | {
             "architectures": ["OPTForCausalLM"],
             "word_embed_proj_dim": self.embed_dim,
@@ -76,7 +76,7 @@ class OPTConfig(LanguageConfig):
 
 
 class OPTLayer(nn.Module):
-    """A decoder layer with its norms before (most sizes) or after (350m) its two halves."""
+    """A decoder layer with norms before (most sizes) or after (OPT-350m) self-attention and feed-forward."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class OPTLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values."""
+        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values."""
         before = self.norm_before
         normed = self.attention_norm(x) if before else x
         present = append_to_cache(past, self.attention.key_value(normed))

@@ -37,7 +37,7 @@ T5_MAX_POSITIONS = 2048
 
 @dataclass(frozen=True)
 class T5Config(LanguageConfig):
-    """Sizes of a T5, with the defaults of transformers' T5Config; ``gated`` is version 1.1 and Flan."""
+    """Config of T5, with the defaults of transformers' T5Config; ``gated`` is true for T5 version 1.1 and Flan-T5."""
 
     vocab_size: int = key("vocab_size", 32128)
     hidden_size: int = key("d_model", 512)
@@ -61,7 +61,7 @@ class T5Config(LanguageConfig):
 
     @property
     def cross(self) -> CrossSpec:
-        """Every layer attends to the encoder's states."""
+        """The cross-attention: every decoder layer attends to the encoder's states."""
         return CrossSpec(self.num_layers, self.num_heads, self.head_dim, self.hidden_size, mask="keys")
 
     @classmethod
@@ -90,7 +90,7 @@ class T5Config(LanguageConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``text_config`` that :meth:`from_hf` reads."""
+        """Returns the ``text_config`` that :meth:`from_hf` reads."""
         activation = "gelu" if self.activation == "gelu_new" else self.activation
         return super().to_hf() | {
             "architectures": ["T5ForConditionalGeneration"],
@@ -103,10 +103,10 @@ class T5Config(LanguageConfig):
 
 
 def bucket_thresholds(buckets: int, max_distance: int) -> list[int]:
-    """Distances at which the next bucket begins.
+    """Computes the distances at which the next bucket of relative positions begins.
 
-    Near distances have a bucket each; the rest grow with the logarithm up to ``max_distance`` (T5's
-    ``relative_position_bucket``). As whole numbers the rule needs no logarithm in the graph, and so is the same in
+    Near distances have a bucket each; further buckets grow with the logarithm up to ``max_distance`` (T5's
+    ``relative_position_bucket``). With these integers the graph needs no logarithm, so the buckets are the same in
     every precision.
     """
     exact = buckets // 2
@@ -120,7 +120,7 @@ def bucket_thresholds(buckets: int, max_distance: int) -> list[int]:
 
 
 class RelativeBias(nn.Module):
-    """A learned bias of the attention scores by relative position; all layers of a stack share it."""
+    """A learned bias of the attention scores by relative position; all layers of encoder or decoder share one bias."""
 
     def __init__(self, config: T5Config, bidirectional: bool) -> None:
         super().__init__()
@@ -142,9 +142,9 @@ class RelativeBias(nn.Module):
 
 
 class T5Layer(nn.Module):
-    """Self-attention, attention to the encoder's states in a decoder, feed-forward; each after a norm.
+    """Self-attention, attention to the encoder's states (only in a decoder), feed-forward; each after a norm.
 
-    T5 does not scale its scores.
+    T5 does not scale the attention scores.
     """
 
     def __init__(self, config: T5Config, *, decoder: bool) -> None:
@@ -167,7 +167,7 @@ class T5Layer(nn.Module):
         cross: KeyValue | None = None,
         cross_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; an encoder has no ``cross``."""
+        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; ``cross`` is None in an encoder."""
         normed = self.attention_norm(x)
         present = append_to_cache(past, self.attention.key_value(normed))
         x = x + self.dropout(self.attention(normed, present, bias))
@@ -177,7 +177,7 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """``inputs_embeds [B, E, D]`` to states of the same shape."""
+    """T5's encoder of the prompt."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -187,7 +187,10 @@ class T5Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """``attention_mask`` int64 ``[B, E]``; padding follows the text, so that slots are positions."""
+        """Maps ``inputs_embeds [B, E, D]`` to states of the same shape.
+
+        ``attention_mask`` is int64 ``[B, E]``; padding must follow the text, so that slots are positions.
+        """
         slots = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         bias = self.relative(slots, slots) + key_mask_bias(attention_mask, inputs_embeds.dtype)
         x = self.dropout(inputs_embeds)
@@ -215,11 +218,11 @@ class T5(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def encode(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """``[B, E, D]`` and int64 ``[B, E]`` to states ``[B, E, D]``."""
+        """Maps embeddings ``[B, E, D]`` and their mask int64 ``[B, E]`` to states ``[B, E, D]``."""
         return self.encoder(inputs_embeds, attention_mask)
 
     def cross_key_values(self, states: Tensor) -> list[KeyValue]:
-        """``[B, E, D]`` to two of ``[B, H, E, d]`` per layer."""
+        """Computes keys and values ``[B, H, E, d]`` of each layer's cross-attention, from ``states [B, E, D]``."""
         return [layer.cross_attention.key_value(states) for layer in self.layers]
 
     def start(

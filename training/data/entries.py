@@ -209,5 +209,5 @@ class RejectingSource:
         return self._broken.problems
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Adds a sample that could not be used to the broken samples; errors as of :class:`BrokenSamples`."""
+        """Adds a sample that could not be used to the broken samples; raises the errors of ``BrokenSamples.add``."""
         self._broken.add(sample.sample_id, error.problem)

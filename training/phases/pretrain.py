@@ -45,7 +45,8 @@ class DenseLabels(NamedTuple):
     Attributes:
         classes: int64 [B, N, 5]: role, colour, shape, size and relation to the other object, as in `CLASSES`. If the
             patch has no object, the role is 0 and the others are `IGNORED`.
-        box: float32 [B, N, 3]: the object's centre and radius, in units of the picture's side.
+        box: float32 [B, N, 3]: offset (x, y) of the object's centre from the patch's centre, and the object's radius;
+            in units of the picture's side.
     """
 
     classes: Tensor
