@@ -79,12 +79,12 @@ class SubstituteSession:
         self._compute = compute
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`; returns all outputs, whatever is requested."""
+        """Calls the function; returns all its outputs. See :class:`blip2edge.runtime.backends.base.Session`."""
         del outputs
         return self._compute(inputs)
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Does nothing; see :class:`blip2edge.runtime.backends.base.Session`."""
 
 
 def default_prompt(prompts: PromptBuilder) -> str | None:

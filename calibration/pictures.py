@@ -51,7 +51,7 @@ class CalibrationPicture:
         return [line.strip() for line in lines if line.strip()]
 
     def read(self) -> bytes:
-        """The bytes of the picture file.
+        """Reads the bytes of the picture file.
 
         Raises:
             ImageError: The shard cannot be read, or is truncated.

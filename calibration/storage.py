@@ -34,11 +34,11 @@ class InMemoryStore:
     """Keeps new tensors in memory and the others in the parent's files, for a graph that is run but not written."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
-        """See :class:`TensorStore`."""
+        """Keeps a new tensor in memory; see :class:`TensorStore`."""
         return ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """See :class:`TensorStore`."""
+        """Refers to the tensor in the parent's file; see :class:`TensorStore`."""
         del name
         return tensor
 

@@ -47,7 +47,7 @@ class Targets:
     kept_float: Mapping[str, str]
 
     def by_activation(self) -> dict[str, list[Product]]:
-        """The products of each activation, which share its range."""
+        """The products that read each activation, by the activation's name; they share its range."""
         groups: dict[str, list[Product]] = defaultdict(list)
         for product in self.products:
             groups[product.activation].append(product)

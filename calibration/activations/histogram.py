@@ -58,7 +58,7 @@ class Histogram:
 
     @property
     def centres(self) -> NDArray[np.float64]:
-        """The middle of each bin."""
+        """Values of |x| in the middle of each bin, float64 ``[BINS]``."""
         middles: NDArray[np.float64] = (np.arange(BINS, dtype=np.float64) + 0.5) * self.width
         return middles
 

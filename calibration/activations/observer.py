@@ -77,7 +77,7 @@ class Observer:
         self._run += 1
 
     def result(self) -> Observation:
-        """The observation of all runs so far."""
+        """Returns what was observed in all runs so far."""
         if self._channel_max is None:
             return Observation()
         divisor = np.where(self._channel_max > 0, self._channel_max, 1.0)

@@ -97,7 +97,7 @@ class BertLayer(nn.Module):
         cross: KeyValue | None = None,
         cross_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; no cross-attention without ``cross``."""
+        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; cross-attends only with ``cross``."""
         present = append_to_cache(past, self.self_attention.key_value(x))
         x = self.self_attention.attend_to(x, present, bias)
         if cross is not None:
@@ -192,12 +192,12 @@ class BertDecoder(DecoderModule):
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
     ) -> tuple[Tensor, LayerStep]:
-        """See :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
         x = self.embeddings(x, positions)
         bias = causal_bias(mask, x.shape[1], x.dtype)
         cross_bias = None if cross_mask is None else key_mask_bias(cross_mask, x.dtype)
         return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """See :meth:`DecoderModule.logits`."""
+        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
         return self.head(x)

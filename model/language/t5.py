@@ -130,7 +130,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """The bias ``[B, H, S, T]`` for positions int64 ``[B, S]`` of queries and ``[B, T]`` of keys."""
+        """Computes the bias ``[B, H, S, T]`` from positions int64: of queries ``[B, S]``, and of keys ``[B, T]``."""
         relative = keys[:, None, :] - queries[:, :, None]  # [B, S, T]
         distance = relative.abs() if self.bidirectional else (-relative).clamp(min=0)
         bucket = torch.zeros_like(distance)
@@ -228,7 +228,7 @@ class T5(DecoderModule):
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
     ) -> tuple[Tensor, LayerStep]:
-        """See :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
         x = self.dropout(x)
         # Positions of the keys count a row's valid slots, so that rows of a batch may be ragged.
         keys = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -239,7 +239,7 @@ class T5(DecoderModule):
         return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """See :meth:`DecoderModule.logits`."""
+        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
         x = self.dropout(self.final_norm(x))
         if self.config.scale_outputs:
             x = x * self.config.hidden_size**-0.5

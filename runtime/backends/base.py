@@ -17,7 +17,7 @@ from blip2edge.errors import BackendError, UsageError, option
 
 
 class Session(Protocol):
-    """A loaded graph.
+    """A graph that a backend has loaded and can run.
 
     Thread contract, the same on every backend: several threads may call :meth:`run` at once, and each call returns the
     results of its own inputs. A backend that keeps buffers from call to call gives each call its own, or locks them.

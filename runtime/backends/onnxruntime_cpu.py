@@ -169,7 +169,7 @@ class OnnxRuntimeSession:
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Runs the graph; returns the outputs by name; see :class:`blip2edge.runtime.backends.base.Session`."""
         names = self.output_names if outputs is None else outputs
         if self._session is None:
             raise closed_graph()
@@ -178,7 +178,7 @@ class OnnxRuntimeSession:
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
         self._session = None
 
     def in_place(self, pairs: Mapping[str, str]) -> InPlace:

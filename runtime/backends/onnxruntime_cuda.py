@@ -140,7 +140,7 @@ class DeviceSession:
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        """See :class:`blip2edge.runtime.backends.base.Session`; inputs and outputs may be on the device."""
+        """Runs the graph; arrays may be on the device. See :class:`blip2edge.runtime.backends.base.Session`."""
         if self._session is None:
             raise closed_graph()
         names = list(self.output_names if outputs is None else outputs)
@@ -158,7 +158,7 @@ class DeviceSession:
         return self._run_with_binding(self._open_model(model), inputs, [("y", self._device)])[0]
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
         self._session = None
         self._open_model.cache_clear()
 

@@ -117,7 +117,7 @@ class RowByRow:
         self.input_names, self.output_names = session.input_names, session.output_names
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Runs the graph; returns the outputs by name; see :class:`blip2edge.runtime.backends.base.Session`."""
         rows = len(next(iter(inputs.values())))
         if rows == 1:
             return self._session.run(inputs, outputs)
@@ -128,5 +128,5 @@ class RowByRow:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
         self._session.close()

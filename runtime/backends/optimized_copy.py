@@ -37,7 +37,7 @@ class OptimizedGraph:
         file: Name of the graph's file in the copy's directory.
         passes: Names of the optimization passes that rewrote the graph.
         one_by_one: Whether to run the rows of a batch separately; see :class:`open_graph.RowByRow`.
-        layout: See :class:`blip2edge.runtime.backends.base.OptimizedFile`.
+        layout: Whether ONNX Runtime prepacks the weights for the processor when it loads the file.
         parity: Difference between the outputs of this graph and those of the portable graph.
         cosine: The smallest cosine similarity between outputs of this graph and of the portable graph.
         milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy: of one run,

@@ -187,9 +187,9 @@ class Captioner(LoadedBundle):
         """Makes a scheduler, which batches requests that arrive at any time; close the scheduler after use.
 
         Args:
-            max_batch: See :class:`Scheduler`; at most the number of rows that the decoder's engine was built for.
-            max_waiting: See :class:`Scheduler`.
-            trace: See :class:`Scheduler`.
+            max_batch: Largest number of rows that are decoded together; reduced to what the decoder's engine supports.
+            max_waiting: Largest number of requests that wait to be encoded.
+            trace: Called with every span of the trace; the function must return quickly.
             encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
         """
         self._check_open()

@@ -22,7 +22,7 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """A picture's caption.
+    """The caption of a picture (or of several pictures in one prompt), with tokens and times.
 
     Attributes:
         image: The picture's path; None if it was given as an object. For several pictures, a list of these.

@@ -174,7 +174,7 @@ class Scheduler:
 
     @property
     def load(self) -> dict[str, int]:
-        """Counts the requests: ``waiting``, ``encoding``, ``ready`` to be decoded, and ``running`` (being decoded)."""
+        """Numbers of requests that are ``waiting``, ``encoding``, ``ready`` to be decoded, and ``running``."""
         with self._changed:
             ready = sum(len(requests) for requests, _ in self._ready)
             return {

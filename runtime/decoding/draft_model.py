@@ -255,7 +255,7 @@ class DraftSelector:
             )
 
     def kind(self, options: GenerationOptions) -> str:
-        """The draft model for these options: ``itg``, ``lookup`` or ``none``."""
+        """Returns the name of the draft model for these options: ``itg``, ``lookup`` or ``none``."""
         if options.num_beams > 1:
             return "none"
         if options.draft == "auto":

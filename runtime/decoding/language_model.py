@@ -139,7 +139,7 @@ class DecoderOnly(LanguageModel):
         return self.cross_kv.run({self.source: pictures[self.source]})
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
-        """See :class:`LanguageModel`."""
+        """Runs the prompts; returns logits ``[B, V]`` and the decoder's state; see :class:`LanguageModel`."""
         context = self.context(pictures)
         if prompts[0].attends_to:
             most = max(prompt.images for prompt in prompts)
@@ -174,7 +174,10 @@ class EncoderDecoder(LanguageModel):
         self.cross_kv = cross_kv
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
-        """See :class:`LanguageModel`; the logits are those after the start token."""
+        """Encodes the prompts, runs the start token; returns its logits ``[B, V]`` and the decoder's state.
+
+        See :class:`LanguageModel`.
+        """
         batch = len(prompts)
         rows = (
             [np.array(prompt.ids, np.int64) for prompt in prompts]

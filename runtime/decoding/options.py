@@ -178,7 +178,7 @@ def check_number(name: str, value: Any, low: float, high: float, *, above: bool 
 
 
 def shown(value: Any) -> str:
-    """A value as text for an error message, at most 80 characters."""
+    """Formats a value for an error message, with at most 80 characters."""
     if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
         return f"a number of {value.bit_length()} bits"
     text = repr(value)

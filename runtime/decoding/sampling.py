@@ -43,7 +43,9 @@ def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> None:
-    """Divide the positive and multiply the negative scores of repeated tokens (CTRL, arXiv 1909.05858), in place.
+    """Makes repeated tokens less likely, in place: divides their positive scores, multiplies the negative ones.
+
+    The penalty of CTRL (arXiv 1909.05858).
 
     Args:
         scores: [V]: logits, or log-probabilities in beam search.
@@ -150,7 +152,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def broken_logits() -> BackendError:
-    """The error for a decoder whose logits are not finite."""
+    """Makes the error for a decoder whose logits are not finite."""
     return BackendError(
         "the decoder's logits are NaN or infinity; in fp16 this happens when values overflow",
         f"export with {option('precision')} fp32, or choose another {option('backend')}",

@@ -250,7 +250,7 @@ class PromptLookup:
         self._longest = longest
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """See :class:`DraftModel`; the longest match is used, and of equally long ones the latest."""
+        """Proposes the tokens after the longest match, of equally long ones the latest; see :class:`DraftModel`."""
         ids = [*self._prompt, *generated]
         for size in range(min(self._longest, len(ids) - 1), 0, -1):
             tail = ids[-size:]

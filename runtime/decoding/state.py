@@ -123,20 +123,20 @@ class SlotState(RowState):
 
     @property
     def batch_size(self) -> int:
-        """See :class:`DecodeState`."""
+        """Number of rows B; see :class:`DecodeState`."""
         return len(self.positions)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """See :class:`RowState`."""
+        """Number of tokens of each row in the KV cache, int64 ``[B]``; see :class:`RowState`."""
         return self.positions + 1
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`DecodeState`."""
+        """Appends one token ``[B]`` to each row; returns logits ``[B, V]``; see :class:`DecodeState`."""
         return self.extend(token_ids[:, None])[:, 0]
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`RowState`; one pass for all rows and tokens."""
+        """Appends tokens ``[B, k]`` to all rows in one pass; returns logits ``[B, k, V]``; see :class:`RowState`."""
         steps = token_ids.shape[1]
         self.make_room(steps)
         positions = self.positions[:, None] + np.arange(1, steps + 1)
@@ -144,7 +144,7 @@ class SlotState(RowState):
         return self.run(self.decoder.embed(token_ids), positions, steps)
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`DecodeState`."""
+        """Makes row i a copy of old row ``rows[i]``; see :class:`DecodeState`."""
         if len(rows) == self.batch_size and np.array_equal(rows, np.arange(len(rows))):
             return
         self.select_cache(rows)

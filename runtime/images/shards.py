@@ -45,10 +45,10 @@ class ShardFile:
         return self.suffix in PICTURE_SUFFIXES
 
     def read(self) -> bytes:
-        """The content of the file.
+        """Reads the content of the file.
 
         Raises:
-            ImageError: The shard cannot be read, or ends before the file does.
+            ImageError: The shard cannot be read, or is truncated.
         """
         try:
             with open(self.shard, "rb") as file:

@@ -268,7 +268,7 @@ class TrtSession:
         self.closed = False
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Runs the graph; returns the outputs by name; see :class:`blip2edge.runtime.backends.base.Session`."""
         if self.closed:
             raise closed_graph()
         device = self._device
@@ -291,7 +291,7 @@ class TrtSession:
             return {name: view.copy() for name, view in views.items()}
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Frees the session's buffers; see :class:`blip2edge.runtime.backends.base.Session`."""
         self.closed = True
         for mirror in self._mirrors.values():
             mirror.free()

@@ -43,7 +43,7 @@ class PhaseBatch(Protocol):
 
 
 class Batches(Protocol[Batch_co]):
-    """An endless, resumable series of batches."""
+    """An endless series of batches that can be continued from a saved position."""
 
     def __next__(self) -> Batch_co:
         """This process' rows of the next batch, on its device."""

@@ -87,7 +87,7 @@ class FixedState(SlotState):
         self.decoder.check(self.batch_size, self.slot + steps)
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """See :class:`RowState`."""
+        """Keeps the first ``lengths[i]`` tokens of each row i; see :class:`RowState`."""
         cut = tokens_to_drop(self.lengths, lengths)
         least = int(cut.min())
         self.slot -= least
@@ -97,12 +97,12 @@ class FixedState(SlotState):
         self.positions = np.asarray(lengths, np.int64) - 1
 
     def select_cache(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`SlotState`."""
+        """Makes row i of the cache a copy of old row ``rows[i]``; see :class:`SlotState`."""
         self.decoder.check(len(rows), self.slot)
         self.cache.select(rows)
 
     def join(self, other: FixedState) -> None:
-        """See :class:`DecodeState`."""
+        """Adds the rows of ``other`` after the own rows; see :class:`DecodeState`."""
         self.decoder.check(self.batch_size + other.batch_size, self.slot)
         last = max(self.slot, other.slot)
         for state in (self, other):
@@ -114,7 +114,7 @@ class FixedState(SlotState):
         self.cache.append(other.cache)
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """See :class:`SlotState`."""
+        """Runs the graph and keeps the new keys and values; returns logits ``[B, K, V]``; see :class:`SlotState`."""
         inputs[CACHE_POSITION] = np.array([self.slot], np.int64)
         self.slot += inputs["position_ids"].shape[1]
         return self.cache.run(inputs)
@@ -153,7 +153,7 @@ class FixedDecoder(Decoder):
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], FixedState]:
-        """See :class:`Decoder`.
+        """Runs whole prompts; returns logits ``[B, V]`` and the decoder's state; see :class:`Decoder`.
 
         Raises:
             BackendError: There are more rows or longer prompts than the graph was built for.

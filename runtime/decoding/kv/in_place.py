@@ -55,7 +55,7 @@ class InPlaceDecoder(Decoder):
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], InPlaceState]:
-        """See :class:`Decoder`.
+        """Runs whole prompts; returns logits ``[B, V]`` and the decoder's state; see :class:`Decoder`.
 
         Raises:
             ValueError: ``context`` is not empty: these decoders have no cross-attention.
@@ -89,15 +89,18 @@ class InPlaceState:
 
     @property
     def batch_size(self) -> int:
-        """See :class:`DecodeState`."""
+        """Number of rows B; see :class:`DecodeState`."""
         return len(self.lengths)
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`DecodeState`."""
+        """Appends one token ``[B]`` to each row; returns logits ``[B, V]``; see :class:`DecodeState`."""
         return self.extend(token_ids[:, None])[:, 0]
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`RowState`; several tokens of several rows take one pass for each row, as the kernel requires."""
+        """Appends tokens ``[B, k]`` to each row; returns logits ``[B, k, V]``; see :class:`RowState`.
+
+        Several tokens of several rows take one pass for each row, as the kernel requires.
+        """
         batch, steps = token_ids.shape
         embeds = self._decoder.embed(token_ids)
         self._make_room(batch, int(self.lengths.max()) + steps)
@@ -112,11 +115,11 @@ class InPlaceState:
         return logits
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """See :class:`RowState`."""
+        """Keeps the first ``lengths[i]`` tokens of each row i; see :class:`RowState`."""
         self.lengths = self.lengths - tokens_to_drop(self.lengths, np.asarray(lengths, np.int64))
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`DecodeState`."""
+        """Makes row i a copy of old row ``rows[i]``; see :class:`DecodeState`."""
         used = int(self.lengths.max())
         self._make_room(len(rows), used)
         moved = np.flatnonzero(rows != np.arange(len(rows)))
@@ -126,7 +129,7 @@ class InPlaceState:
         self.lengths = self.lengths[rows]
 
     def join(self, other: InPlaceState) -> None:
-        """See :class:`DecodeState`."""
+        """Adds the rows of ``other`` after the own rows; see :class:`DecodeState`."""
         first, used = self.batch_size, int(other.lengths.max())
         self._make_room(first + other.batch_size, max(used, int(self.lengths.max())))
         for name, buffer in self._buffers.items():
