@@ -44,7 +44,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class CaptionAgreement:
-    """The captions of a bundle and of its parent for the same pictures.
+    """Compares the captions of a calibrated bundle and of its parent for the same pictures.
 
     Attributes:
         pictures: Number of pictures.

@@ -24,7 +24,7 @@ from blip2edge.progress import ProgressCallback
 
 @dataclass(frozen=True)
 class CalibrationContext:
-    """The inputs and outputs of one calibration.
+    """What all steps of one calibration share: inputs, output directory and options.
 
     Attributes:
         parent: The bundle that is calibrated.

@@ -102,7 +102,7 @@ class DataFile:
         )
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-        """Appends a tensor of another file."""
+        """Appends the bytes of a tensor from another file; returns a tensor that refers to this file."""
         return self.add_bytes(name, tensor.tobytes(), tensor.dtype, tuple(tensor.shape.numpy()))
 
     @property

@@ -92,7 +92,7 @@ class BuildOptions:
             raise UsageError(f"{option('capacity')} must be at least {LEAST_CAPACITY}, not {self.capacity}")
 
     def flags(self) -> tuple[str, ...]:
-        """The flags, besides ``--target``, that build the same engines again."""
+        """Command-line flags, besides ``--target``, that build the same engines again."""
         flags: list[str] = [part for number in self.sm for part in ("--sm", str(number))]
         for flag, value in (
             ("--workspace", self.workspace),

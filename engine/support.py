@@ -67,7 +67,7 @@ def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
 
 
 def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
-    """Raises EngineError for the first finding, with the number of the others; returns if there are none."""
+    """Raises EngineError for the first finding, with the number of the others; does nothing without findings."""
     if not findings:
         return
     first, rest = findings[0], len(findings) - 1

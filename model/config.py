@@ -209,12 +209,12 @@ class LanguageConfig(Section):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether an encoder reads the prompt."""
+        """Whether the model has an encoder, which reads the prompt."""
         return False
 
     @property
     def cross(self) -> CrossSpec | None:
-        """The input of the decoder's cross-attention; None without cross-attention."""
+        """Keys and values of the decoder's cross-attention; None without cross-attention."""
         return None
 
 

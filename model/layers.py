@@ -21,12 +21,12 @@ down that its weight is exactly 0 in fp32: exp(x) underflows below x = -104.
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """``x * sigmoid(1.702 x)``, the approximation that CLIP was trained with (openai/CLIP, model.py)."""
+    """Computes ``x * sigmoid(1.702 x)``, the approximation of GELU in CLIP (openai/CLIP, model.py)."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
+    """Computes the tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -51,7 +51,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 class RMSNorm(nn.Module):
-    """Division by the root of the mean square (Zhang and Sennrich, arXiv 1910.07467)."""
+    """Divides vectors by the root of their mean square, times a weight (Zhang and Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -162,7 +162,7 @@ MATCHERS: dict[str, Callable[[RetrievalConfig], MatcherModule]] = {
 
 
 class RetrievalModel(nn.Module):
-    """Vision encoder and matcher."""
+    """A model that compares pictures with texts: a vision encoder and a matcher."""
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()

@@ -157,7 +157,7 @@ def least_cpu_seconds(run: Callable[[], object]) -> float:
 
 
 def cosine(one: Array, other: Array) -> float:
-    """Cosine of two arrays as vectors; 1 if both are zero."""
+    """Computes the cosine of two arrays, taken as vectors; 1 if both are zero."""
     first, second = (np.asarray(array, np.float64).ravel() for array in (one, other))
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / norms if norms else float(np.array_equal(first, second))

@@ -20,7 +20,7 @@ from blip2edge.optimization.passes.shared_cache import share_cache
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes know about the model: the decoder's KV cache and the longest context."""
+    """What passes need to know about the model: the decoder's KV cache and the longest context in tokens."""
 
     cache: CacheSpec | None
     max_positions: int

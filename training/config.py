@@ -139,7 +139,7 @@ class LoopConfig(RecipeSection):
 
 @dataclass(frozen=True)
 class BlockSizes(RecipeSection):
-    """Sizes of one part of the model."""
+    """Sizes of one transformer of the model: widths, layers and heads."""
 
     hidden_size: Annotated[int, POSITIVE] = 128
     """Width of the hidden states."""

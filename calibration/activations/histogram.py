@@ -36,7 +36,7 @@ class Histogram:
         self.maximum = 0.0
 
     def add(self, values: NDArray[np.floating]) -> None:
-        """Counts the values of an array of any shape."""
+        """Adds the absolute values of an array of any shape to the counts."""
         sizes = np.abs(values, dtype=np.float32).ravel()
         if not sizes.size:
             return

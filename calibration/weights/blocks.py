@@ -49,12 +49,12 @@ class BlockFormat:
 
     @property
     def high(self) -> int:
-        """The largest integer; the smallest is ``-high - 1`` in four bits and ``-high`` in eight."""
+        """The largest integer of the format; the smallest is ``-high - 1`` in four bits and ``-high`` in eight."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def low(self) -> int:
-        """The smallest integer."""
+        """The smallest integer of the format."""
         return -self.high - 1 if self.bits == 4 else -self.high
 
     @classmethod

@@ -99,7 +99,10 @@ class GptqRounder:
         return integers, scales
 
     def error(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> float:
-        """Relative change of a matrix's output by rounding: ``|X(W - Ŵ)| / |XW|`` over the activations."""
+        """Computes the relative change of a matrix's output by rounding, ``|X(W - Ŵ)| / |XW|``.
+
+        X are the activations, W is ``weight``, and Ŵ the matrix that ``integers`` and ``scales`` represent.
+        """
         moments = self.moments
         lost = whole = 0.0
         for part in _columns(weight):

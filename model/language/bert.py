@@ -60,7 +60,7 @@ class BertConfig(BertSizes, LanguageConfig):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether an encoder reads the prompt."""
+        """Whether the model has an encoder, which reads the prompt."""
         return self.reads_question
 
     @property

@@ -76,7 +76,7 @@ class FlamingoConfig(LlamaConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> FlamingoConfig:
-        """Reads an Idefics ``config.json``, whose text part is at the top level."""
+        """Reads an Idefics ``config.json``, whose text part is at the top level; ``given`` has the other fields."""
         f = Fields(cls.section, values)
         own = Fields("vision_config", f.values.get("vision_config") or {})
         resampled = f.flag("use_resampler", False)

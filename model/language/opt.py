@@ -57,7 +57,7 @@ class OPTConfig(LanguageConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> OPTConfig:
-        """Reads an OPT ``config.json`` or ``text_config``."""
+        """Reads an OPT ``config.json`` or ``text_config``; ``given`` has the fields that are not in it."""
         f, found = Fields(cls.section, values), cls.read(values)
         return cls(
             **found,

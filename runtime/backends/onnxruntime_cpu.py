@@ -27,7 +27,7 @@ LEAST_FILLED = 0.75
 
 
 def huge_page_bytes() -> int:
-    """Size of the kernel's huge pages in bytes; 0 if it gives none on request."""
+    """Returns the size of the kernel's huge pages in bytes; 0 if a process cannot request huge pages."""
     if sys.platform != "linux":
         return 0
     try:
@@ -39,7 +39,7 @@ def huge_page_bytes() -> int:
 
 @contextmanager
 def on_huge_pages() -> Iterator[None]:
-    """Moves memory that the block fills and keeps into huge pages, for fewer TLB misses; Linux only.
+    """Moves memory that the ``with`` block allocates into huge pages, for fewer TLB misses; Linux only.
 
     Only the page size changes: the memory still belongs to the process and is freed as before.
     """
@@ -58,7 +58,10 @@ def on_huge_pages() -> Iterator[None]:
 
 
 def filled_pages(size: int) -> set[int]:
-    """Addresses of aligned regions of ``size`` bytes in this process's anonymous memory that are mostly in use."""
+    """Finds aligned regions of ``size`` bytes in this process's anonymous memory that are mostly in use.
+
+    Returns the addresses of these regions.
+    """
     found: set[int] = set()
     pages = size // mmap.PAGESIZE
     try:
@@ -78,7 +81,7 @@ def filled_pages(size: int) -> set[int]:
 
 
 def anonymous_regions() -> list[tuple[int, int]]:
-    """This process's private writable memory without a file: first address, and the address after the last."""
+    """Lists this process's private writable memory without a file: first address, and the address after the last."""
     regions = []
     for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         span, rights, _, _, inode, *name = line.split(maxsplit=5)
@@ -243,5 +246,5 @@ class InPlace:
 
 
 def open_graph(path: Path, threads: int | None = None, optimized: OptimizedFile | None = None) -> OnnxRuntimeSession:
-    """Loads a graph; arguments and errors as :class:`OnnxRuntimeSession`."""
+    """Loads a graph in ONNX Runtime on the CPU; arguments and errors are those of :class:`OnnxRuntimeSession`."""
     return OnnxRuntimeSession(path, threads, optimized=optimized)

@@ -44,7 +44,7 @@ def open_graph(
     threads: int | None = None,
     optimized: OptimizedFile | None = None,  # noqa: ARG001 - one signature for all backends; no copies for this one
 ) -> DeviceSession:
-    """Loads a graph with the CUDA provider; errors as :func:`open_with`."""
+    """Loads a graph with the CUDA provider; raises the errors of :func:`open_with`."""
     return open_with(path, threads, CUDA, [(CUDA, CUDA_OPTIONS)])
 
 
@@ -53,7 +53,7 @@ def open_graph_with_tensorrt(
     threads: int | None = None,
     optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
 ) -> DeviceSession:
-    """Loads a graph with the TensorRT provider; CUDA runs the nodes that it does not support.
+    """Loads a graph with the TensorRT provider; CUDA runs the nodes that TensorRT does not support.
 
     Errors are those of :func:`open_with`.
     """
@@ -152,7 +152,7 @@ class DeviceSession:
         }
 
     def run_model(self, model: bytes, inputs: Mapping[str, Any]) -> Any:
-        """Runs a small model on the device; see :data:`RunModel`."""
+        """Runs a small serialised ONNX model on the device; returns its output. See :data:`RunModel`."""
         if self._session is None:
             raise closed_graph()
         return self._run_with_binding(self._open_model(model), inputs, [("y", self._device)])[0]

@@ -45,7 +45,7 @@ def processor() -> str:
 
 
 def exact_processor() -> str:
-    """The processor's name with family, model and stepping: one name, such as ``AMD EPYC``, can mean several."""
+    """The processor's name with family, model and stepping, because a name such as ``AMD EPYC`` is not unique."""
     found = cpu_facts()
     numbers = ", ".join(
         f"{key.removeprefix('cpu ').removeprefix('CPU ')} {found[key]}" for key in NUMBERS if key in found
@@ -54,7 +54,7 @@ def exact_processor() -> str:
 
 
 def cpu_facts() -> dict[str, str]:
-    """The fields of ``/proc/cpuinfo``, each with its first value; empty if there is no such file."""
+    """Reads the fields of ``/proc/cpuinfo``, each with its first value; empty if there is no such file."""
     try:
         lines = CPUINFO.read_text(errors="replace").splitlines()
     except OSError:

@@ -126,7 +126,7 @@ class BenchReport:
 
 
 class CpuClock(StageClock):
-    """Wall time and CPU time by stage, in milliseconds."""
+    """Measures wall time and CPU time of each stage, in milliseconds."""
 
     def __init__(self) -> None:
         super().__init__()

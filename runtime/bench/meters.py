@@ -109,7 +109,7 @@ class RailCounter:
             return self._joules
 
     def watts(self) -> float:
-        """Power at this moment, in watts."""
+        """Reads the present power in watts."""
         values = [int(path.read_text(encoding="ascii")) for path in (self._volts, self._amperes)]
         return values[0] * values[1] / 1e6
 
@@ -144,7 +144,7 @@ INTERVAL = 0.02  # seconds between two samples
 
 
 def resident_bytes() -> int:
-    """Anonymous and shared memory of this process now, in bytes; 0 if the system does not report it."""
+    """Returns this process's anonymous and shared memory in bytes; 0 if the system does not report it."""
     try:
         lines = STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

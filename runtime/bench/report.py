@@ -64,7 +64,7 @@ def _table(name: str, rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def bench_page(report: BenchReport) -> str:
-    """The report as an HTML page with bars and curves."""
+    """Formats the report as an HTML page with bars and curves."""
     table = html_table(STAGE_COLUMNS, "lrrrrr", _stage_rows(report))
     parts = [
         f"<header><h1>{escape(str(report.bundle['family']))}</h1></header>",

@@ -113,7 +113,7 @@ class Captioner(LoadedBundle):
         return next(self.caption_many([image], prompts=[prompt], **options))
 
     def ask(self, image: ItemSource, question: str, **options: Unpack[CaptionOptions]) -> CaptionResult:
-        """Answers a question on a picture, by the family's question template; arguments as :meth:`caption`."""
+        """Answers a question on a picture, with the family's question template; see :meth:`caption`."""
         check_text("question", question)
         return self.caption(image, prompt=self.prompts.question(question), **options)
 

@@ -128,7 +128,7 @@ class Request:
 
     @property
     def over(self) -> bool:
-        """Whether the request is finished, failed or cancelled. A request past its deadline fails at this call."""
+        """Whether the request is finished, failed or cancelled. If its deadline has passed, the request fails here."""
         if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
             self.fail(DeadlineError("the caption was not finished before its deadline", "set a longer deadline"))
         return self.future.done()
@@ -146,7 +146,7 @@ class Request:
         self.push(None)
 
     def fail(self, error: BaseException) -> None:
-        """Sets the error, unless the request is finished or cancelled already."""
+        """Sets ``error`` as the result, unless the request is finished or cancelled already."""
         with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)

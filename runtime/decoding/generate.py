@@ -131,7 +131,7 @@ class Generation:
         return self._random is None and self.speculator is None and not self._changes_scores
 
     def accept(self, token: int) -> None:
-        """Appends a token; sets ``finish_reason`` if the token finishes the text."""
+        """Appends a token to the text; sets ``finish_reason`` if the token finishes the text."""
         self.generated.append(token)
         self.finish_reason = finish_reason(self.generated, len(self.generated), self.options, self._stopped)
 
@@ -208,7 +208,7 @@ class GenerationBatch:
             self._greedy = None
 
     def leave(self, row: Generation) -> None:
-        """Removes a row that is not finished."""
+        """Removes a row that is not finished from the batch, for example a cancelled request."""
         self._keep([place for place, other in enumerate(self.rows) if other is not row])
 
     def _keep(self, places: list[int]) -> None:

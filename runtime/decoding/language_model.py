@@ -30,7 +30,7 @@ from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 
 @runtime_checkable
 class HasDecoder(Protocol):
-    """A session of a backend that manages the KV cache itself (TensorRT)."""
+    """A session whose backend manages the KV cache itself (TensorRT)."""
 
     def decoder(self, table: TokenTable) -> Decoder:
         """Makes the decoder that runs this graph; ``table`` gives the embeddings of its tokens."""

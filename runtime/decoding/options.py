@@ -41,7 +41,7 @@ Stopped = Callable[[Sequence[int]], bool]
 
 
 class CaptionOptions(TypedDict, total=False):
-    """The keywords of ``Captioner.caption(**options)``: fields of :class:`GenerationOptions`, each may be left out."""
+    """The keyword options of ``Captioner.caption``: fields of :class:`GenerationOptions`, all optional."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -146,7 +146,7 @@ class GenerationOptions:
 
     @property
     def sampling(self) -> bool:
-        """Whether tokens are drawn at random."""
+        """Whether tokens are sampled at random; if not, decoding is greedy or beam search."""
         given = self.temperature is not None or self.top_p is not None or self.top_k is not None
         return given and (self.temperature is None or self.temperature >= MIN_SAMPLING_TEMPERATURE)
 

@@ -138,7 +138,7 @@ def draw(
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities along the last axis, float32, a new array of the same shape.
+    """Computes log-probabilities along the last axis, float32, in a new array of the same shape.
 
     Raises:
         BackendError: The logits hold NaN.

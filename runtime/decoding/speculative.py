@@ -93,7 +93,7 @@ class SpeculationCost:
         return min(MAX_DRAFT_TOKENS, math.ceil(1.5 * self._accepted) + 1)
 
     def plain_step(self, seconds: float) -> None:
-        """Records the time of a plain step."""
+        """Records the time of a plain decode step, in seconds."""
         # The first runs of a session are slow, so that the quickest of them counts. Later steps enter an average.
         learning = self._steps < self.LEARN
         quickest = min(self.plain_seconds or seconds, seconds)
@@ -104,7 +104,7 @@ class SpeculationCost:
             self._pause -= 1
 
     def speculative_pass(self, seconds: float) -> None:
-        """Records the time of a pass that verified proposed tokens, or of a draft model that proposed none."""
+        """Records the seconds of a pass that verified proposed tokens, or of a draft model that proposed none."""
         self._seconds = self.FADE * self._seconds + seconds
         self._tokens *= self.FADE
         self._passes += 1

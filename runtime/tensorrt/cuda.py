@@ -108,7 +108,7 @@ class Cuda:
         height: int,
         stream: int,
     ) -> None:
-        """Copies ``height`` rows of ``width`` bytes; a pitch is the distance between two rows in bytes."""
+        """Copies ``height`` rows of ``width`` bytes in the stream; a pitch is the bytes between two row starts."""
         copy = self.api.cudaMemcpy2DAsync
         self(copy, target, target_pitch, source, source_pitch, width, height, self._anywhere, stream)
 
@@ -204,13 +204,13 @@ class Mirror:
         return math.prod(shape) <= self._count
 
     def put(self, values: Array, stream: int) -> None:
-        """Copies values to the GPU. The caller waits for the stream before the next call."""
+        """Starts a copy of ``values`` to the GPU. Wait for the stream before the next call."""
         self.view(values.shape)[...] = values
         if self._device is not None:
             self._cuda.copy(self.address, self._pinned, values.size * self.dtype.itemsize, stream)
 
     def fetch(self, shape: Sequence[int], stream: int) -> Array:
-        """Starts a copy from the GPU; the returned array is filled once the stream has reached this point."""
+        """Starts a copy from the GPU; the returned array is filled when the stream has reached this copy."""
         if self._device is not None:
             size = math.prod(shape) * self.dtype.itemsize
             self._cuda.copy(self._pinned, self.address, size, stream)

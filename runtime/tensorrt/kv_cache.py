@@ -141,7 +141,7 @@ class DeviceCache:
 
 
 class DeviceState(FixedState):
-    """The rows of a batch on a GPU. In addition to :class:`FixedState`, it can choose greedy tokens on the GPU."""
+    """The decoding state of a batch on a GPU; unlike :class:`FixedState`, it can choose greedy tokens on the GPU."""
 
     cache: DeviceCache
 

@@ -146,7 +146,7 @@ class Device:
         return self._scratch[-1]
 
     def close(self) -> None:
-        """Frees the memory, after the work in the stream is done."""
+        """Frees the scratch memory, after the work in the stream is done."""
         self.cuda.synchronize(self.stream)
         for buffer in self._scratch:
             buffer.free()

@@ -80,12 +80,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, the added ones included (`len(tokenizer)` in transformers)."""
+        """Number of tokens, added tokens included (`len(tokenizer)` in transformers)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def base_vocab_size(self) -> int:
-        """Number of tokens without the added ones."""
+        """Number of tokens without the added tokens."""
         return self._backend.get_vocab_size(with_added_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
@@ -97,7 +97,7 @@ class Tokenizer:
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, by default with the special tokens of the tokenizer's template.
+        """Converts a text to token ids, by default with the special tokens of the tokenizer's template.
 
         Raises:
             PromptError: The text holds half a surrogate pair, which is no character.
@@ -107,12 +107,12 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids, as transformers' `batch_decode` gives it; ids without a token are left out."""
+        """Converts token ids to text, as transformers' `batch_decode`; ids without a token are ignored."""
         text = self.decode_raw(ids, skip_special_tokens)
         return clean_up_spaces(text) if self.clean_up else text
 
     def decode_raw(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids before the clean-up of spaces."""
+        """Converts token ids to text, without the clean-up of spaces."""
         kept = [int(token_id) for token_id in ids if token_id >= 0]
         return self._backend.decode(kept, skip_special_tokens=skip_special_tokens)
 

@@ -75,7 +75,7 @@ class FilePicture:
             raise ImageError(f"{self.path}: cannot be opened ({error.strerror or error})") from error
 
     def open(self) -> Image.Image:
-        """Decodes the picture."""
+        """Decodes the picture: upright, RGB."""
         return load_image(self.path)
 
 

@@ -51,7 +51,7 @@ class SceneSource:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Empty: a generated picture is never broken."""
+        """Always empty: a generated picture is never broken."""
         return {}
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:

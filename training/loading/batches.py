@@ -46,7 +46,7 @@ class CaptionBatch(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that give loss."""
+        """Number of tokens that the loss is computed on."""
         return int((self.labels != IGNORED).sum())
 
 
@@ -101,7 +101,7 @@ class KeywordBatch(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Number of tokens that give loss."""
+        """Number of tokens that the loss is computed on."""
         return self.captions.tokens
 
 
@@ -166,7 +166,7 @@ class SceneBatches:
         return self._make(batch, [f"scene-{self._series}-{first + number}" for number in range(len(batch))])
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of the next scene."""
+        """Returns the number of the next scene."""
         return {"start": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -91,10 +91,10 @@ class FeatureCache:
         return rows
 
     def add(self, names: Sequence[str], rows: NDArray[np.float32]) -> None:
-        """Adds the features of a batch.
+        """Adds the features of a batch: ``rows [B, P, D]`` for the pictures ``names``.
 
         Raises:
-            OutputError: The disk is full or not writable; features of earlier batches stay usable.
+            OutputError: The disk is full or not writable; features of earlier batches remain usable.
         """
         fresh = {name: number for number, name in enumerate(names) if name not in self._places}
         if not fresh:

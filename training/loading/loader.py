@@ -202,6 +202,6 @@ class Loader:
         return self._source.broken
 
     def close(self) -> None:
-        """Stops the threads."""
+        """Stops the threads that open pictures."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

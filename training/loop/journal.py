@@ -73,7 +73,7 @@ class Journal:
             raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def begin(self) -> None:
-        """Starts the clock of a phase."""
+        """Starts the clock of a phase, for the ``seconds`` in its log lines."""
         self._started = time.monotonic()
 
     def state(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Journal:
         return {"sums": dict(self._sums), "count": self._count, "lines": len(self.lines)}
 
     def add(self, values: Mapping[str, float]) -> None:
-        """Adds one step's losses and gradient norm to the interval."""
+        """Adds the losses and the gradient norm of one step, by name, to the interval."""
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._count += 1

@@ -39,7 +39,7 @@ class PhaseBatch(Protocol):
 
     @property
     def weight(self) -> int:
-        """Weight of the batch among the batches of one step: its rows, or the tokens that give loss."""
+        """Weight of this batch in the mean loss of a step: number of its rows, or of the tokens that give loss."""
 
 
 class Batches(Protocol[Batch_co]):

@@ -69,7 +69,7 @@ class Snapshots:
 
     @property
     def any(self) -> bool:
-        """Whether there is a complete snapshot."""
+        """Whether the directory has a complete snapshot."""
         return bool(self._whole())
 
     def write(self, step: int, snapshot: Snapshot) -> None:

@@ -93,7 +93,7 @@ class PopeQuestion:
 
     @property
     def there(self) -> bool:
-        """The correct answer: whether the object is in the picture."""
+        """The correct answer: whether the object in the question is in the picture."""
         return self.thing == self.shown
 
     @property

@@ -119,7 +119,7 @@ class DenseBatch(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Number of scenes."""
+        """Number of scenes in the batch."""
         return len(self.sample_ids)
 
 
