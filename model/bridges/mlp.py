@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """Config of a bridge of linear layers that makes one visual token from every patch (LLaVA).
+    """Config of a bridge (LLaVA) that makes one visual token from every patch, with linear layers.
 
     Attributes:
         input_size: Width of a patch embedding.

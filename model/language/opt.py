@@ -103,7 +103,7 @@ class OPTLayer(nn.Module):
 
 
 class OPTDecoder(DecoderModule):
-    """Decoder of OPT."""
+    """Decoder of OPT, a decoder-only language model."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ LANGUAGES: dict[str, Language] = {
 
 
 def language_of(model_type: Any) -> Language:
-    """Returns the language model with this ``model_type`` in a ``text_config``.
+    """Returns the registry's entry for the language model whose ``text_config`` has this ``model_type``.
 
     Raises:
         UnsupportedModelError: The ``model_type`` is not supported.
@@ -91,7 +91,7 @@ def language_of(model_type: Any) -> Language:
 
 
 def bridged_language(model_type: Any) -> Language:
-    """Returns the language model with this ``model_type``, if it works with any bridge.
+    """Returns the registry's entry for the language model of this ``model_type``, if it works with any bridge.
 
     Raises:
         UnsupportedModelError: No language model with this ``model_type`` works with any bridge.

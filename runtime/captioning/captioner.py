@@ -107,7 +107,7 @@ class Captioner(LoadedBundle):
 
         Raises:
             ImageError: The picture cannot be read.
-            PromptError: The prompt cannot be encoded, or is too long for the model.
+            PromptError: The prompt is too long, contains tokens that the model does not accept, or is needed but empty.
             UsageError: An argument is of the wrong type, or an option is outside its range.
         """
         return next(self.caption_many([image], prompts=[prompt], **options))

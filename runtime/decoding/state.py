@@ -191,7 +191,7 @@ class SlotState(RowState):
         raise NotImplementedError
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph on ``inputs`` and the cache, and keeps the new keys and values; logits ``[B, K, V]``."""
+        """Runs the graph and keeps the new keys and values; ``inputs`` has no cache. Returns logits ``[B, K, V]``."""
         raise NotImplementedError
 
 

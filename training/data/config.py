@@ -13,7 +13,7 @@ DATA_KINDS = ("scenes", "coco-captions", "coco-vqa", "folder", "shards")
 
 @dataclass(frozen=True)
 class DataConfig(RecipeSection):
-    """The training data: section [data] of a recipe."""
+    """The training data."""
 
     kind: Annotated[str, one_of(*DATA_KINDS)] = "scenes"
     """"scenes": generated scenes; "coco-captions" and "coco-vqa": COCO's JSON files; "folder": pictures, each with a

@@ -51,7 +51,7 @@ def _unspaced(answer: str) -> str:
 
 
 def normalise_answer(answer: str) -> str:
-    """Normalises an answer for the comparison.
+    """Normalises an answer as VQA's evaluation does, so that answers can be compared.
 
     Args:
         answer: The original answer.
