@@ -38,7 +38,7 @@ class Bundle:
             BundleError: The directory is not a bundle, or its manifest cannot be read.
             BundleVersionError: A newer version of blip2edge wrote the bundle.
             BundleIntegrityError: A file is missing or was changed.
-            UsageError: ``path`` is neither a str nor a Path.
+            UsageError: ``path`` is not a str or a path object.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise UsageError(

@@ -29,8 +29,8 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
         marker: A file that an existing directory must hold to be replaced; None to replace any directory.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is False, ``target`` does not contain ``marker``, or it cannot be
-            written.
+        OutputError: ``target`` exists and ``force`` is False, ``target`` has files but no ``marker``, or ``target``
+            cannot be written.
     """
     _check_target(target, force, marker)
     try:

@@ -36,7 +36,7 @@ class Histogram:
         self.maximum = 0.0
 
     def add(self, values: NDArray[np.floating]) -> None:
-        """Adds the absolute values of an array of any shape to the counts."""
+        """Adds the absolute values of an array of any shape to the counts; ValueError if a value is not finite."""
         sizes = np.abs(values, dtype=np.float32).ravel()
         if not sizes.size:
             return

@@ -106,7 +106,7 @@ class Generation:
         return self.options.repetition_penalty != 1.0 or self._too_short
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns logits ``[V]`` with repetition penalty and minimal length applied, in a new array."""
+        """Returns logits ``[V]`` with repetition penalty and minimal length applied; ``logits`` is not changed."""
         if not self._changes_scores:
             return logits
         scores = np.array(logits, np.float32)

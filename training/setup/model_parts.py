@@ -45,7 +45,7 @@ class ModelParts:
         return Tokenizer(self.tokenizer)
 
     def write(self, directory: Path, dtype: str) -> None:
-        """Writes the captioner as a checkpoint that transformers can load.
+        """Writes the captioner as a checkpoint: config, weights and the other files.
 
         Args:
             directory: An empty directory.
