@@ -25,11 +25,11 @@ RUNS = 32
 
 @dataclass(frozen=True)
 class Cosine:
-    """Cosine similarity of an output and the parent's, over several runs.
+    """Cosine similarity between an output of the quantized graph and of the parent's graph, over several runs.
 
     Attributes:
         mean: Mean of the cosines of whole tensors, one per run.
-        lowest: The lowest of these cosines.
+        lowest: The lowest cosine of a whole tensor.
         lowest_token: The lowest cosine of a single vector along the last axis.
     """
 
@@ -38,13 +38,13 @@ class Cosine:
     lowest_token: float
 
     def to_json(self) -> dict[str, float]:
-        """The entry in ``bundle.json``."""
+        """The figures as a JSON object for ``bundle.json``."""
         return {name: round(value, 6) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
 class CaptionAgreement:
-    """The captions of a bundle and of its parent for the same pictures.
+    """Compares the captions of a calibrated bundle and of its parent for the same pictures.
 
     Attributes:
         pictures: Number of pictures.
@@ -59,14 +59,14 @@ class CaptionAgreement:
     ours: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The entry in ``bundle.json``: the figures, and the pairs that differ."""
+        """The comparison as a JSON object for ``bundle.json``: the figures, and the pairs of captions that differ."""
         pairs = zip(self.parent, self.ours, strict=True)
         differing = [list(pair) for pair in pairs if pair[0] != pair[1]]
         return {"pictures": self.pictures, "same": round(self.same, 4), "differing": differing}
 
 
 def cosine_similarity(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Cosine of two arrays, taken as vectors; 1 if both are zero."""
+    """Computes the cosine of two arrays, taken as vectors; 1 if both are zero."""
     a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
     scale = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / scale if scale else float(not a.any() and not b.any())
@@ -81,14 +81,14 @@ def compare_graphs(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Cosine]:
-    """Runs both graphs on the same recorded inputs.
+    """Runs the parent's graph and the quantized graph on the same recorded inputs, and compares their outputs.
 
     Args:
         spec: Inputs and outputs of the graph.
-        parent: The parent's file.
-        ours: The quantized file.
+        parent: File of the parent's graph.
+        ours: File of the quantized graph.
         feeds: The recorded inputs; at most :data:`RUNS` of them are run.
-        threads: CPU threads.
+        threads: CPU threads; None for all cores.
         progress: Called with runs done and runs in all.
 
     Returns:
@@ -149,7 +149,7 @@ def caption_pictures(
 
 
 def compare_captions(parent: Sequence[CaptionResult], ours: Sequence[CaptionResult]) -> CaptionAgreement:
-    """Compares captions of the same pictures token by token."""
+    """Compares the parent's captions with ``ours``, those of the calibrated bundle, for the same pictures."""
     same = [one.tokens == two.tokens for one, two in zip(parent, ours, strict=True)]
     return CaptionAgreement(
         len(same), float(np.mean(same)), tuple(one.text for one in parent), tuple(one.text for one in ours)

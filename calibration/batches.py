@@ -33,7 +33,7 @@ QUESTION = "What is in the picture?"
 
 
 class Feeds:
-    """The inputs of each graph, in files.
+    """Stores the recorded inputs of each graph in files.
 
     Args:
         directory: An empty directory for the files.
@@ -45,7 +45,7 @@ class Feeds:
         self._counts: dict[str, int] = {}
 
     def add(self, graph: str, inputs: Mapping[str, Array]) -> None:
-        """Appends the inputs of one run."""
+        """Appends the inputs of one run of a graph, by name."""
         at = self._counts.get(graph, 0)
         folder = self.directory / graph
         folder.mkdir(exist_ok=True)
@@ -54,14 +54,14 @@ class Feeds:
         self._counts[graph] = at + 1
 
     def count(self, graph: str) -> int:
-        """Runs of a graph."""
+        """Number of recorded runs of a graph."""
         return self._counts.get(graph, 0)
 
     def runs(self, graph: str, count: int | None = None) -> Iterator[dict[str, Array]]:
-        """The inputs of a graph, run by run, in order.
+        """Yields the recorded inputs of a graph, run by run, in order.
 
         Args:
-            graph: Its name.
+            graph: Name of the graph.
             count: Largest number of runs, evenly spaced; None for all.
         """
         total = self.count(graph)
@@ -72,23 +72,23 @@ class Feeds:
 
 
 class SubstituteSession:
-    """A session with the inputs and outputs of another, whose results come from a function."""
+    """A session with the inputs and outputs of another session, whose results come from a function."""
 
     def __init__(self, like: Session, compute: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
         self.input_names, self.output_names = like.input_names, like.output_names
         self._compute = compute
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`; returns all outputs, whatever is requested."""
+        """Calls the function; returns all its outputs. See :class:`blip2edge.runtime.backends.base.Session`."""
         del outputs
         return self._compute(inputs)
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Does nothing; see :class:`blip2edge.runtime.backends.base.Session`."""
 
 
 def default_prompt(prompts: PromptBuilder) -> str | None:
-    """The prompt of every picture: the bundle's default, or :data:`QUESTION` if the model needs one."""
+    """Returns the prompt for every picture: the bundle's default, or :data:`QUESTION` if the model needs a prompt."""
     spec = prompts.spec
     if spec.default is not None or not (spec.required or spec.instruction_positions):
         return spec.default
@@ -107,12 +107,12 @@ def collect(
     """Runs the graphs of a bundle on pictures and records the inputs of each graph.
 
     Args:
-        bundle: The parent.
+        bundle: The bundle that is calibrated.
         pictures: The pictures.
-        feeds: Stores the inputs.
+        feeds: Stores the recorded inputs.
         texts: Token ids of the captions of the first pictures: the decoder processes them after the prompt, in the
-            same pass. Without any, no graph of the language model is run.
-        threads: CPU threads.
+            same pass. If empty, no graph of the language model is run.
+        threads: CPU threads; None for all cores.
         progress: Called with pictures done and pictures in all.
     """
 
@@ -136,7 +136,7 @@ class PictureRunner:
 
     Args:
         bundle: The bundle.
-        session: Opens a graph by name.
+        session: Function that opens a graph by name.
         language: Whether the language model's graphs are run too.
     """
 

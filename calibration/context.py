@@ -24,7 +24,7 @@ from blip2edge.progress import ProgressCallback
 
 @dataclass(frozen=True)
 class CalibrationContext:
-    """The inputs and outputs of one calibration.
+    """What all steps of one calibration share: inputs, output directory and options.
 
     Attributes:
         parent: The bundle that is calibrated.
@@ -67,13 +67,13 @@ class CalibrationContext:
 
         Args:
             model: The changed graph; its external weights are in the staging directory already.
-            record: Its entry in the parent's manifest.
-            precision: Its new precision; the parent's is kept if no product was quantized.
-            data: Its weight files, sealed.
+            record: The graph's record in the parent's manifest.
+            precision: The graph's new precision; the parent's is kept if no product was quantized.
+            data: Hash and size of the graph's weight files, by name.
             start: ``time.perf_counter()`` when work on the graph began.
             products: Number of quantized products.
-            kept_float: Products kept in floating point, with the reason.
-            matrices: Matrices with weight-only quantization, by the initializer's name.
+            kept_float: Why a product is kept in floating point, by the product's name.
+            matrices: Results for the matrices with weight-only quantization, by the initializer's name.
         """
         path = self.staging / record.spec.file
         ir.save(model, path)

@@ -8,10 +8,10 @@ import onnx_ir as ir
 
 
 def initializer_tensor(value: ir.Value) -> ir.TensorProtocol:
-    """The tensor of an initializer.
+    """Returns the tensor of an initializer.
 
     Raises:
-        ValueError: It has none.
+        ValueError: ``value`` has no tensor.
     """
     if value.const_value is None:
         raise ValueError(f"the initializer {value.name} has no value")
@@ -31,13 +31,13 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def replace_by_dequantize(graph: ir.Graph, name: str, inputs: Sequence[ir.Value], attributes: dict[str, int]) -> None:
-    """Removes an initializer; its users read the output of a new DequantizeLinear instead.
+    """Replaces an initializer by a new DequantizeLinear node.
 
     Args:
         graph: The graph; changed in place.
-        name: The initializer.
-        inputs: The node's inputs: integers, scales, and zero points if any.
-        attributes: The node's attributes.
+        name: Name of the initializer.
+        inputs: Inputs of the new node: integers, scales, and zero points if there are any.
+        attributes: Attributes of the new node.
     """
     value = graph.initializers[name]
     users = list(value.uses())

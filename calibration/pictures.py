@@ -22,11 +22,11 @@ DEFAULT_COUNT = 512
 
 @dataclass(frozen=True)
 class CalibrationPicture:
-    """A picture in a file, or in a shard.
+    """A picture in a file of its own, or in a shard (a tar file).
 
     Attributes:
-        path: The file, or the shard.
-        stored: The picture's place in the shard; None for a file.
+        path: The picture file, or the shard.
+        stored: The picture's place in the shard; None if it is a file of its own.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class CalibrationPicture:
 
     @property
     def member(self) -> str:
-        """Name of the picture in its shard; empty for a file."""
+        """Name of the picture in its shard; empty if it is a file of its own."""
         return self.stored.name if self.stored is not None else ""
 
     @property
@@ -51,21 +51,21 @@ class CalibrationPicture:
         return [line.strip() for line in lines if line.strip()]
 
     def read(self) -> bytes:
-        """The bytes of the picture file.
+        """Reads the bytes of the picture file.
 
         Raises:
-            ImageError: The shard cannot be read, or is cut off.
+            ImageError: The shard cannot be read, or is truncated.
         """
         return self.path.read_bytes() if self.stored is None else self.stored.read()
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """The chosen pictures.
+    """The pictures that were chosen for calibration.
 
     Attributes:
         pictures: The pictures, in order.
-        sha256: One hash over their bytes, in order.
+        sha256: One hash over the bytes of all pictures, in order.
         skipped: Names of files that could not be read as pictures.
     """
 

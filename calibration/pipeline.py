@@ -78,10 +78,10 @@ def calibrate(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> CalibrationReport:
-    """Makes an INT8 or INT4 bundle.
+    """Makes an INT8 or INT4 bundle from a bundle in floating point, the parent.
 
     Args:
-        bundle: The parent, in fp32 or fp16.
+        bundle: The directory of the parent, in fp32 or fp16.
         output: The directory of the new bundle.
         images: A folder of pictures or ``.tar`` shards.
         method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
@@ -92,13 +92,13 @@ def calibrate(
             kept in floating point until the limit holds. None for no limit.
         cider: Scores captions. With it, and a ``.txt`` of references for every picture, the limit is on CIDEr.
         count: Largest number of pictures.
-        force: Replace what is at ``output``.
+        force: Whether to replace an existing bundle at ``output``.
         threads: CPU threads; None for all cores.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
-        UsageError: An unknown method, unknown weights, or a limit that does not apply.
-        BundleError: The parent is no bundle, is in bf16, or was calibrated before.
+        UsageError: ``method`` or ``weights`` is unknown, or ``drop_limit`` does not apply to this model.
+        BundleError: The parent is not a bundle, is in bf16, or was calibrated before.
         DataError: No picture can be read.
         OutputError: ``output`` exists, or cannot be written.
         BackendError: onnxruntime is not installed.

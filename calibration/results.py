@@ -18,14 +18,14 @@ from blip2edge.calibration.agreement import CaptionAgreement, Cosine
 
 @dataclass(frozen=True)
 class MatrixSummary:
-    """A matrix with weight-only quantization.
+    """The result of weight-only quantization for one matrix.
 
     Attributes:
         bits: Bits of an integer, 4 or 8.
-        block: Rows that share a scale.
-        shape: K and N.
-        error: Relative change of its output by rounding, on the recorded activations; None if there are none.
-        plain_error: The same for rounding to nearest.
+        block: Number of rows that share a scale.
+        shape: K and N, number of inputs and outputs.
+        error: Relative change of the matrix's output by rounding, on the recorded activations; None without them.
+        plain_error: The same change for rounding to nearest, as a baseline.
     """
 
     bits: int
@@ -41,14 +41,14 @@ class CalibratedGraph:
 
     Attributes:
         name: The graph's name.
-        precision: Its precision in the manifest.
-        bytes: Size of graph and weights.
-        parent_bytes: The same in the parent.
-        seconds: Time to quantize, write and compare it.
+        precision: The graph's precision in the new manifest.
+        bytes: Size of graph and weights in bytes.
+        parent_bytes: Size of the parent's graph and weights in bytes.
+        seconds: Time to quantize, write and compare the graph.
         products: Number of products that became INT8, or whose weights became integers.
-        kept_float: Products kept in floating point, with the reason.
-        cosine: Cosine to the parent's outputs on the parent's inputs, by output.
-        matrices: Matrices with weight-only quantization, by the initializer's name.
+        kept_float: Why a product is kept in floating point, by the product's name.
+        cosine: Similarity to the parent's outputs on the parent's inputs, by output name.
+        matrices: Results for the matrices with weight-only quantization, by the initializer's name.
     """
 
     name: str
@@ -62,10 +62,10 @@ class CalibratedGraph:
     matrices: Mapping[str, MatrixSummary] = field(default_factory=dict)
 
     def weights_json(self) -> dict[str, Any] | None:
-        """The manifest's entry of a graph with weight-only quantization; None for other graphs.
+        """Makes the manifest's entry of a graph with weight-only quantization; None for other graphs.
 
-        ``bits``, the number of matrices of each block size (``blocks``), and the mean ``error`` and ``plain_error``
-        of the matrices whose activations were observed.
+        The entry has ``bits``, the number of matrices of each block size (``blocks``), and the mean ``error`` and
+        ``plain_error`` of the matrices whose activations were observed.
         """
         if not self.matrices:
             return None
@@ -84,12 +84,12 @@ class CalibratedGraph:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """The outcome of a calibration.
+    """The result of :func:`calibrate`.
 
     Attributes:
-        bundle: The published directory.
+        bundle: The directory of the new bundle.
         graphs: The graphs, by name.
-        captions: Agreement with the parent's captions; None if the model writes none.
+        captions: Agreement with the parent's captions; None if the model generates no captions.
         pictures: Number of pictures used.
         warnings: Warnings, one line each.
         seconds: Wall time of the calibration.
@@ -107,15 +107,15 @@ class CalibrationReport:
 
 @dataclass(frozen=True)
 class StagedGraph:
-    """A graph in the staging directory.
+    """A calibrated graph in the staging directory.
 
     Attributes:
-        record: Its entry in the new manifest.
-        seals: Hash and size of each of its files.
-        summary: How it was calibrated.
+        record: The graph's record in the new manifest.
+        seals: Hash and size of each of the graph's files, by name.
+        summary: How the graph was calibrated.
         details: One object per INT8 activation, for the report.
-        headroom: Distance of its tensors to the largest fp16 number (``headroom.py``); None if it was not run.
-        plan: Its INT8 activations; None if no activation became INT8.
+        headroom: Distance of the graph's tensors to the largest fp16 number (``headroom.py``); None if not measured.
+        plan: The graph's INT8 activations; None if no activation became INT8.
     """
 
     record: GraphRecord

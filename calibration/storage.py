@@ -22,11 +22,11 @@ class TensorStore(Protocol):
     """Stores the initializers of a changed graph."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
-        """Stores a new tensor; returns the tensor to which the graph refers."""
+        """Stores a new tensor; returns the tensor that the graph refers to. ``dtype`` None keeps the array's."""
         ...
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Stores an unchanged tensor of the parent; returns the tensor to which the graph refers."""
+        """Stores an unchanged tensor of the parent; returns the tensor that the graph refers to."""
         ...
 
 
@@ -34,11 +34,11 @@ class InMemoryStore:
     """Keeps new tensors in memory and the others in the parent's files, for a graph that is run but not written."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
-        """See :class:`TensorStore`."""
+        """Keeps a new tensor in memory; see :class:`TensorStore`."""
         return ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """See :class:`TensorStore`."""
+        """Refers to the tensor in the parent's file; see :class:`TensorStore`."""
         del name
         return tensor
 
@@ -72,8 +72,8 @@ class DataFile:
 
         Args:
             name: Name of the initializer.
-            array: Its values. Packed 4-bit values go through :meth:`add_bytes`.
-            dtype: Type of the tensor; None for the array's.
+            array: Values of the tensor. For packed 4-bit values, use :meth:`add_bytes`.
+            dtype: Type of the tensor; None for the array's dtype.
 
         Returns:
             A tensor that refers to the values in the file.
@@ -102,7 +102,7 @@ class DataFile:
         )
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-        """Appends a tensor of another file."""
+        """Appends the bytes of a tensor from another file; returns a tensor that refers to this file."""
         return self.add_bytes(name, tensor.tobytes(), tensor.dtype, tuple(tensor.shape.numpy()))
 
     @property

@@ -21,8 +21,8 @@ class Product:
 
     Attributes:
         node: The node's name.
-        activation: Name of its first input.
-        weight: Name of the initializer.
+        activation: Name of the activation, the MatMul's first input.
+        weight: Name of the weight's initializer.
         inner: K, the number of inputs.
         outer: N, the number of outputs.
     """
@@ -36,18 +36,18 @@ class Product:
 
 @dataclass(frozen=True)
 class Targets:
-    """The products of a graph.
+    """The products of a graph, divided into those that can and cannot be quantized.
 
     Attributes:
         products: Products that can be quantized, in the order of the graph.
-        kept_float: Products and convolutions that cannot, by the node's name, with the reason.
+        kept_float: Why a product or convolution cannot be quantized, by the node's name.
     """
 
     products: tuple[Product, ...]
     kept_float: Mapping[str, str]
 
     def by_activation(self) -> dict[str, list[Product]]:
-        """The products of each activation, which share its range."""
+        """The products that read each activation, by the activation's name; they share its range."""
         groups: dict[str, list[Product]] = defaultdict(list)
         for product in self.products:
             groups[product.activation].append(product)

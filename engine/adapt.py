@@ -15,7 +15,7 @@ INTEGERS = frozenset({"INT32", "INT64"})
 
 
 def adapt(model: ir.Model) -> int:
-    """Changes a graph in place; returns the number of replaced nodes."""
+    """Replaces nodes that TensorRT does not support, in place; returns the number of replaced nodes."""
     types = dtypes_of(model)
     changed = 0
     for node in list(model.graph):

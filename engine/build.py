@@ -45,7 +45,7 @@ class BuildReport:
     Attributes:
         directory: The folder with the engines.
         fingerprint: The machine and versions that the engines are for.
-        engines: The engines, by the graph's name.
+        engines: The built engines, by graph name.
         memory_mib: The largest estimate of one engine's build memory, in MiB.
         bundle: The bundle that holds only engines, if ``output`` was given.
     """
@@ -83,9 +83,10 @@ def build_bundle(
     """Builds the engines of a bundle.
 
     Args:
-        bundle: Its directory. Engines go into its ``engines`` folder, or to the user's cache if it is read-only.
+        bundle: Directory of the bundle. Engines go into its ``engines`` folder, or into the user's cache if the bundle
+            is read-only.
         target: ``tensorrt`` or ``rtx``.
-        sm: Compute capabilities; ``rtx`` only.
+        sm: Compute capabilities of the GPUs to build for, 86 for 8.6; only for ``rtx``.
         output: Directory of a new bundle that holds only engines, no ONNX files.
         force: Whether ``output`` is replaced if it exists.
         progress: Called with a graph's name, engines done and engines in all.
@@ -94,7 +95,7 @@ def build_bundle(
 
     Raises:
         EngineError: TensorRT is not installed, is too old, does not support a graph, or fails.
-        UsageError: An option outside its range.
+        UsageError: An option is outside its range.
         OutputError: ``output`` exists or cannot be written.
     """
     chosen = BuildOptions(target=target, sm=tuple(sm), **options)

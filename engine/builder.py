@@ -36,16 +36,18 @@ class BuildOptions:
         sm: Compute capabilities of the GPUs to build for, 86 for 8.6; ``rtx`` only.
         workspace: Limit of the builder's scratch memory, in MiB; None for the builder's default.
         capacity: Slots of the decoder's KV cache; None for 256 more than the prompt usually takes.
-        max_batch: Largest number of rows (pictures times beams) of the decoder; None for the export's.
+        max_batch: Largest number of rows (pictures times beams) of the decoder; None for the value of the export.
         decoder: ``constant`` for a KV cache of constant capacity, which the TensorRT runtime needs, or ``concatenated``
             for the exported form.
-        timing_cache: File that keeps the timings of kernels from build to build; None for one in the directory of the
-            engines. ``tensorrt`` only, as the next two.
-        version_compatible: The engines also run on newer versions with the same major number; they are larger.
-        hardware_compatible: The engines also run on other GPUs from Ampere on; they may be slower.
+        timing_cache: File that keeps the timings of kernels from build to build; None for a file in the directory of
+            the engines. ``tensorrt`` only.
+        version_compatible: Whether the engines also run on newer TensorRT versions with the same major number; such
+            engines are larger. ``tensorrt`` only.
+        hardware_compatible: Whether the engines also run on other GPUs from Ampere on; such engines may be slower.
+            ``tensorrt`` only.
 
     Raises:
-        UsageError: An option outside its range, or two that exclude each other.
+        UsageError: An option is outside its range, or two options exclude each other.
     """
 
     target: str = "tensorrt"
@@ -90,7 +92,7 @@ class BuildOptions:
             raise UsageError(f"{option('capacity')} must be at least {LEAST_CAPACITY}, not {self.capacity}")
 
     def flags(self) -> tuple[str, ...]:
-        """The flags, besides ``--target``, that build the same engines again."""
+        """Command-line flags, besides ``--target``, that build the same engines again."""
         flags: list[str] = [part for number in self.sm for part in ("--sm", str(number))]
         for flag, value in (
             ("--workspace", self.workspace),
@@ -111,13 +113,13 @@ class BuiltEngine:
     """A finished engine.
 
     Attributes:
-        file: Its path.
-        size: Bytes.
+        file: Path of the engine file.
+        size: Size of the file in bytes.
         seconds: Time to parse the graph and build the engine.
-        profiles: Names of its optimization profiles, by index.
-        warnings: Messages of the builder.
-        asked: Number of the graph's products by their precision.
-        landed: Number of the engine's layers by the precision that TensorRT chose; None without a GPU to inspect it.
+        profiles: Names of the optimization profiles, in the order of their numbers in TensorRT.
+        warnings: Warnings of the TensorRT builder.
+        asked: Number of matrix products in the graph, by precision.
+        landed: Number of layers by the precision that TensorRT chose; None without a GPU to inspect the engine.
     """
 
     file: Path
@@ -135,9 +137,9 @@ def build_engine(
     """Parses a graph and writes its engine. The parser finds the weights in the directory of the graph.
 
     Args:
-        trt: The module from :func:`load_tensorrt`.
-        plan: The graph and its tensors.
-        version: The version whose operators the graph may use.
+        trt: The TensorRT module from :func:`load_tensorrt`.
+        plan: The graph, with its inputs and outputs.
+        version: The TensorRT version whose operators the graph may use.
         output: The engine file.
         options: The options of the build.
 
@@ -179,7 +181,7 @@ def layers_of(trt: Any, path: Path) -> dict[str, int]:
     """Counts the layers of an engine by precision; needs the GPU that the engine is for.
 
     Raises:
-        EngineError: The engine cannot be opened here.
+        EngineError: This machine cannot open the engine.
     """
     logger, messages = make_logger(trt)
     runtime = trt.Runtime(logger)

@@ -35,12 +35,12 @@ BOOLEANS = dict.fromkeys(("GreaterOrEqual", "Less", "And"), ir.DataType.BOOL)
 
 
 def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> GraphSpec:
-    """The tensors of the constant-shape decoder.
+    """Describes the inputs and outputs of the decoder with constant shapes.
 
     Args:
-        spec: The tensors of the exported decoder.
-        cache: Its KV cache.
-        capacity: C, slots of a row.
+        spec: Inputs and outputs of the exported decoder.
+        cache: KV cache of the exported decoder.
+        capacity: C, number of slots of each row in the KV cache.
 
     Raises:
         ValueError: ``capacity`` is below 2.
@@ -72,11 +72,11 @@ def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
 
     Args:
         model: The exported graph, in any precision.
-        cache: Its KV cache.
-        name: Name of the file, for errors.
+        cache: The decoder's KV cache.
+        name: Name of the graph's file, for errors.
 
     Raises:
-        EngineError: The graph does not append to its cache as exported graphs do.
+        EngineError: The graph does not append to its KV cache in the way of exported graphs.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}

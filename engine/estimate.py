@@ -15,18 +15,18 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def build_memory_mib(weights: int, workspace_mib: int | None) -> int:
-    """MiB that the build of one graph may need.
+    """Estimates the memory in MiB that the build of one engine may need.
 
     Args:
-        weights: Bytes of its weights.
-        workspace_mib: The limit of the scratch memory; None for none.
+        weights: Size of the graph's weights in bytes.
+        workspace_mib: Limit of the builder's scratch memory in MiB; None for no limit.
     """
     scratch = DEFAULT_SCRATCH if workspace_mib is None else workspace_mib
     return LIBRARIES + scratch + -(-2 * weights // MIB)
 
 
 def available_memory_mib(meminfo: Path = MEMINFO) -> int | None:
-    """MiB of free memory and swap; None if the system does not report them."""
+    """Returns free memory and swap together in MiB; None if the system does not report them."""
     try:
         lines = meminfo.read_text().splitlines()
     except OSError:

@@ -24,10 +24,10 @@ KINDS = (
 
 
 def count_precisions(information: str) -> dict[str, int]:
-    """Number of layers by precision, the most frequent first.
+    """Counts the layers of an engine by precision, the most frequent first.
 
     Args:
-        information: The inspector's JSON of a whole engine.
+        information: JSON text about the whole engine from TensorRT's engine inspector.
     """
     layers = json.loads(information).get("Layers", [])
     return dict(Counter(_precision(layer) for layer in layers).most_common())

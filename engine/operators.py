@@ -73,11 +73,11 @@ class ParserVersion:
     """The operators that one version of TensorRT supports.
 
     Attributes:
-        name: Product and version, as users know it.
-        opset: The newest ONNX opset that its documentation names.
+        name: Product and version, for messages.
+        opset: The newest ONNX opset that the version's documentation names.
         quantised_opset: The newest opset for graphs with QuantizeLinear or DequantizeLinear; blocks need opset 21.
-        added: Operators in addition to :data:`COMMON`.
-        changed: Operators of :data:`COMMON` with other types.
+        added: Operators in addition to :data:`COMMON`, with their types.
+        changed: Operators of :data:`COMMON` that this version supports with other types.
         block_types: Types that DequantizeLinear supports with a scale for each block.
         loose_axes: Operators whose inputs need not be constants, unlike :data:`CONSTANT_INPUTS`.
     """
@@ -91,7 +91,7 @@ class ParserVersion:
     loose_axes: frozenset[str] = frozenset()
 
     def types_of(self, operator: str) -> frozenset[str] | None:
-        """Types that an operator's first input may have; None if the operator is not supported."""
+        """Returns the types that the operator's first input may have; None if the operator is not supported."""
         for table in (self.changed, self.added, COMMON):
             if operator in table:
                 return table[operator]

@@ -39,7 +39,7 @@ class EnginePlan:
     Attributes:
         name: Name of the graph, and of the engine's file.
         path: The ``.onnx`` file; for the step graph, a path in the folder of its weights.
-        spec: The engine's tensors.
+        spec: The engine's inputs and outputs.
         cache: The KV cache of a decoder that gets a constant capacity; None for other graphs.
         prompt: Usual number of tokens in a prefill.
         step: What the step graph is made from; None for other graphs.
@@ -53,7 +53,7 @@ class EnginePlan:
     step: StepSource | None = None
 
     def model(self) -> ir.Model:
-        """The adapted graph, with its weights on disk."""
+        """Loads the graph and adapts it for TensorRT; its weights stay on disk."""
         if self.step is not None:
             return step_graph(self.step)
         model = ir.load(self.path)
@@ -63,10 +63,10 @@ class EnginePlan:
         return model
 
     def serialised(self, version: ParserVersion) -> tuple[bytes, dict[str, int]]:
-        """The graph without its weights, and the number of its products by precision.
+        """Returns the adapted graph as bytes, without its weights, and the number of its products by precision.
 
         Raises:
-            EngineError: The version does not support a node.
+            EngineError: The TensorRT version ``version`` does not support a node.
         """
         model = self.model()
         refuse(self.path.name, check_graph(model, version), version)
@@ -74,19 +74,19 @@ class EnginePlan:
 
 
 def capacity_of(manifest: Manifest, wanted: int | None) -> int:
-    """Slots of the decoder's cache.
+    """Returns the number of slots of each row in the decoder's KV cache.
 
     Args:
-        manifest: The bundle's.
-        wanted: The value of ``--capacity``; None for :data:`DEFAULT_CAPACITY` more than the prompt.
+        manifest: The bundle's manifest.
+        wanted: The value of ``--capacity``; None for :data:`DEFAULT_CAPACITY` more slots than the prompt takes.
     """
     return min(manifest.max_positions, DEFAULT_CAPACITY + prompt_of(manifest) if wanted is None else wanted)
 
 
 def prompt_of(manifest: Manifest) -> int:
-    """Usual number of tokens in a prefill of the decoder.
+    """Returns the usual number of tokens in a prefill of the decoder.
 
-    Visual tokens are part of the decoder's prompt, unless it attends to them by cross-attention.
+    Visual tokens are part of the decoder's prompt, unless the decoder attends to them by cross-attention.
     """
     if manifest.prompt is None:
         return PROMPT
@@ -102,7 +102,7 @@ def plans_of(
     Args:
         bundle: An opened bundle.
         capacity: Slots of the KV cache; None for the default.
-        most_rows: Largest number of rows (pictures times beams) of the decoder; None for the export's.
+        most_rows: Largest number of rows (pictures times beams) of the decoder; None for the value of the export.
         constant: Whether the decoder's KV cache has a constant capacity, which the TensorRT runtime needs.
     """
     manifest = bundle.manifest
@@ -123,9 +123,9 @@ def plans_of(
 
 
 def asked_precisions(model: ir.Model) -> dict[str, int]:
-    """Number of a graph's products by precision, the most frequent first.
+    """Counts the matrix products of a graph by precision, the most frequent first.
 
-    In ``int8`` both factors are quantised; in ``int8 weights`` and ``int4 weights`` only the second.
+    In ``int8`` both factors are quantised; in ``int8 weights`` and ``int4 weights`` only the second factor.
     """
     found: Counter[str] = Counter()
     for node in model.graph:
@@ -161,11 +161,11 @@ def _stored(value: ir.Value | None) -> str:
 
 
 def weight_bytes(plan: EnginePlan, files: Mapping[str, int]) -> int:
-    """Bytes of the weights of an engine.
+    """Returns the size of the weights of an engine in bytes.
 
     Args:
         plan: The engine's plan.
-        files: Bytes of the bundle's files, by name.
+        files: Sizes of the bundle's files in bytes, by name.
     """
     if plan.step is not None:
         return plan.step.table_bytes

@@ -18,18 +18,18 @@ LONGEST_DRAFT = 16  # tokens that one verification checks
 
 @dataclass(frozen=True)
 class Profile:
-    """One range for every dynamic axis of a graph.
+    """An optimization profile: the range of every dynamic axis of a graph.
 
     Attributes:
-        name: Its purpose: ``prefill``, ``decode``, ``verify`` or ``default``.
-        ranges: The ranges, by the name of an elementary axis.
+        name: The profile's purpose: ``prefill``, ``decode``, ``verify`` or ``default``.
+        ranges: Smallest, best and largest length of each elementary axis, by its name.
     """
 
     name: str
     ranges: Mapping[str, Range]
 
     def shapes(self, spec: GraphSpec) -> dict[str, Shapes]:
-        """Smallest, best and largest shape of every input with a dynamic axis."""
+        """Returns the smallest, best and largest shape of every input with a dynamic axis, by input name."""
         found: dict[str, Shapes] = {}
         for tensor in spec.inputs:
             if any(isinstance(dim, Axis) for dim in tensor.dims):
@@ -51,10 +51,10 @@ DECODER_PROFILES: dict[str, dict[str, Range]] = {
 
 
 def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
-    """The profiles of a graph: three for a decoder, one for any other.
+    """Makes the optimization profiles of a graph: three for a decoder, one for any other graph.
 
     Args:
-        spec: Its tensors.
+        spec: The graph's inputs and outputs.
         prompt: Usual number of tokens in a prefill, with visual tokens; TensorRT chooses kernels for this length.
     """
     axes = spec.axes()
@@ -70,7 +70,7 @@ def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
 
 
 def with_rows(spec: GraphSpec, most_rows: int | None) -> GraphSpec:
-    """The same graph with another largest number of rows; None keeps it."""
+    """Returns ``spec`` with ``most_rows`` as the largest number of rows; None keeps the number."""
     if most_rows is None:
         return spec
 

@@ -41,11 +41,11 @@ TYPES = {
 
 @dataclass(frozen=True)
 class StepSource:
-    """The inputs from which the graph is made.
+    """The parts from which the step graph is made.
 
     Attributes:
         table: The token table, a safetensors file.
-        spec: The graph's tensors.
+        spec: Inputs and outputs of the step graph.
     """
 
     table: Path
@@ -53,7 +53,7 @@ class StepSource:
 
     @classmethod
     def of(cls, bundle: Bundle, most_rows: int | None) -> StepSource:
-        """The source of a bundle's step graph; ``most_rows`` is the decoder's largest number of rows."""
+        """Makes the source of a bundle's step graph; ``most_rows`` is the decoder's largest number of rows."""
         decoder = bundle.graph(DECODER).spec
         known = {tensor.name: tensor for tensor in (*decoder.inputs, *decoder.outputs)}
         embeds, logits = known["inputs_embeds"], known["logits"]
@@ -73,15 +73,15 @@ class StepSource:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the table as it is stored."""
+        """Size of the token table in bytes, as it is stored."""
         return self.table.stat().st_size
 
 
 def step_graph(source: StepSource) -> ir.Model:
-    """Builds the graph.
+    """Builds the step graph, which chooses the next token and reads its embedding from the token table.
 
     Raises:
-        EngineError: The table is quantised; :func:`dense_table` writes a floating one.
+        EngineError: The token table is quantised; :func:`dense_table` writes one in floating point.
     """
     inputs = [_value(tensor) for tensor in source.spec.inputs]
     outputs = [_value(tensor) for tensor in source.spec.outputs]
@@ -105,15 +105,15 @@ def step_graph(source: StepSource) -> ir.Model:
 
 
 def dense_table(source: Path, dtype: str, output: Path) -> Path:
-    """A table that TensorRT can gather rows from: ``source``, or a floating copy of a quantised table.
+    """Makes a token table in floating point, as TensorRT needs it; a quantised table is converted.
 
     Args:
-        source: The bundle's table.
-        dtype: The decoder's floating type.
-        output: File for the copy.
+        source: The file of the bundle's token table.
+        dtype: The decoder's floating-point dtype.
+        output: File for the converted table.
 
     Returns:
-        ``source`` or ``output``.
+        ``source`` if the table is not quantised, else ``output``.
     """
     if SafetensorsFile(source).tensors[EMBEDDINGS_TENSOR].dtype in STORED:
         return source

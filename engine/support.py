@@ -18,13 +18,13 @@ INPUT_TYPES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "BOOL
 
 @dataclass(frozen=True)
 class Finding:
-    """A node that a version does not support.
+    """A node that a TensorRT version does not support.
 
     Attributes:
-        node: Its name, or that of its first output.
-        operator: Its operator.
+        node: Name of the node, or of its first output if the node has no name.
+        operator: The node's operator.
         problem: What is not supported.
-        fix: How to get a graph without it.
+        fix: How to export a graph without this problem.
     """
 
     node: str
@@ -34,11 +34,11 @@ class Finding:
 
 
 def version_for(target: str, version: tuple[int, int]) -> ParserVersion:
-    """The table of a TensorRT version.
+    """Returns the table of supported operators of a TensorRT version.
 
     Args:
         target: ``tensorrt`` or ``rtx``.
-        version: Major and minor.
+        version: Major and minor version number.
     """
     if target == "rtx":
         return VERSIONS["rtx"]
@@ -48,11 +48,11 @@ def version_for(target: str, version: tuple[int, int]) -> ParserVersion:
 
 
 def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
-    """Checks every node of a graph.
+    """Checks that a TensorRT version supports every node of a graph.
 
     Args:
         model: The graph; its weights are not read.
-        version: The version that will parse it.
+        version: The TensorRT version that will parse the graph.
 
     Returns:
         The nodes that are not supported.
@@ -67,7 +67,7 @@ def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
 
 
 def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
-    """Raises EngineError for the first finding, with the number of the others; returns if there are none."""
+    """Raises EngineError for the first finding, with the number of the others; does nothing without findings."""
     if not findings:
         return
     first, rest = findings[0], len(findings) - 1
@@ -79,7 +79,7 @@ def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
 
 
 def dtypes_of(model: ir.Model) -> dict[ir.Value, str]:
-    """The type of every value: as stored, or by the rule of its operator; values of unknown type are left out."""
+    """Returns the dtype of every value: as stored, or by the rule of its operator; unknown ones are omitted."""
     types: dict[ir.Value, str] = {}
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         dtype = value.dtype or (value.const_value.dtype if value.const_value is not None else None)

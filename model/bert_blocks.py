@@ -12,7 +12,7 @@ from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, s
 
 
 class BertAttention(nn.Module):
-    """Attention, then the residual and the norm. Keys and values have their own method, so that they can be cached."""
+    """Attention, then the residual and the norm. Keys and values are computed by :meth:`key_value`, to be cached."""
 
     def __init__(self, config: BertSizes, context_width: int) -> None:
         super().__init__()
@@ -27,17 +27,17 @@ class BertAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
 
     def key_value(self, context: Tensor) -> KeyValue:
-        """``[B, T, C]`` to two of ``[B, H, T, d]``."""
+        """Computes keys and values ``[B, H, T, d]`` from ``context [B, T, C]``."""
         return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
 
     def attend_to(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
-        """``x [B, S, D]`` attends to keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
+        """Lets ``x [B, S, D]`` attend to keys and values; ``bias`` is added to the scores ``[B, H, S, T]``."""
         query = split_heads(self.query(x), self.heads)
         out = self.dense(merge_heads(attend(query, *key_value, bias, self.scale)))
         return self.norm(self.dropout(out) + x)
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [B, S, D]`` attends to ``context [B, T, C]``; a batch of 1 in ``x`` is shared by all rows."""
+        """Lets ``x [B, S, D]`` attend to ``context [B, T, C]``; if the batch of ``x`` is 1, all rows share it."""
         return self.attend_to(x, self.key_value(context), bias)
 
 
@@ -53,5 +53,5 @@ class BertFeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, D]`` to ``[B, S, D]``."""
+        """Maps states ``[B, S, D]`` to states of the same shape."""
         return self.norm(self.dropout(self.down(self.activation(self.up(x)))) + x)

@@ -26,22 +26,22 @@ class CaptionerModel(nn.Module):
             self.draft = TextHead(config.draft, config.bridge)
 
     def visual_tokens(self, pixel_values: Tensor, *instruction: Tensor) -> Tensor:
-        """``pixel_values [B, 3, H, W]`` to ``[B, Q, D]``.
+        """Maps ``pixel_values [B, 3, H, W]`` to visual tokens ``[B, Q, D]``, with vision encoder and bridge.
 
-        If the bridge reads an instruction, ``instruction`` is its ids and its mask, int64 ``[B, T]`` each.
+        If the bridge reads an instruction, ``instruction`` is token ids and mask, int64 ``[B, T]`` each.
         """
         return self.bridge(self.vision(pixel_values), *instruction)
 
     def forward(self, visual_tokens: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """Logits of a text after its visual tokens (teacher forcing).
+        """Computes the logits of a given text after its visual tokens (teacher forcing).
 
         Args:
-            visual_tokens: ``[B, Q, D]``.
-            token_ids: int64 ``[B, S]``, from the BOS on.
+            visual_tokens: Output of :meth:`visual_tokens`, ``[B, Q, D]``.
+            token_ids: Token ids of the text, int64 ``[B, S]``; the first is BOS.
             token_mask: int64 ``[B, S]``, 1 where a token is valid; None for all.
 
         Returns:
-            ``[B, S, V]``: logits after each token of the text.
+            Logits after each token of the text, ``[B, S, V]``.
         """
         batch, queries = visual_tokens.shape[:2]
         embeds = torch.cat([visual_tokens, self.language.embed(token_ids)], dim=1)

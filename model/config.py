@@ -20,7 +20,7 @@ class TransformerConfig(Section):
     """Sizes of a transformer, with BERT's defaults.
 
     Attributes:
-        hidden_size: Width.
+        hidden_size: Width of the layers.
         intermediate_size: Width inside the feed-forward.
         activation: Activation of the feed-forward, a key of ``layers.ACTIVATIONS``.
         norm_eps: Epsilon of the norms.
@@ -51,15 +51,15 @@ CLIP_VISION_DEFAULTS = {
 
 @dataclass(frozen=True)
 class VisionConfig(TransformerConfig):
-    """A ViT with a class token and pre-norm blocks; the defaults are those of transformers' Blip2VisionConfig.
+    """Config of a ViT with class token and pre-norm blocks; the defaults are those of transformers' Blip2VisionConfig.
 
     Attributes:
-        qkv_bias: Queries, keys and values have biases.
-        clip: Whether it is built as OpenAI's CLIP: a norm before the blocks, patches without a bias, and class token
-            and positions as ``[D]`` and ``[P, D]``. Otherwise it is built as BLIP-2's EVA-CLIP.
-        post_norm: There is a norm after the blocks.
-        keep_class: The class token stays in the output, before the patches.
-        merge_tokens: Patches merged in each layer (``token_merging.py``). Not part of a checkpoint.
+        qkv_bias: Whether queries, keys and values have biases.
+        clip: Whether the ViT is built as OpenAI's CLIP: a norm before the blocks, patches without a bias, and class
+            token and positions as ``[D]`` and ``[P, D]``. Otherwise it is built as BLIP-2's EVA-CLIP.
+        post_norm: Whether there is a norm after the blocks.
+        keep_class: Whether the class token stays in the output, before the patches.
+        merge_tokens: Number of patches merged in each layer (``token_merging.py``). Not part of a checkpoint.
     """
 
     hidden_size: int = key("hidden_size", 1408)
@@ -86,23 +86,23 @@ class VisionConfig(TransformerConfig):
 
     @property
     def num_positions(self) -> int:
-        """Patches and the class token."""
+        """Number of positions: one for each patch, and one for the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @property
     def num_embeds(self) -> int:
-        """Rows of the output: the patches left after merging, and the class token if it is kept."""
+        """Number of output embeddings: the patches that remain after merging, and the class token if it is kept."""
         merged = merged_counts(self.num_positions - 1, self.num_layers, self.merge_tokens)
         return self.num_positions - sum(merged) - (not self.keep_class)
 
     @classmethod
     def from_clip(cls, values: Any) -> VisionConfig:
-        """Reads a CLIP ``vision_config``. The result has all blocks and no norm after them."""
+        """Reads a CLIP ``vision_config``. The config has all blocks and no norm after the blocks."""
         found = cls.read(values, CLIP_VISION_DEFAULTS) | {"qkv_bias": True}
         return cls(**found, clip=True, post_norm=False)
 
     def to_hf(self) -> dict[str, Any]:
-        """The section that :meth:`from_hf` reads."""
+        """Returns the section of ``config.json`` that :meth:`from_hf` reads."""
         return {"model_type": "clip_vision_model" if self.clip else "blip_2_vision_model", **super().to_hf()}
 
 
@@ -115,7 +115,7 @@ class BertSizes(TransformerConfig):
 
 @dataclass(frozen=True)
 class QFormerConfig(BertSizes):
-    """A BERT whose queries also attend to the picture, in every ``cross_attention_frequency``-th layer.
+    """Config of a Q-Former: a BERT whose queries attend to the picture in each ``cross_attention_frequency``-th layer.
 
     The defaults are those of transformers' Blip2QFormerConfig.
     """
@@ -130,11 +130,11 @@ class QFormerConfig(BertSizes):
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens per picture."""
+        """Number of visual tokens per picture."""
         return self.num_query_tokens
 
     def to_hf(self) -> dict[str, Any]:
-        """The section that :meth:`from_hf` reads."""
+        """Returns the section of ``config.json`` that :meth:`from_hf` reads."""
         return super().to_hf() | {
             "encoder_hidden_size": self.encoder_hidden_size,
             "attention_probs_dropout_prob": self.dropout,
@@ -142,29 +142,29 @@ class QFormerConfig(BertSizes):
 
 
 class BridgeConfig(Protocol):
-    """The fields that all configs of bridges share."""
+    """What the configs of all bridges have in common."""
 
     @property
     def kind(self) -> str:
-        """Key in ``bridges/registry.py``."""
+        """Name of the bridge, a key in ``bridges/registry.py``."""
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens per picture."""
+        """Number of visual tokens per picture."""
 
     def to_hf(self) -> dict[str, Any]:
-        """Its section of a ``config.json``."""
+        """Returns the bridge's section of a ``config.json``."""
 
 
 @dataclass(frozen=True)
 class NoBridge:
-    """No bridge: the decoder attends to the patches directly (BLIP), and a picture adds no tokens to the text."""
+    """Config of a model without a bridge: the decoder attends to the patches (BLIP); a picture adds no tokens."""
 
     kind = "none"
     num_visual_tokens = 0
 
     def to_hf(self) -> dict[str, Any]:
-        """Nothing to write."""
+        """Returns an empty section: there is nothing to write."""
         return {}
 
 
@@ -173,9 +173,9 @@ class LanguageConfig(Section):
     """The fields that all configs of language models share.
 
     Attributes:
-        vocab_size: Rows of the token table, and logits.
+        vocab_size: Number of tokens: rows of the token table, and logits.
         hidden_size: Width of the layers, and of the output of a bridge's projection.
-        num_layers: Layers, and so pairs of cached keys and values.
+        num_layers: Number of layers, each with cached keys and values.
         max_positions: Longest context in tokens: visual tokens, prompt and caption.
         tie_embeddings: Whether the head shares the weight of the token table.
     """
@@ -189,45 +189,45 @@ class LanguageConfig(Section):
 
     @property
     def kind(self) -> str:
-        """transformers' ``model_type``."""
+        """The language model's ``model_type`` in transformers."""
         raise NotImplementedError
 
     @property
     def embed_dim(self) -> int:
-        """Width of ``inputs_embeds``: of the token table and of the visual tokens."""
+        """Width of ``inputs_embeds``, which is the width of the token table and of the visual tokens."""
         return self.hidden_size
 
     @property
     def num_kv_heads(self) -> int:
-        """Heads of the cached keys and values."""
+        """Number of heads of the cached keys and values."""
         return self.num_heads
 
     @property
     def head_dim(self) -> int:
-        """Width of a head of the cache."""
+        """Width of a head of the KV cache."""
         return self.hidden_size // self.num_heads
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether an encoder reads the prompt."""
+        """Whether the model has an encoder, which reads the prompt."""
         return False
 
     @property
     def cross(self) -> CrossSpec | None:
-        """The input of the decoder's cross-attention; None without cross-attention."""
+        """Keys and values of the decoder's cross-attention; None without cross-attention."""
         return None
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Content of ``draft.json``. The other sizes are those of the Q-Former.
+    """Content of ``draft.json``: config of the text head. Its other sizes are those of the Q-Former.
 
     Attributes:
-        vocab_size: Rows of the word table, [DEC] included; its tokenizer is ``draft_tokenizer.json``.
-        max_positions: Rows of the position table, and so the longest text, [DEC] included.
-        dec_token_id: [DEC], first token of every text.
-        end_token_id: Ends a text.
-        pad_token_id: Fills up the shorter rows of a batch.
+        vocab_size: Rows of the word table, [DEC] included; the tokenizer is ``draft_tokenizer.json``.
+        max_positions: Rows of the position table: the length of the longest text, [DEC] included.
+        dec_token_id: Id of [DEC], the first token of every text.
+        end_token_id: Id of the token that ends a text.
+        pad_token_id: Id of the token that pads the shorter rows of a batch.
     """
 
     vocab_size: int
@@ -261,22 +261,23 @@ class DraftConfig:
         return cls(f.integer("vocab_size", None), f.integer("max_positions", None), **ids)
 
     def to_json(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_json`."""
+        """The config as a JSON object for ``draft.json``."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """A captioner of any family: its three parts and its special tokens.
+    """Config of a captioner of any family: its three parts and its special tokens.
 
     Attributes:
-        bos_token_id: Begins every text after the visual tokens.
-        eos_token_ids: Any of them ends a caption.
-        image_token_id: Placeholder of a visual token in transformers' ``input_ids``; the repetition penalty counts it.
+        bos_token_id: Token that begins every text after the visual tokens.
+        eos_token_ids: End tokens; each of them ends a caption.
+        image_token_id: Token id that stands for a visual token in transformers' ``input_ids``; the repetition penalty
+            applies to this id.
         decoder_start_token_id: First token of the decoder of an encoder-decoder model.
-        family: Key in ``families/registry.py``.
-        frames: Pictures per item: 1, or the frames of a video.
-        draft: The text head of its Q-Former, where the checkpoint has one.
+        family: Name of the family, a key in ``families/registry.py``.
+        frames: Number of pictures per item: 1, or the frames of a video.
+        draft: Config of the Q-Former's text head; None if the checkpoint has none.
     """
 
     vision: VisionConfig
@@ -301,5 +302,5 @@ class CaptionerConfig:
 
     @property
     def instruction_positions(self) -> int:
-        """The longest instruction that enters the bridge; 0 where none does."""
+        """Length of the longest instruction that the bridge reads, in tokens; 0 if the bridge reads no instruction."""
         return int(getattr(self.bridge, "instruction_positions", 0))

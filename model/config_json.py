@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Objects as one: a key is taken from the first that has it.
+    """Combines several JSON objects into one: a key has the value of the first object that has the key.
 
-    Nothing is copied, so an object that records which of its keys are read still does
+    Nothing is copied, so an object that records which of its keys are read still works
     (``checkpoint/config_keys.py``).
     """
     return ChainMap(*layers)  # type: ignore[arg-type]  # only read
 
 
 class Fields:
-    """A section of ``config.json``. Errors name the section and the key.
+    """Reads typed values from a section of ``config.json``; wrong values raise CheckpointError with section and key.
 
     Args:
         section: Name of the section, for errors.
-        values: Its content.
+        values: Content of the section.
 
     Raises:
         CheckpointError: ``values`` is not an object.
@@ -49,7 +49,7 @@ class Fields:
         self.values: Mapping[str, Any] = values
 
     def integer(self, key: str, default: int | None) -> int:
-        """A positive integer. A pair of equal integers counts as one."""
+        """Reads a positive integer. A pair of equal integers is accepted as one integer."""
         value = self._get(key, default)
         if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
@@ -67,14 +67,14 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Reads a value that is true or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {self.section}.{key} must be true or false, not {value!r}")
         return value
 
     def activation(self, key: str, default: str) -> str:
-        """The name of an activation, a key of :data:`ACTIVATIONS`."""
+        """Reads the name of an activation, a key of :data:`ACTIVATIONS`."""
         value = self._get(key, default)
         if value not in ACTIVATIONS:
             raise CheckpointError(
@@ -83,14 +83,14 @@ class Fields:
         return str(value)
 
     def token_id(self, key: str, default: int | None) -> int | None:
-        """A token id, or None. Some configs write a negative number for none."""
+        """Reads a token id, or None. In some configs, a negative number means None."""
         ids = self.token_ids(key, default)
         if len(ids) > 1:
             raise CheckpointError(f"config.json: {self.section}.{key} must be one token id, not {len(ids)}")
         return ids[0] if ids else None
 
     def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
-        """One token id or a list of them."""
+        """Reads one token id or a list of token ids."""
         value = self.values.get(key, default)
         ids = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
@@ -116,11 +116,11 @@ _READERS: dict[type, Callable[[Fields, str, Any], Any]] = {
 
 
 def key(name: str, default: Any) -> Any:
-    """A field of a :class:`Section` that a key of ``config.json`` fills.
+    """Declares a field of a :class:`Section` that is read from a key of ``config.json``.
 
     Args:
         name: Name of the key.
-        default: Value where the key is missing or null, as in transformers. Its type decides which values are valid: a
+        default: Value if the key is missing or null, as in transformers. Its type decides which values are valid: a
             positive integer, a finite number, true or false, or the name of an activation.
     """
     return field(default=default, metadata={"key": name})
@@ -140,11 +140,11 @@ class Section:
 
     @classmethod
     def read(cls, values: Any, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Reads the keys of a section: the checked values by field name.
+        """Reads and checks the keys of a section; returns the values by field name.
 
         Args:
             values: Content of the section.
-            defaults: Replaces the defaults of keys, by their names in ``config.json``.
+            defaults: Other defaults for some keys, by the key's name in ``config.json``.
 
         Raises:
             CheckpointError: A value has a wrong type.
@@ -158,7 +158,7 @@ class Section:
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> Self:
-        """Reads the section; ``given`` are the fields that are not read from it.
+        """Makes the config from a section of ``config.json``; ``given`` has the fields that are not in the section.
 
         Raises:
             CheckpointError: A value has a wrong type, or the values do not fit together.
@@ -166,7 +166,7 @@ class Section:
         return cls(**cls.read(values) | given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The section that :meth:`from_hf` reads."""
+        """Returns the section of ``config.json`` that :meth:`from_hf` reads."""
         keys = {each.metadata["key"]: getattr(self, each.name) for each in fields(self) if each.metadata}
         return ({"model_type": self.model_type} if self.model_type else {}) | keys
 

@@ -14,41 +14,41 @@ LayerStep = Callable[[int, Tensor, KeyValue | None], tuple[Tensor, KeyValue]]
 
 
 class DecoderModule(nn.Module):
-    """A language model: takes embeddings and the KV cache, gives logits and the extended cache.
+    """A language model: maps embeddings and the KV cache to logits and the extended cache.
 
-    A model implements :meth:`start` and :meth:`logits`. One :meth:`forward` serves prefill, decoding and verification:
-    the cache is an argument, not a state.
+    A model implements :meth:`start` and :meth:`logits`. The same :meth:`forward` runs prefill, decoding and
+    verification: the cache is an argument, not a state.
     """
 
     embed_tokens: nn.Embedding
     layers: Sequence[nn.Module]
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """int64 ``[B, S]`` to ``[B, S, D]``."""
+        """Returns the embeddings ``[B, S, D]`` of token ids, int64 ``[B, S]``."""
         return self.embed_tokens(token_ids)
 
     def encode(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the encoder on its inputs (``Language.encoder_inputs``); returns states ``[B, E, D]``.
+        """Runs the encoder on its inputs (see ``Language.encoder_inputs``); returns states ``[B, E, D]``.
 
-        Only encoder-decoder models have it.
+        Only encoder-decoder models implement this method.
         """
         raise NotImplementedError
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` per layer with cross-attention.
+        """Computes keys and values ``[B, H, E, d]`` of each layer with cross-attention, from ``source [B, E, Ds]``.
 
-        Only models with cross-attention have it.
+        Only models with cross-attention implement this method.
         """
         raise NotImplementedError
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None, /
     ) -> tuple[Tensor, LayerStep]:
-        """The input of the first layer, and what runs a layer; the arguments are those of :meth:`forward`."""
+        """Returns the input of the first layer, and a function that runs a layer; arguments as in :meth:`forward`."""
         raise NotImplementedError
 
     def logits(self, x: Tensor) -> Tensor:
-        """``[B, K, D]`` after the last layer to logits ``[B, K, V]``."""
+        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
         raise NotImplementedError
 
     def forward(
@@ -64,18 +64,18 @@ class DecoderModule(nn.Module):
         """Runs all layers.
 
         Args:
-            inputs_embeds: ``[B, S, D]``.
+            inputs_embeds: Embeddings of the new tokens, ``[B, S, D]``.
             attention_mask: int64 ``[B, P + S]``, 1 where a slot is valid.
-            position_ids: int64 ``[B, S]``, counted from 0.
-            logits_indices: int64 ``[B, K]``, which of the S slots need logits; None for all.
-            past: A pair of ``[B, H, P, d]`` per layer, with the heads of the cache; None for an empty one.
-            cross: Keys and values of cross-attention, two of ``[B, H, E, d]`` per layer that has it, from
-                :meth:`cross_key_values`; empty without cross-attention.
+            position_ids: Positions of the new tokens, int64 ``[B, S]``, counted from 0.
+            logits_indices: int64 ``[B, K]``, indices of the slots to compute logits for; None for all S.
+            past: KV cache: keys and values ``[B, H, P, d]`` of each layer; None for an empty cache.
+            cross: Keys and values ``[B, H, E, d]`` of each layer with cross-attention, from :meth:`cross_key_values`;
+                empty without cross-attention.
             cross_attention_mask: int64 ``[B, E]``, 1 where a state is valid, or ``[B, S, E]``, 1 where a token
                 attends to a state (:data:`blip2edge.bundle.schema.CROSS_MASKS`); None for all.
 
         Returns:
-            ``logits [B, K, V]`` and a pair of ``[B, H, P + S, d]`` per layer.
+            Logits ``[B, K, V]``, and the extended cache: keys and values ``[B, H, P + S, d]`` of each layer.
         """
         x, step = self.start(inputs_embeds, attention_mask, position_ids, cross, cross_attention_mask)
         presents: list[KeyValue] = []
@@ -89,13 +89,13 @@ class MatcherModule(nn.Module):
     """Compares a picture with a text."""
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to K unit vectors per picture, ``[B, K, F]``; only the one nearest to a text counts."""
+        """Computes K unit vectors per picture, ``[B, K, F]``; a text is compared with the nearest of them."""
         raise NotImplementedError
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to unit vectors ``[B, F]``."""
+        """Computes unit vectors ``[B, F]`` of texts: ids and mask are int64 ``[B, S]``, padded on the right."""
         raise NotImplementedError
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, 2]``: do not match, match. Only models with an ITM head have it."""
+        """Computes the logits ``[B, 2]`` of "do not match" and "match". Only models with an ITM head implement it."""
         raise NotImplementedError

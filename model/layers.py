@@ -21,12 +21,12 @@ down that its weight is exactly 0 in fp32: exp(x) underflows below x = -104.
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """``x * sigmoid(1.702 x)``, the approximation that CLIP was trained with (openai/CLIP, model.py)."""
+    """Computes ``x * sigmoid(1.702 x)``, the approximation of GELU in CLIP (openai/CLIP, model.py)."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
+    """Computes the tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -41,17 +41,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def stack(layers: Iterable[Module]) -> Sequence[Module]:
-    """A ``ModuleList`` of layers, typed by the class of its layers."""
+    """Makes a ``ModuleList`` of layers; for type checkers, it is a sequence of the layers' class."""
     return cast("Sequence[Module]", nn.ModuleList(layers))
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter; also works on the meta device."""
+    """Returns name and shape of every parameter of a module; also works on the meta device."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 class RMSNorm(nn.Module):
-    """Division by the root of the mean square (Zhang and Sennrich, arXiv 1910.07467)."""
+    """Divides vectors by the root of their mean square, times a weight (Zhang and Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -59,40 +59,40 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]``."""
+        """Normalises ``[..., D]`` over the last axis."""
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class Unit(nn.Module):
-    """Scales vectors to length 1. It is a module so that an fp16 graph can keep it in fp32."""
+    """Scales vectors to length 1. It is a module so that an fp16 graph can keep this operation in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., F]`` to ``[..., F]``."""
+        """Scales vectors ``[..., F]`` along the last axis."""
         return F.normalize(x, dim=-1)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, S, heads * d]`` to ``[B, heads, S, d]``."""
+    """Reshapes ``[B, S, heads * d]`` to ``[B, heads, S, d]``."""
     return x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """``[B, heads, S, d]`` to ``[B, S, heads * d]``."""
+    """Reshapes ``[B, heads, S, d]`` to ``[B, S, heads * d]``."""
     return x.transpose(1, 2).flatten(2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, equation 1).
+    """Computes scaled dot-product attention (Vaswani et al., arXiv 1706.03762, equation 1).
 
     Args:
-        query: ``[B, H, S, d]``; its batch may be 1 where ``key`` has B, and is then shared by all rows.
-        key: ``[B, H, T, d]``.
-        value: ``[B, H, T, d]``.
+        query: Queries ``[B, H, S, d]``; if their batch is 1, all B rows of ``key`` share them.
+        key: Keys ``[B, H, T, d]``.
+        value: Values ``[B, H, T, d]``.
         bias: Added to the scores, broadcastable to ``[B, H, S, T]``; :data:`MASKED` hides a key.
         scale: Factor on the scores.
 
     Returns:
-        ``[B, H, S, d]``.
+        The weighted values, ``[B, H, S, d]``.
     """
     if not torch.compiler.is_exporting():
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -107,16 +107,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Keys and values have their own method, so that they can be cached.
+    """Multi-head attention. Keys and values are computed separately (:meth:`key_value`), so that they can be cached.
 
     Args:
-        width: Width of what attends, and of the output.
+        width: Width of the states that attend, and of the output.
         heads: Number of heads.
         head_dim: Width of a head.
-        context_width: Width of what is attended to; ``width`` if None.
+        context_width: Width of the states that are attended to; None for ``width``.
         bias: Whether the four matrices have biases.
-        scale: Factor on the scores; ``head_dim ** -0.5`` if None.
-        norm: Makes the norms of each head's queries and keys; None for no norms.
+        scale: Factor on the scores; None for ``head_dim ** -0.5``.
+        norm: Function that makes the norms of each head's queries and keys; None for no norms.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class Attention(nn.Module):
         self.key_norm = norm() if norm else nn.Identity()
 
     def key_value(self, context: Tensor) -> KeyValue:
-        """``[B, T, C]`` to two of ``[B, H, T, d]``."""
+        """Computes keys and values ``[B, H, T, d]`` from ``context [B, T, C]``."""
         key = self.key_norm(split_heads(self.key(context), self.heads))
         return key, split_heads(self.value(context), self.heads)
 
     def forward(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
-        """``x [B, S, D]`` attends to keys and values; ``bias`` broadcasts to ``[B, H, S, T]``."""
+        """Lets ``x [B, S, D]`` attend to keys and values; ``bias`` is added to the scores ``[B, H, S, T]``."""
         query = self.query_norm(split_heads(self.query(x), self.heads))
         return self.out(merge_heads(attend(query, *key_value, bias, self.scale)))
 
@@ -162,12 +162,12 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(inner, output, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` to ``[..., output]``."""
+        """Maps ``[..., width]`` to ``[..., output]``."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
 class FeedForward(nn.Module):
-    """Two matrices, or three if it is gated (Shazeer, arXiv 2002.05202)."""
+    """Feed-forward of two matrices, or of three if it is gated (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, width: int, inner: int, activation: str, gated: bool, bias: bool = False) -> None:
         super().__init__()
@@ -177,44 +177,44 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, D]`` to ``[B, S, D]``."""
+        """Maps ``[B, S, D]`` to the same shape."""
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 def append_to_cache(past: KeyValue | None, new: KeyValue) -> KeyValue:
-    """Cached keys and values, two of ``[B, H, P, d]``, followed by the new ones: two of ``[B, H, P + S, d]``."""
+    """Appends new keys and values ``[B, H, S, d]`` to cached ``[B, H, P, d]``; returns ``[B, H, P + S, d]`` each."""
     return new if past is None else (torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2))
 
 
 def key_mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bias that hides padded keys.
+    """Makes the bias of attention scores that hides padded keys.
 
     Args:
         mask: int64 ``[B, T]``, 1 where a key is valid.
         dtype: dtype of the scores.
 
     Returns:
-        ``[B, 1, 1, T]``.
+        The bias ``[B, 1, 1, T]``, to be added to the scores.
     """
     return ((1 - mask).to(dtype) * MASKED)[:, None, None, :]
 
 
 def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Bias of a decoder: a slot attends to itself and to the valid slots before it.
+    """Makes the bias of a decoder's attention scores: a slot attends to itself and to the valid slots before it.
 
-    A padded slot attends to itself only. If all its keys were hidden, its weights would depend on rounding of scores
-    near :data:`MASKED`, and runtimes would differ in these unused outputs.
+    A padded slot attends to itself only. If all its keys were hidden, the attention weights would depend on the
+    rounding of scores near :data:`MASKED`, and runtimes would differ in these unused outputs.
 
     Args:
         mask: int64 ``[B, P + S]``, 1 where a slot is valid.
-        steps: S, how many of the last slots are queries.
+        steps: S, number of new slots: the last S slots are the queries.
         dtype: dtype of the scores.
         window: How many slots a slot attends to, itself included; None for all.
 
     Returns:
-        ``[B, 1, S, P + S]``.
+        The bias ``[B, 1, S, P + S]``, to be added to the scores.
     """
     total = mask.shape[1]
     slots = torch.arange(total, device=mask.device)
@@ -229,7 +229,7 @@ def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None
 
 
 def gather_positions(x: Tensor, indices: Tensor | None) -> Tensor:
-    """Rows ``indices`` (int64 ``[B, K]``) along the sequence of ``x`` (``[B, S, D]``): ``[B, K, D]``; all for None."""
+    """Selects slots of ``x [B, S, D]`` by ``indices``, int64 ``[B, K]``; returns ``[B, K, D]``. None: all slots."""
     if indices is None:
         return x
     return torch.gather(x, 1, indices[:, :, None].expand(-1, -1, x.shape[-1]))

@@ -20,11 +20,11 @@ TASKS = ("itc", "itm", "itg")
 
 
 def attention_mask(task: str, num_queries: int, text_mask: Tensor) -> Tensor:
-    """The mask of a task.
+    """Makes the Q-Former's attention mask for a training task: which queries and tokens attend to each other.
 
     Args:
-        task: One of :data:`TASKS`.
-        num_queries: Q.
+        task: Name of the task, one of :data:`TASKS`.
+        num_queries: Q, number of query tokens.
         text_mask: int64 ``[B, T]``, 1 where a token is valid.
 
     Returns:
@@ -48,5 +48,5 @@ def attention_mask(task: str, num_queries: int, text_mask: Tensor) -> Tensor:
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bias for the scores: bool ``[B, S, T]`` to ``[B, 1, S, T]``, 0 where the mask is true."""
+    """Converts a mask, bool ``[B, S, T]``, to a bias of the scores ``[B, 1, S, T]``, 0 where the mask is true."""
     return ((~mask).to(dtype) * MASKED)[:, None]

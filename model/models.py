@@ -18,19 +18,19 @@ ORDERED_BRIDGES = ("mlp",)
 
 
 def build_model(config: Config) -> Model:
-    """A captioner or a retrieval model, on torch's default device."""
+    """Builds a captioner or a retrieval model from its config, on torch's default device."""
     return RetrievalModel(config) if isinstance(config, RetrievalConfig) else CaptionerModel(config)
 
 
 def with_merged_tokens(config: Config, tokens: int) -> Config:
-    """The same model with token merging in its vision encoder.
+    """Returns the config with token merging in the vision encoder.
 
     Args:
         config: Config of a model without token merging.
-        tokens: Patches merged away in each layer; 0 leaves the config as it is.
+        tokens: Number of patches merged into others in each layer; 0 does not change the config.
 
     Raises:
-        UsageError: The number is negative or too large for the vision encoder, or the bridge needs the order of
+        UsageError: ``tokens`` is negative or too large for the vision encoder, or the bridge needs the order of
             the patches, which merging does not keep.
     """
     if tokens == 0:

@@ -24,31 +24,31 @@ from blip2edge.model.vision.vit import VisionTransformer
 
 
 class TextConfig(Protocol):
-    """The fields that all configs of text encoders share."""
+    """What the configs of all text encoders have in common."""
 
     @property
     def kind(self) -> str:
-        """Key of :data:`MATCHERS`."""
+        """Name of the matcher, a key of :data:`MATCHERS`."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows of its token table."""
+        """Number of rows of the token table."""
 
     def to_hf(self) -> dict[str, Any]:
-        """Its section of a ``config.json``."""
+        """Returns the text encoder's section of a ``config.json``."""
 
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """A model that compares pictures with texts.
+    """Config of a model that compares pictures with texts.
 
     Attributes:
         text: Config of the text encoder.
         embed_dim: Width F of the space that picture and text are projected to.
         max_positions: Longest text, in tokens.
-        num_features: Vectors per picture: one per query in BLIP-2, else one.
-        has_match: Whether it has an ITM head.
-        family: Key in ``families/registry.py``.
+        num_features: Number of vectors per picture: one per query in BLIP-2, else one.
+        has_match: Whether the model has a matching (ITM) head.
+        family: Name of the family, a key in ``families/registry.py``.
     """
 
     vision: VisionConfig
@@ -63,12 +63,12 @@ class RetrievalConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that a text can have."""
+        """Number of token ids that a text can have."""
         return self.text.vocab_size
 
 
 class BlipMatcher(MatcherModule):
-    """BLIP: the class token, and a BERT that reads the text with or without attention to the patches."""
+    """BLIP's matcher: the class token, and a BERT that reads the text with or without attention to the patches."""
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
@@ -80,15 +80,15 @@ class BlipMatcher(MatcherModule):
         self.unit = Unit()
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to unit vectors ``[B, 1, F]``."""
+        """Computes unit vectors ``[B, 1, F]`` from ``image_embeds [B, P, Dv]``."""
         return self.unit(self.image_projection(image_embeds[:, :1]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to unit vectors ``[B, F]``."""
+        """Computes unit vectors ``[B, F]`` of texts: ids and mask are int64 ``[B, S]``, padded on the right."""
         return self.unit(self.text_projection(self.encoder(input_ids, attention_mask)[:, 0]))
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, 2]``: do not match, match."""
+        """Computes the logits ``[B, 2]`` of "do not match" and "match"."""
         return self.match_head(self.encoder(input_ids, attention_mask, image_embeds)[:, 0])
 
 
@@ -96,7 +96,7 @@ class RetrievalQFormer(InstructedQFormer):
     """The Q-Former of BLIP-2's first stage: it reads a picture, a text, or both together."""
 
     def read_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Reads a text alone: token ids and mask, int64 ``[B, S]`` each, padded on the right, to ``[B, S, D]``."""
+        """Encodes a text alone; ids and mask are int64 ``[B, S]``, padded on the right. Returns ``[B, S, D]``."""
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         text: Tensor = self.norm(self.word_embeddings(input_ids) + self.position_embeddings(slots))
         text = self.dropout(text)
@@ -107,7 +107,7 @@ class RetrievalQFormer(InstructedQFormer):
 
 
 class Blip2Matcher(MatcherModule):
-    """BLIP-2: one vector per query; the nearest to the text counts. The ITM logits are the mean over the queries."""
+    """BLIP-2's matcher: one vector per query, of which the nearest counts; the ITM logits are the mean over queries."""
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
@@ -119,22 +119,22 @@ class Blip2Matcher(MatcherModule):
         self.unit = Unit()
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to unit vectors ``[B, Q, F]``."""
+        """Computes unit vectors ``[B, Q, F]`` from ``image_embeds [B, P, Dv]``."""
         return self.unit(self.image_projection(self.qformer.read(image_embeds)[0]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to unit vectors ``[B, F]``."""
+        """Computes unit vectors ``[B, F]`` of texts: ids and mask are int64 ``[B, S]``, padded on the right."""
         states = self.qformer.read_text(input_ids, attention_mask)
         return self.unit(self.text_projection(states[:, 0]))
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, 2]``: do not match, match."""
+        """Computes the logits ``[B, 2]`` of "do not match" and "match"."""
         queries = self.qformer(image_embeds, input_ids, attention_mask)  # [B, Q, D]
         return self.match_head(queries).mean(dim=1)
 
 
 class ClipMatcher(MatcherModule):
-    """CLIP: one vector of the class token, one of the text's end token, and no ITM head."""
+    """CLIP's matcher: vectors of the picture's class token and of the text's end token; no ITM head."""
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
@@ -145,11 +145,11 @@ class ClipMatcher(MatcherModule):
         self.unit = Unit()
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to unit vectors ``[B, 1, F]``."""
+        """Computes unit vectors ``[B, 1, F]`` from ``image_embeds [B, P, Dv]``."""
         return self.unit(self.image_projection(image_embeds[:, :1]))
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to unit vectors ``[B, F]``."""
+        """Computes unit vectors ``[B, F]`` of texts: ids and mask are int64 ``[B, S]``, padded on the right."""
         return self.unit(self.text_projection(self.text(input_ids, attention_mask)))
 
 
@@ -162,7 +162,7 @@ MATCHERS: dict[str, Callable[[RetrievalConfig], MatcherModule]] = {
 
 
 class RetrievalModel(nn.Module):
-    """Vision encoder and matcher."""
+    """A model that compares pictures with texts: a vision encoder and a matcher."""
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()

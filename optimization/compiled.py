@@ -26,7 +26,7 @@ def compile_to(graph: Path, blob: Path) -> tuple[float, float]:
 
     Raises:
         BackendError: openvino is not installed.
-        BundleError: OpenVINO cannot load the graph or its compiled model; no file is left.
+        BundleError: OpenVINO cannot load the graph or its compiled model; ``blob`` is not written then.
     """
     try:
         return _written(graph, blob)

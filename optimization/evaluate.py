@@ -19,15 +19,15 @@ IR_VERSION = 10
 
 
 def evaluate_graph(model: ir.Model, targets: Sequence[ir.Value], given: Mapping[str, Array]) -> list[Array] | None:
-    """Computes values of a graph.
+    """Computes the arrays of some values inside a graph.
 
     Args:
         model: The graph; it is not changed.
-        targets: The values.
-        given: The inputs that they need, by name.
+        targets: The values to compute.
+        given: Arrays of the graph inputs that the values depend on, by name.
 
     Returns:
-        The arrays; None if they depend on an input that is not given, or on weights.
+        The array of each target; None if a target depends on an input that is not given, or on weights.
     """
     inputs = {str(value.name): value for value in model.graph.inputs if value.name in given}
     needed: set[ir.Node] = set()

@@ -18,25 +18,25 @@ CONTRIB = "com.microsoft"
 
 
 def prepare(model: ir.Model) -> None:
-    """Turns constants into initializers and imports the domain of ONNX Runtime's operators."""
+    """Prepares a graph for the passes: turns constants into initializers, imports ONNX Runtime's operator domain."""
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model.graph.opset_imports[CONTRIB] = 1
 
 
 def clean(model: ir.Model) -> None:
-    """Removes nodes and initializers that are not used any more."""
+    """Removes the nodes and initializers of a graph that are not used any more."""
     passes.RemoveUnusedNodesPass()(model)
 
 
 def constant(value: ir.Value | None) -> Array | None:
-    """An initializer's array; None for anything else."""
+    """Returns the array of a value that is an initializer; None for any other value."""
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """The element of an initializer that has exactly one; None for anything else."""
+    """Returns the number of an initializer that has exactly one element; None for any other value."""
     array = constant(value) if value is None or value.shape is None or _is_small(value.shape) else None
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
@@ -46,31 +46,34 @@ def _is_small(shape: ir.Shape) -> bool:
 
 
 def vector(value: ir.Value | None) -> Array | None:
-    """An initializer ``[N]``; None for anything else."""
+    """Returns the array of an initializer ``[N]``; None for any other value."""
     if value is None or value.shape is None or len(value.shape) != 1:
         return None
     return constant(value)
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that computes a value, if it has this type; else None."""
+    """Returns the node that computes ``value``, if its operator is ``op_type``; else None."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == op_type else None
 
 
 def users(value: ir.Value) -> list[ir.Node]:
-    """The nodes that use a value, each once."""
+    """Returns the nodes that have ``value`` as an input, each once."""
     return list(dict.fromkeys(node for node, _ in value.uses()))
 
 
 def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The only user of a value, if it has this type and the value is not an output of the graph; else None."""
+    """Returns the only node that uses ``value``, if its operator is ``op_type``; else None.
+
+    None also if the value is an output of the graph.
+    """
     found = users(value)
     return found[0] if len(found) == 1 and found[0].op_type == op_type and not value.is_graph_output() else None
 
 
 def operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """The two inputs of a node that has two."""
+    """Returns the two inputs of a node that has exactly two."""
     first, second = node.inputs[0], node.inputs[1]
     if first is None or second is None:
         raise ValueError(f"{node.op_type} {node.name} lacks an input")
@@ -78,7 +81,11 @@ def operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
 
 
 def with_scalar(node: ir.Node | None) -> tuple[ir.Value, float] | None:
-    """The other input and the constant of a node that combines a value with a scalar constant; else None."""
+    """Splits the inputs of a node such as ``x + 2`` into a value and a scalar constant.
+
+    Returns:
+        The value and the constant; None if no input of the node is a scalar constant.
+    """
     if node is None:
         return None
     first, second = operands(node)
@@ -90,13 +97,17 @@ def with_scalar(node: ir.Node | None) -> tuple[ir.Value, float] | None:
 
 
 def other_operand(node: ir.Node, value: ir.Value) -> ir.Value:
-    """The one of a node's two inputs that is not ``value``."""
+    """Returns the input of a node with two inputs that is not ``value``."""
     first, second = operands(node)
     return second if first is value else first
 
 
 def with_bias(product: ir.Node) -> tuple[ir.Node, ir.Value | None]:
-    """The node that adds a constant vector ``[N]`` to a product, and the vector; without one, the product and None."""
+    """Finds the node that adds a bias, a constant vector ``[N]``, to a matrix product.
+
+    Returns:
+        That node and the bias; the product and None if there is no bias.
+    """
     out = product.outputs[0]
     plus = only_user(out, "Add")
     if plus is None or vector(other_operand(plus, out)) is None:
@@ -105,7 +116,7 @@ def with_bias(product: ir.Node) -> tuple[ir.Node, ir.Value | None]:
 
 
 def biased(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """The operands of an addition of a constant vector ``[N]``: the other value, and the vector; else None."""
+    """If ``value`` is a sum with a constant vector ``[N]``, returns the other operand and the vector; else None."""
     node = producer(value, "Add")
     if node is None:
         return None
@@ -117,20 +128,20 @@ def biased(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
 
 
 def permutation(node: ir.Node | None) -> list[int]:
-    """The permutation of a Transpose; empty for None."""
+    """Returns the permutation of a Transpose node; an empty list if ``node`` is None."""
     attribute = node.attributes.get("perm") if node is not None else None
     return list(attribute.as_ints()) if attribute is not None else []
 
 
 def dims(value: ir.Value | None) -> list[int | str]:
-    """A shape, symbols as text; empty if nothing is known."""
+    """Returns the shape of a value: numbers, and names of dynamic axes as text. Empty if the shape is unknown."""
     if value is None or value.shape is None:
         return []
     return [size if isinstance(size, int) else str(size) for size in value.shape]
 
 
 def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """An initializer with this array: the existing one if name and content are the same, else a new one."""
+    """Returns the initializer ``name`` with the content ``array``; a new one unless name and content exist already."""
     known = graph.initializers.get(name)
     if known is not None and known.const_value is not None:
         held = known.const_value.numpy()
@@ -154,10 +165,10 @@ def insert(
     """Inserts a new node before another.
 
     Args:
-        before: The node that will follow.
+        before: The node that the new node is inserted before.
         op_type: The new node's operator.
-        inputs: Its inputs; None for an optional one that is left out.
-        like: For each output, the value whose type and shape it gets; None for unknown.
+        inputs: The new node's inputs; None for an optional input that is omitted.
+        like: For each output, an existing value with the same type and shape; None if they are unknown.
         domain: The operator's domain.
         **attributes: The node's attributes.
 
@@ -179,7 +190,7 @@ def insert(
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Replaces all uses of a value by another one; an output of the graph keeps its name."""
+    """Replaces all uses of the value ``old`` by ``new``; an output of the graph keeps its name."""
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}_before"
         new.name = name
@@ -187,7 +198,10 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def subgraph(model: ir.Model, target: ir.Value, inputs: Mapping[str, ir.Value]) -> list[ir.Node] | None:
-    """The nodes that compute a value from ``inputs`` and initializers, in order; None if it needs other inputs."""
+    """Returns the nodes that compute ``target`` from ``inputs`` and initializers, in order.
+
+    None if ``target`` depends on other inputs.
+    """
     needed: dict[ir.Node, None] = {}
     waiting = [target]
     while waiting:

@@ -68,9 +68,9 @@ class OptimizedReport:
     """The result of :func:`optimize`.
 
     Attributes:
-        directory: The copy.
-        record: The contents of its ``optimized.json``.
-        seconds: Time for the whole copy.
+        directory: The directory of the copy.
+        record: The contents of the copy's ``optimized.json``.
+        seconds: Time to make the whole copy.
     """
 
     directory: Path
@@ -123,11 +123,11 @@ class _CopyTask:
 
 
 def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None) -> OptimizedReport:
-    """Makes a bundle's optimized copy for a backend, or makes it again.
+    """Makes the optimized copy of a bundle for a backend; an existing copy is replaced.
 
     Args:
-        bundle: The bundle.
-        backend: One of :data:`BACKENDS`.
+        bundle: The directory of the bundle.
+        backend: The backend that will run the copy, one of :data:`BACKENDS`.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
@@ -351,18 +351,18 @@ def _fault(result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that make a copy or run it."""
+    """Returns the versions of the packages that make or run a copy, by package name."""
     packages = ("onnxruntime", "openvino", "onnx", "onnx_ir", "numpy")
     return {"blip2edge": __version__, **{name: installed(name) for name in packages}}
 
 
 @dataclass(frozen=True)
 class Maker:
-    """How a backend's copies are made.
+    """How the optimized copies for one backend are made.
 
     Attributes:
-        precisions: Precisions of the graphs that have copies.
-        make: Writes a graph's copy; returns its record and its files, or why there is no copy.
+        precisions: Precisions of the graphs that are optimized.
+        make: Function that writes a graph's copy; returns the copy's record and files, or why there is no copy.
     """
 
     precisions: tuple[str, ...]

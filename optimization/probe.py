@@ -34,7 +34,7 @@ Arrays = dict[str, Array]
 
 
 def pictures(spec: TensorSpec, rng: np.random.Generator) -> Array:
-    """Smooth colours with some noise, about as bright as preprocessed images: ``[2, 3, H, W]``."""
+    """Draws two test pictures ``[2, 3, H, W]``: smooth colours with noise, about as bright as preprocessed images."""
     _, channels, height, width = (dim if isinstance(dim, int) else ROWS for dim in spec.dims)
     coarse = rng.standard_normal((ROWS, channels, 5, 5))
     rows, columns = np.linspace(0, 4, height), np.linspace(0, 4, width)
@@ -45,11 +45,11 @@ def pictures(spec: TensorSpec, rng: np.random.Generator) -> Array:
 
 
 def draw_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
-    """Two rows of a graph's inputs.
+    """Draws random inputs of a graph, a batch of two rows.
 
     Args:
-        spec: Its tensors.
-        upstream: Outputs of the graphs before it, by name.
+        spec: The graph's inputs and outputs.
+        upstream: Outputs of the graphs that run before this one, by name.
     """
     rng = np.random.default_rng(SEED)
     drawn: Arrays = {}
@@ -74,7 +74,7 @@ def _length(axis: Axis) -> int:
 
 
 def first_row(inputs: Mapping[str, Array]) -> Arrays:
-    """The first row of each input."""
+    """Returns the first row of each input, as a batch of one."""
     return {name: array[:1] for name, array in inputs.items()}
 
 
@@ -84,11 +84,11 @@ PROBED_GRAPHS = (VISION, BRIDGE, DECODER, MATCH, "text_encoder", "cross_kv", "im
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Outputs and time of a graph.
+    """Outputs of a graph on test inputs, and the time of a run.
 
     Attributes:
-        outputs: By name.
-        seconds: CPU time of one run, the least of several.
+        outputs: The graph's outputs by name.
+        seconds: The least CPU time of several runs.
     """
 
     outputs: Arrays
@@ -96,7 +96,7 @@ class ProbeResult:
 
 
 def run_and_time(session: Session, inputs: Mapping[str, Array]) -> ProbeResult:
-    """Runs a graph on two rows, and times it on one."""
+    """Runs a graph on two rows for its outputs, and measures its time on one row."""
     outputs = session.run(inputs)
     one = first_row(inputs)
     return ProbeResult(outputs, least_cpu_seconds(lambda: session.run(one)))
@@ -106,9 +106,10 @@ def decode_and_time(decoder: Decoder, context: Mapping[str, Array], prompt: int 
     """Decodes as generation does: ragged prompts, decode steps, several tokens at once, truncated and reordered rows.
 
     Args:
-        decoder: The decoder.
-        context: Keys, values and mask of its cross-attention, two rows of each; empty for a decoder without any.
-        prompt: Tokens of the prompt in the timed decoding.
+        decoder: The decoder to test.
+        context: Keys, values and mask of the cross-attention, two rows each; empty for a decoder without
+            cross-attention.
+        prompt: Number of prompt tokens in the timed decoding.
 
     Returns:
         Logits of each kind of step, and the time of a prefill with :data:`TOKENS` decode steps.
@@ -145,7 +146,7 @@ def _for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
 
 
 def least_cpu_seconds(run: Callable[[], object]) -> float:
-    """The least CPU time of several runs: other processes can only add to it."""
+    """Calls ``run`` several times; returns the least CPU time, because other processes can only add time."""
     run()
     times: list[float] = []
     while len(times) < RUNS and (len(times) < FEWEST or sum(times) < ENOUGH_SECONDS):
@@ -156,14 +157,17 @@ def least_cpu_seconds(run: Callable[[], object]) -> float:
 
 
 def cosine(one: Array, other: Array) -> float:
-    """Cosine of two arrays as vectors; 1 if both are zero."""
+    """Computes the cosine of two arrays, taken as vectors; 1 if both are zero."""
     first, second = (np.asarray(array, np.float64).ravel() for array in (one, other))
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / norms if norms else float(np.array_equal(first, second))
 
 
 def relative(got: Array, wanted: Array) -> tuple[float, float]:
-    """The largest absolute difference, and its share of the largest expected value; infinite if one is not finite."""
+    """Returns the largest absolute difference, and its ratio to the largest absolute value of ``wanted``.
+
+    Both are infinite if ``got`` has a value that is not finite.
+    """
     if not np.isfinite(got).all():
         return float("inf"), float("inf")
     difference = float(np.abs(np.asarray(got, np.float32) - wanted).max(initial=0.0))
@@ -171,5 +175,5 @@ def relative(got: Array, wanted: Array) -> tuple[float, float]:
 
 
 def worst_cosine(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:
-    """The smallest cosine over the outputs."""
+    """Returns the smallest cosine between ``got`` and ``wanted`` over all outputs."""
     return min((cosine(got[name], array) for name, array in wanted.items()), default=1.0)

@@ -20,7 +20,7 @@ from blip2edge.optimization.passes.shared_cache import share_cache
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes know about the model: the decoder's KV cache and the longest context."""
+    """What passes need to know about the model: the decoder's KV cache and the longest context in tokens."""
 
     cache: CacheSpec | None
     max_positions: int
@@ -47,11 +47,11 @@ PASSES: dict[str, Pass] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Passes in their order.
+    """A sequence of optimization passes to try on a graph.
 
     Attributes:
-        passes: Keys of :data:`PASSES`.
-        needs: Those that must change the graph; the recipe is not tried otherwise.
+        passes: Names of the passes in their order, keys of :data:`PASSES`.
+        needs: Names of the passes that must change the graph; if one does not, the recipe is not used.
     """
 
     passes: tuple[str, ...]
@@ -100,7 +100,7 @@ INTEGER_DECODERS = (
 
 
 def recipes_for(graph: str, model: ir.Model) -> Sequence[Recipe]:
-    """The recipes to try on a graph, the one that is fastest most often first."""
+    """Returns the recipes to try on the graph of this name, first the one that is fastest most often."""
     integers = bool(quantised_products(model))
     if graph == DECODER:
         return INTEGER_DECODERS if integers else DECODERS
@@ -108,15 +108,15 @@ def recipes_for(graph: str, model: ir.Model) -> Sequence[Recipe]:
 
 
 def apply_recipe(model: ir.Model, recipe: Recipe, context: PassContext) -> tuple[str, ...] | None:
-    """Applies a recipe.
+    """Applies the passes of a recipe to a graph.
 
     Args:
         model: A portable graph; changed in place.
-        recipe: The passes.
-        context: What they know about the model.
+        recipe: The recipe.
+        context: What the passes need to know about the model.
 
     Returns:
-        The passes that changed something; None if a needed one did not.
+        Names of the passes that changed the graph; None if a pass of ``needs`` did not change it.
     """
     prepare(model)
     done: list[str] = []

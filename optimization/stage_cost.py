@@ -18,13 +18,13 @@ STORED = ("DequantizeLinear", "Cast")
 
 
 def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int = 1) -> StageCost:
-    """Operations and bytes of one run of a portable graph.
+    """Counts the operations and bytes of one run of a portable graph.
 
     Args:
-        path: The graph.
-        spec: Its tensors.
-        sizes: Lengths of its axes by name; by default the smallest.
-        asked: Tokens that get logits.
+        path: The ``.onnx`` file.
+        spec: The graph's inputs and outputs.
+        sizes: Lengths of the dynamic axes by name; an axis that is missing gets its smallest length.
+        asked: Number of tokens that logits are computed for.
     """
     known = {name: axis.min for name, axis in spec.axes().items()} | dict(sizes) | {"asked": asked}
     total = StageCost(0.0, 0.0, 0.0)
@@ -38,7 +38,7 @@ def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int
 
 
 def decode_cost(bundle: Bundle, past: int) -> StageCost:
-    """A decode step in one row with ``past`` tokens in the KV cache, which is read too."""
+    """Counts the cost of a decode step of one row with ``past`` tokens in the KV cache, which is read too."""
     spec, cache = bundle.graph(DECODER).spec, bundle.manifest.cache
     cost = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "past": past, "steps": 1})
     if cache is None:
@@ -47,7 +47,13 @@ def decode_cost(bundle: Bundle, past: int) -> StageCost:
 
 
 def stage_costs(bundle: Bundle, prompt: int, tokens: int) -> dict[str, StageCost]:
-    """The stages of a caption: vision, bridge, prefill of ``prompt`` tokens, and ``tokens - 1`` decode steps."""
+    """Counts the costs of a caption's stages: vision, bridge, prefill and decode, by name.
+
+    Args:
+        bundle: The bundle.
+        prompt: Number of tokens in the prefill.
+        tokens: Number of tokens of the caption; the decode stage has ``tokens - 1`` steps.
+    """
     found: dict[str, StageCost] = {}
     for stage, graph in (("vision", VISION), ("bridge", BRIDGE)):
         if graph in bundle.manifest.graphs:

@@ -55,17 +55,17 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
 
 
 def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: str | None) -> dict[str, FileRecord]:
-    """Writes an optimized graph to the copy; weights that the bundle's graph has too are read from the bundle's file.
+    """Writes an optimized graph into the copy; weights that the bundle's file also has are not stored again.
 
     (A link to that file does not work: ONNX Runtime and onnx follow no links out of a directory, and onnx_ir refuses a
     file with two names.)
 
     Args:
-        optimized: The graph.
+        optimized: The file of the optimized graph.
         parent: The portable graph's file.
-        target: The directory that becomes the copy.
+        target: The directory of the copy.
         name: The graph's name.
-        within: The copy's path inside the bundle; None if it is elsewhere and shares no weights.
+        within: The copy's path inside the bundle; None if the copy is elsewhere and shares no weights.
 
     Returns:
         The records of the files that were written.
@@ -129,5 +129,5 @@ def _same(one: ir.Value, other: ir.Value) -> bool:
 
 
 def scratch_directory(beside: Path) -> tempfile.TemporaryDirectory[str]:
-    """A temporary directory on the file system of the copy."""
+    """Makes a temporary directory inside ``beside``, so that it is on the file system of the copy."""
     return tempfile.TemporaryDirectory(prefix=".trying.", dir=beside)

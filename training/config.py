@@ -66,8 +66,8 @@ class VisionPhase(OptimizerConfig):
 class LanguagePhase(OptimizerConfig):
     """Pretraining of the miniature's language model on captions that follow embeddings of their keywords, or noise.
 
-    Keywords are the caption's sizes, colours, shapes and relation. Their embeddings stand in the place of the visual
-    tokens, so that the model learns to use these later.
+    Keywords are the caption's sizes, colours, shapes and relation. Their embeddings replace the visual tokens, so that
+    the language model learns to use visual tokens later.
     """
 
     prefix_share: Annotated[float, SHARE] = 0.75
@@ -139,7 +139,7 @@ class LoopConfig(RecipeSection):
 
 @dataclass(frozen=True)
 class BlockSizes(RecipeSection):
-    """Sizes of one part of the model."""
+    """Sizes of one transformer of the model: widths, layers and heads."""
 
     hidden_size: Annotated[int, POSITIVE] = 128
     """Width of the hidden states."""
@@ -205,7 +205,7 @@ class ModelConfig(RecipeSection):
 
     @property
     def is_miniature(self) -> bool:
-        """Whether picture encoder and language model are initialized and pretrained in this run."""
+        """Whether the run trains the miniature: picture encoder and language model are initialized and pretrained."""
         return not (self.checkpoint or self.vision_from or self.language_from)
 
 
@@ -214,7 +214,7 @@ _BRIDGES = ("qformer", "projection", "mlp", "perceiver", "pool", "flamingo")
 
 @dataclass(frozen=True)
 class TrainingConfig(RecipeSection):
-    """The whole recipe."""
+    """The whole recipe: the contents of a training configuration file."""
 
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the initial weights, the order of the data and all random draws."""
@@ -277,7 +277,7 @@ def load_config(path: str | Path) -> TrainingConfig:
         The recipe.
 
     Raises:
-        ConfigError: The file cannot be read, or as for `parse_config`; the error names the file.
+        ConfigError: The file cannot be read, or its contents are wrong (see `parse_config`); the error names the file.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -290,7 +290,7 @@ def load_config(path: str | Path) -> TrainingConfig:
 
 
 def given_values(config: Any) -> dict[str, Any]:
-    """The values of a section that differ from its defaults, with those of the sections inside it."""
+    """Returns the values of a recipe section that differ from the defaults, subsections included, by key."""
     given: dict[str, Any] = {}
     default = type(config)()
     for each in dataclasses.fields(config):
@@ -301,7 +301,7 @@ def given_values(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: TrainingConfig) -> str:
-    """Hash of all values that differ from the defaults.
+    """Computes a hash of all values of a recipe that differ from the defaults.
 
     A key that a later version adds does not change the hash of a recipe that does not use it.
 

@@ -17,10 +17,10 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class ValidValues:
-    """The valid values of a key, as metadata of its field: ``steps: Annotated[int, POSITIVE]``.
+    """The valid values of a recipe's key, as metadata of its field: ``steps: Annotated[int, POSITIVE]``.
 
     Attributes:
-        holds: Whether a value is valid.
+        holds: Returns whether a value is valid.
         expected: What a valid value must be, for the error.
         choices: All valid values, if they are names; the error suggests the nearest.
     """
@@ -30,7 +30,7 @@ class ValidValues:
     choices: tuple[str, ...] = ()
 
     def check(self, key: str, value: Any) -> None:
-        """Raises ConfigError unless the value is valid."""
+        """Raises ConfigError unless ``value`` is valid; ``key`` is for the message."""
         if not self.holds(value):
             near = difflib.get_close_matches(str(value), self.choices, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else None
@@ -38,12 +38,12 @@ class ValidValues:
 
 
 def at_least(least: int) -> ValidValues:
-    """The numbers from `least` on."""
+    """Makes the rule for a number that must be at least `least`."""
     return ValidValues(lambda value: bool(value >= least), f"be at least {least}")
 
 
 def one_of(*choices: str) -> ValidValues:
-    """The given names."""
+    """Makes the rule for a text that must be one of these names."""
     return ValidValues(lambda value: value in choices, f"be one of {', '.join(choices)}", choices)
 
 
@@ -66,7 +66,7 @@ class RecipeSection:
 
     @property
     def section(self) -> str:
-        """Name of the section, derived from the name of the class; empty for the top of the file."""
+        """Name of the section in the recipe, derived from the name of the class; empty for the top of the file."""
         return type(self).__name__.removesuffix("Phase").removesuffix("Config").lower()
 
 
@@ -91,7 +91,7 @@ def _value(path: str, kind: Any, value: Any) -> Any:
 
 
 def read_section(path: str, kind: type[Kind], table: Mapping[str, Any]) -> Kind:
-    """Reads a table of the file into a dataclass.
+    """Reads a table of the recipe file into a dataclass.
 
     Args:
         path: Name of the table in messages; empty at the top.
@@ -102,7 +102,7 @@ def read_section(path: str, kind: type[Kind], table: Mapping[str, Any]) -> Kind:
         An instance; keys that the table does not have get the defaults of the dataclass.
 
     Raises:
-        ConfigError: An unknown key (the error suggests the nearest one), or a value of the wrong type or range.
+        ConfigError: A key is unknown (the error suggests the nearest one), or a value has the wrong type or range.
     """
     types = typing.get_type_hints(kind)
     known = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]  # there is no type variable for dataclasses

@@ -50,7 +50,7 @@ def train(
     progress: ProgressCallback | None = None,
     evaluation_scenes: int = 1000,
 ) -> dict[str, Any]:
-    """Trains by a recipe and writes a checkpoint that transformers loads.
+    """Trains a model as a recipe describes, and writes a checkpoint that transformers can load.
 
     Phases that the stage needs, and for which the recipe names no checkpoint, run first. The directory appears only
     when the run has succeeded, and is then complete. During the run, log and snapshots are in `OUT.run`. A run that
@@ -60,12 +60,12 @@ def train(
         stage: "stage1", "stage2" or "instruct".
         config_path: The recipe, TOML or JSON.
         out_dir: The checkpoint directory to make.
-        resume: Resume from the last snapshot even if the recipe has changed. With an unchanged recipe the run
-            resumes without this flag.
-        force: Replace `out_dir` if it exists, and ignore snapshots.
+        resume: Whether to resume from the last snapshot even if the recipe has changed. If the recipe is unchanged,
+            the run always resumes.
+        force: Whether to replace `out_dir` if it exists, and to ignore snapshots.
         log: Called with status lines.
-        progress: Called with (phase, steps done, steps).
-        evaluation_scenes: Held-out scenes to score the result on, if it was trained on scenes; 0: none.
+        progress: Called with (phase, steps done, steps in all).
+        evaluation_scenes: Number of held-out scenes to score the result on, if it was trained on scenes; 0 for none.
 
     Returns:
         The record, also saved as `training.json`: losses of each phase, scores, hash of the recipe, machine.

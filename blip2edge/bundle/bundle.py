@@ -17,8 +17,8 @@ class Bundle:
     """An opened bundle: its directory and its manifest.
 
     Attributes:
-        path: The directory.
-        manifest: The contents of its ``bundle.json``.
+        path: The directory of the bundle.
+        manifest: The contents of ``bundle.json``.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -36,9 +36,9 @@ class Bundle:
 
         Raises:
             BundleError: The directory is not a bundle, or its manifest cannot be read.
-            BundleVersionError: A newer version wrote it.
-            BundleIntegrityError: A file is missing or changed.
-            UsageError: ``path`` is not a path.
+            BundleVersionError: A newer version of blip2edge wrote the bundle.
+            BundleIntegrityError: A file is missing or was changed.
+            UsageError: ``path`` is not a str or a path object.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise UsageError(
@@ -54,10 +54,10 @@ class Bundle:
         """Hashes every file, also those that did not change since the last check.
 
         Args:
-            progress: Called with a file's name, how many are done and how many there are.
+            progress: Called with a file's name, the number of files done and the number of all files.
 
         Raises:
-            BundleIntegrityError: A file is missing or changed.
+            BundleIntegrityError: A file is missing or was changed.
         """
         self._check(use_stamps=False, progress=progress)
 
@@ -72,35 +72,37 @@ class Bundle:
         )
 
     def file(self, name: str) -> Path:
-        """The path of one of its files."""
+        """Returns the path of a file of the bundle."""
         return self.path / name
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of ``bundle.json``: engines and optimized copies record it as the bundle that they were made from.
+        """SHA-256 of ``bundle.json``; engines and optimized copies record this hash of the bundle they were made from.
 
-        ``bundle.json`` holds the hash of every other file, so this one stands for the whole bundle. A bundle that holds
-        only engines gives the hash of the bundle that they were built from.
+        ``bundle.json`` holds the hash of every other file, so its hash identifies the whole bundle. For a bundle that
+        holds only engines, this is the hash of the bundle that the engines were built from.
         """
         return self.manifest.engines_of or sha256_of(self.path / MANIFEST)
 
     def derived(self, kind: str) -> Path:
-        """The directory to read derived files from: in the bundle, or in the user's cache.
+        """Returns the directory to read engines or optimized copies from: in the bundle, or in the user's cache.
 
         Args:
-            kind: ``engines`` or ``optimized``.
+            kind: Kind of the derived files, ``engines`` or ``optimized``.
         """
         places = self._derived(kind)
         return next((place for place in places if place.is_dir()), places[0])
 
     def derive(self, kind: str) -> Path:
-        """Makes the directory to write derived files to: in the bundle, or in the user's cache if it is read-only.
+        """Makes the directory to write engines or optimized copies to.
+
+        The directory is in the bundle, or in the user's cache if the bundle is read-only.
 
         Args:
-            kind: ``engines`` or ``optimized``.
+            kind: Kind of the derived files, ``engines`` or ``optimized``.
 
         Raises:
-            OutputError: Neither can be written.
+            OutputError: Neither the bundle nor the cache can be written.
         """
         places = self._derived(kind)
         for place in places:
@@ -123,7 +125,7 @@ class Bundle:
             return (inside,)
 
     def graph(self, name: str) -> GraphRecord:
-        """The record of a graph.
+        """Returns the manifest's record of the graph ``name``.
 
         Raises:
             BundleError: The bundle has no such graph.

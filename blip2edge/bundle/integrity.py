@@ -23,7 +23,7 @@ CHUNK = 1 << 20  # bytes hashed at a time
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file, read in pieces."""
+    """Returns the SHA-256 of a file in hexadecimal; the file is read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -33,14 +33,14 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and hash of a file, as its manifest lists them."""
+    """Size in bytes and SHA-256 of a file, as a manifest lists them."""
 
     sha256: str
     size: int  # bytes
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """The record of an existing file."""
+        """Computes the record of an existing file."""
         return cls(sha256_of(path), path.stat().st_size)
 
 
@@ -53,19 +53,19 @@ def check_files(
     use_stamps: bool = True,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Checks that files are there and unchanged.
+    """Checks that files exist and were not changed.
 
     Args:
-        directory: Where they are.
-        files: Their records, by name.
-        manifest: Name of the file that lists them, for errors.
+        directory: Directory of the files.
+        files: The expected size and hash of each file, by file name.
+        manifest: Name of the manifest that lists the files, for errors.
         fix: What the user can do about a wrong file, for errors.
         use_stamps: Whether a file with an unchanged size and modification time counts as unchanged; else every file
             is hashed.
-        progress: Called with a file's name, how many are done and how many there are.
+        progress: Called with a file's name, the number of files done and the number of all files.
 
     Raises:
-        BundleIntegrityError: A file is missing or changed.
+        BundleIntegrityError: A file is missing or was changed.
     """
     stamps = _read_stamps(directory)
     fresh: dict[str, Any] = {}

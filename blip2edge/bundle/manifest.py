@@ -26,15 +26,15 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A graph of the bundle.
+    """What ``bundle.json`` records about one graph.
 
     Attributes:
-        spec: Its tensors.
+        spec: The graph's inputs and outputs.
         precision: ``fp32``, ``fp16``, ``bf16``, or a precision of ``calibrate``: ``int8``, ``int8-weights``, ``int4``.
-        parity: The difference of each output from torch.
+        parity: Difference between each output and that of the torch model.
         fp32_exceptions: The parts that are kept in FP32 in a graph of lower precision, with the reason; one sentence
             each.
-        data_files: Names of the files of its weights.
+        data_files: Names of the graph's weight files.
     """
 
     spec: GraphSpec
@@ -45,11 +45,11 @@ class GraphRecord:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The graph's own file and those of its weights."""
+        """Names of the graph's ``.onnx`` file and its weight files."""
         return (self.spec.file, *self.data_files)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in ``bundle.json``."""
+        """The record as a JSON object for ``bundle.json``."""
         return {
             "file": self.spec.file,
             "data_files": list(self.data_files),
@@ -61,7 +61,7 @@ class GraphRecord:
 
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> GraphRecord:
-        """The inverse of :meth:`to_json`."""
+        """Reads a record from the JSON object that :meth:`to_json` made; ``name`` is the graph's name."""
         return cls(
             spec=GraphSpec.from_json(name, values),
             precision=values["precision"],
@@ -78,21 +78,22 @@ class Manifest:
     Attributes:
         family: ``model_type`` of the source checkpoint.
         source: The checkpoint's path (``checkpoint``) and one hash over the names and hashes of its files (``sha256``).
-        precision: ``fp32``, ``fp16`` or ``bf16``; in a calibrated bundle, of the parts that are not quantised.
+        precision: ``fp32``, ``fp16`` or ``bf16``; in a calibrated bundle, the precision of parts that are not
+            quantised.
         verify: How the export was checked: ``full`` or ``sample``.
-        graphs: By name.
+        graphs: The record of each graph, by name.
         cache: The decoder's KV cache; None for a matching model, which generates no text.
-        max_positions: Longest context of the language model; longest text of a matching model.
-        vocab_size: Number of logits, or of token ids that a text can have.
-        preprocessing: How an image becomes pixel values.
+        max_positions: Longest context of the language model, or longest text of a matching model, in tokens.
+        vocab_size: Number of logits, or of token ids for a matching model.
+        preprocessing: How an image becomes pixel values: the fields of ``Preprocessing``.
         prompt: How an image and a text become the decoder's input; None for a matching model.
         generation: Defaults: ``eos_token_ids``, ``pad_token_id``, ``max_new_tokens``; empty for a matching model.
         files: Size and hash of every file of the bundle except ``bundle.json``.
-        versions: The packages that made it.
-        cross: Keys and values that the decoder's cross-attention reads; None for a decoder without any.
+        versions: Versions of the packages that made the bundle.
+        cross: Keys and values that the decoder's cross-attention reads; None for a decoder without cross-attention.
         draft: The draft model inside the bridge; None if the checkpoint has none.
-        calibration: How ``calibrate`` made it from another bundle (docs/precision.md); empty if it did not.
-        merging: Patches that the vision encoder merges; None if it merges none.
+        calibration: How ``calibrate`` made this bundle (docs/precision.md); empty for a bundle of ``export``.
+        merging: Patches that the vision encoder merges; None without token merging.
         tokenizer: Settings that ``tokenizer.json`` cannot hold: arguments of
             :class:`~blip2edge.runtime.text.tokenizer.Tokenizer` that are true.
         engines_of: Hash of the ``bundle.json`` that the engines were built from, in a bundle that holds engines instead
@@ -120,7 +121,7 @@ class Manifest:
     engines_of: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of ``bundle.json``."""
+        """The manifest as the JSON object of ``bundle.json``."""
         return {
             "schema_version": SCHEMA_VERSION,
             "family": self.family,
@@ -146,10 +147,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Manifest:
-        """The inverse of :meth:`to_json`.
+        """Reads a manifest from the JSON object that :meth:`to_json` made.
 
         Raises:
-            KeyError, TypeError, ValueError: The object has another shape.
+            KeyError, TypeError, ValueError: A key is missing, or a value has the wrong type.
         """
         return cls(
             family=values["family"],
@@ -174,11 +175,11 @@ class Manifest:
         )
 
     def graph_bytes(self, graph: GraphRecord) -> int:
-        """Bytes of a graph's files; files that this bundle does not hold count as 0."""
+        """Size of a graph's files in bytes; files that this bundle does not contain count as 0."""
         return sum(self.files[file].size for file in graph.files if file in self.files)
 
     def write(self, directory: Path) -> None:
-        """Writes ``bundle.json``."""
+        """Writes ``bundle.json`` into ``directory``."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
         (directory / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -202,7 +203,7 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         BundleError: The directory is not a bundle, or the file cannot be read.
-        BundleVersionError: A newer version wrote it.
+        BundleVersionError: A newer version of blip2edge wrote the bundle.
     """
     path = directory / MANIFEST
     if not directory.is_dir():

@@ -19,9 +19,9 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextmanager
 def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator[Path]:
-    """A new temporary directory, which is renamed to ``target`` when the block ends without an error.
+    """Makes a temporary directory, which is renamed to ``target`` when the ``with`` block ends without an error.
 
-    On an error the new directory is removed and ``target`` stays as it was.
+    After an error the temporary directory is removed and ``target`` stays as it was.
 
     Args:
         target: The directory to publish.
@@ -29,7 +29,8 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
         marker: A file that an existing directory must hold to be replaced; None to replace any directory.
 
     Raises:
-        OutputError: ``target`` exists, before the block or after it; it holds other files; or it cannot be written.
+        OutputError: ``target`` exists and ``force`` is False, ``target`` has files but no ``marker``, or ``target``
+            cannot be written.
     """
     _check_target(target, force, marker)
     try:
@@ -56,13 +57,13 @@ def publish(fresh: Path, target: Path, *, replace: bool) -> None:
     cannot be renamed, the old one gets its name back.
 
     Args:
-        fresh: The finished directory, on the same file system.
-        target: Its final name.
+        fresh: The finished directory, on the same file system as ``target``.
+        target: The directory's final name.
         replace: Whether an existing directory of that name is removed.
 
     Raises:
         OutputError: ``target`` exists, and ``replace`` is False.
-        OSError: It cannot be renamed; ``target`` is as it was.
+        OSError: ``fresh`` cannot be renamed; ``target`` stays as it was.
     """
     if not os.path.lexists(target):
         fresh.rename(target)  # fails on a directory with files that another program makes in this moment
@@ -131,7 +132,7 @@ def _check_target(target: Path, force: bool, marker: str | None) -> None:
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
-    """The error of an output that the operating system refuses to write."""
+    """Makes the error for an output path that the operating system refused to write; ``error`` is the reason."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"the disk is full: {path} could not be written", "free space, or give another output directory"

@@ -38,12 +38,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file.
+    """Where and how a safetensors file stores one tensor.
 
     Attributes:
-        dtype: Key of :data:`DTYPES`.
-        shape: Its lengths.
-        offset: Where its bytes begin in the file.
+        dtype: Name of the dtype, a key of :data:`DTYPES`.
+        shape: Shape of the tensor.
+        offset: Position of the tensor's first byte in the file.
     """
 
     dtype: str
@@ -52,7 +52,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Length in bytes."""
+        """Size of the tensor in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
 
 
@@ -63,8 +63,8 @@ class SafetensorsFile:
         path: The file.
 
     Attributes:
-        tensors: By name.
-        metadata: The header's text annotations.
+        tensors: Dtype, shape and offset of each tensor, by name.
+        metadata: The text annotations in the file's header.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: The file cannot be read, or is not a safetensors file.
@@ -80,7 +80,7 @@ class SafetensorsFile:
         self.tensors = {name: _stored(name, entry, first) for name, entry in header.items()}
 
     def array(self, name: str) -> Array:
-        """A tensor as a view of the mapped file, not to be written to."""
+        """Returns the tensor ``name`` as a read-only view of the mapped file."""
         tensor = self.tensors[name]
         return np.ndarray(tensor.shape, DTYPES[tensor.dtype], self._content, tensor.offset)
 
@@ -100,17 +100,17 @@ def write_safetensors(
     pieces: Iterable[Array | memoryview],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a file and flushes it to the disk (fsync).
+    """Writes a safetensors file and flushes it to the disk (fsync).
 
     Args:
         path: The file.
-        tensors: dtype and shape of each tensor, in the order in which their bytes come.
-        pieces: The bytes of all tensors in that order, cut into parts of any length.
+        tensors: dtype and shape of each tensor, in the order in which the tensors are stored.
+        pieces: The bytes of all tensors in the order of ``tensors``, cut into parts of any length.
         metadata: Text annotations.
 
     Raises:
-        OSError: It cannot be written.
-        ValueError: The length of all ``pieces`` together is not that of the tensors.
+        OSError: The file cannot be written.
+        ValueError: ``pieces`` together do not have the size of the tensors.
     """
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0

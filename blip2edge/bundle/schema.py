@@ -59,7 +59,7 @@ BackendName = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "rtx", "ort
 class Axis:
     """A dynamic dimension, with the range of lengths that engines are built and exports are checked for.
 
-    ``name`` can be a sum of two others (``past + steps``); its range is then the sum of their ranges.
+    ``name`` can be a sum of two elementary axes (``past + steps``); the range is then the sum of their ranges.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Axis:
         return Axis(f"{self.name} + {other.name}", self.min + other.min, self.opt + other.opt, self.max + other.max)
 
     def value(self, sizes: Mapping[str, int]) -> int:
-        """Its length for the given lengths of the elementary axes."""
+        """Returns the length of this axis for the given lengths of the elementary axes."""
         return sum(sizes[part] for part in self.name.split(" + "))
 
 
@@ -84,7 +84,7 @@ Dim = int | Axis
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph's input or output."""
+    """Name, dtype and dimensions of an input or output of a graph."""
 
     name: str
     dtype: str
@@ -96,10 +96,10 @@ class TensorSpec:
 
     @property
     def width(self) -> int:
-        """Its last dimension.
+        """Length of the tensor's last dimension.
 
         Raises:
-            ValueError: That dimension is dynamic.
+            ValueError: The last dimension is dynamic.
         """
         last = self.dims[-1]
         if isinstance(last, Axis):
@@ -107,11 +107,11 @@ class TensorSpec:
         return last
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Its shape for the given lengths of the elementary axes."""
+        """Returns the tensor's shape for the given lengths of the elementary axes."""
         return tuple(dim if isinstance(dim, int) else dim.value(sizes) for dim in self.dims)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in ``bundle.json``."""
+        """The spec as a JSON object for ``bundle.json``."""
         axes: list[dict[str, Any]] = []
         for dim in self.dims:
             if isinstance(dim, int):
@@ -122,7 +122,7 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TensorSpec:
-        """The inverse of :meth:`to_json`."""
+        """Reads a spec from the JSON object that :meth:`to_json` made."""
         dims: list[Dim] = []
         for axis in values["axes"]:
             if "size" in axis:
@@ -134,7 +134,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A graph's name and its tensors, in order."""
+    """Name of a graph, and its inputs and outputs in order."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -142,11 +142,11 @@ class GraphSpec:
 
     @property
     def file(self) -> str:
-        """Its file in a bundle."""
+        """Name of the graph's ``.onnx`` file in a bundle."""
         return f"{self.name}.onnx"
 
     def axes(self) -> dict[str, Axis]:
-        """The elementary axes of its inputs."""
+        """The elementary axes of the graph's inputs, by name."""
         found: dict[str, Axis] = {}
         for spec in self.inputs:
             for dim in spec.dims:
@@ -155,10 +155,10 @@ class GraphSpec:
         return found
 
     def lengths(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """The lengths of the elementary axes by name, from the shapes of the inputs.
+        """Returns the lengths of the elementary axes by name, from the shapes of the inputs by name.
 
         Raises:
-            ValueError: A shape has another rank than its tensor.
+            ValueError: A shape has more or fewer dimensions than its input.
         """
         found: dict[str, int] = {}
         for tensor in self.inputs:
@@ -168,17 +168,17 @@ class GraphSpec:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """``inputs`` and ``outputs`` as in ``bundle.json`` and ``engine.json``."""
+        """``inputs`` and ``outputs`` as a JSON object for ``bundle.json`` and ``engine.json``."""
         return {key: [tensor.to_json() for tensor in getattr(self, key)] for key in ("inputs", "outputs")}
 
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> GraphSpec:
-        """The inverse of :meth:`to_json`."""
+        """Reads a spec from the JSON object that :meth:`to_json` made; ``name`` is the graph's name."""
         inputs, outputs = (tuple(map(TensorSpec.from_json, values[key])) for key in ("inputs", "outputs"))
         return cls(name, inputs, outputs)
 
     def with_float(self, dtype: str) -> GraphSpec:
-        """The same graph with its floating-point tensors in ``dtype``; :data:`SCORES` stay float32."""
+        """Returns a copy of the spec with all floating-point tensors in ``dtype``; :data:`SCORES` stay float32."""
 
         def cast(spec: TensorSpec) -> TensorSpec:
             if spec.dtype != "float32" or spec.name in SCORES:
@@ -190,22 +190,22 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The KV cache of a decoder."""
+    """Sizes of a decoder's KV cache: number of layers, heads in each layer, and width of a head."""
 
     num_layers: int
     num_heads: int
     head_dim: int
 
     def past_names(self) -> list[str]:
-        """Names of the inputs, layer by layer, key before value."""
+        """Names of the decoder's KV cache inputs, layer by layer, key before value."""
         return self.names("past_key_values")
 
     def present_names(self) -> list[str]:
-        """Names of the outputs, in the order of :meth:`past_names`."""
+        """Names of the decoder's KV cache outputs, in the order of :meth:`past_names`."""
         return self.names("present")
 
     def names(self, prefix: str) -> list[str]:
-        """Names with another prefix, in the same order."""
+        """Names of the KV cache tensors with this prefix, in the order of :meth:`past_names`."""
         return [f"{prefix}.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 
@@ -214,9 +214,9 @@ class DraftSpec(CacheSpec):
     """The draft model inside a bridge (``draft.onnx``): the Q-Former's text head.
 
     Attributes:
-        dec_token_id: First token of its texts, an id of ``draft_tokenizer.json``.
-        end_token_id: Last token of its texts.
-        max_positions: Length of its longest text, with the first token.
+        dec_token_id: First token of every text, an id of ``draft_tokenizer.json``.
+        end_token_id: Last token of every text.
+        max_positions: Length of the longest text in tokens, the first token included.
     """
 
     dec_token_id: int
@@ -229,12 +229,13 @@ class CrossSpec:
     """The keys and values of a decoder's cross-attention, computed once for each request.
 
     Attributes:
-        num_layers: Layers with cross-attention.
-        num_heads: Heads.
+        num_layers: Number of layers with cross-attention.
+        num_heads: Number of heads in each layer.
         head_dim: Width of a head.
-        source_dim: Width of the tensor that they are computed from: encoder states, patches or visual tokens.
-        mask: The decoder's ``cross_attention_mask``, one of :data:`CROSS_MASKS`.
-        source: Name of the tensor that they are computed from.
+        source_dim: Width of the tensor that keys and values are computed from: encoder states, patches or visual
+            tokens.
+        mask: Form of the decoder's ``cross_attention_mask``, one of :data:`CROSS_MASKS`.
+        source: Name of the tensor that keys and values are computed from.
     """
 
     num_layers: int
@@ -249,7 +250,7 @@ class CrossSpec:
             raise ValueError(f"cross mask {self.mask} is not one of {', '.join(CROSS_MASKS)}")
 
     def names(self) -> list[str]:
-        """Names of the ``cross_kv`` graph's outputs, which are inputs of the decoder; key before value."""
+        """Names of the ``cross_kv`` graph's outputs, which are inputs of the decoder; per layer, key before value."""
         return [f"cross.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 
@@ -270,23 +271,24 @@ class PromptSpec:
         question: The text that ``ask`` puts in place of ``{prompt}``, with one ``{question}``; empty if the model
             answers no questions.
         visual_tokens: Slots of a picture, or of a video's frames together; 0 for interleaved prompts.
-        bos_token_id: The token that is the whole text of an empty prompt.
-        image_token_id: The id in transformers' ``input_ids`` for a slot (the repetition penalty applies to it).
-        framed: Kind ``segments``: whether the tokenizer adds its special tokens to the text; otherwise only BOS is put
-            before it. The first segment that is not empty gets them: for BLIP-2, the text after the picture.
+        bos_token_id: Token that begins a text; an empty prompt is this token alone.
+        image_token_id: Token id that stands for a visual token in transformers' ``input_ids``; the repetition penalty
+            applies to this id.
+        framed: Kind ``segments``: whether the tokenizer adds its special tokens to the first segment that is not empty
+            (for BLIP-2, the text after the picture). Otherwise only BOS is put before this segment.
         required: Whether the model needs a prompt to caption.
         default: The text that ``caption`` puts in place of ``{prompt}`` if no prompt is given; None for no text.
         frames: Pictures of an item: 1, or the frames of a video.
         instruction_positions: The longest instruction that enters the bridge, in tokens of
             ``qformer_tokenizer.json``; 0 if the bridge takes no instruction.
-        picture_token: Interleaved: the marker token of a picture.
-        around_picture: Interleaved: the token before and after the marker; two adjacent pictures share it.
-        end_token_id: Interleaved: the end of a document; tokens after it attend to no picture before it.
-        image_token: Placeholder: the tokenizer's token for a picture.
-        kind: One of :data:`PROMPT_KINDS`.
+        picture_token: Kind ``interleaved``: the marker token of a picture.
+        around_picture: Kind ``interleaved``: the token before and after the marker; adjacent pictures share one.
+        end_token_id: Kind ``interleaved``: the token that ends a document; later tokens attend to no earlier picture.
+        image_token: Kind ``placeholder``: the tokenizer's token for a picture.
+        kind: How the prompt is built, one of :data:`PROMPT_KINDS`.
 
     Raises:
-        ValueError: ``kind`` is unknown, or a token of another kind is set.
+        ValueError: ``kind`` is unknown, or a token is set that only another kind uses.
     """
 
     template: str
@@ -318,12 +320,12 @@ class PromptSpec:
         return self.kind != SEGMENTS or MARKERS[0] not in self.template
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in ``bundle.json``."""
+        """The spec as a JSON object for ``bundle.json``."""
         return dict(vars(self))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PromptSpec:
-        """The inverse of :meth:`to_json`; bundles of before 0.2 have no ``kind``, and their tokens give it."""
+        """Reads a spec from the JSON object of :meth:`to_json`; before version 0.2, the tokens determine ``kind``."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         tokens = {INTERLEAVED: known.get("picture_token"), PLACEHOLDER: known.get("image_token")}
         implied = next((kind for kind, token in tokens.items() if token), SEGMENTS)
@@ -332,7 +334,7 @@ class PromptSpec:
 
 @dataclass(frozen=True)
 class Parity:
-    """The largest difference of an output from the reference, and the tolerance.
+    """The largest difference between a graph's output and the reference, and the tolerance.
 
     Attributes:
         output: Name of the output.
@@ -340,7 +342,7 @@ class Parity:
         relative: ``max_difference`` divided by the largest absolute value of the reference.
         tolerance: Largest allowed ``relative``.
         cases: The shapes of the inputs, as text.
-        sample: The part of the graph that was run; empty for the whole graph.
+        sample: Description of the part of the graph that was run; empty for the whole graph.
     """
 
     output: str
@@ -351,12 +353,12 @@ class Parity:
     sample: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in ``bundle.json``."""
+        """The difference as a JSON object for ``bundle.json``."""
         return {**vars(self), "cases": list(self.cases)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Parity:
-        """The inverse of :meth:`to_json`."""
+        """Reads a difference from the JSON object that :meth:`to_json` made."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         return cls(**{**known, "cases": tuple(known.get("cases", ()))})
 
@@ -368,10 +370,10 @@ class MergingRecord:
     Attributes:
         merge_tokens: Patches that each layer merges into others.
         embeds: Number of embeddings that the vision encoder returns.
-        embeds_before: The same without merging.
-        output: The output that is compared: the bridge's, or the class token of a model without a bridge.
-        cosine: Mean cosine between that output with and without merging, in torch; None if it was not measured.
-        lowest: The lowest cosine of one picture.
+        embeds_before: Number of embeddings that the vision encoder would return without merging.
+        output: Name of the output that is compared: the bridge's, or the class token of a model without a bridge.
+        cosine: Mean cosine between the output with and without merging, in torch; None if it was not measured.
+        lowest: The lowest cosine of a single picture; None if it was not measured.
         pictures: Number of pictures that were compared.
     """
 

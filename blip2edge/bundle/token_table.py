@@ -32,7 +32,7 @@ ROWS, COLUMNS = "rows", "columns"
 
 
 def signed_nibbles(values: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """The 4-bit integers in the lower halves of bytes, from -8 to 7."""
+    """Reads the 4-bit integers in the lower halves of bytes, from -8 to 7."""
     return (values << 4).view(np.int8) >> 4
 
 
@@ -101,7 +101,7 @@ class _Columns:
 
 
 class TokenTable:
-    """Rows of a table ``[V, D]`` in a safetensors file.
+    """The language model's token embeddings: rows of a table ``[V, D]`` in a safetensors file.
 
     Args:
         path: The file.
@@ -109,7 +109,7 @@ class TokenTable:
         dtype: dtype of the rows that :meth:`rows` returns.
 
     Raises:
-        BundleError: Not a safetensors file, no such tensor, or none of the three forms.
+        BundleError: The file is not a safetensors file, or has no such tensor in one of the three forms.
     """
 
     def __init__(self, path: Path, tensor: str, dtype: str) -> None:
@@ -133,13 +133,13 @@ class TokenTable:
         return self._rows.shape[1]
 
     def rows(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Array:
-        """The embeddings of some tokens.
+        """Returns the embeddings of some tokens.
 
         Args:
-            token_ids: Ids below V, ``[…]``.
+            token_ids: Token ids below V, an array of any shape ``[…]``.
 
         Returns:
-            ``[…, D]``, a copy.
+            The embeddings ``[…, D]``, a copy.
         """
         ids = np.asarray(token_ids, np.int64)
         rows = self._rows.read(ids.reshape(-1)).astype(self._dtype, copy=False)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/blip2edge``, or ``~/.cache/blip2edge``.
+    """Returns the user's cache directory: ``$XDG_CACHE_HOME/blip2edge``, or ``~/.cache/blip2edge``.
 
     Raises:
-        RuntimeError: The user has no home directory, as in a container whose user is a number without a name.
+        RuntimeError: The user has no home directory, for example in a container whose user id has no name.
     """
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "blip2edge"

@@ -28,12 +28,12 @@ FOLDER = "calibration"
 
 
 def cache_path(bundle: Bundle, record: GraphRecord, feeds_sha256: str) -> Path:
-    """The cache file of a graph's observations.
+    """Returns the path of the file that caches the observed activations of a graph.
 
     Args:
         bundle: The bundle.
-        record: One of its graphs.
-        feeds_sha256: Hash of the pictures and of the bundle that they pass through.
+        record: The manifest's record of the graph.
+        feeds_sha256: Hash of the pictures and of the bundle that runs on them.
     """
     files = bundle.manifest.files
     parts = [files[name].sha256 for name in record.files]
@@ -42,11 +42,11 @@ def cache_path(bundle: Bundle, record: GraphRecord, feeds_sha256: str) -> Path:
 
 
 def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
-    """Reads a cache file.
+    """Reads the observed activations of a graph from a cache file.
 
     Args:
-        path: The file.
-        names: The activations that it must contain.
+        path: The cache file.
+        names: Names of the activations that the file must contain.
 
     Returns:
         The observations; None if there is no file.
@@ -72,7 +72,7 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
 
 
 def save_observations(path: Path, observations: Observations) -> None:
-    """Writes a cache file under a temporary name and renames it, so that other processes never read half a file."""
+    """Writes a cache file under a temporary name, then renames it, so that other processes never read half a file."""
     arrays: dict[str, Any] = {"names": np.frombuffer(json.dumps(list(observations)).encode(), np.uint8)}
     for index, observation in enumerate(observations.values()):
         histogram = observation.histogram

@@ -50,13 +50,13 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class RangeChoice:
-    """A candidate for the range of an activation, and its error.
+    """A candidate for the INT8 range of an activation, and the error that this range causes.
 
     Attributes:
         output_error: Power of the rounding error of an output over the power of the output, mean over tokens; the
             larger value of the drawn tokens and of the tokens with the largest values.
-        threshold: The threshold of the divided activation.
-        divisor: ``[K]``, the division of the channels; None for no division.
+        threshold: Largest value of the activation that INT8 can represent, after the division by ``divisor``.
+        divisor: Divisor of each channel, ``[K]``; None for no division.
     """
 
     output_error: float
@@ -71,13 +71,13 @@ def choose_ranges(
     method: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> ActivationPlan:
-    """Chooses the ranges of a graph's activations.
+    """Chooses the INT8 range of each activation of a graph.
 
     Args:
         model: The graph; the weights of one activation's products are in memory at a time.
-        targets: Its products.
-        observations: Observations by the activation's name.
-        method: One of :data:`METHODS`.
+        targets: The products of the graph that can be quantized.
+        observations: What was observed of each activation, by the activation's name.
+        method: How a range is chosen, one of :data:`METHODS`.
         progress: Called with activations done and activations in all.
     """
     plan = ActivationPlan()
@@ -111,12 +111,13 @@ def choose_ranges(
 
 
 def choose_range(observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False) -> RangeChoice:
-    """The best candidate for one activation.
+    """Chooses the range of one activation: the candidate with the least error.
 
     Args:
         observation: The observation of the activation.
-        weights: ``[K, N]`` of each product that reads it.
-        folds: Whether the division can be folded into the weights of the layer before, so that it needs no node.
+        weights: Weight ``[K, N]`` of each product that reads the activation.
+        folds: Whether the channels' division can be folded into the weights of the layer before, so that no node is
+            needed.
         shared: Whether another node reads one of the weights too, so that the weight must not be changed.
     """
     weight = _joined(weights)

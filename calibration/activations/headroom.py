@@ -41,9 +41,9 @@ class TensorRange:
 
     Attributes:
         tensor: The tensor's name.
-        op_type: Kind of the node that computes it.
-        node: That node's name.
-        reads: Names of the initializers that the node reads; they show its place in the model.
+        op_type: Operator of the node that computes the tensor.
+        node: Name of this node.
+        reads: Names of the initializers that the node reads; they show the node's place in the model.
         dtype: The tensor's type in the graph.
         largest: Largest |x|, or largest x before a softmax.
     """
@@ -57,7 +57,7 @@ class TensorRange:
 
     @property
     def headroom(self) -> float:
-        """65504 over the largest value; infinite if all values are zero."""
+        """65504 (the largest fp16 number) divided by the largest value; infinite if all values are zero."""
         return FP16_MAX / self.largest if self.largest > 0 else np.inf
 
     @property
@@ -81,10 +81,10 @@ def measure_headroom(
 
     Args:
         graph: The graph, in fp32 or fp16.
-        record: Its entry in the manifest.
+        record: The graph's record in the manifest.
         feeds: The recorded inputs; at most :data:`RUNS` of them are run.
-        weights: The directory of its external data.
-        threads: CPU threads.
+        weights: The directory of the graph's external data.
+        threads: CPU threads; None for all cores.
         progress: Called with runs done and runs in all.
 
     Returns:
@@ -114,7 +114,7 @@ def measure_headroom(
 
 
 def headroom_json(ranges: list[TensorRange]) -> dict[str, Any]:
-    """The report's ``headroom`` object of a graph.
+    """Makes the ``headroom`` object of a graph for the report.
 
     Returns:
         ``limit`` (65504), the ``lowest`` headroom, ``keep_fp32`` (tensors with less than :data:`MIN_HEADROOM`, with

@@ -20,12 +20,12 @@ PERCENTILE = 99.99
 
 
 class Histogram:
-    """Counts of |x| in :data:`BINS` equal bins from 0; the range doubles when a value falls beyond it.
+    """Counts of |x| in :data:`BINS` equal bins from 0; the range doubles when a value is larger than the last bin.
 
     Memory does not grow with the number of values.
 
     Attributes:
-        counts: int64 ``[BINS]``.
+        counts: Number of values in each bin, int64 ``[BINS]``.
         width: Width of a bin; 0 as long as all values are zero.
         maximum: Largest |x|.
     """
@@ -36,7 +36,7 @@ class Histogram:
         self.maximum = 0.0
 
     def add(self, values: NDArray[np.floating]) -> None:
-        """Counts the values of an array of any shape."""
+        """Adds the absolute values of an array of any shape to the counts; ValueError if a value is not finite."""
         sizes = np.abs(values, dtype=np.float32).ravel()
         if not sizes.size:
             return
@@ -58,18 +58,18 @@ class Histogram:
 
     @property
     def centres(self) -> NDArray[np.float64]:
-        """The middle of each bin."""
+        """Values of |x| in the middle of each bin, float64 ``[BINS]``."""
         middles: NDArray[np.float64] = (np.arange(BINS, dtype=np.float64) + 0.5) * self.width
         return middles
 
 
 def minmax(histogram: Histogram) -> float:
-    """The largest value, so that nothing saturates."""
+    """Returns the largest value as the threshold, so that nothing saturates."""
     return histogram.maximum
 
 
 def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
-    """The upper end of the bin up to which ``share`` percent of the values lie."""
+    """Returns the threshold below which ``share`` percent of the values are: the upper end of a bin."""
     total = histogram.counts.sum()
     if histogram.width == 0.0 or not total:
         return histogram.maximum
@@ -78,7 +78,7 @@ def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
 
 
 def mse(histogram: Histogram, candidates: int = 64) -> float:
-    """The threshold with the least mean squared error of rounding and saturation, over the histogram."""
+    """Returns that of ``candidates`` thresholds with the least mean squared error of rounding and saturation."""
     if histogram.width == 0.0:
         return histogram.maximum
     centres, counts = histogram.centres, histogram.counts.astype(np.float64)
@@ -95,7 +95,7 @@ def mse(histogram: Histogram, candidates: int = 64) -> float:
 
 
 def entropy(histogram: Histogram) -> float:
-    """The threshold whose 128 levels lose the least information (KL divergence; Migacz, GTC 2017).
+    """Returns the threshold whose 128 levels lose the least information (KL divergence; Migacz, GTC 2017).
 
     For each threshold, the saturated histogram is compared with the same histogram merged into 128 levels and spread
     over the bins that are not empty.

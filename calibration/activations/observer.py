@@ -26,7 +26,7 @@ class Observation:
     Attributes:
         histogram: Histogram of all values.
         channel_max: float32 ``[K]``, the largest |x| of each channel.
-        rows: float16 ``[R, K]``, drawn tokens divided by ``channel_max``, so that values are within ±1.
+        rows: float16 ``[R, K]``, randomly drawn tokens divided by ``channel_max``, so that values are within ±1.
         largest: float16 ``[L, K]``, the tokens with the largest values, divided in the same way.
     """
 
@@ -36,7 +36,7 @@ class Observation:
     largest: NDArray[np.float16] = field(default_factory=lambda: np.zeros((0, 0), np.float16))
 
     def sample(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The drawn tokens and the tokens with the largest values, undivided: float32 ``[R, K]`` and ``[L, K]``."""
+        """Returns ``rows`` and ``largest`` with their original values: float32 ``[R, K]`` and ``[L, K]``."""
         return self.rows * self.channel_max, self.largest * self.channel_max
 
 
@@ -77,7 +77,7 @@ class Observer:
         self._run += 1
 
     def result(self) -> Observation:
-        """The observation of all runs so far."""
+        """Returns what was observed in all runs so far."""
         if self._channel_max is None:
             return Observation()
         divisor = np.where(self._channel_max > 0, self._channel_max, 1.0)

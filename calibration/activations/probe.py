@@ -33,12 +33,12 @@ def observe_tensors(
 
     Args:
         graph: The graph.
-        record: Its entry in the manifest.
-        names: The tensors; they may be inputs of the graph.
+        record: The graph's record in the manifest.
+        names: Names of the tensors; they may be inputs of the graph.
         feeds: The recorded inputs.
         weights: The directory of the graph's external data.
-        update: Called once per run and part, with the values by name.
-        threads: CPU threads.
+        update: Called with tensor values by name, once per run and part (a large graph is observed in parts).
+        threads: CPU threads; None for all cores.
         progress: Called with runs done and runs in all, over all parts.
     """
     name = record.spec.name
@@ -70,11 +70,11 @@ def open_tensors(
     No file is written: ONNX Runtime takes the graph as bytes and reads its weights from the parent's files.
 
     Args:
-        graph: The graph, its initializers external and in one directory; unchanged afterwards.
-        names: The tensors.
+        graph: The graph, its initializers external and in one directory; it is not changed.
+        names: Names of the tensors.
         weights: The directory of the external data.
-        size: Bytes of the weights.
-        threads: CPU threads.
+        size: Size of the weights in bytes.
+        threads: CPU threads; None for all cores.
     """
     values = values_by_name(graph)
     before = list(graph.graph.outputs)
@@ -89,19 +89,20 @@ def open_tensors(
 def open_probe(
     graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None
 ) -> OnnxRuntimeSession:
-    """Opens a graph that is in memory.
+    """Opens a graph in ONNX Runtime that is in memory, not in a file.
 
     Args:
         graph: The graph.
-        weights: The directory of its external data; None if it has none.
-        size: Bytes of that; above :data:`LOW_MEMORY_ABOVE`, optimizations that copy weights are off.
-        threads: CPU threads.
+        weights: The directory of the graph's external data; None if it has none.
+        size: Size of the external data in bytes; above :data:`LOW_MEMORY_ABOVE`, optimizations that copy weights are
+            off.
+        threads: CPU threads; None for all cores.
     """
     return OnnxRuntimeSession(graph.SerializeToString(), threads, lean=size > LOW_MEMORY_ABOVE, weights=weights)
 
 
 def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
-    """Graph inputs and node outputs, by name."""
+    """Returns the graph's inputs and the outputs of its nodes, by name."""
     found = {str(value.name): value for value in graph.graph.inputs}
     for node in graph.graph:
         found |= {str(output.name): output for output in node.outputs if output.name}

@@ -39,11 +39,11 @@ class QuantizedActivation:
 
     Attributes:
         name: The activation's name.
-        products: The products.
+        products: The matrix products that read the activation.
         threshold: Values beyond ±threshold saturate.
-        divisor: ``[K]``, divides each channel before rounding (SmoothQuant, arXiv 2211.10438, eq. 3); None for no
+        divisor: Divisor of each channel before rounding, ``[K]`` (SmoothQuant, arXiv 2211.10438, eq. 3); None for no
             division.
-        fold: Initializers of the layer before that take the division, and the part of their last axis. Empty where
+        fold: Initializers of the layer before that are divided instead, each with the part of its last axis. Empty if
             a Mul node divides.
         output_error: Power of the rounding error of the products' outputs, over the power of the outputs.
     """
@@ -62,14 +62,14 @@ class ActivationPlan:
 
     Attributes:
         activations: Activations that become INT8.
-        kept_float: Products kept in floating point, by the name of the node or the weight, with the reason.
+        kept_float: Why a product is kept in floating point, by the name of its node or weight.
     """
 
     activations: list[QuantizedActivation] = field(default_factory=list)
     kept_float: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> list[str]:
-        """Weights of all products that become INT8."""
+        """Names of the weights of all products that become INT8."""
         return [product.weight for activation in self.activations for product in activation.products]
 
 
@@ -77,11 +77,11 @@ def quantize_columns(weight: Array, dtype: DTypeLike = np.float32) -> tuple[NDAr
     """Rounds a matrix to int8 with one scale per column.
 
     Args:
-        weight: ``[K, N]``.
+        weight: The matrix, ``[K, N]``.
         dtype: Type in which the graph stores the scales. The integers are computed with the stored scales.
 
     Returns:
-        int8 ``[K, N]`` within ±127, and scales ``[N]``. A column whose scale is zero in ``dtype`` has the scale 1.
+        Integers int8 ``[K, N]`` within ±127, and scales ``[N]``. A scale that would be zero in ``dtype`` becomes 1.
     """
     scale = (np.abs(weight).max(axis=0) / LEVELS).astype(dtype).astype(np.float32)
     scale[scale == 0] = 1.0

@@ -29,7 +29,7 @@ REPORT_BINS = 64  # bins of a histogram in the report
 
 
 def quantize_activations(context: CalibrationContext, record: GraphRecord) -> StagedGraph:
-    """Writes one graph with INT8 activations and weights to the staging directory, and compares it."""
+    """Writes one graph with INT8 activations and weights to the staging directory; compares it with the parent's."""
     start = time.perf_counter()
     name = record.spec.name
     model = ir.load(context.parent.file(record.spec.file))
@@ -56,7 +56,7 @@ def write_planned(
         context: The calibration.
         record: The graph's entry in the parent's manifest.
         model: The parent's graph, freshly loaded; changed in place.
-        targets: Its products.
+        targets: The products of the graph that can be quantized.
         plan: The activations that become INT8.
         start: ``time.perf_counter()`` when work on the graph began.
     """
@@ -77,7 +77,7 @@ def write_planned(
 
 
 def activation_details(plan: ActivationPlan, observations: Observations) -> list[dict[str, Any]]:
-    """The report's entries of the INT8 activations.
+    """Makes the report's entries of the INT8 activations.
 
     Returns:
         One object per activation: ``activation``, ``products`` (the weights that it is multiplied with), ``maximum``

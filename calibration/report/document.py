@@ -33,7 +33,7 @@ def write_reports(
     graphs: Mapping[str, StagedGraph],
     captions: CaptionAgreement | None,
 ) -> dict[str, FileRecord]:
-    """Writes both files to the staging directory.
+    """Writes ``report.json`` and the HTML report to the staging directory.
 
     Args:
         context: The calibration.
@@ -41,10 +41,10 @@ def write_reports(
         pictures: The pictures, in order.
         record: The manifest's ``calibration`` object.
         graphs: The graphs, by name.
-        captions: Agreement of the captions; None if the model writes none.
+        captions: Agreement of the captions with the parent's; None if the model generates no captions.
 
     Returns:
-        Hash and size of each file.
+        Hash and size of each file, by name.
 
     Raises:
         ValueError: A measurement is infinite or NaN.
@@ -64,7 +64,7 @@ def write_reports(
 
 
 def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]) -> dict[str, Any]:
-    """The object of ``report.json``, without the parts that need files.
+    """Makes the object of ``report.json``, without the parts that need files.
 
     :func:`write_reports` adds ``captions`` (``picture``, ``parent`` and ``ours`` of each), ``token_table`` (``bytes``
     and ``parent_bytes``) and ``decode`` (bytes that one token reads; null if nothing is generated).

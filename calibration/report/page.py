@@ -36,7 +36,7 @@ Graphs = Mapping[str, Mapping[str, Any]]
 
 
 def thumbnail(picture: Image.Image) -> str:
-    """A small JPEG of a picture, as a data URI."""
+    """Makes a small JPEG of a picture; returns it as a data URI."""
     small = picture.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
@@ -45,18 +45,18 @@ def thumbnail(picture: Image.Image) -> str:
 
 
 def shown_pictures(captions: Sequence[Mapping[str, str]]) -> list[int]:
-    """Indices of the pictures that the page shows, those whose captions differ first."""
+    """Chooses the pictures that the page shows, those with different captions first; returns their indices."""
     order = sorted(range(len(captions)), key=lambda at: captions[at]["parent"] == captions[at]["ours"])
     return order[:SHOWN]
 
 
 def report_page(document: Mapping[str, Any], title: str, thumbnails: Mapping[int, str]) -> str:
-    """Renders the page.
+    """Renders the calibration report as an HTML page.
 
     Args:
         document: The object of ``report.json``.
         title: The bundle's name.
-        thumbnails: Data URIs, by the index in ``document["captions"]``.
+        thumbnails: Data URIs of the pictures, by the index in ``document["captions"]``.
     """
     sections: list[tuple[str, Callable[[], str]]] = [
         ("Size", lambda: _sizes(document)),

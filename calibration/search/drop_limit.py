@@ -48,7 +48,7 @@ CaptionScore = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 
 @dataclass(frozen=True)
 class DropLimit:
-    """The limit on what quantization may change.
+    """The limit on how much quantization may change the captions.
 
     Attributes:
         points: Largest loss, in percentage points.
@@ -60,11 +60,11 @@ class DropLimit:
 
     @property
     def measure(self) -> str:
-        """The measured loss: the drop of ``cider``, or the share of ``captions`` that differ."""
+        """Name of the measured loss: ``cider`` (drop of the score) or ``captions`` (share of captions that differ)."""
         return "captions" if self.cider is None else "cider"
 
     def drop(self, captions: CaptionAgreement, references: Sequence[Sequence[str]]) -> float:
-        """The loss of a bundle's captions, in percentage points."""
+        """Computes the loss of a calibrated bundle's captions in percentage points; ``references`` are for CIDEr."""
         if self.cider is None:
             return 100.0 * (1.0 - captions.same)
         return 100.0 * (self.cider(captions.parent, references) - self.cider(captions.ours, references))
@@ -75,10 +75,10 @@ class KeptLayers:
     """The layers kept in floating point, and how they were found.
 
     Attributes:
-        limit: The limit.
-        ranking: Every layer's sensitivity, the worst first.
-        drops: Loss in percentage points, by the number of layers kept.
-        count: How many layers of the ranking are kept in the end.
+        limit: The limit on the loss.
+        ranking: Sensitivity of every layer, the most sensitive first.
+        drops: Measured loss in percentage points, by the number of layers kept.
+        count: How many of the first layers of the ranking are kept in the end.
     """
 
     limit: DropLimit
@@ -87,7 +87,7 @@ class KeptLayers:
     count: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The record's ``sensitivity`` object."""
+        """The search as a JSON object, ``sensitivity`` in the calibration record."""
         return {
             "limit": self.limit.points,
             "measure": self.limit.measure,
@@ -117,8 +117,8 @@ class FullyQuantized:
 
         Args:
             context: The calibration; its staging directory holds the graphs.
-            graphs: The graphs.
-            directory: A directory that is created.
+            graphs: The fully quantized graphs, by name.
+            directory: Directory for the copies; it is created.
         """
         directory.mkdir()
         files = {file for graph in graphs.values() if graph.summary.matrices for file in graph.record.files}
@@ -138,14 +138,14 @@ class FullyQuantized:
 
 
 def check_drop_limit(limit: float | None, captions: bool) -> None:
-    """Checks ``--drop-limit``.
+    """Checks the value of ``--drop-limit``.
 
     Args:
-        limit: The limit, or None.
-        captions: Whether the model writes captions.
+        limit: The limit in percentage points; None for no limit.
+        captions: Whether the model generates captions.
 
     Raises:
-        UsageError: The limit is not from 0 to 100, or the model writes no captions.
+        UsageError: The limit is not from 0 to 100, or the model generates no captions.
     """
     if limit is None:
         return
@@ -164,7 +164,7 @@ def measure_layers(
     pictures: Sequence[CalibrationPicture],
     texts: Sequence[Sequence[int]],
 ) -> list[Sensitivity]:
-    """Measures the sensitivity of every quantized layer; the worst first."""
+    """Measures the sensitivity of every quantized layer; the most sensitive layer is first."""
     meter = DivergenceMeter(context.parent, pictures[:PICTURES], texts[:PICTURES], context.threads)
 
     def model_of(layer: QuantizedLayer) -> Callable[[], ir.Model]:
@@ -185,13 +185,13 @@ def choose_kept_layers(
     limit: DropLimit,
     drop_of: Callable[[Mapping[str, StagedGraph]], float],
 ) -> tuple[dict[str, StagedGraph], KeptLayers]:
-    """Finds the smallest number of the worst layers that must be kept in floating point for the limit to hold.
+    """Finds how many of the most sensitive layers must be kept in floating point for the limit to hold.
 
     Args:
         context: The calibration; its staging directory holds the fully quantized graphs.
         quantized: The fully quantized graphs.
-        ranking: Every layer's sensitivity, the worst first.
-        limit: The limit.
+        ranking: Sensitivity of every layer, the most sensitive first.
+        limit: The limit on the loss.
         drop_of: Measures the loss of the graphs in the staging directory, in percentage points.
 
     Returns:

@@ -45,7 +45,7 @@ class QuantizedLayer:
 
     Attributes:
         graph: The graph's name.
-        name: The layer's path, or the matrix's name if it is in no layer.
+        name: The layer's path, or the name of a matrix that is in no layer.
         weights: Names of the matrices' initializers.
     """
 
@@ -56,18 +56,18 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The sensitivity of a layer.
+    """How much the model's logits change if only this layer is quantized.
 
     Attributes:
         layer: The layer.
-        loss: Divergence in nats per token.
+        loss: Divergence of the logits from the parent's, in nats per token.
     """
 
     layer: QuantizedLayer
     loss: float
 
     def to_json(self) -> dict[str, Any]:
-        """The entry in the manifest and in ``report.json``."""
+        """The sensitivity as a JSON object for the manifest and ``report.json``."""
         return {"graph": self.layer.graph, "layer": self.layer.name, "loss": float(f"{self.loss:.4g}")}
 
 
@@ -96,10 +96,10 @@ class DivergenceMeter:
     """Measures the divergence of the model from the parent when one graph is replaced, over some pictures.
 
     Args:
-        parent: The bundle.
+        parent: The parent bundle.
         pictures: The pictures.
         texts: Token ids of the parent's caption of each picture.
-        threads: CPU threads.
+        threads: CPU threads; None for all cores.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class DivergenceMeter:
         )
 
     def loss(self, graph: str, session: Session) -> float:
-        """The divergence with ``session`` in the place of a graph; the graphs before it are not run again."""
+        """Measures the divergence if ``session`` replaces ``graph``; the graphs that run before are not run again."""
         at = self._order.index(graph)
         sessions = dict(self._sessions)
         for name in self._order[:at]:
@@ -132,11 +132,11 @@ class DivergenceMeter:
         return float(np.mean([divergence(*pair) for pair in zip(self._reference, found, strict=True)]))
 
     def measure(self, layer: QuantizedLayer, quantized: ir.Model) -> Sensitivity:
-        """A layer's sensitivity.
+        """Measures the sensitivity of a layer.
 
         Args:
             layer: The layer.
-            quantized: Its graph with that layer quantized; other weights are external, in the parent's directory.
+            quantized: The layer's graph with only this layer quantized; other weights are in the parent's directory.
         """
         record = self._parent.graph(layer.graph)
         size = sum(self._parent.manifest.files[file].size for file in record.data_files)
@@ -185,7 +185,7 @@ def _all_logits(session: Session, logits: list[Array]) -> Session:
 
 
 def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:
-    """The parent's graph with the rounded weights of one layer, taken from the quantized graph."""
+    """Makes the parent's graph with the rounded weights of one layer, taken from the quantized graph."""
     model, rounded = ir.load(parent), ir.load(quantized).graph.initializers
     for weight in layer.weights:
         integers, scales = block_tensors(rounded, weight)
@@ -197,14 +197,14 @@ def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -
 
 
 def with_quantized_activations(parent: Path, plan: ActivationPlan, layer: QuantizedLayer) -> ir.Model:
-    """The parent's graph with the activations and weights of one layer in INT8, by a plan."""
+    """Makes the parent's graph with activations and weights of one layer in INT8, as ``plan`` describes."""
     model = ir.load(parent)
     insert_qdq(model, restrict_plan(plan, layer.weights), InMemoryStore())
     return model
 
 
 def restrict_plan(plan: ActivationPlan, weights: Sequence[str]) -> ActivationPlan:
-    """The part of a plan that belongs to some weights."""
+    """Returns the part of a plan whose products have one of these weights."""
     activations = []
     for activation in plan.activations:
         products = tuple(product for product in activation.products if product.weight in weights)
@@ -218,11 +218,11 @@ def rank_layers(
     models: Sequence[tuple[QuantizedLayer, Callable[[], ir.Model]]],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Sensitivity]:
-    """Measures layers, one at a time; the worst first.
+    """Measures the sensitivity of layers, one at a time; the most sensitive layer is first.
 
     Args:
         meter: Measures the divergence.
-        models: Each layer, with a function that makes the graph in which it is quantized.
+        models: Each layer, with a function that makes the graph in which only this layer is quantized.
         progress: Called with layers done and layers in all.
     """
     found = [meter.measure(layer, model()) for layer, model in counted(models, len(models), progress)]

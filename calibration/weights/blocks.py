@@ -31,11 +31,11 @@ SHRINKS = tuple(np.linspace(1.0, 0.5, 26))
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """The integer format of a matrix in blocks.
+    """The integer format of a matrix whose rows are quantized in blocks.
 
     Attributes:
-        bits: 4 or 8.
-        block: Rows that share a scale.
+        bits: Bits of an integer, 4 or 8.
+        block: Number of rows that share a scale.
     """
 
     bits: int
@@ -49,43 +49,43 @@ class BlockFormat:
 
     @property
     def high(self) -> int:
-        """The largest integer; the smallest is ``-high - 1`` in four bits and ``-high`` in eight."""
+        """The largest integer of the format; the smallest is ``-high - 1`` in four bits and ``-high`` in eight."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def low(self) -> int:
-        """The smallest integer."""
+        """The smallest integer of the format."""
         return -self.high - 1 if self.bits == 4 else -self.high
 
     @classmethod
     def for_width(cls, width: int, bits: int) -> BlockFormat | None:
-        """The preferred format for ``width`` inputs; None if no block size divides it."""
+        """Returns the preferred format for a matrix with ``width`` rows; None if no block size divides ``width``."""
         fitting = [block for block in BLOCKS[bits] if width % block == 0]
         return cls(bits, fitting[0]) if fitting else None
 
 
 def largest(weight: Floats, form: BlockFormat) -> Floats:
-    """The largest absolute value of each block: ``[K, N]`` to ``[K / block, N]``."""
+    """Returns the largest absolute value of each block of a matrix: ``[K, N]`` to ``[K / block, N]``."""
     found: Floats = np.abs(_blocks(weight, form)).max(axis=1)
     return found
 
 
 def plain_scales(weight: Floats, form: BlockFormat) -> Floats:
-    """Scales that map each block's largest value to the largest integer: ``[K / block, N]``."""
+    """Computes scales ``[K / block, N]`` that map each block's largest value to the largest integer."""
     scales = largest(weight, form) / np.float32(form.high)
     return np.where(scales > 0, scales, np.float32(1))  # a block of zeros may have any scale
 
 
 def searched_scales(weight: Floats, form: BlockFormat, importance: Floats | None = None) -> Floats:
-    """Scales with the least rounding error, out of the plain scales times each of :data:`SHRINKS`.
+    """Finds the scales with the least rounding error: the plain scales times one of :data:`SHRINKS`, for each block.
 
     Args:
-        weight: ``[K, N]``.
-        form: The format.
-        importance: ``[K]``, weight of each input's error: the mean square of its activation; None for 1.
+        weight: The matrix, ``[K, N]``.
+        form: The integer format.
+        importance: Factor on the error of each input, ``[K]``: the mean square of its activation; None for 1.
 
     Returns:
-        ``[K / block, N]``.
+        Scales ``[K / block, N]``.
     """
     blocks = _blocks(weight, form)
     cost = np.ones(weight.shape[0], np.float32) if importance is None else importance.astype(np.float32)
@@ -102,20 +102,20 @@ def searched_scales(weight: Floats, form: BlockFormat, importance: Floats | None
 
 
 def rounded(weight: Floats, scales: Floats, form: BlockFormat) -> Integers:
-    """Rounds to the nearest integers, ``[K, N]``."""
+    """Rounds a matrix ``[K, N]`` to the nearest integers, int8 ``[K, N]``, with scales ``[K / block, N]``."""
     spread = np.repeat(scales, form.block, axis=0)
     nearest: Integers = np.clip(np.rint(weight / spread), form.low, form.high).astype(np.int8)
     return nearest
 
 
 def restored(integers: Integers, scales: Floats, form: BlockFormat) -> Floats:
-    """The weights that a graph computes from integers and scales: float32 ``[K, N]``."""
+    """Computes the weights from integers and scales, as a graph does: float32 ``[K, N]``."""
     spread: Floats = np.repeat(scales.astype(np.float32), form.block, axis=0)
     return integers.astype(np.float32) * spread
 
 
 def packed(integers: Integers, bits: int) -> NDArray[np.uint8]:
-    """Bytes in ONNX's layout: flat; two 4-bit values per byte, the first in the lower half."""
+    """Packs integers into bytes in ONNX's layout: flat; two 4-bit values per byte, the first in the lower half."""
     flat: NDArray[np.uint8] = np.ascontiguousarray(integers).reshape(-1).view(np.uint8)
     if bits == 8:
         return flat

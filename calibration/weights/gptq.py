@@ -42,10 +42,10 @@ Scales = Callable[[Floats, BlockFormat], Floats]
 
 
 class SecondMoments:
-    """The sum of ``XᵀX`` over batches of activations.
+    """Sums up ``XᵀX`` over batches of activations X.
 
     Args:
-        width: K.
+        width: K, number of channels of an activation.
     """
 
     def __init__(self, width: int) -> None:
@@ -53,21 +53,21 @@ class SecondMoments:
         self.rows = 0
 
     def add(self, activations: NDArray[Any]) -> None:
-        """Adds activations ``[..., K]``."""
+        """Adds a batch of activations ``[..., K]``."""
         flat = activations.reshape(-1, activations.shape[-1]).astype(np.float32, copy=False)
         self.total += flat.T @ flat
         self.rows += len(flat)
 
     def mean(self) -> NDArray[np.float64]:
-        """Mean over the activations, ``[K, K]``."""
+        """Returns the mean of ``XᵀX`` over the activations, float64 ``[K, K]``."""
         return self.total / max(self.rows, 1)
 
 
 class GptqRounder:
-    """Rounds the matrices that read the same activations; the factor of H is computed once.
+    """Rounds the matrices that read the same activations with GPTQ; the matrix H is factorized only once.
 
     Args:
-        moments: ``[K, K]``, mean of ``XᵀX``.
+        moments: Mean of ``XᵀX`` over the activations, ``[K, K]``.
 
     Raises:
         BundleError: ``moments`` is not finite.
@@ -99,7 +99,10 @@ class GptqRounder:
         return integers, scales
 
     def error(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> float:
-        """Relative change of a matrix's output by rounding: ``|X(W - Ŵ)| / |XW|`` over the activations."""
+        """Computes the relative change of a matrix's output by rounding, ``|X(W - Ŵ)| / |XW|``.
+
+        X are the activations, W is ``weight``, and Ŵ the matrix that ``integers`` and ``scales`` represent.
+        """
         moments = self.moments
         lost = whole = 0.0
         for part in _columns(weight):
@@ -151,7 +154,10 @@ class GptqRounder:
 
 
 def nearest(weight: Floats, form: BlockFormat, scales_of: Scales) -> tuple[Integers, Floats]:
-    """Rounds to nearest, with scales by a rule; returns integers ``[K, N]`` and scales ``[K / block, N]``."""
+    """Rounds a matrix ``[K, N]`` to the nearest integers; ``scales_of`` computes the scales.
+
+    Returns integers ``[K, N]`` and scales ``[K / block, N]``.
+    """
     integers = np.empty(weight.shape, np.int8)
     scales = np.empty((len(weight) // form.block, weight.shape[1]), np.float32)
     for part in _columns(weight):

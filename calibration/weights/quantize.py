@@ -42,12 +42,12 @@ RUNS = 128
 
 
 def quantize_weights(context: CalibrationContext, record: GraphRecord, bits: int) -> StagedGraph:
-    """Writes one graph with its weights in blocks of integers to the staging directory, and compares it.
+    """Writes one graph with block-quantized weights to the staging directory; compares it with the parent's graph.
 
     Args:
         context: The calibration.
         record: The graph's entry in the parent's manifest.
-        bits: 4 or 8.
+        bits: Bits of an integer, 4 or 8.
     """
     start = time.perf_counter()
     name = record.spec.name
@@ -74,13 +74,13 @@ def quantize_weights(context: CalibrationContext, record: GraphRecord, bits: int
 def rewrite_weights(
     context: CalibrationContext, graph: StagedGraph, directory: Path, kept_float: Mapping[str, str]
 ) -> StagedGraph:
-    """Writes a graph again with fewer matrices as integers, from the integers of an earlier call.
+    """Writes a quantized graph again with some matrices in floating point; the other integers are reused.
 
     Args:
         context: The calibration.
         graph: The graph with all matrices as integers.
-        directory: The directory of its files.
-        kept_float: Matrices that are kept in floating point, with the reason.
+        directory: The directory of this graph's files.
+        kept_float: Why a matrix is kept in floating point, by the matrix's name.
     """
     start = time.perf_counter()
     name = graph.record.spec.name

@@ -27,14 +27,14 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a graph, with its inputs and outputs.
+    """A part of a graph that is run separately, with its inputs and outputs.
 
     Attributes:
         nodes: The nodes, in order.
-        inputs: Outputs of earlier segments, or inputs of the graph.
-        outputs: Tensors that later segments read.
-        constants: Initializers that the nodes read.
-        activation: The activation that the products after it read.
+        inputs: Names of the segment's inputs: outputs of earlier segments, or inputs of the graph.
+        outputs: Names of the tensors that later segments read.
+        constants: Names of the initializers that the nodes read.
+        activation: Name of the activation that the products after this segment read.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -45,11 +45,11 @@ class Segment:
 
 
 def cut_graph(graph: onnx.GraphProto, products: Sequence[Product]) -> list[Segment]:
-    """Cuts a graph before the first MatMul that reads a new activation.
+    """Cuts a graph into segments: one cut before each first MatMul that reads a new activation.
 
     A MatMul is one of ``products`` if its second input is their weight; several MatMuls that read one activation have
-    one cut. There the segment before it has computed the activation, on which the weights of these MatMuls are then
-    rounded. The nodes after the last cut are in no segment, because no product needs their outputs.
+    one cut. The segment before a cut computes this activation; the weights of the MatMuls are then rounded with it.
+    The nodes after the last cut are in no segment, because no product needs their outputs.
 
     Args:
         graph: The graph, its nodes in the order in which they run.
@@ -88,9 +88,9 @@ class SegmentRunner:
 
     Args:
         model: The graph. It must not be changed until the last segment has run.
-        products: The products before which it is cut.
-        feeds: Sets of inputs, by name.
-        threads: CPU threads.
+        products: The products before which the graph is cut.
+        feeds: Sets of graph inputs, each by input name.
+        threads: CPU threads; None for all cores.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class SegmentRunner:
                     del live[name]
 
     def replace(self, weight: str, values: Array) -> None:
-        """Gives an initializer other values, from the next segment on."""
+        """Replaces the values of the initializer ``weight`` in all segments that have not run yet."""
         self._changed[weight] = values
 
     def _advance(self, segment: Segment) -> Iterator[Array]:

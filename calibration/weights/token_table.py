@@ -30,7 +30,7 @@ CHUNK = 4096  # rows that are compared or rounded at a time
 
 
 def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], None] | None = None) -> BlockFormat:
-    """Writes a table ``[V, D]`` as integers, one row per token.
+    """Writes a token table ``[V, D]`` as integers with scales, one row per token.
 
     Args:
         table: The table of the parent bundle.
@@ -38,10 +38,10 @@ def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], Non
         progress: Called with rows done and rows in all.
 
     Returns:
-        The format.
+        The integer format.
 
     Raises:
-        ValueError: No block divides D.
+        ValueError: No block size divides D.
     """
     form = BlockFormat.for_width(table.width, BITS)
     if form is None:
@@ -69,14 +69,14 @@ def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], Non
 def write_shared(
     path: Path, form: BlockFormat, integers: Integers, scales: NDArray[Any], name: str
 ) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
-    """Writes a head ``[D, V]`` as the token table.
+    """Writes a quantized head ``[D, V]`` as the token table, so that head and table share one file.
 
     Args:
         path: The new file, in the decoder's directory.
-        form: The format.
-        integers: ``[D, V]``.
-        scales: ``[D / block, V]``.
-        name: The head's initializer.
+        form: The integer format of the head.
+        integers: Integers of the head, ``[D, V]``.
+        scales: Scales of the head, ``[D / block, V]``.
+        name: Name of the head's initializer.
 
     Returns:
         Integers and scales, as the decoder's graph refers to them.
@@ -98,10 +98,10 @@ def write_shared(
 
 
 def tied_head(table: TokenTable, products: dict[str, Product], read: Callable[[str], NDArray[Any]]) -> str | None:
-    """The initializer that equals the transposed table; None if there is none.
+    """Finds the decoder's head if it equals the transposed token table; returns the name of its initializer, else None.
 
     Args:
-        table: ``[V, D]``.
+        table: The token table, ``[V, D]``.
         products: The decoder's products, by the weight's name.
         read: Returns an initializer's values.
     """

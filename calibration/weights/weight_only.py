@@ -51,12 +51,13 @@ class BlockMatrix:
     """A quantized matrix in a file.
 
     Attributes:
-        name: Name of the initializer that it replaces.
-        form: Its format.
-        integers: ``[K, N]``.
-        scales: ``[K / block, N]``.
-        error: Relative change of its output by rounding, on the recorded activations; None without activations.
-        plain_error: The same for rounding to nearest with plain scales.
+        name: Name of the initializer that the matrix replaces.
+        form: The integer format.
+        integers: Integers ``[K, N]``.
+        scales: Scales ``[K / block, N]``.
+        error: Relative change of the matrix's output by rounding, on the recorded activations; None without
+            activations.
+        plain_error: The same change for rounding to nearest with plain scales, as a baseline.
     """
 
     name: str
@@ -72,7 +73,7 @@ MatrixWriter = Callable[[Product, BlockFormat, Integers, Floats], tuple[ir.Exter
 
 
 def choose_formats(products: Sequence[Product], bits: int) -> tuple[dict[str, BlockFormat], dict[str, str]]:
-    """Chooses the formats of a graph's matrices.
+    """Chooses the integer format of each matrix of a graph.
 
     Returns:
         The formats by the weight's name, and the weights kept in floating point, with the reason.
@@ -105,11 +106,11 @@ def quantize_matrices(
     Args:
         model: The parent's graph, its initializers external; changed in place. One matrix is in memory at a time,
             and the outputs of one segment of the graph for all feeds.
-        products: Its products (``find_targets``).
-        data: The file of the weights.
-        formats: Each matrix's format, by the initializer's name; others are kept in floating point.
-        feeds: Inputs of some runs; empty to round without activations.
-        plain: Round to nearest with plain scales and without activations, as a baseline.
+        products: The graph's products (``find_targets``).
+        data: The new file of the weights.
+        formats: Integer format of each matrix, by the initializer's name; other matrices are kept in floating point.
+        feeds: Recorded inputs of some runs; empty to round without activations.
+        plain: Whether to round to nearest with plain scales and without activations, as a baseline.
         threads: CPU threads of the runs that compute activations.
         writers: Writers of the matrices that do not go to ``data``, by the initializer's name.
         progress: Called with matrices done and matrices in all.
@@ -142,7 +143,7 @@ def quantize_matrices(
 
 
 def copy_others(model: ir.Model, data: DataFile, but: Container[str]) -> None:
-    """Writes the external initializers other than ``but``; small ones are in the graph's own file."""
+    """Writes the external initializers except those named in ``but``; small ones are in the graph's own file."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if name not in but and isinstance(tensor, ir.ExternalTensor):
@@ -201,7 +202,7 @@ class _MatrixRounder:
 
 
 def replace_weights(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None:
-    """Replaces initializers by integers, scales and a DequantizeLinear; names that the graph lacks have no effect."""
+    """Replaces initializers by integers, scales and a DequantizeLinear; names that the graph lacks are ignored."""
     graph = model.graph
     for name, matrix in matrices.items():
         if name in graph.initializers:
@@ -213,7 +214,7 @@ def replace_weights(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> Non
 
 
 def block_tensors(initializers: Mapping[str, ir.Value], weight: str) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
-    """Integers and scales of a matrix in a quantized graph.
+    """Returns the integers and scales of the matrix ``weight`` in a quantized graph.
 
     Raises:
         ValueError: The matrix is not quantized.
@@ -227,13 +228,13 @@ def block_tensors(initializers: Mapping[str, ir.Value], weight: str) -> tuple[ir
 
 
 def form_of(integers: ir.ExternalTensor, scales: ir.ExternalTensor) -> BlockFormat:
-    """The format of a matrix, from the type of its integers and both shapes."""
+    """Returns the format of a matrix, from the type of its integers and both shapes."""
     bits = 4 if integers.dtype == ir.DataType.INT4 else 8
     return BlockFormat(bits, integers.shape.numpy()[0] // scales.shape.numpy()[0])
 
 
 def all_logits(feed: Mapping[str, Array]) -> dict[str, Array]:
-    """A decoder's inputs with logits requested at every position, so that a run gives many activations of the head."""
+    """Requests logits at every position in a decoder's inputs, so that a run gives many activations of the head."""
     indices, embeds = feed.get(LOGITS_INDICES), feed.get("inputs_embeds")
     if indices is None or embeds is None:
         return dict(feed)

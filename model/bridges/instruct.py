@@ -21,11 +21,11 @@ from blip2edge.model.layers import key_mask_bias, stack
 
 @dataclass(frozen=True)
 class InstructedQFormerConfig(QFormerConfig):
-    """A Q-Former that also reads a text, with the defaults of transformers' InstructBlipQFormerConfig.
+    """Config of a Q-Former that also reads a text, with the defaults of transformers' InstructBlipQFormerConfig.
 
     Attributes:
-        vocab_size: Rows of its word table; its tokenizer is BERT's, not the language model's.
-        instruction_positions: Rows of its position table, and so the longest instruction.
+        vocab_size: Rows of the Q-Former's word table; the tokenizer is BERT's, not the language model's.
+        instruction_positions: Rows of the position table: the length of the longest instruction.
     """
 
     vocab_size: int = key("vocab_size", 30522)
@@ -36,14 +36,14 @@ class InstructedQFormerConfig(QFormerConfig):
 
 
 class InstructedLayer(QFormerLayer):
-    """A Q-Former's layer over queries and text."""
+    """A Q-Former layer for query tokens and text."""
 
     def __init__(self, config: InstructedQFormerConfig, index: int) -> None:
         super().__init__(config, index)
         self.text_feed_forward = BertFeedForward(config)
 
     def forward(self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, Q, D]`` and text ``[B, T, D]`` to the same; ``bias [B, 1, 1, Q + T]`` hides padding.
+        """Updates queries ``[B, Q, D]`` and text ``[B, T, D]``, same shapes; ``bias [B, 1, 1, Q + T]`` hides padding.
 
         The text is returned after self-attention; the caller applies ``text_feed_forward``.
         """
@@ -57,7 +57,7 @@ class InstructedLayer(QFormerLayer):
 
 
 class InstructedQFormer(QFormerBase):
-    """``image_embeds [B, P, Dv]`` and an instruction ``[B, T]`` to ``[B, Q, D]``."""
+    """Q-Former that reads a picture and an instruction (InstructBLIP)."""
 
     layers: Sequence[InstructedLayer]
 
@@ -72,11 +72,11 @@ class InstructedQFormer(QFormerBase):
         self.layers = stack(InstructedLayer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
-        """The queries after all layers.
+        """Runs all layers; returns the queries ``[B, Q, D]``.
 
         Args:
-            image_embeds: ``[B, P, Dv]``.
-            instruction_ids: int64 ``[B, T]``, padded on the right, as a token's slot is its position.
+            image_embeds: The picture's embeddings, ``[B, P, Dv]``.
+            instruction_ids: Token ids int64 ``[B, T]``, padded on the right, because a token's slot is its position.
             instruction_mask: int64 ``[B, T]``, 1 where a token is valid.
         """
         slots = torch.arange(instruction_ids.shape[1], device=instruction_ids.device)

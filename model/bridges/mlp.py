@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """A bridge that keeps every patch.
+    """Config of a bridge (LLaVA) that makes one visual token from every patch, with linear layers.
 
     Attributes:
-        input_size: Width of a patch.
-        hidden_size: Width after each layer: the language model's.
-        num_patches: Patches per picture, and so its visual tokens.
+        input_size: Width of a patch embedding.
+        hidden_size: Width after each layer, which is the language model's width.
+        num_patches: Number of patches, and of visual tokens, per picture.
     """
 
     input_size: int
@@ -26,11 +26,11 @@ class MLPConfig:
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens per picture."""
+        """Number of visual tokens per picture."""
         return self.num_patches
 
     def to_hf(self) -> dict[str, Any]:
-        """The keys of a LLaVA ``config.json`` that describe it."""
+        """Returns the keys of a LLaVA ``config.json`` that describe the bridge."""
         return {
             "projector_hidden_act": self.activation,
             "multimodal_projector_bias": self.bias,

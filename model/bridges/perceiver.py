@@ -23,9 +23,9 @@ class PerceiverConfig(Section):
 
     Attributes:
         width: Width of the picture's embeddings and of the latents.
-        num_latents: Number of latents, and of visual tokens.
-        output_size: Width of the visual tokens after a linear layer; 0 for no such layer, as in Flamingo, which
-            attends to the latents themselves.
+        num_latents: Number of latents, which is the number of visual tokens.
+        output_size: Width of the visual tokens after a linear layer; 0 for no linear layer, as in Flamingo, whose
+            decoder attends to the latents.
     """
 
     width: int
@@ -42,16 +42,16 @@ class PerceiverConfig(Section):
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens per picture."""
+        """Number of visual tokens per picture."""
         return self.num_latents
 
     def to_hf(self) -> dict[str, Any]:
-        """The section that :meth:`from_hf` reads."""
+        """Returns the section of ``config.json`` that :meth:`from_hf` reads."""
         return super().to_hf() | {"use_resampler": True}
 
 
 class PerceiverAttention(Attention):
-    """Latents attend to the picture and to themselves; no bias in the matrices."""
+    """Attention of the latents to the picture and to the latents; the matrices have no bias."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         norm = partial(nn.LayerNorm, config.head_dim) if config.qk_norms else None
@@ -60,7 +60,7 @@ class PerceiverAttention(Attention):
         self.latents_norm = nn.LayerNorm(config.width)
 
     def read(self, context: Tensor, latents: Tensor) -> Tensor:
-        """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
+        """Lets ``latents [B, Q, D]`` attend to the picture ``context [B, P, D]``; returns ``[B, Q, D]``."""
         latents = self.latents_norm(latents)
         context = torch.cat([self.context_norm(context), latents], dim=1)  # [B, P + Q, D]
         return self(latents, self.key_value(context))
@@ -74,7 +74,7 @@ class PerceiverFeedForward(FeedForward):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, Q, D]`` to ``[B, Q, D]``."""
+        """Maps latents ``[B, Q, D]`` to the same shape."""
         return super().forward(self.norm(x))
 
 
@@ -87,13 +87,13 @@ class PerceiverLayer(nn.Module):
         self.feed_forward = PerceiverFeedForward(config)
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
-        """``context [B, P, D]`` and ``latents [B, Q, D]`` to ``[B, Q, D]``."""
+        """Updates ``latents [B, Q, D]`` from the picture ``context [B, P, D]``; returns ``[B, Q, D]``."""
         latents = latents + self.attention.read(context, latents)
         return latents + self.feed_forward(latents)
 
 
 class PerceiverResampler(nn.Module):
-    """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; D is Dv without a linear layer after it."""
+    """Bridge with learned latents that attend to the picture; D is Dv if there is no linear layer at the end."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class PerceiverResampler(nn.Module):
         self.projection = nn.Linear(config.width, config.output_size) if config.output_size else None
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """The latents after all layers."""
+        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
         latents = self.latents.expand(image_embeds.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(image_embeds, latents)

@@ -22,9 +22,9 @@ class AttentionPoolConfig(Section):
 
     Attributes:
         hidden_size: Width of a query.
-        num_heads: Heads.
-        num_query_tokens: Number of queries, and of visual tokens.
-        encoder_hidden_size: Width of a patch.
+        num_heads: Number of attention heads.
+        num_query_tokens: Number of queries, which is the number of visual tokens.
+        encoder_hidden_size: Width of a patch embedding.
         norm_eps: Epsilon of both norms.
     """
 
@@ -42,12 +42,12 @@ class AttentionPoolConfig(Section):
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens per picture."""
+        """Number of visual tokens per picture."""
         return self.num_query_tokens
 
 
 class AttentionPoolBridge(nn.Module):
-    """Norms, attention and the projection to the language model."""
+    """Bridge of one attention layer: learned queries attend to the patches, then a projection to the language model."""
 
     def __init__(self, config: AttentionPoolConfig, embed_dim: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class AttentionPoolBridge(nn.Module):
         self.projection = nn.Linear(config.hidden_size, embed_dim)
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
+        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
         queries = self.query_norm(self.query_tokens)  # [1, Q, D]: the same for every picture
         patches = self.attention.key_value(self.patch_norm(image_embeds))
         return self.projection(self.attention(queries, patches))

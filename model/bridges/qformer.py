@@ -18,7 +18,7 @@ from blip2edge.model.layers import KeyValue, stack
 
 
 class QFormerLayer(nn.Module):
-    """The parts of a layer: self-attention, attention to the picture in some layers, feed-forward."""
+    """A Q-Former layer: self-attention, attention to the picture (only in some layers), feed-forward."""
 
     def __init__(self, config: QFormerConfig, index: int) -> None:
         super().__init__()
@@ -39,18 +39,18 @@ class QFormerBase(nn.Module):
     layers: Sequence[QFormerLayer]
 
     def read(self, image_embeds: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """The queries after all layers.
+        """Runs the queries through all layers.
 
-        Before the first attention to the picture the queries are the same for every row. They stay ``[1, Q, D]``,
-        so that a graph optimiser can fold that part into a constant. In training with dropout they are expanded
+        Before the first attention to the picture, the queries are the same for every row. They stay ``[1, Q, D]``,
+        so that a graph optimiser can fold this part into a constant. In training with dropout, the queries are expanded
         first, because each row needs its own random mask.
 
         Args:
-            image_embeds: ``[B, P, Dv]``.
+            image_embeds: The picture's embeddings, ``[B, P, Dv]``.
 
         Returns:
-            ``[B, Q, D]``, and the keys and values of each layer's self-attention, two of ``[B, H, Q, d]``. A text
-            after the queries attends to them.
+            The queries ``[B, Q, D]``, and keys and values ``[B, H, Q, d]`` of each layer's self-attention; a text
+            after the queries attends to these.
         """
         rows = image_embeds.shape[0]
         queries: Tensor = self.query_tokens
@@ -69,7 +69,7 @@ class QFormerBase(nn.Module):
 
 
 class QFormer(QFormerBase):
-    """``image_embeds [B, P, Dv]`` to ``[B, Q, D]``."""
+    """The Q-Former of BLIP-2: learned queries that attend to the picture."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class QFormer(QFormerBase):
         self.layers = stack(QFormerLayer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """``image_embeds [B, P, Dv]`` to the queries ``[B, Q, D]``."""
+        """Maps ``image_embeds [B, P, Dv]`` to queries ``[B, Q, D]``."""
         return self.read(image_embeds)[0]
 
 
@@ -102,7 +102,7 @@ class Projection(nn.Linear):
         self.embed_dim = embed_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, Q, width]`` to ``[B, Q, embed_dim]``."""
+        """Maps the bridge's output ``[B, Q, width]`` to visual tokens ``[B, Q, embed_dim]``."""
         x = super().forward(x)  # [B, Q, hidden]
         if self.out_features == self.embed_dim:
             return x
@@ -119,8 +119,8 @@ class QFormerBridge(nn.Module):
         self.projection = Projection(qformer.config.hidden_size, language.hidden_size, language.embed_dim)
 
     def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor:
-        """``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
 
-        A Q-Former that reads an instruction also takes its ids and its mask, int64 ``[B, T]`` each.
+        For a Q-Former that reads an instruction, ``instruction`` is token ids and mask, int64 ``[B, T]`` each.
         """
         return self.projection(self.qformer(image_embeds, *instruction))

@@ -27,7 +27,7 @@ BRIDGE_BUILDERS: dict[str, Callable[[Any, LanguageConfig], nn.Module]] = {
 
 
 def build_bridge(config: BridgeConfig, language: LanguageConfig) -> nn.Module:
-    """Builds the bridge: ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+    """Builds the bridge, a module that maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
 
     A bridge that reads an instruction also takes ``instruction_ids`` and ``instruction_mask`` ``[B, T]``.
     """

@@ -41,21 +41,21 @@ class WordHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """``x [B, K, D]`` and the table ``[V, D]`` to logits ``[B, K, V]``."""
+        """Maps states ``x [B, K, D]`` to logits ``[B, K, V]``, with the token table ``[V, D]`` as output matrix."""
         x = self.norm(self.activation(self.dense(x)))
         return x @ table.t() + self.bias
 
 
 class TextSide(NamedTuple):
-    """The modules that a text passes, some of them shared with the Q-Former.
+    """The modules that generate a text after the queries; some are shared with the Q-Former.
 
     Attributes:
         words: Token table.
-        positions: Position table, counted from [DEC] on.
+        positions: Position table; [DEC], the first token, has position 0.
         norm: The norm before the first layer, shared with the queries.
         dropout: Dropout after the norm.
-        layers: Per layer, self-attention (shared with the queries) and the text's feed-forward.
-        head: From states to logits.
+        layers: For each layer, self-attention (shared with the queries) and the text's feed-forward.
+        head: Maps states to logits.
     """
 
     words: nn.Embedding
@@ -73,17 +73,17 @@ class TextSide(NamedTuple):
         past: Iterable[KeyValue],
         logits_indices: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Runs the layers on further tokens of a text.
+        """Runs the layers on the next tokens of a text.
 
         Args:
-            input_ids: int64 ``[B, S]``; the first of a text is [DEC].
-            positions: int64 ``[B, S]`` or ``[S]``, 0 at [DEC].
+            input_ids: Token ids, int64 ``[B, S]``; the first token of a text is [DEC].
+            positions: Positions of the tokens, int64 ``[B, S]`` or ``[S]``, 0 for [DEC].
             bias: Added to the scores, broadcastable to ``[B, H, S, P + S]``.
-            past: Two of ``[B, H, P, d]`` per layer: the queries' keys and values, and those of the text before.
-            logits_indices: int64 ``[B, K]``, which of the S tokens need logits; None for all.
+            past: Keys and values ``[B, H, P, d]`` of each layer, of the queries and the earlier tokens.
+            logits_indices: int64 ``[B, K]``, indices of the tokens to compute logits for; None for all S.
 
         Returns:
-            Logits ``[B, K, V]``, and two of ``[B, H, P + S, d]`` per layer.
+            Logits ``[B, K, V]``, and keys and values ``[B, H, P + S, d]`` of each layer.
         """
         x = self.dropout(self.norm(self._embed(input_ids) + self.positions(positions)))
         presents: list[KeyValue] = []
@@ -113,7 +113,7 @@ class TextHead(nn.Module):
         self.head = WordHead(qformer, config.vocab_size)
 
     def text_side(self, qformer: Any) -> TextSide:
-        """Joins it with the parts of its Q-Former (``model.bridge.qformer``)."""
+        """Joins the text head with the shared modules of ``qformer`` (``model.bridge.qformer``)."""
         layers = [
             (layer.self_attention, feed_forward)
             for layer, feed_forward in zip(qformer.layers, self.feed_forwards, strict=True)
@@ -135,12 +135,12 @@ TEXT_HEAD_RULES = (
 
 
 def write_draft(directory: Path, tensors: Mapping[str, Tensor], config: DraftConfig) -> None:
-    """Writes ``draft.safetensors`` and ``draft.json``.
+    """Writes the text head as a draft model: ``draft.safetensors`` and ``draft.json``.
 
     Args:
         directory: Directory of the checkpoint.
-        tensors: By the file's names, see :data:`TEXT_HEAD_RULES`.
-        config: The sizes.
+        tensors: Tensors of the text head, by their names in the file; see :data:`TEXT_HEAD_RULES`.
+        config: Sizes and special tokens of the text head.
     """
     save_file(dict(tensors), directory / DRAFT_FILE, metadata={"format": "pt"})
     text = json.dumps(config.to_json(), indent=2) + "\n"

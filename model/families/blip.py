@@ -28,13 +28,13 @@ BLIP_TOKEN_DEFAULTS = {"bos_token_id": 30522, "sep_token_id": 102, "pad_token_id
 
 
 def read_vision(f: Fields) -> VisionConfig:
-    """The ``vision_config`` of a BLIP ``config.json``."""
+    """Reads the ``vision_config`` of a BLIP ``config.json``."""
     values = Fields("vision_config", f.values.get("vision_config", {})).values
     return VisionConfig.from_hf(layered(values, BLIP_VISION_DEFAULTS))
 
 
 def read_text(f: Fields, vision: VisionConfig) -> tuple[BertConfig, dict[str, int | None]]:
-    """The ``text_config`` of a BLIP ``config.json``, and its special tokens' ids."""
+    """Reads the ``text_config`` of a BLIP ``config.json``; returns the config and the ids of the special tokens."""
     text = Fields("text_config", f.values.get("text_config", {}))
     # As in transformers, encoder_hidden_size of text_config is ignored.
     # As in transformers, either tie_word_embeddings ties.
@@ -45,7 +45,10 @@ def read_text(f: Fields, vision: VisionConfig) -> tuple[BertConfig, dict[str, in
 
 
 def read_blip(f: Fields, family: str = "blip", reads_question: bool = False) -> CaptionerConfig:
-    """``BlipForConditionalGeneration`` and ``BlipForQuestionAnswering``: a text ends with the separator."""
+    """Reads the config of ``BlipForConditionalGeneration`` or ``BlipForQuestionAnswering``.
+
+    A text ends with the separator token. ``reads_question``: whether an encoder reads a question first (VQA).
+    """
     vision = read_vision(f)
     language, ids = read_text(f, vision)
     sep = ids["sep_token_id"]
@@ -62,7 +65,7 @@ def read_blip(f: Fields, family: str = "blip", reads_question: bool = False) -> 
 
 
 def write_blip(config: CaptionerConfig, architecture: str = "BlipForConditionalGeneration") -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_blip` and transformers read."""
+    """Makes the ``config.json`` that :func:`read_blip` and transformers read."""
     ids = {
         "bos_token_id": config.bos_token_id,
         "sep_token_id": config.eos_token_ids[0] if config.eos_token_ids else None,

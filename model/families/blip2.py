@@ -20,14 +20,14 @@ def read_blip2(
     slot: str = "image_token",
     frames: int = 1,
 ) -> CaptionerConfig:
-    """``Blip2ForConditionalGeneration`` and the families derived from it.
+    """Reads the config of ``Blip2ForConditionalGeneration`` and of the families derived from it.
 
     Args:
-        f: Its ``config.json``.
-        family: Key in ``families/registry.py``.
+        f: The ``config.json``.
+        family: Name of the family, a key in ``families/registry.py``.
         bridge_config: Class that reads ``qformer_config``.
-        slot: Prefix of the key with the id of a visual token: ``image_token`` or ``video_token``.
-        frames: Pictures per item.
+        slot: Prefix of the key that has the id of a visual token: ``image_token`` or ``video_token``.
+        frames: Number of pictures per item.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
     bridge = bridge_config.from_hf(
@@ -50,7 +50,10 @@ def read_blip2(
 def write_blip2(
     config: CaptionerConfig, architecture: str = "Blip2", slot: str = "image_token", part: str = "blip_2"
 ) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_blip2` and transformers read; ``part`` is their types' prefix."""
+    """Makes the ``config.json`` that :func:`read_blip2` and transformers read.
+
+    ``architecture`` and ``part`` are the prefixes of transformers' class name and of the parts' ``model_type``.
+    """
     return {
         "model_type": config.family,
         "architectures": [f"{architecture}ForConditionalGeneration"],

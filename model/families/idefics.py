@@ -36,7 +36,7 @@ IDEFICS_LEFT_OUT = (r"model\.vision_model\.post_layernorm\.(weight|bias)",)
 
 
 def read_idefics(f: Fields) -> CaptionerConfig:
-    """``IdeficsForVisionText2Text``: the text model's sizes are at the top level; a resampler is optional."""
+    """Reads the config of ``IdeficsForVisionText2Text``: sizes of the text model are at the top level."""
     section = Fields("vision_config", f.values.get("vision_config") or {}).values
     values = layered(section, IDEFICS_VISION_DEFAULTS)
     vision = VisionConfig.from_clip(layered({"hidden_size": values["embed_dim"]}, values))
@@ -53,7 +53,7 @@ def read_idefics(f: Fields) -> CaptionerConfig:
 
 
 def write_idefics(config: CaptionerConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_idefics` and transformers read."""
+    """Makes the ``config.json`` that :func:`read_idefics` and transformers read."""
     vision = config.vision.to_hf()
     vision |= {"model_type": "idefics_vision", "embed_dim": vision.pop("hidden_size")}
     return {

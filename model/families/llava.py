@@ -39,10 +39,10 @@ LLAVA_LEFT_OUT = (
 
 
 def read_llava(f: Fields) -> CaptionerConfig:
-    """``LlavaForConditionalGeneration``.
+    """Reads the config of ``LlavaForConditionalGeneration``.
 
     Raises:
-        UnsupportedModelError: A vision tower that is not CLIP's, or features of several layers.
+        UnsupportedModelError: The vision tower is not a CLIP, or the bridge reads features of several layers.
     """
     vision = Fields("vision_config", f.values.get("vision_config") or LLAVA_VISION_DEFAULTS)
     if vision.values.get("model_type") != LLAVA_VISION_DEFAULTS["model_type"]:
@@ -95,7 +95,7 @@ def _layers(feature_layer: Any, depth: int) -> int:
 
 
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_llava` and transformers read; the tower ends at its feature layer."""
+    """Makes the ``config.json`` that :func:`read_llava` and transformers read; the tower ends at its feature layer."""
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],

@@ -65,7 +65,7 @@ NATIVE_RULES = (*under("vision.", "vision_model.", BLIP2_VISION), Rule("bridge",
 
 
 def read_native(f: Fields) -> CaptionerConfig:
-    """Reads the ``config.json`` above.
+    """Reads this project's own ``config.json``, whose keys the module describes.
 
     Raises:
         UnsupportedModelError: The bridge or the language model is not supported.
@@ -92,7 +92,7 @@ def read_native(f: Fields) -> CaptionerConfig:
 
 
 def write_native(config: CaptionerConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_native` reads."""
+    """Makes the ``config.json`` that :func:`read_native` reads."""
     return {
         "model_type": config.family,
         "image_token_index": config.image_token_id,

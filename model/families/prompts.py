@@ -8,7 +8,7 @@ from blip2edge.model.families.registry import FAMILIES
 
 
 def prompt_spec(config: CaptionerConfig) -> PromptSpec:
-    """How prompts of a captioner are written, by the row of its family."""
+    """Makes the prompt template of a captioner, from its family's row in the registry."""
     family = FAMILIES[config.family]
     interleaved = bool(family.around_image)
     kind = INTERLEAVED if interleaved else PLACEHOLDER if family.image_token else SEGMENTS

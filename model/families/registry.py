@@ -43,26 +43,27 @@ class Family:
     """How the checkpoints of a family are read and prompted.
 
     Attributes:
-        title: Its name in tables.
-        read: Makes the config from a ``config.json``.
-        write: The inverse.
-        rules: Weight table of vision encoder and bridge.
-        language_prefix: Prefix of the language model's tensors.
+        title: Name of the family in tables.
+        read: Function that makes the config from a ``config.json``.
+        write: Function that makes the ``config.json`` from a config.
+        rules: Which tensors of a checkpoint the parameters of vision encoder and bridge are read from.
+        language_prefix: Prefix of the language model's tensors in a checkpoint.
         template: Template of a text, with the placeholders ``{image}`` and ``{prompt}``.
         default_prompt: Prompt of ``caption`` if none is given; None for no prompt.
-        question: Template of the prompt of ``ask``, with the placeholder ``{question}``; empty if it answers none.
-        framed: Whether the tokenizer adds its special tokens to a prompt; else only the BOS stands before it.
+        question: Template of the prompt of ``ask``, with the placeholder ``{question}``; empty if the models do not
+            answer questions.
+        framed: Whether the tokenizer adds its special tokens to a prompt; otherwise only BOS is put before the prompt.
         prompt_required: Whether captions need a prompt.
-        model_type: ``model_type`` of its ``config.json``; empty if it equals the row's key.
-        architectures: Classes of transformers that this row reads; empty for any of the ``model_type``.
-        image_token: The tokenizer's token for a picture in a text; empty if it has none.
+        model_type: ``model_type`` in ``config.json``; empty if it equals the family's key in :data:`FAMILIES`.
+        architectures: Classes of transformers that belong to this family; empty for all of the ``model_type``.
+        image_token: The tokenizer's token for a picture in a text; empty if there is no such token.
         around_image: The token before and after ``image_token``, for families whose texts hold several pictures that
             the decoder reaches by cross-attention.
-        generation: Whether the end tokens come from ``generation_config.json``; else from the language model's config.
+        generation: Whether the end tokens come from ``generation_config.json``, not the language model's config.
         stop: Texts that end a caption, for language models trained to write them instead of an end token.
         left_out: Tensors of a checkpoint that are not used (regular expressions).
-        renamed: Names of other versions of transformers and their replacements, as in ``re.sub``; applied in order,
-            each at the start of a name.
+        renamed: Tensor names of other versions of transformers, each with its replacement, as in ``re.sub``; applied in
+            order, each at the start of a name.
     """
 
     title: str
@@ -206,7 +207,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_config(config: Any) -> Config:
-    """Reads a ``config.json``.
+    """Reads a ``config.json`` of any family.
 
     Raises:
         UnsupportedModelError: The ``model_type`` or the language model is not supported.
@@ -241,19 +242,19 @@ def _family_of(f: Fields) -> Family:
 
 
 def canonical_name(config: Any, name: str) -> str:
-    """Name of a checkpoint's tensor in the family's weight table."""
+    """Converts the name of a tensor in a checkpoint to the name that the family's rules use."""
     for pattern, replacement in FAMILIES[config.family].renamed:
         name = re.sub(f"^{pattern}", replacement, name)
     return name
 
 
 def write_config(config: Config) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_config` and transformers read."""
+    """Makes the ``config.json`` that :func:`read_config` and transformers read."""
     return FAMILIES[config.family].write(config)
 
 
 def weight_map(config: Config) -> WeightMap:
-    """Maps our parameters to the checkpoint's tensors."""
+    """Makes the map from the parameters of this project's model to the tensors of a checkpoint."""
     family = FAMILIES[config.family]
     if isinstance(config, RetrievalConfig):
         return WeightMap(family.rules, family.left_out)

@@ -15,7 +15,7 @@ from blip2edge.model.retrieval import RetrievalConfig
 
 
 def read_blip_itm(f: Fields) -> RetrievalConfig:
-    """``BlipForImageTextRetrieval``."""
+    """Reads the config of ``BlipForImageTextRetrieval``."""
     vision = read_vision(f)
     text, _ = read_text(f, vision)
     return RetrievalConfig(
@@ -28,7 +28,7 @@ def read_blip_itm(f: Fields) -> RetrievalConfig:
 
 
 def write_blip_itm(config: RetrievalConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_blip_itm` and transformers read."""
+    """Makes the ``config.json`` that :func:`read_blip_itm` and transformers read."""
     return {
         "model_type": "blip",
         "architectures": ["BlipForImageTextRetrieval"],
@@ -39,7 +39,7 @@ def write_blip_itm(config: RetrievalConfig) -> dict[str, Any]:
 
 
 def read_blip2_itm(f: Fields) -> RetrievalConfig:
-    """``Blip2ForImageTextRetrieval``.
+    """Reads the config of ``Blip2ForImageTextRetrieval``.
 
     Raises:
         CheckpointError: The Q-Former does not read text.
@@ -65,7 +65,7 @@ def read_blip2_itm(f: Fields) -> RetrievalConfig:
 
 
 def write_blip2_itm(config: RetrievalConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_blip2_itm` and transformers read."""
+    """Makes the ``config.json`` that :func:`read_blip2_itm` and transformers read."""
     qformer = config.text.to_hf() | {"model_type": "blip_2_qformer", "use_qformer_text_input": True}
     return {
         "model_type": "blip-2",
@@ -78,7 +78,7 @@ def write_blip2_itm(config: RetrievalConfig) -> dict[str, Any]:
 
 
 def read_clip(f: Fields) -> RetrievalConfig:
-    """``CLIPModel``."""
+    """Reads the config of ``CLIPModel``."""
     vision = VisionConfig.from_clip(f.values.get("vision_config", {}))
     text = ClipTextConfig.from_hf(f.values.get("text_config", {}))
     return RetrievalConfig(
@@ -92,7 +92,7 @@ def read_clip(f: Fields) -> RetrievalConfig:
 
 
 def write_clip(config: RetrievalConfig) -> dict[str, Any]:
-    """The ``config.json`` that :func:`read_clip` and transformers read."""
+    """Makes the ``config.json`` that :func:`read_clip` and transformers read."""
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],

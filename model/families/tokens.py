@@ -17,7 +17,7 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
 
 
 def read_tokens(text: Fields) -> dict[str, Any]:
-    """The special ids of a ``text_config``, as fields of :class:`CaptionerConfig`."""
+    """Reads the special token ids of a ``text_config``; returns them as fields of :class:`CaptionerConfig`."""
     defaults = LANGUAGE_DEFAULTS.get(str(text.values.get("model_type", "opt")), {})
     return {
         "bos_token_id": text.token_id("bos_token_id", defaults.get("bos")),
@@ -28,7 +28,7 @@ def read_tokens(text: Fields) -> dict[str, Any]:
 
 
 def write_tokens(config: CaptionerConfig) -> dict[str, Any]:
-    """The special ids of a ``text_config``."""
+    """Returns the special token ids as keys of a ``text_config``."""
     eos: int | list[int] | None = list(config.eos_token_ids)
     if len(config.eos_token_ids) < 2:
         eos = config.eos_token_ids[0] if config.eos_token_ids else None

@@ -35,8 +35,8 @@ class BertConfig(BertSizes, LanguageConfig):
     """Sizes of BLIP's text models, with the defaults of transformers' BlipTextConfig.
 
     Attributes:
-        encoder_hidden_size: Width of the states that the layers attend to.
-        reads_question: Whether an encoder reads a question first, whose states the decoder attends to (VQA).
+        encoder_hidden_size: Width of the patches or states that the layers attend to.
+        reads_question: Whether an encoder reads a question first, and the decoder attends to its states (VQA).
     """
 
     vocab_size: int = key("vocab_size", 30524)
@@ -60,12 +60,12 @@ class BertConfig(BertSizes, LanguageConfig):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether an encoder reads the prompt."""
+        """Whether the model has an encoder, which reads the prompt."""
         return self.reads_question
 
     @property
     def cross(self) -> CrossSpec:
-        """Every layer attends to the patches, or to the states of the question."""
+        """The cross-attention: every layer attends to the patches, or to the encoder's states of the question."""
         return CrossSpec(
             self.num_layers,
             self.num_heads,
@@ -76,7 +76,7 @@ class BertConfig(BertSizes, LanguageConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``text_config`` that :meth:`from_hf` reads."""
+        """Returns the ``text_config`` that :meth:`from_hf` reads."""
         return super().to_hf() | {"is_decoder": True}
 
 
@@ -97,7 +97,7 @@ class BertLayer(nn.Module):
         cross: KeyValue | None = None,
         cross_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; no cross-attention without ``cross``."""
+        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; cross-attends only with ``cross``."""
         present = append_to_cache(past, self.self_attention.key_value(x))
         x = self.self_attention.attend_to(x, present, bias)
         if cross is not None:
@@ -106,7 +106,7 @@ class BertLayer(nn.Module):
 
 
 class BertEmbeddings(nn.Module):
-    """Position embeddings, and the norm before the first layer."""
+    """Adds position embeddings and applies the norm before the first layer."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -115,12 +115,12 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        """``x [B, S, D]`` and int64 ``[B, S]`` or ``[S]``."""
+        """Adds positions, int64 ``[B, S]`` or ``[S]``, to token embeddings ``x [B, S, D]``; returns ``[B, S, D]``."""
         return self.dropout(self.norm(x + self.positions(position_ids)))
 
 
 class BertEncoder(nn.Module):
-    """Token ids, and patches where there is a picture, to states."""
+    """Text encoder: maps token ids, optionally with the patches of a picture, to states."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -130,15 +130,15 @@ class BertEncoder(nn.Module):
         self.layers = stack(BertLayer(config) for _ in range(config.num_layers))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor | None = None) -> Tensor:
-        """Reads a text.
+        """Encodes a text.
 
         Args:
-            input_ids: int64 ``[B, S]``, padded on the right, as a token's slot is its position.
+            input_ids: Token ids int64 ``[B, S]``, padded on the right, because a token's slot is its position.
             attention_mask: int64 ``[B, S]``, 1 where a token is valid.
-            image_embeds: ``[B, P, Dv]``; None to read the text alone.
+            image_embeds: Patches ``[B, P, Dv]`` to attend to; None to read the text alone.
 
         Returns:
-            ``[B, S, D]``.
+            States ``[B, S, D]``.
         """
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embeddings(self.embed_tokens(input_ids), slots)
@@ -159,7 +159,7 @@ class BertHead(nn.Linear):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, K, D]`` to ``[B, K, V]``."""
+        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``."""
         return super().forward(self.norm(self.activation(self.dense(x))))
 
 
@@ -180,24 +180,24 @@ class BertDecoder(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
-        """Token ids and their mask, int64 ``[B, E]`` each, and patches ``[B, P, Dv]`` to the states ``[B, E, D]``."""
+        """Encodes a question, ids and mask int64 ``[B, E]``, with patches ``[B, P, Dv]``; returns ``[B, E, D]``."""
         if self.encoder is None:
             raise ValueError("a decoder of captions has no encoder")
         return self.encoder(input_ids, attention_mask, image_embeds)
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """``[B, E, C]`` to two of ``[B, H, E, d]`` per layer."""
+        """Computes keys and values ``[B, H, E, d]`` of each layer's cross-attention, from ``source [B, E, C]``."""
         return [layer.cross_attention.key_value(source) for layer in self.layers]
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
     ) -> tuple[Tensor, LayerStep]:
-        """See :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
         x = self.embeddings(x, positions)
         bias = causal_bias(mask, x.shape[1], x.dtype)
         cross_bias = None if cross_mask is None else key_mask_bias(cross_mask, x.dtype)
         return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """See :meth:`DecoderModule.logits`."""
+        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
         return self.head(x)

@@ -21,7 +21,7 @@ CLIP_EOS = 49407
 
 @dataclass(frozen=True)
 class ClipTextConfig(TransformerConfig):
-    """A causal transformer; its state at the end token represents the text.
+    """Config of CLIP's text encoder: a causal transformer whose state at the end token represents the text.
 
     The defaults are those of transformers' CLIPTextConfig.
     """
@@ -39,17 +39,17 @@ class ClipTextConfig(TransformerConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> ClipTextConfig:
-        """Reads the ``text_config`` of a CLIP ``config.json``."""
+        """Reads the ``text_config`` of a CLIP ``config.json``; ``given`` has the fields that are not in it."""
         eos = Fields(cls.section, values).token_id("eos_token_id", CLIP_EOS)
         return super().from_hf(values, eos_token_id=CLIP_EOS if eos is None else eos, **given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``text_config`` that :meth:`from_hf` reads."""
+        """Returns the ``text_config`` that :meth:`from_hf` reads."""
         return super().to_hf() | {"eos_token_id": self.eos_token_id}
 
 
 class ClipText(nn.Module):
-    """Token ids to the state at the end token."""
+    """CLIP's text encoder."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class ClipText(nn.Module):
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and their mask, int64 ``[B, S]`` each, padded on the right, to ``[B, D]``."""
+        """Returns the state at the end token ``[B, D]``; ids and mask are int64 ``[B, S]``, padded on the right."""
         slots = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embed_tokens(input_ids) + self.positions(slots)
         bias = causal_bias(attention_mask, input_ids.shape[1], x.dtype)
@@ -70,7 +70,10 @@ class ClipText(nn.Module):
         return (x * self.end(input_ids).to(x.dtype)[:, :, None]).sum(dim=1)
 
     def end(self, input_ids: Tensor) -> Tensor:
-        """1 at the first end token of each row, else 0: ``[B, S]``; at the first slot where there is none."""
+        """Marks the first end token of each row with 1, other slots with 0: ``[B, S]``.
+
+        In a row without an end token, the first slot is marked.
+        """
         if self.eos_token_id == LEGACY_EOS:
             ends = input_ids == input_ids.amax(dim=1, keepdim=True)
         else:

@@ -35,16 +35,16 @@ GATES = ("float", "vector")
 
 @dataclass(frozen=True)
 class FlamingoConfig(LlamaConfig):
-    """A Llama and its gated layers, as Idefics has them.
+    """Config of a Llama with gated cross-attention layers, as in Idefics.
 
     Attributes:
-        base_vocab_size: Rows of the token table and the head that came with the Llama; the rows after them, up to
-            ``vocab_size``, have tensors of their own in a checkpoint.
-        cross_interval: A gated layer precedes every layer whose index it divides.
-        qk_norms: Queries and keys of the gated layers are normed.
-        gates: One of :data:`GATES`.
+        base_vocab_size: Rows of the original Llama's token table and head; additional rows, up to ``vocab_size``, are
+            separate tensors in a checkpoint.
+        cross_interval: Number n: a gated layer is before each Llama layer 0, n, 2n and so on.
+        qk_norms: Whether queries and keys of the gated layers are normed.
+        gates: Kind of the gates, one of :data:`GATES`.
         source: What the gated layers attend to: ``visual_tokens``, or ``image_embeds`` without a resampler.
-        source_dim: Its width.
+        source_dim: Width of ``source``.
     """
 
     base_vocab_size: int = 0
@@ -70,13 +70,13 @@ class FlamingoConfig(LlamaConfig):
 
     @property
     def cross(self) -> CrossSpec:
-        """Every gated layer attends to the pictures, each token to its own."""
+        """The cross-attention: in every gated layer, each token attends to its own picture."""
         layers = self.num_layers // self.cross_interval
         return CrossSpec(layers, self.num_heads, self.head_dim, self.source_dim, "steps", self.source)
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> FlamingoConfig:
-        """Reads an Idefics ``config.json``, whose text part is at the top level."""
+        """Reads an Idefics ``config.json``, whose text part is at the top level; ``given`` has the other fields."""
         f = Fields(cls.section, values)
         own = Fields("vision_config", f.values.get("vision_config") or {})
         resampled = f.flag("use_resampler", False)
@@ -93,7 +93,7 @@ class FlamingoConfig(LlamaConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The keys of an Idefics ``config.json`` that :meth:`from_hf` reads."""
+        """Returns the keys of an Idefics ``config.json`` that :meth:`from_hf` reads."""
         return {
             **Section.to_hf(self),
             "vocab_size": self.base_vocab_size,
@@ -127,11 +127,11 @@ class GatedLayer(nn.Module):
         """Adds attention to the pictures, then a feed-forward.
 
         Args:
-            x: ``[B, S, D]``.
-            cross: Two of ``[B, H, E, d]``.
-            bias: ``[B, 1, S, E]``.
-            has_picture: ``[B, S, 1]``, 0 where a token attends to no picture. The attention adds nothing there; the
-                feed-forward adds to every token.
+            x: States ``[B, S, D]``.
+            cross: Keys and values of the pictures, ``[B, H, E, d]`` each.
+            bias: Added to the attention scores, ``[B, 1, S, E]``.
+            has_picture: ``[B, S, 1]``, 0 where a token attends to no picture. The attention adds nothing to such a
+                token; the feed-forward adds to every token.
         """
         attended = self.attention(self.attention_norm(x), cross, bias) * has_picture
         x = x + torch.tanh(self.attention_gate) * attended
@@ -139,7 +139,7 @@ class GatedLayer(nn.Module):
 
 
 class Flamingo(LlamaDecoder):
-    """A Llama with gated layers; the additional rows of its token table come last."""
+    """A Llama with gated cross-attention layers; additional rows are at the end of its token table."""
 
     config: FlamingoConfig
 
@@ -149,13 +149,13 @@ class Flamingo(LlamaDecoder):
         self.cross_layers = stack(GatedLayer(config) for _ in range(count))
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` per gated layer."""
+        """Computes keys and values ``[B, H, E, d]`` of each gated layer, from ``source [B, E, Ds]``."""
         return [layer.attention.key_value(source) for layer in self.cross_layers]
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
     ) -> tuple[Tensor, LayerStep]:
-        """See :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
         if cross_mask is None:
             cross_mask = mask.new_ones(*x.shape[:2], cross[0][0].shape[2])
         attended = cross_mask.to(x.dtype)

@@ -30,9 +30,9 @@ from blip2edge.model.layers import (
 
 
 class Rotary(nn.Module):
-    """Rotary positions as cosines and sines.
+    """Computes rotary positions as cosines and sines.
 
-    Always in FP32. The exporter finds it by the submodule's name, ``rotary``.
+    Always in FP32. The exporter finds this module by its name in the model, ``rotary``.
     """
 
     def __init__(self, head_dim: int, rope: RopeConfig) -> None:
@@ -41,7 +41,7 @@ class Rotary(nn.Module):
         self.rope = rope
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 ``[B, S]`` to cosines and sines, FP32 ``[B, 1, S, d / 2]``."""
+        """Maps positions int64 ``[B, S]`` to cosines and sines, FP32 ``[B, 1, S, d / 2]`` each."""
         positions = position_ids[:, None, :, None].to(torch.float32)
         angles = positions * self._speeds(position_ids.device)
         return angles.cos(), angles.sin()
@@ -62,7 +62,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``x [B, H, S, d]``: its first half are real parts, its second imaginary ones."""
+    """Rotates ``x [B, H, S, d]``: the first half of ``d`` has the real parts, the second half the imaginary parts."""
     real, imaginary = x.chunk(2, dim=-1)
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
 
@@ -85,16 +85,16 @@ class LlamaAttention(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """Attends to the cache and the new slots.
+        """Computes self-attention of the new slots to the cache and the new slots.
 
         Args:
-            x: ``[B, S, D]``.
-            rotation: Two of ``[B, 1, S, d / 2]`` in the dtype of ``x``, from :class:`Rotary`.
-            bias: ``[B, 1, S, P + S]``.
-            past: Two of ``[B, Hkv, P, d]``; keys are stored rotated.
+            x: States of the new slots, ``[B, S, D]``.
+            rotation: Cosines and sines from :class:`Rotary`, ``[B, 1, S, d / 2]`` in the dtype of ``x``.
+            bias: Added to the attention scores, ``[B, 1, S, P + S]``.
+            past: Cached keys and values, ``[B, Hkv, P, d]`` each, or None; keys are stored rotated.
 
         Returns:
-            ``[B, S, D]``, and two of ``[B, Hkv, P + S, d]``.
+            States ``[B, S, D]``, and keys and values ``[B, Hkv, P + S, d]``.
         """
         query = rotate(self.query_norm(split_heads(self.query(x), self.heads)), *rotation)
         key = rotate(self.key_norm(split_heads(self.key(x), self.kv_heads)), *rotation)
@@ -116,7 +116,7 @@ class LlamaAttention(nn.Module):
 
 
 def llama_feed_forward(config: LlamaConfig) -> FeedForward:
-    """Three matrices: gate, up, down (SwiGLU)."""
+    """Makes the feed-forward of a Llama layer: three matrices, gate, up and down (SwiGLU)."""
     return FeedForward(config.hidden_size, config.ffn_dim, config.activation, gated=True, bias=config.mlp_bias)
 
 
@@ -124,7 +124,7 @@ class LlamaLayer(nn.Module):
     """Self-attention and feed-forward, each after a norm.
 
     Args:
-        config: Sizes.
+        config: Sizes of the model.
         window: Window of the ``bias`` that the caller passes; the layer itself does not use it.
     """
 
@@ -139,7 +139,7 @@ class LlamaLayer(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; see :class:`LlamaAttention`."""
+        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; see :class:`LlamaAttention`."""
         out, present = self.attention(self.attention_norm(x), rotation, bias, past)
         x = x + out
         return x + self.feed_forward(self.feed_forward_norm(x)), present
@@ -162,7 +162,7 @@ class LlamaDecoder(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, LayerStep]:
-        """See :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
         cos, sin = self.rotary(positions)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))
         windows: set[int | None] = {layer.window for layer in self.layers}
@@ -175,5 +175,5 @@ class LlamaDecoder(DecoderModule):
         return x, step
 
     def logits(self, x: Tensor) -> Tensor:
-        """See :meth:`DecoderModule.logits`."""
+        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
         return self.head(self.final_norm(x))

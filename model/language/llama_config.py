@@ -22,11 +22,12 @@ class RopeConfig:
 
     Attributes:
         theta: Base of the wavelengths.
-        kind: One of :data:`ROPE_KINDS`: unchanged, all divided by ``factor``, or (Llama 3.1) only the low ones.
+        kind: How frequencies are scaled, one of :data:`ROPE_KINDS`: not at all, all divided by ``factor``, or (Llama
+            3.1) only low frequencies.
         factor: Divisor of the frequencies.
         low_freq_factor: Llama 3.1: wavelengths above ``original_positions / low_freq_factor`` are scaled.
         high_freq_factor: Llama 3.1: wavelengths below ``original_positions / high_freq_factor`` are not scaled.
-        original_positions: Context that the model was first trained with.
+        original_positions: Context length in tokens that the model was first trained with.
     """
 
     theta: float = 10_000.0
@@ -38,10 +39,10 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], max_positions: int) -> RopeConfig:
-        """Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
+        """Reads ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (older versions).
 
         Raises:
-            UnsupportedModelError: The kind is not supported.
+            UnsupportedModelError: This kind of scaling is not supported.
         """
         f = Fields("rope_parameters", values.get("rope_parameters") or values.get("rope_scaling") or {})
         kind = f.values.get("rope_type", f.values.get("type", "default"))
@@ -67,7 +68,7 @@ class RopeConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``rope_parameters`` that :meth:`from_hf` reads."""
+        """Returns the ``rope_parameters`` that :meth:`from_hf` reads."""
         found: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
         if self.kind != "default":
             found["factor"] = self.factor
@@ -82,15 +83,15 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LlamaConfig(LanguageConfig):
-    """Sizes and variants; the defaults are Llama's, and :data:`DEFAULTS` has the sizes of its relatives.
+    """Config of Llama and similar models; the defaults are Llama's, :data:`DEFAULTS` has those of the other models.
 
     Attributes:
-        qkv_bias: Queries, keys and values have biases (Qwen2).
-        out_bias: The matrix after the heads has a bias.
-        mlp_bias: The three matrices of the feed-forward have biases.
-        qk_norm: Each head's queries and keys are normed before the rotation (Qwen3).
-        window: A token attends to this many tokens, itself included; None for all (Mistral 0.1, Qwen2).
-        window_layers: Layers with the window.
+        qkv_bias: Whether queries, keys and values have biases (Qwen2).
+        out_bias: Whether the matrix after the heads has a bias.
+        mlp_bias: Whether the three matrices of the feed-forward have biases.
+        qk_norm: Whether each head's queries and keys are normed before the rotation (Qwen3).
+        window: Number of tokens that a token attends to, itself included (Mistral 0.1, Qwen2); None for all.
+        window_layers: Indices of the layers that use the window.
         kind: transformers' ``model_type``, a key of :data:`DEFAULTS`.
     """
 
@@ -126,12 +127,12 @@ class LlamaConfig(LanguageConfig):
             )
 
     def window_of(self, layer: int) -> int | None:
-        """The window of one layer."""
+        """Returns the window of one layer in tokens; None if the layer attends to all tokens."""
         return self.window if layer in self.window_layers else None
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> Self:
-        """Reads a ``config.json`` or ``text_config`` of Llama or a relative, with its own defaults."""
+        """Reads a ``config.json`` or ``text_config`` of Llama or a similar model, with that model's defaults."""
         f = Fields(cls.section, values)
         kind = str(f.values.get("model_type", "llama"))
         sizes = DEFAULTS[kind]
@@ -154,7 +155,7 @@ class LlamaConfig(LanguageConfig):
         return cls(**found | own | given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``text_config`` that :meth:`from_hf` reads."""
+        """Returns the ``text_config`` that :meth:`from_hf` reads."""
         names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
         qwen = {
             "use_sliding_window": self.window is not None,

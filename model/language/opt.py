@@ -28,9 +28,9 @@ POSITION_OFFSET = 2
 
 @dataclass(frozen=True)
 class OPTConfig(LanguageConfig):
-    """Sizes and variants, with the defaults of transformers' OPTConfig.
+    """Config of OPT, with the defaults of transformers' OPTConfig.
 
-    350m has its norms after the blocks and a narrower token table.
+    OPT-350m has its norms after the blocks and a narrower token table.
     """
 
     vocab_size: int = key("vocab_size", 50272)
@@ -57,7 +57,7 @@ class OPTConfig(LanguageConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> OPTConfig:
-        """Reads an OPT ``config.json`` or ``text_config``."""
+        """Reads an OPT ``config.json`` or ``text_config``; ``given`` has the fields that are not in it."""
         f, found = Fields(cls.section, values), cls.read(values)
         return cls(
             **found,
@@ -67,7 +67,7 @@ class OPTConfig(LanguageConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``text_config`` that :meth:`from_hf` reads."""
+        """Returns the ``text_config`` that :meth:`from_hf` reads."""
         return super().to_hf() | {
             "architectures": ["OPTForCausalLM"],
             "word_embed_proj_dim": self.embed_dim,
@@ -76,7 +76,7 @@ class OPTConfig(LanguageConfig):
 
 
 class OPTLayer(nn.Module):
-    """A decoder layer with its norms before (most sizes) or after (350m) its two halves."""
+    """A decoder layer with norms before (most sizes) or after (OPT-350m) self-attention and feed-forward."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class OPTLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values."""
+        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values."""
         before = self.norm_before
         normed = self.attention_norm(x) if before else x
         present = append_to_cache(past, self.attention.key_value(normed))
@@ -103,7 +103,7 @@ class OPTLayer(nn.Module):
 
 
 class OPTDecoder(DecoderModule):
-    """Decoder of OPT."""
+    """Decoder of OPT, a decoder-only language model."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -120,14 +120,14 @@ class OPTDecoder(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, LayerStep]:
-        """See :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
         x = x if self.project_in is None else self.project_in(x)
         x = x + self.embed_positions(positions + POSITION_OFFSET)
         bias = causal_bias(mask, x.shape[1], x.dtype)
         return x, lambda index, x, past: self.layers[index](x, bias, past)
 
     def logits(self, x: Tensor) -> Tensor:
-        """See :meth:`DecoderModule.logits`."""
+        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.project_out is not None:

@@ -24,16 +24,16 @@ from blip2edge.model.weights.ties import Tie
 
 @dataclass(frozen=True)
 class Language:
-    """How a language model is read and built.
+    """How a kind of language model is read from a checkpoint and built.
 
     Attributes:
-        read_config: Makes its config from a ``text_config``.
-        build: Makes the module from a config.
-        rules: Its weight table, which may depend on the config.
+        read_config: Function that makes the config from a ``text_config``.
+        build: Function that makes the module from a config.
+        rules: Function that returns, for a config, which tensors of a checkpoint the parameters are read from.
         encoder_inputs: Names of the encoder's inputs, for encoder-decoder models.
         ties: Tied tensors of a checkpoint whose config ties its embeddings.
         left_out: Tensors of a checkpoint that are not used (regular expressions).
-        bridged: Whether it works with any bridge; else only one family has it.
+        bridged: Whether the language model works with any bridge; if not, only one family uses it.
     """
 
     read_config: Callable[[Any], LanguageConfig]
@@ -82,10 +82,10 @@ LANGUAGES: dict[str, Language] = {
 
 
 def language_of(model_type: Any) -> Language:
-    """The row of a ``text_config.model_type``.
+    """Returns the registry's entry for the language model whose ``text_config`` has this ``model_type``.
 
     Raises:
-        UnsupportedModelError: No such row.
+        UnsupportedModelError: The ``model_type`` is not supported.
     """
     if not isinstance(model_type, str) or model_type not in LANGUAGES:
         raise _unsupported(model_type)
@@ -93,10 +93,10 @@ def language_of(model_type: Any) -> Language:
 
 
 def bridged_language(model_type: Any) -> Language:
-    """The row of a language model that works with any bridge.
+    """Returns the registry's entry for the language model of this ``model_type``, if it works with any bridge.
 
     Raises:
-        UnsupportedModelError: No such row.
+        UnsupportedModelError: No language model with this ``model_type`` works with any bridge.
     """
     row = language_of(model_type)
     if not row.bridged:
@@ -105,7 +105,7 @@ def bridged_language(model_type: Any) -> Language:
 
 
 def bridged_languages() -> list[str]:
-    """The types that :func:`bridged_language` takes."""
+    """Returns the values of ``model_type`` that :func:`bridged_language` accepts."""
     return sorted(name for name, row in LANGUAGES.items() if row.bridged)
 
 

@@ -37,7 +37,7 @@ T5_MAX_POSITIONS = 2048
 
 @dataclass(frozen=True)
 class T5Config(LanguageConfig):
-    """Sizes of a T5, with the defaults of transformers' T5Config; ``gated`` is version 1.1 and Flan."""
+    """Config of T5, with the defaults of transformers' T5Config; ``gated`` is true for T5 version 1.1 and Flan-T5."""
 
     vocab_size: int = key("vocab_size", 32128)
     hidden_size: int = key("d_model", 512)
@@ -61,12 +61,12 @@ class T5Config(LanguageConfig):
 
     @property
     def cross(self) -> CrossSpec:
-        """Every layer attends to the encoder's states."""
+        """The cross-attention: every decoder layer attends to the encoder's states."""
         return CrossSpec(self.num_layers, self.num_heads, self.head_dim, self.hidden_size, mask="keys")
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> T5Config:
-        """Reads a T5 ``config.json`` or ``text_config``."""
+        """Reads a T5 ``config.json`` or ``text_config``; ``given`` has the fields that are not in it."""
         f, found = Fields(cls.section, values), cls.read(values)
         kind = f.values.get("feed_forward_proj", "relu")
         gated, _, activation = str(kind).rpartition("-")
@@ -90,7 +90,7 @@ class T5Config(LanguageConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``text_config`` that :meth:`from_hf` reads."""
+        """Returns the ``text_config`` that :meth:`from_hf` reads."""
         activation = "gelu" if self.activation == "gelu_new" else self.activation
         return super().to_hf() | {
             "architectures": ["T5ForConditionalGeneration"],
@@ -103,10 +103,10 @@ class T5Config(LanguageConfig):
 
 
 def bucket_thresholds(buckets: int, max_distance: int) -> list[int]:
-    """Distances at which the next bucket begins.
+    """Computes the distances at which the next bucket of relative positions begins.
 
-    Near distances have a bucket each; the rest grow with the logarithm up to ``max_distance`` (T5's
-    ``relative_position_bucket``). As whole numbers the rule needs no logarithm in the graph, and so is the same in
+    Near distances have a bucket each; further buckets grow with the logarithm up to ``max_distance`` (T5's
+    ``relative_position_bucket``). With these integers the graph needs no logarithm, so the buckets are the same in
     every precision.
     """
     exact = buckets // 2
@@ -120,7 +120,7 @@ def bucket_thresholds(buckets: int, max_distance: int) -> list[int]:
 
 
 class RelativeBias(nn.Module):
-    """A learned bias of the attention scores by relative position; all layers of a stack share it."""
+    """A learned bias of the attention scores by relative position; all layers of encoder or decoder share one bias."""
 
     def __init__(self, config: T5Config, bidirectional: bool) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """The bias ``[B, H, S, T]`` for positions int64 ``[B, S]`` of queries and ``[B, T]`` of keys."""
+        """Computes the bias ``[B, H, S, T]`` from positions int64: of queries ``[B, S]``, and of keys ``[B, T]``."""
         relative = keys[:, None, :] - queries[:, :, None]  # [B, S, T]
         distance = relative.abs() if self.bidirectional else (-relative).clamp(min=0)
         bucket = torch.zeros_like(distance)
@@ -142,9 +142,9 @@ class RelativeBias(nn.Module):
 
 
 class T5Layer(nn.Module):
-    """Self-attention, attention to the encoder's states in a decoder, feed-forward; each after a norm.
+    """Self-attention, attention to the encoder's states (only in a decoder), feed-forward; each after a norm.
 
-    T5 does not scale its scores.
+    T5 does not scale the attention scores.
     """
 
     def __init__(self, config: T5Config, *, decoder: bool) -> None:
@@ -167,7 +167,7 @@ class T5Layer(nn.Module):
         cross: KeyValue | None = None,
         cross_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; an encoder has no ``cross``."""
+        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; ``cross`` is None in an encoder."""
         normed = self.attention_norm(x)
         present = append_to_cache(past, self.attention.key_value(normed))
         x = x + self.dropout(self.attention(normed, present, bias))
@@ -177,7 +177,7 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """``inputs_embeds [B, E, D]`` to states of the same shape."""
+    """T5's encoder of the prompt."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -187,7 +187,10 @@ class T5Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """``attention_mask`` int64 ``[B, E]``; padding follows the text, so that slots are positions."""
+        """Maps ``inputs_embeds [B, E, D]`` to states of the same shape.
+
+        ``attention_mask`` is int64 ``[B, E]``; padding must follow the text, so that slots are positions.
+        """
         slots = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         bias = self.relative(slots, slots) + key_mask_bias(attention_mask, inputs_embeds.dtype)
         x = self.dropout(inputs_embeds)
@@ -215,17 +218,17 @@ class T5(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def encode(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """``[B, E, D]`` and int64 ``[B, E]`` to states ``[B, E, D]``."""
+        """Maps embeddings ``[B, E, D]`` and their mask int64 ``[B, E]`` to states ``[B, E, D]``."""
         return self.encoder(inputs_embeds, attention_mask)
 
     def cross_key_values(self, states: Tensor) -> list[KeyValue]:
-        """``[B, E, D]`` to two of ``[B, H, E, d]`` per layer."""
+        """Computes keys and values ``[B, H, E, d]`` of each layer's cross-attention, from ``states [B, E, D]``."""
         return [layer.cross_attention.key_value(states) for layer in self.layers]
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
     ) -> tuple[Tensor, LayerStep]:
-        """See :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
         x = self.dropout(x)
         # Positions of the keys count a row's valid slots, so that rows of a batch may be ragged.
         keys = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -236,7 +239,7 @@ class T5(DecoderModule):
         return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """See :meth:`DecoderModule.logits`."""
+        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
         x = self.dropout(self.final_norm(x))
         if self.config.scale_outputs:
             x = x * self.config.hidden_size**-0.5

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 
 def merged_counts(patches: int, layers: int, tokens: int) -> list[int]:
-    """How many patches disappear in each layer: ``tokens``, and never more than half of those that are left.
+    """Computes how many patches each layer merges away: ``tokens``, but at most half of the remaining patches.
 
     Args:
         patches: Number of patches before the first layer, without the class token.
         layers: Number of layers of the ViT.
-        tokens: r.
+        tokens: r, number of patches to merge in each layer.
     """
     counts: list[int] = []
     for _ in range(layers):
@@ -35,17 +35,17 @@ def merged_counts(patches: int, layers: int, tokens: int) -> list[int]:
 
 
 def most_merged(patches: int, layers: int) -> int:
-    """The largest r that leaves at least one patch, ignoring the limit of half the patches per layer."""
+    """Returns the largest r that leaves at least one patch, without the limit of half the patches per layer."""
     return (patches - 1) // layers
 
 
 class Pairs(NamedTuple):
-    """The pairs of a layer, whose n = A + C patches are in the two sets A and C.
+    """The pairs of patches that a layer merges; its n = A + C patches are divided into two sets, A and C.
 
     Attributes:
-        order: int64 ``[B, A]``, the first set, with the merged patches last and the others in their order.
-        weights: ``[B, C, r]``, each merged patch's share in its partner.
-        kept: ``[B, C, 1]``, the partner's own share. It and the partner's row of ``weights`` add up to 1.
+        order: int64 ``[B, A]``, indices in set A: the patches that stay in their order, then the merged patches.
+        weights: ``[B, C, r]``, share of each merged patch in the patch of set C that it is merged into.
+        kept: ``[B, C, 1]``, share of the patch of set C itself; this share and the row of ``weights`` add up to 1.
         sizes: ``[B, n - r]``, how many patches each slot represents after the merge.
         bias: ``[B, 1, 1, 1 + n - r]``, bias of the next layer's scores; 0 for the class token.
     """
@@ -58,15 +58,15 @@ class Pairs(NamedTuple):
 
 
 class TokenMatching(nn.Module):
-    """Bipartite soft matching. It has no weights. It is a module so that an fp16 graph can keep it in fp32."""
+    """Bipartite soft matching, without weights. It is a module so that an fp16 graph can keep this part in fp32."""
 
     def forward(self, keys: Tensor, sizes: Tensor, count: int) -> Pairs:
-        """Chooses the pairs of a layer.
+        """Chooses the pairs of patches that a layer merges.
 
         Args:
-            keys: ``[B, H, 1 + n, d]`` of its attention, the class token first.
+            keys: Keys of the layer's attention, ``[B, H, 1 + n, d]``, the class token first.
             sizes: ``[B, n]``, number of patches that each slot represents.
-            count: r, patches that disappear.
+            count: r, number of patches to merge away.
         """
         unit = F.normalize(keys.mean(dim=1)[:, 1:], dim=-1)  # [B, n, d]
         scores = unit[:, 1::2] @ unit[:, ::2].transpose(-1, -2)  # [B, A, C]
@@ -87,20 +87,21 @@ class TokenMatching(nn.Module):
         return Pairs(order, weights, kept, sizes, bias[:, None, None, :])
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The first set by the score of its best edge, best first, and the partner of each.
+        """Finds the best partner in set C for each patch of set A, and sorts set A by these scores.
 
         Args:
-            scores: ``[B, A, C]``.
+            scores: Similarity of each patch of set A with each patch of set C, ``[B, A, C]``.
 
         Returns:
-            Indices of the first set and of the partners, int64 ``[B, A]`` each.
+            Indices of set A, best score first, and the partner's index for each patch of set A in its original order;
+            int64 ``[B, A]`` each.
         """
         best, partner = scores.max(dim=-1)
         return best.topk(best.shape[1]).indices, partner
 
 
 def merge(x: Tensor, pairs: Pairs) -> Tensor:
-    """``[B, 1 + n, D]``, the class token first, to ``[B, 1 + n - r, D]``."""
+    """Merges the pairs in ``x [B, 1 + n, D]``, the class token first; returns ``[B, 1 + n - r, D]``."""
     split = pairs.order.shape[1] - pairs.weights.shape[2]
     patches = x[:, 1:]
     first, second = patches[:, 1::2], patches[:, ::2]

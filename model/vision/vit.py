@@ -26,17 +26,17 @@ class PatchAttention(nn.Module):
         self.projection = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[B, P, D]`` to ``[B, P, D]``; ``bias`` broadcasts to ``[B, H, P, P]``."""
+        """Maps ``[B, P, D]`` to the same shape; ``bias`` is added to the scores ``[B, H, P, P]`` (broadcast)."""
         return self.with_keys(x, bias)[0]
 
     def with_keys(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`; also returns the keys ``[B, H, P, d]``."""
+        """Same as :meth:`forward`; also returns the keys ``[B, H, P, d]``."""
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         return self.projection(merge_heads(attend(query, key, value, bias, self.scale))), key
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; ``qkv_bias``: queries, keys and values have biases."""
+    """A pre-norm transformer block: attention, then MLP; ``qkv_bias``: whether queries, keys and values have biases."""
 
     def __init__(self, config: TransformerConfig, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -46,24 +46,24 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, config.activation)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[B, P, D]`` to ``[B, P, D]``; ``bias`` hides keys."""
+        """Maps ``[B, P, D]`` to the same shape; ``bias`` hides keys."""
         x = x + self.attention(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))
 
     def merging(
         self, x: Tensor, sizes: Tensor, matching: TokenMatching, count: int, bias: Tensor | None
     ) -> tuple[Tensor, Pairs]:
-        """As :meth:`forward`, with ``count`` patches merged between attention and MLP.
+        """Same as :meth:`forward`, but merges ``count`` patches between attention and MLP.
 
         Args:
-            x: ``[B, 1 + n, D]``, the class token first.
+            x: States ``[B, 1 + n, D]``, the class token first.
             sizes: ``[B, n]``, number of patches that each slot represents.
-            matching: Chooses the pairs.
-            count: Patches that disappear.
-            bias: What the sizes add to the scores; None where each is 1.
+            matching: Chooses the pairs of patches to merge.
+            count: Number of patches to merge away.
+            bias: Bias of the attention scores from the sizes; None if all sizes are 1.
 
         Returns:
-            ``[B, 1 + n - count, D]``, and the pairs with the sizes of the remaining patches.
+            States ``[B, 1 + n - count, D]``, and the pairs with the sizes of the remaining patches.
         """
         attended, keys = self.attention.with_keys(self.norm1(x), bias)
         pairs: Pairs = matching(keys, sizes, count)
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pixels to one embedding per patch, after the class token if that is kept."""
+    """Vision encoder (ViT): one embedding per patch, after that of the class token if it is kept."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class VisionTransformer(nn.Module):
         self.post_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.post_norm else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``.
+        """Maps ``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``.
 
         ``P = 1 + (H / patch)²``, or one less without the class token. With token merging, P is smaller by the
         patches merged in all layers.

@@ -46,11 +46,11 @@ PERCEIVER = (
 
 
 def flamingo_rules(rows: int, additional: int) -> tuple[Rule, ...]:
-    """Weight table of the decoder.
+    """Makes the rules for the tensors of the Flamingo decoder in an Idefics checkpoint.
 
     Args:
-        rows: Rows of the Llama's token table.
-        additional: Additional rows after them; 0 if the checkpoint has none.
+        rows: Number of rows of the original Llama's token table.
+        additional: Number of additional rows after those; 0 if the checkpoint has none.
     """
     gated = under("cross_layers.*.", "model.gated_cross_attn_layers.*.", GATED_LAYER)
     if not additional:

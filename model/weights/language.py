@@ -55,7 +55,7 @@ T5_ATTENTION = (Rule("query", "q"), Rule("key", "k"), Rule("value", "v"), Rule("
 
 
 def t5_rules(gated: bool) -> tuple[Rule, ...]:
-    """T5. A gated feed-forward has other names for its first matrices."""
+    """Makes the rules for the tensors of T5; a gated feed-forward has other names for its first matrices."""
     feed_forward = (Rule("gate", "wi_0"), Rule("up", "wi_1" if gated else "wi"), Rule("down", "wo"))
     return (
         Rule("embed_tokens", "shared"),

@@ -30,12 +30,12 @@ BUFFERS = (
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our module paths, and the checkpoint's.
+    """Maps a module path in this project's model to the path (or paths) of its tensors in a checkpoint.
 
     Attributes:
-        ours: A path with ``*`` for any one component.
-        theirs: The path in the checkpoint; several are stacked.
-        rows: Rows of each of several tensors; empty if they are equal.
+        ours: Path in this project's model; ``*`` matches any one component.
+        theirs: Path in the checkpoint; if several, their tensors are stacked along the first axis into one parameter.
+        rows: Number of rows of each of several tensors; empty if they have the same number.
     """
 
     ours: str
@@ -43,21 +43,22 @@ class Rule:
     rows: tuple[int, ...] = ()
 
     def sources(self) -> tuple[str, ...]:
-        """The checkpoint's paths, one or several."""
+        """Paths in the checkpoint, one or several."""
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 
 def under(ours: str, theirs: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The same rules below a prefix on either side."""
+    """Adds a prefix to both sides of each rule: ``ours`` to the paths in the model, ``theirs`` to the checkpoint's."""
     return tuple(Rule(ours + rule.ours, tuple(theirs + path for path in rule.sources()), rule.rows) for rule in rules)
 
 
 class WeightMap:
-    """Compiled rules: finds the checkpoint's tensors of a parameter.
+    """Finds the tensors of a checkpoint that a parameter of this project's model is read from.
 
     Args:
-        rules: How names translate.
-        left_out: Regular expressions of a checkpoint's tensors that are not used, besides :data:`BUFFERS`.
+        rules: How parameter names translate to tensor names; rules with longer paths are tried first.
+        left_out: Regular expressions for names of checkpoint tensors that the model does not use, besides
+            :data:`BUFFERS`.
     """
 
     def __init__(self, rules: Sequence[Rule], left_out: Sequence[str] = ()) -> None:
@@ -66,17 +67,17 @@ class WeightMap:
         self._left_out = [re.compile(pattern) for pattern in (*left_out, *BUFFERS)]
 
     def sources(self, ours: str) -> tuple[str, ...]:
-        """The tensors of the checkpoint that make up our parameter ``ours``.
+        """Returns the names of the checkpoint tensors that are stacked into the model's parameter ``ours``.
 
         Raises:
-            KeyError: No rule covers it: an error in a table, not in the checkpoint.
+            KeyError: No rule matches the parameter: an error in the rules, not in the checkpoint.
         """
         match, paths, _ = self._rule(ours)
         rest = ours[match.end() :]
         return tuple(_fill(path, match.groups()) + rest for path in paths)
 
     def split(self, ours: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The inverse of stacking: our parameter as the tensors of the checkpoint, by name."""
+        """Splits the model's parameter ``ours`` into the tensors of the checkpoint; returns them by name."""
         names = self.sources(ours)
         if len(names) == 1:
             return {names[0]: tensor}
@@ -85,7 +86,7 @@ class WeightMap:
         return dict(zip(names, parts, strict=True))
 
     def rows(self, ours: str) -> tuple[int, ...]:
-        """Rows of each source of ``ours``; empty if they are equal."""
+        """Returns the number of rows of each checkpoint tensor of the parameter ``ours``; empty if they are equal."""
         return self._rule(ours)[2]
 
     def _rule(self, ours: str) -> tuple[re.Match[str], tuple[str, ...], tuple[int, ...]]:
@@ -96,7 +97,7 @@ class WeightMap:
         raise KeyError(f"no rule of the weight map covers {ours}")
 
     def is_left_out(self, theirs: str) -> bool:
-        """Whether a tensor of the checkpoint is not used."""
+        """Whether the model does not use the checkpoint tensor ``theirs``."""
         return any(pattern.fullmatch(theirs) for pattern in self._left_out)
 
     def check(
@@ -104,14 +105,14 @@ class WeightMap:
         expected: Mapping[str, tuple[int, ...]],
         found: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """Compares names and shapes. No weight is read.
+        """Checks that a checkpoint has all tensors of the model in the right shapes. No weight is read.
 
         Args:
-            expected: Our parameters and their shapes.
-            found: The checkpoint's tensors and their shapes.
+            expected: Shapes of the model's parameters, by name.
+            found: Shapes of the checkpoint's tensors, by name.
 
         Raises:
-            CheckpointError: Tensors are missing, unknown or misshapen; the first few are named.
+            CheckpointError: Tensors are missing or unknown, or have a wrong shape; the message names the first few.
         """
         wanted = {ours: self.sources(ours) for ours in expected}
         used = {name for names in wanted.values() for name in names}
@@ -147,6 +148,6 @@ def _fill(path: str, groups: Sequence[str]) -> str:
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
-    """The first few of some names, and how many more there are."""
+    """Joins the first ``limit`` names for a message, and adds how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -22,7 +22,7 @@ TIE_MARGIN = 1e-4
 
 
 def fuse_activations(model: ir.Model) -> int:
-    """Fuses GELU (computed with Erf) and ``x * sigmoid(a x)`` (SiLU, CLIP's quick GELU); returns their number."""
+    """Fuses GELU (with Erf) and ``x * sigmoid(a x)`` (SiLU, CLIP's quick GELU); returns the number of fused nodes."""
     found = 0
     for node in list(model.graph):
         if node.graph is None:  # removed together with an earlier one

@@ -29,15 +29,15 @@ from blip2edge.optimization.graph import (
 
 @dataclass(frozen=True)
 class Core:
-    """The nodes and values of an attention.
+    """The values and the last node of one attention in a graph.
 
     Attributes:
-        query: ``[B, H, S, d]``.
-        key: ``[B, H, T, d]``.
-        value: ``[B, H, T, d]``.
-        bias: Added to the scores; None for none.
+        query: Queries ``[B, H, S, d]``.
+        key: Keys ``[B, H, T, d]``.
+        value: Values ``[B, H, T, d]``.
+        bias: Value that is added to the scores; None for none.
         scale: Factor on the scores.
-        last: The node that merges the heads: ``[B, S, H d]``.
+        last: The node that merges the heads into ``[B, S, H d]``.
     """
 
     query: ir.Value
@@ -54,7 +54,7 @@ def fuse_attention(model: ir.Model) -> int:
 
 
 def find_core(softmax: ir.Node) -> Core | None:
-    """The attention around a softmax; None if it is not an attention's."""
+    """Finds the attention around a softmax node; None if the softmax does not belong to an attention."""
     scores = softmax.inputs[0]
     plus = producer(scores, "Add")
     bias = None
@@ -96,7 +96,12 @@ def _turned(value: ir.Value | None) -> ir.Value | None:
 
 
 def flat(value: ir.Value | None, heads_last: tuple[int, ...] = (0, 2, 1, 3)) -> ir.Value | None:
-    """The value ``[B, S, H d]`` from which heads are split; None if other nodes are in between."""
+    """Finds the value ``[B, S, H d]`` before it is split into heads; None if other nodes are in between.
+
+    Args:
+        value: The value after the split, ``[B, H, S, d]`` for the default of ``heads_last``.
+        heads_last: Permutation of the Transpose after the reshape.
+    """
     node = producer(value, "Transpose")
     if node is None or permutation(node) not in (list(heads_last), [0, 2, 3, 1]):
         return None

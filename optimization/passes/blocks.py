@@ -35,14 +35,14 @@ SMALLEST_BLOCK = 16
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A block-quantised weight.
+    """A block-quantised weight of a matrix product: rows of a block share a scale.
 
     Attributes:
         name: The initializer's name.
-        integers: int8 ``[K, N]``.
-        scales: float32 ``[K / block, N]``.
-        bits: 4 or 8.
-        bias: ``[N]``; None for none.
+        integers: Quantised values, int8 ``[K, N]``.
+        scales: Scales of the blocks, float32 ``[K / block, N]``.
+        bits: Bits of each quantised value, 4 or 8.
+        bias: Bias ``[N]`` of the product; None for none.
     """
 
     name: str
@@ -53,7 +53,7 @@ class BlockWeights:
 
     @property
     def block(self) -> int:
-        """Rows that share a scale."""
+        """Number of rows that share a scale."""
         return len(self.integers) // len(self.scales)
 
 
@@ -76,11 +76,11 @@ def use_block_kernels(model: ir.Model, *, columns_too: bool = False) -> int:
 
     Args:
         model: A prepared graph.
-        columns_too: Whether to replace products with int8 activations and one scale for each column too. The kernel
-            does not use the recorded ranges of their activations.
+        columns_too: Whether to replace also products with int8 activations and one scale for each column. The kernel
+            does not use the recorded ranges of these activations.
 
     Returns:
-        The number of products.
+        The number of replaced products.
     """
     found = [found for node in model.graph if (found := _block_product(node)) is not None]
     if columns_too:

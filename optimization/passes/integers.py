@@ -29,15 +29,15 @@ MIDDLE = 128
 
 @dataclass(frozen=True)
 class QuantisedProduct:
-    """A MatMul between Q/DQ nodes.
+    """A MatMul with quantised activation and weight, written with Q/DQ nodes.
 
     Attributes:
         node: The MatMul.
-        activation: Its float input before quantisation ``[.., K]``.
+        activation: Float input of the MatMul before quantisation, ``[.., K]``.
         step: The recorded scale of the activation.
-        weight: int8 ``[K, N]``.
-        scales: ``[N]``.
-        bias: ``[N]`` that is added to the product; None for none.
+        weight: Quantised weight, int8 ``[K, N]``.
+        scales: Scales of the weight's columns, ``[N]``.
+        bias: Bias ``[N]`` that is added to the product; None for none.
         last: The last node: the addition of the bias, or the MatMul.
     """
 
@@ -51,12 +51,12 @@ class QuantisedProduct:
 
     @property
     def out(self) -> ir.Value:
-        """The result, with the bias."""
+        """The result of the product, after the addition of the bias."""
         return self.last.outputs[0]
 
 
 def quantised_products(model: ir.Model) -> list[QuantisedProduct]:
-    """The products of a graph whose activations and weights are int8, with one scale for each column of the weight."""
+    """Finds the products of a graph with int8 activations and int8 weights, with one scale for each weight column."""
     found = (_product(node) for node in model.graph if node.op_type == "MatMul")
     return [product for product in found if product is not None]
 
@@ -90,7 +90,10 @@ def use_dynamic_ranges(model: ir.Model) -> int:
 
 
 def use_recorded_ranges(model: ir.Model) -> int:
-    """Makes products use the ranges of the calibration, with unsigned activations around 128; returns their number."""
+    """Makes products use the ranges of the calibration, with unsigned activations around 128.
+
+    Returns the number of products.
+    """
     products = quantised_products(model)
     zero = initializer(model.graph, "middle", np.array(MIDDLE, np.uint8))
     rounded: dict[tuple[str, str], ir.Value] = {}
@@ -109,7 +112,7 @@ def use_recorded_ranges(model: ir.Model) -> int:
 
 
 def without_rounding(model: ir.Model) -> int:
-    """Removes the rounding of activations, for the reference of INT8 graphs; returns the number of products."""
+    """Removes the rounding of activations, to compute a reference for INT8 graphs; returns the number of products."""
     products = quantised_products(model)
     for product in products:
         product.node.replace_input_with(0, product.activation)

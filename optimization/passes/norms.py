@@ -26,7 +26,7 @@ SKIPS = {
 
 
 def fuse_norms(model: ir.Model) -> int:
-    """Fuses root-mean-square norms, then residuals; returns the number of fused nodes."""
+    """Fuses root-mean-square norms, then norms with residuals before them; returns the number of fused nodes."""
     made = sum(_rms(node) for node in list(model.graph) if node.op_type == "Reciprocal")
     return made + sum(_skip(node) for node in list(model.graph) if node.op_type in SKIPS)
 

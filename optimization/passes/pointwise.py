@@ -57,15 +57,15 @@ class _Product:
 
 
 def use_pointwise_convolutions(model: ir.Model, *, narrowing: bool = False) -> int:
-    """Replaces float products by convolutions.
+    """Replaces float matrix products by convolutions of kernel size 1.
 
     Args:
         model: A prepared graph.
-        narrowing: Replace only products with fewer outputs than inputs: for the others, and hundreds of rows, ONNX
-            Runtime's matrix product is as fast.
+        narrowing: Whether to replace only products with fewer outputs than inputs: for other products and hundreds of
+            rows, ONNX Runtime's matrix product is as fast.
 
     Returns:
-        The number of products.
+        The number of replaced products.
     """
     found = [product for node in model.graph if (product := _product(node, narrowing)) is not None]
     for product in found:

@@ -50,14 +50,15 @@ ROTARY_WIDTH = 16
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's attention.
+    """The attention of one decoder layer.
 
     Attributes:
         core: The attention around its softmax.
-        query: ``[B, S, H d]`` before the heads are split and rotated.
-        key: ``[B, S, Hkv d]``, the same.
-        value: ``[B, S, Hkv d]``.
-        rotation: Cosines and sines of rotary positions, ``[B, 1, S, d / 2]``; None for a model without them.
+        query: Queries ``[B, S, H d]``, before they are split into heads and rotated.
+        key: Keys ``[B, S, Hkv d]``, before they are split into heads and rotated.
+        value: Values ``[B, S, Hkv d]``, before they are split into heads.
+        rotation: Cosines and sines of rotary positions, ``[B, 1, S, d / 2]``; None for a model without rotary
+            positions.
     """
 
     core: Core
@@ -68,12 +69,15 @@ class Layer:
 
 
 def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
-    """Rewrites a causal decoder without cross-attention; returns False, and changes nothing, for any other.
+    """Rewrites a causal decoder without cross-attention so that the KV cache is written in place.
 
     Args:
         model: The portable decoder, prepared.
-        cache: Its KV cache.
-        max_positions: The longest context: length of the tables of rotary angles.
+        cache: The decoder's KV cache.
+        max_positions: The longest context in tokens: length of the tables of rotary angles.
+
+    Returns:
+        Whether the decoder was rewritten; any other decoder is not changed.
     """
     graph = model.graph
     layers = [_layer(graph, index) for index in range(cache.num_layers)]

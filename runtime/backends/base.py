@@ -17,7 +17,7 @@ from blip2edge.errors import BackendError, UsageError, option
 
 
 class Session(Protocol):
-    """A loaded graph.
+    """A graph that a backend has loaded and can run.
 
     Thread contract, the same on every backend: several threads may call :meth:`run` at once, and each call returns the
     results of its own inputs. A backend that keeps buffers from call to call gives each call its own, or locks them.
@@ -34,14 +34,14 @@ class Session(Protocol):
         """Names of the graph's outputs."""
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Computes outputs.
+        """Runs the graph on one set of inputs.
 
         Args:
             inputs: Every input by name, in the graph's dtype (float32 for bfloat16, which NumPy does not have).
             outputs: Names of the outputs to compute; None for all.
 
         Returns:
-            The outputs by name.
+            The computed arrays by output name.
 
         Raises:
             BackendError: The session is closed, or the backend cannot run the graph (memory is short, for example).
@@ -52,18 +52,18 @@ class Session(Protocol):
 
 
 def closed_graph() -> BackendError:
-    """The error of a session that is used after :meth:`Session.close`."""
+    """Makes the error that a session raises when it is used after :meth:`Session.close`."""
     return BackendError("this graph is closed", "load the bundle again")
 
 
 @dataclass(frozen=True)
 class OptimizedFile:
-    """How to load a file that ``blip2edge optimize`` wrote.
+    """How a backend loads a graph file that ``blip2edge optimize`` wrote.
 
     Attributes:
-        weights: Directory that the paths of its external weights are relative to.
+        weights: Directory of the graph's external weights; the file names them by paths relative to this directory.
         layout: Whether ONNX Runtime changes the weight layout for this processor when it loads the file (prepacking).
-            Other optimizations are already in the file; this one depends on the processor, so no file holds it.
+            The file already contains all other optimizations; the layout depends on the processor and is not stored.
     """
 
     weights: Path
@@ -76,16 +76,16 @@ NO_BF16_ARRAYS = "tensors reach this backend as NumPy arrays, and NumPy has no b
 
 @dataclass(frozen=True)
 class Backend:
-    """A value of ``--backend``.
+    """A backend: one value of ``--backend``, and the module that loads graphs for it.
 
     Attributes:
         module: Module with ``open_graph(path, threads, optimized)``.
-        function: The name of that function, if the module serves more than one backend.
-        copy: Name of the optimized copy that it runs if the bundle has one; empty for none.
-        engines: Target of the engines that it runs instead of graphs; empty for none. The module then also has an
-            ``EngineOpener(bundle, target)``.
-        host: Whether it computes on the CPU.
-        refuses: Precisions of a bundle that it cannot run, each with the reason.
+        function: Name of the function that opens graphs; not ``open_graph`` if the module serves several backends.
+        copy: Name of the optimized copy that the backend runs if the bundle has one; empty for none.
+        engines: Target of the engines that the backend runs instead of graphs, ``tensorrt`` or ``rtx``; empty for none.
+            The module then also has an ``EngineOpener(bundle, target)``.
+        host: Whether the backend computes on the CPU.
+        refuses: Bundle precisions that the backend cannot run, each with the reason.
     """
 
     module: str
@@ -117,7 +117,7 @@ RUN_FIX = (
 
 
 def check_threads(threads: object) -> None:
-    """Raises UsageError unless ``threads`` is None or from 1 to :data:`MOST_THREADS`."""
+    """Raises UsageError unless ``threads`` is None or a whole number from 1 to :data:`MOST_THREADS`."""
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
         raise UsageError(f"{option('threads')} must be from 1 to {MOST_THREADS}, not {threads!r}")
 
@@ -126,8 +126,8 @@ def check_precision(backend: str, precision: str) -> None:
     """Checks that a backend can run a bundle of this precision.
 
     Args:
-        backend: ``auto``, or a backend by name.
-        precision: Of the bundle: ``fp32``, ``fp16`` or ``bf16``.
+        backend: Name of a backend, or ``auto``.
+        precision: Precision of the bundle: ``fp32``, ``fp16`` or ``bf16``.
 
     Raises:
         BackendError: The backend is unknown, or cannot run this precision.
@@ -144,7 +144,7 @@ def check_precision(backend: str, precision: str) -> None:
 
 
 def find_backend(name: str) -> Backend:
-    """A backend by its name; ``auto`` is the first.
+    """Returns the backend with this name; ``auto`` means the first one in :data:`BACKENDS`.
 
     Raises:
         BackendError: There is no backend of that name.
@@ -160,8 +160,8 @@ def open_session(path: Path, backend: str = "auto", threads: int | None = None) 
     """Loads an ``.onnx`` file in a backend, without the optimized copy that the bundle may have for it.
 
     Args:
-        path: The file as it is in the bundle. (``GraphOpener`` loads optimized copies and engines.)
-        backend: ``auto``, or a backend by name.
+        path: The ``.onnx`` file in the bundle. (``GraphOpener`` loads optimized copies and engines.)
+        backend: Name of a backend, or ``auto``.
         threads: CPU threads within an operator; None leaves the choice to the backend.
 
     Raises:

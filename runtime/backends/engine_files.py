@@ -28,17 +28,17 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """An engine of a folder.
+    """What ``engine.json`` records about one TensorRT engine.
 
     Attributes:
-        spec: Its tensors, with the ranges of the axes that it was built for.
-        file: Size and hash of its file.
-        precision: Precision of the graph that it was built from.
-        profiles: Names of the optimization profiles, in the order of their numbers.
+        spec: The engine's inputs and outputs, with the range of sizes that each axis was built for.
+        file: Size and hash of the engine file.
+        precision: Precision of the graph that the engine was built from.
+        profiles: Names of the optimization profiles, in the order of their numbers in TensorRT.
         seconds: Duration of the build.
-        warnings: Messages of the builder.
-        asked: Number of the graph's products by precision.
-        landed: Number of the engine's layers by precision; None if there was no driver to inspect it.
+        warnings: Warnings of the TensorRT builder.
+        asked: Number of matrix products in the graph, by precision.
+        landed: Number of layers in the built engine, by precision; None if there was no driver to inspect the engine.
     """
 
     spec: GraphSpec
@@ -51,7 +51,7 @@ class EngineRecord:
     landed: Mapping[str, int] | None
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in ``engine.json``."""
+        """The record as a JSON object for ``engine.json``."""
         return {
             "file": f"{self.spec.name}.engine",
             **vars(self.file),
@@ -66,7 +66,7 @@ class EngineRecord:
 
     @classmethod
     def from_json(cls, name: str, values: Mapping[str, Any]) -> EngineRecord:
-        """The inverse of :meth:`to_json`."""
+        """Reads a record from the JSON object that :meth:`to_json` made; ``name`` is the graph's name."""
         return cls(
             spec=GraphSpec.from_json(name, values),
             file=FileRecord(values["sha256"], values["size"]),
@@ -81,14 +81,14 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class EngineSet:
-    """The contents of ``engine.json``.
+    """The engines of one folder, as its ``engine.json`` describes them.
 
     Attributes:
-        fingerprint: What the engines are tied to; see :class:`Fingerprint`.
-        rebuild: The options of ``blip2edge build`` that made them.
+        fingerprint: The GPU, TensorRT version and bundle of the engines, as :meth:`Fingerprint.to_json` writes them.
+        rebuild: The options of ``blip2edge build`` that built these engines.
         capacity: Positions of the decoder's KV cache; 0 if the cache grows, or if there is none.
-        engines: The engines by the graph's name.
-        directory: Their folder.
+        engines: The engines by graph name.
+        directory: The folder of the engines and of ``engine.json``.
     """
 
     fingerprint: Mapping[str, Any]
@@ -98,7 +98,7 @@ class EngineSet:
     directory: Path
 
     def write(self) -> None:
-        """Writes ``engine.json``."""
+        """Writes ``engine.json`` into :attr:`directory`."""
         document = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": dict(self.fingerprint),
@@ -110,10 +110,10 @@ class EngineSet:
 
     @classmethod
     def read(cls, directory: Path) -> EngineSet:
-        """Reads a folder's ``engine.json``.
+        """Reads the ``engine.json`` of a folder of engines.
 
         Raises:
-            EngineError: It cannot be read, or is of another version.
+            EngineError: ``engine.json`` cannot be read, or has another schema version.
         """
         path = directory / RECORD
         try:
@@ -133,10 +133,10 @@ class EngineSet:
             ) from error
 
     def record(self, name: str) -> EngineRecord:
-        """The record of an engine.
+        """Returns the record of the engine that was built from the graph ``name``.
 
         Raises:
-            EngineError: There is none.
+            EngineError: The folder has no engine for this graph.
         """
         if name not in self.engines:
             raise EngineError(
@@ -146,10 +146,13 @@ class EngineSet:
         return self.engines[name]
 
     def file(self, name: str) -> Path:
-        """The file of an engine, after checking its hash (unless its size and time are those of the last check).
+        """Returns the path of the engine of the graph ``name``, after checking its hash.
+
+        The hash is not computed again if size and time of the file are the same as at the last check.
 
         Raises:
-            BundleIntegrityError: It is missing or changed.
+            EngineError: The folder has no engine for this graph.
+            BundleIntegrityError: The file is missing or was changed.
         """
         file = f"{name}.engine"
         check_files(self.directory, {file: self.record(name).file}, manifest=RECORD, fix="build the engines again")
@@ -163,13 +166,13 @@ class Fingerprint:
     Attributes:
         target: ``tensorrt`` or ``rtx``.
         tensorrt: Version of TensorRT.
-        gpus: Compute capabilities, as ``sm86``; for ``tensorrt`` that of the GPU it was built on.
+        gpus: Compute capabilities that the engine supports, as ``sm86``; for ``tensorrt`` only that of the build GPU.
         gpu: The GPU's name; empty if the engine was built without one.
-        driver: Version of the CUDA driver; empty without one.
-        machine: ``x86_64`` or ``aarch64``.
+        driver: CUDA version of the driver; empty if the engine was built without a GPU.
+        machine: Processor architecture, ``x86_64`` or ``aarch64``.
         bundle_sha256: Hash of ``bundle.json``, which holds the hashes of all other files.
-        version_compatible: Whether newer versions of TensorRT with the same major number run it.
-        hardware_compatible: Whether every GPU since Ampere runs it.
+        version_compatible: Whether newer versions of TensorRT with the same major number can run the engine.
+        hardware_compatible: Whether every GPU since Ampere can run the engine.
     """
 
     target: str
@@ -184,23 +187,23 @@ class Fingerprint:
 
     @property
     def name(self) -> str:
-        """The folder below ``engines/``."""
+        """Name of the engines' folder below ``engines/``: target, TensorRT, compute capabilities and machine."""
         parts = (self.target, self.tensorrt, *self.gpus, self.machine)
         return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part))
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in ``engine.json``."""
+        """The fingerprint as a JSON object for ``engine.json``."""
         return {**asdict(self), "gpus": list(self.gpus)}
 
 
 def fingerprint(target: str, version: str, bundle_sha256: str, compute_capabilities: Sequence[int]) -> Fingerprint:
-    """The fingerprint of engines that are built now, on this machine.
+    """Makes the fingerprint of an engine that is built now on this machine.
 
     Args:
         target: ``tensorrt`` or ``rtx``.
         version: Version of TensorRT.
-        bundle_sha256: Hash of the bundle.
-        compute_capabilities: Compute capabilities of ``--sm``; empty for the GPU of this machine.
+        bundle_sha256: SHA-256 of ``bundle.json``.
+        compute_capabilities: Compute capabilities from ``--sm``, for example 86; empty for the GPU of this machine.
 
     Raises:
         EngineError: There is no GPU, and ``compute_capabilities`` is empty.
@@ -236,16 +239,16 @@ LABELS = {
 
 
 def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, rebuild: str) -> None:
-    """Checks that engines were built for this GPU, TensorRT and bundle.
+    """Checks that this machine can run engines: they must fit its GPU, its TensorRT and the bundle.
 
     Args:
-        found: ``fingerprint`` of an ``engine.json``.
-        here: The fingerprint of engines built now.
-        engines: The folder of the engines.
-        rebuild: The command that builds them again.
+        found: The value of ``fingerprint`` in ``engine.json``.
+        here: The fingerprint that engines would have if they were built now on this machine.
+        engines: The folder of the engines, for the error message.
+        rebuild: The command that builds the engines again, for the error message.
 
     Raises:
-        EngineError: They differ; the first difference is named, with the command.
+        EngineError: The engines do not run here; the message names the first difference and the command.
     """
     values = here.to_json()
     for key, label in LABELS.items():
@@ -280,15 +283,15 @@ def _plain(value: Any) -> str:
 
 
 def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
-    """The engines of a bundle that this machine runs.
+    """Finds the engines of a bundle that this machine can run.
 
     Args:
-        bundle: The bundle.
-        here: The fingerprint of engines built now.
+        bundle: The bundle whose ``engines/`` folder is searched.
+        here: The fingerprint that engines would have if they were built now on this machine.
 
     Raises:
-        EngineError: There are none, or none that fits: the message names the first difference and the command that
-            builds them again.
+        EngineError: The bundle has no engines for this target, or none that runs here: the message names the first
+            difference and the command that builds the engines again.
     """
     root = bundle.derived(KIND)
     folders = sorted(path.parent for path in root.glob(f"*/{RECORD}")) if root.is_dir() else []
@@ -310,15 +313,15 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
 
 
 def engines_backend(bundle: Bundle, backend: str) -> str:
-    """The backend of a bundle that holds engines and no graphs.
+    """Chooses the backend for a bundle that contains engines but no graphs.
 
     Args:
-        bundle: The bundle.
-        backend: Value of ``--backend``; ``auto`` chooses what the engines were built for.
+        bundle: The bundle without graphs.
+        backend: Value of ``--backend``; ``auto`` chooses the target that the engines were built for.
 
     Raises:
-        BackendError: The backend runs graphs, and the bundle has none.
-        EngineError: There are no engines either.
+        BackendError: The engines were not built for this backend.
+        EngineError: The bundle contains no engines.
     """
     folders = sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))
     targets = list(dict.fromkeys(str(EngineSet.read(path.parent).fingerprint.get("target")) for path in folders))

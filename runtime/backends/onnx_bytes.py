@@ -34,10 +34,10 @@ def onnx_model(
     output: tuple[str, TensorType],
     weights: Mapping[str, Array] | None = None,
 ) -> bytes:
-    """A serialised ``ModelProto`` of opset 17.
+    """Builds a small ONNX model and returns it as a serialised ``ModelProto`` of opset 17.
 
     Args:
-        nodes: In the order in which they run.
+        nodes: The model's nodes, in the order in which they run.
         inputs: The model's inputs by name.
         output: The model's only output.
         weights: Arrays that are stored in the model, by name.

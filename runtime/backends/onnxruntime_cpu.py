@@ -27,7 +27,7 @@ LEAST_FILLED = 0.75
 
 
 def huge_page_bytes() -> int:
-    """Size of the kernel's huge pages in bytes; 0 if it gives none on request."""
+    """Returns the size of the kernel's huge pages in bytes; 0 if a process cannot request huge pages."""
     if sys.platform != "linux":
         return 0
     try:
@@ -39,7 +39,7 @@ def huge_page_bytes() -> int:
 
 @contextmanager
 def on_huge_pages() -> Iterator[None]:
-    """Moves memory that the block fills and keeps into huge pages, for fewer TLB misses; Linux only.
+    """Moves memory that the ``with`` block allocates into huge pages, for fewer TLB misses; Linux only.
 
     Only the page size changes: the memory still belongs to the process and is freed as before.
     """
@@ -58,7 +58,10 @@ def on_huge_pages() -> Iterator[None]:
 
 
 def filled_pages(size: int) -> set[int]:
-    """Addresses of aligned regions of ``size`` bytes in this process's anonymous memory that are mostly in use."""
+    """Finds aligned regions of ``size`` bytes in this process's anonymous memory that are mostly in use.
+
+    Returns the addresses of these regions.
+    """
     found: set[int] = set()
     pages = size // mmap.PAGESIZE
     try:
@@ -78,7 +81,7 @@ def filled_pages(size: int) -> set[int]:
 
 
 def anonymous_regions() -> list[tuple[int, int]]:
-    """This process's private writable memory without a file: first address, and the address after the last."""
+    """Lists this process's private writable memory without a file: first address, and the address after the last."""
     regions = []
     for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         span, rights, _, _, inode, *name = line.split(maxsplit=5)
@@ -98,12 +101,12 @@ SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
 
 @contextmanager
 def raised_as(kind: type[Blip2EdgeError], problem: str, fix: str | None = None) -> Iterator[None]:
-    """Raises an exception of ONNX Runtime as one of this project, with its message as the reason.
+    """Turns an exception that ONNX Runtime raises in the block into an error of this project.
 
     Args:
-        kind: The class to raise.
-        problem: What failed.
-        fix: What the user can do.
+        kind: The error class to raise.
+        problem: What failed; the error shows it together with ONNX Runtime's message.
+        fix: What the user can do; None if unknown.
     """
     try:
         yield
@@ -169,7 +172,7 @@ class OnnxRuntimeSession:
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Runs the graph; returns the outputs by name; see :class:`blip2edge.runtime.backends.base.Session`."""
         names = self.output_names if outputs is None else outputs
         if self._session is None:
             raise closed_graph()
@@ -178,14 +181,14 @@ class OnnxRuntimeSession:
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
         self._session = None
 
     def in_place(self, pairs: Mapping[str, str]) -> InPlace:
-        """Prepares runs that write some outputs over inputs; each caller needs an own :class:`InPlace`.
+        """Prepares runs that write some outputs into the buffers of inputs; each caller needs its own :class:`InPlace`.
 
         Args:
-            pairs: For each of these outputs, the input whose buffer it is written to.
+            pairs: Names of these outputs, each with the name of the input whose buffer the output is written to.
         """
         if self._session is None:
             raise closed_graph()
@@ -200,7 +203,7 @@ class InPlace:
 
     Args:
         session: ONNX Runtime's own session.
-        pairs: For each of these outputs, the input whose buffer it is written to.
+        pairs: Names of outputs, each with the name of the input whose buffer the output is written to.
         value_of: Wraps an array, without a copy, as ONNX Runtime's ``OrtValue``.
     """
 
@@ -211,7 +214,7 @@ class InPlace:
         self._value = value_of
 
     def bind(self, buffers: Mapping[str, Array]) -> None:
-        """Binds the buffers of the paired inputs and outputs, in place of those bound before.
+        """Binds the buffers of the paired inputs and outputs; buffers of an earlier call are no longer used.
 
         Args:
             buffers: Contiguous arrays by the input's name. They are used without a copy, and kept until the next call.
@@ -223,15 +226,15 @@ class InPlace:
             self._binding.bind_ortvalue_output(output, values[name])
 
     def run(self, inputs: Mapping[str, Array], output: str, shape: Sequence[int]) -> Array:
-        """Runs the graph once.
+        """Runs the graph once and returns one output; the paired outputs are written to the bound buffers.
 
         Args:
-            inputs: The other inputs by name.
-            output: Name of an output without a buffer, float32.
-            shape: The shape of that output.
+            inputs: The inputs that have no bound buffer, by name.
+            output: Name of the output to return, float32; an output without a bound buffer.
+            shape: Shape of that output.
 
         Returns:
-            That output, a new array.
+            The values of ``output``, a new array.
         """
         result = np.empty(tuple(shape), np.float32)
         for name, array in inputs.items():
@@ -243,5 +246,5 @@ class InPlace:
 
 
 def open_graph(path: Path, threads: int | None = None, optimized: OptimizedFile | None = None) -> OnnxRuntimeSession:
-    """Loads a graph; arguments and errors as :class:`OnnxRuntimeSession`."""
+    """Loads a graph in ONNX Runtime on the CPU; arguments and errors are those of :class:`OnnxRuntimeSession`."""
     return OnnxRuntimeSession(path, threads, optimized=optimized)

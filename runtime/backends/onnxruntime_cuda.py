@@ -44,7 +44,7 @@ def open_graph(
     threads: int | None = None,
     optimized: OptimizedFile | None = None,  # noqa: ARG001 - one signature for all backends; no copies for this one
 ) -> DeviceSession:
-    """Loads a graph with the CUDA provider; errors as :func:`open_with`."""
+    """Loads a graph with the CUDA provider; raises the errors of :func:`open_with`."""
     return open_with(path, threads, CUDA, [(CUDA, CUDA_OPTIONS)])
 
 
@@ -53,7 +53,7 @@ def open_graph_with_tensorrt(
     threads: int | None = None,
     optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
 ) -> DeviceSession:
-    """Loads a graph with the TensorRT provider; CUDA runs the nodes that it does not support.
+    """Loads a graph with the TensorRT provider; CUDA runs the nodes that TensorRT does not support.
 
     Errors are those of :func:`open_with`.
     """
@@ -69,7 +69,7 @@ def open_graph_with_tensorrt(
 
 
 def open_with(path: Path, threads: int | None, provider: str, providers: list[Any]) -> DeviceSession:
-    """Checks a provider, then loads a graph with it.
+    """Checks that an execution provider works, then loads a graph with this provider.
 
     Args:
         path: The ``.onnx`` file.
@@ -95,7 +95,7 @@ def open_with(path: Path, threads: int | None, provider: str, providers: list[An
 
 @cache
 def checked_package(provider: str) -> Any:
-    """The package onnxruntime, after its provider has multiplied two matrices.
+    """Returns the module onnxruntime, after checking that ``provider`` can multiply two matrices.
 
     Raises:
         BackendError: onnxruntime is not installed, or the provider does not work here.
@@ -140,7 +140,7 @@ class DeviceSession:
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        """See :class:`blip2edge.runtime.backends.base.Session`; inputs and outputs may be on the device."""
+        """Runs the graph; arrays may be on the device. See :class:`blip2edge.runtime.backends.base.Session`."""
         if self._session is None:
             raise closed_graph()
         names = list(self.output_names if outputs is None else outputs)
@@ -152,13 +152,13 @@ class DeviceSession:
         }
 
     def run_model(self, model: bytes, inputs: Mapping[str, Any]) -> Any:
-        """Runs a small model on the device; see :data:`RunModel`."""
+        """Runs a small serialised ONNX model on the device; returns its output. See :data:`RunModel`."""
         if self._session is None:
             raise closed_graph()
         return self._run_with_binding(self._open_model(model), inputs, [("y", self._device)])[0]
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
         self._session = None
         self._open_model.cache_clear()
 
@@ -189,11 +189,11 @@ class DeviceSession:
 
 
 class DeviceArray:
-    """A tensor ``[B, H, P, d]`` on the device, float32 or float16.
+    """Keys or values ``[B, H, P, d]`` in device memory, float32 or float16.
 
     Args:
         value: ONNX Runtime's ``OrtValue``.
-        run_model: Runs the models that select and slice.
+        run_model: Runs the small ONNX models that select rows and cut slices on the device.
     """
 
     def __init__(self, value: Any, run_model: RunModel) -> None:
@@ -212,7 +212,7 @@ class DeviceArray:
         return array if dtype is None else array.astype(dtype)
 
     def copy(self) -> Array:
-        """The values on the host, in a new array that may be written to."""
+        """Copies the values to the host; returns a new array that may be written to."""
         return np.array(self.value.numpy())
 
     def __getitem__(self, key: Any) -> DeviceArray | Array:
@@ -235,14 +235,17 @@ class DeviceArray:
 
 @cache
 def gather_model(dtype: str) -> bytes:
-    """``y = x[rows]``: rows of ``x [b, h, s, d]``."""
+    """An ONNX model that selects rows on the device: ``y = x[rows]`` for ``x [b, h, s, d]`` of this dtype."""
     x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("n", "h", "s", "d"))
     return onnx_model([("Gather", ("x", "rows"), "y")], {"x": x, "rows": ("int64", ("n",))}, ("y", y))
 
 
 @cache
 def slice_model(dtype: str) -> bytes:
-    """``y``: ``x [b, h, s, d]`` from ``first`` to ``end`` (exclusive) along ``axis``, int64 ``[1]`` each."""
+    """An ONNX model that cuts a slice on the device, for ``x [b, h, s, d]`` of this dtype.
+
+    The slice goes from ``first`` to ``end`` (exclusive) along ``axis``; these three inputs are int64 ``[1]``.
+    """
     bounds = dict.fromkeys(("first", "end", "axis"), ("int64", (1,)))
     x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
     return onnx_model([("Slice", ("x", *bounds), "y")], {"x": x, **bounds}, ("y", y))

@@ -30,7 +30,7 @@ class GraphOpener:
         bundle: An opened bundle.
         backend: ``auto``, or a backend by name.
         threads: CPU threads within an operator; None leaves the choice to the backend.
-        portable: Ignore optimized copies.
+        portable: Whether to ignore optimized copies.
 
     Attributes:
         backend: Name of the backend; for ``auto``, the one that was chosen.
@@ -84,7 +84,7 @@ class GraphOpener:
             raise
 
     def close(self) -> None:
-        """Releases the graphs that it loaded and their memory; harmless when called twice."""
+        """Releases all loaded graphs and their memory; harmless when called twice."""
         self.closed = True
         while self._sessions:
             self._sessions.pop().close()
@@ -106,9 +106,9 @@ class GraphOpener:
 
 
 class RowByRow:
-    """A session that runs the rows of a batch separately.
+    """Wraps a session and runs each row of a batch separately.
 
-    It is for quantised graphs that compute the range of an activation at run time, over the whole batch. If rows run
+    Needed for quantised graphs that compute the range of an activation at run time, over the whole batch. If rows run
     separately, a row's result does not depend on the other rows.
     """
 
@@ -117,7 +117,7 @@ class RowByRow:
         self.input_names, self.output_names = session.input_names, session.output_names
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Runs the graph; returns the outputs by name; see :class:`blip2edge.runtime.backends.base.Session`."""
         rows = len(next(iter(inputs.values())))
         if rows == 1:
             return self._session.run(inputs, outputs)
@@ -128,5 +128,5 @@ class RowByRow:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
         self._session.close()

@@ -56,12 +56,12 @@ class OpenVinoSession:
         self.output_names = tuple(_name(port) for port in self._model.outputs)
 
     def export(self) -> bytes:
-        """The compiled graph with its weights, for the same version of OpenVINO on the same processor."""
+        """Returns the compiled graph with its weights as bytes, for the same OpenVINO version on the same processor."""
         found: bytes = self._model.export_model().getvalue()
         return found
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Runs the graph; returns the outputs by name; see :class:`blip2edge.runtime.backends.base.Session`."""
         if self._model is None:
             raise closed_graph()
         given = {name: np.ascontiguousarray(inputs[name]) for name in self.input_names}
@@ -82,7 +82,7 @@ class OpenVinoSession:
         return found
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
         self._idle.clear()
         self._model = self._mapped = None
 

@@ -31,17 +31,17 @@ OF_ONE_MACHINE = ("openvino",)
 
 @dataclass(frozen=True)
 class OptimizedGraph:
-    """A graph of an optimized copy.
+    """What ``optimized.json`` records about one graph of an optimized copy.
 
     Attributes:
-        file: Name of its file in the copy's directory.
-        passes: Names of the passes that rewrote it.
+        file: Name of the graph's file in the copy's directory.
+        passes: Names of the optimization passes that rewrote the graph.
         one_by_one: Whether to run the rows of a batch separately; see :class:`open_graph.RowByRow`.
-        layout: See :class:`blip2edge.runtime.backends.base.OptimizedFile`.
-        parity: How much its outputs differ from the portable graph's.
-        cosine: The smallest cosine between its outputs and the portable graph's.
-        milliseconds: CPU time of a run of the portable graph, and of this one, on the machine that made it; for a
-            compiled graph, of opening it.
+        layout: Whether ONNX Runtime prepacks the weights for the processor when it loads the file.
+        parity: Difference between the outputs of this graph and those of the portable graph.
+        cosine: The smallest cosine similarity between outputs of this graph and of the portable graph.
+        milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy: of one run,
+            or of opening the file if the graph is compiled.
     """
 
     file: str
@@ -53,12 +53,12 @@ class OptimizedGraph:
     milliseconds: tuple[float, float]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in ``optimized.json``."""
+        """The graph's record as a JSON object for ``optimized.json``."""
         return {**vars(self), "parity": [parity.to_json() for parity in self.parity]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> OptimizedGraph:
-        """The inverse of :meth:`to_json`."""
+        """Reads a graph's record from the JSON object that :meth:`to_json` made."""
         parity = tuple(Parity.from_json(item) for item in values["parity"])
         first, second = values["milliseconds"]
         return cls(
@@ -73,12 +73,12 @@ class OptimizedRecord:
 
     Attributes:
         backend: The backend that runs the copy.
-        bundle_sha256: Hash of the ``bundle.json`` that it was made of.
+        bundle_sha256: SHA-256 of the ``bundle.json`` of the bundle that was optimized.
         graphs: The graphs that run or open faster than the portable ones, by name; the others run from the bundle.
-        left: Graphs without a copy, with the reason.
+        left: Names of the graphs that were not optimized, each with the reason.
         files: Size and hash of every file of the copy.
-        versions: Versions of the packages that made it.
-        machine: The processor that it was measured on, with the numbers of its generation.
+        versions: Versions of the packages that made the copy.
+        machine: The processor that the graphs were measured on, with family, model and stepping.
     """
 
     backend: str
@@ -90,7 +90,7 @@ class OptimizedRecord:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of ``optimized.json``."""
+        """The record as the JSON object of ``optimized.json``."""
         return {
             "schema_version": SCHEMA_VERSION,
             **vars(self),
@@ -100,7 +100,11 @@ class OptimizedRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> OptimizedRecord:
-        """The inverse of :meth:`to_json`; raises KeyError, TypeError or ValueError on a wrong shape."""
+        """Reads a record from the JSON object that :meth:`to_json` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: A key is missing, or a value has the wrong type.
+        """
         return cls(
             backend=values["backend"],
             bundle_sha256=values["bundle_sha256"],
@@ -112,13 +116,17 @@ class OptimizedRecord:
         )
 
     def write(self, directory: Path) -> None:
-        """Writes ``optimized.json``."""
+        """Writes ``optimized.json`` into ``directory``."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
         (directory / RECORD).write_text(text, encoding="utf-8")
 
 
 def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | None:
-    """A bundle's optimized copy for a backend: its directory and record; None without one for bundle and version.
+    """Finds a bundle's optimized copy for a backend, and checks the files of the copy.
+
+    Returns:
+        Directory and record of the copy; None if there is no copy, or if it was made from another bundle, by another
+        version of the backend's package or, for some backends, on another processor.
 
     Raises:
         BundleIntegrityError: A file of the copy is missing or was changed.
@@ -148,5 +156,5 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
 
 
 def weights_of(bundle: Bundle, directory: Path) -> Path:
-    """The directory of a copy's external weights: the bundle's if the copy is inside it, and so shares its weights."""
+    """Returns the directory of a copy's external weights: the bundle's if the copy is inside the bundle."""
     return bundle.path if directory.is_relative_to(bundle.path) else directory

@@ -40,12 +40,12 @@ def cores() -> int:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Returns the processor's name, for example ``AMD EPYC``."""
     return _name_of(cpu_facts())
 
 
 def exact_processor() -> str:
-    """The processor's name with family, model and stepping: one name, such as ``AMD EPYC``, can mean several."""
+    """The processor's name with family, model and stepping, because a name such as ``AMD EPYC`` is not unique."""
     found = cpu_facts()
     numbers = ", ".join(
         f"{key.removeprefix('cpu ').removeprefix('CPU ')} {found[key]}" for key in NUMBERS if key in found
@@ -54,7 +54,7 @@ def exact_processor() -> str:
 
 
 def cpu_facts() -> dict[str, str]:
-    """The fields of ``/proc/cpuinfo``, each with its first value; empty if there is no such file."""
+    """Reads the fields of ``/proc/cpuinfo``, each with its first value; empty if there is no such file."""
     try:
         lines = CPUINFO.read_text(errors="replace").splitlines()
     except OSError:
@@ -76,8 +76,8 @@ class Gpu:
     """A GPU as the NVIDIA driver describes it.
 
     Attributes:
-        name: For example ``NVIDIA L4``.
-        compute_capability: Major and minor number in one, for example 89.
+        name: Name of the GPU, for example ``NVIDIA L4``.
+        compute_capability: Compute capability as one number: 89 means 8.9.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Driver:
     """The NVIDIA driver.
 
     Attributes:
-        version: The CUDA version that it supports, for example ``12.6``; empty if there is no working driver.
+        version: The newest CUDA version that the driver supports, for example ``12.6``; empty without a working driver.
         gpus: The GPUs that answer.
         problem: Why there is no driver or no GPU, or which GPU does not answer; empty if everything works.
     """
@@ -140,14 +140,14 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu | str:
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check.
+    """The result of one check of ``blip2edge doctor``.
 
     Attributes:
         name: What was checked.
-        ok: Whether it is installed and works.
+        ok: Whether the checked package or device is installed and works.
         detail: What was found, in one line.
         fix: What the user can do; None if there is nothing to do.
-        required: Whether captions need it.
+        required: Whether captioning is impossible if the check fails.
     """
 
     name: str

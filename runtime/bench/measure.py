@@ -40,11 +40,11 @@ GROWTH_RUNS = 3
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure.
+    """What ``blip2edge bench`` measures.
 
     Attributes:
         runs: Number of captions that are timed.
-        warmup: Number of captions before them.
+        warmup: Number of captions that are generated first and not timed.
         tokens: Length of every caption in tokens.
         batches: Batch sizes of the batch sweep, in pictures.
         prompts: Prompt lengths of the prompt sweep, in words.
@@ -66,14 +66,16 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """The times of a stage.
+    """The measured times of one stage of captioning, such as the vision encoder.
 
     Attributes:
         ms: Percentiles of the wall time in milliseconds: ``p50``, ``p90``, ``p99``.
         cpu_ms: Median CPU time in milliseconds.
         least_cpu_ms: Least CPU time in milliseconds; ``share`` is computed from it.
-        share: The least time by the roofline, divided by the measured least CPU time; None if the cost is not known.
-        bound: Which limit of the roofline is the larger one, ``products`` or ``bytes``; empty if not known.
+        share: The shortest time that the roofline allows, divided by ``least_cpu_ms``; None if the stage's operations
+            are not known.
+        bound: What limits the stage by the roofline: ``products`` (computing) or ``bytes`` (reading memory); empty if
+            not known.
     """
 
     ms: Mapping[str, float]
@@ -92,7 +94,7 @@ class BenchReport:
         versions: Versions of the packages.
         bundle: Family, precisions and hash of the bundle.
         options: What was measured.
-        stages: Times by the stage's name, and of the sum, ``total``.
+        stages: Times by stage name; ``total`` is the sum of all stages.
         tokens_per_s: Tokens a second while decoding, at the median.
         start_s: Seconds to load the bundle.
         memory: Bytes: ``peak`` while captioning, ``resident`` at the end, and ``graphs`` (the files of the weights).
@@ -100,7 +102,7 @@ class BenchReport:
         left_out: What was not measured, with the reason.
         energy: Joules per caption, and the meter; None if the machine has no meter.
         draft: The draft model (``itg`` or ``lookup``), and the tokens per pass of the target model over whole
-            captions; None without speculative decoding. ``stages`` are always those of plain decoding.
+            captions; None without speculative decoding. ``stages`` are always measured with plain decoding.
         roofline: The limits of one core of this machine; empty if they were not measured.
     """
 
@@ -124,7 +126,7 @@ class BenchReport:
 
 
 class CpuClock(StageClock):
-    """Wall time and CPU time by stage, in milliseconds."""
+    """Measures wall time and CPU time of each stage, in milliseconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,11 +142,11 @@ class CpuClock(StageClock):
 
 
 class Bench:
-    """The measurements of one loaded captioner.
+    """Runs the measurements on one loaded captioner.
 
     Args:
         captioner: The captioner.
-        picture: The picture to caption, ``[H, W, 3]`` uint8; None for a picture of noise.
+        picture: The picture to caption, ``[H, W, 3]`` uint8; None for random noise.
     """
 
     def __init__(self, captioner: Captioner, picture: NDArray[np.uint8] | None = None) -> None:
@@ -160,7 +162,7 @@ class Bench:
 
         Args:
             tokens: Length of every caption in tokens.
-            pictures: Batch size.
+            pictures: Number of pictures in the batch.
             prompt: The prompt; None for the bundle's default.
         """
         clock = CpuClock()
@@ -174,7 +176,15 @@ class Bench:
         return clock
 
     def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
-        """Measures speculative decoding: the draft model and the median tokens per pass; None without a draft model."""
+        """Measures speculative decoding: ``kind`` of the draft model and median ``tokens_per_pass``.
+
+        Args:
+            tokens: Length of every caption in tokens.
+            runs: Number of captions.
+
+        Returns:
+            The two values by name; None if the bundle has no draft model.
+        """
         forced: CaptionOptions = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         kind = self.captioner.generator.drafts.kind(self.captioner.options(**forced))
         if kind == "none":
@@ -184,13 +194,13 @@ class Bench:
         return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
     def prompt_length(self, prompt: str | None = None) -> int:
-        """Length of the decoder's prompt, visual tokens included."""
+        """Number of tokens in the decoder's prompt, visual tokens included."""
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
         initial = self.captioner.generator.language.initial
         return len(initial) or self.captioner.prompts(text, self.frames).length
 
     def sweep_batches(self, batches: Sequence[int], tokens: int) -> list[dict[str, float]]:
-        """Pictures for each second of CPU time and of wall time, by batch size."""
+        """Measures pictures per second (CPU and wall time) for each batch size; captions have ``tokens`` tokens."""
         rows = []
         for size in batches:
             runs = [self.caption(tokens, size) for _ in range(GROWTH_RUNS)]
@@ -200,7 +210,7 @@ class Bench:
         return rows
 
     def sweep_prompts(self, words: Sequence[int]) -> list[dict[str, float]]:
-        """CPU milliseconds of the prefill, by the length of the prompt."""
+        """Measures the CPU milliseconds of the prefill for prompts of each of these numbers of words."""
         rows = []
         for count in words:
             text = "a " * count
@@ -212,7 +222,7 @@ class Bench:
         return rows
 
     def sweep_lengths(self, lengths: Sequence[int]) -> list[dict[str, float]]:
-        """CPU milliseconds for each token, by the length of the caption."""
+        """Measures the CPU milliseconds per token for captions of each of these lengths in tokens."""
         rows = []
         for tokens in lengths:
             if tokens < 2 or self.prompt_length() + tokens > self.captioner.bundle.manifest.max_positions:
@@ -235,14 +245,14 @@ def bench(
     cost_of: CostOf | None = None,
     progress: ProgressCallback | None = None,
 ) -> BenchReport:
-    """Measures a captioner.
+    """Measures time, memory and energy of a captioner.
 
     Args:
         captioner: A loaded bundle.
         options: What to measure.
-        start_s: Seconds that loading it took.
+        start_s: Seconds that loading the bundle took.
         cost_of: Counts the operations and bytes of the stages; None if the graphs cannot be read.
-        progress: Called with a stage's name, steps done and steps in all.
+        progress: Called with the name of the current measurement, steps done and steps in all.
     """
     report = progress or (lambda stage, done, total: None)
     run = Bench(captioner)

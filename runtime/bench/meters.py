@@ -23,7 +23,7 @@ class EnergyMeter:
     Attributes:
         source: Name of the meter; empty if the machine has none.
         reason: Why there is no meter; empty if there is one.
-        joules: Energy of the last block; None without a meter.
+        joules: Energy used during the last ``with`` block; None without a meter.
     """
 
     def __init__(self) -> None:
@@ -89,8 +89,8 @@ class RailCounter:
     """Sums up the energy of a power rail, sampled in a thread, from the files that ``tegrastats`` also reads.
 
     Args:
-        volts: File with millivolts.
-        amperes: File with milliamperes.
+        volts: File with the rail's voltage in millivolts.
+        amperes: File with the rail's current in milliamperes.
         clock: Returns seconds.
     """
 
@@ -109,12 +109,12 @@ class RailCounter:
             return self._joules
 
     def watts(self) -> float:
-        """Power at this moment, in watts."""
+        """Reads the present power in watts."""
         values = [int(path.read_text(encoding="ascii")) for path in (self._volts, self._amperes)]
         return values[0] * values[1] / 1e6
 
     def close(self) -> None:
-        """Ends the sampling."""
+        """Stops the sampling thread."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -144,7 +144,7 @@ INTERVAL = 0.02  # seconds between two samples
 
 
 def resident_bytes() -> int:
-    """Anonymous and shared memory of this process now, in bytes; 0 if the system does not report it."""
+    """Returns this process's anonymous and shared memory in bytes; 0 if the system does not report it."""
     try:
         lines = STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -18,7 +18,7 @@ UNITS = {
 
 
 def markdown(report: BenchReport) -> str:
-    """The report as Markdown: the stages as a table, then single figures, then the sweeps."""
+    """Formats the report as Markdown: a table of stages, then single figures, then the sweeps."""
     lines = [
         f"| {' | '.join(STAGE_COLUMNS)} |",
         "|---|---:|---:|---:|---:|---:|",
@@ -32,7 +32,7 @@ def markdown(report: BenchReport) -> str:
 
 
 def facts(report: BenchReport) -> list[str]:
-    """Single figures, one sentence each."""
+    """Formats the report's single figures, one sentence for each."""
     found = [
         f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens per caption",
         (
@@ -64,7 +64,7 @@ def _table(name: str, rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def bench_page(report: BenchReport) -> str:
-    """The report as an HTML page with bars and curves."""
+    """Formats the report as an HTML page with bars and curves."""
     table = html_table(STAGE_COLUMNS, "lrrrrr", _stage_rows(report))
     parts = [
         f"<header><h1>{escape(str(report.bundle['family']))}</h1></header>",

@@ -27,12 +27,12 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Roofline:
-    """One core's limits.
+    """The highest rates that one CPU core reaches.
 
     Attributes:
-        bytes_per_s: Bytes read from memory, in one stream.
-        float_ops_per_s: Additions and multiplications of float32 products.
-        integer_ops_per_s: The same of products of uint8 activations with int8 weights.
+        bytes_per_s: Bytes read from memory per second, in one stream.
+        float_ops_per_s: Additions and multiplications per second in float32 matrix products.
+        integer_ops_per_s: Additions and multiplications per second in products of uint8 activations and int8 weights.
     """
 
     bytes_per_s: float
@@ -40,7 +40,7 @@ class Roofline:
     integer_ops_per_s: float
 
     def to_json(self) -> dict[str, float]:
-        """Gigabytes and billions of operations a second."""
+        """The rates as a JSON object, in gigabytes and billions of operations per second."""
         return {
             "gigabytes_per_s": round(self.bytes_per_s / 1e9, 1),
             "gigaflops_fp32": round(self.float_ops_per_s / 1e9, 1),
@@ -50,12 +50,12 @@ class Roofline:
 
 @dataclass(frozen=True)
 class StageCost:
-    """The least operations and bytes of a stage.
+    """The smallest number of operations and bytes that a stage needs.
 
     Attributes:
         float_ops: Additions and multiplications in float32.
-        integer_ops: The same in 8-bit integers.
-        bytes: Bytes of the weights, keys and values that are read.
+        integer_ops: Additions and multiplications in 8-bit integers.
+        bytes: Bytes of weights, keys and values that are read from memory.
     """
 
     float_ops: float
@@ -68,20 +68,20 @@ class StageCost:
         )
 
     def seconds(self, roofline: Roofline) -> float:
-        """The least time it can take: that of its products or that of its bytes, whichever is longer."""
+        """Seconds that the stage needs at least: for its operations or for reading its bytes, whichever is longer."""
         products = self.float_ops / roofline.float_ops_per_s + self.integer_ops / roofline.integer_ops_per_s
         return max(products, self.bytes / roofline.bytes_per_s)
 
     def bound(self, roofline: Roofline) -> str:
-        """Which of the two limits it: ``products`` or ``bytes``."""
+        """Returns what limits the stage: ``products`` if computing takes longer than reading memory, else ``bytes``."""
         return "bytes" if self.seconds(roofline) <= self.bytes / roofline.bytes_per_s else "products"
 
 
 def measure(backend: str) -> Roofline:
-    """Measures one core of this machine; takes about a second.
+    """Measures the limits of one core of this machine; takes about a second.
 
     Args:
-        backend: The backend that multiplies, ``cpu`` or ``openvino``.
+        backend: The backend that runs the matrix products, ``cpu`` or ``openvino``.
 
     Raises:
         BackendError: The backend's package is not installed.
@@ -133,12 +133,12 @@ def _least(compute: Callable[[], Any]) -> float:
 
 
 def product_graph(rows: int, second: Array) -> bytes:
-    """An ONNX model ``c = a @ b`` whose ``b`` is stored in it.
+    """Makes an ONNX model of a matrix product ``c = a @ b``, with ``b`` stored in the model; returns its bytes.
 
     Args:
-        rows: Of ``a``, float32 ``[rows, inner]``.
-        second: ``b [inner, columns]``: float32; or int8, and ``a`` is then quantised to uint8 with the scale 1 and the
-            zero point 128. Written with Q/DQ nodes, as int8 graphs are: both runtimes multiply integers then.
+        rows: Number of rows of the input ``a``, float32 ``[rows, inner]``.
+        second: The matrix ``b [inner, columns]``, float32 or int8. If int8, the model quantises ``a`` to uint8 (scale
+            1, zero point 128) with Q/DQ nodes as in int8 graphs, so that both runtimes multiply integers.
     """
     weights: dict[str, Array] = {"b": second}
     nodes: list[Node] = [("MatMul", ("a", "b"), "c")]

@@ -39,7 +39,7 @@ class LoadedBundle:
 
     Attributes:
         bundle: The bundle.
-        graphs: Loads its graphs, and closes them.
+        graphs: Loads and closes the bundle's graphs.
 
     Raises:
         UsageError: ``bundle`` is a path, or something else that is not an opened bundle.
@@ -84,7 +84,7 @@ class LoadedBundle:
 
 
 def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
-    """Loads preprocessing, vision encoder and, if the bundle has one, the bridge."""
+    """Loads the parts that encode pictures: preprocessing, vision encoder and, if the bundle has one, the bridge."""
     return ImageParts(
         preprocessing=Preprocessing.from_json(bundle.manifest.preprocessing),
         pixels_dtype=NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype],
@@ -94,10 +94,10 @@ def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
 
 
 def text_parts(bundle: Bundle) -> TextParts:
-    """Loads tokenizers and the prompt template.
+    """Loads the parts that encode prompts: the tokenizers and the prompt template.
 
     Raises:
-        BundleError: The bundle matches pictures and texts, and has no prompts.
+        BundleError: The bundle has no prompts, because its model only matches pictures with texts.
     """
     spec = bundle.manifest.prompt
     if spec is None:

@@ -74,15 +74,15 @@ class Captioner(LoadedBundle):
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
-            backend: The name of a backend; ``auto`` for the default.
-            threads: CPU threads within an operator; None for as many as there are cores.
+            backend: Name of the backend that runs the graphs; ``auto`` for the default.
+            threads: CPU threads that one operator uses; None for as many as there are cores.
             draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
 
         Raises:
             BundleError: The directory is not a bundle, a newer version wrote it, or its files were changed.
             BackendError: The backend is not installed, or does not run here.
-            UsageError: ``bundle`` is not a path, ``threads`` is below 1, or the bundle does not have this ``draft``.
+            UsageError: ``bundle`` is not a path, ``threads`` is below 1, or the bundle does not have this draft model.
         """
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads, draft)
@@ -104,13 +104,13 @@ class Captioner(LoadedBundle):
 
         Raises:
             ImageError: The picture cannot be read.
-            PromptError: The prompt does not fit.
+            PromptError: The prompt is too long, contains tokens that the model does not accept, or is needed but empty.
             UsageError: An argument is of the wrong type, or an option is outside its range.
         """
         return next(self.caption_many([image], prompts=[prompt], **options))
 
     def ask(self, image: ItemSource, question: str, **options: Unpack[CaptionOptions]) -> CaptionResult:
-        """Answers a question on a picture, by the family's question template; arguments as :meth:`caption`."""
+        """Answers a question on a picture, with the family's question template; see :meth:`caption`."""
         check_text("question", question)
         return self.caption(image, prompt=self.prompts.question(question), **options)
 
@@ -181,12 +181,12 @@ class Captioner(LoadedBundle):
         trace: Callable[[Span], None] | None = None,
         encoder: EncodeBatch | None = None,
     ) -> Scheduler:
-        """Continuous batching for requests that arrive at any time; see :class:`Scheduler`. Close it after use.
+        """Makes a scheduler, which batches requests that arrive at any time; close the scheduler after use.
 
         Args:
-            max_batch: See :class:`Scheduler`; at most the number of rows that the decoder's engine was built for.
-            max_waiting: See :class:`Scheduler`.
-            trace: See :class:`Scheduler`.
+            max_batch: Largest number of rows that are decoded together; reduced to what the decoder's engine supports.
+            max_waiting: Largest number of requests that wait to be encoded.
+            trace: Called with every span of the trace; the function must return quickly.
             encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
         """
         self._check_open()
@@ -201,14 +201,17 @@ class Captioner(LoadedBundle):
         )
 
     def reusing(self, below: float) -> ReusingEncoder:
-        """An encoder that reuses the last visual tokens for a similar picture; see :class:`ReusingEncoder`."""
+        """Makes an encoder that reuses the last visual tokens if the picture differs by less than ``below``.
+
+        See :class:`ReusingEncoder`.
+        """
         return ReusingEncoder(self.encoder, below, self.generator.language.context)
 
     def options(self, **options: Unpack[CaptionOptions]) -> GenerationOptions:
-        """The bundle's defaults with some fields replaced.
+        """Returns the bundle's default options with the given fields replaced.
 
         Raises:
-            UsageError: An unknown field, or a value outside its range.
+            UsageError: A field is unknown, or a value is outside its range.
         """
         known = GenerationOptions.__dataclass_fields__
         unknown = sorted(options.keys() - known.keys())

@@ -42,13 +42,13 @@ class _Reference:
 
 
 class ReusingEncoder:
-    """An encoder that does not encode a picture which hardly differs from the last encoded one.
+    """An encoder that skips a picture which hardly differs from the last encoded one.
 
     Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction differs, the
     bridge runs again on the last ``image_embeds``. It encodes one row in each call, and is for a single thread.
 
     Args:
-        encoder: Encodes the other pictures.
+        encoder: Encodes the pictures that are not skipped.
         below: The mean absolute difference below which a picture is not encoded, as a share of the range of pixel
             values: 0 encodes every picture, 1 only the first. For several pictures of a row, the largest difference
             counts.
@@ -60,7 +60,7 @@ class ReusingEncoder:
         difference: Difference of the last call's picture from the last encoded one; infinite if there was none.
 
     Raises:
-        UsageError: ``below`` is no number from 0 to 1.
+        UsageError: ``below`` is not a number from 0 to 1.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class ReusingEncoder:
 
 
 def cells_of(pixels: Array, spans: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean pixel values of the cells of pictures, as shares of the value range.
+    """Divides pictures into a coarse grid; returns the mean pixel value of each cell as a share of the value range.
 
     Args:
         pixels: ``pixel_values [N, 3, H, W]``.
-        spans: Difference of the values of white and black, by channel ``[3]``.
+        spans: Value of white minus value of black in ``pixels``, for each channel, ``[3]``.
 
     Returns:
         float32 ``[N, 3, h, w]``, h and w at most :data:`CELLS`; white and black are 1 apart.

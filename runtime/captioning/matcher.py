@@ -48,7 +48,7 @@ class MatchResult:
         text: The text as given.
         probability: Probability that the text describes the picture, by the matching head; None for a model without
             one (CLIP).
-        cosine: Cosine of their vectors, −1 to 1.
+        cosine: Cosine similarity of the picture's and the text's vectors, −1 to 1.
     """
 
     image: str | None
@@ -89,8 +89,8 @@ class Matcher(LoadedBundle):
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
-            backend: The name of a backend; ``auto`` for the default.
-            threads: CPU threads within an operator; None for all cores.
+            backend: Name of the backend that runs the graphs; ``auto`` for the default.
+            threads: CPU threads that one operator uses; None for as many as there are cores.
 
         Raises:
             BundleError: The directory is not a bundle, a newer version wrote it, its files were changed, or its model
@@ -136,7 +136,7 @@ class Matcher(LoadedBundle):
     def probabilities(
         self, images: Sequence[ImageSource], texts: Sequence[Sequence[str]], *, batch_size: int = 1
     ) -> list[list[float]]:
-        """The matching probability of each picture with each of its own texts.
+        """Computes the probability that a picture and a text match, for each picture with its own texts.
 
         Args:
             images: N pictures; the vision encoder runs on all of them at once.
@@ -170,16 +170,16 @@ class Matcher(LoadedBundle):
         return found
 
     def embed_image(self, image: ImageSource) -> Vectors:
-        """The vector of a picture, float32 ``[F]`` of length 1, to be compared with :meth:`embed_text` by the cosine.
+        """Computes a picture's vector, float32 ``[F]`` of length 1, to compare with :meth:`embed_text` by the cosine.
 
-        A BLIP-2 model returns one vector for each of its K query tokens, ``[K, F]``; the cosine of the picture is the
-        largest of theirs. Errors are those of :meth:`match`.
+        A BLIP-2 model returns one vector for each of its K query tokens, ``[K, F]``; the picture's cosine is the
+        largest cosine of these K vectors. Errors are those of :meth:`match`.
         """
         vectors: Vectors = self.embed_images([image])[0]
         return vectors
 
     def embed_images(self, images: Iterable[ImageSource], *, batch_size: int = 1) -> Vectors:
-        """The vectors of N pictures, ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
+        """Computes the vectors of N pictures, ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
         self._check_open()
         pictures = listed("images", images)
         parts = [
@@ -192,12 +192,12 @@ class Matcher(LoadedBundle):
         return vectors[:, 0] if vectors.shape[1] == 1 else vectors
 
     def embed_text(self, text: str) -> Vectors:
-        """The vector of a text, float32 ``[F]`` of length 1; see :meth:`embed_image`. Errors as in :meth:`match`."""
+        """Computes a text's vector, float32 ``[F]`` of length 1; see :meth:`embed_image`."""
         vectors: Vectors = self.embed_texts([text])[0]
         return vectors
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1) -> Vectors:
-        """The vectors of N texts, ``[N, F]``; see :meth:`embed_text`."""
+        """Computes the vectors of N texts, ``[N, F]``; see :meth:`embed_text`."""
         self._check_open()
         ids = [self._ids(text) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]

@@ -43,7 +43,8 @@ class StageClock:
     """Measures the wall time of each stage.
 
     Args:
-        lock: Held while a stage runs a graph, on backends that run one graph at a time; waiting for it does not count.
+        lock: Held while a stage runs a graph, on backends that run one graph at a time; the time to acquire the lock
+            is not counted.
 
     Attributes:
         ms: Milliseconds by stage.
@@ -68,7 +69,7 @@ class StageClock:
                 self.spans.append((stage, start, end))
 
     def share(self, pictures: int) -> dict[str, float]:
-        """Milliseconds of each stage for one of ``pictures`` pictures."""
+        """Returns the milliseconds of each stage divided by ``pictures``, the number of pictures in the batch."""
         return {stage: ms / pictures for stage, ms in self.ms.items()}
 
 
@@ -79,7 +80,8 @@ class EncodedBatch:
     Attributes:
         prompts: The prompt of each row.
         pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-            ``visual_tokens [B, Q, D]`` if there is a bridge. Several pictures of a row are concatenated along axis 1.
+            ``visual_tokens [B, Q, D]`` if there is a bridge. If a row has several pictures, they are concatenated along
+            axis 1.
         counts: Number of pictures of each row.
     """
 
@@ -88,7 +90,7 @@ class EncodedBatch:
     counts: list[int]
 
     def part(self, rows: Sequence[int]) -> EncodedBatch:
-        """The batch of some rows; padding that none of these rows needs is removed."""
+        """Returns a batch of the rows with these indices; padding that none of them needs is removed."""
         if list(rows) == list(range(len(self.prompts))):
             return self
         counts = [self.counts[row] for row in rows]
@@ -107,7 +109,7 @@ class PreparedBatch:
         prompts: The prompt of each row.
         counts: Number of pictures of each row.
         pixels: ``pixel_values [N, 3, H, W]`` of all pictures, row by row.
-        instruction: The bridge's text inputs by name; empty if it has none.
+        instruction: The bridge's text inputs by name; empty if the bridge takes no instruction.
     """
 
     prompts: list[Prompt]
@@ -116,7 +118,7 @@ class PreparedBatch:
     instruction: dict[str, Array]
 
     def encoded(self, outputs: Mapping[str, Array]) -> EncodedBatch:
-        """The encoded batch, from the outputs of vision encoder and bridge for the N pictures."""
+        """Makes the encoded batch from ``outputs`` of vision encoder and bridge for the N pictures, by name."""
         if max(self.counts) > 1:
             outputs = {name: pack_images(array, self.counts) for name, array in outputs.items()}
         return EncodedBatch(self.prompts, dict(outputs), self.counts)
@@ -146,7 +148,7 @@ class TextParts:
 
 
 class Encoder:
-    """Preprocessing, vision encoder and bridge.
+    """Encodes pictures and prompts: preprocessing, vision encoder and bridge.
 
     Args:
         images: Preprocessing and graphs.
@@ -176,7 +178,7 @@ class Encoder:
         return batch.encoded(outputs)
 
     def prepare(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> PreparedBatch:
-        """Preprocessing: computes the pixel values of the pictures and the token ids of the prompts."""
+        """Computes the pixel values of the pictures and the token ids of the prompts; ``clock`` measures the time."""
         with clock("preprocess"):
             spec = self.text.prompts.spec
             counts = [spec.frames] * len(images)
@@ -195,14 +197,18 @@ class Encoder:
         return PreparedBatch(prompts, counts, pixels, instruction)
 
     def run_vision(self, pixels: Array, clock: StageClock) -> dict[str, Array]:
-        """The vision encoder's outputs for ``pixel_values [N, 3, H, W]``."""
+        """Runs the vision encoder on ``pixel_values [N, 3, H, W]``; returns its outputs by name."""
         with clock("vision"):
             return self.images.vision.run({"pixel_values": pixels})
 
     def run_bridge(
         self, outputs: Mapping[str, Array], instruction: Mapping[str, Array], clock: StageClock
     ) -> dict[str, Array]:
-        """The vision encoder's outputs together with the bridge's, if there is one."""
+        """Runs the bridge, if there is one, on the vision encoder's outputs and the instruction.
+
+        Returns:
+            The outputs of vision encoder and bridge by name.
+        """
         if self.images.bridge is None:
             return dict(outputs)
         with clock("bridge"):
@@ -215,8 +221,8 @@ class TextGenerator:
 
     Args:
         language: The loaded language model.
-        tokenizer: Its tokenizer.
-        max_positions: Longest context.
+        tokenizer: The language model's tokenizer.
+        max_positions: Longest context of the language model, in tokens.
         drafts: Chooses the draft model of each text.
     """
 
@@ -229,12 +235,12 @@ class TextGenerator:
         self.drafts = drafts
 
     def prefill(self, batch: EncodedBatch, clock: StageClock) -> tuple[NDArray[np.float32], RowState]:
-        """Runs the prompts: logits ``[B, V]`` of the first token, and the decoder's state."""
+        """Runs the prompts; returns logits ``[B, V]`` of the first token, and the decoder's state."""
         with clock("prefill"):
             return self.language.prefill(batch.prompts, batch.pictures)
 
     def limited(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
-        """Reduces the limits of length to the context that the prompt leaves; the last token needs no slot."""
+        """Reduces the length limits to the context that the prompt leaves; the last token needs no slot."""
         room = self.max_positions - (len(self.language.initial) or prompt.length) + 1
         if options.max_new_tokens <= room:
             return options
@@ -251,7 +257,7 @@ class TextGenerator:
             row: The text's row in it.
             options: The text's options; ``num_beams`` is 1.
             vocabulary: V, the number of logits.
-            number: Selects its random stream.
+            number: Number that selects the text's random stream.
         """
         prompt = batch.prompts[row]
         return Generation(
@@ -267,12 +273,12 @@ class TextGenerator:
     def complete(
         self, batch: EncodedBatch, options: GenerationOptions, numbers: Sequence[int], clock: StageClock
     ) -> list[Generated]:
-        """The texts of a batch.
+        """Generates the texts of a batch.
 
         Args:
             batch: B rows.
-            options: The same for all.
-            numbers: Numbers of their random streams.
+            options: How to generate, the same for all rows.
+            numbers: For each row, the number that selects its random stream.
             clock: Measures prefill and decode.
         """
         if options.num_beams > 1:
@@ -304,7 +310,7 @@ class TextGenerator:
         return texts
 
     def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[str]:
-        """The pieces of one row's text as they are generated."""
+        """Yields the pieces of a text as they are generated; ``batch`` has one row."""
         logits, state = self.prefill(batch, StageClock())
         row, decoding = self.begin(batch, 0, options, logits.shape[-1], 0), GenerationBatch()
         decoding.join(logits, state, [row])
@@ -338,13 +344,13 @@ class TextGenerator:
         options: GenerationOptions,
         stage_ms: Mapping[str, float],
     ) -> CaptionResult:
-        """The result of a picture.
+        """Makes the result for one picture.
 
         Args:
             image: The picture as the user gave it.
             prompt: The prompt as the user gave it.
             generated: The generated tokens.
-            options: The caption is cut before the first of their ``stop`` strings.
+            options: The options of the request; the caption is cut before the first of their ``stop`` strings.
             stage_ms: Milliseconds by stage.
         """
         text = self.tokenizer.decode(generated.tokens)

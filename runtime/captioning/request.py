@@ -22,14 +22,14 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """A picture's caption.
+    """The caption of a picture (or of several pictures in one prompt), with tokens and times.
 
     Attributes:
         image: The picture's path; None if it was given as an object. For several pictures, a list of these.
         prompt: The prompt as given; None if none was given.
         text: The caption, without special tokens and surrounding spaces.
-        tokens: Generated ids, the end token included.
-        finish_reason: ``eos``, ``length`` or ``stop``.
+        tokens: Generated token ids, the end token included.
+        finish_reason: Why generation ended: ``eos`` (end token), ``length`` (limit) or ``stop`` (stop string).
         timings_ms: Milliseconds of each of :data:`STAGES` and ``total``, their sum. The time of a batch is divided
             equally among its pictures. Encoding overlaps with decoding, so that many pictures take less wall time than
             the sum of their totals.
@@ -55,7 +55,7 @@ class CaptionResult:
 
 @dataclass(frozen=True)
 class Span:
-    """One stage of a trace: its start and end (``time.perf_counter`` seconds), and the numbers of its requests."""
+    """One stage of a trace: start and end (``time.perf_counter`` seconds), and the numbers of its requests."""
 
     stage: str
     start: float
@@ -69,8 +69,8 @@ class Request:
 
     Attributes:
         image, prompt, options: The arguments of ``submit``.
-        number: Its place in the order of submission; it also selects the random stream.
-        expires: Its deadline (``time.monotonic`` seconds); None for no deadline.
+        number: Position of the request in the order of submission; the number also selects the random stream.
+        expires: The request's deadline (``time.monotonic`` seconds); None for no deadline.
         future: Holds the result or the error.
         stage_ms: Milliseconds by stage so far.
         on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
@@ -90,11 +90,11 @@ class Request:
     _finishing: threading.RLock = field(default_factory=threading.RLock)  # several threads may finish it at once
 
     def begin(self, tokenizer: Tokenizer) -> None:
-        """Prepares the conversion of tokens to text; called before the first token."""
+        """Prepares the conversion of tokens to text; call it before the first :meth:`take`."""
         self._text = TextPieces(tokenizer, self.options.stop)
 
     def take(self, row: Generation) -> None:
-        """Publishes the text of the row's last token."""
+        """Publishes the text of the last token that was generated for ``row``, the request's row of the batch."""
         if self._text is None:
             return
         self.push(self._text.push(row.generated[-1]))
@@ -128,13 +128,13 @@ class Request:
 
     @property
     def over(self) -> bool:
-        """Whether the request is finished, failed or cancelled. A request past its deadline fails at this call."""
+        """Whether the request is finished, failed or cancelled. If its deadline has passed, the request fails here."""
         if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
             self.fail(DeadlineError("the caption was not finished before its deadline", "set a longer deadline"))
         return self.future.done()
 
     def push(self, piece: str | None) -> None:
-        """Publishes a piece, or None for the end."""
+        """Publishes a piece of the text, or None for the end, to :meth:`pieces` or ``on_piece``."""
         if piece != "":
             (self.on_piece or self._pieces.put)(piece)
 
@@ -146,7 +146,7 @@ class Request:
         self.push(None)
 
     def fail(self, error: BaseException) -> None:
-        """Sets the error, unless the request is finished or cancelled already."""
+        """Sets ``error`` as the result, unless the request is finished or cancelled already."""
         with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)

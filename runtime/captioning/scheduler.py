@@ -25,9 +25,9 @@ from blip2edge.runtime.images.video import ItemSource
 
 
 class FairLock:
-    """A lock that threads get in the order in which they asked for it.
+    """A lock that threads acquire in the order of their requests.
 
-    With an ordinary lock, a thread that takes it in a loop can keep all others waiting.
+    With an ordinary lock, a thread that acquires the lock in a loop can keep all other threads waiting.
     """
 
     def __init__(self) -> None:
@@ -58,12 +58,12 @@ class Scheduler:
 
     Args:
         encoder: Encodes batches.
-        generator: Generates their texts.
+        generator: Generates the texts of encoded batches.
         max_batch: Largest number of rows that are decoded together.
         max_waiting: Largest number of requests that wait to be encoded; see :meth:`submit`.
-        one_at_a_time: Run one graph at a time, encoding and decoding alternately. For backends whose graphs use all
-            cores: two graphs at once would cause thread oversubscription.
-        trace: Called by both threads with every span; it must return quickly.
+        one_at_a_time: Whether to run one graph at a time, encoding and decoding alternately. For backends whose graphs
+            use all cores: two graphs at once would cause thread oversubscription.
+        trace: Called by both threads with every span; the function must return quickly.
 
     Raises:
         UsageError: ``max_batch`` or ``max_waiting`` is below 1.
@@ -130,10 +130,10 @@ class Scheduler:
 
         Args:
             image: See ``Captioner.caption``.
-            options: How to generate.
+            options: How to generate the caption.
             prompt: See ``Captioner.caption``.
             deadline: Seconds from now after which the request fails if it is not finished; None for no deadline.
-            wait: Whether to wait while the queue is full.
+            wait: Whether to wait while the queue is full; if False, a full queue is an error.
             on_piece: See :class:`Request`.
 
         Raises:
@@ -169,12 +169,12 @@ class Scheduler:
 
     @property
     def failed(self) -> bool:
-        """Whether an unexpected error has ended its threads; it takes no more requests."""
+        """Whether an unexpected error has ended the scheduler's threads; no more requests are accepted then."""
         return self._failure is not None
 
     @property
     def load(self) -> dict[str, int]:
-        """How many requests are ``waiting``, ``encoding``, ``ready`` and ``running``."""
+        """Numbers of requests that are ``waiting``, ``encoding``, ``ready`` to be decoded, and ``running``."""
         with self._changed:
             ready = sum(len(requests) for requests, _ in self._ready)
             return {

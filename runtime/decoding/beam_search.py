@@ -36,10 +36,10 @@ def beam_search(
 
     Args:
         first_logits: `[B, V]`, the logits after each prompt.
-        state: The decoder after the prompts, B rows; used up by the call.
+        state: The decoder's state after the prompts, B rows; the caller must not use it afterwards.
         prompt_ids: The prompt's ids of each row; see `Generation`.
         options: How to generate, the same for all rows.
-        stopped: Returns whether generated ids finish a text; the end tokens always do.
+        stopped: Returns whether generated ids finish a text (stop strings); end tokens always finish a text.
         initial: Ids that the decoder was started with (encoder-decoder models).
 
     Raises:

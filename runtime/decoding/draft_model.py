@@ -46,7 +46,7 @@ class TextHeadGraph:
 
     Args:
         session: The loaded graph.
-        spec: Its special tokens and its KV cache.
+        spec: Special tokens and KV cache of the text head.
         tokenizer: The tokenizer of ``draft_tokenizer.json``.
         language: The language model's tokenizer.
         end_id: The language model's end token; None if it has none.
@@ -62,11 +62,11 @@ class TextHeadGraph:
         self.end_id = end_id
 
     def row(self, pictures: Mapping[str, Array], row: int) -> TextHeadDraft:
-        """The draft model of one picture's text.
+        """Makes the draft model for the text of one picture.
 
         Args:
             pictures: The bridge's outputs by name; they include the keys and values of the query tokens.
-            row: Index of the picture in them.
+            row: Index of the picture in ``pictures``.
         """
         names = zip(self.spec.past_names(), self.spec.names(QUERIES), strict=True)
         return TextHeadDraft(self, {past: pictures[name][row : row + 1] for past, name in names})
@@ -77,7 +77,7 @@ class TextHeadDraft:
 
     Args:
         head: The graph and the tokenizers.
-        queries: The queries' keys and values, the start of the KV cache, ``[1, H, Q, d]`` by name.
+        queries: Keys and values of the query tokens, the start of the KV cache, ``[1, H, Q, d]`` by name.
     """
 
     def __init__(self, head: TextHeadGraph, queries: Mapping[str, Array]) -> None:
@@ -89,7 +89,7 @@ class TextHeadDraft:
         self._ended = False
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """See :class:`DraftModel`: continues the language model's text.
+        """Proposes tokens that continue the language model's text; see :class:`DraftModel`.
 
         If the draft so far does not begin with that text, the draft model starts again with the text as its prefix.
         """
@@ -160,7 +160,10 @@ class TextHeadDraft:
 
 
 def remainder(written: str, drafted: str) -> str | None:
-    """The part of ``drafted`` after ``written``; None if it does not begin with it. Ignores spaces and case."""
+    """Returns the part of ``drafted`` after ``written``; None if ``drafted`` does not begin with ``written``.
+
+    Ignores spaces and case.
+    """
     at = 0
     for character in written:
         if character.isspace():
@@ -178,9 +181,10 @@ class DraftSelector:
 
     Args:
         head: The text head; None if the bundle has none, or if it was not requested.
-        default: For texts whose options do not set ``draft``; one of :data:`blip2edge.bundle.schema.DRAFTS`.
+        default: Draft model for texts whose options do not set ``draft``; one of
+            :data:`blip2edge.bundle.schema.DRAFTS`.
         tie_margin: See :data:`blip2edge.runtime.decoding.speculative.TIE_MARGIN`.
-        most: Largest number of tokens of a proposal.
+        most: Largest number of tokens that are proposed at once.
         clock: Returns seconds.
 
     Attributes:
@@ -210,7 +214,7 @@ class DraftSelector:
         default: DraftName,
         backend: str = "auto",
     ) -> DraftSelector:
-        """Loads the draft model of a bundle.
+        """Loads the draft model of a bundle; returns the selector.
 
         Args:
             bundle: An opened bundle.
@@ -251,7 +255,7 @@ class DraftSelector:
             )
 
     def kind(self, options: GenerationOptions) -> str:
-        """The draft model for these options: ``itg``, ``lookup`` or ``none``."""
+        """Returns the name of the draft model for these options: ``itg``, ``lookup`` or ``none``."""
         if options.num_beams > 1:
             return "none"
         if options.draft == "auto":
@@ -261,13 +265,13 @@ class DraftSelector:
     def speculator(
         self, options: GenerationOptions, prompt_ids: Sequence[int], pictures: Mapping[str, Array], row: int
     ) -> Speculator | None:
-        """The speculative decoding of a text; None for plain decoding.
+        """Makes the speculative decoder of one text; None for plain decoding.
 
         Args:
             options: The text's options.
-            prompt_ids: The ids of its prompt.
+            prompt_ids: The ids of the text's prompt.
             pictures: The outputs of vision encoder and bridge by name.
-            row: The text's row in these.
+            row: Index of the text's row in ``pictures``.
         """
         kind = self.kind(options)
         if kind == "none":

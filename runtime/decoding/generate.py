@@ -24,7 +24,7 @@ def generate(first_logits: NDArray[np.float32], state: DecodeState, rows: Sequen
 
     Args:
         first_logits: ``[B, V]``, the logits after each prompt.
-        state: The decoder after the prompts; used up by the call.
+        state: The decoder's state after the prompts; the caller must not use it afterwards.
         rows: The B texts.
 
     Raises:
@@ -47,7 +47,7 @@ class Generation:
         vocabulary: V, the number of logits.
         initial: Ids that the decoder was started with (encoder-decoder models). The result and the logits processors
             include them; limits of length do not count them.
-        stopped: Returns whether the generated ids finish the text; the end tokens always do.
+        stopped: Returns whether the generated ids finish the text (stop strings); end tokens always finish the text.
         number: Selects the row's random stream: with the same seed and number, a text does not depend on its batch.
         speculator: Speculative decoding while the row is decoded alone; None for plain decoding.
 
@@ -80,13 +80,13 @@ class Generation:
         self._filters = sampling_filters(options)
 
     def result(self) -> Generated:
-        """The result; call it when the text is finished."""
+        """Returns the generated tokens and why the text ended; call it when the text is finished."""
         tokens = self.initial + tuple(self.generated)
         return Generated(tokens, self.finish_reason or "", None, len(self.generated) / self.passes)
 
     @property
     def remaining(self) -> int:
-        """Tokens that may still be generated."""
+        """Number of tokens that may still be generated."""
         return self.options.max_new_tokens - len(self.generated)
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -114,7 +114,7 @@ class Generation:
         return self._random is None and self.speculator is None and not self._processors.act(len(self.generated))
 
     def accept(self, token: int) -> None:
-        """Appends a token; sets ``finish_reason`` if the token finishes the text."""
+        """Appends a token to the text; sets ``finish_reason`` if the token finishes the text."""
         self.generated.append(token)
         self.finish_reason = finish_reason(self.generated, len(self.generated), self.options, self._stopped)
 
@@ -135,15 +135,15 @@ class GenerationBatch:
         self._greedy: Generator[NDArray[np.int64], None, None] | None = None
 
     def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> None:
-        """Adds rows.
+        """Adds texts to the batch, after their prefill.
 
         Args:
             first_logits: ``[B, V]``, the logits after each prompt.
-            state: The decoder after the prompts; it cannot be used afterwards.
-            rows: The B texts.
+            state: The decoder's state after the prompts; the caller must not use it afterwards.
+            rows: The B texts to add.
 
         Raises:
-            BackendError: The decoder has no room for them; the present rows are not affected.
+            BackendError: The decoder has no room for the new rows; the rows that were in the batch are not affected.
         """
         if not self.rows or self._state is None:
             self._state, self._logits, self._last = state, first_logits, None
@@ -158,7 +158,7 @@ class GenerationBatch:
         """Appends the next token to every row.
 
         Returns:
-            These rows. Rows that now have a ``finish_reason`` have left the batch.
+            The rows that got a token. Those that now have a ``finish_reason`` are no longer in the batch.
 
         Raises:
             BackendError: The decoder returned NaN.
@@ -191,7 +191,7 @@ class GenerationBatch:
             self._greedy = None
 
     def leave(self, row: Generation) -> None:
-        """Removes a row that is not finished."""
+        """Removes a row that is not finished from the batch, for example a cancelled request."""
         self._keep([place for place, other in enumerate(self.rows) if other is not row])
 
     def _keep(self, places: list[int]) -> None:
@@ -235,7 +235,7 @@ class GenerationBatch:
 
 
 def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The likeliest token of each row of logits ``[B, V]``, int64 ``[B]``; of equal logits, the lowest id.
+    """Returns the likeliest token of each row of logits ``[B, V]``, int64 ``[B]``; of equal logits, the lowest id.
 
     Raises:
         BackendError: The logits hold NaN.

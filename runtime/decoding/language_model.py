@@ -30,15 +30,15 @@ from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 
 @runtime_checkable
 class HasDecoder(Protocol):
-    """A session of a backend that manages the KV cache itself (TensorRT)."""
+    """A session whose backend manages the KV cache itself (TensorRT)."""
 
     def decoder(self, table: TokenTable) -> Decoder:
-        """The decoder that runs this graph."""
+        """Makes the decoder that runs this graph; ``table`` gives the embeddings of its tokens."""
         ...
 
 
 class LanguageModel:
-    """A decoder, with the graphs that compute its inputs from prompts and pictures.
+    """The decoder and the graphs that compute the decoder's inputs from prompts and pictures.
 
     Args:
         decoder: The decoder.
@@ -50,9 +50,10 @@ class LanguageModel:
         self.initial = initial
 
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
-        """The tensors of the pictures that do not depend on the prompts, by name: cross-attention keys and values.
+        """Computes cross-attention keys and values of the pictures, by name; they do not depend on the prompts.
 
-        Pass them to :meth:`prefill` among ``pictures`` to avoid computing them again. Empty for models without any.
+        Pass them to :meth:`prefill` in ``pictures`` to avoid computing them again. Empty for models without
+        cross-attention.
         """
         del pictures
         return {}
@@ -63,10 +64,10 @@ class LanguageModel:
         Args:
             prompts: One for each row.
             pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-                ``visual_tokens [B, Q, D]`` if there is a bridge; optionally with their :meth:`context`.
+                ``visual_tokens [B, Q, D]`` if there is a bridge; optionally with the tensors of :meth:`context`.
 
         Returns:
-            Logits ``[B, V]`` of the first token, and the state.
+            Logits ``[B, V]`` of the first token, and the decoder's state.
         """
         raise NotImplementedError
 
@@ -90,13 +91,13 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
 
 
 def token_table(bundle: Bundle) -> TokenTable:
-    """A bundle's token table, in the dtype of the decoder's embeddings."""
+    """Returns the token table of a bundle, in the dtype of the decoder's input embeddings."""
     dtype = bundle.graph(DECODER).spec.inputs[0].dtype
     return TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, dtype)
 
 
 def decoder_of(bundle: Bundle, session: Session) -> Decoder:
-    """A bundle's decoder that runs a loaded graph; the inputs of the graph determine the form of the KV cache.
+    """Makes the decoder for a bundle's loaded decoder graph; the graph's inputs determine the form of the KV cache.
 
     Raises:
         BundleError: The manifest describes no KV cache.
@@ -120,7 +121,7 @@ class DecoderOnly(LanguageModel):
     Args:
         decoder: The decoder.
         cross_kv: The loaded ``cross_kv`` graph; None without cross-attention.
-        source: Name of the input of that graph, a key of ``pictures``.
+        source: Name of the input of the ``cross_kv`` graph, a key of ``pictures``.
     """
 
     def __init__(self, decoder: Decoder, cross_kv: Session | None, source: str) -> None:
@@ -129,7 +130,7 @@ class DecoderOnly(LanguageModel):
         self.source = source
 
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
-        """See :class:`LanguageModel`: cross-attention keys and values."""
+        """Computes the cross-attention keys and values; see :class:`LanguageModel`."""
         if self.cross_kv is None:
             return {}
         names = self.cross_kv.output_names
@@ -138,7 +139,7 @@ class DecoderOnly(LanguageModel):
         return self.cross_kv.run({self.source: pictures[self.source]})
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
-        """See :class:`LanguageModel`."""
+        """Runs the prompts; returns logits ``[B, V]`` and the decoder's state; see :class:`LanguageModel`."""
         context = self.context(pictures)
         if prompts[0].attends_to:
             most = max(prompt.images for prompt in prompts)
@@ -151,10 +152,10 @@ class EncoderDecoder(LanguageModel):
     """A text encoder and a decoder (T5): the encoder takes the prompt, and the decoder starts a new text.
 
     Args:
-        decoder: The decoder; it cross-attends to the encoder's states.
+        decoder: The decoder; it cross-attends to the text encoder's outputs.
         encoder: The loaded ``text_encoder`` graph.
-        takes: Names of its inputs: ``inputs_embeds``, or ``input_ids`` if the graph has its own token table; also
-            ``image_embeds`` if it cross-attends to the picture.
+        takes: Names of the encoder's inputs: ``inputs_embeds``, or ``input_ids`` if the graph has its own token table;
+            also ``image_embeds`` if the encoder cross-attends to the picture.
         cross_kv: The loaded ``cross_kv`` graph.
         start_token_id: First id of every text.
     """
@@ -173,7 +174,10 @@ class EncoderDecoder(LanguageModel):
         self.cross_kv = cross_kv
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
-        """See :class:`LanguageModel`; the logits are those after the start token."""
+        """Encodes the prompts, runs the start token; returns its logits ``[B, V]`` and the decoder's state.
+
+        See :class:`LanguageModel`.
+        """
         batch = len(prompts)
         rows = (
             [np.array(prompt.ids, np.int64) for prompt in prompts]

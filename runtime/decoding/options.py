@@ -49,7 +49,7 @@ Stopped = Callable[[Sequence[int]], bool]
 
 
 class CaptionOptions(TypedDict, total=False):
-    """The keywords of ``Captioner.caption(**options)``: fields of :class:`GenerationOptions`, each may be left out."""
+    """The keyword options of ``Captioner.caption``: fields of :class:`GenerationOptions`, all optional."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -92,7 +92,7 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: Largest number of generated tokens, the end token included.
-        min_new_tokens: Number of tokens before which no end token is generated.
+        min_new_tokens: Smallest number of generated tokens; no end token is generated before.
         num_beams: Width of beam search; 1 for greedy decoding or sampling.
         length_penalty: Beam scores are divided by ``length ** length_penalty``.
         repetition_penalty: Above 1, tokens of the prompt and of the text so far become less likely.
@@ -312,7 +312,7 @@ def _early_stopping(name: str, value: Any) -> bool | Literal["never"]:
 
 
 def shown(value: Any) -> str:
-    """A value as text for an error message, at most 80 characters."""
+    """Formats a value for an error message, with at most 80 characters."""
     if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
@@ -375,14 +375,14 @@ class Generated:
 
 
 def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
-    """The end tokens that the model can generate, int64."""
+    """Returns the end tokens with ids below ``vocabulary``, which the model can generate, int64."""
     return np.array([token for token in options.eos_token_ids if token < vocabulary], np.int64)
 
 
 def finish_reason(
     generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
 ) -> str | None:
-    """Why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if it is not finished."""
+    """Returns why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if not finished."""
     if generated[-1] in options.eos_token_ids:
         return "eos"
     if stopped is not None and stopped(generated):

@@ -47,7 +47,9 @@ def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> None:
-    """Divide the positive and multiply the negative scores of repeated tokens (CTRL, arXiv 1909.05858), in place.
+    """Makes repeated tokens less likely, in place: divides their positive scores, multiplies the negative ones.
+
+    The penalty of CTRL (arXiv 1909.05858).
 
     Args:
         scores: [V]: logits, or log-probabilities in beam search.
@@ -68,9 +70,9 @@ def filter_scores(
     """Apply temperature, top-k, top-p and further filters.
 
     Args:
-        scores: [V].
-        temperature: Above 0; None or 1: as they are.
-        top_k: Keep the k largest, and what equals the k-th; None or 0: keep all.
+        scores: Logits [V].
+        temperature: Divides the scores, above 0; None or 1: no change.
+        top_k: Keep the k largest scores, and all that equal the k-th; None or 0: keep all.
         top_p: Keep the fewest most probable tokens whose probabilities reach this sum, at least one; None
             or 1: keep all.
         filters: Act one after the other on what top-p kept.
@@ -131,7 +133,7 @@ def draw(
     """Draw one token from the softmax over the filtered scores, with one uniform number.
 
     Args:
-        scores: [V].
+        scores: Logits [V].
         rng: The row's own random stream.
         temperature: See `filter_scores`.
         top_k: See `filter_scores`.
@@ -154,7 +156,7 @@ def draw(
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities along the last axis, float32, a new array of the same shape.
+    """Computes log-probabilities along the last axis, float32, in a new array of the same shape.
 
     Raises:
         BackendError: The logits hold NaN.
@@ -168,7 +170,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def broken_logits() -> BackendError:
-    """The error for a decoder whose logits are not finite."""
+    """Makes the error for a decoder whose logits are not finite."""
     return BackendError(
         "the decoder's logits are NaN or infinity; in fp16 this happens when values overflow",
         f"export with {option('precision')} fp32, or choose another {option('backend')}",
@@ -176,5 +178,5 @@ def broken_logits() -> BackendError:
 
 
 def row_stream(seed: int | None, number: int) -> np.random.Generator:
-    """The independent random stream of a row: `default_rng([seed, number])`; without a seed, from fresh entropy."""
+    """Makes the random stream of row `number`: `default_rng([seed, number])`; without a seed, from fresh entropy."""
     return np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])

@@ -34,13 +34,13 @@ TIE_MARGIN_QUANTIZED = 3e-2
 
 
 class DraftModel(Protocol):
-    """Proposes the next tokens of one text."""
+    """Proposes the next tokens of one text; the language model (the target model) then verifies them."""
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """Proposes tokens.
+        """Proposes the tokens that follow the generated ones.
 
         Args:
-            generated: Ids that the language model generated so far, at least one.
+            generated: Token ids that the language model generated so far, at least one.
             most: The largest number of tokens to propose.
 
         Returns:
@@ -79,21 +79,21 @@ class SpeculationCost:
 
     @property
     def pays(self) -> bool:
-        """Whether the next step speculates."""
+        """Whether the next step should use speculative decoding."""
         return self._steps >= self.LEARN and self._pause == 0 and self._since_plain < self.AGAIN
 
     @property
     def seconds_per_token(self) -> float:
-        """Seconds per token of recent speculation, draft model included; infinite if no token was accepted."""
+        """Seconds per token of recent speculative steps, draft model included; infinite if no token was accepted."""
         return self._seconds / self._tokens if self._tokens else math.inf
 
     @property
     def width(self) -> int:
-        """How many tokens to propose: 1.5 times the number accepted recently, plus 1."""
+        """How many tokens to propose: 1.5 times the number that was accepted recently, plus 1."""
         return min(MAX_DRAFT_TOKENS, math.ceil(1.5 * self._accepted) + 1)
 
     def plain_step(self, seconds: float) -> None:
-        """Records the time of a plain step."""
+        """Records the time of a plain decode step, in seconds."""
         # The first runs of a session are slow, so that the quickest of them counts. Later steps enter an average.
         learning = self._steps < self.LEARN
         quickest = min(self.plain_seconds or seconds, seconds)
@@ -104,7 +104,7 @@ class SpeculationCost:
             self._pause -= 1
 
     def speculative_pass(self, seconds: float) -> None:
-        """Records the time of a pass that verified proposed tokens, or of a draft model that proposed none."""
+        """Records the seconds of a pass that verified proposed tokens, or of a draft model that proposed none."""
         self._seconds = self.FADE * self._seconds + seconds
         self._tokens *= self.FADE
         self._passes += 1
@@ -131,7 +131,7 @@ class Speculator:
         draft: The draft model of this text.
         cost: Decides at each step whether to speculate; shared by all texts.
         tie_margin: See :data:`TIE_MARGIN`.
-        most: The most tokens of a proposal.
+        most: Largest number of tokens that are proposed at once.
 
     Attributes:
         drafted: Tokens that were proposed so far.
@@ -162,16 +162,16 @@ class Speculator:
         remaining: int,
         scores: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     ) -> tuple[NDArray[np.float32], int]:
-        """The logits after the last token of a text.
+        """Computes the logits after the last token of a text, with speculation if it is faster.
 
         Args:
-            state: The decoder; one row.
-            generated: The ids so far; the last one was chosen from the logits of the previous step.
+            state: The decoder's state; one row.
+            generated: The generated ids so far; the last one was chosen from the logits of the previous step.
             remaining: Number of tokens that may still be generated.
             scores: Computes from logits ``[V]`` the scores that the token is chosen from.
 
         Returns:
-            Logits ``[1, V]``, and the passes of the decoder for them: 0, 1 or 2.
+            Logits ``[1, V]``, and the number of decoder passes of this step: 0, 1 or 2.
         """
         token, passes = generated[-1], 0
         if self._place < len(self._proposed) and self._proposed[self._place] == token:
@@ -239,7 +239,7 @@ class Speculator:
 
 
 class PromptLookup:
-    """Prompt lookup: searches prompt and text for the last tokens of the text, and proposes what follows them there.
+    """Prompt lookup: finds the last tokens of the text earlier in prompt or text, and proposes what follows there.
 
     Args:
         prompt_ids: The prompt's ids.
@@ -251,7 +251,7 @@ class PromptLookup:
         self._longest = longest
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """See :class:`DraftModel`; the longest match is used, and of equally long ones the latest."""
+        """Proposes the tokens after the longest match, of equally long ones the latest; see :class:`DraftModel`."""
         ids = [*self._prompt, *generated]
         for size in range(min(self._longest, len(ids) - 1), 0, -1):
             tail = ids[-size:]

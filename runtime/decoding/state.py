@@ -14,7 +14,7 @@ from blip2edge.bundle.token_table import TokenTable
 
 
 class DecodeState(Protocol):
-    """The texts of a batch in a decoder: each row is one text, whose keys and values are in the KV cache.
+    """The decoding state of a batch: each row is one text, whose keys and values are in the KV cache.
 
     A step appends one token to every row.
     """
@@ -30,12 +30,12 @@ class DecodeState(Protocol):
         """Makes row i a copy of old row ``rows[i]`` (``[B']``): rows can be repeated, reordered or dropped."""
 
     def join(self, other: Any) -> None:
-        """Adds the rows of another state of the same decoder after its own; the other state is used up."""
+        """Adds the rows of ``other``, a state of the same decoder; ``other`` must not be used afterwards."""
 
 
 @runtime_checkable
 class GreedyState(Protocol):
-    """A state that chooses the likeliest tokens itself, so that a GPU starts the next step without the host."""
+    """A state that chooses the likeliest tokens itself; a GPU then starts the next step without the host."""
 
     def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
         """Appends tokens ``[B]``, then yields the likeliest next tokens ``[B]`` step by step, and appends them.
@@ -50,16 +50,16 @@ class RowState(DecodeState, Protocol):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row in the KV cache, prompt included, int64 ``[B]``."""
+        """Number of tokens of each row in the KV cache, prompt included, int64 ``[B]``."""
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends k tokens ``[B, k]`` to each row; returns the logits ``[B, k, V]`` after each of them."""
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """Removes the tokens of row i after its first ``lengths[i]`` (``[B]``).
+        """Keeps the first ``lengths[i]`` tokens of each row i, and removes the rest; ``lengths`` is ``[B]``.
 
         Raises:
-            ValueError: A row has fewer tokens, or would keep none.
+            ValueError: A row has fewer tokens than ``lengths[i]``, or would keep no token.
         """
 
 
@@ -67,13 +67,13 @@ class Decoder:
     """A decoder graph and its token table: the base of the decoders with each form of KV cache.
 
     Args:
-        spec: The graph's tensors.
+        spec: The graph's inputs and outputs.
         table: The token table.
 
     Attributes:
         dtypes: dtypes of the graph's inputs, by name.
-        embeds_dtype: dtype of its input embeddings.
-        max_rows: The largest batch; None for no limit.
+        embeds_dtype: dtype of the graph's input embeddings.
+        max_rows: The largest number of rows in a batch; None for no limit.
     """
 
     max_rows: int | None = None
@@ -84,27 +84,27 @@ class Decoder:
         self.embeds_dtype = self.dtypes["inputs_embeds"]
 
     def embed(self, token_ids: NDArray[np.int64]) -> Array:
-        """Rows of the token table for tokens ``[B, k]``: ``[B, k, D]``."""
+        """Returns the embeddings ``[B, k, D]`` of tokens ``[B, k]``, from the token table."""
         return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], RowState]:
-        """Runs whole prompts.
+        """Runs whole prompts and fills the KV cache.
 
         Args:
-            prompts: One ``[S_i, D]`` for each row; lengths may differ.
+            prompts: One embedded prompt ``[S_i, D]`` for each row; lengths may differ.
             context: Inputs that stay the same from step to step: cross-attention keys and values and their mask.
-                Of a mask ``[B, S, E]`` later steps use the last slot's row.
+                If the mask is ``[B, S, E]``, later steps use the values of the last slot S.
 
         Returns:
-            The logits ``[B, V]`` after each prompt, and the state.
+            The logits ``[B, V]`` after each prompt, and the decoder's state.
         """
         raise NotImplementedError
 
 
 class SlotState(RowState):
-    """Rows whose next token goes to the same slot of the KV cache; shorter rows have masked slots on their left.
+    """A state whose rows all write the next token to the same slot; shorter rows have masked slots on the left.
 
     Attributes:
         mask: int64 ``[B, T]``, 1 if a slot holds a token.
@@ -123,20 +123,20 @@ class SlotState(RowState):
 
     @property
     def batch_size(self) -> int:
-        """See :class:`DecodeState`."""
+        """Number of rows B; see :class:`DecodeState`."""
         return len(self.positions)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """See :class:`RowState`."""
+        """Number of tokens of each row in the KV cache, int64 ``[B]``; see :class:`RowState`."""
         return self.positions + 1
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`DecodeState`."""
+        """Appends one token ``[B]`` to each row; returns logits ``[B, V]``; see :class:`DecodeState`."""
         return self.extend(token_ids[:, None])[:, 0]
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`RowState`; one pass for all rows and tokens."""
+        """Appends tokens ``[B, k]`` to all rows in one pass; returns logits ``[B, k, V]``; see :class:`RowState`."""
         steps = token_ids.shape[1]
         self.make_room(steps)
         positions = self.positions[:, None] + np.arange(1, steps + 1)
@@ -144,7 +144,7 @@ class SlotState(RowState):
         return self.run(self.decoder.embed(token_ids), positions, steps)
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`DecodeState`."""
+        """Makes row i a copy of old row ``rows[i]``; see :class:`DecodeState`."""
         if len(rows) == self.batch_size and np.array_equal(rows, np.arange(len(rows))):
             return
         self.select_cache(rows)
@@ -152,16 +152,16 @@ class SlotState(RowState):
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
 
     def run(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> NDArray[np.float32]:
-        """Runs the graph on S new slots of every row; arguments as :meth:`inputs`. Logits ``[B, K, V]``."""
+        """Runs the graph on S new slots of every row; returns logits ``[B, K, V]``. Arguments as in :meth:`inputs`."""
         return self.run_graph(self.inputs(embeds, positions, wanted))
 
     def inputs(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> dict[str, Array]:
-        """The graph's inputs for S new slots of every row, without the KV cache.
+        """Makes the graph's inputs for S new slots of every row, without the KV cache.
 
         Args:
-            embeds: ``[B, S, D]``.
-            positions: ``[B, S]``.
-            wanted: K, how many of the last slots need logits.
+            embeds: Embeddings of the new tokens, ``[B, S, D]``.
+            positions: Positions of the new tokens, int64 ``[B, S]``.
+            wanted: K, the number of last slots to compute logits for.
         """
         batch, steps = positions.shape
         inputs = {
@@ -176,7 +176,7 @@ class SlotState(RowState):
         return inputs
 
     def join_rows(self, other: SlotState) -> None:
-        """Adds mask, positions and cross-attention mask of another state's rows; both masks have the same length."""
+        """Adds masks and positions of another state's rows; the masks of both states must have the same length."""
         self.mask = np.concatenate([self.mask, other.mask])
         self.positions = np.concatenate([self.positions, other.positions])
         if self.cross_mask is not None and other.cross_mask is not None:
@@ -191,22 +191,26 @@ class SlotState(RowState):
         raise NotImplementedError
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph on ``inputs`` and the cache, and keeps the new keys and values; logits ``[B, K, V]``."""
+        """Runs the graph and keeps the new keys and values; ``inputs`` has no cache. Returns logits ``[B, K, V]``."""
         raise NotImplementedError
 
 
 def split_context(context: Mapping[str, Array] | None) -> tuple[dict[str, Array], NDArray[np.int64] | None]:
-    """The cross-attention inputs that never change, and the mask ``[B, S, E]`` of models with one for each token."""
+    """Separates the cross-attention inputs that never change from a mask with one row for each token.
+
+    Returns:
+        The inputs that never change, by name; the mask ``[B, S, E]``, or None if all tokens share one mask.
+    """
     shared = dict(context or {})
     own = CROSS_MASK in shared and shared[CROSS_MASK].ndim == 3
     return shared, shared.pop(CROSS_MASK) if own else None
 
 
 def tokens_to_drop(lengths: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many tokens each row drops to keep its first ``kept[i]`` of ``lengths[i]``, ``[B]``.
+    """Returns how many tokens each row drops ``[B]``, if row i keeps ``kept[i]`` of its ``lengths[i]`` tokens.
 
     Raises:
-        ValueError: A row has fewer tokens, or would keep none.
+        ValueError: A row has fewer tokens than ``kept[i]``, or would keep no token.
     """
     if np.any(lengths < kept) or np.any(kept < 1):
         raise ValueError(f"rows have {lengths.tolist()} tokens: cannot keep {kept.tolist()}")
@@ -214,7 +218,7 @@ def tokens_to_drop(lengths: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArr
 
 
 def padded(array: Array, axis: int, length: int, *, left: bool = False) -> Array:
-    """An array padded with zeros after (or before) its values, so that the axis has that length."""
+    """Pads an array with zeros to ``length`` along ``axis``: after its values, or before them if ``left``."""
     missing = length - array.shape[axis]
     if not missing:
         return array
@@ -224,12 +228,12 @@ def padded(array: Array, axis: int, length: int, *, left: bool = False) -> Array
 
 
 def stacked(name: str, first: Array, second: Array) -> Array:
-    """Rows of two cross-attention contexts as one batch; the shorter one is padded with masked keys.
+    """Concatenates the rows of a cross-attention input of two batches; the shorter input is padded with masked keys.
 
     Args:
-        name: Of the decoder's input: keys or values ``[B, H, E, d]``, or their mask ``[B, E]`` or ``[B, S, E]``.
-        first: Of the first rows.
-        second: Of the rows after them.
+        name: Name of the input: keys or values ``[B, H, E, d]``, or their mask ``[B, E]`` or ``[B, S, E]``.
+        first: Values for the first rows.
+        second: Values for the rows after them.
     """
     axis = -1 if name == CROSS_MASK else 2
     longest = max(first.shape[axis], second.shape[axis])

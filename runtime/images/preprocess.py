@@ -56,7 +56,7 @@ def load_image(source: ImageSource) -> Image.Image:
         The picture in mode RGB; a Pillow image that is upright RGB already is returned without a copy.
 
     Raises:
-        ImageError: The file is missing, empty, broken, truncated or no picture; the picture has no pixel or
+        ImageError: The file is missing, empty, broken, truncated or not a picture; the picture has no pixel or
             more than `MAX_PIXELS`; the array has another shape or dtype.
     """
     if isinstance(source, np.ndarray):
@@ -170,14 +170,14 @@ class Preprocessing:
 
     Attributes:
         resize: Whether to resize to `size`.
-        size: {"height", "width"}, or {"shortest_edge"} which keeps the aspect ratio; pixels.
+        size: {"height", "width"}, or {"shortest_edge"}, which keeps the aspect ratio; in pixels.
         crop: {"height", "width"} of the centre crop (zero-padded if the picture is smaller), or None.
         resample: Pillow's code of the resampling filter (3: bicubic).
         do_rescale: Whether to multiply by `rescale_factor`.
-        rescale_factor: Usually 1/255.
+        rescale_factor: Factor on the pixel values, usually 1/255.
         do_normalize: Whether to subtract `mean` and divide by `std`, per channel.
-        mean: One value per channel, R, G, B.
-        std: One value per channel, R, G, B.
+        mean: Mean of each channel, R, G, B, after rescaling.
+        std: Standard deviation of each channel, R, G, B, after rescaling.
 
     Raises:
         ValueError: A field is outside its range.
@@ -210,7 +210,7 @@ class Preprocessing:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of the result in pixels; None if they depend on the picture."""
+        """Height and width of the preprocessed picture in pixels; None if they depend on the original picture."""
         fixed = self.crop if self.crop is not None else (self.size if self.resize else {})
         return (fixed["height"], fixed["width"]) if "height" in fixed else None
 
@@ -222,10 +222,10 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """Read what `to_json` wrote.
+        """Makes the preprocessing from the JSON object that `to_json` returned.
 
         Raises:
-            BundleError: A key is unknown, or a value outside its range.
+            BundleError: A key is unknown, or a value is outside its range.
         """
         try:
             return cls(**config)
@@ -233,7 +233,7 @@ class Preprocessing:
             raise BundleError(f"bundle.json, preprocessing: {error}", "export the checkpoint again") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """The fields as a JSON object."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def __call__(self, image: ImageSource) -> NDArray[np.float32]:
@@ -267,10 +267,10 @@ class Preprocessing:
         return pixels
 
     def batch(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
-        """Pixel values of several pictures, float32 [B,3,H,W].
+        """Preprocesses several pictures; returns their pixel values, float32 [B,3,H,W].
 
         Raises:
-            ImageError: As for one picture; or there is none, or their processed sizes differ.
+            ImageError: A picture cannot be decoded, there are no pictures, or their sizes after preprocessing differ.
         """
         pixels = [self(image) for image in images]
         if not pixels:

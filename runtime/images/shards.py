@@ -36,19 +36,19 @@ class ShardFile:
 
     @property
     def suffix(self) -> str:
-        """Suffix of its name in lower case, such as ".jpg"."""
+        """Suffix of the file's name in lower case, such as ".jpg"."""
         return Path(self.name).suffix.lower()
 
     @property
     def is_picture(self) -> bool:
-        """Whether its suffix is that of a picture file."""
+        """Whether the file's suffix is that of a picture."""
         return self.suffix in PICTURE_SUFFIXES
 
     def read(self) -> bytes:
-        """The content of the file.
+        """Reads the content of the file.
 
         Raises:
-            ImageError: The shard cannot be read, or ends before the file does.
+            ImageError: The shard cannot be read, or is truncated.
         """
         try:
             with open(self.shard, "rb") as file:
@@ -73,8 +73,8 @@ def open_shard(path: Path) -> Iterator[Iterator[tuple[ShardFile, Callable[[], by
         Later, use `ShardFile.read`.
 
     Raises:
-        tarfile.TarError: The file is no uncompressed tar file, or is cut off.
-        OSError: It cannot be opened.
+        tarfile.TarError: The file is not an uncompressed tar file, or is truncated.
+        OSError: The file cannot be opened.
     """
     with tarfile.open(path, "r:") as archive:
         yield (

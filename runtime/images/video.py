@@ -21,19 +21,19 @@ VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".m
 
 
 def chosen(total: int, count: int) -> list[int]:
-    """Indices of ``count`` of ``total`` frames, evenly spaced from the first one; with fewer frames, some repeat.
+    """Selects ``count`` of ``total`` frames, evenly spaced from the first; if ``count`` is larger, frames repeat.
 
-    As in transformers' example for InstructBlipVideo.
+    Returns the frames' indices. The same selection as in transformers' example for InstructBlipVideo.
     """
     return [index * total // count for index in range(count)]
 
 
 def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
-    """The pictures of several items, item by item.
+    """Lists the pictures of several items, item by item.
 
     Args:
         items: Videos as in :func:`load_frames`; single pictures if ``frames`` is 1.
-        frames: Number of pictures of each item.
+        frames: Number of pictures that each item gives.
 
     Raises:
         ImageError: As in :func:`load_frames`.
@@ -50,7 +50,7 @@ def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
 
 
 def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
-    """The frames of a video.
+    """Loads evenly spaced frames of a video.
 
     Args:
         item: Pictures; an array ``[F, H, W, 3]`` uint8; a folder of frames, which are sorted by name with numbers

@@ -27,7 +27,7 @@ def open_graph(
     threads: int | None = None,  # noqa: ARG001 - one signature for all backends
     optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
 ) -> Session:
-    """Refuses a graph: this backend runs engines.
+    """Always raises an error: this backend runs engines, not graphs.
 
     Raises:
         BackendError: Always.
@@ -38,7 +38,7 @@ def open_graph(
 
 
 class EngineOpener:
-    """Opens a bundle's engines, after checking that this machine runs them.
+    """Opens a bundle's engines, after checking that this machine can run them.
 
     Args:
         bundle: An opened bundle.
@@ -95,10 +95,10 @@ class DecoderSession(TrtSession):
     """The decoder's engine; :meth:`decoder` makes the whole decoder from it.
 
     Args:
-        device: The device that it runs on.
+        device: The device that the engine runs on.
         engine: The deserialised engine.
-        record: Its record in ``engine.json``.
-        engines: Opens the other engine that decoding needs, and returns both.
+        record: The engine's record in ``engine.json``.
+        engines: Function that opens the other engine that decoding needs, and returns both.
     """
 
     def __init__(self, device: Device, engine: object, record: EngineRecord, engines: Callable[[], Engines]) -> None:
@@ -106,7 +106,7 @@ class DecoderSession(TrtSession):
         self._engines = engines
 
     def decoder(self, table: TokenTable) -> DeviceDecoder:
-        """The decoder that runs on this engine."""
+        """Makes the decoder that runs on this engine; ``table`` is the bundle's token table."""
         if self.closed:
             raise closed_graph()
         return DeviceDecoder(self._engines(), table)

@@ -22,10 +22,10 @@ MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
 
 def load_cuda() -> Any:
-    """cuda-python's module of the runtime API.
+    """Imports the module of cuda-python with the CUDA runtime API.
 
     Raises:
-        BackendError: It is not installed or does not load.
+        BackendError: cuda-python is not installed or cannot be loaded.
     """
     reasons = []
     for name in MODULES:
@@ -75,27 +75,27 @@ class Cuda:
         return results[0] if len(results) == 1 else tuple(results)
 
     def stream(self) -> int:
-        """A new stream that does not wait for the default one."""
+        """Creates a CUDA stream that does not wait for the default stream; returns its handle."""
         return int(self(self.api.cudaStreamCreateWithFlags, self.api.cudaStreamNonBlocking))
 
     def synchronize(self, stream: int) -> None:
-        """Waits for a stream."""
+        """Waits until all work in the stream is done."""
         self(self.api.cudaStreamSynchronize, stream)
 
     def event(self) -> int:
-        """A new event without timing."""
+        """Creates a CUDA event without timing; returns its handle."""
         return int(self(self.api.cudaEventCreateWithFlags, self.api.cudaEventDisableTiming))
 
     def record(self, event: int, stream: int) -> None:
-        """Records an event at the present end of a stream."""
+        """Records the event in the stream, after the work that the stream contains now."""
         self(self.api.cudaEventRecord, event, stream)
 
     def wait(self, event: int) -> None:
-        """Waits until a stream has reached the event."""
+        """Waits until the stream has reached the recorded event."""
         self(self.api.cudaEventSynchronize, event)
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        """Copies bytes between any two of host and GPU addresses."""
+        """Copies ``size`` bytes in the stream; ``target`` and ``source`` are addresses on the host or on the GPU."""
         self(self.api.cudaMemcpyAsync, target, source, size, self._anywhere, stream)
 
     def copy_rows(
@@ -108,12 +108,12 @@ class Cuda:
         height: int,
         stream: int,
     ) -> None:
-        """Copies ``height`` rows of ``width`` bytes; a pitch is the distance between two rows in bytes."""
+        """Copies ``height`` rows of ``width`` bytes in the stream; a pitch is the bytes between two row starts."""
         copy = self.api.cudaMemcpy2DAsync
         self(copy, target, target_pitch, source, source_pitch, width, height, self._anywhere, stream)
 
     def zero(self, target: int, size: int, stream: int) -> None:
-        """Fills with zeros."""
+        """Fills ``size`` bytes at the GPU address ``target`` with zeros, in the stream."""
         self(self.api.cudaMemsetAsync, target, 0, size, stream)
 
     def begin_capture(self, stream: int) -> None:
@@ -125,14 +125,14 @@ class Cuda:
         )
 
     def end_capture(self, stream: int) -> int:
-        """Ends the capture; the recorded work as a CUDA graph that can be launched."""
+        """Ends the capture; returns the recorded work as the handle of a CUDA graph that can be launched."""
         graph = self(self.api.cudaStreamEndCapture, stream)
         made: int = self(self.api.cudaGraphInstantiate, graph, 0)
         self(self.api.cudaGraphDestroy, graph)
         return made
 
     def launch(self, graph: int, stream: int) -> None:
-        """Launches a CUDA graph."""
+        """Launches a CUDA graph in the stream."""
         self(self.api.cudaGraphLaunch, graph, stream)
 
     @property
@@ -145,7 +145,7 @@ class DeviceBuffer:
 
     Args:
         cuda: The CUDA runtime.
-        size: Bytes.
+        size: Size in bytes.
     """
 
     def __init__(self, cuda: Cuda, size: int) -> None:
@@ -161,15 +161,15 @@ class DeviceBuffer:
 
 
 class Mirror:
-    """A tensor that both host and GPU access.
+    """A tensor that both host and GPU access: one shared buffer, or a buffer on each side.
 
     Args:
         cuda: The CUDA runtime.
-        shape: The largest shape that it holds.
-        dtype: dtype of its elements.
+        shape: The largest shape of the tensor.
+        dtype: dtype of the elements.
 
     Attributes:
-        address: Its address on the GPU.
+        address: Address of the buffer on the GPU.
     """
 
     def __init__(self, cuda: Cuda, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
@@ -189,10 +189,10 @@ class Mirror:
             self.address = self._device.address
 
     def view(self, shape: Sequence[int]) -> Array:
-        """The host's memory as a tensor of some shape; a smaller tensor is at the beginning of the buffer.
+        """Returns the host's buffer as an array of this shape; a smaller array is at the beginning of the buffer.
 
         Raises:
-            ValueError: It is larger than the buffer.
+            ValueError: The shape has more elements than the buffer.
         """
         count = math.prod(shape)
         if count > self._count:
@@ -200,17 +200,17 @@ class Mirror:
         return self._host[:count].reshape(shape)
 
     def holds(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor fits."""
+        """Whether a tensor of this shape fits into the buffer."""
         return math.prod(shape) <= self._count
 
     def put(self, values: Array, stream: int) -> None:
-        """Copies values to the GPU. The caller waits for the stream before the next call."""
+        """Starts a copy of ``values`` to the GPU. Wait for the stream before the next call."""
         self.view(values.shape)[...] = values
         if self._device is not None:
             self._cuda.copy(self.address, self._pinned, values.size * self.dtype.itemsize, stream)
 
     def fetch(self, shape: Sequence[int], stream: int) -> Array:
-        """Starts a copy from the GPU; the returned array is filled once the stream has reached this point."""
+        """Starts a copy from the GPU; the returned array is filled when the stream has reached this copy."""
         if self._device is not None:
             size = math.prod(shape) * self.dtype.itemsize
             self._cuda.copy(self._pinned, self.address, size, stream)

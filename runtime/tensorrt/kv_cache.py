@@ -33,7 +33,7 @@ class DeviceCache:
 
     Args:
         engines: The engines that decode.
-        rows: B.
+        rows: B, the number of rows.
         context: Cross-attention keys and values, and their mask, by the inputs' names.
     """
 
@@ -47,7 +47,7 @@ class DeviceCache:
                 self.device.cuda.zero(half.address, half.size, self.device.stream)
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
+        """Runs the engine on the cache; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
         device, space = self.device, self.workspace
         steps, asked = inputs["inputs_embeds"].shape[1], inputs["logits_indices"].shape[1]
         profile = "verify" if asked > 1 else "decode" if steps == 1 else "prefill"
@@ -68,7 +68,7 @@ class DeviceCache:
             return np.array(view, np.float32)
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
+        """Makes row i a copy of old row ``rows[i]``; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
         self._cross = {name: array[rows] for name, array in self._cross.items()}
         with self.device.lock:
             old = self.workspace
@@ -80,7 +80,10 @@ class DeviceCache:
             release()
 
     def shift(self, row: int, by: int, length: int) -> None:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`; the other half serves as scratch memory."""
+        """Moves the first ``length`` slots of a row by ``by`` slots; uses the other half as scratch memory.
+
+        See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`.
+        """
         space, device = self.workspace, self.device
         source, target = max(-by, 0) * space.slot_bytes, max(by, 0) * space.slot_bytes
         width, pitch = (length - max(-by, 0)) * space.slot_bytes, space.head_bytes
@@ -94,7 +97,7 @@ class DeviceCache:
                 copy(here + target, pitch, there + target, pitch, width, heads, device.stream)
 
     def append(self, other: DeviceCache) -> None:
-        """See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
+        """Adds the rows of ``other`` to the cache; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
         self._cross = {name: stacked(name, array, other._cross[name]) for name, array in self._cross.items()}
         with self.device.lock:
             first, second = self.workspace, other.workspace
@@ -138,7 +141,7 @@ class DeviceCache:
 
 
 class DeviceState(FixedState):
-    """The rows of a batch on a GPU. In addition to :class:`FixedState`, it can choose greedy tokens on the GPU."""
+    """The decoding state of a batch on a GPU; unlike :class:`FixedState`, it can choose greedy tokens on the GPU."""
 
     cache: DeviceCache
 
@@ -240,7 +243,7 @@ class DeviceDecoder(FixedDecoder):
     """The decoder of a bundle's engines.
 
     Args:
-        engines: The engines.
+        engines: The two engines that decode.
         table: The token table, for prompts and for decoding that is not greedy.
     """
 

@@ -34,8 +34,8 @@ class Target:
     """An edition of TensorRT.
 
     Attributes:
-        module: Its Python module.
-        builds_anywhere: Whether it builds without a GPU, for given compute capabilities.
+        module: Name of its Python module.
+        builds_anywhere: Whether it can build engines without a GPU, for given compute capabilities.
     """
 
     module: str
@@ -49,10 +49,10 @@ TARGETS = {
 
 
 def load_tensorrt(target: str) -> Any:
-    """The module of TensorRT's Python binding.
+    """Imports the Python module of TensorRT for a target, ``tensorrt`` or ``rtx``.
 
     Raises:
-        EngineError: It is not installed, cannot be loaded, or is too old.
+        EngineError: The module is not installed, cannot be loaded, or is too old.
     """
     jetson = "; on a Jetson it comes with JetPack: create the environment with --system-site-packages"
     hint = jetson if target == "tensorrt" else ""
@@ -66,13 +66,13 @@ def load_tensorrt(target: str) -> Any:
 
 
 def version_of(trt: Any) -> tuple[int, int]:
-    """Major and minor number."""
+    """Returns major and minor version number of TensorRT."""
     major, minor = str(trt.__version__).split(".")[:2]
     return int(major), int(minor)
 
 
 def make_logger(trt: Any) -> tuple[Any, deque[str]]:
-    """A logger that keeps the last warnings and errors instead of printing them."""
+    """Makes a TensorRT logger that keeps the last warnings and errors in a deque; returns logger and deque."""
     messages: deque[str] = deque(maxlen=MOST_MESSAGES)
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # the module is known at run time only
@@ -90,7 +90,7 @@ def make_logger(trt: Any) -> tuple[Any, deque[str]]:
 
 
 class Device:
-    """Shared by all engines of a bundle: TensorRT, CUDA, one stream and one scratch buffer.
+    """What all engines of a bundle share: TensorRT, CUDA, one stream and one scratch buffer.
 
     Args:
         trt: The module of TensorRT's Python binding.
@@ -115,11 +115,11 @@ class Device:
         """Deserialises an engine, reading the file in pieces if this TensorRT can, otherwise from a mapped file.
 
         Args:
-            path: The file.
-            host_code: Whether the engine may contain code for the host, as version-compatible ones do.
+            path: The engine file.
+            host_code: Whether the engine may contain code for the host, as version-compatible engines do.
 
         Raises:
-            EngineError: TensorRT refuses it.
+            EngineError: TensorRT cannot load the engine.
         """
         if host_code:
             self.runtime.engine_host_code_allowed = True
@@ -137,16 +137,16 @@ class Device:
 
     @property
     def scratch(self) -> DeviceBuffer:
-        """Scratch memory of all contexts, which run one after the other.
+        """Scratch memory that all execution contexts share; they run one after the other.
 
-        CUDA graphs hold its address, so a buffer that became too small is freed only by :meth:`close`.
+        CUDA graphs hold the buffer's address, so a buffer that became too small is freed only by :meth:`close`.
         """
         if not self._scratch or self._scratch[-1].size < self._most:
             self._scratch.append(DeviceBuffer(self.cuda, self._most))
         return self._scratch[-1]
 
     def close(self) -> None:
-        """Frees the memory, after the work in the stream is done."""
+        """Frees the scratch memory, after the work in the stream is done."""
         self.cuda.synchronize(self.stream)
         for buffer in self._scratch:
             buffer.free()
@@ -186,7 +186,7 @@ class Device:
 
 
 def address_of(capsule: Any) -> int:
-    """The address in a capsule of TensorRT."""
+    """Returns the address in a PyCapsule of TensorRT."""
     if isinstance(capsule, int):
         return capsule
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -198,10 +198,10 @@ class Context:
     """An engine's execution context for one profile.
 
     Args:
-        device: The device that it runs on.
+        device: The device that the engine runs on.
         engine: The deserialised engine.
-        record: Its record in ``engine.json``.
-        profile: Name of the profile.
+        record: The engine's record in ``engine.json``.
+        profile: Name of the optimization profile.
     """
 
     def __init__(self, device: Device, engine: Any, record: EngineRecord, profile: str) -> None:
@@ -220,7 +220,7 @@ class Context:
             raise EngineError(f"the engine {self._name} has no profile {profile}", "build the engines again")
 
     def bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
-        """Sets a tensor's address and, for an input, its shape.
+        """Sets the GPU address of the tensor ``name`` and, for an input, its shape.
 
         Raises:
             EngineError: The engine was not built for that shape.
@@ -235,10 +235,10 @@ class Context:
             raise EngineError(f"the engine {self._name} has no tensor {name}", "build the engines again")
 
     def enqueue(self) -> None:
-        """Adds a run to the stream.
+        """Adds a run of the engine to the device's stream.
 
         Raises:
-            EngineError: TensorRT refuses it.
+            EngineError: TensorRT cannot start the run.
         """
         self._context.set_device_memory(self._device.scratch.address, self._size)
         if not self._context.execute_async_v3(self._device.stream):
@@ -249,12 +249,12 @@ class Context:
 class TrtSession:
     """An engine that takes and returns NumPy arrays; it follows the ``Session`` protocol of ``base.py``.
 
-    All calls share its buffers, so a call holds the device's lock until its results are copied.
+    All calls share the session's buffers, so a call holds the device's lock until its results are copied.
 
     Args:
-        device: The device that it runs on.
+        device: The device that the engine runs on.
         engine: The deserialised engine.
-        record: Its record in ``engine.json``.
+        record: The engine's record in ``engine.json``.
     """
 
     def __init__(self, device: Device, engine: Any, record: EngineRecord) -> None:
@@ -268,7 +268,7 @@ class TrtSession:
         self.closed = False
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Runs the graph; returns the outputs by name; see :class:`blip2edge.runtime.backends.base.Session`."""
         if self.closed:
             raise closed_graph()
         device = self._device
@@ -291,7 +291,7 @@ class TrtSession:
             return {name: view.copy() for name, view in views.items()}
 
     def close(self) -> None:
-        """See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Frees the session's buffers; see :class:`blip2edge.runtime.backends.base.Session`."""
         self.closed = True
         for mirror in self._mirrors.values():
             mirror.free()

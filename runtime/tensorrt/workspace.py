@@ -27,12 +27,12 @@ class Engines:
     Attributes:
         device: The device that they run on.
         decoder: The deserialised decoder.
-        decoder_record: Its record in ``engine.json``.
+        decoder_record: The decoder's record in ``engine.json``.
         step: The deserialised engine that chooses the next token.
-        step_record: Its record.
+        step_record: Record of the ``step`` engine.
         cache: The KV cache's tensors.
         capacity: C, positions of the KV cache.
-        free: Idle workspaces by their size.
+        free: Idle workspaces, by rows and lengths of the cross-attention inputs.
     """
 
     device: Device
@@ -50,7 +50,7 @@ class Engines:
         return {tensor.name: tensor for spec in records for tensor in (*spec.inputs, *spec.outputs)}
 
     def take(self, rows: int, cross: tuple[int, ...]) -> Workspace:
-        """An idle or new workspace for B rows; ``cross``: the lengths of their cross-attention inputs."""
+        """Returns an idle or new workspace for ``rows`` rows with cross-attention inputs of these lengths."""
         known = self.free.get((rows, cross))
         return known.pop() if known else Workspace(self, rows, cross)
 
@@ -60,11 +60,11 @@ class Engines:
 
 
 class Workspace:
-    """Buffers and contexts of a batch of B rows.
+    """Buffers and execution contexts for a batch of B rows.
 
     Args:
-        engines: The engines that use it.
-        rows: B.
+        engines: The engines that use the workspace.
+        rows: B, the number of rows.
         cross: Lengths E of the decoder's cross-attention inputs, tensor by tensor.
     """
 
@@ -96,7 +96,10 @@ class Workspace:
         self.choice = Context(engines.device, engines.step, engines.step_record, engines.step_record.profiles[0])
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
-        """The buffer of a small tensor in one of the two halves, whose addresses never change, or :data:`WIDE`."""
+        """Returns the buffer of the small tensor ``name``; a larger one replaces it if ``shape`` does not fit.
+
+        ``half`` is one of the two halves, whose addresses never change, or :data:`WIDE`.
+        """
         known = self.mirrors.get((name, half))
         if known is not None and known.holds(shape):
             return known
@@ -108,7 +111,7 @@ class Workspace:
         return made
 
     def bind_cache(self, context: Context, half: int) -> None:
-        """Binds the KV cache: one half as input, the other as output."""
+        """Binds the KV cache to a context: ``half`` (0 or 1) as input, the other half as output."""
         cache = self._engines.cache
         for index, (past, present) in enumerate(zip(cache.past_names(), cache.present_names(), strict=True)):
             offset = index * self.layer_bytes
@@ -119,7 +122,7 @@ class Workspace:
             context.bind(name, mirror.address, self.cross_shape(name))
 
     def cross_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a cross-attention input."""
+        """The shape of the cross-attention input ``name`` for this batch."""
         names = [tensor.name for tensor in self._engines.decoder_record.spec.inputs if is_cross(tensor.name)]
         length = self.key[1][names.index(name)]
         dims = self.tensors[name].dims
@@ -128,5 +131,5 @@ class Workspace:
 
 
 def is_cross(name: str) -> bool:
-    """Whether a decoder's input belongs to its cross-attention."""
+    """Whether the decoder's input ``name`` belongs to its cross-attention."""
     return name.startswith("cross")

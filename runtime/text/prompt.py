@@ -30,14 +30,14 @@ NO_IMAGE = -1
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt: segments of token ids, with an image between any two.
+    """A tokenized prompt: segments of token ids, with an image between each two segments.
 
     Attributes:
-        segments: The texts between the images that take slots: one more than there are such images.
-        visual_tokens: Number of slots of an image.
-        image_token_id: Placeholder of a visual token in :attr:`ids`; None for no placeholder.
+        segments: The texts around the images that take slots in the context: one more than there are such images.
+        visual_tokens: Number of slots that an image takes.
+        image_token_id: Token id that stands for a visual token in :attr:`ids`; None for no placeholder.
         images: Number of images.
-        attends_to: Interleaved prompts: the index of the image that each token attends to, or :data:`NO_IMAGE`.
+        attends_to: For interleaved prompts, the index of the image that each token attends to, or :data:`NO_IMAGE`.
     """
 
     segments: tuple[tuple[int, ...], ...]
@@ -53,7 +53,7 @@ class Prompt:
 
     @property
     def ids(self) -> list[int]:
-        """The ids as in transformers' ``input_ids``; the repetition penalty applies to them."""
+        """The token ids as in transformers' ``input_ids``; the repetition penalty applies to them."""
         slots = [] if self.image_token_id is None else [self.image_token_id] * self.visual_tokens
         ids = list(self.segments[0])
         for segment in self.segments[1:]:
@@ -61,11 +61,11 @@ class Prompt:
         return ids
 
     def embed(self, table: TokenTable, visual_tokens: Array | None) -> Array:
-        """The decoder's input ``[S, D]``: rows of the token table, and visual tokens in the images' places.
+        """Makes the decoder's input ``[S, D]``: rows of the token table, and visual tokens in the places of the images.
 
         Args:
             table: The token table.
-            visual_tokens: ``[Q, D]``; None if images take no slots.
+            visual_tokens: Visual tokens ``[Q, D]`` to put between the segments; None if images take no slots.
         """
         parts = [table.rows(self.segments[0])]
         for segment in self.segments[1:]:
@@ -75,7 +75,7 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Makes prompts by a family's template.
+    """Makes prompts from texts with the template of the model's family.
 
     Args:
         spec: The template and its special tokens.
@@ -97,10 +97,10 @@ class PromptBuilder:
         self._tokenize = kinds[spec.kind]
 
     def question(self, question: str) -> str:
-        """The prompt that asks ``question``, by the family's template.
+        """Puts ``question`` into the family's question template; returns the prompt.
 
         Raises:
-            UsageError: The model answers no questions.
+            UsageError: The model's family has no question template.
         """
         if not self.spec.question:
             raise UsageError(
@@ -110,7 +110,7 @@ class PromptBuilder:
         return self.spec.question.replace("{question}", question)
 
     def with_default(self, text: str | None) -> str | None:
-        """The text, or the bundle's default prompt if it is None."""
+        """Returns ``text``, or the bundle's default prompt if ``text`` is None."""
         return self.spec.default if text is None else text
 
     def __call__(self, text: str | None, images: int = 1) -> Prompt:
@@ -205,8 +205,8 @@ class InstructionTokenizer:
 
     Args:
         tokenizer: The Q-Former's tokenizer.
-        longest: Length of the Q-Former's position table.
-        frames: Number of pictures of an item; each picture is encoded with the item's instruction.
+        longest: Length of the Q-Former's position table: the largest number of tokens in an instruction.
+        frames: Number of pictures of an item (frames of a video); each is encoded with the item's instruction.
     """
 
     def __init__(self, tokenizer: Tokenizer, longest: int, frames: int) -> None:
@@ -253,7 +253,7 @@ class InstructionTokenizer:
 
 
 def interleave(spec: PromptSpec, text: str, images: int) -> str:
-    """The text with a marker token for each image, as transformers' IdeficsProcessor writes it.
+    """Replaces the image markers in a text by the model's image tokens, as transformers' IdeficsProcessor does.
 
     Args:
         spec: The template, and the tokens that mark an image.
@@ -290,7 +290,7 @@ def _split(text: str) -> list[str]:
 
 
 def attended_images(ids: Sequence[int], image_id: int, end_id: int | None) -> tuple[int, ...]:
-    """The image that each token attends to: the last one before it, or at it; none after an end token."""
+    """Finds the image that each token attends to: the last image up to this token; none after an end token."""
     attends_to: list[int] = []
     count, current = 0, NO_IMAGE
     for token in ids:
@@ -303,7 +303,7 @@ def attended_images(ids: Sequence[int], image_id: int, end_id: int | None) -> tu
 
 
 def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
-    """The images of each item of an interleaved batch, as lists.
+    """Returns a list of images for each item of a batch of interleaved prompts.
 
     Raises:
         UsageError: An item has no image.
@@ -322,7 +322,7 @@ def pack_images(array: Array, counts: Sequence[int]) -> Array:
         counts: Number of images of each of the B items; their sum is N.
 
     Returns:
-        ``[B, max(counts) * Q, D]``, items with fewer images are padded with zeros at the end.
+        ``[B, max(counts) * Q, D]``; items with fewer images are padded with zeros at the end.
     """
     _, slots, width = array.shape
     packed = np.zeros((len(counts), max(counts), slots, width), array.dtype)
@@ -334,15 +334,15 @@ def pack_images(array: Array, counts: Sequence[int]) -> Array:
 
 
 def cross_attention_mask(attends_to: Sequence[Sequence[int]], images: int, keys: int) -> NDArray[np.int64]:
-    """The decoder's ``cross_attention_mask`` for interleaved prompts.
+    """Makes the decoder's ``cross_attention_mask`` for interleaved prompts.
 
     Args:
-        attends_to: :func:`attended_images` of each row.
+        attends_to: Result of :func:`attended_images` for each row.
         images: The largest number of images of a row.
-        keys: E, slots of all images of a row.
+        keys: E, number of visual tokens of all images of a row.
 
     Returns:
-        ``[B, S, E]``, padded on the left as the prompts are.
+        int64 ``[B, S, E]``, 1 where a token attends to a visual token; padded on the left as the prompts are.
     """
     longest = max(map(len, attends_to))
     owner = np.arange(keys) // (keys // images)  # the image that a key belongs to
@@ -355,14 +355,14 @@ def cross_attention_mask(attends_to: Sequence[Sequence[int]], images: int, keys:
 def left_padded(
     prompts: Sequence[Array], dtype: np.dtype[np.generic]
 ) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
-    """Embedded prompts as one batch, padded on the left: all rows continue in the same slot.
+    """Joins embedded prompts into one batch, padded on the left, so that all rows continue in the same slot.
 
     Args:
-        prompts: One ``[S_i, D]`` a row.
-        dtype: Of the batch.
+        prompts: One embedded prompt ``[S_i, D]`` for each row.
+        dtype: dtype of the returned batch.
 
     Returns:
-        ``[B, S, D]``; ``[B, S]``, 1 if a slot is valid; and the slots' positions ``[B, S]``.
+        The batch ``[B, S, D]``; the mask ``[B, S]``, 1 if a slot is valid; and the positions ``[B, S]`` of the slots.
     """
     longest = max(len(prompt) for prompt in prompts)
     embeds = np.zeros((len(prompts), longest, prompts[0].shape[1]), dtype)

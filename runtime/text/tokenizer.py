@@ -33,13 +33,13 @@ _TRIM_AT = 16  # most tokens that a stream decodes again; older ones, whose text
 
 
 class Tokenizer:
-    """A `tokenizer.json`, answering as transformers' `PreTrainedTokenizerFast` over the same file.
+    """A tokenizer from a `tokenizer.json`, with the results of transformers' `PreTrainedTokenizerFast`.
 
     Args:
         backend: The tokenizer; truncation and padding that were saved with it are switched off.
-        clean_up_tokenization_spaces: The setting of that name in `tokenizer_config.json` (transformers 5:
-            false unless written there). As in transformers it has no effect on BPE models.
-        split_special_tokens: The setting of that name: special tokens in a text are tokenized like other text.
+        clean_up_tokenization_spaces: The setting of that name in `tokenizer_config.json` (default in transformers 5:
+            false). As in transformers, the setting has no effect on BPE models.
+        split_special_tokens: The setting of that name: whether special tokens in a text are tokenized like other text.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Tokenizer:
         """Read a `tokenizer.json`.
 
         Args:
-            path: The file.
-            **flags: Keyword arguments of the class.
+            path: The `tokenizer.json` file.
+            **flags: Keyword arguments of the class: `clean_up_tokenization_spaces`, `split_special_tokens`.
 
         Raises:
-            BundleError: The file is missing, or is no tokenizer.
+            BundleError: The file is missing, or is not a tokenizer.
         """
         if not Path(path).is_file():
             raise BundleError(f"{os.fspath(path)}: no such file", "export the checkpoint again")
@@ -80,24 +80,24 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, the added ones included (`len(tokenizer)` in transformers)."""
+        """Number of tokens, added tokens included (`len(tokenizer)` in transformers)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def base_vocab_size(self) -> int:
-        """Number of tokens without the added ones."""
+        """Number of tokens without the added tokens."""
         return self._backend.get_vocab_size(with_added_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token, or None where the vocabulary lacks it."""
+        """The id of a token; None if the vocabulary does not contain the token."""
         return self._backend.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The token of an id, or None where the vocabulary lacks it."""
+        """The token of an id; None if the vocabulary does not contain the id."""
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, by default with the special tokens of the tokenizer's template.
+        """Converts a text to token ids, by default with the special tokens of the tokenizer's template.
 
         Raises:
             PromptError: The text holds half a surrogate pair, which is no character.
@@ -107,12 +107,12 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids, as transformers' `batch_decode` gives it; ids without a token are left out."""
+        """Converts token ids to text, as transformers' `batch_decode`; ids without a token are ignored."""
         text = self.decode_raw(ids, skip_special_tokens)
         return clean_up_spaces(text) if self.clean_up else text
 
     def decode_raw(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids before the clean-up of spaces."""
+        """Converts token ids to text, without the clean-up of spaces."""
         kept = [int(token_id) for token_id in ids if token_id >= 0]
         return self._backend.decode(kept, skip_special_tokens=skip_special_tokens)
 
@@ -154,13 +154,13 @@ class TextStream:
         self._unsettled = ""  # taken, but the clean-up of spaces may still change it
 
     def push(self, token_id: int) -> str:
-        """Take one token.
+        """Adds the next token.
 
         Args:
-            token_id: The next generated id; one without a token adds nothing.
+            token_id: The next generated id; an id without a token adds nothing.
 
         Returns:
-            The text that has become final, often the token's own; "" while nothing has.
+            The text that has become final, often the text of this token; "" if no text has become final.
         """
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._skipped:
@@ -177,7 +177,7 @@ class TextStream:
         return self._settle(fresh)
 
     def flush(self) -> str:
-        """End the text: whatever was held back, incomplete characters as U+FFFD; the stream starts anew."""
+        """Ends the text; returns what was held back (incomplete characters as U+FFFD). Then the stream starts anew."""
         rest = self._decode_window()[self._taken :]
         final = self._clean(self._unsettled + rest)
         self._window, self._taken, self._boundary, self._unsettled = [], 0, 0, ""
@@ -207,10 +207,10 @@ class TextStream:
 
 
 class StopText:
-    """Passes a growing text on up to the first stop string; a possible start of one is held back.
+    """Cuts a growing text before the first stop string; text that may be the start of a stop string is held back.
 
     Args:
-        stops: The strings; without any, all text is passed on at once.
+        stops: The stop strings; if empty, all text is returned at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -219,7 +219,7 @@ class StopText:
         self._over = False
 
     def push(self, text: str) -> str:
-        """Takes more text; returns the part that is certainly before any stop text."""
+        """Adds text; returns the part that is certainly before any stop string."""
         if self._over:
             return ""
         held = self._held + text
@@ -243,11 +243,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextPieces:
-    """A growing text, handed out in whole characters and up to the first stop text.
+    """Turns tokens into pieces of text: whole characters, up to the first stop string.
 
     Args:
         tokenizer: Decodes the tokens.
-        stops: The stop texts.
+        stops: The stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
@@ -258,5 +258,5 @@ class TextPieces:
         return self._stops.push(self._text.push(token))
 
     def flush(self) -> str:
-        """The rest."""
+        """Ends the text; returns the part that was held back."""
         return self._stops.push(self._text.flush()) + self._stops.flush()

@@ -41,10 +41,10 @@ class CapFiltOptions:
         captioner: A bundle or checkpoint of a captioner.
         matcher: A bundle or checkpoint with a matching head.
         threshold: Smallest probability of a caption that is kept.
-        keep: Origin of the captions that may be kept: "both", "web" or "synthetic".
+        keep: Which captions may be kept: those from the "web", "synthetic" (generated) ones, or "both".
         prompt: Prompt of the generated captions; None for the captioner's default.
-        samples_per_shard: Pictures of one shard.
-        captioning: How the captioner is run; its batch size is also that of the whole pipeline.
+        samples_per_shard: Number of pictures in one output shard.
+        captioning: How the captioner is run; the whole pipeline uses its batch size.
         matching: How the matcher is run.
     """
 
@@ -63,8 +63,8 @@ class ScoredPicture:
     """The scored captions of one picture.
 
     Attributes:
-        captions: (text, origin, probability) of each caption; a text of both origins counts as "web".
-        problem: Why the picture cannot be used; empty if it can.
+        captions: (text, origin, probability) of each caption, with origin "web" or "synthetic"; "web" if it is both.
+        problem: Why the picture cannot be used; empty if it can be used.
     """
 
     captions: tuple[tuple[str, str, float], ...] = ()
@@ -112,7 +112,7 @@ def score_locally(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator
     """Scores batches in this process.
 
     Raises:
-        UsageError: The captioner is none, or the matcher has no matching head.
+        UsageError: `captioner` is not a captioner, or the matcher has no matching head.
     """
     captioner = open_captioner(options.captioner, options.captioning)
     matcher = open_matcher(options.matcher, options.matching)
@@ -150,11 +150,11 @@ def run_capfilt(
 
     Args:
         pictures: The data, from `by_picture`.
-        broken: Pictures that cannot be opened are added to it.
-        output: Directory to write. It appears only when it is complete.
+        broken: Collects broken samples; pictures that cannot be opened are added.
+        output: Directory to write. The directory appears only when it is complete.
         options: How captions are generated and filtered.
         score_batches: Scores batches in their order: `score_locally`, or the result of `score_on_ray`.
-        force: Replace `output` if it is an output of CapFilt.
+        force: Whether to replace `output` if it is an output of CapFilt.
         progress: Called with (pictures done, all pictures).
 
     Returns:
@@ -163,7 +163,7 @@ def run_capfilt(
     Raises:
         DataError: There is no picture, no caption reaches the threshold, or more samples are broken than allowed.
         OutputError: `output` exists, or cannot be written.
-        UsageError: The captioner is none, or the matcher has no matching head.
+        UsageError: `captioner` is not a captioner, or the matcher has no matching head.
     """
     if not pictures:
         raise DataError("expected at least one picture with a caption, got none")

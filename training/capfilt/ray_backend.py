@@ -42,7 +42,7 @@ def _picture_from_json(values: dict[str, Any]) -> StoredPicture:
 
 
 def batch_to_json(batch: Batch) -> str:
-    """A batch as JSON, to be sent to another machine."""
+    """Converts a batch to JSON, to send it to another machine."""
     return json.dumps(
         [
             {
@@ -56,7 +56,7 @@ def batch_to_json(batch: Batch) -> str:
 
 
 def batch_from_json(text: str) -> list[AnnotatedPicture]:
-    """The batch from `batch_to_json`, with everything that `score_batch` reads."""
+    """Reads the JSON of `batch_to_json`; the batch has everything that `score_batch` uses."""
     batch = []
     for row in json.loads(text):
         picture = _picture_from_json(row["picture"])
@@ -69,7 +69,7 @@ class Worker:
     """Holds both models on a machine of the cluster and scores batches.
 
     Args:
-        options: `CapFiltOptions` from `options_to_json`.
+        options: The `CapFiltOptions` as JSON from `options_to_json`.
     """
 
     def __init__(self, options: str) -> None:
@@ -96,7 +96,7 @@ class Worker:
 
 
 def options_to_json(options: CapFiltOptions) -> str:
-    """Options as JSON, with absolute paths."""
+    """Converts the options to JSON, with absolute paths, to send them to the workers."""
     values = dataclasses.asdict(options)
     values["captioner"], values["matcher"] = (
         str(options.captioner.absolute()),

@@ -17,7 +17,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        DataError: The file is missing, cannot be parsed (the error names the line), or holds no object.
+        DataError: The file is missing, cannot be parsed (the error names the line), or does not contain an object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -38,10 +38,10 @@ def load_json_object(path: Path) -> dict[str, Any]:
 def rows_of(
     content: Mapping[str, Any], key: str, fields: Mapping[str, type | tuple[type, ...]], path: Path
 ) -> list[Any]:
-    """A list of objects in a file, after checking that each has the required fields.
+    """Returns the list `key` of a JSON file, after checking that each object in it has the required fields.
 
     Args:
-        content: Content of the file.
+        content: Parsed content of the file.
         key: Name of the list.
         fields: Name and type of each required field; further fields are ignored.
         path: The file, for messages.
@@ -64,11 +64,11 @@ def rows_of(
 
 
 def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[list[Entry], BrokenSamples]:
-    """Reads captions.
+    """Reads captions from a JSON file in the format of COCO.
 
     Args:
         path: A file with the lists `images` (id, file_name) and `annotations` (id, image_id, caption).
-        images: Directory of the pictures; None: the directory of the file.
+        images: Directory of the pictures; None for the directory of the file.
         max_broken: Largest number of samples without a picture or text.
 
     Returns:
@@ -106,9 +106,9 @@ def read_vqa(
 
     Args:
         path: A file with the list `questions` (question_id, image_id, question).
-        annotations: The file with the list `annotations` (question_id, answers); None: the file in
-            the directory of `path` with the name that VQA gives it.
-        images: Directory of the pictures; None: the directory of the file.
+        annotations: The file with the list `annotations` (question_id, answers); None for the file in the directory
+            of `path` with VQA's usual name.
+        images: Directory of the pictures; None for the directory of the file.
         max_broken: Largest number of samples without a picture or an answer.
 
     Returns:

@@ -20,8 +20,8 @@ def detect_data(path: str, images: str | None, annotations: str | None, max_brok
 
     Args:
         path: A JSON file, a folder, shards (a tar file, a pattern, a directory of them), or a recipe (TOML).
-        images: Directory of a JSON file's pictures; None: the directory of the file.
-        annotations: File of the answers to VQA's questions; None: the file in the directory of the questions.
+        images: Directory of a JSON file's pictures; None for the directory of the file.
+        annotations: File of the answers to VQA's questions; None for the file in the directory of the questions.
         max_broken: Largest number of broken samples; a recipe's own value overrides it.
 
     Returns:

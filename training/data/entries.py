@@ -17,33 +17,33 @@ _NAMED = 3  # broken samples that a message names
 
 
 class StoredPicture(Protocol):
-    """A picture in a file or a shard that is not opened yet. The object is small and can be sent to other processes."""
+    """A picture in a file or a shard, not opened yet. The object is small and can be sent to other processes."""
 
     @property
     def suffix(self) -> str:
-        """Suffix of its file name, such as ".jpg"."""
+        """Suffix of the picture's file name, such as ".jpg"."""
 
     @property
     def identity(self) -> str:
-        """Key of cached features: path, size and modification time of the file."""
+        """Key of the picture's cached features: path, size and modification time of the file."""
 
     def read(self) -> bytes:
-        """The file's bytes, unchanged.
+        """Reads the bytes of the picture file, unchanged.
 
         Raises:
-            ImageError: It cannot be read.
+            ImageError: The file cannot be read.
         """
 
     def open(self) -> Image.Image:
         """Decodes the picture: upright, RGB.
 
         Raises:
-            ImageError: The file cannot be read, or is no picture.
+            ImageError: The file cannot be read, or is not a picture.
         """
 
 
 def file_identity(path: Path) -> str:
-    """A file's path, size in bytes and modification time in nanoseconds; for a missing file, the path only."""
+    """Returns a file's path, size in bytes and modification time in nanoseconds; for a missing file, only the path."""
     try:
         status = path.stat()
     except OSError:  # `open` raises the error
@@ -68,24 +68,24 @@ class FilePicture:
         return file_identity(self.path)
 
     def read(self) -> bytes:
-        """Bytes of the file."""
+        """Reads the bytes of the file."""
         try:
             return self.path.read_bytes()
         except OSError as error:
             raise ImageError(f"{self.path}: cannot be opened ({error.strerror or error})") from error
 
     def open(self) -> Image.Image:
-        """Decodes the picture."""
+        """Decodes the picture: upright, RGB."""
         return load_image(self.path)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One text about one picture.
+    """One caption of a picture, or one question on a picture with its answers.
 
     Attributes:
-        sample_id: Unique within its data.
-        image_id: Equal for two entries of the same picture.
+        sample_id: Id of the entry, unique within its data.
+        image_id: Id of the picture, equal for two entries of the same picture.
         picture: The picture.
         text: A caption; empty for a question.
         question: A question; empty for a caption.
@@ -119,7 +119,7 @@ class BrokenSamples:
         """Adds a sample; a sample that was added before counts once.
 
         Raises:
-            DataError: There are more than the limit; the error has their number and the first three.
+            DataError: There are more broken samples than the limit; the error names their number and the first three.
         """
         if sample_id in self.problems:
             return
@@ -136,7 +136,7 @@ class BrokenSamples:
             )
 
     def named(self) -> str:
-        """The first three with their problems, for messages."""
+        """The first three broken samples with their problems, for messages."""
         first = [f"{name} ({problem})" for name, problem in list(self.problems.items())[:_NAMED]]
         return ", ".join(first) + (", …" if len(self.problems) > _NAMED else "")
 
@@ -146,13 +146,13 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
 
     Args:
         name: The file that names the pictures, for messages.
-        missing: Missing picture file of each such sample.
+        missing: The missing picture file of each such sample, by sample id.
         total: Number of all samples.
-        broken: The broken samples.
+        broken: Collects the broken samples.
         limit: Largest number of missing pictures.
 
     Raises:
-        DataError: More are missing; the error has their number and the first three.
+        DataError: More pictures are missing than the limit; the error names their number and the first three.
     """
     files = sorted(set(missing.values()))
     if len(missing) > limit:
@@ -167,12 +167,12 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
 
 @dataclass(frozen=True)
 class AnnotatedPicture:
-    """A picture with all of its entries.
+    """A picture with all of its captions or questions.
 
     Attributes:
         image_id: Id of the picture.
         picture: The picture.
-        entries: Its entries, in the order of the data.
+        entries: The captions or questions, in the order of the data.
     """
 
     image_id: str
@@ -181,7 +181,7 @@ class AnnotatedPicture:
 
     @property
     def captions(self) -> list[str]:
-        """Its captions."""
+        """The texts of the picture's captions."""
         return [entry.text for entry in self.entries if entry.text]
 
 
@@ -194,10 +194,10 @@ def by_picture(entries: Iterable[Entry]) -> list[AnnotatedPicture]:
 
 
 class RejectingSource:
-    """Base of sources that skip samples which cannot be used.
+    """Base of sample sources that skip samples which cannot be used.
 
     Args:
-        broken: The broken samples; rejected samples are added to it.
+        broken: Collects the broken samples; rejected samples are added.
     """
 
     def __init__(self, broken: BrokenSamples) -> None:
@@ -205,9 +205,9 @@ class RejectingSource:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Samples that were skipped when the data was read or rejected later, and why."""
+        """Why samples were skipped when the data was read or rejected later, by sample id."""
         return self._broken.problems
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Adds a sample that could not be used to the broken samples; errors as of :class:`BrokenSamples`."""
+        """Adds a sample that could not be used to the broken samples; raises the errors of ``BrokenSamples.add``."""
         self._broken.add(sample.sample_id, error.problem)

@@ -10,7 +10,7 @@ from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture
 
 
 def captions_of(text: str) -> list[str]:
-    """The captions in a text file: one on each line; blank lines are skipped."""
+    """Splits the content of a text file into captions: one on each line; blank lines are skipped."""
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
@@ -25,7 +25,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
         An entry for each caption, ordered by file name, and the skipped samples.
 
     Raises:
-        DataError: There is no such folder, no picture with a text in it, or more than `max_broken` broken samples.
+        DataError: There is no such folder, it has no picture with a text, or more than `max_broken` samples are broken.
     """
     if not directory.is_dir():
         raise DataError(f"expected a folder of pictures and texts, and {directory} is no folder")

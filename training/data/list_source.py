@@ -21,7 +21,7 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
 
     Args:
         entry: A caption or a question.
-        config: Prompts for captions, and the template for questions.
+        config: Section [data] of the recipe, with prompts for captions and the template for questions.
         rng: Draws the prompt, or one of the answers; an answer that more people gave is more likely.
 
     Returns:
@@ -35,13 +35,13 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
 
 
 class ListSource(RejectingSource):
-    """Samples of a list of entries, pass after pass, each pass in its own order.
+    """Yields the samples of a list of entries, pass after pass, each pass in its own order.
 
     Args:
         entries: All entries.
         broken: Samples that were skipped when the entries were read.
         name: The file or folder, for messages.
-        config: Prompts and template.
+        config: Section [data] of the recipe, with prompts and question template.
         seed: Seed of orders, prompts and answers.
     """
 
@@ -60,7 +60,7 @@ class ListSource(RejectingSource):
 
     @property
     def name(self) -> str:
-        """The file or folder."""
+        """Path of the file or folder, for messages."""
         return self._name
 
     def __iter__(self) -> Iterator[Sample]:
@@ -72,7 +72,7 @@ class ListSource(RejectingSource):
             yield sample_of(self._entries[self._order[position]], self._config, rng)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, the rejected samples, and a fingerprint of the data."""
+        """Returns the position in the stream, the rejected samples, and a fingerprint of the data."""
         return {
             "position": self._position,
             "samples": len(self._entries),
@@ -81,10 +81,10 @@ class ListSource(RejectingSource):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a saved position.
+        """Continues at the position that :meth:`state_dict` returned.
 
         Raises:
-            DataError: The position belongs to other data.
+            DataError: The position was saved with other data.
         """
         if (state["samples"], state["digest"]) != (len(self._entries), self._digest):
             raise DataError(

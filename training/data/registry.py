@@ -62,10 +62,10 @@ SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path], SampleSource]] = {
 
 
 def open_sample_source(config: DataConfig, *, seed: int, base: Path) -> SampleSource:
-    """Opens the source that a recipe describes.
+    """Opens the training data that a recipe describes, as a source of samples.
 
     Args:
-        config: The section [data].
+        config: The section [data] of the recipe.
         seed: Seed of the order; each phase of a recipe has its own.
         base: Directory of the recipe; relative paths start there.
 
@@ -82,7 +82,7 @@ def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Br
     """Reads all entries once, in the order of the files, for evaluation or filtering.
 
     Args:
-        config: The section [data]; any kind but "scenes".
+        config: The section [data] of the recipe; any kind except "scenes".
         base: Directory that relative paths start from.
 
     Returns:
@@ -91,7 +91,7 @@ def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Br
 
     Raises:
         DataError: A file is missing or cannot be parsed.
-        UsageError: The kind is "scenes", which are endless.
+        UsageError: The kind is "scenes", which have no end.
     """
     if config.kind == "scenes":
         raise UsageError("expected data from files, got the generated scenes", "give a file or folder")

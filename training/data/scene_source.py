@@ -16,10 +16,10 @@ _PROMPT = 2  # random stream of prompts
 
 
 class SceneSource:
-    """Samples of training scenes: endless new scenes, or `count` scenes pass after pass.
+    """Yields samples of generated training scenes: always new scenes, or the same `count` scenes in every pass.
 
     Args:
-        config: Count, series and prompts.
+        config: Section [data] of the recipe, with count, series and prompts.
         seed: Seed of order and prompts; with `count = 0` also of the scenes.
     """
 
@@ -51,22 +51,22 @@ class SceneSource:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Empty: a generated picture is never broken."""
+        """Always empty: a generated picture is never broken."""
         return {}
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Raises DataError: a generated scene can always be used, so another part is wrong."""
+        """Always raises DataError: a generated scene can be used, so the error is in another part of the program."""
         raise DataError(f"{self.name}: {sample.sample_id} cannot be used: {error.problem}") from error
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, and series and number of its scenes."""
+        """Returns the position in the stream, and series and number of the scenes."""
         return {"position": self._position, "series": self._series, "count": self._config.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a saved position.
+        """Continues at the position that :meth:`state_dict` returned.
 
         Raises:
-            DataError: The position belongs to other scenes.
+            DataError: The position was saved with other scenes.
         """
         for key in ("series", "count"):
             if state[key] != self.state_dict()[key]:

@@ -79,12 +79,12 @@ class SceneObject:
 
     @property
     def kind(self) -> Kind:
-        """(colour, shape), by which scenes are split into training and held-out ones."""
+        """Colour and shape of the object, by which scenes are split into training and held-out scenes."""
         return (self.colour, self.shape)
 
     @property
     def phrase(self) -> str:
-        """Its phrase in the caption, such as "a large red circle"."""
+        """The object's phrase in the caption, such as "a large red circle"."""
         return f"a {self.size} {self.colour} {self.shape}"
 
 
@@ -93,7 +93,7 @@ class Scene:
     """A picture and the objects that it shows.
 
     Args:
-        first: The object named first: its colour comes first in the alphabet.
+        first: The object that the caption names first: its colour comes first in the alphabet.
         second: The other object.
         relation: A key of `RELATIONS`: position of `first` relative to `second`.
         picture: RGB, `PICTURE_SIZE` squared.
@@ -111,20 +111,20 @@ class Scene:
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """The seven words that determine the caption, in its order."""
+        """The seven words that determine the caption, in the caption's order."""
         one, two = self.first, self.second
         return (one.size, one.colour, one.shape, self.relation, two.size, two.colour, two.shape)
 
 
 def all_pairs() -> list[tuple[Kind, Kind]]:
-    """Every unordered pair of (colour, shape) with two different colours, first-named first: 1008."""
+    """Lists every unordered pair of objects with two different colours, each as (colour, shape): 1008 pairs."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     return [(one, two) for one in kinds for two in kinds if one[0] < two[0]]
 
 
 @functools.cache
 def split_pairs(split: Split) -> tuple[tuple[Kind, Kind], ...]:
-    """The pairs of a split. The two splits are disjoint and never change.
+    """Returns the pairs of objects that a split may show. The two splits are disjoint and never change.
 
     Args:
         split: "train" or "heldout".
@@ -212,14 +212,14 @@ def make_scene(index: int, *, split: Split = "train", seed: int = 0) -> Scene:
 
     Args:
         index: Number of the scene in the endless series, at least 0.
-        split: Pairs of (colour, shape) that it may show: "train" or "heldout".
+        split: Which pairs of (colour, shape) the scene may show: "train" or "heldout".
         seed: Seed of the series.
 
     Returns:
         The scene with its picture.
 
     Raises:
-        UsageError: A negative index or seed, or an unknown split.
+        UsageError: `index` or `seed` is negative, or `split` is unknown.
     """
     if index < 0 or seed < 0:
         raise UsageError(f"the number and the seed of a scene are at least 0, not {index} and {seed}")
@@ -245,7 +245,7 @@ def scenes(count: int, *, split: Split = "train", seed: int = 0, start: int = 0)
 
     Args:
         count: Number of scenes.
-        split: Pairs of (colour, shape) that they may show: "train" or "heldout".
+        split: Which pairs of (colour, shape) the scenes may show: "train" or "heldout".
         seed: Seed of the series.
         start: Number of the first scene.
 
@@ -257,7 +257,7 @@ def scenes(count: int, *, split: Split = "train", seed: int = 0, start: int = 0)
 
 
 def all_captions(split: Split) -> list[str]:
-    """All captions of a split, in a fixed order; the tokenizer is trained on them."""
+    """Lists all captions of a split in a fixed order; the tokenizer is trained on these captions."""
     captions = []
     for (colour, shape), (other_colour, other_shape) in split_pairs(split):
         for size in SIZES:
@@ -269,14 +269,14 @@ def all_captions(split: Split) -> list[str]:
 
 
 def coverage(thing: SceneObject, patch: int) -> NDArray[np.bool_]:
-    """The patches whose centre lies in the square around an object.
+    """Finds the patches of a scene's picture whose centre lies in the square around an object.
 
     Args:
         thing: The object.
         patch: Side of a patch in pixels; divides `PICTURE_SIZE`.
 
     Returns:
-        [rows · columns] in reading order, as a vision transformer numbers its patches.
+        bool [rows · columns] in reading order, as a vision transformer numbers its patches.
     """
     centres = (np.arange(PICTURE_SIZE // patch) + 0.5) * patch
     reach = thing.radius

@@ -20,14 +20,14 @@ _SHARDS, _BLOCK, _TEXT = 1, 2, 3  # independent random streams
 
 
 class ShardSource(RejectingSource):
-    """Samples of shards, pass after pass.
+    """Yields the samples of shards, pass after pass.
 
     In each pass the shards are shuffled. Their samples are read in blocks of `shuffle_buffer`, and each block is
     shuffled. The orders depend only on seed, pass and block, so a snapshot needs no samples to resume a stream.
 
     Args:
         paths: The shards.
-        config: Size of a block, prompts, and the largest number of broken samples.
+        config: Section [data] of the recipe: size of a block, prompts, and the largest number of broken samples.
         seed: Seed of all orders, prompts and answers.
     """
 
@@ -42,7 +42,7 @@ class ShardSource(RejectingSource):
 
     @property
     def name(self) -> str:
-        """Directory and number of the shards."""
+        """Directory and number of the shards, for messages."""
         return f"{self._paths[0].parent} ({len(self._paths)} shards)"
 
     def __iter__(self) -> Iterator[Sample]:
@@ -81,7 +81,7 @@ class ShardSource(RejectingSource):
             yield sample_of(block[int(order[within])], self._config, rng)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, the rejected samples, and the names of the shards."""
+        """Returns the position in the stream, the rejected samples, and the names of the shards."""
         return {
             "pass": self._pass,
             "block": self._block,
@@ -93,10 +93,10 @@ class ShardSource(RejectingSource):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a saved position.
+        """Continues at the position that :meth:`state_dict` returned.
 
         Raises:
-            DataError: The position belongs to other shards, or blocks had another size.
+            DataError: The position was saved with other shards or another block size.
         """
         for key, value in (
             ("shards", self._names),

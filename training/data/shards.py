@@ -36,22 +36,22 @@ class ShardPicture(ShardFile):
 
     @property
     def identity(self) -> str:
-        """Identity of the shard, and the offset in it."""
+        """Identity of the shard file, and the picture's offset in the shard."""
         return f"{file_identity(self.shard)}|{self.offset}"
 
     def open(self) -> Image.Image:
-        """Decodes the picture; errors as of :meth:`read`."""
+        """Decodes the picture; raises the errors of :meth:`read`."""
         return load_image(self.read())
 
 
 def shard_paths(pattern: str | Path) -> list[Path]:
-    """Paths of the shards that a pattern names, sorted.
+    """Finds the shards that a pattern names; returns their paths, sorted.
 
     Args:
         pattern: A tar file, a directory of them, a pattern with `*`, or one with a range: `part-{000..127}.tar`.
 
     Raises:
-        DataError: There is none, one of a range is missing, or one is compressed.
+        DataError: There is no such shard, a shard of the range is missing, or a shard is compressed.
     """
     text = str(pattern)
     span = _BRACES.search(text)
@@ -77,7 +77,7 @@ def shard_paths(pattern: str | Path) -> list[Path]:
 
 
 def shard_names(paths: Sequence[Path]) -> list[str]:
-    """Names of shards in sample ids: the file names, or the relative paths if two file names are equal."""
+    """Returns the shards' names for sample ids: file names, or relative paths if two file names are equal."""
     names = [path.name for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -87,12 +87,12 @@ def shard_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_shard(path: Path, broken: BrokenSamples, name: str = "") -> Iterator[Entry]:
-    """Reads the entries of one shard, in its order.
+    """Reads the entries of one shard, in the order of the shard.
 
     Args:
         path: A tar file.
-        broken: Receives samples without a picture or text, and a shard that is cut off.
-        name: Name of the shard, see :func:`shard_names`; empty for its file name.
+        broken: Collects samples without a picture or text, and the shard if it is truncated.
+        name: Name of the shard in sample ids, see :func:`shard_names`; empty for its file name.
 
     Yields:
         An entry for each caption or question.
@@ -149,7 +149,7 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
 
 
 def read_shards(paths: Sequence[Path], broken: BrokenSamples) -> Iterator[Entry]:
-    """The entries of several shards, one after the other; see :func:`read_shard`."""
+    """Reads the entries of several shards, one shard after the other; see :func:`read_shard`."""
     for path, name in zip(paths, shard_names(paths), strict=True):
         yield from read_shard(path, broken, name)
 
@@ -160,7 +160,7 @@ class ShardWriter:
 
     Attributes:
         directory: Directory of the shards; created if it does not exist.
-        samples_per_shard: Samples of one shard.
+        samples_per_shard: Number of samples in one shard.
         paths: The written shards, in order.
     """
 
@@ -174,10 +174,10 @@ class ShardWriter:
         """Writes one sample.
 
         Args:
-            key: Name of its files without suffix; unique.
+            key: Name of the sample's files without suffix; unique.
             picture: Bytes of the picture file.
             suffix: Suffix of the picture file, such as ".jpg".
-            captions: Its captions, one line each in the text file.
+            captions: The picture's captions, one line each in the text file.
             fields: Further fields, written as JSON.
 
         Raises:

@@ -21,16 +21,16 @@ _ORDER = 1  # random stream of orders; sources draw prompts and answers from oth
 
 @dataclass(frozen=True)
 class Sample:
-    """One text about one picture.
+    """One training sample: a picture with a target text and a prompt.
 
     Attributes:
         sample_id: Name of the sample in messages and logs: unique within its source, the same in every run.
         image_id: Name of the picture: equal for two samples of the same picture (COCO has five captions for each),
             unique otherwise. Key of cached features.
-        open_picture: Decodes the picture to RGB. Raises ImageError (or DataError) if it is broken; the loader then
-            calls `SampleSource.reject` and takes the next sample.
+        open_picture: Decodes the picture to RGB. Raises ImageError (or DataError) if the picture is broken; the loader
+            then calls `SampleSource.reject` and uses the next sample.
         text: The target text: a caption or an answer, without surrounding space.
-        prompt: The text before it, without loss: a prompt, a question in its template, or an instruction.
+        prompt: The text before the target, without loss: a prompt, a question in its template, or an instruction.
     """
 
     sample_id: str
@@ -48,7 +48,7 @@ def draw_prompt(config: DataConfig, rng: np.random.Generator) -> str:
 
 
 class PassOrder:
-    """The order of a list in endless passes; each pass has its own permutation.
+    """The order of a list's elements in endless passes; each pass has its own permutation.
 
     Args:
         count: Length of the list.
@@ -77,31 +77,31 @@ class SampleSource(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the file, directory or shards that it reads, for messages."""
+        """Name of the source's file, directory or shards, for messages."""
 
     def __iter__(self) -> Iterator[Sample]:
         """Samples from the current position, pass after pass, without end."""
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Samples that were skipped or rejected, and why."""
+        """Why samples were skipped or rejected, by sample id."""
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """Adds a sample that could not be used to the broken samples.
 
         Raises:
-            DataError: More samples are broken than allowed; the error has their number and the first three.
+            DataError: More samples are broken than allowed; the error names their number and the first three.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the next sample and the rejected samples, as JSON values.
+        """Returns the position of the next sample and the rejected samples, as JSON values.
 
-        A new source with the same configuration that loads this state continues with the next sample of this one.
+        A new source with the same configuration that loads this state continues with the same next sample.
         """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at the position that `state_dict` gave.
+        """Continues at the position that `state_dict` returned.
 
         Raises:
-            DataError: The position belongs to other data (another number of samples, other shards).
+            DataError: The position was saved with other data (another number of samples, other shards).
         """

@@ -33,14 +33,14 @@ _MAX_NEW_TOKENS = 30  # the default of an exported bundle
 
 
 class CheckpointCaptioner:
-    """A captioner in torch.
+    """A captioner from a checkpoint, run in torch.
 
     Args:
         model: The model in eval mode.
-        tokenizer: Tokenizer of its language model.
-        preprocessing: Preprocessing of its pictures.
-        instructions: Tokenizer of the Q-Former, if it reads the prompt.
-        batch_size: Pictures in one batch.
+        tokenizer: Tokenizer of the language model.
+        preprocessing: Preprocessing of the pictures.
+        instructions: Tokenizer of the Q-Former, if the Q-Former reads the prompt.
+        batch_size: Number of pictures in one batch.
         max_new_tokens: Longest text in tokens, the end token included.
 
     Raises:
@@ -82,7 +82,7 @@ class CheckpointCaptioner:
 
         Raises:
             CheckpointError: A file is missing or does not fit the model.
-            UsageError: An option is for bundles only.
+            UsageError: An option is set that only bundles support.
         """
         others = sorted(options.generation.keys() - {"max_new_tokens"})
         if others:
@@ -103,7 +103,7 @@ class CheckpointCaptioner:
         )
 
     def question(self, text: str) -> str:
-        """The prompt that asks a question."""
+        """Makes the prompt that asks a question."""
         return self._prompts.question(text)
 
     @torch.inference_mode()
@@ -215,13 +215,13 @@ class CheckpointCaptioner:
 
 
 class CheckpointMatcher:
-    """A matcher in torch.
+    """A matcher from a checkpoint, run in torch.
 
     Args:
         model: The model in eval mode.
-        tokenizer: Tokenizer of its text side.
-        preprocessing: Preprocessing of its pictures.
-        batch_size: Pictures, or pairs of a picture and a text, in one batch.
+        tokenizer: Tokenizer of the text encoder.
+        preprocessing: Preprocessing of the pictures.
+        batch_size: Number of pictures, or of pairs of a picture and a text, in one batch.
     """
 
     def __init__(
@@ -235,12 +235,12 @@ class CheckpointMatcher:
 
     @property
     def has_head(self) -> bool:
-        """Whether it has a matching head."""
+        """Whether the model has a matching head."""
         return self._model.config.has_match
 
     @torch.inference_mode()
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
-        """Vectors of pictures."""
+        """Computes the vectors of pictures; see :class:`MatchModel`."""
         parts = [
             self._matcher.image_features(self._image_embeds(pictures[at : at + self._batch_size]))
             for at in range(0, len(pictures), self._batch_size)
@@ -250,7 +250,7 @@ class CheckpointMatcher:
 
     @torch.inference_mode()
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of texts."""
+        """Computes the vectors of texts; see :class:`MatchModel`."""
         parts = [
             self._matcher.text_embeds(*self._padded(texts[at : at + self._batch_size]))
             for at in range(0, len(texts), self._batch_size)
@@ -260,7 +260,7 @@ class CheckpointMatcher:
 
     @torch.inference_mode()
     def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Probabilities of the matching head."""
+        """Computes the probabilities of the matching head; see :class:`MatchModel`."""
         found: list[list[float]] = [[] for _ in pictures]
         pairs = [(row, text) for row, own in enumerate(texts) for text in own]
         embeds = self._image_embeds(pictures)
@@ -289,12 +289,12 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
     """Opens a checkpoint for evaluation, in torch on the CPU.
 
     Args:
-        directory: Config, weights, tokenizer and preprocessing.
+        directory: Directory with config, weights, tokenizer and preprocessing.
         options: How the model is run; the backend is ignored.
 
     Raises:
         CheckpointError: A file is missing or does not fit the model.
-        UsageError: An option is for bundles only, or the family can be scored only as a bundle.
+        UsageError: An option is set that only bundles support, or the family can be scored only as a bundle.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)

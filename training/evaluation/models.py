@@ -32,10 +32,10 @@ class CaptionModel(Protocol):
         """
 
     def question(self, text: str) -> str:
-        """The prompt that asks a question.
+        """Makes the prompt that asks a question.
 
         Raises:
-            UsageError: The model answers no questions.
+            UsageError: The model does not answer questions.
         """
 
 
@@ -44,16 +44,16 @@ class MatchModel(Protocol):
 
     @property
     def has_head(self) -> bool:
-        """Whether it has a matching head (ITM) in addition to its vectors (ITC)."""
+        """Whether the model has a matching head (ITM) in addition to the vectors (ITC)."""
 
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
-        """Unit vectors of pictures: float32 [N, F], or [N, K, F] if a picture has K vectors."""
+        """Computes unit vectors of pictures: float32 [N, F], or [N, K, F] if a picture has K vectors."""
 
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors of texts: float32 [M, F]."""
+        """Computes unit vectors of texts: float32 [M, F]."""
 
     def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Probability of the matching head for each picture with each of its own texts."""
+        """Computes the match probability of each picture with each of its own texts, by the matching head."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class ModelOptions:
     """How a model is run.
 
     Attributes:
-        backend: Backend of a bundle: "auto", or a backend by name.
+        backend: Name of a bundle's backend, or "auto".
         threads: CPU threads; None for all cores.
-        batch_size: Pictures, or pairs of a picture and a text, in one batch.
+        batch_size: Number of pictures, or of pairs of a picture and a text, in one batch.
         generation: Fields of `GenerationOptions`; a checkpoint supports `max_new_tokens` only.
     """
 

@@ -23,7 +23,7 @@ from blip2edge.training.evaluation.models import (
 
 
 class BundleCaptioner:
-    """A captioner in a bundle."""
+    """A captioner from a bundle, run by this project's runtime."""
 
     def __init__(self, captioner: Captioner, options: ModelOptions) -> None:
         captioner.options(**options.generation)  # raises for wrong options before any picture is read
@@ -38,12 +38,12 @@ class BundleCaptioner:
         return [result.text for result in results]
 
     def question(self, text: str) -> str:
-        """The prompt that asks a question."""
+        """Makes the prompt that asks a question."""
         return self._captioner.prompts.question(text)
 
 
 class BundleMatcher:
-    """A matcher in a bundle."""
+    """A matcher from a bundle, run by this project's runtime."""
 
     def __init__(self, matcher: Matcher, options: ModelOptions) -> None:
         self._matcher = matcher
@@ -51,19 +51,19 @@ class BundleMatcher:
 
     @property
     def has_head(self) -> bool:
-        """Whether it has a matching head."""
+        """Whether the model has a matching head."""
         return self._matcher.head is not None
 
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
-        """Vectors of pictures."""
+        """Computes the vectors of pictures; see :class:`MatchModel`."""
         return self._matcher.embed_images(list(pictures), batch_size=self._batch_size)
 
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of texts."""
+        """Computes the vectors of texts; see :class:`MatchModel`."""
         return self._matcher.embed_texts(texts, batch_size=self._batch_size)
 
     def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Probabilities of the matching head."""
+        """Computes the probabilities of the matching head; see :class:`MatchModel`."""
         return self._matcher.probabilities(list(pictures), texts, batch_size=self._batch_size)
 
 
@@ -98,10 +98,10 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
 
 
 def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
-    """Opens a captioner; arguments and errors as of `open_model`.
+    """Opens a captioner; arguments and errors are those of `open_model`.
 
     Raises:
-        UsageError: The model is no captioner.
+        UsageError: The model is not a captioner.
     """
     captioner = open_model(model, options).captioner
     if captioner is None:
@@ -110,7 +110,7 @@ def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
 
 
 def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
-    """Opens a matcher with a matching head; arguments and errors as of `open_model`.
+    """Opens a matcher with a matching head; arguments and errors are those of `open_model`.
 
     Raises:
         UsageError: The model has no matching head.

@@ -53,8 +53,8 @@ def evaluate(
         model: The directory of a checkpoint or of a bundle.
         data: ``scenes``, generated pictures; or COCO's JSON of captions or of VQA questions, a folder of pictures with
             texts, tar shards, or a recipe with a section ``[data]``.
-        images: Directory of a JSON file's pictures; None: the directory of the file.
-        annotations: File of the answers to VQA's questions; None: the file in the directory of the questions.
+        images: Directory of a JSON file's pictures; None for the directory of the file.
+        annotations: File of the answers to VQA's questions; None for the file in the directory of the questions.
         max_broken: Largest number of missing or broken samples.
         split: Which scenes: ``heldout``, with pairs of objects that training never shows, or ``train``.
         count: Number of pictures; None for 1000 scenes, or for all pictures of a file.
@@ -63,9 +63,9 @@ def evaluate(
         top: Number of nearest texts and pictures that the matching head ranks again in retrieval; 0: none.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         predictions: Whether the figures contain ``predictions``, the generated texts in COCO's result format.
-        backend: Backend of a bundle: ``auto``, or a backend by name.
+        backend: Name of a bundle's backend, or ``auto``.
         threads: CPU threads; None for all cores.
-        batch_size: Pictures in one batch.
+        batch_size: Number of pictures in one batch.
         progress: Called with ("scoring", pictures done, all pictures).
         **generation: Fields of ``GenerationOptions``; a checkpoint supports ``max_new_tokens`` only.
 

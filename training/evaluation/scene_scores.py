@@ -23,10 +23,10 @@ class SceneScores(TypedDict):
 
     Keys:
         exact_match: Share of captions that are exactly right.
-        shuffled_match: The same share when each caption is compared with the next picture's, as a control.
+        shuffled_match: Share of captions that equal the next picture's correct caption, as a control.
         n: Number of pictures.
-        split: Pairs of (colour, shape) that they showed.
-        seed: Seed of their series.
+        split: Which pairs of (colour, shape) the pictures showed: "train" or "heldout".
+        seed: Seed of the series of scenes.
         wrong: The first mistakes, as (correct caption, generated caption).
     """
 
@@ -46,12 +46,12 @@ def evaluate_scenes(
     split: Split = "heldout",
     progress: Callable[[int, int], None] | None = None,
 ) -> SceneScores:
-    """Captions scenes and compares the result with the correct captions.
+    """Captions generated scenes and compares the result with the correct captions.
 
     Args:
-        caption_many: Captions pictures, in order.
+        caption_many: Function that captions pictures, in order.
         n: Number of scenes, at least 2.
-        seed: Seed of their series.
+        seed: Seed of the series of scenes.
         split: "heldout" for pairs of objects that training never shows, "train" for the others.
         progress: Called with (pictures done, n).
 

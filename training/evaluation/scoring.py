@@ -44,7 +44,7 @@ class ScoringOptions:
     Attributes:
         metrics: Names of metrics; empty for all that the model and the data support.
         prompt: Prompt of captions; None for the model's default.
-        top: Number of nearest candidates that the matching head ranks again; 0: the cosine alone decides.
+        top: Number of nearest candidates that the matching head ranks again; with 0, only the cosine ranks.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         progress: Called with (pictures done, all pictures).
     """
@@ -56,10 +56,10 @@ class ScoringOptions:
     progress: CountProgress = field(default=lambda done, total: None)
 
     def chosen(self, possible: Sequence[str]) -> tuple[str, ...]:
-        """The metrics to compute.
+        """Returns the metrics to compute, of those that are `possible` for model and data.
 
         Raises:
-            UsageError: The model or the data do not support one of them.
+            UsageError: A requested metric is not possible.
         """
         for name in self.metrics:
             if name not in possible:
@@ -79,7 +79,7 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
     Args:
         model: The model.
         count: Number of scenes, at least 2.
-        split: Pairs of (colour, shape) that they show.
+        split: Which pairs of (colour, shape) the scenes show: "train" or "heldout".
         options: Which metrics are computed, and how.
 
     Returns:
@@ -87,7 +87,7 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
         and POPE. For a matcher: retrieval, and POPE.
 
     Raises:
-        UsageError: Too few scenes, or a metric that cannot be computed.
+        UsageError: There are too few scenes, or a metric cannot be computed.
     """
     if count < 2:
         raise UsageError(f"an evaluation needs at least 2 pictures, not {count}")

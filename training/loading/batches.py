@@ -31,7 +31,7 @@ class CaptionBatch(NamedTuple):
         attention_mask: int64 [B, S]: 1 for tokens, 0 for padding.
         labels: int64 [B, S], or [B, T] for an encoder-decoder model: the tokens of the caption and the end token;
             `IGNORED` elsewhere. Not shifted, as in transformers.
-        before_ids: int64 [N]: the tokens before the picture, equal in all rows; usually none.
+        before_ids: int64 [N]: the tokens before the picture, equal in all rows; usually empty.
         decoder_ids: int64 [B, T]: for an encoder-decoder model, the start token and the caption; else None.
         picture_mask: int64 [B, S]: for a language model with cross-attention, 1 where a token attends to the picture;
             None if all tokens do, and for other models.
@@ -46,7 +46,7 @@ class CaptionBatch(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that give loss."""
+        """Number of tokens that the loss is computed on."""
         return int((self.labels != IGNORED).sum())
 
 
@@ -56,8 +56,8 @@ class TextBatch(NamedTuple):
     Attributes:
         input_ids: int64 ``[B, T]``: [CLS], text, [SEP], padding.
         attention_mask: int64 ``[B, T]``, 1 for tokens, 0 for padding.
-        pictures: int64 ``[B]``, number of each text's picture. Texts with the same number describe the same picture,
-            and are no negatives of each other. None if all pictures of a batch differ.
+        pictures: int64 ``[B]``, number of each text's picture. Texts with the same number describe the same picture
+            and are not used as negatives of each other. None if all pictures of a batch differ.
     """
 
     input_ids: Tensor
@@ -66,13 +66,13 @@ class TextBatch(NamedTuple):
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Pads rows on the right with `value`: int64 [B, longest]."""
+    """Pads rows on the right with `value`; returns int64 [B, length of the longest row]."""
     longest = max(1, *map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
 def pad_with_mask(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pads token ids on the right. Returns the ids and their attention mask, int64 [B, longest] each."""
+    """Pads token ids on the right. Returns ids and attention mask, int64 [B, length of the longest row] each."""
     return pad_rows(rows, pad_id), pad_rows([[1] * len(row) for row in rows], 0)
 
 
@@ -90,7 +90,7 @@ class KeywordBatch(NamedTuple):
     """Captions of scenes, with the keywords that determine them.
 
     Attributes:
-        sample_ids: B names.
+        sample_ids: Names of the B samples.
         keyword_ids: int64 [B, Q]: one keyword for each visual token, then padding.
         captions: The captions.
     """
@@ -101,7 +101,7 @@ class KeywordBatch(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Number of tokens that give loss."""
+        """Number of tokens that the loss is computed on."""
         return self.captions.tokens
 
 
@@ -110,8 +110,8 @@ class KeywordTexts:
 
     Args:
         tokenizer: The miniature's tokenizer.
-        num_query_tokens: Q, the padded length of the keywords.
-        data: Short prompts, and the share of captions that follow one of them.
+        num_query_tokens: Q, the number of visual tokens, to which the keywords are padded.
+        data: Section [data] of the recipe: short prompts, and the share of captions that follow a prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_query_tokens: int, data: DataConfig) -> None:
@@ -139,18 +139,18 @@ class KeywordTexts:
 
 
 def pixel_values(batch: Sequence[Scene]) -> Tensor:
-    """Preprocessed pictures of scenes, float32 [B, 3, 64, 64]."""
+    """Preprocesses the pictures of scenes; returns pixel values, float32 [B, 3, 64, 64]."""
     return torch.from_numpy(PREPROCESSING.batch([scene.picture for scene in batch]))
 
 
 class SceneBatches:
-    """Endless batches of training scenes. No scene comes twice.
+    """Endless batches of training scenes. No scene is used twice.
 
     Args:
-        rows: Scenes of a batch on one process.
+        rows: Number of scenes of a batch on one process.
         series: Seed of the scenes.
-        make: Makes a batch of scenes and their names.
-        place: Rank of this process and number of processes; each process takes its rows of every batch.
+        make: Function that makes a batch from scenes and their names.
+        place: Rank of this process and number of processes; each process uses its own rows of every batch.
     """
 
     def __init__(self, rows: int, series: int, make: Any, place: tuple[int, int] = (0, 1)) -> None:
@@ -166,9 +166,9 @@ class SceneBatches:
         return self._make(batch, [f"scene-{self._series}-{first + number}" for number in range(len(batch))])
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of the next scene."""
+        """Returns the number of the next scene."""
         return {"start": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues at the scene that `state_dict` gave."""
+        """Continues at the scene that `state_dict` returned."""
         self._start = int(state["start"])

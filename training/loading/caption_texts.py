@@ -19,7 +19,7 @@ SHORTEST = 2  # shortest target text in tokens: one token and the end token
 
 
 def captioner_prompts(config: CaptionerConfig, tokenizer: Tokenizer) -> PromptBuilder:
-    """Makes the prompts of a captioner."""
+    """Makes the prompt builder of a captioner, which builds the captioner's prompts from texts."""
     language = config.language
     return PromptBuilder(prompt_spec(config), tokenizer, language.max_positions, language.vocab_size)
 
@@ -29,7 +29,7 @@ class CaptionTexts:
 
     Args:
         config: Config of the captioner.
-        tokenizer: Tokenizer of its language model.
+        tokenizer: Tokenizer of the language model.
         max_tokens: Longest target text in tokens, the end token included.
     """
 
@@ -45,7 +45,7 @@ class CaptionTexts:
         self._adds_space = (start or "").startswith("\u2581")
 
     def prompt(self, sample: Sample) -> str | None:
-        """The prompt of a sample, or the family's default prompt."""
+        """Returns the prompt of a sample, or the family's default prompt if the sample has none."""
         return sample.prompt or self._spec.default
 
     def _caption(self, sample: Sample, room: int) -> list[int]:

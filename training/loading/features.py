@@ -30,12 +30,12 @@ _ROWS, _INDEX = ".rows", ".index.jsonl"
 
 
 def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> str:
-    """Hash of everything that the features depend on: weights, preprocessing, and the type of the values.
+    """Computes a hash of everything that cached features depend on: weights, preprocessing, and type of the values.
 
     Args:
         vision: The picture encoder.
-        preprocessing: Preprocessing of its pictures.
-        kind: Type of the stored values and arithmetic of the encoder.
+        preprocessing: Preprocessing of the pictures.
+        kind: dtype of the stored values and of the encoder's arithmetic, as text.
     """
     digest = hashlib.sha256(json.dumps([preprocessing.to_json(), kind], sort_keys=True).encode())
     for name, tensor in vision.state_dict().items():
@@ -45,12 +45,12 @@ def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> 
 
 
 class FeatureCache:
-    """Features `[P, D]` of pictures on disk, by the picture's name.
+    """Stores the picture encoder's features `[P, D]` of pictures on disk, by the picture's name.
 
     Args:
-        directory: Directory of one encoder.
-        shape: (P, D).
-        dtype: Type of the stored values: "float32" or "float16".
+        directory: Directory of the cache; each encoder has its own.
+        shape: Shape (P, D) of one picture's features.
+        dtype: dtype of the stored values: "float32" or "float16".
     """
 
     def __init__(self, directory: Path, shape: tuple[int, int], dtype: str) -> None:
@@ -91,10 +91,10 @@ class FeatureCache:
         return rows
 
     def add(self, names: Sequence[str], rows: NDArray[np.float32]) -> None:
-        """Adds the features of a batch.
+        """Adds the features of a batch: ``rows [B, P, D]`` for the pictures ``names``.
 
         Raises:
-            OutputError: The disk is full or not writable; features of earlier batches stay usable.
+            OutputError: The disk is full or not writable; features of earlier batches remain usable.
         """
         fresh = {name: number for number, name in enumerate(names) if name not in self._places}
         if not fresh:
@@ -124,7 +124,7 @@ class FeatureCache:
         return self._own
 
     def close(self) -> None:
-        """Closes its files."""
+        """Closes the files of the cache."""
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
@@ -144,9 +144,9 @@ class FrozenEncoder:
 
     Args:
         vision: The picture encoder, frozen and in eval mode.
-        preprocessing: Preprocessing of its pictures.
+        preprocessing: Preprocessing of the pictures.
         accelerator: Device and arithmetic.
-        cache: Cache of its output; None encodes every picture again.
+        cache: Cache of the encoder's output; None encodes every picture again.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class FrozenEncoder:
         self._accelerator = accelerator
 
     def open(self, sample: Sample) -> NDArray[np.float32] | None:
-        """A sample's pixel values [3, H, W]; None if its features are cached.
+        """Opens a sample's picture; returns its pixel values [3, H, W], or None if its features are cached.
 
         Raises:
             ImageError: The picture is broken.
@@ -173,7 +173,7 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:
-        """Encodes a batch: float32 [B, P, Dv] on the device.
+        """Encodes the pictures of a batch; returns float32 [B, P, Dv] on the device.
 
         Args:
             samples: B samples.

@@ -33,9 +33,9 @@ class PictureBatch(NamedTuple):
     """Encoded pictures with the texts that a phase needs.
 
     Attributes:
-        sample_ids: B names.
+        sample_ids: Names of the B samples.
         image_embeds: float32 [B, P, Dv], output of the frozen picture encoder.
-        weight: Number of tokens that give loss; without captions, number of rows.
+        weight: Number of tokens that give loss; number of rows if there are no captions.
         captions: Texts for the language model.
         texts: Texts for the Q-Former's own text side.
         instruction: Ids and mask, int64 [B, T] each, for a Q-Former that reads the prompt.
@@ -71,7 +71,7 @@ class TextMakers:
             self.instruction([sample])
 
     def batch(self, samples: Sequence[Sample], image_embeds: Tensor) -> PictureBatch:
-        """Adds the texts to the embeddings of a batch."""
+        """Makes a batch of the samples' texts and their pictures' embeddings, float32 [B, P, Dv]."""
         captions = None if self.captions is None else self.captions(samples)
         own = None
         if self.own is not None:
@@ -87,7 +87,7 @@ class TextMakers:
 
 
 def picture_number(image_id: str) -> int:
-    """Hash of a picture's name, an integer below 2⁶³."""
+    """Returns a hash of a picture's name, an integer below 2⁶³."""
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") >> 1
 
 
@@ -100,15 +100,15 @@ class _Prefetched(NamedTuple):
 
 
 class Loader:
-    """Batches of captioned pictures.
+    """Loads batches of encoded pictures with their texts, endlessly.
 
     Args:
         source: The samples.
-        rows: Samples of a batch on one process.
+        rows: Number of samples of a batch on one process.
         encoder: Opens and encodes the pictures.
         texts: Makes the texts.
         accelerator: Device, rank and number of processes.
-        workers: Threads that open the next batch's pictures; 0: none.
+        workers: Number of threads that open the next batch's pictures; 0 for none.
     """
 
     def __init__(
@@ -186,11 +186,11 @@ class Loader:
                     opened[place - own.start] = self._opened(sample)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the next batch."""
+        """Returns the position of the next batch."""
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues at the position that `state_dict` gave."""
+        """Continues at the position that `state_dict` returned."""
         self._source.load_state_dict(dict(state))
         self._stream = iter(self._source)
         self._prefetched = None
@@ -198,10 +198,10 @@ class Loader:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Samples that could not be used, and why."""
+        """Why samples could not be used, by sample id."""
         return self._source.broken
 
     def close(self) -> None:
-        """Stops the threads."""
+        """Stops the threads that open pictures."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

@@ -22,12 +22,12 @@ MAX_LENGTH = 32
 class QFormerTexts:
     """Makes batches of texts for the Q-Former.
 
-    The missing ones of the four special tokens are added at the end of the vocabulary. BERT's tokenizer only gets
-    [DEC]. With the language model's own tokenizer, drafted tokens need no translation.
+    Those of the four special tokens that the tokenizer does not have are added at the end of its vocabulary: for
+    BERT's tokenizer only [DEC]. With the language model's own tokenizer, drafted tokens need no translation.
 
     Args:
-        tokenizer: Any tokenizer; a copy of it is changed.
-        max_length: Longest text in tokens, the special ones included.
+        tokenizer: Any tokenizer; it is copied, not changed.
+        max_length: Longest text in tokens, special tokens included.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, max_length: int = MAX_LENGTH) -> None:
@@ -48,7 +48,7 @@ class QFormerTexts:
         return int(token_id)
 
     def draft_config(self, max_positions: int | None = None) -> DraftConfig:
-        """Config of the draft: vocabulary, special tokens and positions (``max_length`` by default)."""
+        """Makes the config of the text head: vocabulary, special tokens and positions (``max_length`` by default)."""
         return DraftConfig(
             vocab_size=self.tokenizer.get_vocab_size(with_added_tokens=True),
             max_positions=max_positions or self.max_length,

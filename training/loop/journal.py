@@ -24,8 +24,8 @@ class Journal:
     temperature or a gate), and `seconds` (since this process began the phase).
 
     Args:
-        directory: Directory of `log.jsonl`; None writes nothing (all processes but the first).
-        tensorboard: Also write TensorBoard's event files there.
+        directory: Directory of `log.jsonl`; None writes nothing (for all processes except the first).
+        tensorboard: Whether to write TensorBoard's event files to the directory too.
 
     Raises:
         ConfigError: `tensorboard` is true, and the package is not installed.
@@ -52,7 +52,7 @@ class Journal:
         """Starts an empty log, or truncates the log to its length at a snapshot.
 
         Args:
-            state: Result of `state` at the snapshot; None for an empty log.
+            state: What `state` returned at the snapshot; None for an empty log.
 
         Raises:
             OutputError: The log cannot be written.
@@ -73,15 +73,15 @@ class Journal:
             raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def begin(self) -> None:
-        """Starts the clock of a phase."""
+        """Starts the clock of a phase, for the ``seconds`` in its log lines."""
         self._started = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """Number of lines, and the sums of the interval that is not yet written."""
+        """Returns the number of lines, and the sums of the interval that is not yet written."""
         return {"sums": dict(self._sums), "count": self._count, "lines": len(self.lines)}
 
     def add(self, values: Mapping[str, float]) -> None:
-        """Adds one step's losses and gradient norm to the interval."""
+        """Adds the losses and the gradient norm of one step, by name, to the interval."""
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._count += 1
@@ -96,7 +96,7 @@ class Journal:
             gauges: Current values of the phase's gauges.
 
         Returns:
-            The line.
+            The written line.
 
         Raises:
             OutputError: The log cannot be written.

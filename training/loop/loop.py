@@ -31,39 +31,39 @@ _NAMED = 3  # samples named in a message
 
 
 class PhaseBatch(Protocol):
-    """The interface of a batch for the loop."""
+    """What the training loop needs from a batch."""
 
     @property
     def sample_ids(self) -> Sequence[str]:
-        """Names of its samples on this process."""
+        """Names of the batch's samples on this process."""
 
     @property
     def weight(self) -> int:
-        """Weight of the batch among the batches of one step: its rows, or the tokens that give loss."""
+        """Weight of this batch in the mean loss of a step: number of its rows, or of the tokens that give loss."""
 
 
 class Batches(Protocol[Batch_co]):
-    """An endless, resumable series of batches."""
+    """An endless series of batches that can be continued from a saved position."""
 
     def __next__(self) -> Batch_co:
         """This process' rows of the next batch, on its device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the next batch, as JSON values; the same on every process."""
+        """Returns the position of the next batch, as JSON values; the same on every process."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues at the position that `state_dict` gave."""
+        """Continues at the position that `state_dict` returned."""
 
 
 @dataclass
 class Phase:
-    """One phase of a run.
+    """One phase of a training run.
 
     Attributes:
-        name: Its name in log, messages and snapshots.
-        module: Maps a batch to losses by name. The loss to minimise is "loss" where there is one, else their sum.
-            Parameters with `requires_grad` are trained. Call the module itself, not its parts: several processes
-            wrap it.
+        name: Name of the phase in log, messages and snapshots.
+        module: Maps a batch to losses by name. The loss "loss" is minimised if there is one, else the sum of all.
+            Parameters with `requires_grad` are trained. Call the module itself, not its parts: with several
+            processes the module is wrapped.
         batches: The training data.
         config: Steps, learning rates and clipping.
         seed: Seed of dropout and of drawn negatives.
@@ -79,16 +79,16 @@ class Phase:
 
 
 def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | None = None) -> None:
-    """Makes the optimiser steps of a phase.
+    """Trains the module of a phase: makes all its optimiser steps.
 
     Args:
         run: The run that the phase belongs to.
-        phase: Its module is trained in place.
-        done: Steps of all phases before this one.
-        snapshot: A snapshot written within this phase, to resume from.
+        phase: The phase; its module is trained in place.
+        done: Number of steps of all phases before this one.
+        snapshot: A snapshot of this phase to resume from; None to start the phase.
 
     Raises:
-        DataError: A loss is not finite. The error names step and samples; the last snapshot stays.
+        DataError: A loss is not finite. The error names step and samples; the last snapshot is kept.
         OutputError: A snapshot or the log cannot be written.
     """
     accelerator, config = run.accelerator, phase.config

@@ -16,14 +16,14 @@ from blip2edge.training.config import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
-    """The learning rate of a step.
+    """Computes the learning rate of a step.
 
     Args:
-        step: Counted from 0.
-        config: Peak, floor, warm-up and number of steps.
+        step: Number of the step, counted from 0.
+        config: Optimizer settings: peak, floor, warm-up and number of steps.
 
     Returns:
-        Rises linearly to `learning_rate` over `warmup_steps`, then falls to `min_learning_rate` along
+        The rate, which rises linearly to `learning_rate` over `warmup_steps`, then falls to `min_learning_rate` along
         half a cosine (Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts).
     """
     if step < config.warmup_steps:
@@ -34,11 +34,11 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
 
 
 def make_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters with `requires_grad`.
+    """Makes an AdamW optimiser for all parameters with `requires_grad`.
 
     Args:
-        modules: Modules to train; a shared parameter is used once.
-        config: Learning rate, betas and weight decay.
+        modules: Modules to train; a parameter that two modules share is used once.
+        config: Optimizer settings: learning rate, betas and weight decay.
 
     Returns:
         An optimiser with two groups: weight decay on tensors of two or more dimensions, none on biases, norms and

@@ -35,16 +35,16 @@ _LOOSE = StateDictOptions(full_state_dict=True, strict=False)  # frozen paramete
 
 
 def capture(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Captures everything that the next step depends on, except the data.
+    """Copies the training state, so that a resumed run makes the same next step; the data's position is not included.
 
     Args:
-        accelerator: Every process must call this function; the first one gets the complete tensors.
+        accelerator: The accelerator of this process. Every process must call this function.
         module: The module from `accelerator.prepare`.
         optimizer: The optimiser from `accelerator.prepare`.
 
     Returns:
-        Tensors on the CPU: trained weights, optimiser moments, and each process' random generators. With sharded
-        parameters, all processes but the first get the generators only.
+        CPU tensors by name: trained weights, optimiser moments, and the random generators of each process. If the
+        parameters are sharded, only the first process gets weights and moments; the others get the generators.
     """
     weights: Any = get_model_state_dict(module, options=_WHOLE)
     moments: Any = get_optimizer_state_dict(module, optimizer.optimizer, options=_WHOLE).get("state", {})
@@ -60,10 +60,10 @@ def capture(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> dict
 
 
 def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapshot: Snapshot) -> None:
-    """Restores the state that `capture` saved.
+    """Restores the training state that `capture` returned.
 
     Args:
-        accelerator: Every process must call this function with the same snapshot.
+        accelerator: The accelerator of this process. Every process must call this function with the same snapshot.
         module: The module from `accelerator.prepare`.
         optimizer: The optimiser from `accelerator.prepare`, before its first step.
         snapshot: A snapshot with the tensors from `capture`.
@@ -104,9 +104,9 @@ def gather_parameters(accelerator: Accelerator, module: nn.Module, plain: nn.Mod
     """Removes the wrappers of accelerate and gathers sharded parameters in `plain` on every process.
 
     Args:
-        accelerator: Every process must call this function.
+        accelerator: The accelerator of this process. Every process must call this function.
         module: The module from `accelerator.prepare`.
-        plain: The module that was given to `accelerator.prepare`; changed in place.
+        plain: The original module, before `accelerator.prepare`; changed in place.
     """
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)
     plain.zero_grad(set_to_none=True)

@@ -42,14 +42,14 @@ class Snapshots:
     """The snapshots of one run.
 
     Args:
-        directory: Their directory; created with the first snapshot.
+        directory: Directory of the snapshots; created with the first snapshot.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def newest(self) -> Snapshot | None:
-        """The newest complete snapshot, or None.
+        """Reads the newest complete snapshot; None if there is no snapshot.
 
         Raises:
             DataError: The snapshot cannot be read.
@@ -69,7 +69,7 @@ class Snapshots:
 
     @property
     def any(self) -> bool:
-        """Whether there is a complete snapshot."""
+        """Whether the directory has a complete snapshot."""
         return bool(self._whole())
 
     def write(self, step: int, snapshot: Snapshot) -> None:
@@ -77,10 +77,10 @@ class Snapshots:
 
         Args:
             step: Optimiser steps of the whole run, over all phases.
-            snapshot: The content.
+            snapshot: Content of the snapshot.
 
         Raises:
-            OutputError: The disk is full or not writable; the previous snapshot stays.
+            OutputError: The disk is full or not writable; the previous snapshot is kept.
         """
         fresh = self.directory / f".{_PREFIX}{step:09d}-{os.getpid()}"
         target = self.directory / f"{_PREFIX}{step:09d}"
@@ -104,7 +104,7 @@ class Snapshots:
                 shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Removes all snapshots and the log in their directory."""
+        """Removes all snapshots, and the log in the same directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _whole(self) -> list[Path]:

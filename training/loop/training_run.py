@@ -34,10 +34,10 @@ class TrainingRun:
         journal: The log.
         snapshots: The snapshots of this run.
         log: Receives status lines.
-        progress: Called with (phase, steps done, steps).
+        progress: Called with (phase, steps done, steps in all).
         figures: Losses and seconds of each finished phase.
         changed: Prefixes of the captioner's parameters that finished phases changed.
-        stage1: The model of stage 1, from the beginning of that phase on.
+        stage1: The model of stage 1; None before stage 1 begins.
         loaders: Open loaders of the current phase.
     """
 
@@ -56,7 +56,7 @@ class TrainingRun:
     loaders: list[Loader] = field(default_factory=list)
 
     def snapshot(self, **facts: Any) -> Snapshot:
-        """The results of the finished phases, to which the loop adds the state of the current one.
+        """Makes a snapshot with the results of the finished phases; the loop adds the state of the current phase.
 
         Args:
             **facts: Further entries of `state.json`, such as the current phase and step.
@@ -72,14 +72,14 @@ class TrainingRun:
         return Snapshot({f"{MODEL_PREFIX}{name}": tensor for name, tensor in tensors.items()}, shared | facts)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Takes figures and model tensors of finished phases from a snapshot."""
+        """Restores figures and model tensors of the finished phases from a snapshot."""
         self.figures = dict(snapshot.facts["figures"])
         tensors = snapshot.tensors.items()
         kept = {name.removeprefix(MODEL_PREFIX): value for name, value in tensors if name.startswith(MODEL_PREFIX)}
         self.parts.load_tensors(kept)
 
     def broken(self) -> dict[str, str]:
-        """Samples that the current phase skipped, and why."""
+        """Why the current phase skipped samples, by sample id."""
         return {name: problem for loader in self.loaders for name, problem in loader.broken.items()}
 
     def close(self) -> None:

@@ -30,17 +30,17 @@ def _grams(words: Sequence[str]) -> Grams:
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float, float]:
-    """BLEU-1 to BLEU-4 (Papineni et al., ACL 2002) of a whole set.
+    """Computes BLEU-1 to BLEU-4 (Papineni et al., ACL 2002) of a set of captions.
 
     Counts of n-grams are clipped by the largest count in one reference, and summed over the set before the division.
-    The reference length is that of the reference nearest in length, the shorter of two.
+    The reference length is that of the reference nearest in length; of two equally near, the shorter.
 
     Args:
         candidates: N captions, tokenised.
         references: The N pictures' reference captions, tokenised.
 
     Returns:
-        Between 0 and 1, for n-grams of up to 1, 2, 3 and 4 words.
+        Four scores between 0 and 1, for n-grams of up to 1, 2, 3 and 4 words.
     """
     right, said = [0] * MAX_WORDS, [0] * MAX_WORDS
     length = reference_length = 0
@@ -66,7 +66,7 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence of two texts, in words.
+    """Returns the length of the longest common subsequence of two texts, in words.
 
     A row of the dynamic-programming table is one integer with one bit for each word (Hyyrö, AWOCA 2004, the LCS
     recurrence), so each word takes a few operations instead of a loop over the other text.
@@ -83,7 +83,7 @@ def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """ROUGE-L (Lin, ACL 2004): F-measure over longest common subsequences, the mean over pictures.
+    """Computes ROUGE-L (Lin, ACL 2004): F-measure over longest common subsequences, the mean over pictures.
 
     Precision and recall are each the largest over a picture's references, as in the evaluation server.
 
@@ -92,7 +92,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
         references: The N pictures' reference captions, tokenised.
 
     Returns:
-        Between 0 and 1.
+        The score, between 0 and 1.
     """
     total = 0.0
     for candidate, all_references in zip(candidates, references, strict=True):
@@ -118,7 +118,7 @@ def _weighted(grams: Grams, rarity: Mapping[Gram, float], unseen: float) -> tupl
 
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D (Vedantam et al., arXiv 1411.5726, section 4), the mean over pictures.
+    """Computes CIDEr-D (Vedantam et al., arXiv 1411.5726, section 4), the mean over pictures.
 
     Cosines of TF-IDF vectors with counts clipped by the reference's, times a Gaussian of the difference in length,
     averaged over the references and over n-grams of 1 to 4 words, times 10. Document frequencies are those of the
@@ -129,7 +129,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
         references: The N pictures' reference captions, tokenised.
 
     Returns:
-        At least 0; 0 for a set of one picture, where all document frequencies are equal.
+        The score, at least 0; it is 0 for a set of one picture, where all document frequencies are equal.
     """
     cooked = [[_grams(reference.split()) for reference in all_references] for all_references in references]
     pictures_with: Counter[Gram] = Counter()
@@ -161,17 +161,17 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
 
 
 def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """All caption scores of a set.
+    """Computes all caption scores of a set of pictures.
 
     Args:
         candidates: One caption for each picture, not tokenised.
         references: Reference captions of each picture, not tokenised.
 
     Returns:
-        `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`.
+        The scores by name: `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`.
 
     Raises:
-        DataError: There is no picture, their numbers differ, or a picture has no reference.
+        DataError: There is no picture, the two lists differ in length, or a picture has no reference.
     """
     if not candidates or len(candidates) != len(references):
         raise DataError(f"expected one caption for each of the {len(references)} pictures, got {len(candidates)}")

@@ -8,17 +8,17 @@ from blip2edge.errors import DataError
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of captions that equal their reference, apart from spaces at the ends.
+    """Computes the share of captions that equal their reference, apart from spaces at the ends.
 
     Args:
         predictions: Generated captions.
         references: Correct captions, in the same order.
 
     Returns:
-        Between 0 and 1.
+        The share, between 0 and 1.
 
     Raises:
-        DataError: No captions, or two lists of different length.
+        DataError: There are no captions, or the two lists differ in length.
     """
     if len(predictions) != len(references) or not references:
         raise DataError(f"expected one caption for each of the pictures, got {len(predictions)} for {len(references)}")
@@ -27,7 +27,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def shuffled_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Exact match of each caption with the next picture's reference, as a control.
+    """Computes the share of captions that equal the next picture's reference, as a control.
 
     A captioner that ignores its picture has the same score here as on the right pictures. A captioner that uses its
     picture scores almost 0, except where neighbours have equal captions.
@@ -37,10 +37,10 @@ def shuffled_match(predictions: Sequence[str], references: Sequence[str]) -> flo
         references: Correct captions, in the same order; at least two.
 
     Returns:
-        Between 0 and 1.
+        The share, between 0 and 1.
 
     Raises:
-        DataError: As for `exact_match`, or fewer than two captions.
+        DataError: There are fewer than two captions, or the two lists differ in length.
     """
     if len(references) < 2:
         raise DataError(f"shuffling needs at least two pictures, got {len(references)}")

@@ -20,7 +20,7 @@ NEGATIVES = ("random", "popular", "adversarial")
 
 
 def things_named(caption: str) -> list[Kind]:
-    """The objects that a caption names, in its order.
+    """Finds the objects that a caption names, in the order of the text.
 
     Args:
         caption: Any text.
@@ -39,7 +39,7 @@ def things_named(caption: str) -> list[Kind]:
 
 
 def things_shown(scene: Scene) -> tuple[Kind, Kind]:
-    """The two objects of a scene."""
+    """Returns the two objects of a scene as (colour, shape)."""
     return scene.first.kind, scene.second.kind
 
 
@@ -49,19 +49,19 @@ def _is_there(thing: Kind, shown: Sequence[Kind]) -> bool:
 
 
 def chair(captions: Sequence[str], shown: Sequence[Sequence[Kind]]) -> dict[str, float]:
-    """CHAIR of a set of captions.
+    """Computes CHAIR, the share of hallucinated objects, of a set of captions.
 
     Args:
         captions: One caption for each picture.
-        shown: Objects of each picture.
+        shown: The objects in each picture.
 
     Returns:
         `chair_i`: share of the named objects that are not in the picture; `chair_s`: share of the captions that name
-        such an object; `chair_recall`: share of the shown objects that are named, without which an empty caption
-        would be perfect.
+        such an object; `chair_recall`: share of the shown objects that are named (0 for empty captions, which
+        otherwise look perfect).
 
     Raises:
-        DataError: There is no caption, or their numbers differ.
+        DataError: There is no caption, or the two lists differ in length.
     """
     if not captions or len(captions) != len(shown):
         raise DataError(f"expected one caption for each of the {len(shown)} pictures, got {len(captions)}")
@@ -82,7 +82,7 @@ class PopeQuestion:
     Attributes:
         picture: Number of the picture.
         thing: The object in the question.
-        shown: The object in the picture that is equal to `thing`, or that `thing` replaces.
+        shown: The object in the picture that is equal to `thing`, or that :meth:`statement` replaces by `thing`.
         negatives: How an absent object was drawn; empty for a shown object.
     """
 
@@ -93,7 +93,7 @@ class PopeQuestion:
 
     @property
     def there(self) -> bool:
-        """The correct answer: whether the object is in the picture."""
+        """The correct answer: whether the object in the question is in the picture."""
         return self.thing == self.shown
 
     @property
@@ -102,15 +102,15 @@ class PopeQuestion:
         return f"Is there a {self.thing[0]} {self.thing[1]} in the picture?"
 
     def statement(self, caption: str) -> str:
-        """The picture's caption with the shown object replaced by the one in the question."""
+        """Returns the picture's caption with the shown object replaced by the object in the question."""
         return caption.replace(" ".join(self.shown), " ".join(self.thing))
 
 
 def pope_questions(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list[PopeQuestion]:
-    """POPE's questions on scenes: for each shown object, one question on it and three on absent objects.
+    """Makes POPE's questions on scenes: for each shown object, one question on it and three on absent objects.
 
     Args:
-        shown: Objects of each picture.
+        shown: The two objects of each picture.
         seed: Seed of the drawn objects.
 
     Returns:
@@ -134,24 +134,24 @@ def pope_questions(shown: Sequence[tuple[Kind, Kind]], *, seed: int = 0) -> list
 
 
 def said_yes(answer: str) -> bool:
-    """Whether an answer means yes, by POPE's rule: no if its first sentence has "no" or "not", else yes."""
+    """Decides whether an answer means yes, by POPE's rule: no if its first sentence has "no" or "not", else yes."""
     first = set(words(answer.partition(".")[0]).split())
     return not first & {"no", "not", "n't"} and bool(first)
 
 
 def pope(asked: Sequence[PopeQuestion], yes: Sequence[bool]) -> dict[str, dict[str, float]]:
-    """POPE's scores.
+    """Computes POPE's scores from the answers to its questions.
 
     Args:
         asked: The questions.
-        yes: Whether the model answered each with yes.
+        yes: Whether the model answered yes, for each question.
 
     Returns:
         For each way in which absent objects were drawn: `accuracy`, `precision`, `recall` and `f1` of the answer yes,
-        and `yes`, its share. All questions on shown objects count for each way.
+        and `yes`, the share of yes answers. All questions on shown objects count for each way.
 
     Raises:
-        DataError: There is no question, or the numbers differ.
+        DataError: There is no question, or the two lists differ in length.
     """
     if not asked or len(asked) != len(yes):
         raise DataError(f"expected one answer for each of the {len(asked)} questions, got {len(yes)}")

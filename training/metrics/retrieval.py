@@ -18,14 +18,14 @@ RANKS = (1, 5, 10)
 
 
 def similarities(images: Scores, texts: Scores) -> Scores:
-    """Cosine similarities of pictures and texts.
+    """Computes the cosine similarities of pictures and texts.
 
     Args:
         images: Unit vectors, float32 [N, F], or [N, K, F] if a picture has K vectors.
         texts: Unit vectors, float32 [M, F].
 
     Returns:
-        float32 [N, M]: for each pair the largest over the picture's vectors.
+        float32 [N, M]: for each pair, the largest cosine over the picture's vectors.
     """
     vectors = images[:, None] if images.ndim == 2 else images
     best = vectors[:, 0] @ texts.T
@@ -35,24 +35,24 @@ def similarities(images: Scores, texts: Scores) -> Scores:
 
 
 def top_columns(scores: Scores, count: int) -> NDArray[np.int64]:
-    """Columns of the largest values of each row, in descending order; of equal values, the first column first.
+    """Returns the columns of each row's largest values, largest first; of equal values, the first column comes first.
 
     Args:
-        scores: float32 [N, M].
-        count: Number of columns; all if there are fewer.
+        scores: The values, float32 [N, M].
+        count: Number of columns to return for each row; all if there are fewer.
 
     Returns:
-        int64 [N, min(count, M)].
+        Column numbers, int64 [N, min(count, M)].
     """
     return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
 def pairs_to_match(scores: Scores, top: int) -> dict[int, list[int]]:
-    """The pairs that the matching head scores.
+    """Chooses the pairs of picture and text that the matching head scores.
 
     Args:
-        scores: Cosines [N, M].
-        top: k: number of texts for each picture, and of pictures for each text.
+        scores: Cosines of N pictures and M texts, [N, M].
+        top: Number of nearest texts for each picture, and of nearest pictures for each text.
 
     Returns:
         For each picture, the sorted numbers of the texts to match it with.
@@ -70,11 +70,11 @@ def match_pairs(
     """Scores all pairs with the matching head.
 
     Args:
-        pairs: From `pairs_to_match`.
+        pairs: Result of `pairs_to_match`: the numbers of texts, by the picture's number.
         match: Maps the number of a picture and the numbers of some texts to their match probabilities.
 
     Returns:
-        The probability of each (picture, text).
+        The match probability of each pair, by (picture, text).
     """
     return {
         (image, text): float(probability)
@@ -108,20 +108,20 @@ def retrieval_scores(
     top: int = 0,
     matched: Mapping[tuple[int, int], float] | None = None,
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions.
+    """Computes recall at 1, 5 and 10, of texts for pictures and of pictures for texts.
 
     Args:
         scores: Cosines of N pictures and M texts [N, M].
         image_of_text: Number of each text's picture; a picture may have several texts.
-        top: k: number of nearest candidates that are ranked again.
-        matched: Match probabilities by (picture, text); None or empty: the cosine alone decides.
+        top: Number of nearest candidates that the match probability ranks again.
+        matched: Match probabilities by (picture, text); None or empty to rank only by the cosine.
 
     Returns:
         `text_r1`, `text_r5`, `text_r10`: share of pictures with one of their texts among the first 1, 5, 10;
         `image_r1` …: share of texts with their picture among them.
 
     Raises:
-        DataError: A picture has no text, or the numbers differ.
+        DataError: A picture has no text, or `scores` and `image_of_text` differ in the number of texts.
     """
     images, texts = scores.shape
     if texts != len(image_of_text) or set(image_of_text) != set(range(images)):

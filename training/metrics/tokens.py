@@ -137,7 +137,7 @@ def _written(token: str) -> list[str]:
 
 
 def tokens(text: str) -> list[str]:
-    """All tokens of a text, punctuation included. Opening and closing quotation marks are equal.
+    """Splits a text into tokens, punctuation included. Opening and closing quotation marks give the same token.
 
     Args:
         text: One line of English.
@@ -162,7 +162,7 @@ def tokens(text: str) -> list[str]:
 
 
 def words(caption: str) -> str:
-    """The words of a caption, without punctuation, separated by spaces.
+    """Returns the words of a caption, without punctuation, separated by spaces.
 
     Args:
         caption: A caption; line ends count as spaces.
@@ -174,5 +174,5 @@ def words(caption: str) -> str:
 
 
 def all_words(captions: Iterable[str]) -> list[str]:
-    """The words of several captions."""
+    """Applies :func:`words` to several captions."""
     return [words(caption) for caption in captions]

@@ -51,7 +51,7 @@ def _unspaced(answer: str) -> str:
 
 
 def normalise_answer(answer: str) -> str:
-    """Normalises an answer for the comparison.
+    """Normalises an answer as VQA's evaluation does, so that answers can be compared.
 
     Args:
         answer: The original answer.
@@ -71,15 +71,15 @@ def normalise_answer(answer: str) -> str:
 
 
 def answer_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Accuracy of one answer.
+    """Computes VQA's accuracy of one answer.
 
     Args:
         answer: The model's answer.
         truths: Answers of people, usually ten. If all are equal, nothing is normalised, as in the challenge's program.
-            A single one is compared after normalisation and gives 0 or 1.
+            A single answer is compared after normalisation; the accuracy is then 0 or 1.
 
     Returns:
-        Between 0 and 1.
+        The accuracy, between 0 and 1.
 
     Raises:
         DataError: There is no true answer.
@@ -98,7 +98,7 @@ def answer_accuracy(answer: str, truths: Sequence[str]) -> float:
 def vqa_scores(
     answers: Sequence[str], truths: Sequence[Sequence[str]], kinds: Sequence[Mapping[str, str]]
 ) -> dict[str, float | dict[str, float]]:
-    """The accuracy of a set, overall and by kind of question.
+    """Computes the mean accuracy of a set of answers, overall and by kind of question.
 
     Args:
         answers: One answer for each question.
@@ -110,7 +110,7 @@ def vqa_scores(
         and 1.
 
     Raises:
-        DataError: There is no question, or their numbers differ.
+        DataError: There is no question, or the lists differ in length.
     """
     if not answers or not len(answers) == len(truths) == len(kinds):
         raise DataError(f"expected one answer for each of the {len(truths)} questions, got {len(answers)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Rank of this process and number of processes: 0 and 1 without a process group."""
+    """Returns the rank of this process and the number of processes: 0 and 1 without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -41,13 +41,13 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenates the rows of all ranks, in the order of the ranks, with gradient.
+    """Concatenates the rows of all ranks, in the order of the ranks; gradients flow back to this rank's rows.
 
     Args:
         tensor: ``[B, ...]``; the same shape on every rank.
 
     Returns:
-        ``[N * B, ...]``.
+        ``[N * B, ...]`` for N ranks.
     """
     if rank_and_size()[1] == 1:
         return tensor
@@ -56,7 +56,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_padded(tensor: Tensor, value: int) -> Tensor:
-    """Like :func:`gather`, for int64 ``[B, T]`` where T differs between ranks: rows are padded with ``value``."""
+    """Concatenates the rows int64 ``[B, T]`` of all ranks, where T may differ; rows are padded with ``value``."""
     if rank_and_size()[1] == 1:
         return tensor
     longest = torch.tensor(tensor.shape[1], device=tensor.device)
@@ -67,7 +67,7 @@ def gather_padded(tensor: Tensor, value: int) -> Tensor:
 
 
 def mean_over_ranks(count: Tensor) -> Tensor:
-    """Mean of a count over the ranks, as a scalar without gradient.
+    """Computes the mean of a count over the ranks, as a scalar without gradient.
 
     If every rank divides its summed loss by this mean, the average over the ranks is the mean loss over all rows.
     """

@@ -40,12 +40,13 @@ BOX = 3  # numbers of a box: offset of the object's centre from the patch's cent
 
 
 class DenseLabels(NamedTuple):
-    """Labels of all patches.
+    """Labels for each patch of B pictures: the object at the patch, and its position.
 
     Attributes:
-        classes: int64 [B, N, 5]: role, colour, shape, size and relation to the other object, as in
-            `CLASSES`; `IGNORED` where there is no object (the role is 0 there).
-        box: float32 [B, N, 3] in units of the picture's side.
+        classes: int64 [B, N, 5]: role, colour, shape, size and relation to the other object, as in `CLASSES`. If the
+            patch has no object, the role is 0 and the others are `IGNORED`.
+        box: float32 [B, N, 3]: offset (x, y) of the object's centre from the patch's centre, and the object's radius;
+            in units of the picture's side.
     """
 
     classes: Tensor
@@ -59,7 +60,7 @@ def _object_labels(thing: SceneObject, role: int, relation: str) -> list[int]:
 
 
 def dense_labels(batch: Sequence[Scene], patch: int) -> DenseLabels:
-    """Labels of all patches of some scenes.
+    """Makes the labels of all patches of some scenes.
 
     Args:
         batch: B scenes.
@@ -84,12 +85,12 @@ def dense_labels(batch: Sequence[Scene], patch: int) -> DenseLabels:
 
 
 def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) -> Tensor:
-    """Cross-entropy of the five classes plus 4 × the L1 distance of the box.
+    """Computes the cross-entropy of the five classes plus 4 × the L1 distance of the box.
 
     Args:
         outputs: float32 [B, N, sum(CLASSES) + BOX], the output of a linear head for every patch.
         labels: The labels.
-        shape_weight: Weight of the shape's loss, which a single patch does not show.
+        shape_weight: Weight of the shape's loss; a single patch does not show the shape.
 
     Returns:
         A scalar. Patches without an object give loss for the role only.
@@ -107,8 +108,8 @@ class DenseBatch(NamedTuple):
     """Scenes with the labels of their patches.
 
     Attributes:
-        sample_ids: B names.
-        pixel_values: float32 [B, 3, 64, 64].
+        sample_ids: Names of the B samples.
+        pixel_values: Preprocessed pictures, float32 [B, 3, 64, 64].
         labels: Labels of all patches.
     """
 
@@ -118,7 +119,7 @@ class DenseBatch(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Number of scenes."""
+        """Number of scenes in the batch."""
         return len(self.sample_ids)
 
 
@@ -127,7 +128,7 @@ class VisionPretraining(nn.Module):
 
     Args:
         vision: The picture encoder, trained in place.
-        phase: Weight of the shape's loss.
+        phase: Section [vision] of the recipe, with the weight of the shape's loss.
     """
 
     def __init__(self, vision: VisionTransformer, phase: VisionPhase) -> None:
@@ -139,7 +140,7 @@ class VisionPretraining(nn.Module):
         self.train()
 
     def forward(self, batch: DenseBatch) -> dict[str, Tensor]:
-        """The dense loss."""
+        """Computes the dense loss of a batch; returns it by name."""
         outputs = self.head(self.vision(batch.pixel_values)[:, 1:])
         return {"dense": dense_loss(outputs, batch.labels, self._shape_weight)}
 
@@ -147,12 +148,12 @@ class VisionPretraining(nn.Module):
 class LanguagePretraining(nn.Module):
     """Pretraining of the language model on captions after embeddings of their seven keywords.
 
-    If a language model is trained on captions alone and then frozen, its text does not depend on the visual tokens. If
-    most captions of its training follow their keywords, it does.
+    If a language model is trained on captions alone and then frozen, its text does not depend on the visual tokens.
+    Its text does depend on them if most captions in the training follow their keywords.
 
     Args:
         language: The language model, trained in place.
-        phase: Share of captions with keywords, and noise on the keywords.
+        phase: Section [language] of the recipe: share of captions with keywords, and noise on the keywords.
     """
 
     def __init__(self, language: OPTDecoder, phase: LanguagePhase) -> None:
@@ -171,5 +172,5 @@ class LanguagePretraining(nn.Module):
         return torch.where(hinted, words + self._phase.prefix_noise * noise, noise)
 
     def forward(self, batch: KeywordBatch) -> dict[str, Tensor]:
-        """The mean cross-entropy over the tokens of the captions, the end token included."""
+        """Computes the mean cross-entropy over the tokens of the captions, end token included."""
         return {"lm": caption_loss(self.language, self._prefix(batch.keyword_ids), batch.captions)}

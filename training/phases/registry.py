@@ -159,8 +159,8 @@ class PhaseKind:
     """How a phase is made and finished.
 
     Attributes:
-        make: Makes the phase, after the phases before it have ended.
-        finish: Called after its last step; stage 1 copies its result into the captioner here.
+        make: Function that makes the phase, called after the earlier phases have ended.
+        finish: Function that is called after the phase's last step; stage 1 copies its result into the captioner here.
         changes: Prefixes of the captioner's parameters that the phase or `finish` changes.
     """
 
@@ -185,7 +185,7 @@ PHASES: dict[str, PhaseKind] = {
 
 
 def phases_of(stage: str, config: TrainingConfig) -> list[str]:
-    """The phases that `blip2edge train STAGE` runs.
+    """Returns the names of the phases that `blip2edge train STAGE` runs, in order.
 
     Args:
         stage: "stage1", "stage2" or "instruct".

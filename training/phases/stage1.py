@@ -39,19 +39,19 @@ Draw = Callable[[Tensor], Tensor]
 
 
 def draw_negative(weights: Tensor) -> Tensor:
-    """Draws one column for each row by its weights, with torch's global generator."""
+    """Draws one column for each row of `weights`, with these probabilities, from torch's global random generator."""
     return torch.multinomial(weights, 1)[:, 0]
 
 
 def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Cosine similarities of pictures and texts: the largest over the queries of a picture.
+    """Computes the cosine similarities of pictures and texts: the largest over the queries of a picture.
 
     Args:
-        image_features: ``[B, Q, F]``, unit vectors.
-        text_features: ``[N, F]``, unit vectors.
+        image_features: Unit vectors of the pictures' queries, ``[B, Q, F]``.
+        text_features: Unit vectors of the texts, ``[N, F]``.
 
     Returns:
-        float32 ``[B, N]``, under autocast too.
+        float32 ``[B, N]``, also under autocast.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         products = torch.einsum("bqf,nf->bnq", image_features.float(), text_features.float())
@@ -59,14 +59,14 @@ def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tens
 
 
 def itc_loss(image_to_text: Tensor, text_to_image: Tensor, same: Tensor) -> Tensor:
-    """Contrastive loss: the mean of the cross-entropies of pictures to texts and of texts to pictures.
+    """Computes the contrastive loss: mean of the cross-entropies of pictures to texts and of texts to pictures.
 
     The target of a row is spread equally over all columns of the same picture, with :data:`LABEL_SMOOTHING`.
 
     Args:
         image_to_text: ``[B, N]``, similarities divided by the temperature, of this rank's pictures and all texts.
-        text_to_image: ``[B, N]``, the same for this rank's texts and all pictures.
-        same: bool ``[B, N]``, whether row and column have the same picture.
+        text_to_image: ``[B, N]``, similarities divided by the temperature, of this rank's texts and all pictures.
+        same: bool ``[B, N]``, whether row and column belong to the same picture.
 
     Returns:
         A scalar.
@@ -78,11 +78,11 @@ def itc_loss(image_to_text: Tensor, text_to_image: Tensor, same: Tensor) -> Tens
 
 
 def itm_loss(logits: Tensor, counted: Tensor) -> Tensor:
-    """Matching loss: cross-entropy of "no match" and "match" over pairs and their negatives.
+    """Computes the matching loss: cross-entropy of "no match" and "match" over pairs and their negatives.
 
     Args:
-        logits: ``[3, B, 2]``: of each pair; of its text with another picture; of its picture with another text.
-        counted: bool ``[B]``: whether there was another picture to draw. A row without a negative gives loss 0.
+        logits: ``[3, B, 2]``: of each pair; of its text with a negative picture; of its picture with a negative text.
+        counted: bool ``[B]``: whether a negative could be drawn for the row; other rows give loss 0.
 
     Returns:
         A scalar, the mean over ``3 * B``.
@@ -94,14 +94,14 @@ def itm_loss(logits: Tensor, counted: Tensor) -> Tensor:
 
 
 def itg_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Generation loss: cross-entropy of the next token with label smoothing, averaged over the tokens of all ranks.
+    """Computes the generation loss: cross-entropy of the next token with label smoothing, over all ranks' tokens.
 
     Args:
-        logits: ``[B, T, V]``, after each token of a text.
+        logits: Logits after each token of a text, ``[B, T, V]``.
         labels: int64 ``[B, T]``, the tokens of the text, ``IGNORED`` at padding.
 
     Returns:
-        A scalar; the mean over the ranks is the mean over all their tokens.
+        A scalar; its mean over the ranks is the mean over the tokens of all ranks.
     """
     wanted = labels[:, 1:]
     total = F.cross_entropy(
@@ -115,10 +115,12 @@ def itg_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def text_loss(side: TextSide, key_values: list[KeyValue], texts: TextBatch, dec_token_id: int) -> Tensor:
-    """:func:`itg_loss` of texts generated after the queries, in stage 1 and, with ``itg_weight``, in stage 2.
+    """Computes :func:`itg_loss` of the text head, for texts that follow the queries.
+
+    Used in stage 1 and, if ``itg_weight`` is above 0, in stage 2.
 
     Args:
-        side: The modules of the text side; in stage 2 ``model.draft.text_side(model.bridge.qformer)``.
+        side: The modules of the text head; in stage 2 ``model.draft.text_side(model.bridge.qformer)``.
         key_values: Keys and values of the queries, from ``qformer.read(image_embeds)``.
         texts: The target texts; their first token is replaced by [DEC].
         dec_token_id: Id of [DEC].
@@ -141,7 +143,7 @@ class Stage1Model(RetrievalModel):
 
     Args:
         config: Config of the family ``blip-2-itm``; ``config.text.vocab_size`` includes [DEC].
-        draft: Special tokens, and the same vocabulary size.
+        draft: Config of the text head: special tokens, and the same vocabulary size.
     """
 
     def __init__(self, config: RetrievalConfig, draft: DraftConfig) -> None:
@@ -152,7 +154,7 @@ class Stage1Model(RetrievalModel):
         self.temperature = nn.Parameter(torch.tensor(TEMPERATURE))
 
     def text_side(self) -> TextSide:
-        """The modules that generate a text."""
+        """Returns the modules that generate a text."""
         qformer: Any = self.matcher.qformer
         layers = [(layer.self_attention, layer.text_feed_forward) for layer in qformer.layers]
         return TextSide(
@@ -165,7 +167,7 @@ class Stage1Model(RetrievalModel):
         )
 
     def forward(self, image_embeds: Tensor, texts: TextBatch, draw: Draw = draw_negative) -> dict[str, Tensor]:
-        """The three losses of captioned pictures.
+        """Computes the three losses of stage 1 for captioned pictures.
 
         Call the module, not its parts: DistributedDataParallel synchronises gradients only then. B must be the same
         on every rank.
@@ -231,7 +233,7 @@ def _same_picture(texts: TextBatch, columns: int) -> Tensor:
 
 
 def prepare_stage1(model: Stage1Model) -> None:
-    """Puts the model into training mode with a frozen picture encoder."""
+    """Puts the stage-1 model into training mode, with a frozen picture encoder."""
     model.train()
     freeze(model.vision)
 
@@ -240,8 +242,8 @@ class RepresentationStage(nn.Module):
     """Stage 1 with a weight for each loss. The picture encoder is frozen.
 
     Args:
-        model: Trained in place, except for its picture encoder.
-        weights: Weights of "itc", "itm" and "itg".
+        model: The model; it is trained in place, except for its picture encoder.
+        weights: Weights of the losses "itc", "itm" and "itg".
     """
 
     def __init__(self, model: Stage1Model, weights: Mapping[str, float]) -> None:
@@ -251,11 +253,11 @@ class RepresentationStage(nn.Module):
         prepare_stage1(model)
 
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
-        """The three losses, and `loss`, their weighted sum."""
+        """Computes the three losses, and `loss`, their weighted sum."""
         losses: dict[str, Tensor] = self.model(batch.image_embeds, batch.texts)
         total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
         return {**losses, "loss": total}
 
     def gauges(self) -> dict[str, float]:
-        """The learned temperature."""
+        """Returns the learned temperature, for the log."""
         return {"temperature": float(self.model.temperature.detach())}

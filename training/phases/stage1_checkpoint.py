@@ -68,11 +68,11 @@ def _bert_name(name: str) -> str:
 
 
 def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -> None:
-    """Initialises all but the picture encoder as BERT does: N(0, 0.02²), biases 0, norms 1.
+    """Initialises all modules except the picture encoder as BERT does: N(0, 0.02²), biases 0, norms 1.
 
     Args:
-        model: Changed in place.
-        generator: Random generator; None for torch's global one.
+        model: The model; changed in place.
+        generator: Random generator; None for torch's global generator.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,15 +91,15 @@ def start_from_bert(model: Stage1Model, source: str | Path, generator: torch.Gen
     if the file has none (BertModel without the language-modelling head).
 
     Args:
-        model: Changed in place.
+        model: The model; changed in place.
         source: A local directory or a hub name, such as ``google-bert/bert-base-uncased``, with safetensors.
-        generator: Random generator.
+        generator: Random generator; None for torch's global generator.
 
     Returns:
-        Our names of the drawn tensors.
+        Names of the randomly initialised tensors, as in ``model``.
 
     Raises:
-        CheckpointError: It is no BERT, or its sizes differ from those of the Q-Former.
+        CheckpointError: The source is not a BERT, or its sizes differ from those of the Q-Former.
     """
     draw_weights(model, generator)
     directory = find_checkpoint(source)
@@ -144,7 +144,7 @@ def _may_grow(name: str, given: Tensor, parameter: Tensor) -> bool:
 
 
 def draft_tensors(model: Stage1Model) -> dict[str, Tensor]:
-    """Tensors of the text side, by the names of :class:`TextHead`; they share memory with the model."""
+    """Returns the tensors of the text head, by the names of :class:`TextHead`; they share memory with the model."""
     side = model.text_side()
     parts: dict[str, nn.Module] = {"words": side.words, "positions": side.positions, "head": side.head}
     parts |= {f"feed_forwards.{index}": feed_forward for index, (_, feed_forward) in enumerate(side.layers)}
@@ -174,18 +174,18 @@ def save_stage1(model: Stage1Model, directory: str | Path) -> None:
 def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1Model:
     """Loads the output of :func:`save_stage1`, or any directory of transformers' ``Blip2ForImageTextRetrieval``.
 
-    From a captioner with a draft, Q-Former and draft are loaded; the contrastive projections and the matching head are
-    drawn.
+    From a captioner with a draft model, Q-Former and text head are loaded; the contrastive projections and the matching
+    head are initialised at random.
 
     Args:
         source: A directory or a hub name.
-        draft: Special tokens, if the directory has no draft; the word head is then drawn.
+        draft: Config of the text head, if the directory has no draft model; its word head is then random.
 
     Returns:
         The model in eval mode, float32.
 
     Raises:
-        CheckpointError: It is no such model, or it has no draft and ``draft`` is None.
+        CheckpointError: The source is not such a model, or has no draft model and ``draft`` is None.
     """
     directory = find_checkpoint(source)
     has_draft = (directory / DRAFT_CONFIG).is_file()
@@ -257,15 +257,15 @@ def _load_head(model: Stage1Model, directory: Path) -> None:
 
 
 def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
-    """Copies the result of stage 1 into a captioner's bridge, and into its draft if it has one.
+    """Copies the result of stage 1 into a captioner's bridge, and into its draft model if it has one.
 
     Args:
-        stage1: The trained model.
-        captioner: A captioner whose Q-Former, plain or instructed, has the same sizes. If it has a draft, its config
-            has ``draft=stage1.draft_config``. Changed in place; its projection is not changed.
+        stage1: The trained stage-1 model.
+        captioner: A captioner whose Q-Former, plain or instructed, has the same sizes. If it has a draft model, its
+            config has ``draft=stage1.draft_config``. Changed in place, except for its projection.
 
     Raises:
-        CheckpointError: Its bridge has no Q-Former, or one of other sizes.
+        CheckpointError: The captioner's bridge has no Q-Former, or a Q-Former of other sizes.
     """
     qformer = getattr(captioner.bridge, "qformer", None)
     if not isinstance(qformer, QFormerBase):

@@ -44,15 +44,15 @@ PROJECTIONS: Mapping[str, str] = {
 
 
 def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
-    """Cross-entropy of captions given their pictures.
+    """Computes the cross-entropy of captions, given their pictures.
 
-    The value is that of `labels=…` in transformers: labels are shifted by one, and the mean is over all labels that
-    are not ignored, of all processes.
+    The value equals that of `labels=…` in transformers: labels are shifted by one, and the mean is over all labels of
+    all processes that are not ignored.
 
     Args:
         language: Any language model of `model/language/registry.py`.
-        visual_tokens: float [B, Q, D].
-        batch: The texts.
+        visual_tokens: The bridge's output, float [B, Q, D].
+        batch: The texts of the B pictures.
 
     Returns:
         A scalar.
@@ -123,7 +123,7 @@ def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Te
 
 
 def is_trained(name: str, bridge: str, *, language: bool = False) -> bool:
-    """Whether a parameter is trained.
+    """Decides whether stage 2 trains a parameter of the captioner.
 
     Args:
         name: Name of the captioner's parameter.
@@ -139,7 +139,7 @@ class GenerativeStage(nn.Module):
     Args:
         model: The captioner. Its modules are shared, not copied; the picture encoder is not used.
         bridge: Value of the recipe's key `bridge`.
-        itg_weight: Weight of the loss of the Q-Former's own text head; with 0 the head is not trained.
+        itg_weight: Weight of the loss of the Q-Former's own text head; if 0, the head is not trained.
         unfreeze_language: Whether the language model is trained too.
 
     Raises:
@@ -180,7 +180,7 @@ class GenerativeStage(nn.Module):
         return self
 
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
-        """The losses of a batch: `lm`, `itg` if the text head is trained, and `loss`, their weighted sum."""
+        """Computes the losses of a batch: `lm`, `itg` if the text head is trained, and `loss`, their weighted sum."""
         bridge: Any = self.bridge
         if batch.captions is None:
             raise ValueError("a batch of stage 2 needs captions")
@@ -195,7 +195,7 @@ class GenerativeStage(nn.Module):
         return {"lm": loss, "itg": own, "loss": loss + self.itg_weight * own}
 
     def gauges(self) -> dict[str, float]:
-        """Mean absolute tanh of each gate of a Flamingo; empty for other models."""
+        """Returns the mean absolute tanh of each gate of a Flamingo, for the log; empty for other models."""
         found = {}
         for name, parameter in self.language.named_parameters():
             if name.endswith("_gate"):

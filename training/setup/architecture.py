@@ -63,14 +63,14 @@ def _pool(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> Attent
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one value of the key `bridge` is built.
+    """How a captioner is built for one value of the recipe's key `bridge`.
 
     Attributes:
-        bridge: Makes the bridge's config.
+        bridge: Function that makes the bridge's config.
         family: Family in which the checkpoint is written, of `model/families/registry.py`; empty if unsupported.
-        clip_family: The same for a CLIP picture encoder.
-        language: Makes the language model's config from its original config and the number of rows to append to its
-            token table.
+        clip_family: Family in which a checkpoint with a CLIP picture encoder is written; empty if unsupported.
+        language: Function that makes the language model's config from its original config and the number of rows to
+            append to its token table.
     """
 
     bridge: MakeBridge
@@ -112,7 +112,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def family_of(bridge: str, vision: VisionConfig) -> str:
-    """Family in which a checkpoint of these parts is written, of `model/families/registry.py`.
+    """Returns the family in which a checkpoint of these parts is written, a key of `model/families/registry.py`.
 
     Raises:
         ConfigError: This bridge does not support this kind of picture encoder.
@@ -138,15 +138,15 @@ def captioner_config(
     text: DraftConfig | None = None,
     instructed: bool = False,
 ) -> CaptionerConfig:
-    """The captioner's config that a recipe describes, without its special tokens.
+    """Makes the config of the captioner that a recipe describes, without its special tokens.
 
     Args:
         bridge: Value of the recipe's key `bridge`.
         sizes: Sizes of a new bridge.
         vision: Config of the picture encoder.
         language: Config of the language model.
-        extra: Rows to append to the language model's token table.
-        text: Config of the Q-Former's text side, used as draft model or to read the prompt; None for none.
+        extra: Number of rows to append to the language model's token table.
+        text: Config of the Q-Former's text modules, used as draft model or to read the prompt; None for none.
         instructed: Whether the Q-Former reads the prompt (InstructBLIP).
 
     Raises:
@@ -168,24 +168,24 @@ def captioner_config(
 
 
 def qformer_sizes(config: QFormerConfig) -> dict[str, Any]:
-    """The fields of a plain Q-Former's config, also if `config` is of a Q-Former with a text side."""
+    """Returns the fields of a plain Q-Former's config, also if `config` describes a Q-Former that reads text."""
     return {each.name: getattr(config, each.name) for each in fields(QFormerConfig)}
 
 
 def with_text_side(qformer: QFormerConfig, text: DraftConfig) -> InstructedQFormerConfig:
-    """The config of a Q-Former with a text side in its own layers."""
+    """Makes the config of a Q-Former whose own layers also read text."""
     return InstructedQFormerConfig(
         **qformer_sizes(qformer), vocab_size=text.vocab_size, instruction_positions=text.max_positions
     )
 
 
 def stage1_config(vision: VisionConfig, qformer: QFormerConfig, text: DraftConfig, embed_dim: int) -> RetrievalConfig:
-    """The config of the stage-1 model around a picture encoder and a Q-Former.
+    """Makes the config of the stage-1 model from a picture encoder and a Q-Former.
 
     Args:
         vision: Config of the picture encoder.
         qformer: Config of the captioner's Q-Former.
-        text: Config of its text side.
+        text: Config of the Q-Former's text modules.
         embed_dim: Dimension of the vectors in which pictures and texts are compared.
     """
     return RetrievalConfig(

@@ -35,7 +35,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # of InstructBLIP, in it
 
 
 def has_text_side(stage: str, config: TrainingConfig) -> bool:
-    """Whether the Q-Former has its own text side in this run."""
+    """Decides whether the Q-Former has its own text modules in this run."""
     if config.bridge not in ("qformer", "projection"):
         return False
     kept = config.stage1.steps or config.model.bridge_from or config.stage2.itg_weight
@@ -43,7 +43,7 @@ def has_text_side(stage: str, config: TrainingConfig) -> bool:
 
 
 def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
-    """Builds the model of a run.
+    """Builds the captioner of a training run, from the checkpoints that the recipe names or with new weights.
 
     Args:
         stage: "stage1", "stage2" or "instruct".
@@ -171,7 +171,7 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
     """Builds a new stage-1 model around the captioner's picture encoder.
 
     Raises:
-        ConfigError: The bridge is no Q-Former.
+        ConfigError: The bridge is not a Q-Former.
         CheckpointError: The recipe's BERT cannot be read, or has other sizes.
     """
     bridge, texts = parts.model.config.bridge, parts.qformer_texts
@@ -194,7 +194,7 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
 
 
 def write_stage1(parts: ModelParts, model: Stage1Model, directory: Path) -> None:
-    """Writes the result of stage 1 with its tokenizer and preprocessing."""
+    """Writes the stage-1 model to a checkpoint directory, with its tokenizer and preprocessing."""
     save_stage1(model, directory)
     name = "preprocessor_config.json"
     (directory / name).write_bytes(parts.files[name])

@@ -60,7 +60,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     of the picture and queries start larger, see `POSITION_STD`.
 
     Args:
-        model: Changed in place.
+        model: The model; changed in place.
         seed: The same seed gives the same weights.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -94,7 +94,7 @@ def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: 
         instructed: Whether the Q-Former reads the prompt.
 
     Returns:
-        The model in float32 and its tokenizers and files. It has no dropout, because its data never repeats.
+        The model in float32 with its tokenizers and files. The model has no dropout, because its data never repeats.
     """
     tokenizer = make_tokenizer(config.data.prompts)
     texts = QFormerTexts(tokenizer, config.stage1.max_tokens)

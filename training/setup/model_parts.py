@@ -25,9 +25,9 @@ class ModelParts:
 
     Attributes:
         model: The captioner; the phases change it in place.
-        preprocessing: Preprocessing of its pictures.
-        tokenizer: Tokenizer of its language model.
-        qformer_texts: Tokenizes texts for the Q-Former's own text side; None where the bridge has none.
+        preprocessing: Preprocessing of the pictures.
+        tokenizer: Tokenizer of the language model.
+        qformer_texts: Tokenizes texts for the Q-Former's own text modules; None if the bridge has none.
         files: Content of the other files of the checkpoint, by name: configurations and tokenizers.
         new_projection: Whether the bridge's last layer is new. Stage 2 then scales it to the token embeddings.
     """
@@ -41,15 +41,15 @@ class ModelParts:
 
     @property
     def runtime_tokenizer(self) -> Tokenizer:
-        """The tokenizer as the runtime wraps it."""
+        """The tokenizer as the runtime's ``Tokenizer``."""
         return Tokenizer(self.tokenizer)
 
     def write(self, directory: Path, dtype: str) -> None:
-        """Writes a checkpoint.
+        """Writes the captioner as a checkpoint: config, weights and the other files.
 
         Args:
             directory: An empty directory.
-            dtype: Type of the stored tensors: "float16", "bfloat16" or "float32".
+            dtype: dtype of the stored tensors: "float16", "bfloat16" or "float32".
         """
         save_checkpoint(self.model, directory, dtype=_DTYPES[dtype])
         for name, content in self.files.items():
@@ -59,7 +59,7 @@ class ModelParts:
             self.qformer_texts.save(directory)
 
     def tensors(self, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-        """Copies on the CPU of the model's tensors whose names begin with one of the prefixes, such as "vision."."""
+        """Copies the model's tensors whose names begin with one of the prefixes, such as "vision.", to the CPU."""
         return {
             name: tensor.detach().cpu().clone()
             for name, tensor in self.model.state_dict().items()
@@ -67,7 +67,7 @@ class ModelParts:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies tensors from `tensors` back into the model."""
+        """Copies tensors back into the model, by name."""
         state = self.model.state_dict()
         with torch.no_grad():
             for name, tensor in tensors.items():

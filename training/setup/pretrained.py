@@ -65,11 +65,11 @@ class LanguagePart:
     """A trained language model with its tokenizer.
 
     Attributes:
-        config: Its config.
-        state: Its tensors by our names.
-        tokens: Its special token ids, as fields of CaptionerConfig.
-        tokenizer: Its tokenizer.
-        directory: Its checkpoint.
+        config: Config of the language model.
+        state: The model's tensors, by the parameter names of this project's module.
+        tokens: Ids of the special tokens, as fields of CaptionerConfig.
+        tokenizer: Tokenizer of the language model.
+        directory: Directory of the model's checkpoint.
     """
 
     config: LanguageConfig
@@ -79,12 +79,12 @@ class LanguagePart:
     directory: Path
 
     def with_tokens(self, wanted: list[str]) -> int:
-        """Adds special tokens to the tokenizer, and rows to the token tables if these are too short.
+        """Adds special tokens to the tokenizer, and appends rows to the token tables if they have too few.
 
-        New rows are the mean of the others, as in transformers' resize_token_embeddings.
+        New rows are the mean of the existing rows, as in transformers' resize_token_embeddings.
 
         Args:
-            wanted: The tokens.
+            wanted: Texts of the special tokens.
 
         Returns:
             Number of appended rows.
@@ -104,7 +104,7 @@ def load_language(name: str, base: Path) -> LanguagePart:
     """Loads a language model, or the language model of a captioner.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or has no tokenizer.json.
+        CheckpointError: The checkpoint cannot be read, or has no ``tokenizer.json``.
         UnsupportedModelError: This kind of language model does not work with a bridge.
     """
     directory = resolve(name, base)
@@ -149,10 +149,10 @@ def load_language(name: str, base: Path) -> LanguagePart:
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """Loads a tokenizer of the package tokenizers.
+    """Loads a ``tokenizer.json`` with the package tokenizers.
 
     Raises:
-        CheckpointError: The file is missing, or is no tokenizer.
+        CheckpointError: The file is missing, or is not a tokenizer.
     """
     if path.name == TOKENIZER_FILE:
         content = read_tokenizer(path.parent).content
@@ -201,7 +201,7 @@ def side_files(directory: Path) -> dict[str, bytes]:
 
 
 def tokenizer_files(part: LanguagePart) -> dict[str, bytes]:
-    """The tokenizer files of a language model, with the added tokens."""
+    """Makes the tokenizer files of a language model, with the added tokens; returns their content by name."""
     found = {
         name: (part.directory / name).read_bytes() for name in _TOKENIZER_FILES if (part.directory / name).is_file()
     }
@@ -209,16 +209,16 @@ def tokenizer_files(part: LanguagePart) -> dict[str, bytes]:
 
 
 def picture_tokens(family: str) -> list[str]:
-    """The special tokens of a picture in the texts of a family."""
+    """Returns the special tokens that stand for a picture in the texts of a family."""
     row = FAMILIES[family]
     return [row.image_token or _IMAGE_TOKEN, *([row.around_image] if row.around_image else [])]
 
 
 def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: LanguagePart) -> CaptionerModel:
-    """Assembles a captioner of trained parts. Its bridge, draft and gated layers are not yet initialised.
+    """Assembles a captioner from trained parts. Bridge, text head and gated layers are not yet initialised.
 
     Args:
-        config: From `captioner_config`, with special tokens.
+        config: The config from `captioner_config`, with special tokens added.
         vision: The picture encoder.
         language: The language model.
 
@@ -243,18 +243,18 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
 
 
 def new_modules(model: CaptionerModel) -> list[nn.Module]:
-    """The modules that no checkpoint provides: bridge, draft and the gated layers of a Flamingo."""
+    """Returns the modules that no checkpoint provides: bridge, text head and the gated layers of a Flamingo."""
     modules = [model.bridge, model.draft, getattr(model.language, "cross_layers", None)]
     return [module for module in modules if module is not None]
 
 
 def json_file(values: Mapping[str, Any]) -> bytes:
-    """Content of a JSON file of the checkpoint."""
+    """Encodes ``values`` as the content of a JSON file: UTF-8, indented by two spaces."""
     return (json.dumps(dict(values), indent=2) + "\n").encode()
 
 
 def processor_file(config: CaptionerConfig) -> bytes:
-    """Content of `processor_config.json`, with which transformers' processor reads a checkpoint."""
+    """Makes the content of `processor_config.json`, which transformers' processor needs to load a checkpoint."""
     return json_file(
         {"processor_class": PROCESSORS[config.family], "num_query_tokens": config.bridge.num_visual_tokens}
     )
@@ -270,5 +270,5 @@ def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def with_special_tokens(config: CaptionerConfig, language: LanguagePart, image_token: str) -> CaptionerConfig:
-    """The config with the language model's special token ids."""
+    """Returns ``config`` with the special token ids of the language model and the id of ``image_token``."""
     return replace(config, **language.tokens, image_token_id=language.tokenizer.token_to_id(image_token))

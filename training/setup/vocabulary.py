@@ -23,7 +23,7 @@ def make_tokenizer(prompts: Iterable[str]) -> Tokenizer:
     """Trains the tokenizer on all captions of the training scenes.
 
     Args:
-        prompts: Short texts that get tokens of their own as well.
+        prompts: Short texts whose words also get tokens.
 
     Returns:
         A tokenizer that begins every text with `</s>`; `<image>` has the last id.
@@ -47,26 +47,26 @@ def make_tokenizer(prompts: Iterable[str]) -> Tokenizer:
 
 
 def keyword_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Token ids of the keywords: the words that determine a caption.
+    """Returns the token ids of the keywords: the words that determine a caption.
 
     Args:
-        tokenizer: From `make_tokenizer`.
+        tokenizer: The tokenizer from `make_tokenizer`.
 
     Returns:
-        Maps sizes, colours, shapes and relations to the id of the word with a space before it.
+        For each size, colour, shape and relation, the id of the word with a space before it.
     """
     words = [*SIZES, *COLOURS, *SHAPES, *RELATIONS]
     return {word: tokenizer.encode(f" {word}", add_special_tokens=False).ids[-1] for word in words}
 
 
 def tokenizer_config(max_positions: int) -> dict[str, Any]:
-    """`tokenizer_config.json`, with which transformers' AutoTokenizer loads the same tokenizer.
+    """Makes the content of `tokenizer_config.json`, so that transformers' AutoTokenizer loads the same tokenizer.
 
     Args:
-        max_positions: Context length of the language model.
+        max_positions: Context length of the language model in tokens.
 
     Returns:
-        The file's content.
+        The JSON object of the file.
     """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -24,25 +24,25 @@ CACHE_POSITION = "cache_position"
 
 
 class FixedCache(Protocol):
-    """The keys and values of some rows, and the graph that reads and writes them.
+    """The KV cache of a batch with a fixed number of slots, and the graph that reads and writes the cache.
 
-    ``[B, H, C, d]`` for each layer and kind. The cross-attention keys and values are kept here as well.
+    Keys and values are ``[B, H, C, d]`` for each layer. The cross-attention keys and values are kept here as well.
     """
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph on the cache; ``inputs`` are its other inputs by name. Logits ``[B, K, V]``."""
+        """Runs the graph on the cache; ``inputs`` are its other inputs by name. Returns logits ``[B, K, V]``."""
         ...
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Row i continues old row ``rows[i]``."""
+        """Makes row i a copy of old row ``rows[i]``."""
         ...
 
     def shift(self, row: int, by: int, length: int) -> None:
-        """The first ``length`` slots of a row move ``by`` slots to the right, or to the left if ``by`` is negative."""
+        """Moves the first ``length`` slots of a row ``by`` slots to the right, or to the left if ``by`` is negative."""
         ...
 
     def append(self, other: Any) -> None:
-        """Adds the rows of another cache of the same decoder after its own."""
+        """Adds the rows of ``other``, a cache of the same decoder, after the rows of this cache."""
         ...
 
 
@@ -51,7 +51,7 @@ OpenCache = Callable[[int, Mapping[str, Array]], FixedCache]
 
 
 class FixedState(SlotState):
-    """The rows of a batch with their cache.
+    """The decoding state of a batch whose KV cache has a fixed number of slots.
 
     Attributes:
         slot: The slot that the next token is written to.
@@ -75,7 +75,7 @@ class FixedState(SlotState):
         """Moves all rows to the left over slots that no row uses, if ``steps`` more slots would not fit.
 
         Raises:
-            BackendError: They do not fit then either.
+            BackendError: The cache has too few slots, also after moving the rows.
         """
         if self.slot + steps <= self.decoder.capacity:
             return
@@ -87,7 +87,7 @@ class FixedState(SlotState):
         self.decoder.check(self.batch_size, self.slot + steps)
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """See :class:`RowState`."""
+        """Keeps the first ``lengths[i]`` tokens of each row i; see :class:`RowState`."""
         cut = tokens_to_drop(self.lengths, lengths)
         least = int(cut.min())
         self.slot -= least
@@ -97,12 +97,12 @@ class FixedState(SlotState):
         self.positions = np.asarray(lengths, np.int64) - 1
 
     def select_cache(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`SlotState`."""
+        """Makes row i of the cache a copy of old row ``rows[i]``; see :class:`SlotState`."""
         self.decoder.check(len(rows), self.slot)
         self.cache.select(rows)
 
     def join(self, other: FixedState) -> None:
-        """See :class:`DecodeState`."""
+        """Adds the rows of ``other`` after the own rows; see :class:`DecodeState`."""
         self.decoder.check(self.batch_size + other.batch_size, self.slot)
         last = max(self.slot, other.slot)
         for state in (self, other):
@@ -114,7 +114,7 @@ class FixedState(SlotState):
         self.cache.append(other.cache)
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """See :class:`SlotState`."""
+        """Runs the graph and keeps the new keys and values; returns logits ``[B, K, V]``; see :class:`SlotState`."""
         inputs[CACHE_POSITION] = np.array([self.slot], np.int64)
         self.slot += inputs["position_ids"].shape[1]
         return self.cache.run(inputs)
@@ -131,12 +131,12 @@ class FixedState(SlotState):
 
 
 class FixedDecoder(Decoder):
-    """The decoder of a constant-shape graph.
+    """The decoder of a graph with constant shapes, whose KV cache has a fixed number of slots.
 
     Args:
         open_cache: Makes the cache of a batch.
         spec: The graph's tensors.
-        capacity: C, slots of a row.
+        capacity: C, number of slots of each row in the KV cache.
         max_rows: The most rows that the graph takes at once.
         table: The token table.
     """
@@ -153,10 +153,10 @@ class FixedDecoder(Decoder):
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], FixedState]:
-        """See :class:`Decoder`.
+        """Runs whole prompts; returns logits ``[B, V]`` and the decoder's state; see :class:`Decoder`.
 
         Raises:
-            BackendError: More rows or longer prompts than the graph was built for.
+            BackendError: There are more rows or longer prompts than the graph was built for.
         """
         self.check(len(prompts), max(len(prompt) for prompt in prompts))
         embeds, valid, positions = left_padded(prompts, self.embeds_dtype)
@@ -168,7 +168,7 @@ class FixedDecoder(Decoder):
         return state.run(embeds, positions, 1)[:, 0], state
 
     def check(self, rows: int, slots: int) -> None:
-        """Raises BackendError if the graph was built for fewer rows or slots."""
+        """Raises BackendError if the graph was built for fewer than this number of rows or slots."""
         if rows > self.max_rows:
             raise BackendError(
                 f"{rows} rows (pictures times beams) are more than the {self.max_rows} that the engine was built for",

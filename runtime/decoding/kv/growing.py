@@ -16,12 +16,12 @@ from blip2edge.runtime.text.prompt import left_padded
 
 
 class GrowingDecoder(Decoder):
-    """The decoder of a portable graph.
+    """The decoder of a portable graph, whose KV cache grows by one slot in each step.
 
     Args:
         session: The loaded graph.
-        spec: Its tensors.
-        cache: Its keys and values.
+        spec: The graph's inputs and outputs.
+        cache: Names and sizes of the graph's key and value tensors.
         table: The token table.
     """
 
@@ -35,7 +35,7 @@ class GrowingDecoder(Decoder):
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], GrowingState]:
-        """See :class:`Decoder`."""
+        """Runs whole prompts; returns logits ``[B, V]`` and the decoder's state; see :class:`Decoder`."""
         embeds, mask, positions = left_padded(prompts, self.embeds_dtype)
         empty = np.zeros((len(prompts), self.cache.num_heads, 0, self.cache.head_dim), self.cache_dtype)
         state = GrowingState(self, dict.fromkeys(self.present_of, empty), mask, positions[:, -1], context)
@@ -43,7 +43,7 @@ class GrowingDecoder(Decoder):
 
 
 class GrowingState(SlotState):
-    """The rows of a batch with their keys and values, which every step returns with one slot more."""
+    """The decoding state of a batch; every step returns its keys and values with one slot more."""
 
     decoder: GrowingDecoder
 
@@ -61,18 +61,18 @@ class GrowingState(SlotState):
         self._past = past
 
     def make_room(self, steps: int) -> None:
-        """See :class:`SlotState`."""
+        """Extends the mask by ``steps`` new slots; see :class:`SlotState`."""
         self.mask = np.concatenate([self.mask, np.ones((self.batch_size, steps), np.int64)], axis=1)
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """See :class:`SlotState`."""
+        """Runs the graph and keeps the new keys and values; returns logits ``[B, K, V]``; see :class:`SlotState`."""
         outputs = self.decoder.session.run({**inputs, **self._past, **self._context})
         self._past = {past: outputs[present] for past, present in self.decoder.present_of.items()}
         logits: NDArray[np.float32] = outputs["logits"]
         return logits
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """See :class:`RowState`."""
+        """Keeps the first ``lengths[i]`` tokens of each row i; see :class:`RowState`."""
         cut = tokens_to_drop(self.lengths, lengths)
         if not cut.any():
             return
@@ -90,7 +90,7 @@ class GrowingState(SlotState):
         self._trim()
 
     def select_cache(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`SlotState`."""
+        """Makes row i of the cache a copy of old row ``rows[i]``; see :class:`SlotState`."""
         self._past = {name: array[rows] for name, array in self._past.items()}
         origin = self._origin[rows]
         if not np.array_equal(origin, self._origin):  # beams of one picture share its context
@@ -98,12 +98,12 @@ class GrowingState(SlotState):
         self._origin = origin
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`DecodeState`."""
+        """Makes row i a copy of old row ``rows[i]``; see :class:`DecodeState`."""
         super().select(rows)
         self._trim()
 
     def join(self, other: GrowingState) -> None:
-        """See :class:`DecodeState`."""
+        """Adds the rows of ``other`` after the own rows; see :class:`DecodeState`."""
         longest = max(self.mask.shape[1], other.mask.shape[1])
         self.mask, other.mask = (padded(one.mask, 1, longest, left=True) for one in (self, other))
         self._past = {

@@ -30,10 +30,10 @@ class InPlaceDecoder(Decoder):
 
     Args:
         session: The loaded graph.
-        spec: The portable decoder's tensors.
-        cache: Its keys and values.
+        spec: Inputs and outputs of the portable decoder graph.
+        cache: Names and sizes of that graph's key and value tensors.
         table: The token table.
-        max_positions: The longest context.
+        max_positions: The longest context, in tokens.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class InPlaceDecoder(Decoder):
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
     ) -> tuple[NDArray[np.float32], InPlaceState]:
-        """See :class:`Decoder`.
+        """Runs whole prompts; returns logits ``[B, V]`` and the decoder's state; see :class:`Decoder`.
 
         Raises:
-            ValueError: There is a context: these decoders have no cross-attention.
+            ValueError: ``context`` is not empty: these decoders have no cross-attention.
         """
         if context:
             raise ValueError(f"this decoder has no cross-attention, but got {', '.join(context)}")
@@ -72,10 +72,10 @@ class InPlaceDecoder(Decoder):
 
 
 class InPlaceState:
-    """The rows of a batch and their buffers; it follows :class:`RowState`.
+    """The decoding state of a batch with its KV cache buffers; it follows :class:`RowState`.
 
     Attributes:
-        lengths: Tokens of each row in the cache, prompt included, int64 ``[B]``.
+        lengths: Number of tokens of each row in the cache, prompt included, int64 ``[B]``.
     """
 
     def __init__(self, decoder: InPlaceDecoder, rows: int, slots: int) -> None:
@@ -89,15 +89,18 @@ class InPlaceState:
 
     @property
     def batch_size(self) -> int:
-        """See :class:`DecodeState`."""
+        """Number of rows B; see :class:`DecodeState`."""
         return len(self.lengths)
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`DecodeState`."""
+        """Appends one token ``[B]`` to each row; returns logits ``[B, V]``; see :class:`DecodeState`."""
         return self.extend(token_ids[:, None])[:, 0]
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`RowState`; several tokens of several rows take one pass for each row, as the kernel requires."""
+        """Appends tokens ``[B, k]`` to each row; returns logits ``[B, k, V]``; see :class:`RowState`.
+
+        Several tokens of several rows take one pass for each row, as the kernel requires.
+        """
         batch, steps = token_ids.shape
         embeds = self._decoder.embed(token_ids)
         self._make_room(batch, int(self.lengths.max()) + steps)
@@ -112,11 +115,11 @@ class InPlaceState:
         return logits
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
-        """See :class:`RowState`."""
+        """Keeps the first ``lengths[i]`` tokens of each row i; see :class:`RowState`."""
         self.lengths = self.lengths - tokens_to_drop(self.lengths, np.asarray(lengths, np.int64))
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """See :class:`DecodeState`."""
+        """Makes row i a copy of old row ``rows[i]``; see :class:`DecodeState`."""
         used = int(self.lengths.max())
         self._make_room(len(rows), used)
         moved = np.flatnonzero(rows != np.arange(len(rows)))
@@ -126,7 +129,7 @@ class InPlaceState:
         self.lengths = self.lengths[rows]
 
     def join(self, other: InPlaceState) -> None:
-        """See :class:`DecodeState`."""
+        """Adds the rows of ``other`` after the own rows; see :class:`DecodeState`."""
         first, used = self.batch_size, int(other.lengths.max())
         self._make_room(first + other.batch_size, max(used, int(self.lengths.max())))
         for name, buffer in self._buffers.items():
@@ -134,11 +137,11 @@ class InPlaceState:
         self.lengths = np.concatenate([self.lengths, other.lengths])
 
     def read(self, embeds: Array, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Runs the first tokens of every row.
+        """Runs the prompts of all rows, and fills the KV cache.
 
         Args:
-            embeds: ``[B, S, D]``.
-            lengths: Valid tokens of each row, ``[B]``.
+            embeds: Embedded prompts ``[B, S, D]``.
+            lengths: Number of valid tokens of each row, ``[B]``.
 
         Returns:
             Logits ``[B, V]`` after each row's last token.
