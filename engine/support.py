@@ -138,7 +138,7 @@ def _opset(model: ir.Model, version: ParserVersion) -> list[Finding]:
 
 
 def _problem(node: ir.Node, types: dict[ir.Value, str], version: ParserVersion) -> tuple[str, str] | None:
-    again = "export the checkpoint again with this version"
+    again = "export the checkpoint again with this version of blip2edge"
     if node.domain not in ("", "ai.onnx"):
         return (
             f"its domain is {node.domain}, which only ONNX Runtime supports",
