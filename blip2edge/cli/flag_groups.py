@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 MAX_BROKEN = 100
 BUNDLE = "bundle directory, written by `blip2edge export` or `calibrate`"
 DATA = (
-    "a COCO JSON file of captions or VQA questions, a folder of pictures and .txt files, tar shards, or a recipe with "
-    "[data]"
+    "a COCO JSON file of captions or VQA questions, a folder of pictures and .txt files, tar shards, or a recipe "
+    "(its section [data])"
 )
 
 # Field of GenerationOptions -> the flag's placeholder, type and help.

@@ -210,8 +210,8 @@ def fingerprint(target: str, version: str, bundle_sha256: str, compute_capabilit
     if gpu is None and not compute_capabilities:
         raise EngineError(
             "building engines needs an NVIDIA GPU and its driver, but this machine has none",
-            "build on the device that runs the engines, or build here for a GPU of, for example, compute capability "
-            f"8.6: {option('target')} rtx {option('sm')} 86",
+            "build on the device that runs the engines, or build here for another GPU, for example of compute "
+            f"capability 8.6, with: {option('target')} rtx {option('sm')} 86",
         )
     numbers = compute_capabilities or ([gpu.compute_capability] if gpu else [])
     return Fingerprint(
@@ -230,7 +230,7 @@ LABELS = {
     "bundle_sha256": "the bundle",
     "target": "the target",
     "tensorrt": "TensorRT",
-    "machine": "the processor",
+    "machine": "the processor architecture",
     "gpus": "the compute capability",
     "gpu": "the GPU",
 }

@@ -212,7 +212,7 @@ class Context:
         if self._context is None:
             raise EngineError(
                 f"the GPU has too little free memory to run the engine {self._name}",
-                f"stop other programs that use the GPU, or build the engines again with a smaller "
+                "stop other programs that use the GPU, or build the engines again with a smaller "
                 f"{option('capacity')} or {option('max_batch')}",
             )
         self._size = int(engine.device_memory_size_v2)

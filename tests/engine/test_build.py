@@ -118,7 +118,7 @@ def check(found: Fingerprint, here: Fingerprint) -> None:
         ({"gpus": ("sm86",)}, "compute capability sm87, but the compute capability here is sm86"),
         ({"gpu": "Orin Nano"}, "GPU Orin, but the GPU here is Orin Nano"),
         ({"bundle_sha256": "b" * 64}, "the bundle a"),
-        ({"machine": "x86_64"}, "machine aarch64"),
+        ({"machine": "x86_64"}, "the processor architecture aarch64"),
     ],
 )
 def test_another_machine_is_refused_with_the_command_that_builds_again(changes: dict[str, object], told: str) -> None:

@@ -95,7 +95,7 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
     if model.captioner is not None:
         return _captioned_scenes(model.captioner, shown, split, options)
     if model.matcher is None:
-        raise UsageError("expected a captioner or a model that matches pictures with texts")
+        raise UsageError("expected a captioner or a model that matches pictures with texts, got neither")
     return _compared_scenes(model.matcher, shown, split, options)
 
 
