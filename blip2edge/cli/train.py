@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TRAINING_STAGES,
         help="stage1: train the Q-Former on pictures with texts, without the language model; stage2: train the bridge, "
         "for example the Q-Former and its projection, with the caption loss of the language model (vision encoder and "
-        "language model stay frozen); instruct: as stage2, and the Q-Former also reads the prompt",
+        "language model stay frozen by default); instruct: as stage2, and the Q-Former also reads the prompt",
     )
     parser.add_argument(
         "-c", "--config", metavar="FILE", type=Path, required=True, help="recipe of the training, a TOML or JSON file"

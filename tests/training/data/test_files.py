@@ -87,7 +87,7 @@ def test_missing_pictures_are_counted_and_three_named(captions: Path, pictures: 
     assert len(broken.problems) == 8
     for path in pictures.iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="at least one sample with its picture"):
+    with pytest.raises(DataError, match=r"at least one sample with its picture, got none; 20 samples are broken"):
         read_captions(captions, pictures, 100)
 
 
@@ -118,6 +118,8 @@ def test_answers_that_are_not_there(questions: Path) -> None:
     ):
         read_vqa(questions, None, None, 0)
     assert len(read_vqa(questions, renamed, questions.parent / "pictures", 1)[0]) == 9
+    with pytest.raises(DataError, match="the file name does not contain 'questions'"):
+        read_vqa(questions.rename(questions.with_name("asked.json")), None, None, 0)
 
 
 def test_vqa_names_its_pictures_by_number(questions: Path, pictures: Path) -> None:
