@@ -45,12 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=False,
     )
     sizes = parser.add_argument_group("sizes", "limits of the engines; lower limits need less memory")
-    add_number(
-        sizes,
-        "--workspace",
-        "limit of TensorRT's scratch memory during the build in MiB (default: no limit)",
-        metavar="MiB",
-    )
+    add_number(sizes, "--workspace", "limit of the build's scratch memory in MiB (default: no limit)", metavar="MiB")
     add_number(
         sizes,
         "--capacity",
