@@ -236,12 +236,12 @@ def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle
     if parent.manifest.precision == "bf16":
         raise BundleError(
             f"{parent.path} is in bf16, which ONNX Runtime does not run on a CPU",
-            f"export with {option('precision')} fp32 or fp16, and calibrate that bundle",
+            f"export the checkpoint with {option('precision')} fp32 or fp16, and calibrate the new bundle",
         )
     if parent.manifest.calibration:
         raise BundleError(
             f"{parent.path} is already calibrated, so its weights are already rounded",
-            "calibrate the floating-point bundle that it was made from",
+            "calibrate the floating-point bundle that this bundle was made from",
         )
     return parent
 

@@ -154,7 +154,8 @@ def build_engine(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(data, str(plan.path)):
         raise EngineError(
-            _refusal(parser, plan.path), f"export it with another {option('precision')}, or report the node"
+            _refusal(parser, plan.path),
+            f"export the checkpoint with another {option('precision')}, or report the node as an issue of blip2edge",
         )
     config = builder.create_builder_config()
     names = []
@@ -260,5 +261,6 @@ def _build_error(graph: Path, messages: Sequence[str]) -> EngineError:
             "add swap, or stop other programs on the board",
         )
     return EngineError(
-        f"TensorRT could not build {graph.name} ({reason})", f"export with another {option('precision')}"
+        f"TensorRT could not build {graph.name} ({reason})",
+        f"export the checkpoint with another {option('precision')}",
     )

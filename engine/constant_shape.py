@@ -82,7 +82,7 @@ def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
     inputs = {str(value.name): value for value in graph.inputs}
     missing = [past for past in cache.past_names() if past not in inputs]
     if missing:
-        raise _unsupported(name, f"it has no input {missing[0]}")
+        raise _unsupported(name, f"the graph has no input {missing[0]}")
     position = ir.Value(name=CACHE_POSITION, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.insert(list(graph.inputs).index(inputs[cache.past_names()[0]]), position)
     writer = _Writer(graph, inputs[cache.past_names()[0]], position)
@@ -205,5 +205,5 @@ def _axis(node: ir.Node) -> int | None:
 def _unsupported(name: str, what: str) -> EngineError:
     return EngineError(
         f"the decoder {name} cannot be rewritten to a KV cache of constant capacity: {what}",
-        "export the checkpoint again with this version",
+        "export the checkpoint again with this version of blip2edge",
     )

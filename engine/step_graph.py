@@ -128,7 +128,9 @@ def dense_table(source: Path, dtype: str, output: Path) -> Path:
 def _external(path: Path) -> ir.ExternalTensor:
     table = SafetensorsFile(path).tensors[EMBEDDINGS_TENSOR]
     if table.dtype not in STORED:
-        raise EngineError(f"expected a token table in floating point in {path}, got integers", "dequantize it first")
+        raise EngineError(
+            f"expected a token table in floating point in {path}, got integers", "convert the table with dense_table"
+        )
     return ir.ExternalTensor(
         path.name, table.offset, table.nbytes, STORED[table.dtype], shape=ir.Shape(table.shape),
         name=EMBEDDINGS_TENSOR, base_dir=str(path.parent),

@@ -113,7 +113,12 @@ def _computed(node: ir.Node, index: int, types: dict[ir.Value, str]) -> str | No
 
 def _inputs(values: Iterable[ir.Value]) -> list[Finding]:
     return [
-        Finding(str(value.name), "input", f"its type is {value.dtype.name}", "export the checkpoint again")
+        Finding(
+            str(value.name),
+            "input",
+            f"its type is {value.dtype.name}, not one of {', '.join(sorted(INPUT_TYPES))}",
+            "export the checkpoint again",
+        )
         for value in values
         if value.dtype is not None and value.dtype.name not in INPUT_TYPES
     ]
@@ -138,7 +143,7 @@ def _opset(model: ir.Model, version: ParserVersion) -> list[Finding]:
 
 
 def _problem(node: ir.Node, types: dict[ir.Value, str], version: ParserVersion) -> tuple[str, str] | None:
-    again = "export the checkpoint again with this version"
+    again = "export the checkpoint again with this version of blip2edge"
     if node.domain not in ("", "ai.onnx"):
         return (
             f"its domain is {node.domain}, which only ONNX Runtime supports",
@@ -152,7 +157,7 @@ def _problem(node: ir.Node, types: dict[ir.Value, str], version: ParserVersion) 
     if node.op_type == "Where" and len(node.inputs) > 1 and node.inputs[1] is not None:
         dtype = types.get(node.inputs[1])
     if dtype is not None and dtype not in known:
-        return f"it does not support {dtype}, only {', '.join(sorted(known))}", again
+        return f"its input has the type {dtype}, expected one of {', '.join(sorted(known))}", again
     if node.op_type in SINGLE_OUTPUT and len(node.outputs) > 1:
         return "only its first output is supported", again
     for index in CONSTANT_INPUTS.get(node.op_type, ()):
@@ -175,7 +180,7 @@ def _quantisation(node: ir.Node, dtype: str | None, version: ParserVersion) -> t
     ):
         kinds = " or ".join(sorted(version.block_types))
         return (
-            f"it takes a scale a block for {kinds} only, not {dtype}",
+            f"one scale per block is supported for {kinds} only, not for {dtype}",
             f"calibrate with {option('weights')} int4, or without",
         )
     zero = node.inputs[2] if len(node.inputs) > 2 else None

@@ -28,11 +28,16 @@ def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
     return ChainMap(*layers)  # type: ignore[arg-type]  # only read
 
 
+def _place(section: str) -> str:
+    """The place of a section, for errors: ``config.json: text_config``; a whole file has its name as section."""
+    return section if section.endswith(".json") else f"config.json: {section}"
+
+
 class Fields:
-    """Reads typed values from a section of ``config.json``; wrong values raise CheckpointError with section and key.
+    """Reads typed values from a JSON object; wrong values raise CheckpointError with file, section and key.
 
     Args:
-        section: Name of the section, for errors.
+        section: Name of the section, or of the file, for errors.
         values: Content of the section.
 
     Raises:
@@ -42,7 +47,7 @@ class Fields:
     def __init__(self, section: str, values: Any) -> None:
         if not isinstance(values, Mapping):
             raise CheckpointError(
-                f"config.json: {section} must be an object, not {type(values).__name__}",
+                f"{_place(section)} must be an object, not {type(values).__name__}",
                 "save the checkpoint again with transformers' save_pretrained",
             )
         self.section = section
@@ -54,23 +59,23 @@ class Fields:
         if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a positive integer, not {value!r}")
+            raise CheckpointError(f"{self._where(key)} must be a positive integer, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None) -> float:
         """A finite number; a dropout is a probability."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a finite number, not {value!r}")
+            raise CheckpointError(f"{self._where(key)} must be a finite number, not {value!r}")
         if "dropout" in key and not 0 <= value <= 1:
-            raise CheckpointError(f"config.json: {self.section}.{key} must be from 0 to 1, not {value!r}")
+            raise CheckpointError(f"{self._where(key)} must be from 0 to 1, not {value!r}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """Reads a value that is true or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be true or false, not {value!r}")
+            raise CheckpointError(f"{self._where(key)} must be true or false, not {value!r}")
         return value
 
     def activation(self, key: str, default: str) -> str:
@@ -78,7 +83,7 @@ class Fields:
         value = self._get(key, default)
         if value not in ACTIVATIONS:
             raise CheckpointError(
-                f"config.json: {self.section}.{key} is {value!r}, which is not one of {', '.join(sorted(ACTIVATIONS))}"
+                f"{self._where(key)} is {value!r}, which is not one of {', '.join(sorted(ACTIVATIONS))}"
             )
         return str(value)
 
@@ -86,7 +91,7 @@ class Fields:
         """Reads a token id, or None. In some configs, a negative number means None."""
         ids = self.token_ids(key, default)
         if len(ids) > 1:
-            raise CheckpointError(f"config.json: {self.section}.{key} must be one token id, not {len(ids)}")
+            raise CheckpointError(f"{self._where(key)} must be one token id, not {len(ids)} ids")
         return ids[0] if ids else None
 
     def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
@@ -94,15 +99,18 @@ class Fields:
         value = self.values.get(key, default)
         ids = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a token id, not {value!r}")
+            raise CheckpointError(f"{self._where(key)} must be a token id or a list of token ids, not {value!r}")
         return tuple(token for token in ids if token >= 0)
+
+    def _where(self, key: str) -> str:
+        return f"{_place(self.section)}{': ' if self.section.endswith('.json') else '.'}{key}"
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key, default)
         if value is None:
             value = default
         if value is None:
-            raise CheckpointError(f"config.json: {self.section} has no {key}")
+            raise CheckpointError(f"{self._where(key)} is missing")
         return value
 
 
@@ -174,4 +182,4 @@ class Section:
 def check_heads(section: str, width: int, heads: int) -> None:
     """Raises CheckpointError unless ``heads`` divides ``width``."""
     if width % heads:
-        raise CheckpointError(f"config.json: {section}: the number of heads {heads} does not divide the width {width}")
+        raise CheckpointError(f"{_place(section)}: the number of heads {heads} does not divide the width {width}")

@@ -49,7 +49,7 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
     except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the optimized graph {name} ({one_line(error)})",
-            "use the bundle without an optimized copy",
+            "use the bundle without an optimized copy (--no-optimize of export and calibrate)",
         ) from error
     return optimized
 

@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "str for stop": (
         lambda c: c.caption(PICTURE, stop="x"),
         UsageError,
-        "expected stop to be a list of non-empty texts, got 'x'; put it in a list: ['x']",
+        "expected stop to be a list of non-empty texts, got 'x'; put the text in a list: ['x']",
     ),
     "no image": (
         lambda c: c.caption(None),

@@ -240,8 +240,9 @@ class TrainingConfig(RecipeSection):
         super().__post_init__()
         if self.model.is_miniature and self.data.kind != "scenes":
             raise ConfigError(
-                "[model] names no trained parts: without them the miniature is trained, on generated scenes only",
-                "set checkpoint, or vision_from and language_from",
+                "[model] names no trained parts, so the recipe trains the miniature model, which supports the data kind"
+                f" 'scenes' only, not {self.data.kind!r}",
+                "set checkpoint, or vision_from and language_from, in [model]",
             )
 
 

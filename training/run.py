@@ -116,7 +116,7 @@ def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:
     if phase not in names:
         raise ConfigError(
             f"the snapshot is of the phase {phase}, but this recipe has only {', '.join(names)}",
-            f"start again with {option('force', on=True)}",
+            f"resume with the recipe of the snapshot, or start again with {option('force', on=True)}",
         )
     run.restore(snapshot)
     first = names.index(phase)
@@ -175,7 +175,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     except ValueError as error:
         raise ConfigError(
             f"[loop] autocast = {config.loop.autocast!r} is not available here: {error}",
-            "set it to float32 or bfloat16, which work on a CPU; one process supports one arithmetic only",
+            "set autocast to float32 or bfloat16, which work on a CPU; all runs of one process need the same autocast",
         ) from error
 
 
@@ -207,7 +207,7 @@ def _snapshot_to_resume(
     if snapshot.facts["recipe"] != config_hash(config) and not resume:
         raise ConfigError(
             f"{snapshots.directory} holds a run of another recipe",
-            f"resume it anyway with {option('resume', on=True)}, or start again with {option('force', on=True)}",
+            f"resume the run anyway with {option('resume', on=True)}, or start again with {option('force', on=True)}",
         )
     return snapshot
 
@@ -266,7 +266,7 @@ def _publish(run: TrainingRun, target: Path, record: dict[str, Any], evaluation_
             if os.path.lexists(target) and not force:
                 raise OutputError(
                     f"{target} appeared while the run was training",
-                    "move it away and run again: the run resumes from its last snapshot",
+                    f"move {target} away and run the command again: the run resumes from its last snapshot",
                 )
             publish(fresh, target, replace=force)
     except (OSError, SafetensorError) as error:

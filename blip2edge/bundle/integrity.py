@@ -79,8 +79,13 @@ def check_files(
             raise BundleIntegrityError(f"{path} is missing, though {manifest} lists it", fix) from error
         fresh[name] = [status.st_size, status.st_mtime_ns, record.sha256]
         known = use_stamps and stamps.get(name) == fresh[name]
-        if status.st_size != record.size or not (known or sha256_of(path) == record.sha256):
-            raise BundleIntegrityError(f"{path} does not match {manifest}: its size or hash differs", fix)
+        problem = ""
+        if status.st_size != record.size:
+            problem = f"expected {record.size} bytes, got {status.st_size}"
+        elif not (known or sha256_of(path) == record.sha256):
+            problem = f"expected the SHA-256 {record.sha256}, got another one"
+        if problem:
+            raise BundleIntegrityError(f"{path} does not match {manifest}: {problem}", fix)
     if progress is not None:
         progress("verified", len(files), len(files))
     if stamps != (updated := {**stamps, **fresh}):

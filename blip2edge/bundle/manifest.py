@@ -189,12 +189,12 @@ def _file_records(values: Mapping[str, Any]) -> dict[str, FileRecord]:
     files = {name: FileRecord(**record) for name, record in values["files"].items()}
     for name in files:
         if Path(name).name != name:
-            raise ValueError(f"{name} is not a file of the bundle")
+            raise ValueError(f"expected the name of a file in the bundle, got {name}")
     graphs = {} if values.get("engines_of") else values["graphs"]
     for name, graph in graphs.items():
         for needed in (f"{name}.onnx", *graph.get("data_files", ())):
             if needed not in files:
-                raise ValueError(f"the file {needed} has no hash")
+                raise ValueError(f"expected the file {needed} of the graph {name} in files")
     return files
 
 

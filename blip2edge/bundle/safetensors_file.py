@@ -90,7 +90,10 @@ def _stored(name: str, entry: Mapping[str, Any], first: int) -> StoredTensor:
     start, end = entry["data_offsets"]
     tensor = StoredTensor(entry["dtype"], tuple(entry["shape"]), first + start)
     if tensor.nbytes != end - start:
-        raise ValueError(f"{name} of shape {tensor.shape} and {tensor.dtype} has {end - start} bytes")
+        raise ValueError(
+            f"expected {tensor.nbytes} bytes for {name} of shape {tensor.shape} and dtype {tensor.dtype}, got "
+            f"{end - start}: the file is damaged or incomplete"
+        )
     return tensor
 
 
@@ -123,6 +126,6 @@ def write_safetensors(
         file.write(len(text).to_bytes(HEADER_LENGTH, "little") + text)
         written = sum(file.write(np.ascontiguousarray(piece).data) for piece in pieces)
         if written != end:
-            raise ValueError(f"{path.name}: {written} bytes were given for tensors of {end}")
+            raise ValueError(f"{path.name}: {written} bytes were given for tensors of {end} bytes")
         file.flush()
         os.fsync(file.fileno())

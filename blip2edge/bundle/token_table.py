@@ -65,7 +65,8 @@ class _Blocks:
     def __init__(self, integers: Array, scales: Array, bits: int, block: int) -> None:
         rows, width = integers.shape[0], integers.shape[1] * 8 // bits
         if scales.shape != (rows, width // block):
-            raise ValueError(f"scales {scales.shape} do not fit {rows} rows of {width} in blocks of {block}")
+            expected = (rows, width // block)
+            raise ValueError(f"expected scales of shape {expected} for blocks of {block} values, got {scales.shape}")
         self.shape = (rows, width)
         self._integers, self._scales = integers, scales
         self._bits, self._block = bits, block
@@ -82,8 +83,9 @@ class _Columns:
 
     def __init__(self, integers: Array, scales: Array, bits: int, block: int) -> None:
         width, rows = scales.shape[0] * block, scales.shape[1]
-        if integers.size != (width * rows * bits + 7) // 8:
-            raise ValueError(f"{integers.size} bytes do not fit {rows} columns of {width}")
+        expected = (width * rows * bits + 7) // 8
+        if integers.size != expected:
+            raise ValueError(f"expected {expected} bytes for {rows} columns of {width} values, got {integers.size}")
         self.shape = (rows, width)
         self._integers, self._scales = integers.reshape(-1), scales
         self._bits, self._block = bits, block
@@ -119,7 +121,7 @@ class TokenTable:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError(
                 f"{path} is not a safetensors file with the tensor {tensor} ({error})",
-                "export the checkpoint again",
+                "copy the bundle again, or export the checkpoint again",
             ) from error
 
     @property
@@ -151,10 +153,10 @@ def _open(file: SafetensorsFile, tensor: str) -> _Rows:
     table, dtype = file.array(tensor), file.tensors[tensor].dtype
     if "bits" not in file.metadata:
         if table.dtype.itemsize == 1:
-            raise ValueError("integers without the metadata bits and block")
+            raise ValueError("expected the metadata bits and block for a table of integers, got neither")
         return _Floats(table, dtype == "BF16")
     bits, block = int(file.metadata["bits"]), int(file.metadata["block"])
     if bits not in (4, 8) or table.dtype != DTYPES["I8" if bits == 8 else "U8"]:
-        raise ValueError(f"{bits} bits in {dtype}")
+        raise ValueError(f"expected 8 bits in I8 or 4 bits in U8, got {bits} bits in {dtype}")
     kinds: Mapping[str, type[_Blocks | _Columns]] = {ROWS: _Blocks, COLUMNS: _Columns}
     return kinds[file.metadata["layout"]](table, file.array(tensor + SCALE), bits, block)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
     add_backend(parser)
     add_number(parser, "--runs", "number of captions that are timed", 10)
-    add_number(parser, "--warmup", "number of captions before the timed ones", 2, kind=non_negative_int)
+    add_number(parser, "--warmup", "number of captions that run before the timed captions", 2, kind=non_negative_int)
     add_number(parser, "--tokens", "number of tokens of each caption", 20)
     parser.add_argument(
         "--batch-sizes",
@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_draft(
         parser,
-        "draft model whose number of tokens per pass is reported; the stages are timed without speculative decoding",
+        "draft model of speculative decoding, for which the tokens per decoder pass are reported; the stages are timed "
+        "without a draft model",
     )
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     parser.add_argument(

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         action="append",
         default=[],
-        help="compute capability of the GPU that runs the engines (86 means 8.6), with --target rtx only; repeat it "
-        "for several GPUs (default: the GPU of this machine)",
+        help="compute capability of the GPU that runs the engines (86 means 8.6), with --target rtx only; repeat the "
+        "flag for several GPUs (default: the GPU of this machine)",
     )
     add_output(
         parser,
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=False,
     )
     sizes = parser.add_argument_group("sizes", "limits of the engines; lower limits need less memory")
-    add_number(sizes, "--workspace", "limit of the builder's scratch memory in MiB (default: no limit)", metavar="MiB")
+    add_number(sizes, "--workspace", "limit of the build's scratch memory in MiB (default: no limit)", metavar="MiB")
     add_number(
         sizes,
         "--capacity",
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=DECODER_CACHES,
         default="constant",
-        help="KV cache of the decoder. constant: of constant capacity, required to run the engines; concatenated: "
-        "growing, for comparisons only",
+        help="KV cache of the decoder. constant: constant capacity; concatenated: the cache grows with each token, "
+        "for comparisons only, because blip2edge cannot run such engines",
     )
     kinds.add_argument(
         "--timing-cache",

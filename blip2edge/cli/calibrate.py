@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=Path,
         required=True,
-        help="folder of calibration pictures, or of .tar shards of them; use pictures like those of the application",
+        help="folder of calibration pictures, or of .tar shards with pictures; "
+        "use pictures like those of the application",
     )
     parser.add_argument(
         "--method",
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*WEIGHT_BITS, "none"),
         default="int8",
         help="precision of the language model's weights, with one scale per block; none: unchanged. TensorRT "
-        "supports int4 only, TensorRT for RTX both",
+        "supports int4 only, TensorRT for RTX supports int8 and int4",
     )
     parser.add_argument(
         "--drop-limit",
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="name of a graph whose activations become INT8 too, in addition to vision_encoder and bridge; repeat "
-        "it for several graphs",
+        "the flag for several graphs",
     )
     add_number(parser, "--count", "largest number of calibration pictures", 512)
     add_threads(parser)

@@ -31,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         metavar="P",
         action="append",
-        help="text that the caption continues; give it once for all pictures, or once for each; for a model that "
-        "takes several pictures per prompt, write <image> at the place of each (default: the model's own prompt)",
+        help="text that the caption continues; give one prompt for all pictures, or repeat the flag for each picture; "
+        "for a model that takes several pictures per prompt, write <image> at the place of each picture (default: the "
+        "model's own prompt)",
     )
     add_batch_size(parser, 1)
     add_bundle_option(parser)
@@ -84,7 +85,7 @@ def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[
     taken = [max(1, count) for count in places]
     if sum(taken) != len(images):
         raise UsageError(
-            f"{option('prompt')} has {MARKERS[1]} for {sum(taken)} pictures, but {len(images)} are given",
+            f"{option('prompt')} has {MARKERS[1]} for {sum(taken)} pictures, but {len(images)} pictures are given",
             f"write {MARKERS[1]} once for each picture",
         )
     items: list[str | list[str]] = []
@@ -123,11 +124,13 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(
             f"{option('stream')} and {option('num_beams')} cannot be combined: beam search chooses the words at the "
             "end",
-            "leave one of the two out",
+            f"leave {option('stream')} or {option('num_beams')} out",
         )
     least, most = options.min_new_tokens, options.max_new_tokens
     if least is not None and most is not None and least > most:
-        raise UsageError(f"{option('min_new_tokens')} {least} is more than {option('max_new_tokens')} {most}")
+        raise UsageError(
+            f"expected {option('min_new_tokens')} of at most {most}, got {least}", f"raise {option('max_new_tokens')}"
+        )
 
 
 def load_captioner(options: argparse.Namespace) -> Captioner:

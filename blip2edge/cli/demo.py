@@ -85,7 +85,7 @@ def _check_installed() -> None:
         fix = install_command("demo")
         if sys.version_info < EXPORT_PYTHON:
             fix = f"on Python 3.11 or newer, not {platform.python_version()}: {fix}"
-        raise BackendError(f"the demo needs {', '.join(absent)}, which are not installed", fix)
+        raise BackendError(f"the demo needs these packages, which are not installed: {', '.join(absent)}", fix)
     if not (CHECKPOINT / "config.json").is_file():
         raise BackendError(
             f"the example checkpoint is missing: there is no {CHECKPOINT}",

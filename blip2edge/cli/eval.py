@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         choices=SPLITS,
         default="heldout",
-        help="with scenes: use the pairs of objects that no training shows (heldout), or the other pairs (train)",
+        help="with --data scenes: show pairs of objects that training never shows (heldout), or the other "
+        "pairs (train)",
     )
     add_number(parser, "--count", "largest number of pictures (default: 1000 scenes, or all pictures of a data set)")
     parser.add_argument(
@@ -64,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ask",
         action="store_true",
-        help="pope: ask the model the questions (default: answer them by the objects that the model's captions name)",
+        help="with the metric pope: ask the model POPE's questions (default: derive the answers from the objects that "
+        "the model's captions name)",
     )
     parser.add_argument(
         "--predictions",

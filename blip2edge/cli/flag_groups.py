@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 MAX_BROKEN = 100
 BUNDLE = "bundle directory, written by `blip2edge export` or `calibrate`"
-DATA = "a COCO JSON file of captions or VQA questions, a folder of pictures and .txt files, tar shards, or a recipe"
+DATA = (
+    "a COCO JSON file of captions or VQA questions, a folder of pictures and .txt files, tar shards, or a recipe "
+    "(its section [data])"
+)
 
 # Field of GenerationOptions -> the flag's placeholder, type and help.
 GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
@@ -78,7 +81,7 @@ def add_backend(parser: ArgumentParser) -> None:
         "--backend",
         choices=get_args(BackendName),
         default="auto",
-        help="backend that runs the graphs; auto: cpu, or the one that runs the engines of a bundle without graphs",
+        help="backend that runs the bundle; auto: cpu, or for a bundle with engines only, the backend of the engines",
     )
     add_threads(parser)
 
@@ -148,17 +151,22 @@ def given_generation(options: Namespace) -> dict[str, Any]:
 def add_data_files(parser: ArgumentParser) -> None:
     """Where the parts of COCO's files are, and how much may be broken."""
     parser.add_argument(
-        "--images", metavar="DIR", help="directory of a JSON file's pictures (default: that of the file)"
+        "--images",
+        metavar="DIR",
+        help="directory of the pictures of a COCO JSON file (default: searched in and next to the directory "
+        "of the file)",
     )
     parser.add_argument(
         "--annotations",
         metavar="FILE",
-        help="file of the answers to VQA questions (default: in the directory of the questions)",
+        help="JSON file with the answers to VQA questions (default: searched by name in the directory of "
+        "the questions)",
     )
     add_number(
         parser,
         "--max-broken",
-        "stop with an error if more than N samples are missing or broken; up to N are skipped and reported",
+        "stop with an error if more than N samples are missing or broken; up to N such "
+        "samples are skipped and reported",
         MAX_BROKEN,
         kind=non_negative_int,
     )
@@ -169,5 +177,5 @@ def add_no_optimize(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-optimize",
         action="store_true",
-        help="do not make the optimized copy for the CPU (see `blip2edge optimize`)",
+        help="do not make a copy of the graphs that is optimized for the CPU (see `blip2edge optimize`)",
     )

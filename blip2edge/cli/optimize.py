@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=COPIED_BACKENDS,
         default="cpu",
-        help="backend that runs the copy; make the copy on the machine that runs it",
+        help="backend that the copy of the graphs is optimized for; run this command on the machine "
+        "that runs the bundle",
     )
 
 

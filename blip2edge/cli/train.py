@@ -19,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "stage",
         choices=TRAINING_STAGES,
-        help="stage1: train the Q-Former on pictures and texts; stage2: train the bridge through the frozen "
-        "language model; instruct: as stage2, with the prompt as an input of the Q-Former",
+        help="stage1: train the Q-Former on pictures with texts, without the language model; stage2: train the bridge, "
+        "for example the Q-Former and its projection, with the caption loss of the language model (vision encoder and "
+        "language model stay frozen by default); instruct: as stage2, and the Q-Former also reads the prompt",
     )
     parser.add_argument(
         "-c", "--config", metavar="FILE", type=Path, required=True, help="recipe of the training, a TOML or JSON file"
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="resume from the last snapshot even if FILE has changed; if it has not changed, training always resumes",
+        help="resume from the last snapshot even if FILE has changed; if FILE is unchanged, training always resumes",
     )
 
 

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--once",
         action="store_true",
-        help="caption every frame in order and drop none; for a folder: the present files, then stop",
+        help="caption every frame of SOURCE in order, not only the newest ones; for a folder: caption the pictures "
+        "that it contains now, then stop",
     )
     add_number(
         parser,

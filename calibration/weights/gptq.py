@@ -77,8 +77,8 @@ class GptqRounder:
         diagonal = np.diag(moments).copy()
         if not np.isfinite(moments).all():
             raise BundleError(
-                "an activation overflows to NaN or infinity on these pictures",
-                f"export with {option('precision')} fp32, and calibrate that bundle",
+                "an activation overflows to NaN or infinity on the calibration pictures",
+                f"export the checkpoint with {option('precision')} fp32, and calibrate the new bundle",
             )
         self.importance = np.maximum(diagonal, 1e-8 * max(float(diagonal.mean()), 1e-30)).astype(np.float32)
         self.order = np.argsort(-diagonal, kind="stable")

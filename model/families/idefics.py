@@ -48,7 +48,7 @@ def read_idefics(f: Fields) -> CaptionerConfig:
         vision=vision,
         bridge=bridge,
         language=FlamingoConfig.from_hf(f.values),
-        **read_tokens(Fields("the top level", layered(f.values, IDEFICS_TOKEN_DEFAULTS))),
+        **read_tokens(Fields("config.json", layered(f.values, IDEFICS_TOKEN_DEFAULTS))),
     )
 
 

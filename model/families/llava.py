@@ -90,7 +90,10 @@ def _layers(feature_layer: Any, depth: int) -> int:
     if isinstance(layers, int) and layers < 0:
         layers += depth + 1
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= depth:
-        raise CheckpointError(f"config.json: vision_feature_layer must be a layer of {depth}, not {feature_layer!r}")
+        raise CheckpointError(
+            f"config.json: vision_feature_layer must be from 1 to {depth}, or from -{depth} to -1 (counted from the "
+            f"last layer), not {feature_layer!r}"
+        )
     return layers
 
 

@@ -213,7 +213,7 @@ def read_config(config: Any) -> Config:
         UnsupportedModelError: The ``model_type`` or the language model is not supported.
         CheckpointError: A key is missing or has a wrong value.
     """
-    f = Fields("the top level", config)
+    f = Fields("config.json", config)
     return _family_of(f).read(f)
 
 

@@ -55,7 +55,7 @@ class FlamingoConfig(LlamaConfig):
     source_dim: int = 768
     kind: str = "idefics"
 
-    section = "the top level"
+    section = "config.json"
 
     def __post_init__(self) -> None:
         super().__post_init__()

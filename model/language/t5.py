@@ -77,7 +77,8 @@ class T5Config(LanguageConfig):
         activation = "gelu_new" if kind == "gated-gelu" else activation
         if activation not in ACTIVATIONS:
             raise CheckpointError(
-                f"config.json: text_config.feed_forward_proj names the unknown activation {activation!r}"
+                f"config.json: text_config.feed_forward_proj names the activation {activation!r}, which is not one "
+                f"of {', '.join(sorted(ACTIVATIONS))}"
             )
         untied = f.values.get("tie_word_embeddings") is False
         return cls(

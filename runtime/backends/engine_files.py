@@ -119,7 +119,7 @@ class EngineSet:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"schema version {values['schema_version']}, not {SCHEMA_VERSION}")
+                raise ValueError(f"expected schema version {SCHEMA_VERSION}, got {values['schema_version']}")
             return cls(
                 fingerprint=values["fingerprint"],
                 rebuild=tuple(values["rebuild"]),
@@ -141,7 +141,7 @@ class EngineSet:
         if name not in self.engines:
             raise EngineError(
                 f"{self.directory} has no engine {name}; it has {', '.join(self.engines)}",
-                "build the engines again with this version",
+                "build the engines again with this version of blip2edge",
             )
         return self.engines[name]
 
@@ -212,8 +212,9 @@ def fingerprint(target: str, version: str, bundle_sha256: str, compute_capabilit
     gpu = next(iter(driver.gpus), None)
     if gpu is None and not compute_capabilities:
         raise EngineError(
-            "building engines needs an NVIDIA GPU and its driver, and this machine has none",
-            f"build on the board itself, or for a GPU elsewhere with: {option('target')} rtx {option('sm')} 86",
+            "building engines needs an NVIDIA GPU and its driver, but this machine has none",
+            "build on the device that runs the engines, or build here for another GPU, for example of compute "
+            f"capability 8.6, with: {option('target')} rtx {option('sm')} 86",
         )
     numbers = compute_capabilities or ([gpu.compute_capability] if gpu else [])
     return Fingerprint(
@@ -230,11 +231,11 @@ def fingerprint(target: str, version: str, bundle_sha256: str, compute_capabilit
 FIRST_COMPATIBLE = 80  # Ampere
 LABELS = {
     "bundle_sha256": "the bundle",
-    "target": "target",
+    "target": "the target",
     "tensorrt": "TensorRT",
-    "machine": "machine",
-    "gpus": "compute capability",
-    "gpu": "GPU",
+    "machine": "the processor architecture",
+    "gpus": "the compute capability",
+    "gpu": "the GPU",
 }
 
 
@@ -256,8 +257,8 @@ def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, r
             continue
         raise EngineError(
             f"the engines in {engines} were built for {label} {_plain(found.get(key))}, "
-            f"but here it is {_plain(values[key])}",
-            f"build them again: {rebuild}",
+            f"but {label} here is {_plain(values[key])}",
+            f"build the engines again: {rebuild}",
         )
 
 
@@ -309,7 +310,7 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
         return engines
     if refusal is not None:
         raise refusal
-    raise EngineError(f"{bundle.path} has no engines for {here.target}", f"build them: {build}")
+    raise EngineError(f"{bundle.path} has no engines for {here.target}", f"build the engines: {build}")
 
 
 def engines_backend(bundle: Bundle, backend: str) -> str:

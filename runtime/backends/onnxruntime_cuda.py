@@ -89,7 +89,10 @@ def open_with(path: Path, threads: int | None, provider: str, providers: list[An
     with raised_as(BundleError, f"ONNX Runtime cannot load {path} on {provider}", "see `blip2edge doctor`"):
         session = DeviceSession(onnxruntime, path, options, providers, GPU)
     if session.provider != provider:
-        raise BackendError(f"ONNX Runtime fell back to {session.provider} for {path.name}", "see `blip2edge doctor`")
+        raise BackendError(
+            f"expected ONNX Runtime to run {path.name} on {provider}, but ONNX Runtime fell back to {session.provider}",
+            "see `blip2edge doctor`",
+        )
     return session
 
 

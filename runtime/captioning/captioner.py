@@ -169,7 +169,8 @@ class Captioner(LoadedBundle):
         if generation.num_beams > 1:
             raise UsageError(
                 f"{option('stream')} and {option('num_beams')} above 1 cannot be combined: "
-                "beam search chooses the words at the end"
+                "beam search chooses the words at the end",
+                f"leave {option('stream')} or {option('num_beams')} out",
             )
         return self._while_open(self.generator.pieces(self.encoder([image], [prompt], StageClock()), generation))
 

@@ -269,7 +269,7 @@ class Matcher(LoadedBundle):
             raise PromptError(
                 f"the text contains the token {self.tokenizer.id_to_token(max(ids))!r} (id {max(ids)}), but the model "
                 f"has only {manifest.vocab_size} tokens",
-                "remove it from the text",
+                "remove this token from the text",
             )
         return ids
 

@@ -246,7 +246,7 @@ class DraftSelector:
             if self._asked not in ("auto", "itg"):
                 raise UsageError(
                     f"{option('draft')} itg: the captioner was loaded with draft={self._asked!r}",
-                    "load it with draft='itg' or 'auto'",
+                    "load the captioner with draft='itg' or draft='auto'",
                 )
             raise UsageError(
                 f"{option('draft')} itg: the bundle has no draft model",

@@ -180,18 +180,18 @@ class GenerationOptions:
         if self.num_beams > 1 and self.draft not in ("auto", "none"):
             raise UsageError(
                 f"expected {option('num_beams')} 1 with {option('draft')} {self.draft}, got {self.num_beams}",
-                "beam search does not use a draft model: leave one of the two out",
+                f"beam search does not use a draft model: leave {option('num_beams')} or {option('draft')} out",
             )
         if self.sampling and self.draft not in ("auto", "none"):
             raise UsageError(
                 f"expected {option('draft')} auto or none with {_SAMPLING}, got {self.draft}",
                 "verifying several tokens in one pass rounds differently, which may change the sampled tokens: "
-                "leave one of the two out",
+                f"set {option('draft')} to none, or leave the sampling options out",
             )
         if self.num_beams > 1 and self.sampling:
             raise UsageError(
                 f"expected either {option('num_beams')} or sampling, got {self.num_beams} beams and {_SAMPLING}",
-                "leave one of the two out",
+                f"leave {option('num_beams')} or the sampling options out",
             )
 
     @property
@@ -246,10 +246,10 @@ def check_integer(name: str, value: Any, least: int, most: int = MAX_TOKENS) -> 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
-        fix = f"put it in a list: [{shown(value)}]" if isinstance(value, str) and value else None
+        fix = f"put the text in a list: [{shown(value)}]" if isinstance(value, str) and value else None
         raise UsageError(f"expected {option(name)} to be a list of non-empty texts, got {shown(value)}", fix)
     if len(value) > MAX_STOPS:
-        raise UsageError(f"expected {option(name)} to be at most {MAX_STOPS} texts, got {len(value)}")
+        raise UsageError(f"expected {option(name)} to be a list of at most {MAX_STOPS} texts, got {len(value)}")
     return tuple(value)
 
 

@@ -107,16 +107,18 @@ def _opened(file: Any, name: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: expected at most {MAX_PIXELS} pixels, got more", "scale it down") from error
+        raise ImageError(f"{name}: expected at most {MAX_PIXELS} pixels, got more", "scale the picture down") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a picture in a format that Pillow reads", "convert it to PNG") from error
+        raise ImageError(
+            f"{name}: not a picture in a format that Pillow reads", "convert the picture to PNG"
+        ) from error
     except Exception as error:  # the format plug-ins raise whatever a broken header leads them to
         raise _broken(name, error) from error
 
 
 def _broken(name: str, error: Exception) -> ImageError:
     reason = str(error) or type(error).__name__
-    return ImageError(f"{name}: the picture is broken ({reason})", "save or copy it again")
+    return ImageError(f"{name}: the picture is broken ({reason})", "save or copy the picture again")
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -150,7 +152,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise ImageError(
             f"expected a uint8 array [H,W], [H,W,3] or [H,W,4], got {array.dtype} {list(array.shape)}",
-            "scale it to 0…255, put the channels last and convert it with .astype('uint8')",
+            "scale the values to 0…255, put the channels last and convert the array with .astype('uint8')",
         )
     _check_pixels(array.shape[1], array.shape[0], "the array passed in")
     return Image.fromarray(np.ascontiguousarray(array))
@@ -278,7 +280,7 @@ class Preprocessing:
         shapes = {array.shape for array in pixels}
         if len(shapes) > 1:
             sizes = ", ".join(sorted(f"{width}×{height}" for _, height, width in shapes))
-            raise ImageError(f"expected pictures of one processed size, got {sizes}", "process them one by one")
+            raise ImageError(f"expected pictures of one processed size, got {sizes}", "process the pictures one by one")
         return np.stack(pixels)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
@@ -288,7 +290,7 @@ class Preprocessing:
         short = self.size["shortest_edge"]
         long = int(short * max(width, height) / min(width, height))
         if short * long > MAX_PIXELS:
-            raise ImageError(f"the picture passed in: {width}×{height} is too thin to be resized", "crop it")
+            raise ImageError(f"the picture passed in: {width}×{height} is too thin to be resized", "crop the picture")
         return (short, long) if width <= height else (long, short)
 
     @cached_property

@@ -57,7 +57,10 @@ class ShardFile:
         except OSError as error:
             raise ImageError(f"{self.shard}: cannot be opened ({error.strerror or error})") from error
         if len(content) != self.size:
-            raise ImageError(f"{self.shard}: {self.name} is cut off", "copy the shard again")
+            raise ImageError(
+                f"{self.shard}: {self.name} is cut off: expected {self.size} bytes, got {len(content)}",
+                "copy the shard again",
+            )
         return content
 
 

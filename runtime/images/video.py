@@ -97,7 +97,7 @@ def _from_video(path: Path, count: int) -> list[ImageSource]:
         with av.open(str(path)) as container:
             found = _pick(container, set(chosen(total, count)))
     except (av.error.FFmpegError, IndexError) as error:
-        raise ImageError(f"{path}: cannot be read as a video ({error})", "convert it to MP4") from error
+        raise ImageError(f"{path}: cannot be read as a video ({error})", "convert the video to MP4") from error
     if not found:
         raise ImageError(f"{path}: expected a video of at least one frame, got none")
     last = found[max(found)]  # in place of frames that the header counts but the file does not have

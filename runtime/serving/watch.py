@@ -144,7 +144,9 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
                 with suppress(FileNotFoundError):
                     found[path.name, path.stat().st_mtime_ns] = path
     except OSError as error:
-        raise DataError(f"{folder} cannot be read any more ({error.strerror or error})") from error
+        raise DataError(
+            f"{folder} cannot be read any more ({error.strerror or error})", "check that the folder still exists"
+        ) from error
     return found
 
 
@@ -166,7 +168,10 @@ def _decoded(av: Any, address: str, kind: str | None, closed: threading.Event) -
                     return
                 yield Frame(f"{at:.2f} s", frame.to_ndarray(format="rgb24"))
     except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(f"{address} cannot be read as a video ({error})") from error
+        raise DataError(
+            f"{address} cannot be read as a video ({error})",
+            "check the path, the camera or the address; convert a video file to MP4",
+        ) from error
 
 
 class NewestFrame:

@@ -69,7 +69,7 @@ class Cuda:
             name = getattr(function, "__name__", "CUDA")
             hint = "see `blip2edge doctor`"
             if "memory" in text:
-                hint = f"build with a smaller {option('capacity')} or {option('max_batch')}, "
+                hint = f"build the engines again with a smaller {option('capacity')} or {option('max_batch')}, "
                 hint += "or stop other programs that use the GPU"
             raise BackendError(f"{name} failed: {text}", hint)
         return results[0] if len(results) == 1 else tuple(results)

@@ -59,7 +59,7 @@ def load_tensorrt(target: str) -> Any:
     trt = require(TARGETS[target].module, f"the target {target}", EngineError, hint=hint)
     if target == "tensorrt" and version_of(trt) < OLDEST:
         raise EngineError(
-            f"TensorRT {trt.__version__} is older than 10.3",
+            f"expected TensorRT 10.3 or newer, got {trt.__version__}",
             "upgrade to JetPack 6.1 or newer, which brings 10.3, or install tensorrt>=10.3",
         )
     return trt
@@ -212,7 +212,8 @@ class Context:
         if self._context is None:
             raise EngineError(
                 f"the GPU has too little free memory to run the engine {self._name}",
-                "stop other programs that use the GPU, or build smaller engines",
+                "stop other programs that use the GPU, or build the engines again with a smaller "
+                f"{option('capacity')} or {option('max_batch')}",
             )
         self._size = int(engine.device_memory_size_v2)
         index = record.profiles.index(profile)
@@ -228,7 +229,7 @@ class Context:
         if shape is not None and not self._context.set_input_shape(name, tuple(shape)):
             raise EngineError(
                 f"the engine {self._name} was not built for {name} of shape {list(shape)}",
-                f"build again with a larger {option('capacity')} or {option('max_batch')}, "
+                f"build the engines again with a larger {option('capacity')} or {option('max_batch')}, "
                 f"or lower {option('batch_size')}",
             )
         if not self._context.set_tensor_address(name, address):

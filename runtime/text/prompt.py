@@ -161,7 +161,11 @@ class PromptBuilder:
             else:
                 segments[-1].append(token_id)
         if len(segments) != len(parts):
-            raise PromptError(f"the prompt contains {token}, which marks a picture", "remove it from the prompt")
+            raise PromptError(
+                f"the prompt contains {token}, which marks a picture, but this model's template already marks the "
+                "place of the picture",
+                f"remove {token} from the prompt",
+            )
         return self._with_slots(segments)
 
     def _with_slots(self, segments: Sequence[Sequence[int]]) -> Prompt:
@@ -181,13 +185,12 @@ class PromptBuilder:
         if prompt.length > self.max_positions:
             raise PromptError(
                 f"the prompt has {prompt.length} tokens ({self.spec.visual_tokens} of them visual tokens), but the "
-                "language "
-                f"model's context has {self.max_positions}",
+                f"language model's context has {self.max_positions} tokens",
                 "shorten the prompt",
             )
         if prompt.length == 0:
             raise PromptError(
-                "the prompt is empty, and this model cannot start a text without one",
+                "the prompt is empty, and this model cannot start a text without a prompt",
                 f"give a {option('prompt')}",
                 field="prompt",
             )
@@ -196,7 +199,7 @@ class PromptBuilder:
             raise PromptError(
                 f"the prompt contains the token {self.tokenizer.id_to_token(largest)!r} (id {largest}), but the "
                 f"language model has only {self.vocab_size} tokens",
-                "remove it from the prompt",
+                "remove this token from the prompt",
             )
 
 
@@ -271,8 +274,9 @@ def interleave(spec: PromptSpec, text: str, images: int) -> str:
         parts = [part.replace("{prompt}", text) for part in parts]
     if len(parts) - 1 != images:
         raise UsageError(
-            f"the prompt has {len(parts) - 1} places for pictures, but there are {images}",
-            f"write {MARKERS[1]} in the place of each picture, or give a prompt without it",
+            f"the prompt has {len(parts) - 1} picture markers, but {images} pictures were given",
+            f"write {MARKERS[1]} at the place of each picture, or write no marker: then all pictures come before the "
+            "prompt",
         )
     result = parts[0].strip(" ")
     after_image = False

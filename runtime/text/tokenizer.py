@@ -75,7 +75,10 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # the package raises bare Exception for every fault of the file
-            raise BundleError(f"{os.fspath(path)}: not a tokenizer.json ({error})") from error
+            raise BundleError(
+                f"{os.fspath(path)}: not a tokenizer.json ({error})",
+                "copy the bundle again, or export the checkpoint again",
+            ) from error
         return cls(backend, **flags)
 
     @property
@@ -103,7 +106,9 @@ class Tokenizer:
             PromptError: The text holds half a surrogate pair, which is no character.
         """
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise PromptError("expected a text of whole characters, got half a surrogate pair", "send it as UTF-8")
+            raise PromptError(
+                "expected a text of whole characters, got half a surrogate pair", "send the text as UTF-8"
+            )
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

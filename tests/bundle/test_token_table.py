@@ -87,8 +87,8 @@ def test_columns_of_four_bits_with_an_odd_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({}, "integers without the metadata bits"),
-        ({"bits": "8", "block": "3", "layout": "rows"}, "do not fit"),
+        ({}, "expected the metadata bits and block"),
+        ({"bits": "8", "block": "3", "layout": "rows"}, r"expected scales of shape \(2, 1\)"),
         ({"bits": "4", "block": "2", "layout": "rows"}, "4 bits in I8"),
         ({"bits": "8", "block": "2", "layout": "diagonals"}, "diagonals"),
     ],

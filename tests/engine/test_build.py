@@ -114,16 +114,16 @@ def check(found: Fingerprint, here: Fingerprint) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"tensorrt": "10.13.3"}, "TensorRT 10.3.0, but here it is 10.13.3"),
-        ({"gpus": ("sm86",)}, "compute capability sm87, but here it is sm86"),
-        ({"gpu": "Orin Nano"}, "GPU Orin, but here it is Orin Nano"),
+        ({"tensorrt": "10.13.3"}, "TensorRT 10.3.0, but TensorRT here is 10.13.3"),
+        ({"gpus": ("sm86",)}, "compute capability sm87, but the compute capability here is sm86"),
+        ({"gpu": "Orin Nano"}, "GPU Orin, but the GPU here is Orin Nano"),
         ({"bundle_sha256": "b" * 64}, "the bundle a"),
-        ({"machine": "x86_64"}, "machine aarch64"),
+        ({"machine": "x86_64"}, "the processor architecture aarch64"),
     ],
 )
 def test_another_machine_is_refused_with_the_command_that_builds_again(changes: dict[str, object], told: str) -> None:
     check(mark(), mark())
-    with pytest.raises(EngineError, match=f"{told}.*build them again: blip2edge build bundle --target tensorrt"):
+    with pytest.raises(EngineError, match=f"{told}.*build the engines again: blip2edge build bundle --target tensorrt"):
         check(mark(), mark(**changes))
 
 
@@ -164,7 +164,7 @@ def test_what_reads_graphs_is_asked_for_by_its_extra(
 def test_jetpack_6_0_is_told_to_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
     old = type("trt", (), {"__version__": "8.6.2"})
     monkeypatch.setattr("importlib.import_module", lambda name: old)
-    with pytest.raises(EngineError, match=r"8\.6\.2 is older than 10\.3; upgrade to JetPack 6\.1"):
+    with pytest.raises(EngineError, match=r"expected TensorRT 10\.3 or newer, got 8\.6\.2; upgrade to JetPack 6\.1"):
         load_tensorrt("tensorrt")
 
 

@@ -98,7 +98,9 @@ def test_blocks_of_int8_are_for_rtx_alone() -> None:
     model = dequantised(np.int8, 2)
     assert problems(model, "rtx") == []
     for version in ("10.3", "10.13", "10.16", "11.4"):
-        assert problems(model, version) == ["dq DequantizeLinear: it takes a scale a block for INT4 only, not INT8"]
+        assert problems(model, version) == [
+            "dq DequantizeLinear: one scale per block is supported for INT4 only, not for INT8"
+        ]
 
 
 def test_newer_operators_and_opsets_need_newer_versions() -> None:

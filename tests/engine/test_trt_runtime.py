@@ -144,11 +144,11 @@ def test_engines_are_refused_with_the_command_that_builds_them_again(
     gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = copied(tiny_bundle, tmp_path / "bundle")
-    with pytest.raises(EngineError, match=f"has no engines for tensorrt; build them: blip2edge build {path}"):
+    with pytest.raises(EngineError, match=f"has no engines for tensorrt; build the engines: blip2edge build {path}"):
         Captioner.load(path, backend="tensorrt")
     directory = write_engines(path, path / KIND, capacity=40)
     monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver("12.6", (Gpu("Orin Nano", 87),)))
-    with pytest.raises(EngineError, match=r"built for GPU Orin, but here it is Orin Nano.*--capacity 40"):
+    with pytest.raises(EngineError, match=r"built for the GPU Orin, but the GPU here is Orin Nano.*--capacity 40"):
         Captioner.load(path, backend="tensorrt")
     monkeypatch.setattr(probe, "nvidia_driver", lambda: Driver("12.6", problem="no GPU"))
     with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
@@ -180,7 +180,7 @@ def test_a_failing_call_is_told(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tm
     cuda, _ = gpu
     loaded = Cuda(cuda)
     cuda.cudaMalloc = lambda size: (2,)  # type: ignore[method-assign]
-    with pytest.raises(BackendError, match="out of memory; build with a smaller capacity"):
+    with pytest.raises(BackendError, match="out of memory; build the engines again with a smaller capacity"):
         DeviceBuffer(loaded, 8)
     with pytest.raises(BackendError, match="invalid argument"):
         loaded.copy(1, 2, 3, loaded.stream())

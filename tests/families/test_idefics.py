@@ -165,7 +165,7 @@ def test_the_prompt_is_written_as_the_processor_writes_it(plain: Model) -> None:
             ids, processor.tokenizer.convert_tokens_to_ids("<image>"), processor.tokenizer.eos_token_id
         )
         assert np.array_equal(cross_attention_mask([looks], count, count)[0], inputs["image_attention_mask"][0].numpy())
-    with pytest.raises(UsageError, match="2 places for pictures, but there are 3"):
+    with pytest.raises(UsageError, match="2 picture markers, but 3 pictures were given"):
         interleave(spec, "<image>a{image}", 3)
 
 
@@ -183,7 +183,7 @@ def test_prompts_on_the_command_line_take_as_many_pictures_as_they_have_places_f
     few = "<image>A cat.<image>A"
     assert _items(["a", "b", "c", "d"], [few]) == ([["a", "b"], ["c", "d"]], [few, few])
     assert _items(["a", "b", "c"], [few, "plain"]) == ([["a", "b"], "c"], [few, "plain"])
-    with pytest.raises(UsageError, match="<image> for 2 pictures, but 3 are given"):
+    with pytest.raises(UsageError, match="<image> for 2 pictures, but 3 pictures are given"):
         _items(["a", "b", "c"], [few])
 
 

@@ -153,7 +153,7 @@ def test_saved_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
     [
         ({"vision_feature_layer": [-2, -1]}, "features of 2 vision layers"),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, "class LlavaLlamaForCausalLM, which is not supported"),
-        ({"vision_feature_layer": -9}, "vision_feature_layer must be a layer of 3, not -9"),
+        ({"vision_feature_layer": -9}, r"vision_feature_layer must be from 1 to 3, or from -3 to -1 .*, not -9"),
         ({"vision_feature_select_strategy": "cls"}, "must be default or full"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model'"),
         ({"text_config": {"model_type": "gemma"}}, "language model is of type 'gemma'"),

@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_
     assert kept.facts["phase"] == "language"
     # Mended, the run goes on from there: the vision encoder is not trained again.
     recipes.write(tmp_path / "recipe.toml")
-    with pytest.raises(ConfigError, match="another recipe; resume it anyway with resume=True"):
+    with pytest.raises(ConfigError, match="another recipe; resume the run anyway with resume=True"):
         train("stage2", path, tmp_path / "out")
     lines: list[str] = []
     train("stage2", path, tmp_path / "out", resume=True, log=lines.append, evaluation_scenes=0)
@@ -142,7 +142,9 @@ def test_a_directory_that_appears_during_the_run_is_not_replaced(path: Path, tmp
         out.mkdir(exist_ok=True)
         (out / "notes.txt").write_text("mine", encoding="utf-8")
 
-    with pytest.raises(OutputError, match="appeared while the run was training; move it away and run again"):
+    with pytest.raises(
+        OutputError, match=r"appeared while the run was training; move .* away and run the command again"
+    ):
         train("stage2", path, out, progress=appear, evaluation_scenes=0)
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
     out.rename(tmp_path / "away")

@@ -61,7 +61,7 @@ def test_an_empty_text_gives_the_defaults() -> None:
         ("[instruct]\nmax_tokens = 0", r"\[instruct\] max_tokens must be greater than 0"),
         ("[stage2]\naccumulate = 0", "accumulate must be greater than 0"),
         ("[model]\ndropout = 2.0", "dropout must lie between"),
-        ("[data]\nkind = 'folder'\npath = 'x'", "on generated scenes only"),
+        ("[data]\nkind = 'folder'\npath = 'x'", "supports the data kind 'scenes' only"),
     ],
 )
 def test_a_wrong_recipe_is_told_in_one_line(text: str, said: str) -> None:

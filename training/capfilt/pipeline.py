@@ -166,7 +166,7 @@ def run_capfilt(
         UsageError: `captioner` is not a captioner, or the matcher has no matching head.
     """
     if not pictures:
-        raise DataError("expected at least one picture with a caption, got none")
+        raise broken.none_usable("picture with a caption")
     size, start = options.captioning.batch_size, time.monotonic()
     batches = [pictures[at : at + size] for at in range(0, len(pictures), size)]
     with staged(output, force, REPORT_FILE) as staging:
@@ -186,7 +186,7 @@ def run_capfilt(
         if not written:
             raise DataError(
                 f"no caption of {len(pictures)} pictures reaches the threshold {options.threshold}",
-                f"lower {option('threshold')}, or give a matcher that was trained on such pictures",
+                f"lower {option('threshold')}, or give a matcher that was trained on pictures like these",
             )
         report = _report(options, len(pictures), written, broken) | {
             **{origin: tally.to_json() for origin, tally in tallies.items()},

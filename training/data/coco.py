@@ -10,6 +10,13 @@ from typing import Any
 from blip2edge.errors import DataError
 from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, missing_pictures
 
+_Kind = type | tuple[type, ...]
+_IDENTITY = (int, str)
+_KINDS: dict[_Kind, str] = {
+    _IDENTITY: "a whole number or a text",
+    str: "a text",
+    list: "a list",
+}  # types of fields, for errors
 _PICTURE_FOLDERS = ("", "images")  # folders next to a file that are searched for its pictures by default
 
 
@@ -24,20 +31,20 @@ def load_json_object(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: expected JSON: {error.msg}",
-            "correct that line",
+            f"correct line {error.lineno} of the file",
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected JSON in UTF-8: {error}") from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", "set path to an existing file") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}", "give the path of an existing file"
+        ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
-def rows_of(
-    content: Mapping[str, Any], key: str, fields: Mapping[str, type | tuple[type, ...]], path: Path
-) -> list[Any]:
+def rows_of(content: Mapping[str, Any], key: str, fields: Mapping[str, _Kind], path: Path) -> list[Any]:
     """Returns the list `key` of a JSON file, after checking that each object in it has the required fields.
 
     Args:
@@ -51,7 +58,7 @@ def rows_of(
     """
     rows = content.get(key)
     if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list {key!r}, got {', '.join(content) or 'nothing'}")
+        raise DataError(f"{path}: expected a list {key!r}, got the keys {', '.join(content) or '(none)'}")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path}: {key}[{number}] must be an object, not {row!r:.60}")
@@ -59,7 +66,7 @@ def rows_of(
             if field not in row:
                 raise DataError(f"{path}: {key}[{number}] has no field {field!r}, only {', '.join(row)}")
             if not isinstance(row[field], kind):
-                raise DataError(f"{path}: {key}[{number}].{field} is {row[field]!r:.60}, of the wrong type")
+                raise DataError(f"{path}: {key}[{number}].{field} must be {_KINDS[kind]}, not {row[field]!r:.60}")
     return rows
 
 
@@ -78,11 +85,10 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
         DataError: The file cannot be read, or more than `max_broken` samples are broken.
     """
     content = load_json_object(path)
-    identity = (int, str)
     names = {
-        row["id"]: row["file_name"] for row in rows_of(content, "images", {"id": identity, "file_name": str}, path)
+        row["id"]: row["file_name"] for row in rows_of(content, "images", {"id": _IDENTITY, "file_name": str}, path)
     }
-    rows = rows_of(content, "annotations", {"image_id": identity, "caption": str}, path)
+    rows = rows_of(content, "annotations", {"image_id": _IDENTITY, "caption": str}, path)
     directory = images if images is not None else _beside(path, names.values())
     entries = []
     broken = BrokenSamples(str(path), max_broken)
@@ -118,14 +124,13 @@ def read_vqa(
         DataError: A file cannot be read, or more than `max_broken` samples are broken.
     """
     content = load_json_object(path)
-    identity = (int, str)
-    questions = rows_of(content, "questions", {"question_id": identity, "image_id": identity, "question": str}, path)
+    questions = rows_of(content, "questions", {"question_id": _IDENTITY, "image_id": _IDENTITY, "question": str}, path)
     answers = annotations if annotations is not None else _annotations_of(path)
-    fields: dict[str, type | tuple[type, ...]] = {"question_id": identity, "answers": list}
+    fields: dict[str, _Kind] = {"question_id": _IDENTITY, "answers": list}
     given = {row["question_id"]: row for row in rows_of(load_json_object(answers), "annotations", fields, answers)}
     names = {row["image_id"]: _file_name(content, row["image_id"]) for row in questions}
     if isinstance(content.get("images"), list):
-        listed = rows_of(content, "images", {"id": identity, "file_name": str}, path)
+        listed = rows_of(content, "images", {"id": _IDENTITY, "file_name": str}, path)
         names |= {row["id"]: row["file_name"] for row in listed}
     directory = images if images is not None else _beside(path, names.values())
     entries = []
@@ -176,9 +181,10 @@ def _annotations_of(path: Path) -> Path:
     named = path.with_name(path.name.replace("OpenEnded_", "").replace("MultipleChoice_", ""))
     answers = named.with_name(named.name.replace("questions", "annotations"))
     if answers == path or not answers.is_file():
+        reason = "the file name does not contain 'questions'" if answers == path else f"there is no {answers}"
         raise DataError(
-            f"{path}: expected the answers in {answers.name}, in the same directory",
-            "set annotations in [data] to that file",
+            f"{path}: the file with the answers to these questions was not found: {reason}",
+            "set annotations ([data] in a recipe) to the path of the file with the answers",
         )
     return answers
 
@@ -212,5 +218,5 @@ def _with_pictures(path: Path, entries: list[Entry], broken: BrokenSamples, limi
     missing_pictures(str(path), missing, len(entries), broken, limit)
     kept = [entry for entry in entries if entry.sample_id not in missing]
     if not kept:
-        raise DataError(f"{path}: expected at least one sample with its picture, got none")
+        raise broken.none_usable("sample with its picture")
     return kept

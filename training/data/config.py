@@ -46,7 +46,9 @@ class DataConfig(RecipeSection):
         if self.kind != "scenes" and not self.path:
             raise ConfigError(f"[data] kind = {self.kind!r} expects a path, got none", 'add path = "…" to [data]')
         if self.question.count("{}") != 1:
-            raise ConfigError(f"[data] question must hold {{}} once, where the question goes: {self.question!r}")
+            raise ConfigError(
+                f"[data] question must contain {{}} once, in the place of the question, not {self.question!r}"
+            )
         if self.prompt_share > 0 and not self.prompts:
             raise ConfigError(
                 "[data] prompts is empty, but prompt_share is above 0", "set prompts, or set prompt_share to 0"

@@ -61,7 +61,8 @@ def _of_recipe(path: Path) -> DataConfig:
         import tomllib
     except ModuleNotFoundError as error:  # Python 3.10, where bundles run
         raise UsageError(
-            f"reading {path.name} needs Python 3.11", "give the path of the data instead of a recipe"
+            f"reading the recipe {path.name} needs Python 3.11 or newer",
+            "give the path of the data instead of a recipe",
         ) from error
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -71,5 +72,5 @@ def _of_recipe(path: Path) -> DataConfig:
         raise DataError(f"cannot read {path}: {error}") from error
     section = content.get("data")
     if not isinstance(section, dict):
-        raise DataError(f"{path} has no section [data]")
+        raise DataError(f"{path} has no section [data]", "add [data] with the keys kind and path")
     return read_section("data", DataConfig, section)

@@ -111,7 +111,7 @@ class BrokenSamples:
     """
 
     def __init__(self, name: str, limit: int) -> None:
-        self._name = name
+        self.name = name
         self._limit = limit
         self.problems: dict[str, str] = {}
 
@@ -131,9 +131,22 @@ class BrokenSamples:
         count = len(self.problems)
         if count > self._limit:
             raise DataError(
-                f"{self._name}: {count} samples are broken, and max_broken allows {self._limit}: {self.named()}",
-                "repair or remove them, or raise max_broken in [data]",
+                f"{self.name}: {count} samples are broken, and max_broken allows {self._limit}: {self.named()}",
+                "repair or remove the broken samples, or raise max_broken ([data] in a recipe)",
             )
+
+    def none_usable(self, expected: str) -> DataError:
+        """The error for data without a usable sample.
+
+        Args:
+            expected: What one sample should be, such as ``a picture with a caption``.
+        """
+        count = len(self.problems)
+        reason = f"{count} samples are broken: {self.named()}" if count else "the data set is empty"
+        return DataError(
+            f"{self.name}: expected at least one {expected}, got none; {reason}",
+            "give another data set" + (", or repair the broken samples" if count else ""),
+        )
 
     def named(self) -> str:
         """The first three broken samples with their problems, for messages."""
@@ -159,7 +172,7 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
         raise DataError(
             f"{name}: {len(missing)} of the {total} samples have no picture; {len(files)} files are missing:"
             f" {', '.join(files[:_NAMED])}" + (", …" if len(files) > _NAMED else ""),
-            "set images in [data] to their directory, or raise max_broken",
+            "set images ([data] in a recipe) to the directory of the pictures, or raise max_broken",
         )
     for sample_id, file in missing.items():
         broken.add(sample_id, f"{file} is missing")

@@ -28,7 +28,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
         DataError: There is no such folder, it has no picture with a text, or more than `max_broken` samples are broken.
     """
     if not directory.is_dir():
-        raise DataError(f"expected a folder of pictures and texts, and {directory} is no folder")
+        raise DataError(f"expected a folder of pictures and texts, but {directory} is not a folder")
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
@@ -47,7 +47,8 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
     if not entries:
         raise DataError(
             f"{directory}: expected pictures with .txt files of the same name (dog.jpg and dog.txt), "
-            f"got {len(pictures)} pictures and no text for them"
+            f"got {len(pictures)} pictures and no text for them",
+            "write the captions of each picture to a .txt file next to the picture, one caption per line",
         )
     return entries, broken
 

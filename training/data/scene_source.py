@@ -71,8 +71,8 @@ class SceneSource:
         for key in ("series", "count"):
             if state[key] != self.state_dict()[key]:
                 raise DataError(
-                    f"expected a state of the {self.name} (count {self._config.count}), got series"
-                    f" {state['series']} and count {state['count']}",
+                    f"the snapshot belongs to scenes of series {state['series']} and count {state['count']}, but the"
+                    f" recipe has series {self._series} and count {self._config.count}",
                     "resume with the recipe that the run was started with",
                 )
         self._position = int(state["position"])

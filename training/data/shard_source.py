@@ -60,7 +60,7 @@ class ShardSource(RejectingSource):
                 shard, number = block[-1][0]
                 self._start, self._block, self._within = (shard, number + 1), self._block + 1, 0
             if not any_left and self._start == (0, 0):
-                raise DataError(f"{self.name}: expected at least one sample, got none")
+                raise self._broken.none_usable("sample")
             self._pass, self._block, self._within, self._start = self._pass + 1, 0, 0, (0, 0)
 
     def _entries_from(self, shard: int, first: int) -> Iterator[tuple[tuple[int, int], Entry]]:

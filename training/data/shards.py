@@ -68,11 +68,15 @@ def shard_paths(pattern: str | Path) -> list[Path]:
         raise DataError(
             f"expected tar files at {text}, {len(missing)} of {len(paths)} are missing: {', '.join(missing[:3])}"
             if missing
-            else f"expected tar files at {text}, got none"
+            else f"expected tar files at {text}, got none",
+            "check the path, and the range in braces if the path has one",
         )
     packed = [path for path in paths if path.suffix != SHARD_SUFFIX]
     if packed:
-        raise DataError(f"expected plain tar files, got {packed[0].name}", "unpack it: gunzip FILE.tar.gz")
+        raise DataError(
+            f"expected tar files without compression (.tar), got {packed[0].name}",
+            "unpack the file, for example with gunzip",
+        )
     return paths
 
 

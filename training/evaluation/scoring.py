@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from blip2edge.choices import Split
-from blip2edge.errors import DataError, ImageError, UsageError
+from blip2edge.errors import ImageError, UsageError
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
 from blip2edge.training.data.scenes import Scene, scenes
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
@@ -65,7 +65,7 @@ class ScoringOptions:
             if name not in possible:
                 raise UsageError(
                     f"the metric {name} cannot be computed for this model on this data",
-                    f"metrics here are {', '.join(possible)}",
+                    f"metrics that can be computed: {', '.join(possible)}",
                 )
         return self.metrics or tuple(possible)
 
@@ -95,7 +95,7 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
     if model.captioner is not None:
         return _captioned_scenes(model.captioner, shown, split, options)
     if model.matcher is None:
-        raise UsageError("expected a captioner or a model that matches pictures with texts")
+        raise UsageError("expected a captioner or a model that matches pictures with texts, got neither")
     return _compared_scenes(model.matcher, shown, split, options)
 
 
@@ -177,7 +177,7 @@ def score_entries(
         UsageError: The model does not fit the data, or a metric cannot be computed.
     """
     if not entries:
-        raise DataError("expected at least one sample, got none")
+        raise broken.none_usable("sample to score")
     asks = bool(entries[0].question)
     if model.captioner is not None and asks:
         options.chosen(("vqa",))
@@ -251,7 +251,7 @@ def _retrieved(
     texts = [text for each in usable for text in each.captions]
     owners = [row for row, each in enumerate(usable) for _ in each.captions]
     if not texts:
-        raise DataError("expected at least one picture with a caption, got none")
+        raise broken.none_usable("picture with a caption")
     gallery = _Gallery(np.concatenate(vectors), lambda number: usable[number].picture.open())
     return {"n": len(usable), "texts": len(texts), **_retrieval(matcher, gallery, texts, owners, options)}
 

@@ -53,7 +53,8 @@ class CaptionTexts:
         if room < SHORTEST:
             raise DataError(
                 f"the prompt of {sample.sample_id} is too long: it leaves no position for a text in the language"
-                f" model's {self._config.language.max_positions} positions"
+                f" model's {self._config.language.max_positions} positions",
+                "shorten the prompt",
             )
         joined = self.prompt(sample) and not self._adds_space and not self._config.language.is_encoder_decoder
         text = f" {sample.text}" if joined else sample.text

@@ -32,7 +32,7 @@ class QFormerTexts:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, max_length: int = MAX_LENGTH) -> None:
         if max_length < 3:
-            raise UsageError(f"expected texts of at least 3 tokens, got max_length {max_length}")
+            raise UsageError(f"expected max_length to be at least 3 tokens, got {max_length}")
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

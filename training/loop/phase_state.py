@@ -75,14 +75,14 @@ def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapsho
         raise DataError(
             f"the run was started with {snapshot.facts['processes']} processes,"
             f" but now there are {accelerator.num_processes}",
-            f"use the same number, or start again with {option('force', on=True)}",
+            f"use the same number of processes, or start again with {option('force', on=True)}",
         )
     weights = _under(_WEIGHTS, snapshot.tensors)
     trained = get_model_state_dict(module, options=_OWN)
     if trained.keys() != weights.keys():
         raise DataError(
-            "the snapshot belongs to a recipe that trains other parts",
-            f"start again with {option('force', on=True)}",
+            "the snapshot belongs to a recipe that trains other parts of the model",
+            f"resume with the recipe of the snapshot, or start again with {option('force', on=True)}",
         )
     set_model_state_dict(module, dict(weights), options=_LOOSE)
     moments: dict[str, Any] = get_optimizer_state_dict(module, optimizer.optimizer, options=_OWN)

@@ -125,7 +125,10 @@ def retrieval_scores(
     """
     images, texts = scores.shape
     if texts != len(image_of_text) or set(image_of_text) != set(range(images)):
-        raise DataError(f"expected at least one text for each of {images} pictures, and {texts} texts in all")
+        raise DataError(
+            f"expected at least one text for each of {images} pictures, and {texts} texts in all, got"
+            f" {len(image_of_text)} texts for {len(set(image_of_text))} pictures"
+        )
     right: list[set[int]] = [set() for _ in range(images)]
     for text, image in enumerate(image_of_text):
         right[image].add(text)

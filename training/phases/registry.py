@@ -142,7 +142,9 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
 def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequence[Sample]], tuple[Tensor, Tensor]]:
     """Makes the Q-Former's ids and mask of the prompts, with the runtime's own code."""
     if parts.qformer_texts is None:
-        raise ConfigError("instruct: the Q-Former has no tokenizer", "give model.bert, or a checkpoint that has one")
+        raise ConfigError(
+            "instruct: the Q-Former has no tokenizer", "set bert in [model], or a checkpoint that has qformer_tokenizer"
+        )
     longest = parts.model.config.instruction_positions
     instructor = InstructionTokenizer(Tokenizer(parts.qformer_texts.tokenizer), longest, 1)
 

@@ -132,7 +132,7 @@ def _take(parameter: Tensor, given: Tensor, name: str, directory: Path) -> None:
     if given.shape[1:] != parameter.shape[1:] or rows > len(parameter) or not _may_grow(name, given, parameter):
         raise CheckpointError(
             f"{directory}: {name} has shape {list(given.shape)}, but the Q-Former needs {list(parameter.shape)}",
-            "set [model.qformer] to the sizes of that BERT",
+            "set [model.qformer] to the sizes of this BERT",
         )
     with torch.no_grad():
         parameter[:rows] = given.to(parameter.dtype)
@@ -252,7 +252,7 @@ def _load_head(model: Stage1Model, directory: Path) -> None:
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{directory / DRAFT_FILE} does not contain the word head ({reason})", "copy it again"
+            f"{directory / DRAFT_FILE} does not contain the word head ({reason})", "copy the file again"
         ) from error
 
 
@@ -284,6 +284,6 @@ def _copy(module: nn.Module, given: Mapping[str, Tensor], title: str) -> None:
     wrong = [name for name, tensor in state.items() if name not in given or given[name].shape != tensor.shape]
     if wrong:
         raise CheckpointError(
-            f"{title} has other sizes than that of stage 1: {some(wrong)}", "use the same sizes in both stages"
+            f"{title} has other sizes in this model than in stage 1: {some(wrong)}", "use the same sizes in both stages"
         )
     module.load_state_dict({name: given[name] for name in state})

@@ -156,7 +156,7 @@ def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: St
     if not config.model.bert:
         return own.draft_config()
     values = read_json(pretrained.resolve(config.model.bert, base) / "config.json")
-    return own.draft_config(Fields("config", values).integer("max_position_embeddings", 512))
+    return own.draft_config(Fields("config.json", values).integer("max_position_embeddings", 512))
 
 
 def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:

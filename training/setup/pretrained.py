@@ -145,7 +145,7 @@ def load_language(name: str, base: Path) -> LanguagePart:
     else:
         untied: Any = config
         config = replace(untied, tie_embeddings=False)
-    return LanguagePart(config, state, read_tokens(Fields("config", values)), tokenizer, directory)
+    return LanguagePart(config, state, read_tokens(Fields("config.json", values)), tokenizer, directory)
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -161,12 +161,12 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     else:
         raise CheckpointError(
             f"{path.parent} has no {path.name}",
-            "save it there with transformers: AutoTokenizer.from_pretrained(NAME).save_pretrained(DIRECTORY)",
+            "save the tokenizer with transformers: AutoTokenizer.from_pretrained(NAME).save_pretrained(DIRECTORY)",
         )
     try:
         return tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the package raises bare Exception for every fault of the file
-        raise CheckpointError(f"{path} is no tokenizer.json ({error})") from error
+        raise CheckpointError(f"{path} is not a tokenizer.json ({error})", "copy or download the file again") from error
 
 
 @dataclass
@@ -238,7 +238,9 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
     model.vision.load_state_dict(vision.module.state_dict(), assign=True)
     missing = _assign(model.language, language.state)
     if missing:
-        raise CheckpointError(f"{language.directory} lacks {some(missing)}", "give a complete language model")
+        raise CheckpointError(
+            f"{language.directory} lacks the tensors {some(missing)}", "copy or download the checkpoint again"
+        )
     return model
 
 

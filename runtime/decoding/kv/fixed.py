@@ -171,11 +171,14 @@ class FixedDecoder(Decoder):
         """Raises BackendError if the graph was built for fewer than this number of rows or slots."""
         if rows > self.max_rows:
             raise BackendError(
-                f"{rows} rows (pictures times beams) are more than the {self.max_rows} that the engine was built for",
-                f"lower {option('batch_size')} or {option('num_beams')}, or build again with {option('max_batch')}",
+                f"{rows} rows (pictures times beams) are more than the {self.max_rows} rows that the engine was "
+                "built for",
+                f"lower {option('batch_size')} or {option('num_beams')}, or build the engines again with a larger "
+                f"{option('max_batch')}",
             )
         if slots > self.capacity:
             raise BackendError(
                 f"{slots} tokens are more than the capacity of {self.capacity} tokens that the engine was built for",
-                f"shorten the prompt, lower {option('max_new_tokens')}, or build again with {option('capacity')}",
+                f"shorten the prompt, lower {option('max_new_tokens')}, or build the engines again with a larger "
+                f"{option('capacity')}",
             )

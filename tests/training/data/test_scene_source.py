@@ -42,5 +42,7 @@ def test_a_pass_shows_each_scene_once_in_an_order_of_its_own() -> None:
 
 def test_a_state_of_another_stream_is_refused() -> None:
     state = open_sample_source(DataConfig(count=6), seed=1, base=Path()).state_dict()
-    with pytest.raises(DataError, match="expected a state of the scenes"):
+    with pytest.raises(
+        DataError, match="belongs to scenes of series 0 and count 6, but the recipe has series 0 and count 7"
+    ):
         open_sample_source(DataConfig(count=7), seed=1, base=Path()).load_state_dict(state)

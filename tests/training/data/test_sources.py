@@ -116,7 +116,7 @@ def test_what_a_configuration_may_say() -> None:
         DataConfig(kind="folder")
     with pytest.raises(ConfigError, match="did you mean 'coco-captions'"):
         DataConfig(kind="coco-caption", path="x")
-    with pytest.raises(ConfigError, match=r"must hold \{\} once"):
+    with pytest.raises(ConfigError, match=r"must contain \{\} once"):
         DataConfig(question="no place")
     with pytest.raises(ConfigError, match="max_broken"):
         DataConfig(max_broken=-1)

@@ -102,7 +102,7 @@ def test_metrics_that_cannot_be_had() -> None:
     entry = Entry("1", "1", FilePicture(Path("none.png")), question="What?", answers=("a",))
     with pytest.raises(UsageError, match="the data set has questions"):
         score_entries(EvaluatedModel(matcher=Seeing(2)), [entry], BrokenSamples("data", 0), ScoringOptions())
-    with pytest.raises(DataError, match="at least one sample"):
+    with pytest.raises(DataError, match="data: expected at least one sample to score, got none; the data set is empty"):
         score_entries(EvaluatedModel(captioner=Knowing(2)), [], BrokenSamples("data", 0), ScoringOptions())
 
 

@@ -163,7 +163,7 @@ def test_the_second_stage_starts_where_the_first_ended(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in copy.state_dict().items())
     narrow = captioner(draw_stage1().config, None)
     narrow.bridge.qformer.query_tokens = torch.nn.Parameter(torch.zeros(1, 2, 12))  # type: ignore[union-attr]
-    with pytest.raises(CheckpointError, match="has other sizes than that of stage 1: query_tokens"):
+    with pytest.raises(CheckpointError, match="has other sizes in this model than in stage 1: query_tokens"):
         begin_stage2(stage1, narrow)
 
 
