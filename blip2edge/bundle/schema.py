@@ -261,6 +261,11 @@ SEGMENTS, PLACEHOLDER, INTERLEAVED = PROMPT_KINDS = ("segments", "placeholder", 
 picture's place; as a whole, with markers for pictures that take no slots because the decoder cross-attends to them."""
 
 
+TURNS = ("head", "system", "picture", "user", "assistant", "start")
+"""Messages of a conversation: ``head`` stands in place of a system message where none is given, ``picture`` is a user's
+message with a picture, ``user`` one without, and ``start`` begins the answer. ``system`` may be missing."""
+
+
 @dataclass(frozen=True)
 class PromptSpec:
     """How a picture and a text become the language model's input.
@@ -284,6 +289,9 @@ class PromptSpec:
         end_token_id: Interleaved: the end of a document; tokens after it attend to no picture before it.
         image_token: Placeholder: the tokenizer's token for a picture.
         kind: One of :data:`PROMPT_KINDS`.
+        turns: Texts of a conversation's messages by :data:`TURNS`, each with one ``{prompt}``, and ``picture`` with
+            one ``{image}`` as well; put one behind the other they are the whole text. Empty where the prompt has a
+            place for one text only.
 
     Raises:
         ValueError: ``kind`` is unknown, or a token of another kind is set.
@@ -304,6 +312,7 @@ class PromptSpec:
     end_token_id: int | None = None
     image_token: str = ""
     kind: str = SEGMENTS
+    turns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in PROMPT_KINDS:
