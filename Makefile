@@ -10,7 +10,7 @@ help:
 	@echo "make test      install into $(VENV) and run the fast tests"
 	@echo "make test-slow install into $(VENV) and run the slow tests"
 	@echo "make check     ruff, mypy --strict, import-linter"
-	@echo "make docs      write docs/models.md from the registries"
+	@echo "make docs      write the tables of docs/ that come from code"
 	@echo "make format    let ruff mend what it can"
 	@echo "make install   install everything for development into $(VENV)"
 	@echo "make clean     remove $(VENV) and the caches"
@@ -44,6 +44,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python benchmarks/models_table.py --write docs/models.md
 	$(BIN)/python benchmarks/side_files_table.py --write docs/checkpoints.md
 	$(BIN)/python benchmarks/recipe_keys.py --write docs/training.md
+	$(BIN)/python benchmarks/chat_keys.py --write docs/serving.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

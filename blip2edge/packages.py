@@ -25,7 +25,7 @@ EXTRAS = {
     "ray": "ray",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",
-    "uvicorn": "serve",
+    **dict.fromkeys(("prometheus_client", "python_multipart", "starlette", "uvicorn"), "serve"),
 }
 """The extra by the name that a package is imported under."""
 

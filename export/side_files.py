@@ -10,7 +10,7 @@ from typing import Any
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.export.chat import prompt_template
+from blip2edge.export.chat import chat_format
 from blip2edge.model.checkpoint.config_keys import check_config
 from blip2edge.model.checkpoint.generation import read_generation
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
@@ -82,7 +82,8 @@ class SideFiles:
             instruction = qformer.content
         prompt = prompt_spec(config)
         if slot:
-            prompt = replace(prompt, template=prompt_template(directory, slot, family.template))
+            template, turns = chat_format(directory, slot, family.template)
+            prompt = replace(prompt, template=template, turns=turns)
         generation, more = read_generation(directory, config)
         draft = _draft_tokenizer(directory, config)
         warnings += more

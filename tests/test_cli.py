@@ -96,7 +96,7 @@ class FakeCaptioner:
 
     def stream(self, image: str, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
         self.options.append(options)
-        yield from (" a", " red", " circle")
+        yield from ("a", " red", " circle")
         yield "" if prompt is None else f" ({prompt})"
 
 

@@ -274,7 +274,9 @@ def test_each_interface_writes_an_option_in_its_own_way(
         assert status == 400
         assert error == {
             "message": "expected max_tokens to be a whole number of at least 1, got 0",
+            "type": "invalid_request_error",
             "param": "max_tokens",
+            "code": "invalid_value",
         }
         status, error = answer(server, "/v1/chat/completions", json.dumps({**body, "tools": 1}).encode())
         assert (status, error["param"]) == (400, "tools")

@@ -262,6 +262,11 @@ SEGMENTS, PLACEHOLDER, INTERLEAVED = PROMPT_KINDS = ("segments", "placeholder", 
 picture's place; as a whole, with markers for pictures that take no slots because the decoder cross-attends to them."""
 
 
+TURNS = ("head", "system", "picture", "user", "assistant", "start")
+"""Messages of a conversation: ``head`` stands in place of a system message where none is given, ``picture`` is a user's
+message with a picture, ``user`` one without, and ``start`` begins the answer. ``system`` may be missing."""
+
+
 @dataclass(frozen=True)
 class PromptSpec:
     """How a picture and a text become the language model's input.
@@ -286,6 +291,9 @@ class PromptSpec:
         end_token_id: Kind ``interleaved``: the token that ends a document; later tokens attend to no earlier picture.
         image_token: Kind ``placeholder``: the tokenizer's token for a picture.
         kind: How the prompt is built, one of :data:`PROMPT_KINDS`.
+        turns: Templates of a conversation's messages by :data:`TURNS`, each with one ``{prompt}``; that of ``picture``
+            has one ``{image}`` as well. Joined in the order of the messages, they are the whole text. Empty if the
+            prompt has a place for one text only.
 
     Raises:
         ValueError: ``kind`` is unknown, or a token is set that only another kind uses.
@@ -306,6 +314,7 @@ class PromptSpec:
     end_token_id: int | None = None
     image_token: str = ""
     kind: str = SEGMENTS
+    turns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in PROMPT_KINDS:

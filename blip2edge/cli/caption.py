@@ -141,11 +141,8 @@ def load_captioner(options: argparse.Namespace) -> Captioner:
 
 
 def print_pieces(label: str, pieces: Iterable[str]) -> None:
-    """Print the pieces of one caption while they are generated, without the space before the first word."""
+    """Print the pieces of one caption while they are generated."""
     print(label, end="", flush=True)
-    begun = False
     for piece in pieces:
-        text = piece if begun else piece.lstrip()
-        begun = begun or bool(text)
-        print(text, end="", flush=True)
+        print(piece, end="", flush=True)
     print(flush=True)

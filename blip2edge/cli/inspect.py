@@ -88,7 +88,7 @@ def _head(manifest: Manifest) -> list[str]:
         prompt, cache = manifest.prompt, manifest.cache
         facts |= {
             "visual tokens": str(prompt.visual_tokens),
-            "prompt": f"{prompt.template!r}, question {prompt.question!r}",
+            "prompt": f"{prompt.template!r}, question {prompt.question!r}, turns: {', '.join(prompt.turns) or 'none'}",
             "cache": f"{cache.num_layers} layers x {cache.num_heads} heads x {cache.head_dim}",
             "generation": _pairs(manifest.generation),
         }

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer HTTP requests until Ctrl-C."""
+    for package in ("starlette", "prometheus_client", "python_multipart"):
+        require(package, "serving", BackendError)
     uvicorn = require("uvicorn", "serving", BackendError)
     from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.http import Server

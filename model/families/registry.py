@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from blip2edge.errors import UnsupportedModelError
+from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.bridges.text_head import DRAFT_PREFIX, TEXT_HEAD_RULES
 from blip2edge.model.config import CaptionerConfig
@@ -232,6 +232,8 @@ def _family_of(f: Fields) -> Family:
             f"supported: {', '.join(types)} with a language model of type {', '.join(bridged_languages())}",
         )
     classes = f.values.get("architectures") or []
+    if not isinstance(classes, list):
+        raise CheckpointError(f"config.json: architectures must be a list of class names, not {classes!r}")
     for row in rows if classes else rows[:1]:
         if not classes or not row.architectures or set(classes) & set(row.architectures):
             return row

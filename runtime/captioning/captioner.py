@@ -159,7 +159,7 @@ class Captioner(LoadedBundle):
     ) -> Iterator[str]:
         """Yields the caption of one picture piece by piece, as it is generated.
 
-        All pieces together, without spaces at both ends, are the text that :meth:`caption` returns. Arguments and
+        All pieces together are the text that :meth:`caption` returns. Arguments and
         errors are those of :meth:`caption`. Beam search cannot be streamed (UsageError).
         """
         self._check_open()
@@ -259,7 +259,8 @@ class Captioner(LoadedBundle):
         generated = self.generator.complete(batch, options, rows, clock)
         stage_ms = clock.share(len(rows))
         for row, text in zip(rows, generated, strict=True):
-            yield self.generator.result(images[row], texts[row], text, options, stage_ms)
+            prompt = batch.prompts[row - rows.start]
+            yield self.generator.result(images[row], texts[row], prompt.length, text, options, stage_ms)
 
     def _scheduled(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
@@ -267,9 +268,9 @@ class Captioner(LoadedBundle):
         """Yields the results in order, while the scheduler computes those of later pictures."""
         with self.scheduler(max_batch=batch_size, max_waiting=IN_FLIGHT * batch_size) as scheduler:
             coming: deque[Request] = deque()
-            for image, text in zip(images, texts, strict=True):
+            for row, (image, text) in enumerate(zip(images, texts, strict=True)):
                 if len(coming) == IN_FLIGHT * batch_size:
                     yield coming.popleft().result()
-                coming.append(scheduler.submit(image, options, prompt=text))
+                coming.append(scheduler.submit(image, options, prompt=text, row=row))
             while coming:
                 yield coming.popleft().result()

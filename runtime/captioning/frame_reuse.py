@@ -17,6 +17,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import UsageError, option
 from blip2edge.runtime.captioning.pipeline import EncodedBatch, Encoder, PreparedBatch, StageClock
 from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.text.prompt import PromptText
 
 CELLS = 16
 """Cells per side. Pictures are compared by the mean of each cell, in which noise averages out and movement does not."""
@@ -77,7 +78,9 @@ class ReusingEncoder:
         self.reused = False
         self.difference = math.inf
 
-    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> EncodedBatch:
+    def __call__(
+        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
+    ) -> EncodedBatch:
         """Encodes a row; arguments and errors as of :class:`Encoder`.
 
         Raises:

@@ -252,13 +252,14 @@ class Matcher(LoadedBundle):
         """The text's token ids, with the special tokens of the tokenizer.
 
         Raises:
-            PromptError: It is empty, too long, or has a token that the model lacks.
+            PromptError: It is empty, too long, holds a special token, or has a token that the model lacks.
             UsageError: It is not a str.
         """
         check_text("text", text)
         if not text.strip():
             raise PromptError("the text is empty", f"give a {option('text')}", field="text")
         manifest = self.bundle.manifest
+        self.tokenizer.check_plain(text, self.tokenizer.special_tokens, "text")
         ids = self.tokenizer.encode(text)
         if len(ids) > manifest.max_positions:
             raise PromptError(

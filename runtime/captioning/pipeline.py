@@ -28,12 +28,12 @@ from blip2edge.runtime.decoding.language_model import LanguageModel
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions
 from blip2edge.runtime.decoding.state import RowState
 from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.runtime.images.video import ItemSource, pictures_of
+from blip2edge.runtime.images.video import ItemSource, images_of_each, pictures_of
 from blip2edge.runtime.text.prompt import (
     InstructionTokenizer,
     Prompt,
     PromptBuilder,
-    images_of_each,
+    PromptText,
     pack_images,
 )
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
@@ -124,7 +124,7 @@ class PreparedBatch:
         return EncodedBatch(self.prompts, dict(outputs), self.counts)
 
 
-EncodeBatch = Callable[[Sequence[ItemSource], Sequence[str | None], StageClock], EncodedBatch]
+EncodeBatch = Callable[[Sequence[ItemSource], Sequence[PromptText | None], StageClock], EncodedBatch]
 """Function that encodes the images and prompts of some rows as one batch."""
 
 
@@ -160,7 +160,9 @@ class Encoder:
         self.images, self.text = images, text
         self._bridge_outputs = bridge_outputs
 
-    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> EncodedBatch:
+    def __call__(
+        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
+    ) -> EncodedBatch:
         """Encodes a batch.
 
         Args:
@@ -177,7 +179,9 @@ class Encoder:
         outputs = self.run_bridge(self.run_vision(batch.pixels, clock), batch.instruction, clock)
         return batch.encoded(outputs)
 
-    def prepare(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> PreparedBatch:
+    def prepare(
+        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
+    ) -> PreparedBatch:
         """Computes the pixel values of the pictures and the token ids of the prompts; ``clock`` measures the time."""
         with clock("preprocess"):
             spec = self.text.prompts.spec
@@ -339,7 +343,8 @@ class TextGenerator:
     def result(
         self,
         image: ItemSource,
-        prompt: str | None,
+        prompt: PromptText | None,
+        prompt_tokens: int,
         generated: Generated,
         options: GenerationOptions,
         stage_ms: Mapping[str, float],
@@ -349,6 +354,7 @@ class TextGenerator:
         Args:
             image: The picture as the user gave it.
             prompt: The prompt as the user gave it.
+            prompt_tokens: Length of the tokenized prompt, :attr:`Prompt.length`.
             generated: The generated tokens.
             options: The options of the request; the caption is cut before the first of their ``stop`` strings.
             stage_ms: Milliseconds by stage.
@@ -357,16 +363,19 @@ class TextGenerator:
         for stop in options.stop:
             text = text.partition(stop)[0]
         seconds = (stage_ms["prefill"] + stage_ms["decode"]) / 1e3
+        new_tokens = len(generated.tokens) - len(self.language.initial)
         timings = {**stage_ms, "total": sum(stage_ms.values())}
         return CaptionResult(
             image=_path(image),
-            prompt=prompt,
+            prompt=None if prompt is None else str(prompt),
             text=text.strip(),
             tokens=generated.tokens,
             finish_reason=generated.finish_reason,
             timings_ms={stage: round(ms, 3) for stage, ms in timings.items()},
-            tokens_per_s=round(len(generated.tokens) / seconds, 1) if seconds > 0 else 0.0,
+            tokens_per_s=round(new_tokens / seconds, 1) if seconds > 0 else 0.0,
             tokens_per_pass=round(generated.tokens_per_pass, 3),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
         )
 
 

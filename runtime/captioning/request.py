@@ -14,10 +14,15 @@ from blip2edge.errors import DeadlineError
 from blip2edge.runtime.decoding.generate import Generation
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.text.prompt import PromptText
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
 
 STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 """The stages of a caption, in order."""
+
+
+NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens")
+"""Attributes of a result that ``bench`` and the chat format report, and ``caption --json`` does not."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class CaptionResult:
             the sum of their totals.
         tokens_per_s: Generated tokens per second of prefill and decode.
         tokens_per_pass: Generated tokens per pass of the language model; 1 without a draft model.
+        prompt_tokens: Length of the prompt in tokens, visual tokens included.
+        new_tokens: Number of generated tokens: ``tokens`` without the decoder's start token.
     """
 
     image: str | list[str | None] | None
@@ -45,12 +52,13 @@ class CaptionResult:
     timings_ms: dict[str, float]
     tokens_per_s: float
     tokens_per_pass: float = 1.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys, without ``tokens_per_pass``, which only ``bench`` reports."""
+        """A JSON object with the attributes as keys, up to ``tokens_per_s``."""
         values = {**vars(self), "tokens": list(self.tokens)}
-        del values["tokens_per_pass"]
-        return values
+        return {key: value for key, value in values.items() if key not in NOT_IN_JSON}
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,11 @@ class Request:
 
     Attributes:
         image, prompt, options: The arguments of ``submit``.
-        number: Position of the request in the order of submission; the number also selects the random stream.
+        number: Position of the request in the order of submission.
         expires: The request's deadline (``time.monotonic`` seconds); None for no deadline.
+        row: Number of the request's random stream.
+        separate: Whether the request is encoded and decoded without other requests in its batch.
+        prompt_tokens: Length of the prompt in tokens; 0 until the request is encoded.
         future: Holds the result or the error.
         stage_ms: Milliseconds by stage so far.
         on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
@@ -78,10 +89,13 @@ class Request:
     """
 
     image: ItemSource
-    prompt: str | None
+    prompt: PromptText | None
     options: GenerationOptions
     number: int
     expires: float | None
+    row: int = 0
+    separate: bool = False
+    prompt_tokens: int = 0
     future: Future[CaptionResult] = field(default_factory=Future)
     stage_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     on_piece: Callable[[str | None], None] | None = None

@@ -4,6 +4,9 @@
 
 Both queues are bounded. Requests are served in the order of submission. A step gives each running row one token, so
 that a short caption does not wait for a long one. ``caption_many``, ``watch`` and ``serve`` use it.
+
+A batch rounds otherwise than a single row, which may change a random draw. So a request that samples with a seed is
+encoded and decoded in batches of its own; it takes turns with the others, step by step.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from blip2edge.runtime.captioning.request import Request, Span
 from blip2edge.runtime.decoding.generate import GenerationBatch
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions, check_number
 from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.text.prompt import PromptText
 
 
 class FairLock:
@@ -92,7 +96,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._ready: deque[tuple[list[Request], EncodedBatch]] = deque()
         self._running: dict[int, Request] = {}  # by the id of their rows
-        self._decoding = GenerationBatch()
+        self._batches = [GenerationBatch()]  # the shared one, and one for each separate request
         self._open: dict[int, Request] = {}  # by number: those without a result
         self._submitted = 0
         self._encoding = 0  # requests that the encoder works on
@@ -121,10 +125,11 @@ class Scheduler:
         image: ItemSource,
         options: GenerationOptions,
         *,
-        prompt: str | None = None,
+        prompt: PromptText | None = None,
         deadline: float | None = None,
         wait: bool = True,
         on_piece: Callable[[str | None], None] | None = None,
+        row: int | None = None,
     ) -> Request:
         """Adds a picture to the queue.
 
@@ -135,6 +140,8 @@ class Scheduler:
             deadline: Seconds from now after which the request fails if it is not finished; None for no deadline.
             wait: Whether to wait while the queue is full; if False, a full queue is an error.
             on_piece: See :class:`Request`.
+            row: Number of the picture among those of ``caption_many``, and of its random stream; such pictures share
+                batches. None: a request by itself, whose text depends on its seed and on no other request.
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.
@@ -153,7 +160,8 @@ class Scheduler:
                 self._changed.wait()
             if self._closing:
                 raise RuntimeError("the scheduler is closed") from self._failure
-            request = Request(image, prompt, options, self._submitted, expires, on_piece=on_piece)
+            separate = row is None and options.seed is not None and options.sampling
+            request = Request(image, prompt, options, self._submitted, expires, row or 0, separate, on_piece=on_piece)
             self._submitted += 1
             self._open[request.number] = request
             request.future.add_done_callback(lambda _: self._open.pop(request.number, None))
@@ -246,7 +254,9 @@ class Scheduler:
     def _encoded(self, requests: list[Request]) -> Iterator[tuple[list[Request], EncodedBatch]]:
         """Encodes requests as one batch; with a broken picture, each by itself, so that only its request fails."""
         alive = [request for request in requests if not request.over]
-        groups = deque([alive] if alive else [])
+        together = [request for request in alive if not request.separate]
+        groups = deque([together] if together else [])
+        groups.extend([request] for request in alive if request.separate)
         while groups:
             group = groups.popleft()
             images, prompts = [request.image for request in group], [request.prompt for request in group]
@@ -262,6 +272,8 @@ class Scheduler:
             for stage, start, end in clock.spans:
                 self._trace(Span(stage, start, end, _numbers(group)))
             _charge(group, clock)
+            for request, prompt in zip(group, encoded.prompts, strict=True):
+                request.prompt_tokens = prompt.length
             yield group, encoded
 
     # The decoder's thread
@@ -279,13 +291,15 @@ class Scheduler:
             except Blip2EdgeError as error:
                 for request in group:
                     request.fail(error)
-        try:
-            self._step()
-        except Blip2EdgeError as error:  # no row of this decoder can continue
-            for request in self._running.values():
-                request.fail(error)
-            self._running.clear()
-            self._decoding = GenerationBatch()
+        for place, batch in enumerate(self._batches):
+            rows = batch.rows
+            try:
+                self._step(batch)
+            except Blip2EdgeError as error:  # no row of this batch can continue
+                for request in [self._running.pop(id(row)) for row in rows if id(row) in self._running]:
+                    request.fail(error)
+                self._batches[place] = GenerationBatch()
+        self._batches = [self._batches[0], *(batch for batch in self._batches[1:] if batch.rows)]
 
     def _next_to_decode(self) -> list[tuple[list[Request], EncodedBatch]] | None:
         """Waits for work; returns the requests for the free rows, or None at the end."""
@@ -323,10 +337,13 @@ class Scheduler:
         self._trace(Span("prefill", start, time.perf_counter(), _numbers(requests)))
         _charge(requests, clock)
         rows = [
-            self._generator.begin(part, place, request.options, logits.shape[-1], request.number)
+            self._generator.begin(part, place, request.options, logits.shape[-1], request.row)
             for place, request in enumerate(requests)
         ]
-        self._decoding.join(logits, state, rows)
+        if requests[0].separate:
+            self._batches.append(GenerationBatch())
+        batch = self._batches[-1 if requests[0].separate else 0]
+        batch.join(logits, state, rows)
         for row, request in zip(rows, requests, strict=True):
             request.begin(self._generator.tokenizer)
             self._running[id(row)] = request
@@ -335,22 +352,22 @@ class Scheduler:
         for options in dict.fromkeys(request.options for request in requests):
             places = [at for at, request in enumerate(requests) if request.options == options]
             same, clock, start = [requests[at] for at in places], StageClock(), time.perf_counter()
-            numbers = [request.number for request in same]
+            numbers = [request.row for request in same]
             texts = self._generator.complete(part.part(places), options, numbers, clock)
             self._trace(Span("decode", start, time.perf_counter(), _numbers(same)))
             _charge(same, clock)
             for request, generated in zip(same, texts, strict=True):
                 self._deliver(request, generated)
 
-    def _step(self) -> None:
-        for row in list(self._decoding.rows):
+    def _step(self, batch: GenerationBatch) -> None:
+        for row in list(batch.rows):
             if self._running[id(row)].over:
-                self._decoding.leave(row)
+                batch.leave(row)
                 del self._running[id(row)]
-        if not self._decoding.rows:
+        if not batch.rows:
             return
         start = time.perf_counter()
-        rows = self._decoding.step()
+        rows = batch.step()
         end = time.perf_counter()
         requests = [self._running[id(row)] for row in rows]
         self._trace(Span("decode", start, end, _numbers(requests)))
@@ -362,7 +379,9 @@ class Scheduler:
                 self._deliver(request, row.result())
 
     def _deliver(self, request: Request, generated: Generated) -> None:
-        result = self._generator.result(request.image, request.prompt, generated, request.options, request.stage_ms)
+        result = self._generator.result(
+            request.image, request.prompt, request.prompt_tokens, generated, request.options, request.stage_ms
+        )
         if generated.score is not None:
             request.push(result.text)
         request.finish(result)

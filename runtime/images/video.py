@@ -49,6 +49,18 @@ def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
     return [picture for item in items for picture in load_frames(item, frames)]
 
 
+def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
+    """The images of each item of an interleaved batch: one, or several.
+
+    Raises:
+        UsageError: An item has none.
+    """
+    groups = [list(item) if isinstance(item, (list, tuple)) else [item] for item in items]
+    if not all(groups):
+        raise UsageError("expected at least one picture for every prompt, got none")
+    return groups  # type: ignore[return-value]  # preprocessing refuses what is no picture
+
+
 def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
     """Loads evenly spaced frames of a video.
 

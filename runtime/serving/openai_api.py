@@ -1,49 +1,49 @@
 """OpenAI's chat format for a captioner: parses requests, and writes completions and chunks.
 
-The last user message holds one picture (or several, where the model takes several) as ``data:`` URLs and an optional
-text, which is the prompt. Pictures given as ``http:`` URLs are refused, so that no client can make the server fetch an
-address (server-side request forgery).
+The keys of a request are in ``chat_keys.py``. A user message holds a picture as a ``data:`` URL (or several, where the
+model takes several), and an optional text, which is the prompt. A system message and earlier turns are accepted where
+the bundle's prompt has a place for them (``PromptSpec.turns``), and refused where not. Pictures given as ``http:`` URLs
+are refused, so that no client can make the server fetch an address (server-side request forgery).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from blip2edge.errors import UsageError
+from blip2edge.bundle.schema import INTERLEAVED, MARKERS, PromptSpec
 from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.decoding.options import shown
+from blip2edge.runtime.serving.chat_keys import (
+    RequestError,
+    check_chat_keys,
+    check_seconds,
+    check_type,
+    generation_options,
+    is_same,
+)
+from blip2edge.runtime.serving.picture_forms import json_object, picture_bytes
+from blip2edge.runtime.text.prompt import Dialog
 
-OPTIONS: dict[str, str] = {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "seed": "seed",
-    "stop": "stop",
-    "max_new_tokens": "max_new_tokens",
-    "min_new_tokens": "min_new_tokens",
-    "num_beams": "num_beams",
-    "length_penalty": "length_penalty",
-    "repetition_penalty": "repetition_penalty",
-    "top_k": "top_k",
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles that are read, and the role that each has in a prompt."""
+
+MESSAGE_KEYS: dict[str, tuple[Any, ...]] = {
+    "name": (),
+    "refusal": (),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "annotations": ([],),
 }
-"""A request's keys, and the fields of ``GenerationOptions`` that they set: OpenAI's first, then our own."""
+"""Keys of a message besides ``role`` and ``content``, and the values that are accepted because they change nothing;
+null always is."""
 
-NAMES = {**{field: key for key, field in reversed(OPTIONS.items())}, "deadline": "deadline_s"}
-"""The key that an error names for each of the library's options, such as ``max_tokens`` for ``max_new_tokens``."""
-
-ONLY: dict[str, Any] = {"n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
-"""Keys of OpenAI's schema that are accepted with this value alone."""
-
-MAX_REQUEST_BEAMS = 8
-"""Limit of beams per request: every beam has its own KV cache."""
-
-IGNORED = ("messages", "model", "stream", "user", "stream_options", "deadline_s")
+DETAILS = (None, "auto", "low", "high", "original")
+"""Values of ``detail``; the picture is always read at the size of the vision encoder."""
 
 
 @dataclass(frozen=True)
@@ -52,134 +52,300 @@ class ChatRequest:
 
     Attributes:
         images: Files of pictures, at least one.
-        prompt: The text; None for none.
+        prompt: The text, or the texts of a conversation; None for none.
         options: Fields of ``GenerationOptions``.
         stream: Whether tokens are sent as they are generated.
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
+        include_usage: Whether a stream ends with a chunk of ``usage``.
+        ask: Whether the prompt is a question for the bundle's template.
+        names: The request's key for each of its options, for errors.
     """
 
     images: tuple[bytes, ...]
-    prompt: str | None
+    prompt: str | Dialog | None
     options: dict[str, Any]
     stream: bool
     deadline: float | None
+    include_usage: bool
+    ask: bool
+    names: dict[str, str]
 
 
-def read_request(body: bytes) -> ChatRequest:
+@dataclass(frozen=True)
+class Message:
+    """A message: its role in the prompt, and its pictures (bytes) and texts in their order."""
+
+    role: str
+    parts: tuple[str | bytes, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """Its texts that are not empty."""
+        return [part for part in self.parts if isinstance(part, str) and part]
+
+    @property
+    def text(self) -> str:
+        """Its texts, joined by spaces."""
+        return " ".join(self.texts)
+
+    @property
+    def pictures(self) -> list[bytes]:
+        """Its pictures."""
+        return [part for part in self.parts if isinstance(part, bytes)]
+
+
+def read_request(body: bytes, spec: PromptSpec | None = None) -> ChatRequest:
     """Reads a request's JSON.
 
+    Args:
+        body: The request's body.
+        spec: The bundle's prompt; None for one that has a place for one user message only.
+
     Raises:
-        UsageError: It is no JSON object, has no picture, or has an unknown key or a wrong value.
+        RequestError: It is no JSON object, has no picture, or has an unknown key or a value that cannot be honored.
     """
-    try:
-        values = json.loads(body, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"expected a JSON object, got what cannot be parsed ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"expected a JSON object, got {type(values).__name__}")
-    images, prompt = _content(values.get("messages"))
-    stream, deadline = values.get("stream", False), values.get("deadline_s")
-    if not isinstance(stream, bool):
-        raise UsageError(f"expected stream to be true or false, got {stream!r}", field="stream")
-    if deadline is not None and (isinstance(deadline, bool) or not isinstance(deadline, (int, float))):
-        raise UsageError(f"expected deadline_s to be a number of seconds, got {deadline!r}", field="deadline_s")
-    return ChatRequest(images, prompt, _options(values), stream, deadline)
+    values = json_object(body)
+    check_chat_keys(values)
+    options, names = generation_options(values)
+    for name in ("stream", "ask"):
+        check_type(name, values.get(name), bool, "true or false")
+    check_seconds(values.get("deadline_s"))
+    include_usage = _stream_options(values.get("stream_options"))
+    images, prompt = _arranged(_messages(values.get("messages")), spec)
+    ask = bool(values.get("ask"))
+    if ask and not (isinstance(prompt, str) and prompt):
+        raise RequestError("expected one text, the question, for ask", field="messages")
+    return ChatRequest(
+        images=images,
+        prompt=prompt,
+        options=options,
+        stream=bool(values.get("stream")),
+        deadline=values.get("deadline_s"),
+        include_usage=include_usage,
+        ask=ask,
+        names=names,
+    )
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+def _stream_options(value: Any) -> bool:
+    """Whether ``usage`` is wanted at the end of a stream."""
+    check_type("stream_options", value, dict, "an object")
+    for name, wanted in sorted((value or {}).items()):
+        if name not in ("include_usage", "include_obfuscation"):
+            raise RequestError(
+                f"there is no key {shown(name)} in stream_options",
+                "keys are include_usage and include_obfuscation",
+                field=f"stream_options.{name}",
+                code="unknown_parameter",
+            )
+        check_type(f"stream_options.{name}", wanted, bool, "true or false")
+        if name == "include_obfuscation" and wanted:
+            raise RequestError(
+                "stream_options.include_obfuscation is not supported",
+                "leave it out",
+                field=f"stream_options.{name}",
+                code="unsupported_value",
+            )
+    return bool((value or {}).get("include_usage"))
 
 
-def _options(values: Mapping[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in IGNORED or value is None:
-            continue
-        if key in ONLY:
-            if value != ONLY[key]:
-                raise UsageError(f"expected {key} to be {ONLY[key]!r}, got {value!r}", field=key)
-        elif key == "num_beams" and isinstance(value, int) and value > MAX_REQUEST_BEAMS:
-            raise UsageError(f"expected num_beams of at most {MAX_REQUEST_BEAMS}, got {shown(value)}", field=key)
-        elif key in OPTIONS:
-            options[OPTIONS[key]] = (value,) if key == "stop" and isinstance(value, str) else value
-        else:
-            raise UsageError(f"there is no key {key!r}", f"keys are {', '.join((*OPTIONS, *IGNORED))}", field=key)
-    return options
+def _messages(values: Any) -> list[Message]:
+    """The messages, without system messages that are empty."""
+    if values is None:
+        raise _wrong("expected messages, got none", code="missing_required_parameter")
+    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
+        raise _wrong("expected messages to be a list of objects", code="invalid_type")
+    read = [_message(one, f"messages[{index}]") for index, one in enumerate(values)]
+    return [message for message in read if message.role != "system" or message.text.strip()]
 
 
-def _content(messages: Any) -> tuple[tuple[bytes, ...], str | None]:
-    """The pictures and the text of the last user message."""
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise UsageError("expected messages to be a list of objects", field="messages")
-    users = [one for one in messages if one.get("role") == "user"]
-    if not users:
-        raise UsageError("expected a message of the role user", field="messages")
-    content = users[-1].get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    images: list[bytes] = []
-    texts: list[str] = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image_url":
-            url = part.get("image_url")
-            images.append(_picture(url.get("url") if isinstance(url, dict) else url))
-        else:
-            raise UsageError("expected the content's parts to be of the type text or image_url", field="messages")
-    if not images:
-        raise UsageError("expected a picture, an image_url of the form data:image/...;base64,...", field="messages")
-    return tuple(images), " ".join(texts) or None
+def _message(values: Mapping[str, Any], place: str) -> Message:
+    role = values.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise _wrong(f"expected {place}.role to be {', '.join(ROLES)}, got {shown(role)}", code="unsupported_value")
+    for name in sorted(values.keys() - {"role", "content"}):
+        value = values[name]
+        if name not in MESSAGE_KEYS:
+            raise _wrong(f"there is no key {shown(name)} in {place}", code="unknown_parameter")
+        if value is not None and not any(is_same(value, accepted) for accepted in MESSAGE_KEYS[name]):
+            raise _wrong(
+                f"{place}.{name} is not supported: the prompt has no place for it", code="unsupported_parameter"
+            )
+    content = values.get("content")
+    if isinstance(content, str):
+        return Message(ROLES[role], (content,))
+    if not isinstance(content, list):
+        raise _wrong(f"expected {place}.content to be a text or a list of parts, got {shown(content)}")
+    if not content:
+        raise _wrong(f"expected {place}.content to have at least one part, got none")
+    parts = [_part(part, ROLES[role], f"{place}.content[{index}]") for index, part in enumerate(content)]
+    return Message(ROLES[role], tuple(parts))
 
 
-def _picture(url: Any) -> bytes:
-    head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
-    if not (head.startswith("data:") and head.endswith(";base64") and comma):
-        raise UsageError(
-            "expected a picture as data:image/...;base64,..., got another kind of URL",
-            "send the picture itself; this server fetches nothing",
-            field="messages",
+def _part(part: Any, role: str, place: str) -> str | bytes:
+    kind = part.get("type") if isinstance(part, dict) else None
+    kinds = ("text", "image_url") if role == "user" else ("text",)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise _wrong(
+            f"expected {place} to be of the type {' or '.join(kinds)}, got {shown(kind)}", code="unsupported_value"
         )
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UsageError(f"expected base64 after {head}, got something else ({error})", field="messages") from error
+    _only(part, ("type", kind), place)
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise _wrong(f"expected {place}, of the type text, to have a text, got {shown(part.get('text'))}")
+        return str(part["text"])
+    image = part.get("image_url")
+    if not isinstance(image, dict):
+        return picture_bytes(image, "messages")
+    _only(image, ("url", "detail"), f"{place}.image_url")
+    if image.get("detail") not in DETAILS:
+        raise _wrong(f"expected detail to be {', '.join(map(str, DETAILS[1:]))}, got {shown(image['detail'])}")
+    return picture_bytes(image.get("url"), "messages")
+
+
+def _only(values: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    """Raises RequestError where an object has another key whose value is not null."""
+    for name in sorted(values.keys() - set(known)):
+        if values[name] is not None:
+            raise _wrong(f"{place}.{name} is not supported", "leave it out", code="unsupported_parameter")
+
+
+def _wrong(problem: str, fix: str | None = None, code: str = "invalid_value") -> RequestError:
+    return RequestError(problem, fix, field="messages", code=code)
+
+
+def _arranged(messages: list[Message], spec: PromptSpec | None) -> tuple[tuple[bytes, ...], str | Dialog | None]:
+    """The pictures of a request, and its prompt."""
+    roles = [message.role for message in messages]
+    if "user" not in roles:
+        raise _wrong("expected a message of the role user, got none")
+    if roles[-1] != "user":
+        raise _wrong(
+            f"expected the last message to be of the role user, got {roles[-1]}",
+            "an answer that is begun cannot be continued",
+            code="unsupported_value",
+        )
+    pictures = tuple(picture for message in messages for picture in message.pictures)
+    if not pictures:
+        raise _wrong("expected a picture, an image_url of the form data:image/...;base64,...", code="missing_picture")
+    if len(messages) == 1:
+        return pictures, _in_order(messages[0], spec) or None
+    turns = {} if spec is None else spec.turns
+    _check_places(roles, turns)
+    if len(pictures) > 1:
+        raise _wrong(f"expected one picture in a conversation, got {len(pictures)}", code="unsupported_value")
+    pieces = ["picture" if message.pictures else message.role for message in messages]
+    return pictures, Dialog(tuple(zip(pieces, (message.text for message in messages), strict=True)))
+
+
+def _check_places(roles: list[str], turns: Mapping[str, str]) -> None:
+    """Raises RequestError where the prompt has no place for a message."""
+    if "system" in roles and "system" not in turns:
+        raise _wrong(
+            "this bundle's prompt has no place for a message of the role system or developer",
+            "write it into the text beside the picture",
+            code="unsupported_value",
+        )
+    if len(roles) - roles.count("system") > 1 and "assistant" not in turns:
+        raise _wrong(
+            f"this bundle's prompt has a place for one message of the role user, got {', '.join(roles)}",
+            "write one text, beside the picture",
+            code="unsupported_value",
+        )
+    first = roles.count("system") if roles[0] == "system" else 0
+    expected = ["system"] * min(first, 1) + [("user", "assistant")[at % 2] for at in range(len(roles) - first)]
+    if roles != expected:
+        raise _wrong(
+            f"expected at most one system message, and then user and assistant in turn, got {', '.join(roles)}",
+            code="unsupported_value",
+        )
+
+
+def _in_order(message: Message, spec: PromptSpec | None) -> str:
+    """The text of a lone message; several texts between pictures keep their places where the prompt has such places."""
+    texts = message.texts
+    marked = any(marker in text for marker in MARKERS for text in texts)
+    if spec is None or spec.kind != INTERLEAVED or len(texts) < 2 or marked:
+        return message.text
+    written = ""
+    for part in message.parts:
+        if isinstance(part, bytes):
+            written += MARKERS[1]
+        else:
+            written += part if not written or written.endswith(MARKERS[1]) else f" {part}"
+    return written
 
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
-def completion(result: CaptionResult, *, number: int, created: int, model: str) -> dict[str, Any]:
-    """A complete answer; ``timings_ms`` is added to OpenAI's keys."""
+@dataclass(frozen=True)
+class Answer:
+    """Makes the objects of an answer.
+
+    Attributes:
+        id: Its id.
+        created: Unix time in seconds.
+        model: Name of the bundle.
+        include_usage: Whether the last chunk gives ``usage``; all others then have null there.
+    """
+
+    id: str
+    created: int
+    model: str
+    include_usage: bool = False
+
+    def completion(self, result: CaptionResult) -> dict[str, Any]:
+        """A complete answer; ``timings_ms`` is added to OpenAI's keys."""
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": _REASONS[result.finish_reason],
+        }
+        return {
+            **self._object("chat.completion", [choice]),
+            "usage": usage(result),
+            "timings_ms": result.timings_ms,
+        }
+
+    def chunk(self, delta: Mapping[str, str], reason: str | None = None) -> dict[str, Any]:
+        """A piece of an answer; the last one has a finish reason and an empty ``delta``."""
+        finish = None if reason is None else _REASONS[reason]
+        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish}
+        return self._chunk([choice], None)
+
+    def usage_chunk(self, result: CaptionResult) -> dict[str, Any]:
+        """The chunk after the last piece, for ``stream_options.include_usage``."""
+        return self._chunk([], usage(result))
+
+    def _chunk(self, choices: list[dict[str, Any]], counts: dict[str, int] | None) -> dict[str, Any]:
+        whole = self._object("chat.completion.chunk", choices)
+        return {**whole, "usage": counts} if self.include_usage else whole
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def usage(result: CaptionResult) -> dict[str, int]:
+    """Counts of tokens; visual tokens are tokens of the prompt, and the decoder's start token is not counted."""
     return {
-        "id": f"caption-{number}",
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": result.text},
-                "finish_reason": _REASONS[result.finish_reason],
-            }
-        ],
-        "usage": {"completion_tokens": len(result.tokens)},
-        "timings_ms": result.timings_ms,
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.new_tokens,
+        "total_tokens": result.prompt_tokens + result.new_tokens,
     }
 
 
-def chunk(piece: str, *, number: int, created: int, model: str, reason: str | None = None) -> dict[str, Any]:
-    """A piece of an answer; the last one has a finish reason and no text."""
-    return {
-        "id": f"caption-{number}",
-        "object": "chat.completion.chunk",
-        "created": created,
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "delta": {"content": piece} if reason is None else {},
-                "finish_reason": None if reason is None else _REASONS[reason],
-            }
-        ],
-    }
+async def event_lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Server-sent events; ``[DONE]`` follows the last one, unless it is an error."""
+    event = first
+    yield _line(event)
+    async with aclosing(events):
+        async for event in events:
+            yield _line(event)
+    if "error" not in event:
+        yield "data: [DONE]\n\n"
+
+
+def _line(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event)}\n\n"

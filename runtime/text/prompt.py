@@ -10,8 +10,9 @@ Three kinds of prompt (``PromptSpec.kind``):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INSTRUCTION, INTERLEAVED, MARKERS, PLACEHOLDER, SEGMENTS, PromptSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import PromptError, UsageError, option
-from blip2edge.runtime.images.preprocess import ImageSource
-from blip2edge.runtime.images.video import ItemSource
-from blip2edge.runtime.text.tokenizer import Tokenizer
+from blip2edge.runtime.text.tokenizer import Tokenizer, reserved_texts
 
 NO_IMAGE = -1
 """In :attr:`Prompt.attends_to`: the token attends to no image."""
@@ -74,6 +73,42 @@ class Prompt:
         return np.concatenate([part.astype(dtype, copy=False) for part in parts])
 
 
+@dataclass(frozen=True)
+class Dialog:
+    """The texts of a conversation, for bundles whose prompt has a place for them (``PromptSpec.turns``).
+
+    Attributes:
+        messages: The kind of each message (``system``, ``picture``, ``user`` or ``assistant``) and its text. One is of
+            the kind ``picture``, and the last is ``picture`` or ``user``.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """The last text."""
+        return self.texts[-1]
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts."""
+        return [text for _, text in self.messages]
+
+    def parts(self, turns: Mapping[str, str]) -> list[str]:
+        """The whole text by ``PromptSpec.turns``, split at the picture."""
+        head = () if self.messages[0][0] == "system" else (("head", ""),)
+        parts = [""]
+        for kind, text in (*head, *self.messages, ("start", "")):
+            first, *others = (part.replace("{prompt}", text) for part in turns[kind].split(MARKERS[0]))
+            parts = [*parts[:-1], parts[-1] + first, *others]
+        return parts
+
+
+PromptText = str | Dialog
+"""A prompt as it is given."""
+
+Text = TypeVar("Text", bound=PromptText)
+
+
 class PromptBuilder:
     """Makes prompts from texts with the template of the model's family.
 
@@ -89,11 +124,8 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.max_positions = max_positions
         self.vocab_size = vocab_size
-        kinds = {
-            SEGMENTS: self._segments,
-            PLACEHOLDER: self._around_placeholders,
-            INTERLEAVED: self._interleaved,
-        }
+        self._reserved = reserved_texts(spec, tokenizer)
+        kinds = {SEGMENTS: self._segments, PLACEHOLDER: self._around_placeholders, INTERLEAVED: self._interleaved}
         self._tokenize = kinds[spec.kind]
 
     def question(self, question: str) -> str:
@@ -109,11 +141,11 @@ class PromptBuilder:
             )
         return self.spec.question.replace("{question}", question)
 
-    def with_default(self, text: str | None) -> str | None:
+    def with_default(self, text: Text | None) -> Text | str | None:
         """Returns ``text``, or the bundle's default prompt if ``text`` is None."""
         return self.spec.default if text is None else text
 
-    def __call__(self, text: str | None, images: int = 1) -> Prompt:
+    def __call__(self, text: PromptText | None, images: int = 1) -> Prompt:
         """Tokenizes a prompt.
 
         Args:
@@ -121,7 +153,8 @@ class PromptBuilder:
             images: Number of images of an interleaved prompt.
 
         Raises:
-            PromptError: The prompt is longer than the context, or has a token that the model does not have.
+            PromptError: The prompt is longer than the context, holds one of :func:`reserved_texts`, or has a token that
+                the model does not have.
             UsageError: ``text`` is None and the model needs a prompt, or it does not have one place for each image.
         """
         if text is None and self.spec.required:
@@ -129,15 +162,23 @@ class PromptBuilder:
                 "this bundle answers questions, but no question was given",
                 "use ask, with a picture and a question",
             )
+        for written in text.texts if isinstance(text, Dialog) else [text or ""]:
+            self.tokenizer.check_plain(written, self._reserved)
         prompt = self._tokenize(text, images)
         self._check(prompt)
         return prompt
 
-    def _segments(self, text: str | None, _images: int) -> Prompt:
+    def _parts(self, text: PromptText | None) -> list[str]:
+        """The texts before and after each picture."""
+        if isinstance(text, Dialog):
+            return text.parts(self.spec.turns)
+        return [part.replace("{prompt}", text or "") for part in self.spec.template.split(MARKERS[0])]
+
+    def _segments(self, text: PromptText | None, _images: int) -> Prompt:
         """Tokenizes each part of the template alone; the first part that is not empty gets the special tokens."""
+        templates = self._parts("{prompt}" if text is None or isinstance(text, str) else text)
         segments, special = [], True
-        for part in self.spec.template.split(MARKERS[0]):
-            filled = part.replace("{prompt}", text or "")
+        for part, filled in zip(templates, self._parts(text), strict=True):
             segments.append(self._segment(filled, special, text is None) if part else [])
             special = special and not part
         return self._with_slots(segments)
@@ -150,32 +191,24 @@ class PromptBuilder:
             return [bos, *self.tokenizer.encode(text, add_special_tokens=False)]
         return self.tokenizer.encode(text, add_special_tokens=special)
 
-    def _around_placeholders(self, text: str | None, _images: int) -> Prompt:
+    def _around_placeholders(self, text: PromptText | None, _images: int) -> Prompt:
         """Tokenizes the whole text, as transformers' processor does; then splits the ids at the placeholders."""
-        token = self.spec.image_token
-        parts = [part.replace("{prompt}", text or "") for part in self.spec.template.split(MARKERS[0])]
         segments: list[list[int]] = [[]]
-        for token_id in self.tokenizer.encode(token.join(parts)):
+        for token_id in self.tokenizer.encode(self.spec.image_token.join(self._parts(text))):
             if token_id == self.spec.image_token_id:
                 segments.append([])
             else:
                 segments[-1].append(token_id)
-        if len(segments) != len(parts):
-            raise PromptError(
-                f"the prompt contains {token}, which marks a picture, but this model's template already marks the "
-                "place of the picture",
-                f"remove {token} from the prompt",
-            )
         return self._with_slots(segments)
 
     def _with_slots(self, segments: Sequence[Sequence[int]]) -> Prompt:
         return Prompt(tuple(map(tuple, segments)), self.spec.visual_tokens, self.spec.image_token_id)
 
-    def _interleaved(self, text: str | None, images: int) -> Prompt:
+    def _interleaved(self, text: PromptText | None, images: int) -> Prompt:
         """Tokenizes the whole text with its markers as one segment, as transformers does."""
         bos, end = self.spec.bos_token_id, self.spec.end_token_id
         start = (self.tokenizer.id_to_token(bos) if bos is not None else None) or ""
-        whole = start + interleave(self.spec, text or "", images)
+        whole = start + interleave(self.spec, str(text or ""), images)
         ids = self.tokenizer.encode(whole, add_special_tokens=False)
         marker = self.tokenizer.token_to_id(self.spec.picture_token)
         attends_to = attended_images(ids, NO_IMAGE if marker is None else marker, end)
@@ -217,7 +250,7 @@ class InstructionTokenizer:
         self.longest = longest
         self.frames = frames
 
-    def __call__(self, texts: Sequence[str | None]) -> dict[str, Array]:
+    def __call__(self, texts: Sequence[PromptText | None]) -> dict[str, Array]:
         """The bridge's text inputs.
 
         Args:
@@ -228,9 +261,10 @@ class InstructionTokenizer:
             positions of an instruction do not depend on the batch.
 
         Raises:
-            PromptError: An instruction is missing, or longer than the Q-Former's position table.
+            PromptError: An instruction is missing, holds a special token of the Q-Former's, or is longer than its
+                position table.
         """
-        rows = [self._tokens(text) for text in texts]
+        rows = [self._tokens(None if text is None else str(text)) for text in texts]
         ids = np.zeros((len(rows), max(1, *map(len, rows))), np.int64)
         mask = np.zeros_like(ids)
         for row, tokens in enumerate(rows):
@@ -246,6 +280,7 @@ class InstructionTokenizer:
                 f"give a {option('prompt')}",
                 field="prompt",
             )
+        self.tokenizer.check_plain(text, self.tokenizer.special_tokens)
         tokens = self.tokenizer.encode(text)
         if len(tokens) > self.longest:
             raise PromptError(
@@ -304,18 +339,6 @@ def attended_images(ids: Sequence[int], image_id: int, end_id: int | None) -> tu
         if token == end_id:
             current = NO_IMAGE
     return tuple(attends_to)
-
-
-def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
-    """Returns a list of images for each item of a batch of interleaved prompts.
-
-    Raises:
-        UsageError: An item has no image.
-    """
-    groups = [list(item) if isinstance(item, (list, tuple)) else [item] for item in items]
-    if not all(groups):
-        raise UsageError("expected at least one picture for every prompt, got none")
-    return groups  # type: ignore[return-value]  # preprocessing refuses what is no picture
 
 
 def pack_images(array: Array, counts: Sequence[int]) -> Array:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
+from blip2edge.bundle.schema import INTERLEAVED, MARKERS, PromptSpec
 from blip2edge.errors import BundleError, PromptError
 
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes are no valid UTF-8
@@ -56,6 +57,7 @@ class Tokenizer:
         self.clean_up = clean_up_tokenization_spaces and type(backend.model).__name__ != "BPE"
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_tokens = tuple(sorted(token.content for token in added.values() if token.special))
         decoder = backend.decoder
         self.byte_fallback = decoder is not None and _has_byte_fallback(json.loads(decoder.__getstate__()))
 
@@ -105,11 +107,29 @@ class Tokenizer:
         Raises:
             PromptError: The text holds half a surrogate pair, which is no character.
         """
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise PromptError(
-                "expected a text of whole characters, got half a surrogate pair", "send the text as UTF-8"
-            )
+        _check_characters(text)
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def check_plain(self, text: str, reserved: Sequence[str], field: str = "prompt") -> None:
+        """Checks that a text holds none of the reserved ones, also after the tokenizer's own normalization.
+
+        Args:
+            text: What a user typed.
+            reserved: :attr:`special_tokens`, or :func:`reserved_texts`.
+            field: The option that it is, for the error.
+
+        Raises:
+            PromptError: It holds one, or half a surrogate pair.
+        """
+        _check_characters(text)
+        normalizer = self._backend.normalizer
+        forms = (text, text if normalizer is None else normalizer.normalize_str(text))
+        for token in reserved:
+            if any(token in form for form in forms):
+                what = "marks a picture" if token == MARKERS[1] else "is a special token of this model"
+                raise PromptError(
+                    f"the {field} contains {token}, which {what}", f"remove it from the {field}", field=field
+                )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Converts token ids to text, as transformers' `batch_decode`; ids without a token are ignored."""
@@ -120,6 +140,26 @@ class Tokenizer:
         """Converts token ids to text, without the clean-up of spaces."""
         kept = [int(token_id) for token_id in ids if token_id >= 0]
         return self._backend.decode(kept, skip_special_tokens=skip_special_tokens)
+
+
+def reserved_texts(spec: PromptSpec, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The texts that no prompt may hold: those that the tokenizer reads as special tokens, and the picture's marker.
+
+    Inside a prompt they would be commands to the model (the end of a text, a picture's place) that the template did not
+    write. Interleaved prompts declare two of them: a picture's marker, and the end of a document.
+    """
+    declared: set[str | None] = set()
+    if spec.kind == INTERLEAVED:
+        end = None if spec.end_token_id is None else tokenizer.id_to_token(spec.end_token_id)
+        declared = {MARKERS[1], spec.picture_token, end}
+    slot = None if spec.image_token_id is None else tokenizer.id_to_token(spec.image_token_id)
+    reserved = {*tokenizer.special_tokens, MARKERS[1], spec.image_token, slot} - declared
+    return tuple(sorted(text for text in reserved if text))
+
+
+def _check_characters(text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PromptError("expected a text of whole characters, got half a surrogate pair", "send it as UTF-8")
 
 
 def _has_byte_fallback(decoder: dict[str, object]) -> bool:
@@ -248,7 +288,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextPieces:
-    """Turns tokens into pieces of text: whole characters, up to the first stop string.
+    """Turns tokens into pieces of text: whole characters, up to the first stop string, without surrounding spaces.
+
+    Joined, the pieces are the text of the same tokens without a stream: spaces before the first word are dropped, and
+    spaces after a word are held back until the next one.
 
     Args:
         tokenizer: Decodes the tokens.
@@ -257,11 +300,20 @@ class TextPieces:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self._text, self._stops = TextStream(tokenizer), StopText(stops)
+        self._begun = False
+        self._spaces = ""  # after the last word
 
     def push(self, token: int) -> str:
         """Adds a token; returns the text that is final now, which may be empty."""
-        return self._stops.push(self._text.push(token))
+        return self._stripped(self._stops.push(self._text.push(token)))
 
     def flush(self) -> str:
         """Ends the text; returns the part that was held back."""
-        return self._stops.push(self._text.flush()) + self._stops.flush()
+        return self._stripped(self._stops.push(self._text.flush()) + self._stops.flush())
+
+    def _stripped(self, text: str) -> str:
+        whole = self._spaces + text if self._begun else text.lstrip()
+        kept = whole.rstrip()
+        self._spaces = whole[len(kept) :]
+        self._begun = self._begun or bool(kept)
+        return kept

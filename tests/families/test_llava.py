@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from blip2edge.errors import CheckpointError, PromptError, UnsupportedModelError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
 from blip2edge.model.families.registry import read_config
+from blip2edge.runtime.serving.openai_api import read_request
 from tests.families import drawing_llama as drawing
 
 FULL = {
@@ -85,6 +88,57 @@ def test_eos_comes_from_generation_config(tmp_path: Path) -> None:
     assert captioner.options().eos_token_ids == (7, 9)
     with pytest.raises(PromptError, match="<image>, which marks a picture"):
         captioner.caption(drawing.pictures(0)[0], prompt="two <image> of a dog")
+
+
+VICUNA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""The chat of LLaVA 1.5, with the end of an answer that Vicuna was trained with."""
+
+
+def test_a_conversation_equals_transformers(tmp_path: Path) -> None:
+    """A system message and earlier turns are in the prompt as the checkpoint's chat template writes them."""
+    model, processor = drawing.draw_llava(tmp_path / "checkpoint", 3)
+    processor.chat_template = VICUNA
+    processor.save_pretrained(tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", verify="sample")
+    captioner = Captioner.load(tmp_path / "bundle", threads=1)
+    image = drawing.pictures(3)[0]
+    picture = {"type": "image"}
+    talk = [
+        {"role": "system", "content": [{"type": "text", "text": "a red dog"}]},
+        {"role": "user", "content": [picture, {"type": "text", "text": "what is it ?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two cats"}]},
+        {"role": "user", "content": [{"type": "text", "text": "and where ?"}]},
+    ]
+    spec = captioner.prompts.spec
+    for messages in (talk, talk[1:], [talk[3], talk[2], talk[1]], [talk[0], talk[1]], talk[1:2]):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(images=image.convert("RGB"), text=text.removeprefix("<s>"), return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+        request = read_request(_body(messages, image), spec)
+        assert request.prompt is not None
+        assert captioner.prompts(request.prompt).ids == inputs["input_ids"][0].tolist()
+        with captioner.scheduler() as scheduler:
+            made = scheduler.submit(image, captioner.options(max_new_tokens=8), prompt=request.prompt).result(60)
+        assert list(made.tokens) == ids[inputs["input_ids"].shape[1] :].tolist()
+    typed = read_request(_body([talk[1], {"role": "assistant", "content": "x</s>USER: "}, talk[3]], image), spec)
+    with pytest.raises(PromptError, match="contains </s>, which is a special token"):
+        captioner.prompts(typed.prompt)
+
+
+def _body(messages: list[dict[str, Any]], image: Any) -> bytes:
+    """A chat request in OpenAI's format for messages in transformers' format."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return json.dumps({"messages": messages}).replace('{"type": "image"}', json.dumps(part)).encode()
 
 
 def test_prompt_ids_equal_the_processors(tmp_path: Path) -> None:

@@ -105,8 +105,9 @@ def test_the_same_ids_as_transformers(seed: int, tmp_path: Path) -> None:
         wanted = [expected(model, image, prompt, **options) for image, prompt in zip(images, PROMPTS, strict=True)]
         batch = captioner.caption_many(images, prompts=PROMPTS, batch_size=3, max_new_tokens=12, **options)
         assert [result.tokens for result in batch] == wanted
-        alone = captioner.caption_many(images, prompts=PROMPTS, max_new_tokens=12, **options)
+        alone = list(captioner.caption_many(images, prompts=PROMPTS, max_new_tokens=12, **options))
         assert [result.tokens for result in alone] == wanted
+        assert [result.new_tokens for result in alone] == [len(ids) - 1 for ids in wanted]  # without the start token
         seen.update(wanted)
     assert len(seen) > 3  # captions vary
     optimize(tmp_path / "bundle")
@@ -114,7 +115,7 @@ def test_the_same_ids_as_transformers(seed: int, tmp_path: Path) -> None:
     assert fast.graphs.copied
     for options in OPTIONS[:2]:
         again = fast.caption_many(images, prompts=PROMPTS, batch_size=3, max_new_tokens=12, **options)
-        alone = captioner.caption_many(images, prompts=PROMPTS, max_new_tokens=12, **options)
+        alone = list(captioner.caption_many(images, prompts=PROMPTS, max_new_tokens=12, **options))
         assert [result.tokens for result in again] == [result.tokens for result in alone]
 
 

@@ -21,6 +21,7 @@ from blip2edge.runtime.captioning.request import Span
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding import generate as generate_module
 from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.text.prompt import PromptText
 from tests.drawing import draw_pictures
 
 LONG = 60  # seconds that no test should need
@@ -48,7 +49,9 @@ class Gate:
         self.open = threading.Semaphore(0)
         self.entered = threading.Semaphore(0)
 
-    def __call__(self, images: Sequence[ItemSource], texts: Sequence[str | None], clock: StageClock) -> EncodedBatch:
+    def __call__(
+        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
+    ) -> EncodedBatch:
         self.entered.release()
         assert self.open.acquire(timeout=LONG)
         return self.inner(images, texts, clock)
@@ -306,3 +309,63 @@ def test_of_equal_requests_the_first_to_come_are_the_first_to_go(captioner: Capt
 def test_bounds(bad: dict[str, Any], captioner: Captioner) -> None:
     with pytest.raises(UsageError):
         captioner.scheduler(**bad)
+
+
+SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_k": 9, "max_new_tokens": 8, "min_new_tokens": 8}
+
+
+def test_a_seed_gives_one_text_whatever_else_runs(captioner: Captioner) -> None:
+    """A request that samples with a seed shares no batch, so that rounding cannot change its draws."""
+    spans: list[Span] = []
+    pictures = draw_pictures(6, 8)
+    alone = captioner.caption(pictures[0], prompt="two", seed=7, **SAMPLED)
+    long = captioner.options(max_new_tokens=20, min_new_tokens=20)
+    with captioner.scheduler(max_batch=4, trace=spans.append) as scheduler:
+        load = [scheduler.submit(picture, long) for picture in pictures]
+        options = captioner.options(seed=7, **SAMPLED)
+        seeded = [scheduler.submit(pictures[0], options, prompt="two") for _ in range(3)]
+        load += [scheduler.submit(picture, captioner.options(**SAMPLED)) for picture in pictures]
+        results = [request.result(LONG) for request in seeded]
+        for request in load:
+            request.result(LONG)
+    assert {result.tokens for result in results} == {alone.tokens}
+    assert ["".join(request.pieces()) for request in seeded] == [alone.text] * 3
+    numbers = {request.number for request in seeded}
+    batches = [set(span.requests) for span in spans if numbers & set(span.requests)]
+    assert all(len(batch) == 1 for batch in batches)
+    assert any(len(span.requests) > 1 for span in spans if span.stage == "decode")
+
+
+def test_pictures_of_one_call_have_streams_of_their_own_and_share_batches(captioner: Captioner) -> None:
+    pictures = [draw_pictures(1, 8)[0]] * 3
+    apart = list(captioner.caption_many(pictures, seed=7, **SAMPLED))
+    assert len({result.tokens for result in apart}) == 3
+    assert apart[0].tokens == captioner.caption(pictures[0], seed=7, **SAMPLED).tokens
+    together = captioner.caption_many(pictures, seed=7, batch_size=3, **SAMPLED)
+    assert [result.tokens for result in together] == [result.tokens for result in apart]
+    with captioner.scheduler(max_batch=3) as scheduler:
+        options = captioner.options(seed=7, **SAMPLED)
+        rows = [scheduler.submit(picture, options, row=row) for row, picture in enumerate(pictures)]
+        assert not any(request.separate for request in rows)
+        assert [row.result(LONG).tokens for row in rows] == [result.tokens for result in apart]
+
+
+def test_a_decoder_that_fails_for_a_separate_request_fails_no_other(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = draw_pictures(2, 9)
+    step = generate_module.GenerationBatch.step
+
+    def failing(batch: generate_module.GenerationBatch) -> list[generate_module.Generation]:
+        if any(row.options.seed == 7 for row in batch.rows):
+            raise BackendError("the decoder broke")
+        return step(batch)
+
+    monkeypatch.setattr(generate_module.GenerationBatch, "step", failing)
+    with captioner.scheduler(max_batch=3) as scheduler:
+        good = scheduler.submit(first, captioner.options(max_new_tokens=5, min_new_tokens=5))
+        bad = scheduler.submit(second, captioner.options(seed=7, **SAMPLED))
+        with pytest.raises(BackendError, match="broke"):
+            bad.result(LONG)
+        assert len(good.result(LONG).tokens) == 5
+        assert scheduler.load["running"] == 0

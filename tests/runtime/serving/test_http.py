@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
-import json
 import math
 import threading
 from collections.abc import Iterator
@@ -18,11 +16,13 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
-from blip2edge.errors import OverloadError
+from blip2edge.errors import BackendError, OverloadError
 from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.decoding.generate import Generation, GenerationBatch
 from blip2edge.runtime.serving import http as server_module
 from blip2edge.runtime.serving.http import Server
 from tests.drawing import draw_pictures
+from tests.http_calls import ask, call, chat, got, png_file
 
 USER = b'{"messages": [{"role": "user", "content": [%s]}]}'
 
@@ -41,70 +41,7 @@ def server(captioner: Captioner) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def png() -> bytes:
-    file = io.BytesIO()
-    draw_pictures(1, 4)[0].save(file, "PNG")
-    return file.getvalue()
-
-
-class Answer:
-    """What came back."""
-
-    def __init__(self, messages: list[dict[str, Any]]) -> None:
-        self.status: int = messages[0]["status"]
-        self.headers = {name.decode(): value.decode() for name, value in messages[0]["headers"]}
-        self.body = b"".join(message.get("body", b"") for message in messages[1:])
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def error(self) -> str:
-        return str(self.json["error"]["message"])
-
-    @property
-    def events(self) -> list[Any]:
-        lines = self.body.decode().split("\n\n")[:-1]
-        return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
-
-
-def ask(
-    server: Server, method: str, path: str, body: bytes = b"", query: str = "", leave: bool = False
-) -> Answer | None:
-    """One request in pieces of 1,000 bytes; with `leave` the client goes as soon as it has sent it."""
-    pieces = [body[at : at + 1000] for at in range(0, len(body), 1000)] or [b""]
-    incoming = [
-        {"type": "http.request", "body": piece, "more_body": at + 1 < len(pieces)} for at, piece in enumerate(pieces)
-    ]
-    sent: list[dict[str, Any]] = []
-
-    async def receive() -> dict[str, Any]:
-        if incoming:
-            return incoming.pop(0)
-        if not leave:
-            await asyncio.sleep(3600)
-        return {"type": "http.disconnect"}
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode()}
-    asyncio.run(asyncio.wait_for(server(scope, receive, send), 60))
-    return Answer(sent) if sent else None
-
-
-def got(answer: Answer | None, status: int = 200) -> Answer:
-    assert answer is not None
-    assert answer.status == status, answer.body
-    return answer
-
-
-def chat(png: bytes, text: str | None = None, **more: Any) -> bytes:
-    url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
-    if text is not None:
-        content.append({"type": "text", "text": text})
-    return json.dumps({"messages": [{"role": "user", "content": content}], **more}).encode()
+    return png_file()
 
 
 def test_a_picture_as_the_body(server: Server, captioner: Captioner, png: bytes) -> None:
@@ -119,9 +56,13 @@ def test_the_chat_format(server: Server, captioner: Captioner, png: bytes) -> No
     alone = captioner.caption(PIL.Image.open(io.BytesIO(png)), prompt="two", max_new_tokens=6)
     answer = got(ask(server, "POST", "/v1/chat/completions", chat(png, "two", max_tokens=6))).json
     assert answer["object"] == "chat.completion"
-    assert answer["choices"][0]["message"] == {"role": "assistant", "content": alone.text}
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": alone.text, "refusal": None}
     assert answer["choices"][0]["finish_reason"] == {"eos": "stop", "length": "length"}[alone.finish_reason]
-    assert answer["usage"]["completion_tokens"] == len(alone.tokens)
+    assert answer["usage"] == {
+        "prompt_tokens": alone.prompt_tokens,
+        "completion_tokens": len(alone.tokens),
+        "total_tokens": alone.prompt_tokens + len(alone.tokens),
+    }
 
 
 def test_words_as_they_come(server: Server, captioner: Captioner, png: bytes) -> None:
@@ -129,11 +70,12 @@ def test_words_as_they_come(server: Server, captioner: Captioner, png: bytes) ->
     body = chat(png, stream=True, max_tokens=8, min_new_tokens=8)
     answer = got(ask(server, "POST", "/v1/chat/completions", body))
     assert answer.headers["content-type"] == "text/event-stream"
-    *chunks, last, done = answer.events
+    first, *chunks, last, done = answer.events
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert done == "[DONE]"
     assert last["choices"][0]["finish_reason"] == "length"
     pieces = [one["choices"][0]["delta"]["content"] for one in chunks]
-    assert "".join(pieces).strip() == alone.text
+    assert "".join(pieces) == alone.text
     assert len(pieces) > 2
 
 
@@ -147,7 +89,7 @@ def test_further_options(more: dict[str, Any], server: Server, captioner: Captio
         server.close()
         if streamed:
             texts = [one["choices"][0]["delta"].get("content", "") for one in answer.events[:-1]]
-            assert "".join(texts).strip() == alone.text
+            assert "".join(texts) == alone.text
         else:
             assert answer.json["choices"][0]["message"]["content"] == alone.text
 
@@ -161,10 +103,10 @@ def test_page_health_models_metrics(server: Server, png: bytes) -> None:
     got(ask(server, "POST", "/caption", png))
     got(ask(server, "POST", "/caption", b"no picture"), 400)
     lines = got(ask(server, "GET", "/metrics")).body.decode().splitlines()
-    assert 'blip2edge_requests_total{outcome="done"} 1' in lines
-    assert 'blip2edge_requests_total{outcome="refused"} 1' in lines
-    (tokens,) = [line for line in lines if line.startswith("blip2edge_tokens_total")]
-    assert int(tokens.split()[1]) > 0
+    assert 'blip2edge_requests_total{outcome="done"} 1.0' in lines
+    assert 'blip2edge_requests_total{outcome="refused"} 1.0' in lines
+    (tokens,) = [line for line in lines if line.startswith("blip2edge_tokens_total ")]
+    assert float(tokens.split()[1]) > 0
 
 
 @pytest.mark.parametrize(
@@ -176,7 +118,7 @@ def test_page_health_models_metrics(server: Server, png: bytes) -> None:
         (b'{"messages": [{"role": "system", "content": "x"}]}', "role user"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "a picture"),
         (USER % b'{"type": "audio"}', "type text or image_url"),
-        (USER % b'{"type": "text"}', "type text or image_url"),
+        (USER % b'{"type": "text"}', "of the type text, to have a text"),
         (USER % b'{"type": "image_url", "image_url": "http://a/b.png"}', "fetches nothing"),
         (USER % b'{"type": "image_url", "image_url": "data:image/png;base64,!!"}', "base64"),
     ],
@@ -191,7 +133,8 @@ def test_what_is_no_request(body: bytes, told: str, server: Server) -> None:
         ({"max_tokens": 0}, "expected max_tokens to be"),
         ({"n": 2}, "n to be 1"),
         ({"num_beams": 200}, "num_beams of at most 8"),
-        ({"tools": []}, "no key 'tools'"),
+        ({"tools": [{"type": "function"}]}, "expected tools to be [], got"),
+        ({"toolz": []}, "no key 'toolz'"),
         ({"stream": "yes"}, "stream"),
         ({"deadline_s": "soon"}, "deadline_s"),
         ({"deadline_s": 0}, "deadline"),
@@ -233,6 +176,114 @@ def test_other_statuses(server: Server, png: bytes, monkeypatch: pytest.MonkeyPa
     assert got(ask(server, "POST", "/caption", png), 503).headers["retry-after"] == "1"
 
 
+def test_paths_and_methods_that_there_are_not(server: Server, png: bytes) -> None:
+    for method, path, status, allowed in (
+        ("GET", "/nothing", 404, None),
+        ("POST", "/caption/", 404, None),
+        ("GET", "/caption", 405, {"POST"}),
+        ("OPTIONS", "/v1/chat/completions", 405, {"POST"}),
+        ("POST", "/health", 405, {"GET", "HEAD"}),
+        ("DELETE", "/v1/models/x", 405, {"GET", "HEAD"}),
+    ):
+        answer = got(ask(server, method, path, png), status)
+        assert answer.headers["content-type"] == "application/json"
+        assert list(answer.json["error"]) == ["message", "type", "param", "code"]
+        assert answer.json["error"]["code"] == {404: "not_found", 405: "method_not_allowed"}[status]
+        assert (set(answer.headers["allow"].split(", ")) if "allow" in answer.headers else None) == allowed
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        assert got(ask(server, "HEAD", path)).headers["content-type"]
+    assert server.counts == {"done": 0, "failed": 0, "refused": 0, "cancelled": 0}
+
+
+def test_models_by_name(server: Server) -> None:
+    (model,) = got(ask(server, "GET", "/v1/models")).json["data"]
+    assert got(ask(server, "GET", f"/v1/models/{server.model}")).json == model
+    assert model["created"] > 10**9
+    error = got(ask(server, "GET", "/v1/models/gpt-4o/mini"), 404).json["error"]
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "image/png", "audio/wav"])
+def test_a_chat_in_another_type(kind: str, server: Server, png: bytes) -> None:
+    error = got(ask(server, "POST", "/v1/chat/completions", png, kind=kind), 415).json["error"]
+    assert error["code"] == "unsupported_media_type"
+    for right in (None, "application/json; charset=utf-8", "text/plain", "application/x-www-form-urlencoded"):
+        got(ask(server, "POST", "/v1/chat/completions", chat(png, max_tokens=1), kind=right))
+
+
+def test_metrics_are_those_of_the_prometheus_format(server: Server, png: bytes) -> None:
+    parser = pytest.importorskip("prometheus_client.parser", reason="the extra serve is not installed")
+    got(ask(server, "POST", "/caption", png))
+    answer = got(ask(server, "GET", "/metrics"))
+    families = {family.name: family for family in parser.text_string_to_metric_families(answer.body.decode())}
+    names = {sample.name for family in families.values() for sample in family.samples}
+    assert names == {
+        "blip2edge_requests_total",
+        "blip2edge_tokens_total",
+        "blip2edge_stage_seconds_total",
+        "blip2edge_load",
+    }
+    seconds = {sample.labels["stage"]: sample.value for sample in families["blip2edge_stage_seconds"].samples}
+    assert seconds["vision"] > 0
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_usage_at_the_end_of_a_stream(server: Server, png: bytes) -> None:
+    whole = got(ask(server, "POST", "/v1/chat/completions", chat(png, "two", max_tokens=5))).json
+    body = chat(png, "two", max_tokens=5, stream=True, stream_options={"include_usage": True})
+    *chunks, last, done = got(ask(server, "POST", "/v1/chat/completions", body)).events
+    assert done == "[DONE]"
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert all(chunk["usage"] is None for chunk in chunks)
+    plain = got(ask(server, "POST", "/v1/chat/completions", chat(png, "two", max_tokens=5, stream=True)))
+    assert not any("usage" in event for event in plain.events)
+    assert plain.text == whole["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"stop": "a"}, {"stop": ["o", "a"], "num_beams": 2}])
+def test_a_stream_has_the_text_of_the_answer(more: dict[str, Any], server: Server, png: bytes) -> None:
+    for prompt in (None, "a photo of", "two", "dog "):
+        whole = got(ask(server, "POST", "/v1/chat/completions", chat(png, prompt, **more)))
+        streamed = got(ask(server, "POST", "/v1/chat/completions", chat(png, prompt, stream=True, **more)))
+        assert streamed.text == whole.text
+        reasons = [event["choices"][0]["finish_reason"] for event in streamed.events[:-1]]
+        assert reasons == [None] * (len(reasons) - 1) + [whole.json["choices"][0]["finish_reason"]]
+
+
+def test_an_error_after_the_first_token_is_the_last_event(
+    server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = GenerationBatch.step
+    done: list[int] = []
+
+    def failing(batch: GenerationBatch) -> list[Generation]:
+        done.append(1)
+        if len(done) > 3:
+            raise BackendError("the decoder broke")
+        return step(batch)
+
+    monkeypatch.setattr(GenerationBatch, "step", failing)
+    body = chat(png, stream=True, max_tokens=20, min_new_tokens=20)
+    *chunks, last = got(ask(server, "POST", "/v1/chat/completions", body)).events
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert last == {
+        "error": {"message": "the decoder broke", "type": "server_error", "param": None, "code": "internal_error"}
+    }
+    assert server.counts == {"done": 0, "failed": 1, "refused": 0, "cancelled": 0}
+
+
+def test_the_same_seed_gives_the_same_text_beside_other_requests(server: Server, png: bytes) -> None:
+    async def texts() -> list[str]:
+        bodies = []
+        for number in range(4):
+            bodies += [chat(png, "two", temperature=1.3, seed=7, max_tokens=8), chat(png, max_tokens=9 + number)]
+            bodies += [chat(png, "two", temperature=1.3, max_tokens=8)]
+        answers = await asyncio.gather(*(call(server, "POST", "/v1/chat/completions", body) for body in bodies))
+        return [got(answer).text for answer in answers[::3]]
+
+    assert len(set(asyncio.run(texts()))) == 1
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_goes_cancels_its_request(
     streamed: bool, captioner: Captioner, png: bytes, monkeypatch: pytest.MonkeyPatch
@@ -253,6 +304,41 @@ def test_a_client_that_goes_cancels_its_request(
     got(ask(server, "POST", "/caption", png))
     assert server.scheduler.load["running"] == 0
     server.close()
+
+
+def test_a_client_that_goes_in_the_middle_of_a_stream_cancels_its_request(
+    server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, hold = GenerationBatch.step, threading.Event()
+    steps: list[int] = []
+
+    def held(batch: GenerationBatch) -> list[Generation]:
+        steps.append(1)
+        assert len(steps) < 8 or hold.wait(60)
+        return step(batch)
+
+    monkeypatch.setattr(GenerationBatch, "step", held)
+    body = chat(png, stream=True, max_tokens=20, min_new_tokens=20)
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    begun = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if incoming:
+            return incoming.pop()
+        await begun.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message.get("body"):
+            begun.set()
+        await asyncio.sleep(0)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+    asyncio.run(asyncio.wait_for(server(scope, receive, send), 60))
+    hold.set()
+    assert server.counts == {"done": 0, "failed": 0, "refused": 0, "cancelled": 1}
+    got(ask(server, "POST", "/caption", png))
+    assert server.scheduler.load["running"] == 0
 
 
 def test_a_deadline_is_told_when_it_comes_and_not_when_its_turn_comes(

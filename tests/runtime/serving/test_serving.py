@@ -17,6 +17,7 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("uvicorn", reason="the server needs uvicorn")
 
+from blip2edge.cli import main
 from tests.drawing import draw_pictures
 
 
@@ -45,3 +46,13 @@ def test_a_server_answers_and_ends(tiny_bundle: Path) -> None:
         rest, told = process.communicate(timeout=60)
         assert (process.returncode, rest) == (143, ""), told
         assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "starlette", "prometheus_client", "python_multipart"])
+def test_a_missing_package_is_named(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["serve", "bundle"]) == 1
+    told = capsys.readouterr().err
+    assert f"serving needs {missing}, which is not installed; install it: pip install 'blip2edge[serve]'" in told

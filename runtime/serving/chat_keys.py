@@ -1,0 +1,280 @@
+"""The keys of a chat request and the errors of an answer, as data.
+
+A value that cannot be honored is refused with its name; a value that changes nothing is accepted. ``null`` is the
+default of every key. The keys of OpenAI's schema are those of ``openai.types.chat.CompletionCreateParams``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from blip2edge.errors import (
+    Blip2EdgeError,
+    DeadlineError,
+    ImageError,
+    OverloadError,
+    PromptError,
+    UsageError,
+    python_option,
+)
+from blip2edge.runtime.decoding.options import GenerationOptions, shown
+
+
+class RequestError(UsageError):
+    """A request that is refused.
+
+    Args:
+        problem: As of :class:`UsageError`.
+        fix: As of :class:`UsageError`.
+        field: The wrong key.
+        code: ``error.code`` of the answer.
+        status: Its HTTP status.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        fix: str | None = None,
+        *,
+        field: str | None = None,
+        code: str = "invalid_value",
+        status: int = 400,
+    ) -> None:
+        super().__init__(problem, fix, field=field)
+        self.code, self.status = code, status
+
+
+ERRORS: tuple[tuple[type[Exception], int, str, str], ...] = (
+    (OverloadError, 503, "server_error", "overloaded"),
+    (DeadlineError, 504, "server_error", "deadline_exceeded"),
+    (UsageError, 400, "invalid_request_error", "invalid_value"),
+    (ImageError, 400, "invalid_request_error", "invalid_image"),
+    (PromptError, 400, "invalid_request_error", "invalid_prompt"),
+    (Exception, 500, "server_error", "internal_error"),
+)
+"""HTTP status, ``type`` and ``code`` of an error: the first class that matches; :class:`RequestError` has its own."""
+
+
+def classified(error: Exception) -> tuple[int, str, str]:
+    """Status, ``type`` and ``code`` of an error."""
+    status, kind, code = next(row[1:] for row in ERRORS if isinstance(error, row[0]))
+    return (error.status, kind, error.code) if isinstance(error, RequestError) else (status, kind, code)
+
+
+def error_json(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str, Any]:
+    """An error as JSON.
+
+    Args:
+        error: Its text names options by their Python names.
+        names: The request's keys by those names, where they differ.
+    """
+    _, kind, code = classified(error)
+    return {
+        "error": {
+            "message": error.text(lambda name, on: python_option(names.get(name, name), on)),
+            "type": kind,
+            "param": names.get(error.field or "", error.field),
+            "code": code,
+        }
+    }
+
+
+ANY_TEXT = object()
+"""In :attr:`ChatKey.values`: any text."""
+
+
+@dataclass(frozen=True)
+class ChatKey:
+    """A key of a chat request.
+
+    Attributes:
+        name: The key.
+        meaning: For the table in ``docs/serving.md``.
+        option: The field of ``GenerationOptions`` that it sets; empty for none.
+        values: The values that are accepted because they change nothing, or :data:`ANY_TEXT`. Empty for a key that is
+            read (``option`` is set, or ``is_read``), and for one that is always refused.
+        is_read: Whether ``openai_api`` reads it.
+        own: Whether it extends OpenAI's schema.
+    """
+
+    name: str
+    meaning: str
+    option: str = ""
+    values: tuple[Any, ...] = field(default=())
+    is_read: bool = False
+    own: bool = False
+
+    @property
+    def effect(self) -> str:
+        """``honored``, ``accepted: VALUES`` or ``refused``, for the table in the docs."""
+        if self.option or self.is_read:
+            return "honored"
+        if ANY_TEXT in self.values:
+            return "accepted: any text"
+        return f"accepted: {', '.join(f'`{json.dumps(value)}`' for value in self.values)}" if self.values else "refused"
+
+
+KEYS: tuple[ChatKey, ...] = (
+    ChatKey("messages", "the picture and the texts, see below", is_read=True),
+    ChatKey("model", "the server has one bundle, whose name is in the answer", values=(ANY_TEXT,)),
+    ChatKey("max_completion_tokens", "length of the answer in tokens, the end token included", "max_new_tokens"),
+    ChatKey("max_tokens", "the same under its older name; if both are given, they must be equal", "max_new_tokens"),
+    ChatKey("temperature", "from 0 (greedy) to 1000; the default is greedy decoding, not 1", "temperature"),
+    ChatKey("top_p", "from 0 to 1; 1 keeps all tokens and changes nothing", "top_p"),
+    ChatKey("seed", "the same request with the same seed gets the same text; negative numbers too", "seed"),
+    ChatKey("stop", "a text or up to 64 texts that end the answer, besides those of the bundle's template", "stop"),
+    ChatKey("stream", "server-sent events; beam search sends its text at the end, in one piece", is_read=True),
+    ChatKey(
+        "stream_options",
+        "`include_usage`: a last chunk with `usage`; `include_obfuscation` may be false",
+        is_read=True,
+    ),
+    ChatKey("n", "one answer", values=(1,)),
+    ChatKey("logprobs", "not returned", values=(False,)),
+    ChatKey("top_logprobs", "not returned", values=(0,)),
+    ChatKey("logit_bias", "", values=({},)),
+    ChatKey("frequency_penalty", "use `repetition_penalty`", values=(0,)),
+    ChatKey("presence_penalty", "use `repetition_penalty`", values=(0,)),
+    ChatKey("response_format", "plain text", values=({"type": "text"},)),
+    ChatKey("modalities", "plain text", values=(["text"],)),
+    ChatKey("tools", "", values=([],)),
+    ChatKey("tool_choice", "without tools nothing is called", values=("none", "auto")),
+    ChatKey("parallel_tool_calls", "without tools nothing is called", values=(True, False)),
+    ChatKey("functions", "", values=([],)),
+    ChatKey("function_call", "without functions nothing is called", values=("none", "auto")),
+    ChatKey("reasoning_effort", "", values=("none",)),
+    ChatKey("verbosity", "", values=("medium",)),
+    ChatKey("store", "nothing is stored", values=(False,)),
+    ChatKey("metadata", "nothing is stored", values=({},)),
+    ChatKey("service_tier", "", values=("auto", "default")),
+    ChatKey("user", "not used", values=(ANY_TEXT,)),
+    ChatKey("safety_identifier", "not used", values=(ANY_TEXT,)),
+    ChatKey("prompt_cache_key", "not used", values=(ANY_TEXT,)),
+    ChatKey("prompt_cache_retention", "", values=("in_memory",)),
+    ChatKey(
+        "prompt_cache_options",
+        "",
+        values=({}, {"mode": "implicit"}, {"ttl": "30m"}, {"mode": "implicit", "ttl": "30m"}),
+    ),
+    ChatKey("audio", ""),
+    ChatKey("moderation", ""),
+    ChatKey("prediction", ""),
+    ChatKey("web_search_options", ""),
+    ChatKey("max_new_tokens", "the same as `max_completion_tokens`", "max_new_tokens", own=True),
+    ChatKey("min_new_tokens", "no end token before this many tokens", "min_new_tokens", own=True),
+    ChatKey("num_beams", "beam search with 1 to 8 beams", "num_beams", own=True),
+    ChatKey("length_penalty", "beam scores are divided by length to this power", "length_penalty", own=True),
+    ChatKey("repetition_penalty", "above 1: fewer repetitions", "repetition_penalty", own=True),
+    ChatKey("top_k", "sample from this many tokens; 0: from all", "top_k", own=True),
+    ChatKey("draft", "draft model of speculative decoding; the text stays the same", "draft", own=True),
+    ChatKey("ask", "true: the text is a question for the bundle's question template", is_read=True, own=True),
+    ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),
+)
+"""All keys: those of OpenAI's schema first, then our own."""
+
+BY_NAME = {key.name: key for key in KEYS}
+
+NAMES = {**{key.option: key.name for key in reversed(KEYS) if key.option}, "deadline": "deadline_s"}
+"""The key that an error names for each of the library's options, where the request does not say which it used."""
+
+MIN_SEED = -(2**63)
+"""OpenAI's smallest seed. A negative one is taken modulo 2^64, as the library's seeds begin at 0."""
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Whether two JSON values are equal; a boolean is no number."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def check_chat_keys(values: Mapping[str, Any]) -> None:
+    """Checks the keys that are not read.
+
+    Args:
+        values: A request.
+
+    Raises:
+        RequestError: A key is unknown, or its value would change something and cannot be honored.
+    """
+    for name in sorted(values):
+        key, value = BY_NAME.get(name), values[name]
+        if key is None:
+            known = ", ".join(key.name for key in KEYS if key.option or key.is_read)
+            raise RequestError(
+                f"there is no key {shown(name)}", f"keys are {known}", field=name, code="unknown_parameter"
+            )
+        if value is None or key.option or key.is_read:
+            continue
+        if ANY_TEXT in key.values:
+            check_type(name, value, str, "a text")
+        elif not any(is_same(value, accepted) for accepted in key.values):
+            if not key.values:
+                raise RequestError(f"{name} is not supported", "leave it out", field=name, code="unsupported_parameter")
+            accepted = " or ".join(map(json.dumps, key.values))
+            raise RequestError(
+                f"expected {name} to be {accepted}, got {shown(value)}",
+                "leave it out: nothing else is supported",
+                field=name,
+                code="unsupported_value",
+            )
+
+
+def check_type(name: str, value: Any, kind: type, expected: str) -> None:
+    """Raises RequestError unless a value is None or of a type."""
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(f"expected {name} to be {expected}, got {shown(value)}", field=name, code="invalid_type")
+
+
+def check_seconds(value: Any) -> None:
+    """Raises RequestError unless ``deadline_s`` is None or a number; its range is checked by the scheduler."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise RequestError(
+            f"expected deadline_s to be a number of seconds, got {shown(value)}",
+            field="deadline_s",
+            code="invalid_type",
+        )
+
+
+def generation_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options that a request sets.
+
+    Returns:
+        Fields of ``GenerationOptions``, whose ranges are not checked yet; and the request's key for each of them.
+
+    Raises:
+        RequestError: Two keys set an option to different values.
+    """
+    options: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for key in KEYS:
+        value = values.get(key.name)
+        if not key.option or value is None or (key.option == "top_p" and is_same(value, 1)):
+            continue
+        first = names.setdefault(key.option, key.name)
+        if not is_same(options.setdefault(key.option, value), value):
+            raise RequestError(
+                f"expected {first} and {key.name} to be equal, got {shown(values[first])} and {shown(value)}",
+                "give one of the two",
+                field=key.name,
+            )
+    if isinstance(options.get("stop"), str):
+        options["stop"] = [options["stop"]]
+    seed = options.get("seed")
+    if isinstance(seed, int) and not isinstance(seed, bool) and MIN_SEED <= seed < 0:
+        options["seed"] = seed % 2**64
+    return options, {**NAMES, **names}
+
+
+FORM_OPTIONS = tuple(
+    name for name in GenerationOptions.__dataclass_fields__ if name in {key.option for key in KEYS if key.option}
+)
+"""Options of ``POST /caption`` and ``/ask``, by the names that ``caption --json`` has."""
+
+
+def key_table() -> str:
+    """The table of keys in ``docs/serving.md``, in Markdown."""
+    rows = ["| key | | meaning |", "|---|---|---|"]
+    rows += [f"| `{key.name}`{' (own)' if key.own else ''} | {key.effect} | {key.meaning} |" for key in KEYS]
+    return "\n".join(rows) + "\n"

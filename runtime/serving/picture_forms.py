@@ -1,0 +1,281 @@
+"""Pictures in requests: data URLs, and the three forms of ``POST /caption`` and ``/ask``.
+
+- The body is a picture file; options are in the query.
+- ``multipart/form-data``: files named ``file`` or ``image``; options are fields of the form, or in the query.
+- ``application/json``: ``image`` is a data URL, or a list of them; options are keys.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from starlette.datastructures import FormData, Headers, QueryParams, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from blip2edge.errors import one_line
+from blip2edge.runtime.decoding.options import shown
+from blip2edge.runtime.serving.chat_keys import FORM_OPTIONS, RequestError, check_seconds, check_type
+
+MAX_BODY_BYTES = 32 << 20  # of a request's body
+
+JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
+FILE_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+"""Types of a body that is a picture file, besides ``image/*``; the last is what curl sends for ``--data-binary``."""
+
+PICTURES = ("file", "image")
+"""Names of pictures in a form, and of the picture in JSON."""
+
+TEXT_OPTIONS = ("prompt", "question", "draft", "stop")
+"""Options of a query or form that are texts; all others are numbers."""
+
+SEND = "curl --data-binary @dog.jpg URL, or curl -F file=@dog.jpg URL"
+
+_TEXT = re.compile(rb"(?!P[1-7]\s|#define|/\* XPM)[\t\n\r -~]+")
+"""The beginning of a body that is a text; some formats of pictures are texts too."""
+
+_WHITE = re.compile(r"[\t\n\f\r ]+")
+
+
+def media_type(headers: Headers) -> str:
+    """A body's type in lower case, without parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """A body's JSON object.
+
+    Raises:
+        RequestError: It is none, or a key is in it twice.
+    """
+    try:
+        values = json.loads(body, parse_constant=_no_number, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            f"expected a JSON object, got what cannot be parsed ({one_line(error)})", code="invalid_json"
+        ) from error
+    if not isinstance(values, dict):
+        raise RequestError(f"expected a JSON object, got {type(values).__name__}", code="invalid_json")
+    return values
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} is given twice")
+    return values
+
+
+def picture_bytes(url: Any, field: str) -> bytes:
+    """The file in a data URL (RFC 2397), read as browsers do (https://fetch.spec.whatwg.org/#data-urls).
+
+    Scheme and ``base64`` may be in upper case; media type and parameters may be left out or be any; the data may be
+    percent-encoded, with or without base64; base64 may contain white space and lack its padding.
+
+    Args:
+        url: The URL.
+        field: The request's key, for errors.
+
+    Raises:
+        RequestError: It is another kind of URL, or its base64 is broken.
+    """
+    text = url.strip() if isinstance(url, str) else ""
+    head, comma, data = text.partition(",")
+    if not comma or head[:5].lower() != "data:":
+        raise RequestError(
+            f"expected a picture as data:image/...;base64,..., got {shown(url)}",
+            "send the picture itself; this server fetches nothing",
+            field=field,
+            code="invalid_image_url",
+        )
+    content = unquote_to_bytes(data.partition("#")[0])
+    if head.rpartition(";")[2].strip().lower() != "base64":
+        return content
+    compact = _WHITE.sub("", content.decode("latin-1"))
+    if not compact.endswith("="):
+        compact += "=" * (-len(compact) % 4)
+    try:
+        return base64.b64decode(compact, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(
+            f"expected base64 after {shown(head)}, got something else ({error})",
+            field=field,
+            code="invalid_base64",
+        ) from error
+
+
+@dataclass(frozen=True)
+class CaptionRequest:
+    """A request of ``POST /caption`` or ``/ask``.
+
+    Attributes:
+        pictures: Files, at least one.
+        text: The prompt or the question; None where it is missing or empty.
+        options: Fields of ``GenerationOptions``.
+        deadline: Seconds for the answer (``deadline_s``); None for the server's default.
+    """
+
+    pictures: tuple[bytes, ...]
+    text: str | None
+    options: dict[str, Any]
+    deadline: float | None
+
+
+async def read_caption_request(body: bytes, headers: Headers, query: QueryParams, text: str) -> CaptionRequest:
+    """Reads a request in one of the three forms.
+
+    Args:
+        body: The body.
+        headers: Of the request.
+        query: Of the URL.
+        text: ``prompt`` or ``question``.
+
+    Raises:
+        RequestError: The body's type is another, there is no picture, or an option is unknown or given twice.
+    """
+    kind = media_type(headers)
+    given = [(name, _value(name, value)) for name, value in query.multi_items()]
+    pictures: list[bytes] = []
+    if kind == FORM_TYPE:
+        await _read_form(body, headers, pictures, given)
+    elif kind == JSON_TYPE:
+        values = json_object(body)
+        urls = values.pop("image", None)
+        pictures += [picture_bytes(url, "image") for url in (urls if isinstance(urls, list) else [urls])]
+        given += values.items()
+    elif kind in FILE_TYPES or kind.startswith("image/"):
+        if _TEXT.fullmatch(body[:256]):
+            raise RequestError(
+                "expected a picture file, got a text",
+                f"send a picture: {SEND}; a form needs the type {FORM_TYPE}, and JSON {JSON_TYPE}",
+                code="invalid_image",
+            )
+        pictures += [body] if body else []
+    else:
+        raise RequestError(
+            f"expected a body of the type image/*, {FORM_TYPE} or {JSON_TYPE}, got {shown(kind)}",
+            f"send a picture: {SEND}",
+            code="unsupported_media_type",
+            status=415,
+        )
+    options = _unique(given, text)
+    if not pictures:
+        raise RequestError(
+            "expected a picture, got none",
+            f"send one: {SEND}",
+            code="missing_picture",
+        )
+    prompt, deadline = options.pop(text, None), options.pop("deadline_s", None)
+    check_type(text, prompt, str, "a text")
+    check_seconds(deadline)
+    return CaptionRequest(tuple(pictures), prompt or None, options, deadline)
+
+
+class _FormParser(MultiPartParser):
+    """Parses a form in memory; a form without its end is an error."""
+
+    spool_max_size = MAX_BODY_BYTES
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    async def parse(self) -> FormData:
+        form = await super().parse()
+        if not self.ended:
+            await form.close()
+            raise MultiPartException("the last boundary is missing")
+        return form
+
+
+async def _read_form(body: bytes, headers: Headers, pictures: list[bytes], given: list[tuple[str, Any]]) -> None:
+    """Adds the files and the fields of a form."""
+
+    async def content() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await _FormParser(headers, content()).parse()
+    except MultiPartException as error:
+        raise RequestError(
+            f"the body is no form of the type {FORM_TYPE} ({error.message})",
+            "send the picture as a file of a form: curl -F file=@dog.jpg URL",
+            code="invalid_form",
+        ) from error
+    try:
+        for name, value in form.multi_items():
+            if name in PICTURES:
+                pictures.append(await value.read() if isinstance(value, UploadFile) else _written_picture(value, name))
+            elif isinstance(value, UploadFile):
+                raise RequestError(
+                    f"expected files of the name {' or '.join(PICTURES)} in the form, got a file {shown(name)}",
+                    "send the picture as: curl -F file=@dog.jpg URL",
+                    field=name,
+                )
+            else:
+                given.append((name, _value(name, value)))
+    finally:
+        await form.close()
+
+
+def _written_picture(text: str, name: str) -> bytes:
+    """The picture of a form's field that is no file."""
+    if text.lstrip()[:5].lower() != "data:":
+        raise RequestError(
+            f"expected {name} to be a file or a data URL, got the text {shown(text)}",
+            f"send a file, with an @: curl -F {name}=@dog.jpg URL",
+            field=name,
+        )
+    return picture_bytes(text, name)
+
+
+def _value(name: str, text: str) -> Any:
+    """An option of a query or form: a number where it is one; None where it is empty."""
+    if not text:
+        return None
+    if name in TEXT_OPTIONS:
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _unique(given: list[tuple[str, Any]], text: str) -> dict[str, Any]:
+    """The options; texts of ``stop`` are collected."""
+    known = (text, *FORM_OPTIONS, "deadline_s")
+    options: dict[str, Any] = {}
+    for name, value in given:
+        if name not in known:
+            raise RequestError(
+                f"there is no parameter {shown(name)}",
+                f"parameters are {', '.join(known)}",
+                field=name,
+                code="unknown_parameter",
+            )
+        if value is None:
+            continue
+        if name == "stop":
+            options.setdefault(name, []).extend(value if isinstance(value, list) else [value])
+        elif name in options:
+            raise RequestError(f"expected {name} once, got it twice", "give it once", field=name)
+        else:
+            options[name] = value
+    return options
+
+
+def single(pictures: tuple[bytes, ...]) -> bytes | list[bytes]:
+    """The picture as ``Captioner.caption`` takes it: one, or a list of several."""
+    return pictures[0] if len(pictures) == 1 else list(pictures)
