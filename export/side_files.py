@@ -56,9 +56,9 @@ class SideFiles:
             CheckpointError: A file is missing, does not fit the model, or has a value that would change captions and
                 is not supported.
         """
+        tokenizer = read_tokenizer(directory)
         preprocessing, warnings = _preprocessing(directory, config)
         warnings = [*check_config(directory), *_check_processor(directory, config), *warnings]
-        tokenizer = read_tokenizer(directory)
         content, flags = tokenizer.content, tokenizer.flags
         if isinstance(config, RetrievalConfig):
             _check_tokenizer(tokenizer, config.text.vocab_size, "the text side")
@@ -182,7 +182,8 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
     accepted: dict[str, tuple[Any, ...]] = {key: (values.get(key),) for key in FROM_CONFIG}
     if isinstance(config, CaptionerConfig):
         family = FAMILIES[config.family]
-        accepted |= {"num_query_tokens": (config.bridge.num_visual_tokens,)}
+        if config.bridge.kind in ("qformer", "instructed-qformer"):
+            accepted |= {"num_query_tokens": (config.bridge.num_visual_tokens,)}
         if family.image_token:
             accepted |= {"image_token": (family.image_token,), "patch_size": (config.vision.patch_size,)}
         added = values.get("num_additional_image_tokens") or 0

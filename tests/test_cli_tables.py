@@ -41,6 +41,7 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             seconds=2.0,
             peak_memory_bytes=400_000_000,
             merging=None,
+            warnings=["config.json: not used: colour"],
         )
 
     module = ModuleType("blip2edge.export.pipeline")
@@ -67,6 +68,7 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     ]
     assert output.out.splitlines()[-1] == "out: verified (full) against torch, 2.0 s, peak memory 400.0 MB"
     assert output.err.startswith("decoder: 1/1")
+    assert output.err.endswith("warning: config.json: not used: colour\n")
     assert {**calls[0], "progress": None} == {
         "checkpoint": "some/name",
         "output": Path("out"),

@@ -171,8 +171,8 @@ def read_image_processor(
                 settings[key] = row.settings()[key]
         preprocessing = Preprocessing(
             resize=steps["do_resize"],
-            size=_size(settings["size"], _flag(values, "default_to_square", row.square)),
-            crop=_size(settings["crop_size"], square=True) if steps["do_center_crop"] else None,
+            size=_size("size", settings["size"], _flag(values, "default_to_square", row.square)),
+            crop=_size("crop_size", settings["crop_size"], square=True) if steps["do_center_crop"] else None,
             resample=BILINEAR if settings["resample"] is None else settings["resample"],
             do_rescale=steps["do_rescale"],
             rescale_factor=float(settings["rescale_factor"]),
@@ -201,14 +201,17 @@ def _flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
     return bool(value)
 
 
-def _size(value: Any, square: bool) -> dict[str, int]:
+def _size(key: str, value: Any, square: bool) -> dict[str, int]:
     """transformers' forms of a size (an object, a number, or height and width) as a dict."""
     if isinstance(value, Mapping):
-        return {key: edge for key, edge in value.items() if edge is not None}
-    if isinstance(value, (list, tuple)):
-        height, width = value
-        return {"height": height, "width": width}
-    return {"height": value, "width": value} if square else {"shortest_edge": value}
+        size = {name: edge for name, edge in value.items() if edge is not None}
+    elif isinstance(value, (list, tuple)) and len(value) == 2:
+        size = {"height": value[0], "width": value[1]}
+    else:
+        size = {"height": value, "width": value} if square else {"shortest_edge": value}
+    if not all(isinstance(edge, int) and not isinstance(edge, bool) for edge in size.values()):
+        raise ValueError(f"{key}: expected whole numbers of pixels, got {value!r}")
+    return size
 
 
 def _channels(value: Any) -> tuple[float, float, float]:

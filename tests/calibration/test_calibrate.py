@@ -188,7 +188,7 @@ def test_the_command_and_inspect(
     words = ["calibrate", str(tiny_bundle), "-o", str(output), "--images", str(images), "--method", "entropy"]
     assert main([*words, "--weights", "none", "--threads", "1", "--no-optimize"]) == 0
     told = capsys.readouterr()
-    assert f"warning: {PICTURES} pictures" in told.err
+    assert f"calibration pictures are advised, got {PICTURES}" in told.err
     assert "same caption as the parent" in told.out
     assert main(["inspect", str(output), "--verify"]) == 0
     shown = capsys.readouterr().out

@@ -122,7 +122,7 @@ def test_each_guard_is_needed_and_stands_in_the_code() -> None:
             assert member not in known, f"{name} is in {version}: no guard is needed"
     assert 'hasattr(self.trt, "IStreamReaderV2")' in (ROOT / "runtime/tensorrt/session.py").read_text()
     builder = (ROOT / "engine/builder.py").read_text()
-    assert "if settings.compute_capabilities:" in builder
+    assert "if options.sm:" in builder
 
 
 @pytest.mark.parametrize("version", sorted(API))

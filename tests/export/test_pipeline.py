@@ -296,7 +296,7 @@ def test_no_tokenizer(quick: Export, copy: Path, out: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json; save the processor too"):
         quick(copy, out / "bundle")
     (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"is not a valid tokenizer\.json"):
+    with pytest.raises(CheckpointError, match="transformers cannot load the tokenizer of"):
         quick(copy, out / "bundle")
     assert os.listdir(out) == []
 
@@ -314,15 +314,16 @@ def test_no_processor(quick: Export, copy: Path, out: Path) -> None:
     [
         ({"size": {"height": 48, "width": 32}}, "48 x 32, but the vision encoder takes 32 x 32"),
         ({"size": {"height": 0, "width": 32}}, "size"),
-        ({"size": "large"}, "preprocessor_config.json"),
-        ({"image_mean": [0.5, 0.5]}, "preprocessor_config.json"),
+        ({"size": "large"}, "processor_config.json, image_processor: size"),
+        ({"image_mean": [0.5, 0.5]}, "processor_config.json, image_processor: "),
         ({"image_std": [0.5, 0.0, 0.5]}, "std"),
         ({"resample": 77}, "resample"),
     ],
 )
 def test_a_processor_that_does_not_fit(values: dict[str, Any], told: str, quick: Export, copy: Path, out: Path) -> None:
-    processor = json.loads((copy / "processor_config.json").read_text())["image_processor"]
-    (copy / "preprocessor_config.json").write_text(json.dumps(processor | values))
+    path = copy / "processor_config.json"
+    processor = json.loads(path.read_text())
+    path.write_text(json.dumps(processor | {"image_processor": processor["image_processor"] | values}))
     with pytest.raises(CheckpointError) as caught:
         quick(copy, out / "bundle")
     assert told in str(caught.value)

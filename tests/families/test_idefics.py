@@ -214,4 +214,5 @@ def test_what_does_not_fit_is_refused_in_a_line(plain: Model, tmp_path: Path) ->
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if "fake" not in token["content"]]
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     refused("no token <fake_token_around_image>")
