@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2edge.errors import DataError, ImageError, option
+from blip2edge.picture_files import PICTURE_SUFFIXES, SHARD_SUFFIX, ShardFile, open_shard
 from blip2edge.progress import counted
-from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES, load_image
-from blip2edge.runtime.images.shards import SHARD_SUFFIX, ShardFile, open_shard
+from blip2edge.runtime.images.preprocess import load_image
 
 ADVISED = 100
 """With fewer pictures, ranges are uncertain, and a calibration warns."""

@@ -35,9 +35,8 @@ from blip2edge.packages import installed, require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.backends.open_graph import RowByRow
+from blip2edge.runtime.backends.open_graph import KIND, OptimizedGraph, OptimizedRecord, RowByRow
 from blip2edge.runtime.backends.openvino import OpenVinoSession
-from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord
 from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.decoding.language_model import decoder_of
 from blip2edge.version import __version__

@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> int:
     _check_installed()
     target = _target(options.out)
     from blip2edge.export.pipeline import export_checkpoint
+    from blip2edge.picture_files import PICTURE_SUFFIXES
     from blip2edge.runtime.captioning.captioner import Captioner
-    from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
 
     with Progress() as progress:
         report = export_checkpoint(CHECKPOINT, target, force=True, progress=progress)

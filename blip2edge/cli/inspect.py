@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _copies(bundle: Bundle) -> list[str]:
     """The optimized copies of a bundle, and which of its graphs run from them."""
-    from blip2edge.runtime.backends.optimized_copy import KIND, PACKAGES, read_copy
+    from blip2edge.runtime.backends.open_graph import KIND, PACKAGES, read_copy
 
     lines = []
     for backend in PACKAGES:

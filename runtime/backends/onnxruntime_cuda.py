@@ -19,9 +19,8 @@ from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError
 from blip2edge.packages import require
 from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
-from blip2edge.runtime.backends.onnx_bytes import onnx_model
 from blip2edge.runtime.backends.onnxruntime_cpu import raised_as
-from blip2edge.runtime.backends.probe import check_provider
+from blip2edge.runtime.backends.probe import check_provider, onnx_model
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1"}
@@ -36,7 +35,7 @@ POSITION_AXIS = 2
 """The axis of ``[B, H, P, d]`` that is sliced."""
 
 RunModel = Callable[[bytes, Mapping[str, Any]], Any]
-"""Runs a model of :mod:`blip2edge.runtime.backends.onnx_bytes` on the device; its output ``y`` as an ``OrtValue``."""
+"""Runs a model of :mod:`blip2edge.runtime.backends.probe` on the device; its output ``y`` as an ``OrtValue``."""
 
 
 def open_graph(

@@ -18,7 +18,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.runtime.backends.base import open_session
-from blip2edge.runtime.backends.onnx_bytes import Node, onnx_model
+from blip2edge.runtime.backends.probe import Node, onnx_model
 
 STREAMED = 1 << 28  # bytes, more than any cache holds
 SIZES = ((1024, 1024, 1024), (256, 768, 768), (192, 768, 3072))  # of products: rows, inner, columns

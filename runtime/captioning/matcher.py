@@ -30,8 +30,8 @@ from blip2edge.bundle.schema import (
 )
 from blip2edge.errors import BundleError, PromptError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
-from blip2edge.runtime.captioning.arguments import check_text, listed
 from blip2edge.runtime.captioning.assemble import LoadedBundle, image_parts
+from blip2edge.runtime.captioning.request import check_text, listed
 from blip2edge.runtime.decoding.options import check_integer
 from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.text.tokenizer import Tokenizer

@@ -1,18 +1,22 @@
-"""Requests of the scheduler (with cancellation and deadline), their results, and the spans of a trace."""
+"""Requests (with cancellation and deadline), their results, the spans of a trace, and checks of arguments."""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from blip2edge.errors import DeadlineError
+import numpy as np
+from PIL import Image
+
+from blip2edge.errors import DeadlineError, UsageError, option
 from blip2edge.runtime.decoding.generate import Generation
-from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.decoding.options import GenerationOptions, shown
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
@@ -165,3 +169,35 @@ class Request:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)
         self.push(None)
+
+
+Item = TypeVar("Item")
+
+
+def listed(name: str, values: Iterable[Item]) -> list[Item]:
+    """Pictures or texts as a list.
+
+    Args:
+        name: The argument's name, for the error.
+        values: The value that the user passed.
+
+    Raises:
+        UsageError: The value is a single picture or text, or not iterable.
+    """
+    one = isinstance(values, (str, bytes, os.PathLike, Image.Image)) or not isinstance(values, Iterable)
+    if isinstance(values, np.ndarray):  # a batch of pictures is [N, H, W] or [N, H, W, 3]
+        one = values.ndim < 3 or (values.ndim == 3 and values.shape[-1] in (1, 3, 4))
+    if one:
+        what = f"an array {list(values.shape)}" if isinstance(values, np.ndarray) else shown(values)
+        raise UsageError(f"expected {option(name)} to be a list, got {what}", "put a single value in a list: [x]")
+    return list(values)
+
+
+def check_text(name: str, value: object) -> None:
+    """Checks that a prompt, a question or a text is a str.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if not isinstance(value, str):
+        raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}")

@@ -39,9 +39,6 @@ _UPRIGHT = 1  # EXIF orientation of a picture that needs no turning
 _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box, hamming
 _warning_filters = threading.Lock()
 
-PICTURE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-"""Suffixes of picture files in a folder or a shard, in lower case."""
-
 ImageSource = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from blip2edge.errors import BackendError, DataError, ImageError
 from blip2edge.packages import require
+from blip2edge.picture_files import PICTURE_SUFFIXES
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import CaptionResult
-from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 
 POLL_S = 0.2  # between two listings of a folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2edge.errors import DataError
-from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
+from blip2edge.picture_files import PICTURE_SUFFIXES
 from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture
 
 

@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image
 
 from blip2edge.errors import DataError, OutputError
+from blip2edge.picture_files import SHARD_SUFFIX, ShardFile, open_shard
 from blip2edge.runtime.images.preprocess import load_image
-from blip2edge.runtime.images.shards import SHARD_SUFFIX, ShardFile, open_shard
 from blip2edge.training.data.entries import BrokenSamples, Entry, file_identity
 from blip2edge.training.data.folder import captions_of
 

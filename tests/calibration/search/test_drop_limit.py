@@ -30,7 +30,7 @@ from blip2edge.calibration.search.sensitivity import (
 )
 from blip2edge.calibration.targets import Product
 from blip2edge.errors import UsageError
-from blip2edge.runtime.images.shards import ShardFile
+from blip2edge.picture_files import ShardFile
 from blip2edge.training.metrics.captions import cider_d
 
 

@@ -1,4 +1,4 @@
-"""Reads pictures from WebDataset shards: uncompressed tar files on a disk.
+"""Endings of picture files, and reading of pictures from WebDataset shards: uncompressed tar files on a disk.
 
 Only the headers of a shard are read to list its files. A picture is read later, from its offset in the shard.
 """
@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from blip2edge.errors import ImageError
-from blip2edge.runtime.images.preprocess import PICTURE_SUFFIXES
+
+PICTURE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+"""Suffixes of picture files in a folder or a shard, in lower case."""
 
 SHARD_SUFFIX = ".tar"
 
