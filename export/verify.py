@@ -255,16 +255,17 @@ def _bf16_twin(traced: Traced, read: Callable[[str], Tensor], directory: Path) -
 def compare_sample(
     name: str, config: Config, read: Callable[[str], Tensor], weights: Weights, precision: str
 ) -> list[Parity]:
-    """Compares single layers, with the nodes before and after them, using the weights of the bundle.
+    """Compares a graph with the torch model one layer at a time, if the whole graph needs too much memory.
 
-    The same module is traced by the same code with one layer of the stack. Its initializers refer to the file of the
-    whole graph, so the bytes of the bundle are what is run. Memory holds one layer.
+    For each sampled layer, the module is traced again with this layer alone in its stack; what comes before and after
+    the stack stays. The small graph reads its weights from the data file of the exported graph, so the exported weights
+    are checked. Only one layer is in memory at a time.
 
     Args:
-        name: The graph.
-        config: The captioner.
+        name: Name of the graph.
+        config: Config of the model.
         read: Returns a parameter of the checkpoint by blip2edge's name.
-        weights: The graph's data file, and the places of its tensors.
+        weights: Path of the graph's data file, with offset and length of each tensor in it.
         precision: The graph's precision.
 
     Raises:

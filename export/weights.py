@@ -170,7 +170,10 @@ def check_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dt
     """
     written = SafetensorsFile(path).array(EMBEDDINGS_TENSOR)
     if hashlib.sha256(written.data).digest() != hashlib.sha256(_bytes(table, parameter, dtype)).digest():
-        raise ExportError(f"{path} does not hold the weight {parameter} as the checkpoint has it")
+        raise ExportError(
+            f"the weight {parameter} in {path} differs from the checkpoint",
+            "export again; if this error stays, report it",
+        )
 
 
 def _bytes(table: Tensor, parameter: str, dtype: torch.dtype) -> memoryview:

@@ -35,7 +35,8 @@ class Rule:
     Attributes:
         ours: Path in this project's model; ``*`` matches any one component.
         theirs: Path in the checkpoint; if several, their tensors are stacked along the first axis into one parameter.
-        rows: Number of rows of each of several tensors; empty if they have the same number.
+        rows: If `theirs` has several paths, the number of rows of each tensor, in this order; empty if all have equally
+            many.
     """
 
     ours: str

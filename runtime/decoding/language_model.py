@@ -41,7 +41,7 @@ class LanguageModel:
     """The decoder and the graphs that compute the decoder's inputs from prompts and pictures.
 
     Args:
-        decoder: The decoder.
+        decoder: The decoder graph with its KV cache.
         initial: Ids that every text begins with (encoder-decoder models); empty if a text continues its prompt.
     """
 

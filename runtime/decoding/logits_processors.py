@@ -338,10 +338,10 @@ def sampling_filters(options: GenerationOptions) -> list[Filter]:
 
 
 def check_ids(options: GenerationOptions, vocabulary: int) -> None:
-    """Checks the ids of options that transformers refuses outside the vocabulary.
+    """Checks that token ids in the options are in the vocabulary, for the options for which transformers checks it too.
 
     Raises:
-        UsageError: An id has no logit.
+        UsageError: An id is not below ``vocabulary``, the number of logits.
     """
     forced_first = () if options.forced_bos_token_id is None else (options.forced_bos_token_id,)
     sequences = {

@@ -277,7 +277,7 @@ def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
         raise UsageError(f"expected {option(name)} to be a list of lists of ids, got {shown(value)}")
     sequences = tuple(_ids(name, ids) for ids in value)
     if not all(sequences):
-        raise UsageError(f"expected {option(name)} to be a list of lists of ids, got an empty list in it")
+        raise UsageError(f"expected {option(name)} to be a list of non-empty lists of ids, got an empty one")
     return sequences
 
 

@@ -252,7 +252,8 @@ def _load_head(model: Stage1Model, directory: Path) -> None:
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{directory / DRAFT_FILE} does not contain the word head ({reason})", "copy the file again"
+            f"{directory / DRAFT_FILE} does not contain the weights of the text head ({reason})",
+            "copy the file again from the output of stage 1",
         ) from error
 
 

@@ -86,8 +86,9 @@ def base_of(directory: Path, base: Path | None) -> Path:
         found = _named_base(directory)
     if has_adapter(found) and found.resolve() != directory.resolve():
         raise CheckpointError(
-            f"the base {found} of the adapter {directory} has an adapter too ({ADAPTER_CONFIG}), and one is merged",
-            "merge that one into its base first: merge_and_unload() of the PEFT model, then save_pretrained",
+            f"the base {found} of the adapter {directory} is an adapter itself ({ADAPTER_CONFIG}), and only one "
+            "adapter can be merged",
+            f"merge the adapter in {found} first: load it with PEFT, then merge_and_unload() and save_pretrained",
         )
     return found
 
