@@ -238,7 +238,7 @@ def test_two_adapters_are_not_one(apart: tuple[Path, Path, Any], copied: Path, t
     base = Path(shutil.copytree(apart[1], tmp_path / "base"))
     shutil.copy(apart[0] / CONFIG, base)
     shutil.copy(apart[0] / WEIGHTS, base)
-    with pytest.raises(CheckpointError, match=r"base .* has an adapter too.*merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"base .* is an adapter itself.*merge_and_unload"):
         open_checkpoint(copied, base)
 
 
