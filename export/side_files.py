@@ -71,6 +71,7 @@ class SideFiles:
         _check_tokenizer(tokenizer, config.language.vocab_size, "the language model", picture)
         if family.around_image:
             _check_markers(tokenizer, (family.image_token, family.around_image))
+        _check_frame(tokenizer, framed=not family.framed, plain=bool(family.around_image))
         instruction = None
         if config.instruction_positions:
             qformer = read_tokenizer(directory / "qformer_tokenizer")
@@ -121,6 +122,33 @@ def _check_markers(tokenizer: SerializedTokenizer, markers: Sequence[str]) -> No
         raise CheckpointError(
             f"{tokenizer.where} has no token {missing[0]}, which marks pictures in this model's texts",
             "copy the tokenizer that the model was trained with",
+        )
+
+
+def _check_frame(serialized: SerializedTokenizer, *, framed: bool, plain: bool) -> None:
+    """Checks the special tokens that the tokenizer adds to a text; the runtime relies on them in two families.
+
+    Args:
+        serialized: The tokenizer.
+        framed: Whether one token must be added before the text and one after it (BLIP, where transformers replaces
+            the first and drops the last).
+        plain: Whether none may be added (Idefics, whose processor writes its own).
+
+    Raises:
+        CheckpointError: The tokenizer adds other tokens.
+    """
+    tokenizer = serialized.open()
+    text = "a photo"
+    alone, whole = (tokenizer.encode(text, add_special_tokens=added) for added in (False, True))
+    if framed and whole[1:-1] != alone:
+        raise CheckpointError(
+            f"{serialized.where}: expected one special token before a text and one after it, got {whole} for {alone}",
+            "copy the tokenizer that the model was trained with",
+        )
+    if plain and whole != alone:
+        raise CheckpointError(
+            f"{serialized.where}: expected no special tokens around a text, got {whole} for {alone}",
+            "set add_bos_token and add_eos_token to false",
         )
 
 

@@ -191,6 +191,15 @@ def test_settings_of_the_tokenizer_reach_the_bundle(copied: Path) -> None:
     assert ours.encode(text) == theirs(text)["input_ids"] != Tokenizer.from_file(copied / "tokenizer.json").encode(text)
 
 
+@pytest.mark.parametrize(("kind", "key"), [("blip", "add_bos_token"), ("idefics", "add_eos_token")])
+def test_other_special_tokens_around_a_text_are_refused(kind: str, key: str, tmp_path: Path) -> None:
+    KINDS[kind].save(tmp_path)
+    read(tmp_path)
+    edit(tmp_path / "special_tokens_map.json", "", **{key: True})
+    with pytest.raises(CheckpointError, match=r"expected (one|no) special token"):
+        read(tmp_path)
+
+
 def test_generation_config_becomes_the_defaults(tmp_path: Path) -> None:
     draw_llava(tmp_path, 0)
     path = tmp_path / "generation_config.json"
