@@ -71,6 +71,12 @@ class SideFiles:
         _check_tokenizer(tokenizer, config.language.vocab_size, "the language model", picture)
         if family.around_image:
             _check_markers(tokenizer, (family.image_token, family.around_image))
+            if tokenizer.bos_token_id not in (None, config.bos_token_id):  # the processor begins texts with it
+                raise CheckpointError(
+                    f"{directory}: the tokenizer's bos_token has the id {tokenizer.bos_token_id}, but bos_token_id in "
+                    f"config.json is {config.bos_token_id}",
+                    "copy the tokenizer that the model was trained with",
+                )
         _check_frame(tokenizer, framed=not family.framed, plain=bool(family.around_image))
         instruction = None
         if config.instruction_positions:

@@ -31,7 +31,7 @@ from transformers import AutoProcessor, GenerationConfig
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
-from blip2edge.errors import Blip2EdgeError
+from blip2edge.errors import Blip2EdgeError, PromptError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.export.side_files import SideFiles
 from blip2edge.model.checkpoint.directory import Checkpoint
@@ -103,7 +103,8 @@ def _their_ids(model: Any, processor: Any, picture: Any, kind: Kind) -> list[flo
         inputs = processor(text=[[picture, kind.prompt]], return_tensors="pt")
     else:
         inputs = processor(images=picture, text=kind.text or kind.prompt, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+    found = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    ids = getattr(found, "sequences", found)[0].tolist()
     length = inputs["input_ids"].shape[1]
     return list(ids[{"all": length, "but one": length - 1, "none": 0}[kind.prompt_ids] :])
 
@@ -234,6 +235,8 @@ def judge(base: Base, directory: Path) -> str:
             export_checkpoint(directory, bundle, verify="sample")
         try:
             found = ours(bundle, base.kind)
+        except PromptError as error:  # the text of the request has become a special token
+            return f"refused at run: {error}"
         except Blip2EdgeError as error:
             return f"different: {error}"
     if same(found, wanted):

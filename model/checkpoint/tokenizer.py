@@ -28,11 +28,13 @@ class SerializedTokenizer:
         where: Its file, for errors.
         content: A ``tokenizer.json``.
         flags: Those of :data:`FLAGS` that are on: arguments of :class:`~blip2edge.runtime.text.tokenizer.Tokenizer`.
+        bos_token_id: Id of the token that ``tokenizer_config.json`` names as BOS; None if it names none.
     """
 
     where: Path
     content: bytes
     flags: dict[str, bool] = field(default_factory=dict)
+    bos_token_id: int | None = None
 
     def open(self) -> Tokenizer:
         """The runtime's tokenizer.
@@ -77,4 +79,4 @@ def read_tokenizer(directory: Path) -> SerializedTokenizer:
     backend.no_truncation()
     backend.no_padding()
     flags = {name: True for name in FLAGS if getattr(tokenizer, name, False)}
-    return SerializedTokenizer(plain, str(backend.to_str()).encode(), flags)
+    return SerializedTokenizer(plain, str(backend.to_str()).encode(), flags, tokenizer.bos_token_id)
