@@ -17,6 +17,9 @@ from blip2edge.model.checkpoint.side_keys import CONFIG, refused, unread_warning
 from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.families.registry import read_config
 
+TRANSFORMERS_TYPES = {"minigpt4": "blip-2"}
+"""``model_type`` of transformers' class for a format that transformers does not know but that has the same keys."""
+
 
 class RecordedObject(Mapping[str, Any]):
     """A JSON object that records which of its keys were read; its own objects do the same.
@@ -68,14 +71,31 @@ def check_config(directory: Path) -> list[str]:
     values = read_json(path)
     recorded = RecordedObject(values)
     read_config(recorded)
-    if values.get("model_type") not in CONFIG_MAPPING:
-        return []
+    model_type = TRANSFORMERS_TYPES.get(values["model_type"], values["model_type"])
+    if model_type not in CONFIG_MAPPING:
+        return _unread_keys(str(path), recorded)
     try:
-        config_class: Any = CONFIG_MAPPING[values["model_type"]]
-        whole, without = (config_class.from_dict(deepcopy(part)) for part in (values, recorded.read_part()))
+        config_class: Any = CONFIG_MAPPING[model_type]
+        whole, without = (
+            config_class.from_dict({**deepcopy(part), "model_type": model_type})
+            for part in (values, recorded.read_part())
+        )
     except Exception as error:  # each config class raises its own
         raise CheckpointError(f"transformers cannot read {path} ({one_line(error)})") from error
     return _check_section(str(path), recorded, whole, without)
+
+
+def _unread_keys(where: str, section: RecordedObject) -> list[str]:
+    """Warnings for a format that transformers does not know: all keys that the reader did not ask for."""
+    unread = [
+        key
+        for key, value in section.content.items()
+        if key not in section.keys_read and value is not None and CONFIG.effect(key) != "neutral"
+    ]
+    warnings = unread_warning(where, unread)
+    for name, part in section.sections.items():
+        warnings += _unread_keys(f"{where}, {name}", part)
+    return warnings
 
 
 def _check_section(where: str, section: RecordedObject, whole: Any, without: Any) -> list[str]:

@@ -27,7 +27,8 @@ from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, GENERATION, IMAGE_
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from tests.drawing import Drawn
-from tests.families.drawing_llama import draw_llava
+from tests.families.drawing_llama import draw_llava, draw_minigpt4
+from tests.families.test_pool import save_pool
 from tests.side_file_draws import KINDS, Draws
 
 ROOT = Path(__file__).parents[2]
@@ -172,6 +173,27 @@ def test_another_image_token_than_the_tokenizers_is_refused(copied: Path) -> Non
     edit(copied / "config.json", image_token_index=0)
     with pytest.raises(CheckpointError, match=r"but config\.json says image_token_index 0"):
         read(copied)
+
+
+def test_formats_that_transformers_does_not_know_are_checked_too(tmp_path: Path) -> None:
+    draw_minigpt4(tmp_path, 0)
+    assert read(tmp_path).warnings == ()
+    edit(tmp_path / "config.json", "text_config", favourite=3)
+    (warning,) = read(tmp_path).warnings
+    assert warning.endswith("text_config: not used, as transformers does not read it either: favourite")
+    edit(tmp_path / "config.json", "qformer_config", use_qformer_text_input=True)
+    with pytest.raises(CheckpointError, match="use_qformer_text_input is true"):
+        read(tmp_path)
+
+
+def test_unread_keys_of_this_projects_own_format_are_named(tiny_checkpoint: Drawn, tmp_path: Path) -> None:
+    save_pool(tmp_path / "pool", tiny_checkpoint)
+    edit(tmp_path / "pool" / "config.json", "bridge_config", favourite=3)
+    warnings = read(tmp_path / "pool").warnings
+    assert any(
+        warning.endswith("bridge_config: not used, as transformers does not read it either: favourite")
+        for warning in warnings
+    ), warnings
 
 
 def test_pictures_of_varying_sizes_are_refused(copied: Path) -> None:
