@@ -141,7 +141,7 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
             written = hashlib.sha256(file.read(place.length)).hexdigest()
             wanted = hashlib.sha256(to_bytes(read(slot.parameter), slot, dtype)).hexdigest()
             if written != wanted:
-                raise ExportError(f"{weights.file} does not hold the weight {name} as the checkpoint has it")
+                raise _differs(name, weights.file)
     return len(traced.slots)
 
 
@@ -170,10 +170,13 @@ def check_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dt
     """
     written = SafetensorsFile(path).array(EMBEDDINGS_TENSOR)
     if hashlib.sha256(written.data).digest() != hashlib.sha256(_bytes(table, parameter, dtype)).digest():
-        raise ExportError(
-            f"the weight {parameter} in {path} differs from the checkpoint",
-            "export again; if this error stays, report it",
-        )
+        raise _differs(parameter, path)
+
+
+def _differs(parameter: str, path: Path) -> ExportError:
+    return ExportError(
+        f"the weight {parameter} in {path} differs from the checkpoint", "export again; if this error stays, report it"
+    )
 
 
 def _bytes(table: Tensor, parameter: str, dtype: torch.dtype) -> memoryview:
