@@ -14,7 +14,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,27 +35,36 @@ OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _ORIENTATION = 0x0112  # EXIF tag
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+_WHITE_IS_ZERO = 0  # value of the tag _PHOTOMETRIC
 _UPRIGHT = 1  # EXIF orientation of a picture that needs no turning
+_16_BIT_FORMATS = ("PNG", "PPM")  # formats whose mode "I" is 16-bit greyscale: Pillow scales it to 0…65535
 _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box, hamming
 _warning_filters = threading.Lock()
 
-ImageSource = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
+Content = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
+ImageSource = Union[Content, Callable[[], Content]]
 
 
 def load_image(source: ImageSource) -> Image.Image:
     """Decode a picture, turn it upright and convert it to RGB; transparency is dropped, not blended.
 
+    16-bit greyscale is scaled to 8 bits. transformers clips it at 255 instead, which makes most such pictures white.
+
     Args:
         source: A path, the bytes of a picture file, a Pillow image, or a uint8 array [H,W], [H,W,1], [H,W,3]
-            (RGB) or [H,W,4] (RGBA).
+            (RGB) or [H,W,4] (RGBA). Or a function without arguments that returns one of these; it is called when
+            the picture is decoded, and again if the picture has to be decoded again.
 
     Returns:
         The picture in mode RGB; a Pillow image that is upright RGB already is returned without a copy.
 
     Raises:
         ImageError: The file is missing, empty, broken, truncated or not a picture; the picture has no pixel or
-            more than `MAX_PIXELS`; the array has another shape or dtype.
+            more than `MAX_PIXELS`, or its pixels are 32-bit numbers; the array has another shape or dtype.
     """
+    if callable(source):
+        source = source()
     if isinstance(source, np.ndarray):
         return _upright_rgb(_from_array(source), "the array passed in")
     if isinstance(source, Image.Image):
@@ -123,15 +132,54 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_pixels(image.width, image.height, name)
     try:
         image.load()
+        grey16 = _Grey16.of(image, name)
         if image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT:
             image = ImageOps.exif_transpose(image)
         if image.mode == "RGB":
             return image
+        if grey16 is not None:
+            return grey16.in_8_bits(image).convert("RGB")
         if isinstance(image.info.get("transparency"), bytes):
             image = image.convert("RGBA")  # per-colour alpha: the same colours without Pillow's warning
         return image.convert("RGB")
+    except ImageError:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
         raise _broken(name, error) from error
+
+
+@dataclass(frozen=True)
+class _Grey16:
+    """Stored values of 16-bit greyscale: 0 to `largest`; `inverted` if 0 is white."""
+
+    largest: int = 2**16 - 1
+    inverted: bool = False
+
+    @classmethod
+    def of(cls, image: Image.Image, name: str) -> _Grey16 | None:
+        """Describes a picture that was not changed since it was opened; None if it has 8 bits.
+
+        Raises:
+            ImageError: The pixels are 32-bit integers or floating-point numbers, whose range the file does not tell.
+        """
+        if image.mode in ("I", "F") and image.format not in _16_BIT_FORMATS:
+            kind = "floating-point numbers" if image.mode == "F" else "integers that have a sign or more than 16 bits"
+            raise ImageError(
+                f"{name}: expected pixels of 8 or 16 bits, got {kind}, whose values of black and white are not known",
+                "scale the values to 0…255 and save the picture with 8 bits",
+            )
+        if not image.mode.startswith("I"):
+            return None
+        tags = getattr(image, "tag_v2", None)  # of a TIFF file, whose values Pillow does not scale
+        if tags is None:
+            return cls()
+        return cls(2 ** tags[_BITS_PER_SAMPLE][0] - 1, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
+
+    def in_8_bits(self, image: Image.Image) -> Image.Image:
+        """The picture in mode L, each value rounded to the nearest of 0…255."""
+        values = np.clip(np.asarray(image).astype(np.int64), 0, self.largest)
+        values = (values * 255 + self.largest // 2) // self.largest
+        return Image.fromarray((255 - values if self.inverted else values).astype(np.uint8))
 
 
 def _check_pixels(width: int, height: int, name: str) -> None:
@@ -157,6 +205,9 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 def _blend_on_white(image: Image.Image) -> Image.Image:
     """RGB as transformers' image processors make it of a picture that was not loaded by `load_image`."""
+    grey16 = _Grey16.of(image, "the picture passed in")
+    if grey16 is not None:
+        return grey16.in_8_bits(image).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")

@@ -42,18 +42,11 @@ def palette(transparency: bytes | int | None) -> Image.Image:
     return image
 
 
-def grey16() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(1).integers(0, 65536, (HEIGHT, WIDTH)).astype(np.uint16))
-
-
 MODES: dict[str, tuple[str, Callable[[], Image.Image]]] = {
     "rgb": ("png", lambda: Image.fromarray(picture())),
     "jpeg": ("jpg", lambda: Image.fromarray(picture())),
     "webp": ("webp", lambda: Image.fromarray(picture())),
     "grey": ("png", lambda: Image.fromarray(picture(1)[..., 0])),
-    "grey16": ("png", grey16),
-    "tiff32": ("tif", lambda: Image.fromarray(picture(1)[..., 0].astype(np.int32) * 2)),
-    "float": ("tif", lambda: Image.fromarray(picture(1)[..., 0].astype(np.float32))),
     "bit": ("png", lambda: Image.fromarray(picture(1)[..., 0]).convert("1")),
     "rgba": ("png", lambda: Image.fromarray(picture(4))),
     "la": ("png", lambda: Image.fromarray(picture(4)).convert("LA")),
