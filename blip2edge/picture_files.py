@@ -14,10 +14,24 @@ from pathlib import Path
 
 from blip2edge.errors import ImageError
 
-PICTURE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+PICTURE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 """Suffixes of picture files in a folder or a shard, in lower case."""
 
 SHARD_SUFFIX = ".tar"
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The regular files of a folder and of its subfolders, in the order of their names.
+
+    Files and subfolders whose name begins with a dot are left out, such as the ``._`` files that macOS makes.
+    """
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2edge.errors import DataError, ImageError, option
-from blip2edge.picture_files import PICTURE_SUFFIXES, SHARD_SUFFIX, ShardFile, open_shard
+from blip2edge.picture_files import PICTURE_SUFFIXES, SHARD_SUFFIX, ShardFile, open_shard, visible_files
 from blip2edge.progress import counted
 from blip2edge.runtime.images.preprocess import load_image
 
@@ -129,10 +129,7 @@ def _search(root: Path) -> Iterator[CalibrationPicture]:
             f"{root}: expected a folder of pictures or a .tar shard, found neither",
             f"give {option('images')} a folder that exists",
         )
-    for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if hidden or not path.is_file():
-            continue
+    for path in visible_files(root):
         if path.suffix.lower() == SHARD_SUFFIX:
             yield from _shard(path)
         elif path.suffix.lower() in PICTURE_SUFFIXES:

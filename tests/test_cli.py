@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from blip2edge import __version__
-from blip2edge.cli import explain, flag, interrupt, main
+from blip2edge.cli import interrupt, main
+from blip2edge.cli.messages import explain, flag
 from blip2edge.cli.parser import build_parser
 from blip2edge.errors import BundleError, UsageError, option
 

@@ -21,7 +21,8 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge import Captioner, ImageError, Matcher, UsageError, evaluate
 from blip2edge.bundle.schema import DRAFTS, BackendName
-from blip2edge.cli import explain, main
+from blip2edge.cli import main
+from blip2edge.cli.messages import explain
 from blip2edge.errors import BackendError, BundleError, OverloadError, option
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends.base import BACKENDS

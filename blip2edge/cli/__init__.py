@@ -7,25 +7,21 @@ usage, 130 or 143 ended by SIGINT or SIGTERM, 141 when the program that reads th
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
 from typing import TYPE_CHECKING
 
 from blip2edge.cli import interrupt
+from blip2edge.cli.messages import print_error, print_note
 from blip2edge.cli.parser import build_parser
 from blip2edge.errors import Blip2EdgeError
-from blip2edge.packages import EXTRAS, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INTERRUPTED = 130  # 128 + SIGINT, where no handler of ours was installed
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-# Options whose flag has another name.
-_FLAGS = {"max_waiting": "queue"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as request:  # argparse: --help, --version, wrong usage
         return request.code if isinstance(request.code, int) else 1
     except (KeyboardInterrupt, interrupt.Interrupted):
-        _print_error("interrupted")
+        print_note("interrupted")
         return interrupt.exit_status() or INTERRUPTED
     except BrokenPipeError:
         _discard_stdout()
@@ -57,39 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         signalled = interrupt.exit_status()
         if signalled is not None:  # an extension swallowed the signal's exception and raised this one
-            _print_error("interrupted")
+            print_note("interrupted")
             return signalled
-        _print_error(f"error: {explain(error)}")
+        print_error(error)
         return error.exit_status if isinstance(error, Blip2EdgeError) else 1
-
-
-def flag(name: str, on: bool) -> str:  # noqa: ARG001 - a switch has no value on the command line
-    """Writes an option of an error as a flag: ``--max-new-tokens``."""
-    return "--" + _FLAGS.get(name, name).replace("_", "-")
-
-
-def explain(error: Exception) -> str:
-    """One line: what went wrong and what mends it."""
-    if isinstance(error, Blip2EdgeError):
-        return error.text(flag)
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        if package in EXTRAS:
-            return f"the package {package!r} is not installed; {install_command(EXTRAS[package])}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; make room and run the command again"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, MemoryError):
-        return "memory ran out; use a smaller --batch-size or a smaller model"
-    text = " ".join(str(error).split())
-    return f"unexpected {type(error).__name__}: {text}; run the command with --debug for the traceback"
-
-
-def _print_error(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 def _discard_stdout() -> None:

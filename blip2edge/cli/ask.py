@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.caption import check, load_captioner, print_pieces, print_result
-from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_stream_or_json, given_generation
+from blip2edge.cli.caption import check, load_captioner, open_bundle, print_captions, takes_videos
+from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, add_generation, add_stream_or_json
+from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
 
 if TYPE_CHECKING:
     import argparse
@@ -13,21 +14,19 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``ask``."""
-    parser.add_argument("image", metavar="IMAGE", help="picture file")
-    parser.add_argument("question", metavar="QUESTION", help="question about the picture")
+    parser.add_argument("image", metavar="IMAGE", help=IMAGE_HELP)
+    parser.add_argument("question", metavar="QUESTION", help="question about the picture, or about each picture")
+    add_batch_size(parser, 1)
     add_bundle_option(parser)
     add_stream_or_json(parser)
     add_generation(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer one question about one picture."""
+    """Answer one question about one picture, or about each picture of a folder."""
     check(options)
-    captioner = load_captioner(options)
-    flags = given_generation(options)
-    if options.stream:
-        prompt = captioner.prompts.question(options.question)
-        print_pieces("", captioner.stream(options.image, prompt=prompt, **flags))
-        return 0
-    print_result(captioner.ask(options.image, options.question, **flags), as_json=options.json, label="")
-    return 0
+    bundle = open_bundle(options)
+    pictures = find_pictures([options.image], videos=takes_videos(bundle))
+    captioner = load_captioner(options, bundle)
+    prompt = captioner.prompts.question(options.question)
+    return print_captions(captioner, options, [*pictures], [prompt] * len(pictures))

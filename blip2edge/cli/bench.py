@@ -18,11 +18,12 @@ from blip2edge.progress import Progress
 if TYPE_CHECKING:
     import argparse
 
+    from blip2edge.cli.parser import Parser
     from blip2edge.runtime.bench.measure import CostOf
     from blip2edge.runtime.captioning.captioner import Captioner
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the flags of ``bench``."""
     add_bundle(parser)
     add_backend(parser)

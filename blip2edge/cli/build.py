@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
+    from blip2edge.cli.parser import Parser
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Parser) -> None:
     """Add the flags of ``build``."""
     add_bundle(parser)
     parser.add_argument(

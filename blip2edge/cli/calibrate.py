@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import argparse
 
     from blip2edge.calibration.results import CalibrationReport
+    from blip2edge.cli.parser import Parser
 
 HEADER = (
     "graph",
@@ -31,9 +32,11 @@ HEADER = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the flags of ``calibrate``."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="bundle to calibrate, in fp32 or fp16")
+    parser.add_positional_or_flag(
+        "bundle", "-b", "--bundle", metavar="BUNDLE", type=Path, help="bundle to calibrate, in fp32 or fp16"
+    )
     add_output(parser, "BUNDLE8", "directory of the new INT8 bundle")
     parser.add_argument(
         "--images",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from blip2edge.bundle.schema import MARKERS
 from blip2edge.cli.flag_groups import (
@@ -13,19 +13,29 @@ from blip2edge.cli.flag_groups import (
     add_stream_or_json,
     given_generation,
 )
-from blip2edge.errors import UsageError, option
+from blip2edge.cli.messages import Failures
+from blip2edge.cli.picture_arguments import IMAGE_HELP, Picture, find_pictures
+from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
 
-    from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
+    from blip2edge.bundle.bundle import Bundle
+    from blip2edge.runtime.captioning.captioner import Captioner
+
+One = TypeVar("One")
+Item = Union[Picture, "list[Picture]"]
+"""What one prompt is about: a picture (or a video), or several pictures."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``caption``."""
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="picture file; for a video model: a video file or a folder of frames"
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help=f"{IMAGE_HELP}; for a video model: a video file or a folder of frames",
     )
     parser.add_argument(
         "--prompt",
@@ -42,35 +52,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Caption every picture, in the order given."""
-    items, prompts = _items(options.images, options.prompt)
+    """Caption every picture, in the order given; a picture that cannot be read does not end the command."""
     check(options)
-    captioner = load_captioner(options)
+    bundle = open_bundle(options)
+    pictures = find_pictures(options.images, videos=takes_videos(bundle))
+    items, prompts = _items(pictures, options.prompt)
+    return print_captions(load_captioner(options, bundle), options, items, prompts)
+
+
+def print_captions(
+    captioner: Captioner, options: argparse.Namespace, items: list[Item], prompts: list[str] | None
+) -> int:
+    """Prints the caption of each item; a caption is flushed, so that the next program in a pipe gets it at once.
+
+    Returns:
+        The exit status: 1 if a picture could not be read, or one of several prompts does not fit.
+    """
     flags = given_generation(options)
+    names = [item.name if isinstance(item, Picture) else [picture.name for picture in item] for item in items]
+    labels = [f"{name if isinstance(name, str) else ' '.join(name)}: " for name in names] if len(items) > 1 else [""]
+    sources: list[Any] = [item.source if isinstance(item, Picture) else [one.source for one in item] for item in items]
+    failures = Failures(ImageError, PromptError) if len(set(prompts or ())) > 1 else Failures(ImageError)
     if options.stream:
-        for index, item in enumerate(items):
-            prompt = None if prompts is None else prompts[index]
-            print_pieces(_label(item, len(items)), captioner.stream(item, prompt=prompt, **flags))
-        return 0
-    results = captioner.caption_many(items, prompts=prompts, batch_size=options.batch_size, **flags)
-    for item, result in zip(items, results, strict=True):
-        print_result(result, as_json=options.json, label=_label(item, len(items)))
-    return 0
+        for at, (label, source) in enumerate(zip(labels, sources, strict=True)):
+            try:
+                print_pieces(label, captioner.stream(source, prompt=prompts[at] if prompts else None, **flags))
+            except Blip2EdgeError as error:
+                failures.add(error)
+        return failures.exit_status(len(items))
+    results = captioner.caption_many(
+        sources, prompts=prompts, batch_size=options.batch_size, return_exceptions=True, **flags
+    )
+    for name, label, result in zip(names, labels, results, strict=True):
+        if isinstance(result, Blip2EdgeError):
+            failures.add(result)
+        else:
+            line = json.dumps({**result.to_json(), "image": name}) if options.json else f"{label}{result.text.strip()}"
+            print(line, flush=True)
+    return failures.exit_status(len(items))
 
 
-def print_result(result: CaptionResult, *, as_json: bool, label: str) -> None:
-    """Print one result and flush it, so that the next program in a pipe gets it at once."""
-    print(json.dumps(result.to_json()) if as_json else f"{label}{result.text.strip()}", flush=True)
-
-
-def _label(item: str | list[str], count: int) -> str:
-    """The pictures' names before a caption; empty where there is only one caption."""
-    if count == 1:
-        return ""
-    return f"{item if isinstance(item, str) else ' '.join(item)}: "
-
-
-def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[str]], list[str] | None]:
+def _items(pictures: list[One], given: list[str] | None) -> tuple[list[One | list[One]], list[str] | None]:
     """Assigns pictures to prompts: each prompt takes as many pictures as it contains <image>, at least one.
 
     Raises:
@@ -78,20 +100,20 @@ def _items(images: list[str], given: list[str] | None) -> tuple[list[str | list[
     """
     places = [sum(prompt.count(marker) for marker in MARKERS) for prompt in given or ()]
     if given is None or not any(places):
-        return list(images), _prompts(given, len(images))
+        return list(pictures), _prompts(given, len(pictures))
     if len(given) == 1:  # repeat the prompt for the next pictures
-        times = max(1, len(images) // places[0])
+        times = max(1, len(pictures) // places[0])
         given, places = given * times, places * times
     taken = [max(1, count) for count in places]
-    if sum(taken) != len(images):
+    if sum(taken) != len(pictures):
         raise UsageError(
-            f"{option('prompt')} has {MARKERS[1]} for {sum(taken)} pictures, but {len(images)} pictures are given",
+            f"{option('prompt')} has {MARKERS[1]} for {sum(taken)} pictures, but {len(pictures)} pictures are given",
             f"write {MARKERS[1]} once for each picture",
         )
-    items: list[str | list[str]] = []
+    items: list[One | list[One]] = []
     for count in taken:
-        items.append(images[0] if count == 1 else images[:count])
-        images = images[count:]
+        items.append(pictures[0] if count == 1 else pictures[:count])
+        pictures = pictures[count:]
     return items, given
 
 
@@ -133,11 +155,24 @@ def check(options: argparse.Namespace) -> None:
         )
 
 
-def load_captioner(options: argparse.Namespace) -> Captioner:
-    """The captioner that the flags name."""
+def open_bundle(options: argparse.Namespace) -> Bundle:
+    """The bundle that the flags name."""
+    from blip2edge.bundle.bundle import Bundle
+
+    return Bundle.open(options.bundle)
+
+
+def takes_videos(bundle: Bundle) -> bool:
+    """Whether the bundle's model reads several frames of a video."""
+    prompt = bundle.manifest.prompt
+    return prompt is not None and prompt.frames > 1
+
+
+def load_captioner(options: argparse.Namespace, bundle: Bundle) -> Captioner:
+    """The captioner of an opened bundle, on the backend that the flags name."""
     from blip2edge.runtime.captioning.captioner import Captioner
 
-    return Captioner.load(options.bundle, backend=options.backend, threads=options.threads, draft=options.draft)
+    return Captioner(bundle, options.backend, options.threads, options.draft)
 
 
 def print_pieces(label: str, pieces: Iterable[str]) -> None:

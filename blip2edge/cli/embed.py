@@ -5,20 +5,23 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.cli.files import write
 from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option
 from blip2edge.cli.match import load_matcher
-from blip2edge.errors import UsageError, option
+from blip2edge.cli.messages import Failures
+from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
+from blip2edge.errors import Blip2EdgeError, ImageError, UsageError, option
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``embed``."""
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="picture file")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help=IMAGE_HELP)
     parser.add_argument(
         "--text", metavar="T", action="append", help="text to embed instead of pictures; may be repeated"
     )
@@ -34,20 +37,38 @@ def run(options: argparse.Namespace) -> int:
     if bool(options.images) == bool(options.text):
         given = "both" if options.text else "neither"
         raise UsageError(f"expected either pictures or {option('text')}, got {given}")
+    kind = "text" if options.text else "image"
+    pictures = find_pictures(options.images)
+    names = options.text or [picture.name for picture in pictures]
     matcher = load_matcher(options)
+    vectors: Iterable[Any]
     if options.text:
         vectors = matcher.embed_texts(options.text, batch_size=options.batch_size)
     else:
-        vectors = matcher.embed_images(options.images, batch_size=options.batch_size)
+        vectors = matcher.embed_each([picture.source for picture in pictures], batch_size=options.batch_size)
     if options.output is not None:
-        import numpy as np
+        return _write(options.output, vectors)
+    failures = Failures(ImageError)
+    for name, vector in zip(names, vectors, strict=True):
+        if isinstance(vector, Blip2EdgeError):
+            failures.add(vector)
+        else:
+            print(json.dumps({kind: name, "embedding": vector.tolist()}), flush=True)
+    return failures.exit_status(len(names))
 
-        file = io.BytesIO()
-        np.save(file, vectors)
-        write(options.output, file.getvalue(), "--output")
-        print(f"{options.output}: {vectors.dtype} {list(vectors.shape)}")
-        return 0
-    kind = "text" if options.text else "image"
-    for source, vector in zip(options.text or options.images, vectors, strict=True):
-        print(json.dumps({kind: source, "embedding": vector.tolist()}), flush=True)
+
+def _write(output: Path, vectors: Iterable[Any]) -> int:
+    """Writes all vectors as one array. A broken picture ends the command, because row N belongs to picture N."""
+    import numpy as np
+
+    rows = []
+    for vector in vectors:
+        if isinstance(vector, Blip2EdgeError):
+            raise vector
+        rows.append(vector)
+    array = np.stack(rows)
+    file = io.BytesIO()
+    np.save(file, array)
+    write(output, file.getvalue(), "--output")
+    print(f"{output}: {array.dtype} {list(array.shape)}")
     return 0

@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
+    from blip2edge.cli.parser import Parser
+
 _TEXTS = ("wrong", "broken_named")  # figures that are lists of texts
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the flags of ``eval``."""
-    parser.add_argument("model", metavar="CHECKPOINT|BUNDLE", type=Path, help="directory of the model to score")
+    parser.add_positional_or_flag(
+        "model", "-b", "--bundle", metavar="CHECKPOINT|BUNDLE", type=Path, help="directory of the model to score"
+    )
     parser.add_argument(
         "--data", metavar="DATA", default="scenes", help=f"data set: the word scenes for generated pictures, or {DATA}"
     )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _ActionsContainer
     from collections.abc import Callable, Iterable
 
+    from blip2edge.cli.parser import Parser
+
 MAX_BROKEN = 100
 BUNDLE = "bundle directory, written by `blip2edge export` or `calibrate`"
 DATA = (
@@ -64,9 +66,9 @@ def add_number(
     group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
 
 
-def add_bundle(parser: ArgumentParser) -> None:
-    """The bundle as an argument."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help=BUNDLE)
+def add_bundle(parser: Parser) -> None:
+    """The bundle as an argument, or as an option."""
+    parser.add_positional_or_flag("bundle", "-b", "--bundle", metavar="BUNDLE", type=Path, help=BUNDLE)
 
 
 def add_bundle_option(parser: ArgumentParser) -> None:

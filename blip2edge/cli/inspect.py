@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.manifest import GraphRecord, Manifest
     from blip2edge.bundle.schema import TensorSpec
+    from blip2edge.cli.parser import Parser
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the flags of ``inspect``."""
     add_bundle(parser)
     parser.add_argument(

@@ -6,6 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option
+from blip2edge.cli.messages import Failures
+from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
+from blip2edge.errors import Blip2EdgeError, ImageError
 
 if TYPE_CHECKING:
     import argparse
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``match``."""
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture file")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help=IMAGE_HELP)
     parser.add_argument(
         "--text",
         metavar="T",
@@ -31,13 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare every picture with every text, in the order given."""
-    images: list[str] = options.images
-    many = len(images) > 1 or len(options.text) > 1
-    for result in load_matcher(options).match_many(images, options.text, batch_size=options.batch_size):
-        label = f"{result.image}: {result.text}: " if many else ""
-        print(json.dumps(result.to_json()) if options.json else f"{label}{_scores(result)}", flush=True)
-    return 0
+    """Compare every picture with every text, in the order given; a broken picture does not end the command."""
+    pictures = find_pictures(options.images)
+    texts: list[str] = options.text
+    many = len(pictures) > 1 or len(texts) > 1
+    failures = Failures(ImageError)
+    results = load_matcher(options).match_many(
+        [picture.source for picture in pictures], texts, batch_size=options.batch_size, return_exceptions=True
+    )
+    for picture in pictures:
+        for place in range(len(texts)):
+            result = next(results)
+            if isinstance(result, Blip2EdgeError):
+                failures.add(result)
+                break
+            label = f"{picture.name}: {texts[place]}: " if many else ""
+            line = json.dumps({**result.to_json(), "image": picture.name}) if options.json else label + _scores(result)
+            print(line, flush=True)
+    return failures.exit_status(len(pictures))
 
 
 def _scores(result: MatchResult) -> str:

@@ -13,12 +13,13 @@ from blip2edge.progress import Progress
 if TYPE_CHECKING:
     import argparse
 
+    from blip2edge.cli.parser import Parser
     from blip2edge.optimization.pipeline import OptimizedReport
 
 HEADER = ("graph", "portable ms", "optimized ms", "speedup", "cosine", "passes")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the flags of ``optimize``."""
     add_bundle(parser)
     parser.add_argument(

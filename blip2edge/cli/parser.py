@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from blip2edge import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 # A command is the module of that name in `blip2edge.cli`, with `add_arguments(parser)` and `run(options)`.
 COMMANDS = {
@@ -20,7 +21,7 @@ COMMANDS = {
     "ask": "answer a question about a picture",
     "match": "score how well pictures and texts match",
     "embed": "print the vectors of pictures or of texts",
-    "watch": "caption the newest picture of a camera, a video or a folder, again and again",
+    "watch": "caption the newest picture of a camera or a video, again and again, or each new picture of a folder",
     "serve": "start an HTTP server that captions pictures",
     "inspect": "show the contents of a bundle",
     "build": "build TensorRT engines from the graphs of a bundle",
@@ -46,21 +47,69 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors have the form of all other errors: one line `error: …`, status 2."""
+    """An ArgumentParser whose errors have the form of all other errors: one line `error: …`, status 2.
+
+    A word that is not known is named together with the most similar known one.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+        self._or_by_flag: list[tuple[argparse.Action, argparse.Action]] = []
+
+    def add_positional_or_flag(self, name: str, *flags: str, **options: Any) -> None:
+        """Adds an argument that is given either by its position or by a flag.
+
+        Args:
+            name: The argument's name in the result.
+            *flags: Such as ``-b`` and ``--bundle``.
+            **options: Options of `add_argument` for both.
+        """
+        positional = self.add_argument(name, **options)
+        help_text = f"the same as {options['metavar']}"
+        by_flag = self.add_argument(*flags, **{**options, "help": help_text}, dest=name, default=argparse.SUPPRESS)
+        self._or_by_flag.append((positional, by_flag))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Refuse unknown arguments here: the error then names the command's own --help."""
-        known, unknown = super().parse_known_args(args, namespace)
+        words = list(args or ())
+        self._check_flags(words)
+        for positional, by_flag in self._or_by_flag:
+            if positional in self._actions and any(_gives(word, by_flag.option_strings) for word in words):
+                self._remove_action(positional)
+        known, unknown = super().parse_known_args(words, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return known, unknown
 
+    def _check_flags(self, words: list[str]) -> None:
+        """Refuses an unknown flag, before argparse complains that a required one is missing."""
+        for word in words:
+            if word == "--" or (self._subparsers is not None and word in COMMANDS):
+                return
+            name = word.partition("=")[0]
+            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                self.error(f"unrecognized argument: {name}{did_you_mean(name, self._option_string_actions)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(action.choices)
+            text = f"invalid choice: {value!r} (choose from {', '.join(map(str, choices))})"
+            raise argparse.ArgumentError(action, text + did_you_mean(str(value), map(str, choices)))
+
     def error(self, message: str) -> NoReturn:
         """Refuse the command line with exit status 2."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _gives(word: str, flags: Sequence[str]) -> bool:
+    """Whether a word is one of the flags, also with its value attached: ``-b``, ``-bDIR``, ``--bundle=DIR``."""
+    return any(word == flag or word.startswith(f"{flag}=" if flag.startswith("--") else flag) for flag in flags)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean …?`` with the known word that is most similar, or nothing."""
+    similar = get_close_matches(word, known, n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def build_parser(words: Sequence[str] | None = None) -> Parser:

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     import argparse
     import socket
 
+    from blip2edge.cli.parser import Parser
+
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the flags of ``serve``."""
     add_bundle(parser)
     add_backend(parser)

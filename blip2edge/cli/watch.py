@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.caption import load_captioner
+from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_number, given_generation
 from blip2edge.cli.flag_types import share_or_zero
 
@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="number of a camera or /dev/video…, video file, stream address such as rtsp://…, or folder of pictures",
+        help="number of a camera or /dev/video…, video file, stream address such as rtsp://…: the newest frame is "
+        "captioned; or a folder: every picture that appears in it is captioned",
     )
     parser.add_argument(
         "--prompt", metavar="P", help="text that each caption continues (default: the model's own prompt)"
@@ -27,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--once",
         action="store_true",
-        help="caption every frame of SOURCE in order, not only the newest ones; for a folder: caption the pictures "
-        "that it contains now, then stop",
+        help="caption every frame of a video in order, as fast as possible, not only the newest ones at the video's "
+        "speed; for a folder: caption the pictures that it contains now, then stop",
     )
     add_number(
         parser,
@@ -45,19 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Caption the newest frame again and again, until the source ends or Ctrl-C."""
+    """Caption the newest frame again and again, or each picture of a folder, until the source ends or Ctrl-C."""
     from blip2edge.runtime.serving.watch import open_source
     from blip2edge.runtime.serving.watch import watch as live
 
     frames = open_source(options.source, follow=not options.once)
-    captioner = load_captioner(options)
+    captioner = load_captioner(options, open_bundle(options))
     flags = given_generation(options)
     dropped = 0
     for caption in live(
         captioner,
         frames,
         prompt=options.prompt,
-        every=options.once,
+        every=options.once or frames.is_queue,
         reuse_below=options.reuse_below,
         **flags,
     ):

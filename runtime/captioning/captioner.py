@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BackendName, DraftName
@@ -23,11 +23,11 @@ from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
-from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span, check_text, listed
+from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span, check_text, listed, raising
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged
-from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,7 +87,12 @@ class Captioner(LoadedBundle):
         return cls(Bundle.open(bundle), backend, threads, draft)
 
     def caption(
-        self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
+        self,
+        image: ItemSource,
+        *,
+        prompt: str | None = None,
+        channels: Channels = "rgb",
+        **options: Unpack[CaptionOptions],
     ) -> CaptionResult:
         """Captions one picture.
 
@@ -99,6 +104,8 @@ class Captioner(LoadedBundle):
                 LLaVA) the instruction. None for the bundle's default. With several pictures, write ``<image>`` in the
                 place of each, as in ``"<image>A cat.<image>A"``; without any ``<image>``, all pictures come before
                 the text.
+            channels: Order of the channels in arrays: ``"rgb"``, or ``"bgr"`` for frames of OpenCV. Files and Pillow
+                pictures are not affected.
             **options: Fields of :class:`GenerationOptions`; the bundle's defaults replace missing ones.
 
         Raises:
@@ -106,12 +113,38 @@ class Captioner(LoadedBundle):
             PromptError: The prompt is too long, contains tokens that the model does not accept, or is needed but empty.
             UsageError: An argument is of the wrong type, or an option is outside its range.
         """
-        return next(self.caption_many([image], prompts=[prompt], **options))
+        return next(self.caption_many([image], prompts=[prompt], channels=channels, **options))
 
-    def ask(self, image: ItemSource, question: str, **options: Unpack[CaptionOptions]) -> CaptionResult:
+    def ask(
+        self, image: ItemSource, question: str, *, channels: Channels = "rgb", **options: Unpack[CaptionOptions]
+    ) -> CaptionResult:
         """Answers a question on a picture, with the family's question template; see :meth:`caption`."""
         check_text("question", question)
-        return self.caption(image, prompt=self.prompts.question(question), **options)
+        return self.caption(image, prompt=self.prompts.question(question), channels=channels, **options)
+
+    @overload
+    def caption_many(
+        self,
+        images: Iterable[ItemSource],
+        *,
+        prompts: Sequence[str | None] | None = None,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: Literal[False] = False,
+        **options: Unpack[CaptionOptions],
+    ) -> Iterator[CaptionResult]: ...
+
+    @overload
+    def caption_many(
+        self,
+        images: Iterable[ItemSource],
+        *,
+        prompts: Sequence[str | None] | None = None,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: bool,
+        **options: Unpack[CaptionOptions],
+    ) -> Iterator[CaptionResult | Blip2EdgeError]: ...
 
     def caption_many(
         self,
@@ -119,25 +152,30 @@ class Captioner(LoadedBundle):
         *,
         prompts: Sequence[str | None] | None = None,
         batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: bool = False,
         **options: Unpack[CaptionOptions],
-    ) -> Iterator[CaptionResult]:
+    ) -> Iterator[CaptionResult | Blip2EdgeError]:
         """Captions pictures in order, encoding later ones while earlier ones are decoded; see :meth:`scheduler`.
 
         Args:
             images: As in :meth:`caption`.
             prompts: One for each picture; None for the bundle's default prompt for all.
             batch_size: Number of pictures that are decoded together; results do not depend on it.
+            channels: As in :meth:`caption`.
+            return_exceptions: Whether to yield an error in place of the result of its picture, and to continue with
+                the next picture; otherwise the first error is raised and ends the iterator.
             **options: As in :meth:`caption`.
 
         Yields:
-            One result for each picture.
+            One result for each picture; with ``return_exceptions``, a result or an error.
 
         Raises:
             ImageError, PromptError: As in :meth:`caption`; raised after the results of the pictures before.
             UsageError: As in :meth:`caption`; raised by the call itself, before the first result.
         """
         self._check_open()
-        pictures = listed("images", images)
+        pictures = [in_rgb(image, channels) for image in listed("images", images)]
         texts: list[str | None] = [None] * len(pictures) if prompts is None else listed("prompts", prompts)
         if len(texts) != len(pictures):
             raise UsageError(
@@ -149,12 +187,17 @@ class Captioner(LoadedBundle):
                 check_text("prompt", text)
         check_integer("batch_size", batch_size, 1)
         generation = self.options(**options)
-        if len(pictures) > batch_size and (os.cpu_count() or 1) > 1:
-            return self._while_open(self._scheduled(pictures, texts, generation, batch_size))
-        return self._while_open(self._in_turn(pictures, texts, generation, batch_size))
+        compute = self._scheduled if len(pictures) > batch_size and (os.cpu_count() or 1) > 1 else self._in_turn
+        results = self._while_open(compute(pictures, texts, generation, batch_size))
+        return results if return_exceptions else raising(results)
 
     def stream(
-        self, image: ItemSource, *, prompt: str | None = None, **options: Unpack[CaptionOptions]
+        self,
+        image: ItemSource,
+        *,
+        prompt: str | None = None,
+        channels: Channels = "rgb",
+        **options: Unpack[CaptionOptions],
     ) -> Iterator[str]:
         """Yields the caption of one picture piece by piece, as it is generated.
 
@@ -171,7 +214,8 @@ class Captioner(LoadedBundle):
                 "beam search chooses the words at the end",
                 f"leave {option('stream')} or {option('num_beams')} out",
             )
-        return self._while_open(self.generator.pieces(self.encoder([image], [prompt], StageClock()), generation))
+        batch = self.encoder([in_rgb(image, channels)], [prompt], StageClock())
+        return self._while_open(self.generator.pieces(batch, generation))
 
     def scheduler(
         self,
@@ -228,7 +272,7 @@ class Captioner(LoadedBundle):
             self.generator.drafts.check(chosen)
         return chosen
 
-    def _while_open(self, items: Iterator[Item]) -> Iterator[Item]:
+    def _while_open(self, items: Iterator[Item]) -> Generator[Item, None, None]:
         """Yields the items; raises UsageError if the captioner is closed before the next one."""
         self._check_open()
         for item in items:
@@ -237,21 +281,22 @@ class Captioner(LoadedBundle):
 
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
-    ) -> Iterator[CaptionResult]:
+    ) -> Iterator[CaptionResult | Blip2EdgeError]:
         """Yields the results batch by batch, computed in the calling thread."""
         for first in range(0, len(images), batch_size):
             yield from self._batch(range(first, min(first + batch_size, len(images))), images, texts, options)
 
     def _batch(
         self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
-    ) -> Iterator[CaptionResult]:
-        """Yields the results of a batch; with a broken picture, the results before it, then its error."""
+    ) -> Iterator[CaptionResult | Blip2EdgeError]:
+        """Yields the results of a batch; after an error, each picture's own result or error."""
         clock = StageClock()
         try:
             batch = self.encoder(images[rows.start : rows.stop], texts[rows.start : rows.stop], clock)
-        except Blip2EdgeError:
+        except Blip2EdgeError as error:
             if len(rows) == 1:
-                raise
+                yield error
+                return
             for row in rows:
                 yield from self._batch(range(row, row + 1), images, texts, options)
             return
@@ -263,13 +308,21 @@ class Captioner(LoadedBundle):
 
     def _scheduled(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
-    ) -> Iterator[CaptionResult]:
+    ) -> Iterator[CaptionResult | Blip2EdgeError]:
         """Yields the results in order, while the scheduler computes those of later pictures."""
         with self.scheduler(max_batch=batch_size, max_waiting=IN_FLIGHT * batch_size) as scheduler:
             coming: deque[Request] = deque()
             for row, (image, text) in enumerate(zip(images, texts, strict=True)):
                 if len(coming) == IN_FLIGHT * batch_size:
-                    yield coming.popleft().result()
+                    yield _outcome(coming.popleft())
                 coming.append(scheduler.submit(image, options, prompt=text, row=row))
             while coming:
-                yield coming.popleft().result()
+                yield _outcome(coming.popleft())
+
+
+def _outcome(request: Request) -> CaptionResult | Blip2EdgeError:
+    """Waits for a request; returns its result or its error."""
+    try:
+        return request.result()
+    except Blip2EdgeError as error:
+        return error

@@ -10,10 +10,10 @@ The cosine of a picture and a text is the largest product of the text's vector w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +28,17 @@ from blip2edge.bundle.schema import (
     TOKENIZER_FILE,
     BackendName,
 )
-from blip2edge.errors import BundleError, PromptError, UsageError, option
+from blip2edge.errors import Blip2EdgeError, BundleError, PromptError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, image_parts
-from blip2edge.runtime.captioning.request import check_text, listed
+from blip2edge.runtime.captioning.request import check_text, listed, raising
 from blip2edge.runtime.decoding.options import check_integer
 from blip2edge.runtime.images.preprocess import ImageSource
+from blip2edge.runtime.images.video import Channels, in_rgb
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 Vectors = NDArray[np.float32]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,13 @@ class Matcher(LoadedBundle):
         check_threads(threads)
         return cls(Bundle.open(bundle), backend, threads)
 
-    def match(self, image: ImageSource, text: str) -> MatchResult:
+    def match(self, image: ImageSource, text: str, *, channels: Channels = "rgb") -> MatchResult:
         """Compares a picture with a text.
 
         Args:
             image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8.
             text: A description to compare with the picture, such as ``"a dog on a beach"``.
+            channels: Order of an array's channels: ``"rgb"``, or ``"bgr"`` for frames of OpenCV.
 
         Returns:
             The probability that the text describes the picture (None for a model without a matching head, such as
@@ -117,24 +120,67 @@ class Matcher(LoadedBundle):
             PromptError: The text is empty or too long.
             UsageError: An argument is of the wrong type.
         """
-        return next(self.match_many([image], [text]))
+        return next(self.match_many([image], [text], channels=channels))
+
+    @overload
+    def match_many(
+        self,
+        images: Iterable[ImageSource],
+        texts: Sequence[str],
+        *,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: Literal[False] = False,
+    ) -> Iterator[MatchResult]: ...
+
+    @overload
+    def match_many(
+        self,
+        images: Iterable[ImageSource],
+        texts: Sequence[str],
+        *,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: bool,
+    ) -> Iterator[MatchResult | Blip2EdgeError]: ...
 
     def match_many(
-        self, images: Iterable[ImageSource], texts: Sequence[str], *, batch_size: int = 1
-    ) -> Iterator[MatchResult]:
+        self,
+        images: Iterable[ImageSource],
+        texts: Sequence[str],
+        *,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: bool = False,
+    ) -> Iterator[MatchResult | Blip2EdgeError]:
         """Compares every picture with every text; arguments and errors are those of :meth:`match`.
+
+        Args:
+            images: N pictures.
+            texts: M texts.
+            batch_size: Number of pictures in one batch of the vision encoder.
+            channels: As in :meth:`match`.
+            return_exceptions: Whether to yield an error in place of the M results of its picture, and to continue
+                with the next picture; otherwise the first error is raised.
 
         Yields:
             The results of the first picture with all texts, in order; then those of the second picture.
         """
         self._check_open()
-        pictures, sentences = listed("images", images), listed("texts", texts)
+        pictures, sentences = _pictures(images, channels), listed("texts", texts)
         ids = [self._ids(text) for text in sentences]
-        starts = _starts(len(pictures), batch_size)
-        return self._match_batches(pictures, sentences, ids, starts, batch_size)
+        check_integer("batch_size", batch_size, 1)
+        vectors = [self._embed([row])[0] for row in ids]
+        results = _in_batches(lambda batch: self._compare(batch, sentences, ids, vectors), pictures, batch_size)
+        return results if return_exceptions else raising(results)
 
     def probabilities(
-        self, images: Sequence[ImageSource], texts: Sequence[Sequence[str]], *, batch_size: int = 1
+        self,
+        images: Sequence[ImageSource],
+        texts: Sequence[Sequence[str]],
+        *,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
     ) -> list[list[float]]:
         """Computes the probability that a picture and a text match, for each picture with its own texts.
 
@@ -142,6 +188,7 @@ class Matcher(LoadedBundle):
             images: N pictures; the vision encoder runs on all of them at once.
             texts: A list of texts for each picture, of any length.
             batch_size: Number of pairs in one batch of the matching head.
+            channels: As in :meth:`match`.
 
         Returns:
             For each picture, the probabilities of its texts.
@@ -160,7 +207,7 @@ class Matcher(LoadedBundle):
         found: list[list[float]] = [[] for _ in images]
         if not pairs:
             return found
-        embeds = self._image_embeds(list(images))
+        embeds = self._image_embeds(_pictures(images, channels))
         for at in _starts(len(pairs), batch_size):
             part = pairs[at : at + batch_size]
             feeds = {"image_embeds": embeds[[row for row, _ in part]], **_padded([ids for _, ids in part])}
@@ -169,27 +216,31 @@ class Matcher(LoadedBundle):
                 found[row].append(float(value))
         return found
 
-    def embed_image(self, image: ImageSource) -> Vectors:
+    def embed_image(self, image: ImageSource, *, channels: Channels = "rgb") -> Vectors:
         """Computes a picture's vector, float32 ``[F]`` of length 1, to compare with :meth:`embed_text` by the cosine.
 
         A BLIP-2 model returns one vector for each of its K query tokens, ``[K, F]``; the picture's cosine is the
-        largest cosine of these K vectors. Errors are those of :meth:`match`.
+        largest cosine of these K vectors. Arguments and errors are those of :meth:`match`.
         """
-        vectors: Vectors = self.embed_images([image])[0]
+        vectors: Vectors = self.embed_images([image], channels=channels)[0]
         return vectors
 
-    def embed_images(self, images: Iterable[ImageSource], *, batch_size: int = 1) -> Vectors:
+    def embed_images(
+        self, images: Iterable[ImageSource], *, batch_size: int = 1, channels: Channels = "rgb"
+    ) -> Vectors:
         """Computes the vectors of N pictures, ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
-        self._check_open()
-        pictures = listed("images", images)
-        parts = [
-            self._features(self._image_embeds(pictures[at : at + batch_size]))
-            for at in _starts(len(pictures), batch_size)
-        ]
-        if not parts:
+        vectors = list(raising(self.embed_each(images, batch_size=batch_size, channels=channels)))
+        if not vectors:
             raise UsageError("expected at least one picture, got none")
-        vectors = np.concatenate(parts)
-        return vectors[:, 0] if vectors.shape[1] == 1 else vectors
+        return np.stack(vectors)
+
+    def embed_each(
+        self, images: Iterable[ImageSource], *, batch_size: int = 1, channels: Channels = "rgb"
+    ) -> Generator[Vectors | Blip2EdgeError, None, None]:
+        """Yields the vector of each picture, or the error of a picture that cannot be read; see :meth:`embed_image`."""
+        self._check_open()
+        check_integer("batch_size", batch_size, 1)
+        return _in_batches(self._embed_pictures, _pictures(images, channels), batch_size)
 
     def embed_text(self, text: str) -> Vectors:
         """Computes a text's vector, float32 ``[F]`` of length 1; see :meth:`embed_image`."""
@@ -205,28 +256,29 @@ class Matcher(LoadedBundle):
             raise UsageError("expected at least one text, got none")
         return np.concatenate(parts)
 
-    def _match_batches(
-        self,
-        pictures: list[ImageSource],
-        texts: list[str],
-        ids: list[list[int]],
-        starts: Sequence[int],
-        batch_size: int,
-    ) -> Iterator[MatchResult]:
-        vectors = [self._embed([row])[0] for row in ids]
-        for at in starts:
-            batch = pictures[at : at + batch_size]
-            embeds = self._image_embeds(batch)
-            cosines = [(self._features(embeds) @ vector).max(axis=1) for vector in vectors]
-            probabilities = [self._probabilities(embeds, row) for row in ids]
-            for row, picture in enumerate(batch):
-                for text, cosine, probability in zip(texts, cosines, probabilities, strict=True):
-                    yield MatchResult(
-                        image=os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else None,
-                        text=text,
-                        probability=None if probability is None else float(probability[row]),
-                        cosine=float(cosine[row]),
-                    )
+    def _compare(
+        self, pictures: list[ImageSource], texts: list[str], ids: list[list[int]], vectors: list[Vectors]
+    ) -> list[MatchResult]:
+        """Compares the pictures of one batch with every text; ``ids`` and ``vectors`` are those of the texts."""
+        embeds = self._image_embeds(pictures)
+        features = self._features(embeds)
+        cosines = [(features @ vector).max(axis=1) for vector in vectors]
+        probabilities = [self._probabilities(embeds, row) for row in ids]
+        return [
+            MatchResult(
+                image=os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else None,
+                text=text,
+                probability=None if probability is None else float(probability[row]),
+                cosine=float(cosine[row]),
+            )
+            for row, picture in enumerate(pictures)
+            for text, cosine, probability in zip(texts, cosines, probabilities, strict=True)
+        ]
+
+    def _embed_pictures(self, pictures: list[ImageSource]) -> list[Vectors]:
+        """The vectors of the pictures of one batch, each ``[F]`` or ``[K, F]``."""
+        vectors = self._features(self._image_embeds(pictures))
+        return list(vectors[:, 0] if vectors.shape[1] == 1 else vectors)
 
     def _image_embeds(self, pictures: list[ImageSource]) -> Array:
         """``image_embeds [B, P, Dv]``."""
@@ -283,6 +335,28 @@ def _padded(rows: list[list[int]]) -> dict[str, Array]:
         ids[row, : len(values)] = values
         mask[row, : len(values)] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _pictures(images: Iterable[ImageSource], channels: Channels) -> list[ImageSource]:
+    """The pictures in a list, with the channels of arrays in the order R, G, B."""
+    return [in_rgb(image, channels) for image in listed("images", images)]  # type: ignore[misc]  # no videos
+
+
+def _in_batches(
+    compute: Callable[[list[ImageSource]], list[Item]], pictures: list[ImageSource], batch_size: int
+) -> Generator[Item | Blip2EdgeError, None, None]:
+    """Yields the results of all pictures; in a batch with a broken picture, each picture is computed by itself."""
+    for at in range(0, len(pictures), batch_size):
+        batch = pictures[at : at + batch_size]
+        try:
+            results = compute(batch)
+        except Blip2EdgeError as error:
+            if len(batch) == 1:
+                yield error
+            else:
+                yield from _in_batches(compute, batch, 1)
+        else:
+            yield from results
 
 
 def _starts(count: int, batch_size: int) -> range:

@@ -6,15 +6,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from blip2edge.errors import DeadlineError, UsageError, option
+from blip2edge.errors import Blip2EdgeError, DeadlineError, UsageError, option
 from blip2edge.runtime.decoding.generate import Generation
 from blip2edge.runtime.decoding.options import GenerationOptions, shown
 from blip2edge.runtime.images.video import ItemSource
@@ -201,3 +202,12 @@ def check_text(name: str, value: object) -> None:
     """
     if not isinstance(value, str):
         raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}")
+
+
+def raising(results: Generator[Item | Blip2EdgeError, None, None]) -> Iterator[Item]:
+    """Yields the results, and raises the first error."""
+    with closing(results):
+        for result in results:
+            if isinstance(result, Blip2EdgeError):
+                raise result
+            yield result

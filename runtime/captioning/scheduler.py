@@ -17,14 +17,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import TracebackType
 
 from blip2edge.errors import Blip2EdgeError, OverloadError, UsageError, option
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, StageClock, TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span
 from blip2edge.runtime.decoding.generate import GenerationBatch
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions, check_number
-from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 from blip2edge.runtime.text.prompt import PromptText
 
 
@@ -111,12 +110,10 @@ class Scheduler:
             thread.start()
 
     def __enter__(self) -> Scheduler:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """Returns the object itself."""
+        """The object itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes it; unfinished requests are cancelled."""
         self.close()
 
@@ -126,6 +123,7 @@ class Scheduler:
         options: GenerationOptions,
         *,
         prompt: PromptText | None = None,
+        channels: Channels = "rgb",
         deadline: float | None = None,
         wait: bool = True,
         on_piece: Callable[[str | None], None] | None = None,
@@ -137,6 +135,7 @@ class Scheduler:
             image: See ``Captioner.caption``.
             options: How to generate the caption.
             prompt: See ``Captioner.caption``.
+            channels: See ``Captioner.caption``.
             deadline: Seconds from now after which the request fails if it is not finished; None for no deadline.
             wait: Whether to wait while the queue is full; if False, a full queue is an error.
             on_piece: See :class:`Request`.
@@ -148,6 +147,7 @@ class Scheduler:
             UsageError: ``deadline`` is not above 0, or above :data:`LONGEST_DEADLINE`.
             RuntimeError: The scheduler is closed.
         """
+        image = in_rgb(image, channels)
         if deadline is not None:
             check_number("deadline", deadline, 0.0, LONGEST_DEADLINE, above=True)
         expires = None if deadline is None else time.monotonic() + deadline

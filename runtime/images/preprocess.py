@@ -43,7 +43,7 @@ _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box
 _warning_filters = threading.Lock()
 
 Content = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
-ImageSource = Union[Content, Callable[[], Content]]
+ImageSource = Union[Content, "Callable[[], Content]"]
 
 
 def load_image(source: ImageSource) -> Image.Image:

@@ -1,4 +1,7 @@
-"""Reads the frames of a video from a list, a folder of frames, a video file, or one picture that is repeated."""
+"""Reads the frames of a video from a list, a folder of frames, a video file, or one picture that is repeated.
+
+Also puts the channels of arrays into the order R, G, B.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,21 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from blip2edge.errors import ImageError, UsageError
+from blip2edge.errors import ImageError, UsageError, option
 from blip2edge.packages import require
 from blip2edge.runtime.images.preprocess import ImageSource
 
 ItemSource = ImageSource | Sequence[ImageSource]
 """A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
+
+Channels = Literal["rgb", "bgr"]
+"""Order of an array's channels; ``bgr`` is OpenCV's."""
+
+_TO_RGB = {3: [2, 1, 0], 4: [2, 1, 0, 3]}  # number of channels -> their indices
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 
@@ -26,6 +34,27 @@ def chosen(total: int, count: int) -> list[int]:
     Returns the frames' indices. The same selection as in transformers' example for InstructBlipVideo.
     """
     return [index * total // count for index in range(count)]
+
+
+def in_rgb(item: ItemSource, channels: Channels) -> ItemSource:
+    """Puts the channels of an array, or of the arrays in a list, into the order R, G, B.
+
+    Args:
+        item: A picture or a video. Files and Pillow pictures name their own channels and are returned unchanged.
+        channels: The order of the arrays' last axis, which has 3 channels, or 4 with alpha as the last.
+
+    Raises:
+        UsageError: ``channels`` is neither ``rgb`` nor ``bgr``.
+    """
+    if channels not in get_args(Channels):
+        raise UsageError(f"expected {option('channels')} to be 'rgb' or 'bgr', got {channels!r}")
+    if channels == "rgb":
+        return item
+    if isinstance(item, (list, tuple)):
+        return [in_rgb(picture, channels) for picture in item]  # type: ignore[misc]  # a list has no lists in it
+    if isinstance(item, np.ndarray) and item.ndim > 2 and item.shape[-1] in _TO_RGB:
+        return item[..., _TO_RGB[item.shape[-1]]]
+    return item
 
 
 def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
@@ -75,6 +104,8 @@ def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
     Raises:
         ImageError: There is no frame, the video cannot be read, or the package that reads videos is missing.
     """
+    if callable(item):
+        item = item()
     if isinstance(item, (str, os.PathLike)):
         path = Path(item)
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():

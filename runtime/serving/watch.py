@@ -1,7 +1,8 @@
-"""``blip2edge watch``: live captions of a camera, a video or a folder, newest frame first.
+"""``blip2edge watch``: live captions of a camera or a video, newest frame first, or of every picture of a folder.
 
-A reader thread keeps only the newest frame. When the captioner is free, it captions that frame; the frames in between
-are dropped and counted. So a caption is as recent as the device allows, and no backlog grows.
+For a camera, a reader thread keeps only the newest frame. When the captioner is free, it captions that frame; the
+frames in between are dropped and counted. So a caption is as recent as the device allows, and no backlog grows. The
+pictures of a folder are kept by the file system, and all of them are captioned.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class WatchResult:
-    """A caption of the newest frame.
+    """The caption of a frame.
 
     Attributes:
         frame: Its name.
@@ -62,9 +63,11 @@ class Source(Iterator[Frame]):
 
     Args:
         make: Makes the frames; its event is set when the source is closed.
+        is_queue: Whether frames wait until they are taken, as files do.
     """
 
-    def __init__(self, make: Callable[[threading.Event], Frames]) -> None:
+    def __init__(self, make: Callable[[threading.Event], Frames], *, is_queue: bool = False) -> None:
+        self.is_queue = is_queue
         self._closed = threading.Event()
         self._running = threading.Lock()
         self._frames = make(self._closed)
@@ -102,7 +105,8 @@ def open_source(source: str, *, follow: bool = True) -> Source:
     Args:
         source: A number or ``/dev/video…`` for a camera, a video file, an address that FFmpeg reads (``rtsp:…``), or a
             folder, in which new pictures appear.
-        follow: Wait for new pictures in a folder; otherwise only the present ones.
+        follow: Wait for new pictures in a folder, and read a video file at its own speed; otherwise take the present
+            pictures only, and read the video as fast as possible.
 
     Raises:
         DataError: There is no such source.
@@ -110,13 +114,15 @@ def open_source(source: str, *, follow: bool = True) -> Source:
     """
     path = Path(source)
     if path.is_dir():
-        return Source(partial(_folder, path, follow))
+        return Source(partial(_folder, path, follow), is_queue=True)
     if source.isdigit():
         return _video(f"/dev/video{source}", "v4l2")
     if source.startswith("/dev/"):
         return _video(source, "v4l2")
-    if "://" in source or (path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES):
-        return _video(source, None)
+    if "://" in source:
+        return _video(source)
+    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+        return _video(source, paced=follow)
     raise DataError(
         f"expected a folder, a video file or a camera, got {source}",
         "give a folder of pictures, a video, a camera's number, or an address such as rtsp://…",
@@ -140,7 +146,7 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
     found = {}
     try:
         for path in folder.iterdir():
-            if path.suffix.lower() in PICTURE_SUFFIXES:
+            if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith("."):
                 with suppress(FileNotFoundError):
                     found[path.name, path.stat().st_mtime_ns] = path
     except OSError as error:
@@ -150,19 +156,20 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
     return found
 
 
-def _video(address: str, kind: str | None) -> Source:
+def _video(address: str, kind: str | None = None, *, paced: bool = False) -> Source:
     av = require("av", "reading videos and cameras", BackendError)
-    return Source(partial(_decoded, av, address, kind))
+    return Source(partial(_decoded, av, address, kind, paced))
 
 
-def _decoded(av: Any, address: str, kind: str | None, closed: threading.Event) -> Frames:
+def _decoded(av: Any, address: str, kind: str | None, paced: bool, closed: threading.Event) -> Frames:
+    """The frames of a video; `kind` is FFmpeg's input format, `paced` means at the video's own speed."""
     start = time.perf_counter()
     try:
         with av.open(address, format=kind) as container:
             stream = container.streams.video[0]
             for frame in container.decode(stream):
                 at = float(frame.time or 0.0)
-                if kind is None and "://" not in address:  # a file plays at its own speed
+                if paced:
                     closed.wait(max(0.0, at - (time.perf_counter() - start)))
                 if closed.is_set():
                     return
@@ -233,7 +240,7 @@ def watch(
     on_piece: Callable[[str | None], None] | None = None,
     **options: Any,
 ) -> Iterator[WatchResult]:
-    """Captions the newest frame, repeatedly.
+    """Captions the newest frame, repeatedly, or every frame.
 
     Args:
         captioner: A loaded bundle.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2edge.errors import DataError
-from blip2edge.picture_files import PICTURE_SUFFIXES
+from blip2edge.picture_files import PICTURE_SUFFIXES, visible_files
 from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture
 
 
@@ -29,7 +29,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
     """
     if not directory.is_dir():
         raise DataError(f"expected a folder of pictures and texts, but {directory} is not a folder")
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = visible_files(directory)
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
     broken = BrokenSamples(str(directory), max_broken)

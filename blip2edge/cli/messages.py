@@ -1,0 +1,72 @@
+"""Errors as lines of standard error."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+from blip2edge.errors import Blip2EdgeError
+from blip2edge.packages import EXTRAS, install_command
+
+# Options whose flag has another name.
+_FLAGS = {"max_waiting": "queue"}
+
+
+def flag(name: str, on: bool) -> str:  # noqa: ARG001 - a switch has no value on the command line
+    """Writes an option of an error as a flag: ``--max-new-tokens``."""
+    return "--" + _FLAGS.get(name, name).replace("_", "-")
+
+
+def explain(error: Exception) -> str:
+    """One line: what went wrong and what mends it."""
+    if isinstance(error, Blip2EdgeError):
+        return error.text(flag)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRAS:
+            return f"the package {package!r} is not installed; {install_command(EXTRAS[package])}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; make room and run the command again"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "memory ran out; use a smaller --batch-size or a smaller model"
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text}; run the command with --debug for the traceback"
+
+
+def print_error(error: Exception | str) -> None:
+    """Prints an error, as the line ``error: …``, to standard error."""
+    print_note(f"error: {error if isinstance(error, str) else explain(error)}")
+
+
+def print_note(line: str) -> None:
+    """Prints a line to standard error, and flushes it."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+class Failures:
+    """Errors that end the work on one picture and not the command.
+
+    Args:
+        kinds: Classes of such errors.
+    """
+
+    def __init__(self, *kinds: type[Blip2EdgeError]) -> None:
+        self._kinds = kinds
+        self._count = 0
+
+    def add(self, error: Blip2EdgeError) -> None:
+        """Prints an error of one of the kinds, and raises another one."""
+        if not isinstance(error, self._kinds):
+            raise error
+        print_error(error)
+        self._count += 1
+
+    def exit_status(self, total: int) -> int:
+        """Prints how many of `total` pictures failed; returns 1 if there are any, or 0."""
+        if self._count and total > 1:
+            print_note(f"{self._count} of {total} pictures failed")
+        return 1 if self._count else 0
