@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
+    from blip2edge.runtime.images.preprocess import ImageSource
+
 IMAGE_HELP = "picture: a file, a folder, a glob pattern in quotes, an http(s) address, or - for standard input"
 
 STANDARD_INPUT = "-"
@@ -36,11 +38,20 @@ class Picture:
 
     Attributes:
         name: The file's path, the address, or ``-``.
-        source: What the runtime reads: the path, or a function that returns the bytes of the file.
+        read: Returns the bytes of the picture file; None for a path that the runtime opens itself.
     """
 
     name: str
-    source: str | Callable[[], bytes]
+    read: Callable[[], bytes] | None = None
+
+    def __call__(self) -> bytes:
+        """The bytes of the picture file."""
+        return self.read() if self.read is not None else Path(self.name).read_bytes()
+
+    @property
+    def source(self) -> ImageSource:
+        """What the runtime takes: the path, or this object, which is called when the picture is decoded."""
+        return self.name if self.read is None else self
 
 
 def find_pictures(words: Iterable[str], *, videos: bool = False) -> list[Picture]:
@@ -75,7 +86,7 @@ def _named(word: str, videos: bool) -> Iterator[Picture]:
     elif not os.path.lexists(word) and glob.has_magic(word):
         yield from _of_pattern(word, videos)
     else:
-        yield Picture(word, word)
+        yield Picture(word)
 
 
 def _is_pipe(word: str) -> bool:
@@ -104,7 +115,7 @@ def _of_folder(word: str) -> list[Picture]:
             f"{word}: expected a folder of pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), found none",
             "name a folder that contains pictures",
         )
-    return [Picture(path, path) for path in found]
+    return [Picture(path) for path in found]
 
 
 def _of_pattern(word: str, videos: bool) -> list[Picture]:
@@ -119,7 +130,7 @@ def _of_pattern(word: str, videos: bool) -> list[Picture]:
         ]
     if not matches:
         raise UsageError(f"{word}: no picture matches this pattern", "check the folder and the suffix in the pattern")
-    return [Picture(path, path) for path in matches]
+    return [Picture(path) for path in matches]
 
 
 def download(address: str) -> bytes:

@@ -54,7 +54,8 @@ def load_image(source: ImageSource) -> Image.Image:
     Args:
         source: A path, the bytes of a picture file, a Pillow image, or a uint8 array [H,W], [H,W,1], [H,W,3]
             (RGB) or [H,W,4] (RGBA). Or a function without arguments that returns one of these; it is called when
-            the picture is decoded, and again if the picture has to be decoded again.
+            the picture is decoded, and again if the picture has to be decoded again. Errors name the picture by
+            the function's attribute `name`, if it has one.
 
     Returns:
         The picture in mode RGB; a Pillow image that is upright RGB already is returned without a copy.
@@ -63,6 +64,7 @@ def load_image(source: ImageSource) -> Image.Image:
         ImageError: The file is missing, empty, broken, truncated or not a picture; the picture has no pixel or
             more than `MAX_PIXELS`, or its pixels are 32-bit numbers; the array has another shape or dtype.
     """
+    given = getattr(source, "name", "the picture passed in")
     if callable(source):
         source = source()
     if isinstance(source, np.ndarray):
@@ -70,7 +72,7 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         return _upright_rgb(source, "the picture passed in")
     if isinstance(source, (bytes, bytearray)):
-        return _decode(io.BytesIO(source), len(source), "the picture passed in")
+        return _decode(io.BytesIO(source), len(source), given)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"expected a path, bytes, a Pillow image or an array, got {type(source).__name__}")
     name = os.fspath(source)
