@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from blip2edge import __version__
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import interrupt, main
 from blip2edge.cli.messages import explain, flag
 from blip2edge.cli.parser import build_parser
@@ -71,12 +72,10 @@ class FakeCaptioner:
         default_factory=lambda: SimpleNamespace(question=lambda question: f"Question: {question} Answer:")
     )
 
-    def load(
-        self, bundle: Path, *, backend: str = "auto", threads: int | None = None, draft: str = "auto"
-    ) -> FakeCaptioner:
+    def __call__(self, bundle: SimpleNamespace, backend: str, threads: int | None, draft: str) -> FakeCaptioner:
         if self.error is not None:
             raise self.error
-        self.loaded.append((str(bundle), backend, threads))
+        self.loaded.append((str(bundle.path), backend, threads))
         return self
 
     def caption_many(
@@ -85,15 +84,13 @@ class FakeCaptioner:
         *,
         prompts: Sequence[str] | None = None,
         batch_size: int = 1,
+        return_exceptions: bool = False,
         **options: Any,
     ) -> Iterator[FakeResult]:
+        assert return_exceptions
         self.options.append({"batch_size": batch_size, **options})
         for index, image in enumerate(images):
             yield FakeResult(image, None if prompts is None else prompts[index])
-
-    def ask(self, image: str, question: str, **options: Any) -> FakeResult:
-        self.options.append(options)
-        return FakeResult(image, question, "yes")
 
     def stream(self, image: str, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
         self.options.append(options)
@@ -107,6 +104,8 @@ def captioner(monkeypatch: pytest.MonkeyPatch) -> FakeCaptioner:
     module = ModuleType("blip2edge.runtime.captioning.captioner")
     module.Captioner = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "blip2edge.runtime.captioning.captioner", module)
+    opened = staticmethod(lambda path: SimpleNamespace(path=path, manifest=SimpleNamespace(prompt=None)))
+    monkeypatch.setattr(Bundle, "open", opened)
     return fake
 
 
@@ -156,7 +155,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["caption", "a.png", "-b", "b", "--num-beam", "3"],
         ["caption", "a.png", "-b", "b", "--stream", "--num-beams", "3"],
         ["caption", "a.png", "-b", "b", "--min-new-tokens", "9", "--max-new-tokens", "3"],
-        ["caption", "a.png", "b.png", "c.png", "-b", "b", "--prompt", "x", "--prompt", "y"],
+        ["serve"],
+        ["serve", "b", "-b", "b"],
         ["ask", "a.png", "-b", "b"],
         ["train", "stage9", "-c", "f", "-o", "d"],
         ["eval", "somewhere", "--count", "1"],
@@ -215,6 +215,64 @@ def test_one_prompt_serves_all_pictures(captioner: FakeCaptioner, capsys: pytest
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["one", "one"]
 
 
+def test_number_of_prompts_must_be_one_or_that_of_the_pictures(
+    captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["caption", "a.png", "b.png", "c.png", "-b", "x", "--prompt", "one", "--prompt", "two"]) == 2
+    assert "expected one --prompt for all pictures or one for each, got 2" in capsys.readouterr().err
+    assert captioner.loaded == []  # found before the graphs are loaded
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["captoin", "a.png"], "caption"),
+        (["--verison"], "--version"),
+        (["caption", "a.png", "--bundel", "b"], "--bundle"),
+        (["caption", "a.png", "-b", "b", "--max-new-token=3"], "--max-new-tokens"),
+        (["caption", "a.png", "-b", "b", "--backend", "openvno"], "openvino"),
+        (["serve", "b", "--prot", "1"], "--port"),
+        (["train", "stge2", "-c", "f"], "stage2"),
+    ],
+)
+def test_did_you_mean(words: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert f"; did you mean {meant}?; see blip2edge" in capsys.readouterr().err
+
+
+def test_no_suggestion_without_a_similar_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["caption", "a.png", "-b", "b", "--zzz"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["b"], ["-b", "b"], ["-bb"], ["--bundle", "b"], ["--bundle=b"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("command", "rest"),
+    [
+        ("calibrate", ["-o", "x", "--images", "y"]),
+        ("optimize", ["--backend", "cpu"]),
+        ("serve", []),
+        ("inspect", []),
+        ("build", []),
+        ("bench", []),
+        ("eval", []),
+    ],
+)
+def test_bundle_by_its_place_or_by_the_flag(command: str, rest: list[str], given: list[str]) -> None:
+    for words in ([command, *rest, *given], [command, *given, *rest]):
+        options = build_parser(words).parse_args(words)
+        assert str(options.model if command == "eval" else options.bundle) == "b"
+
+
+def test_every_command_that_reads_a_bundle_takes_the_flag() -> None:
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for action in build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers.update(action.choices)
+    without = {name for name, parser in parsers.items() if "--bundle" not in parser._option_string_actions}
+    assert without == {"export", "doctor", "demo", "train", "capfilt"}  # capfilt: --captioner and --matcher
+
+
 def test_stream_writes_the_pieces_of_a_caption(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["caption", "a.png", "b.png", "-b", "x", "--stream", "--seed", "3"]) == 0
     assert capsys.readouterr().out == "a.png: a red circle\nb.png: a red circle\n"
@@ -223,8 +281,8 @@ def test_stream_writes_the_pieces_of_a_caption(captioner: FakeCaptioner, capsys:
 
 def test_ask(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "a.png", "is it red?", "-b", "x", "--num-beams", "2"]) == 0
-    assert capsys.readouterr().out == "yes\n"
-    assert captioner.options == [{"num_beams": 2}]
+    assert capsys.readouterr().out == "a red circle\n"
+    assert captioner.options == [{"batch_size": 1, "num_beams": 2}]
 
 
 def test_ask_streams_with_the_question_template(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:

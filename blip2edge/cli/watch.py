@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         captioner,
         frames,
         prompt=options.prompt,
-        every=options.once or frames.is_queue,
+        every=options.once,
         reuse_below=options.reuse_below,
         **flags,
     ):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from blip2edge.errors import ImageError, UsageError, option
+from blip2edge.errors import ImageError, UsageError
 from blip2edge.packages import require
 from blip2edge.runtime.images.preprocess import ImageSource
 
@@ -47,14 +48,20 @@ def in_rgb(item: ItemSource, channels: Channels) -> ItemSource:
         UsageError: ``channels`` is neither ``rgb`` nor ``bgr``.
     """
     if channels not in get_args(Channels):
-        raise UsageError(f"expected {option('channels')} to be 'rgb' or 'bgr', got {channels!r}")
+        raise UsageError(f"expected channels to be 'rgb' or 'bgr', got {channels!r}", field="channels")
     if channels == "rgb":
         return item
     if isinstance(item, (list, tuple)):
         return [in_rgb(picture, channels) for picture in item]  # type: ignore[misc]  # a list has no lists in it
+    if callable(item):
+        return partial(_call_in_rgb, item, channels)
     if isinstance(item, np.ndarray) and item.ndim > 2 and item.shape[-1] in _TO_RGB:
         return item[..., _TO_RGB[item.shape[-1]]]
     return item
+
+
+def _call_in_rgb(item: Callable[[], Any], channels: Channels) -> Any:
+    return in_rgb(item(), channels)
 
 
 def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:

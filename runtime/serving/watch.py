@@ -24,6 +24,7 @@ from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 
 POLL_S = 0.2  # between two listings of a folder
+SETTLED_NS = 1_000_000_000  # a picture that was not modified for this time is complete
 
 
 @dataclass(frozen=True)
@@ -129,26 +130,45 @@ def open_source(source: str, *, follow: bool = True) -> Source:
     )
 
 
+@dataclass(frozen=True)
+class _Version:
+    """A picture file as it was found: a file that is written again is another version."""
+
+    modified_ns: int
+    name: str
+    size: int
+
+    def in_use(self, now_ns: int) -> bool:
+        """Whether a program may still be writing it."""
+        return abs(now_ns - self.modified_ns) < SETTLED_NS
+
+
 def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
-    seen: set[tuple[str, int]] = set()
+    """The pictures of a folder, oldest first; with `follow`, a new one is taken when two looks find it unchanged."""
+    taken: set[_Version] = set()
+    before: set[_Version] = set()
     while not closed.is_set():
-        stamps = _pictures(path)
-        for key in sorted(stamps.keys() - seen, key=lambda key: (key[1], key[0])):
-            yield Frame(key[0], stamps[key])
-        seen = set(stamps)
+        found, now = _pictures(path), time.time_ns()
+        for version in sorted(found - taken, key=lambda version: (version.modified_ns, version.name)):
+            if not follow or version in before or not version.in_use(now):
+                taken.add(version)
+                yield Frame(version.name, path / version.name)
         if not follow:
             return
+        taken &= found
+        before = found
         closed.wait(POLL_S)
 
 
-def _pictures(folder: Path) -> dict[tuple[str, int], Path]:
-    """The pictures of a folder by name and time; pictures that are removed meanwhile are left out."""
-    found = {}
+def _pictures(folder: Path) -> set[_Version]:
+    """The pictures of a folder; those that are removed meanwhile are left out."""
+    found = set()
     try:
         for path in folder.iterdir():
             if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith("."):
                 with suppress(FileNotFoundError):
-                    found[path.name, path.stat().st_mtime_ns] = path
+                    status = path.stat()
+                    found.add(_Version(status.st_mtime_ns, path.name, status.st_size))
     except OSError as error:
         raise DataError(
             f"{folder} cannot be read any more ({error.strerror or error})", "check that the folder still exists"
@@ -246,7 +266,7 @@ def watch(
         captioner: A loaded bundle.
         frames: From :func:`open_source`; a :class:`Source` is closed at the end.
         prompt: As ``Captioner.caption`` takes it.
-        every: Caption every frame in order and drop none.
+        every: Caption every frame in order and drop none, as is always done with a :class:`Source` that is a queue.
         reuse_below: A frame that differs by less from the last encoded one is not encoded; 0 encodes every frame. See
             :class:`blip2edge.runtime.captioning.frame_reuse.ReusingEncoder`.
         on_piece: Called with each piece of a text as it is generated, and with None at its end.
@@ -261,7 +281,8 @@ def watch(
     """
     encoder = captioner.reusing(reuse_below) if reuse_below else None
     generation = captioner.options(**options)
-    newest = None if every else NewestFrame(frames)
+    queued = every or (isinstance(frames, Source) and frames.is_queue)
+    newest = None if queued else NewestFrame(frames)
 
     def coming() -> Iterator[tuple[Frame, float, int]]:
         if newest is None:

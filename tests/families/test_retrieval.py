@@ -145,6 +145,41 @@ def test_the_command_line_embeds(half: Path, tmp_path: Path, capsys: pytest.Capt
     assert "match_logits" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("batch_size", ["1", "3"])
+def test_broken_picture_fails_alone(
+    half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: str
+) -> None:
+    for name, picture in zip("abc", draw_pictures(3), strict=True):
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes(b"half a pict")
+    good = [str(tmp_path / name) for name in ("a.png", "c.png")]
+    shared = ["-b", str(half), "--batch-size", batch_size, "--json"]
+    texts = ["--text", "a dog", "--text", "two cats"]
+    for command, each in ((["match", str(tmp_path), *texts], 2), (["embed", str(tmp_path)], 1)):
+        assert main([*command, *shared]) == 1
+        output = capsys.readouterr()
+        assert [json.loads(line)["image"] for line in output.out.splitlines()] == [
+            one for one in good for _ in range(each)
+        ]
+        assert [line.partition("; ")[0] for line in output.err.splitlines()] == [
+            f"error: {tmp_path / 'b.png'}: not a picture in a format that Pillow reads",
+            "1 of 3 pictures failed",
+        ]
+    target = tmp_path / "vectors.npy"  # a row of the array belongs to each picture, so that none can be left out
+    assert main(["embed", str(tmp_path), "-b", str(half), "--output", str(target)]) == 1
+    assert not target.exists()
+
+
+def test_channel_order_of_arrays(half: Path) -> None:
+    matcher, picture = Matcher.load(half), draw_pictures(1)[0]
+    frame = np.asarray(picture)[..., ::-1]
+    assert matcher.match(frame, "a dog", channels="bgr") == matcher.match(picture, "a dog")
+    assert matcher.match(frame, "a dog") != matcher.match(picture, "a dog")
+    np.testing.assert_array_equal(matcher.embed_image(frame, channels="bgr"), matcher.embed_image(picture))
+    probabilities = matcher.probabilities([picture], [["a dog"]])
+    assert matcher.probabilities([frame], [["a dog"]], channels="bgr") == probabilities
+
+
 def test_what_does_not_fit_is_told_in_a_line(half: Path) -> None:
     matcher, picture = Matcher.load(half, threads=1), draw_pictures(1)[0]
     with pytest.raises(PromptError, match="43 tokens, but the model takes at most 40"):

@@ -193,6 +193,68 @@ def test_a_broken_picture_ends_the_run_after_what_came_before(captioner: Caption
             next(results)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_errors_in_place_of_results(captioner: Captioner, files: list[Path], batch_size: int) -> None:
+    files[1].write_bytes(b"half a pict")
+    prompts = ["a", "a", "word " * 5000, "a", "a"]
+    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": 4}
+    results = list(captioner.caption_many(files, prompts=prompts, return_exceptions=True, **options))
+    assert [type(result) for result in results] == [
+        CaptionResult,
+        ImageError,
+        PromptError,
+        CaptionResult,
+        CaptionResult,
+    ]
+    for at in (0, 3, 4):
+        result, alone = results[at], captioner.caption(files[at], prompt="a", max_new_tokens=4)
+        assert isinstance(result, CaptionResult)
+        assert result.tokens == alone.tokens
+
+
+def bgr(picture: PIL.Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A frame as OpenCV gives it."""
+    return np.ascontiguousarray(np.asarray(picture)[..., ::-1])
+
+
+def test_channel_order_of_arrays(captioner: Captioner, files: list[Path]) -> None:
+    pictures = draw_pictures(5, 2)
+    frames = [bgr(picture) for picture in pictures]
+    expected = [captioner.caption(picture, max_new_tokens=NEW).tokens for picture in pictures]
+    as_rgb = [captioner.caption(frame, max_new_tokens=NEW).tokens for frame in frames]
+    assert as_rgb != expected  # the order matters for these pictures
+    for batch_size in (1, 3):
+        results = captioner.caption_many(frames, channels="bgr", batch_size=batch_size, max_new_tokens=NEW)
+        assert [result.tokens for result in results] == expected
+    with captioner.scheduler() as scheduler:
+        request = scheduler.submit(frames[0], captioner.options(max_new_tokens=NEW), channels="bgr")
+        assert request.result().tokens == expected[0]
+    text = captioner.caption(pictures[0], max_new_tokens=NEW).text
+    assert "".join(captioner.stream(frames[0], channels="bgr", max_new_tokens=NEW)).strip() == text
+    question = {"max_new_tokens": NEW, "question": "what is it"}
+    asked = captioner.ask(frames[0], channels="bgr", **question)  # type: ignore[arg-type]
+    assert asked.tokens == captioner.ask(pictures[0], **question).tokens  # type: ignore[arg-type]
+    alpha = np.dstack([frames[0], np.full(frames[0].shape[:2], 7, np.uint8)])
+    assert captioner.caption(alpha, channels="bgr", max_new_tokens=NEW).tokens == expected[0]
+    for other in (pictures[0], files[0], files[0].read_bytes()):  # these name their own channels
+        assert captioner.caption(other, channels="bgr", max_new_tokens=NEW).tokens == expected[0]
+    grey = np.asarray(pictures[0].convert("L"))
+    for array in (grey, grey[..., None]):
+        assert captioner.caption(array, channels="bgr").tokens == captioner.caption(array).tokens
+
+
+def test_channel_order_that_does_not_exist(captioner: Captioner) -> None:
+    with pytest.raises(UsageError, match="expected channels to be 'rgb' or 'bgr', got 'BGR'"):
+        captioner.caption(bgr(draw_pictures(1)[0]), channels="BGR")  # type: ignore[arg-type]
+
+
+def test_picture_that_a_function_returns(captioner: Captioner, files: list[Path]) -> None:
+    expected = captioner.caption(files[0]).tokens
+    assert captioner.caption(files[0].read_bytes).tokens == expected
+    frame = bgr(draw_pictures(5, 2)[0])
+    assert captioner.caption(lambda: frame, channels="bgr").tokens == expected
+
+
 def test_a_prompt_too_long_ends_the_run_after_what_came_before(captioner: Captioner) -> None:
     images, prompts = draw_pictures(3), ("a", "two " * 70, "b")
     results = captioner.caption_many(images, prompts=prompts, batch_size=3, max_new_tokens=4)

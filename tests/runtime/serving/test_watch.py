@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ def captioner(tiny_bundle: Path) -> Captioner:
 def folder(tmp_path: Path) -> Path:
     for index, picture in enumerate(draw_pictures(3, 2)):
         picture.save(tmp_path / f"{index}.png")
+        os.utime(tmp_path / f"{index}.png", (0, index))  # complete: not modified for a long time
+    (tmp_path / "._0.png").write_bytes(b"macOS writes such files")
     (tmp_path / "notes.txt").write_text("no picture")
     return tmp_path
 
@@ -79,6 +84,42 @@ def test_new_pictures_appear(captioner: Captioner, folder: Path, monkeypatch: py
     assert names | {next(frames).name} == {"0.png", "1.png", "2.png", "later.png"}
 
 
+def test_folder_is_a_queue(captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 pictures that arrive while others are captioned give 40 captions, in the order in which they arrived."""
+    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    pictures = draw_pictures(4, 5)
+    results = watch(captioner, open_source(str(tmp_path)), max_new_tokens=2)
+    seen = []
+    for at in range(0, 40, 10):
+        for index in range(at, at + 10):
+            pictures[index % 4].save(tmp_path / f"{index:02}.png")
+            os.utime(tmp_path / f"{index:02}.png", (0, index))
+        seen += [next(results) for _ in range(10)]
+    results.close()  # type: ignore[attr-defined]  # a generator
+    assert [one.frame for one in seen] == [f"{index:02}.png" for index in range(40)]
+    assert all(one.result is not None and one.dropped == 0 for one in seen)
+
+
+def test_picture_that_is_being_written_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "POLL_S", 0.2)
+    content = io.BytesIO()
+    draw_pictures(1, 9)[0].save(content, "PNG")
+    halves = content.getvalue()[:100], content.getvalue()[100:]
+    path = tmp_path / "slow.png"
+    frames, taken = open_source(str(tmp_path)), []
+    reader = threading.Thread(target=lambda: taken.append((next(frames).name, path.stat().st_size)))
+    with path.open("wb", buffering=0) as file:
+        file.write(halves[0])
+        reader.start()
+        for _ in range(8):  # the file changes at every look
+            time.sleep(0.1)
+            os.utime(path)
+        assert not taken
+        file.write(halves[1])
+    reader.join(60)
+    assert taken == [("slow.png", len(content.getvalue()))]
+
+
 def test_a_picture_that_is_removed_while_it_is_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = Path.iterdir
 
@@ -125,7 +166,9 @@ def test_who_stops_listening_ends_the_reader(
 ) -> None:
     monkeypatch.setattr(watch_module, "POLL_S", 60.0)
     before = set(_readers())
-    results = watch(captioner, open_source(str(folder)), max_new_tokens=2)
+    source = open_source(str(folder))
+    source.is_queue = False  # as a camera
+    results = watch(captioner, source, max_new_tokens=2)
     assert next(results).result is not None
     (reader,) = set(_readers()) - before
     results.close()  # type: ignore[attr-defined]  # a generator
@@ -201,11 +244,13 @@ def test_what_is_no_source(source: str) -> None:
         open_source(source)
 
 
-def test_a_video(captioner: Captioner, tmp_path: Path) -> None:
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """A video of 4 frames in 2 seconds."""
     av: Any = pytest.importorskip("av", reason="videos are read with PyAV")
     path = tmp_path / "video.mp4"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=20)
+        stream = container.add_stream("mpeg4", rate=2)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         for picture in draw_pictures(4, 1):
@@ -213,8 +258,26 @@ def test_a_video(captioner: Captioner, tmp_path: Path) -> None:
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-    seen = list(watch(captioner, open_source(str(path)), every=True, max_new_tokens=2))
-    assert [one.frame for one in seen] == ["0.00 s", "0.05 s", "0.10 s", "0.15 s"]
+    return path
+
+
+def test_video_with_once_is_read_as_fast_as_possible(
+    tiny_bundle: Path, video: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float | None] = []
+
+    def wait(_: threading.Event, timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        return False
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    assert [frame.name for frame in open_source(str(video), follow=False)] == ["0.00 s", "0.50 s", "1.00 s", "1.50 s"]
+    assert waits == []
+    assert len(list(open_source(str(video)))) == len(waits) == 4  # without it, at the video's own speed
+    monkeypatch.undo()
+    assert main(["watch", str(video), "--once", "-b", str(tiny_bundle), "--threads", "1", "--max-new-tokens", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["0.00 s", "0.50 s", "1.00 s", "1.50 s"]
 
 
 def test_the_command_passes_its_draft_model_on(
