@@ -95,10 +95,10 @@ _HOMES = {
     "MatchResult": ("blip2edge.runtime.captioning.matcher:MatchResult", ""),
     "Matcher": ("blip2edge.runtime.captioning.matcher:Matcher", ""),
     "build": ("blip2edge.engine.build:build_bundle", "build"),
-    "calibrate": ("blip2edge.calibration.pipeline:calibrate", "cpu,export"),
+    "calibrate": ("blip2edge.calibration.pipeline:calibrate", "cpu,build"),
     "evaluate": ("blip2edge.training.evaluation.pipeline:evaluate", "cpu,export"),
     "export_checkpoint": ("blip2edge.export.pipeline:export_checkpoint", "cpu,export"),
-    "optimize": ("blip2edge.optimization.pipeline:optimize", "cpu,export"),
+    "optimize": ("blip2edge.optimization.pipeline:optimize", "cpu,build"),
 }
 
 

@@ -37,6 +37,7 @@ from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
 from blip2edge.calibration.report.document import write_reports
+from blip2edge.calibration.report.page import REPORT_PAGE
 from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, StagedGraph
 from blip2edge.calibration.search.drop_limit import (
     CaptionScore,
@@ -58,6 +59,12 @@ from blip2edge.version import __version__
 
 BITS_WITHOUT_INPUTS = 8
 """Bits of the weights of a graph without recorded inputs (texts that are compared, a draft): INT4 needs inputs."""
+
+LEAST_AGREEMENT = 0.9
+"""Share of captions that are the same as the parent's; below it, a calibration warns."""
+
+LEAST_COSINE = 0.99
+"""Mean cosine to the parent's outputs; below it, the calibration of a model without captions warns."""
 
 W8A8 = (VISION, BRIDGE)
 """Graphs whose activations become INT8 by default."""
@@ -119,6 +126,7 @@ def calibrate(
             title = target.resolve().name
             graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
     summaries = {name: graph.summary for name, graph in graphs.items()}
+    warnings += _difference_warnings(summaries, agreement)
     seconds = time.perf_counter() - start
     return CalibrationReport(target, summaries, agreement, len(pictures), tuple(warnings), seconds, meter.peak)
 
@@ -231,8 +239,9 @@ def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle
         raise UsageError(f"expected {option('method')} to be one of {', '.join(RANGE_METHODS)}, got {method}")
     if weights is not None and weights not in WEIGHT_BITS:
         raise UsageError(f"expected {option('weights')} to be one of {', '.join(WEIGHT_BITS)}, got {weights}")
-    require("onnxruntime", "calibration", BackendError, "cpu,export")
+    require("onnxruntime", "calibration", BackendError)
     parent = Bundle.open(bundle)
+    parent.require_graphs("calibration")
     if parent.manifest.precision == "bf16":
         raise BundleError(
             f"{parent.path} is in bf16, which ONNX Runtime does not run on a CPU",
@@ -255,6 +264,28 @@ def _warnings(pictures: PictureSet) -> list[str]:
         )
     if pictures.skipped:
         warnings.append(f"{len(pictures.skipped)} pictures cannot be read; the first is {pictures.skipped[0]}")
+    return warnings
+
+
+def _difference_warnings(graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None) -> list[str]:
+    """Warnings of a bundle that differs much from its parent."""
+    warnings = []
+    if agreement is not None and agreement.same < LEAST_AGREEMENT:
+        warnings.append(
+            f"only {agreement.same:.1%} of {agreement.pictures} captions are the same as the parent's; {REPORT_PAGE} "
+            "shows the others. Calibrate on more pictures like those of the application; set a drop limit, which keeps "
+            "the most sensitive layers in floating point; or leave the weights in floating point"
+        )
+    if agreement is None:
+        low = {
+            f"{name}: {output}": value.mean
+            for name, graph in graphs.items()
+            for output, value in graph.cosine.items()
+            if value.mean < LEAST_COSINE
+        }
+        if low:
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in low.items())
+            warnings.append(f"the cosine to the parent's outputs is below {LEAST_COSINE}: {listed}")
     return warnings
 
 

@@ -15,14 +15,16 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import DECODER
+from blip2edge.engine.build_errors import LESS_MEMORY
 from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine, layers_of
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_bytes
 from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
-from blip2edge.errors import EngineError, option
+from blip2edge.errors import EngineError
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends import probe
+from blip2edge.runtime.backends.base import find_backend
 from blip2edge.runtime.backends.engine_files import (
     KIND,
     STEP,
@@ -100,6 +102,9 @@ def build_bundle(
     """
     chosen = BuildOptions(target=target, sm=tuple(sm), **options)
     task = _task(Bundle.open(bundle), chosen)
+    reason = find_backend(target).refuses.get(task.bundle.manifest.precision)
+    if reason is not None and notify is not None:
+        notify(f"warning: blip2edge cannot run engines in {task.bundle.manifest.precision}, because {reason}")
     memory = _estimate(task, notify)
     if output is None:
         directory = _build_into(task, task.bundle.derive(KIND), progress)
@@ -113,11 +118,7 @@ def build_bundle(
 
 
 def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
-    if bundle.manifest.engines_of:
-        raise EngineError(
-            f"{bundle.path} contains engines only, and no graphs to build from",
-            "build from the bundle with the graphs",
-        )
+    bundle.require_graphs("building engines")
     trt = load_tensorrt(options.target)
     target = replace(
         fingerprint(options.target, str(trt.__version__), bundle.sha256, options.sm),
@@ -176,8 +177,7 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
         except BrokenProcessPool as error:
             raise EngineError(
                 f"the builder's process was killed while it built {plan.name}, probably because memory ran out",
-                f"lower {option('workspace')}, {option('capacity')} or {option('max_batch')}, "
-                "add swap, or stop other programs on the board",
+                LESS_MEMORY,
             ) from error
 
 

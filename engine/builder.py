@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.choices import DECODER_CACHES
+from blip2edge.engine.build_errors import build_error
 from blip2edge.engine.layers import count_precisions
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.prepare import EnginePlan
@@ -169,7 +170,7 @@ def build_engine(
     cache = _read_timings(config, options.timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise _build_error(plan.path, messages)
+        raise build_error(plan, options.workspace, messages)
     output.write_bytes(memoryview(engine))
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
@@ -250,17 +251,3 @@ def _read_timings(config: Any, path: Path | None) -> Any:
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     config.set_timing_cache(cache, False)
     return cache
-
-
-def _build_error(graph: Path, messages: Sequence[str]) -> EngineError:
-    reason = next((text for text in reversed(messages)), "no reason given")
-    if "memory" in reason.lower() or "alloc" in reason.lower():
-        return EngineError(
-            f"TensorRT ran out of memory while it built {graph.name} ({reason})",
-            f"lower {option('workspace')}, {option('capacity')} or {option('max_batch')}, "
-            "add swap, or stop other programs on the board",
-        )
-    return EngineError(
-        f"TensorRT could not build {graph.name} ({reason})",
-        f"export the checkpoint with another {option('precision')}",
-    )

@@ -131,7 +131,7 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
 
     Raises:
         UsageError: Copies are not made for this backend.
-        BundleError: The directory is not a bundle.
+        BundleError: The directory is not a bundle, or contains engines only.
         BackendError: onnxruntime, onnx or the backend's package is not installed.
         OutputError: The copy cannot be written.
     """
@@ -143,6 +143,7 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
     require("onnxruntime", "the check of an optimized copy", BackendError)
     start = time.perf_counter()
     opened = Bundle.open(bundle)
+    opened.require_graphs("an optimized copy")
     directory = opened.derive(KIND) / backend
     with staged(directory, force=True, marker=None) as staging, scratch_directory(staging) as folder:
         task = _CopyTask(

@@ -71,6 +71,21 @@ class Bundle:
             progress=progress,
         )
 
+    def require_graphs(self, purpose: str) -> None:
+        """Checks that the bundle contains graphs, and not only engines that were built from them.
+
+        Args:
+            purpose: What needs the graphs: the beginning of the error.
+
+        Raises:
+            BundleError: It contains engines only.
+        """
+        if self.manifest.engines_of:
+            raise BundleError(
+                f"{purpose} needs graphs, but {self.path} contains engines only",
+                "use the bundle that the engines were built from",
+            )
+
     def file(self, name: str) -> Path:
         """Returns the path of a file of the bundle."""
         return self.path / name

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from blip2edge.cli.files import write
 from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft, add_number
 from blip2edge.cli.flag_types import non_negative_int, positive_int
+from blip2edge.cli.next_steps import print_next, quoted
 from blip2edge.packages import missing
 from blip2edge.progress import Progress
 
@@ -68,6 +69,12 @@ def run(options: argparse.Namespace) -> int:
     if options.html is not None:
         write(options.html, bench_page(report), "--html")
         print(f"{options.html}: the results with charts", file=sys.stderr)
+    if not options.json:
+        path, manifest = options.bundle, captioner.bundle.manifest
+        int8 = quoted(path.with_name(f"{path.name}-int8"))
+        smaller = f"blip2edge calibrate {quoted(path)} -o {int8} --images DIR"
+        done = manifest.calibration or manifest.engines_of or manifest.precision == "bf16"
+        print_next(f"blip2edge serve {quoted(path)}" if done else smaller)
     return 0
 
 

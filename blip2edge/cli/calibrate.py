@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output, add_threads
+from blip2edge.cli.next_steps import print_next, quoted, try_bundle
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
@@ -83,6 +84,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Calibrate a bundle and print a table of its graphs."""
+    from blip2edge.bundle.bundle import Bundle
     from blip2edge.calibration.pipeline import W8A8, calibrate
     from blip2edge.training.metrics.captions import cider_d
 
@@ -101,16 +103,20 @@ def run(options: argparse.Namespace) -> int:
             threads=options.threads,
             progress=progress,
         )
-    for line in report.warnings:
-        print(f"warning: {line}", file=sys.stderr)
     print(report_table(report))
     if not options.no_optimize:
         print(f"\n{copy_table(optimized(report.bundle))}")
+    for line in report.warnings:  # at the end, where they are not overlooked
+        print(f"warning: {line}", file=sys.stderr)
+    manifest = Bundle.open(report.bundle).manifest
+    print_next(try_bundle(report.bundle, manifest), f"blip2edge bench {quoted(report.bundle)}")
     return 0
 
 
 def report_table(report: CalibrationReport) -> str:
     """A line for each graph, and how many captions are the same as the parent's."""
+    from blip2edge.calibration.report.page import REPORT_PAGE
+
     rows = []
     for name, graph in report.graphs.items():
         cosines = list(graph.cosine.values())
@@ -133,4 +139,5 @@ def report_table(report: CalibrationReport) -> str:
         lines.append(f"\nsame caption as the parent: {same:.1%} of {pictures} pictures")
     peak = f", peak memory {size(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
     lines.append(f"{report.bundle}: calibrated on {report.pictures} pictures, {report.seconds:.1f} s{peak}")
+    lines.append(f"{report.bundle / REPORT_PAGE}: every layer and the captions that differ")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import blip2edge
 from blip2edge.cli.calibrate import report_table as calibration_table
 from blip2edge.cli.export import report_table
 from blip2edge.cli.inspect import bundle_bytes
+from blip2edge.cli.next_steps import print_next, quoted
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import BackendError, OutputError, option
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = Path(blip2edge.__file__).parent / "examples"
 CHECKPOINT = EXAMPLES / "checkpoint"
 PICTURES = EXAMPLES / "pictures"
-NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")
+DEMO_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 CALIBRATION_SCENES, CALIBRATION_SEED = 128, 4242  # scenes that neither training nor evaluation uses
 EXPORT_PYTHON = (3, 11)  # required by transformers and the newest ONNX Runtime
 STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
@@ -67,8 +68,11 @@ def run(options: argparse.Namespace) -> int:
     quantised = Captioner.load(calibrated.bundle, backend="cpu").caption_many(pictures)
     same = sum(one.text == two.text for one, two in zip(quantised, results, strict=True))
     print("\n".join([*_closing(report), _int8(calibrated, same, len(pictures))]))
-    print(f"\nThe whole demo took {time.monotonic() - started:.1f} s. One picture again:")
-    print(f"  blip2edge caption {pictures[0]} -b {report.bundle}")
+    print(f"\nThe whole demo took {time.monotonic() - started:.1f} s")
+    print_next(
+        f"blip2edge caption {quoted(pictures[0])} -b {quoted(report.bundle)}",
+        f"blip2edge serve {quoted(report.bundle)}",
+    )
     return 0
 
 
@@ -80,7 +84,7 @@ def _check_installed() -> None:
     """
     import platform
 
-    absent = missing(NEEDED)
+    absent = missing(DEMO_PACKAGES)
     if absent:
         fix = install_command("demo")
         if sys.version_info < EXPORT_PYTHON:

@@ -19,6 +19,7 @@ from blip2edge.cli.flag_groups import (
     given_generation,
 )
 from blip2edge.cli.flag_types import non_negative_int
+from blip2edge.cli.next_steps import print_next, quoted
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -87,6 +88,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
+    from blip2edge.bundle.manifest import MANIFEST
     from blip2edge.training.evaluation.pipeline import evaluate
 
     with Progress() as progress:
@@ -112,6 +114,10 @@ def run(options: argparse.Namespace) -> int:
     if options.predictions is not None:
         write(options.predictions, json.dumps(figures.pop("predictions")) + "\n", "--predictions")
     print(json.dumps(figures) if options.json else text_of(figures))
+    if not options.json:
+        path = quoted(options.model)
+        is_bundle = (options.model / MANIFEST).is_file()
+        print_next(f"blip2edge bench {path}" if is_bundle else f"blip2edge export {path} -o BUNDLE")
     return 0
 
 

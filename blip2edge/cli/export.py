@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from blip2edge.choices import PRECISIONS, VERIFICATIONS
 from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output
 from blip2edge.cli.flag_types import non_negative_int
+from blip2edge.cli.next_steps import print_next, quoted, try_bundle
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import difference, size, table
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Export a checkpoint and print a table of its graphs."""
+    from blip2edge.bundle.bundle import Bundle
     from blip2edge.export.pipeline import export_checkpoint
 
     with Progress() as progress:
@@ -73,6 +75,11 @@ def run(options: argparse.Namespace) -> int:
     print(report_table(report))
     if not options.no_optimize:
         print(f"\n{copy_table(optimized(report.bundle))}")
+    bundle, manifest = report.bundle, Bundle.open(report.bundle).manifest
+    print_next(try_bundle(bundle, manifest))
+    if manifest.precision != "bf16":  # bf16 cannot be calibrated
+        int8 = quoted(bundle.with_name(f"{bundle.name}-int8"))
+        print_next(f"blip2edge calibrate {quoted(bundle)} -o {int8} --images DIR")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from blip2edge.bundle.schema import Axis
 from blip2edge.cli.export import merging_line
 from blip2edge.cli.flag_groups import add_bundle
+from blip2edge.cli.next_steps import print_next, try_bundle
 from blip2edge.cli.table import difference, size, table
 from blip2edge.progress import Progress
 
@@ -43,9 +44,10 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(_graph(name, graph, manifest)))
     print()
     print("\n".join(_files(manifest)))
-    print("\n".join(_copies(bundle)))
+    print("\n".join([*_copies(bundle), *_engines(bundle)]))
     if options.verify:
         print(f"\nverified: every one of the {len(manifest.files)} files has the recorded SHA-256")
+    print_next(try_bundle(bundle.path, manifest))
     return 0
 
 
@@ -64,6 +66,23 @@ def _copies(bundle: Bundle) -> list[str]:
         else:
             state = ", ".join(found[1].graphs) or "no graph, because the portable ones are faster"
         lines.append(f"optimized for {backend}: {state}")
+    return ["", *lines] if lines else []
+
+
+def _engines(bundle: Bundle) -> list[str]:
+    """The folders of engines of a bundle: how many engines each has, and for which GPUs."""
+    from blip2edge.runtime.backends.engine_files import engine_sets
+
+    lines = []
+    for engines in engine_sets(bundle):
+        mark = engines.fingerprint
+        gpus = ", ".join([*mark["gpus"], *([mark["gpu"]] if mark["gpu"] else [])])
+        total = size(sum(record.file.size for record in engines.engines.values()))
+        parent = "" if mark["bundle_sha256"] == bundle.sha256 else "; not used, because it belongs to another bundle"
+        lines.append(
+            f"engines for {mark['target']} {mark['tensorrt']} on {gpus}: {len(engines.engines)} engines "
+            f"({', '.join(engines.engines)}), {total}, in {engines.directory}{parent}"
+        )
     return ["", *lines] if lines else []
 
 
@@ -124,7 +143,8 @@ def _pairs(values: object) -> str:
 
 def _graph(name: str, graph: GraphRecord, manifest: Manifest) -> list[str]:
     count = manifest.graph_bytes(graph)
-    lines = [f"{name}  ({', '.join(graph.files)}; {graph.precision}, {size(count)})"]
+    stored = "engine only" if manifest.engines_of else f"{', '.join(graph.files)}; {size(count)}"
+    lines = [f"{name}  ({stored}; {graph.precision})"]
     lines += [f"  in   {text}" for text in _tensors(graph.spec.inputs)]
     lines += [f"  out  {text}" for text in _tensors(graph.spec.outputs)]
     if graph.fp32_exceptions:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.choices import COPIED_BACKENDS
 from blip2edge.cli.flag_groups import add_bundle
+from blip2edge.cli.next_steps import print_next, quoted
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -34,6 +35,8 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Make a bundle's optimized copy for a backend and print a table of its graphs."""
     print(report_table(optimized(options.bundle, options.backend)))
+    backend = "" if options.backend == "cpu" else f" --backend {options.backend}"
+    print_next(f"blip2edge bench {quoted(options.bundle)}{backend}")
     return 0
 
 

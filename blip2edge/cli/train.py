@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.choices import TRAINING_STAGES
 from blip2edge.cli.flag_groups import add_output
+from blip2edge.cli.next_steps import print_next, quoted
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -63,5 +64,5 @@ def run(options: argparse.Namespace) -> int:
     scores = record.get("heldout")
     if scores:
         print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} exact captions")
-    print(f"next: blip2edge export {output} -o BUNDLE")
+    print_next(f"blip2edge export {quoted(output)} -o BUNDLE")
     return 0

@@ -122,12 +122,13 @@ def check_threads(threads: object) -> None:
         raise UsageError(f"{option('threads')} must be from 1 to {MOST_THREADS}, not {threads!r}")
 
 
-def check_precision(backend: str, precision: str) -> None:
+def check_precision(backend: str, precision: str, *, engines_only: bool = False) -> None:
     """Checks that a backend can run a bundle of this precision.
 
     Args:
         backend: Name of a backend, or ``auto``.
         precision: Precision of the bundle: ``fp32``, ``fp16`` or ``bf16``.
+        engines_only: Whether the bundle contains no graphs, so that no other backend can run it.
 
     Raises:
         BackendError: The backend is unknown, or cannot run this precision.
@@ -137,9 +138,12 @@ def check_precision(backend: str, precision: str) -> None:
         return
     others = [name for name, row in BACKENDS.items() if precision not in row.refuses]
     name = next(iter(BACKENDS)) if backend == "auto" else backend
+    export = f"export with {option('precision')} fp32 or fp16"
     raise BackendError(
         f"the bundle is in {precision}, which the backend {name} does not run: {reason}",
-        f"use {option('backend')} {' or '.join(others)}, or export with {option('precision')} fp32 or fp16",
+        f"{export}, and build the engines again"
+        if engines_only
+        else f"use {option('backend')} {' or '.join(others)}, or {export}",
     )
 
 

@@ -283,6 +283,15 @@ def _plain(value: Any) -> str:
     return " ".join(value) if isinstance(value, (list, tuple)) else str(value)
 
 
+def engine_sets(bundle: Bundle) -> list[EngineSet]:
+    """Reads every folder of engines of a bundle.
+
+    Raises:
+        EngineError: An ``engine.json`` cannot be read.
+    """
+    return [EngineSet.read(path.parent) for path in sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))]
+
+
 def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
     """Finds the engines of a bundle that this machine can run.
 
@@ -294,16 +303,13 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
         EngineError: The bundle has no engines for this target, or none that runs here: the message names the first
             difference and the command that builds the engines again.
     """
-    root = bundle.derived(KIND)
-    folders = sorted(path.parent for path in root.glob(f"*/{RECORD}")) if root.is_dir() else []
     build = f"blip2edge build {bundle.path} --target {here.target}"
     refusal: EngineError | None = None
-    for folder in folders:
-        engines = EngineSet.read(folder)
+    for engines in engine_sets(bundle):
         if engines.fingerprint.get("target") != here.target:
             continue
         try:
-            check_fingerprint(dict(engines.fingerprint), here, folder, " ".join([build, *engines.rebuild]))
+            check_fingerprint(dict(engines.fingerprint), here, engines.directory, " ".join([build, *engines.rebuild]))
         except EngineError as error:
             refusal = refusal or error
             continue
@@ -324,8 +330,7 @@ def engines_backend(bundle: Bundle, backend: str) -> str:
         BackendError: The engines were not built for this backend.
         EngineError: The bundle contains no engines.
     """
-    folders = sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))
-    targets = list(dict.fromkeys(str(EngineSet.read(path.parent).fingerprint.get("target")) for path in folders))
+    targets = list(dict.fromkeys(str(engines.fingerprint.get("target")) for engines in engine_sets(bundle)))
     if not targets:
         raise EngineError(f"{bundle.path} contains neither graphs nor engines", "copy the bundle again")
     if backend == "auto":

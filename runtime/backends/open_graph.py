@@ -202,7 +202,7 @@ class GraphOpener:
         self._sessions: list[Session] = []
         if bundle.manifest.engines_of:
             backend = engines_backend(bundle, backend)
-        check_precision(backend, bundle.manifest.precision)
+        check_precision(backend, bundle.manifest.precision, engines_only=bool(bundle.manifest.engines_of))
         found = find_backend(backend)
         self.backend = next(iter(BACKENDS)) if backend == "auto" else backend
         copy, engines, self._host = found.copy, found.engines, found.host

@@ -97,13 +97,15 @@ class BenchReport:
         stages: Times by stage name; ``total`` is the sum of all stages.
         tokens_per_s: Tokens a second while decoding, at the median.
         start_s: Seconds to load the bundle.
-        memory: Bytes: ``peak`` while captioning, ``resident`` at the end, and ``graphs`` (the files of the weights).
+        memory: Bytes: ``peak`` of the whole run, ``captioning`` (peak while one picture at a time is captioned),
+            ``resident`` at the end, and ``graphs`` (the files of the weights).
         sweeps: Tables by name: ``batch``, ``prompt``, ``caption``; each a list of rows.
         left_out: What was not measured, with the reason.
         energy: Joules per caption, and the meter; None if the machine has no meter.
         draft: The draft model (``itg`` or ``lookup``), and the tokens per pass of the target model over whole
             captions; None without speculative decoding. ``stages`` are always measured with plain decoding.
-        roofline: The limits of one core of this machine; empty if they were not measured.
+        roofline: The limits of one core of this machine, and the ``backend`` that they were measured with; empty if
+            they were not measured.
     """
 
     machine: Mapping[str, Any]
@@ -118,7 +120,7 @@ class BenchReport:
     left_out: Mapping[str, str]
     energy: Mapping[str, Any] | None
     draft: Mapping[str, Any] | None
-    roofline: Mapping[str, float]
+    roofline: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the attributes as keys."""
@@ -260,22 +262,25 @@ def bench(
     tokens = max(1, min(options.tokens, room))
     clocks: list[CpuClock] = []
     energy = EnergyMeter()
-    for _ in range(options.warmup):
-        run.caption(tokens)
-    with MemoryMeter() as meter, energy:
-        for number in range(options.runs):
-            report("captions", number, options.runs)
-            clocks.append(run.caption(tokens))
-    report("roofline", 0, 1)
-    roofline = _roofline(captioner)
-    costs = cost_of(run.prompt_length(), tokens) if cost_of is not None and roofline is not None else {}
-    stages = _stages(clocks, costs, roofline)
-    report("sweeps", 0, 3)
-    sweeps = {"batch": run.sweep_batches(options.batches, tokens)}
-    report("sweeps", 1, 3)
-    sweeps["prompt"] = run.sweep_prompts(options.prompts)
-    report("sweeps", 2, 3)
-    sweeps["caption"] = run.sweep_lengths(options.lengths)
+    with MemoryMeter() as whole:
+        for _ in range(options.warmup):
+            run.caption(tokens)
+        with MemoryMeter() as single, energy:
+            for number in range(options.runs):
+                report("captions", number, options.runs)
+                clocks.append(run.caption(tokens))
+        draft = run.drafted(tokens, options.runs)
+        report("roofline", 0, 1)
+        roofline, measured_with = _roofline(captioner)
+        costs = cost_of(run.prompt_length(), tokens) if cost_of is not None and roofline is not None else {}
+        stages = _stages(clocks, costs, roofline)
+        report("sweeps", 0, 3)
+        sweeps = {"batch": run.sweep_batches(options.batches, tokens)}
+        report("sweeps", 1, 3)
+        sweeps["prompt"] = run.sweep_prompts(options.prompts)
+        report("sweeps", 2, 3)
+        sweeps["caption"] = run.sweep_lengths(options.lengths)
+    resident = resident_bytes()
     decode = stages["decode"].ms["p50"] / 1e3
     return BenchReport(
         machine=_machine(captioner),
@@ -289,25 +294,34 @@ def bench(
         stages=stages,
         tokens_per_s=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
         start_s=start_s,
-        memory={"peak": meter.peak, "resident": resident_bytes(), "graphs": _graph_bytes(captioner)},
+        memory={
+            "peak": max(whole.peak, resident),
+            "captioning": single.peak,
+            "resident": resident,
+            "graphs": _graph_bytes(captioner),
+        },
         sweeps=sweeps,
         left_out=_left_out(captioner, energy, cost_of is not None, roofline is not None),
         energy=_energy(energy, options.runs),
-        draft=run.drafted(tokens, options.runs),
-        roofline={} if roofline is None else roofline.to_json(),
+        draft=draft,
+        roofline={} if roofline is None else {"backend": measured_with, **roofline.to_json()},
     )
 
 
-def _roofline(captioner: Captioner) -> Roofline | None:
-    """The roofline measured with the captioner's backend, or another one for the CPU; None if none is installed."""
+def _roofline(captioner: Captioner) -> tuple[Roofline | None, str]:
+    """The roofline, and the backend it was measured with: the captioner's, or another one for the CPU.
+
+    Returns:
+        None and an empty name if no such backend is installed.
+    """
     own = captioner.graphs.backend
     hosts = [name for name, row in BACKENDS.items() if row.host]
     for backend in sorted(hosts, key=lambda name: name != own):
         try:
-            return measure(backend)
+            return measure(backend), backend
         except BackendError:  # its package is not installed
             continue
-    return None
+    return None, ""
 
 
 def _stages(

@@ -36,8 +36,9 @@ def facts(report: BenchReport) -> list[str]:
     found = [
         f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens per caption",
         (
-            f"loaded in {report.start_s:.2f} s; {report.memory['peak'] / 1e6:.0f} MB peak memory while captioning, "
-            f"{report.memory['resident'] / 1e6:.0f} MB after all sweeps, weights {report.memory['graphs'] / 1e6:.0f} MB"
+            f"loaded in {report.start_s:.2f} s; peak memory {report.memory['captioning'] / 1e6:.0f} MB while single "
+            f"pictures are captioned, {report.memory['peak'] / 1e6:.0f} MB in the whole run, "
+            f"{report.memory['resident'] / 1e6:.0f} MB at the end; weights {report.memory['graphs'] / 1e6:.0f} MB"
         ),
         f"{report.machine['processor']}, backend {report.machine['backend']}, "
         f"threads {report.machine['threads'] or 'all'}; "
@@ -45,7 +46,8 @@ def facts(report: BenchReport) -> list[str]:
     ]
     if roof := report.roofline:
         speed = f"{roof['gigaflops_fp32']} GFLOP/s in fp32, {roof['gigaops_int8']} GOP/s in int8"
-        found.append(f"one core: {roof['gigabytes_per_s']} GB/s read, {speed}")
+        reading = f"{roof['gigabytes_per_s']} GB/s read"
+        found.append(f"one core: {reading}, {speed}, measured with backend {roof['backend']}")
     found.append(f"graphs of the optimized copy: {', '.join(report.bundle['optimised']) or 'none'}")
     if report.energy is not None:
         found.append(f"{report.energy['joules_per_caption']:.2f} J per caption ({report.energy['source']})")

@@ -53,9 +53,12 @@ class EngineOpener:
         trt = load_tensorrt(target)
         driver = probe.nvidia_driver()  # first: without a driver, opening an engine can end the process
         if not driver.version:
+            other = f"use {option('backend')} cpu"
+            if bundle.manifest.engines_of:
+                other = "use the bundle that the engines were built from, with its graphs"
             raise BackendError(
                 f"there is no working NVIDIA driver here ({driver.problem})",
-                f"use {option('backend')} cpu, or see `blip2edge doctor`",
+                f"run these engines on a machine with an NVIDIA GPU, or {other}; see `blip2edge doctor`",
             )
         here = fingerprint(target, str(trt.__version__), bundle.sha256, ())
         self._bundle = bundle
