@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from blip2edge.bundle.schema import MergingRecord
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.schema import DECODER, MergingRecord
 from blip2edge.cli import demo, main
 from blip2edge.cli.export import merging_line
 from blip2edge.cli.files import write
@@ -47,6 +48,8 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     module = ModuleType("blip2edge.export.pipeline")
     vars(module)["export_checkpoint"] = export_checkpoint
     monkeypatch.setitem(sys.modules, "blip2edge.export.pipeline", module)
+    manifest = SimpleNamespace(graphs={DECODER: None}, prompt=None, precision="fp16")
+    monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, manifest=manifest))
     assert (
         main(
             [
@@ -66,7 +69,11 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "2.0e-06",
         "1.0e-04",
     ]
-    assert output.out.splitlines()[-1] == "out: verified (full) against torch, 2.0 s, peak memory 400.0 MB"
+    assert output.out.splitlines()[-3:] == [
+        "out: verified (full) against torch, 2.0 s, peak memory 400.0 MB",
+        "next: blip2edge caption IMAGE -b out",
+        "next: blip2edge calibrate out -o out-int8 --images DIR",
+    ]
     assert output.err.startswith("decoder: 1/1")
     assert output.err.endswith("warning: config.json: not used: colour\n")
     assert {**calls[0], "progress": None} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.calibration.activations.cache import FOLDER
 from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.pictures import ADVISED, choose_pictures
-from blip2edge.calibration.pipeline import calibrate
+from blip2edge.calibration.pipeline import _difference_warnings, calibrate
 from blip2edge.calibration.results import CalibrationReport
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, DataError, OutputError, UsageError
@@ -143,6 +144,19 @@ def test_few_pictures_are_told_with_their_number(report: CalibrationReport) -> N
     assert line.startswith(f"at least {ADVISED} calibration pictures are advised, got {PICTURES}")
 
 
+def test_large_difference_from_the_parent_is_a_warning(report: CalibrationReport) -> None:
+    assert report.captions is not None
+    low, high = replace(report.captions, same=0.5), replace(report.captions, same=0.95)
+    (warning,) = _difference_warnings(report.graphs, low)
+    assert warning.startswith(f"only 50.0% of {PICTURES} captions are the same as the parent's; report.html shows")
+    assert _difference_warnings(report.graphs, high) == []
+    graph = report.graphs[VISION]
+    far = {"image_embeds": replace(graph.cosine["image_embeds"], mean=0.9)}
+    (warning,) = _difference_warnings({VISION: replace(graph, cosine=far)}, None)
+    assert warning.endswith("below 0.99: vision_encoder: image_embeds 0.9000")
+    assert _difference_warnings({VISION: graph}, None) == []
+
+
 def test_no_pictures_and_a_wrong_parent(
     tiny_bundle: Path, images: Path, report: CalibrationReport, tmp_path: Path
 ) -> None:
@@ -190,6 +204,11 @@ def test_the_command_and_inspect(
     told = capsys.readouterr()
     assert f"calibration pictures are advised, got {PICTURES}" in told.err
     assert "same caption as the parent" in told.out
+    assert f"{output / 'report.html'}: every layer" in told.out
+    assert told.out.splitlines()[-2:] == [
+        f"next: blip2edge caption IMAGE -b {output}",
+        f"next: blip2edge bench {output}",
+    ]
     assert main(["inspect", str(output), "--verify"]) == 0
     shown = capsys.readouterr().out
     assert "entropy, on 6 pictures" in shown

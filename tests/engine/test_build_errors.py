@@ -1,0 +1,77 @@
+"""A build that TensorRT gives up ends with advice that fits its reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
+
+from blip2edge.bundle.schema import GraphSpec
+from blip2edge.engine.build import build_bundle
+from blip2edge.engine.build_errors import build_error
+from blip2edge.engine.prepare import EnginePlan
+from blip2edge.errors import EngineError
+from tests.engine.conftest import BundleOf
+
+# Reasons that TensorRT for RTX 1.7 gave.
+WORKSPACE = (
+    "Myelin ([tactic.cpp:1676: enumerate_tactics] Tactic Selection: no tactics to implement the operation within "
+    "workspace limit. Consider increase the allowed workspace size if applicable.)"
+)
+NO_FP32 = "Cannot compile operation 'node_MatMul_12' for Turing (SM75): FP32 GEMM is not supported."
+NO_BF16 = "Cannot compile for target(s) sm75, because the model contains HW-specific datatypes: b16."
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed (extra rtx)"
+)
+
+
+@pytest.mark.parametrize(
+    ("reason", "needs_fp32", "workspace", "advice"),
+    [
+        (WORKSPACE, False, 1, "raise workspace above 1, or leave it out"),
+        (WORKSPACE, False, None, "lower capacity or max_batch"),
+        (NO_FP32, False, None, "export the checkpoint with precision fp16"),
+        (NO_FP32, True, None, "no precision changes this"),
+        (NO_BF16, False, None, "export the checkpoint with precision fp16"),
+        (NO_BF16, True, None, "no precision changes this"),
+        ("Requested amount of GPU memory could not be allocated", False, 64, "lower workspace, capacity or max_batch"),
+        ("an internal assertion failed", False, None, "export the checkpoint with another precision"),
+    ],
+)
+def test_advice_fits_the_reason(reason: str, needs_fp32: bool, workspace: int | None, advice: str) -> None:
+    plan = EnginePlan("bridge", Path("bridge.onnx"), GraphSpec("bridge", (), ()), needs_fp32=needs_fp32)
+    error = build_error(plan, workspace, ["an earlier warning", reason])
+    assert error.problem == f"TensorRT could not build bridge.onnx ({reason})"
+    assert error.fix is not None
+    assert error.fix.startswith(advice)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("family", "precision", "sm", "workspace", "advice"),
+    [
+        ("blip2-opt", "fp32", 86, 1, "raise workspace above 1"),
+        ("blip2-opt", "fp32", 75, None, "export the checkpoint with precision fp16"),
+        ("blip2-t5", "fp32", 75, None, "no precision changes this"),
+        ("blip2-t5", "fp16", 75, None, "no precision changes this"),
+    ],
+)
+def test_advice_of_real_builds(
+    bundle_of: BundleOf, tmp_path: Path, family: str, precision: str, sm: int, workspace: int | None, advice: str
+) -> None:
+    with pytest.raises(EngineError, match=advice):
+        build_bundle(
+            bundle_of(family, precision), target="rtx", sm=[sm], workspace=workspace, output=tmp_path / "engines"
+        )
+    assert not (tmp_path / "engines").exists()
+
+
+@needs_rtx
+def test_advice_can_be_followed(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """The fp16 bundle of a model without parts in fp32 builds for Turing."""
+    build_bundle(bundle_of("blip2-opt", "fp16"), target="rtx", sm=[75], output=tmp_path / "engines")
+    assert (tmp_path / "engines").is_dir()
