@@ -140,8 +140,7 @@ def test_a_broken_cache_is_told_of_and_written_anew(
 
 
 def test_few_pictures_are_told_with_their_number(report: CalibrationReport) -> None:
-    (line,) = report.warnings
-    assert line.startswith(f"at least {ADVISED} calibration pictures are advised, got {PICTURES}")
+    assert report.warnings[0].startswith(f"at least {ADVISED} calibration pictures are advised, got {PICTURES}")
 
 
 def test_large_difference_from_the_parent_is_a_warning(report: CalibrationReport) -> None:
