@@ -37,7 +37,14 @@ def install_command(extra: str) -> str:
 
 def missing(packages: Iterable[str]) -> list[str]:
     """The packages that are not installed; none is imported."""
-    return [name for name in packages if importlib.util.find_spec(name) is None]
+    return [name for name in packages if not _is_found(name)]
+
+
+def _is_found(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # raised by an import hook that blocks the package
+        return False
 
 
 def installed(package: str) -> str:

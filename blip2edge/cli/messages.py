@@ -66,7 +66,7 @@ class Failures:
         self._count += 1
 
     def exit_status(self, total: int) -> int:
-        """Prints how many of `total` pictures failed; returns 1 if there are any, or 0."""
-        if self._count and total > 1:
+        """Prints how many of `total` pictures failed if there are several; returns 1 if there are any, or 0."""
+        if self._count > 1:
             print_note(f"{self._count} of {total} pictures failed")
         return 1 if self._count else 0

@@ -58,15 +58,15 @@ def find_pictures(words: Iterable[str], *, videos: bool = False) -> list[Picture
     """Finds the pictures that the words name, in the words' order; those of a folder in the order of their names.
 
     Standard input and pipes are read here, because they can be read only once. Web addresses are read when the
-    runtime asks for the bytes.
+    runtime asks for the bytes. A pipe without bytes, a folder without pictures and a pattern that matches no file
+    become a picture that cannot be read, so that they fail alone.
 
     Args:
         words: The arguments IMAGE.
         videos: Whether the model takes videos; a folder is then one video, whose frames are its files.
 
     Raises:
-        ImageError: A pipe cannot be read.
-        UsageError: A folder has no pictures, a pattern matches no file, or standard input is named twice.
+        UsageError: Standard input is named twice.
     """
     listed = list(words)
     if listed.count(STANDARD_INPUT) > 1:
@@ -102,19 +102,27 @@ def _read_once(name: str, read: Callable[[], bytes]) -> Picture:
     try:
         content = read()
     except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
+        return _unreadable(name, f"{name}: cannot be read ({error.strerror or error})")
     if not content:
-        raise ImageError(f"{name}: expected the bytes of a picture file, got none")
+        return _unreadable(name, f"{name}: expected the bytes of a picture file, got none")
     return Picture(name, lambda: content)
+
+
+def _unreadable(name: str, problem: str, fix: str | None = None) -> Picture:
+    """A picture whose reading raises ImageError."""
+
+    def read() -> bytes:
+        raise ImageError(problem, fix)
+
+    return Picture(name, read)
 
 
 def _of_folder(word: str) -> list[Picture]:
     found = [str(path) for path in visible_files(Path(word)) if path.suffix.lower() in PICTURE_SUFFIXES]
     if not found:
-        raise UsageError(
-            f"{word}: expected a folder of pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), found none",
-            "name a folder that contains pictures",
-        )
+        suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
+        problem = f"{word}: expected a folder of pictures ({suffixes}), found none"
+        return [_unreadable(word, problem, "name a folder that contains pictures")]
     return [Picture(path) for path in found]
 
 
@@ -129,7 +137,8 @@ def _of_pattern(word: str, videos: bool) -> list[Picture]:
             if os.path.isfile(path) and (any_suffix or os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES)
         ]
     if not matches:
-        raise UsageError(f"{word}: no picture matches this pattern", "check the folder and the suffix in the pattern")
+        problem = f"{word}: no picture matches this pattern"
+        return [_unreadable(word, problem, "check the folder and the suffix in the pattern")]
     return [Picture(path) for path in matches]
 
 
