@@ -30,9 +30,14 @@ EXTRAS = {
 """The extra by the name that a package is imported under."""
 
 
+def pip_command(extra: str) -> str:
+    """The command that installs an extra."""
+    return f"pip install 'blip2edge[{extra}]'"
+
+
 def install_command(extra: str) -> str:
     """The advice of an error: how to install an extra."""
-    return f"install it: pip install 'blip2edge[{extra}]'"
+    return f"install it: {pip_command(extra)}"
 
 
 def missing(packages: Iterable[str]) -> list[str]:

@@ -126,7 +126,7 @@ def calibrate(
             title = target.resolve().name
             graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
     summaries = {name: graph.summary for name, graph in graphs.items()}
-    warnings += _difference_warnings(summaries, agreement)
+    warnings += _difference_warnings(summaries, agreement, limited=drop_limit is not None)
     seconds = time.perf_counter() - start
     return CalibrationReport(target, summaries, agreement, len(pictures), tuple(warnings), seconds, meter.peak)
 
@@ -267,14 +267,18 @@ def _warnings(pictures: PictureSet) -> list[str]:
     return warnings
 
 
-def _difference_warnings(graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None) -> list[str]:
-    """Warnings of a bundle that differs much from its parent."""
+def _difference_warnings(
+    graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None, *, limited: bool
+) -> list[str]:
+    """Warnings of a bundle that differs much from its parent; ``limited``: whether a drop limit was set."""
     warnings = []
     if agreement is not None and agreement.same < LEAST_AGREEMENT:
+        advice = "calibrate on more pictures like those of the application"
+        if not limited:
+            advice += ", or set a drop limit, which keeps the most sensitive layers in floating point"
         warnings.append(
             f"only {agreement.same:.1%} of {agreement.pictures} captions are the same as the parent's; {REPORT_PAGE} "
-            "shows the others. Calibrate on more pictures like those of the application; set a drop limit, which keeps "
-            "the most sensitive layers in floating point; or leave the weights in floating point"
+            f"shows the others; {advice}"
         )
     if agreement is None:
         low = {

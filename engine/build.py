@@ -24,7 +24,7 @@ from blip2edge.engine.support import version_for
 from blip2edge.errors import EngineError
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends import probe
-from blip2edge.runtime.backends.base import find_backend
+from blip2edge.runtime.backends.base import check_precision
 from blip2edge.runtime.backends.engine_files import (
     KIND,
     STEP,
@@ -102,9 +102,6 @@ def build_bundle(
     """
     chosen = BuildOptions(target=target, sm=tuple(sm), **options)
     task = _task(Bundle.open(bundle), chosen)
-    reason = find_backend(target).refuses.get(task.bundle.manifest.precision)
-    if reason is not None and notify is not None:
-        notify(f"warning: blip2edge cannot run engines in {task.bundle.manifest.precision}, because {reason}")
     memory = _estimate(task, notify)
     if output is None:
         directory = _build_into(task, task.bundle.derive(KIND), progress)
@@ -118,7 +115,8 @@ def build_bundle(
 
 
 def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
-    bundle.require_graphs("building engines")
+    bundle.require_graphs("building engines", EngineError)
+    check_precision(options.target, bundle.manifest.precision)
     trt = load_tensorrt(options.target)
     target = replace(
         fingerprint(options.target, str(trt.__version__), bundle.sha256, options.sm),

@@ -170,7 +170,7 @@ def build_engine(
     cache = _read_timings(config, options.timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise build_error(plan, options.workspace, messages)
+        raise build_error(plan, options.target, options.workspace, messages)
     output.write_bytes(memoryview(engine))
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))

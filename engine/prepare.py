@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import Manifest
-from blip2edge.bundle.schema import DECODER, TEXT_ENCODER, CacheSpec, GraphSpec
+from blip2edge.bundle.schema import DECODER, CacheSpec, GraphSpec
 from blip2edge.engine.adapt import adapt
 from blip2edge.engine.constant_shape import constant_shape_spec, to_constant_shape
 from blip2edge.engine.operators import ParserVersion
@@ -43,7 +43,7 @@ class EnginePlan:
         cache: The KV cache of a decoder that gets a constant capacity; None for other graphs.
         prompt: Usual number of tokens in a prefill.
         step: What the step graph is made from; None for other graphs.
-        needs_fp32: Whether products that are in fp32 stay so at every other precision of the export.
+        precision: Precision of the bundle.
     """
 
     name: str
@@ -52,7 +52,7 @@ class EnginePlan:
     cache: CacheSpec | None = None
     prompt: int = PROMPT
     step: StepSource | None = None
-    needs_fp32: bool = False
+    precision: str = "fp32"
 
     def model(self) -> ir.Model:
         """Loads the graph and adapts it for TensorRT; its weights stay on disk."""
@@ -108,10 +108,9 @@ def plans_of(
         constant: Whether the decoder's KV cache has a constant capacity, which the TensorRT runtime needs.
     """
     manifest = bundle.manifest
-    needs_fp32 = TEXT_ENCODER in manifest.graphs or manifest.precision == "fp16"  # T5's feed-forward overflows fp16
     plans = []
     for name, record in manifest.graphs.items():
-        plan = EnginePlan(name, bundle.file(record.spec.file), record.spec, needs_fp32=needs_fp32)
+        plan = EnginePlan(name, bundle.file(record.spec.file), record.spec, precision=manifest.precision)
         if name == DECODER and manifest.cache is not None:
             spec = with_rows(record.spec, most_rows)
             plan = replace(plan, spec=spec, prompt=prompt_of(manifest))
@@ -121,7 +120,9 @@ def plans_of(
         plans.append(plan)
     if constant and manifest.cache is not None and DECODER in manifest.graphs:
         source = StepSource.of(bundle, most_rows)
-        plans.append(EnginePlan(STEP, bundle.file(f"{STEP}.onnx"), source.spec, step=source, needs_fp32=needs_fp32))
+        plans.append(
+            EnginePlan(STEP, bundle.file(f"{STEP}.onnx"), source.spec, step=source, precision=manifest.precision)
+        )
     return plans
 
 

@@ -227,6 +227,8 @@ def test_number_of_prompts_must_be_one_or_that_of_the_pictures(
     ("words", "meant"),
     [
         (["captoin", "a.png"], "caption"),
+        (["captoin", "a.png", "--bundle", "b"], "caption"),
+        (["captoin", "a.png", "-b", "b", "--json"], "caption"),
         (["--verison"], "--version"),
         (["caption", "a.png", "--bundel", "b"], "--bundle"),
         (["caption", "a.png", "-b", "b", "--max-new-token=3"], "--max-new-tokens"),
@@ -262,6 +264,18 @@ def test_bundle_by_its_place_or_by_the_flag(command: str, rest: list[str], given
     for words in ([command, *rest, *given], [command, *given, *rest]):
         options = build_parser(words).parse_args(words)
         assert str(options.model if command == "eval" else options.bundle) == "b"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["serve"], "the following arguments are required: BUNDLE (or -b BUNDLE)"),
+        (["serve", "a", "-b", "b"], "unrecognized arguments: a; BUNDLE is given by -b"),
+    ],
+)
+def test_bundle_missing_or_given_twice(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_every_command_that_reads_a_bundle_takes_the_flag() -> None:

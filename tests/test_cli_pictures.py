@@ -21,6 +21,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.cli import main, picture_arguments
 from blip2edge.cli.picture_arguments import find_pictures
 from blip2edge.errors import ImageError
+from blip2edge.runtime.images.preprocess import load_image
 from tests.drawing import draw_pictures
 
 Run = Callable[..., tuple[int, list[str], list[str]]]
@@ -65,7 +66,7 @@ def test_broken_picture_fails_alone(caption: Run, folder: Path, flags: list[str]
     else:
         assert lines == [f"{name}: {text}" for name, text in zip(good, alone, strict=True)]
     assert errors[0].startswith(f"error: {folder / 'b.png'}: the picture is broken")
-    assert errors[1:] == [f"error: {folder / 'none.png'}: no such file", "2 of 4 pictures failed"]
+    assert errors[1:] == [f"error: {folder / 'none.png'}: no such file", "2 of 4 failed"]
 
 
 def test_prompt_of_one_picture_fails_alone_and_the_prompt_of_all_ends_the_command(caption: Run, folder: Path) -> None:
@@ -92,6 +93,9 @@ def test_folder_and_pattern(caption: Run, folder: Path) -> None:
         else:
             assert [line.split(": ")[0] for line in lines] == [str(folder / name) for name in names]
             assert status == 1  # because of b.png
+    (folder / "more" / "alone").mkdir()
+    (folder / "more" / "d.jpg").rename(folder / "more" / "alone" / "d.jpg")
+    assert caption(str(folder / "more"))[1][0].startswith(f"{folder}/more/alone/d.jpg: ")  # named, although alone
 
 
 def test_file_whose_name_has_the_characters_of_a_pattern(folder: Path) -> None:
@@ -105,7 +109,7 @@ def test_pattern_that_names_a_suffix_takes_files_of_this_suffix(folder: Path) ->
     assert [picture.name for picture in find_pictures([f"{folder}/*.image"])] == [f"{folder}/a.image"]
     (nothing,) = find_pictures([f"{folder}/a*"])
     with pytest.raises(ImageError, match="no picture matches"):
-        nothing()
+        load_image(nothing.source)
 
 
 def test_folder_is_one_video_for_a_model_of_videos(folder: Path) -> None:
@@ -130,7 +134,12 @@ def test_standard_input(caption: Run, folder: Path, monkeypatch: pytest.MonkeyPa
     status, lines, _ = caption("-", "--json")
     assert (status, json.loads(lines[0])["image"]) == (0, "-")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    assert caption("-") == (1, [], ["error: -: expected the bytes of a picture file, got none"])
+    assert caption("-") == (1, [], ["error: -: the file is empty"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    status, lines, errors = caption("-", str(folder / "a.png"))
+    assert (status, [line.split(": ")[1] for line in lines], errors) == (1, expected, ["error: -: the file is empty"])
+    monkeypatch.setattr(sys, "stdin", None)
+    assert caption("-")[2] == ["error: -: standard input is closed; send the bytes of a picture file to it"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
     status, lines, errors = caption("-")
     assert (status, lines, errors[0].startswith("error: -: not a picture")) == (1, [], True)
@@ -159,18 +168,21 @@ def test_pipes_of_a_shell(tiny_bundle: Path, folder: Path) -> None:
 
 
 @pytest.fixture
-def site(folder: Path) -> Iterator[str]:
-    """The address of a web server that sends the files of the folder, and refuses, redirects or sends too much."""
+def asked() -> list[str]:
+    """The paths that the web server was asked for."""
+    return []
+
+
+@pytest.fixture
+def site(folder: Path, asked: list[str]) -> Iterator[str]:
+    """The address of a web server that sends the files of the folder, or redirects."""
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == "/to-file":
+            asked.append(self.path)
+            if self.path in ("/to-file", "/to-ftp"):
                 self.send_response(302)
-                self.send_header("Location", "file:///etc/passwd")
-                self.end_headers()
-            elif self.path == "/moved":
-                self.send_response(301)
-                self.send_header("Location", "/a.png")
+                self.send_header("Location", "file:///etc/passwd" if self.path == "/to-file" else "ftp://127.0.0.1/a")
                 self.end_headers()
             else:
                 super().do_GET()
@@ -187,19 +199,26 @@ def site(folder: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_web_addresses(caption: Run, folder: Path, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_web_addresses(
+    caption: Run, folder: Path, site: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = caption(str(folder / "a.png"))[1][0]
-    words = [f"{site}/{name}" for name in ("a.png", "none.png", "to-file", "notes.txt", "moved")]
-    status, lines, errors = caption(*words, "--batch-size", "5")
+    (folder / "a.png").rename(folder / "ä b.png")
+    good = [f"{site}/ä b.png", f"{site}/%C3%A4%20b.png"]
+    words = [*good, *(f"{site}/{name}" for name in ("none.png", "to-file", "to-ftp", "notes.txt"))]
+    status, lines, errors = caption(*words, "--batch-size", "6")
     assert status == 1
-    assert lines == [f"{site}/a.png: {expected}", f"{site}/moved: {expected}"]
-    assert len(errors) == 4
+    assert lines == [f"{address}: {expected}" for address in good]
+    assert len(errors) == 5
     assert "the server answered 404" in errors[0]
-    assert errors[1].startswith(f"error: {site}/to-file: cannot be downloaded")
-    assert errors[2].startswith(f"error: {site}/notes.txt: not a picture")
+    assert "/to-file: cannot be downloaded (the server answered 302" in errors[1]
+    assert "the server redirects to ftp://" in errors[2]
+    assert errors[3].startswith(f"error: {site}/notes.txt: not a picture")
+    assert errors[4] == "4 of 6 failed"
+    assert asked.count("/%C3%A4%20b.png") == 2  # each address once, although others of the batch are broken
     monkeypatch.setattr(picture_arguments, "MAX_DOWNLOAD", 100)
     with pytest.raises(ImageError, match="expected at most"):
-        picture_arguments.download(f"{site}/a.png")
+        picture_arguments.download(good[0])
 
 
 @pytest.mark.parametrize("address", ["http://", "http://127.0.0.1:1/x.png", "http://[/x.png", "https://127.0.0.1:1/x"])

@@ -17,7 +17,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import Manifest
 from blip2edge.bundle.schema import DECODER
 from blip2edge.cli import main
-from blip2edge.cli.next_steps import try_bundle
+from blip2edge.cli.next_steps import calibrate_command, try_command
 from blip2edge.runtime.backends.engine_files import KIND
 
 
@@ -33,12 +33,26 @@ def changed(manifest: Manifest, **prompt: Any) -> Manifest:
 
 def test_command_fits_the_kind_of_the_model(tiny_bundle: Path) -> None:
     manifest, path = Bundle.open(tiny_bundle).manifest, Path("a b")
-    assert try_bundle(path, manifest) == "blip2edge caption IMAGE -b 'a b'"
-    assert try_bundle(path, manifest, "rtx") == "blip2edge caption IMAGE -b 'a b' --backend rtx"
-    assert try_bundle(path, changed(manifest, required=True)) == "blip2edge ask IMAGE \"QUESTION\" -b 'a b'"
+    assert try_command(path, manifest) == "blip2edge caption IMAGE -b 'a b'"
+    assert try_command(path, manifest, "rtx") == "blip2edge caption IMAGE -b 'a b' --backend rtx"
+    assert try_command(path, changed(manifest, required=True)) == "blip2edge ask IMAGE \"QUESTION\" -b 'a b'"
     graphs = {name: graph for name, graph in manifest.graphs.items() if name != DECODER}
-    assert try_bundle(path, replace(manifest, graphs=graphs)) == "blip2edge match IMAGE --text \"TEXT\" -b 'a b'"
-    assert try_bundle(path, replace(manifest, precision="bf16")).endswith(" --backend openvino")
+    assert try_command(path, replace(manifest, graphs=graphs)) == "blip2edge match IMAGE --text \"TEXT\" -b 'a b'"
+    bf16 = replace(manifest, precision="bf16")
+    assert try_command(path, bf16).endswith(" --backend openvino")
+    assert try_command(path, replace(bf16, engines_of="x")) == "blip2edge caption IMAGE -b 'a b'"
+
+
+def test_calibrate_command(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    expected = "blip2edge calibrate a/b -o a/b-int8 --images DIR"
+    assert calibrate_command(Path("a/b"), manifest) == expected
+    for other in ({"precision": "bf16"}, {"engines_of": "x"}, {"calibration": {"method": "smooth"}}):
+        assert calibrate_command(Path("a/b"), replace(manifest, **other)) is None
+    monkeypatch.chdir(tmp_path)
+    assert calibrate_command(Path(), manifest) == f"blip2edge calibrate . -o {tmp_path}-int8 --images DIR"
+    parent = tmp_path.parent
+    assert calibrate_command(Path(".."), manifest) == f"blip2edge calibrate .. -o {parent}-int8 --images DIR"
 
 
 def last_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -62,14 +76,15 @@ def test_inspect_optimize_and_bench(bundle: Path, capsys: pytest.CaptureFixture[
     memory = report["memory"]
     assert memory["peak"] >= memory["resident"] > 0
     assert memory["peak"] >= memory["captioning"] > 0
+    assert memory["peak"] >= memory["loading"] > 0
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["doctor"]) == 0
     assert last_lines(capsys) == ["next: blip2edge demo"]
-    monkeypatch.setattr("blip2edge.cli.doctor.missing", lambda names: list(names)[:1])
+    monkeypatch.setattr("blip2edge.cli.demo.missing", lambda names: list(names)[:1])
     assert main(["doctor"]) == 0
-    assert last_lines(capsys) == ["next: pip install 'blip2edge[demo]'"]
+    assert last_lines(capsys) == ["next: blip2edge caption IMAGE -b BUNDLE"]
 
 
 @pytest.mark.parametrize(
@@ -110,3 +125,6 @@ def test_inspect_counts_engines(
     names = [*Bundle.open(bundle).manifest.graphs, "step"]
     assert f": {len(names)} engines ({', '.join(names)}), " in line
     assert "not used" not in line
+    (bundle / KIND / "x" / "engine.json").write_text('{"schema_version": 0}')
+    assert main(["inspect", str(bundle)]) == 0
+    assert "x: not used: " in capsys.readouterr().out

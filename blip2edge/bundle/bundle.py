@@ -9,7 +9,7 @@ from pathlib import Path
 from blip2edge.bundle.integrity import check_files, sha256_of
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import BundleError, OutputError, UsageError, option
+from blip2edge.errors import Blip2EdgeError, BundleError, OutputError, UsageError, option
 from blip2edge.progress import ProgressCallback
 
 
@@ -71,17 +71,18 @@ class Bundle:
             progress=progress,
         )
 
-    def require_graphs(self, purpose: str) -> None:
+    def require_graphs(self, purpose: str, error: type[Blip2EdgeError] = BundleError) -> None:
         """Checks that the bundle contains graphs, and not only engines that were built from them.
 
         Args:
             purpose: What needs the graphs: the beginning of the error.
+            error: Class of the error.
 
         Raises:
-            BundleError: It contains engines only.
+            BundleError: It contains engines only; ``error`` is raised instead if it is given.
         """
         if self.manifest.engines_of:
-            raise BundleError(
+            raise error(
                 f"{purpose} needs graphs, but {self.path} contains engines only",
                 "use the bundle that the engines were built from",
             )

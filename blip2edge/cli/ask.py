@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.caption import check, load_captioner, open_bundle, print_captions, takes_videos
+from blip2edge.cli.caption import Item, check, load_captioner, open_bundle, print_captions, takes_videos
 from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, add_generation, add_stream_or_json
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
 
@@ -29,4 +29,5 @@ def run(options: argparse.Namespace) -> int:
     pictures = find_pictures([options.image], videos=takes_videos(bundle))
     captioner = load_captioner(options, bundle)
     prompt = captioner.prompts.question(options.question)
-    return print_captions(captioner, options, [*pictures], [prompt] * len(pictures))
+    items = [Item((picture,)) for picture in pictures]
+    return print_captions(captioner, options, items, [prompt] * len(items))

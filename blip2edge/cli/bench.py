@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from blip2edge.cli.files import write
 from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft, add_number
 from blip2edge.cli.flag_types import non_negative_int, positive_int
-from blip2edge.cli.next_steps import print_next, quoted
+from blip2edge.cli.next_steps import calibrate_command, print_next, quoted
 from blip2edge.packages import missing
 from blip2edge.progress import Progress
 
@@ -54,27 +54,33 @@ def run(options: argparse.Namespace) -> int:
     """Measure a bundle and print a table, or JSON; write a page with --html."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the memory bandwidth is measured on one core
     from blip2edge.runtime.bench.measure import BenchOptions, bench
+    from blip2edge.runtime.bench.meters import MemoryMeter
     from blip2edge.runtime.bench.report import bench_page, markdown
     from blip2edge.runtime.captioning.captioner import Captioner
 
     chosen = BenchOptions(
         runs=options.runs, warmup=options.warmup, tokens=options.tokens, batches=tuple(options.batch_sizes)
     )
-    start = time.perf_counter()
-    captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads, draft=options.draft)
+    start, flags = time.perf_counter(), {"backend": options.backend, "threads": options.threads, "draft": options.draft}
+    with MemoryMeter() as loading:
+        captioner = Captioner.load(options.bundle, **flags)
     loaded = time.perf_counter() - start
     with Progress() as progress:
-        report = bench(captioner, chosen, start_s=loaded, cost_of=_cost_of(captioner), progress=progress)
+        report = bench(
+            captioner,
+            chosen,
+            start_s=loaded,
+            start_bytes=loading.peak,
+            cost_of=_cost_of(captioner),
+            progress=progress,
+        )
     print(json.dumps(report.to_json(), indent=2) if options.json else markdown(report))
     if options.html is not None:
         write(options.html, bench_page(report), "--html")
         print(f"{options.html}: the results with charts", file=sys.stderr)
     if not options.json:
-        path, manifest = options.bundle, captioner.bundle.manifest
-        int8 = quoted(path.with_name(f"{path.name}-int8"))
-        smaller = f"blip2edge calibrate {quoted(path)} -o {int8} --images DIR"
-        done = manifest.calibration or manifest.engines_of or manifest.precision == "bf16"
-        print_next(f"blip2edge serve {quoted(path)}" if done else smaller)
+        smaller = calibrate_command(options.bundle, captioner.bundle.manifest)
+        print_next(smaller or f"blip2edge serve {quoted(options.bundle)}")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from blip2edge.choices import DECODER_CACHES, TENSORRT_EDITIONS
 from blip2edge.cli.flag_groups import add_bundle, add_number, add_output
 from blip2edge.cli.flag_types import positive_int
-from blip2edge.cli.next_steps import print_next, try_bundle
+from blip2edge.cli.next_steps import print_next, try_command
 from blip2edge.cli.table import size, table
 from blip2edge.packages import require
 from blip2edge.progress import Progress
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
     if report.bundle is not None:
         print(f"{report.bundle}: contains engines only; they run only on the kind of machine that they were built for")
     path = report.bundle or options.bundle
-    print_next(try_bundle(path, Bundle.open(path).manifest, options.target))
+    print_next(try_command(path, Bundle.open(path).manifest, options.target))
     return 0
 
 

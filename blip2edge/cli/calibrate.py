@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output, add_threads
-from blip2edge.cli.next_steps import print_next, quoted, try_bundle
+from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
@@ -103,13 +103,13 @@ def run(options: argparse.Namespace) -> int:
             threads=options.threads,
             progress=progress,
         )
-    print(report_table(report))
+    print(report_table(report), flush=True)
+    for line in report.warnings:
+        print(f"warning: {line}", file=sys.stderr)
     if not options.no_optimize:
         print(f"\n{copy_table(optimized(report.bundle))}")
-    for line in report.warnings:  # at the end, where they are not overlooked
-        print(f"warning: {line}", file=sys.stderr)
     manifest = Bundle.open(report.bundle).manifest
-    print_next(try_bundle(report.bundle, manifest), f"blip2edge bench {quoted(report.bundle)}")
+    print_next(try_command(report.bundle, manifest), f"blip2edge bench {quoted(report.bundle)}")
     return 0
 
 

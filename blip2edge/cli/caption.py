@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from blip2edge.bundle.schema import MARKERS
 from blip2edge.cli.flag_groups import (
@@ -14,7 +16,7 @@ from blip2edge.cli.flag_groups import (
     given_generation,
 )
 from blip2edge.cli.messages import Failures
-from blip2edge.cli.picture_arguments import IMAGE_HELP, Picture, find_pictures
+from blip2edge.cli.picture_arguments import IMAGE_HELP, PictureArgument, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
 
 if TYPE_CHECKING:
@@ -23,10 +25,36 @@ if TYPE_CHECKING:
 
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.runtime.captioning.captioner import Captioner
+    from blip2edge.runtime.images.video import ItemSource
 
-One = TypeVar("One")
-Item = Union[Picture, "list[Picture]"]
-"""What one prompt is about: a picture (or a video), or several pictures."""
+
+@dataclass(frozen=True)
+class Item:
+    """The pictures of one prompt: one (or a video), or several."""
+
+    pictures: tuple[PictureArgument, ...]
+
+    @property
+    def name(self) -> str | list[str]:
+        """The picture's name, or those of several pictures, as JSON output shows them."""
+        names = [picture.name for picture in self.pictures]
+        return names if len(names) > 1 else names[0]
+
+    @property
+    def label(self) -> str:
+        """The names before a caption."""
+        return f"{' '.join(picture.name for picture in self.pictures)}: "
+
+    @property
+    def source(self) -> ItemSource:
+        """What the captioner takes."""
+        sources = [picture.source for picture in self.pictures]
+        return sources if len(sources) > 1 else sources[0]
+
+    def release(self) -> None:
+        """Releases the memory of pictures that were downloaded."""
+        for picture in self.pictures:
+            picture.release()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     check(options)
     bundle = open_bundle(options)
     pictures = find_pictures(options.images, videos=takes_videos(bundle))
-    items, prompts = _items(pictures, options.prompt)
+    items, prompts = assign(pictures, options.prompt)
     return print_captions(load_captioner(options, bundle), options, items, prompts)
 
 
@@ -69,30 +97,33 @@ def print_captions(
         The exit status: 1 if a picture could not be read, or one of several prompts does not fit.
     """
     flags = given_generation(options)
-    names = [item.name if isinstance(item, Picture) else [picture.name for picture in item] for item in items]
-    labels = [f"{name if isinstance(name, str) else ' '.join(name)}: " for name in names] if len(items) > 1 else [""]
-    sources: list[Any] = [item.source if isinstance(item, Picture) else [one.source for one in item] for item in items]
+    labelled = len(items) > 1 or any(picture.found for picture in items[0].pictures)
     failures = Failures(ImageError, PromptError) if len(set(prompts or ())) > 1 else Failures(ImageError)
     if options.stream:
-        for at, (label, source) in enumerate(zip(labels, sources, strict=True)):
+        for at, item in enumerate(items):
             try:
-                print_pieces(label, captioner.stream(source, prompt=prompts[at] if prompts else None, **flags))
+                pieces = captioner.stream(item.source, prompt=prompts[at] if prompts else None, **flags)
+                print_pieces(item.label if labelled else "", pieces)
             except Blip2EdgeError as error:
                 failures.add(error)
+            item.release()
         return failures.exit_status(len(items))
+    sources = [item.source for item in items]
     results = captioner.caption_many(
         sources, prompts=prompts, batch_size=options.batch_size, return_exceptions=True, **flags
     )
-    for name, label, result in zip(names, labels, results, strict=True):
+    for item, result in zip(items, results, strict=True):
         if isinstance(result, Blip2EdgeError):
             failures.add(result)
+        elif options.json:
+            print(json.dumps({**result.to_json(), "image": item.name}), flush=True)
         else:
-            line = json.dumps({**result.to_json(), "image": name}) if options.json else f"{label}{result.text.strip()}"
-            print(line, flush=True)
+            print(f"{item.label if labelled else ''}{result.text.strip()}", flush=True)
+        item.release()
     return failures.exit_status(len(items))
 
 
-def _items(pictures: list[One], given: list[str] | None) -> tuple[list[One | list[One]], list[str] | None]:
+def assign(pictures: list[PictureArgument], given: list[str] | None) -> tuple[list[Item], list[str] | None]:
     """Assigns pictures to prompts: each prompt takes as many pictures as it contains <image>, at least one.
 
     Raises:
@@ -100,7 +131,7 @@ def _items(pictures: list[One], given: list[str] | None) -> tuple[list[One | lis
     """
     places = [sum(prompt.count(marker) for marker in MARKERS) for prompt in given or ()]
     if given is None or not any(places):
-        return list(pictures), _prompts(given, len(pictures))
+        return [Item((picture,)) for picture in pictures], _prompts(given, len(pictures))
     if len(given) == 1:  # repeat the prompt for the next pictures
         times = max(1, len(pictures) // places[0])
         given, places = given * times, places * times
@@ -110,11 +141,8 @@ def _items(pictures: list[One], given: list[str] | None) -> tuple[list[One | lis
             f"{option('prompt')} has {MARKERS[1]} for {sum(taken)} pictures, but {len(pictures)} pictures are given",
             f"write {MARKERS[1]} once for each picture",
         )
-    items: list[One | list[One]] = []
-    for count in taken:
-        items.append(pictures[0] if count == 1 else pictures[:count])
-        pictures = pictures[count:]
-    return items, given
+    ends = list(accumulate(taken))
+    return [Item(tuple(pictures[end - count : end])) for end, count in zip(ends, taken, strict=True)], given
 
 
 def _prompts(given: list[str] | None, count: int) -> list[str] | None:

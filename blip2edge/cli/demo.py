@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = Path(blip2edge.__file__).parent / "examples"
 CHECKPOINT = EXAMPLES / "checkpoint"
 PICTURES = EXAMPLES / "pictures"
-DEMO_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")
 CALIBRATION_SCENES, CALIBRATION_SEED = 128, 4242  # scenes that neither training nor evaluation uses
 EXPORT_PYTHON = (3, 11)  # required by transformers and the newest ONNX Runtime
 STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export the miniature checkpoint, verify it, calibrate it, caption the pictures, print the figures."""
     started = time.monotonic()
-    _check_installed()
+    problem = demo_problem()
+    if problem is not None:
+        raise problem
     target = _target(options.out)
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.picture_files import PICTURE_SUFFIXES
@@ -76,25 +78,25 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_installed() -> None:
-    """Check that the packages and the checkpoint are there, without importing them.
+def demo_problem() -> BackendError | None:
+    """The error of a demo that cannot run, because a package or the checkpoint is missing; None if it can run.
 
-    Raises:
-        BackendError: A package or the checkpoint is missing.
+    No package is imported.
     """
     import platform
 
-    absent = missing(DEMO_PACKAGES)
+    absent = missing(NEEDED)
     if absent:
         fix = install_command("demo")
         if sys.version_info < EXPORT_PYTHON:
             fix = f"on Python 3.11 or newer, not {platform.python_version()}: {fix}"
-        raise BackendError(f"the demo needs these packages, which are not installed: {', '.join(absent)}", fix)
+        return BackendError(f"the demo needs these packages, which are not installed: {', '.join(absent)}", fix)
     if not (CHECKPOINT / "config.json").is_file():
-        raise BackendError(
+        return BackendError(
             f"the example checkpoint is missing: there is no {CHECKPOINT}",
             "install blip2edge again, from a complete wheel or clone",
         )
+    return None
 
 
 def _target(out: Path | None) -> Path:

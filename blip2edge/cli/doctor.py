@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.demo import DEMO_PACKAGES
+from blip2edge.cli.demo import demo_problem
 from blip2edge.cli.next_steps import print_next
-from blip2edge.packages import install_command, missing
 
 if TYPE_CHECKING:
     import argparse
@@ -27,6 +26,7 @@ def run(_options: argparse.Namespace) -> int:
         print(f"{mark:4}  {check.name.ljust(width)}  {check.detail}")
         if check.fix is not None and not check.ok:
             print(f"      {' ' * width}  -> {check.fix}")
-    absent = missing(DEMO_PACKAGES)
-    print_next(install_command("demo").partition(": ")[2] if absent else "blip2edge demo")
-    return 1 if any(check.required and not check.ok for check in checks) else 0
+    if any(check.required and not check.ok for check in checks):
+        return 1
+    print_next("blip2edge caption IMAGE -b BUNDLE" if demo_problem() else "blip2edge demo")
+    return 0

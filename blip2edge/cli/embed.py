@@ -45,7 +45,9 @@ def run(options: argparse.Namespace) -> int:
     if options.text:
         vectors = matcher.embed_texts(options.text, batch_size=options.batch_size)
     else:
-        vectors = matcher.embed_each([picture.source for picture in pictures], batch_size=options.batch_size)
+        vectors = matcher.embed_images_iter(
+            [picture.source for picture in pictures], batch_size=options.batch_size, return_exceptions=True
+        )
     if options.output is not None:
         return _write(options.output, vectors)
     failures = Failures(ImageError)

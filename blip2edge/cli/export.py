@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from blip2edge.choices import PRECISIONS, VERIFICATIONS
 from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output
 from blip2edge.cli.flag_types import non_negative_int
-from blip2edge.cli.next_steps import print_next, quoted, try_bundle
+from blip2edge.cli.next_steps import calibrate_command, print_next, try_command
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import difference, size, table
@@ -76,10 +76,8 @@ def run(options: argparse.Namespace) -> int:
     if not options.no_optimize:
         print(f"\n{copy_table(optimized(report.bundle))}")
     bundle, manifest = report.bundle, Bundle.open(report.bundle).manifest
-    print_next(try_bundle(bundle, manifest))
-    if manifest.precision != "bf16":  # bf16 cannot be calibrated
-        int8 = quoted(bundle.with_name(f"{bundle.name}-int8"))
-        print_next(f"blip2edge calibrate {quoted(bundle)} -o {int8} --images DIR")
+    smaller = calibrate_command(bundle, manifest)
+    print_next(try_command(bundle, manifest), *([] if smaller is None else [smaller]))
     return 0
 
 

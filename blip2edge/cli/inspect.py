@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from blip2edge.bundle.schema import Axis
 from blip2edge.cli.export import merging_line
 from blip2edge.cli.flag_groups import add_bundle
-from blip2edge.cli.next_steps import print_next, try_bundle
+from blip2edge.cli.next_steps import print_next, try_command
 from blip2edge.cli.table import difference, size, table
+from blip2edge.errors import EngineError
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join([*_copies(bundle), *_engines(bundle)]))
     if options.verify:
         print(f"\nverified: every one of the {len(manifest.files)} files has the recorded SHA-256")
-    print_next(try_bundle(bundle.path, manifest))
+    print_next(try_command(bundle.path, manifest))
     return 0
 
 
@@ -71,17 +72,22 @@ def _copies(bundle: Bundle) -> list[str]:
 
 def _engines(bundle: Bundle) -> list[str]:
     """The folders of engines of a bundle: how many engines each has, and for which GPUs."""
-    from blip2edge.runtime.backends.engine_files import engine_sets
+    from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders
 
     lines = []
-    for engines in engine_sets(bundle):
+    for folder in engine_folders(bundle):
+        try:
+            engines = EngineSet.read(folder)
+        except EngineError as error:
+            lines.append(f"engines in {folder}: not used: {error}")
+            continue
         mark = engines.fingerprint
         gpus = ", ".join([*mark["gpus"], *([mark["gpu"]] if mark["gpu"] else [])])
         total = size(sum(record.file.size for record in engines.engines.values()))
         parent = "" if mark["bundle_sha256"] == bundle.sha256 else "; not used, because it belongs to another bundle"
         lines.append(
             f"engines for {mark['target']} {mark['tensorrt']} on {gpus}: {len(engines.engines)} engines "
-            f"({', '.join(engines.engines)}), {total}, in {engines.directory}{parent}"
+            f"({', '.join(engines.engines)}), {total}, in {folder}{parent}"
         )
     return ["", *lines] if lines else []
 

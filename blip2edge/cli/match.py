@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Compare every picture with every text, in the order given; a broken picture does not end the command."""
     pictures = find_pictures(options.images)
     texts: list[str] = options.text
-    many = len(pictures) > 1 or len(texts) > 1
+    many = len(pictures) > 1 or len(texts) > 1 or pictures[0].found
     failures = Failures(ImageError)
     results = load_matcher(options).match_many(
         [picture.source for picture in pictures], texts, batch_size=options.batch_size, return_exceptions=True
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
             label = f"{picture.name}: {texts[place]}: " if many else ""
             line = json.dumps({**result.to_json(), "image": picture.name}) if options.json else label + _scores(result)
             print(line, flush=True)
+        picture.release()
     return failures.exit_status(len(pictures))
 
 

@@ -36,9 +36,9 @@ def explain(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {text}; run the command with --debug for the traceback"
 
 
-def print_error(error: Exception | str) -> None:
+def print_error(error: Exception) -> None:
     """Prints an error, as the line ``error: …``, to standard error."""
-    print_note(f"error: {error if isinstance(error, str) else explain(error)}")
+    print_note(f"error: {explain(error)}")
 
 
 def print_note(line: str) -> None:
@@ -66,7 +66,7 @@ class Failures:
         self._count += 1
 
     def exit_status(self, total: int) -> int:
-        """Prints how many of `total` pictures failed if there are several; returns 1 if there are any, or 0."""
+        """Prints how many of `total` results are missing, if several are; returns 1 if one is missing, else 0."""
         if self._count > 1:
-            print_note(f"{self._count} of {total} pictures failed")
+            print_note(f"{self._count} of {total} failed")
         return 1 if self._count else 0

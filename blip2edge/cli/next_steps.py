@@ -24,20 +24,31 @@ def quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def try_bundle(path: Path, manifest: Manifest, backend: str = "") -> str:
+def try_command(path: Path, manifest: Manifest, backend: str = "") -> str:
     """The command that uses a bundle on a picture: ``caption``, ``ask`` or ``match``, by the kind of its model.
 
     Args:
         path: The bundle's directory.
         manifest: Its manifest.
-        backend: Value of ``--backend``; empty to leave the flag out.
+        backend: Value of ``--backend``; empty for the default one, or the first that runs the bundle's precision.
     """
+    from blip2edge.runtime.backends.base import BACKENDS
+
     if DECODER not in manifest.graphs:
         words = 'match IMAGE --text "TEXT"'
     elif manifest.prompt is not None and manifest.prompt.required:
         words = 'ask IMAGE "QUESTION"'
     else:
         words = "caption IMAGE"
-    if not backend and manifest.precision == "bf16":
-        backend = "openvino"  # the default backend has no bf16
+    if not backend and not manifest.engines_of:
+        able = next(name for name, row in BACKENDS.items() if manifest.precision not in row.refuses)
+        backend = "" if able == next(iter(BACKENDS)) else able
     return f"blip2edge {words} -b {quoted(path)}" + (f" --backend {backend}" if backend else "")
+
+
+def calibrate_command(path: Path, manifest: Manifest) -> str | None:
+    """The command that makes an INT8 bundle of a bundle; None if the bundle cannot be calibrated."""
+    if manifest.calibration or manifest.engines_of or manifest.precision == "bf16":
+        return None
+    whole = path if path.name not in ("", "..") else path.resolve()
+    return f"blip2edge calibrate {quoted(path)} -o {quoted(whole.with_name(f'{whole.name}-int8'))} --images DIR"

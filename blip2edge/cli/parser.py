@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -71,21 +72,23 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Refuse unknown arguments here: the error then names the command's own --help."""
-        words = list(args or ())
+        words = sys.argv[1:] if args is None else list(args)
         self._check_flags(words)
+        given = ""
         for positional, by_flag in self._or_by_flag:
             if positional in self._actions and any(_gives(word, by_flag.option_strings) for word in words):
                 self._remove_action(positional)
+                given = f"; {positional.metavar} is given by {by_flag.option_strings[0]}"
         known, unknown = super().parse_known_args(words, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{given}")
         return known, unknown
 
     def _check_flags(self, words: list[str]) -> None:
         """Refuses an unknown flag, before argparse complains that a required one is missing."""
         for word in words:
-            if word == "--" or (self._subparsers is not None and word in COMMANDS):
-                return
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                return  # what follows is no flag, or belongs to the command
             name = word.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 self.error(f"unrecognized argument: {name}{did_you_mean(name, self._option_string_actions)}")
@@ -98,6 +101,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line with exit status 2."""
+        for positional, by_flag in self._or_by_flag:
+            required = f"required: {positional.metavar}"
+            message = message.replace(required, f"{required} (or {by_flag.option_strings[0]} {positional.metavar})")
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 

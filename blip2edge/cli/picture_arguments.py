@@ -32,34 +32,60 @@ TIMEOUT_S = 30.0  # without any byte from a web server
 MAX_DOWNLOAD = 128 << 20  # bytes
 
 
+class KeptBytes:
+    """Reads a picture file once, and keeps its bytes until the result of the picture is printed.
+
+    Args:
+        read: Returns the bytes of the file.
+    """
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        self._read = read
+        self._content: bytes | None = None
+
+    def __call__(self) -> bytes:
+        """Returns the bytes of the file."""
+        if self._content is None:
+            self._content = self._read()
+        return self._content
+
+    def release(self) -> None:
+        """Releases the memory of the bytes."""
+        self._content = None
+
+
 @dataclass(frozen=True)
-class Picture:
+class PictureArgument:
     """A picture of the command line.
 
     Attributes:
         name: The file's path, the address, or ``-``.
-        read: Returns the bytes of the picture file; None for a path that the runtime opens itself.
+        kept: Reads the bytes of the file; None for a path that the runtime opens itself.
+        found: Whether the picture was found in a folder or by a pattern.
     """
 
     name: str
-    read: Callable[[], bytes] | None = None
-
-    def __call__(self) -> bytes:
-        """The bytes of the picture file."""
-        return self.read() if self.read is not None else Path(self.name).read_bytes()
+    kept: KeptBytes | None = None
+    found: bool = False
 
     @property
     def source(self) -> ImageSource:
-        """What the runtime takes: the path, or this object, which is called when the picture is decoded."""
-        return self.name if self.read is None else self
+        """What the runtime takes."""
+        from blip2edge.runtime.images.preprocess import DeferredImage
+
+        return self.name if self.kept is None else DeferredImage(self.name, self.kept)
+
+    def release(self) -> None:
+        """Releases the bytes of the file; call it when the result is printed."""
+        if self.kept is not None:
+            self.kept.release()
 
 
-def find_pictures(words: Iterable[str], *, videos: bool = False) -> list[Picture]:
+def find_pictures(words: Iterable[str], *, videos: bool = False) -> list[PictureArgument]:
     """Finds the pictures that the words name, in the words' order; those of a folder in the order of their names.
 
-    Standard input and pipes are read here, because they can be read only once. Web addresses are read when the
-    runtime asks for the bytes. A pipe without bytes, a folder without pictures and a pattern that matches no file
-    become a picture that cannot be read, so that they fail alone.
+    Only folders and patterns are read here. What a word names is read when the runtime decodes the picture, so that a
+    picture that cannot be read fails alone. So do a folder without pictures and a pattern that matches no file.
 
     Args:
         words: The arguments IMAGE.
@@ -74,19 +100,25 @@ def find_pictures(words: Iterable[str], *, videos: bool = False) -> list[Picture
     return [picture for word in listed for picture in _named(word, videos)]
 
 
-def _named(word: str, videos: bool) -> Iterator[Picture]:
+def _named(word: str, videos: bool) -> Iterator[PictureArgument]:
     if word == STANDARD_INPUT:
-        yield _read_once(word, sys.stdin.buffer.read)
+        yield PictureArgument(word, KeptBytes(_standard_input))
     elif word.lower().startswith(WEB):
-        yield Picture(word, partial(download, word))
+        yield PictureArgument(word, KeptBytes(partial(download, word)))
     elif _is_pipe(word):
-        yield _read_once(word, Path(word).read_bytes)
+        yield PictureArgument(word, KeptBytes(Path(word).read_bytes))
     elif os.path.isdir(word) and not videos:
         yield from _of_folder(word)
     elif not os.path.lexists(word) and glob.has_magic(word):
         yield from _of_pattern(word, videos)
     else:
-        yield Picture(word)
+        yield PictureArgument(word)
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise ImageError("-: standard input is closed", "send the bytes of a picture file to it")
+    return sys.stdin.buffer.read()
 
 
 def _is_pipe(word: str) -> bool:
@@ -98,35 +130,18 @@ def _is_pipe(word: str) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-def _read_once(name: str, read: Callable[[], bytes]) -> Picture:
-    try:
-        content = read()
-    except OSError as error:
-        return _unreadable(name, f"{name}: cannot be read ({error.strerror or error})")
-    if not content:
-        return _unreadable(name, f"{name}: expected the bytes of a picture file, got none")
-    return Picture(name, lambda: content)
-
-
-def _unreadable(name: str, problem: str, fix: str | None = None) -> Picture:
-    """A picture whose reading raises ImageError."""
-
-    def read() -> bytes:
-        raise ImageError(problem, fix)
-
-    return Picture(name, read)
-
-
-def _of_folder(word: str) -> list[Picture]:
+def _of_folder(word: str) -> list[PictureArgument]:
     found = [str(path) for path in visible_files(Path(word)) if path.suffix.lower() in PICTURE_SUFFIXES]
     if not found:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
-        problem = f"{word}: expected a folder of pictures ({suffixes}), found none"
-        return [_unreadable(word, problem, "name a folder that contains pictures")]
-    return [Picture(path) for path in found]
+        error = ImageError(
+            f"{word}: expected a folder of pictures ({suffixes}), found none", "name a folder that contains pictures"
+        )
+        return [_unreadable(word, error)]
+    return [PictureArgument(path, found=True) for path in found]
 
 
-def _of_pattern(word: str, videos: bool) -> list[Picture]:
+def _of_pattern(word: str, videos: bool) -> list[PictureArgument]:
     """The files that match a glob pattern; ``**`` matches any number of folders."""
     matches = sorted(glob.glob(word, recursive=True))
     if not videos:
@@ -137,13 +152,20 @@ def _of_pattern(word: str, videos: bool) -> list[Picture]:
             if os.path.isfile(path) and (any_suffix or os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES)
         ]
     if not matches:
-        problem = f"{word}: no picture matches this pattern"
-        return [_unreadable(word, problem, "check the folder and the suffix in the pattern")]
-    return [Picture(path) for path in matches]
+        error = ImageError(f"{word}: no picture matches this pattern", "check the folder and the suffix in the pattern")
+        return [_unreadable(word, error)]
+    return [PictureArgument(path, found=True) for path in matches]
+
+
+def _unreadable(name: str, error: ImageError) -> PictureArgument:
+    def read() -> bytes:
+        raise error
+
+    return PictureArgument(name, KeptBytes(read))
 
 
 def download(address: str) -> bytes:
-    """Reads the bytes behind a web address.
+    """Reads the bytes behind a web address; redirects to other protocols are not followed.
 
     Raises:
         ImageError: The address is not valid, the server does not answer or answers with an error, or the file is
@@ -153,11 +175,16 @@ def download(address: str) -> bytes:
     import urllib.error
     import urllib.request
 
-    headers = {"User-Agent": f"blip2edge/{__version__}"}
+    class OnlyWeb(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, request: Any, file: Any, code: int, text: str, headers: Any, target: str) -> Any:
+            if not target.lower().startswith(WEB):
+                raise urllib.error.URLError(f"the server redirects to {target}")
+            return super().redirect_request(request, file, code, text, headers, target)
+
     try:
-        request = urllib.request.Request(address, headers=headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            return _limited(address, answer)
+        request = urllib.request.Request(_encoded(address), headers={"User-Agent": f"blip2edge/{__version__}"})
+        with urllib.request.build_opener(OnlyWeb).open(request, timeout=TIMEOUT_S) as answer:
+            content: bytes = answer.read(MAX_DOWNLOAD + 1)
     except urllib.error.HTTPError as error:
         with error:
             raise _not_downloaded(address, f"the server answered {error.code} {error.reason}") from error
@@ -165,14 +192,20 @@ def download(address: str) -> bytes:
         raise _not_downloaded(address, error.reason) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _not_downloaded(address, error) from error
+    if len(content) > MAX_DOWNLOAD:
+        raise ImageError(f"{address}: expected at most {MAX_DOWNLOAD >> 20} MiB, got more")
+    return content
+
+
+def _encoded(address: str) -> str:
+    """The address with its special characters encoded, as browsers do it: ``https://xn--bcher-kva.example/a%20b.png``."""
+    from urllib.parse import quote, urlsplit, urlunsplit
+
+    parts = urlsplit(address)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode("ascii")
+    safe = "%/:;=?@&+$,!~*'()[]"
+    return urlunsplit((parts.scheme, host, quote(parts.path, safe), quote(parts.query, safe), ""))
 
 
 def _not_downloaded(address: str, reason: object) -> ImageError:
     return ImageError(f"{address}: cannot be downloaded ({reason})", "check the address")
-
-
-def _limited(address: str, answer: Any) -> bytes:
-    content: bytes = answer.read(MAX_DOWNLOAD + 1)
-    if len(content) > MAX_DOWNLOAD:
-        raise ImageError(f"{address}: expected at most {MAX_DOWNLOAD >> 20} MiB, got more")
-    return content

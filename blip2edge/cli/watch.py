@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_number, given_generation
 from blip2edge.cli.flag_types import share_or_zero
+from blip2edge.cli.messages import print_note
 
 if TYPE_CHECKING:
     import argparse
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     frames = open_source(options.source, follow=not options.once)
     captioner = load_captioner(options, open_bundle(options))
     flags = given_generation(options)
-    dropped = 0
+    dropped = failed = 0
     for caption in live(
         captioner,
         frames,
@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
     ):
         dropped += caption.dropped
         if caption.result is None:
-            print(f"{caption.frame}: {caption.error}", file=sys.stderr, flush=True)
+            print_note(f"error: {caption.error}")
+            failed += 1
         elif options.json:
             extra = {
                 "frame": caption.frame,
@@ -76,5 +77,5 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(f"{caption.frame}: {caption.result.text}", flush=True)
     if dropped:
-        print(f"{dropped} frames were dropped, because they came faster than captions", file=sys.stderr)
-    return 0
+        print_note(f"{dropped} frames were dropped, because they came faster than captions")
+    return 1 if failed and options.once else 0

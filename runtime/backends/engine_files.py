@@ -283,13 +283,9 @@ def _plain(value: Any) -> str:
     return " ".join(value) if isinstance(value, (list, tuple)) else str(value)
 
 
-def engine_sets(bundle: Bundle) -> list[EngineSet]:
-    """Reads every folder of engines of a bundle.
-
-    Raises:
-        EngineError: An ``engine.json`` cannot be read.
-    """
-    return [EngineSet.read(path.parent) for path in sorted(bundle.derived(KIND).glob(f"*/{RECORD}"))]
+def engine_folders(bundle: Bundle) -> list[Path]:
+    """Returns the folders of engines of a bundle; :meth:`EngineSet.read` reads one."""
+    return sorted(path.parent for path in bundle.derived(KIND).glob(f"*/{RECORD}"))
 
 
 def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
@@ -305,11 +301,12 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
     """
     build = f"blip2edge build {bundle.path} --target {here.target}"
     refusal: EngineError | None = None
-    for engines in engine_sets(bundle):
+    for folder in engine_folders(bundle):
+        engines = EngineSet.read(folder)
         if engines.fingerprint.get("target") != here.target:
             continue
         try:
-            check_fingerprint(dict(engines.fingerprint), here, engines.directory, " ".join([build, *engines.rebuild]))
+            check_fingerprint(dict(engines.fingerprint), here, folder, " ".join([build, *engines.rebuild]))
         except EngineError as error:
             refusal = refusal or error
             continue
@@ -330,7 +327,8 @@ def engines_backend(bundle: Bundle, backend: str) -> str:
         BackendError: The engines were not built for this backend.
         EngineError: The bundle contains no engines.
     """
-    targets = list(dict.fromkeys(str(engines.fingerprint.get("target")) for engines in engine_sets(bundle)))
+    sets = [EngineSet.read(folder) for folder in engine_folders(bundle)]
+    targets = list(dict.fromkeys(str(engines.fingerprint.get("target")) for engines in sets))
     if not targets:
         raise EngineError(f"{bundle.path} contains neither graphs nor engines", "copy the bundle again")
     if backend == "auto":

@@ -97,8 +97,8 @@ class BenchReport:
         stages: Times by stage name; ``total`` is the sum of all stages.
         tokens_per_s: Tokens a second while decoding, at the median.
         start_s: Seconds to load the bundle.
-        memory: Bytes: ``peak`` of the whole run, ``captioning`` (peak while one picture at a time is captioned),
-            ``resident`` at the end, and ``graphs`` (the files of the weights).
+        memory: Bytes: ``peak`` of the whole run, ``loading`` (peak while the bundle is loaded), ``captioning`` (peak
+            while single pictures are captioned), ``resident`` at the end, and ``graphs`` (the files of the weights).
         sweeps: Tables by name: ``batch``, ``prompt``, ``caption``; each a list of rows.
         left_out: What was not measured, with the reason.
         energy: Joules per caption, and the meter; None if the machine has no meter.
@@ -244,6 +244,7 @@ def bench(
     options: BenchOptions,
     *,
     start_s: float,
+    start_bytes: int = 0,
     cost_of: CostOf | None = None,
     progress: ProgressCallback | None = None,
 ) -> BenchReport:
@@ -253,6 +254,7 @@ def bench(
         captioner: A loaded bundle.
         options: What to measure.
         start_s: Seconds that loading the bundle took.
+        start_bytes: Peak memory while the bundle was loaded; 0 if it was not measured.
         cost_of: Counts the operations and bytes of the stages; None if the graphs cannot be read.
         progress: Called with the name of the current measurement, steps done and steps in all.
     """
@@ -295,7 +297,8 @@ def bench(
         tokens_per_s=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
         start_s=start_s,
         memory={
-            "peak": max(whole.peak, resident),
+            "peak": max(start_bytes, whole.peak, resident),
+            "loading": start_bytes,
             "captioning": single.peak,
             "resident": resident,
             "graphs": _graph_bytes(captioner),

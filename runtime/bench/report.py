@@ -33,12 +33,13 @@ def markdown(report: BenchReport) -> str:
 
 def facts(report: BenchReport) -> list[str]:
     """Formats the report's single figures, one sentence for each."""
+    memory = {name: f"{count / 1e6:.0f} MB" for name, count in report.memory.items()}
     found = [
         f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens per caption",
         (
-            f"loaded in {report.start_s:.2f} s; peak memory {report.memory['captioning'] / 1e6:.0f} MB while single "
-            f"pictures are captioned, {report.memory['peak'] / 1e6:.0f} MB in the whole run, "
-            f"{report.memory['resident'] / 1e6:.0f} MB at the end; weights {report.memory['graphs'] / 1e6:.0f} MB"
+            f"loaded in {report.start_s:.2f} s; peak memory {memory['loading']} while loading, {memory['captioning']} "
+            f"while single pictures are captioned, {memory['peak']} in the whole run; {memory['resident']} at the end; "
+            f"weights {memory['graphs']}"
         ),
         f"{report.machine['processor']}, backend {report.machine['backend']}, "
         f"threads {report.machine['threads'] or 'all'}; "

@@ -169,7 +169,7 @@ class Matcher(LoadedBundle):
         self._check_open()
         pictures, sentences = _pictures(images, channels), listed("texts", texts)
         ids = [self._ids(text) for text in sentences]
-        check_integer("batch_size", batch_size, 1)
+        check_integer("batch_size", batch_size, 1)  # here, not when the first result is taken
         vectors = [self._embed([row])[0] for row in ids]
         results = _in_batches(lambda batch: self._compare(batch, sentences, ids, vectors), pictures, batch_size)
         return results if return_exceptions else raising(results)
@@ -229,18 +229,44 @@ class Matcher(LoadedBundle):
         self, images: Iterable[ImageSource], *, batch_size: int = 1, channels: Channels = "rgb"
     ) -> Vectors:
         """Computes the vectors of N pictures, ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
-        vectors = list(raising(self.embed_each(images, batch_size=batch_size, channels=channels)))
+        vectors = list(self.embed_images_iter(images, batch_size=batch_size, channels=channels))
         if not vectors:
             raise UsageError("expected at least one picture, got none")
         return np.stack(vectors)
 
-    def embed_each(
-        self, images: Iterable[ImageSource], *, batch_size: int = 1, channels: Channels = "rgb"
-    ) -> Generator[Vectors | Blip2EdgeError, None, None]:
-        """Yields the vector of each picture, or the error of a picture that cannot be read; see :meth:`embed_image`."""
+    @overload
+    def embed_images_iter(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: Literal[False] = False,
+    ) -> Iterator[Vectors]: ...
+
+    @overload
+    def embed_images_iter(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: bool,
+    ) -> Iterator[Vectors | Blip2EdgeError]: ...
+
+    def embed_images_iter(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int = 1,
+        channels: Channels = "rgb",
+        return_exceptions: bool = False,
+    ) -> Iterator[Vectors | Blip2EdgeError]:
+        """Yields the vector of each picture; arguments as in :meth:`match_many`, see :meth:`embed_image`."""
         self._check_open()
         check_integer("batch_size", batch_size, 1)
-        return _in_batches(self._embed_pictures, _pictures(images, channels), batch_size)
+        results = _in_batches(self._embed_pictures, _pictures(images, channels), batch_size)
+        return results if return_exceptions else raising(results)
 
     def embed_text(self, text: str) -> Vectors:
         """Computes a text's vector, float32 ``[F]`` of length 1; see :meth:`embed_image`."""
@@ -346,7 +372,7 @@ def _in_batches(
     compute: Callable[[list[ImageSource]], list[Item]], pictures: list[ImageSource], batch_size: int
 ) -> Generator[Item | Blip2EdgeError, None, None]:
     """Yields the results of all pictures; in a batch with a broken picture, each picture is computed by itself."""
-    for at in range(0, len(pictures), batch_size):
+    for at in _starts(len(pictures), batch_size):
         batch = pictures[at : at + batch_size]
         try:
             results = compute(batch)

@@ -1,6 +1,6 @@
 """Converts a picture file (EXIF orientation, colour modes) to the vision encoder's pixel values, in NumPy and Pillow.
 
-Two steps, each bit-equal to its counterpart in transformers 5.23:
+Two steps, each bit-equal to its counterpart in transformers 5.23, except for 16-bit greyscale:
 
 - `load_image` (`transformers.image_utils.load_image`): decode, turn upright by the EXIF orientation, RGB;
 - `Preprocessing` (`BlipImageProcessorPil`, `CLIPImageProcessorPil`): resize, centre crop, rescale, normalise.
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from blip2edge.errors import BundleError, ImageError
+from blip2edge.errors import Blip2EdgeError, BundleError, ImageError, one_line
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded, in pixels (256 MiB as RGB); above it, Pillow warns of a decompression bomb."""
@@ -43,7 +43,36 @@ _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box
 _warning_filters = threading.Lock()
 
 Content = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
-ImageSource = Union[Content, "Callable[[], Content]"]
+
+
+@dataclass(frozen=True)
+class DeferredImage:
+    """A picture that is read when it is decoded, such as a file behind a web address.
+
+    Attributes:
+        name: The picture's name in errors.
+        read: Returns the picture. It is called again if the picture has to be decoded again, which happens if another
+            picture of the batch is broken.
+    """
+
+    name: str
+    read: Callable[[], Content]
+
+    def content(self) -> Content:
+        """Calls :attr:`read`.
+
+        Raises:
+            ImageError: It raised an error.
+        """
+        try:
+            return self.read()
+        except Blip2EdgeError:
+            raise
+        except Exception as error:
+            raise ImageError(f"{self.name}: cannot be read ({one_line(error)})") from error
+
+
+ImageSource = Union[Content, "DeferredImage"]
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -53,9 +82,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Args:
         source: A path, the bytes of a picture file, a Pillow image, or a uint8 array [H,W], [H,W,1], [H,W,3]
-            (RGB) or [H,W,4] (RGBA). Or a function without arguments that returns one of these; it is called when
-            the picture is decoded, and again if the picture has to be decoded again. Errors name the picture by
-            the function's attribute `name`, if it has one.
+            (RGB) or [H,W,4] (RGBA); or a `DeferredImage`, which returns one of these.
 
     Returns:
         The picture in mode RGB; a Pillow image that is upright RGB already is returned without a copy.
@@ -64,9 +91,9 @@ def load_image(source: ImageSource) -> Image.Image:
         ImageError: The file is missing, empty, broken, truncated or not a picture; the picture has no pixel or
             more than `MAX_PIXELS`, or its pixels are 32-bit numbers; the array has another shape or dtype.
     """
-    given = getattr(source, "name", "the picture passed in")
-    if callable(source):
-        source = source()
+    given = "the picture passed in"
+    if isinstance(source, DeferredImage):
+        given, source = source.name, source.content()
     if isinstance(source, np.ndarray):
         return _upright_rgb(_from_array(source), "the array passed in")
     if isinstance(source, Image.Image):
@@ -152,7 +179,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Grey16:
-    """Stored values of 16-bit greyscale: 0 to `largest`; `inverted` if 0 is white."""
+    """The stored values of 16-bit greyscale: 0 to `largest`; `inverted` if 0 is white."""
 
     largest: int = 2**16 - 1
     inverted: bool = False
@@ -162,16 +189,19 @@ class _Grey16:
         """Describes a picture that was not changed since it was opened; None if it has 8 bits.
 
         Raises:
-            ImageError: The pixels are 32-bit integers or floating-point numbers, whose range the file does not tell.
+            ImageError: The values of black and white are not known: the pixels are 32-bit integers or floating-point
+                numbers, or the picture has more than 8 bits and is not the one that was opened from a file.
         """
-        if image.mode in ("I", "F") and image.format not in _16_BIT_FORMATS:
-            kind = "floating-point numbers" if image.mode == "F" else "integers that have a sign or more than 16 bits"
-            raise ImageError(
-                f"{name}: expected pixels of 8 or 16 bits, got {kind}, whose values of black and white are not known",
-                "scale the values to 0…255 and save the picture with 8 bits",
-            )
-        if not image.mode.startswith("I"):
+        if image.mode[0] not in "IF":
             return None
+        is_16_bit = image.mode.startswith("I;16") or image.format in _16_BIT_FORMATS
+        if image.mode == "F" or image.format is None or not is_16_bit:
+            raise ImageError(
+                f"{name}: the pixels have Pillow's mode {image.mode}, in which the values of black and white are not "
+                "known",
+                "pass the file itself if it has 16 bits and no sign; otherwise scale the values to 0…255 and save the "
+                "picture with 8 bits",
+            )
         tags = getattr(image, "tag_v2", None)  # of a TIFF file, whose values Pillow does not scale
         if tags is None:
             return cls()
@@ -179,9 +209,8 @@ class _Grey16:
 
     def in_8_bits(self, image: Image.Image) -> Image.Image:
         """The picture in mode L, each value rounded to the nearest of 0…255."""
-        values = np.clip(np.asarray(image).astype(np.int64), 0, self.largest)
-        values = (values * 255 + self.largest // 2) // self.largest
-        return Image.fromarray((255 - values if self.inverted else values).astype(np.uint8))
+        table = ((np.arange(self.largest + 1) * 255 + self.largest // 2) // self.largest).astype(np.uint8)
+        return Image.fromarray(np.take(255 - table if self.inverted else table, np.asarray(image), mode="clip"))
 
 
 def _check_pixels(width: int, height: int, name: str) -> None:

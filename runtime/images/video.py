@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,15 +16,13 @@ import numpy as np
 
 from blip2edge.errors import ImageError, UsageError
 from blip2edge.packages import require
-from blip2edge.runtime.images.preprocess import ImageSource
+from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource
 
 ItemSource = ImageSource | Sequence[ImageSource]
 """A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
 
 Channels = Literal["rgb", "bgr"]
 """Order of an array's channels; ``bgr`` is OpenCV's."""
-
-_TO_RGB = {3: [2, 1, 0], 4: [2, 1, 0, 3]}  # number of channels -> their indices
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 
@@ -41,7 +39,7 @@ def in_rgb(item: ItemSource, channels: Channels) -> ItemSource:
     """Puts the channels of an array, or of the arrays in a list, into the order R, G, B.
 
     Args:
-        item: A picture or a video. Files and Pillow pictures name their own channels and are returned unchanged.
+        item: A picture or a video. Files and Pillow pictures are returned unchanged: their channels are known.
         channels: The order of the arrays' last axis, which has 3 channels, or 4 with alpha as the last.
 
     Raises:
@@ -53,15 +51,18 @@ def in_rgb(item: ItemSource, channels: Channels) -> ItemSource:
         return item
     if isinstance(item, (list, tuple)):
         return [in_rgb(picture, channels) for picture in item]  # type: ignore[misc]  # a list has no lists in it
-    if callable(item):
-        return partial(_call_in_rgb, item, channels)
-    if isinstance(item, np.ndarray) and item.ndim > 2 and item.shape[-1] in _TO_RGB:
-        return item[..., _TO_RGB[item.shape[-1]]]
+    if isinstance(item, DeferredImage):
+        return DeferredImage(item.name, partial(_content_in_rgb, item, channels))
+    if isinstance(item, np.ndarray) and item.ndim > 2:
+        if item.shape[-1] == len("BGR"):
+            return item[..., ::-1]  # a view: the array is not copied
+        if item.shape[-1] == len("BGRA"):
+            return item[..., [2, 1, 0, 3]]
     return item
 
 
-def _call_in_rgb(item: Callable[[], Any], channels: Channels) -> Any:
-    return in_rgb(item(), channels)
+def _content_in_rgb(item: DeferredImage, channels: Channels) -> Any:
+    return in_rgb(item.content(), channels)
 
 
 def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
@@ -111,8 +112,11 @@ def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
     Raises:
         ImageError: There is no frame, the video cannot be read, or the package that reads videos is missing.
     """
-    if callable(item):
-        item = item()
+    if isinstance(item, DeferredImage):
+        content = item.content()
+        if not isinstance(content, (bytes, bytearray)):
+            return load_frames(content, count)
+        item = DeferredImage(item.name, lambda: content)  # read once for all frames
     if isinstance(item, (str, os.PathLike)):
         path = Path(item)
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():

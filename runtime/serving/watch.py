@@ -7,6 +7,7 @@ pictures of a folder are kept by the file system, and all of them are captioned.
 
 from __future__ import annotations
 
+import stat
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -14,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blip2edge.errors import BackendError, DataError, ImageError
 from blip2edge.packages import require
@@ -24,7 +25,6 @@ from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 
 POLL_S = 0.2  # between two listings of a folder
-SETTLED_NS = 1_000_000_000  # a picture that was not modified for this time is complete
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class WatchResult:
         result: The caption; None where the picture could not be read.
         error: The reason then; else empty.
         dropped: Frames since the last caption that were dropped.
-        age_ms: From the frame's arrival to the end of its caption.
+        age_ms: From the frame's arrival (for a folder: from the moment when the picture was taken from the queue) to
+            the end of its caption.
         reused: Whether the last encoded frame's visual tokens were reused.
     """
 
@@ -64,7 +65,7 @@ class Source(Iterator[Frame]):
 
     Args:
         make: Makes the frames; its event is set when the source is closed.
-        is_queue: Whether frames wait until they are taken, as files do.
+        is_queue: Whether no frame is lost if it is not taken at once. True for the files of a folder.
     """
 
     def __init__(self, make: Callable[[threading.Event], Frames], *, is_queue: bool = False) -> None:
@@ -130,34 +131,29 @@ def open_source(source: str, *, follow: bool = True) -> Source:
     )
 
 
-@dataclass(frozen=True)
-class _Version:
-    """A picture file as it was found: a file that is written again is another version."""
-
-    modified_ns: int
-    name: str
-    size: int
-
-    def in_use(self, now_ns: int) -> bool:
-        """Whether a program may still be writing it."""
-        return abs(now_ns - self.modified_ns) < SETTLED_NS
-
-
 def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
-    """The pictures of a folder, oldest first; with `follow`, a new one is taken when two looks find it unchanged."""
+    """The pictures of a folder, oldest first. With `follow`, a picture is taken when two listings show it unchanged."""
     taken: set[_Version] = set()
     before: set[_Version] = set()
     while not closed.is_set():
-        found, now = _pictures(path), time.time_ns()
-        for version in sorted(found - taken, key=lambda version: (version.modified_ns, version.name)):
-            if not follow or version in before or not version.in_use(now):
-                taken.add(version)
-                yield Frame(version.name, path / version.name)
+        found = _pictures(path)
+        ready = found & before if follow else found
+        for version in sorted(ready - taken):
+            taken.add(version)
+            yield Frame(version.name, path / version.name)
         if not follow:
             return
         taken &= found
         before = found
         closed.wait(POLL_S)
+
+
+class _Version(NamedTuple):
+    """A picture file as a listing shows it: a file that is written again is another version."""
+
+    modified_ns: int
+    name: str
+    size: int
 
 
 def _pictures(folder: Path) -> set[_Version]:
@@ -168,7 +164,8 @@ def _pictures(folder: Path) -> set[_Version]:
             if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith("."):
                 with suppress(FileNotFoundError):
                     status = path.stat()
-                    found.add(_Version(status.st_mtime_ns, path.name, status.st_size))
+                    if stat.S_ISREG(status.st_mode):
+                        found.add(_Version(status.st_mtime_ns, path.name, status.st_size))
     except OSError as error:
         raise DataError(
             f"{folder} cannot be read any more ({error.strerror or error})", "check that the folder still exists"

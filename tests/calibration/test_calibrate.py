@@ -146,14 +146,16 @@ def test_few_pictures_are_told_with_their_number(report: CalibrationReport) -> N
 def test_large_difference_from_the_parent_is_a_warning(report: CalibrationReport) -> None:
     assert report.captions is not None
     low, high = replace(report.captions, same=0.5), replace(report.captions, same=0.95)
-    (warning,) = _difference_warnings(report.graphs, low)
+    (warning,) = _difference_warnings(report.graphs, low, limited=False)
     assert warning.startswith(f"only 50.0% of {PICTURES} captions are the same as the parent's; report.html shows")
-    assert _difference_warnings(report.graphs, high) == []
+    assert "drop limit" in warning
+    assert "drop limit" not in _difference_warnings(report.graphs, low, limited=True)[0]
+    assert _difference_warnings(report.graphs, high, limited=False) == []
     graph = report.graphs[VISION]
     far = {"image_embeds": replace(graph.cosine["image_embeds"], mean=0.9)}
-    (warning,) = _difference_warnings({VISION: replace(graph, cosine=far)}, None)
+    (warning,) = _difference_warnings({VISION: replace(graph, cosine=far)}, None, limited=False)
     assert warning.endswith("below 0.99: vision_encoder: image_embeds 0.9000")
-    assert _difference_warnings({VISION: graph}, None) == []
+    assert _difference_warnings({VISION: graph}, None, limited=False) == []
 
 
 def test_no_pictures_and_a_wrong_parent(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 
+from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import GraphSpec
 from blip2edge.engine.build import build_bundle
 from blip2edge.engine.build_errors import build_error
 from blip2edge.engine.prepare import EnginePlan
-from blip2edge.errors import EngineError
+from blip2edge.errors import BackendError, EngineError
 from tests.engine.conftest import BundleOf
 
 # Reasons that TensorRT for RTX 1.7 gave.
@@ -22,7 +25,6 @@ WORKSPACE = (
     "workspace limit. Consider increase the allowed workspace size if applicable.)"
 )
 NO_FP32 = "Cannot compile operation 'node_MatMul_12' for Turing (SM75): FP32 GEMM is not supported."
-NO_BF16 = "Cannot compile for target(s) sm75, because the model contains HW-specific datatypes: b16."
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed (extra rtx)"
@@ -30,24 +32,26 @@ needs_rtx = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("reason", "needs_fp32", "workspace", "advice"),
+    ("reason", "precision", "workspace", "advice"),
     [
-        (WORKSPACE, False, 1, "raise workspace above 1, or leave it out"),
-        (WORKSPACE, False, None, "lower capacity or max_batch"),
-        (NO_FP32, False, None, "export the checkpoint with precision fp16"),
-        (NO_FP32, True, None, "no precision changes this"),
-        (NO_BF16, False, None, "export the checkpoint with precision fp16"),
-        (NO_BF16, True, None, "no precision changes this"),
-        ("Requested amount of GPU memory could not be allocated", False, 64, "lower workspace, capacity or max_batch"),
-        ("an internal assertion failed", False, None, "export the checkpoint with another precision"),
+        (WORKSPACE, "fp32", 1, "raise workspace above 1, or leave it out"),
+        (WORKSPACE, "fp32", None, "lower capacity or max_batch"),
+        (NO_FP32, "fp32", None, "export the checkpoint with precision fp16"),
+        (NO_FP32, "fp16", None, "no precision changes this"),
+        ("Requested amount of GPU memory could not be allocated", "fp32", 64, "lower workspace, capacity or max_batch"),
+        ("CUDA error 2: out of memory", "fp32", 64, "lower workspace, capacity or max_batch"),
+        ("an illegal memory access was encountered", "fp32", None, "export the checkpoint with another precision"),
+        ("an internal assertion failed", "fp32", None, "export the checkpoint with another precision"),
     ],
 )
-def test_advice_fits_the_reason(reason: str, needs_fp32: bool, workspace: int | None, advice: str) -> None:
-    plan = EnginePlan("bridge", Path("bridge.onnx"), GraphSpec("bridge", (), ()), needs_fp32=needs_fp32)
-    error = build_error(plan, workspace, ["an earlier warning", reason])
+@pytest.mark.parametrize("target", ["tensorrt", "rtx"])
+def test_advice_fits_the_reason(reason: str, precision: str, workspace: int | None, advice: str, target: str) -> None:
+    plan = EnginePlan("bridge", Path("bridge.onnx"), GraphSpec("bridge", (), ()), precision=precision)
+    error = build_error(plan, target, workspace, ["an earlier warning", reason])
     assert error.problem == f"TensorRT could not build bridge.onnx ({reason})"
     assert error.fix is not None
     assert error.fix.startswith(advice)
+    assert target == "rtx" or "target tensorrt" not in error.fix  # it is the target already
 
 
 @needs_rtx
@@ -56,7 +60,7 @@ def test_advice_fits_the_reason(reason: str, needs_fp32: bool, workspace: int | 
     [
         ("blip2-opt", "fp32", 86, 1, "raise workspace above 1"),
         ("blip2-opt", "fp32", 75, None, "export the checkpoint with precision fp16"),
-        ("blip2-t5", "fp32", 75, None, "no precision changes this"),
+        ("blip2-t5", "fp32", 75, None, "a model with a T5 keeps parts in FP32 at every precision"),
         ("blip2-t5", "fp16", 75, None, "no precision changes this"),
     ],
 )
@@ -75,3 +79,10 @@ def test_advice_can_be_followed(bundle_of: BundleOf, tmp_path: Path) -> None:
     """The fp16 bundle of a model without parts in fp32 builds for Turing."""
     build_bundle(bundle_of("blip2-opt", "fp16"), target="rtx", sm=[75], output=tmp_path / "engines")
     assert (tmp_path / "engines").is_dir()
+
+
+def test_bf16_is_refused_before_the_build(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bf16"))
+    replace(Bundle.open(bundle).manifest, precision="bf16").write(bundle)
+    with pytest.raises(BackendError, match="the bundle is in bf16, which the backend rtx does not run"):
+        build_bundle(bundle, target="rtx", sm=[86])

@@ -17,7 +17,8 @@ import torch
 from transformers import IdeficsForVisionText2Text, IdeficsImageProcessorPil
 
 from blip2edge.bundle.schema import PromptSpec
-from blip2edge.cli.caption import _items
+from blip2edge.cli.caption import assign
+from blip2edge.cli.picture_arguments import PictureArgument
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
@@ -178,13 +179,17 @@ def test_pictures_of_a_ragged_batch_stand_side_by_side() -> None:
 
 
 def test_prompts_on_the_command_line_take_as_many_pictures_as_they_have_places_for() -> None:
-    assert _items(["a", "b", "c"], None) == (["a", "b", "c"], None)
-    assert _items(["a", "b"], ["x"]) == (["a", "b"], ["x", "x"])
+    def assigned(names: str, prompts: list[str] | None) -> tuple[list[str | list[str]], list[str] | None]:
+        items, given = assign([PictureArgument(name) for name in names], prompts)
+        return [item.name for item in items], given
+
+    assert assigned("abc", None) == (["a", "b", "c"], None)
+    assert assigned("ab", ["x"]) == (["a", "b"], ["x", "x"])
     few = "<image>A cat.<image>A"
-    assert _items(["a", "b", "c", "d"], [few]) == ([["a", "b"], ["c", "d"]], [few, few])
-    assert _items(["a", "b", "c"], [few, "plain"]) == ([["a", "b"], "c"], [few, "plain"])
+    assert assigned("abcd", [few]) == ([["a", "b"], ["c", "d"]], [few, few])
+    assert assigned("abc", [few, "plain"]) == ([["a", "b"], "c"], [few, "plain"])
     with pytest.raises(UsageError, match="<image> for 2 pictures, but 3 pictures are given"):
-        _items(["a", "b", "c"], [few])
+        assigned("abc", [few])
 
 
 @pytest.mark.parametrize("size", [IMAGE_SIZE, 224])

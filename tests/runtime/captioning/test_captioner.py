@@ -29,6 +29,7 @@ from blip2edge.errors import (
 from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.captioning.captioner import STAGES, Captioner, CaptionResult
 from blip2edge.runtime.captioning.request import Span
+from blip2edge.runtime.images.preprocess import DeferredImage
 from tests.drawing import BOS, Drawn, draw_pictures
 
 NEW = 10
@@ -248,11 +249,25 @@ def test_channel_order_that_does_not_exist(captioner: Captioner) -> None:
         captioner.caption(bgr(draw_pictures(1)[0]), channels="BGR")  # type: ignore[arg-type]
 
 
-def test_picture_that_a_function_returns(captioner: Captioner, files: list[Path]) -> None:
+def test_picture_that_is_read_when_it_is_decoded(captioner: Captioner, files: list[Path]) -> None:
     expected = captioner.caption(files[0]).tokens
-    assert captioner.caption(files[0].read_bytes).tokens == expected
+    assert captioner.caption(DeferredImage("a", files[0].read_bytes)).tokens == expected
     frame = bgr(draw_pictures(5, 2)[0])
-    assert captioner.caption(lambda: frame, channels="bgr").tokens == expected
+    assert captioner.caption(DeferredImage("a", lambda: frame), channels="bgr").tokens == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_picture_whose_reading_fails(captioner: Captioner, files: list[Path], batch_size: int) -> None:
+    def fail() -> bytes:
+        raise ConnectionResetError("the line is dead")
+
+    pictures: list[Any] = [files[0], DeferredImage("the camera", fail), files[2], files[3]]
+    results = list(captioner.caption_many(pictures, batch_size=batch_size, return_exceptions=True, max_new_tokens=2))
+    assert [type(result) for result in results] == [CaptionResult, ImageError, CaptionResult, CaptionResult]
+    assert str(results[1]) == "the camera: cannot be read (the line is dead)"
+    broken = DeferredImage("the camera", lambda: b"no picture")
+    with pytest.raises(ImageError, match="the camera: not a picture"):
+        captioner.caption(broken, channels="bgr")
 
 
 def test_a_prompt_too_long_ends_the_run_after_what_came_before(captioner: Captioner) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,24 +98,24 @@ def test_folder_is_a_queue(captioner: Captioner, tmp_path: Path, monkeypatch: py
     assert all(one.result is not None and one.dropped == 0 for one in seen)
 
 
-def test_picture_that_is_being_written_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch_module, "POLL_S", 0.2)
-    content = io.BytesIO()
-    draw_pictures(1, 9)[0].save(content, "PNG")
-    halves = content.getvalue()[:100], content.getvalue()[100:]
-    path = tmp_path / "slow.png"
-    frames, taken = open_source(str(tmp_path)), []
-    reader = threading.Thread(target=lambda: taken.append((next(frames).name, path.stat().st_size)))
-    with path.open("wb", buffering=0) as file:
-        file.write(halves[0])
-        reader.start()
-        for _ in range(8):  # the file changes at every look
-            time.sleep(0.1)
-            os.utime(path)
-        assert not taken
-        file.write(halves[1])
-    reader.join(60)
-    assert taken == [("slow.png", len(content.getvalue()))]
+def test_picture_is_taken_when_two_listings_show_it_unchanged(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "slow.png", iter([10, 20, 20, 30, 30, 30])
+    (tmp_path / "a folder.png").mkdir()
+
+    class Closing(threading.Event):
+        """An event whose wait writes the file."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout == watch_module.POLL_S
+            size = next(sizes, None)
+            if size is None:
+                self.set()
+            elif not path.exists() or path.stat().st_size != size:
+                path.write_bytes(bytes(size))
+            return self.is_set()
+
+    taken = [frame.image.stat().st_size for frame in watch_module._folder(tmp_path, True, Closing())]
+    assert taken == [20, 30]  # 10 was never seen twice; a file that is written again is taken again
 
 
 def test_a_picture_that_is_removed_while_it_is_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,10 +147,11 @@ def _readers() -> list[threading.Thread]:
 
 def test_no_thread_goes_on_polling(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder gets no picture more, and a look at it is due in a minute only."""
-    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
+    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
     before = set(_readers())
     newest = NewestFrame(open_source(str(folder)))
     assert newest.get() is not None
+    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
     (reader,) = set(_readers()) - before
     newest.close()
     reader.join(10)
@@ -164,12 +163,13 @@ def test_no_thread_goes_on_polling(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_who_stops_listening_ends_the_reader(
     captioner: Captioner, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
+    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
     before = set(_readers())
     source = open_source(str(folder))
     source.is_queue = False  # as a camera
     results = watch(captioner, source, max_new_tokens=2)
     assert next(results).result is not None
+    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
     (reader,) = set(_readers()) - before
     results.close()  # type: ignore[attr-defined]  # a generator
     reader.join(10)
