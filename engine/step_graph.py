@@ -1,7 +1,12 @@
 """The graph between two decode steps: it chooses the most likely token and prepares the inputs of the next step.
 
-    logits float32 [B, 1, V], position_ids int64 [B, 1], cache_position int64 [1]
-    -> token_ids int64 [B, 1], inputs_embeds [B, 1, D], next_position_ids [B, 1], next_cache_position [1]
+    logits float32 [B, 1, V], position_ids int64 [B, 1], cache_position int64 [1],
+    seen float32 [B, V], penalty float32 [B, 1], held float32 [B, V], held_steps int64 [B, 1]
+    -> token_ids int64 [B, 1], inputs_embeds [B, 1, D], and the next position_ids, cache_position, seen, held_steps
+
+Tokens that are marked in ``seen`` are penalised as by ``penalize_repetition``. Tokens that are marked in ``held`` (end
+tokens) are not chosen while ``held_steps`` is above 0. A row whose logits contain NaN gets the token −1, which the host
+reports as an error.
 
 Its outputs are inputs of the next step, so the host can launch step after step on a GPU and read the tokens later. The
 token table is external data of the graph, at its offset in ``embed_tokens.safetensors``. A quantised table is first
@@ -12,9 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.safetensors_file import SafetensorsFile, StoredTensor, write_safetensors
@@ -62,12 +69,18 @@ class StepSource:
             TensorSpec("logits", "float32", (batch, 1, vocabulary)),
             TensorSpec("position_ids", "int64", (batch, 1)),
             TensorSpec(CACHE_POSITION, "int64", (1,)),
+            TensorSpec("seen", "float32", (batch, vocabulary)),
+            TensorSpec("penalty", "float32", (batch, 1)),
+            TensorSpec("held", "float32", (batch, vocabulary)),
+            TensorSpec("held_steps", "int64", (batch, 1)),
         )
         outputs = (
             TensorSpec("token_ids", "int64", (batch, 1)),
             TensorSpec("inputs_embeds", embeds.dtype, (batch, 1, width)),
             TensorSpec(f"{NEXT}position_ids", "int64", (batch, 1)),
             TensorSpec(f"{NEXT}{CACHE_POSITION}", "int64", (1,)),
+            TensorSpec(f"{NEXT}seen", "float32", (batch, vocabulary)),
+            TensorSpec(f"{NEXT}held_steps", "int64", (batch, 1)),
         )
         return cls(bundle.file(EMBEDDINGS_FILE), with_rows(GraphSpec(STEP, inputs, outputs), most_rows))
 
@@ -85,23 +98,55 @@ def step_graph(source: StepSource) -> ir.Model:
     """
     inputs = [_value(tensor) for tensor in source.spec.inputs]
     outputs = [_value(tensor) for tensor in source.spec.outputs]
-    logits, position_ids, cache_position = inputs
-    tokens, embeds, next_ids, next_position = outputs
+    logits, position_ids, cache_position, seen, penalty, held, held_steps = inputs
+    tokens, embeds, next_ids, next_position, next_seen, next_steps = outputs
     stored = _external(source.table)
     table = ir.Value(name=EMBEDDINGS_TENSOR, shape=stored.shape, type=ir.TensorType(stored.dtype))
     table.const_value = stored
-    one = ir.Value(name="one", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-    one.const_value = ir.tensor(np.ones(1, np.int64), name="one")
-    rows = ir.Value(name="rows", type=ir.TensorType(stored.dtype), shape=embeds.shape)
-    nodes = [
-        ir.node("ArgMax", [logits], outputs=[tokens], attributes={"axis": -1, "keepdims": 0}),
-        ir.node("Gather", [table, tokens], outputs=[rows], attributes={"axis": 0}),
-        ir.node("Cast", [rows], outputs=[embeds], attributes={"to": int(embeds.dtype or stored.dtype)}),
-        ir.node("Add", [position_ids, one], outputs=[next_ids]),
-        ir.node("Add", [cache_position, one], outputs=[next_position]),
-    ]
-    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=[table, one], opset_imports={"": OPSET}, name=STEP)
+    constants: dict[str, NDArray[Any]] = {
+        "one": np.ones(1, np.int64),
+        "minus_one": np.full(1, -1, np.int64),
+        "zero_steps": np.zeros(1, np.int64),
+        "axis": np.ones(1, np.int64),
+        "zero": np.zeros(1, np.float32),
+        "mark": np.ones((1, 1), np.float32),
+        "lowest": np.full(1, np.finfo(np.float32).min, np.float32),
+    }
+    weights = {name: _constant(name, values) for name, values in constants.items()}
+    nodes: list[ir.Node] = []
+
+    def add(operator: str, *values: ir.Value, out: ir.Value | None = None, **attributes: int) -> ir.Value:
+        node = ir.node(operator, list(values), attributes=attributes, outputs=None if out is None else [out])
+        if out is None:
+            node.outputs[0].name = f"{operator.lower()}_{len(nodes)}"
+        nodes.append(node)
+        return node.outputs[0]
+
+    flat = add("Squeeze", logits, weights["axis"])  # [B, V]
+    factor = add("Mul", flat, penalty), add("Div", flat, penalty)
+    penalised = add("Where", add("Less", flat, weights["zero"]), *factor)
+    scores = add("Where", add("Greater", seen, weights["zero"]), penalised, flat)
+    is_held = add("And", add("Greater", held, weights["zero"]), add("Greater", held_steps, weights["zero_steps"]))
+    allowed = add("Where", is_held, weights["lowest"], scores)
+    best = add("ArgMax", allowed, axis=-1, keepdims=1)  # [B, 1]
+    broken = add("ReduceMax", add("Cast", add("IsNaN", flat), to=int(ir.DataType.FLOAT)), weights["axis"], keepdims=1)
+    add("Where", add("Greater", broken, weights["zero"]), weights["minus_one"], best, out=tokens)
+    add("Cast", add("Gather", table, best, axis=0), out=embeds, to=int(embeds.dtype or stored.dtype))
+    add("Add", position_ids, weights["one"], out=next_ids)
+    add("Add", cache_position, weights["one"], out=next_position)
+    marks = add("Expand", weights["mark"], add("Shape", best))
+    add("ScatterElements", seen, best, marks, out=next_seen, axis=1)
+    add("Sub", held_steps, weights["one"], out=next_steps)
+    initializers = [table, *weights.values()]
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name=STEP)
     return ir.Model(graph, ir_version=10, producer_name="blip2edge")
+
+
+def _constant(name: str, values: NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype))
+    value.const_value = tensor
+    return value
 
 
 def dense_table(source: Path, dtype: str, output: Path) -> Path:

@@ -239,6 +239,9 @@ class GraphOpener:
         self.closed = True
         while self._sessions:
             self._sessions.pop().close()
+        if self._engines is not None:
+            self._engines.close()
+            self._engines = None
 
     def _open(self, graph: str) -> Session:
         spec = self._bundle.graph(graph).spec

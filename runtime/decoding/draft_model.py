@@ -20,7 +20,7 @@ from blip2edge.bundle.schema import (
     DraftSpec,
 )
 from blip2edge.errors import UsageError, option
-from blip2edge.runtime.backends.base import Session
+from blip2edge.runtime.backends.base import Session, find_backend
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.speculative import (
     MAX_DRAFT_TOKENS,
@@ -220,7 +220,8 @@ class DraftSelector:
             bundle: An opened bundle.
             open_graph: Loads a graph by name.
             tokenizer: The language model's tokenizer.
-            default: See the class; the text head is loaded for ``auto`` and ``itg``.
+            default: See the class; the text head is loaded for ``auto`` and ``itg``. With engines, ``auto`` means
+                ``none``.
             backend: The backend of the graphs; it selects one of :data:`CLOCKS`.
 
         Raises:
@@ -228,6 +229,8 @@ class DraftSelector:
         """
         manifest = bundle.manifest
         head = None
+        if default == "auto" and backend != "auto" and find_backend(backend).engines:
+            default = "none"  # engines choose tokens on the GPU, step after step; a draft would need the host
         if manifest.draft is not None and DRAFT in manifest.graphs and default in ("auto", "itg"):
             ends = manifest.generation["eos_token_ids"]
             words = Tokenizer.from_file(bundle.file(DRAFT_TOKENIZER_FILE))
@@ -246,7 +249,7 @@ class DraftSelector:
             if self._asked not in ("auto", "itg"):
                 raise UsageError(
                     f"{option('draft')} itg: the captioner was loaded with draft={self._asked!r}",
-                    "load the captioner with draft='itg' or draft='auto'",
+                    "load the captioner with draft='itg'",
                 )
             raise UsageError(
                 f"{option('draft')} itg: the bundle has no draft model",

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoding.logits_processors import LogitsProcessors, sampling_filters
+from blip2edge.runtime.decoding.logits_processors import LogitsProcessors, StepScores, sampling_filters
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions, Stopped, finish_reason
 from blip2edge.runtime.decoding.sampling import broken_logits, draw, row_stream
 from blip2edge.runtime.decoding.speculative import Speculator
@@ -108,10 +108,11 @@ class Generation:
         options, scores = self.options, np.asarray(scores, np.float32)
         return draw(scores, self._random, options.temperature, options.top_k, options.top_p, self._filters)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the next token is the arg-max of the decoder's logits, without any change of the scores."""
-        return self._random is None and self.speculator is None and not self._processors.act(len(self.generated))
+    def step_scores(self) -> StepScores | None:
+        """How a :class:`GreedyState` chooses the next tokens; None if the host must choose the next one."""
+        if self._random is not None or self.speculator is not None:
+            return None
+        return self._processors.step_scores(self.generated)
 
     def accept(self, token: int) -> None:
         """Appends a token to the text; sets ``finish_reason`` if the token finishes the text."""
@@ -174,12 +175,14 @@ class GenerationBatch:
 
     def _chosen(self, state: DecodeState) -> list[int]:
         """The next token of each row."""
-        plain = all(row.is_plain for row in self.rows)
-        if self._last is None or not plain or not isinstance(state, GreedyState):
+        rules: list[StepScores] = []
+        if self._last is not None and isinstance(state, GreedyState):
+            rules = [rule for row in self.rows if (rule := row.step_scores()) is not None]
+        if self._last is None or len(rules) < len(self.rows) or not isinstance(state, GreedyState):
             logits = self._advanced(state)
             return [row.choose(scores) for row, scores in zip(self.rows, logits, strict=True)]
         if self._greedy is None:
-            self._greedy = state.greedy(self._last)
+            self._greedy = state.greedy(self._last, rules)
         for row in self.rows:
             row.passes += 1
         return [int(token) for token in next(self._greedy)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,23 @@ class TextStart:
         return unique[(unique >= 0) & (unique < self.vocabulary)]
 
 
+@dataclass(frozen=True)
+class StepScores:
+    """What a GPU changes in the logits of the next steps, to choose tokens without the host.
+
+    Attributes:
+        seen: Ids whose logits are penalised (`penalize_repetition`); every chosen token joins them.
+        penalty: The repetition penalty; 1 changes nothing.
+        held: Ids that are not chosen.
+        held_steps: In how many of the next steps `held` are not chosen.
+    """
+
+    seen: Ids
+    penalty: float = 1.0
+    held: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    held_steps: int = 0
+
+
 class LogitsProcessors:
     """The processors of one text.
 
@@ -79,14 +96,34 @@ class LogitsProcessors:
 
     def __init__(self, prompt: Sequence[int], options: GenerationOptions, vocabulary: int) -> None:
         self._prompt = np.array(prompt, np.int64)
-        start = TextStart(self._prompt, options, vocabulary)
-        self._processors = [
-            make(value, start) for name, make in PROCESSORS.items() if (value := getattr(options, name)) != _OFF[name]
-        ]
+        self._start = TextStart(self._prompt, options, vocabulary)
+        self._processors = {
+            name: make(value, self._start)
+            for name, make in PROCESSORS.items()
+            if (value := getattr(options, name)) != _OFF[name]
+        }
 
     def act(self, count: int) -> bool:
         """Whether the scores change after this many generated tokens."""
-        return any(count in processor.steps for processor in self._processors)
+        return any(count in processor.steps for processor in self._processors.values())
+
+    def step_scores(self, generated: Sequence[int]) -> StepScores | None:
+        """What the processors change after these generated ids; None if one acts that `StepScores` does not describe.
+
+        The description holds until another processor acts: ask for it again before each step.
+        """
+        count = len(generated)
+        acting = {name: processor for name, processor in self._processors.items() if count in processor.steps}
+        if not acting.keys() <= {"repetition_penalty", *_HOLDING_END}:
+            return None
+        seen: Ids = np.zeros(0, np.int64)
+        penalty = 1.0
+        if "repetition_penalty" in acting:
+            penalty = self._start.options.repetition_penalty
+            seen = self._start.known([*self._prompt.tolist(), *generated])
+        holding = [acting[name].steps.stop - count for name in _HOLDING_END if name in acting]
+        held = self._start.known(self._start.options.eos_token_ids)
+        return StepScores(seen, penalty, held, max(holding, default=0))
 
     def __call__(self, scores: Scores, generated: Ids) -> None:
         """Changes scores [V] in place.
@@ -96,7 +133,7 @@ class LogitsProcessors:
             generated: int64 [n], the generated ids.
         """
         ids = np.concatenate((self._prompt, generated))
-        for processor in self._processors:
+        for processor in self._processors.values():
             if len(generated) in processor.steps:
                 processor.apply(scores, ids)
 
@@ -275,6 +312,9 @@ PROCESSORS: Mapping[str, Callable[[Any, TextStart], LogitsProcessor]] = {
     "renormalize_logits": _renormalized,
 }
 """The function that makes the processor of an option from its value, in the order in which processors act."""
+
+_HOLDING_END = ("min_length", "min_new_tokens")
+"""Options that suppress the end tokens in the first steps."""
 
 _OFF = {field.name: field.default for field in fields(GenerationOptions)}
 

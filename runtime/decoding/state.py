@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
+from blip2edge.runtime.decoding.logits_processors import StepScores
 
 
 class DecodeState(Protocol):
@@ -37,10 +38,19 @@ class DecodeState(Protocol):
 class GreedyState(Protocol):
     """A state that chooses the likeliest tokens itself; a GPU then starts the next step without the host."""
 
-    def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
+    def greedy(
+        self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]
+    ) -> Generator[NDArray[np.int64], None, None]:
         """Appends tokens ``[B]``, then yields the likeliest next tokens ``[B]`` step by step, and appends them.
 
         When the generator is closed, the state holds all tokens except the last ones that were yielded.
+
+        Args:
+            token_ids: The last token of each row.
+            rules: How each row's logits are changed before its token is chosen.
+
+        Raises:
+            BackendError: The logits of a row contain NaN.
         """
 
 

@@ -37,6 +37,10 @@ def open_graph(
     )
 
 
+KERNELS = "kernels.cache"
+"""File next to the engines that keeps the kernels that TensorRT for RTX compiled."""
+
+
 class EngineOpener:
     """Opens a bundle's engines, after checking that this machine can run them.
 
@@ -63,7 +67,14 @@ class EngineOpener:
         here = fingerprint(target, str(trt.__version__), bundle.sha256, ())
         self._bundle = bundle
         self._set: EngineSet = find_engines(bundle, here)
-        self._device = Device(trt, Cuda(load_cuda()))
+        self._device = Device(trt, Cuda(load_cuda()), self._set.directory / KERNELS)
+        self._decoding: list[Engines] = []
+
+    def close(self) -> None:
+        """Frees the memory of the engines; close their sessions first."""
+        for engines in self._decoding:
+            engines.close()
+        self._device.close()
 
     def __call__(self, graph: str) -> Session:
         """Loads a graph's engine.
@@ -87,7 +98,9 @@ class EngineOpener:
                 "export the checkpoint again",
             )
         step = self._open(STEP), self._set.record(STEP)
-        return Engines(self._device, decoder, record, *step, cache, self._set.capacity)
+        engines = Engines(self._device, decoder, record, *step, cache, self._set.capacity)
+        self._decoding.append(engines)
+        return engines
 
     def _open(self, name: str) -> object:
         host_code = bool(self._set.fingerprint.get("version_compatible"))
@@ -105,7 +118,7 @@ class DecoderSession(TrtSession):
     """
 
     def __init__(self, device: Device, engine: object, record: EngineRecord, engines: Callable[[], Engines]) -> None:
-        super().__init__(device, engine, record)
+        super().__init__(device, engine, record, device.decoding)
         self._engines = engines
 
     def decoder(self, table: TokenTable) -> DeviceDecoder:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,20 +116,41 @@ class Cuda:
         """Fills ``size`` bytes at the GPU address ``target`` with zeros, in the stream."""
         self(self.api.cudaMemsetAsync, target, 0, size, stream)
 
-    def begin_capture(self, stream: int) -> None:
-        """Starts to capture this thread's work for the stream: it is recorded instead of executed."""
-        self(
-            self.api.cudaStreamBeginCapture,
-            stream,
-            self.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal,
-        )
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        """Records the work that a function adds to a stream, instead of executing it.
 
-    def end_capture(self, stream: int) -> int:
-        """Ends the capture; returns the recorded work as the handle of a CUDA graph that can be launched."""
+        Args:
+            stream: The stream. If ``work`` raises an error, the capture ends, and the stream can be used again.
+            work: Adds the work; it must not wait for the stream.
+
+        Returns:
+            The handle of a CUDA graph that can be launched.
+        """
+        mode = self.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self(self.api.cudaStreamBeginCapture, stream, mode)
+        try:
+            work()
+        except BaseException:
+            status, graph = self.api.cudaStreamEndCapture(stream)
+            if int(status) == 0 and graph is not None:
+                self.api.cudaGraphDestroy(graph)
+            raise
         graph = self(self.api.cudaStreamEndCapture, stream)
         made: int = self(self.api.cudaGraphInstantiate, graph, 0)
         self(self.api.cudaGraphDestroy, graph)
         return made
+
+    def destroy_graph(self, graph: int) -> None:
+        """Frees a CUDA graph from :meth:`capture`."""
+        self(self.api.cudaGraphExecDestroy, graph)
+
+    def destroy_event(self, event: int) -> None:
+        """Frees an event."""
+        self(self.api.cudaEventDestroy, event)
+
+    def destroy_stream(self, stream: int) -> None:
+        """Frees a stream whose work is done."""
+        self(self.api.cudaStreamDestroy, stream)
 
     def launch(self, graph: int, stream: int) -> None:
         """Launches a CUDA graph in the stream."""
@@ -167,22 +188,25 @@ class Mirror:
         cuda: The CUDA runtime.
         shape: The largest shape of the tensor.
         dtype: dtype of the elements.
+        on_device: Whether the GPU has a buffer of its own even where both share one memory. The GPU does not cache
+            pinned memory of the host, so it should not read large tensors there in every step.
 
     Attributes:
         address: Address of the buffer on the GPU.
     """
 
-    def __init__(self, cuda: Cuda, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+    def __init__(self, cuda: Cuda, shape: Sequence[int], dtype: np.dtype[Any], *, on_device: bool = False) -> None:
         self._cuda = cuda
         self.dtype = dtype
         self._count = math.prod(shape)
         size = max(self._count * dtype.itemsize, 1)
-        flags = cuda.api.cudaHostAllocMapped if cuda.shares_memory else cuda.api.cudaHostAllocDefault
+        shared = cuda.shares_memory and not on_device
+        flags = cuda.api.cudaHostAllocMapped if shared else cuda.api.cudaHostAllocDefault
         self._pinned = int(cuda(cuda.api.cudaHostAlloc, size, flags))
         view = (ctypes.c_uint8 * size).from_address(self._pinned)
         self._host: Array = np.frombuffer(memoryview(view), dtype, count=self._count)
         self._device: DeviceBuffer | None = None
-        if cuda.shares_memory:
+        if shared:
             self.address = int(cuda(cuda.api.cudaHostGetDevicePointer, self._pinned, 0))
         else:
             self._device = DeviceBuffer(cuda, size)

@@ -9,7 +9,8 @@ and reads its row of the token table, and is then launched as a whole.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,14 @@ from blip2edge.bundle.schema import CROSS_MASK
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, option
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, FixedDecoder, FixedState
+from blip2edge.runtime.decoding.logits_processors import StepScores
+from blip2edge.runtime.decoding.sampling import broken_logits
 from blip2edge.runtime.decoding.state import stacked
 from blip2edge.runtime.tensorrt.cuda import Mirror
 from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines, Workspace, is_cross
 
 NEXT = "next_"
-GREEDY = ("inputs_embeds", "position_ids", CACHE_POSITION)
+GREEDY = ("inputs_embeds", "position_ids", CACHE_POSITION, "seen", "held_steps")
 """Inputs of the next step that the choice of a token computes."""
 
 
@@ -38,24 +41,24 @@ class DeviceCache:
     """
 
     def __init__(self, engines: Engines, rows: int, context: Mapping[str, Array]) -> None:
-        self.engines, self.device = engines, engines.device
+        self.engines, self.cuda, self.lane = engines, engines.device.cuda, engines.lane
         self._cross = dict(context)
         self.half = 0
-        with self.device.lock:
+        with self.lane.lock:
             self._adopt(rows)
             for half in self.workspace.halves:
-                self.device.cuda.zero(half.address, half.size, self.device.stream)
+                self.cuda.zero(half.address, half.size, self.lane.stream)
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
         """Runs the engine on the cache; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
-        device, space = self.device, self.workspace
+        lane, space = self.lane, self.workspace
         steps, asked = inputs["inputs_embeds"].shape[1], inputs["logits_indices"].shape[1]
         profile = "verify" if asked > 1 else "decode" if steps == 1 else "prefill"
         context, place = space.contexts[profile], self.half if profile == "decode" else WIDE
-        with device.lock:
+        with lane.lock:
             for name, values in inputs.items():
                 mirror = space.mirror(name, place, values.shape)
-                mirror.put(values, device.stream)
+                mirror.put(values, lane.stream)
                 context.bind(name, mirror.address, values.shape)
             shape = (space.rows, asked, space.vocabulary)
             logits = space.mirror("logits", 0 if profile == "decode" else WIDE, shape)
@@ -63,14 +66,14 @@ class DeviceCache:
             space.bind_cache(context, self.half)
             context.enqueue()
             self.half = 1 - self.half
-            view = logits.fetch(shape, device.stream)
-            device.cuda.synchronize(device.stream)
+            view = logits.fetch(shape, lane.stream)
+            lane.synchronize()
             return np.array(view, np.float32)
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes row i a copy of old row ``rows[i]``; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
         self._cross = {name: array[rows] for name, array in self._cross.items()}
-        with self.device.lock:
+        with self.lane.lock:
             old = self.workspace
             source, release = old.halves[self.half], self._release
             self._adopt(len(rows))
@@ -84,22 +87,22 @@ class DeviceCache:
 
         See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`.
         """
-        space, device = self.workspace, self.device
+        space, lane = self.workspace, self.lane
         source, target = max(-by, 0) * space.slot_bytes, max(by, 0) * space.slot_bytes
         width, pitch = (length - max(-by, 0)) * space.slot_bytes, space.head_bytes
         start, heads = row * space.row_bytes, self.engines.cache.num_heads
-        with device.lock:
+        with lane.lock:
             for layer in range(space.layers):
                 offset = start + layer * space.layer_bytes
                 here, there = (space.halves[half].address + offset for half in (self.half, 1 - self.half))
-                copy = device.cuda.copy_rows
-                copy(there + target, pitch, here + source, pitch, width, heads, device.stream)
-                copy(here + target, pitch, there + target, pitch, width, heads, device.stream)
+                copy = self.cuda.copy_rows
+                copy(there + target, pitch, here + source, pitch, width, heads, lane.stream)
+                copy(here + target, pitch, there + target, pitch, width, heads, lane.stream)
 
     def append(self, other: DeviceCache) -> None:
         """Adds the rows of ``other`` to the cache; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
         self._cross = {name: stacked(name, array, other._cross[name]) for name, array in self._cross.items()}
-        with self.device.lock:
+        with self.lane.lock:
             first, second = self.workspace, other.workspace
             here, there = first.halves[self.half].address, second.halves[other.half].address
             release = self._release
@@ -123,20 +126,21 @@ class DeviceCache:
         self._release = weakref.finalize(self, self.engines.give, space)
         for name, values in self._cross.items():
             if name not in space.cross:
-                space.cross[name] = Mirror(self.device.cuda, values.shape, NUMPY_DTYPES[space.tensors[name].dtype])
-            space.cross[name].put(values, self.device.stream)
+                dtype = NUMPY_DTYPES[space.tensors[name].dtype]
+                space.cross[name] = Mirror(self.cuda, values.shape, dtype, on_device=True)
+            space.cross[name].put(values, self.lane.stream)
 
     def _copy_row(self, row: int, old: Workspace, source: int, origin: int) -> None:
         """Copies a row of another workspace into this one's half, all layers at once."""
         space = self.workspace
-        self.device.cuda.copy_rows(
+        self.cuda.copy_rows(
             space.halves[self.half].address + row * space.row_bytes,
             space.layer_bytes,
             source + origin * old.row_bytes,
             old.layer_bytes,
             space.row_bytes,
             space.layers,
-            self.device.stream,
+            self.lane.stream,
         )
 
 
@@ -145,7 +149,9 @@ class DeviceState(FixedState):
 
     cache: DeviceCache
 
-    def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
+    def greedy(
+        self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]
+    ) -> Generator[NDArray[np.int64], None, None]:
         """Yields the likeliest next tokens ``[B]`` step by step; the next step already runs on the GPU meanwhile.
 
         A step is launched before the previous token is read. When the caller stops, the state holds all tokens except
@@ -153,27 +159,34 @@ class DeviceState(FixedState):
 
         Args:
             token_ids: The last token of each row, ``[B]``.
+            rules: How the logits of each row are changed before its token is chosen.
 
         Raises:
-            BackendError: The cache is full.
+            BackendError: The cache is full, or the logits of a row contain NaN.
         """
+        scores = _RowScores(rules, self.cache.workspace.vocabulary)
         while True:
             self.make_room(1)
-            for tokens in self._greedy_until_full(token_ids):
+            for tokens in self._greedy_until_full(token_ids, scores):
+                if tokens.min() < 0:
+                    raise broken_logits()
+                scores.add(tokens)
                 token_ids = tokens
                 yield tokens
 
-    def _greedy_until_full(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
-        """Yields tokens until the last position of the cache is written."""
-        cache, device = self.cache, self.cache.device
-        space, cuda = cache.workspace, device.cuda
+    def _greedy_until_full(
+        self, token_ids: NDArray[np.int64], scores: _RowScores
+    ) -> Generator[NDArray[np.int64], None, None]:
+        """Yields tokens until the last position of the cache is written; −1 for a row whose logits contain NaN."""
+        cache, lane = self.cache, self.cache.lane
+        space, cuda = cache.workspace, cache.cuda
         first, launched, given = self.slot, 0, 0
         start, room = self.positions.copy(), self.decoder.capacity - self.slot
-        with device.lock:
-            self._put_first(token_ids)
+        with lane.lock:
+            self._put_first(token_ids, scores)
         try:
             while given < room:
-                with device.lock:
+                with lane.lock:
                     while launched < min(given + 2, room):
                         self._launch(launched)
                         launched += 1
@@ -183,39 +196,37 @@ class DeviceState(FixedState):
                 self.slot, self.positions = first + given, start + given
                 yield tokens
         finally:
-            with device.lock:
-                cuda.synchronize(device.stream)
+            with lane.lock:
+                lane.synchronize()
 
-    def _put_first(self, token_ids: NDArray[np.int64]) -> None:
+    def _put_first(self, token_ids: NDArray[np.int64], scores: _RowScores) -> None:
         """Copies the inputs of the first step to the GPU; every step computes those of the next."""
-        cache, device = self.cache, self.cache.device
+        cache = self.cache
         values = self.inputs(self.decoder.embed(token_ids[:, None]), self.positions[:, None] + 1, 1)
         values[CACHE_POSITION] = np.array([self.slot], np.int64)
-        for name, array in values.items():
-            halves = (0, 1) if name not in GREEDY else (cache.half,)
-            for half in halves:
-                cache.workspace.mirror(name, half, array.shape).put(array, device.stream)
         self._shapes = {name: array.shape for name, array in values.items()}
+        for name, array in {**values, **scores.arrays()}.items():
+            halves = (cache.half,) if name in GREEDY else (0, 1)
+            for half in halves:
+                cache.workspace.mirror(name, half, array.shape).put(array, cache.lane.stream)
+        self._rules = {name: array.shape for name, array in scores.arrays().items()}
 
     def _launch(self, number: int) -> None:
         """Launches a step (decoder, choice of the token, its row of the table), and copies its token to the host."""
-        cache, device = self.cache, self.cache.device
+        cache, lane, cuda = self.cache, self.cache.lane, self.cache.cuda
         space, half = cache.workspace, cache.half
-        cuda = device.cuda
         if half in space.graphs:
-            cuda.launch(space.graphs[half], device.stream)
-        elif half in space.warm:  # TensorRT must run once in these shapes before a capture
-            cuda.begin_capture(device.stream)
-            self._enqueue(half)
-            space.graphs[half] = cuda.end_capture(device.stream)
-            cuda.launch(space.graphs[half], device.stream)
+            cuda.launch(space.graphs[half], lane.stream)
+        elif half in space.warm and space.can_be_captured:  # TensorRT must run once in these shapes before a capture
+            space.graphs[half] = cuda.capture(lane.stream, partial(self._enqueue, half))
+            cuda.launch(space.graphs[half], lane.stream)
         else:
             self._enqueue(half)
             space.warm.add(half)
         ring = space.ring[number % TOKENS_IN_FLIGHT]
-        cuda.copy(ring.address, space.tokens[1 - half].address, ring.dtype.itemsize * space.rows, device.stream)
-        ring.fetch((space.rows, 1), device.stream)
-        cuda.record(space.events[number % TOKENS_IN_FLIGHT], device.stream)
+        cuda.copy(ring.address, space.tokens[1 - half].address, ring.dtype.itemsize * space.rows, lane.stream)
+        ring.fetch((space.rows, 1), lane.stream)
+        cuda.record(space.events[number % TOKENS_IN_FLIGHT], lane.stream)
         cache.half = 1 - half
 
     def _enqueue(self, half: int) -> None:
@@ -229,14 +240,48 @@ class DeviceState(FixedState):
         space.bind_cache(context, half)
         context.enqueue()
         choice.bind("logits", logits.address, shape)
+        shapes = {**self._shapes, **self._rules}
+        for name in dict.fromkeys((*GREEDY[1:], *self._rules)):
+            choice.bind(name, space.mirror(name, half, shapes[name]).address, shapes[name])
         for name in GREEDY[1:]:
-            choice.bind(name, space.mirror(name, half, self._shapes[name]).address, self._shapes[name])
-            after = space.mirror(name, 1 - half, self._shapes[name])
-            choice.bind(f"{NEXT}{name}", after.address)
-        embeds = space.mirror("inputs_embeds", 1 - half, self._shapes["inputs_embeds"])
-        choice.bind("inputs_embeds", embeds.address)
+            choice.bind(f"{NEXT}{name}", space.mirror(name, 1 - half, shapes[name]).address)
+        choice.bind("inputs_embeds", space.mirror("inputs_embeds", 1 - half, shapes["inputs_embeds"]).address)
         choice.bind("token_ids", space.tokens[1 - half].address)
         choice.enqueue()
+
+
+class _RowScores:
+    """The inputs of the step engine that change the logits of B rows, and their values after each chosen token.
+
+    Args:
+        rules: How the logits of each row are changed.
+        vocabulary: V, the number of logits.
+    """
+
+    def __init__(self, rules: Sequence[StepScores], vocabulary: int) -> None:
+        self._penalised = any(rule.penalty != 1 for rule in rules)
+        self._seen = _marked([rule.seen for rule in rules], vocabulary)
+        self._held = _marked([rule.held if rule.held_steps > 0 else rule.held[:0] for rule in rules], vocabulary)
+        self._penalty = np.array([[rule.penalty] for rule in rules], np.float32)
+        self._held_steps = np.array([[rule.held_steps] for rule in rules], np.int64)
+
+    def add(self, tokens: NDArray[np.int64]) -> None:
+        """Takes the tokens ``[B]`` that were chosen in a step."""
+        self._held_steps -= 1
+        if self._penalised:
+            np.put_along_axis(self._seen, tokens[:, None], 1, axis=1)
+
+    def arrays(self) -> dict[str, Array]:
+        """The inputs by name: ``seen`` and ``held`` float32 ``[B, V]``, ``penalty`` and ``held_steps`` ``[B, 1]``."""
+        return {"seen": self._seen, "penalty": self._penalty, "held": self._held, "held_steps": self._held_steps}
+
+
+def _marked(ids: Sequence[NDArray[np.int64]], vocabulary: int) -> NDArray[np.float32]:
+    """``[B, V]``: 1 for the ids of each row, else 0."""
+    marks = np.zeros((len(ids), vocabulary), np.float32)
+    for row, chosen in zip(marks, ids, strict=True):
+        row[chosen] = 1
+    return marks
 
 
 class DeviceDecoder(FixedDecoder):

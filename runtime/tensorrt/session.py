@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import TensorSpec
@@ -89,27 +87,72 @@ def make_logger(trt: Any) -> tuple[Any, deque[str]]:
     return Logger(), messages
 
 
-class Device:
-    """What all engines of a bundle share: TensorRT, CUDA, one stream and one scratch buffer.
+class Lane:
+    """A stream, and the scratch memory of the engines that run on it one after the other.
 
     Args:
-        trt: The module of TensorRT's Python binding.
         cuda: The CUDA runtime.
 
     Attributes:
-        stream: The stream on which all engines of the bundle run, one after the other.
+        stream: The stream.
         lock: Held by the thread that adds work to the stream, or uses buffers that engines share.
     """
 
-    def __init__(self, trt: Any, cuda: Cuda) -> None:
-        self.trt = trt
+    def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
-        self.logger, self.messages = make_logger(trt)
-        self.runtime = trt.Runtime(self.logger)
         self.stream = cuda.stream()
         self.lock = threading.RLock()
         self._scratch: list[DeviceBuffer] = []
         self._most = 0
+
+    def reserve(self, size: int) -> None:
+        """Makes :attr:`scratch` at least this large, in bytes, from its next use on."""
+        self._most = max(self._most, size)
+
+    @property
+    def scratch(self) -> DeviceBuffer:
+        """Scratch memory of all execution contexts of the lane.
+
+        CUDA graphs hold the buffer's address, so a buffer that became too small is freed only by :meth:`close`.
+        """
+        if not self._scratch or self._scratch[-1].size < self._most:
+            self._scratch.append(DeviceBuffer(self.cuda, self._most))
+        return self._scratch[-1]
+
+    def synchronize(self) -> None:
+        """Waits until all work in the stream is done."""
+        self.cuda.synchronize(self.stream)
+
+    def close(self) -> None:
+        """Frees the scratch memory and the stream, after the work in it is done."""
+        self.synchronize()
+        for buffer in self._scratch:
+            buffer.free()
+        self._scratch.clear()
+        self.cuda.destroy_stream(self.stream)
+
+
+class Device:
+    """What all engines of a bundle share: TensorRT, CUDA, and two lanes, so that vision overlaps with decoding.
+
+    Args:
+        trt: The module of TensorRT's Python binding.
+        cuda: The CUDA runtime.
+        kernels: File that keeps the kernels that TensorRT for RTX compiles when an engine runs first; None for none.
+
+    Attributes:
+        encoding: The lane of all engines except the decoder's.
+        decoding: The lane of the decoder and of the choice of tokens.
+    """
+
+    def __init__(self, trt: Any, cuda: Cuda, kernels: Path | None = None) -> None:
+        self.trt = trt
+        self.cuda = cuda
+        self.logger, self.messages = make_logger(trt)
+        self.runtime = trt.Runtime(self.logger)
+        self.encoding, self.decoding = Lane(cuda), Lane(cuda)
+        self._kernels = kernels
+        self._compiled: Any = None
 
     def open(self, path: Path, *, host_code: bool = False) -> Any:
         """Deserialises an engine, reading the file in pieces if this TensorRT can, otherwise from a mapped file.
@@ -125,73 +168,65 @@ class Device:
             self.runtime.engine_host_code_allowed = True
         if hasattr(self.trt, "IStreamReaderV2"):
             with path.open("rb") as file:
-                engine = self.runtime.deserialize_cuda_engine(self._reader(file))
+                engine = self.runtime.deserialize_cuda_engine(_reader(self.trt, file))
         else:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:
             said = self.messages[-1] if self.messages else "no reason given"
             raise EngineError(f"TensorRT cannot open {path} ({said})", "build the engines again on this machine")
-        self._most = max(self._most, int(engine.device_memory_size_v2))
         return engine
 
-    @property
-    def scratch(self) -> DeviceBuffer:
-        """Scratch memory that all execution contexts share; they run one after the other.
+    def context(self, engine: Any) -> Any:
+        """Creates an execution context that uses scratch memory of ours; None if memory is short.
 
-        CUDA graphs hold the buffer's address, so a buffer that became too small is freed only by :meth:`close`.
+        TensorRT for RTX compiles kernels for the shapes of a run when it runs first. It does so at once and not in
+        the background, so that a CUDA graph can be captured; the kernels are kept in a file.
         """
-        if not self._scratch or self._scratch[-1].size < self._most:
-            self._scratch.append(DeviceBuffer(self.cuda, self._most))
-        return self._scratch[-1]
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        specialization = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is None:
+            return engine.create_execution_context(strategy)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        if self._compiled is None:
+            self._compiled = config.create_runtime_cache()
+            if self._kernels is not None and self._kernels.is_file():
+                self._compiled.deserialize(self._kernels.read_bytes())
+        config.set_runtime_cache(self._compiled)
+        return engine.create_execution_context(config)
 
     def close(self) -> None:
-        """Frees the scratch memory, after the work in the stream is done."""
-        self.cuda.synchronize(self.stream)
-        for buffer in self._scratch:
-            buffer.free()
-        self._scratch.clear()
-
-    def _reader(self, file: BinaryIO) -> Any:
-        trt: Any = self.trt
-        cuda, stream = self.cuda, self.stream
-        whence = {trt.SeekPosition.SET: 0, trt.SeekPosition.CUR: 1, trt.SeekPosition.END: 2}
-        piece = Mirror(cuda, (PIECE,), np.dtype(np.uint8))
-
-        class Reader(trt.IStreamReaderV2):  # type: ignore[misc]  # known at run time only
-            """Reads a file in pieces to any address on the host or on the GPU."""
-
-            def __init__(self) -> None:
-                trt.IStreamReaderV2.__init__(self)
-
-            def read(self, destination: Any, num_bytes: int, _: int) -> int:
-                """Reads bytes to an address; their number, smaller at the end of the file."""
-                target, done = address_of(destination), 0
-                while done < num_bytes:
-                    view = piece.view((min(PIECE, num_bytes - done),))
-                    count = file.readinto(memoryview(view.data))  # type: ignore[attr-defined]
-                    if not count:
-                        break
-                    cuda.copy(target + done, view.ctypes.data, count, stream)
-                    cuda.synchronize(stream)
-                    done += count
-                return done
-
-            def seek(self, offset: int, where: Any) -> bool:
-                """Moves the position in the file; always True."""
-                file.seek(offset, whence[where])
-                return True
-
-        return Reader()
+        """Frees the lanes, after the work in them is done, and writes the file of compiled kernels."""
+        for lane in (self.encoding, self.decoding):
+            lane.close()
+        if self._compiled is not None and self._kernels is not None:
+            content = self._compiled.serialize()
+            with suppress(OSError):  # the bundle may be read-only; the kernels are compiled again then
+                self._kernels.write_bytes(memoryview(content))
 
 
-def address_of(capsule: Any) -> int:
-    """Returns the address in a PyCapsule of TensorRT."""
-    if isinstance(capsule, int):
-        return capsule
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return int(pointer(capsule, None) or 0)
+def _reader(trt: Any, file: BinaryIO) -> Any:
+    """Makes TensorRT's stream reader of an open file."""
+    whence = {trt.SeekPosition.SET: 0, trt.SeekPosition.CUR: 1, trt.SeekPosition.END: 2}
+
+    class Reader(trt.IStreamReaderV2):  # type: ignore[misc]  # known at run time only
+        """Reads a file in pieces."""
+
+        def __init__(self) -> None:
+            trt.IStreamReaderV2.__init__(self)
+
+        def read(self, num_bytes: int, _: int) -> bytes:
+            """Reads bytes; returns fewer for a long piece or at the end, and TensorRT asks again for the rest."""
+            return file.read(min(num_bytes, PIECE))
+
+        def seek(self, offset: int, where: Any) -> bool:
+            """Moves the position in the file; always True."""
+            file.seek(offset, whence[where])
+            return True
+
+    return Reader()
 
 
 class Context:
@@ -199,16 +234,16 @@ class Context:
 
     Args:
         device: The device that the engine runs on.
+        lane: The lane that it runs in.
         engine: The deserialised engine.
         record: The engine's record in ``engine.json``.
         profile: Name of the optimization profile.
     """
 
-    def __init__(self, device: Device, engine: Any, record: EngineRecord, profile: str) -> None:
-        self._device = device
+    def __init__(self, device: Device, lane: Lane, engine: Any, record: EngineRecord, profile: str) -> None:
+        self._device, self._lane = device, lane
         self._name = record.spec.name
-        strategy = device.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._context = engine.create_execution_context(strategy)
+        self._context = device.context(engine)
         if self._context is None:
             raise EngineError(
                 f"the GPU has too little free memory to run the engine {self._name}",
@@ -216,8 +251,9 @@ class Context:
                 f"{option('capacity')} or {option('max_batch')}",
             )
         self._size = int(engine.device_memory_size_v2)
+        lane.reserve(self._size)
         index = record.profiles.index(profile)
-        if not self._context.set_optimization_profile_async(index, device.stream):
+        if not self._context.set_optimization_profile_async(index, lane.stream):
             raise EngineError(f"the engine {self._name} has no profile {profile}", "build the engines again")
 
     def bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
@@ -235,14 +271,20 @@ class Context:
         if not self._context.set_tensor_address(name, address):
             raise EngineError(f"the engine {self._name} has no tensor {name}", "build the engines again")
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a run of the engine can be part of a CUDA graph; TensorRT before RTX does not say, and can."""
+        check = getattr(self._context, "is_stream_capturable", None)
+        return True if check is None else bool(check(self._lane.stream))
+
     def enqueue(self) -> None:
-        """Adds a run of the engine to the device's stream.
+        """Adds a run of the engine to the lane's stream.
 
         Raises:
             EngineError: TensorRT cannot start the run.
         """
-        self._context.set_device_memory(self._device.scratch.address, self._size)
-        if not self._context.execute_async_v3(self._device.stream):
+        self._context.set_device_memory(self._lane.scratch.address, self._size)
+        if not self._context.execute_async_v3(self._lane.stream):
             said = self._device.messages[-1] if self._device.messages else "no reason given"
             raise EngineError(f"the engine {self._name} did not run ({said})", "see `blip2edge doctor`")
 
@@ -250,20 +292,22 @@ class Context:
 class TrtSession:
     """An engine that takes and returns NumPy arrays; it follows the ``Session`` protocol of ``base.py``.
 
-    All calls share the session's buffers, so a call holds the device's lock until its results are copied.
+    All calls share the session's buffers, so a call holds the lane's lock until its results are copied.
 
     Args:
         device: The device that the engine runs on.
         engine: The deserialised engine.
         record: The engine's record in ``engine.json``.
+        lane: The lane that it runs in; None for the device's lane for encoding.
     """
 
-    def __init__(self, device: Device, engine: Any, record: EngineRecord) -> None:
+    def __init__(self, device: Device, engine: Any, record: EngineRecord, lane: Lane | None = None) -> None:
         self._device = device
+        self._lane = lane or device.encoding
         self._spec = record.spec
         self.input_names = tuple(tensor.name for tensor in record.spec.inputs)
         self.output_names = tuple(tensor.name for tensor in record.spec.outputs)
-        self._make = partial(Context, device, engine, record, record.profiles[0])
+        self._make = partial(Context, device, self._lane, engine, record, record.profiles[0])
         self._context: Context | None = None
         self._mirrors: dict[str, Mirror] = {}
         self.closed = False
@@ -272,28 +316,31 @@ class TrtSession:
         """Runs the graph; returns the outputs by name; see :class:`blip2edge.runtime.backends.base.Session`."""
         if self.closed:
             raise closed_graph()
-        device = self._device
-        with device.lock:
+        lane = self._lane
+        with lane.lock:
             if self._context is None:
                 self._context = self._make()
             context = self._context
             sizes = self._spec.lengths({name: array.shape for name, array in inputs.items()})
             for tensor in self._spec.inputs:
                 mirror = self._mirror(tensor, tensor.shape(sizes))
-                mirror.put(inputs[tensor.name], device.stream)
+                mirror.put(inputs[tensor.name], lane.stream)
                 context.bind(tensor.name, mirror.address, inputs[tensor.name].shape)
             for tensor in self._spec.outputs:
                 context.bind(tensor.name, self._mirror(tensor, tensor.shape(sizes)).address)
             context.enqueue()
             wanted = self.output_names if outputs is None else outputs
             shapes = {tensor.name: tensor.shape(sizes) for tensor in self._spec.outputs}
-            views = {name: self._mirrors[name].fetch(shapes[name], device.stream) for name in wanted}
-            device.cuda.synchronize(device.stream)
+            views = {name: self._mirrors[name].fetch(shapes[name], lane.stream) for name in wanted}
+            lane.synchronize()
             return {name: view.copy() for name, view in views.items()}
 
     def close(self) -> None:
         """Frees the session's buffers; see :class:`blip2edge.runtime.backends.base.Session`."""
+        if not self.closed:
+            self._lane.synchronize()
         self.closed = True
+        self._context = None
         for mirror in self._mirrors.values():
             mirror.free()
         self._mirrors.clear()

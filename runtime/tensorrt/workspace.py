@@ -11,10 +11,16 @@ from blip2edge.bundle.dtypes import NUMPY_DTYPES
 from blip2edge.bundle.schema import CacheSpec, TensorSpec
 from blip2edge.runtime.backends.engine_files import EngineRecord
 from blip2edge.runtime.tensorrt.cuda import DeviceBuffer, Mirror
-from blip2edge.runtime.tensorrt.session import Context, Device
+from blip2edge.runtime.tensorrt.session import Context, Device, Lane
 
 TOKENS_IN_FLIGHT = 4
 """Tokens that may be on the way from the GPU to the host at once."""
+
+MOST_IDLE = 4
+"""Idle workspaces that are kept. A workspace holds two KV caches, so that one for every size of a batch is too much."""
+
+LARGE = ("logits", "seen", "held")
+"""Tensors with an element for each token of the vocabulary, which stay in the GPU's own memory."""
 
 WIDE = 2
 """Used in place of the number of a half (0 or 1): the buffers of prompts, and of several tokens at once."""
@@ -32,7 +38,7 @@ class Engines:
         step_record: Record of the ``step`` engine.
         cache: The KV cache's tensors.
         capacity: C, positions of the KV cache.
-        free: Idle workspaces, by rows and lengths of the cross-attention inputs.
+        idle: Idle workspaces, the least recently used first; at most :data:`MOST_IDLE`.
     """
 
     device: Device
@@ -42,7 +48,12 @@ class Engines:
     step_record: EngineRecord
     cache: CacheSpec
     capacity: int
-    free: dict[tuple[int, tuple[int, ...]], list[Workspace]] = field(default_factory=dict)
+    idle: list[Workspace] = field(default_factory=list)
+
+    @property
+    def lane(self) -> Lane:
+        """The lane in which both engines run."""
+        return self.device.decoding
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Inputs and outputs of both engines by name; a name that both have means the same tensor."""
@@ -51,12 +62,24 @@ class Engines:
 
     def take(self, rows: int, cross: tuple[int, ...]) -> Workspace:
         """Returns an idle or new workspace for ``rows`` rows with cross-attention inputs of these lengths."""
-        known = self.free.get((rows, cross))
-        return known.pop() if known else Workspace(self, rows, cross)
+        with self.lane.lock:
+            for place, workspace in enumerate(self.idle):
+                if workspace.key == (rows, cross):
+                    return self.idle.pop(place)
+            return Workspace(self, rows, cross)
 
     def give(self, workspace: Workspace) -> None:
-        """Puts a workspace back, for the next batch of its size."""
-        self.free.setdefault(workspace.key, []).append(workspace)
+        """Puts a workspace back, for the next batch of its size; frees the least recently used if there are many."""
+        with self.lane.lock:
+            self.idle.append(workspace)
+            while len(self.idle) > MOST_IDLE:
+                self.idle.pop(0).free()
+
+    def close(self) -> None:
+        """Frees all idle workspaces, after the work in the lane is done."""
+        with self.lane.lock:
+            while self.idle:
+                self.idle.pop().free()
 
 
 class Workspace:
@@ -90,10 +113,31 @@ class Workspace:
         self.graphs: dict[int, int] = {}
         self.warm: set[int] = set()
         self.contexts = {
-            profile: Context(engines.device, engines.decoder, engines.decoder_record, profile)
+            profile: Context(engines.device, engines.lane, engines.decoder, engines.decoder_record, profile)
             for profile in engines.decoder_record.profiles
         }
-        self.choice = Context(engines.device, engines.step, engines.step_record, engines.step_record.profiles[0])
+        step = engines.step_record
+        self.choice = Context(engines.device, engines.lane, engines.step, step, step.profiles[0])
+
+    def free(self) -> None:
+        """Frees buffers, events and CUDA graphs, after the work in the lane is done."""
+        cuda = self._device.cuda
+        self._engines.lane.synchronize()
+        for graph in self.graphs.values():
+            cuda.destroy_graph(graph)
+        for event in self.events:
+            cuda.destroy_event(event)
+        for buffer in self.halves:
+            buffer.free()
+        for mirror in (*self.cross.values(), *self.mirrors.values(), *self.tokens, *self.ring):
+            mirror.free()
+        self.graphs.clear()
+        self.contexts.clear()
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a decode step can become a CUDA graph."""
+        return self.contexts["decode"].can_be_captured and self.choice.can_be_captured
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
         """Returns the buffer of the small tensor ``name``; a larger one replaces it if ``shape`` does not fit.
@@ -104,9 +148,9 @@ class Workspace:
         if known is not None and known.holds(shape):
             return known
         if known is not None:
-            self._device.cuda.synchronize(self._device.stream)
+            self._engines.lane.synchronize()
             known.free()
-        made = Mirror(self._device.cuda, shape, NUMPY_DTYPES[self.tensors[name].dtype])
+        made = Mirror(self._device.cuda, shape, NUMPY_DTYPES[self.tensors[name].dtype], on_device=name in LARGE)
         self.mirrors[name, half] = made
         return made
 

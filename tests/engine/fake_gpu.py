@@ -38,7 +38,8 @@ class FakeCuda:
         self.memory: dict[int, Any] = {}
         self.queues: dict[int, list[Work]] = {}
         self.captured: list[Work] | None = None
-        self.graphs: list[list[Work]] = []
+        self.graphs: dict[int, list[Work]] = {}
+        self.made = 0
         self.marks: dict[int, tuple[int, bool]] = {}
         self.asked: list[str] = []
         self.last_stream = 0
@@ -124,8 +125,18 @@ class FakeCuda:
         return (OK,)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, int]:  # noqa: N802
-        self.marks[len(self.marks) + 1] = (0, True)
-        return OK, len(self.marks)
+        self.made += 1
+        self.marks[self.made] = (0, True)
+        return OK, self.made
+
+    def cudaEventDestroy(self, event: int) -> tuple[int]:  # noqa: N802
+        return (OK if self.marks.pop(event, None) is not None else INVALID,)
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:  # noqa: N802
+        return (OK if self.queues.pop(stream, None) == [] else INVALID,)
+
+    def cudaGraphExecDestroy(self, graph: int) -> tuple[int]:  # noqa: N802
+        return (OK if self.graphs.pop(graph, None) is not None else INVALID,)
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[int]:  # noqa: N802
         self.marks[event] = (stream, False)
@@ -151,14 +162,15 @@ class FakeCuda:
         return OK, work
 
     def cudaGraphInstantiate(self, graph: list[Work], flags: int) -> tuple[int, int]:  # noqa: N802
-        self.graphs.append(list(graph))
-        return OK, len(self.graphs)
+        self.made += 1
+        self.graphs[self.made] = list(graph)
+        return OK, self.made
 
     def cudaGraphDestroy(self, graph: list[Work]) -> tuple[int]:  # noqa: N802
         return (OK,)
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int]:  # noqa: N802
-        for work in self.graphs[graph - 1]:
+        for work in self.graphs[graph]:
             self.ask(stream, "replay", work)
         return (OK,)
 
@@ -268,15 +280,13 @@ def fake_tensorrt(cuda: FakeCuda, version: str = VERSION, streamed: bool = True)
                 return None
 
         def _streamed(self, reader: Any) -> bytes:
-            new = ctypes.pythonapi.PyCapsule_New
-            new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-            piece, data = 100, b""
-            target = cuda._new(piece)
+            """As the bindings' docstring says: ``read(self, num_bytes: int, stream: int) -> bytes``."""
+            data = b""
             assert reader.seek(0, SeekPosition.SET)
-            while count := reader.read(new(target, None, None), piece, 0):
-                read.append(count)
-                data += ctypes.string_at(target, count)
-            cuda.cudaFree(target)
+            while piece := reader.read(100, 0):
+                assert type(piece) is bytes
+                read.append(len(piece))
+                data += piece
             return data
 
     SeekPosition = SimpleNamespace(SET=0, CUR=1, END=2)  # noqa: N806
