@@ -21,7 +21,7 @@ from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_bytes
 from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
-from blip2edge.errors import EngineError
+from blip2edge.errors import EngineError, one_line
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import check_precision
@@ -190,7 +190,12 @@ def _build_one(
         plan = replace(plan, path=table.parent / f"{STEP}.onnx", step=replace(plan.step, table=table))
     built = build_engine(trt, plan, version_for(options.target, version), output, options)
     written.unlink(missing_ok=True)
-    return replace(built, landed=layers_of(trt, output)) if inspect_layers else built
+    if not inspect_layers:
+        return built
+    try:
+        return replace(built, landed=layers_of(trt, output))
+    except (EngineError, MemoryError) as error:  # the engine is finished; its report must not discard it
+        return replace(built, warnings=(*built.warnings, f"the layers were not counted: {one_line(error)}"))
 
 
 def _record(task: _BuildTask, directory: Path) -> EngineSet:

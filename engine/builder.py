@@ -219,6 +219,9 @@ def _refusal(parser: Any, graph: Path) -> str:
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the inspector reports no precisions
+    config.clear_flag(trt.BuilderFlag.TF32)  # it has 10 bits of mantissa, and fp32 promises the same ids as torch
+    if options.target == "rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # no allocation in a run: it can be a CUDA graph
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
     if options.sm:

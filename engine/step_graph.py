@@ -124,12 +124,15 @@ def step_graph(source: StepSource) -> ir.Model:
 
     flat = add("Squeeze", logits, weights["axis"])  # [B, V]
     factor = add("Mul", flat, penalty), add("Div", flat, penalty)
-    penalised = add("Where", add("Less", flat, weights["zero"]), *factor)
+    negative = add("Less", flat, weights["zero"])
+    penalised = add("Where", negative, *factor)
     scores = add("Where", add("Greater", seen, weights["zero"]), penalised, flat)
     is_held = add("And", add("Greater", held, weights["zero"]), add("Greater", held_steps, weights["zero_steps"]))
     allowed = add("Where", is_held, weights["lowest"], scores)
     best = add("ArgMax", allowed, axis=-1, keepdims=1)  # [B, 1]
-    broken = add("ReduceMax", add("Cast", add("IsNaN", flat), to=int(ir.DataType.FLOAT)), weights["axis"], keepdims=1)
+    ordered = add("Or", negative, add("GreaterOrEqual", flat, weights["zero"]))  # false for NaN only
+    unordered = add("Cast", add("Not", ordered), to=int(ir.DataType.FLOAT))
+    broken = add("ReduceMax", unordered, weights["axis"], keepdims=1)
     add("Where", add("Greater", broken, weights["zero"]), weights["minus_one"], best, out=tokens)
     add("Cast", add("Gather", table, best, axis=0), out=embeds, to=int(embeds.dtype or stored.dtype))
     add("Add", position_ids, weights["one"], out=next_ids)

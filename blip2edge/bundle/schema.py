@@ -52,7 +52,7 @@ far); ``itg``, the text head of the Q-Former. ``auto`` is ``itg`` if the bundle 
 ``none``."""
 
 BackendName = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "rtx", "ort-tensorrt"]
-"""Names of the backends; ``auto`` is ``cpu``, or what runs the engines of a bundle that holds engines alone."""
+"""Names of the backends; ``auto`` is that of engines that fit this GPU, else ``cuda`` if it works, else ``cpu``."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def add_backend(parser: ArgumentParser) -> None:
         "--backend",
         choices=get_args(BackendName),
         default="auto",
-        help="backend that runs the bundle; auto: cpu, or for a bundle with engines only, the backend of the engines",
+        help="backend that runs the bundle; auto: engines that fit this GPU, else cuda if ONNX Runtime computes on it, "
+        "else cpu",
     )
     add_threads(parser)
 

@@ -21,7 +21,7 @@ from blip2edge.runtime.backends import probe
 
 KIND = "engines"
 RECORD = "engine.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STEP = "step"
 """Name of the engine between two decode steps: it chooses the token and reads its row of the token table."""
 
@@ -168,6 +168,8 @@ class Fingerprint:
         tensorrt: Version of TensorRT.
         gpus: Compute capabilities that the engine supports, as ``sm86``; for ``tensorrt`` only that of the build GPU.
         gpu: The GPU's name; empty if the engine was built without one.
+        multiprocessors: Number of its multiprocessors. Boards of one name differ in it: AGX Orin, Orin NX, Orin Nano.
+        memory_gib: Its memory, rounded to GiB.
         driver: CUDA version of the driver; empty if the engine was built without a GPU.
         machine: Processor architecture, ``x86_64`` or ``aarch64``.
         bundle_sha256: Hash of ``bundle.json``, which holds the hashes of all other files.
@@ -179,6 +181,8 @@ class Fingerprint:
     tensorrt: str
     gpus: tuple[str, ...]
     gpu: str
+    multiprocessors: int
+    memory_gib: int
     driver: str
     machine: str
     bundle_sha256: str
@@ -187,8 +191,9 @@ class Fingerprint:
 
     @property
     def name(self) -> str:
-        """Name of the engines' folder below ``engines/``: target, TensorRT, compute capabilities and machine."""
-        parts = (self.target, self.tensorrt, *self.gpus, self.machine)
+        """Name of the engines' folder below ``engines/``: target, TensorRT, GPUs and machine."""
+        size = f"{self.multiprocessors}x{self.memory_gib}g" if self.gpu and self.target == "tensorrt" else ""
+        parts = (self.target, self.tensorrt, *self.gpus, size, self.machine)
         return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part))
 
     def to_json(self) -> dict[str, Any]:
@@ -222,6 +227,8 @@ def fingerprint(target: str, version: str, bundle_sha256: str, compute_capabilit
         tensorrt=version,
         gpus=tuple(f"sm{number}" for number in numbers),
         gpu=gpu.name if gpu else "",
+        multiprocessors=gpu.multiprocessors if gpu else 0,
+        memory_gib=gpu.memory_gib if gpu else 0,
         driver=driver.version if gpu else "",
         machine=platform.machine(),
         bundle_sha256=bundle_sha256,
@@ -236,6 +243,8 @@ LABELS = {
     "machine": "the processor architecture",
     "gpus": "the compute capability",
     "gpu": "the GPU",
+    "multiprocessors": "the number of multiprocessors",
+    "memory_gib": "the GPU's memory in GiB",
 }
 
 
@@ -268,7 +277,7 @@ def _fits(key: str, found: dict[str, Any], here: Fingerprint) -> bool:
     if key == "tensorrt" and found.get("version_compatible"):
         made, now = (_numbers(text) for text in (str(found.get(key)), here.tensorrt))
         return made[:1] == now[:1] and made <= now
-    if key == "gpu":
+    if key in ("gpu", "multiprocessors", "memory_gib"):
         return rtx or bool(found.get("hardware_compatible"))
     if key == "gpus" and found.get("hardware_compatible"):
         return all(int(name[2:]) >= FIRST_COMPATIBLE for name in here.gpus)

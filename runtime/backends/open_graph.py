@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,9 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.integrity import FileRecord, check_files
 from blip2edge.bundle.schema import Parity
-from blip2edge.packages import installed
+from blip2edge.errors import BackendError, EngineError
+from blip2edge.packages import installed, missing
+from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import (
     BACKENDS,
     OptimizedFile,
@@ -30,7 +32,7 @@ from blip2edge.runtime.backends.base import (
     find_backend,
     open_session,
 )
-from blip2edge.runtime.backends.engine_files import engines_backend
+from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders, engines_backend
 from blip2edge.runtime.backends.probe import cores, exact_processor
 
 RECORD = "optimized.json"
@@ -174,6 +176,54 @@ def weights_of(bundle: Bundle, directory: Path) -> Path:
     return bundle.path if directory.is_relative_to(bundle.path) else directory
 
 
+def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
+    """Chooses the backend of a bundle, and opens its engines if the backend runs engines.
+
+    ``auto`` is the backend of engines that fit this GPU, else ``cuda`` if ONNX Runtime computes on this GPU, else
+    ``cpu``. A bundle whose activations are INT8 runs on a GPU from engines only: ONNX Runtime has no fused kernels for
+    them there.
+
+    Returns:
+        The name of the backend, and its ``EngineOpener``; None for a backend that runs graphs.
+
+    Raises:
+        BackendError: There is no backend of that name, or it cannot run the bundle.
+        EngineError: The bundle contains engines only, and none; or the backend's engines do not fit this machine.
+    """
+    manifest = bundle.manifest
+    if manifest.engines_of:
+        backend = engines_backend(bundle, backend)
+    elif backend == "auto":
+        gpus = probe.nvidia_driver().gpus
+        opened = _engines_that_fit(bundle) if gpus else None
+        if opened is not None:
+            return opened
+        integers = any(graph.precision == "int8" for graph in manifest.graphs.values())
+        backend = "cuda" if gpus and not integers and _cuda_works(manifest.precision) else next(iter(BACKENDS))
+    check_precision(backend, manifest.precision, engines_only=bool(manifest.engines_of))
+    row = find_backend(backend)
+    return backend, import_module(row.module).EngineOpener(bundle, row.engines) if row.engines else None
+
+
+def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
+    """The backend and the opener of engines that fit this machine; None if there are none."""
+    targets = {str(EngineSet.read(folder).fingerprint.get("target")) for folder in engine_folders(bundle)}
+    for name, row in BACKENDS.items():
+        if row.engines in targets and bundle.manifest.precision not in row.refuses:
+            with suppress(BackendError, EngineError):
+                return name, import_module(row.module).EngineOpener(bundle, row.engines)
+    return None
+
+
+def _cuda_works(precision: str) -> bool:
+    """Whether ONNX Runtime computes on the GPU here."""
+    if precision in BACKENDS["cuda"].refuses or missing(("onnxruntime",)):
+        return False
+    import onnxruntime
+
+    return probe.check_provider(onnxruntime, "CUDAExecutionProvider").ok
+
+
 class GraphOpener:
     """Loads the graphs of a bundle, from the backend's optimized copy if it has the graph, else from the bundle.
 
@@ -200,13 +250,9 @@ class GraphOpener:
         self.copied: list[str] = []
         self.closed = False
         self._sessions: list[Session] = []
-        if bundle.manifest.engines_of:
-            backend = engines_backend(bundle, backend)
-        check_precision(backend, bundle.manifest.precision, engines_only=bool(bundle.manifest.engines_of))
-        found = find_backend(backend)
-        self.backend = next(iter(BACKENDS)) if backend == "auto" else backend
-        copy, engines, self._host = found.copy, found.engines, found.host
-        self._engines = import_module(found.module).EngineOpener(bundle, engines) if engines else None
+        self.backend, self._engines = choose_backend(bundle, backend)
+        row = find_backend(self.backend)
+        copy, self._host = row.copy, row.host
         self._copy = read_copy(bundle, copy) if copy and not portable else None
 
     @property

@@ -158,10 +158,14 @@ class Gpu:
     Attributes:
         name: Name of the GPU, for example ``NVIDIA L4``.
         compute_capability: Compute capability as one number: 89 means 8.9.
+        multiprocessors: Number of multiprocessors (SM).
+        memory_gib: Memory, rounded to GiB.
     """
 
     name: str
     compute_capability: int
+    multiprocessors: int = 0
+    memory_gib: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,9 @@ class Driver:
 LIBCUDA = "libcuda.so.1"
 COMPUTE_CAPABILITY = (75, 76)
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; cuda.h."""
+
+MULTIPROCESSORS = 16
+"""CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT; cuda.h."""
 
 
 def nvidia_driver() -> Driver:
@@ -205,17 +212,21 @@ def nvidia_driver() -> Driver:
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu | str:
     """The GPU of this number, or a text with the error if the driver cannot query it."""
-    handle, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+    handle, major, minor, count = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+    memory = ctypes.c_size_t(0)
     name = ctypes.create_string_buffer(128)
     failed = (
         cuda.cuDeviceGet(ctypes.byref(handle), index)
         or cuda.cuDeviceGetName(name, len(name), handle)
         or cuda.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY[0], handle)
         or cuda.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY[1], handle)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(count), MULTIPROCESSORS, handle)
+        or cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), handle)
     )
     if failed:
         return f"GPU {index} does not answer (error {failed})"
-    return Gpu(name.value.decode(errors="replace"), 10 * major.value + minor.value)
+    capability, gib = 10 * major.value + minor.value, round(memory.value / 2**30)
+    return Gpu(name.value.decode(errors="replace"), capability, count.value, gib)
 
 
 @dataclass(frozen=True)

@@ -187,15 +187,15 @@ class Device:
         specialization = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
         if specialization is None:
             return engine.create_execution_context(strategy)
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         if self._compiled is None:
-            self._compiled = config.create_runtime_cache()
+            self._compiled = runtime_config.create_runtime_cache()
             if self._kernels is not None and self._kernels.is_file():
                 self._compiled.deserialize(self._kernels.read_bytes())
-        config.set_runtime_cache(self._compiled)
-        return engine.create_execution_context(config)
+        runtime_config.set_runtime_cache(self._compiled)
+        return engine.create_execution_context(runtime_config)
 
     def close(self) -> None:
         """Frees the lanes, after the work in them is done, and writes the file of compiled kernels."""

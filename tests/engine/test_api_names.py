@@ -38,20 +38,31 @@ CLASS_OF = {
     "engine": "ICudaEngine",
     "runtime": "Runtime",
     "_context": "IExecutionContext",
+    "runtime_config": "IRuntimeConfig",
+    "_compiled": "IRuntimeCache",
 }
 """What the variables and attributes of that name hold."""
 
 OURS = {
-    "runtime/tensorrt/session.py": {"ICudaEngine": set(), "IExecutionContext": {"bind", "enqueue"}},
+    "runtime/tensorrt/session.py": {"ICudaEngine": set(), "IExecutionContext": {"bind", "enqueue", "can_be_captured"}},
 }
 """Members of our own classes under such a name."""
 
 WITHOUT_COMPUTE_CAPABILITIES = {"10.3.0", "10.13.3", "10.16.1", "11.0.0", "11.4.0"}
+WITHOUT_RUNTIME_CACHE = WITHOUT_COMPUTE_CAPABILITIES  # TensorRT for RTX alone compiles at run time
 GUARDED = {
     # name: versions in which the code does not come there
     "ComputeCapability": WITHOUT_COMPUTE_CAPABILITIES,
     "IBuilderConfig.num_compute_capabilities": WITHOUT_COMPUTE_CAPABILITIES,
     "IBuilderConfig.set_compute_capability": WITHOUT_COMPUTE_CAPABILITIES,
+    "BuilderFlag.REQUIRE_USER_ALLOCATION": WITHOUT_RUNTIME_CACHE,
+    "ICudaEngine.create_runtime_config": {"10.3.0"},
+    "IRuntimeConfig.set_execution_context_allocation_strategy": {"10.3.0"},
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": WITHOUT_RUNTIME_CACHE,
+    "IRuntimeConfig.create_runtime_cache": WITHOUT_RUNTIME_CACHE,
+    "IRuntimeConfig.set_runtime_cache": WITHOUT_RUNTIME_CACHE,
+    "IRuntimeCache.serialize": WITHOUT_RUNTIME_CACHE,
+    "IRuntimeCache.deserialize": WITHOUT_RUNTIME_CACHE,
     "IStreamReaderV2": {"10.3.0"},
     "IStreamReaderV2.__init__": {"10.3.0"},
     "SeekPosition": {"10.3.0"},
@@ -121,7 +132,12 @@ def test_each_guard_is_needed_and_stands_in_the_code() -> None:
             known = API[version].get(owner, []) if owner else API[version][""]
             assert member not in known, f"{name} is in {version}: no guard is needed"
     assert 'hasattr(self.trt, "IStreamReaderV2")' in (ROOT / "runtime/tensorrt/session.py").read_text()
+    assert (
+        'getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)'
+        in (ROOT / "runtime/tensorrt/session.py").read_text()
+    )
     builder = (ROOT / "engine/builder.py").read_text()
+    assert 'if options.target == "rtx":' in builder
     assert "if options.sm:" in builder
 
 
