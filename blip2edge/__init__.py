@@ -13,6 +13,7 @@ and ``hasattr(blip2edge, name)`` work in every installation.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.errors import (
@@ -38,6 +39,10 @@ from blip2edge.errors import (
 )
 from blip2edge.packages import install_command
 from blip2edge.version import __version__
+
+# ONNX Runtime reads this variable when it is imported. Without it, ONNX Runtime writes a device id and events to the
+# user's cache directory, and sends them to its maker. (Other packages: TELEMETRY in packages.py.)
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from collections.abc import Callable

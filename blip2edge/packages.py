@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from blip2edge.errors import Blip2EdgeError
 
@@ -33,6 +35,26 @@ EXTRAS = {
 def pip_command(extra: str) -> str:
     """The command that installs an extra."""
     return f"pip install 'blip2edge[{extra}]'"
+
+
+TELEMETRY = {"openvino": "openvino_telemetry"}
+"""Packages that send events to their maker while they are imported, and the package that does so for each.
+
+Without it they work in the same way. ONNX Runtime is switched off by an environment variable, in ``blip2edge/__init__``.
+"""
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Makes the import of a package fail with ImportError inside the block; an empty name hides nothing."""
+    if not package or package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # importlib: None means that there is no such module
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def install_command(extra: str) -> str:
@@ -75,7 +97,8 @@ def require(package: str, purpose: str, error: type[Blip2EdgeError], extra: str 
         hint: Further advice for the error.
     """
     try:
-        return importlib.import_module(package)
+        with _hidden(TELEMETRY.get(package, "")):
+            return importlib.import_module(package)
     except ImportError as cause:
         absent = isinstance(cause, ModuleNotFoundError) and cause.name == package
         problem = f"{purpose} needs {package}, which {'is not installed' if absent else f'does not load ({cause})'}"
