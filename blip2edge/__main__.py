@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
 from blip2edge.cli import interrupt, main
+from blip2edge.cli.messages import print_note
 
 
 def run() -> NoReturn:
     """Run the command line and exit with its status."""
     interrupt.install()
+    _open_standard_streams()
+    if sys.stdout is None:
+        print_note("error: standard output is closed; redirect it to a file or to /dev/null")
+        sys.exit(1)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # escape characters that the terminal's encoding does not have
             reconfigure(errors="backslashreplace")
     sys.exit(main())
+
+
+def _open_standard_streams() -> None:
+    """Opens closed standard streams as ``/dev/null``: otherwise the next file that is opened takes their number.
+
+    A library that prints would then write into that file.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
 
 
 if __name__ == "__main__":

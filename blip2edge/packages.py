@@ -40,7 +40,7 @@ def pip_command(extra: str) -> str:
 TELEMETRY = {"openvino": "openvino_telemetry"}
 """Packages that send events to their maker while they are imported, and the package that does so for each.
 
-Without it they work in the same way. ONNX Runtime is switched off by an environment variable, in ``blip2edge/__init__``.
+Without it they work in the same way. ``blip2edge/__init__`` switches off the telemetry of ONNX Runtime.
 """
 
 

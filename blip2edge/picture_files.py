@@ -22,6 +22,12 @@ PICTURE_SUFFIXES = frozenset(
 SHARD_SUFFIX = ".tar"
 
 
+def printable(name: str) -> str:
+    """A file's name for a message, a report or a JSON object: line breaks and bytes that are not UTF-8 are escaped."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
 def visible_files(folder: Path) -> list[Path]:
     """The regular files of a folder and of its subfolders, in the order of their names.
 

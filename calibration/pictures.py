@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2edge.errors import DataError, ImageError, option
-from blip2edge.picture_files import PICTURE_SUFFIXES, SHARD_SUFFIX, ShardFile, open_shard, visible_files
+from blip2edge.picture_files import PICTURE_SUFFIXES, SHARD_SUFFIX, ShardFile, open_shard, printable, visible_files
 from blip2edge.progress import counted
 from blip2edge.runtime.images.preprocess import load_image
 
@@ -40,7 +40,7 @@ class CalibrationPicture:
     @property
     def name(self) -> str:
         """The picture's name in messages."""
-        return f"{self.path}:{self.member}" if self.member else str(self.path)
+        return printable(f"{self.path}:{self.member}" if self.member else str(self.path))
 
     def references(self) -> list[str]:
         """Reference captions: the lines of the ``.txt`` file of the same name; none for a shard."""
@@ -101,9 +101,15 @@ def choose_pictures(
             f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none",
             f"give {option('images')} a folder of pictures like those of the application",
         )
-    wanted = found if len(found) <= count else [found[at * len(found) // count] for at in range(count)]
-    digest, kept, skipped = hashlib.sha256(), [], []
-    for picture in counted(wanted, len(wanted), progress):
+    chosen = range(len(found)) if len(found) <= count else [at * len(found) // count for at in range(count)]
+    others = sorted(set(range(len(found))) - set(chosen))  # in place of pictures that cannot be read
+    wanted = [found[at] for at in (*chosen, *others)]
+    digest = hashlib.sha256()
+    kept: list[CalibrationPicture] = []
+    skipped: list[str] = []
+    for picture in counted(wanted, min(count, len(found)), progress):
+        if len(kept) == count:
+            break
         try:
             content = picture.read()
             load_image(content)

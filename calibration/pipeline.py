@@ -23,7 +23,7 @@ import onnx_ir as ir
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
-from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.publishing import check_not_source, staged
 from blip2edge.bundle.schema import BRIDGE, VISION
 from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
 from blip2edge.calibration.activations.quantize import quantize_activations
@@ -112,6 +112,7 @@ def calibrate(
     """
     target, start = Path(output), time.perf_counter()
     parent = _open_parent(bundle, method, weights)
+    check_not_source(target, parent.path)
     check_drop_limit(drop_limit, parent.manifest.prompt is not None)
     report = progress or (lambda stage, done, total: None)
     with MemoryMeter() as meter, staged(target, force) as staging:
@@ -275,7 +276,7 @@ def _difference_warnings(
     if agreement is not None and agreement.same < LEAST_AGREEMENT:
         advice = "calibrate on more pictures like those of the application"
         if not limited:
-            advice += ", or set a drop limit, which keeps the most sensitive layers in floating point"
+            advice += ", or set a drop limit (--drop-limit), which keeps the most sensitive layers in floating point"
         warnings.append(
             f"only {agreement.same:.1%} of {agreement.pictures} captions are the same as the parent's; {REPORT_PAGE} "
             f"shows the others; {advice}"

@@ -13,15 +13,15 @@ from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
-from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.publishing import check_not_source, staged
 from blip2edge.bundle.schema import DECODER
 from blip2edge.engine.build_errors import LESS_MEMORY
 from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine, layers_of
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
-from blip2edge.engine.prepare import EnginePlan, capacity_of, plans_of, weight_bytes
+from blip2edge.engine.prepare import PROMPT_TEXT, EnginePlan, capacity_of, plans_of, prompt_of, weight_bytes
 from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
-from blip2edge.errors import EngineError, one_line
+from blip2edge.errors import EngineError, UsageError, one_line, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import check_precision
@@ -38,6 +38,10 @@ from blip2edge.runtime.tensorrt.session import load_tensorrt, version_of
 TIMING_CACHE = "timing.cache"
 
 Notify = Callable[[str], None]
+
+
+LEAST_TEXT = 4
+"""Text tokens that the smallest capacity has room for, prompt and answer together."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def build_bundle(
     if output is None:
         directory = _build_into(task, task.bundle.derive(KIND), progress)
         return BuildReport(directory, task.fingerprint, task.built, memory)
+    check_not_source(Path(output), task.bundle.path)
     with staged(Path(output), force) as staging:
         (staging / KIND).mkdir()
         directory = _build_into(task, staging / KIND, progress)
@@ -116,6 +121,12 @@ def build_bundle(
 
 def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
     bundle.require_graphs("building engines", EngineError)
+    least = prompt_of(bundle.manifest) - PROMPT_TEXT + LEAST_TEXT
+    if options.capacity is not None and options.capacity < least:
+        raise UsageError(
+            f"{option('capacity')} must be at least {least}, the visual tokens and a few tokens of text, not "
+            f"{options.capacity}"
+        )
     check_precision(options.target, bundle.manifest.precision)
     trt = load_tensorrt(options.target)
     target = replace(

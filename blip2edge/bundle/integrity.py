@@ -1,14 +1,16 @@
 """Checks files against the hashes in their manifest: a bundle's, an optimized copy's, an engine folder's.
 
-Hashing gigabytes at every start is slow. So a check that passes leaves stamps: size, modification time and hash of each
-file, in ``.verified.json`` next to the files, or in the user's cache if the directory is read-only. A file that
-still has the size and time of its stamp is not hashed again.
+Hashing gigabytes at every start is slow. So a check that passes leaves stamps, in ``.verified.json`` next to the files,
+or in the user's cache if the directory is read-only. A stamp binds the hash to the file itself: size, times of
+modification and of status change, device and inode. A file with the same stamp is not hashed again. A copy of the file
+has another inode, and a change of its bytes another time of status change, which no program can set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +62,7 @@ def check_files(
         files: The expected size and hash of each file, by file name.
         manifest: Name of the manifest that lists the files, for errors.
         fix: What the user can do about a wrong file, for errors.
-        use_stamps: Whether a file with an unchanged size and modification time counts as unchanged; else every file
-            is hashed.
+        use_stamps: Whether a file with an unchanged stamp counts as unchanged; else every file is hashed.
         progress: Called with a file's name, the number of files done and the number of all files.
 
     Raises:
@@ -77,7 +78,7 @@ def check_files(
             status = path.stat()
         except OSError as error:
             raise BundleIntegrityError(f"{path} is missing, though {manifest} lists it", fix) from error
-        fresh[name] = [status.st_size, status.st_mtime_ns, record.sha256]
+        fresh[name] = _stamp(status, record)
         known = use_stamps and stamps.get(name) == fresh[name]
         problem = ""
         if status.st_size != record.size:
@@ -90,6 +91,12 @@ def check_files(
         progress("verified", len(files), len(files))
     if stamps != (updated := {**stamps, **fresh}):
         _write_stamps(directory, updated)
+
+
+def _stamp(status: os.stat_result, record: FileRecord) -> list[Any]:
+    """What a stamp holds of a file."""
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return [status.st_size, *times, status.st_dev, status.st_ino, record.sha256]
 
 
 def _stamp_files(directory: Path) -> Iterator[Path]:

@@ -49,6 +49,17 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
         _remove(staging)
 
 
+def check_not_source(target: Path, source: Path) -> None:
+    """Checks that an output does not replace the directory that it is made from.
+
+    Raises:
+        OutputError: Both are the same directory, or ``source`` lies in ``target``.
+    """
+    whole, origin = target.resolve(), source.resolve()
+    if whole == origin or whole in origin.parents:
+        raise OutputError(f"{target} would replace {source}, which it is made from", "give another output directory")
+
+
 def publish(fresh: Path, target: Path, *, replace: bool) -> None:
     """Renames a finished directory to its final name.
 

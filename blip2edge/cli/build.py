@@ -127,7 +127,11 @@ def run(options: argparse.Namespace) -> int:
     if report.bundle is not None:
         print(f"{report.bundle}: contains engines only; they run only on the kind of machine that they were built for")
     path = report.bundle or options.bundle
-    print_next(try_command(path, Bundle.open(path).manifest, options.target))
+    command = try_command(path, Bundle.open(path).manifest, options.target)
+    if mark.gpu:
+        print_next(command)
+    else:
+        print(f"next, on a machine with a GPU of {' or '.join(mark.gpus)}: {command}")
     return 0
 
 

@@ -18,6 +18,7 @@ from blip2edge.cli.flag_groups import (
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, PictureArgument, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
+from blip2edge.picture_files import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -37,13 +38,13 @@ class Item:
     @property
     def name(self) -> str | list[str]:
         """The picture's name, or those of several pictures, as JSON output shows them."""
-        names = [picture.name for picture in self.pictures]
+        names = [printable(picture.name) for picture in self.pictures]
         return names if len(names) > 1 else names[0]
 
     @property
     def label(self) -> str:
         """The names before a caption."""
-        return f"{' '.join(picture.name for picture in self.pictures)}: "
+        return f"{' '.join(printable(picture.name) for picture in self.pictures)}: "
 
     @property
     def source(self) -> ItemSource:

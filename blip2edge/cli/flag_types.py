@@ -6,6 +6,8 @@ import argparse
 import math
 from collections.abc import Callable
 
+MAX_PORT = 65_535
+
 
 def number(text: str) -> float:
     """A finite number."""
@@ -44,6 +46,14 @@ def positive_int(text: str) -> int:
 def non_negative_int(text: str) -> int:
     """A whole number of at least 0."""
     return _whole(text, 0)
+
+
+def port(text: str) -> int:
+    """The number of a TCP port."""
+    value = _whole(text, 0)
+    if value > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to {MAX_PORT}, got {text}")
+    return value
 
 
 def _whole(text: str, least: int) -> int:

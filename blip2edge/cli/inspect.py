@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.schema import Axis
@@ -10,7 +11,7 @@ from blip2edge.cli.flag_groups import add_bundle
 from blip2edge.cli.next_steps import print_next, try_command
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import EngineError
-from blip2edge.progress import Progress
+from blip2edge.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     import argparse
@@ -34,10 +35,10 @@ def run(options: argparse.Namespace) -> int:
     """Print what a bundle holds; with --verify hash every file first."""
     from blip2edge.bundle.bundle import Bundle
 
-    bundle = Bundle.open(options.bundle)
+    bundle, count = Bundle.open(options.bundle), 0
     if options.verify:
         with Progress() as progress:
-            bundle.verify(lambda _, done, total: progress("hashing", done, total))
+            count = _verify(bundle, lambda _, done, total: progress("hashing", done, total))
     manifest = bundle.manifest
     print("\n".join(_head(manifest)))
     for name, graph in manifest.graphs.items():
@@ -47,9 +48,27 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(_files(manifest)))
     print("\n".join([*_copies(bundle), *_engines(bundle)]))
     if options.verify:
-        print(f"\nverified: every one of the {len(manifest.files)} files has the recorded SHA-256")
+        print(f"\nverified: every one of the {count} files has the recorded SHA-256")
     print_next(try_command(bundle.path, manifest))
     return 0
+
+
+def _verify(bundle: Bundle, progress: ProgressCallback) -> int:
+    """Hashes every file of the bundle, of its optimized copies and of its engines; returns how many there are."""
+    from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders
+    from blip2edge.runtime.backends.open_graph import PACKAGES, read_copy
+
+    bundle.verify(progress)
+    count = len(bundle.manifest.files)
+    for backend in PACKAGES:
+        found = read_copy(bundle, backend, use_stamps=False)
+        count += len(found[1].files) if found is not None else 0
+    for folder in engine_folders(bundle):
+        with suppress(EngineError):  # of another version: the list below says so
+            engines = EngineSet.read(folder)
+            engines.verify()
+            count += len(engines.engines)
+    return count
 
 
 def _copies(bundle: Bundle) -> list[str]:

@@ -31,6 +31,11 @@ def exit_status() -> int | None:
     return 128 + _received[0] if _received else None
 
 
+def forget() -> None:
+    """Treats the signals that came as a normal end: ``serve`` ends by them."""
+    _received.clear()
+
+
 def _raise(number: int, _frame: FrameType | None) -> NoReturn:
     _received.append(number)
     raise Interrupted

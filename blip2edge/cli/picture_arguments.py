@@ -202,6 +202,8 @@ def _encoded(address: str) -> str:
     from urllib.parse import quote, urlsplit, urlunsplit
 
     parts = urlsplit(address)
+    if "@" in parts.netloc:
+        raise ValueError("a user name in the address is not supported")
     host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode("ascii")
     safe = "%/:;=?@&+$,!~*'()[]"
     return urlunsplit((parts.scheme, host, quote(parts.path, safe), quote(parts.query, safe), ""))

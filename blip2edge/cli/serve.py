@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from blip2edge.cli import interrupt
 from blip2edge.cli.flag_groups import add_backend, add_bundle, add_number
-from blip2edge.cli.flag_types import non_negative_int, positive_number
+from blip2edge.cli.flag_types import port, positive_number
 from blip2edge.errors import BackendError, OutputError, option
 from blip2edge.packages import require
 
@@ -24,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
     add_bundle(parser)
     add_backend(parser)
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="IP address or host name to listen on")
-    add_number(parser, "--port", "TCP port to listen on; 0: any free port", 8000, kind=non_negative_int)
+    add_number(parser, "--port", "TCP port to listen on; 0: any free port", 8000, kind=port)
     add_number(parser, "--max-batch", "largest number of captions decoded in one batch", 8)
     add_number(parser, "--queue", "largest number of waiting requests; more are answered with status 503", 64)
     add_number(
@@ -54,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     config = uvicorn.Config(server, log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
     try:
         uvicorn.Server(config).run(sockets=[listening])
+    except (KeyboardInterrupt, interrupt.Interrupted):  # uvicorn raises the signal again when it has ended
+        interrupt.forget()
     finally:
         server.close()
         listening.close()

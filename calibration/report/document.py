@@ -19,6 +19,7 @@ from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.calibration.report.page import REPORT_PAGE, report_page, shown_pictures, thumbnail
 from blip2edge.calibration.results import StagedGraph
+from blip2edge.picture_files import printable
 from blip2edge.runtime.images.preprocess import load_image
 
 REPORT = "report.json"
@@ -101,7 +102,7 @@ def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]
 def _captions(pictures: Sequence[CalibrationPicture], captions: CaptionAgreement | None) -> list[dict[str, str]]:
     if captions is None:
         return []
-    names = [Path(picture.member or picture.path).name for picture in pictures[: captions.pictures]]
+    names = [printable(Path(picture.member or picture.path).name) for picture in pictures[: captions.pictures]]
     return [
         {"picture": name, "parent": parent, "ours": ours}
         for name, parent, ours in zip(names, captions.parent, captions.ours, strict=True)

@@ -145,6 +145,11 @@ class EngineSet:
             )
         return self.engines[name]
 
+    def verify(self) -> None:
+        """Hashes every engine; raises BundleIntegrityError if one is missing or was changed."""
+        files = {f"{name}.engine": record.file for name, record in self.engines.items()}
+        check_files(self.directory, files, manifest=RECORD, fix="build the engines again", use_stamps=False)
+
     def file(self, name: str) -> Path:
         """Returns the path of the engine of the graph ``name``, after checking its hash.
 
@@ -322,7 +327,13 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
         return engines
     if refusal is not None:
         raise refusal
-    raise EngineError(f"{bundle.path} has no engines for {here.target}", f"build the engines: {build}")
+    raise no_engines(bundle, here.target)
+
+
+def no_engines(bundle: Bundle, target: str) -> EngineError:
+    """Makes the error of a bundle without engines for a target."""
+    build = f"blip2edge build {bundle.path} --target {target}"
+    return EngineError(f"{bundle.path} has no engines for {target}", f"build the engines: {build}")
 
 
 def engines_backend(bundle: Bundle, backend: str) -> str:

@@ -16,6 +16,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, one_line
 from blip2edge.packages import require
 from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
+from blip2edge.runtime.backends.probe import cores
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
@@ -147,6 +148,8 @@ class OnnxRuntimeSession:
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
+            if threads > cores():  # threads that spin on a core would block those that compute
+                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Idle threads that spin would take the cores from the session that runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if lean or (optimized is not None and not optimized.layout):

@@ -137,8 +137,8 @@ class OptimizedRecord:
         (directory / RECORD).write_text(text, encoding="utf-8")
 
 
-def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | None:
-    """Finds a bundle's optimized copy for a backend, and checks the files of the copy.
+def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple[Path, OptimizedRecord] | None:
+    """Finds a bundle's optimized copy for a backend, and checks the files of the copy; see :func:`check_files`.
 
     Returns:
         Directory and record of the copy; None if there is no copy, or if it was made from another bundle, by another
@@ -167,6 +167,7 @@ def read_copy(bundle: Bundle, backend: str) -> tuple[Path, OptimizedRecord] | No
         record.files,
         manifest=RECORD,
         fix=f"make the copy again: blip2edge optimize {bundle.path} --backend {backend}",
+        use_stamps=use_stamps,
     )
     return directory, record
 

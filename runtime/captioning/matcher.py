@@ -35,7 +35,7 @@ from blip2edge.runtime.captioning.request import check_text, listed, raising
 from blip2edge.runtime.decoding.options import check_integer
 from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.images.video import Channels, in_rgb
-from blip2edge.runtime.text.tokenizer import Tokenizer
+from blip2edge.runtime.text.tokenizer import Tokenizer, check_characters_fit
 
 Vectors = NDArray[np.float32]
 Item = TypeVar("Item")
@@ -337,6 +337,7 @@ class Matcher(LoadedBundle):
         if not text.strip():
             raise PromptError("the text is empty", f"give a {option('text')}", field="text")
         manifest = self.bundle.manifest
+        check_characters_fit([text], manifest.max_positions, "text")
         self.tokenizer.check_plain(text, self.tokenizer.special_tokens, "text")
         ids = self.tokenizer.encode(text)
         if len(ids) > manifest.max_positions:

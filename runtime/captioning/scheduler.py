@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
-from blip2edge.errors import Blip2EdgeError, OverloadError, UsageError, option
+from blip2edge.errors import OverloadError, UsageError, option
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, StageClock, TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span
 from blip2edge.runtime.decoding.generate import GenerationBatch
@@ -263,7 +263,7 @@ class Scheduler:
             clock = StageClock(self._graph_lock)
             try:
                 encoded = self._encoder(images, prompts, clock)
-            except Blip2EdgeError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends this request alone
                 if len(group) == 1:
                     group[0].fail(error)
                 else:
@@ -288,14 +288,14 @@ class Scheduler:
         for group, encoded in admitted:
             try:
                 self._admit(group, encoded)
-            except Blip2EdgeError as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 for request in group:
                     request.fail(error)
         for place, batch in enumerate(self._batches):
             rows = batch.rows
             try:
                 self._step(batch)
-            except Blip2EdgeError as error:  # no row of this batch can continue
+            except Exception as error:  # noqa: BLE001 - no row of this batch can continue
                 for request in [self._running.pop(id(row)) for row in rows if id(row) in self._running]:
                     request.fail(error)
                 self._batches[place] = GenerationBatch()

@@ -25,9 +25,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip2edge.errors import Blip2EdgeError, BundleError, ImageError, one_line
+from blip2edge.runtime.images.grey16 import Grey16
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded, in pixels (256 MiB as RGB); above it, Pillow warns of a decompression bomb."""
+
+MAX_SIDE = 65_535
+"""Longest side of a picture that is decoded, in pixels: the limit of JPEG. Resizing a longer one takes much memory."""
+
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+"""Formats that are decoded, by Pillow's names. Pillow runs other programs for some of the others (EPS: Ghostscript)."""
 
 BILINEAR = 2
 BICUBIC = 3
@@ -35,10 +42,8 @@ OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _ORIENTATION = 0x0112  # EXIF tag
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
-_WHITE_IS_ZERO = 0  # value of the tag _PHOTOMETRIC
 _UPRIGHT = 1  # EXIF orientation of a picture that needs no turning
-_16_BIT_FORMATS = ("PNG", "PPM")  # formats whose mode "I" is 16-bit greyscale: Pillow scales it to 0…65535
+_WITHOUT_PREMULTIPLIED_ALPHA = {"La": "LA", "RGBa": "RGBA"}
 _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box, hamming
 _warning_filters = threading.Lock()
 
@@ -112,8 +117,8 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def _check_file(name: str) -> None:
-    if name.startswith(("http://", "https://")):
-        raise ImageError(f"{name}: expected a file, got a web address", "download the picture first")
+    if "://" in name:
+        raise ImageError(f"{name}: expected a file, got an address", "download the picture first")
     try:
         path = Path(name)
         if path.is_file():
@@ -124,13 +129,13 @@ def _check_file(name: str) -> None:
     if is_directory:
         raise ImageError(f"{name}: expected a picture, got a directory", "name the pictures inside it")
     if exists:
-        raise ImageError(f"{name}: expected a picture, got something that is not a regular file")
-    raise ImageError(f"{name}: no such file")
+        raise ImageError(f"{name}: expected a picture, got something that is not a regular file", "name a picture file")
+    raise ImageError(f"{name}: no such file", "check the path")
 
 
 def _decode(file: Any, size: int, name: str) -> Image.Image:
     if size == 0:
-        raise ImageError(f"{name}: the file is empty")
+        raise ImageError(f"{name}: the file is empty", "save or copy the picture again")
     with _opened(file, name) as image:
         return _upright_rgb(image, name)
 
@@ -140,12 +145,13 @@ def _opened(file: Any, name: str) -> Image.Image:
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(file)
+            Image.init()
+            return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: expected at most {MAX_PIXELS} pixels, got more", "scale the picture down") from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: not a picture in a format that Pillow reads", "convert the picture to PNG"
+            f"{name}: not a picture in one of the formats {', '.join(FORMATS)}", "convert the picture to PNG"
         ) from error
     except Exception as error:  # the format plug-ins raise whatever a broken header leads them to
         raise _broken(name, error) from error
@@ -161,13 +167,15 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_pixels(image.width, image.height, name)
     try:
         image.load()
-        grey16 = _Grey16.of(image, name)
+        grey16 = None if image.mode == "RGB" else Grey16.of(image, name)
         if image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT:
             image = ImageOps.exif_transpose(image)
         if image.mode == "RGB":
             return image
         if grey16 is not None:
             return grey16.in_8_bits(image).convert("RGB")
+        if image.mode in _WITHOUT_PREMULTIPLIED_ALPHA:
+            image = image.convert(_WITHOUT_PREMULTIPLIED_ALPHA[image.mode])
         if isinstance(image.info.get("transparency"), bytes):
             image = image.convert("RGBA")  # per-colour alpha: the same colours without Pillow's warning
         return image.convert("RGB")
@@ -177,48 +185,13 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise _broken(name, error) from error
 
 
-@dataclass(frozen=True)
-class _Grey16:
-    """The stored values of 16-bit greyscale: 0 to `largest`; `inverted` if 0 is white."""
-
-    largest: int = 2**16 - 1
-    inverted: bool = False
-
-    @classmethod
-    def of(cls, image: Image.Image, name: str) -> _Grey16 | None:
-        """Describes a picture that was not changed since it was opened; None if it has 8 bits.
-
-        Raises:
-            ImageError: The values of black and white are not known: the pixels are 32-bit integers or floating-point
-                numbers, or the picture has more than 8 bits and is not the one that was opened from a file.
-        """
-        if image.mode[0] not in "IF":
-            return None
-        is_16_bit = image.mode.startswith("I;16") or image.format in _16_BIT_FORMATS
-        if image.mode == "F" or image.format is None or not is_16_bit:
-            raise ImageError(
-                f"{name}: the pixels have Pillow's mode {image.mode}, in which the values of black and white are not "
-                "known",
-                "pass the file itself if it has 16 bits and no sign; otherwise scale the values to 0…255 and save the "
-                "picture with 8 bits",
-            )
-        tags = getattr(image, "tag_v2", None)  # of a TIFF file, whose values Pillow does not scale
-        if tags is None:
-            return cls()
-        return cls(2 ** tags[_BITS_PER_SAMPLE][0] - 1, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
-
-    def in_8_bits(self, image: Image.Image) -> Image.Image:
-        """The picture in mode L, each value rounded to the nearest of 0…255."""
-        table = ((np.arange(self.largest + 1) * 255 + self.largest // 2) // self.largest).astype(np.uint8)
-        return Image.fromarray(np.take(255 - table if self.inverted else table, np.asarray(image), mode="clip"))
-
-
 def _check_pixels(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{name}: expected a picture with at least one pixel, got {width}×{height}")
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"{name}: expected at most {MAX_PIXELS} pixels, got {width}×{height}", "scale the picture down"
+            f"{name}: expected at most {MAX_PIXELS} pixels, and {MAX_SIDE} a side, got {width}×{height}",
+            "scale the picture down",
         )
 
 
@@ -236,13 +209,17 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 def _blend_on_white(image: Image.Image) -> Image.Image:
     """RGB as transformers' image processors make it of a picture that was not loaded by `load_image`."""
-    grey16 = _Grey16.of(image, "the picture passed in")
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        return image
+    grey16 = Grey16.of(image, "the picture passed in")
     if grey16 is not None:
         return grey16.in_8_bits(image).convert("RGB")
+    if image.mode in _WITHOUT_PREMULTIPLIED_ALPHA:
+        image = image.convert(_WITHOUT_PREMULTIPLIED_ALPHA[image.mode])
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -334,7 +311,16 @@ class Preprocessing:
         if not isinstance(image, Image.Image):
             image = load_image(image)
         _check_pixels(image.width, image.height, "the picture passed in")
-        image = _blend_on_white(image)
+        try:
+            return self._pixels(_blend_on_white(image))
+        except MemoryError as error:
+            raise ImageError(
+                f"the picture passed in: memory ran out for {image.width}×{image.height} pixels",
+                "scale the picture down",
+            ) from error
+
+    def _pixels(self, image: Image.Image) -> NDArray[np.float32]:
+        """Pixel values float32 [3,H,W] of an RGB picture."""
         if self.resize:
             image = image.resize(self._resized(image.width, image.height), resample=self.resample)
         if self.crop is not None:

@@ -180,7 +180,7 @@ def _video(address: str, kind: str | None = None, *, paced: bool = False) -> Sou
 
 def _decoded(av: Any, address: str, kind: str | None, paced: bool, closed: threading.Event) -> Frames:
     """The frames of a video; `kind` is FFmpeg's input format, `paced` means at the video's own speed."""
-    start = time.perf_counter()
+    start, empty = time.perf_counter(), True
     try:
         with av.open(address, format=kind) as container:
             stream = container.streams.video[0]
@@ -190,12 +190,15 @@ def _decoded(av: Any, address: str, kind: str | None, paced: bool, closed: threa
                     closed.wait(max(0.0, at - (time.perf_counter() - start)))
                 if closed.is_set():
                     return
+                empty = False
                 yield Frame(f"{at:.2f} s", frame.to_ndarray(format="rgb24"))
     except (av.error.FFmpegError, IndexError) as error:
         raise DataError(
             f"{address} cannot be read as a video ({error})",
             "check the path, the camera or the address; convert a video file to MP4",
         ) from error
+    if empty:
+        raise DataError(f"{address} contains no frame that can be decoded", "copy or record the video again")
 
 
 class NewestFrame:

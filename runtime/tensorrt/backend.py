@@ -15,7 +15,15 @@ from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, option
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import OptimizedFile, Session, closed_graph
-from blip2edge.runtime.backends.engine_files import STEP, EngineRecord, EngineSet, find_engines, fingerprint
+from blip2edge.runtime.backends.engine_files import (
+    STEP,
+    EngineRecord,
+    EngineSet,
+    engine_folders,
+    find_engines,
+    fingerprint,
+    no_engines,
+)
 from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
 from blip2edge.runtime.tensorrt.kv_cache import DeviceDecoder
 from blip2edge.runtime.tensorrt.session import Device, TrtSession, load_tensorrt
@@ -54,6 +62,8 @@ class EngineOpener:
     """
 
     def __init__(self, bundle: Bundle, target: str) -> None:
+        if not any(EngineSet.read(folder).fingerprint.get("target") == target for folder in engine_folders(bundle)):
+            raise no_engines(bundle, target)
         trt = load_tensorrt(target)
         driver = probe.nvidia_driver()  # first: without a driver, opening an engine can end the process
         if not driver.version:

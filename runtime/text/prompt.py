@@ -4,8 +4,8 @@ Three kinds of prompt (``PromptSpec.kind``):
 
 - ``segments``: the texts around an image are tokenized one by one; visual tokens are put between them (BLIP-2).
 - ``placeholder``: the text is tokenized as a whole, with one token of the tokenizer in each image's place (LLaVA).
-- ``interleaved``: images take no slots. A marker token marks each, and every token attends to the last image
-  before it (Flamingo, Idefics). Few-shot prompts have this form: ``<image>A cat.<image>A dog.<image>A``.
+- ``interleaved``: images take no slots. A marker token marks each, and every token attends to the last image before it
+  (Flamingo, Idefics): ``<image>A cat.<image>A dog.<image>A``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INSTRUCTION, INTERLEAVED, MARKERS, PLACEHOLDER, SEGMENTS, PromptSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import PromptError, UsageError, option
-from blip2edge.runtime.text.tokenizer import Tokenizer, reserved_texts
+from blip2edge.runtime.text.tokenizer import Tokenizer, check_characters_fit, reserved_texts
 
 NO_IMAGE = -1
 """In :attr:`Prompt.attends_to`: the token attends to no image."""
@@ -142,7 +142,8 @@ class PromptBuilder:
         return self.spec.question.replace("{question}", question)
 
     def with_default(self, text: Text | None) -> Text | str | None:
-        """Returns ``text``, or the bundle's default prompt if ``text`` is None."""
+        """Returns ``text``, or the bundle's default prompt for None; raises PromptError if it is too long to fit."""
+        check_characters_fit(text.texts if isinstance(text, Dialog) else [text or ""], self.max_positions)
         return self.spec.default if text is None else text
 
     def __call__(self, text: PromptText | None, images: int = 1) -> Prompt:
@@ -153,8 +154,7 @@ class PromptBuilder:
             images: Number of images of an interleaved prompt.
 
         Raises:
-            PromptError: The prompt is longer than the context, holds one of :func:`reserved_texts`, or has a token that
-                the model does not have.
+            PromptError: The prompt is longer than the context, or holds a reserved text or an unknown token.
             UsageError: ``text`` is None and the model needs a prompt, or it does not have one place for each image.
         """
         if text is None and self.spec.required:

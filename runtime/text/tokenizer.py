@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -31,6 +31,31 @@ _CLEAN_UP = (
 # perhaps the first letter of n't, 've or 're.
 _UNSETTLED = re.compile(r"[ ']+[nvr]?[ ']*\Z")
 _TRIM_AT = 16  # most tokens that a stream decodes again; older ones, whose text is final, are dropped
+
+
+CHARACTERS_PER_TOKEN = 32
+"""Characters a token in the longest text that is tokenized. Ordinary text has 4 to 5."""
+
+
+def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = "prompt") -> None:
+    """Checks the length of texts before they are tokenized, which takes a second for each million characters.
+
+    Args:
+        texts: The parts of a prompt.
+        max_positions: The largest number of tokens.
+        field: The option that it is, for the error.
+
+    Raises:
+        PromptError: The texts have more than :data:`CHARACTERS_PER_TOKEN` characters for each position.
+    """
+    most = CHARACTERS_PER_TOKEN * max_positions
+    count = sum(map(len, texts))
+    if count > most:
+        raise PromptError(
+            f"the {field} has {count} characters, but the model takes at most {max_positions} tokens",
+            f"shorten the {field}",
+            field=field,
+        )
 
 
 class Tokenizer:

@@ -264,9 +264,11 @@ def test_bad_objects() -> None:
 
 
 def test_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    thin = Image.new("RGB", (1, 500_000))
+    with pytest.raises(ImageError, match="65535 a side"):
+        load_image(Image.new("RGB", (1, 70_000)))
+    thin = Image.new("RGB", (1, 60_000))
     with pytest.raises(ImageError, match="too thin"):
-        Preprocessing(size={"shortest_edge": 224})(thin)
+        Preprocessing(size={"shortest_edge": 1224})(thin)
     monkeypatch.setattr(preprocess, "MAX_PIXELS", HEIGHT * WIDTH)
     load_image(picture())
     with pytest.raises(ImageError, match="at most 1961 pixels"):
