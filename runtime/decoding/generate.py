@@ -12,9 +12,9 @@ from collections.abc import Generator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoding.logits_processors import LogitsProcessors, StepScores, sampling_filters
+from blip2edge.runtime.decoding.logits_processors import LogitsProcessors, sampling_filters
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions, Stopped, finish_reason
-from blip2edge.runtime.decoding.sampling import broken_logits, draw, row_stream
+from blip2edge.runtime.decoding.sampling import StepScores, broken_logits, draw, row_stream
 from blip2edge.runtime.decoding.speculative import Speculator
 from blip2edge.runtime.decoding.state import DecodeState, GreedyState, RowState
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from blip2edge.errors import UsageError, option
 from blip2edge.runtime.decoding.options import MAX_TOKENS, GenerationOptions, end_ids
-from blip2edge.runtime.decoding.sampling import Filter, log_softmax, penalize_repetition
+from blip2edge.runtime.decoding.sampling import Filter, StepScores, log_softmax, penalize_repetition
 
 Scores = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -66,23 +66,6 @@ class TextStart:
         """Those of the ids that are in the vocabulary, without repetitions."""
         unique = np.unique(np.array(list(ids), np.int64))
         return unique[(unique >= 0) & (unique < self.vocabulary)]
-
-
-@dataclass(frozen=True)
-class StepScores:
-    """What a GPU changes in the logits of the next steps, to choose tokens without the host.
-
-    Attributes:
-        seen: Ids whose logits are penalised (`penalize_repetition`); every chosen token joins them.
-        penalty: The repetition penalty; 1 changes nothing.
-        held: Ids that are not chosen.
-        held_steps: In how many of the next steps `held` are not chosen.
-    """
-
-    seen: Ids
-    penalty: float = 1.0
-    held: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
-    held_steps: int = 0
 
 
 class LogitsProcessors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,23 @@ def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     candidates = np.flatnonzero(values >= bound)
     order = np.argsort(-values[candidates], kind="stable")[:k]
     return candidates[order].astype(np.int64, copy=False)
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """What a GPU changes in the logits of the next steps, to choose tokens without the host.
+
+    Attributes:
+        seen: NDArray[np.int64] whose logits are penalised (`penalize_repetition`); every chosen token joins them.
+        penalty: The repetition penalty; 1 changes nothing.
+        held: NDArray[np.int64] that are not chosen.
+        held_steps: In how many of the next steps `held` are not chosen.
+    """
+
+    seen: NDArray[np.int64]
+    penalty: float = 1.0
+    held: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    held_steps: int = 0
 
 
 def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> None:

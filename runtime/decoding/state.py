@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.runtime.decoding.logits_processors import StepScores
+from blip2edge.runtime.decoding.sampling import StepScores
 
 
 class DecodeState(Protocol):

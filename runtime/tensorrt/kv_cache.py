@@ -20,8 +20,7 @@ from blip2edge.bundle.schema import CROSS_MASK
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, option
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, FixedDecoder, FixedState
-from blip2edge.runtime.decoding.logits_processors import StepScores
-from blip2edge.runtime.decoding.sampling import broken_logits
+from blip2edge.runtime.decoding.sampling import StepScores, broken_logits
 from blip2edge.runtime.decoding.state import stacked
 from blip2edge.runtime.tensorrt.cuda import Mirror
 from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines, Workspace, is_cross
