@@ -1,0 +1,287 @@
+"""Runs the graphs that TensorRT gets, node by node in torch on the CPU, with every value in its declared type.
+
+ONNX Runtime's CPU provider computes an fp16 graph in FP32 and rounds where it must, so an overflow between two nodes
+does not show. Here the result of each node is rounded to its type: a product beyond 65504 is infinite in fp16, as in a
+strongly typed engine. Types are inferred from the inputs, as TensorRT does; a node that mixes two floating types, or
+whose declared type is another one, is an error.
+
+    python -m tests.engine.typed_interpreter BUNDLE
+
+prints for each engine of a bundle the largest difference to the same graph with all floats in FP32 in ONNX Runtime,
+whether all values are finite, and the largest value of an fp16 node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import DECODER, CacheSpec, GraphSpec
+from blip2edge.engine.prepare import EnginePlan, plans_of
+from blip2edge.engine.step_graph import dense_table
+from blip2edge.export.verify import SEED, cases_of, random_inputs
+from blip2edge.model.layers import MASKED
+from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
+from tests.engine.typed_operators import DTYPES, OPERATORS, Call, quantized_type, tensor_of
+
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FLOATING = (ir.DataType.FLOAT, *HALF)
+CONVERTING = ("Cast", "QuantizeLinear", "DequantizeLinear")
+BOOLEAN = ("And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+
+Observe = Callable[[ir.Node, Tensor], None]
+"""Called with each node and each of its outputs."""
+
+
+class TypedGraphError(Exception):
+    """A node that no strongly typed network can hold: an unknown operator, or types that do not fit together."""
+
+
+def run(model: ir.Model, inputs: Mapping[str, Array], observe: Observe | None = None) -> dict[str, Tensor]:
+    """Runs a graph with every value in its declared type.
+
+    Args:
+        model: The graph, as :meth:`EnginePlan.model` gives it.
+        inputs: Arrays by name; floating ones are rounded to the type of the graph's input.
+        observe: Called with each node and each of its outputs.
+
+    Returns:
+        The outputs by name, in their declared types.
+
+    Raises:
+        TypedGraphError: An operator is unknown, a node mixes two floating types, or an output is declared with another
+            type than the node gives.
+    """
+    values: dict[ir.Value, tuple[Tensor, ir.DataType]] = {}
+    for value in model.graph.inputs:
+        values[value] = _given(value, inputs[str(value.name)])
+    kept = set(model.graph.outputs)
+    left = {value: len(value.uses()) for node in model.graph for value in node.outputs if value not in kept}
+    with torch.no_grad():
+        for node in model.graph:
+            results = _results(node, [_read(value, values) for value in node.inputs])
+            for output, (result, kind) in zip(node.outputs, results, strict=False):
+                values[output] = result, kind
+                if observe is not None:
+                    observe(node, result)
+            for source in node.inputs:
+                if source in left:
+                    left[source] -= 1
+                    if not left[source]:
+                        values.pop(source, None)
+    return {str(value.name): _read(value, values)[0] for value in model.graph.outputs}
+
+
+def _given(value: ir.Value, array: Array) -> tuple[Tensor, ir.DataType]:
+    """An input in its declared type."""
+    kind = ir.DataType.FLOAT if value.dtype is None else value.dtype
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if kind not in FLOATING and tensor.dtype != DTYPES[kind]:
+        raise TypedGraphError(f"the input {value.name} is {kind.name}, got {tensor.dtype}")
+    return tensor.to(DTYPES[kind]), kind
+
+
+def _read(value: ir.Value | None, values: Mapping[ir.Value, tuple[Tensor, ir.DataType]]) -> Any:
+    """A value with its type; weights are read from their file at each use. None twice for an input left out."""
+    if value is None:
+        return None, None
+    if value.const_value is not None and value not in values:
+        return tensor_of(value.const_value), value.const_value.dtype
+    return values[value]
+
+
+def _results(
+    node: ir.Node, read: Sequence[tuple[Tensor | None, ir.DataType | None]]
+) -> Iterator[tuple[Tensor, ir.DataType]]:
+    """The outputs of a node, rounded to their types."""
+    name = f"{node.name or node.outputs[0].name} ({node.op_type})"
+    types = [kind for _, kind in read]
+    floats = {kind.name for kind in types if kind in FLOATING and kind is not None}
+    if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
+        raise TypedGraphError(f"{name}: the operator {node.domain or 'ai.onnx'}::{node.op_type} is unknown")
+    if len(floats) > 1:
+        raise TypedGraphError(f"{name}: its inputs are {' and '.join(sorted(floats))}; one type is needed")
+    call = Call(node, [value.float() if kind in HALF else value for value, kind in read], types)  # type: ignore[union-attr]
+    found = OPERATORS[node.op_type](call)
+    for index, result in enumerate([found] if isinstance(found, Tensor) else found):
+        if index == len(node.outputs):
+            return
+        kind, declared = _kind(call, index), node.outputs[index].dtype
+        if declared not in (None, kind):
+            raise TypedGraphError(f"{name}: its output is declared as {declared}, but is {kind}")
+        if result.dtype != DTYPES[kind] and not (node.op_type in CONVERTING or kind in HALF):
+            raise TypedGraphError(f"{name}: its output is {kind.name}, but its inputs give {result.dtype}")
+        yield result.to(DTYPES[kind]), kind
+
+
+def _kind(call: Call, index: int) -> ir.DataType:
+    """The type of a node's output by its operator, from the types of its inputs."""
+    node = call.node
+    if node.op_type == "Cast":
+        return ir.DataType(call.attribute("to"))
+    if node.op_type == "QuantizeLinear":
+        return quantized_type(call)
+    if node.op_type in BOOLEAN:
+        return ir.DataType.BOOL
+    if node.op_type in ("Shape", "ArgMax") or (node.op_type == "TopK" and index == 1):
+        return ir.DataType.INT64
+    if node.op_type in ("Constant", "ConstantOfShape"):
+        value = call.attribute("value")
+        if value is not None:
+            return ir.DataType(value.dtype)
+        return ir.DataType.INT64 if {"value_int", "value_ints"} & set(node.attributes) else ir.DataType.FLOAT
+    kind = call.types[1 if node.op_type in ("DequantizeLinear", "Where") else 0]
+    if kind is None:
+        raise TypedGraphError(f"{node.op_type} needs its first inputs")
+    return kind
+
+
+def in_fp32(model: ir.Model) -> ir.Model:
+    """Turns every fp16 and bf16 value of a graph into FP32, in place; weights keep their rounded values."""
+    for node in model.graph:
+        to, value = node.attributes.get("to"), node.attributes.get("value")
+        if node.op_type == "Cast" and to is not None and to.as_int() in HALF:
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+        if value is not None and value.as_tensor().dtype in HALF:
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(value.as_tensor().numpy().astype(np.float32)))
+    inner = [output for node in model.graph for output in node.outputs]
+    for item in [*model.graph.inputs, *model.graph.initializers.values(), *inner]:
+        stored = item.const_value
+        if stored is not None and stored.dtype in HALF:
+            item.const_value = ir.tensor(stored.numpy().astype(np.float32), name=item.name)
+        if item.dtype in HALF:
+            item.dtype = ir.DataType.FLOAT
+    return model
+
+
+def in_onnxruntime(model: ir.Model, cases: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """Runs a graph in ONNX Runtime's CPU provider, node by node as it is written: nothing is fused."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "graph.onnx"
+        ir.save(model, path, external_data="graph.data")
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        kinds = {value.name: value.type for value in session.get_inputs()}
+        names = [value.name for value in session.get_outputs()]
+        answers = []
+        for case in cases:
+            feed = {name: case[name].astype(np.float16) if "16" in kind else case[name] for name, kind in kinds.items()}
+            answers.append(dict(zip(names, session.run(names, feed), strict=True)))
+    return answers
+
+
+def cases_of_plan(bundle: Bundle, plan: EnginePlan) -> list[dict[str, Array]]:
+    """Random inputs of an engine, floating ones in float32: those of the export's check, in the engine's form."""
+    if plan.step is not None:
+        return [_step_case(plan.spec, rows, np.random.default_rng([SEED, rows])) for rows in (1, 3)]
+    spec = bundle.graph(plan.name).spec
+    drawn = [random_inputs(spec, sizes, np.random.default_rng([SEED, at])) for at, sizes in enumerate(cases_of(spec))]
+    return drawn if plan.cache is None else [_constant_case(case, plan.cache, plan.spec) for case in drawn]
+
+
+def _step_case(spec: GraphSpec, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+    shapes = {tensor.name: tensor.shape({"batch": rows}) for tensor in spec.inputs}
+    logits = rng.standard_normal(shapes["logits"], dtype=np.float32)
+    positions = rng.integers(0, 9, shapes["position_ids"])
+    return {"logits": logits, "position_ids": positions, CACHE_POSITION: rng.integers(9, 20, (1,))}
+
+
+def _constant_case(case: Mapping[str, Array], cache: CacheSpec, spec: GraphSpec) -> dict[str, Array]:
+    """The inputs of a growing decoder for the form with a constant capacity: unused slots are zero and masked."""
+    found = {tensor.name: case[tensor.name] for tensor in spec.inputs if tensor.name in case}
+    capacity = spec.axes()["capacity"].max
+    found[CACHE_POSITION] = np.array([case[cache.past_names()[0]].shape[2]], np.int64)
+    for name, axis in (("attention_mask", 1), *((past, 2) for past in cache.past_names())):
+        pad = [(0, 0)] * case[name].ndim
+        pad[axis] = (0, capacity - case[name].shape[axis])
+        found[name] = np.pad(case[name], pad)
+    return found
+
+
+def with_dense_table(plan: EnginePlan, directory: Path) -> EnginePlan:
+    """The plan whose step graph reads a table in floating point, as ``build`` makes it."""
+    if plan.step is None:
+        return plan
+    table = dense_table(plan.step.table, plan.step.spec.outputs[1].dtype, directory / "table.safetensors")
+    return replace(plan, step=replace(plan.step, table=table))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A typed run compared with a reference.
+
+    Attributes:
+        difference: Largest difference of an output, as a share of the reference's largest value; infinite for NaN.
+        output: The output with that difference.
+        finite: Whether every value of every node is finite.
+        peak: Largest absolute value of a node in fp16, and that node; scores of masked slots are left out. 0 where no
+            node is in fp16.
+    """
+
+    difference: float
+    output: str
+    finite: bool
+    peak: tuple[float, str]
+
+
+def compare(
+    model: ir.Model, cases: Sequence[Mapping[str, Array]], references: Sequence[Mapping[str, Array]]
+) -> Comparison:
+    """Runs a graph typed on every case and compares it with the references."""
+    finite, peak, worst = True, (0.0, ""), (0.0, "")
+
+    def observe(node: ir.Node, value: Tensor) -> None:
+        nonlocal finite, peak
+        if value.is_floating_point() and value.numel():
+            finite = finite and bool(value.isfinite().all())
+            if value.dtype == torch.float16:
+                largest = float(value.where(value > MASKED / 2, 0).abs().max())
+                peak = max(peak, (largest, str(node.name or node.outputs[0].name)))
+
+    for case, reference in zip(cases, references, strict=True):
+        for name, value in run(model, case, observe).items():
+            worst = max(worst, (difference(value, reference[name]), name))
+    return Comparison(*worst, finite, peak)
+
+
+def difference(value: Tensor, reference: Array) -> float:
+    """Largest difference as a share of the reference's largest value; infinite where one is not finite."""
+    expected = torch.from_numpy(np.asarray(reference, np.float64))
+    if not value.isfinite().all():
+        return float("inf")
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    return float((value.double() - expected).abs().max()) / max(largest, 1e-12) if expected.numel() else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="typed run of every engine graph of a bundle, on random inputs")
+    parser.add_argument("bundle", type=Path)
+    bundle = Bundle.open(parser.parse_args().bundle)
+    print(f"{'graph':<16}{'precision':<14}{'nodes':>6}{'difference':>12}  {'finite':<8}largest fp16 value")
+    for planned in plans_of(bundle):
+        with tempfile.TemporaryDirectory() as directory:
+            plan = with_dense_table(planned, Path(directory))
+            cases = cases_of_plan(bundle, plan)
+            found = compare(plan.model(), cases, in_onnxruntime(in_fp32(plan.model()), cases))
+            nodes = sum(1 for _ in plan.model().graph)
+        precision = bundle.graph(plan.name if plan.step is None else DECODER).precision
+        finite, peak = "yes" if found.finite else "NO", f"{found.peak[0]:.4g} {found.peak[1]}"
+        print(f"{plan.name:<16}{precision:<14}{nodes:>6}{found.difference:>12.1e}  {finite:<8}{peak}")
+
+
+if __name__ == "__main__":
+    main()
