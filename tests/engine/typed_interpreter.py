@@ -222,27 +222,32 @@ def with_dense_table(plan: EnginePlan, directory: Path) -> EnginePlan:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A typed run compared with a reference.
+    """A typed run compared with references.
 
     Attributes:
-        difference: Largest difference of an output, as a share of the reference's largest value; infinite for NaN.
-        output: The output with that difference.
+        differences: Largest difference of each output, as a share of the reference's largest value; infinite where the
+            output is not finite.
         finite: Whether every value of every node is finite.
         peak: Largest absolute value of a node in fp16, and that node; scores of masked slots are left out. 0 where no
             node is in fp16.
     """
 
-    difference: float
-    output: str
+    differences: Mapping[str, float]
     finite: bool
     peak: tuple[float, str]
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of all outputs."""
+        return max(self.differences.values())
 
 
 def compare(
     model: ir.Model, cases: Sequence[Mapping[str, Array]], references: Sequence[Mapping[str, Array]]
 ) -> Comparison:
-    """Runs a graph typed on every case and compares it with the references."""
-    finite, peak, worst = True, (0.0, ""), (0.0, "")
+    """Runs a graph typed on every case and compares its outputs with the references."""
+    finite, peak = True, (0.0, "")
+    differences: dict[str, float] = {}
 
     def observe(node: ir.Node, value: Tensor) -> None:
         nonlocal finite, peak
@@ -254,8 +259,8 @@ def compare(
 
     for case, reference in zip(cases, references, strict=True):
         for name, value in run(model, case, observe).items():
-            worst = max(worst, (difference(value, reference[name]), name))
-    return Comparison(*worst, finite, peak)
+            differences[name] = max(differences.get(name, 0.0), difference(value, reference[name]))
+    return Comparison(differences, finite, peak)
 
 
 def difference(value: Tensor, reference: Array) -> float:
@@ -280,7 +285,7 @@ def main() -> None:
             nodes = sum(1 for _ in plan.model().graph)
         precision = bundle.graph(plan.name if plan.step is None else DECODER).precision
         finite, peak = "yes" if found.finite else "NO", f"{found.peak[0]:.4g} {found.peak[1]}"
-        print(f"{plan.name:<16}{precision:<14}{nodes:>6}{found.difference:>12.1e}  {finite:<8}{peak}")
+        print(f"{plan.name:<16}{precision:<14}{nodes:>6}{found.largest:>12.1e}  {finite:<8}{peak}")
 
 
 if __name__ == "__main__":
