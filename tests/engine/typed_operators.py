@@ -1,6 +1,6 @@
 """ONNX operators in torch, by name: floating tensors come in FP32, and the caller rounds the result to its type.
 
-The definitions are those of https://onnx.ai/onnx/operators, opsets 13 to 21. Products and sums accumulate in FP32, as
+The definitions are those of https://onnx.ai/onnx/operators, opsets 13 to 24. Products and sums accumulate in FP32, as
 tensor cores do.
 """
 
@@ -240,6 +240,33 @@ def _layer_norm(call: Call) -> Tensor:
     return normal if bias is None else normal + bias
 
 
+def _attention(call: Call) -> Tensor:
+    """Scores and softmax in FP32 with one rounding at the end, as fused kernels compute them; opset 23 and 24."""
+    rest = [index for index in range(4, len(call.inputs)) if call.inputs[index] is not None]
+    if call[0].dim() != 4 or rest or call.attribute("softcap", 0.0) or len(call.node.outputs) > 1:
+        raise NotImplementedError("Attention other than of query, key, value and mask with 4 dimensions")
+    (query, key, value), mask = (call[index] for index in range(3)), call.optional(3)
+    groups = query.shape[1] // key.shape[1]
+    scale = call.attribute("scale") or query.shape[-1] ** -0.5
+    scores = (query * scale) @ key.repeat_interleave(groups, 1).transpose(2, 3)
+    if call.attribute("is_causal", 0):
+        scores = scores.masked_fill(~torch.ones(scores.shape[2:], dtype=torch.bool).tril(), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1) @ value.repeat_interleave(groups, 1)
+
+
+def _tensor_scatter(call: Call) -> Tensor:
+    """Writes an update into a cache, row by row, from an index on; opset 24."""
+    if call.attribute("mode", "linear") != "linear":
+        raise NotImplementedError(f"TensorScatter with mode {call.attribute('mode')}")
+    cache, update, axis = call[0].clone(), call[1], call.attribute("axis", -2) % call[0].dim() - 1
+    starts = [0] * len(cache) if call.optional(2) is None else call.integers(2)
+    for row, start in enumerate(starts):
+        cache[row].narrow(axis, start, update.shape[axis + 1]).copy_(update[row])
+    return cache
+
+
 def _along(call: Call, parameter: Tensor) -> Tensor:
     """A scale or zero point in the shape of the quantised tensor: of all, of each slice of an axis, or of blocks."""
     if parameter.numel() == 1:
@@ -340,6 +367,8 @@ OPERATORS: dict[str, Operator] = {
     "Conv": _conv,
     "Gemm": _gemm,
     "LayerNormalization": _layer_norm,
+    "Attention": _attention,
+    "TensorScatter": _tensor_scatter,
     "QuantizeLinear": _quantize,
     "DequantizeLinear": _dequantize,
 }
