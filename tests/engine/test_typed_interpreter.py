@@ -306,6 +306,7 @@ NODES: dict[str, tuple[str, list[Array], dict[str, Any], int]] = {
     "first maximum": ("ArgMax", [np.array([[1, 3, 3], [2, 2, 0]], np.float32)], {"axis": 1}, 1),
     "reversed sum": ("CumSum", [floats(3, 4), np.array(1, np.int64)], {"reverse": 1, "exclusive": 1}, 1),
     "negative indices": ("Gather", [floats(4, 3), integers(-1, 0, 2)], {"axis": 0}, 1),
+    "scattered": ("ScatterElements", [floats(2, 5), integers(1, -1).reshape(2, 1), floats(2, 1)], {"axis": 1}, 1),
     "copied size": ("Reshape", [floats(2, 3, 4), integers(0, -1)], {}, 1),
     "truncated division": ("Div", [integers(-7, 7, 5), integers(2, -2, 2)], {}, 1),
     "truncated cast": ("Cast", [np.array([-1.7, 1.7, 0.2], np.float32)], {"to": 7}, 1),

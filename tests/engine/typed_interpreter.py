@@ -194,10 +194,18 @@ def cases_of_plan(bundle: Bundle, plan: EnginePlan) -> list[dict[str, Array]]:
 
 
 def _step_case(spec: GraphSpec, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-    shapes = {tensor.name: tensor.shape({"batch": rows}) for tensor in spec.inputs}
-    logits = rng.standard_normal(shapes["logits"], dtype=np.float32)
-    positions = rng.integers(0, 9, shapes["position_ids"])
-    return {"logits": logits, "position_ids": positions, CACHE_POSITION: rng.integers(9, 20, (1,))}
+    """Logits, positions, penalties above 1, and marks of 0 and 1."""
+    found: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        shape = tensor.shape({"batch": rows})
+        if tensor.dtype == "int64":
+            found[tensor.name] = rng.integers(0, 3, shape)
+        elif tensor.name in ("seen", "held"):
+            found[tensor.name] = rng.integers(0, 2, shape).astype(np.float32)
+        else:
+            drawn = rng.standard_normal(shape, dtype=np.float32)
+            found[tensor.name] = 1 + np.abs(drawn) if tensor.name == "penalty" else drawn
+    return found
 
 
 def _constant_case(case: Mapping[str, Array], cache: CacheSpec, spec: GraphSpec) -> dict[str, Array]:

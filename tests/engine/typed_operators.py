@@ -159,6 +159,14 @@ def _gather_elements(call: Call) -> Tensor:
     return torch.gather(call[0], axis, places)
 
 
+def _scatter_elements(call: Call) -> Tensor:
+    if call.attribute("reduction", "none") != "none":
+        raise NotImplementedError(f"ScatterElements with reduction {call.attribute('reduction')}")
+    axis = call.attribute("axis", 0)
+    places = torch.where(call[1] < 0, call[1] + call[0].shape[axis], call[1])
+    return call[0].scatter(axis, places, call[2])
+
+
 def _slice(call: Call) -> Tensor:
     value, starts, ends = call[0], call.integers(1), call.integers(2)
     axes = list(range(len(starts))) if call.optional(3) is None else call.integers(3)
@@ -357,6 +365,7 @@ OPERATORS: dict[str, Operator] = {
     "Expand": _expand,
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "ScatterElements": _scatter_elements,
     "Slice": _slice,
     "Split": _split,
     "Constant": _constant,
