@@ -22,7 +22,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.schema import DECODER, VISION
 from blip2edge.calibration.pipeline import calibrate
-from blip2edge.engine.prepare import EnginePlan, plans_of
+from blip2edge.engine.prepare import EnginePlan
 from blip2edge.export import precision as precisions
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.export.verify import TOLERANCES
@@ -30,7 +30,7 @@ from tests.drafted import add_draft
 from tests.drawing import Drawn, draw_pictures
 from tests.engine.conftest import BundleOf
 from tests.engine.families import ONE_QUICK
-from tests.engine.rtx import CAPACITY, plans
+from tests.engine.rtx import plans
 from tests.engine.typed_interpreter import (
     Comparison,
     TypedGraphError,
@@ -132,7 +132,7 @@ def test_integers_in_fp16(family: str, bundle_of: BundleOf, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_draft_model_and_merged_patches(tiny_checkpoint: Drawn, tmp_path: Path) -> None:
     merged = export_checkpoint(tiny_checkpoint.directory, tmp_path / "merged", merge_tokens=3).bundle
-    kinds = {node.op_type for plan in plans_of(Bundle.open(merged)) for node in plan.model().graph}
+    kinds = {node.op_type for plan in plans(Bundle.open(merged)) for node in plan.model().graph}
     assert {"TopK", "GatherElements", "ReduceL2"} <= kinds
     for plan, found in compared(merged, tmp_path):
         assert found.finite
@@ -227,7 +227,7 @@ def graphs_of(path: Path) -> list[tuple[str, GraphRecord]]:
 
 def decoder_of(path: Path) -> tuple[Bundle, EnginePlan, ir.Model]:
     bundle = Bundle.open(path)
-    plan = next(plan for plan in plans_of(bundle, capacity=CAPACITY) if plan.name == DECODER)
+    plan = next(plan for plan in plans(bundle) if plan.name == DECODER)
     return bundle, plan, plan.model()
 
 
@@ -379,9 +379,9 @@ def test_the_table_of_a_bundle(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["typed_interpreter", str(bundle_of("blip2-opt", "fp16"))])
     main()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in lines] == ["graph", "vision_encoder", "bridge", "decoder", "step"]
-    for _, precision, nodes, off, finite, peak, _ in lines[1:]:
+    lines = [line.rsplit(maxsplit=6) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[0] for line in lines] == ["vision_encoder", "bridge", "decoder", "step", "decoder (grows)"]
+    for _, precision, nodes, off, finite, peak, _ in lines:
         assert (precision, finite) == ("fp16", "yes")
         assert int(nodes) >= 5
         assert float(off) <= TOLERANCES["fp16"]
