@@ -55,7 +55,9 @@ which is 1/127 of its tensor's largest value. The largest seen is 7.1e-3.
 """
 
 
-def compared(path: Path, directory: Path, reference: Path | None = None) -> Iterator[tuple[EnginePlan, Comparison]]:
+def compared(
+    path: Path, directory: Path, reference: Path | None = None, half_sums: bool = False
+) -> Iterator[tuple[EnginePlan, Comparison]]:
     """Every engine of a bundle, with its differences to the same graph of another bundle in ONNX Runtime.
 
     Without ``reference``, the graph itself with all floats in FP32 is the reference.
@@ -66,7 +68,7 @@ def compared(path: Path, directory: Path, reference: Path | None = None) -> Iter
         plan = with_dense_table(planned, directory)
         expected = with_dense_table(other, directory) if reference else plan
         cases = cases_of_plan(bundle, plan)
-        yield plan, compare(plan.model(), cases, in_onnxruntime(in_fp32(expected.model()), cases))
+        yield plan, compare(plan.model(), cases, in_onnxruntime(in_fp32(expected.model()), cases), half_sums)
 
 
 def tolerance(record: GraphRecord, output: str) -> float:
@@ -83,11 +85,14 @@ def test_fp32_equals_onnxruntime(family: str, bundle_of: BundleOf, tmp_path: Pat
         assert found.largest <= FP32, (plan.name, found.differences)
 
 
+@pytest.mark.parametrize("half_sums", [False, True])
 @pytest.mark.parametrize("family", ONE_QUICK)
-def test_fp16_is_within_the_tolerance_of_the_manifest(family: str, bundle_of: BundleOf, tmp_path: Path) -> None:
+def test_fp16_is_within_the_tolerance_of_the_manifest(
+    family: str, half_sums: bool, bundle_of: BundleOf, tmp_path: Path
+) -> None:
     path = bundle_of(family, "fp16")
     records = Bundle.open(path).manifest.graphs
-    for plan, found in compared(path, tmp_path, bundle_of(family)):
+    for plan, found in compared(path, tmp_path, bundle_of(family), half_sums):
         assert found.finite, (plan.name, found.peak)
         assert found.peak[0] > 0
         if plan.step is not None:  # the same ids, and the rows of a table in fp16
@@ -188,6 +193,9 @@ def test_an_overflow_is_found_that_onnxruntime_hides(tmp_path: Path) -> None:
     assert not found.finite
     assert found.largest == float("inf")
     assert found.peak == (float("inf"), "product")
+    opposed = {**inputs, "right": np.repeat(np.float32([64, -64]), 32)[:, None].repeat(64, 1)}
+    assert (run(model, opposed)["out_0"] == 0).all()
+    assert not run(model, opposed, half_sums=True)["out_0"].isfinite().any()
     in_bf16 = overflowing()[0]
     for item in [*in_bf16.graph.inputs, *(node.outputs[0] for node in in_bf16.graph)]:
         item.dtype = ir.DataType.BFLOAT16

@@ -50,13 +50,16 @@ class TypedGraphError(Exception):
     """A node that no strongly typed network can hold: an unknown operator, or types that do not fit together."""
 
 
-def run(model: ir.Model, inputs: Mapping[str, Array], observe: Observe | None = None) -> dict[str, Tensor]:
+def run(
+    model: ir.Model, inputs: Mapping[str, Array], observe: Observe | None = None, half_sums: bool = False
+) -> dict[str, Tensor]:
     """Runs a graph with every value in its declared type.
 
     Args:
         model: The graph, as :meth:`EnginePlan.model` gives it.
         inputs: Arrays by name; floating ones are rounded to the type of the graph's input.
         observe: Called with each node and each of its outputs.
+        half_sums: Whether products of fp16 matrices are summed in fp16, as some of TensorRT's kernels do.
 
     Returns:
         The outputs by name, in their declared types.
@@ -72,7 +75,7 @@ def run(model: ir.Model, inputs: Mapping[str, Array], observe: Observe | None = 
     left = {value: len(value.uses()) for node in model.graph for value in node.outputs if value not in kept}
     with torch.no_grad():
         for node in model.graph:
-            results = _results(node, [_read(value, values) for value in node.inputs])
+            results = _results(node, [_read(value, values) for value in node.inputs], half_sums)
             for output, (result, kind) in zip(node.outputs, results, strict=False):
                 values[output] = result, kind
                 if observe is not None:
@@ -104,7 +107,7 @@ def _read(value: ir.Value | None, values: Mapping[ir.Value, tuple[Tensor, ir.Dat
 
 
 def _results(
-    node: ir.Node, read: Sequence[tuple[Tensor | None, ir.DataType | None]]
+    node: ir.Node, read: Sequence[tuple[Tensor | None, ir.DataType | None]], half_sums: bool
 ) -> Iterator[tuple[Tensor, ir.DataType]]:
     """The outputs of a node, rounded to their types."""
     name = f"{node.name or node.outputs[0].name} ({node.op_type})"
@@ -114,7 +117,8 @@ def _results(
         raise TypedGraphError(f"{name}: the operator {node.domain or 'ai.onnx'}::{node.op_type} is unknown")
     if len(floats) > 1:
         raise TypedGraphError(f"{name}: its inputs are {' and '.join(sorted(floats))}; one type is needed")
-    call = Call(node, [value.float() if kind in HALF else value for value, kind in read], types)  # type: ignore[union-attr]
+    given = [value.float() if kind in HALF and value is not None else value for value, kind in read]
+    call = Call(node, given, types, half_sums)
     found = OPERATORS[node.op_type](call)
     for index, result in enumerate([found] if isinstance(found, Tensor) else found):
         if index == len(node.outputs):
@@ -260,7 +264,10 @@ class Comparison:
 
 
 def compare(
-    model: ir.Model, cases: Sequence[Mapping[str, Array]], references: Sequence[Mapping[str, Array]]
+    model: ir.Model,
+    cases: Sequence[Mapping[str, Array]],
+    references: Sequence[Mapping[str, Array]],
+    half_sums: bool = False,
 ) -> Comparison:
     """Runs a graph typed on every case and compares its outputs with the references."""
     finite, peak = True, (0.0, "")
@@ -275,7 +282,7 @@ def compare(
                 peak = max(peak, (largest, str(node.name or node.outputs[0].name)))
 
     for case, reference in zip(cases, references, strict=True):
-        for name, value in run(model, case, observe).items():
+        for name, value in run(model, case, observe, half_sums).items():
             differences[name] = max(differences.get(name, 0.0), difference(value, reference[name]))
     return Comparison(differences, finite, peak)
 
@@ -292,13 +299,16 @@ def difference(value: Tensor, reference: Array) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="typed run of every engine graph of a bundle, on random inputs")
     parser.add_argument("bundle", type=Path)
-    bundle = Bundle.open(parser.parse_args().bundle)
+    parser.add_argument("--half-sums", action="store_true", help="sum products of fp16 matrices in fp16, not in FP32")
+    options = parser.parse_args()
+    bundle = Bundle.open(options.bundle)
     print(f"{'graph':<16}{'precision':<14}{'nodes':>6}{'difference':>12}  {'finite':<8}largest fp16 value")
     for planned in plans(bundle):
         with tempfile.TemporaryDirectory() as directory:
             plan = with_dense_table(planned, Path(directory))
             cases = cases_of_plan(bundle, plan)
-            found = compare(plan.model(), cases, in_onnxruntime(in_fp32(plan.model()), cases))
+            references = in_onnxruntime(in_fp32(plan.model()), cases)
+            found = compare(plan.model(), cases, references, options.half_sums)
             nodes = sum(1 for _ in plan.model().graph)
         precision = bundle.graph(plan.name if plan.step is None else DECODER).precision
         finite, peak = "yes" if found.finite else "NO", f"{found.peak[0]:.4g} {found.peak[1]}"

@@ -41,11 +41,13 @@ class Call:
         node: The node.
         inputs: Its inputs, floating ones in FP32; None for an input that is left out.
         types: The ONNX types of the inputs.
+        half_sums: Whether products of fp16 matrices are summed in fp16.
     """
 
     node: ir.Node
     inputs: Sequence[Tensor | None]
     types: Sequence[ir.DataType | None]
+    half_sums: bool = False
 
     def __getitem__(self, index: int) -> Tensor:
         value = self.optional(index)
@@ -233,9 +235,19 @@ def _conv(call: Call) -> Tensor:
     return run(padded, call[1], call.optional(2), strides, 0, dilations, call.attribute("group", 1))
 
 
+def _product(call: Call, left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product; with ``half_sums``, one instruction's 16 products are added exactly, and their sums in fp16."""
+    if not (call.half_sums and call.types[0] == ir.DataType.FLOAT16):
+        return left @ right
+    total = torch.zeros(())
+    for columns, rows in zip(left.split(16, -1), right.split(16, -2), strict=True):
+        total = (total + columns @ rows).half().float()
+    return total
+
+
 def _gemm(call: Call) -> Tensor:
     left, right = (call[at].T if call.attribute(name, 0) else call[at] for at, name in ((0, "transA"), (1, "transB")))
-    product, added = call.attribute("alpha", 1.0) * (left @ right), call.optional(2)
+    product, added = call.attribute("alpha", 1.0) * _product(call, left, right), call.optional(2)
     return product if added is None else product + call.attribute("beta", 1.0) * added
 
 
@@ -328,7 +340,6 @@ _SAME_NAME = (
     "Sub",
     "Mul",
     "Pow",
-    "MatMul",
     "Where",
 )
 """Operators that torch has under the same name."""
@@ -374,6 +385,7 @@ OPERATORS: dict[str, Operator] = {
     "ArgMax": _arg_max,
     "TopK": _top,
     "Conv": _conv,
+    "MatMul": lambda call: _product(call, call[0], call[1]),
     "Gemm": _gemm,
     "LayerNormalization": _layer_norm,
     "Attention": _attention,
