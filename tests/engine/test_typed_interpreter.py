@@ -193,7 +193,7 @@ def test_an_overflow_is_found_that_onnxruntime_hides(tmp_path: Path) -> None:
     assert not found.finite
     assert found.largest == float("inf")
     assert found.peak == (float("inf"), "product")
-    opposed = {**inputs, "right": np.repeat(np.float32([64, -64]), 32)[:, None].repeat(64, 1)}
+    opposed = {**inputs, "right": np.repeat(np.array([64, -64], np.float32), 32)[:, None].repeat(64, 1)}
     assert (run(model, opposed)["out_0"] == 0).all()
     assert not run(model, opposed, half_sums=True)["out_0"].isfinite().any()
     in_bf16 = overflowing()[0]
