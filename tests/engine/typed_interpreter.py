@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -173,6 +172,8 @@ def in_fp32(model: ir.Model) -> ir.Model:
 
 def in_onnxruntime(model: ir.Model, cases: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
     """Runs a graph in ONNX Runtime's CPU provider, node by node as it is written: nothing is fused."""
+    import onnxruntime  # after blip2edge, which switches its telemetry off
+
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "graph.onnx"
         ir.save(model, path, external_data="graph.data")
