@@ -76,6 +76,12 @@ BY_LANGUAGE: dict[str, tuple[Fp32Exception, ...]] = {
             "Add",
             "carries the feed-forward output from layer to layer",
         ),
+        Fp32Exception(
+            "T5 selection",
+            r"^language$",
+            "GatherElements",
+            "takes the last tokens of the residual before the final norm",
+        ),
     ),
 }
 """Rules for one language model, by its ``model_type``."""

@@ -127,6 +127,7 @@ def test_the_feed_forward_output_stays_fp32_in_fp16(tmp_path: Path) -> None:
         reasons = " ".join(graphs[name].fp32_exceptions)
         assert "T5 feed-forward output" in reasons
         assert "T5 residual" in reasons
+    assert "T5 selection" in " ".join(graphs["decoder"].fp32_exceptions)
     assert Captioner.load(tmp_path / "bundle", threads=1).caption(draw_pictures(1, 0)[0], prompt="a").tokens
 
 
