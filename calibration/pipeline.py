@@ -92,7 +92,8 @@ def calibrate(
         output: The directory of the new bundle.
         images: A folder of pictures or ``.tar`` shards.
         method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
-        activations: Names of the graphs whose activations become INT8; a name that the parent lacks has no effect.
+        activations: Names of the graphs whose activations become INT8. Those of :data:`W8A8` that the parent lacks have
+            no effect.
         weights: The type of the weights of the other graphs, ``int8`` or ``int4`` (the token table becomes ``int8``);
             None keeps them unchanged.
         drop_limit: Percentage points of the captions that may differ from the parent's: the most sensitive layers are
@@ -104,7 +105,8 @@ def calibrate(
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
-        UsageError: ``method`` or ``weights`` is unknown, or ``drop_limit`` does not apply to this model.
+        UsageError: ``method``, ``weights`` or a graph in ``activations`` is unknown, or ``drop_limit`` does not apply
+            to this model.
         BundleError: The parent is not a bundle, is in bf16, or was calibrated before.
         DataError: No picture can be read.
         OutputError: ``output`` exists, or cannot be written.
@@ -113,6 +115,10 @@ def calibrate(
     target, start = Path(output), time.perf_counter()
     parent = _open_parent(bundle, method, weights)
     check_not_source(target, parent.path)
+    unknown = sorted(set(activations) - set(W8A8) - set(parent.manifest.graphs))
+    if unknown:
+        graphs = ", ".join(parent.manifest.graphs)
+        raise UsageError(f"expected {option('int8_activations')} to be one of {graphs}, got {', '.join(unknown)}")
     check_drop_limit(drop_limit, parent.manifest.prompt is not None)
     report = progress or (lambda stage, done, total: None)
     with MemoryMeter() as meter, staged(target, force) as staging:
@@ -216,6 +222,12 @@ def _quantize(
 ) -> StagedGraph:
     """Quantizes one graph, or copies it if neither its activations nor its weights become integers."""
     if record.spec.name in activations:
+        if not context.feeds.count(record.spec.name):
+            raise UsageError(
+                f"{option('int8_activations')}: the graph {record.spec.name} does not run while pictures are "
+                "captioned, so the ranges of its activations are not known",
+                "leave it out",
+            )
         return quantize_activations(context, record)
     if record.spec.name == VISION or weights is None:
         return _copied(context, record)

@@ -158,6 +158,11 @@ def test_large_difference_from_the_parent_is_a_warning(report: CalibrationReport
     assert _difference_warnings({VISION: graph}, None, limited=False) == []
 
 
+def test_graphs_whose_activations_cannot_become_int8(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="int8_activations to be one of vision_encoder, bridge, decoder, got decodr"):
+        calibrate(tiny_bundle, tmp_path / "int8", images=images, activations=("decodr",))
+
+
 def test_no_pictures_and_a_wrong_parent(
     tiny_bundle: Path, images: Path, report: CalibrationReport, tmp_path: Path
 ) -> None:
