@@ -117,8 +117,8 @@ def calibrate(
     check_not_source(target, parent.path)
     unknown = sorted(set(activations) - set(W8A8) - set(parent.manifest.graphs))
     if unknown:
-        graphs = ", ".join(parent.manifest.graphs)
-        raise UsageError(f"expected {option('int8_activations')} to be one of {graphs}, got {', '.join(unknown)}")
+        known = ", ".join(parent.manifest.graphs)
+        raise UsageError(f"expected {option('int8_activations')} to be one of {known}, got {', '.join(unknown)}")
     check_drop_limit(drop_limit, parent.manifest.prompt is not None)
     report = progress or (lambda stage, done, total: None)
     with MemoryMeter() as meter, staged(target, force) as staging:
