@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from blip2edge.runtime.serving.http import Server
@@ -53,6 +54,7 @@ async def call(
     *,
     kind: str | None = None,
     leave: bool = False,
+    headers: Mapping[str, str] = {},
 ) -> Answer | None:
     """One request in pieces of 1,000 bytes.
 
@@ -61,6 +63,7 @@ async def call(
         method, path, body, query: Of the request.
         kind: Its content type.
         leave: The client closes the connection as soon as it has sent the request.
+        headers: Of the request, without the content type.
     """
     pieces = [body[at : at + 1000] for at in range(0, len(body), 1000)] or [b""]
     incoming = [
@@ -79,8 +82,9 @@ async def call(
         sent.append(message)
 
     scope: dict[str, Any] = {"type": "http", "method": method, "path": path, "query_string": query.encode()}
-    if kind is not None:
-        scope["headers"] = [(b"content-type", kind.encode())]
+    given = {**headers, **({} if kind is None else {"content-type": kind})}
+    if given:
+        scope["headers"] = [(name.lower().encode(), value.encode()) for name, value in given.items()]
     await asyncio.wait_for(server(scope, receive, send), 60)
     return Answer(sent) if sent else None
 

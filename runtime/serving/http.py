@@ -51,6 +51,7 @@ from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.options import shown
+from blip2edge.runtime.serving.access import Access, AccessControl
 from blip2edge.runtime.serving.chat_keys import NAMES, RequestError, classified, error_json
 from blip2edge.runtime.serving.openai_api import Answer, event_lines, read_request
 from blip2edge.runtime.serving.picture_forms import (
@@ -82,6 +83,7 @@ class Server(Collector):
         captioner: A loaded bundle.
         max_batch, max_waiting: As of :class:`Scheduler`.
         deadline: Seconds for a caption, where the request gives none; None for no bound.
+        access: Who may use the server; None for every client that is not a page of another origin.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Server(Collector):
         max_batch: int = 8,
         max_waiting: int = 64,
         deadline: float | None = None,
+        access: Access | None = None,
     ) -> None:
         self.captioner = captioner
         self.model = captioner.bundle.path.resolve().name
@@ -124,6 +127,7 @@ class Server(Collector):
             lifespan=self._lifespan,
         )
         self._app.router.redirect_slashes = False
+        self._guarded = AccessControl(self._app, access or Access(), PAGE.read_text(encoding="utf-8"))
 
     def close(self) -> None:
         """Cancels all open requests."""
@@ -131,7 +135,7 @@ class Server(Collector):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
         """One connection, by the ASGI specification, where ``headers`` may be missing."""
-        await self._app({"headers": [], **scope}, receive, send)
+        await self._guarded({"headers": [], **scope}, receive, send)
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:

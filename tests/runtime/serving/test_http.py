@@ -365,11 +365,25 @@ def test_a_prompt_of_half_characters_harms_nobody(server: Server, png: bytes) ->
     got(ask(server, "POST", "/caption", png))
 
 
-def test_health_tells_of_a_scheduler_that_failed(server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_request_does_not_end_the_scheduler(
+    server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mistake(*_: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(server.scheduler, "_encoder", mistake)
+    with monkeypatch.context() as patched:
+        patched.setattr(server.scheduler, "_encoder", mistake)
+        with pytest.raises(ZeroDivisionError):
+            ask(server, "POST", "/caption", png)
+    assert got(ask(server, "GET", "/health")).json["status"] == "ok"
+    got(ask(server, "POST", "/caption", png))
+
+
+def test_health_reports_a_scheduler_that_failed(server: Server, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistake(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server.scheduler, "_encoded", mistake)
     with pytest.raises(ZeroDivisionError):
         ask(server, "POST", "/caption", png)
     assert got(ask(server, "GET", "/health"), 503).json["status"] == "failed"

@@ -1,0 +1,140 @@
+"""Who may use the server: API key, names of the host, pages of other origins (CORS), and headers for browsers."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope
+
+from blip2edge.runtime.serving.chat_keys import RequestError, error_json
+
+Send = Callable[[Any], Awaitable[None]]
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names under which a browser on this machine calls a server that listens on the loopback address."""
+
+OPEN = ("/", "/health")
+"""Paths that need no API key: the page asks for the key, and a supervisor asks for the health."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules of access.
+
+    Attributes:
+        api_key: Key that a request must send as ``Authorization: Bearer KEY``; empty for none.
+        origins: Origins of other pages that may use the server, such as ``https://example.org``; ``*`` for all.
+        hosts: Names that a request's ``Host`` header may have; empty for any. With it, a page of another name that
+            resolves to this address (DNS rebinding) is refused.
+    """
+
+    api_key: str = ""
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+
+class AccessControl:
+    """ASGI middleware that applies the rules; requests that break one are answered with an error in OpenAI's form.
+
+    Args:
+        app: The application.
+        access: The rules.
+        page: The HTML page of the server; its content security policy allows its own script only.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, page: str) -> None:
+        self._access = access
+        self._policy = content_security_policy(page)
+        guarded: ASGIApp = self._guarded
+        self._app = app
+        if access.origins:
+            guarded = CORSMiddleware(
+                guarded,
+                allow_origins=list(access.origins),
+                allow_methods=["GET", "HEAD", "POST"],
+                allow_headers=["*"],
+                expose_headers=["Retry-After"],
+            )
+        self._outer = guarded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection, by the ASGI specification."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=message.setdefault("headers", []))
+                headers.setdefault("x-content-type-options", "nosniff")
+                headers.setdefault("content-security-policy", self._policy)
+                headers.setdefault("referrer-policy", "no-referrer")
+            await send(message)
+
+        await self._outer(scope, receive, with_headers)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope["path"], Headers(scope=scope))
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
+        await JSONResponse(error_json(refusal), refusal.status, headers)(scope, receive, send)
+
+    def _refusal(self, path: str, headers: Mapping[str, str]) -> RequestError | None:
+        """The error of a request that breaks a rule."""
+        host = host_name(headers.get("host", ""))
+        if self._access.hosts and host and host not in self._access.hosts:
+            return RequestError(
+                f"this server is not {host}",
+                "name it by --allowed-host, or use one of its own names",
+                code="host_not_allowed",
+                status=421,
+            )
+        origin = headers.get("origin", "")
+        own = re.sub(r"^\w+://", "", origin) == headers.get("host", "")
+        if origin and not own and not {origin, "*"} & set(self._access.origins):
+            return RequestError(
+                f"pages of the origin {origin} may not use this server",
+                "allow the origin by --cors",
+                code="origin_not_allowed",
+                status=403,
+            )
+        if self._access.api_key and path not in OPEN:
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(key.encode(), self._access.api_key.encode()):
+                return RequestError(
+                    "expected the API key in the header Authorization: Bearer KEY",
+                    "send the key that the server was started with",
+                    code="invalid_api_key",
+                    status=401,
+                )
+        return None
+
+
+def host_name(host: str) -> str:
+    """The name in a ``Host`` header, without the port, in lower case: ``[::1]:8000`` is ``::1``."""
+    found = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host.strip())
+    return "" if found is None else (found[1] or found[2] or "").lower()
+
+
+def content_security_policy(page: str) -> str:
+    """The policy of a page: its own inline scripts run, and it talks to this server only."""
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    ]
+    scripts = " ".join(hashes) or "'none'"
+    return (
+        f"default-src 'self'; script-src {scripts}; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
+        "media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
