@@ -180,7 +180,7 @@ def test_jetpack_6_0_is_told_to_upgrade(monkeypatch: pytest.MonkeyPatch) -> None
         ({"target": "rtx", "version_compatible": True}, "version_compatible=True requires target tensorrt"),
         ({"target": "rtx", "timing_cache": Path("x")}, "timing_cache requires"),
         ({"capacity": 1}, "capacity must be at least 2"),
-        ({"decoder": "other"}, "expected decoder to be one of constant, concatenated"),
+        ({"decoder": "other"}, "expected decoder to be one of auto, in-place, constant, concatenated"),
     ],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], told: str) -> None:
