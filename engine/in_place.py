@@ -165,7 +165,7 @@ class _Rewriter:
             for node, _ in list(waiting.pop().uses()):
                 output = node.outputs[0]
                 if node.op_type == "Unsqueeze" and self._axes(node) == [0]:
-                    ir.convenience.replace_all_uses_with(output, node.inputs[0])
+                    ir.convenience.replace_all_uses_with(output, self._present(node.inputs[0]))
                 elif node.op_type not in COMPARISONS:
                     raise self._error(f"the slots of its new tokens are read by {node.op_type}")
                 elif output not in known:
