@@ -16,6 +16,7 @@ The rest of the graph stays as it was exported: weights, casts, Q/DQ nodes and b
 
 - Rows: each row has its own ``cache_position``, so rows of different lengths need no padding between them.
 - Masked scores: the exported graph adds -30000 to them, ``Attention`` gets the mask as bool. Their weight is 0 in both.
+  A bias that also holds relative positions (T5) stays as it is.
 - Softmax: fp16 graphs compute it in FP32 by casts. TensorRT's parser refuses ``softmax_precision``, so its precision is
   that of TensorRT's kernel.
 - Grouped heads: ``Attention`` takes fewer key and value heads than query heads, so they are not repeated.
@@ -41,6 +42,7 @@ from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
 
 OPSET = 24  # of TensorScatter, and of Attention with bool masks over a cache
 SLOTS_AXIS = -2  # TensorRT updates a cache along this axis only
+HIDING = -1e4  # a bias below it hides a slot: its weight is 0 in fp32 and fp16
 BOOL, INT64 = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64)
 COMPARISONS = frozenset({"Greater", "Equal", "LessOrEqual", "Not", "Or", "Sub"})
 """Operators that the export computes from the new tokens' slots, before it adds the axis of the rows."""
@@ -74,7 +76,7 @@ def to_in_place(model: ir.Model, cache: CacheSpec, capacity: int, name: str) -> 
         name: Name of the graph's file, for errors.
 
     Raises:
-        EngineError: The graph does not compute attention over its KV cache in the way of exported decoder-only graphs.
+        EngineError: The graph does not compute attention over its KV cache in the way of exported graphs.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -113,12 +115,12 @@ class _Product:
 
     Attributes:
         query: Scaled queries ``[B, H, S, d]``, before a reshape to groups.
-        hidden: bool ``[B, S, C]``, true where a query must not attend to a slot.
+        mask: bool ``[B, 1, S, C]``, true where a query attends to a slot, or a bias ``[B, H, S, C]`` of the scores.
         output: The weighted values ``[B, H, S, d]``, after a reshape from groups.
     """
 
     query: ir.Value
-    hidden: ir.Value
+    mask: ir.Value
     output: ir.Value
 
 
@@ -193,7 +195,7 @@ class _Rewriter:
         """
         outputs = {str(output.name): output for output in self._graph.outputs}
         product = self._match(outputs[key], outputs[value])
-        inputs = [product.query, outputs[key], outputs[value], self._mask(product.hidden)]
+        inputs = [product.query, outputs[key], outputs[value], product.mask]
         found = self._add("Attention", inputs, f"{product.output.name}.attention", {"scale": 1.0})
         found.type, found.shape = product.output.type, product.output.shape
         ir.convenience.replace_all_uses_with(product.output, found)
@@ -211,7 +213,8 @@ class _Rewriter:
         if weighted.inputs[1] is not value:
             raise self._error(f"the weights of {key.name} are not multiplied by its values")
         last = self._only(weighted.outputs[0], "Reshape") if grouped else weighted
-        return _Product(self._query(scores.inputs[0], grouped), self._hidden(bias, grouped), last.outputs[0])
+        mask = self._mask(self._present(bias), grouped)
+        return _Product(self._query(scores.inputs[0], grouped), mask, last.outputs[0])
 
     def _query(self, query: ir.Value | None, grouped: bool) -> ir.Value:
         """Returns the scaled queries without a reshape to groups."""
@@ -227,16 +230,16 @@ class _Rewriter:
         scaled.type, scaled.shape = whole.type, whole.shape
         return scaled
 
-    def _hidden(self, bias: ir.Value | None, grouped: bool) -> ir.Value:
-        """Returns the bool ``[B, S, C]`` that a bias is made of."""
-        bias = self._present(bias)
+    def _mask(self, bias: ir.Value, grouped: bool) -> ir.Value:
+        """Returns the mask of ``Attention`` for a bias of the scores; layers with the same bias share it.
+
+        It is bool ``[B, 1, S, C]`` if the bias only hides slots, otherwise the bias itself (T5's relative positions).
+        """
         if grouped:
             bias = self._present(self._producer(bias, "Unsqueeze").inputs[0])
-        product = self._producer(self._present(self._producer(bias, "Unsqueeze").inputs[0]), "Mul")
-        return self._present(self._producer(self._present(product.inputs[0]), "Cast").inputs[0])
-
-    def _mask(self, hidden: ir.Value) -> ir.Value:
-        """Returns the mask ``[B, 1, S, C]`` of slots that are not hidden; one for all layers with the same mask."""
+        hidden = _hidden_by(bias)
+        if hidden is None:
+            return bias
         if hidden not in self._masks:
             number = len(self._masks)
             seen = self._add("Not", [hidden], f"cache_seen_{number}", kind=BOOL)
@@ -291,6 +294,20 @@ class _Rewriter:
 
     def _error(self, what: str) -> EngineError:
         return _unsupported(self._name, what)
+
+
+def _hidden_by(bias: ir.Value) -> ir.Value | None:
+    """Returns the bool ``[B, S, C]`` of a bias ``Unsqueeze(Cast(hidden) * -30000)``; None for any other bias."""
+    value: ir.Value | None = bias
+    for operator in ("Unsqueeze", "Mul", "Cast"):
+        node = None if value is None else value.producer()
+        if node is None or node.op_type != operator:
+            return None
+        factor = node.inputs[1].const_value if operator == "Mul" and node.inputs[1] is not None else None
+        if operator == "Mul" and (factor is None or factor.size != 1 or float(factor.numpy()) > HIDING):
+            return None
+        value = node.inputs[0]
+    return value if value is not None and value.dtype == ir.DataType.BOOL else None
 
 
 def _unsupported(name: str, what: str) -> EngineError:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis
 from blip2edge.engine.builder import BuildOptions, build_engine
+from blip2edge.engine.cache_forms import choose_form
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import EnginePlan, plans_of
 from blip2edge.engine.support import check_graph
@@ -27,19 +28,13 @@ from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
 from blip2edge.runtime.tensorrt.session import load_tensorrt
 from tests.engine.conftest import BundleOf
+from tests.engine.families import DECODERS
 from tests.engine.forms import CAPACITY, RAGGED, compare_moves, decoders, rewritten
 from tests.engine.rtx import HAS_RTX
 
-DECODER_ONLY = ("blip2-opt", "minigpt4", "llava", "instructblip", "instructblipvideo")
-WITH_CROSS_ATTENTION = ("blip", "idefics")
-EVERY = [
-    pytest.param(name, marks=[] if name in ("blip2-opt", "llava") else pytest.mark.slow)
-    for name in (*DECODER_ONLY, *WITH_CROSS_ATTENTION)
-]
-"""All but T5, whose relative bias is part of the scores."""
-
+EVERY = [pytest.param(name, marks=[] if name in ("blip2-opt", "llava") else pytest.mark.slow) for name in DECODERS]
 WITHIN = {"fp32": 1e-4, "int4": 1e-4, "fp16": 6e-2}
-"""Of logits; the largest seen are 1.1e-5, 1e-5 and 4.6e-2. ONNX Runtime's ``Attention`` adds up in fp16 on the CPU."""
+"""Of logits; the largest seen are 3e-5, 1.5e-5 and 4.6e-2. ONNX Runtime's ``Attention`` adds up in fp16 on the CPU."""
 
 SM = (86, 89, 120)
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="TensorRT for RTX is not installed (extra rtx)")
@@ -55,8 +50,8 @@ def planned(path: Path, decoder: str = IN_PLACE, version: str = "rtx") -> Engine
 def test_every_move_gives_the_tokens_of_the_growing_cache(
     name: str, precision: str, bundle_of: BundleOf, tmp_path: Path
 ) -> None:
-    if (name, precision) == ("blip", "fp16"):
-        pytest.skip("ONNX Runtime's fp16 Attention rounds one drawn tie to the other side; see the next test")
+    if precision == "fp16" and name in ("blip", "blip2-t5"):
+        pytest.skip("ONNX Runtime's sums in fp16 are too coarse for these unscaled or wide scores; see the next test")
     path = bundle_of(name, precision)
     compare_moves(path, *decoders(path, tmp_path, form=IN_PLACE), WITHIN[precision])
 
@@ -183,12 +178,22 @@ def test_it_is_chosen_where_version_and_graph_allow_it(bundle_of: BundleOf) -> N
         assert planned(path, CONSTANT, name).form == CONSTANT
     with pytest.raises(EngineError, match=r"TensorRT 10\.3 cannot update .* newer can; build with decoder constant"):
         planned(path, IN_PLACE, "10.3")
-    relative = bundle_of("blip2-t5")
-    plan = planned(relative, "auto")
-    assert plan.form == CONSTANT
-    assert plan.reason.startswith("the decoder decoder.onnx cannot be rewritten to a KV cache that is updated in place")
-    with pytest.raises(EngineError, match=r"in place: .* is computed by Add, not by Unsqueeze"):
-        planned(relative, IN_PLACE)
+
+
+def test_another_graph_keeps_the_constant_shapes(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """Nothing is guessed where attention is not computed as the export does it."""
+    bundle = Bundle.open(bundle_of("blip2-opt"))
+    assert bundle.manifest.cache is not None
+    model = ir.load(bundle.file("decoder.onnx"))
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    softmax.op_type = "Hardmax"
+    ir.save(model, tmp_path / "other.onnx")
+    form, reason = choose_form("auto", tmp_path / "other.onnx", bundle.manifest.cache, VERSIONS["rtx"])
+    assert form == CONSTANT
+    assert reason.startswith("the decoder other.onnx cannot be rewritten to a KV cache that is updated in place: ")
+    assert reason.endswith("is read by 0 nodes Softmax, not by one")
+    with pytest.raises(EngineError, match=r"not by one; build with decoder constant"):
+        choose_form(IN_PLACE, tmp_path / "other.onnx", bundle.manifest.cache, VERSIONS["rtx"])
 
 
 NEWER = "TensorRT 10.15 and newer can"

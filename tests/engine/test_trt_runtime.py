@@ -116,7 +116,8 @@ def test_a_cache_that_is_updated_in_place_needs_one_graph_and_one_buffer(
         before = len(cuda.graphs)
         captioner.caption(draw_pictures(1)[0], max_new_tokens=8, eos_token_ids=())
         assert len(cuda.graphs) - before == count
-        (space,) = captioner.generator.language.decoder.engines.idle
+        decoder: Any = captioner.generator.language.decoder
+        (space,) = decoder.engines.idle
         assert len(space.halves) == count
         captioner.close()
 
