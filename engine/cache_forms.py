@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from blip2edge.bundle.schema import CacheSpec, GraphSpec
+from blip2edge.engine.adapt import adapt
 from blip2edge.engine.constant_shape import constant_shape_spec, to_constant_shape
 from blip2edge.engine.in_place import in_place_spec, to_in_place
 from blip2edge.engine.operators import ParserVersion
@@ -71,6 +72,7 @@ def _check_in_place(path: Path, cache: CacheSpec, version: ParserVersion) -> Non
         raise EngineError(f"{version.name} cannot update a KV cache in place, TensorRT 10.15 and newer can", constant)
     model = ir.load(path)
     to_in_place(model, cache, 2, path.name)
+    adapt(model)
     findings = check_graph(model, version)
     if findings:
         first = findings[0]
