@@ -59,7 +59,7 @@ class StepSource:
     spec: GraphSpec
 
     @classmethod
-    def of(cls, bundle: Bundle, most_rows: int | None, per_row: bool) -> StepSource:
+    def of(cls, bundle: Bundle, most_rows: int | None, per_row: bool = False) -> StepSource:
         """Makes the source of a bundle's step graph.
 
         Args:
