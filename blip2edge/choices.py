@@ -25,8 +25,8 @@ COPIED_BACKENDS = ("cpu", "openvino")
 TENSORRT_EDITIONS = ("tensorrt", "rtx")
 """TensorRT, and TensorRT for RTX."""
 
-DECODER_CACHES = ("constant", "concatenated")
-"""KV cache of a decoder's engine: of constant capacity, or growing."""
+DECODER_CACHES = ("auto", "in-place", "constant", "concatenated")
+"""KV cache of a decoder's engine: of constant capacity (updated in place, or copied in each step), or growing."""
 
 TRAINING_STAGES = ("stage1", "stage2", "instruct")
 

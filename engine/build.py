@@ -17,6 +17,7 @@ from blip2edge.bundle.publishing import check_not_source, staged
 from blip2edge.bundle.schema import DECODER
 from blip2edge.engine.build_errors import LESS_MEMORY
 from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine, layers_of
+from blip2edge.engine.cache_forms import FORMS
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import PROMPT_TEXT, EnginePlan, capacity_of, plans_of, prompt_of, weight_bytes
 from blip2edge.engine.step_graph import dense_table
@@ -54,6 +55,8 @@ class BuildReport:
         engines: The built engines, by graph name.
         memory_mib: The largest estimate of one engine's build memory, in MiB.
         bundle: The bundle that holds only engines, if ``output`` was given.
+        cache: Form of the decoder's KV cache; empty without a decoder.
+        cache_reason: Why that cache is not updated in place; empty if it is, or if another form was asked for.
     """
 
     directory: Path
@@ -61,6 +64,8 @@ class BuildReport:
     engines: dict[str, BuiltEngine]
     memory_mib: int = 0
     bundle: Path | None = None
+    cache: str = ""
+    cache_reason: str = ""
 
 
 @dataclass
@@ -96,7 +101,7 @@ def build_bundle(
         output: Directory of a new bundle that holds only engines, no ONNX files.
         force: Whether ``output`` is replaced if it exists.
         progress: Called with a graph's name, engines done and engines in all.
-        notify: Called before the build with sentences about the memory that it needs.
+        notify: Called before the build with sentences about the memory that it needs, and about the KV cache.
         **options: Further fields of :class:`BuildOptions`.
 
     Raises:
@@ -106,17 +111,21 @@ def build_bundle(
     """
     chosen = BuildOptions(target=target, sm=tuple(sm), **options)
     task = _task(Bundle.open(bundle), chosen)
+    decoder = next((plan for plan in task.plans if plan.name == DECODER), None)
+    form, kept = (decoder.form, decoder.reason) if decoder is not None else ("", "")
+    if kept and notify is not None:
+        notify(f"the decoder copies its KV cache in each step, because {kept}")
     memory = _estimate(task, notify)
     if output is None:
         directory = _build_into(task, task.bundle.derive(KIND), progress)
-        return BuildReport(directory, task.fingerprint, task.built, memory)
+        return BuildReport(directory, task.fingerprint, task.built, memory, None, form, kept)
     check_not_source(Path(output), task.bundle.path)
     with staged(Path(output), force) as staging:
         (staging / KIND).mkdir()
         directory = _build_into(task, staging / KIND, progress)
         _write_other_files(task, staging)
         place = Path(output) / directory.relative_to(staging)
-    return BuildReport(place, task.fingerprint, task.built, memory, Path(output))
+    return BuildReport(place, task.fingerprint, task.built, memory, Path(output), form, kept)
 
 
 def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
@@ -134,8 +143,13 @@ def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
     )
-    constant = options.decoder == "constant"
-    plans = plans_of(bundle, capacity=options.capacity, most_rows=options.max_batch, constant=constant)
+    plans = plans_of(
+        bundle,
+        version_for(options.target, version_of(trt)),
+        capacity=options.capacity,
+        most_rows=options.max_batch,
+        decoder=options.decoder,
+    )
     return _BuildTask(bundle, options, target, plans, version_of(trt))
 
 
@@ -210,11 +224,11 @@ def _build_one(
 
 
 def _record(task: _BuildTask, directory: Path) -> EngineSet:
-    constant = next((plan for plan in task.plans if plan.cache is not None), None)
+    fixed = any(plan.form in FORMS for plan in task.plans)
     return EngineSet(
         fingerprint=task.fingerprint.to_json(),
         rebuild=task.options.flags(),
-        capacity=0 if constant is None else capacity_of(task.bundle.manifest, task.options.capacity),
+        capacity=capacity_of(task.bundle.manifest, task.options.capacity) if fixed else 0,
         engines={
             plan.name: EngineRecord(
                 spec=plan.spec,
@@ -225,6 +239,7 @@ def _record(task: _BuildTask, directory: Path) -> EngineSet:
                 warnings=task.built[plan.name].warnings,
                 asked=task.built[plan.name].asked,
                 landed=task.built[plan.name].landed,
+                cache=plan.form,
             )
             for plan in task.plans
         },

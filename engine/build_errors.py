@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from blip2edge.engine.prepare import EnginePlan
 from blip2edge.errors import EngineError, option
+from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE
 
 LESS_MEMORY = (
     f"lower {option('workspace')}, {option('capacity')} or {option('max_batch')}, add swap, or stop other programs on "
@@ -44,6 +45,8 @@ def _advice(plan: EnginePlan, target: str, workspace: int | None, reason: str) -
             f"export the checkpoint with {option('precision')} fp16 (and calibrate that bundle); a model with a T5 "
             f"keeps parts in FP32 at every precision: {other}"
         )
+    if plan.form == IN_PLACE and re.search("Attention|KVCacheUpdate|TensorScatter", reason):
+        return f"build with {option('decoder')} {CONSTANT}"
     if re.search(r"out of memory|outofmemory|insufficient memory|not (be )?allocate", reason, re.IGNORECASE):
         return LESS_MEMORY
     return f"export the checkpoint with another {option('precision')}, or {other}"

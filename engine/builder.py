@@ -17,6 +17,7 @@ from typing import Any
 
 from blip2edge.choices import DECODER_CACHES
 from blip2edge.engine.build_errors import build_error
+from blip2edge.engine.cache_forms import AUTO
 from blip2edge.engine.layers import count_precisions
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.prepare import EnginePlan
@@ -38,8 +39,8 @@ class BuildOptions:
         workspace: Limit of the builder's scratch memory, in MiB; None for the builder's default.
         capacity: Slots of the decoder's KV cache; None for 256 more than the prompt usually takes.
         max_batch: Largest number of rows (pictures times beams) of the decoder; None for the value of the export.
-        decoder: ``constant`` for a KV cache of constant capacity, which the TensorRT runtime needs, or ``concatenated``
-            for the exported form.
+        decoder: Form of the decoder's KV cache, one of ``DECODER_CACHES``. The TensorRT runtime does not run
+            ``concatenated``, the exported form.
         timing_cache: File that keeps the timings of kernels from build to build; None for a file in the directory of
             the engines. ``tensorrt`` only.
         version_compatible: Whether the engines also run on newer TensorRT versions with the same major number; such
@@ -56,7 +57,7 @@ class BuildOptions:
     workspace: int | None = None
     capacity: int | None = None
     max_batch: int | None = None
-    decoder: str = "constant"
+    decoder: str = AUTO
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
@@ -101,7 +102,7 @@ class BuildOptions:
             ("--max-batch", self.max_batch),
         ):
             flags += [] if value is None else [flag, str(value)]
-        flags += [] if self.decoder == "constant" else ["--decoder", self.decoder]
+        flags += [] if self.decoder == AUTO else ["--decoder", self.decoder]
         flags += ["--version-compatible"] if self.version_compatible else []
         return (*flags, *(["--hardware-compatible"] if self.hardware_compatible else []))
 

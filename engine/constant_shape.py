@@ -93,7 +93,7 @@ def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
             raise _unsupported(name, f"{past_name} is not appended to by one Concat along its slots")
         writer.write(concats[0], past, present_name)
     _replace_past_length(graph, inputs[cache.past_names()[0]], writer.position, name)
-    _rename_slots(graph)
+    rename_slots(graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
 
@@ -186,11 +186,11 @@ def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, na
     graph.remove([squeezed[0], old[0]], safe=True)
 
 
-def _rename_slots(graph: ir.Graph) -> None:
-    """Names the axes ``past`` and ``past + steps`` as the capacity."""
+def rename_slots(graph: ir.Graph, capacity: int | str = CAPACITY) -> None:
+    """Gives the axes ``past`` and ``past + steps`` the capacity, a name or a number."""
     for value in [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None and any(_is_past(dim) for dim in value.shape):
-            value.shape = ir.Shape([CAPACITY if _is_past(dim) else dim for dim in value.shape])
+            value.shape = ir.Shape([capacity if _is_past(dim) else dim for dim in value.shape])
 
 
 def _is_past(dim: int | ir.SymbolicDim) -> bool:

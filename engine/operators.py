@@ -105,6 +105,7 @@ _LLM = {"Attention": FLOATS, "RotaryEmbedding": FLOATS, "RMSNormalization": FLOA
 VERSIONS: Mapping[str, ParserVersion] = {
     "10.3": ParserVersion("TensorRT 10.3", 20, 21),
     "10.13": ParserVersion("TensorRT 10.13", 22, 22, changed=_POW, loose_axes=_ANY_AXES),
+    "10.15": ParserVersion("TensorRT 10.15", 24, 24, added=_LLM, changed=_POW, loose_axes=_ANY_AXES),
     "10.16": ParserVersion("TensorRT 10.16", 24, 24, added=_LLM, changed=_POW, loose_axes=_ANY_AXES),
     "11.4": ParserVersion("TensorRT 11.4", 24, 24, added=_LLM, changed=_POW, loose_axes=_ANY_AXES),
     "rtx": ParserVersion(

@@ -17,12 +17,14 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import Manifest
 from blip2edge.bundle.schema import DECODER, CacheSpec, GraphSpec
 from blip2edge.engine.adapt import adapt
-from blip2edge.engine.constant_shape import constant_shape_spec, to_constant_shape
+from blip2edge.engine.cache_forms import FORMS, choose_form
+from blip2edge.engine.constant_shape import CAPACITY
+from blip2edge.engine.in_place import allow_decomposition
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.profiles import PROMPT, with_rows
 from blip2edge.engine.step_graph import StepSource, step_graph
 from blip2edge.engine.support import check_graph, refuse
-from blip2edge.runtime.backends.engine_files import STEP
+from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE, STEP
 
 DEFAULT_CAPACITY = 256
 """Slots of the KV cache in addition to the prompt's, as far as the model's context allows."""
@@ -40,7 +42,9 @@ class EnginePlan:
         name: Name of the graph, and of the engine's file.
         path: The ``.onnx`` file; for the step graph, a path in the folder of its weights.
         spec: The engine's inputs and outputs.
-        cache: The KV cache of a decoder that gets a constant capacity; None for other graphs.
+        cache: The KV cache of a decoder; None for other graphs.
+        form: Form of that cache, one of ``DECODER_CACHES`` but ``auto``; empty for other graphs.
+        reason: Why the cache is not updated in place although ``auto`` was asked for; empty otherwise.
         prompt: Usual number of tokens in a prefill.
         step: What the step graph is made from; None for other graphs.
         precision: Precision of the bundle.
@@ -50,6 +54,8 @@ class EnginePlan:
     path: Path
     spec: GraphSpec
     cache: CacheSpec | None = None
+    form: str = ""
+    reason: str = ""
     prompt: int = PROMPT
     step: StepSource | None = None
     precision: str = "fp32"
@@ -59,8 +65,8 @@ class EnginePlan:
         if self.step is not None:
             return step_graph(self.step)
         model = ir.load(self.path)
-        if self.cache is not None:
-            to_constant_shape(model, self.cache, self.path.name)
+        if self.cache is not None and self.form in FORMS:
+            FORMS[self.form].rewrite(model, self.cache, self.spec.axes()[CAPACITY].max, self.path.name)
         adapt(model)
         return model
 
@@ -72,6 +78,7 @@ class EnginePlan:
         """
         model = self.model()
         refuse(self.path.name, check_graph(model, version), version)
+        allow_decomposition(model)
         return ir.to_proto(model).SerializeToString(), asked_precisions(model)
 
 
@@ -97,32 +104,41 @@ def prompt_of(manifest: Manifest) -> int:
 
 
 def plans_of(
-    bundle: Bundle, *, capacity: int | None = None, most_rows: int | None = None, constant: bool = True
+    bundle: Bundle,
+    version: ParserVersion,
+    *,
+    capacity: int | None = None,
+    most_rows: int | None = None,
+    decoder: str = CONSTANT,
 ) -> list[EnginePlan]:
     """Plans the engines of a bundle, in the order in which they run.
 
     Args:
         bundle: An opened bundle.
+        version: The TensorRT version that will parse the graphs.
         capacity: Slots of the KV cache; None for the default.
         most_rows: Largest number of rows (pictures times beams) of the decoder; None for the value of the export.
-        constant: Whether the decoder's KV cache has a constant capacity, which the TensorRT runtime needs.
+        decoder: Form of the decoder's KV cache, one of ``DECODER_CACHES``.
+
+    Raises:
+        EngineError: The KV cache shall be updated in place, and this version or graph does not allow it.
     """
     manifest = bundle.manifest
-    plans = []
+    plans: list[EnginePlan] = []
+    step: StepSource | None = None
     for name, record in manifest.graphs.items():
         plan = EnginePlan(name, bundle.file(record.spec.file), record.spec, precision=manifest.precision)
         if name == DECODER and manifest.cache is not None:
+            form, reason = choose_form(decoder, plan.path, manifest.cache, version)
             spec = with_rows(record.spec, most_rows)
-            plan = replace(plan, spec=spec, prompt=prompt_of(manifest))
-            if constant:
-                slots = capacity_of(manifest, capacity)
-                plan = replace(plan, spec=constant_shape_spec(spec, manifest.cache, slots), cache=manifest.cache)
+            if form in FORMS:
+                spec = FORMS[form].describe(spec, manifest.cache, capacity_of(manifest, capacity))
+                step = StepSource.of(bundle, most_rows, per_row=form == IN_PLACE)
+            plan = replace(plan, spec=spec, prompt=prompt_of(manifest), cache=manifest.cache, form=form, reason=reason)
         plans.append(plan)
-    if constant and manifest.cache is not None and DECODER in manifest.graphs:
-        source = StepSource.of(bundle, most_rows)
-        plans.append(
-            EnginePlan(STEP, bundle.file(f"{STEP}.onnx"), source.spec, step=source, precision=manifest.precision)
-        )
+    if step is not None:
+        file = bundle.file(f"{STEP}.onnx")
+        plans.append(EnginePlan(STEP, file, step.spec, step=step, precision=manifest.precision))
     return plans
 
 

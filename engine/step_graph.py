@@ -1,6 +1,6 @@
 """The graph between two decode steps: it chooses the most likely token and prepares the inputs of the next step.
 
-    logits float32 [B, 1, V], position_ids int64 [B, 1], cache_position int64 [1],
+    logits float32 [B, 1, V], position_ids int64 [B, 1], cache_position int64 [1] or [B],
     seen float32 [B, V], penalty float32 [B, 1], held float32 [B, V], held_steps int64 [B, 1]
     -> token_ids int64 [B, 1], inputs_embeds [B, 1, D], and the next position_ids, cache_position, seen, held_steps
 
@@ -59,16 +59,23 @@ class StepSource:
     spec: GraphSpec
 
     @classmethod
-    def of(cls, bundle: Bundle, most_rows: int | None) -> StepSource:
-        """Makes the source of a bundle's step graph; ``most_rows`` is the decoder's largest number of rows."""
+    def of(cls, bundle: Bundle, most_rows: int | None, per_row: bool = False) -> StepSource:
+        """Makes the source of a bundle's step graph.
+
+        Args:
+            bundle: An opened bundle.
+            most_rows: Largest number of rows of the decoder; None for the value of the export.
+            per_row: Whether the decoder takes a ``cache_position`` for each row.
+        """
         decoder = bundle.graph(DECODER).spec
         known = {tensor.name: tensor for tensor in (*decoder.inputs, *decoder.outputs)}
         embeds, logits = known["inputs_embeds"], known["logits"]
         batch, vocabulary, width = embeds.dims[0], logits.dims[-1], embeds.dims[-1]
+        place = (batch if per_row else 1,)
         inputs = (
             TensorSpec("logits", "float32", (batch, 1, vocabulary)),
             TensorSpec("position_ids", "int64", (batch, 1)),
-            TensorSpec(CACHE_POSITION, "int64", (1,)),
+            TensorSpec(CACHE_POSITION, "int64", place),
             TensorSpec("seen", "float32", (batch, vocabulary)),
             TensorSpec("penalty", "float32", (batch, 1)),
             TensorSpec("held", "float32", (batch, vocabulary)),
@@ -78,7 +85,7 @@ class StepSource:
             TensorSpec("token_ids", "int64", (batch, 1)),
             TensorSpec("inputs_embeds", embeds.dtype, (batch, 1, width)),
             TensorSpec(f"{NEXT}position_ids", "int64", (batch, 1)),
-            TensorSpec(f"{NEXT}{CACHE_POSITION}", "int64", (1,)),
+            TensorSpec(f"{NEXT}{CACHE_POSITION}", "int64", place),
             TensorSpec(f"{NEXT}seen", "float32", (batch, vocabulary)),
             TensorSpec(f"{NEXT}held_steps", "int64", (batch, 1)),
         )

@@ -60,9 +60,11 @@ def add_arguments(parser: Parser) -> None:
     kinds.add_argument(
         "--decoder",
         choices=DECODER_CACHES,
-        default="constant",
-        help="KV cache of the decoder. constant: constant capacity; concatenated: the cache grows with each token, "
-        "for comparisons only, because blip2edge cannot run such engines",
+        default="auto",
+        help="KV cache of the decoder. in-place: each step writes the new tokens only (TensorRT 10.15 and newer, and "
+        "rtx); constant: each step copies the cache; auto: in-place if the TensorRT version and the model allow it, "
+        "otherwise constant; concatenated: the cache grows with each token, for comparisons only, because blip2edge "
+        "cannot run such engines",
     )
     kinds.add_argument(
         "--timing-cache",

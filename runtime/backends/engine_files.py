@@ -15,7 +15,7 @@ from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord, check_files
-from blip2edge.bundle.schema import GraphSpec
+from blip2edge.bundle.schema import DECODER, GraphSpec
 from blip2edge.errors import BackendError, EngineError, option
 from blip2edge.runtime.backends import probe
 
@@ -24,6 +24,9 @@ RECORD = "engine.json"
 SCHEMA_VERSION = 3
 STEP = "step"
 """Name of the engine between two decode steps: it chooses the token and reads its row of the token table."""
+
+CONSTANT, IN_PLACE = "constant", "in-place"
+"""Forms of a decoder's KV cache that the runtime supports: ``present`` is another tensor than ``past``, or the same."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class EngineRecord:
         warnings: Warnings of the TensorRT builder.
         asked: Number of matrix products in the graph, by precision.
         landed: Number of layers in the built engine, by precision; None if there was no driver to inspect the engine.
+        cache: Form of the decoder's KV cache, one of ``DECODER_CACHES``; empty if the engine has none.
     """
 
     spec: GraphSpec
@@ -49,6 +53,7 @@ class EngineRecord:
     warnings: tuple[str, ...]
     asked: Mapping[str, int]
     landed: Mapping[str, int] | None
+    cache: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object for ``engine.json``."""
@@ -61,6 +66,7 @@ class EngineRecord:
             "warnings": list(self.warnings),
             "asked": dict(self.asked),
             "landed": None if self.landed is None else dict(self.landed),
+            "cache": self.cache,
             **self.spec.to_json(),
         }
 
@@ -76,6 +82,7 @@ class EngineRecord:
             warnings=tuple(values["warnings"]),
             asked=values["asked"],
             landed=values["landed"],
+            cache=values.get("cache", CONSTANT if name == DECODER else ""),  # older versions wrote none
         )
 
 

@@ -1,13 +1,18 @@
-"""The constant-shape decoder on a GPU: its KV cache, decode steps as CUDA graphs, and greedy decoding on the GPU.
+"""The decoder on a GPU: its KV cache, decode steps as CUDA graphs, and greedy decoding on the GPU.
 
-A workspace holds the buffers of a batch of B rows, at addresses that never change, and their contexts. Keys, values and
-the small tensors have two buffers each: a decode step reads one and writes the other. So there are two steps, from the
-first buffer to the second and back. Each is captured once as a CUDA graph, which runs the decoder, chooses the token
-and reads its row of the token table, and is then launched as a whole.
+A workspace holds the buffers of a batch of B rows, at addresses that never change, and their contexts. A decode step is
+captured once as a CUDA graph, which runs the decoder, chooses the token and reads its row of the token table, and is
+then launched as a whole. There are two forms of the decoder's engine:
+
+- Constant shapes: keys, values and the small tensors have two buffers each. A step reads one and writes the other, so
+  there are two graphs, from the first buffer to the second and back.
+- Updated in place: keys and values have one buffer, which is input and output of the decoder. The small tensors have
+  two; the graph ends with a copy of the second to the first, so there is one graph.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
@@ -18,7 +23,8 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.errors import BackendError, option
+from blip2edge.errors import BackendError, EngineError, option
+from blip2edge.runtime.backends.engine_files import CONSTANT
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, FixedDecoder, FixedState
 from blip2edge.runtime.decoding.sampling import StepScores, broken_logits
 from blip2edge.runtime.decoding.state import stacked
@@ -64,7 +70,7 @@ class DeviceCache:
             context.bind("logits", logits.address)
             space.bind_cache(context, self.half)
             context.enqueue()
-            self.half = 1 - self.half
+            self.half = space.after(self.half)
             view = logits.fetch(shape, lane.stream)
             lane.synchronize()
             return np.array(view, np.float32)
@@ -82,7 +88,7 @@ class DeviceCache:
             release()
 
     def shift(self, row: int, by: int, length: int) -> None:
-        """Moves the first ``length`` slots of a row by ``by`` slots; uses the other half as scratch memory.
+        """Moves the first ``length`` slots of a row by ``by`` slots, layer by layer through the spare buffer.
 
         See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`.
         """
@@ -92,8 +98,7 @@ class DeviceCache:
         start, heads = row * space.row_bytes, self.engines.cache.num_heads
         with lane.lock:
             for layer in range(space.layers):
-                offset = start + layer * space.layer_bytes
-                here, there = (space.halves[half].address + offset for half in (self.half, 1 - self.half))
+                here, there = space.halves[self.half].address + start + layer * space.layer_bytes, space.spare.address
                 copy = self.cuda.copy_rows
                 copy(there + target, pitch, here + source, pitch, width, heads, lane.stream)
                 copy(here + target, pitch, there + target, pitch, width, heads, lane.stream)
@@ -202,10 +207,10 @@ class DeviceState(FixedState):
         """Copies the inputs of the first step to the GPU; every step computes those of the next."""
         cache = self.cache
         values = self.inputs(self.decoder.embed(token_ids[:, None]), self.positions[:, None] + 1, 1)
-        values[CACHE_POSITION] = np.array([self.slot], np.int64)
+        values[CACHE_POSITION] = self.decoder.cache_position(self.slot, self.batch_size)
         self._shapes = {name: array.shape for name, array in values.items()}
         for name, array in {**values, **scores.arrays()}.items():
-            halves = (cache.half,) if name in GREEDY else (0, 1)
+            halves = (cache.half,) if name in GREEDY else range(len(cache.workspace.halves))
             for half in halves:
                 cache.workspace.mirror(name, half, array.shape).put(array, cache.lane.stream)
         self._rules = {name: array.shape for name, array in scores.arrays().items()}
@@ -226,7 +231,7 @@ class DeviceState(FixedState):
         cuda.copy(ring.address, space.tokens[1 - half].address, ring.dtype.itemsize * space.rows, lane.stream)
         ring.fetch((space.rows, 1), lane.stream)
         cuda.record(space.events[number % TOKENS_IN_FLIGHT], lane.stream)
-        cache.half = 1 - half
+        cache.half = space.after(half)
 
     def _enqueue(self, half: int) -> None:
         space = self.cache.workspace
@@ -247,6 +252,11 @@ class DeviceState(FixedState):
         choice.bind("inputs_embeds", space.mirror("inputs_embeds", 1 - half, shapes["inputs_embeds"]).address)
         choice.bind("token_ids", space.tokens[1 - half].address)
         choice.enqueue()
+        if space.after(half) == half:
+            for name in GREEDY:
+                target, source = (space.mirror(name, place, shapes[name]) for place in (half, 1 - half))
+                size = source.dtype.itemsize * math.prod(shapes[name])
+                self.cache.cuda.copy(target.address, source.address, size, self.cache.lane.stream)
 
 
 class _RowScores:
@@ -308,3 +318,11 @@ class DeviceDecoder(FixedDecoder):
             table,
         )
         self.engines = engines
+        if engines.in_place:
+            engine, cache = engines.decoder, engines.cache
+            for past, present in zip(cache.past_names(), cache.present_names(), strict=True):
+                if engine.get_aliased_input_tensor(present) != past:
+                    raise EngineError(
+                        f"expected the decoder's engine to update {past} in place, got a separate {present}",
+                        f"build the engines again with {option('decoder')} {CONSTANT}",
+                    )

@@ -9,7 +9,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
 from blip2edge.bundle.schema import CacheSpec, TensorSpec
-from blip2edge.runtime.backends.engine_files import EngineRecord
+from blip2edge.runtime.backends.engine_files import IN_PLACE, EngineRecord
 from blip2edge.runtime.tensorrt.cuda import DeviceBuffer, Mirror
 from blip2edge.runtime.tensorrt.session import Context, Device, Lane
 
@@ -17,7 +17,7 @@ TOKENS_IN_FLIGHT = 4
 """Tokens that may be on the way from the GPU to the host at once."""
 
 MOST_IDLE = 4
-"""Idle workspaces that are kept. A workspace holds two KV caches, so that one for every size of a batch is too much."""
+"""Idle workspaces that are kept. A workspace holds KV caches, so that one for every size of a batch is too much."""
 
 LARGE = ("logits", "seen", "held")
 """Tensors with an element for each token of the vocabulary, which stay in the GPU's own memory."""
@@ -49,6 +49,11 @@ class Engines:
     cache: CacheSpec
     capacity: int
     idle: list[Workspace] = field(default_factory=list)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the decoder updates its KV cache in place: ``past`` and ``present`` have one address."""
+        return self.decoder_record.cache == IN_PLACE
 
     @property
     def lane(self) -> Lane:
@@ -104,7 +109,9 @@ class Workspace:
         self.layer_bytes = rows * self.row_bytes
         self.layers = 2 * cache.num_layers
         self.vocabulary = self.tensors["logits"].width
-        self.halves = [DeviceBuffer(cuda, self.layers * self.layer_bytes) for _ in range(2)]
+        count = 1 if engines.in_place else 2
+        self.halves = [DeviceBuffer(cuda, self.layers * self.layer_bytes) for _ in range(count)]
+        self.spare = DeviceBuffer(cuda, self.row_bytes)  # for moves within a row
         self.cross: dict[str, Mirror] = {}
         self.mirrors: dict[tuple[str, int], Mirror] = {}
         self.tokens = [Mirror(cuda, (rows, 1), np.dtype(np.int64)) for _ in range(2)]
@@ -127,7 +134,7 @@ class Workspace:
             cuda.destroy_graph(graph)
         for event in self.events:
             cuda.destroy_event(event)
-        for buffer in self.halves:
+        for buffer in (*self.halves, self.spare):
             buffer.free()
         for mirror in (*self.cross.values(), *self.mirrors.values(), *self.tokens, *self.ring):
             mirror.free()
@@ -138,6 +145,10 @@ class Workspace:
     def can_be_captured(self) -> bool:
         """Whether a decode step can become a CUDA graph."""
         return self.contexts["decode"].can_be_captured and self.choice.can_be_captured
+
+    def after(self, half: int) -> int:
+        """Returns the half that a step writes which reads ``half``: the other one, or the same if there is only one."""
+        return (half + 1) % len(self.halves)
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
         """Returns the buffer of the small tensor ``name``; a larger one replaces it if ``shape`` does not fit.
@@ -155,13 +166,13 @@ class Workspace:
         return made
 
     def bind_cache(self, context: Context, half: int) -> None:
-        """Binds the KV cache to a context: ``half`` (0 or 1) as input, the other half as output."""
+        """Binds the KV cache to a context: ``half`` (0 or 1) as input, and :meth:`after` of ``half`` as output."""
         cache = self._engines.cache
         for index, (past, present) in enumerate(zip(cache.past_names(), cache.present_names(), strict=True)):
             offset = index * self.layer_bytes
             shape = (self.rows, cache.num_heads, self._engines.capacity, cache.head_dim)
             context.bind(past, self.halves[half].address + offset, shape)
-            context.bind(present, self.halves[1 - half].address + offset)
+            context.bind(present, self.halves[self.after(half)].address + offset)
         for name, mirror in self.cross.items():
             context.bind(name, mirror.address, self.cross_shape(name))
 

@@ -10,9 +10,10 @@ import pytest
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
+from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import capacity_of, plans_of
 from blip2edge.engine.profiles import profiles_of
-from blip2edge.runtime.backends.engine_files import EngineRecord, EngineSet, fingerprint
+from blip2edge.runtime.backends.engine_files import CONSTANT, EngineRecord, EngineSet, fingerprint
 from blip2edge.runtime.backends.probe import Driver, Gpu
 from blip2edge.runtime.tensorrt import backend as tensorrt_backend
 from tests.engine.fake_gpu import VERSION, FakeCuda, fake_tensorrt, write_fake_engine
@@ -20,13 +21,15 @@ from tests.engine.fake_gpu import VERSION, FakeCuda, fake_tensorrt, write_fake_e
 DRIVER = Driver("12.6", (Gpu("Orin", 87),))
 
 
-def write_engines(path: Path, root: Path, capacity: int | None = None, max_rows: int | None = None) -> Path:
+def write_engines(
+    path: Path, root: Path, capacity: int | None = None, max_rows: int | None = None, decoder: str = CONSTANT
+) -> Path:
     """A bundle's engines, as ``build`` writes them but for their contents."""
     bundle = Bundle.open(path)
     directory = root / "x"
     directory.mkdir(parents=True)
     records = {}
-    for plan in plans_of(bundle, capacity=capacity, most_rows=max_rows):
+    for plan in plans_of(bundle, VERSIONS["rtx"], capacity=capacity, most_rows=max_rows, decoder=decoder):
         model = plan.model()
         for value in model.graph.initializers.values():
             if value.const_value is not None:
@@ -36,7 +39,7 @@ def write_engines(path: Path, root: Path, capacity: int | None = None, max_rows:
         names = tuple(profile.name for profile in profiles_of(plan.spec, plan.prompt))
         file = directory / f"{plan.name}.engine"
         write_fake_engine(file, directory / f"{plan.name}.onnx", plan.spec, profiles)
-        records[plan.name] = EngineRecord(plan.spec, FileRecord.of(file), "fp32", names, 0.0, (), {}, None)
+        records[plan.name] = EngineRecord(plan.spec, FileRecord.of(file), "fp32", names, 0.0, (), {}, None, plan.form)
     mark = fingerprint("tensorrt", VERSION, bundle.sha256, ())
     slots = capacity_of(bundle.manifest, capacity)
     EngineSet(mark.to_json(), ("--capacity", str(slots)), slots, records, directory).write()

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
@@ -214,6 +215,9 @@ class FakeContext:
         ready = set(engine.inputs) <= set(self.shapes) and {*engine.inputs, *engine.outputs} <= set(self.addresses)
         if not ready or not cuda.holds(self.memory, engine.device_memory_size_v2):
             return False
+        for name in engine.outputs:  # an output that is an input updated in place has its address, no other has any
+            shared = {other for other in engine.inputs if self.addresses[other] == self.addresses[name]}
+            assert shared == {engine.aliases[name]} - {None}, f"{name} shares its buffer with {shared}"
         if cuda.captured is not None and self.ran_in != self.shapes:
             return False  # "enqueue once before capturing, after shapes have changed"
         self.ran_in = dict(self.shapes)
@@ -234,6 +238,10 @@ class FakeEngine:
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(content["onnx"], options, providers=["CPUExecutionProvider"])
         self.inputs, self.outputs = content["inputs"], content["outputs"]
+        self.aliases: dict[str, str | None] = {name: content["aliases"].get(name) for name in self.outputs}
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.aliases.get(name)
 
     def create_execution_context(self, strategy: str) -> FakeContext:
         assert strategy == "user"
@@ -302,11 +310,14 @@ def fake_tensorrt(cuda: FakeCuda, version: str = VERSION, streamed: bool = True)
     return SimpleNamespace(**names)
 
 
-def write_fake_engine(path: Path, onnx: Path, spec: Any, profiles: list[dict[str, Any]]) -> None:
+def write_fake_engine(path: Path, graph: Path, spec: Any, profiles: list[dict[str, Any]]) -> None:
     """A file that :class:`FakeEngine` opens."""
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    scatters = [node for node in nodes if node.op_type == "TensorScatter"]
     content = {
+        "aliases": {node.output[0]: node.input[0] for node in scatters},
         "name": spec.name,
-        "onnx": str(onnx),
+        "onnx": str(graph),
         "profiles": profiles,
         "inputs": {tensor.name: tensor.dtype for tensor in spec.inputs},
         "outputs": {tensor.name: tensor.dtype for tensor in spec.outputs},

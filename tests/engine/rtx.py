@@ -26,9 +26,10 @@ CAPACITY = 32
 
 
 def plans(bundle: Bundle) -> list[EnginePlan]:
-    """Every engine, the decoder in both forms."""
-    grows = [plan for plan in plans_of(bundle, constant=False) if plan.name == DECODER]
-    return [*plans_of(bundle, capacity=CAPACITY), *grows]
+    """Every engine, the decoder in both forms that every version takes."""
+    rtx = VERSIONS["rtx"]
+    grows = [plan for plan in plans_of(bundle, rtx, decoder="concatenated") if plan.name == DECODER]
+    return [*plans_of(bundle, rtx, capacity=CAPACITY), *grows]
 
 
 def assert_taken_and_built(family: str, precision: str, bundle_of: BundleOf, directory: Path) -> None:

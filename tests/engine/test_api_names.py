@@ -55,6 +55,7 @@ GUARDED = {
     "ComputeCapability": WITHOUT_COMPUTE_CAPABILITIES,
     "IBuilderConfig.num_compute_capabilities": WITHOUT_COMPUTE_CAPABILITIES,
     "IBuilderConfig.set_compute_capability": WITHOUT_COMPUTE_CAPABILITIES,
+    "ICudaEngine.get_aliased_input_tensor": {"10.3.0", "10.13.3"},
     "BuilderFlag.REQUIRE_USER_ALLOCATION": WITHOUT_RUNTIME_CACHE,
     "ICudaEngine.create_runtime_config": {"10.3.0"},
     "IRuntimeConfig.set_execution_context_allocation_strategy": {"10.3.0"},
@@ -132,6 +133,7 @@ def test_each_guard_is_needed_and_stands_in_the_code() -> None:
             known = API[version].get(owner, []) if owner else API[version][""]
             assert member not in known, f"{name} is in {version}: no guard is needed"
     assert 'hasattr(self.trt, "IStreamReaderV2")' in (ROOT / "runtime/tensorrt/session.py").read_text()
+    assert "if engines.in_place:" in (ROOT / "runtime/tensorrt/kv_cache.py").read_text()
     assert (
         'getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)'
         in (ROOT / "runtime/tensorrt/session.py").read_text()

@@ -17,7 +17,7 @@ from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
 from blip2edge.cli import main
 from blip2edge.engine import build, builder
 from blip2edge.engine.build import build_bundle
-from blip2edge.engine.builder import BuildOptions, build_engine
+from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.layers import count_precisions
 from blip2edge.engine.operators import VERSIONS
@@ -25,6 +25,8 @@ from blip2edge.engine.prepare import EnginePlan
 from blip2edge.engine.profiles import profiles_of, with_rows
 from blip2edge.errors import EngineError, OutputError, UsageError
 from blip2edge.runtime.backends.engine_files import (
+    CONSTANT,
+    IN_PLACE,
     RECORD,
     EngineSet,
     Fingerprint,
@@ -180,7 +182,7 @@ def test_jetpack_6_0_is_told_to_upgrade(monkeypatch: pytest.MonkeyPatch) -> None
         ({"target": "rtx", "version_compatible": True}, "version_compatible=True requires target tensorrt"),
         ({"target": "rtx", "timing_cache": Path("x")}, "timing_cache requires"),
         ({"capacity": 1}, "capacity must be at least 2"),
-        ({"decoder": "other"}, "expected decoder to be one of constant, concatenated"),
+        ({"decoder": "other"}, "expected decoder to be one of auto, in-place, constant, concatenated"),
     ],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], told: str) -> None:
@@ -199,6 +201,7 @@ def test_the_flags_that_build_the_same_again() -> None:
     words = "--sm 86 --sm 89 --workspace 512 --capacity 300 --max-batch 20 --decoder concatenated"
     assert " ".join(options.flags()) == words
     assert BuildOptions(version_compatible=True).flags() == ("--version-compatible",)
+    assert BuildOptions(decoder="constant").flags() == ("--decoder", "constant")
 
 
 def test_layers_are_counted_by_what_they_read() -> None:
@@ -256,6 +259,7 @@ def test_engines_build_without_a_gpu(
     assert written.engines[DECODER].profiles == ("prefill", "decode", "verify")
     assert written.capacity == board.manifest.max_positions
     assert written.engines[DECODER].landed is None
+    assert {name: engine.cache for name, engine in written.engines.items() if engine.cache} == {DECODER: IN_PLACE}
     assert written.engines[DECODER].asked["fp32"] > 0
     for name in written.engines:
         assert written.file(name).stat().st_size == written.engines[name].file.size
@@ -263,6 +267,23 @@ def test_engines_build_without_a_gpu(
         build_bundle(tiny_bundle, target="rtx", sm=[86], output=output)
     with pytest.raises(EngineError, match="contains engines only"):
         build_bundle(output, target="rtx", sm=[86])
+
+
+@needs_rtx
+def test_why_the_cache_is_copied_is_said(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def build_nothing(task: Any, plan: EnginePlan, staging: Path) -> BuiltEngine:
+        file = staging / f"{plan.name}.engine"
+        file.write_bytes(b"engine")
+        return BuiltEngine(file, 6, 0.0, (), ())
+
+    monkeypatch.setattr(build, "_in_process", build_nothing)
+    monkeypatch.setattr(build, "version_for", lambda target, version: VERSIONS["10.13"])
+    said: list[str] = []
+    report = build_bundle(tiny_bundle, target="rtx", sm=[86], output=tmp_path / "board", notify=said.append)
+    reason = "TensorRT 10.13 cannot update a KV cache in place, TensorRT 10.15 and newer can"
+    assert said[0] == f"the decoder copies its KV cache in each step, because {reason}"
+    assert (report.cache, report.cache_reason) == (CONSTANT, reason)
+    assert EngineSet.read(report.directory).engines[DECODER].cache == CONSTANT
 
 
 @needs_rtx

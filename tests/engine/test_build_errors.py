@@ -17,6 +17,7 @@ from blip2edge.engine.build import build_bundle
 from blip2edge.engine.build_errors import build_error
 from blip2edge.engine.prepare import EnginePlan
 from blip2edge.errors import BackendError, EngineError
+from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE
 from tests.engine.conftest import BundleOf
 
 # Reasons that TensorRT for RTX 1.7 gave.
@@ -52,6 +53,13 @@ def test_advice_fits_the_reason(reason: str, precision: str, workspace: int | No
     assert error.fix is not None
     assert error.fix.startswith(advice)
     assert target == "rtx" or "target tensorrt" not in error.fix  # it is the target already
+
+
+def test_a_decoder_that_cannot_update_its_cache_in_place_gets_the_other_form() -> None:
+    reason = "MyelinCheckException: Attention operation was not supported by a dedicated kernel."
+    for form, advice in ((IN_PLACE, "build with decoder constant"), (CONSTANT, "export the checkpoint with another")):
+        plan = EnginePlan("decoder", Path("decoder.onnx"), GraphSpec("decoder", (), ()), form=form)
+        assert str(build_error(plan, "rtx", None, [reason]).fix).startswith(advice)
 
 
 @needs_rtx

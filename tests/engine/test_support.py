@@ -181,7 +181,8 @@ def test_products_are_counted_by_what_they_are_asked_to_compute_in() -> None:
     [
         ("tensorrt", (10, 3), "TensorRT 10.3"),
         ("tensorrt", (10, 12), "TensorRT 10.3"),
-        ("tensorrt", (10, 15), "TensorRT 10.13"),
+        ("tensorrt", (10, 14), "TensorRT 10.13"),
+        ("tensorrt", (10, 15), "TensorRT 10.15"),
         ("tensorrt", (11, 0), "TensorRT 10.16"),
         ("tensorrt", (12, 0), "TensorRT 11.4"),
         ("rtx", (1, 7), "TensorRT for RTX 1.7"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -18,9 +19,10 @@ pytest.importorskip("onnxruntime", reason="the stand-in computes in ONNX Runtime
 
 from blip2edge import Captioner
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.schema import DECODER
 from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
 from blip2edge.runtime.backends import probe
-from blip2edge.runtime.backends.engine_files import KIND
+from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE, KIND, RECORD
 from blip2edge.runtime.backends.probe import Driver, Gpu
 from blip2edge.runtime.tensorrt.session import MOST_MESSAGES, make_logger
 from tests.drawing import draw_pictures
@@ -55,10 +57,13 @@ def copied(path: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     "gpu", [{}, {"integrated": True}, {"streamed": False}], indirect=True, ids=["card", "board", "10.3"]
 )
-def test_the_tokens_are_those_of_the_cpu(gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [CONSTANT, IN_PLACE])
+def test_the_tokens_are_those_of_the_cpu(
+    form: str, gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path
+) -> None:
     cuda, trt = gpu
     path = copied(tiny_bundle, tmp_path / "bundle")
-    write_engines(path, path / KIND)
+    write_engines(path, path / KIND, decoder=form)
     expected, got = (Captioner.load(path, backend=name, threads=1) for name in ("cpu", "tensorrt"))
     pictures = draw_pictures(3)
     for options in OPTIONS:
@@ -100,11 +105,41 @@ def test_the_next_step_is_launched_before_a_token_is_read(
     assert all(later[1] > earlier[1] for earlier, later in pairwise(waited))
 
 
+def test_a_cache_that_is_updated_in_place_needs_one_graph_and_one_buffer(
+    gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    cuda, _ = gpu
+    for form, count in ((CONSTANT, 2), (IN_PLACE, 1)):
+        path = copied(tiny_bundle, tmp_path / form)
+        write_engines(path, path / KIND, decoder=form)
+        captioner = Captioner.load(path, backend="tensorrt", threads=1)
+        before = len(cuda.graphs)
+        captioner.caption(draw_pictures(1)[0], max_new_tokens=8, eos_token_ids=())
+        assert len(cuda.graphs) - before == count
+        decoder: Any = captioner.generator.language.decoder
+        (space,) = decoder.engines.idle
+        assert len(space.halves) == count
+        captioner.close()
+
+
+def test_an_engine_that_does_not_update_its_cache_in_place_is_refused(
+    gpu: tuple[FakeCuda, Any], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    path = copied(tiny_bundle, tmp_path / "bundle")
+    directory = write_engines(path, path / KIND)
+    record = json.loads((directory / RECORD).read_text())
+    record["engines"][DECODER]["cache"] = IN_PLACE
+    (directory / RECORD).write_text(json.dumps(record))
+    with pytest.raises(EngineError, match=r"got a separate present\.0\.key; build .* decoder constant"):
+        Captioner.load(path, backend="tensorrt", threads=1)
+
+
+@pytest.mark.parametrize("form", [CONSTANT, "auto"])
 @pytest.mark.parametrize("name", ["blip2-t5", "llava", "blip", "idefics"])
-def test_other_families(name: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleOf, tmp_path: Path) -> None:
+def test_other_families(name: str, form: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleOf, tmp_path: Path) -> None:
     """An encoder, a window, keys of the picture, pictures between texts."""
     path = copied(bundle_of(name), tmp_path / "bundle")
-    write_engines(path, path / KIND, max_rows=9)
+    write_engines(path, path / KIND, max_rows=9, decoder=form)
     pictures = draw_pictures(3)
     texts = ["a photo of", "what is it ?", "two red cats and a dog"]
     loaded = [Captioner.load(path, backend=backend, threads=1) for backend in ("cpu", "tensorrt")]

@@ -1,8 +1,8 @@
 """A KV cache of constant capacity, for graphs whose shapes may not change (CUDA graphs).
 
-``engine/constant_shape.py`` describes the graph's inputs. The next token of all rows goes to the same slot; shorter
-rows have masked slots on their left. A :class:`FixedCache` stores and moves the keys and values, so that the same state
-works with a cache on a GPU and with one of NumPy arrays, which the tests use.
+``engine/constant_shape.py`` and ``engine/in_place.py`` describe the graph's inputs. The next token of all rows goes to
+the same slot; shorter rows have masked slots on their left. A :class:`FixedCache` stores and moves the keys and values,
+so that the same state works with a cache on a GPU and with one of NumPy arrays, which the tests use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import GraphSpec
+from blip2edge.bundle.schema import Axis, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, option
 from blip2edge.runtime.decoding.state import Decoder, SlotState, split_context, tokens_to_drop
@@ -115,7 +115,7 @@ class FixedState(SlotState):
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
         """Runs the graph and keeps the new keys and values; returns logits ``[B, K, V]``; see :class:`SlotState`."""
-        inputs[CACHE_POSITION] = np.array([self.slot], np.int64)
+        inputs[CACHE_POSITION] = self.decoder.cache_position(self.slot, self.batch_size)
         self.slot += inputs["position_ids"].shape[1]
         return self.cache.run(inputs)
 
@@ -149,6 +149,12 @@ class FixedDecoder(Decoder):
         self.open_cache = open_cache
         self.capacity = capacity
         self.max_rows = max_rows
+        dims = next((tensor.dims for tensor in spec.inputs if tensor.name == CACHE_POSITION), (1,))
+        self._per_row = isinstance(dims[0], Axis)
+
+    def cache_position(self, slot: int, rows: int) -> NDArray[np.int64]:
+        """Returns the input ``cache_position`` for B rows: ``[1]``, or ``[B]`` if the graph takes one for each row."""
+        return np.full(rows if self._per_row else 1, slot, np.int64)
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None

@@ -1,0 +1,79 @@
+"""The forms that the KV cache of a decoder's engine can have, and the choice of one for a TensorRT version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from blip2edge.bundle.schema import CacheSpec, GraphSpec
+from blip2edge.engine.adapt import adapt
+from blip2edge.engine.constant_shape import constant_shape_spec, to_constant_shape
+from blip2edge.engine.in_place import in_place_spec, to_in_place
+from blip2edge.engine.operators import ParserVersion
+from blip2edge.engine.support import check_graph
+from blip2edge.errors import EngineError, option
+from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class CacheForm:
+    """A form of the KV cache whose shapes never change.
+
+    Attributes:
+        describe: Returns the decoder's inputs and outputs, from those of the export, its cache and the capacity.
+        rewrite: Rewrites the exported graph, given its cache, the capacity and its file's name for errors.
+    """
+
+    describe: Callable[[GraphSpec, CacheSpec, int], GraphSpec]
+    rewrite: Callable[[ir.Model, CacheSpec, int, str], None]
+
+
+FORMS: Mapping[str, CacheForm] = {
+    CONSTANT: CacheForm(constant_shape_spec, lambda model, cache, _, name: to_constant_shape(model, cache, name)),
+    IN_PLACE: CacheForm(in_place_spec, to_in_place),
+}
+
+
+def choose_form(wanted: str, path: Path, cache: CacheSpec, version: ParserVersion) -> tuple[str, str]:
+    """Chooses the form of a decoder's KV cache.
+
+    Args:
+        wanted: The value of ``--decoder``; ``auto`` is the update in place where it is possible, else ``constant``.
+        path: The exported decoder.
+        cache: Its KV cache.
+        version: The TensorRT version that will parse the graph.
+
+    Returns:
+        The form, and why ``auto`` did not choose the update in place (empty otherwise).
+
+    Raises:
+        EngineError: The update in place is wanted, and this version or graph does not allow it.
+    """
+    if wanted not in (AUTO, IN_PLACE):
+        return wanted, ""
+    try:
+        _check_in_place(path, cache, version)
+    except EngineError as error:
+        if wanted == IN_PLACE:
+            raise
+        return CONSTANT, error.problem
+    return IN_PLACE, ""
+
+
+def _check_in_place(path: Path, cache: CacheSpec, version: ParserVersion) -> None:
+    """Raises EngineError if the decoder cannot update its cache in place in this version."""
+    constant = f"build with {option('decoder')} {CONSTANT}"
+    if version.types_of("TensorScatter") is None:
+        raise EngineError(f"{version.name} cannot update a KV cache in place, TensorRT 10.15 and newer can", constant)
+    model = ir.load(path)
+    to_in_place(model, cache, 2, path.name)
+    adapt(model)
+    findings = check_graph(model, version)
+    if findings:
+        first = findings[0]
+        raise EngineError(f"{version.name} does not support {first.operator} of {path.name}: {first.problem}", constant)
