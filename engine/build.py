@@ -17,10 +17,10 @@ from blip2edge.bundle.publishing import check_not_source, staged
 from blip2edge.bundle.schema import DECODER
 from blip2edge.engine.build_errors import LESS_MEMORY
 from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine, layers_of
-from blip2edge.engine.cache_forms import FORMS
+from blip2edge.engine.decoder.cache_forms import FORMS
+from blip2edge.engine.decoder.step_graph import dense_table
 from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import PROMPT_TEXT, EnginePlan, capacity_of, plans_of, prompt_of, weight_bytes
-from blip2edge.engine.step_graph import dense_table
 from blip2edge.engine.support import version_for
 from blip2edge.errors import EngineError, UsageError, one_line, option
 from blip2edge.progress import ProgressCallback

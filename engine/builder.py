@@ -17,7 +17,7 @@ from typing import Any
 
 from blip2edge.choices import DECODER_CACHES
 from blip2edge.engine.build_errors import build_error
-from blip2edge.engine.cache_forms import AUTO
+from blip2edge.engine.decoder.cache_forms import AUTO
 from blip2edge.engine.layers import count_precisions
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.prepare import EnginePlan

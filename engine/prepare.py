@@ -17,12 +17,12 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import Manifest
 from blip2edge.bundle.schema import DECODER, CacheSpec, GraphSpec
 from blip2edge.engine.adapt import adapt
-from blip2edge.engine.cache_forms import FORMS, choose_form
-from blip2edge.engine.constant_shape import CAPACITY
-from blip2edge.engine.in_place import allow_decomposition
+from blip2edge.engine.decoder.cache_forms import FORMS, choose_form
+from blip2edge.engine.decoder.constant_shape import CAPACITY
+from blip2edge.engine.decoder.in_place import allow_decomposition
+from blip2edge.engine.decoder.step_graph import StepSource, step_graph
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.profiles import PROMPT, with_rows
-from blip2edge.engine.step_graph import StepSource, step_graph
 from blip2edge.engine.support import check_graph, refuse
 from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE, STEP
 

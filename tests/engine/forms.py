@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis, CacheSpec
-from blip2edge.engine.cache_forms import FORMS
+from blip2edge.engine.decoder.cache_forms import FORMS
 from blip2edge.engine.profiles import LONGEST_DRAFT
 from blip2edge.runtime.backends.base import OptimizedFile
 from blip2edge.runtime.backends.onnxruntime_cpu import open_graph

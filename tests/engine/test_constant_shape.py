@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis, CacheSpec
-from blip2edge.engine.constant_shape import (
+from blip2edge.engine.decoder.constant_shape import (
     constant_shape_spec,
     to_constant_shape,
 )

@@ -25,7 +25,7 @@ from blip2edge import Captioner
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.engine import build
 from blip2edge.engine.builder import BuildOptions, BuiltEngine, _configure
-from blip2edge.engine.step_graph import StepSource, step_graph
+from blip2edge.engine.decoder.step_graph import StepSource, step_graph
 from blip2edge.errors import BackendError, EngineError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends import open_graph, probe

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, Axis
 from blip2edge.engine.builder import BuildOptions, build_engine
-from blip2edge.engine.cache_forms import choose_form
+from blip2edge.engine.decoder.cache_forms import choose_form
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import EnginePlan, plans_of
 from blip2edge.engine.support import check_graph

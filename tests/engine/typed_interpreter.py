@@ -28,8 +28,8 @@ from torch import Tensor
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import DECODER, CacheSpec, GraphSpec
+from blip2edge.engine.decoder.step_graph import dense_table
 from blip2edge.engine.prepare import EnginePlan
-from blip2edge.engine.step_graph import dense_table
 from blip2edge.export.verify import SEED, cases_of, random_inputs
 from blip2edge.model.layers import MASKED
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from blip2edge.bundle.schema import CacheSpec, GraphSpec
 from blip2edge.engine.adapt import adapt
-from blip2edge.engine.constant_shape import constant_shape_spec, to_constant_shape
-from blip2edge.engine.in_place import in_place_spec, to_in_place
+from blip2edge.engine.decoder.constant_shape import constant_shape_spec, to_constant_shape
+from blip2edge.engine.decoder.in_place import in_place_spec, to_in_place
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.support import check_graph
 from blip2edge.errors import EngineError, option

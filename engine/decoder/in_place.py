@@ -35,7 +35,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from blip2edge.bundle.schema import CacheSpec, GraphSpec, TensorSpec
-from blip2edge.engine.constant_shape import constant_shape_spec, rename_slots
+from blip2edge.engine.decoder.constant_shape import constant_shape_spec, rename_slots
 from blip2edge.errors import EngineError, option
 from blip2edge.runtime.backends.engine_files import CONSTANT
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
