@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, UsageError, option
@@ -49,6 +52,55 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Releases the graph and its memory. :meth:`run` raises BackendError afterwards."""
+
+
+class CacheBuffers(Protocol):
+    """Buffers of a decoder's keys and values ``[B, H, C, d]``, and runs of the decoder that write them in place.
+
+    One thread at a time may use them; every decoder state has its own.
+
+    Attributes:
+        size: Rows B and slots C of the buffers; zeros before the first :meth:`resize`.
+    """
+
+    size: tuple[int, int]
+
+    def resize(self, shape: Sequence[int], used: int) -> None:
+        """Replaces the buffers by larger ones.
+
+        Args:
+            shape: ``(B, H, C, d)``, with no fewer rows and slots than now.
+            used: Slots whose content is kept.
+        """
+
+    def select(self, rows: NDArray[np.int64], used: int) -> None:
+        """Makes row i a copy of old row ``rows[i]``, for at most B rows and at least the first ``used`` slots."""
+
+    def append(self, other: Any, first: int, count: int, used: int) -> None:
+        """Copies the first ``count`` rows of another state's buffers to the rows from ``first`` on."""
+
+    def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:
+        """Runs the decoder once on some rows of the buffers.
+
+        Args:
+            inputs: The inputs that are not in the buffers, by name.
+            first: The first of the rows.
+            output: Name of the output to return.
+            shape: Shape of that output; its first length is the number of rows.
+
+        Returns:
+            The values of ``output``, a new array.
+        """
+
+
+@runtime_checkable
+class InPlaceSession(Protocol):
+    """A session that can run a graph on buffers, without copies."""
+
+    input_names: tuple[str, ...]
+
+    def in_place(self, pairs: Mapping[str, str]) -> CacheBuffers:
+        """Makes empty buffers; ``pairs`` has the names of outputs, each with the input whose buffer it is written to."""
 
 
 def closed_graph() -> BackendError:
@@ -101,7 +153,7 @@ BACKENDS = {
         "blip2edge.runtime.backends.onnxruntime_cpu", copy="cpu", host=True, refuses={"bf16": NO_BF16_KERNELS}
     ),
     "openvino": Backend("blip2edge.runtime.backends.openvino", copy="openvino", host=True, refuses={}),
-    "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda"),
+    "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda", copy="cuda"),
     "tensorrt": Backend("blip2edge.runtime.tensorrt.backend", engines="tensorrt"),
     "rtx": Backend("blip2edge.runtime.tensorrt.backend", engines="rtx"),
     "ort-tensorrt": Backend("blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt"),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.backends.base import InPlaceSession
 from blip2edge.runtime.decoding.state import Decoder, tokens_to_drop
 
 LENGTHS = "seqlens_k"
@@ -38,7 +38,7 @@ class InPlaceDecoder(Decoder):
 
     def __init__(
         self,
-        session: OnnxRuntimeSession,
+        session: InPlaceSession,
         spec: GraphSpec,
         cache: CacheSpec,
         table: TokenTable,
@@ -48,7 +48,6 @@ class InPlaceDecoder(Decoder):
         self.session = session
         self.cache = cache
         self.max_positions = max_positions
-        self.cache_dtype = self.dtypes[cache.past_names()[0]]
         self.vocabulary = spec.outputs[0].width
         self.past_of = dict(zip(cache.present_names(), cache.past_names(), strict=True))
 
@@ -80,10 +79,8 @@ class InPlaceState:
 
     def __init__(self, decoder: InPlaceDecoder, rows: int, slots: int) -> None:
         self._decoder = decoder
-        self._run = decoder.session.in_place(decoder.past_of)
+        self._buffers = decoder.session.in_place(decoder.past_of)
         self._takes_positions = POSITIONS in decoder.session.input_names
-        self._held: tuple[int, int] | None = None  # the rows that are bound to the session
-        self._buffers: dict[str, Array] = {}
         self.lengths = np.zeros(rows, np.int64)
         self._make_room(rows, slots + 1)
 
@@ -122,18 +119,14 @@ class InPlaceState:
         """Makes row i a copy of old row ``rows[i]``; see :class:`DecodeState`."""
         used = int(self.lengths.max())
         self._make_room(len(rows), used)
-        moved = np.flatnonzero(rows != np.arange(len(rows)))
-        if len(moved):
-            for buffer in self._buffers.values():
-                buffer[moved, :, :used] = buffer[rows[moved], :, :used]
+        self._buffers.select(rows, used)
         self.lengths = self.lengths[rows]
 
     def join(self, other: InPlaceState) -> None:
         """Adds the rows of ``other`` after the own rows; see :class:`DecodeState`."""
         first, used = self.batch_size, int(other.lengths.max())
         self._make_room(first + other.batch_size, max(used, int(self.lengths.max())))
-        for name, buffer in self._buffers.items():
-            buffer[first : first + other.batch_size, :, :used] = other._buffers[name][: other.batch_size, :, :used]
+        self._buffers.append(other._buffers, first, other.batch_size, used)
         self.lengths = np.concatenate([self.lengths, other.lengths])
 
     def read(self, embeds: Array, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -177,23 +170,14 @@ class InPlaceState:
         }
         if self._takes_positions:
             inputs[POSITIONS] = before[:, None] + np.arange(steps)
-        if self._held != (row, batch):
-            self._held = row, batch
-            self._run.bind({name: array[row : row + batch] for name, array in self._buffers.items()})
-        return self._run.run(inputs, "logits", (batch, indices.shape[1], self._decoder.vocabulary))
+        return self._buffers.run(inputs, row, "logits", (batch, indices.shape[1], self._decoder.vocabulary))
 
     def _make_room(self, rows: int, slots: int) -> None:
         """Enlarges the buffers to at least this many rows and slots."""
-        had = next(iter(self._buffers.values())).shape if self._buffers else (0, 0, 0, 0)
-        if rows <= had[0] and slots <= had[2]:
+        had_rows, had = self._buffers.size
+        if rows <= had_rows and slots <= had:
             return
-        wanted = max(slots, had[2] + had[2] // 2 if slots > had[2] else had[2])
+        wanted = max(slots, had + had // 2 if slots > had else had)
         capacity = max(slots, min(-(-wanted // ROOM) * ROOM + ROOM, self._decoder.max_positions))
-        cache, kept = self._decoder.cache, min(self.batch_size, had[0])
-        used = min(int(self.lengths.max(initial=0)), had[2])
-        for name in self._decoder.past_of.values():
-            buffer = np.empty((max(rows, had[0]), cache.num_heads, capacity, cache.head_dim), self._decoder.cache_dtype)
-            if kept:
-                buffer[:kept, :, :used] = self._buffers[name][:kept, :, :used]
-            self._buffers[name] = buffer
-        self._held = None
+        cache, used = self._decoder.cache, min(int(self.lengths.max(initial=0)), had)
+        self._buffers.resize((max(rows, had_rows), cache.num_heads, max(capacity, had), cache.head_dim), used)
