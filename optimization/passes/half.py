@@ -12,16 +12,14 @@ from collections.abc import Callable, Container, Iterable
 import numpy as np
 import onnx_ir as ir
 
-from blip2edge.optimization.graph import Array, constant, dims, producer, replace, users
+from blip2edge.optimization.graph import Array, clean, constant, dims, producer, replace, users
+from blip2edge.optimization.passes.norms import IN_FP32
 
 FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LARGEST_FP16 = 65504.0
 EAGER = 1 << 16  # elements of a tensor that is converted at once
 WIDENED = "widened"
 """Key in ``Value.meta``: the FP16 tensor of a weight that was widened."""
-
-IN_FP32 = "in fp32"
-"""Key in ``Node.meta``: the bundle's FP16 graph computes this node in FP32."""
 
 NORM = "SimplifiedLayerNormalization"
 FRAGILE = ("Softmax", "ReduceMean", "ReduceSum", "ReduceL2", "Sqrt", "Reciprocal")
@@ -54,6 +52,7 @@ def widen(model: ir.Model) -> int:
         source = node.inputs[0] if node.op_type == "Cast" else None
         if source is not None and source.dtype == FP32 and node.outputs[0].dtype == FP32:
             replace(node.outputs[0], source)
+    clean(model)
     return len(narrow)
 
 
@@ -92,6 +91,7 @@ def dequantize(model: ir.Model) -> int:
     Returns:
         The number of DequantizeLinear nodes.
     """
+    clean(model)  # a weight of a fused product is not used any more
     found = 0
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear":
@@ -104,6 +104,7 @@ def dequantize(model: ir.Model) -> int:
         if source is not None:
             replace(node.outputs[0], source)
             found += 1
+    clean(model)
     return found
 
 
