@@ -6,7 +6,7 @@ so that its package need not be installed for the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import GraphSpec
 from blip2edge.errors import BackendError, UsageError, option
+from blip2edge.runtime.backends.probe import gather_model, slice_model
 
 
 class Session(Protocol):
@@ -100,7 +102,59 @@ class InPlaceSession(Protocol):
     input_names: tuple[str, ...]
 
     def in_place(self, pairs: Mapping[str, str]) -> CacheBuffers:
-        """Makes empty buffers; ``pairs`` has the names of outputs, each with the input whose buffer it is written to."""
+        """Makes empty buffers; ``pairs`` names outputs, each with the input whose buffer the output is written to."""
+
+
+POSITION_AXIS = 2
+"""The axis of ``[B, H, P, d]`` that is sliced."""
+
+RunModel = Callable[[bytes, Mapping[str, Any]], Any]
+"""Runs a model of :mod:`blip2edge.runtime.backends.probe` on the device; its output ``y`` as an ``OrtValue``."""
+
+
+class DeviceArray:
+    """Keys or values ``[B, H, P, d]`` in device memory, float32 or float16.
+
+    Args:
+        value: ONNX Runtime's ``OrtValue``.
+        run_model: Runs the small ONNX models that select rows and cut slices on the device.
+    """
+
+    def __init__(self, value: Any, run_model: RunModel) -> None:
+        self.value = value
+        self._run_model = run_model
+        self.shape: tuple[int, ...] = tuple(value.shape())
+        self.ndim = len(self.shape)
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self.dtype = np.dtype(dtypes[value.data_type()])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        array: Array = self.value.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def copy(self) -> Array:
+        """Copies the values to the host; returns a new array that may be written to."""
+        return np.array(self.value.numpy())
+
+    def __getitem__(self, key: Any) -> DeviceArray | Array:
+        """Selects rows by an array of indices, or slices positions, on the device; any other key on the host."""
+        if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
+            return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
+        everything = slice(None)
+        if isinstance(key, tuple) and key[:-1] == (everything,) * POSITION_AXIS and isinstance(key[-1], slice):
+            first, end, step = key[-1].indices(self.shape[POSITION_AXIS])
+            if step == 1:
+                bounds = {"first": first, "end": max(first, end), "axis": POSITION_AXIS}
+                inputs = {name: np.array([value], np.int64) for name, value in bounds.items()}
+                return self._compute(slice_model(self.dtype.name), inputs)
+        part: Array = self.value.numpy()[key]
+        return part
+
+    def _compute(self, model: bytes, inputs: Mapping[str, Array]) -> DeviceArray:
+        return DeviceArray(self._run_model(model, {"x": self, **inputs}), self._run_model)
 
 
 def closed_graph() -> BackendError:
@@ -137,6 +191,7 @@ class Backend:
         engines: Target of the engines that the backend runs instead of graphs, ``tensorrt`` or ``rtx``; empty for none.
             The module then also has an ``EngineOpener(bundle, target)``.
         host: Whether the backend computes on the CPU.
+        profiled: Whether the function also takes ``spec`` and ``precisions``, for the shapes and kernels of an engine.
         refuses: Bundle precisions that the backend cannot run, each with the reason.
     """
 
@@ -145,6 +200,7 @@ class Backend:
     copy: str = ""
     engines: str = ""
     host: bool = False
+    profiled: bool = False
     refuses: Mapping[str, str] = field(default_factory=lambda: {"bf16": NO_BF16_ARRAYS})
 
 
@@ -156,7 +212,9 @@ BACKENDS = {
     "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda", copy="cuda"),
     "tensorrt": Backend("blip2edge.runtime.tensorrt.backend", engines="tensorrt"),
     "rtx": Backend("blip2edge.runtime.tensorrt.backend", engines="rtx"),
-    "ort-tensorrt": Backend("blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt"),
+    "ort-tensorrt": Backend(
+        "blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt", profiled=True
+    ),
 }
 """The backends by name; ``auto`` is the first one."""
 
@@ -212,18 +270,27 @@ def find_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def open_session(path: Path, backend: str = "auto", threads: int | None = None) -> Session:
+def open_session(
+    path: Path,
+    backend: str = "auto",
+    threads: int | None = None,
+    spec: GraphSpec | None = None,
+    precisions: Sequence[str] = (),
+) -> Session:
     """Loads an ``.onnx`` file in a backend, without the optimized copy that the bundle may have for it.
 
     Args:
         path: The ``.onnx`` file in the bundle. (``GraphOpener`` loads optimized copies and engines.)
         backend: Name of a backend, or ``auto``.
         threads: CPU threads within an operator; None leaves the choice to the backend.
+        spec: The graph's inputs and outputs, for backends that build an engine for a range of shapes; None if unknown.
+        precisions: Precisions of the bundle and of the graph, for the same backends.
 
     Raises:
         BackendError: There is no backend of that name, or its package or hardware is missing.
         BundleError: The backend cannot load the file.
     """
     row = find_backend(backend)
-    session: Session = getattr(import_module(row.module), row.function)(path, threads)
+    more = {"spec": spec, "precisions": precisions} if row.profiled else {}
+    session: Session = getattr(import_module(row.module), row.function)(path, threads, **more)
     return session

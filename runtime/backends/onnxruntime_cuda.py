@@ -7,7 +7,7 @@ not use the provider is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import Axis, GraphSpec
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError, option
 from blip2edge.packages import require
-from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
+from blip2edge.runtime.backends.base import RUN_FIX, DeviceArray, OptimizedFile, closed_graph
 from blip2edge.runtime.backends.onnxruntime_cpu import FLOATS, WEIGHTS_FOLDER, raised_as
-from blip2edge.runtime.backends.probe import check_provider, onnx_model
+from blip2edge.runtime.backends.probe import (
+    COMPUTE,
+    RECORD_NODES,
+    check_provider,
+    count_nodes,
+    gather_model,
+    pad_model,
+)
 
 CUDA, TENSORRT, FALLBACK = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1", "use_tf32": "0"}
 """TF32 is off: it has 10 bits of mantissa, and FP32 graphs promise the token ids of FP32."""
+
+PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
+"""Options of the TensorRT provider that allow kernels of a precision. It has none for TF32, which is on in TensorRT."""
 
 JETSON = "; on a Jetson, see docs/jetson.md"
 GPU, HOST = ("cuda", 0), ("cpu", 0)
@@ -33,21 +44,6 @@ GPU, HOST = ("cuda", 0), ("cpu", 0)
 
 ON_DEVICE = ("present.", "cross.")
 """Beginnings of the names of outputs that stay on the device: keys and values."""
-
-POSITION_AXIS = 2
-"""The axis of ``[B, H, P, d]`` that is sliced."""
-
-RunModel = Callable[[bytes, Mapping[str, Any]], Any]
-"""Runs a model of :mod:`blip2edge.runtime.backends.probe` on the device; its output ``y`` as an ``OrtValue``."""
-
-
-COMPUTE = (
-    *("MatMul", "Gemm", "Conv", "MatMulNBits", "FusedMatMul", "Softmax", "LayerNormalization", "Attention"),
-    *("MultiHeadAttention", "GroupQueryAttention", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
-)
-"""Operators that must run on the GPU. ONNX Runtime puts nodes that compute shapes on the CPU, which is faster."""
-
-RECORD_NODES = "session.record_ep_graph_assignment_info"
 
 
 def open_graph(
@@ -62,11 +58,15 @@ def open_graph(
 def open_graph_with_tensorrt(
     path: Path,
     threads: int | None = None,
-    optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
+    optimized: OptimizedFile | None = None,  # noqa: ARG001 - one signature for all backends; no copies for this one
+    spec: GraphSpec | None = None,
+    precisions: Sequence[str] = (),
 ) -> DeviceSession:
     """Loads a graph with the TensorRT provider; CUDA runs the nodes that TensorRT does not support.
 
-    Errors are those of :func:`open_with`.
+    The provider builds an engine for the whole range of shapes in ``spec``, and keeps it in the user's cache directory.
+    Without ``spec``, it builds the engine again whenever a shape leaves the range seen so far. Errors are those of
+    :func:`open_with`.
     """
     folder = cache_directory() / "ort-tensorrt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +75,21 @@ def open_graph_with_tensorrt(
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(folder),
+        **{PRECISION_FLAGS[name]: "1" for name in precisions if name in PRECISION_FLAGS},
+        **({} if spec is None else profile_options(spec)),
     }
     return open_with(path, threads, TENSORRT, [(TENSORRT, options), (CUDA, CUDA_OPTIONS)])
+
+
+def profile_options(spec: GraphSpec) -> dict[str, str]:
+    """The TensorRT provider's options for the smallest, usual and largest shape of every input that varies."""
+    varying = [tensor for tensor in spec.inputs if any(isinstance(dim, Axis) for dim in tensor.dims)]
+    found = {}
+    for end in ("min", "opt", "max") if varying else ():
+        sizes = {name: int(getattr(axis, end)) for name, axis in spec.axes().items()}
+        shapes = (f"{tensor.name}:{'x'.join(map(str, tensor.shape(sizes)))}" for tensor in varying)
+        found[f"trt_profile_{end}_shapes"] = ",".join(shapes)
+    return found
 
 
 def open_with(
@@ -113,7 +126,7 @@ def open_with(
         counts = ", ".join(f"{count} {kind}" for kind, count in fallen.items())
         raise BackendError(
             f"expected ONNX Runtime to run {path.name} on {provider}, but it runs some nodes on the CPU ({counts})",
-            f"install a newer onnxruntime-gpu, or make a copy for it: blip2edge optimize BUNDLE {option('backend')} cuda",
+            f"make a copy for CUDA: blip2edge optimize BUNDLE {option('backend')} cuda",
         )
     return session
 
@@ -259,18 +272,6 @@ class DeviceSession:
         return self.onnxruntime.InferenceSession(model, options, providers=self._providers)
 
 
-def count_nodes(session: Any) -> dict[str, dict[str, int]]:
-    """Counts the nodes of ONNX Runtime's session by provider and operator; empty before ONNX Runtime 1.24."""
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return {}
-    found: dict[str, dict[str, int]] = {}
-    for part in session.get_provider_graph_assignment_info():
-        kinds = found.setdefault(str(part.ep_name), {})
-        for node in part.get_nodes():
-            kinds[node.op_type] = kinds.get(node.op_type, 0) + 1
-    return found
-
-
 class DeviceBuffers:
     """Buffers of a KV cache on the device; they follow :class:`CacheBuffers` of ``base.py``.
 
@@ -292,7 +293,7 @@ class DeviceBuffers:
         """Rows and slots; see :class:`CacheBuffers`."""
         return self._shape[0], self._shape[2]
 
-    def resize(self, shape: Sequence[int], used: int) -> None:
+    def resize(self, shape: Sequence[int], used: int) -> None:  # noqa: ARG002 - whole rows are copied
         """Replaces the buffers by larger ones; see :class:`CacheBuffers`."""
         old, had = self._values, self._shape
         self._shape = tuple(shape)
@@ -301,7 +302,7 @@ class DeviceBuffers:
         for name in old if had[0] else ():
             self._copy(name, old[name], had, had[0], 0)
 
-    def select(self, rows: NDArray[np.int64], used: int) -> None:
+    def select(self, rows: NDArray[np.int64], used: int) -> None:  # noqa: ARG002 - as above
         """Copies rows to their new places; see :class:`CacheBuffers`."""
         if np.array_equal(rows, np.arange(len(rows))):
             return
@@ -382,73 +383,3 @@ class DeviceBuffers:
         binding.bind_output("y", *self._part(name, target, first, shape[0]))
         with raised_as(BackendError, "ONNX Runtime cannot move the KV cache", RUN_FIX):
             session.run_with_iobinding(binding)
-
-
-class DeviceArray:
-    """Keys or values ``[B, H, P, d]`` in device memory, float32 or float16.
-
-    Args:
-        value: ONNX Runtime's ``OrtValue``.
-        run_model: Runs the small ONNX models that select rows and cut slices on the device.
-    """
-
-    def __init__(self, value: Any, run_model: RunModel) -> None:
-        self.value = value
-        self._run_model = run_model
-        self.shape: tuple[int, ...] = tuple(value.shape())
-        self.ndim = len(self.shape)
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        self.dtype = np.dtype(dtypes[value.data_type()])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        array: Array = self.value.numpy()
-        return array if dtype is None else array.astype(dtype)
-
-    def copy(self) -> Array:
-        """Copies the values to the host; returns a new array that may be written to."""
-        return np.array(self.value.numpy())
-
-    def __getitem__(self, key: Any) -> DeviceArray | Array:
-        """Selects rows by an array of indices, or slices positions, on the device; any other key on the host."""
-        if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
-            return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
-        everything = slice(None)
-        if isinstance(key, tuple) and key[:-1] == (everything,) * POSITION_AXIS and isinstance(key[-1], slice):
-            first, end, step = key[-1].indices(self.shape[POSITION_AXIS])
-            if step == 1:
-                bounds = {"first": first, "end": max(first, end), "axis": POSITION_AXIS}
-                inputs = {name: np.array([value], np.int64) for name, value in bounds.items()}
-                return self._compute(slice_model(self.dtype.name), inputs)
-        part: Array = self.value.numpy()[key]
-        return part
-
-    def _compute(self, model: bytes, inputs: Mapping[str, Array]) -> DeviceArray:
-        return DeviceArray(self._run_model(model, {"x": self, **inputs}), self._run_model)
-
-
-@cache
-def gather_model(dtype: str) -> bytes:
-    """An ONNX model that selects rows on the device: ``y = x[rows]`` for ``x [b, h, s, d]`` of this dtype."""
-    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("n", "h", "s", "d"))
-    return onnx_model([("Gather", ("x", "rows"), "y")], {"x": x, "rows": ("int64", ("n",))}, ("y", y))
-
-
-@cache
-def slice_model(dtype: str) -> bytes:
-    """An ONNX model that cuts a slice on the device, for ``x [b, h, s, d]`` of this dtype.
-
-    The slice goes from ``first`` to ``end`` (exclusive) along ``axis``; these three inputs are int64 ``[1]``.
-    """
-    bounds = dict.fromkeys(("first", "end", "axis"), ("int64", (1,)))
-    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
-    return onnx_model([("Slice", ("x", *bounds), "y")], {"x": x, **bounds}, ("y", y))
-
-
-@cache
-def pad_model(dtype: str) -> bytes:
-    """An ONNX model that adds zeros on the device: ``y = Pad(x, pads)`` for ``x [b, h, s, d]`` of this dtype."""
-    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
-    return onnx_model([("Pad", ("x", "pads"), "y")], {"x": x, "pads": ("int64", (8,))}, ("y", y))

@@ -292,13 +292,15 @@ class GraphOpener:
             self._engines = None
 
     def _open(self, graph: str) -> Session:
-        spec = self._bundle.graph(graph).spec
+        record = self._bundle.graph(graph)
+        spec = record.spec
         if self._engines is not None:
             engine: Session = self._engines(graph)
             return engine
         found = self._copy[1].graphs.get(graph) if self._copy is not None else None
         if self._copy is None or found is None:
-            return open_session(self._bundle.file(spec.file), self.backend, self.threads)
+            precisions = (self._bundle.manifest.precision, record.precision)
+            return open_session(self._bundle.file(spec.file), self.backend, self.threads, spec, precisions)
         module = import_module(find_backend(self.backend).module)
         directory = self._copy[0]
         self.copied.append(graph)
