@@ -62,10 +62,14 @@ class CacheBuffers(Protocol):
     One thread at a time may use them; every decoder state has its own.
 
     Attributes:
-        size: Rows B and slots C of the buffers; zeros before the first :meth:`resize`.
+        captures: Whether runs may be captured as CUDA graphs, which keep single numbers of their first run.
     """
 
-    size: tuple[int, int]
+    captures: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows B and slots C of the buffers; zeros before the first :meth:`resize`."""
 
     def resize(self, shape: Sequence[int], used: int) -> None:
         """Replaces the buffers by larger ones.
@@ -97,12 +101,52 @@ class CacheBuffers(Protocol):
 
 @runtime_checkable
 class InPlaceSession(Protocol):
-    """A session that can run a graph on buffers, without copies."""
+    """A session that can run a graph on buffers in the memory of the host, without copies."""
 
     input_names: tuple[str, ...]
 
     def in_place(self, pairs: Mapping[str, str]) -> CacheBuffers:
         """Makes empty buffers; ``pairs`` names outputs, each with the input whose buffer the output is written to."""
+
+
+NO_GRAPH = -1
+
+
+@runtime_checkable
+class BindingSession(Protocol):
+    """A session that can run a graph on memory of a device, bound by address.
+
+    Attributes:
+        device: The device as ONNX Runtime names it, and its number.
+        dtypes: dtypes of the graph's floating-point inputs, by name.
+        captures: Whether repeated runs may be captured as CUDA graphs.
+    """
+
+    input_names: tuple[str, ...]
+    device: tuple[str, int]
+    dtypes: Mapping[str, np.dtype[Any]]
+    captures: bool
+
+    def new_binding(self, model: bytes | None = None) -> Any:
+        """Returns a new ``IOBinding`` for the graph, or for a small model of :mod:`.probe`."""
+
+    def run_binding(self, binding: Any, model: bytes | None = None, graph: int = NO_GRAPH) -> None:
+        """Runs the graph, or a small model, on what is bound.
+
+        Args:
+            binding: A binding of :meth:`new_binding`.
+            model: The small model; None for the graph.
+            graph: Number of the CUDA graph to capture or replay; the bound addresses must be those of its first run.
+        """
+
+    def release_graph(self, graph: int) -> None:
+        """Frees the CUDA graph of this number, if there is one."""
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Allocates memory on the device; returns an ``OrtValue``."""
+
+    def on_device(self, array: Array) -> Any:
+        """Copies an array to new memory on the device (a single number: on the host); returns an ``OrtValue``."""
 
 
 POSITION_AXIS = 2

@@ -208,6 +208,8 @@ class HostBuffers:
         value_of: Wraps an array, without a copy, as ONNX Runtime's ``OrtValue``.
     """
 
+    captures = False
+
     def __init__(self, session: Any, pairs: Mapping[str, str], value_of: Callable[[Array], Any]) -> None:
         self._session = session
         self._binding = session.io_binding()  # one thread at a time may use it
@@ -216,17 +218,22 @@ class HostBuffers:
         self._dtypes = {value.name: FLOATS.get(value.type) for value in session.get_inputs()}
         self._buffers: dict[str, Array] = {}
         self._bound_rows: tuple[int, int] | None = None
-        self.size = (0, 0)
+        self._size = (0, 0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and slots; see :class:`CacheBuffers`."""
+        return self._size
 
     def resize(self, shape: Sequence[int], used: int) -> None:
         """Replaces the buffers by larger ones; see :class:`CacheBuffers`."""
-        rows, _ = self.size
+        rows, _ = self._size
         for name in self._pairs.values():
             buffer = np.empty(tuple(shape), self._dtypes[name])
             if rows:
                 buffer[:rows, :, :used] = self._buffers[name][:, :, :used]
             self._buffers[name] = buffer
-        self.size = (shape[0], shape[2])
+        self._size = (shape[0], shape[2])
         self._bound_rows = None
 
     def select(self, rows: NDArray[np.int64], used: int) -> None:

@@ -7,33 +7,36 @@ not use the provider is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import Axis, GraphSpec
+from blip2edge.bundle.schema import DECODER, Axis, GraphSpec
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError, option
 from blip2edge.packages import require
-from blip2edge.runtime.backends.base import RUN_FIX, DeviceArray, OptimizedFile, closed_graph
+from blip2edge.runtime.backends.base import NO_GRAPH, RUN_FIX, DeviceArray, OptimizedFile, closed_graph
 from blip2edge.runtime.backends.onnxruntime_cpu import FLOATS, WEIGHTS_FOLDER, raised_as
 from blip2edge.runtime.backends.probe import (
     COMPUTE,
     RECORD_NODES,
     check_provider,
     count_nodes,
-    gather_model,
-    pad_model,
 )
 
 CUDA, TENSORRT, FALLBACK = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1", "use_tf32": "0"}
 """TF32 is off: it has 10 bits of mantissa, and FP32 graphs promise the token ids of FP32."""
+
+CAPTURE = "enable_cuda_graph"
+GRAPHS_VARIABLE = "BLIP2EDGE_CUDA_GRAPHS"
+GRAPH_ID = "gpu_graph_id"
+"""Run option: the number of the CUDA graph that a run captures or replays; :data:`NO_GRAPH` for neither."""
 
 PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
 """Options of the TensorRT provider that allow kernels of a precision. It has none for TF32, which is on in TensorRT."""
@@ -51,8 +54,13 @@ def open_graph(
     threads: int | None = None,
     optimized: OptimizedFile | None = None,
 ) -> DeviceSession:
-    """Loads a graph with the CUDA provider; raises the errors of :func:`open_with`."""
-    return open_with(path, threads, CUDA, [(CUDA, CUDA_OPTIONS)], optimized)
+    """Loads a graph with the CUDA provider; raises the errors of :func:`open_with`.
+
+    If the environment variable :data:`GRAPHS_VARIABLE` is 1, the steps of a decoder's copy are captured as CUDA graphs.
+    """
+    captures = optimized is not None and path.stem == DECODER and os.environ.get(GRAPHS_VARIABLE) == "1"
+    options = {**CUDA_OPTIONS, CAPTURE: "1"} if captures else CUDA_OPTIONS
+    return open_with(path, threads, CUDA, [(CUDA, options)], optimized)
 
 
 def open_graph_with_tensorrt(
@@ -178,6 +186,7 @@ class DeviceSession:
 
     Attributes:
         provider: The provider that comes first in the loaded session.
+        captures: Whether the provider may capture repeated runs as CUDA graphs.
         nodes: Number of nodes by provider and operator; empty if this version of ONNX Runtime does not report it.
         dtypes: dtypes of the floating-point inputs, by name. Arrays of another floating type are converted.
     """
@@ -200,6 +209,7 @@ class DeviceSession:
         self._session: Any = onnxruntime.InferenceSession(graph, options, providers=self._providers)
         self._open_model = cache(self._open)
         self.provider = str(self._session.get_providers()[0])
+        self.captures = any(one[1].get(CAPTURE) == "1" for one in self._providers if isinstance(one, tuple))
         self.nodes = count_nodes(self._session)
         self.dtypes = {value.name: FLOATS[value.type] for value in self._session.get_inputs() if value.type in FLOATS}
         self.input_names = tuple(value.name for value in self._session.get_inputs())
@@ -211,7 +221,7 @@ class DeviceSession:
             raise closed_graph()
         names = list(self.output_names if outputs is None else outputs)
         devices = [self.device if name.startswith(ON_DEVICE) else ("cpu", 0) for name in names]
-        values = self._run_with_binding(self._session, inputs, zip(names, devices, strict=True))
+        values = self._run_with_binding(None, inputs, zip(names, devices, strict=True))
         return {
             name: DeviceArray(value, self.run_model) if name.startswith(ON_DEVICE) else value.numpy()
             for name, value in zip(names, values, strict=True)
@@ -219,9 +229,7 @@ class DeviceSession:
 
     def run_model(self, model: bytes, inputs: Mapping[str, Any]) -> Any:
         """Runs a small serialised ONNX model on the device; returns its output. See :data:`RunModel`."""
-        if self._session is None:
-            raise closed_graph()
-        return self._run_with_binding(self._open_model(model), inputs, [("y", self.device)])[0]
+        return self._run_with_binding(model, inputs, [("y", self.device)])[0]
 
     def close(self) -> None:
         """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
@@ -229,31 +237,49 @@ class DeviceSession:
         self._open_model.cache_clear()
 
     def _run_with_binding(
-        self, session: Any, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
+        self, model: bytes | None, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
     ) -> list[Any]:
-        """Runs a session of ONNX Runtime; returns an ``OrtValue`` per output, on the device given with its name."""
-        binding = session.io_binding()
+        """Runs the graph or a small model; returns an ``OrtValue`` per output, on the device given with its name."""
+        binding = self.new_binding(model)
         for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, self.value_of(value, self.dtypes.get(name)))
+            binding.bind_ortvalue_input(name, self.value_of(value, None if model else self.dtypes.get(name)))
         for name, device in outputs:
             binding.bind_output(name, *device)
-        with raised_as(BackendError, "ONNX Runtime cannot run the graph", RUN_FIX):
-            session.run_with_iobinding(binding)
+        self.run_binding(binding, model)
         values: list[Any] = binding.get_outputs()
         return values
 
-    def in_place(self, pairs: Mapping[str, str]) -> DeviceBuffers:
-        """Makes buffers on the device that runs read and write in place; see ``base.py``."""
+    def new_binding(self, model: bytes | None = None) -> Any:
+        """Returns a new binding of ONNX Runtime for the graph, or for a small model; see ``BindingSession``."""
         if self._session is None:
             raise closed_graph()
-        return DeviceBuffers(self, pairs)
+        return (self._session if model is None else self._open_model(model)).io_binding()
 
-    def new_binding(self, model: bytes | None = None) -> tuple[Any, Any]:
-        """Returns ONNX Runtime's session of the graph, or of a small model, with a new binding for it."""
-        session = self._session if model is None else self._open_model(model)
+    def run_binding(self, binding: Any, model: bytes | None = None, graph: int = NO_GRAPH) -> None:
+        """Runs the graph, or a small model, on bound values; see ``BindingSession``."""
         if self._session is None:
             raise closed_graph()
-        return session, session.io_binding()
+        session = self._session if model is None else self._open_model(model)
+        options = None
+        if self.captures and model is None:
+            options = self.onnxruntime.RunOptions()
+            options.add_run_config_entry(GRAPH_ID, str(graph))
+        with raised_as(BackendError, "ONNX Runtime cannot run the graph", RUN_FIX):
+            session.run_with_iobinding(binding, options)
+
+    def release_graph(self, graph: int) -> None:
+        """Frees a captured CUDA graph; see ``BindingSession``."""
+        if self._session is not None and self.captures and hasattr(self._session, "release_captured_graph"):
+            self._session.release_captured_graph(graph)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Allocates memory on the device; returns ONNX Runtime's value."""
+        return self.onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, *self.device)
+
+    def on_device(self, array: Array) -> Any:
+        """Copies an array to memory of its own on the device; a single number stays on the host, as kernels need it."""
+        device = HOST if array.ndim == 0 else self.device
+        return self.onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), *device)
 
     def value_of(self, array: Any, dtype: np.dtype[Any] | None = None) -> Any:
         """ONNX Runtime's value of an array on the host or on the device; of type ``dtype`` if it is given.
@@ -270,116 +296,3 @@ class DeviceSession:
         options = self.onnxruntime.SessionOptions()
         options.log_severity_level = 3
         return self.onnxruntime.InferenceSession(model, options, providers=self._providers)
-
-
-class DeviceBuffers:
-    """Buffers of a KV cache on the device; they follow :class:`CacheBuffers` of ``base.py``.
-
-    Args:
-        session: The decoder's session.
-        pairs: Names of outputs, each with the name of the input whose buffer the output is written to.
-    """
-
-    def __init__(self, session: DeviceSession, pairs: Mapping[str, str]) -> None:
-        self._device = session
-        self._pairs = dict(pairs)
-        self._values: dict[str, Any] = {}
-        self._spare: dict[str, Any] = {}
-        self._shape: tuple[int, ...] = (0, 0, 0, 0)
-        self._bound: tuple[tuple[int, int], Any, Any] | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Rows and slots; see :class:`CacheBuffers`."""
-        return self._shape[0], self._shape[2]
-
-    def resize(self, shape: Sequence[int], used: int) -> None:  # noqa: ARG002 - whole rows are copied
-        """Replaces the buffers by larger ones; see :class:`CacheBuffers`."""
-        old, had = self._values, self._shape
-        self._shape = tuple(shape)
-        self._values, self._spare = self._empty(), {}
-        self._bound = None
-        for name in old if had[0] else ():
-            self._copy(name, old[name], had, had[0], 0)
-
-    def select(self, rows: NDArray[np.int64], used: int) -> None:  # noqa: ARG002 - as above
-        """Copies rows to their new places; see :class:`CacheBuffers`."""
-        if np.array_equal(rows, np.arange(len(rows))):
-            return
-        whole = np.concatenate([rows, np.arange(len(rows), self._shape[0])]).astype(np.int64)
-        spare = self._spare or self._empty()
-        for name, value in self._values.items():
-            self._move(gather_model(self._dtype(name).name), name, (value, self._shape), {"rows": whole}, spare[name])
-        self._values, self._spare = spare, self._values
-        self._bound = None
-
-    def append(self, other: DeviceBuffers, first: int, count: int, used: int) -> None:
-        """Copies the rows of another state behind the own ones; see :class:`CacheBuffers`."""
-        if other.size[1] > self.size[1]:
-            self.resize((*self._shape[:2], other.size[1], self._shape[3]), used)
-        for name, value in other._values.items():
-            self._copy(name, value, other._shape, count, first)
-
-    def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:
-        """Runs the graph once and returns one output; see :class:`CacheBuffers`."""
-        if self._bound is None or self._bound[0] != (first, shape[0]):
-            session, binding = self._device.new_binding()
-            for name, value in self._values.items():
-                binding.bind_input(name, *self._part(name, value, first, shape[0]))
-            for present, name in self._pairs.items():
-                binding.bind_output(present, *self._part(name, self._values[name], first, shape[0]))
-            self._bound = (first, shape[0]), session, binding
-        _, session, binding = self._bound
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, self._device.value_of(array, self._device.dtypes.get(name)))
-        binding.bind_output(output, *HOST)
-        with raised_as(BackendError, "ONNX Runtime cannot run the optimized decoder", RUN_FIX):
-            session.run_with_iobinding(binding)
-        return np.array(binding.get_outputs()[-1].numpy())  # the outputs are in the order in which they were bound
-
-    def _dtype(self, name: str) -> np.dtype[Any]:
-        return self._device.dtypes[name]
-
-    def _empty(self) -> dict[str, Any]:
-        """Buffers of zeros: kernels may read slots that no token was written to, and NaN would spread from there."""
-        make = self._device.onnxruntime.OrtValue.ortvalue_from_numpy
-        return {
-            name: make(np.zeros(self._shape, self._dtype(name)), *self._device.device) for name in self._pairs.values()
-        }
-
-    def _part(self, name: str, value: Any, first: int, rows: int, shape: tuple[int, ...] = ()) -> tuple[Any, ...]:
-        """Some rows of a buffer as ONNX Runtime binds them: device, its number, dtype, shape and address."""
-        of = shape or self._shape
-        row = int(np.prod(of[1:])) * self._dtype(name).itemsize
-        return (*self._device.device, self._dtype(name).type, [rows, *of[1:]], value.data_ptr() + first * row)
-
-    def _copy(self, name: str, source: Any, shape: tuple[int, ...], rows: int, first: int) -> None:
-        """Copies the first rows of a smaller buffer of this shape to the rows from ``first`` on."""
-        pads = np.array([0, 0, 0, 0, 0, 0, self._shape[2] - shape[2], 0], np.int64)
-        self._move(
-            pad_model(self._dtype(name).name),
-            name,
-            (source, (rows, *shape[1:])),
-            {"pads": pads},
-            self._values[name],
-            first,
-        )
-
-    def _move(
-        self,
-        model: bytes,
-        name: str,
-        source: tuple[Any, tuple[int, ...]],
-        inputs: Mapping[str, Array],
-        target: Any,
-        first: int = 0,
-    ) -> None:
-        """Runs a small model on the first rows of a buffer; writes its output to rows of another one."""
-        value, shape = source
-        session, binding = self._device.new_binding(model)
-        binding.bind_input("x", *self._part(name, value, 0, shape[0], shape))
-        for key, array in inputs.items():
-            binding.bind_ortvalue_input(key, self._device.value_of(array))
-        binding.bind_output("y", *self._part(name, target, first, shape[0]))
-        with raised_as(BackendError, "ONNX Runtime cannot move the KV cache", RUN_FIX):
-            session.run_with_iobinding(binding)
