@@ -29,6 +29,9 @@ SQUARES = ("Pow", "Mul")
 ANGLES = ("Cos", "Sin")
 """An angle of 2000 has no digits after the decimal point in FP16: all nodes that compute it stay in FP32."""
 
+RESIDUAL = ("Add", "GatherElements")
+"""Operators on the residual stream: the sums, and the choice of the positions that get logits."""
+
 STAYS = ("present.", "cross.")
 """Beginnings of the names of outputs that another run of a graph reads on the GPU; all other outputs keep their type."""
 
@@ -43,7 +46,7 @@ def widen(model: ir.Model) -> int:
         if node.op_type != "Cast" and any(output.dtype == FP32 for output in node.outputs):
             node.meta[IN_FP32] = True
     for value in narrow:
-        value.dtype = FP32
+        value.type = ir.TensorType(FP32)  # a new one: values may share a type
         if value.const_value is not None:
             value.meta[WIDENED] = value.const_value
             value.const_value = converted(value, value.const_value.numpy, FP32)
@@ -68,7 +71,7 @@ def halve(model: ir.Model) -> int:
     for value in _values(graph):
         if value.dtype != FP32 or (value.const_value is not None and _only_for(value, kept)):
             continue
-        value.dtype = FP16
+        value.type = ir.TensorType(FP16)
         changed += 1
         if value.const_value is not None:
             before = value.meta.get(WIDENED)
@@ -182,12 +185,12 @@ def keep_residuals(model: ir.Model) -> int:
             waiting = [node.inputs[0]]
             while waiting:
                 value = waiting.pop()
-                plus = producer(value, "Add")
-                if plus is None or plus in found:
+                before = value.producer() if value is not None else None
+                if before is None or before.op_type not in RESIDUAL or before in found:
                     continue
-                found.add(plus)
-                waiting += list(plus.inputs)
-    products = {product for plus in found for value in plus.inputs if (product := _feed_forward(value)) is not None}
+                found.add(before)
+                waiting += list(before.inputs)
+    products = {product for node in found for value in node.inputs if (product := _feed_forward(value)) is not None}
     for node in found | products:
         node.meta[IN_FP32] = True
     return len(found | products)
@@ -195,7 +198,7 @@ def keep_residuals(model: ir.Model) -> int:
 
 def _feed_forward(value: ir.Value | None) -> ir.Node | None:
     """The last product of a feed-forward: its input is an activation, not the heads of an attention."""
-    node = producer(value, "MatMul")
+    node = producer(value, "MatMul") or producer(value, "MatMulNBits")
     before = node.inputs[0].producer() if node is not None and node.inputs[0] is not None else None
     return node if before is not None and before.op_type in ("Mul", "Relu", "Gelu", "BiasGelu", "FastGelu") else None
 
@@ -228,7 +231,7 @@ def _keep_fp32(graph: ir.Graph, node: ir.Node) -> None:
     for output in node.outputs:
         if output.dtype != FP16:
             continue
-        output.dtype = FP32
+        output.type = ir.TensorType(FP32)
         if not users(output) and not output.is_graph_output():
             continue
         cast = _cast(output, FP16, f"{output.name}_fp16")
@@ -244,7 +247,7 @@ def _keep_fp32(graph: ir.Graph, node: ir.Node) -> None:
 
 def _cast(value: ir.Value, target: ir.DataType, name: str) -> ir.Node:
     node = ir.node("Cast", [value], attributes={"to": int(target)})
-    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].dtype = name, value.shape, target
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, value.shape, ir.TensorType(target)
     return node
 
 

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from blip2edge.optimization.graph import (
     biased,
+    clean,
     dims,
     insert,
     only_user,
@@ -35,6 +36,7 @@ def fuse_norms(model: ir.Model) -> int:
 
 def fuse_rms_norms(model: ir.Model) -> int:
     """Fuses root-mean-square norms alone; returns the number of fused nodes."""
+    clean(model)  # nodes of norms that are fused already
     return sum(_rms(node) for node in list(model.graph) if node.op_type == "Reciprocal")
 
 

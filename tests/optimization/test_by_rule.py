@@ -166,10 +166,9 @@ def test_t5_residuals_stay_in_fp32(bundle_of: BundleOf, tmp_path: Path) -> None:
         model = ir.load(report.directory / f"{graph}.onnx")
         norms = [node for node in model.graph if node.op_type == "SimplifiedLayerNormalization"]
         before = [node.inputs[0].producer() for node in norms if node.inputs[0] is not None]
-        residuals = [node for node in before if node is not None and node.op_type == "Add"]
+        residuals = [node for node in before if node is not None and node.op_type in ("Add", "GatherElements")]
         assert len(residuals) == len(norms) - 1  # the first norm reads the embeddings
-        for node in residuals:
-            assert all(value.producer().op_type in ("Add", "Cast", "MatMul") for value in node.inputs if value)
+        assert {value.dtype for node in residuals for value in node.inputs} <= {ir.DataType.FLOAT, ir.DataType.INT64}
 
 
 def test_what_is_printed_and_read_again(bundle_of: BundleOf, tmp_path: Path) -> None:
