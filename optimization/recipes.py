@@ -124,8 +124,8 @@ _FUSED = (
 )
 CUDA = (Recipe((*_PREPARED, *_FUSED)),)
 CUDA_DECODERS = (Recipe((*_PREPARED, "shared cache", *_FUSED), ("shared cache",)), *CUDA)
-"""Rules for the CUDA provider: the first recipe that applies is used, because no GPU is needed to make the copy. FP16 is
-the last pass of each. Its kernels multiply no INT8 activations: such graphs get FP16 weights."""
+"""Rules for the CUDA provider: the first recipe that applies is used, because the copy is made without a GPU. FP16 is the
+last pass of each. The provider has no fused kernel for INT8 activations: such graphs get FP16 weights."""
 
 
 def recipes_for(graph: str, model: ir.Model) -> Sequence[Recipe]:

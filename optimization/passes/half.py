@@ -1,8 +1,8 @@
 """Changes the floating type of a whole graph: to FP32 for the passes, and to FP16 afterwards.
 
-The passes match graphs in FP32. So a graph in FP16 is first widened: its casts disappear. When the passes are done, all
-floating tensors become FP16, except in nodes that FP16 would overflow or round too much. Large weights are converted one
-by one when they are written, and a weight that was FP16 in the bundle is the bundle's own tensor again.
+The passes match graphs in FP32. So a graph in FP16 is first widened: its casts disappear. When the passes are done,
+all floating tensors become FP16, except in nodes that FP16 would overflow or round too much. Large weights are
+converted one by one when they are written, and a weight that was FP16 in the bundle is the bundle's own tensor again.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ RESIDUAL = ("Add", "GatherElements")
 """Operators on the residual stream: the sums, and the choice of the positions that get logits."""
 
 STAYS = ("present.", "cross.")
-"""Beginnings of the names of outputs that another run of a graph reads on the GPU; all other outputs keep their type."""
+"""Beginnings of the names of outputs that another run reads on the GPU; all other outputs keep their type."""
 
 
 def widen(model: ir.Model) -> int:
-    """Turns every FP16 tensor of a graph into FP32 and removes the casts between them; returns the number of tensors."""
+    """Turns every FP16 tensor of a graph into FP32 and removes the casts between them; returns their number."""
     graph = model.graph
     narrow = [value for value in _values(graph) if value.dtype == FP16]
     if not narrow:

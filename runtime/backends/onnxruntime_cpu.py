@@ -195,7 +195,7 @@ class OnnxRuntimeSession:
         return HostBuffers(self._session, pairs, self._value)
 
 
-FLOATS = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+FLOATS: Mapping[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 """NumPy's dtypes by ONNX Runtime's names."""
 
 

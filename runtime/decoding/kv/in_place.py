@@ -251,11 +251,6 @@ class _DeviceMemory:
             self.session.release_graph(self.runs.pop(next(iter(self.runs))).graph)
         self.runs[key] = run
 
-    def release(self) -> None:
-        """Frees the CUDA graphs."""
-        for run in self.runs.values():
-            self.session.release_graph(run.graph)
-
 
 class DevicePool:
     """Memory of the KV caches of one decoder on a device, which one state leaves to the next.
@@ -282,12 +277,12 @@ class DevicePool:
         return _DeviceMemory(self.session, list(self.pairs.values()), shape)
 
     def give(self, memory: _DeviceMemory) -> None:
-        """Takes memory back; frees the oldest if there is too much."""
+        """Takes memory back; frees the CUDA graphs of the oldest if there is too much."""
         with self._lock:
             self._free.append(memory)
             old = self._free.pop(0) if len(self._free) > POOLED else None
-        if old is not None:
-            old.release()
+        for run in old.runs.values() if old is not None else ():
+            self.session.release_graph(run.graph)
 
 
 class DeviceBuffers:

@@ -1,4 +1,4 @@
-"""How ONNX Runtime's GPU providers are opened: options, libraries, shapes of engines, and nodes that fall to the CPU."""
+"""How ONNX Runtime's GPU providers are opened: options, libraries, shapes of engines, nodes that fall to the CPU."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def test_tensorrt_gets_shapes_flags_and_caches(tiny_bundle: Path, calls: list[Ca
         assert (name, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
         assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
         assert Path(options["trt_engine_cache_path"]).is_dir()
-        assert options["trt_profile_max_shapes"] == profile_options(bundle.graph(path.stem).spec)["trt_profile_max_shapes"]
+        assert (
+            options["trt_profile_max_shapes"] == profile_options(bundle.graph(path.stem).spec)["trt_profile_max_shapes"]
+        )
         assert cuda["use_tf32"] == "0"
         assert "trt_fp16_enable" not in options
     spec = bundle.graph(VISION).spec
@@ -98,9 +100,7 @@ def test_tensorrt_gets_shapes_flags_and_caches(tiny_bundle: Path, calls: list[Ca
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("CUDAExecutionProvider", 1), ("CPUExecutionProvider", 0)])
-def test_cuda_libraries_are_loaded_before_a_session(
-    name: str, wanted: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cuda_libraries_are_loaded_before_a_session(name: str, wanted: int, capsys: pytest.CaptureFixture[str]) -> None:
     order: list[str] = []
 
     def preload_dlls() -> None:
@@ -122,7 +122,7 @@ def test_cuda_libraries_are_loaded_before_a_session(
 
 
 def test_products_on_the_cpu_are_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first provider of a session says nothing about its nodes: here the device is right, and all run on the CPU."""
+    """The first provider says nothing about the nodes: here it is the expected one, and all nodes run on the CPU."""
     monkeypatch.setattr(onnxruntime_cuda, "checked_package", lambda provider: onnxruntime)
     cpu = ["CPUExecutionProvider"]
     with pytest.raises(BackendError, match=r"runs some nodes on the CPU \(.*\d+ MatMul.*blip2edge optimize"):
