@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from blip2edge.bundle.schema import DECODER, CacheSpec
 from blip2edge.optimization.graph import clean, prepare
-from blip2edge.optimization.passes.activations import fuse_activations
+from blip2edge.optimization.passes.activations import fuse_activations, fuse_tanh_gelus
 from blip2edge.optimization.passes.attention import fuse_attention
 from blip2edge.optimization.passes.blocks import use_block_kernels
 from blip2edge.optimization.passes.half import dequantize, halve, keep_residuals, widen
@@ -57,6 +57,7 @@ PASSES: dict[str, Pass] = {
     NOT_INT8: lambda model, _: dequantize(model),
     "fused heads": lambda model, _: fuse_heads(model),
     "fused root-mean-square norms": lambda model, _: fuse_rms_norms(model),
+    "fused tanh GELU": lambda model, _: fuse_tanh_gelus(model),
     "residuals in FP32": lambda model, context: context.encoder_decoder and keep_residuals(model),
     HALF: lambda model, _: halve(model),
 }
@@ -120,11 +121,11 @@ INTEGER_DECODERS = (
 _PREPARED = ("computed in FP32", "block kernels for CUDA", NOT_INT8)
 _FUSED = (
     *("fused attention", "fused heads", "fused root-mean-square norms", "residuals in FP32", "fused norms"),
-    "fused activations",
+    *("fused activations", "fused tanh GELU"),
 )
 CUDA = (Recipe((*_PREPARED, *_FUSED)),)
 CUDA_DECODERS = (Recipe((*_PREPARED, "shared cache", *_FUSED), ("shared cache",)), *CUDA)
-"""Rules for the CUDA provider: the first recipe that applies is used, because the copy is made without a GPU. FP16 is the
+"""Rules for the CUDA provider: the first recipe that applies is used. The copy is made without a GPU. FP16 is the
 last pass of each. The provider has no fused kernel for INT8 activations: such graphs get FP16 weights."""
 
 

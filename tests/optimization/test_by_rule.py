@@ -172,6 +172,40 @@ def test_t5_residuals_stay_in_fp32(bundle_of: BundleOf, tmp_path: Path) -> None:
         assert found <= {ir.DataType.FLOAT, ir.DataType.INT64}
 
 
+def test_a_large_graph_is_checked_in_fp16_alone(
+    bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its FP32 form would need twice its bytes on the disk and in memory."""
+    monkeypatch.setattr(by_rule, "LARGE", 0)
+    saved: list[str] = []
+    original = by_rule._saved
+    monkeypatch.setattr(by_rule, "_saved", lambda task, model, name: saved.append(name) or original(task, model, name))
+    report = copied(bundle_of("blip2-opt", "fp16"), tmp_path)
+    assert report.record.left == {}
+    assert {name.rpartition(".")[2] for name in saved} == {"fp16"}
+
+
+@pytest.mark.parametrize(("step", "epsilon"), [("apply_recipe", 0.05), ("halve", 500.0)])
+def test_a_wrong_copy_is_not_published(
+    step: str, epsilon: float, bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small mistake of a pass is found in FP32, and a large one of the conversion in FP16."""
+    original = getattr(by_rule, step)
+
+    def wrong(model: ir.Model, *arguments: Any) -> Any:
+        done = original(model, *arguments)
+        for node in model.graph:
+            if node.op_type == "SkipLayerNormalization":
+                node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
+        return done
+
+    monkeypatch.setattr(by_rule, step, wrong)
+    report = copied(bundle_of("blip2-opt"), tmp_path)
+    assert report.record.graphs == {}
+    assert len(report.record.left) == 3
+    assert all("off by" in reason or "cosine" in reason for reason in report.record.left.values())
+
+
 def test_what_is_printed_and_read_again(bundle_of: BundleOf, tmp_path: Path) -> None:
     report = copied(bundle_of("blip2-opt", "int8"), tmp_path)
     text = report_table(report)
