@@ -370,7 +370,7 @@ RECORD_NODES = "session.record_ep_graph_assignment_info"
 
 
 def count_nodes(session: Any) -> dict[str, dict[str, int]]:
-    """Counts the nodes of ONNX Runtime's session by provider and operator; empty if its version does not report them."""
+    """Counts the nodes of ONNX Runtime's session by provider and operator; empty if its version does not report it."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return {}
     found: dict[str, dict[str, int]] = {}

@@ -179,7 +179,12 @@ def test_a_large_graph_is_checked_in_fp16_alone(
     monkeypatch.setattr(by_rule, "LARGE", 0)
     saved: list[str] = []
     original = by_rule._saved
-    monkeypatch.setattr(by_rule, "_saved", lambda task, model, name: saved.append(name) or original(task, model, name))
+
+    def watched(task: Any, model: ir.Model, name: str) -> Path:
+        saved.append(name)
+        return original(task, model, name)
+
+    monkeypatch.setattr(by_rule, "_saved", watched)
     report = copied(bundle_of("blip2-opt", "fp16"), tmp_path)
     assert report.record.left == {}
     assert {name.rpartition(".")[2] for name in saved} == {"fp16"}
