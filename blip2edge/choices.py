@@ -19,7 +19,7 @@ RANGE_METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 """Precisions of weights in blocks, and their bits."""
 
-COPIED_BACKENDS = ("cpu", "openvino")
+COPIED_BACKENDS = ("cpu", "openvino", "cuda")
 """Backends that have optimized copies."""
 
 TENSORRT_EDITIONS = ("tensorrt", "rtx")

@@ -5,47 +5,36 @@
 3. Choose: the fastest is kept if it is faster than the portable graph; otherwise the portable graph stays in use.
 4. Publish: ``optimized.json`` lists the files with their hashes and names the bundle.
 
-For OpenVINO, the copy of a graph is its compiled model: it runs as fast as the portable graph, and opens sooner.
+For OpenVINO, the copy of a graph is its compiled model: it runs as fast as the portable graph, and opens sooner. For
+CUDA, the copy is made by rule, without a GPU: nothing is measured (``by_rule.py``).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.publishing import staged
-from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
+from blip2edge.bundle.schema import TEXT_ENCODER
 from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.optimization import probe
+from blip2edge.optimization.by_rule import RULED_PRECISIONS, ruled
+from blip2edge.optimization.checks import CopyTask, agreement, fault_of, probe_session, references, run_graph
 from blip2edge.optimization.compiled import compile_to
-from blip2edge.optimization.graph import prepare
-from blip2edge.optimization.passes.integers import without_rounding
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
-from blip2edge.optimization.storage import SMALLEST, optimize_offline, scratch_directory, write_copy
+from blip2edge.optimization.storage import optimize_offline, scratch_directory, write_copy
 from blip2edge.packages import installed, require
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.backends.base import OptimizedFile, Session
-from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.backends.open_graph import KIND, OptimizedGraph, OptimizedRecord, RowByRow
+from blip2edge.runtime.backends.open_graph import KIND, OptimizedGraph, OptimizedRecord
 from blip2edge.runtime.backends.openvino import OpenVinoSession
 from blip2edge.runtime.backends.probe import exact_processor
-from blip2edge.runtime.decoding.language_model import decoder_of
 from blip2edge.version import __version__
-
-TOLERANCE = 1e-4
-"""Largest difference from the portable graph in fp32, as a share of the output's largest value."""
-
-LEAST_COSINE = 0.995
-"""Smallest cosine to the portable graph if weights or activations are integers: each form rounds differently."""
 
 CLEARLY_FASTER = 0.95
 """A later recipe is preferred to an earlier one if it takes less than this share of its time in two measurements."""
@@ -92,35 +81,6 @@ class _Candidate:
     result: probe.ProbeResult
 
 
-@dataclass
-class _CopyTask:
-    """What the graphs of a copy share while the copy is made.
-
-    Attributes:
-        bundle: The bundle.
-        context: What passes know about the model.
-        scratch: Directory of the rewritten graphs that are tried.
-        target: Directory of the copy.
-        within: Path of the copy inside the bundle; None if the copy is in the user's cache.
-        upstream: Outputs of the portable graphs so far, by name: the inputs of later graphs.
-    """
-
-    bundle: Bundle
-    context: PassContext
-    scratch: Path
-    target: Path
-    within: str | None
-    upstream: dict[str, Array]
-
-    def parent(self, name: str) -> tuple[Path, float]:
-        """The file of a portable graph, and the largest difference from it; infinite for graphs with integers.
-
-        Those are compared by cosine.
-        """
-        record = self.bundle.graph(name)
-        return self.bundle.file(record.spec.file), TOLERANCE if record.precision == "fp32" else math.inf
-
-
 def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None) -> OptimizedReport:
     """Makes the optimized copy of a bundle for a backend; an existing copy is replaced.
 
@@ -146,9 +106,11 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
     opened.require_graphs("an optimized copy")
     directory = opened.derive(KIND) / backend
     with staged(directory, force=True, marker=None) as staging, scratch_directory(staging) as folder:
-        task = _CopyTask(
+        task = CopyTask(
             bundle=opened,
-            context=PassContext(opened.manifest.cache, opened.manifest.max_positions),
+            context=PassContext(
+                opened.manifest.cache, opened.manifest.max_positions, TEXT_ENCODER in opened.manifest.graphs
+            ),
             scratch=Path(folder),
             target=staging,
             within=str(directory.relative_to(opened.path)) if directory.is_relative_to(opened.path) else None,
@@ -159,7 +121,7 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
     return OptimizedReport(directory, record, time.perf_counter() - start)
 
 
-def _record(task: _CopyTask, backend: str, report: ProgressCallback) -> OptimizedRecord:
+def _record(task: CopyTask, backend: str, report: ProgressCallback) -> OptimizedRecord:
     """Makes the copies of all graphs; returns their record."""
     manifest, maker = task.bundle.manifest, BACKENDS[backend]
     graphs: dict[str, OptimizedGraph] = {}
@@ -190,10 +152,10 @@ def _record(task: _CopyTask, backend: str, report: ProgressCallback) -> Optimize
     )
 
 
-def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
+def _rewritten(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
     """Writes the fastest rewritten form of a graph that passes the check; or returns why there is none."""
     parent, tolerance = task.parent(name)
-    portable, exact = _references(task, name)
+    portable, exact = references(task, name)
     candidates, fault = _candidates(task, name, portable, exact)
     task.upstream.update(portable.outputs)
     if not candidates:
@@ -204,11 +166,11 @@ def _rewritten(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fi
     best = candidates[0]
     for one in candidates[1:]:
         if _clearly_faster(one.result, best.result) and _clearly_faster(
-            *(_run(task, name, candidate.file, candidate.recipe) for candidate in (one, best))
+            *(run_graph(task, name, candidate.file, candidate.recipe) for candidate in (one, best))
         ):
             best = one
     files = write_copy(best.file, parent, task.target, name, task.within)
-    parity, cosine = _agreement(best.result, portable, tolerance)
+    parity, cosine = agreement(best.result, portable, tolerance)
     milliseconds = (round(portable.seconds * 1e3, 3), round(best.result.seconds * 1e3, 3))
     recipe = best.recipe
     graph = OptimizedGraph(
@@ -222,7 +184,7 @@ def _clearly_faster(one: probe.ProbeResult, other: probe.ProbeResult) -> bool:
 
 
 def _candidates(
-    task: _CopyTask, name: str, portable: probe.ProbeResult, exact: probe.ProbeResult
+    task: CopyTask, name: str, portable: probe.ProbeResult, exact: probe.ProbeResult
 ) -> tuple[list[_Candidate], str]:
     """The rewritten forms of a graph that pass the check, and what is wrong with one that does not."""
     parent, tolerance = task.parent(name)
@@ -239,11 +201,11 @@ def _candidates(
             continue
         try:
             file = optimize_offline(model, task.scratch, f"{name}.{number}")
-            result = _run(task, name, file, applied)
+            result = run_graph(task, name, file, applied)
         except BackendError as error:  # a kernel that does not support these sizes
             fault = f"{' + '.join(passes)}: {error}"
             continue
-        difference = _fault(result, portable, exact, tolerance)
+        difference = fault_of(result, portable, exact, tolerance)
         if difference:
             fault = f"{' + '.join(passes)}: {difference}"
             continue
@@ -253,101 +215,30 @@ def _candidates(
     return candidates, fault
 
 
-def _compiled(task: _CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
+def _compiled(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
     """Writes a graph as OpenVINO has compiled it; or returns why there is no such copy.
 
     A graph that OpenVINO cannot load has no copy; the other graphs do.
     """
     parent, tolerance = task.parent(name)
-    portable, exact = _references(task, name)
+    portable, exact = references(task, name)
     task.upstream.update(portable.outputs)
     blob = task.target / f"{name}.blob"
     try:
         milliseconds = compile_to(parent, blob)
-        result = _probe(task, name, OpenVinoSession(blob, 1, compiled=True))
+        result = probe_session(task, name, OpenVinoSession(blob, 1, compiled=True))
     except BundleError as error:
         blob.unlink(missing_ok=True)
         return error.problem
-    fault = _fault(result, portable, exact, tolerance)
+    fault = fault_of(result, portable, exact, tolerance)
     if milliseconds[1] > milliseconds[0] * CLEARLY_FASTER:
         fault = fault or f"the portable graph opens as fast here ({milliseconds[0]:.0f} ms)"
     if fault:
         blob.unlink()
         return fault
-    parity, cosine = _agreement(result, portable, tolerance)
+    parity, cosine = agreement(result, portable, tolerance)
     graph = OptimizedGraph(blob.name, ("compiled",), False, False, parity, cosine, milliseconds)
     return graph, {blob.name: FileRecord.of(blob)}
-
-
-def _agreement(
-    result: probe.ProbeResult, portable: probe.ProbeResult, tolerance: float
-) -> tuple[tuple[Parity, ...], float]:
-    """The difference of a copy's outputs from the portable graph's: the parity of each, and the smallest cosine."""
-    parity = tuple(
-        Parity(output, *probe.relative(result.outputs[output], wanted), tolerance, ("probe",))
-        for output, wanted in portable.outputs.items()
-    )
-    return parity, probe.worst_cosine(result.outputs, portable.outputs)
-
-
-def _run(task: _CopyTask, name: str, path: Path, recipe: Recipe | None = None) -> probe.ProbeResult:
-    """Runs a graph in ONNX Runtime: the portable one, or with a recipe a rewritten one."""
-    opened = OnnxRuntimeSession(
-        path, 1, optimized=None if recipe is None else OptimizedFile(path.parent, recipe.layout)
-    )
-    return _probe(task, name, opened, one_by_one=recipe is not None and recipe.one_by_one)
-
-
-def _probe(task: _CopyTask, name: str, opened: Session, *, one_by_one: bool = False) -> probe.ProbeResult:
-    """Runs and times an opened graph, and closes it."""
-    try:
-        session = RowByRow(opened) if one_by_one else opened
-        manifest = task.bundle.manifest
-        if name != DECODER:
-            return probe.run_and_time(session, probe.draw_inputs(task.bundle.graph(name).spec, task.upstream))
-        prompt = 1 if TEXT_ENCODER in manifest.graphs else min(probe.PROMPT, manifest.max_positions - 10)
-        return probe.decode_and_time(decoder_of(task.bundle, session), _cross_inputs(task), prompt)
-    finally:
-        opened.close()
-
-
-def _cross_inputs(task: _CopyTask) -> dict[str, Array]:
-    """The keys, values and mask that a decoder's cross-attention reads; empty for a decoder without any."""
-    if CROSS_KV not in task.bundle.manifest.graphs:
-        return {}
-    drawn = probe.draw_inputs(task.bundle.graph(DECODER).spec, task.upstream)
-    inputs = {name: array for name, array in drawn.items() if name.startswith("cross.")}
-    if CROSS_MASK in drawn:
-        keys = next(iter(inputs.values())).shape[2]
-        shape = drawn[CROSS_MASK].shape[:-1]
-        mask = np.ones((*shape, keys), np.int64)
-        mask[-1, ..., -1] = 0
-        inputs[CROSS_MASK] = mask
-    return inputs
-
-
-def _references(task: _CopyTask, name: str) -> tuple[probe.ProbeResult, probe.ProbeResult]:
-    """Runs the portable graph, and the same graph without rounding its activations (if it rounds any)."""
-    parent, _ = task.parent(name)
-    portable = _run(task, name, parent)
-    model = ir.load(parent)
-    prepare(model)
-    if not without_rounding(model):
-        return portable, portable
-    graph = task.scratch / f"{name}.exact.onnx"  # not optimized offline: ONNX Runtime would round activations
-    ir.save(model, graph, external_data=f"{graph.name}.data", size_threshold_bytes=SMALLEST)
-    return portable, _run(task, name, graph, Recipe(()))
-
-
-def _fault(result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.ProbeResult, tolerance: float) -> str:
-    """What is wrong with a rewritten graph's outputs; empty if nothing is."""
-    for output, wanted in portable.outputs.items():
-        _, share = probe.relative(result.outputs[output], wanted)
-        if share > tolerance:
-            return f"{output} is off by {share:.1e} of its largest value, more than {tolerance:.0e}"
-    least = min(LEAST_COSINE, probe.worst_cosine(portable.outputs, exact.outputs))
-    found = probe.worst_cosine(result.outputs, exact.outputs)
-    return "" if found >= least else f"its cosine is {found:.5f}, less than {least:.5f}"
 
 
 def versions() -> dict[str, str]:
@@ -366,11 +257,12 @@ class Maker:
     """
 
     precisions: tuple[str, ...]
-    make: Callable[[_CopyTask, str], tuple[OptimizedGraph, dict[str, FileRecord]] | str]
+    make: Callable[[CopyTask, str], tuple[OptimizedGraph, dict[str, FileRecord]] | str]
 
 
 BACKENDS: Mapping[str, Maker] = {
     "cpu": Maker(PRECISIONS, _rewritten),
     "openvino": Maker((*PRECISIONS, "fp16"), _compiled),
+    "cuda": Maker(RULED_PRECISIONS, ruled),
 }
 """Backends that copies are made for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,21 +89,25 @@ class ProbeResult:
 
     Attributes:
         outputs: The graph's outputs by name.
-        seconds: The least CPU time of several runs.
+        seconds: The least CPU time of several runs; NaN if it was not measured.
     """
 
     outputs: Arrays
     seconds: float
 
 
-def run_and_time(session: Session, inputs: Mapping[str, Array]) -> ProbeResult:
-    """Runs a graph on two rows for its outputs, and measures its time on one row."""
-    outputs = session.run(inputs)
+def run_and_time(session: Session, inputs: Mapping[str, Array], *, timed: bool = True) -> ProbeResult:
+    """Runs a graph on two rows for its outputs, and measures its time on one row if ``timed``."""
+    outputs = {name: np.asarray(array) for name, array in session.run(inputs).items()}
     one = first_row(inputs)
+    if not timed:
+        return ProbeResult(outputs, math.nan)
     return ProbeResult(outputs, least_cpu_seconds(lambda: session.run(one)))
 
 
-def decode_and_time(decoder: Decoder, context: Mapping[str, Array], prompt: int = PROMPT) -> ProbeResult:
+def decode_and_time(
+    decoder: Decoder, context: Mapping[str, Array], prompt: int = PROMPT, *, timed: bool = True
+) -> ProbeResult:
     """Decodes as generation does: ragged prompts, decode steps, several tokens at once, truncated and reordered rows.
 
     Args:
@@ -110,9 +115,10 @@ def decode_and_time(decoder: Decoder, context: Mapping[str, Array], prompt: int 
         context: Keys, values and mask of the cross-attention, two rows each; empty for a decoder without
             cross-attention.
         prompt: Number of prompt tokens in the timed decoding.
+        timed: Whether to measure the time.
 
     Returns:
-        Logits of each kind of step, and the time of a prefill with :data:`TOKENS` decode steps.
+        Logits of each kind of step, and the time of a prefill with :data:`TOKENS` decode steps; NaN if not ``timed``.
     """
     rng = np.random.default_rng(SEED)
     table = decoder.table
@@ -125,6 +131,8 @@ def decode_and_time(decoder: Decoder, context: Mapping[str, Array], prompt: int 
     state.truncate(before + np.array([1, 2], np.int64))
     state.select(np.array([1, 0]))
     outputs["after"] = state.step(ids[:, 9])
+    if not timed:
+        return ProbeResult(outputs, math.nan)
     whole = [table.rows(rng.integers(0, table.num_rows, prompt))]
     one = first_row(_for_steps(context, prompt))
 

@@ -9,22 +9,33 @@ import onnx_ir as ir
 
 from blip2edge.bundle.schema import DECODER, CacheSpec
 from blip2edge.optimization.graph import clean, prepare
-from blip2edge.optimization.passes.activations import fuse_activations
+from blip2edge.optimization.passes.activations import fuse_activations, fuse_tanh_gelus
 from blip2edge.optimization.passes.attention import fuse_attention
 from blip2edge.optimization.passes.blocks import use_block_kernels
+from blip2edge.optimization.passes.half import dequantize, halve, keep_residuals, widen
+from blip2edge.optimization.passes.heads import fuse_heads
 from blip2edge.optimization.passes.integers import quantised_products, use_dynamic_ranges, use_recorded_ranges
-from blip2edge.optimization.passes.norms import fuse_norms
+from blip2edge.optimization.passes.norms import fuse_norms, fuse_rms_norms
 from blip2edge.optimization.passes.pointwise import use_pointwise_convolutions
 from blip2edge.optimization.passes.shared_cache import share_cache
 
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes need to know about the model: the decoder's KV cache and the longest context in tokens."""
+    """What passes need to know about the model.
+
+    Attributes:
+        cache: The decoder's KV cache; None if there is no decoder.
+        max_positions: The longest context in tokens.
+        encoder_decoder: Whether the language model has a text encoder; T5's residuals overflow FP16.
+    """
 
     cache: CacheSpec | None
     max_positions: int
+    encoder_decoder: bool = False
 
+
+NOT_INT8, HALF = "weights in FP16 in place of INT8", "FP16"
 
 Pass = Callable[[ir.Model, PassContext], object]
 
@@ -41,6 +52,14 @@ PASSES: dict[str, Pass] = {
     "fused norms": lambda model, _: fuse_norms(model),
     "pointwise convolutions": lambda model, _: use_pointwise_convolutions(model),
     "narrowing convolutions": lambda model, _: use_pointwise_convolutions(model, narrowing=True),
+    "computed in FP32": lambda model, _: widen(model),
+    "block kernels for CUDA": lambda model, _: use_block_kernels(model, accuracy=0, fused_bias=False),
+    NOT_INT8: lambda model, _: dequantize(model),
+    "fused heads": lambda model, _: fuse_heads(model),
+    "fused root-mean-square norms": lambda model, _: fuse_rms_norms(model),
+    "fused tanh GELU": lambda model, _: fuse_tanh_gelus(model),
+    "residuals in FP32": lambda model, context: context.encoder_decoder and keep_residuals(model),
+    HALF: lambda model, _: halve(model),
 }
 """By name. A pass returns a false value if it changes nothing."""
 
@@ -97,6 +116,17 @@ INTEGER_DECODERS = (
     Recipe(("block kernels for columns", "fused activations")),
 )
 """A decoder's ranges are recorded, or one for each row: a caption must not depend on the other rows of its batch."""
+
+
+_PREPARED = ("computed in FP32", "block kernels for CUDA", NOT_INT8)
+_FUSED = (
+    *("fused attention", "fused heads", "fused root-mean-square norms", "residuals in FP32", "fused norms"),
+    *("fused activations", "fused tanh GELU"),
+)
+CUDA = (Recipe((*_PREPARED, *_FUSED)),)
+CUDA_DECODERS = (Recipe((*_PREPARED, "shared cache", *_FUSED), ("shared cache",)), *CUDA)
+"""Rules for the CUDA provider: the first recipe that applies is used. The copy is made without a GPU. FP16 is the
+last pass of each. The provider has no fused kernel for INT8 activations: such graphs get FP16 weights."""
 
 
 def recipes_for(graph: str, model: ir.Model) -> Sequence[Recipe]:

@@ -50,12 +50,21 @@ def optimized(bundle: Path, backend: str = "cpu") -> OptimizedReport:
 
 def report_table(report: OptimizedReport) -> str:
     """A line for each optimized graph; below it the others, with the reason."""
+    from blip2edge.optimization.recipes import NOT_INT8
+
     rows = []
     for name, graph in report.record.graphs.items():
-        before, after = graph.milliseconds
+        before, after = graph.milliseconds or (0.0, 0.0)
         times = f"{before / after:.2f}" if after else ""
-        rows.append([name, f"{before:.1f}", f"{after:.1f}", times, f"{graph.cosine:.5f}", ", ".join(graph.passes)])
+        measured = [f"{before:.1f}", f"{after:.1f}", times] if graph.milliseconds else ["-", "-", "-"]
+        rows.append([name, *measured, f"{graph.cosine:.5f}", ", ".join(graph.passes)])
+    graphs = report.record.graphs
     lines = [table(HEADER, rows, right=range(1, 5))] if rows else []
+    if any(graph.milliseconds is None for graph in graphs.values()):
+        lines.append("speed not measured: the copy is made by rule, without a GPU")
+    rounded = [name for name, graph in graphs.items() if NOT_INT8 in graph.passes]
+    if rounded:
+        lines.append(f"FP16 in place of W8A8, for which the CUDA provider has no fused kernel: {', '.join(rounded)}")
     lines += [f"{name} is not optimized: {why}" for name, why in report.record.left.items()]
     lines.append(f"{report.directory}: checked against the bundle's own graphs, {report.seconds:.1f} s")
     return "\n".join(lines)

@@ -71,18 +71,22 @@ class _Found:
         return self.node.outputs[0]
 
 
-def use_block_kernels(model: ir.Model, *, columns_too: bool = False) -> int:
+def use_block_kernels(
+    model: ir.Model, *, columns_too: bool = False, accuracy: int = INT8_COMPUTE, fused_bias: bool = True
+) -> int:
     """Replaces products with block-quantised weights by MatMulNBits; products of the same value become one node.
 
     Args:
         model: A prepared graph.
         columns_too: Whether to replace also products with int8 activations and one scale for each column. The kernel
             does not use the recorded ranges of these activations.
+        accuracy: ``accuracy_level`` of the kernel; 0 multiplies activations as they are.
+        fused_bias: Whether the kernel adds the bias; else an addition stays after it, as older CUDA kernels require.
 
     Returns:
         The number of replaced products.
     """
-    found = [found for node in model.graph if (found := _block_product(node)) is not None]
+    found = [found for node in model.graph if (found := _block_product(node, fused_bias)) is not None]
     if columns_too:
         found += _column_products(model)
     groups: dict[tuple[str, int, int, int], list[_Found]] = defaultdict(list)
@@ -91,11 +95,11 @@ def use_block_kernels(model: ir.Model, *, columns_too: bool = False) -> int:
         key = (str(one.source.name), matrix.bits, matrix.block, len(matrix.integers))
         groups[key].append(one)
     for group in groups.values():
-        _replace(model.graph, group)
+        _replace(model.graph, group, accuracy)
     return len(found)
 
 
-def _block_product(node: ir.Node) -> _Found | None:
+def _block_product(node: ir.Node, fused_bias: bool) -> _Found | None:
     weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type == "MatMul" else None
     if weight is None or "block_size" not in weight.attributes or node.inputs[0] is None:
         return None
@@ -107,7 +111,7 @@ def _block_product(node: ir.Node) -> _Found | None:
     zero = constant(weight.inputs[2]) if len(weight.inputs) > 2 else None
     if zero is not None and np.any(zero.astype(np.int8)):
         return None
-    last, bias = with_bias(node)
+    last, bias = with_bias(node) if fused_bias else (node, None)
     name = str(weight.inputs[0].name) if weight.inputs[0] is not None else ""
     matrix = BlockWeights(name, integers.astype(np.int8), scales, BITS[kind], constant(bias))
     return _Found(node.inputs[0], matrix, last)
@@ -132,7 +136,7 @@ def _column_products(model: ir.Model) -> list[_Found]:
     return found
 
 
-def _replace(graph: ir.Graph, group: Sequence[_Found]) -> None:
+def _replace(graph: ir.Graph, group: Sequence[_Found], accuracy: int) -> None:
     """Replaces products of one value by one node, whose result is split."""
     first, matrices = group[0], [one.matrix for one in group]
     place = next(node for node in graph if node in {one.node for one in group})
@@ -155,7 +159,7 @@ def _replace(graph: ir.Graph, group: Sequence[_Found]) -> None:
     like = first.out if len(group) == 1 else None
     made = insert(
         place, "MatMulNBits", inputs, [like],
-        K=rows, N=sum(widths), bits=bits, block_size=block, accuracy_level=INT8_COMPUTE,
+        K=rows, N=sum(widths), bits=bits, block_size=block, accuracy_level=accuracy,
     )  # fmt: skip
     if len(group) > 1:
         source = first.out

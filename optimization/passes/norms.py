@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from blip2edge.optimization.graph import (
     biased,
+    clean,
     dims,
     insert,
     only_user,
@@ -18,6 +19,9 @@ from blip2edge.optimization.graph import (
     with_scalar,
 )
 
+IN_FP32 = "in fp32"
+"""Key in ``Node.meta``: the node has to be computed in FP32, also in an FP16 graph."""
+
 SKIPS = {
     "LayerNormalization": "SkipLayerNormalization",
     "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
@@ -27,8 +31,13 @@ SKIPS = {
 
 def fuse_norms(model: ir.Model) -> int:
     """Fuses root-mean-square norms, then norms with residuals before them; returns the number of fused nodes."""
-    made = sum(_rms(node) for node in list(model.graph) if node.op_type == "Reciprocal")
-    return made + sum(_skip(node) for node in list(model.graph) if node.op_type in SKIPS)
+    return fuse_rms_norms(model) + sum(_skip(node) for node in list(model.graph) if node.op_type in SKIPS)
+
+
+def fuse_rms_norms(model: ir.Model) -> int:
+    """Fuses root-mean-square norms alone; returns the number of fused nodes."""
+    clean(model)  # nodes of norms that are fused already
+    return sum(_rms(node) for node in list(model.graph) if node.op_type == "Reciprocal")
 
 
 def _rms(reciprocal: ir.Node) -> bool:
@@ -74,7 +83,13 @@ def _skip(norm: ir.Node) -> bool:
     total = norm.inputs[0]
     node = producer(total, "Add")
     axis = norm.attributes.get("axis")
-    if node is None or total is None or axis is None or axis.as_int() not in (-1, len(dims(total)) - 1):
+    if (
+        node is None
+        or node.meta.get(IN_FP32)
+        or total is None
+        or axis is None
+        or axis.as_int() not in (-1, len(dims(total)) - 1)
+    ):
         return False
     first, second = operands(node)
     shape = dims(total)

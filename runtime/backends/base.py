@@ -6,14 +6,19 @@ so that its package need not be installed for the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import GraphSpec
 from blip2edge.errors import BackendError, UsageError, option
+from blip2edge.runtime.backends.probe import gather_model, slice_model
 
 
 class Session(Protocol):
@@ -51,6 +56,151 @@ class Session(Protocol):
         """Releases the graph and its memory. :meth:`run` raises BackendError afterwards."""
 
 
+class CacheBuffers(Protocol):
+    """Buffers of a decoder's keys and values ``[B, H, C, d]``, and runs of the decoder that write them in place.
+
+    One thread at a time may use them; every decoder state has its own.
+
+    Attributes:
+        captures: Whether runs may be captured as CUDA graphs, which keep single numbers of their first run.
+    """
+
+    captures: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows B and slots C of the buffers; zeros before the first :meth:`resize`."""
+
+    def resize(self, shape: Sequence[int], used: int) -> None:
+        """Replaces the buffers by larger ones.
+
+        Args:
+            shape: ``(B, H, C, d)``, with no fewer rows and slots than now.
+            used: Slots whose content is kept.
+        """
+
+    def select(self, rows: NDArray[np.int64], used: int) -> None:
+        """Makes row i a copy of old row ``rows[i]``, for at most B rows and at least the first ``used`` slots."""
+
+    def append(self, other: Any, first: int, count: int, used: int) -> None:
+        """Copies the first ``count`` rows of another state's buffers to the rows from ``first`` on."""
+
+    def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:
+        """Runs the decoder once on some rows of the buffers.
+
+        Args:
+            inputs: The inputs that are not in the buffers, by name.
+            first: The first of the rows.
+            output: Name of the output to return.
+            shape: Shape of that output; its first length is the number of rows.
+
+        Returns:
+            The values of ``output``, a new array.
+        """
+
+
+@runtime_checkable
+class InPlaceSession(Protocol):
+    """A session that can run a graph on buffers in the memory of the host, without copies."""
+
+    input_names: tuple[str, ...]
+
+    def in_place(self, pairs: Mapping[str, str]) -> CacheBuffers:
+        """Makes empty buffers; ``pairs`` names outputs, each with the input whose buffer the output is written to."""
+
+
+NO_GRAPH = -1
+
+
+@runtime_checkable
+class BindingSession(Protocol):
+    """A session that can run a graph on memory of a device, bound by address.
+
+    Attributes:
+        device: The device as ONNX Runtime names it, and its number.
+        dtypes: dtypes of the graph's floating-point inputs, by name.
+        captures: Whether repeated runs may be captured as CUDA graphs.
+    """
+
+    input_names: tuple[str, ...]
+    device: tuple[str, int]
+    dtypes: Mapping[str, np.dtype[Any]]
+    captures: bool
+
+    def new_binding(self, model: bytes | None = None) -> Any:
+        """Returns a new ``IOBinding`` for the graph, or for a small model of :mod:`.probe`."""
+
+    def run_binding(self, binding: Any, model: bytes | None = None, graph: int = NO_GRAPH) -> None:
+        """Runs the graph, or a small model, on what is bound.
+
+        Args:
+            binding: A binding of :meth:`new_binding`.
+            model: The small model; None for the graph.
+            graph: Number of the CUDA graph to capture or replay; the bound addresses must be those of its first run.
+        """
+
+    def release_graph(self, graph: int) -> None:
+        """Frees the CUDA graph of this number, if there is one."""
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Allocates memory on the device; returns an ``OrtValue``."""
+
+    def on_device(self, array: Array) -> Any:
+        """Copies an array to new memory on the device (a single number: on the host); returns an ``OrtValue``."""
+
+
+POSITION_AXIS = 2
+"""The axis of ``[B, H, P, d]`` that is sliced."""
+
+RunModel = Callable[[bytes, Mapping[str, Any]], Any]
+"""Runs a model of :mod:`blip2edge.runtime.backends.probe` on the device; its output ``y`` as an ``OrtValue``."""
+
+
+class DeviceArray:
+    """Keys or values ``[B, H, P, d]`` in device memory, float32 or float16.
+
+    Args:
+        value: ONNX Runtime's ``OrtValue``.
+        run_model: Runs the small ONNX models that select rows and cut slices on the device.
+    """
+
+    def __init__(self, value: Any, run_model: RunModel) -> None:
+        self.value = value
+        self._run_model = run_model
+        self.shape: tuple[int, ...] = tuple(value.shape())
+        self.ndim = len(self.shape)
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self.dtype = np.dtype(dtypes[value.data_type()])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        array: Array = self.value.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def copy(self) -> Array:
+        """Copies the values to the host; returns a new array that may be written to."""
+        return np.array(self.value.numpy())
+
+    def __getitem__(self, key: Any) -> DeviceArray | Array:
+        """Selects rows by an array of indices, or slices positions, on the device; any other key on the host."""
+        if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
+            return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
+        everything = slice(None)
+        if isinstance(key, tuple) and key[:-1] == (everything,) * POSITION_AXIS and isinstance(key[-1], slice):
+            first, end, step = key[-1].indices(self.shape[POSITION_AXIS])
+            if step == 1:
+                bounds = {"first": first, "end": max(first, end), "axis": POSITION_AXIS}
+                inputs = {name: np.array([value], np.int64) for name, value in bounds.items()}
+                return self._compute(slice_model(self.dtype.name), inputs)
+        part: Array = self.value.numpy()[key]
+        return part
+
+    def _compute(self, model: bytes, inputs: Mapping[str, Array]) -> DeviceArray:
+        return DeviceArray(self._run_model(model, {"x": self, **inputs}), self._run_model)
+
+
 def closed_graph() -> BackendError:
     """Makes the error that a session raises when it is used after :meth:`Session.close`."""
     return BackendError("this graph is closed", "load the bundle again")
@@ -85,6 +235,7 @@ class Backend:
         engines: Target of the engines that the backend runs instead of graphs, ``tensorrt`` or ``rtx``; empty for none.
             The module then also has an ``EngineOpener(bundle, target)``.
         host: Whether the backend computes on the CPU.
+        profiled: Whether the function also takes ``spec`` and ``precisions``, for the shapes and kernels of an engine.
         refuses: Bundle precisions that the backend cannot run, each with the reason.
     """
 
@@ -93,6 +244,7 @@ class Backend:
     copy: str = ""
     engines: str = ""
     host: bool = False
+    profiled: bool = False
     refuses: Mapping[str, str] = field(default_factory=lambda: {"bf16": NO_BF16_ARRAYS})
 
 
@@ -101,10 +253,12 @@ BACKENDS = {
         "blip2edge.runtime.backends.onnxruntime_cpu", copy="cpu", host=True, refuses={"bf16": NO_BF16_KERNELS}
     ),
     "openvino": Backend("blip2edge.runtime.backends.openvino", copy="openvino", host=True, refuses={}),
-    "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda"),
+    "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda", copy="cuda"),
     "tensorrt": Backend("blip2edge.runtime.tensorrt.backend", engines="tensorrt"),
     "rtx": Backend("blip2edge.runtime.tensorrt.backend", engines="rtx"),
-    "ort-tensorrt": Backend("blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt"),
+    "ort-tensorrt": Backend(
+        "blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt", profiled=True
+    ),
 }
 """The backends by name; ``auto`` is the first one."""
 
@@ -160,18 +314,27 @@ def find_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def open_session(path: Path, backend: str = "auto", threads: int | None = None) -> Session:
+def open_session(
+    path: Path,
+    backend: str = "auto",
+    threads: int | None = None,
+    spec: GraphSpec | None = None,
+    precisions: Sequence[str] = (),
+) -> Session:
     """Loads an ``.onnx`` file in a backend, without the optimized copy that the bundle may have for it.
 
     Args:
         path: The ``.onnx`` file in the bundle. (``GraphOpener`` loads optimized copies and engines.)
         backend: Name of a backend, or ``auto``.
         threads: CPU threads within an operator; None leaves the choice to the backend.
+        spec: The graph's inputs and outputs, for backends that build an engine for a range of shapes; None if unknown.
+        precisions: Precisions of the bundle and of the graph, for the same backends.
 
     Raises:
         BackendError: There is no backend of that name, or its package or hardware is missing.
         BundleError: The backend cannot load the file.
     """
     row = find_backend(backend)
-    session: Session = getattr(import_module(row.module), row.function)(path, threads)
+    more = {"spec": spec, "precisions": precisions} if row.profiled else {}
+    session: Session = getattr(import_module(row.module), row.function)(path, threads, **more)
     return session

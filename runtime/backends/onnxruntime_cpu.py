@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, one_line
@@ -187,22 +188,19 @@ class OnnxRuntimeSession:
         """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
         self._session = None
 
-    def in_place(self, pairs: Mapping[str, str]) -> InPlace:
-        """Prepares runs that write some outputs into the buffers of inputs; each caller needs its own :class:`InPlace`.
-
-        Args:
-            pairs: Names of these outputs, each with the name of the input whose buffer the output is written to.
-        """
+    def in_place(self, pairs: Mapping[str, str]) -> HostBuffers:
+        """Makes buffers that runs read and write in place; each decoder state needs its own; see ``base.py``."""
         if self._session is None:
             raise closed_graph()
-        return InPlace(self._session, pairs, self._value)
+        return HostBuffers(self._session, pairs, self._value)
 
 
-class InPlace:
-    """Runs of a graph that read and write buffers in place, without copies.
+FLOATS: Mapping[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+"""NumPy's dtypes by ONNX Runtime's names."""
 
-    It holds ONNX Runtime's binding of buffers to names, which one thread at a time may use. Every decoder state has
-    its own, so that several states may run in several threads.
+
+class HostBuffers:
+    """Buffers of a KV cache in the memory of the host; they follow :class:`CacheBuffers` of ``base.py``.
 
     Args:
         session: ONNX Runtime's own session.
@@ -210,35 +208,54 @@ class InPlace:
         value_of: Wraps an array, without a copy, as ONNX Runtime's ``OrtValue``.
     """
 
+    captures = False
+
     def __init__(self, session: Any, pairs: Mapping[str, str], value_of: Callable[[Array], Any]) -> None:
         self._session = session
-        self._binding = session.io_binding()
+        self._binding = session.io_binding()  # one thread at a time may use it
         self._pairs = dict(pairs)
         self._value = value_of
+        self._dtypes = {value.name: FLOATS.get(value.type) for value in session.get_inputs()}
+        self._buffers: dict[str, Array] = {}
+        self._bound_rows: tuple[int, int] | None = None
+        self._size = (0, 0)
 
-    def bind(self, buffers: Mapping[str, Array]) -> None:
-        """Binds the buffers of the paired inputs and outputs; buffers of an earlier call are no longer used.
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and slots; see :class:`CacheBuffers`."""
+        return self._size
 
-        Args:
-            buffers: Contiguous arrays by the input's name. They are used without a copy, and kept until the next call.
-        """
-        values = {name: self._value(array) for name, array in buffers.items()}
-        for name, value in values.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for output, name in self._pairs.items():
-            self._binding.bind_ortvalue_output(output, values[name])
+    def resize(self, shape: Sequence[int], used: int) -> None:
+        """Replaces the buffers by larger ones; see :class:`CacheBuffers`."""
+        rows, _ = self._size
+        for name in self._pairs.values():
+            buffer = np.empty(tuple(shape), self._dtypes[name])
+            if rows:
+                buffer[:rows, :, :used] = self._buffers[name][:, :, :used]
+            self._buffers[name] = buffer
+        self._size = (shape[0], shape[2])
+        self._bound_rows = None
 
-    def run(self, inputs: Mapping[str, Array], output: str, shape: Sequence[int]) -> Array:
-        """Runs the graph once and returns one output; the paired outputs are written to the bound buffers.
+    def select(self, rows: NDArray[np.int64], used: int) -> None:
+        """Copies rows to their new places; see :class:`CacheBuffers`."""
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        for buffer in self._buffers.values() if len(moved) else ():
+            buffer[moved, :, :used] = buffer[rows[moved], :, :used]
 
-        Args:
-            inputs: The inputs that have no bound buffer, by name.
-            output: Name of the output to return, float32; an output without a bound buffer.
-            shape: Shape of that output.
+    def append(self, other: HostBuffers, first: int, count: int, used: int) -> None:
+        """Copies the rows of another state behind the own ones; see :class:`CacheBuffers`."""
+        for name, buffer in self._buffers.items():
+            buffer[first : first + count, :, :used] = other._buffers[name][:count, :, :used]
 
-        Returns:
-            The values of ``output``, a new array.
-        """
+    def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:
+        """Runs the graph once and returns one output, float32; see :class:`CacheBuffers`."""
+        if self._bound_rows != (first, shape[0]):
+            self._bound_rows = first, shape[0]
+            values = {name: self._value(array[first : first + shape[0]]) for name, array in self._buffers.items()}
+            for name, value in values.items():
+                self._binding.bind_ortvalue_input(name, value)
+            for present, name in self._pairs.items():
+                self._binding.bind_ortvalue_output(present, values[name])
         result = np.empty(tuple(shape), np.float32)
         for name, array in inputs.items():
             self._binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))

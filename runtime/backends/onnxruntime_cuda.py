@@ -7,7 +7,8 @@ not use the provider is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,46 +16,65 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import DECODER, Axis, GraphSpec
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import BackendError, BundleError
+from blip2edge.errors import BackendError, BundleError, option
 from blip2edge.packages import require
-from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
-from blip2edge.runtime.backends.onnxruntime_cpu import raised_as
-from blip2edge.runtime.backends.probe import check_provider, onnx_model
+from blip2edge.runtime.backends.base import NO_GRAPH, RUN_FIX, DeviceArray, OptimizedFile, closed_graph
+from blip2edge.runtime.backends.onnxruntime_cpu import FLOATS, WEIGHTS_FOLDER, raised_as
+from blip2edge.runtime.backends.probe import (
+    COMPUTE,
+    RECORD_NODES,
+    check_provider,
+    count_nodes,
+)
 
-CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
-CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1"}
+CUDA, TENSORRT, FALLBACK = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1", "use_tf32": "0"}
+"""TF32 is off: it has 10 bits of mantissa, and FP32 graphs promise the token ids of FP32."""
+
+CAPTURE = "enable_cuda_graph"
+GRAPHS_VARIABLE = "BLIP2EDGE_CUDA_GRAPHS"
+GRAPH_ID = "gpu_graph_id"
+"""Run option: the number of the CUDA graph that a run captures or replays; :data:`NO_GRAPH` for neither."""
+
+PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
+"""Options of the TensorRT provider that allow kernels of a precision. It has none for TF32, which is on in TensorRT."""
+
 JETSON = "; on a Jetson, see docs/jetson.md"
-GPU = ("cuda", 0)
+GPU, HOST = ("cuda", 0), ("cpu", 0)
 """A device as ONNX Runtime names it, and its number."""
 
 ON_DEVICE = ("present.", "cross.")
 """Beginnings of the names of outputs that stay on the device: keys and values."""
 
-POSITION_AXIS = 2
-"""The axis of ``[B, H, P, d]`` that is sliced."""
-
-RunModel = Callable[[bytes, Mapping[str, Any]], Any]
-"""Runs a model of :mod:`blip2edge.runtime.backends.probe` on the device; its output ``y`` as an ``OrtValue``."""
-
 
 def open_graph(
     path: Path,
     threads: int | None = None,
-    optimized: OptimizedFile | None = None,  # noqa: ARG001 - one signature for all backends; no copies for this one
+    optimized: OptimizedFile | None = None,
 ) -> DeviceSession:
-    """Loads a graph with the CUDA provider; raises the errors of :func:`open_with`."""
-    return open_with(path, threads, CUDA, [(CUDA, CUDA_OPTIONS)])
+    """Loads a graph with the CUDA provider; raises the errors of :func:`open_with`.
+
+    If the environment variable :data:`GRAPHS_VARIABLE` is 1, the steps of a decoder's copy are captured as CUDA graphs.
+    """
+    captures = optimized is not None and path.stem == DECODER and os.environ.get(GRAPHS_VARIABLE) == "1"
+    options = {**CUDA_OPTIONS, CAPTURE: "1"} if captures else CUDA_OPTIONS
+    return open_with(path, threads, CUDA, [(CUDA, options)], optimized)
 
 
 def open_graph_with_tensorrt(
     path: Path,
     threads: int | None = None,
-    optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
+    optimized: OptimizedFile | None = None,  # noqa: ARG001 - one signature for all backends; no copies for this one
+    spec: GraphSpec | None = None,
+    precisions: Sequence[str] = (),
 ) -> DeviceSession:
     """Loads a graph with the TensorRT provider; CUDA runs the nodes that TensorRT does not support.
 
-    Errors are those of :func:`open_with`.
+    The provider builds an engine for the whole range of shapes in ``spec``, and keeps it in the user's cache directory.
+    Without ``spec``, it builds the engine again whenever a shape leaves the range seen so far. Errors are those of
+    :func:`open_with`.
     """
     folder = cache_directory() / "ort-tensorrt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,11 +83,26 @@ def open_graph_with_tensorrt(
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(folder),
+        **{PRECISION_FLAGS[name]: "1" for name in precisions if name in PRECISION_FLAGS},
+        **({} if spec is None else profile_options(spec)),
     }
     return open_with(path, threads, TENSORRT, [(TENSORRT, options), (CUDA, CUDA_OPTIONS)])
 
 
-def open_with(path: Path, threads: int | None, provider: str, providers: list[Any]) -> DeviceSession:
+def profile_options(spec: GraphSpec) -> dict[str, str]:
+    """The TensorRT provider's options for the smallest, usual and largest shape of every input that varies."""
+    varying = [tensor for tensor in spec.inputs if any(isinstance(dim, Axis) for dim in tensor.dims)]
+    found = {}
+    for end in ("min", "opt", "max") if varying else ():
+        sizes = {name: int(getattr(axis, end)) for name, axis in spec.axes().items()}
+        shapes = (f"{tensor.name}:{'x'.join(map(str, tensor.shape(sizes)))}" for tensor in varying)
+        found[f"trt_profile_{end}_shapes"] = ",".join(shapes)
+    return found
+
+
+def open_with(
+    path: Path, threads: int | None, provider: str, providers: list[Any], optimized: OptimizedFile | None = None
+) -> DeviceSession:
     """Checks that an execution provider works, then loads a graph with this provider.
 
     Args:
@@ -75,9 +110,11 @@ def open_with(path: Path, threads: int | None, provider: str, providers: list[An
         threads: CPU threads, for operators that no GPU provider supports.
         provider: The provider that must come first.
         providers: All providers, best first, with their options.
+        optimized: How to load a graph of an optimized copy; None for a portable graph.
 
     Raises:
-        BackendError: onnxruntime is not installed, or the provider does not work here.
+        BackendError: onnxruntime is not installed, the provider does not work here, or ONNX Runtime runs some of the
+            graph's products, attentions or norms on the CPU.
         BundleError: ONNX Runtime cannot load the file.
     """
     onnxruntime = checked_package(provider)
@@ -86,13 +123,32 @@ def open_with(path: Path, threads: int | None, provider: str, providers: list[An
     if threads is not None:
         options.intra_op_num_threads = threads
     with raised_as(BundleError, f"ONNX Runtime cannot load {path} on {provider}", "see `blip2edge doctor`"):
-        session = DeviceSession(onnxruntime, path, options, providers, GPU)
+        session = DeviceSession(onnxruntime, path, options, providers, GPU, optimized)
     if session.provider != provider:
         raise BackendError(
             f"expected ONNX Runtime to run {path.name} on {provider}, but ONNX Runtime fell back to {session.provider}",
             "see `blip2edge doctor`",
         )
+    fallen = {kind: count for kind, count in session.nodes.get(FALLBACK, {}).items() if kind in COMPUTE}
+    if fallen:
+        counts = ", ".join(f"{count} {kind}" for kind, count in fallen.items())
+        raise BackendError(
+            f"expected ONNX Runtime to run {path.name} on {provider}, but it runs some nodes on the CPU ({counts})",
+            f"make a copy for CUDA: blip2edge optimize BUNDLE {option('backend')} cuda",
+        )
     return session
+
+
+def open_on_host(path: Path, optimized: OptimizedFile | None = None) -> DeviceSession:
+    """Loads a graph with the CPU in place of the GPU, to check a copy or this module where there is no GPU."""
+    onnxruntime = require("onnxruntime", "the check of a copy for CUDA", BackendError)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    # Basic: ONNX Runtime folds the casts of FP16 weights, which it computes with in FP32, and fuses no nodes.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with raised_as(BackendError, f"ONNX Runtime cannot load {path}"):
+        return DeviceSession(onnxruntime, path, options, [FALLBACK], HOST, optimized)
 
 
 @cache
@@ -126,18 +182,36 @@ class DeviceSession:
         options: ONNX Runtime's session options.
         providers: Execution providers, best first.
         device: The device that the outputs of :data:`ON_DEVICE` stay on.
+        optimized: How to load a graph of an optimized copy; None for a portable graph.
 
     Attributes:
         provider: The provider that comes first in the loaded session.
+        captures: Whether the provider may capture repeated runs as CUDA graphs.
+        nodes: Number of nodes by provider and operator; empty if this version of ONNX Runtime does not report it.
+        dtypes: dtypes of the floating-point inputs, by name. Arrays of another floating type are converted.
     """
 
     def __init__(
-        self, onnxruntime: Any, path: Path, options: Any, providers: Sequence[Any], device: tuple[str, int]
+        self,
+        onnxruntime: Any,
+        path: Path,
+        options: Any,
+        providers: Sequence[Any],
+        device: tuple[str, int],
+        optimized: OptimizedFile | None = None,
     ) -> None:
-        self._onnxruntime, self._providers, self._device = onnxruntime, list(providers), device
-        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=self._providers)
+        self.onnxruntime, self._providers, self.device = onnxruntime, list(providers), device
+        graph: str | bytes = str(path)
+        if optimized is not None:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(optimized.weights))
+            graph = path.read_bytes()
+        options.add_session_config_entry(RECORD_NODES, "1")
+        self._session: Any = onnxruntime.InferenceSession(graph, options, providers=self._providers)
         self._open_model = cache(self._open)
         self.provider = str(self._session.get_providers()[0])
+        self.captures = any(one[1].get(CAPTURE) == "1" for one in self._providers if isinstance(one, tuple))
+        self.nodes = count_nodes(self._session)
+        self.dtypes = {value.name: FLOATS[value.type] for value in self._session.get_inputs() if value.type in FLOATS}
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
@@ -146,8 +220,8 @@ class DeviceSession:
         if self._session is None:
             raise closed_graph()
         names = list(self.output_names if outputs is None else outputs)
-        devices = [self._device if name.startswith(ON_DEVICE) else ("cpu", 0) for name in names]
-        values = self._run_with_binding(self._session, inputs, zip(names, devices, strict=True))
+        devices = [self.device if name.startswith(ON_DEVICE) else ("cpu", 0) for name in names]
+        values = self._run_with_binding(None, inputs, zip(names, devices, strict=True))
         return {
             name: DeviceArray(value, self.run_model) if name.startswith(ON_DEVICE) else value.numpy()
             for name, value in zip(names, values, strict=True)
@@ -155,9 +229,7 @@ class DeviceSession:
 
     def run_model(self, model: bytes, inputs: Mapping[str, Any]) -> Any:
         """Runs a small serialised ONNX model on the device; returns its output. See :data:`RunModel`."""
-        if self._session is None:
-            raise closed_graph()
-        return self._run_with_binding(self._open_model(model), inputs, [("y", self._device)])[0]
+        return self._run_with_binding(model, inputs, [("y", self.device)])[0]
 
     def close(self) -> None:
         """Releases the graph and its memory; see :class:`blip2edge.runtime.backends.base.Session`."""
@@ -165,89 +237,62 @@ class DeviceSession:
         self._open_model.cache_clear()
 
     def _run_with_binding(
-        self, session: Any, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
+        self, model: bytes | None, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
     ) -> list[Any]:
-        """Runs a session of ONNX Runtime; returns an ``OrtValue`` per output, on the device given with its name."""
-        binding = session.io_binding()
+        """Runs the graph or a small model; returns an ``OrtValue`` per output, on the device given with its name."""
+        binding = self.new_binding(model)
         for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, self._value(value))
+            binding.bind_ortvalue_input(name, self.value_of(value, None if model else self.dtypes.get(name)))
         for name, device in outputs:
             binding.bind_output(name, *device)
-        with raised_as(BackendError, "ONNX Runtime cannot run the graph", RUN_FIX):
-            session.run_with_iobinding(binding)
+        self.run_binding(binding, model)
         values: list[Any] = binding.get_outputs()
         return values
 
-    def _value(self, array: Any) -> Any:
-        """ONNX Runtime's value of an array on the host or on the device."""
-        if isinstance(array, DeviceArray):
+    def new_binding(self, model: bytes | None = None) -> Any:
+        """Returns a new binding of ONNX Runtime for the graph, or for a small model; see ``BindingSession``."""
+        if self._session is None:
+            raise closed_graph()
+        return (self._session if model is None else self._open_model(model)).io_binding()
+
+    def run_binding(self, binding: Any, model: bytes | None = None, graph: int = NO_GRAPH) -> None:
+        """Runs the graph, or a small model, on bound values; see ``BindingSession``."""
+        if self._session is None:
+            raise closed_graph()
+        session = self._session if model is None else self._open_model(model)
+        options = None
+        if self.captures and model is None:
+            options = self.onnxruntime.RunOptions()
+            options.add_run_config_entry(GRAPH_ID, str(graph))
+        with raised_as(BackendError, "ONNX Runtime cannot run the graph", RUN_FIX):
+            session.run_with_iobinding(binding, options)
+
+    def release_graph(self, graph: int) -> None:
+        """Frees a captured CUDA graph; see ``BindingSession``."""
+        if self._session is not None and self.captures and hasattr(self._session, "release_captured_graph"):
+            self._session.release_captured_graph(graph)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Allocates memory on the device; returns ONNX Runtime's value."""
+        return self.onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, *self.device)
+
+    def on_device(self, array: Array) -> Any:
+        """Copies an array to memory of its own on the device; a single number stays on the host, as kernels need it."""
+        device = HOST if array.ndim == 0 else self.device
+        return self.onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), *device)
+
+    def value_of(self, array: Any, dtype: np.dtype[Any] | None = None) -> Any:
+        """ONNX Runtime's value of an array on the host or on the device; of type ``dtype`` if it is given.
+
+        A graph of a copy takes FP16 where the bundle's own graph takes FP32. Only the arrays of a graph without a copy
+        are converted here.
+        """
+        if isinstance(array, DeviceArray) and dtype in (None, array.dtype):
             return array.value
-        return self._onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        converted = np.ascontiguousarray(array, dtype)
+        return self.onnxruntime.OrtValue.ortvalue_from_numpy(converted)
 
     def _open(self, model: bytes) -> Any:
-        options = self._onnxruntime.SessionOptions()
+        options = self.onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        return self._onnxruntime.InferenceSession(model, options, providers=self._providers)
-
-
-class DeviceArray:
-    """Keys or values ``[B, H, P, d]`` in device memory, float32 or float16.
-
-    Args:
-        value: ONNX Runtime's ``OrtValue``.
-        run_model: Runs the small ONNX models that select rows and cut slices on the device.
-    """
-
-    def __init__(self, value: Any, run_model: RunModel) -> None:
-        self.value = value
-        self._run_model = run_model
-        self.shape: tuple[int, ...] = tuple(value.shape())
-        self.ndim = len(self.shape)
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        self.dtype = np.dtype(dtypes[value.data_type()])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        array: Array = self.value.numpy()
-        return array if dtype is None else array.astype(dtype)
-
-    def copy(self) -> Array:
-        """Copies the values to the host; returns a new array that may be written to."""
-        return np.array(self.value.numpy())
-
-    def __getitem__(self, key: Any) -> DeviceArray | Array:
-        """Selects rows by an array of indices, or slices positions, on the device; any other key on the host."""
-        if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
-            return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
-        everything = slice(None)
-        if isinstance(key, tuple) and key[:-1] == (everything,) * POSITION_AXIS and isinstance(key[-1], slice):
-            first, end, step = key[-1].indices(self.shape[POSITION_AXIS])
-            if step == 1:
-                bounds = {"first": first, "end": max(first, end), "axis": POSITION_AXIS}
-                inputs = {name: np.array([value], np.int64) for name, value in bounds.items()}
-                return self._compute(slice_model(self.dtype.name), inputs)
-        part: Array = self.value.numpy()[key]
-        return part
-
-    def _compute(self, model: bytes, inputs: Mapping[str, Array]) -> DeviceArray:
-        return DeviceArray(self._run_model(model, {"x": self, **inputs}), self._run_model)
-
-
-@cache
-def gather_model(dtype: str) -> bytes:
-    """An ONNX model that selects rows on the device: ``y = x[rows]`` for ``x [b, h, s, d]`` of this dtype."""
-    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("n", "h", "s", "d"))
-    return onnx_model([("Gather", ("x", "rows"), "y")], {"x": x, "rows": ("int64", ("n",))}, ("y", y))
-
-
-@cache
-def slice_model(dtype: str) -> bytes:
-    """An ONNX model that cuts a slice on the device, for ``x [b, h, s, d]`` of this dtype.
-
-    The slice goes from ``first`` to ``end`` (exclusive) along ``axis``; these three inputs are int64 ``[1]``.
-    """
-    bounds = dict.fromkeys(("first", "end", "axis"), ("int64", (1,)))
-    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
-    return onnx_model([("Slice", ("x", *bounds), "y")], {"x": x, **bounds}, ("y", y))
+        return self.onnxruntime.InferenceSession(model, options, providers=self._providers)

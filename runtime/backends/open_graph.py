@@ -38,8 +38,9 @@ from blip2edge.runtime.backends.probe import cores, exact_processor
 RECORD = "optimized.json"
 SCHEMA_VERSION = 2
 KIND = "optimized"
-PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
-"""The package that runs the copies, by backend."""
+PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": ""}
+"""The package whose version a copy is made for, by backend; empty if the copy is valid for every version: ONNX Runtime
+optimizes a copy for CUDA when it loads it."""
 
 OF_ONE_MACHINE = ("openvino",)
 """Backends whose copies are compiled for one processor, and not used on any other."""
@@ -57,7 +58,7 @@ class OptimizedGraph:
         parity: Difference between the outputs of this graph and those of the portable graph.
         cosine: The smallest cosine similarity between outputs of this graph and of the portable graph.
         milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy: of one run,
-            or of opening the file if the graph is compiled.
+            or of opening the file if the graph is compiled; None if nothing was measured.
     """
 
     file: str
@@ -66,7 +67,7 @@ class OptimizedGraph:
     layout: bool
     parity: tuple[Parity, ...]
     cosine: float
-    milliseconds: tuple[float, float]
+    milliseconds: tuple[float, float] | None
 
     def to_json(self) -> dict[str, Any]:
         """The graph's record as a JSON object for ``optimized.json``."""
@@ -76,10 +77,10 @@ class OptimizedGraph:
     def from_json(cls, values: Mapping[str, Any]) -> OptimizedGraph:
         """Reads a graph's record from the JSON object that :meth:`to_json` made."""
         parity = tuple(Parity.from_json(item) for item in values["parity"])
-        first, second = values["milliseconds"]
+        times = values["milliseconds"]
         return cls(
             str(values["file"]), tuple(values["passes"]), bool(values["one_by_one"]), bool(values["layout"]), parity,
-            float(values["cosine"]), (float(first), float(second)),
+            float(values["cosine"]), None if times is None else (float(times[0]), float(times[1])),
         )  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
     package = PACKAGES.get(record.backend, "")
     if record.backend != backend or record.bundle_sha256 != bundle.sha256:
         return None
-    if record.versions.get(package) != installed(package):
+    if package and record.versions.get(package) != installed(package):
         return None
     if backend in OF_ONE_MACHINE and record.machine != exact_processor():
         return None
@@ -291,13 +292,15 @@ class GraphOpener:
             self._engines = None
 
     def _open(self, graph: str) -> Session:
-        spec = self._bundle.graph(graph).spec
+        record = self._bundle.graph(graph)
+        spec = record.spec
         if self._engines is not None:
             engine: Session = self._engines(graph)
             return engine
         found = self._copy[1].graphs.get(graph) if self._copy is not None else None
         if self._copy is None or found is None:
-            return open_session(self._bundle.file(spec.file), self.backend, self.threads)
+            precisions = (self._bundle.manifest.precision, record.precision)
+            return open_session(self._bundle.file(spec.file), self.backend, self.threads, spec, precisions)
         module = import_module(find_backend(self.backend).module)
         directory = self._copy[0]
         self.copied.append(graph)

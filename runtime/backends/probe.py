@@ -8,8 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +97,31 @@ def _field(field: int, content: bytes) -> bytes:
 
 def _text(field: int, content: str) -> bytes:
     return _field(field, content.encode())
+
+
+@cache
+def gather_model(dtype: str) -> bytes:
+    """An ONNX model that selects rows on the device: ``y = x[rows]`` for ``x [b, h, s, d]`` of this dtype."""
+    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("n", "h", "s", "d"))
+    return onnx_model([("Gather", ("x", "rows"), "y")], {"x": x, "rows": ("int64", ("n",))}, ("y", y))
+
+
+@cache
+def slice_model(dtype: str) -> bytes:
+    """An ONNX model that cuts a slice on the device, for ``x [b, h, s, d]`` of this dtype.
+
+    The slice goes from ``first`` to ``end`` (exclusive) along ``axis``; these three inputs are int64 ``[1]``.
+    """
+    bounds = dict.fromkeys(("first", "end", "axis"), ("int64", (1,)))
+    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
+    return onnx_model([("Slice", ("x", *bounds), "y")], {"x": x, **bounds}, ("y", y))
+
+
+@cache
+def pad_model(dtype: str) -> bytes:
+    """An ONNX model that adds zeros on the device: ``y = Pad(x, pads)`` for ``x [b, h, s, d]`` of this dtype."""
+    x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
+    return onnx_model([("Pad", ("x", "pads"), "y")], {"x": x, "pads": ("int64", (8,))}, ("y", y))
 
 
 if TYPE_CHECKING:
@@ -287,6 +315,16 @@ def check_matmul(
     return Check(name, True, detail, None, required)
 
 
+def load_cuda_libraries(ort: ModuleType) -> None:
+    """Loads CUDA and cuDNN from pip's packages, where the system's search path does not find them.
+
+    ONNX Runtime before 1.21 has no such function. What it prints goes to standard error.
+    """
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(sys.stderr):
+            ort.preload_dlls()
+
+
 def check_provider(ort: ModuleType, name: str) -> Check:
     """Multiplies two matrices on one execution provider of ONNX Runtime, and compares the product with NumPy's.
 
@@ -300,6 +338,8 @@ def check_provider(ort: ModuleType, name: str) -> Check:
     """
 
     def multiply(inputs: Mapping[str, Array]) -> Array:
+        if name in PROVIDER_FIXES:
+            load_cuda_libraries(ort)
         options: Any = ort.SessionOptions()
         options.log_severity_level = 4  # fatal only: the reason of a failure is in the exception
         options.intra_op_num_threads = 1
@@ -316,5 +356,26 @@ def check_provider(ort: ModuleType, name: str) -> Check:
 
 PROVIDER_FIXES = dict.fromkeys(
     ("CUDAExecutionProvider", "TensorrtExecutionProvider"),
-    "install the NVIDIA driver and the CUDA version that this onnxruntime-gpu was built for",
+    "install the NVIDIA driver, and pip install 'blip2edge[gpu]', which brings the CUDA libraries of onnxruntime-gpu",
 )
+
+COMPUTE = (
+    *("MatMul", "Gemm", "Conv", "MatMulNBits", "FusedMatMul", "Softmax", "LayerNormalization", "Attention"),
+    *("MultiHeadAttention", "GroupQueryAttention", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
+)
+"""Operators that must run on the GPU. ONNX Runtime puts nodes that compute shapes on the CPU, which is faster."""
+
+RECORD_NODES = "session.record_ep_graph_assignment_info"
+"""Session option: ONNX Runtime records the provider of each node."""
+
+
+def count_nodes(session: Any) -> dict[str, dict[str, int]]:
+    """Counts the nodes of ONNX Runtime's session by provider and operator; empty if its version does not report it."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return {}
+    found: dict[str, dict[str, int]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        kinds = found.setdefault(str(part.ep_name), {})
+        for node in part.get_nodes():
+            kinds[node.op_type] = kinds.get(node.op_type, 0) + 1
+    return found

@@ -20,8 +20,7 @@ from blip2edge.bundle.schema import (
 )
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BundleError
-from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.backends.base import BindingSession, InPlaceSession, Session
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, InPlaceDecoder
 from blip2edge.runtime.decoding.state import Decoder, RowState
@@ -110,7 +109,7 @@ def decoder_of(bundle: Bundle, session: Session) -> Decoder:
     table = token_table(bundle)
     if isinstance(session, HasDecoder):
         return session.decoder(table)
-    if isinstance(session, OnnxRuntimeSession) and LENGTHS in session.input_names:
+    if isinstance(session, (InPlaceSession, BindingSession)) and LENGTHS in session.input_names:
         return InPlaceDecoder(session, spec, manifest.cache, table, manifest.max_positions)
     return GrowingDecoder(session, spec, manifest.cache, table)
 

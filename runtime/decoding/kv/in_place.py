@@ -7,7 +7,13 @@ copies no keys and values, dropping tokens only changes a length, and reordering
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +21,8 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
-from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.backends.base import NO_GRAPH, BindingSession, CacheBuffers, InPlaceSession
+from blip2edge.runtime.backends.probe import gather_model, pad_model
 from blip2edge.runtime.decoding.state import Decoder, tokens_to_drop
 
 LENGTHS = "seqlens_k"
@@ -38,7 +45,7 @@ class InPlaceDecoder(Decoder):
 
     def __init__(
         self,
-        session: OnnxRuntimeSession,
+        session: InPlaceSession | BindingSession,
         spec: GraphSpec,
         cache: CacheSpec,
         table: TokenTable,
@@ -48,9 +55,13 @@ class InPlaceDecoder(Decoder):
         self.session = session
         self.cache = cache
         self.max_positions = max_positions
-        self.cache_dtype = self.dtypes[cache.past_names()[0]]
         self.vocabulary = spec.outputs[0].width
-        self.past_of = dict(zip(cache.present_names(), cache.past_names(), strict=True))
+        past_of = dict(zip(cache.present_names(), cache.past_names(), strict=True))
+        self.new_buffers: Callable[[], CacheBuffers] = (
+            partial(session.in_place, past_of)
+            if isinstance(session, InPlaceSession)
+            else partial(DeviceBuffers, DevicePool(session, past_of))
+        )
 
     def prefill(
         self, prompts: Sequence[Array], context: Mapping[str, Array] | None = None
@@ -80,10 +91,8 @@ class InPlaceState:
 
     def __init__(self, decoder: InPlaceDecoder, rows: int, slots: int) -> None:
         self._decoder = decoder
-        self._run = decoder.session.in_place(decoder.past_of)
+        self._buffers = decoder.new_buffers()
         self._takes_positions = POSITIONS in decoder.session.input_names
-        self._held: tuple[int, int] | None = None  # the rows that are bound to the session
-        self._buffers: dict[str, Array] = {}
         self.lengths = np.zeros(rows, np.int64)
         self._make_room(rows, slots + 1)
 
@@ -122,18 +131,14 @@ class InPlaceState:
         """Makes row i a copy of old row ``rows[i]``; see :class:`DecodeState`."""
         used = int(self.lengths.max())
         self._make_room(len(rows), used)
-        moved = np.flatnonzero(rows != np.arange(len(rows)))
-        if len(moved):
-            for buffer in self._buffers.values():
-                buffer[moved, :, :used] = buffer[rows[moved], :, :used]
+        self._buffers.select(rows, used)
         self.lengths = self.lengths[rows]
 
     def join(self, other: InPlaceState) -> None:
         """Adds the rows of ``other`` after the own rows; see :class:`DecodeState`."""
         first, used = self.batch_size, int(other.lengths.max())
         self._make_room(first + other.batch_size, max(used, int(self.lengths.max())))
-        for name, buffer in self._buffers.items():
-            buffer[first : first + other.batch_size, :, :used] = other._buffers[name][: other.batch_size, :, :used]
+        self._buffers.append(other._buffers, first, other.batch_size, used)
         self.lengths = np.concatenate([self.lengths, other.lengths])
 
     def read(self, embeds: Array, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -175,25 +180,217 @@ class InPlaceState:
             LENGTHS: (after - 1).astype(np.int32),
             TOTAL: np.array(int(before.max()) + steps, np.int32),
         }
+        if self._buffers.captures and before.any():  # one number for all steps; lengths limit what is read
+            inputs[TOTAL] = np.array(self._buffers.size[1], np.int32)
         if self._takes_positions:
             inputs[POSITIONS] = before[:, None] + np.arange(steps)
-        if self._held != (row, batch):
-            self._held = row, batch
-            self._run.bind({name: array[row : row + batch] for name, array in self._buffers.items()})
-        return self._run.run(inputs, "logits", (batch, indices.shape[1], self._decoder.vocabulary))
+        return self._buffers.run(inputs, row, "logits", (batch, indices.shape[1], self._decoder.vocabulary))
 
     def _make_room(self, rows: int, slots: int) -> None:
         """Enlarges the buffers to at least this many rows and slots."""
-        had = next(iter(self._buffers.values())).shape if self._buffers else (0, 0, 0, 0)
-        if rows <= had[0] and slots <= had[2]:
+        had_rows, had = self._buffers.size
+        if rows <= had_rows and slots <= had:
             return
-        wanted = max(slots, had[2] + had[2] // 2 if slots > had[2] else had[2])
+        wanted = max(slots, had + had // 2 if slots > had else had)
         capacity = max(slots, min(-(-wanted // ROOM) * ROOM + ROOM, self._decoder.max_positions))
-        cache, kept = self._decoder.cache, min(self.batch_size, had[0])
-        used = min(int(self.lengths.max(initial=0)), had[2])
-        for name in self._decoder.past_of.values():
-            buffer = np.empty((max(rows, had[0]), cache.num_heads, capacity, cache.head_dim), self._decoder.cache_dtype)
-            if kept:
-                buffer[:kept, :, :used] = self._buffers[name][:kept, :, :used]
-            self._buffers[name] = buffer
-        self._held = None
+        cache, used = self._decoder.cache, min(int(self.lengths.max(initial=0)), had)
+        self._buffers.resize((max(rows, had_rows), cache.num_heads, max(capacity, had), cache.head_dim), used)
+
+
+POOLED = 4
+"""Buffers that are kept for later states. A CUDA graph belongs to the addresses that it was captured with."""
+
+KEPT_RUNS = 8
+"""Bound runs that are kept for a buffer; each shape of the inputs needs its own."""
+
+
+@dataclass
+class _BoundRun:
+    """A run with all its inputs and outputs bound to memory on the device.
+
+    Attributes:
+        binding: ONNX Runtime's binding.
+        inputs: The memory of the inputs, by name.
+        output: The memory of the output.
+        graph: Number of the CUDA graph that is captured from the second run on.
+        runs: Number of runs so far.
+    """
+
+    binding: Any
+    inputs: dict[str, Any]
+    output: Any
+    graph: int
+    runs: int = 0
+
+
+class _DeviceMemory:
+    """Keys and values of one size on the device, with the runs that are bound to them.
+
+    Args:
+        session: The decoder's session.
+        names: Names of the inputs that are keys or values.
+        shape: ``(B, H, C, d)``.
+    """
+
+    def __init__(self, session: BindingSession, names: Sequence[str], shape: tuple[int, ...]) -> None:
+        self.session, self.shape = session, shape
+        # Zeros: kernels may read slots that no token was written to, and NaN would spread from there.
+        self.values = {name: session.on_device(np.zeros(shape, session.dtypes[name])) for name in names}
+        self.spare: dict[str, Any] = {}
+        self.runs: dict[Any, _BoundRun] = {}
+
+    def part(self, name: str, value: Any, first: int, rows: int) -> tuple[Any, ...]:
+        """Some rows of a buffer as ONNX Runtime binds them: device, its number, dtype, shape and address."""
+        dtype = self.session.dtypes[name]
+        row = int(np.prod(self.shape[1:])) * dtype.itemsize
+        return (*self.session.device, dtype.type, [rows, *self.shape[1:]], value.data_ptr() + first * row)
+
+    def keep(self, key: Any, run: _BoundRun) -> None:
+        """Keeps a bound run for the next time, in place of the oldest one."""
+        while len(self.runs) >= KEPT_RUNS:
+            self.session.release_graph(self.runs.pop(next(iter(self.runs))).graph)
+        self.runs[key] = run
+
+
+class DevicePool:
+    """Memory of the KV caches of one decoder on a device, which one state leaves to the next.
+
+    Args:
+        session: The decoder's session.
+        pairs: Names of outputs, each with the name of the input whose buffer the output is written to.
+    """
+
+    def __init__(self, session: BindingSession, pairs: Mapping[str, str]) -> None:
+        self.session = session
+        self.pairs = dict(pairs)
+        self.numbers = count()
+        self._free: list[_DeviceMemory] = []
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...]) -> _DeviceMemory:
+        """Returns free memory of a shape; new memory if there is none."""
+        with self._lock:
+            for memory in self._free:
+                if memory.shape == shape:
+                    self._free.remove(memory)
+                    return memory
+        return _DeviceMemory(self.session, list(self.pairs.values()), shape)
+
+    def give(self, memory: _DeviceMemory) -> None:
+        """Takes memory back; frees the CUDA graphs of the oldest if there is too much."""
+        with self._lock:
+            self._free.append(memory)
+            old = self._free.pop(0) if len(self._free) > POOLED else None
+        for run in old.runs.values() if old is not None else ():
+            self.session.release_graph(run.graph)
+
+
+class DeviceBuffers:
+    """Buffers on a device in memory of the ``pool``; they follow :class:`CacheBuffers` of ``backends/base.py``."""
+
+    def __init__(self, pool: DevicePool) -> None:
+        self._pool, self._session = pool, pool.session
+        self.captures = pool.session.captures
+        self._memory: _DeviceMemory | None = None
+        self._back: Any = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and slots; see :class:`CacheBuffers`."""
+        return (0, 0) if self._memory is None else (self._memory.shape[0], self._memory.shape[2])
+
+    def resize(self, shape: Sequence[int], used: int) -> None:  # noqa: ARG002 - whole rows are copied
+        """Replaces the buffers by larger ones; see :class:`CacheBuffers`."""
+        old, giving = self._memory, self._back
+        memory = self._memory = self._pool.take(tuple(shape))
+        self._back = weakref.finalize(self, self._pool.give, memory)
+        if old is not None:
+            self._copy(old, old.shape[0], 0)
+            giving()
+
+    def select(self, rows: NDArray[np.int64], used: int) -> None:  # noqa: ARG002 - as above
+        """Copies rows to their new places; see :class:`CacheBuffers`."""
+        memory = self._memory
+        if memory is None or np.array_equal(rows, np.arange(len(rows))):
+            return
+        whole = np.concatenate([rows, np.arange(len(rows), memory.shape[0])]).astype(np.int64)
+        if not memory.spare:
+            memory.spare = {
+                name: self._session.empty(memory.shape, self._session.dtypes[name]) for name in memory.values
+            }
+        for name, value in memory.values.items():
+            source = memory.part(name, value, 0, memory.shape[0])
+            target = memory.part(name, memory.spare[name], 0, memory.shape[0])
+            self._move(gather_model(self._session.dtypes[name].name), source, {"rows": whole}, target)
+        memory.values, memory.spare = memory.spare, memory.values
+
+    def append(self, other: DeviceBuffers, first: int, count: int, used: int) -> None:
+        """Copies the rows of another state behind the own ones; see :class:`CacheBuffers`."""
+        if self._memory is None or other._memory is None:
+            return
+        if other.size[1] > self.size[1]:
+            shape = self._memory.shape
+            self.resize((*shape[:2], other.size[1], shape[3]), used)
+        self._copy(other._memory, count, first)
+
+    def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:
+        """Runs the graph once and returns one output; see :class:`CacheBuffers`.
+
+        A shape that comes again on the same memory is bound already. With CUDA graphs, it is captured then.
+        """
+        if self._memory is None:
+            raise ValueError("the buffers have no size yet")
+        arrays = {name: np.asarray(array, self._session.dtypes.get(name)) for name, array in inputs.items()}
+        address = next(iter(self._memory.values.values())).data_ptr()
+        # A CUDA graph keeps the single numbers of its first run.
+        numbers = [array.item() for array in arrays.values() if array.ndim == 0] if self.captures else []
+        key = (address, first, *((name, array.shape) for name, array in arrays.items()), *numbers)
+        bound = self._memory.runs.get(key)
+        if bound is None:
+            bound = self._bind(self._memory, arrays, first, output, shape)
+            self._memory.keep(key, bound)
+        else:
+            for name, array in arrays.items():
+                bound.inputs[name].update_inplace(np.ascontiguousarray(array))
+        # The first run allocates what it needs, which is not allowed while a graph is captured.
+        self._session.run_binding(bound.binding, graph=bound.graph if bound.runs else NO_GRAPH)
+        bound.runs += 1
+        return np.array(bound.output.numpy())
+
+    def _bind(
+        self, memory: _DeviceMemory, arrays: Mapping[str, Array], first: int, output: str, shape: Sequence[int]
+    ) -> _BoundRun:
+        binding = self._session.new_binding()
+        values = {name: self._session.on_device(array) for name, array in arrays.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in memory.values.items():
+            binding.bind_input(name, *memory.part(name, value, first, shape[0]))
+        for present, name in self._pool.pairs.items():
+            binding.bind_output(present, *memory.part(name, memory.values[name], first, shape[0]))
+        result = self._session.empty(shape, np.float32)
+        binding.bind_ortvalue_output(output, result)
+        return _BoundRun(binding, values, result, next(self._pool.numbers))
+
+    def _copy(self, source: _DeviceMemory, rows: int, first: int) -> None:
+        """Copies the first rows of memory with no more slots to the rows from ``first`` on."""
+        memory = self._memory
+        if memory is None:
+            return
+        pads = np.array([0, 0, 0, 0, 0, 0, memory.shape[2] - source.shape[2], 0], np.int64)
+        for name, value in source.values.items():
+            target = memory.part(name, memory.values[name], first, rows)
+            self._move(
+                pad_model(self._session.dtypes[name].name), source.part(name, value, 0, rows), {"pads": pads}, target
+            )
+
+    def _move(
+        self, model: bytes, source: tuple[Any, ...], inputs: Mapping[str, Array], target: tuple[Any, ...]
+    ) -> None:
+        """Runs a small model from some rows of a buffer to those of another."""
+        binding = self._session.new_binding(model)
+        binding.bind_input("x", *source)
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, self._session.on_device(array))
+        binding.bind_output("y", *target)
+        self._session.run_binding(binding, model)

@@ -16,8 +16,8 @@ import onnxruntime
 
 from blip2edge.errors import BackendError
 from blip2edge.runtime.backends import onnxruntime_cuda as backend_cuda
-from blip2edge.runtime.backends.base import BACKENDS, OptimizedFile
-from blip2edge.runtime.backends.onnxruntime_cuda import DeviceArray, DeviceSession
+from blip2edge.runtime.backends.base import BACKENDS, DeviceArray, OptimizedFile
+from blip2edge.runtime.backends.onnxruntime_cuda import DeviceSession
 from blip2edge.runtime.captioning.captioner import Captioner
 from tests.drawing import draw_pictures
 

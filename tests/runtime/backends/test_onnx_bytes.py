@@ -10,8 +10,15 @@ pytest.importorskip("onnx", reason="the models are checked with it")
 import onnx
 from onnx import helper, numpy_helper
 
-from blip2edge.runtime.backends.onnxruntime_cuda import gather_model, slice_model
-from blip2edge.runtime.backends.probe import ELEMENT_TYPES, IR_VERSION, MATMUL, OPSET, onnx_model
+from blip2edge.runtime.backends.probe import (
+    ELEMENT_TYPES,
+    IR_VERSION,
+    MATMUL,
+    OPSET,
+    gather_model,
+    onnx_model,
+    slice_model,
+)
 from blip2edge.runtime.bench.roofline import product_graph
 
 MODELS = {
