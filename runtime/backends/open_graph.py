@@ -182,8 +182,8 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
     """Chooses the backend of a bundle, and opens its engines if the backend runs engines.
 
     ``auto`` is the backend of engines that fit this GPU, else ``cuda`` if ONNX Runtime computes on this GPU, else
-    ``cpu``. A bundle whose activations are INT8 runs on a GPU from engines only: ONNX Runtime has no fused kernels for
-    them there.
+    ``cpu``. ONNX Runtime has no fused kernels for INT8 activations on a GPU, so a bundle with such activations needs
+    engines, or the copy that ``optimize --backend cuda`` makes.
 
     Returns:
         The name of the backend, and its ``EngineOpener``; None for a backend that runs graphs.
@@ -200,8 +200,10 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
         opened = _engines_that_fit(bundle) if gpus else None
         if opened is not None:
             return opened
+        backend = next(iter(BACKENDS))
         integers = any(graph.precision == "int8" for graph in manifest.graphs.values())
-        backend = "cuda" if gpus and not integers and _cuda_works(manifest.precision) else next(iter(BACKENDS))
+        if gpus and (not integers or read_copy(bundle, "cuda") is not None) and _cuda_works(manifest.precision):
+            backend = "cuda"
     check_precision(backend, manifest.precision, engines_only=bool(manifest.engines_of))
     row = find_backend(backend)
     return backend, import_module(row.module).EngineOpener(bundle, row.engines) if row.engines else None
