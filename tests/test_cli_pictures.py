@@ -66,7 +66,7 @@ def test_broken_picture_fails_alone(caption: Run, folder: Path, flags: list[str]
     else:
         assert lines == [f"{name}: {text}" for name, text in zip(good, alone, strict=True)]
     assert errors[0].startswith(f"error: {folder / 'b.png'}: the picture is broken")
-    assert errors[1:] == [f"error: {folder / 'none.png'}: no such file", "2 of 4 failed"]
+    assert errors[1:] == [f"error: {folder / 'none.png'}: no such file; check the path", "2 of 4 failed"]
 
 
 def test_prompt_of_one_picture_fails_alone_and_the_prompt_of_all_ends_the_command(caption: Run, folder: Path) -> None:
@@ -134,10 +134,15 @@ def test_standard_input(caption: Run, folder: Path, monkeypatch: pytest.MonkeyPa
     status, lines, _ = caption("-", "--json")
     assert (status, json.loads(lines[0])["image"]) == (0, "-")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    assert caption("-") == (1, [], ["error: -: the file is empty"])
+    empty = ["error: -: the file is empty; save or copy the picture again"]
+    assert caption("-") == (1, [], empty)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     status, lines, errors = caption("-", str(folder / "a.png"))
-    assert (status, [line.split(": ")[1] for line in lines], errors) == (1, expected, ["error: -: the file is empty"])
+    assert (status, [line.split(": ")[1] for line in lines], errors) == (
+        1,
+        expected,
+        ["error: -: the file is empty; save or copy the picture again"],
+    )
     monkeypatch.setattr(sys, "stdin", None)
     assert caption("-")[2] == ["error: -: standard input is closed; send the bytes of a picture file to it"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))

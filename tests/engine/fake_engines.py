@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
-import pytest
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
@@ -17,6 +16,14 @@ from blip2edge.runtime.backends.engine_files import CONSTANT, EngineRecord, Engi
 from blip2edge.runtime.backends.probe import Driver, Gpu
 from blip2edge.runtime.tensorrt import backend as tensorrt_backend
 from tests.engine.fake_gpu import VERSION, FakeCuda, fake_tensorrt, write_fake_engine
+
+
+class Patcher(Protocol):
+    """What ``pytest.MonkeyPatch`` and :class:`tests.engine.host_engines.Patches` have in common."""
+
+    def setattr(self, *arguments: Any) -> None:
+        """Replaces an attribute: an object, a name and a value, or a dotted name and a value."""
+
 
 DRIVER = Driver("12.6", (Gpu("Orin", 87),))
 
@@ -46,7 +53,7 @@ def write_engines(
     return directory
 
 
-def plug_in(monkeypatch: pytest.MonkeyPatch, integrated: bool = False, streamed: bool = True) -> tuple[FakeCuda, Any]:
+def plug_in(monkeypatch: Patcher, integrated: bool = False, streamed: bool = True) -> tuple[FakeCuda, Any]:
     """Puts the stand-ins in the places of the driver, CUDA and TensorRT."""
     cuda = FakeCuda(integrated)
     trt = fake_tensorrt(cuda, VERSION, streamed)

@@ -15,6 +15,7 @@ from blip2edge.cli import main
 from blip2edge.errors import BundleError, CheckpointError, PromptError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.model.checkpoint.directory import load_checkpoint, load_model, save_checkpoint
+from blip2edge.runtime.images.preprocess import FORMATS
 from tests.drawing import draw_pictures
 from tests.families import drawing_blip as drawing
 
@@ -162,7 +163,7 @@ def test_broken_picture_fails_alone(
             one for one in good for _ in range(each)
         ]
         assert [line.partition("; ")[0] for line in output.err.splitlines()] == [
-            f"error: {tmp_path / 'b.png'}: not a picture in a format that Pillow reads"
+            f"error: {tmp_path / 'b.png'}: not a picture in one of the formats {', '.join(FORMATS)}"
         ]
     target = tmp_path / "vectors.npy"  # a row of the array belongs to each picture, so that none can be left out
     assert main(["embed", str(tmp_path), "-b", str(half), "--output", str(target)]) == 1

@@ -167,7 +167,11 @@ class FakeCuda:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, handle: Any) -> int:  # noqa: N802
-        value._obj.value = {75: 8, 76: 7}[attribute]
+        value._obj.value = {75: 8, 76: 7, 16: 16}[attribute]
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory: Any, handle: Any) -> int:  # noqa: N802
+        memory._obj.value = 62 * 2**30
         return 0
 
 

@@ -273,8 +273,26 @@ def test_a_mistake_of_ours_lets_nobody_wait(half: str, captioner: Captioner, mon
     request = scheduler.submit(draw_pictures(1)[0], captioner.options())
     with pytest.raises(ZeroDivisionError):
         request.result(LONG)
+    monkeypatch.undo()
+    assert scheduler.submit(draw_pictures(1)[0], captioner.options(max_new_tokens=2)).result(LONG).tokens
+    scheduler.close()
+
+
+@pytest.mark.parametrize("loop", ["_encoded", "_advance"])
+def test_a_scheduler_whose_thread_fails_refuses_requests(
+    loop: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistake(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    scheduler = captioner.scheduler()
+    monkeypatch.setattr(scheduler, loop, mistake)
+    request = scheduler.submit(draw_pictures(1)[0], captioner.options())
+    with pytest.raises(ZeroDivisionError):
+        request.result(LONG)
     with pytest.raises(RuntimeError, match="closed"):
         scheduler.submit(draw_pictures(1)[0], captioner.options())
+    assert scheduler.failed
     scheduler.close()
 
 

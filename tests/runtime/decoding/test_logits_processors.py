@@ -17,7 +17,7 @@ from blip2edge import Captioner
 from blip2edge.errors import UsageError
 from blip2edge.runtime.decoding.logits_processors import FILTERS, PROCESSORS, LogitsProcessors, sampling_filters
 from blip2edge.runtime.decoding.options import SAMPLING, GenerationOptions, merged
-from blip2edge.runtime.decoding.sampling import filter_scores, log_softmax
+from blip2edge.runtime.decoding.sampling import StepScores, filter_scores, log_softmax, penalize_repetition
 from tests.runtime.conftest import generation_arguments
 from tests.runtime.decoding.generating import generate
 
@@ -236,9 +236,18 @@ class DeviceState:
         self.on_host += 1
         return self.logits(int(token_ids[0]))
 
-    def greedy(self, token_ids: NDArray[np.int64]) -> Generator[NDArray[np.int64], None, None]:
+    def greedy(
+        self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]
+    ) -> Generator[NDArray[np.int64], None, None]:
+        (rule,) = rules
+        seen, steps = set(rule.seen.tolist()), rule.held_steps
         while True:
-            token_ids = self.logits(int(token_ids[0])).argmax(axis=-1)
+            scores = self.logits(int(token_ids[0]))[0]
+            penalize_repetition(scores, np.array(sorted(seen), np.int64), rule.penalty)
+            if steps > 0:
+                scores[rule.held] = -np.inf
+            token_ids, steps = scores.argmax(keepdims=True), steps - 1
+            seen |= {int(token_ids[0])} if rule.penalty != 1 else set()
             self.on_device += 1
             yield token_ids
 
@@ -247,6 +256,17 @@ class DeviceState:
 
     def join(self, other: Any) -> None:
         raise AssertionError("one row")
+
+
+class HostState:
+    """The same logits from a state that leaves the choice to the host."""
+
+    batch_size = 1
+
+    def __init__(self) -> None:
+        self._state = DeviceState()
+        self.logits, self.step = self._state.logits, self._state.step
+        self.select, self.join = self._state.select, self._state.join
 
 
 @pytest.mark.parametrize(
@@ -258,13 +278,18 @@ class DeviceState:
         ({"begin_suppress_tokens": [1]}, 0),
         ({"forced_eos_token_id": 5}, 1),
         ({"exponential_decay_length_penalty": (4, 1.1), "eos_token_ids": ENDS}, 5),
-        ({"min_new_tokens": 4, "eos_token_ids": ENDS}, 3),
+        ({"min_new_tokens": 4, "eos_token_ids": ENDS}, 0),
+        ({"min_length": 5, "eos_token_ids": ENDS}, 0),
+        ({"repetition_penalty": 1.7}, 0),
+        ({"repetition_penalty": 1.7, "begin_suppress_tokens": [1], "min_new_tokens": 7, "eos_token_ids": ENDS}, 0),
     ],
 )
-def test_the_device_chooses_only_where_no_processor_acts(options: dict[str, Any], on_host: int) -> None:
+def test_the_device_chooses_unless_an_unknown_processor_acts(options: dict[str, Any], on_host: int) -> None:
     state, wanted = DeviceState(), GenerationOptions(max_new_tokens=10, **options)
     row = generate(state.logits(0), state, [[3, 4]], wanted)[0]
     assert len(row.tokens) == 10
+    on_cpu = HostState()
+    assert generate(on_cpu.logits(0), on_cpu, [[3, 4]], wanted)[0].tokens == row.tokens
     assert (state.on_host, state.on_device) == (on_host, 9 - on_host)
     if "forced_eos_token_id" in options:
         assert row.tokens[-1] == 5
