@@ -47,8 +47,8 @@ def test_every_step(tmp_path: Path) -> None:
 
 def test_step_that_takes_too_long_loses_only_its_own_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu
-    from gpu_steps import STEPS
+    import gpu  # type: ignore[import-not-found]  # a script
+    from gpu_steps import STEPS  # type: ignore[import-not-found]
 
     step = next(step for step in STEPS if step.name == "runtime")
     found = gpu.run_step(step, True, 0.5)
@@ -58,7 +58,7 @@ def test_step_that_takes_too_long_loses_only_its_own_result(tmp_path: Path, monk
 
 def test_step_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu
+    import gpu  # type: ignore[import-not-found]  # a script
     from gpu_steps import Step
 
     found = gpu.run_step(Step("nowhere", 1, 60, lambda dry: {}), True, 60)
