@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -47,10 +48,9 @@ def test_every_step(tmp_path: Path) -> None:
 
 def test_step_that_takes_too_long_loses_only_its_own_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu  # type: ignore[import-not-found]  # a script
-    from gpu_steps import STEPS  # type: ignore[import-not-found]
+    gpu, steps = importlib.import_module("gpu"), importlib.import_module("gpu_steps").STEPS
 
-    step = next(step for step in STEPS if step.name == "runtime")
+    step = next(step for step in steps if step.name == "runtime")
     found = gpu.run_step(step, True, 0.5)
     assert found["status"] == "timeout"
     assert found["seconds"] < 30
@@ -58,9 +58,8 @@ def test_step_that_takes_too_long_loses_only_its_own_result(tmp_path: Path, monk
 
 def test_step_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu  # type: ignore[import-not-found]  # a script
-    from gpu_steps import Step
+    gpu, make = importlib.import_module("gpu"), importlib.import_module("gpu_steps").Step
 
-    found = gpu.run_step(Step("nowhere", 1, 60, lambda dry: {}), True, 60)
+    found = gpu.run_step(make("nowhere", 1, 60, lambda dry: {}), True, 60)
     assert (found["status"], found["exit_status"]) == ("failed", 2)
     assert "invalid choice" in found["output"]
