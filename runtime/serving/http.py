@@ -310,6 +310,8 @@ class Server(Collector):
         return JSONResponse(error_json(Blip2EdgeError(f"the server failed ({type(error).__name__})")), 500)
 
     async def _no_route(self, request: HttpRequest, error: HTTPException) -> Response:
+        if request.method == "OPTIONS" and error.headers and "Allow" in error.headers:
+            return Response(status_code=204, headers={"Allow": f"{error.headers['Allow']}, OPTIONS"})
         what = RequestError(
             f"there is no {request.method} {request.url.path}",
             f"allowed are {error.headers['Allow']}" if error.headers and "Allow" in error.headers else None,

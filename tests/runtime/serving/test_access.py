@@ -116,6 +116,14 @@ def test_cors(make: Make, origins: tuple[str, ...]) -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
+def test_methods_of_a_path(make: Make) -> None:
+    server = make()
+    answer = got(ask(server, "OPTIONS", CHAT), 204)
+    assert answer.headers["allow"] == "POST, OPTIONS"
+    assert set(got(ask(server, "OPTIONS", "/health"), 204).headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
+    got(ask(server, "OPTIONS", "/nowhere"), 404)
+
+
 def test_headers_for_browsers(make: Make) -> None:
     server = make()
     for path, status in (("/", 200), ("/health", 200), ("/nowhere", 404)):
