@@ -24,7 +24,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import STAMPS, check_files
-from blip2edge.bundle.publishing import check_not_source
+from blip2edge.bundle.publishing import check_not_source, staged
 from blip2edge.calibration.pictures import choose_pictures
 from blip2edge.cli import main
 from blip2edge.errors import BundleIntegrityError, ImageError, OutputError, PromptError
@@ -279,3 +279,42 @@ def test_server_that_is_ended_by_a_signal_exits_with_0(number: signal.Signals, t
 def test_port_outside_its_range(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "bundle", "--port", "99999"]) == 2
     assert "expected a port from 0 to 65535, got 99999" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_hangup_ends_a_command_as_sigterm_does(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    slow = (
+        "import time, blip2edge.cli.watch as watch\n"
+        "watch.run = lambda options: print('ready', flush=True) or time.sleep(60)\n"
+        "from blip2edge.__main__ import run; run()"
+    )
+    command = [sys.executable, "-c", slow, "watch", str(tmp_path / "pictures"), "-b", "BUNDLE"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (128 + signal.SIGHUP, "interrupted\n")
+
+
+def test_files_are_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real_sync, real_rename = os.fsync, Path.rename
+
+    def sync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real_sync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        events.append("rename")
+        return real_rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    with staged(tmp_path / "out", force=False) as staging:
+        (staging / "bundle.json").write_text("{}")
+        (staging / "engines").mkdir()
+        (staging / "engines" / "a.engine").write_text("x")
+    assert set(events[: events.index("rename")]) >= {"bundle.json", "a.engine", "engines"}
+    assert events[-1] == tmp_path.name

@@ -76,6 +76,7 @@ def publish(fresh: Path, target: Path, *, replace: bool) -> None:
         OutputError: ``target`` exists, and ``replace`` is False.
         OSError: ``fresh`` cannot be renamed; ``target`` stays as it was.
     """
+    _flush(fresh)
     if not os.path.lexists(target):
         fresh.rename(target)  # fails on a directory with files that another program makes in this moment
     elif not replace:
@@ -87,6 +88,31 @@ def publish(fresh: Path, target: Path, *, replace: bool) -> None:
         _remove(fresh)
     else:
         _rename_twice(fresh, target)
+    _flush_names(target.parent)
+
+
+def _flush(directory: Path) -> None:
+    """Writes the files of a directory to the disk: after a power cut, a renamed directory then holds its files."""
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for folder in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
+        _flush_names(folder)
+
+
+def _flush_names(directory: Path) -> None:
+    """Writes the names in a directory to the disk, where the system can."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # Windows opens no directories
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> bool:

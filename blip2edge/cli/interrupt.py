@@ -1,4 +1,4 @@
-"""Ends a command on SIGINT and SIGTERM by an exception, so that half-written directories are removed.
+"""Ends a command on SIGINT, SIGTERM and SIGHUP by an exception, so that half-written directories are removed.
 
 An extension written in C may swallow the exception of a signal handler and then fail with its own exception. So the
 signal is recorded: the exit status is then that of the signal, whatever exception ends the command.
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from types import FrameType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
 _received: list[int] = []
 
 
@@ -20,8 +22,8 @@ class Interrupted(BaseException):
 
 
 def install() -> None:
-    """Make both signals raise :class:`Interrupted`; a signal that is ignored (background jobs) stays ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Make the signals raise :class:`Interrupted`; a signal that is ignored (background jobs, nohup) stays ignored."""
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _raise)
 
