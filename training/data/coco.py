@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import DataError
-from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, missing_pictures
+from blip2edge.training.data.entries import (
+    BrokenSamples,
+    Entry,
+    FilePicture,
+    UniqueIds,
+    answer_texts,
+    missing_pictures,
+    one_line,
+)
 
 _Kind = type | tuple[type, ...]
 _IDENTITY = (int, str)
@@ -92,16 +100,18 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
     directory = images if images is not None else _beside(path, names.values())
     entries = []
     broken = BrokenSamples(str(path), max_broken)
+    unique = UniqueIds()
     for number, row in enumerate(rows):
-        sample_id = str(row.get("id", number))
-        caption = " ".join(row["caption"].split())
+        sample_id = unique(str(row.get("id", number)))
+        caption = one_line(row["caption"])
         if row["image_id"] not in names:
             broken.add(sample_id, f"its picture {row['image_id']} is not in the list images")
         elif not caption:
             broken.add(sample_id, "its caption is empty")
         else:
             picture = FilePicture(directory / names[row["image_id"]])
-            entries.append(Entry(sample_id, str(row["image_id"]), picture, caption))
+            numbered = isinstance(row["image_id"], int)
+            entries.append(Entry(sample_id, str(row["image_id"]), picture, caption, numbered=numbered))
     return _with_pictures(path, entries, broken, max_broken), broken
 
 
@@ -135,21 +145,23 @@ def read_vqa(
     directory = images if images is not None else _beside(path, names.values())
     entries = []
     broken = BrokenSamples(str(path), max_broken)
+    unique = UniqueIds()
     for row in questions:
-        sample_id = str(row["question_id"])
+        sample_id, question = unique(str(row["question_id"])), one_line(row["question"])
         found = given.get(row["question_id"])
         texts = _answers(found, answers) if found is not None else ()
-        if found is None or not texts:
-            broken.add(sample_id, f"no answer in {answers.name}")
+        if found is None or not texts or not question:
+            broken.add(sample_id, f"no answer in {answers.name}" if question else "its question is empty")
             continue
         entries.append(
             Entry(
                 sample_id,
                 str(row["image_id"]),
                 FilePicture(directory / names[row["image_id"]]),
-                question=" ".join(row["question"].split()),
+                question=question,
                 answers=texts,
                 kinds={key: str(found[key]) for key in ("answer_type", "question_type") if key in found},
+                numbered=isinstance(row["question_id"], int),
             )
         )
     return _with_pictures(path, entries, broken, max_broken), broken
@@ -157,13 +169,10 @@ def read_vqa(
 
 def _answers(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """The answers of an annotation, which are objects with the field `answer`, or strings."""
-    texts = []
-    for answer in row["answers"]:
-        text = answer.get("answer") if isinstance(answer, dict) else answer
-        if not isinstance(text, str):
-            raise DataError(f"{path}: an answer to question {row['question_id']} is {answer!r:.60}, not a text")
-        texts.append(text)
-    return tuple(texts)
+    try:
+        return answer_texts(row["answers"])
+    except DataError as error:
+        raise DataError(f"{path}, question {row['question_id']}: {error.problem}") from error
 
 
 def _file_name(content: Mapping[str, Any], image_id: int | str) -> str:

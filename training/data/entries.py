@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -91,6 +91,7 @@ class Entry:
         question: A question; empty for a caption.
         answers: Answers of people to the question.
         kinds: Groups of the question in the scores, such as `{"answer_type": "yes/no"}`.
+        numbered: Whether the ids are numbers in the data, and not texts.
     """
 
     sample_id: str
@@ -100,6 +101,42 @@ class Entry:
     question: str = ""
     answers: tuple[str, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict)
+    numbered: bool = False
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space as one space, without any at its ends."""
+    return " ".join(text.split())
+
+
+def answer_texts(answers: Iterable[Any]) -> tuple[str, ...]:
+    """The texts of the answers to a question, without blank ones.
+
+    Args:
+        answers: Strings, or objects with the field `answer`.
+
+    Raises:
+        DataError: An answer is neither.
+    """
+    texts = []
+    for answer in answers:
+        text = answer.get("answer") if isinstance(answer, dict) else answer
+        if not isinstance(text, str):
+            raise DataError(f"expected an answer to be a text, got {answer!r:.60}")
+        texts.append(one_line(text))
+    return tuple(text for text in texts if text)
+
+
+class UniqueIds:
+    """Makes the ids of samples unique: the second sample of the id ``7`` becomes ``7#2``."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def __call__(self, sample_id: str) -> str:
+        """Returns the id that the next sample of this id gets."""
+        count = self._counts[sample_id] = self._counts.get(sample_id, 0) + 1
+        return sample_id if count == 1 else f"{sample_id}#{count}"
 
 
 class BrokenSamples:

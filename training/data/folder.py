@@ -6,12 +6,15 @@ from pathlib import Path
 
 from blip2edge.errors import DataError
 from blip2edge.picture_files import PICTURE_SUFFIXES, visible_files
-from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture
+from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, one_line
 
 
 def captions_of(text: str) -> list[str]:
-    """Splits the content of a text file into captions: one on each line; blank lines are skipped."""
-    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    """Splits the content of a text file into captions: one on each line; blank lines are skipped.
+
+    Only the line feed ends a line. Other separators (U+2028, form feed) are white space within a caption.
+    """
+    return [one_line(line) for line in text.split("\n") if line.strip()]
 
 
 def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSamples]:
@@ -59,7 +62,7 @@ def _captions(path: Path | None, picture: str, broken: BrokenSamples) -> list[st
         broken.add(picture, "it has no .txt file with captions")
         return []
     try:
-        captions = captions_of(path.read_text(encoding="utf-8"))
+        captions = captions_of(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         broken.add(picture, f"its text cannot be read: {error}")
         return []

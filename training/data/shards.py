@@ -22,7 +22,7 @@ from PIL import Image
 from blip2edge.errors import DataError, OutputError
 from blip2edge.picture_files import SHARD_SUFFIX, ShardFile, open_shard
 from blip2edge.runtime.images.preprocess import load_image
-from blip2edge.training.data.entries import BrokenSamples, Entry, file_identity
+from blip2edge.training.data.entries import BrokenSamples, Entry, answer_texts, file_identity, one_line
 from blip2edge.training.data.folder import captions_of
 
 SampleFiles = dict[str, tuple[ShardFile, Callable[[], bytes]]]
@@ -55,12 +55,14 @@ def shard_paths(pattern: str | Path) -> list[Path]:
     """
     text = str(pattern)
     span = _BRACES.search(text)
-    if span is not None:
+    if Path(text).is_file():  # also a path that contains characters of a pattern
+        paths = [Path(text)]
+    elif Path(text).is_dir():
+        paths = sorted(Path(text).glob("*.tar"))
+    elif span is not None:
         first, last = span.groups()
         numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         paths = [Path(text[: span.start()] + number + text[span.end() :]) for number in numbers]
-    elif Path(text).is_dir():
-        paths = sorted(Path(text).glob("*.tar"))
     else:
         paths = sorted(map(Path, glob.glob(text)))
     missing = [str(path) for path in paths if not path.is_file()]
@@ -109,6 +111,8 @@ def read_shard(path: Path, broken: BrokenSamples, name: str = "") -> Iterator[En
         with open_shard(path) as files:
             for file, read in files:
                 folder, _, base = file.name.rpartition("/")
+                if base.startswith("."):  # hidden, such as the ``._`` files that macOS adds
+                    continue
                 stem, dot, suffix = base.partition(".")
                 if f"{folder}/{stem}" != key and parts:
                     yield from _entries(name, key, parts, broken)
@@ -131,7 +135,7 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
         broken.add(sample_id, "there is no picture")
         return []
     try:
-        texts = {suffix: parts[suffix][1]().decode("utf-8") for suffix in (".txt", ".json") if suffix in parts}
+        texts = {suffix: parts[suffix][1]().decode("utf-8-sig") for suffix in (".txt", ".json") if suffix in parts}
         fields = json.loads(texts.get(".json", "{}"))
     except (ValueError, tarfile.TarError) as error:
         broken.add(sample_id, f"its text cannot be read: {error}")
@@ -141,9 +145,18 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
     image_id = str(fields.get("image_id", sample_id))
     question, given, caption = fields.get("question"), fields.get("answers"), fields.get("caption")
     if isinstance(question, str) and isinstance(given, list):
-        answers = tuple(str(answer) for answer in given)
-        return [Entry(sample_id, image_id, picture, question=question, answers=answers)] if answers else []
-    captions = captions_of(texts.get(".txt", "")) or captions_of(caption if isinstance(caption, str) else "")
+        try:
+            asked, answers = one_line(question), answer_texts(given)
+        except DataError as error:
+            broken.add(sample_id, error.problem)
+            return []
+        if asked and answers:
+            return [Entry(sample_id, image_id, picture, question=asked, answers=answers)]
+        broken.add(sample_id, "its answers are empty" if asked else "its question is empty")
+        return []
+    captions = captions_of(texts.get(".txt", ""))
+    if not captions and isinstance(caption, str) and one_line(caption):
+        captions = [one_line(caption)]
     if not captions:
         broken.add(sample_id, "there is no caption")
     return [

@@ -219,7 +219,10 @@ def _captioned(
     for numbers, images in _opened(pictures, broken, options.progress):
         said |= dict(zip(numbers, captioner(images, [options.prompt] * len(images)), strict=True))
     scores = caption_scores(list(said.values()), [shown[number].captions for number in said])
-    predictions = [{"image_id": _number(shown[at].image_id), "caption": text} for at, text in said.items()]
+    predictions = [
+        {"image_id": _as_in_data(shown[at].image_id, shown[at].entries[0]), "caption": text}
+        for at, text in said.items()
+    ]
     return {"n": len(said), **scores, "predictions": predictions}
 
 
@@ -235,7 +238,10 @@ def _answered(
     scores: Mapping[str, Any] = vqa_scores(
         list(said.values()), [entry.answers for entry in asked], [entry.kinds for entry in asked]
     )
-    predictions = [{"question_id": _number(entries[number].sample_id), "answer": text} for number, text in said.items()]
+    predictions = [
+        {"question_id": _as_in_data(entries[number].sample_id, entries[number]), "answer": text}
+        for number, text in said.items()
+    ]
     return {"n": len(said), **scores, "predictions": predictions}
 
 
@@ -290,6 +296,6 @@ def _retrieval(
     return {**retrieval_scores(scores, owners, top=top, matched=matched), "reranked": top}
 
 
-def _number(name: str) -> int | str:
-    """A COCO id as a number, if it is one."""
-    return int(name) if name.isdecimal() else name
+def _as_in_data(name: str, entry: Entry) -> int | str:
+    """An id of the entry as the data has it: a number, or a text such as ``0042``."""
+    return int(name) if entry.numbered and name.isdecimal() else name
