@@ -58,7 +58,7 @@ def add_arguments(parser: Parser) -> None:
         help="name under which the server is called; may be repeated (default: on a loopback address its own names, "
         "else any name)",
     )
-    access.add_argument("--tls-cert", metavar="FILE", type=Path, help="certificate chain in PEM format, for https")
+    access.add_argument("--tls-cert", metavar="FILE", type=Path, help="certificate chain in PEM format, to serve https")
     access.add_argument("--tls-key", metavar="FILE", type=Path, help="private key of the certificate in PEM format")
 
 
@@ -96,10 +96,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _tls(certificate: Path | None, key: Path | None) -> dict[str, Path]:
-    """The TLS options of uvicorn.
+    """Makes the TLS options of uvicorn.
 
     Raises:
-        UsageError: One of the files is missing, or both do not fit together.
+        UsageError: One of the two flags is missing, or the files are not a certificate and its key.
     """
     if certificate is None and key is None:
         return {}
