@@ -1,9 +1,9 @@
 """Checks files against the hashes in their manifest: a bundle's, an optimized copy's, an engine folder's.
 
 Hashing gigabytes at every start is slow. So a check that passes leaves stamps, in ``.verified.json`` next to the files,
-or in the user's cache if the directory is read-only. A stamp binds the hash to the file itself: size, times of
-modification and of status change, device and inode. A file with the same stamp is not hashed again. A copy of the file
-has another inode. A change of the bytes sets another time of status change, and no program can set that time back.
+or in the user's cache if the directory is read-only. A stamp stores the checked hash and these values of the
+file: size, times of modification and of status change, device and inode. A file with the same values is not hashed
+again. A copy has another inode. A change of the bytes changes the time of status change, which no program can set.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def add_backend(parser: ArgumentParser) -> None:
         "--backend",
         choices=get_args(BackendName),
         default="auto",
-        help="backend that runs the bundle; auto: engines that fit this GPU, else cuda if ONNX Runtime computes on it, "
-        "else cpu",
+        help="backend that runs the bundle; auto: engines that fit this GPU, else cuda if ONNX Runtime can use "
+        "the GPU, else cpu",
     )
     add_threads(parser)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_next(*commands: str) -> None:
-    """Prints each command as a line ``next: …`` on standard output, where the tables are printed, too."""
+    """Prints each command as a line ``next: …`` on standard output, like the tables."""
     for command in commands:
         print(f"next: {command}")
 

@@ -196,7 +196,7 @@ def download(address: str) -> bytes:
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _not_downloaded(address, error) from error
     if len(content) > MAX_DOWNLOAD:
-        raise ImageError(f"{address}: expected at most {MAX_DOWNLOAD >> 20} MiB, got more")
+        raise ImageError(f"{address}: expected at most {MAX_DOWNLOAD >> 20} MiB, got more", "use a smaller picture")
     return content
 
 
