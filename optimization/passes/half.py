@@ -173,9 +173,9 @@ def _after(node: ir.Node, kept: Container[ir.Node]) -> bool:
 
 
 def keep_residuals(model: ir.Model) -> int:
-    """Marks the residual stream of a model with root-mean-square norms, and the products into it, to stay in FP32.
+    """Marks the residual stream of a model with root-mean-square norms, and the products added to it, as FP32.
 
-    The feed-forward output reaches 66246 in Flan-T5 (transformers#5651); FP16 ends at 65504.
+    The feed-forward output reaches 66246 in Flan-T5 (transformers#5651), more than the largest FP16 number, 65504.
 
     Returns:
         The number of marked nodes.

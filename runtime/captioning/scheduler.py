@@ -114,7 +114,7 @@ class Scheduler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes it; unfinished requests are cancelled."""
+        """Closes the scheduler; unfinished requests are cancelled."""
         self.close()
 
     def submit(

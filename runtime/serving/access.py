@@ -28,7 +28,7 @@ OPEN = ("/", "/health")
 
 @dataclass(frozen=True)
 class Access:
-    """Rules: which requests the server answers.
+    """The rules that decide which requests the server answers.
 
     Attributes:
         api_key: Key that a request must send as ``Authorization: Bearer KEY``; empty for none.

@@ -83,7 +83,7 @@ class Server(Collector):
         captioner: A loaded bundle.
         max_batch, max_waiting: As of :class:`Scheduler`.
         deadline: Time limit in seconds for a caption, if the request gives none; None for no limit.
-        access: Who may use the server; None for every client that is not a page of another origin.
+        access: Rules of access; None allows all clients except web pages of other origins.
     """
 
     def __init__(
