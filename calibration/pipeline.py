@@ -283,7 +283,7 @@ def _warnings(pictures: PictureSet) -> list[str]:
 def _difference_warnings(
     graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None, *, limited: bool
 ) -> list[str]:
-    """Warns if the bundle differs much from its parent; ``limited``: whether a drop limit was set."""
+    """Returns warnings if the bundle differs much from its parent; ``limited``: whether a drop limit was set."""
     warnings = []
     if agreement is not None and agreement.same < LEAST_AGREEMENT:
         advice = "calibrate on more pictures like those of the application"
