@@ -1,6 +1,6 @@
 """Checks and measurements on an NVIDIA GPU, in two parts of at most 5 minutes each.
 
-    python benchmarks/gpu.py --part 1 --json benchmarks/results/gpu-1.json     # CUDA itself, and transformers as peer
+    python benchmarks/gpu.py --part 1 --json benchmarks/results/gpu-1.json     # CUDA itself; transformers, to compare
     python benchmarks/gpu.py --part 2 --json benchmarks/results/gpu-2.json     # ONNX Runtime's CUDA provider
     python benchmarks/gpu.py --dry-run                                         # both parts, tiny, on the CPU
 
@@ -48,10 +48,10 @@ def run_step(step: Step, dry: bool, limit_s: float) -> dict[str, Any]:
 def main() -> int:
     """Runs the steps of a part, and writes their results."""
     parser = parser_of(__doc__)
-    parser.add_argument("--part", type=int, choices=(1, 2), help="1: CUDA and transformers; 2: the CUDA provider")
-    parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], help="only these steps")
-    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU, with a simulated GPU")
-    parser.add_argument("--json", type=Path, help="file of the results; written after each step")
+    parser.add_argument("--part", type=int, choices=(1, 2), help="1: CUDA and transformers; 2: ONNX Runtime with CUDA")
+    parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], help="steps to run (default: all)")
+    parser.add_argument("--dry-run", action="store_true", help="run tiny models on the CPU, with a simulated GPU")
+    parser.add_argument("--json", type=Path, help="write the results to this file after each step")
     options = parser.parse_args()
     chosen = [
         step

@@ -33,9 +33,9 @@ class Step:
     """A step of the script.
 
     Attributes:
-        name: Its name.
-        part: The part of the script that it belongs to, 1 or 2.
-        limit_s: Its time limit in seconds.
+        name: Name of the step.
+        part: Part of the script, 1 or 2.
+        limit_s: Time limit in seconds.
         run: Returns the result; the argument is whether this is a dry run.
     """
 
@@ -46,12 +46,12 @@ class Step:
 
 
 def picture() -> PIL.Image.Image:
-    """The picture of all captions: noise, 640 × 480."""
+    """Makes the picture that the steps caption: noise, 640 × 480 pixels."""
     return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))
 
 
 def device(dry: bool) -> str:
-    """The device of torch."""
+    """Returns torch's device: ``cpu`` in a dry run, else ``cuda``."""
     return "cpu" if dry else "cuda"
 
 
@@ -62,7 +62,7 @@ def synchronize(dry: bool) -> None:
 
 
 def seconds_of(call: Callable[[], object], dry: bool, rounds: int = ROUNDS) -> list[float]:
-    """Wall seconds of each of some calls, after a warm-up; the GPU is idle before and after each."""
+    """Measures the wall seconds of each of several calls, after a warm-up; waits for the GPU around each call."""
     call()
     found = []
     for _ in range(rounds):
@@ -78,7 +78,7 @@ def seconds_of(call: Callable[[], object], dry: bool, rounds: int = ROUNDS) -> l
 
 
 def machine(dry: bool) -> dict[str, Any]:
-    """The GPU, its driver, and the packages."""
+    """Describes the GPU, its driver, and the packages."""
     from blip2edge.packages import installed
     from blip2edge.runtime.backends.probe import nvidia_driver
 
@@ -94,7 +94,7 @@ def machine(dry: bool) -> dict[str, Any]:
 
 
 def bandwidth(dry: bool) -> dict[str, Any]:
-    """Bytes a second of a copy on the GPU: each byte is read and written."""
+    """Measures a copy on the GPU in bytes a second; a byte counts twice, because it is read and written."""
     size = 16 * MIB if dry else 2048 * MIB
     source = torch.ones(size, dtype=torch.uint8, device=device(dry))
     target = torch.empty_like(source)
@@ -103,7 +103,7 @@ def bandwidth(dry: bool) -> dict[str, Any]:
 
 
 def cuda_layer(dry: bool) -> dict[str, Any]:
-    """Our layer over cuda-bindings: copies in both directions, events, a captured graph, an error during a capture."""
+    """Checks our layer over cuda-bindings: copies in both directions, events, a captured graph, a failing capture."""
     from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer, Mirror, load_cuda
 
     if dry:
@@ -156,7 +156,7 @@ def cuda_layer(dry: bool) -> dict[str, Any]:
 
 
 def captured_torch(dry: bool) -> dict[str, Any]:
-    """A product of torch in a graph that our layer captures on our stream; replayed after its input changed."""
+    """Captures a matrix product of torch as a CUDA graph on our stream, then replays it on another input."""
     if dry:
         return {"ok": True, "note": "needs a GPU"}
     from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
@@ -184,9 +184,9 @@ def captured_torch(dry: bool) -> dict[str, Any]:
 
 
 def runtime(dry: bool) -> dict[str, Any]:
-    """Our runtime of TensorRT engines on the real CUDA, with ONNX Runtime on the CPU in place of the engines.
+    """Runs our TensorRT runtime on the real CUDA, with ONNX Runtime on the CPU in place of the engines.
 
-    Memory, copies, streams, events and the order of calls are those of a GPU; the tokens must be the CPU backend's.
+    Memory, copies, streams, events and the order of calls are those of a GPU; the tokens must equal the CPU backend's.
     """
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.runtime.backends.engine_files import KIND
@@ -213,7 +213,7 @@ def runtime(dry: bool) -> dict[str, Any]:
 
 
 def peer_model(dry: bool) -> tuple[Any, dict[str, torch.Tensor]]:
-    """transformers' model at the shape of the published one, with random weights made on the device, and its inputs."""
+    """Makes transformers' model in the published model's shape, with random weights on the device, and its inputs."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration
 
     values = shrunk(published(MODEL)) if dry else published(MODEL)
@@ -234,7 +234,7 @@ def peer_model(dry: bool) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def peer(dry: bool, **generation: Any) -> dict[str, Any]:
-    """Seconds of a caption of `TOKENS` tokens with transformers: preprocessing of the picture, then ``generate``."""
+    """Measures the seconds of a caption of `TOKENS` tokens with transformers: preprocessing, then ``generate``."""
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     model, inputs = peer_model(dry)
@@ -259,12 +259,12 @@ def peer(dry: bool, **generation: Any) -> dict[str, Any]:
 
 
 def eager(dry: bool) -> dict[str, Any]:
-    """transformers, eager, fp16."""
+    """Measures transformers in eager mode: the decode step is not compiled."""
     return peer(dry)
 
 
 def compiled(dry: bool) -> dict[str, Any]:
-    """transformers with a static cache, which compiles the decode step with ``reduce-overhead`` on a GPU."""
+    """Times transformers with a static KV cache, which compiles the decode step with ``reduce-overhead`` on a GPU."""
     return peer(dry, cache_implementation="static", **({"disable_compile": True} if dry else {}))
 
 
@@ -272,7 +272,7 @@ def compiled(dry: bool) -> dict[str, Any]:
 
 
 def bundles(folder: Path, precisions: tuple[str, ...]) -> dict[str, Path]:
-    """The miniature's bundles by precision; ``int4`` has the weights of its language model in blocks."""
+    """Exports the miniature model in these precisions; ``int4`` is calibrated from ``fp16``. Returns the bundles."""
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.export.pipeline import export_checkpoint
 
@@ -289,7 +289,7 @@ def bundles(folder: Path, precisions: tuple[str, ...]) -> dict[str, Path]:
 
 
 def provider(dry: bool) -> dict[str, Any]:
-    """ONNX Runtime on CUDA against the CPU: equal ids, and the provider of every node."""
+    """Compares ONNX Runtime on CUDA with the CPU: the token ids, and the provider of every node."""
     from blip2edge.optimization.pipeline import optimize
     from blip2edge.runtime.captioning.captioner import Captioner
 
@@ -314,7 +314,7 @@ def provider(dry: bool) -> dict[str, Any]:
 
 
 def true_size(dry: bool) -> dict[str, Any]:
-    """Our captioner at the shape of the published model in turn with transformers' eager one: A B A B."""
+    """Times our captioner and eager transformers alternately (A B A B), both in the published model's shape."""
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
     from blip2edge.export.pipeline import export_checkpoint
@@ -367,7 +367,7 @@ def true_size(dry: bool) -> dict[str, Any]:
 
 
 def overlap(dry: bool) -> dict[str, Any]:
-    """Pictures a second with vision beside decoding (the scheduler), and one by one."""
+    """Measures pictures a second: with vision during decoding (the scheduler), and one picture after the other."""
     from blip2edge.runtime.captioning.captioner import Captioner
 
     with tempfile.TemporaryDirectory() as folder:

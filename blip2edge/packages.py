@@ -33,7 +33,7 @@ EXTRAS = {
 
 
 def pip_command(extra: str) -> str:
-    """The command that installs an extra."""
+    """Returns the pip command that installs an extra of blip2edge, such as ``serve``."""
     return f"pip install 'blip2edge[{extra}]'"
 
 

@@ -23,15 +23,15 @@ SHARD_SUFFIX = ".tar"
 
 
 def printable(name: str) -> str:
-    """A file's name for a message, a report or a JSON object: line breaks and bytes that are not UTF-8 are escaped."""
+    """Escapes line breaks and bytes that are not UTF-8 in a file's name, for messages, reports and JSON objects."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The regular files of a folder and of its subfolders, in the order of their names.
+    """Lists the regular files of a folder and of its subfolders, sorted by name.
 
-    Files and subfolders whose name begins with a dot are left out, such as the ``._`` files that macOS makes.
+    Files and subfolders whose name begins with a dot are skipped, such as the ``._`` files that macOS makes.
     """
     return [
         path

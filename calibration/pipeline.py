@@ -226,7 +226,7 @@ def _quantize(
             raise UsageError(
                 f"{option('int8_activations')}: the graph {record.spec.name} does not run while pictures are "
                 "captioned, so the ranges of its activations are not known",
-                "leave it out",
+                f"remove {record.spec.name} from the list",
             )
         return quantize_activations(context, record)
     if record.spec.name == VISION or weights is None:
@@ -283,7 +283,7 @@ def _warnings(pictures: PictureSet) -> list[str]:
 def _difference_warnings(
     graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None, *, limited: bool
 ) -> list[str]:
-    """Warnings of a bundle that differs much from its parent; ``limited``: whether a drop limit was set."""
+    """Returns warnings if the bundle differs much from its parent; ``limited``: whether a drop limit was set."""
     warnings = []
     if agreement is not None and agreement.same < LEAST_AGREEMENT:
         advice = "calibrate on more pictures like those of the application"

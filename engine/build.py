@@ -56,7 +56,8 @@ class BuildReport:
         memory_mib: The largest estimate of one engine's build memory, in MiB.
         bundle: The bundle that holds only engines, if ``output`` was given.
         cache: Form of the decoder's KV cache; empty without a decoder.
-        cache_reason: Why that cache is not updated in place; empty if it is, or if another form was asked for.
+        cache_reason: Why the KV cache is not updated in place; empty if it is updated in place, or if another form was
+            asked for.
     """
 
     directory: Path

@@ -1,4 +1,4 @@
-"""The errors of a build that failed, each with the advice that fits TensorRT's reason."""
+"""Makes the error of a build that failed, with the advice that fits TensorRT's reason."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8",
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """A graph that becomes an engine; small enough to send to another process.
+    """Describes a graph that becomes an engine; the plan is small, and can be sent to another process.
 
     Attributes:
         name: Name of the graph, and of the engine's file.
         path: The ``.onnx`` file; for the step graph, a path in the folder of its weights.
         spec: The engine's inputs and outputs.
         cache: The KV cache of a decoder; None for other graphs.
-        form: Form of that cache, one of ``DECODER_CACHES`` but ``auto``; empty for other graphs.
+        form: Form of that cache, one of ``DECODER_CACHES`` except ``auto``; empty for other graphs.
         reason: Why the cache is not updated in place although ``auto`` was asked for; empty otherwise.
         prompt: Usual number of tokens in a prefill.
         step: What the step graph is made from; None for other graphs.
@@ -121,7 +121,7 @@ def plans_of(
         decoder: Form of the decoder's KV cache, one of ``DECODER_CACHES``.
 
     Raises:
-        EngineError: The KV cache shall be updated in place, and this version or graph does not allow it.
+        EngineError: ``decoder`` is the update in place, but this version or graph does not allow it.
     """
     manifest = bundle.manifest
     plans: list[EnginePlan] = []

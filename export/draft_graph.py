@@ -1,4 +1,4 @@
-"""The graph of the draft model: the text head of the Q-Former (``model/bridges/text_head.py``).
+"""Builds the graph of the draft model: the text head of the Q-Former (``model/bridges/text_head.py``).
 
 input_ids [B,S]          new tokens; the text begins with [DEC]
 attention_mask [B,P+S]   1 for a valid slot; the first Q slots are the query tokens
@@ -69,7 +69,7 @@ def query_outputs(config: CaptionerConfig) -> list[TensorSpec]:
 
 
 def draft_spec(config: CaptionerConfig) -> GraphSpec:
-    """The graph's tensors."""
+    """Describes the inputs and outputs of the draft model's graph: names, dtypes and axes, as listed above."""
     draft, qformer = _parts(config)
     cache, queries, longest = draft_cache(config), qformer.num_query_tokens, draft.max_positions
     batch, asked = Axis("batch", 1, 1, MAX_BATCH), Axis("asked", 1, 1, longest)

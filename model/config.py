@@ -97,7 +97,7 @@ class VisionConfig(TransformerConfig):
 
     @classmethod
     def from_clip(cls, values: Any) -> VisionConfig:
-        """Reads a CLIP ``vision_config``. The config has all blocks and no norm after the blocks."""
+        """Reads a CLIP ``vision_config``. The result keeps all blocks of the encoder, and has no norm after them."""
         found = cls.read(values, CLIP_VISION_DEFAULTS) | {"qkv_bias": True}
         return cls(**found, clip=True, post_norm=False)
 

@@ -39,7 +39,7 @@ Copy = tuple[OptimizedGraph, dict[str, FileRecord]]
 
 
 def ruled(task: CopyTask, name: str) -> Copy | str:
-    """Writes the copy of a graph for CUDA; or returns why there is none."""
+    """Writes the copy of a graph for CUDA. Returns the copy, or the reason why there is none."""
     record = task.bundle.graph(name)
     parent = task.bundle.file(record.spec.file)
     if name == VISION and task.bundle.manifest.merging is not None and record.precision != "fp16":
@@ -78,7 +78,7 @@ def ruled(task: CopyTask, name: str) -> Copy | str:
 
 
 def _exact(task: CopyTask, name: str, parent: Path, portable: probe.ProbeResult) -> probe.ProbeResult | None:
-    """Outputs of the portable graph in FP32, without rounded activations; None if the graph is too large for that."""
+    """Computes the portable graph's outputs in FP32, without rounded activations; None if the graph is too large."""
     model = ir.load(parent)
     prepare(model)
     changed = bool(widen(model))
@@ -100,6 +100,6 @@ def _saved(task: CopyTask, model: ir.Model, name: str) -> Path:
 
 
 def _run(task: CopyTask, name: str, path: Path, weights: Path | None) -> probe.ProbeResult:
-    """Runs a graph by the CUDA backend's code, with the CPU as the device; nothing is timed."""
+    """Runs a graph with the CUDA backend's code on the CPU, without timing."""
     session = open_on_host(path, None if weights is None else OptimizedFile(weights))
     return probe_session(task, name, session, timed=False)

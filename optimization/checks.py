@@ -31,15 +31,15 @@ LEAST_COSINE = 0.995
 
 @dataclass
 class CopyTask:
-    """What the graphs of a copy share while the copy is made.
+    """Data that all graphs of a copy share while the copy is made.
 
     Attributes:
         bundle: The bundle.
-        context: What passes know about the model.
+        context: Facts about the model for the passes.
         scratch: Directory of the rewritten graphs that are tried.
         target: Directory of the copy.
         within: Path of the copy inside the bundle; None if the copy is in the user's cache.
-        upstream: Outputs of the portable graphs so far, by name: the inputs of later graphs.
+        upstream: Outputs of the portable graphs that ran already, by name; they are inputs of later graphs.
     """
 
     bundle: Bundle
@@ -50,9 +50,9 @@ class CopyTask:
     upstream: dict[str, Array]
 
     def parent(self, name: str) -> tuple[Path, float]:
-        """The file of a portable graph, and the largest difference from it; infinite for graphs with integers.
+        """Returns the file of a portable graph, and the largest relative difference of a copy's outputs.
 
-        Those are compared by cosine.
+        The difference is infinite for a graph that is not in FP32: such graphs are compared by cosine only.
         """
         record = self.bundle.graph(name)
         return self.bundle.file(record.spec.file), TOLERANCE if record.precision == "fp32" else math.inf
@@ -61,7 +61,7 @@ class CopyTask:
 def agreement(
     result: probe.ProbeResult, portable: probe.ProbeResult, tolerance: float
 ) -> tuple[tuple[Parity, ...], float]:
-    """The difference of a copy's outputs from the portable graph's: the parity of each, and the smallest cosine."""
+    """Compares a copy's outputs with the portable graph's: the parity of each, and the smallest cosine."""
     parity = tuple(
         Parity(output, *probe.relative(result.outputs[output], wanted), tolerance, ("probe",))
         for output, wanted in portable.outputs.items()
@@ -70,7 +70,7 @@ def agreement(
 
 
 def run_graph(task: CopyTask, name: str, path: Path, recipe: Recipe | None = None) -> probe.ProbeResult:
-    """Runs a graph in ONNX Runtime: the portable one, or with a recipe a rewritten one."""
+    """Runs a graph in ONNX Runtime; ``recipe`` is that of a rewritten graph, None for the portable one."""
     opened = OnnxRuntimeSession(
         path, 1, optimized=None if recipe is None else OptimizedFile(path.parent, recipe.layout)
     )
@@ -95,7 +95,7 @@ def probe_session(
 
 
 def _cross_inputs(task: CopyTask) -> dict[str, Array]:
-    """The keys, values and mask that a decoder's cross-attention reads; empty for a decoder without any."""
+    """Makes the keys, values and mask of a decoder's cross-attention; empty for a decoder without one."""
     if CROSS_KV not in task.bundle.manifest.graphs:
         return {}
     drawn = probe.draw_inputs(task.bundle.graph(DECODER).spec, task.upstream)
@@ -123,7 +123,7 @@ def references(task: CopyTask, name: str) -> tuple[probe.ProbeResult, probe.Prob
 
 
 def fault_of(result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.ProbeResult, tolerance: float) -> str:
-    """What is wrong with a rewritten graph's outputs; empty if nothing is."""
+    """Describes how a rewritten graph's outputs differ too much; empty if all are within the limits."""
     for output, wanted in portable.outputs.items():
         _, share = probe.relative(result.outputs[output], wanted)
         if share > tolerance:

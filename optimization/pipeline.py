@@ -5,7 +5,7 @@
 3. Choose: the fastest is kept if it is faster than the portable graph; otherwise the portable graph stays in use.
 4. Publish: ``optimized.json`` lists the files with their hashes and names the bundle.
 
-For OpenVINO, the copy of a graph is its compiled model: it runs as fast as the portable graph, and opens sooner. For
+For OpenVINO, the copy of a graph is the compiled model, which runs as fast as the portable graph and opens sooner. For
 CUDA, the copy is made by rule, without a GPU: nothing is measured (``by_rule.py``).
 """
 

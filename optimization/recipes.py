@@ -22,7 +22,7 @@ from blip2edge.optimization.passes.shared_cache import share_cache
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes need to know about the model.
+    """Facts about the model that the passes need.
 
     Attributes:
         cache: The decoder's KV cache; None if there is no decoder.

@@ -75,11 +75,11 @@ class Bundle:
         """Checks that the bundle contains graphs, and not only engines that were built from them.
 
         Args:
-            purpose: What needs the graphs: the beginning of the error.
+            purpose: What needs the graphs, such as a command; the error begins with it.
             error: Class of the error.
 
         Raises:
-            BundleError: It contains engines only; ``error`` is raised instead if it is given.
+            BundleError: The bundle contains engines only. ``error`` is raised instead if it is given.
         """
         if self.manifest.engines_of:
             raise error(

@@ -1,9 +1,9 @@
 """Checks files against the hashes in their manifest: a bundle's, an optimized copy's, an engine folder's.
 
 Hashing gigabytes at every start is slow. So a check that passes leaves stamps, in ``.verified.json`` next to the files,
-or in the user's cache if the directory is read-only. A stamp binds the hash to the file itself: size, times of
-modification and of status change, device and inode. A file with the same stamp is not hashed again. A copy of the file
-has another inode, and a change of its bytes another time of status change, which no program can set.
+or in the user's cache if the directory is read-only. A stamp stores the checked hash and these values of the
+file: size, times of modification and of status change, device and inode. A file with the same values is not hashed
+again. A copy has another inode. A change of the bytes changes the time of status change, which no program can set.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check_files(
         files: The expected size and hash of each file, by file name.
         manifest: Name of the manifest that lists the files, for errors.
         fix: What the user can do about a wrong file, for errors.
-        use_stamps: Whether a file with an unchanged stamp counts as unchanged; else every file is hashed.
+        use_stamps: Whether to skip the hash of a file whose stamp is unchanged; if False, every file is hashed.
         progress: Called with a file's name, the number of files done and the number of all files.
 
     Raises:
@@ -94,7 +94,7 @@ def check_files(
 
 
 def _stamp(status: os.stat_result, record: FileRecord) -> list[Any]:
-    """What a stamp holds of a file."""
+    """Makes the stamp of a file: size, times, device and inode, and the hash that was checked."""
     times = status.st_mtime_ns, status.st_ctime_ns
     return [status.st_size, *times, status.st_dev, status.st_ino, record.sha256]
 

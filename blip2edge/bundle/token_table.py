@@ -111,7 +111,7 @@ class TokenTable:
         dtype: dtype of the rows that :meth:`rows` returns.
 
     Raises:
-        BundleError: The file is not a safetensors file, or has no such tensor in one of the three forms.
+        BundleError: The file is not a safetensors file, or has no such tensor in floating point, int8 or int4.
     """
 
     def __init__(self, path: Path, tensor: str, dtype: str) -> None:

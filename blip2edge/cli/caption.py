@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """The pictures of one prompt: one (or a video), or several."""
+    """The input of one caption: one picture, one video, or several pictures for one prompt."""
 
     pictures: tuple[PictureArgument, ...]
 
@@ -43,12 +43,12 @@ class Item:
 
     @property
     def label(self) -> str:
-        """The names before a caption."""
+        """The text that is printed before a caption: the names of the pictures and a colon."""
         return f"{' '.join(printable(picture.name) for picture in self.pictures)}: "
 
     @property
     def source(self) -> ItemSource:
-        """What the captioner takes."""
+        """The pictures as ``Captioner.caption`` takes them."""
         sources = [picture.source for picture in self.pictures]
         return sources if len(sources) > 1 else sources[0]
 
@@ -185,7 +185,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def open_bundle(options: argparse.Namespace) -> Bundle:
-    """The bundle that the flags name."""
+    """Opens the bundle that the flags name."""
     from blip2edge.bundle.bundle import Bundle
 
     return Bundle.open(options.bundle)
@@ -198,7 +198,7 @@ def takes_videos(bundle: Bundle) -> bool:
 
 
 def load_captioner(options: argparse.Namespace, bundle: Bundle) -> Captioner:
-    """The captioner of an opened bundle, on the backend that the flags name."""
+    """Loads the captioner of an opened bundle, on the backend that the flags name."""
     from blip2edge.runtime.captioning.captioner import Captioner
 
     return Captioner(bundle, options.backend, options.threads, options.draft)

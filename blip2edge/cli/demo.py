@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def demo_problem() -> BackendError | None:
-    """The error of a demo that cannot run, because a package or the checkpoint is missing; None if it can run.
+    """Checks whether the demo can run: returns an error if a package or the checkpoint is missing, else None.
 
     No package is imported.
     """

@@ -67,24 +67,24 @@ def add_number(
 
 
 def add_bundle(parser: Parser) -> None:
-    """The bundle as an argument, or as an option."""
+    """Adds the bundle, which is given as the first argument or with ``--bundle``."""
     parser.add_positional_or_flag("bundle", "-b", "--bundle", metavar="BUNDLE", type=Path, help=BUNDLE)
 
 
 def add_bundle_option(parser: ArgumentParser) -> None:
-    """The bundle as an option, and where it runs."""
+    """Adds the option ``--bundle``, and those of the backend that runs the bundle."""
     parser.add_argument("-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help=BUNDLE)
     add_backend(parser)
 
 
 def add_backend(parser: ArgumentParser) -> None:
-    """The backend and its threads."""
+    """Adds ``--backend`` and ``--threads``."""
     parser.add_argument(
         "--backend",
         choices=get_args(BackendName),
         default="auto",
-        help="backend that runs the bundle; auto: engines that fit this GPU, else cuda if ONNX Runtime computes on it, "
-        "else cpu",
+        help="backend that runs the bundle; auto: engines that fit this GPU, else cuda if ONNX Runtime can use "
+        "the GPU, else cpu",
     )
     add_threads(parser)
 

@@ -49,7 +49,7 @@ def non_negative_int(text: str) -> int:
 
 
 def port(text: str) -> int:
-    """The number of a TCP port."""
+    """Reads the number of a TCP port, from 0 to 65535."""
     value = _whole(text, 0)
     if value > MAX_PORT:
         raise argparse.ArgumentTypeError(f"expected a port from 0 to {MAX_PORT}, got {text}")

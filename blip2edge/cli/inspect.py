@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _verify(bundle: Bundle, progress: ProgressCallback) -> int:
-    """Hashes every file of the bundle, of its optimized copies and of its engines; returns how many there are."""
+    """Hashes every file of the bundle, of its optimized copies and of its engines; returns their number."""
     from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders
     from blip2edge.runtime.backends.open_graph import PACKAGES, read_copy
 
@@ -90,7 +90,7 @@ def _copies(bundle: Bundle) -> list[str]:
 
 
 def _engines(bundle: Bundle) -> list[str]:
-    """The folders of engines of a bundle: how many engines each has, and for which GPUs."""
+    """Describes each folder of engines of a bundle: the number of engines, and their GPUs."""
     from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders
 
     lines = []

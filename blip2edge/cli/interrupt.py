@@ -34,7 +34,7 @@ def exit_status() -> int | None:
 
 
 def forget() -> None:
-    """Treats the signals that came as a normal end: ``serve`` ends by them."""
+    """Forgets the signals that came, so that the exit status is 0: a signal is the normal end of ``serve``."""
     _received.clear()
 
 

@@ -1,4 +1,4 @@
-"""Errors as lines of standard error."""
+"""Prints errors and notes as single lines on standard error."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FLAGS = {"max_waiting": "queue"}
 
 
 def flag(name: str, on: bool) -> str:  # noqa: ARG001 - a switch has no value on the command line
-    """Writes an option of an error as a flag: ``--max-new-tokens``."""
+    """Returns the flag of an option that an error names: ``--max-new-tokens`` for ``max_new_tokens``."""
     return "--" + _FLAGS.get(name, name).replace("_", "-")
 
 
 def explain(error: Exception) -> str:
-    """One line: what went wrong and what mends it."""
+    """Returns an error as one line: what went wrong, and what the user can do."""
     if isinstance(error, Blip2EdgeError):
         return error.text(flag)
     if isinstance(error, ModuleNotFoundError):
@@ -48,10 +48,10 @@ def print_note(line: str) -> None:
 
 
 class Failures:
-    """Errors that end the work on one picture and not the command.
+    """Prints and counts the errors after which a command continues with the next picture.
 
     Args:
-        kinds: Classes of such errors.
+        kinds: Classes of these errors. An error of another class is raised.
     """
 
     def __init__(self, *kinds: type[Blip2EdgeError]) -> None:
@@ -59,14 +59,14 @@ class Failures:
         self._count = 0
 
     def add(self, error: Blip2EdgeError) -> None:
-        """Prints an error of one of the kinds, and raises another one."""
+        """Prints and counts an error of one of the kinds; raises any other error."""
         if not isinstance(error, self._kinds):
             raise error
         print_error(error)
         self._count += 1
 
     def exit_status(self, total: int) -> int:
-        """Prints how many of `total` results are missing, if several are; returns 1 if one is missing, else 0."""
+        """Returns 1 if an error was counted, else 0; prints how many of `total` results failed, if several did."""
         if self._count > 1:
             print_note(f"{self._count} of {total} failed")
         return 1 if self._count else 0

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 def print_next(*commands: str) -> None:
-    """Prints each command as a line ``next: …`` on standard output, where the tables are printed, too."""
+    """Prints each command as a line ``next: …`` on standard output, like the tables."""
     for command in commands:
         print(f"next: {command}")
 
 
 def quoted(path: Path) -> str:
-    """A path as one word of a shell's command line."""
+    """Quotes a path for the shell, so that spaces do not split it."""
     return shlex.quote(str(path))
 
 
 def try_command(path: Path, manifest: Manifest, backend: str = "") -> str:
-    """The command that uses a bundle on a picture: ``caption``, ``ask`` or ``match``, by the kind of its model.
+    """Returns the command that uses a bundle on a picture: ``caption``, ``ask`` or ``match``, by the kind of its model.
 
     Args:
         path: The bundle's directory.
         manifest: Its manifest.
-        backend: Value of ``--backend``; empty for the default one, or the first that runs the bundle's precision.
+        backend: Value of ``--backend``; empty for the default, or the first that can run the bundle's precision.
     """
     from blip2edge.runtime.backends.base import BACKENDS
 
@@ -47,7 +47,7 @@ def try_command(path: Path, manifest: Manifest, backend: str = "") -> str:
 
 
 def calibrate_command(path: Path, manifest: Manifest) -> str | None:
-    """The command that makes an INT8 bundle of a bundle; None if the bundle cannot be calibrated."""
+    """Returns the command that makes an INT8 bundle from a bundle; None if the bundle cannot be calibrated."""
     if manifest.calibration or manifest.engines_of or manifest.precision == "bf16":
         return None
     whole = path if path.name not in ("", "..") else path.resolve()

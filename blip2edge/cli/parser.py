@@ -50,7 +50,7 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors have the form of all other errors: one line `error: …`, status 2.
 
-    A word that is not known is named together with the most similar known one.
+    The error of an unknown flag or value also names the most similar known one.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -61,8 +61,8 @@ class Parser(argparse.ArgumentParser):
         """Adds an argument that is given either by its position or by a flag.
 
         Args:
-            name: The argument's name in the result.
-            *flags: Such as ``-b`` and ``--bundle``.
+            name: Name of the argument's attribute in the parsed result.
+            *flags: The flags, such as ``-b`` and ``--bundle``.
             **options: Options of `add_argument` for both.
         """
         positional = self.add_argument(name, **options)
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         return known, unknown
 
     def _check_flags(self, words: list[str]) -> None:
-        """Refuses an unknown flag, before argparse complains that a required one is missing."""
+        """Refuses an unknown flag first; otherwise argparse reports a missing required flag instead."""
         for word in words:
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
                 return  # what follows is no flag, or belongs to the command
@@ -113,7 +113,7 @@ def _gives(word: str, flags: Sequence[str]) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean …?`` with the known word that is most similar, or nothing."""
+    """Returns ``; did you mean …?`` with the most similar known word; empty if no word is similar."""
     similar = get_close_matches(word, known, n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
 

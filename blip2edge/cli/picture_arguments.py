@@ -1,6 +1,6 @@
-"""The pictures that the words of a command line name.
+"""Finds the pictures that are named on a command line.
 
-A word is a file, a folder, a glob pattern, a web address, a pipe, or ``-`` for standard input.
+Each word (argument IMAGE) is a file, a folder, a glob pattern, a web address, a pipe, or ``-`` for standard input.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class KeptBytes:
 
 @dataclass(frozen=True)
 class PictureArgument:
-    """A picture of the command line.
+    """A picture that was named on the command line.
 
     Attributes:
         name: The file's path, the address, or ``-``.
@@ -70,7 +70,7 @@ class PictureArgument:
 
     @property
     def source(self) -> ImageSource:
-        """What the runtime takes."""
+        """The value that the runtime takes as ``image``: the path, or a function that reads the bytes."""
         from blip2edge.runtime.images.preprocess import DeferredImage
 
         return self.name if self.kept is None else DeferredImage(self.name, self.kept)
@@ -82,10 +82,11 @@ class PictureArgument:
 
 
 def find_pictures(words: Iterable[str], *, videos: bool = False) -> list[PictureArgument]:
-    """Finds the pictures that the words name, in the words' order; those of a folder in the order of their names.
+    """Finds the pictures that the words name, in the words' order; those of a folder are sorted by name.
 
-    Only folders and patterns are read here. What a word names is read when the runtime decodes the picture, so that a
-    picture that cannot be read fails alone. So do a folder without pictures and a pattern that matches no file.
+    Only folders and patterns are read here. A file or address is read when the runtime decodes the picture, so that a
+    picture that cannot be read does not stop the others. An empty folder, or a pattern without a match, counts as one
+    picture that cannot be read.
 
     Args:
         words: The arguments IMAGE.
@@ -96,7 +97,9 @@ def find_pictures(words: Iterable[str], *, videos: bool = False) -> list[Picture
     """
     listed = list(words)
     if listed.count(STANDARD_INPUT) > 1:
-        raise UsageError("expected - once, because standard input can be read only once", "name it once")
+        raise UsageError(
+            "expected - once, got it more than once, but standard input can be read only once", "name - only once"
+        )
     return [picture for word in listed for picture in _named(word, videos)]
 
 
@@ -142,7 +145,7 @@ def _of_folder(word: str) -> list[PictureArgument]:
 
 
 def _of_pattern(word: str, videos: bool) -> list[PictureArgument]:
-    """The files that match a glob pattern; ``**`` matches any number of folders."""
+    """Finds the files that match a glob pattern; ``**`` matches any number of folders."""
     matches = sorted(glob.glob(word, recursive=True))
     if not videos:
         any_suffix = not glob.has_magic(os.path.splitext(word)[1] or "*")  # photos/*.jpg names the suffix itself
@@ -165,7 +168,7 @@ def _unreadable(name: str, error: ImageError) -> PictureArgument:
 
 
 def download(address: str) -> bytes:
-    """Reads the bytes behind a web address; redirects to other protocols are not followed.
+    """Downloads the bytes of a web address; redirects to other protocols are not followed.
 
     Raises:
         ImageError: The address is not valid, the server does not answer or answers with an error, or the file is
@@ -193,12 +196,12 @@ def download(address: str) -> bytes:
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _not_downloaded(address, error) from error
     if len(content) > MAX_DOWNLOAD:
-        raise ImageError(f"{address}: expected at most {MAX_DOWNLOAD >> 20} MiB, got more")
+        raise ImageError(f"{address}: expected at most {MAX_DOWNLOAD >> 20} MiB, got more", "use a smaller picture")
     return content
 
 
 def _encoded(address: str) -> str:
-    """The address with its special characters encoded, as browsers do it: ``https://xn--bcher-kva.example/a%20b.png``."""
+    """Encodes the special characters of an address as browsers do: ``https://xn--bcher-kva.example/a%20b.png``."""
     from urllib.parse import quote, urlsplit, urlunsplit
 
     parts = urlsplit(address)

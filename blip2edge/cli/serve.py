@@ -48,17 +48,17 @@ def add_arguments(parser: Parser) -> None:
         metavar="ORIGIN",
         action="append",
         default=[],
-        help="origin of other pages that may use the server, such as https://example.org; *: all; may be repeated",
+        help="origin of web pages that may use the server, such as https://example.org; *: all; may be repeated",
     )
     access.add_argument(
         "--allowed-host",
         metavar="NAME",
         action="append",
         default=[],
-        help="name under which the server is called; may be repeated (default: on a loopback address its own names, "
-        "else any name)",
+        help="host name that requests may use for the server; may be repeated (default: on a loopback address its own "
+        "names, else any name)",
     )
-    access.add_argument("--tls-cert", metavar="FILE", type=Path, help="certificate chain in PEM format, for https")
+    access.add_argument("--tls-cert", metavar="FILE", type=Path, help="certificate chain in PEM format, to serve https")
     access.add_argument("--tls-key", metavar="FILE", type=Path, help="private key of the certificate in PEM format")
 
 
@@ -96,10 +96,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _tls(certificate: Path | None, key: Path | None) -> dict[str, Path]:
-    """The TLS options of uvicorn.
+    """Makes the TLS options of uvicorn.
 
     Raises:
-        UsageError: One of the files is missing, or both do not fit together.
+        UsageError: One of the two flags is missing, or the files are not a certificate and its key.
     """
     if certificate is None and key is None:
         return {}

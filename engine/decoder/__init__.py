@@ -1,1 +1,1 @@
-"""The decoder as TensorRT gets it: the forms of its KV cache, and the graph between two decode steps."""
+"""Rewrites the decoder for TensorRT: the forms of its KV cache, and the graph between two decode steps."""

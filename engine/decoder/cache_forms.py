@@ -1,4 +1,4 @@
-"""The forms that the KV cache of a decoder's engine can have, and the choice of one for a TensorRT version."""
+"""Chooses the form of the KV cache of a decoder's engine, for a TensorRT version."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class CacheForm:
-    """A form of the KV cache whose shapes never change.
+    """How to build a decoder for one form of the KV cache; the shapes of the cache never change.
 
     Attributes:
-        describe: Returns the decoder's inputs and outputs, from those of the export, its cache and the capacity.
-        rewrite: Rewrites the exported graph, given its cache, the capacity and its file's name for errors.
+        describe: Returns the decoder's inputs and outputs; takes the exported ones, the KV cache and the capacity.
+        rewrite: Rewrites the exported graph; takes the graph, the KV cache, the capacity and the file's name.
     """
 
     describe: Callable[[GraphSpec, CacheSpec, int], GraphSpec]
@@ -52,7 +52,7 @@ def choose_form(wanted: str, path: Path, cache: CacheSpec, version: ParserVersio
         The form, and why ``auto`` did not choose the update in place (empty otherwise).
 
     Raises:
-        EngineError: The update in place is wanted, and this version or graph does not allow it.
+        EngineError: ``wanted`` is the update in place, but this version or graph does not allow it.
     """
     if wanted not in (AUTO, IN_PLACE):
         return wanted, ""

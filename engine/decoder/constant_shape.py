@@ -46,7 +46,7 @@ def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> Gra
         ValueError: ``capacity`` is below 2.
     """
     if capacity < 2:
-        raise ValueError(f"a cache of {capacity} slots is too small: a prompt and a token need at least 2")
+        raise ValueError(f"expected a capacity of at least 2 slots, for a prompt and a token, got {capacity}")
     slots = Axis(CAPACITY, capacity, capacity, capacity)
     position = TensorSpec(CACHE_POSITION, "int64", (1,))
 
@@ -115,7 +115,7 @@ class _Writer:
         self.position: ir.Value = self._add("Squeeze", [position], "cache_position_scalar")
 
     def write(self, concat: ir.Node, past: ir.Value, present: str) -> None:
-        """Replaces ``Concat(past, new)``."""
+        """Replaces ``Concat(past, new)`` by nodes that write the new tokens into their slots."""
         new = concat.inputs[1]
         if new is None:
             raise ValueError(f"the Concat of {present} has no second input")
@@ -131,7 +131,7 @@ class _Writer:
         old.name, written.name = None, present
 
     def _token_of_slot(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """For each slot, the index of its new token ``[C]``, and whether there is one ``[C, 1]``."""
+        """Computes for each slot the index of its new token ``[C]``, and whether the slot gets one ``[C, 1]``."""
         zero, one = self._constant("cache_zero", 0), self._constant("cache_one", 1)
         scalar = {"start": SLOTS_AXIS, "end": SLOTS_AXIS + 1}
         capacity = self._squeezed(self._add("Shape", [self._past], "cache_capacity", scalar))
@@ -187,7 +187,7 @@ def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, na
 
 
 def rename_slots(graph: ir.Graph, capacity: int | str = CAPACITY) -> None:
-    """Gives the axes ``past`` and ``past + steps`` the capacity, a name or a number."""
+    """Replaces the axes ``past`` and ``past + steps`` by the capacity, a name or a number."""
     for value in [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None and any(_is_past(dim) for dim in value.shape):
             value.shape = ir.Shape([capacity if _is_past(dim) else dim for dim in value.shape])

@@ -100,9 +100,10 @@ def to_in_place(model: ir.Model, cache: CacheSpec, capacity: int, name: str) -> 
 
 
 def allow_decomposition(model: ir.Model) -> None:
-    """Lets TensorRT compute ``Attention`` with other operators where it has no kernel for it, as for FP32.
+    """Lets TensorRT compute ``Attention`` with other operators if it has no fused kernel, for example in FP32.
 
-    The attribute is TensorRT's own; ONNX Runtime refuses it. Without it, such a build fails.
+    The function sets an attribute that only TensorRT supports; ONNX Runtime refuses it. Without the attribute, such a
+    build fails.
     """
     for node in model.graph:
         if node.op_type == "Attention":

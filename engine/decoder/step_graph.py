@@ -8,7 +8,7 @@ Tokens that are marked in ``seen`` are penalised as by ``penalize_repetition``. 
 tokens) are not chosen while ``held_steps`` is above 0. A row whose logits contain NaN gets the token −1, which the host
 reports as an error.
 
-Its outputs are inputs of the next step, so the host can launch step after step on a GPU and read the tokens later. The
+The outputs are inputs of the next step, so the host can launch step after step on a GPU and read the tokens later. The
 token table is external data of the graph, at its offset in ``embed_tokens.safetensors``. A quantised table is first
 written in the decoder's floating type.
 """

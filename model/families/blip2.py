@@ -23,11 +23,11 @@ def read_blip2(
     """Reads the config of ``Blip2ForConditionalGeneration`` and of the families derived from it.
 
     Args:
-        f: The ``config.json``.
+        f: Values of the checkpoint's ``config.json``.
         family: Name of the family, a key in ``families/registry.py``.
         bridge_config: Class that reads ``qformer_config``.
-        slot: Prefix of the key that has the id of a visual token: ``image_token`` or ``video_token``.
-        frames: Number of pictures per item.
+        slot: Prefix of the key of a visual token's id: ``image_token`` for ``image_token_id``, or ``video_token``.
+        frames: Number of frames in one video; 1 for a model of single pictures.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
     bridge = bridge_config.from_hf(

@@ -76,8 +76,8 @@ def read_native(f: Fields) -> CaptionerConfig:
     kind = section.values.get("kind")
     if kind not in BRIDGE_CONFIGS:
         raise UnsupportedModelError(
-            f"the bridge is of kind {kind!r}, which is not supported",
-            f"supported: {', '.join(BRIDGE_CONFIGS)}",
+            f"the bridge is of kind {kind!r}, expected one of {', '.join(BRIDGE_CONFIGS)}",
+            "use a checkpoint that this version of blip2edge supports, or a newer version",
         )
     text = Fields("text_config", f.values.get("text_config", {}))
     language = bridged_language(text.values.get("model_type", "opt")).read_config(text.values)

@@ -101,7 +101,7 @@ def _swish(sigmoid: ir.Node) -> bool:
 
 
 def fuse_tanh_gelus(model: ir.Model) -> int:
-    """Fuses GELU in its form with tanh into FastGelu; returns the number of fused nodes.
+    """Replaces the tanh form of GELU by FastGelu; returns the number of fused nodes.
 
     ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³)))`` (Hendrycks and Gimpel, arXiv 1606.08415, section 2).
     """

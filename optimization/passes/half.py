@@ -2,7 +2,8 @@
 
 The passes match graphs in FP32. So a graph in FP16 is first widened: its casts disappear. When the passes are done,
 all floating tensors become FP16, except in nodes that FP16 would overflow or round too much. Large weights are
-converted one by one when they are written, and a weight that was FP16 in the bundle is the bundle's own tensor again.
+converted one by one when they are written. A weight that was FP16 in the bundle is not converted: the bundle's own
+tensor is used.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def dequantize(model: ir.Model) -> int:
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Value:
-    """The initializer with a weight's floating values, computed when it is written."""
+    """Adds an initializer with a weight's floating values, which are computed when the graph is written."""
     value = ir.Value(name=f"{weight.name}.{node.outputs[0].name}", shape=weight.shape, type=ir.TensorType(FP32))
     value.const_value = converted(value, lambda: _restored(node), FP32)
     graph.register_initializer(value)
@@ -120,11 +121,11 @@ def _dequantized(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Value:
 
 
 def _restored(node: ir.Node) -> Array:
-    """The floating values of a DequantizeLinear node whose inputs are initializers."""
+    """Computes the floating values of a DequantizeLinear node whose inputs are initializers."""
     integers, scales = (constant(value) for value in node.inputs[:2])
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if integers is None or scales is None:
-        raise ValueError(f"{node.name} has no constant inputs")
+        raise ValueError(f"{node.name}: expected constant weights and scales, got computed ones")
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
 
@@ -140,7 +141,7 @@ def _restored(node: ir.Node) -> Array:
 
 
 def converted(value: ir.Value, read: Callable[[], Array], target: ir.DataType) -> ir.TensorProtocol:
-    """Returns the tensor of an initializer in another type; that of a large one is computed whenever it is read."""
+    """Returns an initializer's tensor in another type; a large tensor is converted again at each read."""
 
     def convert() -> ir.TensorProtocol:
         array = read()
@@ -172,9 +173,9 @@ def _after(node: ir.Node, kept: Container[ir.Node]) -> bool:
 
 
 def keep_residuals(model: ir.Model) -> int:
-    """Marks the residual stream of a model with root-mean-square norms, and the products into it, to stay in FP32.
+    """Marks the residual stream of a model with root-mean-square norms, and the products added to it, as FP32.
 
-    The feed-forward output reaches 66246 in Flan-T5 (transformers#5651); FP16 ends at 65504.
+    The feed-forward output reaches 66246 in Flan-T5 (transformers#5651), more than the largest FP16 number, 65504.
 
     Returns:
         The number of marked nodes.
@@ -197,14 +198,14 @@ def keep_residuals(model: ir.Model) -> int:
 
 
 def _feed_forward(value: ir.Value | None) -> ir.Node | None:
-    """The last product of a feed-forward: its input is an activation, not the heads of an attention."""
+    """Whether a node is the last product of a feed-forward layer: its input comes from an activation."""
     node = producer(value, "MatMul") or producer(value, "MatMulNBits")
     before = node.inputs[0].producer() if node is not None and node.inputs[0] is not None else None
     return node if before is not None and before.op_type in ("Mul", "Relu", "Gelu", "BiasGelu", "FastGelu") else None
 
 
 def _ancestors(nodes: Iterable[ir.Node]) -> set[ir.Node]:
-    """The nodes and all floating nodes before them."""
+    """Finds the nodes, and all nodes with floating outputs that they depend on."""
     found: set[ir.Node] = set()
     waiting = list(nodes)
     while waiting:
@@ -217,7 +218,7 @@ def _ancestors(nodes: Iterable[ir.Node]) -> set[ir.Node]:
 
 
 def _keep_fp32(graph: ir.Graph, node: ir.Node) -> None:
-    """Inserts casts around a node; none between two nodes that are both in FP32."""
+    """Inserts casts to and from FP32 around a node, but none between two nodes in FP32."""
     for index, value in enumerate(node.inputs):
         if value is None or value.dtype != FP16:
             continue

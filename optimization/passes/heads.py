@@ -2,9 +2,10 @@
 
     q [B, H, S, d], k, v [B, H, T, d] --q k' + bias--> softmax --@ v--> merge heads --> [B, S, H d]
 
-becomes ONNX Runtime's MultiHeadAttention with keys and values of four axes. The KV cache is appended to as before. T5,
-BERT and Flamingo decoders get it: GroupQueryAttention takes no relative positions and no cross-attention. It also fuses
-what ``attention.py`` does not: learned queries without a batch, and a mask of keys over a variable number of queries.
+becomes ONNX Runtime's MultiHeadAttention with keys and values of four axes. The graph still appends to the KV cache.
+T5, BERT and Flamingo decoders use this operator, because GroupQueryAttention supports neither relative positions nor
+cross-attention. This pass also fuses what ``attention.py`` does not: learned queries without a batch, and a mask of
+keys over a variable number of queries.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Fuser:
         return True
 
     def _query(self, core: Core, rows: int | str) -> ir.Value:
-        """The queries ``[B, S, H d]``: as they were before the split into heads, or merged again after a rotation."""
+        """Returns the queries ``[B, S, H d]`` from before the split into heads, or merges the heads if rotated."""
         batch, heads, steps, width = dims(core.query)
         query = flat(core.query)
         wide = ir.Shape([batch, steps, int(heads) * int(width)])
@@ -77,7 +78,7 @@ class _Fuser:
         return insert(core.last, "Expand", [query, target], [like], domain="")[0]
 
     def _bias(self, core: Core, steps: int | str) -> ir.Value | None:
-        """The bias, with a row for each query: the kernel broadcasts rows of a batch and heads only."""
+        """Returns the bias, expanded to one row per query: the kernel broadcasts over batch and heads only."""
         if core.bias is None or dims(core.bias)[2] == steps:
             return core.bias
         if core.bias not in self._expanded:
@@ -91,13 +92,13 @@ class _Fuser:
 
 
 def _keys(core: Core) -> tuple[ir.Value, ir.Value]:
-    """Keys and values before they are split into heads, if both are; else with their heads."""
+    """Returns keys and values ``[B, T, H d]`` if both are split here; otherwise as they are, with heads."""
     key, value = flat(core.key), flat(core.value)
     return (core.key, core.value) if key is None or value is None else (key, value)
 
 
 def _unsplit(shape: list[int | str], query: list[int | str]) -> list[int | str]:
-    """``[B, T, H d]`` of keys with or without their heads; empty if they do not fit queries ``[B, H, S, d]``."""
+    """Returns the shape ``[B, T, H d]`` of keys; empty if the keys do not fit queries ``[B, H, S, d]``."""
     width = int(query[1]) * int(query[3])
     if len(shape) == HEADS_AXES and shape[1::2] == query[1::2]:
         return [shape[0], shape[2], width]

@@ -35,7 +35,7 @@ def fuse_norms(model: ir.Model) -> int:
 
 
 def fuse_rms_norms(model: ir.Model) -> int:
-    """Fuses root-mean-square norms alone; returns the number of fused nodes."""
+    """Fuses root-mean-square norms, without the residuals before them; returns the number of fused nodes."""
     clean(model)  # nodes of norms that are fused already
     return sum(_rms(node) for node in list(model.graph) if node.op_type == "Reciprocal")
 

@@ -62,14 +62,14 @@ class CacheBuffers(Protocol):
     One thread at a time may use them; every decoder state has its own.
 
     Attributes:
-        captures: Whether runs may be captured as CUDA graphs, which keep single numbers of their first run.
+        captures: Whether runs may be captured as CUDA graphs. A CUDA graph keeps the scalar inputs of its first run.
     """
 
     captures: bool
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows B and slots C of the buffers; zeros before the first :meth:`resize`."""
+        """Number of rows B and of slots C in the buffers; 0 and 0 before the first :meth:`resize`."""
 
     def resize(self, shape: Sequence[int], used: int) -> None:
         """Replaces the buffers by larger ones.
@@ -114,10 +114,10 @@ NO_GRAPH = -1
 
 @runtime_checkable
 class BindingSession(Protocol):
-    """A session that can run a graph on memory of a device, bound by address.
+    """A session that can run a graph on device memory, with inputs and outputs bound by address.
 
     Attributes:
-        device: The device as ONNX Runtime names it, and its number.
+        device: Name of the device in ONNX Runtime, such as ``cuda``, and the number of the device.
         dtypes: dtypes of the graph's floating-point inputs, by name.
         captures: Whether repeated runs may be captured as CUDA graphs.
     """
@@ -131,7 +131,7 @@ class BindingSession(Protocol):
         """Returns a new ``IOBinding`` for the graph, or for a small model of :mod:`.probe`."""
 
     def run_binding(self, binding: Any, model: bytes | None = None, graph: int = NO_GRAPH) -> None:
-        """Runs the graph, or a small model, on what is bound.
+        """Runs the graph, or a small model, on the bound inputs and outputs.
 
         Args:
             binding: A binding of :meth:`new_binding`.

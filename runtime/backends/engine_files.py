@@ -180,8 +180,8 @@ class Fingerprint:
         tensorrt: Version of TensorRT.
         gpus: Compute capabilities that the engine supports, as ``sm86``; for ``tensorrt`` only that of the build GPU.
         gpu: The GPU's name; empty if the engine was built without one.
-        multiprocessors: Number of its multiprocessors. Boards of one name differ in it: AGX Orin, Orin NX, Orin Nano.
-        memory_gib: Its memory, rounded to GiB.
+        multiprocessors: Number of multiprocessors (SM). Boards with one GPU name differ here: AGX Orin, Orin NX.
+        memory_gib: Memory of the GPU, rounded to GiB.
         driver: CUDA version of the driver; empty if the engine was built without a GPU.
         machine: Processor architecture, ``x86_64`` or ``aarch64``.
         bundle_sha256: Hash of ``bundle.json``, which holds the hashes of all other files.

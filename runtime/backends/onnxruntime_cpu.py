@@ -189,7 +189,7 @@ class OnnxRuntimeSession:
         self._session = None
 
     def in_place(self, pairs: Mapping[str, str]) -> HostBuffers:
-        """Makes buffers that runs read and write in place; each decoder state needs its own; see ``base.py``."""
+        """Makes buffers that runs read and write in place, for one decoder state; see ``base.py``."""
         if self._session is None:
             raise closed_graph()
         return HostBuffers(self._session, pairs, self._value)
@@ -222,7 +222,7 @@ class HostBuffers:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows and slots; see :class:`CacheBuffers`."""
+        """Number of rows and of slots; see :class:`CacheBuffers`."""
         return self._size
 
     def resize(self, shape: Sequence[int], used: int) -> None:
@@ -243,7 +243,7 @@ class HostBuffers:
             buffer[moved, :, :used] = buffer[rows[moved], :, :used]
 
     def append(self, other: HostBuffers, first: int, count: int, used: int) -> None:
-        """Copies the rows of another state behind the own ones; see :class:`CacheBuffers`."""
+        """Copies rows of another state's buffers into these buffers; see :class:`CacheBuffers`."""
         for name, buffer in self._buffers.items():
             buffer[first : first + count, :, :used] = other._buffers[name][:count, :, :used]
 

@@ -90,7 +90,7 @@ def open_graph_with_tensorrt(
 
 
 def profile_options(spec: GraphSpec) -> dict[str, str]:
-    """The TensorRT provider's options for the smallest, usual and largest shape of every input that varies."""
+    """Makes the TensorRT provider's options for the smallest, usual and largest shape of every input that varies."""
     varying = [tensor for tensor in spec.inputs if any(isinstance(dim, Axis) for dim in tensor.dims)]
     found = {}
     for end in ("min", "opt", "max") if varying else ():
@@ -239,7 +239,7 @@ class DeviceSession:
     def _run_with_binding(
         self, model: bytes | None, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
     ) -> list[Any]:
-        """Runs the graph or a small model; returns an ``OrtValue`` per output, on the device given with its name."""
+        """Runs the graph or a small model; returns an ``OrtValue`` for each output, on its given device."""
         binding = self.new_binding(model)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, self.value_of(value, None if model else self.dtypes.get(name)))
@@ -277,12 +277,12 @@ class DeviceSession:
         return self.onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, *self.device)
 
     def on_device(self, array: Array) -> Any:
-        """Copies an array to memory of its own on the device; a single number stays on the host, as kernels need it."""
+        """Copies an array to new memory on the device; a scalar stays on the host, where kernels read it."""
         device = HOST if array.ndim == 0 else self.device
         return self.onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), *device)
 
     def value_of(self, array: Any, dtype: np.dtype[Any] | None = None) -> Any:
-        """ONNX Runtime's value of an array on the host or on the device; of type ``dtype`` if it is given.
+        """Returns ONNX Runtime's value for an array on the host or on the device, converted to ``dtype`` if given.
 
         A graph of a copy takes FP16 where the bundle's own graph takes FP32. Only the arrays of a graph without a copy
         are converted here.

@@ -190,7 +190,7 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
 
     Raises:
         BackendError: There is no backend of that name, or it cannot run the bundle.
-        EngineError: The bundle contains engines only, and none; or the backend's engines do not fit this machine.
+        EngineError: The bundle contains engines only, or the backend runs engines, and none fits this machine.
     """
     manifest = bundle.manifest
     if manifest.engines_of:
@@ -210,7 +210,7 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
 
 
 def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
-    """The backend and the opener of engines that fit this machine; None if there are none."""
+    """Finds engines that fit this machine: returns their backend and opener, or None."""
     targets = {str(EngineSet.read(folder).fingerprint.get("target")) for folder in engine_folders(bundle)}
     for name, row in BACKENDS.items():
         if row.engines in targets and bundle.manifest.precision not in row.refuses:
@@ -220,7 +220,7 @@ def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
 
 
 def _cuda_works(precision: str) -> bool:
-    """Whether ONNX Runtime computes on the GPU here."""
+    """Whether ONNX Runtime can compute on a GPU of this machine."""
     if precision in BACKENDS["cuda"].refuses or missing(("onnxruntime",)):
         return False
     import onnxruntime

@@ -101,14 +101,14 @@ def _text(field: int, content: str) -> bytes:
 
 @cache
 def gather_model(dtype: str) -> bytes:
-    """An ONNX model that selects rows on the device: ``y = x[rows]`` for ``x [b, h, s, d]`` of this dtype."""
+    """Makes an ONNX model that selects rows on the device: ``y = x[rows]`` for ``x [b, h, s, d]`` of this dtype."""
     x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("n", "h", "s", "d"))
     return onnx_model([("Gather", ("x", "rows"), "y")], {"x": x, "rows": ("int64", ("n",))}, ("y", y))
 
 
 @cache
 def slice_model(dtype: str) -> bytes:
-    """An ONNX model that cuts a slice on the device, for ``x [b, h, s, d]`` of this dtype.
+    """Makes an ONNX model that cuts a slice on the device, for ``x [b, h, s, d]`` of this dtype.
 
     The slice goes from ``first`` to ``end`` (exclusive) along ``axis``; these three inputs are int64 ``[1]``.
     """
@@ -119,7 +119,7 @@ def slice_model(dtype: str) -> bytes:
 
 @cache
 def pad_model(dtype: str) -> bytes:
-    """An ONNX model that adds zeros on the device: ``y = Pad(x, pads)`` for ``x [b, h, s, d]`` of this dtype."""
+    """Makes an ONNX model that adds zeros on the device: ``y = Pad(x, pads)`` for ``x [b, h, s, d]`` of this dtype."""
     x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
     return onnx_model([("Pad", ("x", "pads"), "y")], {"x": x, "pads": ("int64", (8,))}, ("y", y))
 
@@ -316,9 +316,9 @@ def check_matmul(
 
 
 def load_cuda_libraries(ort: ModuleType) -> None:
-    """Loads CUDA and cuDNN from pip's packages, where the system's search path does not find them.
+    """Loads CUDA and cuDNN from packages of pip if the system's search path does not find them.
 
-    ONNX Runtime before 1.21 has no such function. What it prints goes to standard error.
+    ONNX Runtime before 1.21 cannot do so; nothing is loaded then. Its messages go to standard error.
     """
     if hasattr(ort, "preload_dlls"):
         with redirect_stdout(sys.stderr):
@@ -370,7 +370,7 @@ RECORD_NODES = "session.record_ep_graph_assignment_info"
 
 
 def count_nodes(session: Any) -> dict[str, dict[str, int]]:
-    """Counts the nodes of ONNX Runtime's session by provider and operator; empty if its version does not report it."""
+    """Counts the nodes of ONNX Runtime's session by provider and operator; empty if the version cannot report it."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return {}
     found: dict[str, dict[str, int]] = {}

@@ -312,7 +312,7 @@ def bench(
 
 
 def _roofline(captioner: Captioner) -> tuple[Roofline | None, str]:
-    """The roofline, and the backend it was measured with: the captioner's, or another one for the CPU.
+    """Measures the roofline with the captioner's backend, or with another one for the CPU; returns both.
 
     Returns:
         None and an empty name if no such backend is installed.

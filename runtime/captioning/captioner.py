@@ -118,7 +118,17 @@ class Captioner(LoadedBundle):
     def ask(
         self, image: ItemSource, question: str, *, channels: Channels = "rgb", **options: Unpack[CaptionOptions]
     ) -> CaptionResult:
-        """Answers a question on a picture, with the family's question template; see :meth:`caption`."""
+        """Answers a question about a picture, in the question template of the model's family.
+
+        Args:
+            image: As in :meth:`caption`.
+            question: The question, without the template.
+            channels: As in :meth:`caption`.
+            **options: As in :meth:`caption`.
+
+        Raises:
+            ImageError, PromptError, UsageError: As in :meth:`caption`.
+        """
         check_text("question", question)
         return self.caption(image, prompt=self.prompts.question(question), channels=channels, **options)
 
@@ -289,7 +299,7 @@ class Captioner(LoadedBundle):
     def _batch(
         self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
     ) -> Iterator[CaptionResult | Blip2EdgeError]:
-        """Yields the results of a batch; after an error, each picture's own result or error."""
+        """Yields the results of a batch; if the batch fails, runs each picture alone and yields its result or error."""
         clock = StageClock()
         try:
             batch = self.encoder(images[rows.start : rows.stop], texts[rows.start : rows.stop], clock)

@@ -302,7 +302,7 @@ class Matcher(LoadedBundle):
         ]
 
     def _embed_pictures(self, pictures: list[ImageSource]) -> list[Vectors]:
-        """The vectors of the pictures of one batch, each ``[F]`` or ``[K, F]``."""
+        """Computes the vectors of the pictures of one batch, each ``[F]`` or ``[K, F]``."""
         vectors = self._features(self._image_embeds(pictures))
         return list(vectors[:, 0] if vectors.shape[1] == 1 else vectors)
 
@@ -365,7 +365,7 @@ def _padded(rows: list[list[int]]) -> dict[str, Array]:
 
 
 def _pictures(images: Iterable[ImageSource], channels: Channels) -> list[ImageSource]:
-    """The pictures in a list, with the channels of arrays in the order R, G, B."""
+    """Returns the pictures as a list, with the channels of arrays in the order R, G, B."""
     return [in_rgb(image, channels) for image in listed("images", images)]  # type: ignore[misc]  # no videos
 
 

@@ -198,10 +198,10 @@ def check_text(name: str, value: object) -> None:
     """Checks that a prompt, a question or a text is a str.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: The value is not a str.
     """
     if not isinstance(value, str):
-        raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}")
+        raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}", "pass a str")
 
 
 def raising(results: Generator[Item | Blip2EdgeError, None, None]) -> Iterator[Item]:

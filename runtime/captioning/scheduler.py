@@ -110,11 +110,11 @@ class Scheduler:
             thread.start()
 
     def __enter__(self) -> Scheduler:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """The object itself."""
+        """Returns the scheduler; it is closed at the end of the ``with`` block."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes it; unfinished requests are cancelled."""
+        """Closes the scheduler; unfinished requests are cancelled."""
         self.close()
 
     def submit(
@@ -140,7 +140,7 @@ class Scheduler:
             wait: Whether to wait while the queue is full; if False, a full queue is an error.
             on_piece: See :class:`Request`.
             row: Number of the picture among those of ``caption_many``, and of its random stream; such pictures share
-                batches. None: a request by itself, whose text depends on its seed and on no other request.
+                batches. None for a single request, whose text depends on its seed and on no other request.
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.

@@ -109,7 +109,7 @@ class Generation:
         return draw(scores, self._random, options.temperature, options.top_k, options.top_p, self._filters)
 
     def step_scores(self) -> StepScores | None:
-        """How a :class:`GreedyState` chooses the next tokens; None if the host must choose the next one."""
+        """Describes for :class:`GreedyState` how to choose the next tokens; None if the host must choose them."""
         if self._random is not None or self.speculator is not None:
             return None
         return self._processors.step_scores(self.generated)

@@ -91,9 +91,10 @@ class LogitsProcessors:
         return any(count in processor.steps for processor in self._processors.values())
 
     def step_scores(self, generated: Sequence[int]) -> StepScores | None:
-        """What the processors change after these generated ids; None if one acts that `StepScores` does not describe.
+        """Describes what the processors change after these generated ids, for a GPU that chooses the next tokens.
 
-        The description holds until another processor acts: ask for it again before each step.
+        None if a processor acts that `StepScores` cannot describe. Call this again before each step, because other
+        processors may act then.
         """
         count = len(generated)
         acting = {name: processor for name, processor in self._processors.items() if count in processor.steps}

@@ -52,10 +52,10 @@ class StepScores:
     """What a GPU changes in the logits of the next steps, to choose tokens without the host.
 
     Attributes:
-        seen: NDArray[np.int64] whose logits are penalised (`penalize_repetition`); every chosen token joins them.
+        seen: Ids, int64, whose logits are penalised (`penalize_repetition`); every chosen token is added to them.
         penalty: The repetition penalty; 1 changes nothing.
-        held: NDArray[np.int64] that are not chosen.
-        held_steps: In how many of the next steps `held` are not chosen.
+        held: Ids, int64, that are not chosen in the next steps, such as end tokens.
+        held_steps: Number of the next steps in which `held` are not chosen.
     """
 
     seen: NDArray[np.int64]

@@ -18,7 +18,7 @@ _SCALED_BY_PILLOW = ("PNG", "PPM")  # formats whose mode "I" is 16-bit greyscale
 
 @dataclass(frozen=True)
 class Grey16:
-    """The stored values of 16-bit greyscale: 0 to `largest`; `inverted` if 0 is white."""
+    """The range of values of a 16-bit greyscale picture: 0 to `largest`; `inverted` if 0 is white."""
 
     largest: int = 2**16 - 1
     inverted: bool = False
@@ -51,6 +51,6 @@ class Grey16:
         return cls(2 ** tags[_BITS_PER_SAMPLE][0] - 1, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
 
     def in_8_bits(self, image: Image.Image) -> Image.Image:
-        """The picture in mode L, each value rounded to the nearest of 0…255."""
+        """Converts the picture to mode L (8 bits); each value is scaled and rounded to 0…255."""
         table = ((np.arange(self.largest + 1) * 255 + self.largest // 2) // self.largest).astype(np.uint8)
         return Image.fromarray(np.take(255 - table if self.inverted else table, np.asarray(image), mode="clip"))

@@ -5,7 +5,7 @@ Two steps, each bit-equal to its counterpart in transformers 5.23, except for 16
 - `load_image` (`transformers.image_utils.load_image`): decode, turn upright by the EXIF orientation, RGB;
 - `Preprocessing` (`BlipImageProcessorPil`, `CLIPImageProcessorPil`): resize, centre crop, rescale, normalise.
 
-Rescaling and normalising an 8-bit value has 256 outcomes per channel, so both are done with one lookup table.
+Rescaling and normalising are done with one lookup table: an 8-bit value has only 256 results per channel.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class DeferredImage:
     read: Callable[[], Content]
 
     def content(self) -> Content:
-        """Calls :attr:`read`.
+        """Reads the picture with :attr:`read`.
 
         Raises:
-            ImageError: It raised an error.
+            ImageError: :attr:`read` raised an error.
         """
         try:
             return self.read()
@@ -190,7 +190,7 @@ def _check_pixels(width: int, height: int, name: str) -> None:
         raise ImageError(f"{name}: expected a picture with at least one pixel, got {width}×{height}")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"{name}: expected at most {MAX_PIXELS} pixels, and {MAX_SIDE} a side, got {width}×{height}",
+            f"{name}: expected at most {MAX_PIXELS} pixels and at most {MAX_SIDE} a side, got {width}×{height}",
             "scale the picture down",
         )
 
@@ -320,7 +320,7 @@ class Preprocessing:
             ) from error
 
     def _pixels(self, image: Image.Image) -> NDArray[np.float32]:
-        """Pixel values float32 [3,H,W] of an RGB picture."""
+        """Computes the pixel values float32 [3,H,W] of an RGB picture."""
         if self.resize:
             image = image.resize(self._resized(image.width, image.height), resample=self.resample)
         if self.crop is not None:

@@ -1,4 +1,4 @@
-"""Who may use the server: API key, names of the host, pages of other origins (CORS), and headers for browsers."""
+"""Checks who may use the server: API key, host names, pages of other origins (CORS), and headers for browsers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ OPEN = ("/", "/health")
 
 @dataclass(frozen=True)
 class Access:
-    """The rules of access.
+    """The rules that decide which requests the server answers.
 
     Attributes:
         api_key: Key that a request must send as ``Authorization: Bearer KEY``; empty for none.
         origins: Origins of other pages that may use the server, such as ``https://example.org``; ``*`` for all.
-        hosts: Names that a request's ``Host`` header may have; empty for any. With it, a page of another name that
-            resolves to this address (DNS rebinding) is refused.
+        hosts: Names that a request's ``Host`` header may have; empty for any. A request with another name is
+            refused, which stops pages whose name resolves to this address (DNS rebinding).
     """
 
     api_key: str = ""
@@ -67,7 +67,7 @@ class AccessControl:
         self._outer = guarded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection, by the ASGI specification."""
+        """Handles one connection, as the ASGI specification describes."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -91,12 +91,12 @@ class AccessControl:
         await JSONResponse(error_json(refusal), refusal.status, headers)(scope, receive, send)
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> RequestError | None:
-        """The error of a request that breaks a rule."""
+        """Returns the error of a request that breaks a rule; None for an allowed request."""
         host = host_name(headers.get("host", ""))
         if self._access.hosts and host and host not in self._access.hosts:
             return RequestError(
-                f"this server is not {host}",
-                "name it by --allowed-host, or use one of its own names",
+                f"expected a Host header with a name of this server, got {host}",
+                "start the server with --allowed-host and this name, or use one of its own names",
                 code="host_not_allowed",
                 status=421,
             )
@@ -105,7 +105,7 @@ class AccessControl:
         if origin and not own and not {origin, "*"} & set(self._access.origins):
             return RequestError(
                 f"pages of the origin {origin} may not use this server",
-                "allow the origin by --cors",
+                "start the server with --cors and this origin",
                 code="origin_not_allowed",
                 status=403,
             )
@@ -122,13 +122,13 @@ class AccessControl:
 
 
 def host_name(host: str) -> str:
-    """The name in a ``Host`` header, without the port, in lower case: ``[::1]:8000`` is ``::1``."""
+    """Returns the name in a ``Host`` header, without the port, in lower case: ``[::1]:8000`` is ``::1``."""
     found = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host.strip())
     return "" if found is None else (found[1] or found[2] or "").lower()
 
 
 def content_security_policy(page: str) -> str:
-    """The policy of a page: its own inline scripts run, and it talks to this server only."""
+    """Makes the content security policy of a page: only its own inline scripts, and requests to this server only."""
     hashes = [
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)

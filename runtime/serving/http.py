@@ -77,13 +77,13 @@ class _ClientGone(Exception):  # noqa: N818 - control flow: no client is left to
 
 
 class Server(Collector):
-    """The ASGI application.
+    """The ASGI application of ``blip2edge serve``.
 
     Args:
         captioner: A loaded bundle.
         max_batch, max_waiting: As of :class:`Scheduler`.
-        deadline: Seconds for a caption, where the request gives none; None for no bound.
-        access: Who may use the server; None for every client that is not a page of another origin.
+        deadline: Time limit in seconds for a caption, if the request gives none; None for no limit.
+        access: Rules of access; None allows all clients except web pages of other origins.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Server(Collector):
         prompt = wanted.text
         if text == "question":
             if prompt is None:
-                raise RequestError("expected a question, got none", field=text, code="missing_required_parameter")
+                raise RequestError("the question is missing", "send one", field=text, code="missing_required_parameter")
             prompt = self.captioner.prompts.question(prompt)
         async with _Client(request.receive) as client:
             self._submit(client, wanted.pictures, prompt, wanted.options, wanted.deadline)
@@ -329,7 +329,7 @@ class _Client:
     At the end of the ``async with`` block, its caption is canceled if it is not finished.
 
     Attributes:
-        caption: Set when it is submitted.
+        caption: The request, once it is submitted.
     """
 
     caption: Request

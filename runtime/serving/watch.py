@@ -40,12 +40,12 @@ class WatchResult:
     """The caption of a frame.
 
     Attributes:
-        frame: Its name.
-        result: The caption; None where the picture could not be read.
-        error: The reason then; else empty.
+        frame: Name of the frame.
+        result: The caption; None if the picture could not be read.
+        error: Why the picture could not be read; empty if there is a caption.
         dropped: Frames since the last caption that were dropped.
-        age_ms: From the frame's arrival (for a folder: from the moment when the picture was taken from the queue) to
-            the end of its caption.
+        age_ms: Milliseconds from the frame's arrival to the end of its caption; for a folder, from the moment when the
+            picture was taken from the queue.
         reused: Whether the last encoded frame's visual tokens were reused.
     """
 
@@ -61,11 +61,11 @@ Frames = Generator[Frame, None, None]
 
 
 class Source(Iterator[Frame]):
-    """Frames, until they end or :meth:`close` is called, from any thread.
+    """An iterator of frames. It ends with the frames, or when :meth:`close` is called from any thread.
 
     Args:
         make: Makes the frames; its event is set when the source is closed.
-        is_queue: Whether no frame is lost if it is not taken at once. True for the files of a folder.
+        is_queue: Whether frames wait until they are taken, as the files of a folder do; a camera drops them.
     """
 
     def __init__(self, make: Callable[[threading.Event], Frames], *, is_queue: bool = False) -> None:
@@ -102,13 +102,13 @@ class Source(Iterator[Frame]):
 
 
 def open_source(source: str, *, follow: bool = True) -> Source:
-    """Frames of a source.
+    """Opens a camera, a video or a folder as a source of frames.
 
     Args:
         source: A number or ``/dev/video…`` for a camera, a video file, an address that FFmpeg reads (``rtsp:…``), or a
             folder, in which new pictures appear.
-        follow: Wait for new pictures in a folder, and read a video file at its own speed; otherwise take the present
-            pictures only, and read the video as fast as possible.
+        follow: If True, wait for new pictures in a folder, and read a video file at its own speed; otherwise take the
+            present pictures only, and read the video as fast as possible.
 
     Raises:
         DataError: There is no such source.
@@ -132,7 +132,7 @@ def open_source(source: str, *, follow: bool = True) -> Source:
 
 
 def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
-    """The pictures of a folder, oldest first. With `follow`, a picture is taken when two listings show it unchanged."""
+    """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged."""
     taken: set[_Version] = set()
     before: set[_Version] = set()
     while not closed.is_set():
@@ -149,7 +149,7 @@ def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
 
 
 class _Version(NamedTuple):
-    """A picture file as a listing shows it: a file that is written again is another version."""
+    """The state of a picture file in a listing; it changes when the file is written again."""
 
     modified_ns: int
     name: str
@@ -157,7 +157,7 @@ class _Version(NamedTuple):
 
 
 def _pictures(folder: Path) -> set[_Version]:
-    """The pictures of a folder; those that are removed meanwhile are left out."""
+    """Lists the pictures of a folder; files that are removed during the listing are skipped."""
     found = set()
     try:
         for path in folder.iterdir():
@@ -179,7 +179,7 @@ def _video(address: str, kind: str | None = None, *, paced: bool = False) -> Sou
 
 
 def _decoded(av: Any, address: str, kind: str | None, paced: bool, closed: threading.Event) -> Frames:
-    """The frames of a video; `kind` is FFmpeg's input format, `paced` means at the video's own speed."""
+    """Yields the frames of a video; `kind` is FFmpeg's input format, `paced` means at the video's own speed."""
     start, empty = time.perf_counter(), True
     try:
         with av.open(address, format=kind) as container:
@@ -198,7 +198,9 @@ def _decoded(av: Any, address: str, kind: str | None, paced: bool, closed: threa
             "check the path, the camera or the address; convert a video file to MP4",
         ) from error
     if empty:
-        raise DataError(f"{address} contains no frame that can be decoded", "copy or record the video again")
+        raise DataError(
+            f"{address}: expected a video with frames, found none that can be decoded", "copy or record the video again"
+        )
 
 
 class NewestFrame:
@@ -266,7 +268,7 @@ def watch(
         captioner: A loaded bundle.
         frames: From :func:`open_source`; a :class:`Source` is closed at the end.
         prompt: As ``Captioner.caption`` takes it.
-        every: Caption every frame in order and drop none, as is always done with a :class:`Source` that is a queue.
+        every: Whether to caption every frame in order and drop none. A :class:`Source` with ``is_queue`` implies it.
         reuse_below: A frame that differs by less from the last encoded one is not encoded; 0 encodes every frame. See
             :class:`blip2edge.runtime.captioning.frame_reuse.ReusingEncoder`.
         on_piece: Called with each piece of a text as it is generated, and with None at its end.
@@ -277,7 +279,7 @@ def watch(
 
     Raises:
         DataError: The source failed.
-        UsageError: ``reuse_below`` is no number from 0 to 1.
+        UsageError: ``reuse_below`` is not a number from 0 to 1.
     """
     encoder = captioner.reusing(reuse_below) if reuse_below else None
     generation = captioner.options(**options)

@@ -81,7 +81,7 @@ class EngineOpener:
         self._decoding: list[Engines] = []
 
     def close(self) -> None:
-        """Frees the memory of the engines; close their sessions first."""
+        """Frees the memory of the engines; close the sessions of the engines first."""
         for engines in self._decoding:
             engines.close()
         self._device.close()

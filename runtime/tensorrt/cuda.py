@@ -117,11 +117,11 @@ class Cuda:
         self(self.api.cudaMemsetAsync, target, 0, size, stream)
 
     def capture(self, stream: int, work: Callable[[], None]) -> int:
-        """Records the work that a function adds to a stream, instead of executing it.
+        """Captures the work that a function adds to a stream as a CUDA graph; the work is not executed.
 
         Args:
             stream: The stream. If ``work`` raises an error, the capture ends, and the stream can be used again.
-            work: Adds the work; it must not wait for the stream.
+            work: Adds the work to the stream; the function must not wait for the stream.
 
         Returns:
             The handle of a CUDA graph that can be launched.
@@ -149,7 +149,7 @@ class Cuda:
         self(self.api.cudaEventDestroy, event)
 
     def destroy_stream(self, stream: int) -> None:
-        """Frees a stream whose work is done."""
+        """Frees a stream; its work must be finished."""
         self(self.api.cudaStreamDestroy, stream)
 
     def launch(self, graph: int, stream: int) -> None:

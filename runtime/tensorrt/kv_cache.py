@@ -1,4 +1,4 @@
-"""The decoder on a GPU: its KV cache, decode steps as CUDA graphs, and greedy decoding on the GPU.
+"""Runs the decoder on a GPU: KV cache, decode steps as CUDA graphs, and greedy decoding on the GPU.
 
 A workspace holds the buffers of a batch of B rows, at addresses that never change, and their contexts. A decode step is
 captured once as a CUDA graph, which runs the decoder, chooses the token and reads its row of the token table, and is
@@ -275,7 +275,7 @@ class _RowScores:
         self._held_steps = np.array([[rule.held_steps] for rule in rules], np.int64)
 
     def add(self, tokens: NDArray[np.int64]) -> None:
-        """Takes the tokens ``[B]`` that were chosen in a step."""
+        """Updates the inputs with the tokens ``[B]`` that were chosen in a step."""
         self._held_steps -= 1
         if self._penalised:
             np.put_along_axis(self._seen, tokens[:, None], 1, axis=1)
@@ -286,7 +286,7 @@ class _RowScores:
 
 
 def _marked(ids: Sequence[NDArray[np.int64]], vocabulary: int) -> NDArray[np.float32]:
-    """``[B, V]``: 1 for the ids of each row, else 0."""
+    """Makes an array ``[B, V]``: 1 for the ids of each row, else 0."""
     marks = np.zeros((len(ids), vocabulary), np.float32)
     for row, chosen in zip(marks, ids, strict=True):
         row[chosen] = 1

@@ -106,7 +106,7 @@ class Lane:
         self._most = 0
 
     def reserve(self, size: int) -> None:
-        """Makes :attr:`scratch` at least this large, in bytes, from its next use on."""
+        """Makes :attr:`scratch` at least ``size`` bytes large when it is used next."""
         self._most = max(self._most, size)
 
     @property
@@ -133,7 +133,7 @@ class Lane:
 
 
 class Device:
-    """What all engines of a bundle share: TensorRT, CUDA, and two lanes, so that vision overlaps with decoding.
+    """Objects that all engines of a bundle share: TensorRT, CUDA, and two lanes, so that vision overlaps with decoding.
 
     Args:
         trt: The module of TensorRT's Python binding.
@@ -178,10 +178,10 @@ class Device:
         return engine
 
     def context(self, engine: Any) -> Any:
-        """Creates an execution context that uses scratch memory of ours; None if memory is short.
+        """Creates an execution context that uses the lane's scratch memory; None if there is not enough memory.
 
-        TensorRT for RTX compiles kernels for the shapes of a run when it runs first. It does so at once and not in
-        the background, so that a CUDA graph can be captured; the kernels are kept in a file.
+        TensorRT for RTX compiles kernels for the shapes of a first run. Here the run waits until they are compiled, so
+        that a CUDA graph can be captured afterwards; the kernels are kept in a file.
         """
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         specialization = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
@@ -218,7 +218,7 @@ def _reader(trt: Any, file: BinaryIO) -> Any:
             trt.IStreamReaderV2.__init__(self)
 
         def read(self, num_bytes: int, _: int) -> bytes:
-            """Reads bytes; returns fewer for a long piece or at the end, and TensorRT asks again for the rest."""
+            """Reads bytes; may return fewer bytes than requested, because TensorRT then reads the rest."""
             return file.read(min(num_bytes, PIECE))
 
         def seek(self, offset: int, where: Any) -> bool:
@@ -273,7 +273,10 @@ class Context:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a run of the engine can be part of a CUDA graph; TensorRT before RTX does not say, and can."""
+        """Whether a run of the engine can be captured in a CUDA graph.
+
+        TensorRT for RTX reports it. TensorRT has no such query; its engines can always be captured.
+        """
         check = getattr(self._context, "is_stream_capturable", None)
         return True if check is None else bool(check(self._lane.stream))
 

@@ -31,7 +31,7 @@ class Engines:
     """The two engines that decode, and their idle workspaces.
 
     Attributes:
-        device: The device that they run on.
+        device: The device that both engines run on.
         decoder: The deserialised decoder.
         decoder_record: The decoder's record in ``engine.json``.
         step: The deserialised engine that chooses the next token.
@@ -74,7 +74,7 @@ class Engines:
             return Workspace(self, rows, cross)
 
     def give(self, workspace: Workspace) -> None:
-        """Puts a workspace back, for the next batch of its size; frees the least recently used if there are many."""
+        """Keeps an idle workspace for the next batch of its size; frees the oldest above :data:`MOST_IDLE`."""
         with self.lane.lock:
             self.idle.append(workspace)
             while len(self.idle) > MOST_IDLE:
@@ -147,7 +147,7 @@ class Workspace:
         return self.contexts["decode"].can_be_captured and self.choice.can_be_captured
 
     def after(self, half: int) -> int:
-        """Returns the half that a step writes which reads ``half``: the other one, or the same if there is only one."""
+        """Returns the half that a step writes when it reads ``half``: the other, or ``half`` if it is the only one."""
         return (half + 1) % len(self.halves)
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:

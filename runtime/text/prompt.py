@@ -4,8 +4,8 @@ Three kinds of prompt (``PromptSpec.kind``):
 
 - ``segments``: the texts around an image are tokenized one by one; visual tokens are put between them (BLIP-2).
 - ``placeholder``: the text is tokenized as a whole, with one token of the tokenizer in each image's place (LLaVA).
-- ``interleaved``: images take no slots. A marker token marks each, and every token attends to the last image before it
-  (Flamingo, Idefics): ``<image>A cat.<image>A dog.<image>A``.
+- ``interleaved``: images take no slots. A marker token stands for each image, and every token attends to the last image
+  before it (Flamingo, Idefics): ``<image>A cat.<image>A dog.<image>A``.
 """
 
 from __future__ import annotations

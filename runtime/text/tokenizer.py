@@ -38,12 +38,12 @@ CHARACTERS_PER_TOKEN = 32
 
 
 def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = "prompt") -> None:
-    """Checks the length of texts before they are tokenized, which takes a second for each million characters.
+    """Checks the length of texts before they are tokenized, because that takes about 1 s for a million characters.
 
     Args:
-        texts: The parts of a prompt.
+        texts: The parts of a prompt, which are counted together.
         max_positions: The largest number of tokens.
-        field: The option that it is, for the error.
+        field: Name of the option that has the text, for the error.
 
     Raises:
         PromptError: The texts have more than :data:`CHARACTERS_PER_TOKEN` characters for each position.
@@ -141,7 +141,7 @@ class Tokenizer:
         Args:
             text: What a user typed.
             reserved: :attr:`special_tokens`, or :func:`reserved_texts`.
-            field: The option that it is, for the error.
+            field: Name of the option that has the text, for the error.
 
         Raises:
             PromptError: It holds one, or half a surrogate pair.

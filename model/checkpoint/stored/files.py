@@ -139,7 +139,12 @@ def read_json(path: Path) -> dict[str, Any]:
             "give a directory written by transformers' save_pretrained",
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({one_line(error)})") from error
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({one_line(error)})", "copy the checkpoint again"
+        ) from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
+        raise CheckpointError(
+            f"expected a JSON object in {path}, got a value of type {type(values).__name__}",
+            "copy the checkpoint again",
+        )
     return values

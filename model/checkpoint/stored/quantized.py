@@ -38,7 +38,7 @@ MARKS = (
 
 
 def refuse_quantized(values: Mapping[str, Any], files: TensorFiles, used: Collection[str]) -> None:
-    """Compares what ``config.json`` and the tensors say. No weight is read.
+    """Raises an error if ``config.json`` or the tensors show quantised weights. No weight is read.
 
     Args:
         values: Content of ``config.json``.

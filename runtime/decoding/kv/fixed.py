@@ -1,6 +1,6 @@
 """A KV cache of constant capacity, for graphs whose shapes may not change (CUDA graphs).
 
-``engine/decoder/constant_shape.py`` and ``in_place.py`` there describe the graph's inputs. The next token of all rows
+``constant_shape.py`` and ``in_place.py`` in ``engine/decoder`` describe the graph's inputs. The next token of all rows
 goes to the same slot; shorter rows have masked slots on their left. A :class:`FixedCache` stores and moves the keys and
 values, so that the same state works with a cache on a GPU and with one of NumPy arrays, which the tests use.
 """

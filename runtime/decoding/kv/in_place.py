@@ -240,20 +240,20 @@ class _DeviceMemory:
         self.runs: dict[Any, _BoundRun] = {}
 
     def part(self, name: str, value: Any, first: int, rows: int) -> tuple[Any, ...]:
-        """Some rows of a buffer as ONNX Runtime binds them: device, its number, dtype, shape and address."""
+        """Describes some rows of a buffer for ``bind_input``: device, device number, dtype, shape and address."""
         dtype = self.session.dtypes[name]
         row = int(np.prod(self.shape[1:])) * dtype.itemsize
         return (*self.session.device, dtype.type, [rows, *self.shape[1:]], value.data_ptr() + first * row)
 
     def keep(self, key: Any, run: _BoundRun) -> None:
-        """Keeps a bound run for the next time, in place of the oldest one."""
+        """Keeps a bound run for later runs; frees the oldest one if more than :data:`KEPT_RUNS` are kept."""
         while len(self.runs) >= KEPT_RUNS:
             self.session.release_graph(self.runs.pop(next(iter(self.runs))).graph)
         self.runs[key] = run
 
 
 class DevicePool:
-    """Memory of the KV caches of one decoder on a device, which one state leaves to the next.
+    """Keeps free device memory of one decoder's KV caches, so that the next decoder state can use it again.
 
     Args:
         session: The decoder's session.
@@ -268,7 +268,7 @@ class DevicePool:
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...]) -> _DeviceMemory:
-        """Returns free memory of a shape; new memory if there is none."""
+        """Returns free memory of this shape, or allocates it."""
         with self._lock:
             for memory in self._free:
                 if memory.shape == shape:
@@ -277,7 +277,7 @@ class DevicePool:
         return _DeviceMemory(self.session, list(self.pairs.values()), shape)
 
     def give(self, memory: _DeviceMemory) -> None:
-        """Takes memory back; frees the CUDA graphs of the oldest if there is too much."""
+        """Adds memory that a state no longer uses; frees the oldest if more than :data:`POOLED` are free."""
         with self._lock:
             self._free.append(memory)
             old = self._free.pop(0) if len(self._free) > POOLED else None
@@ -286,7 +286,7 @@ class DevicePool:
 
 
 class DeviceBuffers:
-    """Buffers on a device in memory of the ``pool``; they follow :class:`CacheBuffers` of ``backends/base.py``."""
+    """Buffers on a device, in memory of ``pool``; see :class:`CacheBuffers` of ``backends/base.py``."""
 
     def __init__(self, pool: DevicePool) -> None:
         self._pool, self._session = pool, pool.session
@@ -296,7 +296,7 @@ class DeviceBuffers:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows and slots; see :class:`CacheBuffers`."""
+        """Number of rows and of slots; see :class:`CacheBuffers`."""
         return (0, 0) if self._memory is None else (self._memory.shape[0], self._memory.shape[2])
 
     def resize(self, shape: Sequence[int], used: int) -> None:  # noqa: ARG002 - whole rows are copied
@@ -325,7 +325,7 @@ class DeviceBuffers:
         memory.values, memory.spare = memory.spare, memory.values
 
     def append(self, other: DeviceBuffers, first: int, count: int, used: int) -> None:
-        """Copies the rows of another state behind the own ones; see :class:`CacheBuffers`."""
+        """Copies rows of another state's buffers into these buffers; see :class:`CacheBuffers`."""
         if self._memory is None or other._memory is None:
             return
         if other.size[1] > self.size[1]:
@@ -336,10 +336,11 @@ class DeviceBuffers:
     def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:
         """Runs the graph once and returns one output; see :class:`CacheBuffers`.
 
-        A shape that comes again on the same memory is bound already. With CUDA graphs, it is captured then.
+        Inputs with the shapes of an earlier run on the same memory use the binding of that run. With CUDA graphs, this
+        second run is captured.
         """
         if self._memory is None:
-            raise ValueError("the buffers have no size yet")
+            raise ValueError("the buffers have no size yet: call resize first")
         arrays = {name: np.asarray(array, self._session.dtypes.get(name)) for name, array in inputs.items()}
         address = next(iter(self._memory.values.values())).data_ptr()
         # A CUDA graph keeps the single numbers of its first run.
@@ -373,7 +374,7 @@ class DeviceBuffers:
         return _BoundRun(binding, values, result, next(self._pool.numbers))
 
     def _copy(self, source: _DeviceMemory, rows: int, first: int) -> None:
-        """Copies the first rows of memory with no more slots to the rows from ``first`` on."""
+        """Copies the first rows of ``source``, which has no more slots, to the rows from ``first`` on."""
         memory = self._memory
         if memory is None:
             return
