@@ -76,7 +76,7 @@ def test_wheel_is_cut_and_joined(script: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
-    sizes = script.cut(wheel, {90}, tmp_path / "pieces", 0.0005)
+    sizes = script.cut(wheel, {90}, tmp_path / "pieces", 0.0002)
     assert len(sizes) > 1
     assert script.join(tmp_path / "pieces", tmp_path / "packages") == 3
     expected = {**files, "onnxruntime/capi/libcuda.so": script.cut_library(library(*FAT), {90})}
