@@ -113,7 +113,7 @@ def cut(wheel: Path, architectures: set[int], output: Path, piece_mib: float) ->
     stream = bytearray()
     index: list[dict[str, object]] = []
     with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
+        for name in sorted(name for name in archive.namelist() if not name.endswith("/")):
             content = archive.read(name)
             if name.endswith(".so") and section_of(content, SECTION)[1]:
                 content = cut_library(content, architectures)

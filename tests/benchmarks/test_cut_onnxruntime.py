@@ -74,6 +74,7 @@ def test_wheel_is_cut_and_joined(script: Any, tmp_path: Path) -> None:
         "onnxruntime/a.py": b"a = 1\n",
     }
     with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("onnxruntime/", b"")
         for name, content in files.items():
             archive.writestr(name, content)
     sizes = script.cut(wheel, {90}, tmp_path / "pieces", 0.0002)

@@ -15,7 +15,7 @@ from blip2edge.training.data.entries import (
     UniqueIds,
     answer_texts,
     missing_pictures,
-    one_line,
+    single_spaced,
 )
 
 _Kind = type | tuple[type, ...]
@@ -103,7 +103,7 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
     unique = UniqueIds()
     for number, row in enumerate(rows):
         sample_id = unique(str(row.get("id", number)))
-        caption = one_line(row["caption"])
+        caption = single_spaced(row["caption"])
         if row["image_id"] not in names:
             broken.add(sample_id, f"its picture {row['image_id']} is not in the list images")
         elif not caption:
@@ -147,7 +147,7 @@ def read_vqa(
     broken = BrokenSamples(str(path), max_broken)
     unique = UniqueIds()
     for row in questions:
-        sample_id, question = unique(str(row["question_id"])), one_line(row["question"])
+        sample_id, question = unique(str(row["question_id"])), single_spaced(row["question"])
         found = given.get(row["question_id"])
         texts = _answers(found, answers) if found is not None else ()
         if found is None or not texts or not question:

@@ -104,7 +104,7 @@ class Entry:
     numbered: bool = False
 
 
-def one_line(text: str) -> str:
+def single_spaced(text: str) -> str:
     """The text with every run of white space as one space, without any at its ends."""
     return " ".join(text.split())
 
@@ -123,7 +123,7 @@ def answer_texts(answers: Iterable[Any]) -> tuple[str, ...]:
         text = answer.get("answer") if isinstance(answer, dict) else answer
         if not isinstance(text, str):
             raise DataError(f"expected an answer to be a text, got {answer!r:.60}")
-        texts.append(one_line(text))
+        texts.append(single_spaced(text))
     return tuple(text for text in texts if text)
 
 

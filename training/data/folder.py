@@ -6,7 +6,7 @@ from pathlib import Path
 
 from blip2edge.errors import DataError
 from blip2edge.picture_files import PICTURE_SUFFIXES, visible_files
-from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, one_line
+from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, single_spaced
 
 
 def captions_of(text: str) -> list[str]:
@@ -14,7 +14,7 @@ def captions_of(text: str) -> list[str]:
 
     Only the line feed ends a line. Other separators (U+2028, form feed) are white space within a caption.
     """
-    return [one_line(line) for line in text.split("\n") if line.strip()]
+    return [single_spaced(line) for line in text.split("\n") if line.strip()]
 
 
 def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSamples]:

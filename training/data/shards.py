@@ -22,7 +22,7 @@ from PIL import Image
 from blip2edge.errors import DataError, OutputError
 from blip2edge.picture_files import SHARD_SUFFIX, ShardFile, open_shard
 from blip2edge.runtime.images.preprocess import load_image
-from blip2edge.training.data.entries import BrokenSamples, Entry, answer_texts, file_identity, one_line
+from blip2edge.training.data.entries import BrokenSamples, Entry, answer_texts, file_identity, single_spaced
 from blip2edge.training.data.folder import captions_of
 
 SampleFiles = dict[str, tuple[ShardFile, Callable[[], bytes]]]
@@ -146,7 +146,7 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
     question, given, caption = fields.get("question"), fields.get("answers"), fields.get("caption")
     if isinstance(question, str) and isinstance(given, list):
         try:
-            asked, answers = one_line(question), answer_texts(given)
+            asked, answers = single_spaced(question), answer_texts(given)
         except DataError as error:
             broken.add(sample_id, error.problem)
             return []
@@ -155,8 +155,8 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
         broken.add(sample_id, "its answers are empty" if asked else "its question is empty")
         return []
     captions = captions_of(texts.get(".txt", ""))
-    if not captions and isinstance(caption, str) and one_line(caption):
-        captions = [one_line(caption)]
+    if not captions and isinstance(caption, str) and single_spaced(caption):
+        captions = [single_spaced(caption)]
     if not captions:
         broken.add(sample_id, "there is no caption")
     return [
