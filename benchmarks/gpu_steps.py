@@ -26,17 +26,14 @@ TOKENS = 20  # of each caption
 ROUNDS = 5
 PROMPT = "a photo of"
 MIB = 1 << 20
+DEVICES = {True: "cpu", False: "cuda"}  # torch's device, by whether this is a dry run
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the script.
+    """A step: its name, the part that it belongs to, its time limit, and the function that returns its result.
 
-    Attributes:
-        name: Name of the step.
-        part: Part of the script, 1 or 2.
-        limit_s: Time limit in seconds.
-        run: Returns the result; the argument is whether this is a dry run.
+    The argument of ``run`` is whether this is a dry run.
     """
 
     name: str
@@ -96,7 +93,7 @@ def machine(dry: bool) -> dict[str, Any]:
 def bandwidth(dry: bool) -> dict[str, Any]:
     """Measures a copy on the GPU in bytes a second; a byte counts twice, because it is read and written."""
     size = 16 * MIB if dry else 2048 * MIB
-    source = torch.ones(size, dtype=torch.uint8, device=device(dry))
+    source = torch.ones(size, dtype=torch.uint8, device=DEVICES[dry])
     target = torch.empty_like(source)
     best = min(seconds_of(lambda: target.copy_(source), dry))
     return {"bytes": 2 * size, "seconds": best, "gigabytes_per_s": 2 * size / best / 1e9}
@@ -148,9 +145,8 @@ def cuda_layer(dry: bool) -> dict[str, Any]:
         checks["stream_after_a_failed_capture"] = bool((back == values + 2).all())
     cuda.destroy_graph(graph)
     cuda.destroy_event(event)
-    first.free()
-    second.free()
-    DeviceBuffer(cuda, MIB).free()
+    for buffer in (first, second, DeviceBuffer(cuda, MIB)):
+        buffer.free()
     cuda.destroy_stream(stream)
     return {"checks": checks, "ok": all(checks.values()), "shares_memory": cuda.shares_memory}
 
@@ -219,15 +215,15 @@ def peer_model(dry: bool) -> tuple[Any, dict[str, torch.Tensor]]:
     values = shrunk(published(MODEL)) if dry else published(MODEL)
     dtype = torch.float32 if dry else torch.float16
     torch.manual_seed(0)
-    with torch.device(device(dry)):
+    with torch.device(DEVICES[dry]):
         torch.set_default_dtype(dtype)
         model = Blip2ForConditionalGeneration(Blip2Config.from_dict(values)).eval()
         torch.set_default_dtype(torch.float32)
     size, slots = values["vision_config"]["image_size"], values["num_query_tokens"]
     image = values["image_token_index"]
     inputs = {
-        "pixel_values": torch.randn(1, 3, size, size, device=device(dry), dtype=dtype),
-        "input_ids": torch.tensor([[image] * slots + [2, 4, 5]], device=device(dry)),
+        "pixel_values": torch.randn(1, 3, size, size, device=DEVICES[dry], dtype=dtype),
+        "input_ids": torch.tensor([[image] * slots + [2, 4, 5]], device=DEVICES[dry]),
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return model, inputs
