@@ -254,11 +254,6 @@ def peer(dry: bool, **generation: Any) -> dict[str, Any]:
     }
 
 
-def eager(dry: bool) -> dict[str, Any]:
-    """Measures transformers in eager mode: the decode step is not compiled."""
-    return peer(dry)
-
-
 def compiled(dry: bool) -> dict[str, Any]:
     """Times transformers with a static KV cache, which compiles the decode step with ``reduce-overhead`` on a GPU."""
     return peer(dry, cache_implementation="static", **({"disable_compile": True} if dry else {}))
@@ -383,7 +378,7 @@ STEPS = (
     Step("cuda_layer", 1, 30, cuda_layer),
     Step("captured_torch", 1, 30, captured_torch),
     Step("runtime", 1, 90, runtime),
-    Step("eager", 1, 90, eager),
+    Step("eager", 1, 90, peer),
     Step("compiled", 1, 120, compiled),
     Step("provider", 2, 90, provider),
     Step("overlap", 2, 60, overlap),
