@@ -96,5 +96,5 @@ def test_the_spec_has_one_capacity(bundle_of: BundleOf) -> None:
     model = rewritten(bundle.file(spec.file), cache)
     assert [value.name for value in model.graph.inputs] == [tensor.name for tensor in fixed.inputs]
     assert [value.name for value in model.graph.outputs] == [tensor.name for tensor in fixed.outputs]
-    with pytest.raises(ValueError, match="1 slots"):
+    with pytest.raises(ValueError, match="at least 2 slots, for a prompt and a token, got 1"):
         constant_shape_spec(spec, cache, 1)
