@@ -323,10 +323,10 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
     build = f"blip2edge build {bundle.path} --target {here.target}"
     refusal: EngineError | None = None
     for folder in engine_folders(bundle):
-        engines = EngineSet.read(folder)
-        if engines.fingerprint.get("target") != here.target:
-            continue
         try:
+            engines = EngineSet.read(folder)
+            if engines.fingerprint.get("target") != here.target:
+                continue
             check_fingerprint(dict(engines.fingerprint), here, folder, " ".join([build, *engines.rebuild]))
         except EngineError as error:
             refusal = refusal or error

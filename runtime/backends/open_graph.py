@@ -211,7 +211,10 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
 
 def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
     """Finds engines that fit this machine: returns their backend and opener, or None."""
-    targets = {str(EngineSet.read(folder).fingerprint.get("target")) for folder in engine_folders(bundle)}
+    targets = set()
+    for folder in engine_folders(bundle):
+        with suppress(EngineError):  # of another version: `inspect` names the folder
+            targets.add(str(EngineSet.read(folder).fingerprint.get("target")))
     for name, row in BACKENDS.items():
         if row.engines in targets and bundle.manifest.precision not in row.refuses:
             with suppress(BackendError, EngineError):

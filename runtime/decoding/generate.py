@@ -108,10 +108,13 @@ class Generation:
         options, scores = self.options, np.asarray(scores, np.float32)
         return draw(scores, self._random, options.temperature, options.top_k, options.top_p, self._filters)
 
-    def step_scores(self) -> StepScores | None:
-        """Describes for :class:`GreedyState` how to choose the next tokens; None if the host must choose them."""
-        if self._random is not None or self.speculator is not None:
-            return None
+    @property
+    def is_chosen_on_device(self) -> bool:
+        """Whether a :class:`GreedyState` can choose the next token."""
+        return self._random is None and self.speculator is None and self._processors.fit_device(len(self.generated))
+
+    def step_scores(self) -> StepScores:
+        """How a :class:`GreedyState` changes the logits of the next steps."""
         return self._processors.step_scores(self.generated)
 
     def accept(self, token: int) -> None:
@@ -175,14 +178,12 @@ class GenerationBatch:
 
     def _chosen(self, state: DecodeState) -> list[int]:
         """The next token of each row."""
-        rules: list[StepScores] = []
-        if self._last is not None and isinstance(state, GreedyState):
-            rules = [rule for row in self.rows if (rule := row.step_scores()) is not None]
-        if self._last is None or len(rules) < len(self.rows) or not isinstance(state, GreedyState):
+        on_device = all(row.is_chosen_on_device for row in self.rows)
+        if self._last is None or not on_device or not isinstance(state, GreedyState):
             logits = self._advanced(state)
             return [row.choose(scores) for row, scores in zip(self.rows, logits, strict=True)]
         if self._greedy is None:
-            self._greedy = state.greedy(self._last, rules)
+            self._greedy = state.greedy(self._last, [row.step_scores() for row in self.rows])
         for row in self.rows:
             row.passes += 1
         return [int(token) for token in next(self._greedy)]

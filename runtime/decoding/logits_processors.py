@@ -90,24 +90,24 @@ class LogitsProcessors:
         """Whether the scores change after this many generated tokens."""
         return any(count in processor.steps for processor in self._processors.values())
 
-    def step_scores(self, generated: Sequence[int]) -> StepScores | None:
-        """Describes what the processors change after these generated ids, for a GPU that chooses the next tokens.
+    def fit_device(self, count: int) -> bool:
+        """Whether `StepScores` describes all processors that act after this many generated tokens."""
+        return self._acting(count).keys() <= {"repetition_penalty", *_HOLDING_END}
 
-        None if a processor acts that `StepScores` cannot describe. Call this again before each step, because other
-        processors may act then.
-        """
-        count = len(generated)
-        acting = {name: processor for name, processor in self._processors.items() if count in processor.steps}
-        if not acting.keys() <= {"repetition_penalty", *_HOLDING_END}:
-            return None
-        seen: Ids = np.zeros(0, np.int64)
-        penalty = 1.0
+    def step_scores(self, generated: Sequence[int]) -> StepScores:
+        """Describes the processors after these ids, if they `fit_device`; holds until another processor acts."""
+        acting = self._acting(len(generated))
+        seen, penalty = np.zeros(0, np.int64), 1.0
         if "repetition_penalty" in acting:
             penalty = self._start.options.repetition_penalty
             seen = self._start.known([*self._prompt.tolist(), *generated])
-        holding = [acting[name].steps.stop - count for name in _HOLDING_END if name in acting]
+        holding = [acting[name].steps.stop - len(generated) for name in _HOLDING_END if name in acting]
         held = self._start.known(self._start.options.eos_token_ids)
         return StepScores(seen, penalty, held, max(holding, default=0))
+
+    def _acting(self, count: int) -> dict[str, LogitsProcessor]:
+        """The processors that act after this many generated tokens, by option."""
+        return {name: processor for name, processor in self._processors.items() if count in processor.steps}
 
     def __call__(self, scores: Scores, generated: Ids) -> None:
         """Changes scores [V] in place.

@@ -62,7 +62,7 @@ class EngineOpener:
     """
 
     def __init__(self, bundle: Bundle, target: str) -> None:
-        if not any(EngineSet.read(folder).fingerprint.get("target") == target for folder in engine_folders(bundle)):
+        if not engine_folders(bundle):
             raise no_engines(bundle, target)
         trt = load_tensorrt(target)
         driver = probe.nvidia_driver()  # first: without a driver, opening an engine can end the process

@@ -454,6 +454,16 @@ def test_auto_passes_over_engines_of_another_gpu(
     assert choose_backend(Bundle.open(bundle), "auto") == ("cpu", None)
 
 
+def test_engines_of_another_version_do_not_hide_others(gpu: tuple[FakeCuda, Any], bundle: Path) -> None:
+    (bundle / KIND / "a").mkdir()
+    (bundle / KIND / "a" / "engine.json").write_text('{"schema_version": 0}')
+    assert choose_backend(Bundle.open(bundle), "auto")[0] == "tensorrt"
+    shutil.rmtree(bundle / KIND / "x")
+    assert choose_backend(Bundle.open(bundle), "auto") == ("cpu", None)
+    with pytest.raises(EngineError, match="expected schema version 3, got 0"):
+        choose_backend(Bundle.open(bundle), "tensorrt")
+
+
 def test_step_scores_describe_what_the_device_can_do() -> None:
     from blip2edge.runtime.decoding.logits_processors import LogitsProcessors
 
@@ -465,7 +475,12 @@ def test_step_scores_describe_what_the_device_can_do() -> None:
     found = rules([7, 7, 8], repetition_penalty=1.5, min_new_tokens=5)
     assert (found.penalty, found.held.tolist(), found.held_steps) == (1.5, [2], 2)
     assert found.seen.tolist() == [3, 4, 7, 8]
-    assert rules([7], no_repeat_ngram_size=2) is None
-    assert rules([7], suppress_tokens=(5,)) is None
-    assert rules([7, 8], forced_eos_token_id=(2,), max_new_tokens=4) is not None
-    assert rules([7, 8, 9], forced_eos_token_id=(2,), max_new_tokens=4) is None
+
+    def fits(count: int, **options: Any) -> bool:
+        return LogitsProcessors([3], GenerationOptions(**options), 50).fit_device(count)
+
+    assert fits(1, repetition_penalty=1.5, min_new_tokens=5, eos_token_ids=(2,))
+    assert not fits(1, no_repeat_ngram_size=2)
+    assert not fits(1, suppress_tokens=(5,))
+    assert fits(2, forced_eos_token_id=(2,), max_new_tokens=4)
+    assert not fits(3, forced_eos_token_id=(2,), max_new_tokens=4)
