@@ -29,7 +29,7 @@ class OptimizerConfig(RecipeSection):
     batch_size: Annotated[int, POSITIVE] = 32
     """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
     accumulate: Annotated[int, POSITIVE] = 1
-    """Forward passes whose gradients are accumulated for one step."""
+    """Forward passes whose gradients are accumulated for one step. In stage 1, negatives come from one pass alone."""
     learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 1e-5

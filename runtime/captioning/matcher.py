@@ -181,6 +181,7 @@ class Matcher(LoadedBundle):
         *,
         batch_size: int = 1,
         channels: Channels = "rgb",
+        logits: bool = False,
     ) -> list[list[float]]:
         """Computes the probability that a picture and a text match, for each picture with its own texts.
 
@@ -189,9 +190,10 @@ class Matcher(LoadedBundle):
             texts: A list of texts for each picture, of any length.
             batch_size: Number of pairs in one batch of the matching head.
             channels: As in :meth:`match`.
+            logits: Return the head's logits of "match" instead, the means over the queries of a picture.
 
         Returns:
-            For each picture, the probabilities of its texts.
+            For each picture, the probabilities (or logits) of its texts.
 
         Raises:
             ImageError, PromptError: As in :meth:`match`.
@@ -211,7 +213,9 @@ class Matcher(LoadedBundle):
         for at in _starts(len(pairs), batch_size):
             part = pairs[at : at + batch_size]
             feeds = {"image_embeds": embeds[[row for row, _ in part]], **_padded([ids for _, ids in part])}
-            values = self.head.run(feeds, ["probability"])["probability"]
+            output = "match_logits" if logits else "probability"
+            values = self.head.run(feeds, [output])[output]
+            values = values[:, 1] if logits else values
             for (row, _), value in zip(part, values, strict=True):
                 found[row].append(float(value))
         return found

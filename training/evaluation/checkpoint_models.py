@@ -132,7 +132,7 @@ class CheckpointCaptioner:
 
     def _generate(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
         """Generates token ids greedily, up to the end token."""
-        ends = torch.tensor(self._model.config.eos_token_ids)
+        ends = torch.tensor(self._model.config.ends)
         step = self._step(visual_tokens, prompts)
         rows = torch.zeros((len(prompts), 0), dtype=torch.int64)
         finished = torch.zeros(len(prompts), dtype=torch.bool)
@@ -259,16 +259,20 @@ class CheckpointMatcher:
         return vectors
 
     @torch.inference_mode()
-    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Computes the probabilities of the matching head; see :class:`MatchModel`."""
+    def probabilities(
+        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, logits: bool = False
+    ) -> list[list[float]]:
+        """Computes the probabilities or logits of the matching head; see :class:`MatchModel`."""
         found: list[list[float]] = [[] for _ in pictures]
         pairs = [(row, text) for row, own in enumerate(texts) for text in own]
         embeds = self._image_embeds(pictures)
         for at in range(0, len(pairs), self._batch_size):
             part = pairs[at : at + self._batch_size]
             ids, mask = self._padded([text for _, text in part])
-            logits = self._matcher.match(embeds[[row for row, _ in part]], ids, mask)
-            for (row, _), value in zip(part, logits.softmax(dim=-1)[:, 1].tolist(), strict=True):
+            scores: Tensor = self._matcher.match(embeds[[row for row, _ in part]], ids, mask)  # [n, 2]
+            if not logits:
+                scores = scores.softmax(dim=-1)
+            for (row, _), value in zip(part, scores[:, 1].tolist(), strict=True):
                 found[row].append(value)
         return found
 
