@@ -99,7 +99,7 @@ def test_training_texts_and_evaluation_end_as_the_bundle_does(tmp_path: Path) ->
     path = directory / "generation_config.json"
     values = json.loads(path.read_text())
     own = load_checkpoint(directory).config.eos_token_ids[0]
-    samples = [Sample("0", "0", None, "a red dog", "what is it ?")]
+    samples = [Sample("0", "0", lambda: drawing.pictures(0)[0], "a red dog", "what is it ?")]
     for ends, last in (([7, 9], 7), ([7, own], own), (9, 9), (None, own)):
         path.write_text(json.dumps(values | {"eos_token_id": ends}))
         model = load_checkpoint(directory)
