@@ -123,6 +123,12 @@ class LoopConfig(RecipeSection):
 
     autocast: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
     """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with loss scaling)."""
+    frozen_dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
+    """Type in which the frozen picture encoder and the frozen language model are held and computed. The checkpoint
+    holds their rounded weights, because the bridge was trained with them."""
+    recompute_activations: bool = False
+    """Save memory (activation checkpointing): the backward pass runs each layer of the language model again, instead of
+    keeping what the forward pass computed. Losses and gradients stay the same."""
     snapshot_every: Annotated[int, POSITIVE] = 500
     """Steps between two snapshots. An interrupted run resumes from the newest."""
     log_every: Annotated[int, NOT_NEGATIVE] = 0
@@ -238,6 +244,12 @@ class TrainingConfig(RecipeSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bridge == "flamingo" and self.loop.frozen_dtype != "float32":
+            raise ConfigError(
+                f"[loop] frozen_dtype = {self.loop.frozen_dtype!r} does not work with bridge = 'flamingo', which trains"
+                " layers inside the language model",
+                "leave frozen_dtype out; autocast = 'bfloat16' saves time, and recompute_activations saves memory",
+            )
         if self.model.is_miniature and self.data.kind != "scenes":
             raise ConfigError(
                 "[model] names no trained parts, so the recipe trains the miniature model, which supports the data kind"

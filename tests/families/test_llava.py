@@ -92,6 +92,7 @@ def test_eos_comes_from_generation_config(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="<image>, which marks a picture"):
         captioner.caption(drawing.pictures(0)[0], prompt="two <image> of a dog")
 
+
 def test_training_texts_and_evaluation_end_as_the_bundle_does(tmp_path: Path) -> None:
     """The last label is a token at which generation stops; config.json's own end token is preferred among them."""
     directory = tmp_path / "checkpoint"
