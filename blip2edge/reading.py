@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ def reading(
         yield
     except Blip2EdgeError:
         raise
-    except FileNotFoundError as found:
-        raise missing or _unreadable(path, error, found) from found
     except Exception as found:
-        told = explain(found) if explain is not None else None
+        told = missing if isinstance(found, FileNotFoundError) else None
+        if told is None and explain is not None:
+            told = explain(found)
         if told is not None:
             raise told from found
         if isinstance(found, OSError) and found.errno is not None:
@@ -92,6 +93,8 @@ def _reason(found: Exception) -> str:
         return "its values are nested too deeply"
     if isinstance(found, MemoryError):
         return "there is not enough memory for it"
+    if isinstance(found, UnicodeDecodeError):
+        return f"expected UTF-8, got the byte {found.object[found.start]:#04x} at position {found.start}"
     text = one_line(found)
     return f"{type(found).__name__}: {text}" if isinstance(found, (KeyError, IndexError)) else text
 
@@ -142,7 +145,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = sorted(name for name, _ in pairs)
-        twice = next(one for one, other in zip(names, names[1:], strict=False) if one == other)
+        twice = next(one for one, other in pairwise(names) if one == other)
         raise ValueError(f"the key {twice!r:.60} is there twice")
     return values
 

@@ -1,15 +1,17 @@
-"""The fields of ``bundle.json``: type and range of each value, and what must agree between them."""
+"""The fields of ``bundle.json``, ``optimized.json`` and ``engine.json``: the type and range of each value.
+
+:func:`disagreements` compares the sizes in ``bundle.json`` with the inputs and outputs of its graphs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from blip2edge.bundle.fields import (
     FILE_RECORD,
+    MAX_BYTES,
     Check,
     any_object,
-    check_that,
     either,
     file_name,
     flag,
@@ -20,6 +22,7 @@ from blip2edge.bundle.fields import (
     number,
     one_of,
     record,
+    sha256,
     text,
     whole,
 )
@@ -148,7 +151,9 @@ MANIFEST_FIELDS = record(
     {
         "cross": nullable(
             record(
-                {**_CACHE, "source_dim": whole(1, MAX_WIDTH)}, {"mask": one_of(*CROSS_MASKS), "source": name}, closed=True
+                {**_CACHE, "source_dim": whole(1, MAX_WIDTH)},
+                {"mask": one_of(*CROSS_MASKS), "source": name},
+                closed=True,
             )
         ),
         "draft": nullable(
@@ -170,6 +175,72 @@ MANIFEST_FIELDS = record(
     },
 )  # fmt: skip
 """All fields of ``bundle.json`` except ``schema_version``."""
+
+
+_OPTIMIZED_GRAPH = record(
+    {
+        "file": file_name,
+        "passes": listed(text),
+        "one_by_one": flag,
+        "layout": flag,
+        "parity": listed(PARITY),
+        "cosine": number(),
+        "milliseconds": nullable(listed(number(0), 2, 2)),
+    }
+)
+OPTIMIZED_FIELDS = record(
+    {
+        "backend": text,
+        "bundle_sha256": sha256,
+        "graphs": mapped(text, _OPTIMIZED_GRAPH),
+        "left": mapped(text, text),
+        "files": mapped(file_name, FILE_RECORD),
+        "versions": mapped(text, text),
+        "machine": text,
+    }
+)
+"""The fields of ``optimized.json``, except ``schema_version``."""
+
+_COUNTS = mapped(text, whole(0, MAX_LENGTH))
+_ENGINE = record(
+    {
+        "sha256": sha256,
+        "size": whole(0, MAX_BYTES),
+        "precision": precision,
+        "profiles": listed(text),
+        "seconds": number(0),
+        "warnings": listed(text),
+        "asked": _COUNTS,
+        "landed": nullable(_COUNTS),
+        **TENSORS,
+    },
+    {"cache": text},
+)
+_FINGERPRINT = record(
+    {},
+    {
+        "target": text,
+        "tensorrt": text,
+        "gpus": listed(matching(r"sm\d{1,6}", "a compute capability, such as sm86")),
+        "gpu": text,
+        "multiprocessors": whole(0, MAX_LENGTH),
+        "memory_gib": whole(0, MAX_LENGTH),
+        "driver": text,
+        "machine": text,
+        "bundle_sha256": text,
+        "version_compatible": flag,
+        "hardware_compatible": flag,
+    },
+)
+ENGINES_FIELDS = record(
+    {
+        "fingerprint": _FINGERPRINT,
+        "rebuild": listed(text),
+        "capacity": whole(0, MAX_LENGTH),
+        "engines": mapped(matching(r"\w{1,100}", "the name of a graph"), _ENGINE),
+    }
+)
+"""The fields of ``engine.json``, except ``schema_version``."""
 
 
 def disagreements(
@@ -200,9 +271,9 @@ def disagreements(
     if DECODER in graphs:
         yield from _decoder(graphs[DECODER], cache, vocab_size)
     pixels = _tensor(graphs, VISION, "pixel_values", inputs=True)
-    if pixels is not None and output_size is not None and tuple(pixels.dims[-2:]) != output_size:
-        if all(isinstance(dim, int) for dim in pixels.dims[-2:]):
-            yield f"preprocessing: pictures of {output_size} pixels do not fit pixel_values of {pixels.dims[-2:]}"
+    sides = () if pixels is None else tuple(dim for dim in pixels.dims[-2:] if isinstance(dim, int))
+    if output_size is not None and len(sides) == 2 and sides != output_size:
+        yield f"preprocessing: pictures of {output_size} pixels do not fit pixel_values of {sides}"
     tokens = _tensor(graphs, BRIDGE, "visual_tokens", inputs=False)
     if prompt is not None and prompt.visual_tokens and tokens is not None and len(tokens.dims) == 3:
         count = tokens.dims[1]

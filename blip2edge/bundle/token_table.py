@@ -149,9 +149,8 @@ class TokenTable:
 def _open(file: SafetensorsFile, tensor: str) -> _Rows:
     """The table of a file; raises KeyError or ValueError if it has none of the three forms."""
     table, dtype = file.array(tensor), file.stored(tensor).dtype
-    if "bits" not in file.metadata or file.metadata.get("layout") == ROWS:
-        if table.ndim != 2 or not table.size:
-            raise ValueError(f"expected a tensor of two dimensions, got the shape {table.shape}")
+    if file.metadata.get("layout", ROWS) == ROWS and (table.ndim != 2 or not table.size):
+        raise ValueError(f"expected a tensor of two dimensions, got the shape {table.shape}")
     if "bits" not in file.metadata:
         if table.dtype.itemsize == 1:
             raise ValueError("expected the metadata bits and block for a table of integers, got neither")
