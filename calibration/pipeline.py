@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
@@ -51,6 +49,7 @@ from blip2edge.calibration.search.drop_limit import (
 from blip2edge.calibration.weights.quantize import quantize_weights
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.errors import BackendError, BundleError, UsageError, option
+from blip2edge.graph_files import load_graph
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
@@ -240,7 +239,7 @@ def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any
     name = record.spec.name
     if not context.feeds.count(name):
         return None
-    model = ir.load(context.parent.file(record.spec.file))
+    model = load_graph(context.parent.file(record.spec.file))
     progress = partial(context.progress, f"{name}: headroom")
     return headroom_json(
         measure_headroom(model, record, context.feeds, context.parent.path, threads=context.threads, progress=progress)

@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.publishing import staged
 from blip2edge.bundle.schema import TEXT_ENCODER
 from blip2edge.errors import BackendError, BundleError, UsageError, option
+from blip2edge.graph_files import load_graph
 from blip2edge.optimization import probe
 from blip2edge.optimization.by_rule import RULED_PRECISIONS, ruled
 from blip2edge.optimization.checks import CopyTask, agreement, fault_of, probe_session, references, run_graph
@@ -191,8 +190,8 @@ def _candidates(
     size = sum(task.bundle.manifest.files[data].size for data in task.bundle.graph(name).data_files)
     candidates: list[_Candidate] = []
     fault = ""
-    for number, recipe in enumerate(recipes_for(name, ir.load(parent))):
-        model = ir.load(parent)
+    for number, recipe in enumerate(recipes_for(name, load_graph(parent))):
+        model = load_graph(parent)
         passes = apply_recipe(model, recipe, task.context)
         if passes is None or any(one.recipe.passes == passes for one in candidates):
             continue

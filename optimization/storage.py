@@ -12,6 +12,7 @@ import onnxruntime
 
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.errors import BackendError, one_line
+from blip2edge.graph_files import load_graph
 from blip2edge.runtime.backends.onnxruntime_cpu import PROVIDERS, SLOW_FUSIONS
 
 SMALLEST = 1024  # bytes of an initializer that goes to the data file
@@ -72,7 +73,7 @@ def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: s
     """
     model = ir.load(optimized)
     if within is not None:
-        _share(model, ir.load(parent), parent.parent)
+        _share(model, load_graph(parent), parent.parent)
     own = [value for value in model.graph.initializers.values() if _is_own(value, parent.parent)]
     files: dict[str, FileRecord] = {}
     if own:

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import tomllib
 
-from blip2edge.errors import ConfigError
+from blip2edge.errors import ConfigError, one_line
+from blip2edge.reading import parse_json, read_text, reading
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, at_least, one_of, read_section
 
@@ -271,10 +272,12 @@ def parse_config(text: str, *, is_json: bool = False) -> TrainingConfig:
     Raises:
         ConfigError: The text cannot be parsed, a key is unknown, or a value has the wrong type or range.
     """
-    try:
-        table = json.loads(text) if is_json else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"expected {'JSON' if is_json else 'TOML'}: {error}") from error
+
+    def told(error: Exception) -> ConfigError:
+        return ConfigError(f"expected {'JSON' if is_json else 'TOML'}: {one_line(error)}")
+
+    with reading("the recipe", "a recipe", ConfigError, explain=told):
+        table = parse_json(text, strict=True) if is_json else tomllib.loads(text)
     if not isinstance(table, dict):
         raise ConfigError(f"expected a JSON object, not {type(table).__name__}")
     return read_section("", TrainingConfig, table)
@@ -292,10 +295,7 @@ def load_config(path: str | Path) -> TrainingConfig:
     Raises:
         ConfigError: The file cannot be read, or its contents are wrong (see `parse_config`); the error names the file.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    text = read_text(Path(path), ConfigError)
     try:
         return parse_config(text, is_json=Path(path).suffix == ".json")
     except ConfigError as error:

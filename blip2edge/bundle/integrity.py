@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import BundleIntegrityError
+from blip2edge.errors import BundleError, BundleIntegrityError
 from blip2edge.progress import ProgressCallback
+from blip2edge.reading import read_json
 
 STAMPS = ".verified.json"
 CHUNK = 1 << 20  # bytes hashed at a time
@@ -112,11 +113,9 @@ def _stamp_files(directory: Path) -> Iterator[Path]:
 def _read_stamps(directory: Path) -> dict[str, Any]:
     for path in _stamp_files(directory):
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # no stamps, or broken ones: every file is hashed
+            return read_json(path, BundleError)
+        except BundleError:  # no stamps, or broken ones: every file is hashed
             continue
-        if isinstance(values, dict):
-            return values
     return {}
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.checkpoint.side_keys import IMAGE_PROCESSOR, check_keys, unread_warning
 from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.reading import reading
 from blip2edge.runtime.images.preprocess import (
     BICUBIC,
     BILINEAR,
@@ -161,7 +162,11 @@ def read_image_processor(
     settings = {**row.settings(), **{key: values[key] for key in row.settings() if key in values}}
     if kind == "Idefics" and values.get("image_size") is not None:
         settings["size"] = values["image_size"]
-    try:
+
+    def told(error: Exception) -> CheckpointError:
+        return CheckpointError(f"{where}: {one_line(error)}")
+
+    with reading(where, "the settings of an image processor", CheckpointError, explain=told):
         steps = {key: _flag(settings, key) for key in settings if key.startswith("do_")}
         needed = {"size": "do_resize", "crop_size": "do_center_crop", "rescale_factor": "do_rescale"}
         for key, step in {**needed, "image_mean": "do_normalize", "image_std": "do_normalize"}.items():
@@ -180,8 +185,6 @@ def read_image_processor(
             mean=_channels(settings["image_mean"]),
             std=_channels(settings["image_std"]),
         )
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
     if not named:
         values = {"image_processor_type": f"{kind}ImageProcessor", **values}
     return LoadedPreprocessing(preprocessing, values, where, warnings)

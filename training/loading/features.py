@@ -22,10 +22,13 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from blip2edge.bundle.fields import listed, text
 from blip2edge.errors import DataError, OutputError
+from blip2edge.reading import DATA_BYTES, parse_json, read_text, reading
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.sources import Sample
 
+_LINE = listed(text)
 _ROWS, _INDEX = ".rows", ".index.jsonl"
 
 
@@ -64,7 +67,7 @@ class FeatureCache:
         self._written = 0
         for index in sorted(directory.glob(f"*{_INDEX}")):
             rows = index.with_name(index.name.removesuffix(_INDEX) + _ROWS)
-            names = [name for line in _whole_lines(index) for name in json.loads(line)]
+            names = _names(index)
             held = rows.stat().st_size // self._row_bytes if rows.exists() else 0
             for number, name in enumerate(names[:held]):
                 self._places.setdefault(name, (rows, number))
@@ -142,10 +145,19 @@ class FeatureCache:
             self._own[1].close()
 
 
-def _whole_lines(index: Path) -> list[str]:
-    """The complete lines of an index."""
-    text = index.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+def _names(index: Path) -> list[str]:
+    """Names of the pictures in the complete lines of an index.
+
+    Raises:
+        DataError: The index is damaged.
+    """
+    fix = f"remove the directory {index.parent}: it is a cache"
+    text = read_text(index, DataError, fix, limit=DATA_BYTES)
+    with reading(index, "an index of features", DataError, fix):
+        lines = [parse_json(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+        for line in lines:
+            _LINE(line, "a line")
+    return [name for line in lines for name in line]
 
 
 class FrozenEncoder:

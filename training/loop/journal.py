@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2edge.errors import ConfigError, OutputError
+from blip2edge.errors import ConfigError, DataError, OutputError
+from blip2edge.reading import parse_json, read_text, reading
 
 LOG, CURVE, BOARD = "log.jsonl", "curve.png", "tensorboard"
 WHOLE = ("loss", "grad_norm")  # values that are fields of a line, not entries of `losses`
@@ -55,6 +56,7 @@ class Journal:
             state: What `state` returned at the snapshot; None for an empty log.
 
         Raises:
+            DataError: The log is damaged.
             OutputError: The log cannot be written.
         """
         self._sums = dict(state["sums"]) if state else {}
@@ -62,10 +64,12 @@ class Journal:
         keep = int(state["lines"]) if state else 0
         if self._path is None:
             return
+        fix = f"remove {self._path}"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_text(encoding="utf-8").splitlines()[:keep] if self._path.exists() else []
-            self.lines = [json.loads(line) for line in lines]
+            lines = read_text(self._path, DataError, fix).splitlines()[:keep] if self._path.exists() else []
+            with reading(self._path, "the log of a run", DataError, fix):
+                self.lines = [parse_json(line) for line in lines]
             fresh = self._path.with_suffix(".tmp")
             fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             os.replace(fresh, self._path)

@@ -206,7 +206,7 @@ def test_what_is_printed_for_people(data: Path, tiny_checkpoint: Drawn, capsys: 
     ("flags", "status", "message"),
     [
         (["--data", "nowhere.xyz"], 1, "expected COCO's JSON"),
-        (["--data", "nowhere.json"], 1, "cannot read nowhere.json"),
+        (["--data", "nowhere.json"], 1, "nowhere.json cannot be read"),
         (["--count", "1"], 2, "at least 2 pictures"),
         (["--metrics", "vqa"], 2, "cannot be computed"),
         (["--num-beams", "2"], 2, "--num-beams works with bundles only"),
