@@ -216,7 +216,8 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
     part = part_of(target)
     end = time.monotonic() + PROBE_S
     while fcntl is not None:
-        part.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            part.mkdir()
         if part.is_symlink():
             raise OutputError(f"{part} is a link", "remove it, or give another output")
         try:

@@ -12,7 +12,7 @@ import pytest
 
 from blip2edge.bundle import publishing
 from blip2edge.bundle.bundle import Bundle, load_whole
-from blip2edge.bundle.locks import locked, part_of, remove
+from blip2edge.bundle.locks import part_of, remove
 from blip2edge.bundle.publishing import publish, scratch, staged
 from blip2edge.errors import BundleError, OutputError
 
