@@ -106,7 +106,7 @@ def test_a_directory_that_exists_is_kept_unless_forced(path: Path, tmp_path: Pat
     out = tmp_path / "taken"
     out.mkdir()
     (out / "note").write_text("mine")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="taken exists"):
         train("stage2", path, out)
     assert (out / "note").read_text() == "mine"
     train("stage2", path, out, force=True, evaluation_scenes=0)
