@@ -340,10 +340,6 @@ def test_errors_of_safetensors(tmp_path: Path) -> None:
     ],
 )
 def test_errors_in_plain_words(number: int, words: str, tmp_path: Path) -> None:
-    try:
-        try:
-            raise OSError(number, os.strerror(number))
-        except OSError as error:
-            raise RuntimeError("a library's own words") from error
-    except RuntimeError as error:
-        assert words in output_error(tmp_path, error).problem
+    error = RuntimeError("a library's own words")
+    error.__cause__ = OSError(number, os.strerror(number))
+    assert words in output_error(tmp_path, error).problem
