@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import (
     DECODER,
@@ -101,7 +101,7 @@ class Matcher(LoadedBundle):
             UsageError: ``bundle`` is not a path, or ``threads`` is below 1.
         """
         check_threads(threads)
-        return cls(Bundle.open(bundle), backend, threads)
+        return load_whole(bundle, lambda opened: cls(opened, backend, threads))
 
     def match(self, image: ImageSource, text: str, *, channels: Channels = "rgb") -> MatchResult:
         """Compares a picture with a text.
