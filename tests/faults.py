@@ -576,12 +576,6 @@ def main() -> int:
 
 def _preload(root: Path) -> None:
     """Imports what the runs need, and shares their traces."""
-    import blip2edge.calibration.pipeline
-    import blip2edge.export.pipeline
-    import blip2edge.optimization.pipeline
-    import blip2edge.runtime.captioning.captioner
-    import blip2edge.training.capfilt.pipeline
-    import blip2edge.training.run
     import tests.drawing  # noqa: F401
     from tests.traces import share_traces
 

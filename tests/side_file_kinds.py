@@ -198,9 +198,7 @@ KINDS: dict[str, Kind] = {
     "blip-2, opt": Kind(lambda path: drawing.save(path, seed=1)),
     "blip-2, llama": Kind(lambda path: drawing_llama.draw_blip2(path, 2)),
     "blip-2, t5": Kind(lambda path: drawing_t5.draw(13, path, **drawing_t5.KINDS[0]), prompt_ids="none"),
-    "instructblip, t5": Kind(
-        lambda path: drawing_instruct.draw_instructblip(path, 3, "t5"), ASKED, prompt_ids="none"
-    ),
+    "instructblip, t5": Kind(lambda path: drawing_instruct.draw_instructblip(path, 3, "t5"), ASKED, prompt_ids="none"),
     "instructblip, llama": Kind(lambda path: drawing_instruct.draw_instructblip(path, 4, "llama"), ASKED),
     "instructblipvideo, t5": Kind(
         lambda path: drawing_instruct.draw_instructblipvideo(path, 10, "t5"),

@@ -20,6 +20,8 @@ from blip2edge.reading import parse_json, read_text, reading
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, at_least, one_of, read_section
 
+VALIDATION_METRICS = ("exact_match", "cider_d", "bleu_4", "rouge_l", "vqa_accuracy")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig(RecipeSection):
@@ -145,6 +147,31 @@ class LoopConfig(RecipeSection):
 
 
 @dataclass(frozen=True)
+class ValidationConfig(DataConfig):
+    """Validation while `stage2` or `instruct` trains: captions of held-out pictures are scored.
+
+    The keys of `[data]` name the pictures. With `kind = "scenes"` they are scenes with pairs of objects that training
+    never shows.
+    """
+
+    every: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between two validations; the last step is validated too. 0: no validation."""
+    pictures: Annotated[int, at_least(2)] = 200
+    """Largest number of pictures, taken from the beginning of the data."""
+    metric: Annotated[str, one_of("", *VALIDATION_METRICS)] = ""
+    """The score that decides which weights are best: "exact_match" (scenes), "cider_d", "bleu_4", "rouge_l" (captions)
+    or "vqa_accuracy" (questions). Empty: exact_match, cider_d or vqa_accuracy, by the data."""
+    keep_best: bool = True
+    """Whether the phase ends with the weights of its best validation, instead of those of its last step."""
+    patience: Annotated[int, NOT_NEGATIVE] = 0
+    """Stop the phase after this many validations in a row without a better score; 0: never."""
+    batch_size: Annotated[int, POSITIVE] = 16
+    """Pictures that are captioned together."""
+    max_new_tokens: Annotated[int, POSITIVE] = 30
+    """Longest generated text in tokens."""
+
+
+@dataclass(frozen=True)
 class BlockSizes(RecipeSection):
     """Sizes of one transformer of the model: widths, layers and heads."""
 
@@ -235,6 +262,7 @@ class TrainingConfig(RecipeSection):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     vision: VisionPhase = field(default_factory=VisionPhase)
     language: LanguagePhase = field(default_factory=LanguagePhase)
     stage1: Stage1Phase = field(default_factory=Stage1Phase)

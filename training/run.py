@@ -122,6 +122,8 @@ def _train(
     if first:
         run.log, run.progress = log or run.log, progress
     start, cpu_start = time.monotonic(), time.process_time()
+    if config.validation.every and stage == "stage1":
+        run.log("stage1: [validation] is not used: stage 1 generates no captions")
     with contextlib.closing(run), contextlib.closing(journal):
         _run_phases(run, snapshot)
     record = _record(run, config_path, time.monotonic() - start, time.process_time() - cpu_start)
@@ -180,11 +182,13 @@ def _phase_figures(run: TrainingRun, phase: Phase, seconds: float) -> dict[str, 
     """Figures of a phase for the record; losses are means over the last twentieth of its log."""
     lines = [line for line in run.journal.lines if line["phase"] == phase.name]
     last = lines[-max(1, len(lines) // 20) :]
+    validated = {} if phase.validation is None else {"validation": phase.validation.figures()}
     return {
-        "steps": phase.config.steps,
+        "steps": last[-1]["step"],
         "final_loss": round(sum(line["loss"] for line in last) / len(last), 5),
         "losses": {key: round(sum(line["losses"][key] for line in last) / len(last), 5) for key in last[-1]["losses"]},
         "seconds": round(seconds, 1),
+        **validated,
     }
 
 

@@ -102,6 +102,11 @@ class CheckpointCaptioner:
             max_new_tokens=options.generation.get("max_new_tokens", _MAX_NEW_TOKENS),
         )
 
+    @property
+    def _device(self) -> torch.device:
+        """The device that the model is on now."""
+        return next(self._model.bridge.parameters()).device
+
     def question(self, text: str) -> str:
         """Makes the prompt that asks a question."""
         return self._prompts.question(text)
@@ -126,12 +131,20 @@ class CheckpointCaptioner:
 
     def _visual_tokens(self, pictures: list[Image.Image], prompts: list[str | None]) -> Tensor:
         """Encodes pictures: float32 [B, Q, D]."""
-        pixels = torch.from_numpy(self._preprocessing.batch(pictures))
+        vision, bridge = (next(part.parameters()) for part in (self._model.vision, self._model.bridge))
+        pixels = torch.from_numpy(self._preprocessing.batch(pictures)).to(vision)
         instruction = self._instructions(prompts).values() if self._instructions is not None else ()
-        return self._model.visual_tokens(pixels, *(torch.from_numpy(array) for array in instruction))
+        given = [torch.from_numpy(array).to(self._device) for array in instruction]
+        tokens: Tensor = self._model.bridge(self._model.vision(pixels).to(bridge.dtype), *given)
+        return tokens
 
     def _generate(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
         """Generates token ids greedily, up to the end token."""
+        with self._device:  # where new tensors are made
+            return self._generate_here(visual_tokens, prompts)
+
+    def _generate_here(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
+        """:meth:`_generate`, with the model's device as the default one."""
         ends = torch.tensor(self._model.config.ends)
         step = self._step(visual_tokens, prompts)
         rows = torch.zeros((len(prompts), 0), dtype=torch.int64)

@@ -19,6 +19,8 @@ from blip2edge.training.config import Stage2Phase, TrainingConfig
 from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.data.scenes import Scene
 from blip2edge.training.data.sources import Sample
+from blip2edge.training.evaluation.checkpoint_models import CheckpointCaptioner
+from blip2edge.training.evaluation.validation import validation_scores
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel_values
 from blip2edge.training.loading.caption_texts import CaptionTexts
 from blip2edge.training.loading.features import FeatureCache, FrozenEncoder, encoder_hash
@@ -26,6 +28,7 @@ from blip2edge.training.loading.loader import Loader, TextMakers
 from blip2edge.training.loop.loop import Phase
 from blip2edge.training.loop.optim import freeze, recompute_activations
 from blip2edge.training.loop.training_run import TrainingRun
+from blip2edge.training.loop.validation import Validation
 from blip2edge.training.phases.pretrain import (
     DenseBatch,
     LanguagePretraining,
@@ -141,7 +144,27 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
         _instruction(parts, captions) if model.config.instruction_positions else None,
     )
     batches = _loader(run, name, phase.batch_size, texts)
-    return Phase(name, module, batches, phase, _seed(run, name), module.gauges)
+    return Phase(name, module, batches, phase, _seed(run, name), module.gauges, _validation(run))
+
+
+def _validation(run: TrainingRun) -> Validation | None:
+    """The validation of a phase that trains the captioner; None if the recipe has none."""
+    config, parts = run.config.validation, run.parts
+    if not config.every:
+        return None
+    instructions = None
+    if parts.model.config.instruction_positions and parts.qformer_texts is not None:
+        instructions = Tokenizer(parts.qformer_texts.tokenizer)
+    captioner = CheckpointCaptioner(
+        parts.model,
+        parts.runtime_tokenizer,
+        parts.preprocessing,
+        instructions,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    score, metric = validation_scores(config, run.base, captioner)
+    return Validation(config, score, metric, run.accelerator)
 
 
 def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequence[Sample]], tuple[Tensor, Tensor]]:
