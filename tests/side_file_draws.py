@@ -37,6 +37,7 @@ from blip2edge.model.checkpoint.directory import Checkpoint
 from tests.side_file_kinds import KINDS, Answers, Kind, ours, theirs
 from tests.side_file_values import change
 
+
 def same(one: Answers, other: Answers) -> bool:
     """Whether ids are equal, and scores are to 1e-4."""
     for a, b in zip(one, other, strict=True):

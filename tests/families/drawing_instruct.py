@@ -197,9 +197,7 @@ class VideoOracle:
         qformer = self.qformer_tokenizer(text, return_token_type_ids=False)
         slots = self.tokenizer(self.video_token * self.queries * FRAMES, add_special_tokens=False)
         language = self.tokenizer(text, return_token_type_ids=False)
-        pixels = torch.stack(
-            [self.images(frame, return_tensors=return_tensors)["pixel_values"][0] for frame in images]
-        )
+        pixels = torch.stack([self.images(frame, return_tensors=return_tensors)["pixel_values"][0] for frame in images])
         return {
             "pixel_values": pixels[None],
             "qformer_input_ids": torch.tensor([qformer["input_ids"]]),
