@@ -20,7 +20,7 @@ from blip2edge.runtime.serving.watch import Frame, watch
 from tests.drawing import draw_pictures
 from tests.http_calls import ask, chat, got, png_file
 
-TYPED = ("<image>", "</s>", "<pad>", "<s>", "<unk>")
+TYPED = ("<image>", "</s>", "<pad>", "<unk>")
 PICTURE = draw_pictures(1)[0]
 
 
@@ -62,9 +62,7 @@ def test_over_http(token: str, captioner: Captioner) -> None:
 
 
 @pytest.mark.parametrize("token", TYPED)
-def test_on_the_command_line(
-    token: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_on_the_command_line(token: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     PICTURE.save(tmp_path / "a.png")
     text = f"two {token} cats"
     picture, bundle = str(tmp_path / "a.png"), ["-b", str(tiny_bundle), "--threads", "1"]
