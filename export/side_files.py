@@ -246,10 +246,11 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
 
 def _check_processor_class(directory: Path) -> None:
     """Raises CheckpointError where the first file that names a processor names that of another model."""
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
+    classes: Any = processing_auto
     model_type = read_json(directory / "config.json")["model_type"]
-    wanted = PROCESSOR_MAPPING_NAMES.get(TRANSFORMERS_TYPES.get(model_type, model_type))
+    wanted = classes.PROCESSOR_MAPPING_NAMES.get(TRANSFORMERS_TYPES.get(model_type, model_type))
     paths = [directory / f"{name}_config.json" for name in ("processor", "preprocessor", "tokenizer")]
     for path in paths:
         named = read_json(path).get("processor_class") if path.is_file() else None

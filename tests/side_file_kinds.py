@@ -29,7 +29,7 @@ from tests.families import test_t5 as drawing_t5
 
 NEW_TOKENS = 8
 PICTURES = [picture.convert("RGB") for picture in drawing_llama.pictures(1)]
-TORCHVISION = transformers.utils.is_torchvision_available()
+TORCHVISION = transformers.utils.import_utils.is_torchvision_available()
 Answers = list[list[float]]
 Answer = Callable[[Any], list[float]]
 """A picture to transformers' ids, or scores."""
