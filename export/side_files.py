@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
+from blip2edge.bundle.schema import (
+    DRAFT_TOKENIZER_FILE,
+    MARKERS,
+    QFORMER_TOKENIZER_FILE,
+    TOKENIZER_FILE,
+    VIDEO_MARKER,
+    PromptSpec,
+)
 from blip2edge.errors import CheckpointError
 from blip2edge.export.chat import chat_format, unused_template
 from blip2edge.model.checkpoint.config_keys import TRANSFORMERS_TYPES, check_config
@@ -68,7 +75,7 @@ class SideFiles:
             return cls(preprocessing, None, {}, content, flags, warnings=tuple(warnings))
         family = FAMILIES[config.family]
         slot = "" if family.around_image else family.image_token
-        marker = slot or ("<video>" if config.frames > 1 else "<image>")  # BLIP-2's processors have these two
+        marker = slot or (VIDEO_MARKER if config.frames > 1 else MARKERS[1])  # BLIP-2's processors have these two
         checked = slot or (config.image_token_id is not None and tokenizer.open().token_to_id(marker) is not None)
         picture = (marker, config.image_token_id) if checked else None
         _check_tokenizer(tokenizer, config.language.vocab_size, "the language model", picture)
@@ -239,10 +246,11 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
 
 def _check_processor_class(directory: Path) -> None:
     """Raises CheckpointError where the first file that names a processor names that of another model."""
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
+    classes: Any = processing_auto
     model_type = read_json(directory / "config.json")["model_type"]
-    wanted = PROCESSOR_MAPPING_NAMES.get(TRANSFORMERS_TYPES.get(model_type, model_type))
+    wanted = classes.PROCESSOR_MAPPING_NAMES.get(TRANSFORMERS_TYPES.get(model_type, model_type))
     paths = [directory / f"{name}_config.json" for name in ("processor", "preprocessor", "tokenizer")]
     for path in paths:
         named = read_json(path).get("processor_class") if path.is_file() else None

@@ -29,60 +29,10 @@ from tests.families import test_t5 as drawing_t5
 
 NEW_TOKENS = 8
 PICTURES = [picture.convert("RGB") for picture in drawing_llama.pictures(1)]
+TORCHVISION = transformers.utils.import_utils.is_torchvision_available()
 Answers = list[list[float]]
-
-
-def clips() -> list[list[PIL.Image.Image]]:
-    """Two videos of noise: one in the size that the models take, and one that is resized."""
-    rng = np.random.default_rng(1)
-    frames, size = drawing_instruct.FRAMES, drawing_instruct.SIZE
-    return [
-        [PIL.Image.fromarray(rng.integers(0, 256, (*edges, 3), dtype=np.uint8)) for _ in range(frames)]
-        for edges in ((size, size), (40, 52))
-    ]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of checkpoint: how it is drawn, and what is asked.
-
-    Attributes:
-        save: Writes a checkpoint into a directory.
-        prompt: Text of the request.
-        text: Text that transformers' processor gets for it, where that differs and the checkpoint has no chat template.
-        prompt_ids: How many ids of the prompt are at the start of transformers' ids: ``all``, ``but one`` or ``none``.
-        answer: transformers' ids, or scores, of a directory for one picture.
-        pictures: What is asked about.
-        options: More options of the captioner.
-        chat: Whether transformers' chat template makes the prompt.
-    """
-
-    save: Callable[[Path], Any]
-    prompt: str = "a photo of"
-    text: str = ""
-    prompt_ids: str = "all"
-    answer: Callable[[Path, Kind], Callable[[Any], list[float]]] = field(default=lambda *given: from_auto(*given))
-    pictures: list[Any] = field(default_factory=lambda: PICTURES)
-    options: dict[str, Any] = field(default_factory=dict)
-    chat: bool = False
-
-
-def theirs(directory: Path, kind: Kind) -> Answers:
-    """transformers' ids, or scores, for each picture."""
-    answer = kind.answer(directory, kind)
-    with torch.no_grad():
-        return [answer(picture) for picture in kind.pictures]
-
-
-def ours(bundle: Path, kind: Kind) -> Answers:
-    """The bundle's ids, or scores, for each picture."""
-    if Bundle.open(bundle).manifest.prompt is None:
-        with Matcher.load(bundle, threads=1) as matcher:
-            found = [matcher.match(picture, kind.prompt) for picture in kind.pictures]
-        return [[value for value in (one.probability, one.cosine) if value is not None] for one in found]
-    with Captioner.load(bundle, threads=1) as captioner:
-        options: Any = {"max_new_tokens": NEW_TOKENS, "temperature": 0, **kind.options}
-        return [list(captioner.caption(picture, prompt=kind.prompt, **options).tokens) for picture in kind.pictures]
+Answer = Callable[[Any], list[float]]
+"""A picture to transformers' ids, or scores."""
 
 
 def load_theirs(directory: Path) -> Any:
@@ -91,7 +41,7 @@ def load_theirs(directory: Path) -> Any:
     return getattr(transformers, name).from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def from_auto(directory: Path, kind: Kind) -> Callable[[Any], list[float]]:
+def from_auto(directory: Path, kind: Kind) -> Answer:
     """Answers with the classes that transformers' Auto classes choose."""
     model = load_theirs(directory)
     processor: Any = AutoProcessor.from_pretrained(directory)
@@ -133,15 +83,15 @@ def _scores(model: Any, processor: Any, picture: Any, kind: Kind) -> list[float]
     return [float(match.softmax(dim=1)[0, 1]), float(contrast)]
 
 
-def from_video(directory: Path, kind: Kind) -> Callable[[Any], list[float]]:
+def from_video(directory: Path, kind: Kind) -> Answer:
     """InstructBlipVideo: transformers' processor where torchvision can be imported, else what stands in for it."""
     model = load_theirs(directory)
-    real = transformers.utils.is_torchvision_available()
-    processor: Any = AutoProcessor.from_pretrained(directory) if real else drawing_instruct.VideoOracle(directory)
+    load: Any = AutoProcessor.from_pretrained if TORCHVISION else drawing_instruct.VideoOracle
+    processor = load(directory)
     return lambda clip: _ids(model, processor(images=clip, text=kind.prompt, return_tensors="pt"), kind)
 
 
-def from_minigpt4(directory: Path, kind: Kind) -> Callable[[Any], list[float]]:
+def from_minigpt4(directory: Path, kind: Kind) -> Answer:
     """The published prompt around the parts of transformers' BLIP-2, which has the same tensors and keys."""
     with tempfile.TemporaryDirectory() as folder:
         copy = _as_blip2(directory, Path(folder))
@@ -150,7 +100,7 @@ def from_minigpt4(directory: Path, kind: Kind) -> Callable[[Any], list[float]]:
     return lambda picture: list(reference(picture, kind.prompt, max_new_tokens=NEW_TOKENS, do_sample=False))
 
 
-def from_pool(directory: Path, kind: Kind) -> Callable[[Any], list[float]]:
+def from_pool(directory: Path, kind: Kind) -> Answer:
     """torch's attention between the vision encoder and the language model of transformers' BLIP-2."""
     unused = {
         "qformer_config": transformers.Blip2QFormerConfig(
@@ -190,6 +140,63 @@ def save_pool(directory: Path) -> None:
     """A checkpoint with an attention pool."""
     with tempfile.TemporaryDirectory() as folder:
         test_pool.save_pool(directory, drawing.save(Path(folder) / "drawn", seed=12))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint: how it is drawn, and what is asked.
+
+    Attributes:
+        save: Writes a checkpoint into a directory.
+        prompt: Text of the request.
+        text: Text that transformers' processor gets for it, where that differs and the checkpoint has no chat template.
+        prompt_ids: How many ids of the prompt are at the start of transformers' ids: ``all``, ``but one`` or ``none``.
+        answer: transformers' ids, or scores, of a directory for one picture.
+        pictures: What is asked about.
+        options: More options of the captioner.
+        chat: Whether transformers' chat template makes the prompt.
+    """
+
+    save: Callable[[Path], Any]
+    prompt: str = "a photo of"
+    text: str = ""
+    prompt_ids: str = "all"
+    answer: Callable[[Path, Kind], Answer] = from_auto
+    pictures: list[Any] = field(default_factory=lambda: PICTURES)
+    options: dict[str, Any] = field(default_factory=dict)
+    chat: bool = False
+
+
+def theirs(directory: Path, kind: Kind) -> Answers:
+    """transformers' ids, or scores, for each picture."""
+    answer = kind.answer(directory, kind)
+    with torch.no_grad():
+        return [answer(picture) for picture in kind.pictures]
+
+
+def ours(bundle: Path, kind: Kind) -> Answers:
+    """The bundle's ids, or scores, for each picture."""
+    if Bundle.open(bundle).manifest.prompt is None:
+        with Matcher.load(bundle, threads=1) as matcher:
+            found = [matcher.match(picture, kind.prompt) for picture in kind.pictures]
+        return [[value for value in (one.probability, one.cosine) if value is not None] for one in found]
+    with Captioner.load(bundle, threads=1) as captioner:
+        options: Any = {"max_new_tokens": NEW_TOKENS, "temperature": 0, **kind.options}
+        return [list(captioner.caption(picture, prompt=kind.prompt, **options).tokens) for picture in kind.pictures]
+
+
+def clips() -> list[list[PIL.Image.Image]]:
+    """Videos: noise in the size that the models take, flat colours, and noise that is resized.
+
+    transformers' processor of videos resizes with torchvision, which rounds some values to the next of 256 grey
+    levels. The weights here are so large that this changes ids. So the last video is for its stand-in only.
+    """
+    rng = np.random.default_rng(1)
+    frames, size, other = drawing_instruct.FRAMES, (drawing_instruct.SIZE,) * 2, (40, 52)
+    noise = [[rng.integers(0, 256, (*edges, 3), dtype=np.uint8) for _ in range(frames)] for edges in (size, other)]
+    flat = [np.full((*other, 3), rng.integers(0, 256, 3), dtype=np.uint8) for _ in range(frames)]
+    arrays = [noise[0], flat] if TORCHVISION else [noise[0], flat, noise[1]]
+    return [[PIL.Image.fromarray(frame) for frame in clip] for clip in arrays]
 
 
 ASKED = "what is it doing?"

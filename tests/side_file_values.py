@@ -135,24 +135,30 @@ TOKENIZER_FILE_VALUES: dict[str, tuple[Any, ...]] = {
 }
 """Values of ``tokenizer.json``."""
 
-PARTS = (
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}"
-)
+
+def _parts(text: str, picture: str = "<image>", order: str = "") -> str:
+    """The part of a chat template that writes a message's parts."""
+    return (
+        f"{{% for part in message['content']{order} %}}{{% if part['type'] == 'image' %}}{picture}{{% else %}}"
+        f"{{{{ {text} }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def _each(text: str) -> str:
+    return f"{{% for message in messages %}}{text}{{% endfor %}}"
+
+
+WRITTEN = _parts("part['text']", "<image>\n")
 CHAT_TEMPLATES: tuple[str, ...] = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    f"{PARTS} {{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}",
-    f"{{% for message in messages %}}a red dog : {PARTS}{{% endfor %}}",
-    f"<s>{{% for message in messages %}}Human : {PARTS}</s>{{% endfor %}}Assistant :",
-    "{% for message in messages %}{% for part in message['content'] | reverse %}{% if part['type'] == 'image' %}<image>"
-    "{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}",
-    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
-    "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endfor %} a photo",
-    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
-    "{% else %}{{ part['text'] | upper }}{% endif %}{% endfor %}{% endfor %}",
-    f"{{{{ strftime_now('%Y') }}}} {{% for message in messages %}}{PARTS}{{% endfor %}}",
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}",
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'][-1]['text'] }}{% endfor %}",
+    "{{ bos_token }}" + _each(f"USER: {WRITTEN} ") + "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    _each(f"a red dog : {WRITTEN}"),
+    "<s>" + _each(f"Human : {WRITTEN}</s>") + "Assistant :",
+    _each(_parts("part['text']", order=" | reverse")),
+    _each(_parts("part['text'] | trim")) + " a photo",
+    _each(_parts("part['text'] | upper")),
+    "{{ strftime_now('%Y') }} " + _each(WRITTEN),
+    _each("{{ message['role'] + ': ' + message['content'] }}"),
+    _each("{{ message['role'] }}: {{ message['content'][-1]['text'] }}"),
     "{{ raise_exception('no chats') }}",
 )
 

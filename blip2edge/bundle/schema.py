@@ -257,6 +257,9 @@ class CrossSpec:
 MARKERS = ("{image}", "<image>")
 """Markers of a picture's place in a prompt with several pictures; templates use the first one."""
 
+VIDEO_MARKER = "<video>"
+"""Marker of a video's place, for models of videos."""
+
 SEGMENTS, PLACEHOLDER, INTERLEAVED = PROMPT_KINDS = ("segments", "placeholder", "interleaved")
 """How a prompt is tokenized: the texts around a picture one by one; as a whole, with a placeholder token in each
 picture's place; as a whole, with markers for pictures that take no slots because the decoder cross-attends to them."""
@@ -280,7 +283,8 @@ class PromptSpec:
         image_token_id: Token id that stands for a visual token in transformers' ``input_ids``; the repetition penalty
             applies to this id.
         framed: Kind ``segments``: whether the tokenizer adds its special tokens to the first segment that is not empty
-            (for BLIP-2, the text after the picture). Otherwise only BOS is put before this segment.
+            (for BLIP-2, the text after the picture). Otherwise only BOS is put before this segment. Kind
+            ``placeholder``: whether it adds them to the whole text; if not, the template has them.
         required: Whether the model needs a prompt to caption.
         default: The text that ``caption`` puts in place of ``{prompt}`` if no prompt is given; None for no text.
         frames: Pictures of an item: 1, or the frames of a video.

@@ -68,7 +68,6 @@ IMAGE_PROCESSOR = KeyTable(
         "disable_grouping",
         "device",
         "image_seq_length",
-        "processor_class",
         "_processor_class",
         "auto_map",  # code of the repository; transformers' own class goes before it
         "fps",  # only with do_sample_frames
@@ -100,7 +99,7 @@ PROCESSOR = KeyTable(
 )
 """The export adds checked keys of which ``config.json`` gives the accepted value; see :data:`FROM_CONFIG`."""
 
-FROM_CONFIG = ("num_query_tokens", "patch_size", "num_additional_image_tokens", "image_token")
+FROM_CONFIG = ("num_query_tokens", "patch_size", "num_additional_image_tokens", "image_token", "processor_class")
 """Keys of ``processor_config.json`` that must agree with ``config.json``."""
 
 GENERATION = KeyTable(

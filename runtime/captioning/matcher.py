@@ -23,6 +23,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import (
     DECODER,
     IMAGE_FEATURES,
+    MARKERS,
     MATCH,
     TEXT_EMBEDS,
     TOKENIZER_FILE,
@@ -342,7 +343,7 @@ class Matcher(LoadedBundle):
             raise PromptError("the text is empty", f"give a {option('text')}", field="text")
         manifest = self.bundle.manifest
         check_characters_fit([text], manifest.max_positions, "text")
-        self.tokenizer.check_plain(text, self.tokenizer.special_tokens, "text")
+        self.tokenizer.check_plain(text, (*self.tokenizer.special_tokens, MARKERS[1]), "text")
         ids = self.tokenizer.encode(text)
         if len(ids) > manifest.max_positions:
             raise PromptError(

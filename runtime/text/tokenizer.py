@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
-from blip2edge.bundle.schema import INTERLEAVED, MARKERS, PromptSpec
+from blip2edge.bundle.schema import INTERLEAVED, MARKERS, VIDEO_MARKER, PromptSpec
 from blip2edge.errors import Blip2EdgeError, BundleError, PromptError
 from blip2edge.reading import read_bytes, reading
 
@@ -171,7 +171,7 @@ class Tokenizer:
         forms = (text, text if normalizer is None else normalizer.normalize_str(text))
         for token in reserved:
             if any(token in form for form in forms):
-                what = "marks a picture" if token == MARKERS[1] else "is a special token of this model"
+                what = "marks a picture" if token in (MARKERS[1], VIDEO_MARKER) else "is a special token of this model"
                 raise PromptError(
                     f"the {field} contains {token}, which {what}", f"remove it from the {field}", field=field
                 )
@@ -194,11 +194,12 @@ def reserved_texts(spec: PromptSpec, tokenizer: Tokenizer) -> tuple[str, ...]:
     write. Interleaved prompts declare two of them: a picture's marker, and the end of a document.
     """
     declared: set[str | None] = set()
+    video = VIDEO_MARKER if spec.frames > 1 else ""
     if spec.kind == INTERLEAVED:
         end = None if spec.end_token_id is None else tokenizer.id_to_token(spec.end_token_id)
         declared = {MARKERS[1], spec.picture_token, end}
     slot = None if spec.image_token_id is None else tokenizer.id_to_token(spec.image_token_id)
-    reserved = {*tokenizer.special_tokens, MARKERS[1], spec.image_token, slot} - declared
+    reserved = {*tokenizer.special_tokens, MARKERS[1], video, spec.image_token, slot} - declared
     return tuple(sorted(text for text in reserved if text))
 
 

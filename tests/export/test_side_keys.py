@@ -29,7 +29,8 @@ from blip2edge.runtime.text.tokenizer import Tokenizer
 from tests.drawing import Drawn
 from tests.families.drawing_llama import draw_llava, draw_minigpt4
 from tests.families.test_pool import save_pool
-from tests.side_file_draws import KINDS, Draws
+from tests.side_file_draws import Draws
+from tests.side_file_kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 PICTURE_CLASSES = [name for name in CLASSES if not name.startswith("InstructBlipVideo")]
@@ -169,6 +170,80 @@ def test_a_key_that_transformers_does_not_read_is_named_in_a_warning(copied: Pat
     assert generation.endswith("not used for BLIP-2, as in transformers: num_beams, temperature")
 
 
+@pytest.mark.parametrize("video", [False, True])
+def test_settings_of_the_other_kind_of_picture_are_not_used(video: bool, copied: Path) -> None:
+    path = copied / "processor_config.json"
+    values = json.loads(path.read_text())
+    own, other = ("video_processor", "image_processor") if video else ("image_processor", "video_processor")
+    settings = values.pop("image_processor")
+    if video:
+        edit(copied / "config.json", model_type="instructblipvideo")
+        (copied / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    else:
+        (copied / "preprocessor_config.json").write_text(json.dumps(settings))
+    path.write_text(json.dumps(values | {other: settings | {"image_mean": [0.5, 0.5, 0.5]}}))
+    assert list(load_preprocessing(copied).preprocessing.mean) == list(settings["image_mean"])
+    edit(path, own, **settings | {"image_std": [0.5, 0.5, 0.5]})
+    assert load_preprocessing(copied).preprocessing.std == (0.5, 0.5, 0.5)
+
+
+def test_empty_nested_settings_are_the_defaults_of_the_class(copied: Path) -> None:
+    settings = json.loads((copied / "processor_config.json").read_text())["image_processor"]
+    (copied / "preprocessor_config.json").write_text(json.dumps(settings))
+    values = json.loads((copied / "processor_config.json").read_text()) | {"image_processor": {}}
+    (copied / "processor_config.json").write_text(json.dumps(values))
+    assert load_preprocessing(copied).preprocessing.size == {"height": 384, "width": 384}
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_the_processor_of_another_model_is_refused(name: str, copied: Path) -> None:
+    for file in ("processor_config.json", "tokenizer_config.json"):
+        edit(copied / file, processor_class=None)
+    edit(copied / name, processor_class="BlipProcessor")
+    with pytest.raises(CheckpointError, match=rf'{name}: processor_class is "BlipProcessor".*Blip2Processor'):
+        read(copied)
+
+
+@pytest.mark.parametrize(
+    "file", ["chat_template.jinja", "additional_chat_templates/rag.jinja", "tokenizer_config.json"]
+)
+def test_a_chat_template_that_is_not_used_is_named(file: str, copied: Path) -> None:
+    path = copied / file
+    if path.suffix == ".jinja":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{{ messages }}")
+    else:
+        edit(path, chat_template="{{ messages }}")
+    (warning,) = read(copied).warnings
+    assert warning.startswith(f"{path}: the chat template is not used: prompts of BLIP-2 have the form")
+
+
+@pytest.mark.parametrize(
+    ("file", "template", "message"),
+    [
+        ("chat_template.jinja", "{{ messages[0]['role'] }}", "it has no place for one picture"),
+        ("tokenizer_config.json", "<image>{{ messages[0]['content'][1]['text'] }}", "does not read it from there"),
+        ("chat_template.jinja", "<image>{{ messages[0]['content'][1]['text'] | trim }}", "removes spaces"),
+        ("chat_template.jinja", "<image>{{ messages[0]['content'][1]['text'] | upper }}", None),
+        ("chat_template.jinja", "<image>{{ strftime_now('%Y') }}{{ messages[0]['content'][1]['text'] }}", "the date"),
+    ],
+)
+def test_a_chat_template_that_is_followed_in_part(
+    file: str, template: str, message: str | None, tmp_path: Path
+) -> None:
+    draw_llava(tmp_path, 0)
+    if file.endswith(".jinja"):
+        (tmp_path / file).write_text(template)
+    else:
+        edit(tmp_path / file, chat_template=template)
+    if message is None:
+        with pytest.raises(CheckpointError, match="the chat template changes the text of a message"):
+            read(tmp_path)
+        return
+    (warning,) = read(tmp_path).warnings
+    assert message in warning
+
+
 def test_another_image_token_than_the_tokenizers_is_refused(copied: Path) -> None:
     edit(copied / "config.json", image_token_index=0)
     with pytest.raises(CheckpointError, match=r"but config\.json says image_token_index 0"):
@@ -250,13 +325,15 @@ def test_the_page_is_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kinds", "count"),
-    [(("blip-2, opt", "llava"), 24), pytest.param(tuple(KINDS), 300, marks=pytest.mark.slow)],
+    ("kinds", "seed", "count"),
+    [(("blip-2, opt", "llava"), 2, 24), pytest.param(tuple(KINDS), 7, 300, marks=pytest.mark.slow)],
     ids=["few", "all"],
 )
 @pytest.mark.filterwarnings("ignore")  # transformers' own notes on the drawn values
-def test_drawn_keys_and_values_give_no_silent_difference(kinds: tuple[str, ...], count: int, tmp_path: Path) -> None:
-    results = list(Draws(tmp_path, 5, kinds).run(count))
+def test_drawn_keys_and_values_give_no_silent_difference(
+    kinds: tuple[str, ...], seed: int, count: int, tmp_path: Path
+) -> None:
+    results = list(Draws(tmp_path, seed, kinds).run(count))
     assert [(result, told) for result, told in results if result.startswith("different")] == []
     seen = collections.Counter(result.split(":")[0] for result, _ in results)
     assert seen["equal"] > count / 4
