@@ -18,6 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from blip2edge.bundle.disk_errors import output_error
 from blip2edge.errors import DataError, OutputError, option
 from blip2edge.reading import read_json, reading
 
@@ -92,7 +93,7 @@ class Snapshots:
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)
             raise OutputError(
-                f"cannot write a snapshot to {self.directory}: {error.strerror or error}",
+                output_error(self.directory, error).problem,
                 "free some space and run the command again: it resumes from the previous snapshot",
             ) from error
         for path in self._whole():
