@@ -12,6 +12,7 @@ from blip2edge.cli.messages import print_note
 
 def run() -> NoReturn:
     """Run the command line and exit with its status."""
+    _use_utf8()
     interrupt.install()
     _open_standard_streams()
     if sys.stdout is None:
@@ -22,6 +23,15 @@ def run() -> NoReturn:
         if reconfigure is not None:  # escape characters that the terminal's encoding does not have
             reconfigure(errors="backslashreplace")
     sys.exit(main())
+
+
+def _use_utf8() -> None:
+    """Starts this command again in Python's UTF-8 mode where the locale has another encoding, such as ``LC_ALL=C``.
+
+    Libraries take paths and texts as UTF-8, and fail on what Python decoded in another encoding.
+    """
+    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8") and os.environ.get("PYTHONUTF8") != "1":
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
 
 
 def _open_standard_streams() -> None:
