@@ -234,7 +234,7 @@ class Workplace:
     def _train(self, out: Path, force: bool) -> None:
         from blip2edge.training.run import train
 
-        resumes = out.with_name(f"{out.name}.run").exists()
+        resumes = any(out.parent.glob(f"{out.name}.run/step-*"))
         train("stage2", self.recipe, out, force=force, resume=resumes and force, evaluation_scenes=0)
 
 
@@ -383,7 +383,7 @@ class Killer:
         child = fork(stopped, self._root / "errors")
         os.waitpid(child, os.WUNTRACED)
         which = f"trace={SYSTEM_CALLS}" if at is None else f"inject={SYSTEM_CALLS}:signal=KILL:when={int(at) + 1}"
-        words = ["strace", "-f", "-q", "-o", str(self._root / "count"), "-e", which, "-p", str(child)]
+        words = ["strace", "-q", "-o", str(self._root / "count"), "-e", which, "-p", str(child)]
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as tracer:
             while f"TracerPid:\t{tracer.pid}" not in Path(f"/proc/{child}/status").read_text():
                 if tracer.poll() is not None:

@@ -370,9 +370,9 @@ def test_names_with_a_nul(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(ImageError, match="no such file"):
         load_image("a\0b.png")
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[data]\nkind = "folder"\npaths = ["a\\u0000b"]\n')
+    recipe.write_text('[data]\nkind = "folder"\npath = "a\\u0000b"\n')
     assert main(["train", "stage2", "-c", str(recipe), "-o", str(tmp_path / "out")]) == 1
-    assert "data.paths contains a NUL character" in capsys.readouterr().err
+    assert "data.path contains a NUL character" in capsys.readouterr().err
 
 
 def test_other_links_of_a_bundle_keep_their_content(tiny_bundle: Path, tmp_path: Path) -> None:
