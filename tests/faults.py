@@ -31,6 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -430,8 +431,8 @@ class Trials:
         for name, command in self.commands.items():
             self._old[name] = self.root / f"old-{name}" / "out"
             self._old[name].parent.mkdir()
-            failed = failed or done(lambda command=command, name=name: command.old(self._old[name]), self.errors)
-            failed = failed or done(lambda command=command, name=name: command.check(self._old[name]), self.errors)
+            failed = failed or done(partial(command.old, self._old[name]), self.errors)
+            failed = failed or done(partial(command.check, self._old[name]), self.errors)
             if failed:
                 raise RuntimeError(f"{name}: {failed}")
 
@@ -488,7 +489,7 @@ class Trials:
     def _work(self, command: Command, out: Path, replaces: bool, twice: bool) -> Callable[[], object]:
         def work() -> None:
             if twice:
-                publishing._renameat2 = lambda *arguments: False  # type: ignore[assignment]
+                publishing._renameat2 = lambda *arguments: False
             command.run(out, replaces or command.name in ("optimize", "build"))
 
         return work

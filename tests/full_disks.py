@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def run(root: Path, sizes: int, names: Sequence[str]) -> dict[str, dict[str, lis
                 out = place / "out"
                 shutil.copytree(old, out)
                 before = snapshot(out)
-                problem = done(lambda command=command, out=out: command.run(out, True), trials.errors)
+                problem = done(partial(command.run, out, True), trials.errors)
                 left = sorted(path.name for path in place.iterdir() if path != out)
                 left += [str(path.relative_to(out)) for path in out.rglob(".*") if path.name != STAMPS]
                 left = [] if name == "train" else left  # the snapshots stay, to resume from

@@ -31,16 +31,15 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.disk_errors import output_error
 from blip2edge.errors import OutputError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
 
 OWNER, NEW, OLD = "owner", "new", "old"
 SUFFIX = ".part"

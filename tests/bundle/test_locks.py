@@ -56,7 +56,7 @@ def test_a_second_run_is_refused_with_what_to_do(tmp_path: Path) -> None:
             locked(out),
         ):
             pytest.fail("it began")
-        assert f"kill {os.getpid()}" in raised.value.fix
+        assert f"kill {os.getpid()}" in str(raised.value.fix)
         with pytest.raises(BusyError):
             check_free(out)
         assert sorted(os.listdir(part)) == ["new", "owner"]
