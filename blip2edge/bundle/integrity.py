@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.locks import write_file
+from blip2edge.bundle.locks import tidy, write_file
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BundleError, BundleIntegrityError, OutputError
 from blip2edge.progress import ProgressCallback
@@ -115,7 +115,9 @@ def _stamp_files(directory: Path) -> Iterator[Path]:
 def _read_stamps(directory: Path) -> dict[str, Any]:
     for path in _stamp_files(directory):
         try:
-            return read_json(path, BundleError)
+            values = read_json(path, BundleError)
+            tidy(path)
+            return values
         except BundleError:  # no stamps, or broken ones: every file is hashed
             continue
     return {}

@@ -125,6 +125,13 @@ def recover(target: Path) -> None:
             os.close(descriptor)
 
 
+def tidy(target: Path) -> None:
+    """Removes what a killed run left that had finished ``target`` already, where no later run writes it again."""
+    if part_of(target).is_dir():
+        with contextlib.suppress(OutputError), locked(target):
+            pass
+
+
 def recover_in(directory: Path) -> None:
     """Calls :func:`recover` for every output in a directory that a killed run has renamed."""
     if directory.is_dir():

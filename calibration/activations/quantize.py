@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.locks import tidy
 from blip2edge.bundle.user_cache import NoHomeError
 from blip2edge.calibration.activations.cache import cache_path, load_observations, save_observations
 from blip2edge.calibration.activations.choose_ranges import choose_ranges
@@ -123,6 +124,7 @@ def _observations(context: CalibrationContext, model: ir.Model, record: GraphRec
         context.warn(f"the calibration cache is not used and is written again: {error.problem}")
         cached = None
     if cached is not None:
+        tidy(path)
         return cached
     observations = _observe(context, model, record, names)
     try:

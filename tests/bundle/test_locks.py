@@ -16,7 +16,7 @@ import pytest
 
 from blip2edge.bundle import locks
 from blip2edge.bundle.disk_errors import error_number, output_error
-from blip2edge.bundle.locks import BusyError, LeftFilesWarning, check_free, locked, part_of, recover, write_file
+from blip2edge.bundle.locks import BusyError, LeftFilesWarning, check_free, locked, part_of, recover, tidy, write_file
 from blip2edge.errors import OutputError
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the other run is forked")
@@ -77,6 +77,19 @@ def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
         assert os.listdir(part) == ["owner"]
         assert json.loads((part / "owner").read_text())["pid"] == os.getpid()
     assert os.listdir(tmp_path) == []
+
+
+@needs_fork
+def test_what_is_left_of_a_finished_file_is_removed_by_its_reader(tmp_path: Path) -> None:
+    file = tmp_path / "cache.npz"
+    file.write_bytes(b"complete")
+    left = killed_run(file)
+    with locked(tmp_path / "other"):
+        tidy(tmp_path / "other")  # of a living run
+        assert part_of(tmp_path / "other").is_dir()
+    tidy(file)
+    assert not left.exists()
+    assert file.read_bytes() == b"complete"
 
 
 @needs_fork
