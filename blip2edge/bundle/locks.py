@@ -291,8 +291,10 @@ def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
         names = set(os.listdir(part)) - set(keep)
         if OLD in names and not os.path.lexists(target):
             names -= {OLD, OWNER}
-        for name in sorted(names, key=lambda name: name == OWNER):
+        for name in names - {OWNER}:
             remove(part / name)
+        if OWNER in names and os.listdir(part) == [OWNER]:  # what could not be removed stays a run's of ours
+            remove(part / OWNER)
 
 
 def _check_ours(part: Path, owner: dict[str, Any]) -> None:

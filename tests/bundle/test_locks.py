@@ -92,6 +92,19 @@ def test_what_is_left_of_a_finished_file_is_removed_by_its_reader(tmp_path: Path
     assert file.read_bytes() == b"complete"
 
 
+def test_what_cannot_be_removed_now_is_removed_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    real = locks.remove
+    with locked(out) as part:
+        (part / "new").mkdir()
+        monkeypatch.setattr(locks, "remove", lambda path: None)  # as without a free descriptor
+    monkeypatch.setattr(locks, "remove", real)
+    assert sorted(os.listdir(part)) == ["new", "owner"]
+    with locked(out):
+        assert os.listdir(part) == ["owner"]
+    assert os.listdir(tmp_path) == []
+
+
 @needs_fork
 def test_files_of_a_living_run_are_kept(tmp_path: Path) -> None:
     out, (reading, writing) = tmp_path / "out", os.pipe()
