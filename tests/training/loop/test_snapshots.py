@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from blip2edge.training.loop.snapshots import FACTS, Snapshot, Snapshots
 
