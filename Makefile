@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs format test test-slow demo clean
+.PHONY: help venv install check docs format test test-slow faults demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
 	@echo "make test      install into $(VENV) and run the fast tests"
 	@echo "make test-slow install into $(VENV) and run the slow tests"
+	@echo "make faults    install into $(VENV), kill every command that writes 300 times, and check what is left"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make docs      write the tables of docs/ that come from code"
 	@echo "make format    let ruff mend what it can"
@@ -33,6 +34,12 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
+
+# KILLS and SEED choose other runs; they take about an hour on two cores.
+KILLS ?= 300
+SEED ?= 1
+faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults --kills $(KILLS) --seed $(SEED) --json benchmarks/results/faults.json
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

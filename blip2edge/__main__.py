@@ -7,13 +7,15 @@ import sys
 from typing import NoReturn
 
 from blip2edge.cli import interrupt, main
-from blip2edge.cli.messages import print_note
+from blip2edge.cli.messages import print_note, show_left_files
 
 
 def run() -> NoReturn:
     """Run the command line and exit with its status."""
+    _use_utf8()
     interrupt.install()
     _open_standard_streams()
+    show_left_files()
     if sys.stdout is None:
         print_note("error: standard output is closed; redirect it to a file or to /dev/null")
         sys.exit(1)
@@ -22,6 +24,15 @@ def run() -> NoReturn:
         if reconfigure is not None:  # escape characters that the terminal's encoding does not have
             reconfigure(errors="backslashreplace")
     sys.exit(main())
+
+
+def _use_utf8() -> None:
+    """Starts this command again in Python's UTF-8 mode where the locale has another encoding, such as ``LC_ALL=C``.
+
+    Libraries take paths and texts as UTF-8, and fail on what Python decoded in another encoding.
+    """
+    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8") and os.environ.get("PYTHONUTF8") != "1":
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
 
 
 def _open_standard_streams() -> None:

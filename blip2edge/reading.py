@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import Blip2EdgeError, one_line
+from blip2edge.special_files import open_file
 
 MANIFEST_BYTES = 64 << 20
 """Largest JSON file that describes something: a manifest, a config. The index of a model of 10^6 tensors has 100 MB."""
@@ -106,7 +107,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         ValueError: The file is larger than ``limit`` bytes.
         OSError: The file cannot be read.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"expected at most {limit} bytes, got more")

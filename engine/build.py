@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +41,7 @@ from blip2edge.runtime.backends.engine_files import (
 from blip2edge.runtime.tensorrt.session import load_tensorrt, version_of
 
 TIMING_CACHE = "timing.cache"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Notify = Callable[[str], None]
 
@@ -194,7 +199,7 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
     context = multiprocessing.get_context("spawn")
     output = staging / f"{plan.name}.engine"
     inspect_layers = not task.options.sm and bool(probe.nvidia_driver().gpus)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent, initargs=(os.getpid(),)) as pool:
         future = pool.submit(_build_one, task.options, plan, task.version, output, inspect_layers)
         try:
             return future.result()
@@ -203,6 +208,14 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
                 f"the builder's process was killed while it built {plan.name}, probably because memory ran out",
                 LESS_MEMORY,
             ) from error
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when its parent is killed (Linux): a builder that goes on would hold memory and the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _build_one(

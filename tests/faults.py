@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -30,6 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from blip2edge.bundle.integrity import STAMPS
 from blip2edge.bundle.locks import part_of
 
 WAYS = ("time", "call", "system")
+NAMES = ("export", "calibrate", "optimize", "build", "capfilt", "train")
+OF_BUNDLES = NAMES[:4]  # commands that read a bundle or a checkpoint
 EVENTS = frozenset(
     (
         "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree", "shutil.copyfile",
@@ -50,6 +54,15 @@ EVENTS = frozenset(
 )  # fmt: skip
 SYSTEM_CALLS = "rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,rmdir,fsync,ftruncate,flock"
 TIMEOUT_S = 300
+PRELOADED = (
+    "blip2edge.calibration.pipeline",
+    "blip2edge.export.pipeline",
+    "blip2edge.optimization.pipeline",
+    "blip2edge.runtime.captioning.captioner",
+    "blip2edge.training.capfilt.pipeline",
+    "blip2edge.training.run",
+    "tests.drawing",
+)
 SCRATCH = "scratch"  # the directory of TMPDIR and of the user's cache
 
 
@@ -124,6 +137,9 @@ def _checkpoint_checked(directory: Path) -> None:
     assert json.loads((directory / "training.json").read_text(encoding="utf-8"))["phases"]
 
 
+Tallies = dict[str, dict[str, Tally]]
+
+
 class Workplace:
     """Inputs of the commands, made once.
 
@@ -136,14 +152,15 @@ class Workplace:
         self.checkpoint, self.parent = root / "checkpoint", root / "parent"
         self.pictures, self.web, self.recipe = root / "pictures", root / "web", root / "recipe.toml"
 
-    def make(self) -> None:
-        """Draws a checkpoint, exports it, and draws pictures; in a process of its own."""
+    def make(self, *, bundle: bool) -> None:
+        """Draws a checkpoint, exports it if ``bundle`` is True, and draws pictures; in a process of its own."""
         from blip2edge.export.pipeline import export_checkpoint
         from tests import drawing
         from tests.training import recipes
 
-        drawing.save(self.checkpoint, seed=3, vision_layers=1, qformer_layers=1, layers=1)
-        export_checkpoint(self.checkpoint, self.parent)
+        if bundle:
+            drawing.save(self.checkpoint, seed=3, vision_layers=1, qformer_layers=1, layers=1)
+            export_checkpoint(self.checkpoint, self.parent)
         for folder in (self.pictures, self.web):
             folder.mkdir()
             for number, picture in enumerate(drawing.draw_pictures(4)):
@@ -218,7 +235,7 @@ class Workplace:
     def _train(self, out: Path, force: bool) -> None:
         from blip2edge.training.run import train
 
-        resumes = out.with_name(f"{out.name}.run").exists()
+        resumes = any(out.parent.glob(f"{out.name}.run/step-*"))
         train("stage2", self.recipe, out, force=force, resume=resumes and force, evaluation_scenes=0)
 
 
@@ -304,7 +321,11 @@ class Killer:
             work: The run; it restores what it changes.
         """
         at = self._chance.uniform(0.0, 1.0)
-        return getattr(self, f"_{way}")(self._most[(way, *key)] * at, work)  # type: ignore[no-any-return]
+        most = self._most[(way, *key)]
+        status: int = getattr(self, f"_{way}")(most * at, work)
+        if status == 0 and at > 0.5:  # too late: the first run, which was measured, was longer
+            self._most[(way, *key)] = most * at
+        return status
 
     def measure(self, way: str, key: tuple[str, bool, bool], work: Callable[[], object]) -> str:
         """Runs ``work`` to its end, to learn its length; returns how it failed."""
@@ -363,7 +384,7 @@ class Killer:
         child = fork(stopped, self._root / "errors")
         os.waitpid(child, os.WUNTRACED)
         which = f"trace={SYSTEM_CALLS}" if at is None else f"inject={SYSTEM_CALLS}:signal=KILL:when={int(at) + 1}"
-        words = ["strace", "-f", "-q", "-o", str(self._root / "count"), "-e", which, "-p", str(child)]
+        words = ["strace", "-q", "-o", str(self._root / "count"), "-e", which, "-p", str(child)]
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as tracer:
             while f"TracerPid:\t{tracer.pid}" not in Path(f"/proc/{child}/status").read_text():
                 if tracer.poll() is not None:
@@ -405,15 +426,19 @@ class Trials:
         """
         self.place.root.mkdir()
         self._new_scratch()
-        failed = done(self.place.make, self.errors)
+        failed = done(lambda: self.place.make(bundle=bool(set(names) & set(OF_BUNDLES))), self.errors)
         self.commands = {name: command for name, command in self.place.commands().items() if name in names}
         for name, command in self.commands.items():
             self._old[name] = self.root / f"old-{name}" / "out"
             self._old[name].parent.mkdir()
-            failed = failed or done(lambda command=command, name=name: command.old(self._old[name]), self.errors)
-            failed = failed or done(lambda command=command, name=name: command.check(self._old[name]), self.errors)
+            failed = failed or done(partial(command.old, self._old[name]), self.errors)
+            failed = failed or done(partial(command.check, self._old[name]), self.errors)
             if failed:
                 raise RuntimeError(f"{name}: {failed}")
+
+    def old(self, name: str) -> Path:
+        """An output of a command, made before."""
+        return self._old[name]
 
     def trial(self, name: str, way: str, tally: Tally) -> None:
         """Kills a command once, and checks."""
@@ -464,7 +489,7 @@ class Trials:
     def _work(self, command: Command, out: Path, replaces: bool, twice: bool) -> Callable[[], object]:
         def work() -> None:
             if twice:
-                publishing._renameat2 = lambda *arguments: False  # type: ignore[assignment]
+                publishing._renameat2 = lambda *arguments: False
             command.run(out, replaces or command.name in ("optimize", "build"))
 
         return work
@@ -505,9 +530,16 @@ def _load(command: Command, out: Path) -> None:
 
 
 def run_trials(
-    root: Path, kills: int, seed: int, names: Sequence[str], ways: Sequence[str], *, quiet: bool = False
-) -> dict[str, dict[str, Tally]]:
-    """Kills each command in each way, as evenly as ``kills`` allows.
+    root: Path,
+    kills: int,
+    seed: int,
+    names: Sequence[str],
+    ways: Sequence[str],
+    *,
+    quiet: bool = False,
+    report: Callable[[Tallies], None] | None = None,
+) -> Tallies:
+    """Kills each command in each way, as evenly as ``kills`` allows; ``report`` is called after each ten kills.
 
     Returns:
         Tallies by command and way.
@@ -521,6 +553,8 @@ def run_trials(
         tally, start, failures = tallies[name][way], time.monotonic(), len(tallies[name][way].failures)
         trials.trial(name, way, tally)
         tally.seconds += time.monotonic() - start
+        if report is not None and (number % 10 == 9 or number + 1 == kills):
+            report(tallies)
         if not quiet:
             for failure in tally.failures[failures:]:
                 print(f"kill {number}, {name}, {way}: {failure}", flush=True)
@@ -529,7 +563,7 @@ def run_trials(
     return tallies
 
 
-def table(tallies: dict[str, dict[str, Tally]]) -> str:
+def table(tallies: Tallies) -> str:
     """The result as a table of Markdown."""
     lines = ["| command | kills | at a moment | before a call | after a call | held | failed | litter removed |"]
     lines.append("|---|---|---|---|---|---|---|---|")
@@ -548,36 +582,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
-    names = ("export", "calibrate", "optimize", "build", "capfilt", "train")
-    parser.add_argument("--commands", nargs="+", choices=names, default=names)
+    parser.add_argument("--commands", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS if shutil.which("strace") else WAYS[:2])
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="blip2edge-faults-") as folder:
         root = Path(folder)
-        _preload(root)
+        preload(root)
         start = time.monotonic()
-        tallies = run_trials(root, options.kills, options.seed, options.commands, options.ways)
-    print(table(tallies))
-    if options.json is not None:
-        from benchmarks.reporting import write_result
 
-        results = {name: {way: asdict(tally) for way, tally in ways.items()} for name, ways in tallies.items()}
-        write_result(
-            options.json,
-            seed=options.seed,
-            seconds=round(time.monotonic() - start),
-            kills=options.kills,
-            tallies=results,
-        )
+        def report(tallies: Tallies) -> None:
+            if options.json is not None:
+                from benchmarks.reporting import write_result
+
+                results = {name: {way: asdict(one) for way, one in ways.items()} for name, ways in tallies.items()}
+                seconds = round(time.monotonic() - start)
+                write_result(options.json, seed=options.seed, seconds=seconds, tallies=results)
+
+        tallies = run_trials(root, options.kills, options.seed, options.commands, options.ways, report=report)
+    print(table(tallies))
     return 1 if any(tally.failures for ways in tallies.values() for tally in ways.values()) else 0
 
 
-def _preload(root: Path) -> None:
+def preload(root: Path) -> None:
     """Imports what the runs need, and shares their traces."""
-    import tests.drawing  # noqa: F401
     from tests.traces import share_traces
+
+    for name in PRELOADED:
+        importlib.import_module(name)
 
     (root / "traces").mkdir()
     share_traces(root / "traces")

@@ -106,6 +106,7 @@ def captioner(monkeypatch: pytest.MonkeyPatch) -> FakeCaptioner:
     monkeypatch.setitem(sys.modules, "blip2edge.runtime.captioning.captioner", module)
     opened = staticmethod(lambda path: SimpleNamespace(path=path, manifest=SimpleNamespace(prompt=None)))
     monkeypatch.setattr(Bundle, "open", opened)
+    monkeypatch.setattr("blip2edge.bundle.bundle.load_whole", lambda path, load: load(opened(path)))
     return fake
 
 

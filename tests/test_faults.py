@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -22,12 +23,15 @@ from PIL import Image
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
+from blip2edge import special_files
+from blip2edge.bundle import publishing
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import STAMPS, check_files
+from blip2edge.bundle.locks import locked
 from blip2edge.bundle.publishing import check_not_source, staged
 from blip2edge.calibration.pictures import choose_pictures
 from blip2edge.cli import main
-from blip2edge.errors import BundleIntegrityError, ImageError, OutputError, PromptError
+from blip2edge.errors import BundleError, BundleIntegrityError, ImageError, OutputError, PromptError
 from blip2edge.picture_files import printable
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.images.preprocess import FORMATS, MAX_SIDE, Preprocessing, load_image
@@ -300,21 +304,139 @@ def test_hangup_ends_a_command_as_sigterm_does(tmp_path: Path) -> None:
 
 def test_files_are_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    real_sync, real_rename = os.fsync, Path.rename
+    real_sync, real_rename = os.fsync, publishing._rename_to_free
 
     def sync(descriptor: int) -> None:
         events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         real_sync(descriptor)
 
-    def rename(self: Path, target: Path) -> Path:
+    def rename(fresh: Path, target: Path) -> None:
         events.append("rename")
-        return real_rename(self, target)
+        real_rename(fresh, target)
 
     monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(publishing, "_rename_to_free", rename)
     with staged(tmp_path / "out", force=False) as staging:
         (staging / "bundle.json").write_text("{}")
         (staging / "engines").mkdir()
         (staging / "engines" / "a.engine").write_text("x")
     assert set(events[: events.index("rename")]) >= {"bundle.json", "a.engine", "engines"}
     assert events[-1] == tmp_path.name
+
+
+# Files of other kinds, odd names
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_that_nothing_writes_to_is_not_waited_for(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(special_files, "WAIT_S", 0.05)
+    draw_pictures(1)[0].save(tmp_path / "good.png")
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    words = ["-b", str(tiny_bundle), "--threads", "1", "--max-new-tokens", "2"]
+    assert main(["caption", str(pipe), str(tmp_path / "good.png"), *words]) == 1
+    printed = capsys.readouterr()
+    assert "pipe.png: cannot be read (no program wrote to this pipe within" in printed.err
+    assert printed.out.startswith(f"{tmp_path / 'good.png'}: ")
+    (tmp_path / "bundle").mkdir()
+    os.mkfifo(tmp_path / "bundle" / "bundle.json")
+    with pytest.raises(BundleError, match="no program wrote to this pipe"):
+        Bundle.open(tmp_path / "bundle")
+    os.mkfifo(tmp_path / "recipe.toml")
+    assert main(["train", "stage2", "-c", str(tmp_path / "recipe.toml"), "-o", str(tmp_path / "out")]) == 1
+    assert "no program wrote to this pipe" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no sockets in directories here")
+def test_devices_sockets_and_directories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        for name, kind in (("socket", "socket"), (os.devnull, "device"), (".", "directory")):
+            with pytest.raises(OSError, match=kind):
+                special_files.open_file(name)
+    (tmp_path / "file").write_bytes(b"content")
+    with special_files.open_file("file") as file:
+        assert file.read() == b"content"
+
+
+def test_names_with_a_nul(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BundleError, match="is not a directory"):
+        Bundle.open("a\0b")
+    with pytest.raises(OutputError, match="contains a NUL"), staged(tmp_path / "a\0b", force=True):
+        pytest.fail("it began")
+    with pytest.raises(ImageError, match="no such file"):
+        load_image("a\0b.png")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[data]\nkind = "folder"\npath = "a\\u0000b"\n')
+    assert main(["train", "stage2", "-c", str(recipe), "-o", str(tmp_path / "out")]) == 1
+    assert "data.path contains a NUL character" in capsys.readouterr().err
+
+
+def test_other_links_of_a_bundle_keep_their_content(tiny_bundle: Path, tmp_path: Path) -> None:
+    """As after ``cp -al``: what is written into one bundle does not change the other."""
+    bundle, linked = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")), tmp_path / "linked"
+    Bundle.open(bundle)
+    with staged(bundle / "optimized" / "cpu", force=True, marker=None) as staging:
+        (staging / "optimized.json").write_text("{}")
+    shutil.copytree(bundle, linked, copy_function=os.link)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in bundle.rglob("*") if path.is_file()}
+    assert any(path.stat().st_nlink == 2 for path in before)
+    (linked / "bundle.json").touch()  # no stamp holds: every file is hashed, and new stamps are written
+    before[bundle / "bundle.json"] = (before[bundle / "bundle.json"][0], (bundle / "bundle.json").stat().st_mtime_ns)
+    Bundle.open(linked)
+    with staged(linked / "optimized" / "cpu", force=True, marker=None) as staging:
+        (staging / "optimized.json").write_text('{"new": 1}')
+    with staged(linked, force=True) as staging:
+        shutil.copytree(tiny_bundle, staging, dirs_exist_ok=True)
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the locale is set as on Linux")
+def test_names_and_prompts_in_a_locale_without_their_letters(tiny_bundle: Path, tmp_path: Path) -> None:
+    draw_pictures(1)[0].save(tmp_path / "bär €.png")
+    words = ["caption", str(tmp_path / "bär €.png"), "-b", str(tiny_bundle), "--threads", "1", "--prompt", "süß"]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run(*words, "--max-new-tokens", "2", "--json", env={**os.environ, **locale})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["prompt"] == "süß"
+    assert json.loads(done.stdout)["image"].endswith("bär €.png")
+
+
+def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert main(["demo"]) == 1
+    assert "this user has no home directory" in capsys.readouterr().err
+
+
+# Two runs
+
+
+def test_two_trainings_of_one_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate", reason="a training needs accelerate")
+    from tests.training import recipes
+
+    recipe = recipes.write(tmp_path / "recipe.toml")
+    for flags in ([], ["--resume"], ["--force"]):
+        with locked(tmp_path / "out"):
+            assert main(["train", "stage2", "-c", str(recipe), "-o", str(tmp_path / "out"), *flags]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"error: another run writes {tmp_path / 'out'}: process {os.getpid()}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.toml"]
+
+
+def test_two_runs_in_one_bundle(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    with locked(copy / "optimized" / "cpu"):
+        assert main(["optimize", str(copy)]) == 1
+        assert "another run writes" in capsys.readouterr().err
+        words = ["calibrate", str(tiny_bundle), "--images", "examples/pictures", "-o", str(copy), "--force"]
+        assert main(words) == 1
+        assert "another run writes" in capsys.readouterr().err
+    assert sorted(path.name for path in (copy / "optimized").iterdir()) == []

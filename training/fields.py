@@ -81,13 +81,21 @@ def _value(path: str, kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{path} must be a list of strings, not {value!r}")
+        for item in value:
+            _check_characters(path, item)
         return tuple(value)
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise ConfigError(f"{path} must be {names[kind]}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path} must be a finite number, not {value}")
+    _check_characters(path, value)
     return value
+
+
+def _check_characters(path: str, value: object) -> None:
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{path} contains a NUL character: {value!r}", "remove it: no file name contains one")
 
 
 def read_section(path: str, kind: type[Kind], table: Mapping[str, Any]) -> Kind:

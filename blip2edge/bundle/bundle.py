@@ -77,7 +77,7 @@ class Bundle:
         Raises:
             BundleError: Another bundle has its name now.
         """
-        if self._status != _status(self.path):
+        if self._status[:-1] != _status(self.path)[:-1]:  # a new link to bundle.json changes the last time
             raise BundleError(f"{self.path} was replaced by another run while it was read", "run the command again")
 
     def _check(self, *, use_stamps: bool, progress: ProgressCallback | None = None) -> None:
@@ -227,4 +227,5 @@ def _status(directory: Path) -> tuple[int, ...]:
         status = record.stat()
     except (OSError, ValueError, StopIteration):
         return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    # The last: the inode of a removed bundle is used again, and a copy may keep the time of modification.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

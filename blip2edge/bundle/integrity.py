@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.locks import tidy, write_file
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import BundleError, BundleIntegrityError
+from blip2edge.errors import BundleError, BundleIntegrityError, OutputError
 from blip2edge.progress import ProgressCallback
 from blip2edge.reading import read_json
 
@@ -113,7 +115,9 @@ def _stamp_files(directory: Path) -> Iterator[Path]:
 def _read_stamps(directory: Path) -> dict[str, Any]:
     for path in _stamp_files(directory):
         try:
-            return read_json(path, BundleError)
+            values = read_json(path, BundleError)
+            tidy(path)
+            return values
         except BundleError:  # no stamps, or broken ones: every file is hashed
             continue
     return {}
@@ -122,8 +126,8 @@ def _read_stamps(directory: Path) -> dict[str, Any]:
 def _write_stamps(directory: Path, stamps: Mapping[str, Any]) -> None:
     for path in _stamp_files(directory):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(stamps), encoding="utf-8")
+            with suppress(OutputError):  # another process writes them at this moment
+                write_file(path, json.dumps(stamps).encode())
             return
         except OSError:  # read-only: the next place; without any, the files are hashed at every start
             continue

@@ -31,16 +31,15 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.disk_errors import output_error
 from blip2edge.errors import OutputError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
 
 OWNER, NEW, OLD = "owner", "new", "old"
 SUFFIX = ".part"
@@ -124,6 +123,13 @@ def recover(target: Path) -> None:
             return
         finally:
             os.close(descriptor)
+
+
+def tidy(target: Path) -> None:
+    """Removes what a killed run left that had finished ``target`` already, where no later run writes it again."""
+    if part_of(target).is_dir():
+        with contextlib.suppress(OutputError), locked(target):
+            pass
 
 
 def recover_in(directory: Path) -> None:
@@ -285,8 +291,10 @@ def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
         names = set(os.listdir(part)) - set(keep)
         if OLD in names and not os.path.lexists(target):
             names -= {OLD, OWNER}
-        for name in sorted(names, key=lambda name: name == OWNER):
+        for name in names - {OWNER}:
             remove(part / name)
+        if OWNER in names and os.listdir(part) == [OWNER]:  # what could not be removed stays a run's of ours
+            remove(part / OWNER)
 
 
 def _check_ours(part: Path, owner: dict[str, Any]) -> None:

@@ -199,9 +199,10 @@ def takes_videos(bundle: Bundle) -> bool:
 
 def load_captioner(options: argparse.Namespace, bundle: Bundle) -> Captioner:
     """Loads the captioner of an opened bundle, on the backend that the flags name."""
+    from blip2edge.bundle.bundle import load_whole
     from blip2edge.runtime.captioning.captioner import Captioner
 
-    return Captioner(bundle, options.backend, options.threads, options.draft)
+    return load_whole(bundle.path, lambda opened: Captioner(opened, options.backend, options.threads, options.draft))
 
 
 def print_pieces(label: str, pieces: Iterable[str]) -> None:

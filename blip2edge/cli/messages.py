@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
+from typing import Any
 
+from blip2edge.bundle.locks import LeftFilesWarning
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.packages import EXTRAS, install_command
 
@@ -45,6 +48,19 @@ def print_note(line: str) -> None:
     """Prints a line to standard error, and flushes it."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def show_left_files() -> None:
+    """Prints the warnings about files of other runs as notes, without the line of code that Python would add."""
+    show = warnings.showwarning
+
+    def note(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, LeftFilesWarning):
+            print_note(f"warning: {message}")
+        else:
+            show(message, category, *rest, **more)
+
+    warnings.showwarning = note
 
 
 class Failures:

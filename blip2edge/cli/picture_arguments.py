@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from blip2edge import __version__
 from blip2edge.errors import ImageError, UsageError
 from blip2edge.picture_files import PICTURE_SUFFIXES, visible_files
+from blip2edge.special_files import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -109,7 +110,7 @@ def _named(word: str, videos: bool) -> Iterator[PictureArgument]:
     elif word.lower().startswith(WEB):
         yield PictureArgument(word, KeptBytes(partial(download, word)))
     elif _is_pipe(word):
-        yield PictureArgument(word, KeptBytes(Path(word).read_bytes))
+        yield PictureArgument(word, KeptBytes(partial(_read_pipe, word)))
     elif os.path.isdir(word) and not videos:
         yield from _of_folder(word)
     elif not os.path.lexists(word) and glob.has_magic(word):
@@ -122,6 +123,14 @@ def _standard_input() -> bytes:
     if sys.stdin is None:
         raise ImageError("-: standard input is closed", "send the bytes of a picture file to it")
     return sys.stdin.buffer.read()
+
+
+def _read_pipe(word: str) -> bytes:
+    try:
+        with open_file(word) as file:
+            return file.read()
+    except OSError as error:
+        raise ImageError(f"{word}: cannot be read ({error.strerror or error})") from error
 
 
 def _is_pipe(word: str) -> bool:

@@ -12,7 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.locks import tidy
 from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.user_cache import NoHomeError
 from blip2edge.calibration.activations.cache import cache_path, load_observations, save_observations
 from blip2edge.calibration.activations.choose_ranges import choose_ranges
 from blip2edge.calibration.activations.histogram import BINS
@@ -111,13 +113,18 @@ def _detail(activation: QuantizedActivation, observation: Observation) -> dict[s
 def _observations(context: CalibrationContext, model: ir.Model, record: GraphRecord, targets: Targets) -> Observations:
     """Observations of the activations, from the cache or by running the graph."""
     names = list(targets.by_activation())
-    path = cache_path(context.parent, record, context.feeds_sha256)
+    try:
+        path = cache_path(context.parent, record, context.feeds_sha256)
+    except NoHomeError as error:
+        context.warn(f"there is no calibration cache: {error.problem}")
+        return _observe(context, model, record, names)
     try:
         cached = load_observations(path, names)
     except DataError as error:
         context.warn(f"the calibration cache is not used and is written again: {error.problem}")
         cached = None
     if cached is not None:
+        tidy(path)
         return cached
     observations = _observe(context, model, record, names)
     try:

@@ -16,7 +16,7 @@ import pytest
 
 from blip2edge.bundle import locks
 from blip2edge.bundle.disk_errors import error_number, output_error
-from blip2edge.bundle.locks import BusyError, LeftFilesWarning, check_free, locked, part_of, recover, write_file
+from blip2edge.bundle.locks import BusyError, LeftFilesWarning, check_free, locked, part_of, recover, tidy, write_file
 from blip2edge.errors import OutputError
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the other run is forked")
@@ -56,7 +56,7 @@ def test_a_second_run_is_refused_with_what_to_do(tmp_path: Path) -> None:
             locked(out),
         ):
             pytest.fail("it began")
-        assert f"kill {os.getpid()}" in raised.value.fix
+        assert f"kill {os.getpid()}" in str(raised.value.fix)
         with pytest.raises(BusyError):
             check_free(out)
         assert sorted(os.listdir(part)) == ["new", "owner"]
@@ -76,6 +76,32 @@ def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
         assert again == part
         assert os.listdir(part) == ["owner"]
         assert json.loads((part / "owner").read_text())["pid"] == os.getpid()
+    assert os.listdir(tmp_path) == []
+
+
+@needs_fork
+def test_what_is_left_of_a_finished_file_is_removed_by_its_reader(tmp_path: Path) -> None:
+    file = tmp_path / "cache.npz"
+    file.write_bytes(b"complete")
+    left = killed_run(file)
+    with locked(tmp_path / "other"):
+        tidy(tmp_path / "other")  # of a living run
+        assert part_of(tmp_path / "other").is_dir()
+    tidy(file)
+    assert not left.exists()
+    assert file.read_bytes() == b"complete"
+
+
+def test_what_cannot_be_removed_now_is_removed_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    real = locks.remove
+    with locked(out) as part:
+        (part / "new").mkdir()
+        monkeypatch.setattr(locks, "remove", lambda path: None)  # as without a free descriptor
+    monkeypatch.setattr(locks, "remove", real)
+    assert sorted(os.listdir(part)) == ["new", "owner"]
+    with locked(out):
+        assert os.listdir(part) == ["owner"]
     assert os.listdir(tmp_path) == []
 
 

@@ -158,14 +158,14 @@ def test_a_broken_stamp_means_hashing(stamp: str, bundle: Path, hashed: list[str
 
 def no_writing_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a read-only file system, for root too."""
-    inner = Path.write_text
+    inner = Path.mkdir
 
-    def refuse(self: Path, *rest: Any, **more: Any) -> int:
+    def refuse(self: Path, *rest: Any, **more: Any) -> None:
         if self.is_relative_to(directory):
             raise PermissionError(13, "Permission denied", str(self))
-        return inner(self, *rest, **more)
+        inner(self, *rest, **more)
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)  # files are written in a temporary directory, and renamed
 
 
 def test_a_read_only_bundle_is_stamped_in_the_cache(

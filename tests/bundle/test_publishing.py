@@ -181,7 +181,7 @@ def kill_in(out: Path, call: str, *, in_one_step: bool) -> int:
         try:
             setattr(publishing, call, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
             if not in_one_step:
-                publishing._renameat2 = lambda *arguments: False  # type: ignore[assignment]
+                publishing._renameat2 = lambda *arguments: False
             with staged(out, force=True) as staging:
                 holding(staging, "new")
         finally:

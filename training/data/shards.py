@@ -19,7 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from blip2edge.errors import DataError, ImageError, OutputError
+from blip2edge.bundle.disk_errors import output_error
+from blip2edge.errors import DataError, ImageError
 from blip2edge.picture_files import SHARD_SUFFIX, BrokenShardError, ShardFile, open_shard
 from blip2edge.reading import parse_json, reading
 from blip2edge.runtime.images.preprocess import load_image
@@ -221,9 +222,7 @@ class ShardWriter:
             self._write(f"{key}.txt", "".join(f"{caption}\n" for caption in captions).encode())
             self._write(f"{key}.json", json.dumps(fields, sort_keys=True).encode())
         except OSError as error:
-            raise OutputError(
-                f"cannot write shards to {self.directory}: {error.strerror or error}", "free some space there"
-            ) from error
+            raise output_error(self.directory, error) from error
         self._count += 1
 
     def _next(self) -> None:

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from blip2edge.bundle.disk_errors import output_error
 from blip2edge.bundle.fields import listed, text
 from blip2edge.errors import DataError, OutputError
 from blip2edge.reading import DATA_BYTES, parse_json, read_text, reading
@@ -119,7 +120,7 @@ class FeatureCache:
             index.flush()
         except OSError as error:
             raise OutputError(
-                f"cannot write features to {self._directory}: {error.strerror or error}",
+                output_error(self._directory, error).problem,
                 "free some space and run the command again, or set cache_features to false",
             ) from error
         for name in fresh:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.disk_errors import output_error
 from blip2edge.errors import ConfigError, DataError, OutputError
 from blip2edge.reading import parse_json, read_text, reading
 
@@ -75,7 +76,7 @@ class Journal:
             fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             os.replace(fresh, self._path)
         except OSError as error:
-            raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
+            raise output_error(self._path, error) from error
 
     def begin(self) -> None:
         """Starts the clock of a phase, for the ``seconds`` in its log lines."""
@@ -129,7 +130,7 @@ class Journal:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise OutputError(
-                    f"cannot write {self._path}: {error.strerror or error}",
+                    output_error(self._path, error).problem,
                     "free some space and run the command again: it resumes from the last snapshot",
                 ) from error
         if self._board is not None:

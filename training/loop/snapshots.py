@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from blip2edge.bundle.disk_errors import output_error
 from blip2edge.errors import DataError, OutputError, option
 from blip2edge.reading import read_json, reading
 
@@ -92,12 +94,12 @@ class Snapshots:
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)
             raise OutputError(
-                f"cannot write a snapshot to {self.directory}: {error.strerror or error}",
+                output_error(self.directory, error).problem,
                 "free some space and run the command again: it resumes from the previous snapshot",
             ) from error
         for path in self._whole():
             if path != target:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
         self.remove_incomplete()
 
     def remove_incomplete(self) -> None:
@@ -107,10 +109,20 @@ class Snapshots:
 
     def clear(self) -> None:
         """Removes all snapshots, and the log in the same directory."""
+        for path in self._whole():
+            _remove(path)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _whole(self) -> list[Path]:
         return sorted(self.directory.glob(f"{_PREFIX}*"))
+
+
+def _remove(path: Path) -> None:
+    """Removes a snapshot; a run that is killed meanwhile leaves one that counts as incomplete."""
+    hidden = path.with_name(f".{path.name}-removed")
+    with suppress(OSError):
+        path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _write(path: Path, content: bytes) -> None:

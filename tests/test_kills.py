@@ -1,0 +1,32 @@
+"""A sample of the kills of ``make faults``: what a killed run leaves is old or new, and the next run cleans up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+
+KILLS = 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed runs are forked")
+def test_a_sample_of_kills(tmp_path: Path) -> None:
+    result = tmp_path / "faults.json"
+    words = ["--kills", str(KILLS), "--commands", "capfilt", "--json", str(result)]
+    command = [sys.executable, "-m", "tests.faults", *words]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tallies = [tally for ways in json.loads(result.read_text())["tallies"].values() for tally in ways.values()]
+    assert sum(tally["held"] for tally in tallies) == KILLS
+    assert sum(tally["kills"] - tally["too_late"] for tally in tallies) >= KILLS // 3
+    assert os.listdir(tmp_path) == ["faults.json"]
