@@ -14,6 +14,7 @@ from blip2edge.cli.flag_groups import (
     add_generation,
     add_stream_or_json,
     given_generation,
+    print_unsigned,
 )
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, PictureArgument, find_pictures
@@ -188,7 +189,7 @@ def open_bundle(options: argparse.Namespace) -> Bundle:
     """Opens the bundle that the flags name."""
     from blip2edge.bundle.bundle import Bundle
 
-    return Bundle.open(options.bundle)
+    return Bundle.open(options.bundle, require_signature=options.require_signature)
 
 
 def takes_videos(bundle: Bundle) -> bool:
@@ -201,7 +202,9 @@ def load_captioner(options: argparse.Namespace, bundle: Bundle) -> Captioner:
     """Loads the captioner of an opened bundle, on the backend that the flags name."""
     from blip2edge.runtime.captioning.captioner import Captioner
 
-    return Captioner(bundle, options.backend, options.threads, options.draft)
+    captioner = Captioner(bundle, options.backend, options.threads, options.draft)
+    print_unsigned(bundle)
+    return captioner
 
 
 def print_pieces(label: str, pieces: Iterable[str]) -> None:

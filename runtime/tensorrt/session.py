@@ -204,6 +204,7 @@ class Device:
         if self._compiled is not None and self._kernels is not None:
             content = self._compiled.serialize()
             with suppress(OSError):  # the bundle may be read-only; the kernels are compiled again then
+                self._kernels.parent.mkdir(parents=True, exist_ok=True)
                 self._kernels.write_bytes(memoryview(content))
 
 
