@@ -94,14 +94,13 @@ class Bundle:
         """
         if self.signature is None:
             return True
-        if directory.is_relative_to(self.path):
+        if directory.is_relative_to(self.path) and directory == directory.resolve():  # it is no link
             name = (directory / record).relative_to(self.path).as_posix()
             sha256, _ = self.checked.hash(directory / record)
             if self.signature.files.get(name) == sha256:
                 return True
-            shown = directory.relative_to(self.path).as_posix()
-        else:
-            shown = str(directory)
+        inside = directory.is_relative_to(self.path)
+        shown = directory.relative_to(self.path).as_posix() if inside else str(directory)
         if shown not in self.unsigned:
             self.unsigned.append(shown)
         return False

@@ -107,12 +107,15 @@ def verify_bundle(
             f"{signed.path} does not list {', '.join(opened.unsigned)} of {opened.path}",
             "remove what is not yours, or sign the bundle again",
         )
-    for done, (name, sha256) in enumerate(signed.files.items()):
+    files = {name: sha256 for name, sha256 in signed.files.items() if Path(name).name != STAMPS}
+    for done, (name, sha256) in enumerate(files.items()):
         if progress is not None:
-            progress(name, done, len(signed.files))
+            progress(name, done, len(files))
         _check_signed(opened, signed, name, sha256)
+    if progress is not None:
+        progress("verified", len(files), len(files))
     opened.checked.check_unchanged()
-    return SigningReport(signed.path, signed.files)
+    return SigningReport(signed.path, files)
 
 
 def _check_signed(bundle: Bundle, signature: Signature, name: str, sha256: str) -> None:
