@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="graphs are written with onnx")
+pytest.importorskip("onnx", reason="graphs are written with onnx")
+
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from blip2edge.bundle.external_data import external_locations
@@ -121,7 +123,7 @@ def test_external_data_must_be_listed(location: str, tmp_path: Path) -> None:
     (tmp_path / "w.data").write_bytes(b"x" * 8)
     listed = check_graph(tmp_path, "w.data")
     CheckedFiles().check(listed)
-    with pytest.raises(BundleIntegrityError, match="external data .* is not listed in bundle.json"):
+    with pytest.raises(BundleIntegrityError, match=r"external data .* is not listed in bundle\.json"):
         CheckedFiles().check(check_graph(tmp_path, location))
 
 
@@ -132,16 +134,9 @@ def check_graph(folder: Path, location: str) -> Listing:
     return Listing(folder, files, "bundle.json", "copy it again")
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [("../x", Path.touch), ("..", None), ("", None), ("a\0b", None), ("a\\b", None), ("fifo", None)],
-)
-def test_listed_names_are_those_of_regular_files(
-    name: str, make: Callable[[Path], None] | None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["../x", "..", "", "a\0b", "a\\b", "fifo"])
+def test_listed_names_are_those_of_regular_files(name: str, tmp_path: Path) -> None:
     if name == "fifo":
-        import os
-
         os.mkfifo(tmp_path / name)
     with pytest.raises(BundleIntegrityError, match=r"which is not the name of a file|regular file"):
         CheckedFiles().check(Listing(tmp_path, {name: FileRecord("0" * 64, 0)}, "bundle.json", "copy it again"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +230,10 @@ def test_a_forged_copy_is_found_by_the_signature(signed: Path, keys: Key, capsys
     words = ["caption", "examples/pictures/scene-1.png", "-b", str(signed), "--backend", "cpu"]
     assert main([*words, "--require-signature", str(keys[1])]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "signature" in line]
-    assert lines == [
-        "note: not used, because the signature does not list it: optimized/cpu; sign the bundle again: "
-        f"blip2edge sign {signed} --key KEY"
-    ]
+    note = (
+        "note: not used, because the signature does not list it: optimized/cpu; sign the bundle again: blip2edge sign"
+    )
+    assert lines == [f"{note} {signed} --key KEY"]
 
 
 def test_copies_made_after_signing_are_used_after_signing_again(tiny_bundle: Path, keys: Key, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_a_linked_folder_is_not_used(signed: Path, keys: Key, tmp_path: Path) ->
 
 
 @pytest.fixture
-def at_opening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Path], None]], None]]:
+def at_opening(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
     """Does something just before ONNX Runtime opens a graph."""
 
     def install(change: Callable[[Path], None]) -> None:
@@ -379,7 +379,7 @@ def at_opening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[
 
         monkeypatch.setattr(onnxruntime_cpu, "open_graph", opened)
 
-    yield install
+    return install
 
 
 def swapped_and_back(path: Path) -> None:
