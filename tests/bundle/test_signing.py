@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ pytest.importorskip("model_signing", reason="pip install 'blip2edge[sign]'", exc
 
 import model_signing
 import onnx
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from blip2edge import Bundle, BundleError, BundleIntegrityError, BundleSignatureError, Captioner, UsageError
@@ -128,6 +130,38 @@ def test_signatures_of_others_are_read(curve: ec.EllipticCurve, optimized: Path,
     signer.sign(bundle, tmp_path / "bundle.sig")  # beside the bundle
     assert caption(bundle, public) == caption(bundle)
     assert verify_bundle(bundle, public).files[MANIFEST] == Bundle.open(bundle).sha256
+
+
+def test_a_signature_of_a_certificate(optimized: Path, tmp_path: Path) -> None:
+    """Signed by a tool of others with a certificate; verified with that of the authority."""
+    day = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+    def certificate(name: str, issuer: str, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey) -> bytes:
+        subject, of = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, one)]) for one in (name, issuer))
+        one = x509.CertificateBuilder().subject_name(subject).issuer_name(of).public_key(key.public_key())
+        one = (
+            one.serial_number(x509.random_serial_number()).not_valid_before(day).not_valid_after(day.replace(year=2036))
+        )
+        authority = name == issuer
+        one = one.add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        usage = x509.KeyUsage(not authority, False, False, False, False, authority, False, False, False)
+        return one.add_extension(usage, critical=True).sign(by, hashes.SHA256()).public_bytes(pem)
+
+    pem = serialization.Encoding.PEM
+    authority, signer, stranger = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
+    for name, content in (
+        ("authority.pem", certificate("authority", "authority", authority, authority)),
+        ("signer.pem", certificate("signer", "authority", signer, authority)),
+        ("stranger.pem", certificate("authority", "authority", stranger, stranger)),
+        ("key.pem", signer.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())),
+    ):
+        (tmp_path / name).write_bytes(content)
+    files = {"private_key": tmp_path / "key.pem", "signing_certificate": tmp_path / "signer.pem"}
+    config = model_signing.signing.Config().use_certificate_signer(**files, certificate_chain=[tmp_path / "authority.pem"])
+    config.sign(optimized, tmp_path / "x.sig")
+    assert verify_bundle(optimized, tmp_path / "authority.pem", signature=tmp_path / "x.sig").files
+    with pytest.raises(BundleSignatureError, match=r"not a signature of the key .*stranger\.pem"):
+        verify_bundle(optimized, tmp_path / "stranger.pem", signature=tmp_path / "x.sig")
 
 
 def test_hashes_of_another_kind_are_refused(optimized: Path, keys: Key, tmp_path: Path) -> None:
