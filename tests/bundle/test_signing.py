@@ -157,7 +157,9 @@ def test_a_signature_of_a_certificate(optimized: Path, tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
     files = {"private_key": tmp_path / "key.pem", "signing_certificate": tmp_path / "signer.pem"}
-    config = model_signing.signing.Config().use_certificate_signer(**files, certificate_chain=[tmp_path / "authority.pem"])
+    config = model_signing.signing.Config().use_certificate_signer(
+        **files, certificate_chain=[tmp_path / "authority.pem"]
+    )
     config.sign(optimized, tmp_path / "x.sig")
     assert verify_bundle(optimized, tmp_path / "authority.pem", signature=tmp_path / "x.sig").files
     with pytest.raises(BundleSignatureError, match=r"not a signature of the key .*stranger\.pem"):
