@@ -5,14 +5,17 @@ Only the headers of a shard are read to list its files. A picture is read later,
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
-from blip2edge.errors import ImageError
+from blip2edge.errors import DataError, ImageError
+from blip2edge.reading import reading
 
 PICTURE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -20,6 +23,20 @@ PICTURE_SUFFIXES = frozenset(
 """Suffixes of picture files in a folder or a shard, in lower case."""
 
 SHARD_SUFFIX = ".tar"
+SHARD_FIX = "copy the shard again"
+
+MAX_FILE_BYTES = 1 << 30
+"""Largest file of a shard that is read."""
+
+MAX_LONG_HEADER = 1 << 20  # bytes of a long name or of PAX records, which tarfile reads into memory
+_LONG_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+_FORM = "an uncompressed tar file"
 
 
 def printable(name: str) -> str:
@@ -49,12 +66,14 @@ class ShardFile:
         name: Name of the file in the shard.
         offset: Position of its first byte in the shard.
         size: Length in bytes.
+        sparse: Whether it is a sparse file, whose bytes are not one piece of the shard. It is not read.
     """
 
     shard: Path
     name: str
     offset: int
     size: int
+    sparse: bool = False
 
     @property
     def suffix(self) -> str:
@@ -70,20 +89,37 @@ class ShardFile:
         """Reads the content of the file.
 
         Raises:
-            ImageError: The shard cannot be read, or is truncated.
+            ImageError: The shard cannot be read, is truncated, or has a sparse file here.
         """
-        try:
-            with open(self.shard, "rb") as file:
-                file.seek(self.offset)
-                content = file.read(self.size)
-        except OSError as error:
-            raise ImageError(f"{self.shard}: cannot be opened ({error.strerror or error})") from error
-        if len(content) != self.size:
-            raise ImageError(
-                f"{self.shard}: {self.name} is cut off: expected {self.size} bytes, got {len(content)}",
-                "copy the shard again",
-            )
-        return content
+        with reading(self.shard, "a shard", ImageError, SHARD_FIX), open(self.shard, "rb") as file:
+            return self.read_from(file)
+
+    def read_from(self, file: BinaryIO) -> bytes:
+        """Reads the content of the file from the opened shard; raises ImageError as :meth:`read`."""
+        where = f"{self.shard}: {printable(self.name)}"
+        if self.sparse:
+            raise ImageError(f"{where} is a sparse file, which is not read", "pack the files again without sparse ones")
+        rest = max(0, os.fstat(file.fileno()).st_size - self.offset)
+        if self.size > rest:
+            raise ImageError(f"{where} is cut off: expected {self.size} bytes, got {rest}", SHARD_FIX)
+        if self.size > MAX_FILE_BYTES:
+            raise ImageError(f"{where}: expected at most {MAX_FILE_BYTES} bytes, got {self.size}")
+        file.seek(self.offset)
+        return file.read(self.size)
+
+
+class BrokenShardError(DataError):
+    """A shard is no tar file, or is damaged: the files before the damage were listed."""
+
+
+class _Member(tarfile.TarInfo):
+    """A header of a tar file, with limits on what tarfile does not check."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        long = self.type in _LONG_HEADERS and self.size > MAX_LONG_HEADER
+        if self.size < 0 or long:
+            raise tarfile.ReadError(f"a header gives a size of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]  # tarfile's own hook, not in its types
 
 
 @contextmanager
@@ -98,20 +134,42 @@ def open_shard(path: Path) -> Iterator[Iterator[tuple[ShardFile, Callable[[], by
         Later, use `ShardFile.read`.
 
     Raises:
-        tarfile.TarError: The file is not an uncompressed tar file, or is truncated.
-        OSError: The file cannot be opened.
+        DataError: The file cannot be opened.
+        BrokenShardError: The file is not an uncompressed tar file, or is truncated; raised by the iterator too.
     """
-    with tarfile.open(path, "r:") as archive:
-        yield (
-            (
-                ShardFile(path, member.name, member.offset_data, member.size),
-                partial(_content, archive, member),
-            )
-            for member in archive
-            if member.isfile()
-        )
+    with ExitStack() as stack:
+        with reading(path, _FORM, DataError, SHARD_FIX):
+            file = stack.enter_context(open(path, "rb"))
+        with reading(path, _FORM, BrokenShardError, SHARD_FIX):
+            archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:", tarinfo=_Member))
+        yield _files(path, archive, file)
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    return b"" if file is None else file.read()
+def _files(path: Path, archive: tarfile.TarFile, file: BinaryIO) -> Iterator[tuple[ShardFile, Callable[[], bytes]]]:
+    last = -1
+    while True:
+        with reading(path, _FORM, BrokenShardError, SHARD_FIX):
+            member = _next(archive, file, last)
+        if member is None:
+            return
+        last = member.offset
+        if member.isfile():
+            stored = ShardFile(path, member.name, member.offset_data, member.size, member.issparse())
+            yield stored, partial(stored.read_from, file)
+
+
+def _next(archive: tarfile.TarFile, file: BinaryIO, last: int) -> tarfile.TarInfo | None:
+    """The next member, or None at the end; ``last`` is the position of the last member's header.
+
+    Raises:
+        tarfile.ReadError: A header is damaged, where tarfile ends without an error, or leads back.
+    """
+    member = archive.next()
+    archive.members.clear()  # tarfile keeps every header
+    if member is None:
+        file.seek(archive.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"the header at byte {archive.offset} is damaged")
+    elif member.size < 0 or member.offset <= last:
+        raise tarfile.ReadError(f"a header gives a size of {member.size} bytes")
+    return member

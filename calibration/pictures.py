@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from blip2edge.errors import DataError, ImageError, option
-from blip2edge.picture_files import PICTURE_SUFFIXES, SHARD_SUFFIX, ShardFile, open_shard, printable, visible_files
+from blip2edge.picture_files import (
+    MAX_FILE_BYTES,
+    PICTURE_SUFFIXES,
+    SHARD_SUFFIX,
+    ShardFile,
+    open_shard,
+    printable,
+    visible_files,
+)
 from blip2edge.progress import counted
+from blip2edge.reading import MANIFEST_BYTES, read_bytes, reading
 from blip2edge.runtime.images.preprocess import load_image
 
 ADVISED = 100
@@ -47,7 +55,8 @@ class CalibrationPicture:
         beside = self.path.with_suffix(".txt")
         if self.member or not beside.is_file():
             return []
-        lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+        with reading(beside, "captions", DataError):
+            lines = read_bytes(beside, MANIFEST_BYTES).decode("utf-8", "replace").splitlines()
         return [line.strip() for line in lines if line.strip()]
 
     def read(self) -> bytes:
@@ -56,7 +65,10 @@ class CalibrationPicture:
         Raises:
             ImageError: The shard cannot be read, or is truncated.
         """
-        return self.path.read_bytes() if self.stored is None else self.stored.read()
+        if self.stored is not None:
+            return self.stored.read()
+        with reading(self.path, "a picture", ImageError):
+            return read_bytes(self.path, MAX_FILE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -144,11 +156,6 @@ def _search(root: Path) -> Iterator[CalibrationPicture]:
 
 def _shard(path: Path) -> Sequence[CalibrationPicture]:
     """The pictures of a shard, by name."""
-    try:
-        with open_shard(path) as files:
-            pictures = [CalibrationPicture(path, file) for file, _ in files if file.is_picture]
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read as an uncompressed tar file ({error})", "copy the shard again"
-        ) from error
+    with open_shard(path) as files:
+        pictures = [CalibrationPicture(path, file) for file, _ in files if file.is_picture]
     return sorted(pictures, key=lambda picture: picture.member)

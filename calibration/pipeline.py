@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
-from blip2edge.bundle.publishing import check_not_source, staged
+from blip2edge.bundle.publishing import check_not_source, scratch, staged
 from blip2edge.bundle.schema import BRIDGE, VISION
 from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
 from blip2edge.calibration.activations.quantize import quantize_activations
@@ -51,6 +48,7 @@ from blip2edge.calibration.search.drop_limit import (
 from blip2edge.calibration.weights.quantize import quantize_weights
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.errors import BackendError, BundleError, UsageError, option
+from blip2edge.graph_files import load_graph
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
@@ -124,14 +122,12 @@ def calibrate(
     with MemoryMeter() as meter, staged(target, force) as staging:
         pictures = choose_pictures(images, count, partial(report, "read the pictures"))
         warnings = _warnings(pictures)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            feeds = Feeds(Path(folder) / "feeds")
-            context = CalibrationContext(
-                parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256
-            )
-            limit = None if drop_limit is None else DropLimit(drop_limit, cider)
-            title = target.resolve().name
-            graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
+        feeds = Feeds(scratch(staging, "feeds"))
+        context = CalibrationContext(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
+        limit = None if drop_limit is None else DropLimit(drop_limit, cider)
+        title = target.resolve().name
+        graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
+        parent.check_unchanged()
     summaries = {name: graph.summary for name, graph in graphs.items()}
     warnings += _difference_warnings(summaries, agreement, limited=drop_limit is not None)
     seconds = time.perf_counter() - start
@@ -240,7 +236,7 @@ def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any
     name = record.spec.name
     if not context.feeds.count(name):
         return None
-    model = ir.load(context.parent.file(record.spec.file))
+    model = load_graph(context.parent.file(record.spec.file))
     progress = partial(context.progress, f"{name}: headroom")
     return headroom_json(
         measure_headroom(model, record, context.feeds, context.parent.path, threads=context.threads, progress=progress)

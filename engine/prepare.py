@@ -24,6 +24,7 @@ from blip2edge.engine.decoder.step_graph import StepSource, step_graph
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.profiles import PROMPT, with_rows
 from blip2edge.engine.support import check_graph, refuse
+from blip2edge.graph_files import load_graph
 from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE, STEP
 
 DEFAULT_CAPACITY = 256
@@ -64,7 +65,7 @@ class EnginePlan:
         """Loads the graph and adapts it for TensorRT; its weights stay on disk."""
         if self.step is not None:
             return step_graph(self.step)
-        model = ir.load(self.path)
+        model = load_graph(self.path)
         if self.cache is not None and self.form in FORMS:
             FORMS[self.form].rewrite(model, self.cache, self.spec.axes()[CAPACITY].max, self.path.name)
         adapt(model)

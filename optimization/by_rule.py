@@ -17,6 +17,7 @@ import onnx_ir as ir
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import DECODER, VISION
 from blip2edge.errors import BackendError
+from blip2edge.graph_files import load_graph
 from blip2edge.optimization import probe
 from blip2edge.optimization.checks import TOLERANCE, CopyTask, agreement, fault_of, probe_session
 from blip2edge.optimization.graph import prepare
@@ -49,7 +50,7 @@ def ruled(task: CopyTask, name: str) -> Copy | str:
     exact = _exact(task, name, parent, portable)
     fault = "no recipe applies to this graph"
     for number, recipe in enumerate(CUDA_DECODERS if name == DECODER else CUDA):
-        model = ir.load(parent)
+        model = load_graph(parent)
         passes = apply_recipe(model, recipe, task.context)
         if passes is None:
             continue
@@ -79,7 +80,7 @@ def ruled(task: CopyTask, name: str) -> Copy | str:
 
 def _exact(task: CopyTask, name: str, parent: Path, portable: probe.ProbeResult) -> probe.ProbeResult | None:
     """Computes the portable graph's outputs in FP32, without rounded activations; None if the graph is too large."""
-    model = ir.load(parent)
+    model = load_graph(parent)
     prepare(model)
     changed = bool(widen(model))
     size = sum(task.bundle.manifest.files[data].size for data in task.bundle.graph(name).data_files)

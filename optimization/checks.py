@@ -12,6 +12,7 @@ import onnx_ir as ir
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
+from blip2edge.graph_files import load_graph
 from blip2edge.optimization import probe
 from blip2edge.optimization.graph import prepare
 from blip2edge.optimization.passes.integers import without_rounding
@@ -113,7 +114,7 @@ def references(task: CopyTask, name: str) -> tuple[probe.ProbeResult, probe.Prob
     """Runs the portable graph, and the same graph without rounding its activations (if it rounds any)."""
     parent, _ = task.parent(name)
     portable = run_graph(task, name, parent)
-    model = ir.load(parent)
+    model = load_graph(parent)
     prepare(model)
     if not without_rounding(model):
         return portable, portable

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION, GraphSpec
+from blip2edge.graph_files import load_graph
 from blip2edge.optimization.graph import dims, producer
 from blip2edge.runtime.bench.roofline import StageCost
 
@@ -29,7 +30,7 @@ def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int
     known = {name: axis.min for name, axis in spec.axes().items()} | dict(sizes) | {"asked": asked}
     total = StageCost(0.0, 0.0, 0.0)
     read: set[str] = set()
-    for node in ir.load(path).graph:
+    for node in load_graph(path).graph:
         if node.op_type in PRODUCTS:
             total += _product(node, known, read)
         elif node.op_type == "Conv":

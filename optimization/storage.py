@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import onnxruntime
 
 from blip2edge.bundle.integrity import FileRecord
 from blip2edge.errors import BackendError, one_line
+from blip2edge.graph_files import load_graph
 from blip2edge.runtime.backends.onnxruntime_cpu import PROVIDERS, SLOW_FUSIONS
 
 SMALLEST = 1024  # bytes of an initializer that goes to the data file
@@ -72,7 +72,7 @@ def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: s
     """
     model = ir.load(optimized)
     if within is not None:
-        _share(model, ir.load(parent), parent.parent)
+        _share(model, load_graph(parent), parent.parent)
     own = [value for value in model.graph.initializers.values() if _is_own(value, parent.parent)]
     files: dict[str, FileRecord] = {}
     if own:
@@ -126,8 +126,3 @@ def _same(one: ir.Value, other: ir.Value) -> bool:
     if first is None or second is None or first.dtype != second.dtype or first.shape != second.shape:
         return False
     return np.array_equal(np.asarray(first.numpy()), np.asarray(second.numpy()))
-
-
-def scratch_directory(beside: Path) -> tempfile.TemporaryDirectory[str]:
-    """Makes a temporary directory inside ``beside``, so that it is on the file system of the copy."""
-    return tempfile.TemporaryDirectory(prefix=".trying.", dir=beside)

@@ -183,7 +183,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown tensor": (lambda path: rewrite_tensors(path, unknown), "adapter.weight"),
     "misshapen tensor": (lambda path: rewrite_tensors(path, misshapen), f"{FC1} has shape [63, 32]"),
     "unsupported type": (of_type, "supported: "),
-    "truncated": (truncated, "is not a whole safetensors file"),
+    "truncated": (truncated, "cannot be read as a whole safetensors file"),
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "has no tokenizer.json"),
 }
 

@@ -15,9 +15,12 @@ from typing import Annotated, Any
 
 import tomllib
 
-from blip2edge.errors import ConfigError
+from blip2edge.errors import ConfigError, one_line
+from blip2edge.reading import parse_json, read_text, reading
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, at_least, one_of, read_section
+
+VALIDATION_METRICS = ("exact_match", "cider_d", "bleu_4", "rouge_l", "vqa_accuracy")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class OptimizerConfig(RecipeSection):
     batch_size: Annotated[int, POSITIVE] = 32
     """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
     accumulate: Annotated[int, POSITIVE] = 1
-    """Forward passes whose gradients are accumulated for one step."""
+    """Forward passes whose gradients are accumulated for one step. In stage 1, negatives come from one pass alone."""
     learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 1e-5
@@ -110,6 +113,21 @@ class Stage2Phase(OptimizerConfig):
     text head is not trained."""
     unfreeze_language: bool = False
     """Train the language model too, as a baseline."""
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
+    """Rank of the low-rank matrices (LoRA) that are trained in the frozen language model and then added to its weights;
+    0: none. Needs the package peft."""
+    lora_alpha: Annotated[float, POSITIVE] = 16.0
+    """Scale of LoRA's product, divided by the rank."""
+    lora_targets: Annotated[str, one_of("attention", "all")] = "attention"
+    """Linear layers that get LoRA: those of the attentions, or "all", those of the feed-forward layers too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and self.unfreeze_language:
+            raise ConfigError(
+                f"[{self.section}] lora_rank is above 0 and unfreeze_language is true",
+                "set one of them: LoRA trains a frozen language model",
+            )
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,12 @@ class LoopConfig(RecipeSection):
 
     autocast: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
     """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with loss scaling)."""
+    frozen_dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
+    """Type in which the frozen picture encoder and the frozen language model are held and computed. The checkpoint
+    holds their rounded weights, because the bridge was trained with them."""
+    recompute_activations: bool = False
+    """Save memory (activation checkpointing): the backward pass runs each layer of the language model again, instead of
+    keeping what the forward pass computed. Losses and gradients stay the same."""
     snapshot_every: Annotated[int, POSITIVE] = 500
     """Steps between two snapshots. An interrupted run resumes from the newest."""
     log_every: Annotated[int, NOT_NEGATIVE] = 0
@@ -135,6 +159,31 @@ class LoopConfig(RecipeSection):
     """Threads that open the pictures of the next batch during the current step; 0: none."""
     tensorboard: bool = False
     """Also write event files of TensorBoard; needs the package tensorboard."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig(DataConfig):
+    """Validation while `stage2` or `instruct` trains: captions of held-out pictures are scored.
+
+    The keys of `[data]` name the pictures. With `kind = "scenes"` they are scenes with pairs of objects that training
+    never shows.
+    """
+
+    every: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between two validations; the last step is validated too. 0: no validation."""
+    pictures: Annotated[int, at_least(2)] = 200
+    """Largest number of pictures, taken from the beginning of the data."""
+    metric: Annotated[str, one_of("", *VALIDATION_METRICS)] = ""
+    """The score that decides which weights are best: "exact_match" (scenes), "cider_d", "bleu_4", "rouge_l" (captions)
+    or "vqa_accuracy" (questions). Empty: exact_match, cider_d or vqa_accuracy, by the data."""
+    keep_best: bool = True
+    """Whether the phase ends with the weights of its best validation, instead of those of its last step."""
+    patience: Annotated[int, NOT_NEGATIVE] = 0
+    """Stop the phase after this many validations in a row without a better score; 0: never."""
+    batch_size: Annotated[int, POSITIVE] = 16
+    """Pictures that are captioned together."""
+    max_new_tokens: Annotated[int, POSITIVE] = 30
+    """Longest generated text in tokens."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +277,7 @@ class TrainingConfig(RecipeSection):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     vision: VisionPhase = field(default_factory=VisionPhase)
     language: LanguagePhase = field(default_factory=LanguagePhase)
     stage1: Stage1Phase = field(default_factory=Stage1Phase)
@@ -238,6 +288,12 @@ class TrainingConfig(RecipeSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bridge == "flamingo" and self.loop.frozen_dtype != "float32":
+            raise ConfigError(
+                f"[loop] frozen_dtype = {self.loop.frozen_dtype!r} does not work with bridge = 'flamingo', which trains"
+                " layers inside the language model",
+                "leave frozen_dtype out; autocast = 'bfloat16' saves time, and recompute_activations saves memory",
+            )
         if self.model.is_miniature and self.data.kind != "scenes":
             raise ConfigError(
                 "[model] names no trained parts, so the recipe trains the miniature model, which supports the data kind"
@@ -259,10 +315,12 @@ def parse_config(text: str, *, is_json: bool = False) -> TrainingConfig:
     Raises:
         ConfigError: The text cannot be parsed, a key is unknown, or a value has the wrong type or range.
     """
-    try:
-        table = json.loads(text) if is_json else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"expected {'JSON' if is_json else 'TOML'}: {error}") from error
+
+    def told(error: Exception) -> ConfigError:
+        return ConfigError(f"expected {'JSON' if is_json else 'TOML'}: {one_line(error)}")
+
+    with reading("the recipe", "a recipe", ConfigError, explain=told):
+        table = parse_json(text, strict=True) if is_json else tomllib.loads(text)
     if not isinstance(table, dict):
         raise ConfigError(f"expected a JSON object, not {type(table).__name__}")
     return read_section("", TrainingConfig, table)
@@ -280,10 +338,7 @@ def load_config(path: str | Path) -> TrainingConfig:
     Raises:
         ConfigError: The file cannot be read, or its contents are wrong (see `parse_config`); the error names the file.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    text = read_text(Path(path), ConfigError)
     try:
         return parse_config(text, is_json=Path(path).suffix == ".json")
     except ConfigError as error:

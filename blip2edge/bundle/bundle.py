@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 from blip2edge.bundle.integrity import CheckedFiles, Listing
+from blip2edge.bundle.locks import recover, recover_in
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
+from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.signature import Signature, find_signature, read_signature, unsigned_paths
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import Blip2EdgeError, BundleError, OutputError, UsageError, option
 from blip2edge.progress import ProgressCallback
+from blip2edge.reading import reading
+
+RECORDS = (MANIFEST, *DERIVED.values())
+MOST_REPLACED = 8
+"""Attempts to load a bundle that other runs replace meanwhile."""
+
+Loaded = TypeVar("Loaded")
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """Something that holds files or memory until it is closed."""
+
+    def close(self) -> None:
+        """Releases the files and the memory."""
 
 
 class Bundle:
@@ -32,6 +51,7 @@ class Bundle:
         self.signature = signature
         self.checked = CheckedFiles(strict=signature is not None)
         self.unsigned: list[str] = []
+        self._status = _status(path)
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, {self.manifest.family}, {self.manifest.precision})"
@@ -59,25 +79,21 @@ class Bundle:
             MissingPackageError: A signature is required, and the package ``model-signing`` is not installed.
             UsageError: ``path`` is not a str or a path object, or ``require_signature`` is not a public key.
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise UsageError(
-                f"expected {option('bundle')} to be the path of a directory, got {type(path).__name__}",
-                "give a str or a pathlib.Path",
-            )
-        directory, signed = Path(path), None
+        return load_whole(path, lambda bundle: bundle, require_signature=require_signature, signature=signature)
+
+    @classmethod
+    def _open(cls, directory: Path, signature: Signature | None) -> Bundle:
+        """Opens a bundle whose signature, if one is required, was checked with the key."""
         if not (directory / MANIFEST).is_file():
             read_manifest(directory)  # raises the error of a directory that is not a bundle
-        if require_signature is not None:
-            directory = directory.resolve()  # so that a link to the bundle can change without effect
-            place = find_signature(directory) if signature is None else Path(signature)
-            signed = read_signature(place, Path(require_signature))
-        checked = CheckedFiles(strict=signed is not None)
-        checked.hash(directory / MANIFEST)
-        bundle = cls(directory, read_manifest(directory), signed)
+        checked = CheckedFiles(strict=signature is not None)
+        with reading(directory / MANIFEST, "a manifest", BundleError):
+            sha256, _ = checked.hash(directory / MANIFEST)
+        bundle = cls(directory, read_manifest(directory), signature)
         bundle.checked = checked
-        if signed is not None:
-            signed.require({MANIFEST: checked.sha256(directory / MANIFEST), **bundle.manifest_hashes()})
-            bundle.unsigned += unsigned_paths(directory, signed)
+        if signature is not None:
+            signature.require({MANIFEST: sha256, **bundle.manifest_hashes()})
+            bundle.unsigned += unsigned_paths(directory, signature)
         bundle._check(use_stamps=True)
         return bundle
 
@@ -115,6 +131,15 @@ class Bundle:
             BundleIntegrityError: A file is missing or was changed.
         """
         self._check(use_stamps=False, progress=progress)
+
+    def check_unchanged(self) -> None:
+        """Checks that the bundle was not replaced since it was opened.
+
+        Raises:
+            BundleError: Another bundle has its name now.
+        """
+        if self._status != _status(self.path):
+            raise BundleError(f"{self.path} was replaced by another run while it was read", "run the command again")
 
     def _check(self, *, use_stamps: bool, progress: ProgressCallback | None = None) -> None:
         fix = f"copy the bundle again, or export the checkpoint again with {option('force', on=True)}"
@@ -158,6 +183,8 @@ class Bundle:
             kind: Kind of the derived files, ``engines`` or ``optimized``.
         """
         places = self._derived(kind)
+        for place in places:
+            recover_in(place)
         return next((place for place in places if place.is_dir()), places[0])
 
     def derive(self, kind: str) -> Path:
@@ -204,3 +231,74 @@ class Bundle:
                 "command",
             )
         return self.manifest.graphs[name]
+
+
+def load_whole(
+    path: str | Path,
+    load: Callable[[Bundle], Loaded],
+    *,
+    require_signature: str | Path | None = None,
+    signature: str | Path | None = None,
+) -> Loaded:
+    """Opens a bundle and loads from it: all of it from one bundle, also if a run replaces it meanwhile.
+
+    Args:
+        path: The directory of the bundle.
+        load: Function that loads something from the opened bundle. It is called again if the bundle was replaced.
+        require_signature: As for :meth:`Bundle.open`.
+        signature: As for :meth:`Bundle.open`.
+
+    Raises:
+        BundleError, BundleVersionError, BundleIntegrityError, UsageError: As :meth:`Bundle.open`; and the errors of
+            ``load``.
+    """
+    _check_path(path)
+    directory = Path(path)
+    recover(directory)
+    if require_signature is not None:
+        directory = directory.resolve()  # so that a link to the bundle can change without effect
+    for _ in range(MOST_REPLACED):
+        before = _whole_status(directory)
+        try:
+            loaded = load(Bundle._open(directory, _signed(directory, require_signature, signature)))
+        except (Blip2EdgeError, OSError):
+            if before == _whole_status(directory):
+                raise
+            continue
+        if before == _whole_status(directory):
+            return loaded
+        if isinstance(loaded, Closable):
+            loaded.close()
+    raise BundleError(f"{directory} is replaced again and again while it is read", "wait until other runs have ended")
+
+
+def _signed(directory: Path, public_key: str | Path | None, signature: str | Path | None) -> Signature | None:
+    """Reads the signature of a bundle and checks it with the public key; None without a key."""
+    if public_key is None:
+        return None
+    if not (directory / MANIFEST).is_file():
+        read_manifest(directory)  # raises the error of a directory that is not a bundle
+    return read_signature(find_signature(directory) if signature is None else Path(signature), Path(public_key))
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(
+            f"expected {option('bundle')} to be the path of a directory, got {type(path).__name__}",
+            "give a str or a pathlib.Path",
+        )
+
+
+def _whole_status(directory: Path) -> list[tuple[int, ...]]:
+    """Identifies ``bundle.json``, and the records of the engines and optimized copies in the bundle."""
+    return [_status(path) for path in (directory, *sorted(directory.glob("*/[!.]*")))]
+
+
+def _status(directory: Path) -> tuple[int, ...]:
+    """Identifies the record of a directory, ``bundle.json`` or another one; empty if there is none."""
+    try:
+        record = next(path for path in (directory / name for name in RECORDS) if path.is_file())
+        status = record.stat()
+    except (OSError, ValueError, StopIteration):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -17,13 +17,15 @@ import stat
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.external_data import external_locations
+from blip2edge.bundle.fields import is_file_name
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import BundleIntegrityError
+from blip2edge.errors import BundleError, BundleIntegrityError
 from blip2edge.progress import ProgressCallback
+from blip2edge.reading import read_json
 
 STAMPS = ".verified.json"
 STAMP_VERSION = 2  # 2: a graph's external data was checked as well
@@ -226,11 +228,6 @@ def check_unlisted(listing: Listing) -> None:
             )
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a name is that of a file in the same directory, and not a path."""
-    return PurePosixPath(name).name == name and name not in ("", ".", "..") and not set(name) & set("\\\0")
-
-
 def _check_external_data(listing: Listing, path: Path) -> None:
     """Raises BundleIntegrityError if a graph's external data is not a listed file."""
     listed = listing.files if listing.weights is None else listing.weights
@@ -267,11 +264,9 @@ def _stamp_files(directory: Path) -> Iterator[Path]:
 def _read_stamps(directory: Path) -> dict[str, Any]:
     for path in _stamp_files(directory):
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # no stamps, or broken ones: every file is hashed
+            return read_json(path, BundleError)
+        except BundleError:  # no stamps, or broken ones: every file is hashed
             continue
-        if isinstance(values, dict):
-            return values
     return {}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.manifest_fields import MANIFEST_FIELDS, disagreements
 from blip2edge.bundle.schema import (
     CacheSpec,
     CrossSpec,
@@ -18,7 +19,8 @@ from blip2edge.bundle.schema import (
     Parity,
     PromptSpec,
 )
-from blip2edge.errors import BundleError, BundleVersionError, option
+from blip2edge.errors import BundleError, BundleVersionError, one_line, option
+from blip2edge.reading import read_json, reading
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
@@ -150,9 +152,10 @@ class Manifest:
         """Reads a manifest from the JSON object that :meth:`to_json` made.
 
         Raises:
-            KeyError, TypeError, ValueError: A key is missing, or a value has the wrong type.
+            ValueError: A key is missing, or a value has the wrong type or range, or does not fit the graphs.
         """
-        return cls(
+        MANIFEST_FIELDS(values, "")
+        manifest = cls(
             family=values["family"],
             source=values["source"],
             precision=values["precision"],
@@ -160,8 +163,8 @@ class Manifest:
             graphs={name: GraphRecord.from_json(name, graph) for name, graph in values["graphs"].items()},
             cache=CacheSpec(**values["cache"]) if values["cache"] else None,
             cross=CrossSpec(**values["cross"]) if values.get("cross") else None,
-            max_positions=int(values["max_positions"]),
-            vocab_size=int(values["vocab_size"]),
+            max_positions=values["max_positions"],
+            vocab_size=values["vocab_size"],
             preprocessing=values["preprocessing"],
             prompt=PromptSpec.from_json(values["prompt"]) if values["prompt"] else None,
             generation=values["generation"],
@@ -173,6 +176,11 @@ class Manifest:
             tokenizer=values.get("tokenizer", {}),
             engines_of=values.get("engines_of", ""),
         )
+        specs = {name: graph.spec for name, graph in manifest.graphs.items()}
+        size = _output_size(manifest.preprocessing)
+        for problem in disagreements(specs, manifest.cache, manifest.vocab_size, manifest.prompt, size):
+            raise ValueError(problem)
+        return manifest
 
     def graph_bytes(self, graph: GraphRecord) -> int:
         """Size of a graph's files in bytes; files that this bundle does not contain count as 0."""
@@ -185,17 +193,21 @@ class Manifest:
 
 
 def _file_records(values: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """The records of all files; raises ValueError if a graph's file has none, or a name is a path."""
+    """The records of all files; raises ValueError if a graph's file has none."""
     files = {name: FileRecord(**record) for name, record in values["files"].items()}
-    for name in files:
-        if Path(name).name != name:
-            raise ValueError(f"expected the name of a file in the bundle, got {name}")
     graphs = {} if values.get("engines_of") else values["graphs"]
     for name, graph in graphs.items():
         for needed in (f"{name}.onnx", *graph.get("data_files", ())):
             if needed not in files:
                 raise ValueError(f"expected the file {needed} of the graph {name} in files")
     return files
+
+
+def _output_size(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of a preprocessed picture; None if they vary, or are defaults."""
+    crop, size = preprocessing.get("crop"), preprocessing.get("size")
+    fixed = crop or (size if preprocessing.get("resize") and size else {})
+    return (fixed["height"], fixed["width"]) if "height" in fixed else None
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -211,30 +223,21 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is not a directory; expected the directory of a bundle",
             "make a bundle: blip2edge export CHECKPOINT -o BUNDLE",
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        hint = "make a bundle: blip2edge export CHECKPOINT -o BUNDLE"
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}", hint) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(
-            f"{path} cannot be read as JSON ({error})",
-            f"export the checkpoint again with {option('force', on=True)}",
-        ) from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if not isinstance(version, int):
-        raise BundleError(
-            f"{path} has no schema_version", f"export the checkpoint again with {option('force', on=True)}"
-        )
+    again = f"export the checkpoint again with {option('force', on=True)}"
+    hint = "make a bundle: blip2edge export CHECKPOINT -o BUNDLE"
+    missing = BundleError(f"{directory} is not a bundle: it has no {MANIFEST}", hint)
+    values = read_json(path, BundleError, again, missing=missing, strict=True)
+    version = values.get("schema_version")
+    if type(version) is not int or version < 1:
+        raise BundleError(f"{path} has no schema_version, a whole number from 1", again)
     if version > SCHEMA_VERSION:
         raise BundleVersionError(
             f"{path} has schema version {version}, but this version of blip2edge reads up to {SCHEMA_VERSION}",
             "upgrade blip2edge: pip install --upgrade blip2edge",
         )
-    try:
+
+    def unfit(error: Exception) -> BundleError:
+        return BundleError(f"{path} does not follow schema version {version} ({one_line(error)})", again)
+
+    with reading(path, "a manifest", BundleError, again, explain=unfit):
         return Manifest.from_json(values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(
-            f"{path} does not follow schema version {version} ({type(error).__name__}: {error})",
-            f"export the checkpoint again with {option('force', on=True)}",
-        ) from error

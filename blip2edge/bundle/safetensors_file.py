@@ -12,18 +12,24 @@ operating system's error number, which identifies a full disk.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.fields import Check, either, listed, mapped, one_of, record, text, whole
+from blip2edge.errors import Blip2EdgeError, BundleError
+from blip2edge.reading import parse_json, reading
 
 HEADER_LENGTH = 8  # bytes: a little-endian unsigned integer, the length of the header that follows
+MAX_HEADER = 100_000_000  # bytes: the format's own limit
 PAGE = 4096  # bytes: tensors begin on a memory page, so that a runtime can map them
 METADATA = "__metadata__"
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -53,7 +59,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Size of the tensor in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class SafetensorsFile:
@@ -61,28 +67,76 @@ class SafetensorsFile:
 
     Args:
         path: The file.
+        error: Class of the error.
+        fix: What the user can do about a broken file.
 
     Attributes:
         tensors: Dtype, shape and offset of each tensor, by name.
         metadata: The text annotations in the file's header.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: The file cannot be read, or is not a safetensors file.
+        BundleError: The file cannot be read, or is not a safetensors file.
     """
 
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        length = int.from_bytes(self._content[:HEADER_LENGTH], "little")
-        header = json.loads(self._content[HEADER_LENGTH : HEADER_LENGTH + length])
-        first = HEADER_LENGTH + length
-        self.metadata: Mapping[str, str] = header.pop(METADATA, {})
-        self.tensors = {name: _stored(name, entry, first) for name, entry in header.items()}
+    def __init__(
+        self, path: Path, error: type[Blip2EdgeError] = BundleError, fix: str | None = "copy the bundle again"
+    ) -> None:
+        with reading(path, "a safetensors file", error, fix):
+            with path.open("rb") as file:
+                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            size = len(self._content)
+            length = int.from_bytes(self._content[:HEADER_LENGTH], "little")
+            first = HEADER_LENGTH + length
+            if length > MAX_HEADER or first > size:
+                raise ValueError(f"its header has {length} bytes, but the file has {size}: it is damaged or incomplete")
+            header = parse_json(self._content[HEADER_LENGTH:first], strict=True)
+            _HEADER(header, "header")
+            self.metadata: Mapping[str, str] = header.pop(METADATA, {})
+            self.tensors = {name: _stored(name, entry, first) for name, entry in header.items()}
+            _check_layout(self.tensors, size)
+        self._missing = partial(_no_tensor, path, error, fix)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Returns where and how the tensor ``name`` is stored.
+
+        Raises:
+            BundleError: The file has no such tensor.
+        """
+        if name not in self.tensors:
+            raise self._missing(name)
+        return self.tensors[name]
 
     def array(self, name: str) -> Array:
-        """Returns the tensor ``name`` as a read-only view of the mapped file."""
-        tensor = self.tensors[name]
+        """Returns the tensor ``name`` as a read-only view of the mapped file; raises the error of :meth:`stored`."""
+        tensor = self.stored(name)
         return np.ndarray(tensor.shape, DTYPES[tensor.dtype], self._content, tensor.offset)
+
+
+def _no_tensor(path: Path, error: type[Blip2EdgeError], fix: str | None, name: str) -> Blip2EdgeError:
+    return error(f"{path} has no tensor {name}", fix)
+
+
+_ENTRY = record(
+    {
+        "dtype": one_of(*DTYPES),
+        "shape": listed(whole(0, 1 << 40), most=16),
+        "data_offsets": listed(whole(0, 1 << 50), 2, 2),
+    }
+)
+_HEADER: Check = mapped(text, either("data_offsets", _ENTRY, mapped(text, text)))
+
+
+def _check_layout(tensors: Mapping[str, StoredTensor], size: int) -> None:
+    """Checks that tensors lie inside the file and do not overlap; raises ValueError."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset < end:
+            raise ValueError(f"the tensor {name!r:.60} overlaps another one")
+        end = tensor.offset + tensor.nbytes
+        if end > size:
+            raise ValueError(
+                f"the tensor {name!r:.60} ends at byte {end}, but the file has {size}: it is damaged or incomplete"
+            )
 
 
 def _stored(name: str, entry: Mapping[str, Any], first: int) -> StoredTensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,8 +15,9 @@ from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.publishing import output_error
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.signature import SIGN, SIGNATURE, Signature, model_signing, reading_key
-from blip2edge.errors import BundleIntegrityError, BundleSignatureError
+from blip2edge.errors import BundleError, BundleIntegrityError, BundleSignatureError
 from blip2edge.progress import ProgressCallback
+from blip2edge.reading import read_json, reading
 
 ENCRYPTED = b"ENCRYPTED"
 """In the first or second line of a private key that is protected by a password."""
@@ -169,11 +169,12 @@ class _CheckedHashing:
 def _listed_hashes(record: Path) -> dict[str, str]:
     """The SHA-256 of each file that a record lists; empty for a record that cannot be read and is not used."""
     try:
-        values = json.loads(record.read_text(encoding="utf-8"))
-        if record.name == DERIVED["engines"]:
-            return {str(one["file"]): str(one["sha256"]) for one in values["engines"].values()}
-        return {str(name): str(one["sha256"]) for name, one in values["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        values = read_json(record, BundleError)
+        with reading(record, "a record", BundleError):
+            if record.name == DERIVED["engines"]:
+                return {str(one["file"]): str(one["sha256"]) for one in values["engines"].values()}
+            return {str(name): str(one["sha256"]) for name, one in values["files"].items()}
+    except BundleError:
         return {}
 
 

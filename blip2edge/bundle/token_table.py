@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.safetensors_file import DTYPES, SafetensorsFile
 from blip2edge.errors import BundleError
+from blip2edge.reading import reading
 
 SCALE = ".scale"
 """Suffix of the table's name: the tensor of its scales."""
@@ -64,7 +65,7 @@ class _Blocks:
 
     def __init__(self, integers: Array, scales: Array, bits: int, block: int) -> None:
         rows, width = integers.shape[0], integers.shape[1] * 8 // bits
-        if scales.shape != (rows, width // block):
+        if width % block or scales.shape != (rows, width // block):
             expected = (rows, width // block)
             raise ValueError(f"expected scales of shape {expected} for blocks of {block} values, got {scales.shape}")
         self.shape = (rows, width)
@@ -116,13 +117,10 @@ class TokenTable:
 
     def __init__(self, path: Path, tensor: str, dtype: str) -> None:
         self._dtype = NUMPY_DTYPES[dtype]
-        try:
-            self._rows = _open(SafetensorsFile(path), tensor)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BundleError(
-                f"{path} is not a safetensors file with the tensor {tensor} ({error})",
-                "copy the bundle again, or export the checkpoint again",
-            ) from error
+        form, fix = f"a table with the tensor {tensor}", "copy the bundle again, or export the checkpoint again"
+        file = SafetensorsFile(path, BundleError, fix)
+        with reading(path, form, BundleError, fix):
+            self._rows = _open(file, tensor)
 
     @property
     def num_rows(self) -> int:
@@ -150,7 +148,9 @@ class TokenTable:
 
 def _open(file: SafetensorsFile, tensor: str) -> _Rows:
     """The table of a file; raises KeyError or ValueError if it has none of the three forms."""
-    table, dtype = file.array(tensor), file.tensors[tensor].dtype
+    table, dtype = file.array(tensor), file.stored(tensor).dtype
+    if file.metadata.get("layout", ROWS) == ROWS and (table.ndim != 2 or not table.size):
+        raise ValueError(f"expected a tensor of two dimensions, got the shape {table.shape}")
     if "bits" not in file.metadata:
         if table.dtype.itemsize == 1:
             raise ValueError("expected the metadata bits and block for a table of integers, got neither")
@@ -158,5 +158,7 @@ def _open(file: SafetensorsFile, tensor: str) -> _Rows:
     bits, block = int(file.metadata["bits"]), int(file.metadata["block"])
     if bits not in (4, 8) or table.dtype != DTYPES["I8" if bits == 8 else "U8"]:
         raise ValueError(f"expected 8 bits in I8 or 4 bits in U8, got {bits} bits in {dtype}")
+    if block < 1:
+        raise ValueError(f"expected a block of at least one value, got {block}")
     kinds: Mapping[str, type[_Blocks | _Columns]] = {ROWS: _Blocks, COLUMNS: _Columns}
     return kinds[file.metadata["layout"]](table, file.array(tensor + SCALE), bits, block)

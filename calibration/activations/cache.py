@@ -11,20 +11,25 @@ import io
 import json
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.locks import BusyError, write_file
 from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.calibration.activations.histogram import BINS, Histogram
 from blip2edge.calibration.activations.observer import Observation, Observations
+from blip2edge.errors import DataError
+from blip2edge.reading import parse_json, read_bytes, reading
 
 FORMAT = 2
 DIGEST = 32  # bytes at the end: SHA-256 of everything before
 FOLDER = "calibration"
+MAX_BYTES = 1 << 30  # of a cache, also when inflated: 4,000 activations of 8,192 bins have 260 MB
 
 
 def cache_path(bundle: Bundle, record: GraphRecord, feeds_sha256: str) -> Path:
@@ -52,27 +57,32 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
         The observations; None if there is no file.
 
     Raises:
-        ValueError: The file is damaged, or contains something else.
+        DataError: The file is damaged, or contains something else.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    body, digest = content[:-DIGEST], content[-DIGEST:]
-    if hashlib.sha256(body).digest() != digest:
-        raise ValueError(f"{path} is damaged")
-    try:
-        with np.load(io.BytesIO(body)) as arrays:
-            stored = json.loads(arrays["names"].tobytes())
-            if stored != list(names):
-                raise ValueError(f"{path} belongs to another graph")
-            return {name: _restored(arrays, index) for index, name in enumerate(stored)}
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a calibration cache") from error
+    with reading(path, "a calibration cache", DataError, f"remove {path}"):
+        content = read_bytes(path, MAX_BYTES)
+        body, digest = content[:-DIGEST], content[-DIGEST:]
+        if hashlib.sha256(body).digest() != digest:
+            raise ValueError("its hash differs: it is damaged")
+        _check_sizes(body)
+        with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
+            if parse_json(arrays["names"].tobytes()) != list(names):
+                raise ValueError("it belongs to another graph")
+            return {name: _restored(arrays, index) for index, name in enumerate(names)}
+
+
+def _check_sizes(body: bytes) -> None:
+    """Raises ValueError if the arrays of an npz need more memory than those of any graph, before they are inflated."""
+    with zipfile.ZipFile(io.BytesIO(body)) as archive:
+        total = sum(file.file_size for file in archive.infolist())
+    if total > MAX_BYTES:
+        raise ValueError(f"expected arrays of at most {MAX_BYTES} bytes, got {total}")
 
 
 def save_observations(path: Path, observations: Observations) -> None:
-    """Writes a cache file under a temporary name, then renames it, so that other processes never read half a file."""
+    """Writes a cache file as a whole; does nothing if another process writes the same file at this moment."""
     arrays: dict[str, Any] = {"names": np.frombuffer(json.dumps(list(observations)).encode(), np.uint8)}
     for index, observation in enumerate(observations.values()):
         histogram = observation.histogram
@@ -84,17 +94,19 @@ def save_observations(path: Path, observations: Observations) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     body = buffer.getvalue()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(body + hashlib.sha256(body).digest())
-    part.replace(path)
+    with suppress(BusyError):
+        write_file(path, body + hashlib.sha256(body).digest())
 
 
 def _restored(arrays: Any, index: int) -> Observation:
     histogram = Histogram()
     counts = arrays[f"{index}.counts"]
-    if counts.shape != (BINS,):
-        raise ValueError(f"a histogram has {counts.size} bins, not {BINS}")
+    if counts.shape != (BINS,) or counts.dtype.kind not in "iuf":
+        raise ValueError(f"expected a histogram of {BINS} bins, got {counts.dtype} {list(counts.shape)}")
     histogram.counts = counts
     histogram.width, histogram.maximum = map(float, arrays[f"{index}.scale"])
-    return Observation(histogram, arrays[f"{index}.channel_max"], arrays[f"{index}.rows"], arrays[f"{index}.largest"])
+    channel_max, rows, largest = (arrays[f"{index}.{name}"] for name in ("channel_max", "rows", "largest"))
+    dtypes, widths = (channel_max.dtype, rows.dtype, largest.dtype), {rows.shape[1:], largest.shape[1:]}
+    if dtypes != (np.float32, np.float16, np.float16) or widths != {channel_max.shape} or channel_max.ndim != 1:
+        raise ValueError(f"expected channels and rows of one width, got {widths} and {channel_max.shape}")
+    return Observation(histogram, channel_max, rows, largest)

@@ -23,6 +23,8 @@ from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.results import StagedGraph
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import Targets, find_targets
+from blip2edge.errors import DataError
+from blip2edge.graph_files import load_graph
 
 INT8 = "int8"
 REPORT_BINS = 64  # bins of a histogram in the report
@@ -32,7 +34,7 @@ def quantize_activations(context: CalibrationContext, record: GraphRecord) -> St
     """Writes one graph with INT8 activations and weights to the staging directory; compares it with the parent's."""
     start = time.perf_counter()
     name = record.spec.name
-    model = ir.load(context.parent.file(record.spec.file))
+    model = load_graph(context.parent.file(record.spec.file))
     targets = find_targets(model)
     observations = _observations(context, model, record, targets)
     plan = choose_ranges(model, targets, observations, context.method, partial(context.progress, f"{name}: choose"))
@@ -112,8 +114,8 @@ def _observations(context: CalibrationContext, model: ir.Model, record: GraphRec
     path = cache_path(context.parent, record, context.feeds_sha256)
     try:
         cached = load_observations(path, names)
-    except ValueError as error:
-        context.warn(f"the calibration cache {path} is not used and is written again: {error}")
+    except DataError as error:
+        context.warn(f"the calibration cache is not used and is written again: {error.problem}")
         cached = None
     if cached is not None:
         return cached

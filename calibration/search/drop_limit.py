@@ -41,6 +41,7 @@ from blip2edge.calibration.search.sensitivity import (
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import rewrite_weights
 from blip2edge.errors import UsageError, option
+from blip2edge.graph_files import load_graph
 
 CaptionScore = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 """Scores captions against each picture's references; CIDEr, where 1 is 100 points."""
@@ -261,7 +262,7 @@ def _with_plan(
     """Writes a graph with INT8 activations, without those of the products that are kept in floating point."""
     start = time.perf_counter()
     record = context.parent.graph(graph.record.spec.name)
-    model = ir.load(context.parent.file(record.spec.file))
+    model = load_graph(context.parent.file(record.spec.file))
     weights = [weight for weight in plan.weights() if weight not in kept_float]
     part = restrict_plan(plan, weights)
     part.kept_float = {**plan.kept_float, **kept_float}

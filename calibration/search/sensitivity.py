@@ -28,6 +28,7 @@ from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.calibration.storage import InMemoryStore
 from blip2edge.calibration.weights.blocks import restored
 from blip2edge.calibration.weights.weight_only import all_logits, block_tensors, form_of
+from blip2edge.graph_files import load_graph
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
@@ -186,7 +187,7 @@ def _all_logits(session: Session, logits: list[Array]) -> Session:
 
 def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:
     """Makes the parent's graph with the rounded weights of one layer, taken from the quantized graph."""
-    model, rounded = ir.load(parent), ir.load(quantized).graph.initializers
+    model, rounded = load_graph(parent), load_graph(quantized).graph.initializers
     for weight in layer.weights:
         integers, scales = block_tensors(rounded, weight)
         value = model.graph.initializers[weight]
@@ -198,7 +199,7 @@ def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -
 
 def with_quantized_activations(parent: Path, plan: ActivationPlan, layer: QuantizedLayer) -> ir.Model:
     """Makes the parent's graph with activations and weights of one layer in INT8, as ``plan`` describes."""
-    model = ir.load(parent)
+    model = load_graph(parent)
     insert_qdq(model, restrict_plan(plan, layer.weights), InMemoryStore())
     return model
 

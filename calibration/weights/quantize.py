@@ -31,6 +31,7 @@ from blip2edge.calibration.weights.weight_only import (
     quantize_matrices,
     replace_weights,
 )
+from blip2edge.graph_files import load_graph
 
 PRECISIONS = {4: "int4", 8: "int8-weights"}
 """Precision of a graph in the manifest, by the bits of its weights."""
@@ -51,7 +52,7 @@ def quantize_weights(context: CalibrationContext, record: GraphRecord, bits: int
     """
     start = time.perf_counter()
     name = record.spec.name
-    model = ir.load(context.parent.file(record.spec.file))
+    model = load_graph(context.parent.file(record.spec.file))
     targets = find_targets(model)
     formats, unfit = choose_formats(targets.products, bits)
     kept = {**targets.kept_float, **unfit}
@@ -85,7 +86,7 @@ def rewrite_weights(
     start = time.perf_counter()
     name = graph.record.spec.name
     record = context.parent.graph(name)
-    model = ir.load(context.parent.file(record.spec.file))
+    model = load_graph(context.parent.file(record.spec.file))
     rounded = ir.load(directory / record.spec.file).graph.initializers
     matrices: dict[str, BlockMatrix] = {}
     with DataFile(context.staging / f"{name}.onnx.data") as file:

@@ -15,6 +15,7 @@ from blip2edge.engine.decoder.in_place import in_place_spec, to_in_place
 from blip2edge.engine.operators import ParserVersion
 from blip2edge.engine.support import check_graph
 from blip2edge.errors import EngineError, option
+from blip2edge.graph_files import load_graph
 from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE
 
 AUTO = "auto"
@@ -70,7 +71,7 @@ def _check_in_place(path: Path, cache: CacheSpec, version: ParserVersion) -> Non
     constant = f"build with {option('decoder')} {CONSTANT}"
     if version.types_of("TensorScatter") is None:
         raise EngineError(f"{version.name} cannot update a KV cache in place, TensorRT 10.15 and newer can", constant)
-    model = ir.load(path)
+    model = load_graph(path)
     to_in_place(model, cache, 2, path.name)
     adapt(model)
     findings = check_graph(model, version)

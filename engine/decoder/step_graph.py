@@ -170,7 +170,7 @@ def dense_table(source: Path, dtype: str, output: Path) -> Path:
     Returns:
         ``source`` if the table is not quantised, else ``output``.
     """
-    if SafetensorsFile(source).tensors[EMBEDDINGS_TENSOR].dtype in STORED:
+    if SafetensorsFile(source).stored(EMBEDDINGS_TENSOR).dtype in STORED:
         return source
     table = TokenTable(source, EMBEDDINGS_TENSOR, dtype)
     stored = StoredTensor({"float32": "F32", "float16": "F16"}[dtype], (table.num_rows, table.width))
@@ -181,7 +181,7 @@ def dense_table(source: Path, dtype: str, output: Path) -> Path:
 
 
 def _external(path: Path) -> ir.ExternalTensor:
-    table = SafetensorsFile(path).tensors[EMBEDDINGS_TENSOR]
+    table = SafetensorsFile(path).stored(EMBEDDINGS_TENSOR)
     if table.dtype not in STORED:
         raise EngineError(
             f"expected a token table in floating point in {path}, got integers", "convert the table with dense_table"

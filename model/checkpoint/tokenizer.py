@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.checkpoint.image_processor import SAVE_PROCESSOR
-from blip2edge.runtime.text.tokenizer import Tokenizer
+from blip2edge.reading import read_bytes, reading
+from blip2edge.runtime.text.tokenizer import TOKENIZER_BYTES, Tokenizer, parse_tokenizer
 
 VOCABULARIES = (TOKENIZER_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 """Files of which a tokenizer has at least one."""
@@ -42,10 +41,7 @@ class SerializedTokenizer:
         Raises:
             CheckpointError: The content is no tokenizer.
         """
-        try:
-            return Tokenizer(tokenizers.Tokenizer.from_str(self.content.decode()), **self.flags)
-        except Exception as error:  # the package raises bare Exception for every fault of a file
-            raise CheckpointError(f"{self.where} is not a valid {TOKENIZER_FILE}", SAVE_PROCESSOR) from error
+        return Tokenizer(parse_tokenizer(self.content, self.where, CheckpointError, SAVE_PROCESSOR), **self.flags)
 
 
 def read_tokenizer(directory: Path) -> SerializedTokenizer:
@@ -61,15 +57,17 @@ def read_tokenizer(directory: Path) -> SerializedTokenizer:
         raise CheckpointError(f"{directory} has no {TOKENIZER_FILE}", SAVE_PROCESSOR)
     plain = directory / TOKENIZER_FILE
     if plain.is_file() and not any((directory / name).is_file() for name in ("tokenizer_config.json", "config.json")):
-        return SerializedTokenizer(plain, plain.read_bytes())
+        with reading(plain, "a tokenizer", CheckpointError, SAVE_PROCESSOR):
+            return SerializedTokenizer(plain, read_bytes(plain, TOKENIZER_BYTES))
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers raises ValueError, OSError, ImportError and more
-        raise CheckpointError(
+    def told(error: Exception) -> CheckpointError:  # also for an OSError: transformers raises it for any fault
+        return CheckpointError(
             f"transformers cannot load the tokenizer of {directory} ({one_line(error)})", SAVE_PROCESSOR
-        ) from error
+        )
+
+    with reading(directory, "a tokenizer", CheckpointError, SAVE_PROCESSOR, explain=told):
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(

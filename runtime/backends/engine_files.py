@@ -15,9 +15,11 @@ from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import CheckedFiles, FileRecord, Listing, check_unlisted
+from blip2edge.bundle.manifest_fields import ENGINES_FIELDS
 from blip2edge.bundle.schema import DECODER, DERIVED, GraphSpec
 from blip2edge.bundle.signature import SIGN
 from blip2edge.errors import BackendError, EngineError, option
+from blip2edge.reading import read_json, reading
 from blip2edge.runtime.backends import probe
 
 KIND = "engines"
@@ -123,22 +125,19 @@ class EngineSet:
         Raises:
             EngineError: ``engine.json`` cannot be read, or has another schema version.
         """
-        path = directory / RECORD
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"expected schema version {SCHEMA_VERSION}, got {values['schema_version']}")
+        path, fix = directory / RECORD, "build the engines again"
+        values = read_json(path, EngineError, fix, strict=True)
+        with reading(path, "a record of engines", EngineError, fix):
+            if values.get("schema_version") != SCHEMA_VERSION:
+                raise ValueError(f"expected schema version {SCHEMA_VERSION}, got {values.get('schema_version')}")
+            ENGINES_FIELDS(values, "")
             return cls(
                 fingerprint=values["fingerprint"],
                 rebuild=tuple(values["rebuild"]),
-                capacity=int(values["capacity"]),
+                capacity=values["capacity"],
                 engines={name: EngineRecord.from_json(name, item) for name, item in values["engines"].items()},
                 directory=directory,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EngineError(
-                f"{path} cannot be read ({type(error).__name__}: {error})", "build the engines again"
-            ) from error
 
     def record(self, name: str) -> EngineRecord:
         """Returns the record of the engine that was built from the graph ``name``.

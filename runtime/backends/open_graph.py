@@ -20,9 +20,11 @@ import numpy as np
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.integrity import FileRecord, Listing, check_unlisted
+from blip2edge.bundle.manifest_fields import OPTIMIZED_FIELDS
 from blip2edge.bundle.schema import DERIVED, Parity
-from blip2edge.errors import BackendError, BundleIntegrityError, EngineError
+from blip2edge.errors import BackendError, BundleError, BundleIntegrityError, EngineError
 from blip2edge.packages import installed, missing
+from blip2edge.reading import read_json, reading
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import (
     BACKENDS,
@@ -120,8 +122,9 @@ class OptimizedRecord:
         """Reads a record from the JSON object that :meth:`to_json` made.
 
         Raises:
-            KeyError, TypeError, ValueError: A key is missing, or a value has the wrong type.
+            ValueError: A key is missing, or a value has the wrong type or range.
         """
+        OPTIMIZED_FIELDS(values, "")
         return cls(
             backend=values["backend"],
             bundle_sha256=values["bundle_sha256"],
@@ -150,14 +153,16 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
         BundleIntegrityError: A file of the copy is missing or was changed, or is not listed in ``optimized.json``.
     """
     directory = bundle.derived(KIND) / backend
-    if not (directory / RECORD).is_file() or not bundle.admits(directory, RECORD):
+    path = directory / RECORD
+    if not path.is_file() or not bundle.admits(directory, RECORD):
         return None
     try:
-        values = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        if values["schema_version"] != SCHEMA_VERSION:
+        values = read_json(path, BundleError, strict=True)
+        if values.get("schema_version") != SCHEMA_VERSION:
             return None
-        record = OptimizedRecord.from_json(values)
-    except (OSError, ValueError, KeyError, TypeError):  # none, or of another version
+        with reading(path, "the record of an optimized copy", BundleError):
+            record = OptimizedRecord.from_json(values)
+    except BundleError:  # none, or a broken one
         return None
     package = PACKAGES.get(record.backend, "")
     if record.backend != backend or record.bundle_sha256 != bundle.sha256:

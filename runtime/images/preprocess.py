@@ -164,7 +164,7 @@ def _broken(name: str, error: Exception) -> ImageError:
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """Apply the EXIF orientation and convert to RGB, after a check of the size and before decoding."""
-    _check_pixels(image.width, image.height, name)
+    check_pixels(image.width, image.height, name)
     try:
         image.load()
         grey16 = None if image.mode == "RGB" else Grey16.of(image, name)
@@ -185,7 +185,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise _broken(name, error) from error
 
 
-def _check_pixels(width: int, height: int, name: str) -> None:
+def check_pixels(width: int, height: int, name: str) -> None:
+    """Raises ImageError if a picture of this size in pixels is too large to be decoded, or empty."""
     if width < 1 or height < 1:
         raise ImageError(f"{name}: expected a picture with at least one pixel, got {width}×{height}")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
@@ -203,7 +204,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
             f"expected a uint8 array [H,W], [H,W,3] or [H,W,4], got {array.dtype} {list(array.shape)}",
             "scale the values to 0…255, put the channels last and convert the array with .astype('uint8')",
         )
-    _check_pixels(array.shape[1], array.shape[0], "the array passed in")
+    check_pixels(array.shape[1], array.shape[0], "the array passed in")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -310,7 +311,7 @@ class Preprocessing:
         """
         if not isinstance(image, Image.Image):
             image = load_image(image)
-        _check_pixels(image.width, image.height, "the picture passed in")
+        check_pixels(image.width, image.height, "the picture passed in")
         try:
             return self._pixels(_blend_on_white(image))
         except MemoryError as error:

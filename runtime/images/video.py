@@ -9,20 +9,25 @@ import os
 import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from blip2edge.errors import ImageError, UsageError
+from blip2edge.errors import ImageError, UsageError, one_line
 from blip2edge.packages import require
-from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource
+from blip2edge.reading import reading
+from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource, check_pixels
 
 ItemSource = ImageSource | Sequence[ImageSource]
 """A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
 
 Channels = Literal["rgb", "bgr"]
 """Order of an array's channels; ``bgr`` is OpenCV's."""
+
+MAX_FRAMES = 1 << 20
+"""Most frames of a video that are counted: five hours at 60 a second."""
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 
@@ -145,13 +150,18 @@ def _by_number(name: str) -> list[Any]:
 
 def _from_video(path: Path, count: int) -> list[ImageSource]:
     av = require("av", f"{path}: reading a video", ImageError)
-    try:
+
+    def told(error: Exception) -> ImageError:  # also for an OSError: av's errors are some
+        reason = "it has no picture stream" if isinstance(error, IndexError) else one_line(error)
+        return ImageError(f"{path}: cannot be read as a video ({reason})", "convert the video to MP4")
+
+    with reading(path, "a video", ImageError, explain=told):
         with av.open(str(path)) as container:
-            total = container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
+            stream = container.streams.video[0]
+            check_pixels(stream.width, stream.height, str(path))
+            total = min(stream.frames, MAX_FRAMES) or sum(1 for _ in islice(container.decode(video=0), MAX_FRAMES))
         with av.open(str(path)) as container:
             found = _pick(container, set(chosen(total, count)))
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ImageError(f"{path}: cannot be read as a video ({error})", "convert the video to MP4") from error
     if not found:
         raise ImageError(f"{path}: expected a video of at least one frame, got none")
     last = found[max(found)]  # in place of frames that the header counts but the file does not have
@@ -163,6 +173,7 @@ def _pick(container: Any, wanted: set[int]) -> dict[int, ImageSource]:
     found: dict[int, ImageSource] = {}
     for index, frame in enumerate(container.decode(video=0)):
         if index in wanted:
+            check_pixels(frame.width, frame.height, f"frame {index} of the video")
             found[index] = frame.to_image()
         if index >= max(wanted):
             break

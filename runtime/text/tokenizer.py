@@ -11,7 +11,8 @@ from pathlib import Path
 import tokenizers
 
 from blip2edge.bundle.schema import INTERLEAVED, MARKERS, PromptSpec
-from blip2edge.errors import BundleError, PromptError
+from blip2edge.errors import Blip2EdgeError, BundleError, PromptError
+from blip2edge.reading import read_bytes, reading
 
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes are no valid UTF-8
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
@@ -58,6 +59,31 @@ def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = 
         )
 
 
+TOKENIZER_BYTES = 256 << 20
+"""Largest `tokenizer.json`; those of 256,000 tokens have 35 MB."""
+
+
+def parse_tokenizer(
+    content: bytes, path: str | Path, error: type[Blip2EdgeError], fix: str | None
+) -> tokenizers.Tokenizer:
+    """Parses a `tokenizer.json`.
+
+    Args:
+        content: The file.
+        path: Its path, for the error.
+        error: Class of the error.
+        fix: What the user can do about a broken file.
+
+    Raises:
+        Blip2EdgeError: Of the class ``error``: the content is no tokenizer.
+    """
+    with reading(path, "a tokenizer.json", error, fix):
+        parsed = tokenizers.Tokenizer.from_str(content.decode())
+        if parsed.get_vocab_size(with_added_tokens=True) < 1:
+            raise ValueError("it has no token")
+    return parsed
+
+
 class Tokenizer:
     """A tokenizer from a `tokenizer.json`, with the results of transformers' `PreTrainedTokenizerFast`.
 
@@ -97,16 +123,10 @@ class Tokenizer:
         Raises:
             BundleError: The file is missing, or is not a tokenizer.
         """
-        if not Path(path).is_file():
-            raise BundleError(f"{os.fspath(path)}: no such file", "export the checkpoint again")
-        try:
-            backend = tokenizers.Tokenizer.from_file(os.fspath(path))
-        except Exception as error:  # the package raises bare Exception for every fault of the file
-            raise BundleError(
-                f"{os.fspath(path)}: not a tokenizer.json ({error})",
-                "copy the bundle again, or export the checkpoint again",
-            ) from error
-        return cls(backend, **flags)
+        fix = "copy the bundle again, or export the checkpoint again"
+        with reading(os.fspath(path), "a tokenizer.json", BundleError, fix):
+            content = read_bytes(Path(path), TOKENIZER_BYTES)
+        return cls(parse_tokenizer(content, os.fspath(path), BundleError, fix), **flags)
 
     @property
     def vocab_size(self) -> int:

@@ -243,7 +243,7 @@ def test_a_newer_schema(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("version", [None, "1", [], 1.5])
+@pytest.mark.parametrize("version", [None, "1", [], 1.5, True, 0, -1])
 def test_no_schema_version(version: Any, bundle: Path) -> None:
     edit(bundle, lambda values: values.update(schema_version=version))
     with pytest.raises(BundleError, match="has no schema_version"):
@@ -261,7 +261,7 @@ def test_broken_json(content: bytes, bundle: Path) -> None:
 @pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
 def test_json_of_another_kind(content: str, bundle: Path) -> None:
     (bundle / MANIFEST).write_text(content)
-    with pytest.raises(BundleError, match="has no schema_version"):
+    with pytest.raises(BundleError, match="expected a JSON object"):
         Bundle.open(bundle)
 
 

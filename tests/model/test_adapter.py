@@ -292,7 +292,7 @@ def test_a_layer_that_is_more_than_its_class_is_named(tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         (WEIGHTS, None, r"but no adapter_model\.safetensors and no adapter_model\.bin"),
-        (WEIGHTS, b"", r"adapter_model\.safetensors is not a whole safetensors file"),
+        (WEIGHTS, b"", r"adapter_model\.safetensors cannot be read as a whole safetensors file"),
         ("adapter_model.bin", b"hello", r"adapter_model\.bin cannot be read as a file of tensors"),
         (CONFIG, b"{", r"adapter_config\.json cannot be read as JSON"),
     ],

@@ -234,7 +234,7 @@ def test_config_missing_or_broken(content: bytes | None, broken: Path) -> None:
 def test_truncated_safetensors(kept: int, broken: Path) -> None:
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read as a whole safetensors file"):
         load_checkpoint(broken)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import DataError
+from blip2edge.reading import DATA_BYTES, read_json
 from blip2edge.training.data.entries import (
     BrokenSamples,
     Entry,
@@ -34,22 +35,16 @@ def load_json_object(path: Path) -> dict[str, Any]:
     Raises:
         DataError: The file is missing, cannot be parsed (the error names the line), or does not contain an object.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}, column {error.colno}: expected JSON: {error.msg}",
-            f"correct line {error.lineno} of the file",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected JSON in UTF-8: {error}") from error
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}", "give the path of an existing file"
-        ) from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+
+    def told(error: Exception) -> DataError | None:
+        if isinstance(error, json.JSONDecodeError):
+            return DataError(
+                f"{path}, line {error.lineno}, column {error.colno}: expected JSON: {error.msg}",
+                f"correct line {error.lineno} of the file",
+            )
+        return None
+
+    return read_json(path, DataError, "give a file in COCO's or VQA's form", explain=told, limit=DATA_BYTES)
 
 
 def rows_of(content: Mapping[str, Any], key: str, fields: Mapping[str, _Kind], path: Path) -> list[Any]:

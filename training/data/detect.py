@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2edge.errors import ConfigError, DataError, UsageError
+from blip2edge.reading import read_text, reading
 from blip2edge.training.data.coco import load_json_object
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import read_section
@@ -64,12 +65,9 @@ def _of_recipe(path: Path) -> DataConfig:
             f"reading the recipe {path.name} needs Python 3.11 or newer",
             "give the path of the data instead of a recipe",
         ) from error
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: expected TOML: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    text = read_text(path, DataError)
+    with reading(path, "TOML", ConfigError, None):
+        content = tomllib.loads(text)
     section = content.get("data")
     if not isinstance(section, dict):
         raise DataError(f"{path} has no section [data]", "add [data] with the keys kind and path")

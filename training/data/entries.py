@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError
+from blip2edge.picture_files import MAX_FILE_BYTES
+from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.sources import Sample
 
@@ -69,10 +71,8 @@ class FilePicture:
 
     def read(self) -> bytes:
         """Reads the bytes of the file."""
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.path}: cannot be opened ({error.strerror or error})") from error
+        with reading(self.path, "a picture", ImageError):
+            return read_bytes(self.path, MAX_FILE_BYTES)
 
     def open(self) -> Image.Image:
         """Decodes the picture: upright, RGB."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from blip2edge.errors import DataError
 from blip2edge.picture_files import PICTURE_SUFFIXES, visible_files
+from blip2edge.reading import read_text
 from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, single_spaced
 
 
@@ -62,9 +63,9 @@ def _captions(path: Path | None, picture: str, broken: BrokenSamples) -> list[st
         broken.add(picture, "it has no .txt file with captions")
         return []
     try:
-        captions = captions_of(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        broken.add(picture, f"its text cannot be read: {error}")
+        captions = captions_of(read_text(path, DataError))
+    except DataError as error:
+        broken.add(picture, f"its text cannot be read: {error.problem}")
         return []
     if not captions:
         broken.add(picture, "its text is empty")

@@ -19,14 +19,18 @@ from typing import Any
 
 from PIL import Image
 
-from blip2edge.errors import DataError, OutputError
-from blip2edge.picture_files import SHARD_SUFFIX, ShardFile, open_shard
+from blip2edge.errors import DataError, ImageError, OutputError
+from blip2edge.picture_files import SHARD_SUFFIX, BrokenShardError, ShardFile, open_shard
+from blip2edge.reading import parse_json, reading
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.entries import BrokenSamples, Entry, answer_texts, file_identity, single_spaced
 from blip2edge.training.data.folder import captions_of
 
 SampleFiles = dict[str, tuple[ShardFile, Callable[[], bytes]]]
 """The files of one sample by suffix, each with the function that reads it."""
+
+MAX_TEXT_BYTES = 16 << 20
+"""Largest text or JSON of one sample."""
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -121,10 +125,8 @@ def read_shard(path: Path, broken: BrokenSamples, name: str = "") -> Iterator[En
                 parts[(dot + suffix).lower()] = (file, read)
             if parts:
                 yield from _entries(name, key, parts, broken)
-    except tarfile.TarError as error:
-        broken.add(name, f"the shard cannot be read further: {error}")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except BrokenShardError as error:
+        broken.add(name, f"the shard cannot be read further: {error.problem}")
 
 
 def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> list[Entry]:
@@ -134,15 +136,20 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
     if file is None:
         broken.add(sample_id, "there is no picture")
         return []
+    if file.sparse:
+        broken.add(sample_id, "its picture is a sparse file")
+        return []
     try:
-        texts = {suffix: parts[suffix][1]().decode("utf-8-sig") for suffix in (".txt", ".json") if suffix in parts}
-        fields = json.loads(texts.get(".json", "{}"))
-    except (ValueError, tarfile.TarError) as error:
-        broken.add(sample_id, f"its text cannot be read: {error}")
+        with reading(sample_id, "a text", DataError):
+            texts = {suffix: _text(*parts[suffix]) for suffix in (".txt", ".json") if suffix in parts}
+            fields = parse_json(texts.get(".json", "{}"))
+    except (DataError, ImageError) as error:
+        broken.add(sample_id, f"its text cannot be read: {error.problem}")
         return []
     fields = fields if isinstance(fields, dict) else {}
     picture = ShardPicture(file.shard, file.name, file.offset, file.size)
-    image_id = str(fields.get("image_id", sample_id))
+    image_id = fields.get("image_id", sample_id)
+    image_id = str(image_id) if isinstance(image_id, (int, str)) else sample_id
     question, given, caption = fields.get("question"), fields.get("answers"), fields.get("caption")
     if isinstance(question, str) and isinstance(given, list):
         try:
@@ -163,6 +170,13 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
         Entry(f"{sample_id}#{number}" if number else sample_id, image_id, picture, caption)
         for number, caption in enumerate(captions)
     ]
+
+
+def _text(file: ShardFile, read: Callable[[], bytes]) -> str:
+    """A text of a sample; raises ValueError if it is too long, or is not UTF-8."""
+    if file.size > MAX_TEXT_BYTES:
+        raise ValueError(f"expected at most {MAX_TEXT_BYTES} bytes, got {file.size}")
+    return read().decode("utf-8-sig")
 
 
 def read_shards(paths: Sequence[Path], broken: BrokenSamples) -> Iterator[Entry]:

@@ -22,10 +22,13 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from blip2edge.errors import OutputError
+from blip2edge.bundle.fields import listed, text
+from blip2edge.errors import DataError, OutputError
+from blip2edge.reading import DATA_BYTES, parse_json, read_text, reading
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.sources import Sample
 
+_LINE = listed(text)
 _ROWS, _INDEX = ".rows", ".index.jsonl"
 
 
@@ -40,7 +43,7 @@ def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> 
     digest = hashlib.sha256(json.dumps([preprocessing.to_json(), kind], sort_keys=True).encode())
     for name, tensor in vision.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
 
 
@@ -64,7 +67,7 @@ class FeatureCache:
         self._written = 0
         for index in sorted(directory.glob(f"*{_INDEX}")):
             rows = index.with_name(index.name.removesuffix(_INDEX) + _ROWS)
-            names = [name for line in _whole_lines(index) for name in json.loads(line)]
+            names = _names(index)
             held = rows.stat().st_size // self._row_bytes if rows.exists() else 0
             for number, name in enumerate(names[:held]):
                 self._places.setdefault(name, (rows, number))
@@ -94,14 +97,23 @@ class FeatureCache:
         """Adds the features of a batch: ``rows [B, P, D]`` for the pictures ``names``.
 
         Raises:
+            DataError: A feature is too large for the cache's dtype, or not finite.
             OutputError: The disk is full or not writable; features of earlier batches remain usable.
         """
         fresh = {name: number for number, name in enumerate(names) if name not in self._places}
         if not fresh:
             return
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(rows[list(fresh.values())].astype(self._dtype))
+        for name, row, kept in zip(fresh, rows[list(fresh.values())], stored, strict=True):
+            if not np.isfinite(kept).all():
+                raise DataError(
+                    f"the features of {name} do not fit into {self._dtype}: the largest is {np.abs(row).max():.4g}",
+                    "set features_dtype = 'float32' in [loop]",
+                )
         try:
             file, index, path = self._files()
-            file.write(np.ascontiguousarray(rows[list(fresh.values())].astype(self._dtype)).tobytes())
+            file.write(stored.tobytes())
             file.flush()
             index.write(json.dumps(list(fresh)) + "\n")
             index.flush()
@@ -133,10 +145,19 @@ class FeatureCache:
             self._own[1].close()
 
 
-def _whole_lines(index: Path) -> list[str]:
-    """The complete lines of an index."""
-    text = index.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+def _names(index: Path) -> list[str]:
+    """Names of the pictures in the complete lines of an index.
+
+    Raises:
+        DataError: The index is damaged.
+    """
+    fix = f"remove the directory {index.parent}: it is a cache"
+    text = read_text(index, DataError, fix, limit=DATA_BYTES)
+    with reading(index, "an index of features", DataError, fix):
+        lines = [parse_json(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+        for line in lines:
+            _LINE(line, "a line")
+    return [name for line in lines for name in line]
 
 
 class FrozenEncoder:
@@ -188,7 +209,8 @@ class FrozenEncoder:
             for sample, each in zip(samples, pixels, strict=True)
         ]
         with self._accelerator.autocast():
-            embeds: Tensor = self.vision(torch.from_numpy(np.stack(opened)).to(device))
+            pixels_in = torch.from_numpy(np.stack(opened)).to(device, next(self.vision.parameters()).dtype)
+            embeds: Tensor = self.vision(pixels_in)
         embeds = embeds.float()
         if self.cache is None:
             return embeds

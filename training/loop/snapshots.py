@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blip2edge.errors import DataError, OutputError, option
+from blip2edge.reading import read_json, reading
 
 _TENSORS, FACTS = "state.safetensors", "state.json"
 _PREFIX = "step-"  # of a complete snapshot; an incomplete one begins with a dot
@@ -58,14 +58,10 @@ class Snapshots:
         if not found:
             return None
         path = found[-1]
-        try:
-            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        fix = f"start again with {option('force', on=True)}, or remove {path}"
+        facts = read_json(path / FACTS, DataError, fix)
+        with reading(path / _TENSORS, "the tensors of a snapshot", DataError, fix):
             return Snapshot(load_file(path / _TENSORS), facts)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise DataError(
-                f"the snapshot {path} cannot be read ({error})",
-                f"start again with {option('force', on=True)}, or remove {path}",
-            ) from error
 
     @property
     def any(self) -> bool:
@@ -99,9 +95,15 @@ class Snapshots:
                 f"cannot write a snapshot to {self.directory}: {error.strerror or error}",
                 "free some space and run the command again: it resumes from the previous snapshot",
             ) from error
-        for path in [*self._whole(), *self.directory.glob(f".{_PREFIX}*")]:
+        for path in self._whole():
             if path != target:
                 shutil.rmtree(path, ignore_errors=True)
+        self.remove_incomplete()
+
+    def remove_incomplete(self) -> None:
+        """Removes the snapshots that killed runs did not finish."""
+        for path in self.directory.glob(f".{_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
         """Removes all snapshots, and the log in the same directory."""

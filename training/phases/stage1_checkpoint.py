@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from blip2edge.bundle.fields import number, record
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.qformer import QFormerBase
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, TEXT_HEAD_RULES, write_draft
@@ -27,6 +27,7 @@ from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.config import DraftConfig, QFormerConfig
 from blip2edge.model.retrieval import RetrievalModel
 from blip2edge.model.weights.rules import Rule, WeightMap, some, under
+from blip2edge.reading import reading
 from blip2edge.training.phases.stage1 import Stage1Model
 from blip2edge.training.setup.architecture import stage1_config
 
@@ -214,8 +215,15 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
         _load_head(model, directory)
     if (directory / STAGE1_FILE).is_file():
         with torch.no_grad():
-            model.temperature.fill_(float(read_json(directory / STAGE1_FILE)["temperature"]))
+            model.temperature.fill_(_temperature(directory / STAGE1_FILE))
     return model.eval()
+
+
+def _temperature(path: Path) -> float:
+    values = read_json(path)
+    with reading(path, "the record of stage 1", CheckpointError):
+        record({"temperature": number(0, 1e6)})(values, "")
+    return float(values["temperature"])
 
 
 def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
@@ -245,16 +253,13 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
 def _load_head(model: Stage1Model, directory: Path) -> None:
     """Loads the word head from the draft's file; the draft's other parts are in the model's file."""
     rules = WeightMap(TEXT_HEAD_RULES)
-    try:
-        tensors = load_file(directory / DRAFT_FILE)
+    path = directory / DRAFT_FILE
+    with reading(
+        path, "the weights of the text head", CheckpointError, "copy the file again from the output of stage 1"
+    ):
+        tensors = load_file(path)
         state = {name: tensors[rules.sources(f"head.{name}")[0]] for name in model.head.state_dict()}
         model.head.load_state_dict(state)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{directory / DRAFT_FILE} does not contain the weights of the text head ({reason})",
-            "copy the file again from the output of stage 1",
-        ) from error
 
 
 def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:

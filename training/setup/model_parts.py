@@ -15,8 +15,9 @@ from blip2edge.model.checkpoint.directory import save_checkpoint
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.loading.qformer_texts import QFormerTexts
+from blip2edge.training.setup.lora import without_lora
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass
@@ -51,7 +52,7 @@ class ModelParts:
             directory: An empty directory.
             dtype: dtype of the stored tensors: "float16", "bfloat16" or "float32".
         """
-        save_checkpoint(self.model, directory, dtype=_DTYPES[dtype])
+        save_checkpoint(self.model, directory, dtype=DTYPES[dtype])
         for name, content in self.files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
@@ -62,7 +63,7 @@ class ModelParts:
         """Copies the model's tensors whose names begin with one of the prefixes, such as "vision.", to the CPU."""
         return {
             name: tensor.detach().cpu().clone()
-            for name, tensor in self.model.state_dict().items()
+            for name, tensor in without_lora(self.model.state_dict()).items()
             if prefixes and name.startswith(prefixes)
         }
 

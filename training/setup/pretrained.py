@@ -33,7 +33,9 @@ from blip2edge.model.language.registry import LANGUAGES, bridged_language
 from blip2edge.model.layers import shapes_of
 from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.model.weights.rules import WeightMap, some
+from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.text.tokenizer import TOKENIZER_BYTES, parse_tokenizer
 
 _IMAGE_TOKEN = "<image>"
 """The token of a picture in transformers' input_ids, for families that name no other."""
@@ -157,16 +159,14 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if path.name == TOKENIZER_FILE:
         content = read_tokenizer(path.parent).content
     elif path.is_file():
-        content = path.read_bytes()
+        with reading(path, "a tokenizer.json", CheckpointError):
+            content = read_bytes(path, TOKENIZER_BYTES)
     else:
         raise CheckpointError(
             f"{path.parent} has no {path.name}",
             "save the tokenizer with transformers: AutoTokenizer.from_pretrained(NAME).save_pretrained(DIRECTORY)",
         )
-    try:
-        return tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the package raises bare Exception for every fault of the file
-        raise CheckpointError(f"{path} is not a tokenizer.json ({error})", "copy or download the file again") from error
+    return parse_tokenizer(content, path, CheckpointError, "copy or download the file again")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from blip2edge.model.checkpoint.stored.pickled import read_pickled
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles, has_weights, open_safetensors
 from blip2edge.model.weights.rules import some
 from blip2edge.packages import require
+from blip2edge.reading import reading
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -184,15 +186,17 @@ def _adapter_config(path: Path) -> Any:
             f"{path} has keys that the installed peft does not know: {some(unknown)}",
             "update it: pip install -U peft",
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = PeftConfig.from_pretrained(str(path.parent))
-    except (TypeError, ValueError, KeyError) as error:
-        raise cannot_merge(path, one_line(error)) from error
+    explain = partial(_unread, path)
+    with reading(path, "an adapter", CheckpointError, explain=explain), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PeftConfig.from_pretrained(str(path.parent))
     config.task_type = None  # it decides how a model is trained, not which layers change
     config.inference_mode = True
     return config
+
+
+def _unread(path: Path, error: Exception) -> CheckpointError:
+    return cannot_merge(path, one_line(error))
 
 
 def _empty_model(base: Path, architecture: str, path: Path) -> nn.Module:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from blip2edge import reading
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
-from blip2edge.errors import CheckpointError, one_line
+from blip2edge.errors import CheckpointError
 
 SIDE_GROUPS = (
     (
@@ -131,20 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing, unreadable, not JSON, or not an object.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}",
-            "give a directory written by transformers' save_pretrained",
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON ({one_line(error)})", "copy the checkpoint again"
-        ) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"expected a JSON object in {path}, got a value of type {type(values).__name__}",
-            "copy the checkpoint again",
-        )
-    return values
+    missing = CheckpointError(
+        f"{path.parent} has no {path.name}", "give a directory written by transformers' save_pretrained"
+    )
+    return reading.read_json(path, CheckpointError, "copy the checkpoint again", missing=missing)

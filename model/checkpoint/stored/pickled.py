@@ -13,6 +13,7 @@ import torch
 
 from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.weights.rules import some
+from blip2edge.reading import reading
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,20 +43,27 @@ def read_pickled(path: Path) -> dict[str, Any]:
         CheckpointError: The file is broken, holds objects that cannot be skipped, or no mapping.
     """
     others: list[str] = []
-    try:
+    with reading(path, "a file of tensors", CheckpointError, explain=lambda error: _unreadable(path, error, others)):
         zipped = zipfile.is_zipfile(path)
         if zipped:  # only the names of the classes are read here
-            others = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            _check_zip(path)
+            others += sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         with torch.serialization.safe_globals([(Ignored, name) for name in others]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error, others) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f'{path} is no checkpoint of LAVIS: expected {{"model": tensors by name}}, found {type(content).__name__}',
             save_again(path),
         )
     return {str(name): value for name, value in content.items()}
+
+
+def _check_zip(path: Path) -> None:
+    """Raises ValueError for a compressed archive: torch.save writes none, and a small one may need any memory."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [file for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"{packed[0].filename!r:.60} in it is compressed, which torch.save does not do")
 
 
 def save_again(path: Path) -> str:

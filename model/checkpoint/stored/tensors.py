@@ -10,12 +10,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from blip2edge.errors import CheckpointError, one_line
+from blip2edge.bundle.fields import is_file_name
+from blip2edge.errors import CheckpointError
 from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.weights.rules import some
+from blip2edge.reading import reading
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -152,12 +154,8 @@ def open_safetensors(path: Path) -> Any:
     Raises:
         CheckpointError: Missing or truncated.
     """
-    try:
+    with reading(path, "a whole safetensors file", CheckpointError, "copy or download it again"):
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({one_line(error)})", "copy or download it again"
-        ) from error
 
 
 def _stored(file: Any, name: str, dtype: str) -> Tensor:
@@ -166,7 +164,8 @@ def _stored(file: Any, name: str, dtype: str) -> Tensor:
             f"the tensor {name} is stored as {dtype_name(dtype)}, but weights must be in floating point",
             "save the checkpoint in float32, float16 or bfloat16",
         )
-    tensor: Tensor = file.get_tensor(name)
+    with reading(name, "a tensor", CheckpointError, "copy or download the file again"):
+        tensor: Tensor = file.get_tensor(name)
     return tensor
 
 
@@ -199,6 +198,11 @@ def shards(directory: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files", "copy or download it again")
+    outside = [name for name in weight_map.values() if not is_file_name(name)]
+    if outside:
+        raise CheckpointError(
+            f"{index}: expected names of files in its directory, got {outside[0]!r:.60}", "copy or download it again"
+        )
     files = [directory / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:

@@ -9,6 +9,7 @@ import pytest
 
 from blip2edge.calibration.activations.cache import load_observations, save_observations
 from blip2edge.calibration.activations.observer import Observation, Observer
+from blip2edge.errors import DataError
 
 
 def observed() -> dict[str, Observation]:
@@ -57,11 +58,11 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
             "empty": b"",
         }[damage]
     )
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(DataError, match="is damaged"):
         load_observations(path, ["norm", "gelu"])
 
 
 def test_a_file_of_another_graph_is_refused(tmp_path: Path) -> None:
     save_observations(tmp_path / "one.npz", observed())
-    with pytest.raises(ValueError, match="belongs to another graph"):
+    with pytest.raises(DataError, match="belongs to another graph"):
         load_observations(tmp_path / "one.npz", ["norm", "softmax"])

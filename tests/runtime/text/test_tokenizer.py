@@ -265,10 +265,10 @@ def test_tokens_and_ids() -> None:
 
 
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no such file"):
+    with pytest.raises(BundleError, match="No such file"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(BundleError, match=r"not a tokenizer\.json"):
+    with pytest.raises(BundleError, match=r"cannot be read as a tokenizer\.json"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
 
 

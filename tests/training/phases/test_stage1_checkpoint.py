@@ -181,7 +181,7 @@ def test_a_draft_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
     path.write_text(json.dumps(values))
     (tmp_path / "draft.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"draft.safetensors is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"draft.safetensors cannot be read as a whole safetensors file"):
         load_checkpoint(tmp_path)
 
 

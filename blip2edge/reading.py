@@ -1,0 +1,206 @@
+"""Reads files that others wrote: every fault of a file becomes one declared error that names the file.
+
+Parsers raise what a broken file leads them to: ``RecursionError``, ``OverflowError``, ``struct.error``, ``zlib.error``
+and more, and libraries in Rust panic. :func:`reading` turns all of them into an error of this project. It guards the
+call of a parser only, so that a fault of our own code is not taken for a fault of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from blip2edge.errors import Blip2EdgeError, one_line
+
+MANIFEST_BYTES = 64 << 20
+"""Largest JSON file that describes something: a manifest, a config. The index of a model of 10^6 tensors has 100 MB."""
+
+DATA_BYTES = 4 << 30
+"""Largest JSON file of a data set; the annotations of VQA have 0.4 GB."""
+
+MAX_DEPTH = 100
+"""Most levels of lists and objects in a JSON value. More would exhaust the stack of code that walks through them."""
+
+READ_FIX = "check the path and the file's permissions"
+
+_PANIC = "PanicException"  # of libraries in Rust: a BaseException, which `except Exception` does not catch
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+Explain = Callable[[Exception], "Blip2EdgeError | None"]
+
+
+@contextmanager
+def reading(
+    path: str | Path,
+    form: str,
+    error: type[Blip2EdgeError],
+    fix: str | None = "copy the file again",
+    *,
+    missing: Blip2EdgeError | None = None,
+    explain: Explain | None = None,
+) -> Iterator[None]:
+    """Turns every exception that a parser raises in the block into a declared error.
+
+    Errors of this project and an interrupt pass unchanged.
+
+    Args:
+        path: The file, or another name of the source, for the error.
+        form: What the file should be: ``JSON``, ``a safetensors file``.
+        error: Class of the error.
+        fix: What the user can do about a broken file.
+        missing: The error for a file that does not exist; None for one that names the system's reason.
+        explain: Makes a better error of some exceptions; it returns None for the others.
+
+    Raises:
+        Blip2EdgeError: Of the class ``error``: the file cannot be opened, or is not of this form.
+    """
+    try:
+        yield
+    except Blip2EdgeError:
+        raise
+    except Exception as found:
+        told = missing if isinstance(found, FileNotFoundError) else None
+        if told is None and explain is not None:
+            told = explain(found)
+        if told is not None:
+            raise told from found
+        if isinstance(found, OSError) and found.errno is not None:
+            raise _unreadable(path, error, found) from found
+        raise error(f"{_shown(path)} cannot be read as {form} ({_reason(found)})", fix) from found
+    except BaseException as found:
+        if type(found).__name__ != _PANIC:
+            raise
+        raise error(f"{_shown(path)} cannot be read as {form} ({one_line(found)})", fix) from found
+
+
+def _unreadable(path: str | Path, error: type[Blip2EdgeError], found: OSError) -> Blip2EdgeError:
+    return error(f"{_shown(path)} cannot be read ({found.strerror or one_line(found)})", READ_FIX)
+
+
+def _shown(path: str | Path) -> str:
+    """A path for a message: bytes that are not UTF-8 are escaped."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _reason(found: Exception) -> str:
+    """The message of a parser's exception; its class too where the message alone says little."""
+    if isinstance(found, RecursionError):
+        return "its values are nested too deeply"
+    if isinstance(found, MemoryError):
+        return "there is not enough memory for it"
+    if isinstance(found, UnicodeDecodeError):
+        return f"expected UTF-8, got the byte {found.object[found.start]:#04x} at position {found.start}"
+    text = one_line(found)
+    return f"{type(found).__name__}: {text}" if isinstance(found, (KeyError, IndexError)) else text
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Reads a whole file; call it inside :func:`reading`.
+
+    Raises:
+        ValueError: The file is larger than ``limit`` bytes.
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"expected at most {limit} bytes, got more")
+    return content
+
+
+def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
+    """Parses JSON; call it inside :func:`reading`.
+
+    Args:
+        content: UTF-8, a byte order mark allowed; or a text.
+        strict: Whether to refuse NaN, Infinity and an object with one key twice, as for files of our own. Other
+            programs write them.
+
+    Raises:
+        ValueError: The text is not JSON, is not UTF-8, has more than :data:`MAX_DEPTH` levels, or a text in it has half
+            a surrogate pair, which cannot be written as UTF-8.
+        RecursionError: The text is nested too deeply for the parser.
+    """
+    text = content if isinstance(content, str) else content.decode("utf-8-sig")
+    if strict:
+        values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    else:
+        values = json.loads(text)
+    _check_depth(values)
+    if _SURROGATE.search(text):
+        json.dumps(values, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"expected a number, got {name}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = sorted(name for name, _ in pairs)
+        twice = next(one for one, other in pairwise(names) if one == other)
+        raise ValueError(f"the key {twice!r:.60} is there twice")
+    return values
+
+
+def _check_depth(values: Any) -> None:
+    level = [values] if isinstance(values, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for each in level
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"expected at most {MAX_DEPTH} levels of lists and objects, got more")
+
+
+def read_json(
+    path: Path,
+    error: type[Blip2EdgeError],
+    fix: str | None = "copy the file again",
+    *,
+    missing: Blip2EdgeError | None = None,
+    explain: Explain | None = None,
+    limit: int = MANIFEST_BYTES,
+    strict: bool = False,
+) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Args:
+        path: The file.
+        error: Class of the error.
+        fix: What the user can do about a broken file.
+        missing: See :func:`reading`.
+        explain: See :func:`reading`.
+        limit: Largest size of the file in bytes.
+        strict: See :func:`parse_json`.
+
+    Raises:
+        Blip2EdgeError: Of the class ``error``: the file cannot be opened, is too large, is not JSON, or holds another
+            value than an object.
+    """
+    with reading(path, "JSON", error, fix, missing=missing, explain=explain):
+        values = parse_json(read_bytes(path, limit), strict=strict)
+    if not isinstance(values, dict):
+        raise error(f"expected a JSON object in {_shown(path)}, got a value of type {type(values).__name__}", fix)
+    return values
+
+
+def read_text(path: Path, error: type[Blip2EdgeError], fix: str | None = None, *, limit: int = MANIFEST_BYTES) -> str:
+    """Reads a text file in UTF-8; a byte order mark is skipped.
+
+    Raises:
+        Blip2EdgeError: Of the class ``error``: the file cannot be opened, is too large, or is not UTF-8.
+    """
+    with reading(path, "a text in UTF-8", error, fix):
+        return read_bytes(path, limit).decode("utf-8-sig")
