@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.disk_errors import output_error
 from blip2edge.bundle.integrity import STAMPS
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.bundle.publishing import output_error
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.signature import SIGN, SIGNATURE, Signature, model_signing, reading_key
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleSignatureError
