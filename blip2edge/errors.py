@@ -16,6 +16,7 @@ Each error is one line: what was expected, what was found, and how to correct it
     ├── BundleError             the directory is not a bundle, or lacks what the command needs
     │   ├── BundleVersionError  a newer version wrote the bundle
     │   └── BundleIntegrityError    a file is missing or differs from its recorded hash
+    │       └── BundleSignatureError    the required signature is missing, or does not fit key and files
     ├── ImageError              a picture cannot be read
     ├── PromptError             a prompt does not fit the model
     ├── OverloadError           more requests came than the queue holds
@@ -156,6 +157,10 @@ class BundleVersionError(BundleError):
 
 class BundleIntegrityError(BundleError):
     """A file of the bundle is missing, or differs from its recorded hash."""
+
+
+class BundleSignatureError(BundleIntegrityError):
+    """The required signature of a bundle is missing, is of another key, or lists other files."""
 
 
 class ImageError(Blip2EdgeError):

@@ -32,6 +32,8 @@ COMMANDS = (
     "match",
     "embed",
     "inspect",
+    "sign",
+    "verify",
     "doctor",
     "build",
     "demo",
@@ -104,7 +106,9 @@ def captioner(monkeypatch: pytest.MonkeyPatch) -> FakeCaptioner:
     module = ModuleType("blip2edge.runtime.captioning.captioner")
     module.Captioner = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "blip2edge.runtime.captioning.captioner", module)
-    opened = staticmethod(lambda path: SimpleNamespace(path=path, manifest=SimpleNamespace(prompt=None)))
+    opened = staticmethod(
+        lambda path, require_signature: SimpleNamespace(path=path, manifest=SimpleNamespace(prompt=None), unsigned=[])
+    )
     monkeypatch.setattr(Bundle, "open", opened)
     monkeypatch.setattr("blip2edge.bundle.bundle.load_whole", lambda path, load: load(opened(path)))
     return fake

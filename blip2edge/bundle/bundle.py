@@ -8,14 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
-from blip2edge.bundle.integrity import check_files, sha256_of
+from blip2edge.bundle.integrity import CheckedFiles, Listing
 from blip2edge.bundle.locks import recover, recover_in
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
+from blip2edge.bundle.schema import DERIVED
+from blip2edge.bundle.signature import Signature, find_signature, read_signature, unsigned_paths
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import Blip2EdgeError, BundleError, OutputError, UsageError, option
 from blip2edge.progress import ProgressCallback
+from blip2edge.reading import reading
 
-RECORDS = (MANIFEST, "optimized.json", "engine.json")
+RECORDS = (MANIFEST, *DERIVED.values())
 MOST_REPLACED = 8
 """Attempts to load a bundle that other runs replace meanwhile."""
 
@@ -36,29 +39,87 @@ class Bundle:
     Attributes:
         path: The directory of the bundle.
         manifest: The contents of ``bundle.json``.
+        signature: The signed files, if a signature is required; None without.
+        checked: The checked state of each file that was opened.
+        unsigned: Files and folders that are not used because the required signature does not list them; their paths in
+            the bundle.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, signature: Signature | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self.signature = signature
+        self.checked = CheckedFiles(strict=signature is not None)
+        self.unsigned: list[str] = []
         self._status = _status(path)
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, {self.manifest.family}, {self.manifest.precision})"
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
+    def open(
+        cls, path: str | Path, *, require_signature: str | Path | None = None, signature: str | Path | None = None
+    ) -> Bundle:
         """Reads ``bundle.json`` and checks that every file is there and unchanged.
 
-        A file that still has the size and modification time of the last check is not hashed again.
+        A file that still has the size, times and inode of the last check is not hashed again. If a signature is
+        required, every file is hashed.
+
+        Args:
+            path: The directory of the bundle.
+            require_signature: A public key in PEM format. The bundle must have a signature of its private key; files
+                that the signature does not list are not used. None: no signature is required.
+            signature: The signature; None for ``model.sig`` in the bundle, or else ``BUNDLE.sig`` beside it.
 
         Raises:
             BundleError: The directory is not a bundle, or its manifest cannot be read.
             BundleVersionError: A newer version of blip2edge wrote the bundle.
             BundleIntegrityError: A file is missing or was changed.
-            UsageError: ``path`` is not a str or a path object.
+            BundleSignatureError: The required signature is missing, is of another key, or lists other files.
+            MissingPackageError: A signature is required, and the package ``model-signing`` is not installed.
+            UsageError: ``path`` is not a str or a path object, or ``require_signature`` is not a public key.
         """
-        return load_whole(path, lambda bundle: bundle)
+        return load_whole(path, lambda bundle: bundle, require_signature=require_signature, signature=signature)
+
+    @classmethod
+    def _open(cls, directory: Path, signature: Signature | None) -> Bundle:
+        """Opens a bundle whose signature, if one is required, was checked with the key."""
+        if not (directory / MANIFEST).is_file():
+            read_manifest(directory)  # raises the error of a directory that is not a bundle
+        checked = CheckedFiles(strict=signature is not None)
+        with reading(directory / MANIFEST, "a manifest", BundleError):
+            sha256, _ = checked.hash(directory / MANIFEST)
+        bundle = cls(directory, read_manifest(directory), signature)
+        bundle.checked = checked
+        if signature is not None:
+            signature.require({MANIFEST: sha256, **bundle.manifest_hashes()})
+            bundle.unsigned += unsigned_paths(directory, signature)
+        bundle._check(use_stamps=True)
+        return bundle
+
+    def manifest_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file that ``bundle.json`` lists, by file name."""
+        return {name: record.sha256 for name, record in self.manifest.files.items()}
+
+    def admits(self, directory: Path, record: str) -> bool:
+        """Whether the files of a derived directory may be used: True unless a signature is required and lacks them.
+
+        Args:
+            directory: Directory of an optimized copy or of engines.
+            record: Name of the file in it that lists the others with their hashes; read it after this call.
+        """
+        if self.signature is None:
+            return True
+        if directory.is_relative_to(self.path) and directory == directory.resolve():  # it is no link
+            name = (directory / record).relative_to(self.path).as_posix()
+            sha256, _ = self.checked.hash(directory / record)
+            if self.signature.files.get(name) == sha256:
+                return True
+        inside = directory.is_relative_to(self.path)
+        shown = directory.relative_to(self.path).as_posix() if inside else str(directory)
+        if shown not in self.unsigned:
+            self.unsigned.append(shown)
+        return False
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
         """Hashes every file, also those that did not change since the last check.
@@ -81,14 +142,9 @@ class Bundle:
             raise BundleError(f"{self.path} was replaced by another run while it was read", "run the command again")
 
     def _check(self, *, use_stamps: bool, progress: ProgressCallback | None = None) -> None:
-        check_files(
-            self.path,
-            self.manifest.files,
-            manifest=MANIFEST,
-            fix=f"copy the bundle again, or export the checkpoint again with {option('force', on=True)}",
-            use_stamps=use_stamps,
-            progress=progress,
-        )
+        fix = f"copy the bundle again, or export the checkpoint again with {option('force', on=True)}"
+        listing = Listing(self.path, self.manifest.files, MANIFEST, fix)
+        self.checked.check(listing, use_stamps=use_stamps, progress=progress)
 
     def require_graphs(self, purpose: str, error: type[Blip2EdgeError] = BundleError) -> None:
         """Checks that the bundle contains graphs, and not only engines that were built from them.
@@ -117,7 +173,8 @@ class Bundle:
         ``bundle.json`` holds the hash of every other file, so its hash identifies the whole bundle. For a bundle that
         holds only engines, this is the hash of the bundle that the engines were built from.
         """
-        return self.manifest.engines_of or sha256_of(self.path / MANIFEST)
+        path = self.path / MANIFEST
+        return self.manifest.engines_of or self.checked.sha256(path) or self.checked.hash(path)[0]
 
     def derived(self, kind: str) -> Path:
         """Returns the directory to read engines or optimized copies from: in the bundle, or in the user's cache.
@@ -176,12 +233,20 @@ class Bundle:
         return self.manifest.graphs[name]
 
 
-def load_whole(path: str | Path, load: Callable[[Bundle], Loaded]) -> Loaded:
+def load_whole(
+    path: str | Path,
+    load: Callable[[Bundle], Loaded],
+    *,
+    require_signature: str | Path | None = None,
+    signature: str | Path | None = None,
+) -> Loaded:
     """Opens a bundle and loads from it: all of it from one bundle, also if a run replaces it meanwhile.
 
     Args:
         path: The directory of the bundle.
         load: Function that loads something from the opened bundle. It is called again if the bundle was replaced.
+        require_signature: As for :meth:`Bundle.open`.
+        signature: As for :meth:`Bundle.open`.
 
     Raises:
         BundleError, BundleVersionError, BundleIntegrityError, UsageError: As :meth:`Bundle.open`; and the errors of
@@ -190,12 +255,12 @@ def load_whole(path: str | Path, load: Callable[[Bundle], Loaded]) -> Loaded:
     _check_path(path)
     directory = Path(path)
     recover(directory)
+    if require_signature is not None:
+        directory = directory.resolve()  # so that a link to the bundle can change without effect
     for _ in range(MOST_REPLACED):
         before = _whole_status(directory)
         try:
-            bundle = Bundle(directory, read_manifest(directory))
-            bundle._check(use_stamps=True)
-            loaded = load(bundle)
+            loaded = load(Bundle._open(directory, _signed(directory, require_signature, signature)))
         except (Blip2EdgeError, OSError):
             if before == _whole_status(directory):
                 raise
@@ -205,6 +270,15 @@ def load_whole(path: str | Path, load: Callable[[Bundle], Loaded]) -> Loaded:
         if isinstance(loaded, Closable):
             loaded.close()
     raise BundleError(f"{directory} is replaced again and again while it is read", "wait until other runs have ended")
+
+
+def _signed(directory: Path, public_key: str | Path | None, signature: str | Path | None) -> Signature | None:
+    """Reads the signature of a bundle and checks it with the public key; None without a key."""
+    if public_key is None:
+        return None
+    if not (directory / MANIFEST).is_file():
+        read_manifest(directory)  # raises the error of a directory that is not a bundle
+    return read_signature(find_signature(directory) if signature is None else Path(signature), Path(public_key))
 
 
 def _check_path(path: object) -> None:

@@ -32,6 +32,9 @@ TOKENIZER_FILE = "tokenizer.json"
 QFORMER_TOKENIZER_FILE = "qformer_tokenizer.json"
 DRAFT_TOKENIZER_FILE = "draft_tokenizer.json"
 
+DERIVED: Mapping[str, str] = {"optimized": "optimized.json", "engines": "engine.json"}
+"""Directories of a bundle with files that are made from it, and the record in each of their folders."""
+
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.files import write
-from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft, add_number
+from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft, add_number, print_unsigned
 from blip2edge.cli.flag_types import non_negative_int, positive_int
 from blip2edge.cli.next_steps import calibrate_command, print_next, quoted
 from blip2edge.packages import missing
@@ -61,10 +61,12 @@ def run(options: argparse.Namespace) -> int:
     chosen = BenchOptions(
         runs=options.runs, warmup=options.warmup, tokens=options.tokens, batches=tuple(options.batch_sizes)
     )
-    start, flags = time.perf_counter(), {"backend": options.backend, "threads": options.threads, "draft": options.draft}
+    names = ("backend", "threads", "draft", "require_signature")
+    start = time.perf_counter()
     with MemoryMeter() as loading:
-        captioner = Captioner.load(options.bundle, **flags)
+        captioner = Captioner.load(options.bundle, **{name: getattr(options, name) for name in names})
     loaded = time.perf_counter() - start
+    print_unsigned(captioner.bundle)
     with Progress() as progress:
         report = bench(
             captioner,

@@ -98,7 +98,9 @@ def run(options: argparse.Namespace) -> int:
         score_batches = score_on_ray(options.ray, options.workers)
     config, base = detect_data(options.data, options.images, options.annotations, options.max_broken)
     entries, broken = read_entries(config, base=base)
-    captioning = ModelOptions(options.backend, options.threads, options.batch_size, given_generation(options))
+    captioning = ModelOptions(
+        options.backend, options.threads, options.batch_size, given_generation(options), options.require_signature
+    )
     chosen = CapFiltOptions(
         captioner=options.captioner,
         matcher=options.matcher,

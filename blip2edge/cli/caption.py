@@ -14,6 +14,7 @@ from blip2edge.cli.flag_groups import (
     add_generation,
     add_stream_or_json,
     given_generation,
+    print_unsigned,
 )
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, PictureArgument, find_pictures
@@ -188,7 +189,7 @@ def open_bundle(options: argparse.Namespace) -> Bundle:
     """Opens the bundle that the flags name."""
     from blip2edge.bundle.bundle import Bundle
 
-    return Bundle.open(options.bundle)
+    return Bundle.open(options.bundle, require_signature=options.require_signature)
 
 
 def takes_videos(bundle: Bundle) -> bool:
@@ -202,7 +203,13 @@ def load_captioner(options: argparse.Namespace, bundle: Bundle) -> Captioner:
     from blip2edge.bundle.bundle import load_whole
     from blip2edge.runtime.captioning.captioner import Captioner
 
-    return load_whole(bundle.path, lambda opened: Captioner(opened, options.backend, options.threads, options.draft))
+    captioner = load_whole(
+        bundle.path,
+        lambda opened: Captioner(opened, options.backend, options.threads, options.draft),
+        require_signature=options.require_signature,
+    )
+    print_unsigned(captioner.bundle)
+    return captioner
 
 
 def print_pieces(label: str, pieces: Iterable[str]) -> None:

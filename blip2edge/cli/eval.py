@@ -116,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
             backend=options.backend,
             threads=options.threads,
             batch_size=options.batch_size,
+            require_signature=options.require_signature,
             progress=progress,
             **given_generation(options),
         )

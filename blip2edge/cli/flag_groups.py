@@ -14,11 +14,14 @@ from blip2edge.cli.flag_types import (
     positive_number,
     share,
 )
+from blip2edge.cli.messages import print_note
+from blip2edge.cli.next_steps import quoted
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _ActionsContainer
     from collections.abc import Callable, Iterable
 
+    from blip2edge.bundle.bundle import Bundle
     from blip2edge.cli.parser import Parser
 
 MAX_BROKEN = 100
@@ -87,6 +90,22 @@ def add_backend(parser: ArgumentParser) -> None:
         "the GPU, else cpu",
     )
     add_threads(parser)
+    parser.add_argument(
+        "--require-signature",
+        metavar="PUBLIC_KEY",
+        type=Path,
+        help="load the bundle only if it is signed with the private key of PUBLIC_KEY (see `blip2edge sign`), and use "
+        "no file that is not signed",
+    )
+
+
+def print_unsigned(bundle: Bundle) -> None:
+    """Prints which files of a bundle are not used because its required signature does not list them."""
+    if bundle.unsigned:
+        print_note(
+            f"note: not used, because the signature does not list it: {', '.join(bundle.unsigned)}; "
+            f"sign the bundle again: blip2edge sign {quoted(bundle.path)} --key KEY"
+        )
 
 
 def add_threads(parser: ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from blip2edge.bundle.schema import Axis
 from blip2edge.cli.export import merging_line
 from blip2edge.cli.flag_groups import add_bundle
-from blip2edge.cli.next_steps import print_next, try_command
+from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import EngineError
 from blip2edge.progress import Progress, ProgressCallback
@@ -27,7 +27,9 @@ def add_arguments(parser: Parser) -> None:
     """Add the flags of ``inspect``."""
     add_bundle(parser)
     parser.add_argument(
-        "--verify", action="store_true", help="compare the SHA-256 of every file with the one recorded in bundle.json"
+        "--verify",
+        action="store_true",
+        help="compare the SHA-256 of every file with the one recorded in bundle.json, optimized.json or engine.json",
     )
 
 
@@ -49,8 +51,24 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join([*_copies(bundle), *_engines(bundle)]))
     if options.verify:
         print(f"\nverified: every one of the {count} files has the recorded SHA-256")
+        print("\n".join(_proof(bundle)))
     print_next(try_command(bundle.path, manifest))
     return 0
+
+
+def _proof(bundle: Bundle) -> list[str]:
+    """What the hashes prove, and what only a signature does."""
+    from blip2edge.bundle.signature import SIGNATURE
+
+    path = quoted(bundle.path)
+    check = f"blip2edge verify {path} --key PUBLIC_KEY"
+    known = f"{SIGNATURE} was not checked: {check}"
+    if not (bundle.path / SIGNATURE).is_file():
+        known = f"the bundle has no {SIGNATURE}: blip2edge sign {path} --key KEY"
+    return [
+        "the hashes show that the files are complete and unchanged since their records were written;",
+        f"they do not show who wrote the files and the records, which a signature shows ({known})",
+    ]
 
 
 def _verify(bundle: Bundle, progress: ProgressCallback) -> int:

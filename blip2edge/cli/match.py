@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option
+from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, print_unsigned
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError
@@ -65,4 +65,11 @@ def load_matcher(options: argparse.Namespace) -> Matcher:
     """The matcher that the flags name."""
     from blip2edge.runtime.captioning.matcher import Matcher
 
-    return Matcher.load(options.bundle, backend=options.backend, threads=options.threads)
+    matcher = Matcher.load(
+        options.bundle,
+        backend=options.backend,
+        threads=options.threads,
+        require_signature=options.require_signature,
+    )
+    print_unsigned(matcher.bundle)
+    return matcher

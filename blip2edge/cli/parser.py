@@ -25,6 +25,8 @@ COMMANDS = {
     "watch": "caption the newest picture of a camera or a video, again and again, or each new picture of a folder",
     "serve": "start an HTTP server that captions pictures",
     "inspect": "show the contents of a bundle",
+    "sign": "sign the files of a bundle with a private key",
+    "verify": "check the signature of a bundle with a public key",
     "build": "build TensorRT engines from the graphs of a bundle",
     "bench": "measure the speed and memory of a bundle on this machine",
     "doctor": "check which backends run on this machine",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.cli import interrupt
-from blip2edge.cli.flag_groups import add_backend, add_bundle, add_number
+from blip2edge.cli.flag_groups import add_backend, add_bundle, add_number, print_unsigned
 from blip2edge.cli.flag_types import port, positive_number
 from blip2edge.cli.messages import print_note
 from blip2edge.errors import BackendError, OutputError, UsageError, one_line, option
@@ -73,7 +73,13 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.runtime.serving.http import Server
 
     listening = _listen(options.host, options.port)
-    captioner = Captioner.load(options.bundle, backend=options.backend, threads=options.threads)
+    captioner = Captioner.load(
+        options.bundle,
+        backend=options.backend,
+        threads=options.threads,
+        require_signature=options.require_signature,
+    )
+    print_unsigned(captioner.bundle)
     local, key = options.host in LOOPBACK, getattr(options, "api_key", "")
     hosts = (*LOOPBACK, *options.allowed_host) if local else tuple(options.allowed_host)
     access = Access(key, tuple(options.cors), tuple(name.lower() for name in hosts))

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord, check_files
+from blip2edge.bundle.integrity import CheckedFiles, FileRecord, Listing, check_unlisted
 from blip2edge.bundle.manifest_fields import ENGINES_FIELDS
-from blip2edge.bundle.schema import DECODER, GraphSpec
+from blip2edge.bundle.schema import DECODER, DERIVED, GraphSpec
+from blip2edge.bundle.signature import SIGN
 from blip2edge.errors import BackendError, EngineError, option
 from blip2edge.reading import read_json, reading
 from blip2edge.runtime.backends import probe
 
 KIND = "engines"
-RECORD = "engine.json"
+RECORD = DERIVED[KIND]
 SCHEMA_VERSION = 3
 STEP = "step"
 """Name of the engine between two decode steps: it chooses the token and reads its row of the token table."""
@@ -152,22 +153,28 @@ class EngineSet:
         return self.engines[name]
 
     def verify(self) -> None:
-        """Hashes every engine; raises BundleIntegrityError if one is missing or was changed."""
-        files = {f"{name}.engine": record.file for name, record in self.engines.items()}
-        check_files(self.directory, files, manifest=RECORD, fix="build the engines again", use_stamps=False)
+        """Hashes every engine; raises BundleIntegrityError if one is missing, was changed or is not listed."""
+        listing = self._listing(*self.engines)
+        CheckedFiles().check(listing, use_stamps=False)
+        check_unlisted(listing)
 
-    def file(self, name: str) -> Path:
+    def _listing(self, *names: str) -> Listing:
+        files = {f"{name}.engine": self.record(name).file for name in names}
+        return Listing(self.directory, files, RECORD, "build the engines again")
+
+    def file(self, name: str, checked: CheckedFiles) -> Path:
         """Returns the path of the engine of the graph ``name``, after checking its hash.
 
-        The hash is not computed again if size and time of the file are the same as at the last check.
+        Args:
+            name: The graph's name.
+            checked: Checks the file; that of the bundle.
 
         Raises:
             EngineError: The folder has no engine for this graph.
             BundleIntegrityError: The file is missing or was changed.
         """
-        file = f"{name}.engine"
-        check_files(self.directory, {file: self.record(name).file}, manifest=RECORD, fix="build the engines again")
-        return self.directory / file
+        checked.check(self._listing(name))
+        return self.directory / f"{name}.engine"
 
 
 @dataclass(frozen=True)
@@ -322,6 +329,9 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
     build = f"blip2edge build {bundle.path} --target {here.target}"
     refusal: EngineError | None = None
     for folder in engine_folders(bundle):
+        if not bundle.admits(folder, RECORD):
+            refusal = refusal or unsigned_engines(bundle, folder)
+            continue
         try:
             engines = EngineSet.read(folder)
             if engines.fingerprint.get("target") != here.target:
@@ -334,6 +344,11 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
     if refusal is not None:
         raise refusal
     raise no_engines(bundle, here.target)
+
+
+def unsigned_engines(bundle: Bundle, folder: Path) -> EngineError:
+    """Makes the error of engines that a required signature does not list."""
+    return EngineError(f"the engines in {folder} are not signed", SIGN.format(bundle.path))
 
 
 def no_engines(bundle: Bundle, target: str) -> EngineError:

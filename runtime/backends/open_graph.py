@@ -2,7 +2,7 @@
 
 ``optimized/<backend>/`` in a bundle holds graphs rewritten for one backend (an optimized copy). ``optimized.json``
 there names the bundle that they were made from, by its hash. A copy of another bundle, or one made by another version
-of the backend, is not used; the portable graph is used instead.
+of the backend, is not used; the portable graph is used instead. So is a copy that a required signature does not list.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.integrity import FileRecord, check_files
+from blip2edge.bundle.integrity import FileRecord, Listing, check_unlisted
 from blip2edge.bundle.manifest_fields import OPTIMIZED_FIELDS
-from blip2edge.bundle.schema import Parity
-from blip2edge.errors import BackendError, BundleError, EngineError
+from blip2edge.bundle.schema import DERIVED, Parity
+from blip2edge.errors import BackendError, BundleError, BundleIntegrityError, EngineError
 from blip2edge.packages import installed, missing
 from blip2edge.reading import read_json, reading
 from blip2edge.runtime.backends import probe
@@ -37,9 +37,9 @@ from blip2edge.runtime.backends.base import (
 from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders, engines_backend
 from blip2edge.runtime.backends.probe import cores, exact_processor
 
-RECORD = "optimized.json"
-SCHEMA_VERSION = 2
 KIND = "optimized"
+RECORD = DERIVED[KIND]
+SCHEMA_VERSION = 2
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": ""}
 """The package whose version a copy is made for, by backend; empty if the copy is valid for every version: ONNX Runtime
 optimizes a copy for CUDA when it loads it."""
@@ -142,17 +142,20 @@ class OptimizedRecord:
 
 
 def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple[Path, OptimizedRecord] | None:
-    """Finds a bundle's optimized copy for a backend, and checks the files of the copy; see :func:`check_files`.
+    """Finds a bundle's optimized copy for a backend, and checks the files of the copy; see :class:`CheckedFiles`.
 
     Returns:
-        Directory and record of the copy; None if there is no copy, or if it was made from another bundle, by another
-        version of the backend's package or, for some backends, on another processor.
+        Directory and record of the copy; None if there is no copy, if it was made from another bundle, by another
+        version of the backend's package or, for some backends, on another processor, or if a required signature does
+        not list it.
 
     Raises:
-        BundleIntegrityError: A file of the copy is missing or was changed.
+        BundleIntegrityError: A file of the copy is missing or was changed, or is not listed in ``optimized.json``.
     """
     directory = bundle.derived(KIND) / backend
     path = directory / RECORD
+    if not path.is_file() or not bundle.admits(directory, RECORD):
+        return None
     try:
         values = read_json(path, BundleError, strict=True)
         if values.get("schema_version") != SCHEMA_VERSION:
@@ -168,14 +171,23 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
         return None
     if backend in OF_ONE_MACHINE and record.machine != exact_processor():
         return None
-    check_files(
-        directory,
-        record.files,
-        manifest=RECORD,
-        fix=f"make the copy again: blip2edge optimize {bundle.path} --backend {backend}",
-        use_stamps=use_stamps,
-    )
+    fix = f"make the copy again: blip2edge optimize {bundle.path} --backend {backend}"
+    for graph in record.graphs.values():
+        if graph.file not in record.files:
+            raise BundleIntegrityError(f"{directory / graph.file} is not listed in {RECORD}", fix)
+    listing = Listing(directory, record.files, RECORD, fix, _weights(bundle, directory, record))
+    bundle.checked.check(listing, use_stamps=use_stamps)
+    if not use_stamps:
+        check_unlisted(listing)
     return directory, record
+
+
+def _weights(bundle: Bundle, directory: Path, record: OptimizedRecord) -> set[str]:
+    """The paths that a copy's graphs may name as external data, relative to :func:`weights_of`."""
+    if weights_of(bundle, directory) == directory:
+        return set(record.files)
+    folder = directory.relative_to(bundle.path).as_posix()
+    return {*bundle.manifest.files, *(f"{folder}/{name}" for name in record.files)}
 
 
 def weights_of(bundle: Bundle, directory: Path) -> Path:

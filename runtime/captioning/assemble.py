@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.bundle import Bundle
@@ -55,6 +56,13 @@ class LoadedBundle:
             )
         self.bundle = bundle
         self.graphs = GraphOpener(bundle, backend, threads)
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Closes the graphs if the block fails; afterwards checks that the opened files are those that were checked."""
+        with self.graphs.closed_on_error():
+            yield
+            self.bundle.checked.check_unchanged()
 
     def close(self) -> None:
         """Releases the graphs and their memory; harmless when called twice.

@@ -56,7 +56,7 @@ class Captioner(LoadedBundle):
         draft: DraftName = "auto",
     ) -> None:
         super().__init__(bundle, backend, threads)
-        with self.graphs.closed_on_error():
+        with self._loading():
             self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=self.graphs.backend)
         self.prompts, self.tokenizer = self.encoder.text.prompts, self.encoder.text.tokenizer
 
@@ -68,6 +68,7 @@ class Captioner(LoadedBundle):
         backend: BackendName = "auto",
         threads: int | None = None,
         draft: DraftName = "auto",
+        require_signature: str | Path | None = None,
     ) -> Captioner:
         """Opens a bundle and loads its graphs.
 
@@ -77,14 +78,18 @@ class Captioner(LoadedBundle):
             threads: CPU threads that one operator uses; None for as many as there are cores.
             draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
+            require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
 
         Raises:
-            BundleError: The directory is not a bundle, a newer version wrote it, or its files were changed.
+            BundleError: The directory is not a bundle, a newer version wrote it, its files were changed, or it lacks
+                the required signature.
             BackendError: The backend is not installed, or does not run here.
             UsageError: ``bundle`` is not a path, ``threads`` is below 1, or the bundle does not have this draft model.
         """
         check_threads(threads)
-        return load_whole(bundle, lambda opened: cls(opened, backend, threads, draft))
+        return load_whole(
+            bundle, lambda opened: cls(opened, backend, threads, draft), require_signature=require_signature
+        )
 
     def caption(
         self,

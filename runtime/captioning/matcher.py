@@ -79,7 +79,7 @@ class Matcher(LoadedBundle):
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
                 f"use {'ask' if required else 'caption'}",
             )
-        with self.graphs.closed_on_error():
+        with self._loading():
             self.images = image_parts(bundle, self.graphs)
             self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **manifest.tokenizer)
             self.features = self.graphs(IMAGE_FEATURES)
@@ -87,22 +87,29 @@ class Matcher(LoadedBundle):
             self.head = self.graphs(MATCH) if MATCH in manifest.graphs else None
 
     @classmethod
-    def load(cls, bundle: str | Path, *, backend: BackendName = "auto", threads: int | None = None) -> Matcher:
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        backend: BackendName = "auto",
+        threads: int | None = None,
+        require_signature: str | Path | None = None,
+    ) -> Matcher:
         """Opens a bundle and loads its graphs.
 
         Args:
             bundle: The directory that ``blip2edge export`` made.
             backend: Name of the backend that runs the graphs; ``auto`` for the default.
             threads: CPU threads that one operator uses; None for as many as there are cores.
+            require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
 
         Raises:
-            BundleError: The directory is not a bundle, a newer version wrote it, its files were changed, or its model
-                generates texts and does not compare them.
+            BundleError: As :meth:`Bundle.open`; or the bundle's model generates texts and does not compare them.
             BackendError: The backend is not installed, or does not run here.
             UsageError: ``bundle`` is not a path, or ``threads`` is below 1.
         """
         check_threads(threads)
-        return load_whole(bundle, lambda opened: cls(opened, backend, threads))
+        return load_whole(bundle, lambda opened: cls(opened, backend, threads), require_signature=require_signature)
 
     def match(self, image: ImageSource, text: str, *, channels: Channels = "rgb") -> MatchResult:
         """Compares a picture with a text.

@@ -12,6 +12,7 @@ from pathlib import Path
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.token_table import TokenTable
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, option
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import OptimizedFile, Session, closed_graph
@@ -45,8 +46,9 @@ def open_graph(
     )
 
 
-KERNELS = "kernels.cache"
-"""File next to the engines that keeps the kernels that TensorRT for RTX compiled."""
+KERNELS = "kernels"
+"""Folder in the user's cache with the kernels that TensorRT for RTX compiled. They are machine code without a recorded
+hash, so they are never read from a bundle, which can come from another machine."""
 
 
 class EngineOpener:
@@ -77,7 +79,7 @@ class EngineOpener:
         here = fingerprint(target, str(trt.__version__), bundle.sha256, ())
         self._bundle = bundle
         self._set: EngineSet = find_engines(bundle, here)
-        self._device = Device(trt, Cuda(load_cuda()), self._set.directory / KERNELS)
+        self._device = Device(trt, Cuda(load_cuda()), _kernels(bundle, self._set.directory.name))
         self._decoding: list[Engines] = []
 
     def close(self) -> None:
@@ -114,7 +116,15 @@ class EngineOpener:
 
     def _open(self, name: str) -> object:
         host_code = bool(self._set.fingerprint.get("version_compatible"))
-        return self._device.open(self._set.file(name), host_code=host_code)
+        return self._device.open(self._set.file(name, self._bundle.checked), host_code=host_code)
+
+
+def _kernels(bundle: Bundle, engines: str) -> Path | None:
+    """The file of the compiled kernels of a folder of engines; None without a home directory."""
+    try:
+        return cache_directory() / KERNELS / f"{bundle.sha256[:16]}-{engines}.cache"
+    except RuntimeError:
+        return None
 
 
 class DecoderSession(TrtSession):

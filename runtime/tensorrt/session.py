@@ -204,7 +204,8 @@ class Device:
             lane.close()
         if self._compiled is not None and self._kernels is not None:
             content = self._compiled.serialize()
-            with suppress(OSError, BusyError):  # the bundle may be read-only; the kernels are compiled again then
+            with suppress(OSError, BusyError):  # the cache may be read-only; the kernels are compiled again then
+                self._kernels.parent.mkdir(parents=True, exist_ok=True)
                 write_file(self._kernels, memoryview(content))
 
 

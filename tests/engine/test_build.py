@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.integrity import CheckedFiles
 from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
 from blip2edge.cli import main
 from blip2edge.engine import build, builder
@@ -262,7 +263,7 @@ def test_engines_build_without_a_gpu(
     assert {name: engine.cache for name, engine in written.engines.items() if engine.cache} == {DECODER: IN_PLACE}
     assert written.engines[DECODER].asked["fp32"] > 0
     for name in written.engines:
-        assert written.file(name).stat().st_size == written.engines[name].file.size
+        assert written.file(name, CheckedFiles()).stat().st_size == written.engines[name].file.size
     with pytest.raises(OutputError, match="exists"):
         build_bundle(tiny_bundle, target="rtx", sm=[86], output=output)
     with pytest.raises(EngineError, match="contains engines only"):

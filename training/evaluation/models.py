@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,12 +71,14 @@ class ModelOptions:
         threads: CPU threads; None for all cores.
         batch_size: Number of pictures, or of pairs of a picture and a text, in one batch.
         generation: Fields of `GenerationOptions`; a checkpoint supports `max_new_tokens` only.
+        require_signature: A public key that a bundle must be signed for; None: no signature is required.
     """
 
     backend: BackendName = "auto"
     threads: int | None = None
     batch_size: int = 16
     generation: dict[str, Any] = field(default_factory=dict)
+    require_signature: str | Path | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from PIL import Image
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.errors import BundleError, UsageError
+from blip2edge.errors import BundleError, UsageError, option
+from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.training.evaluation.models import (
@@ -83,12 +84,19 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
         UsageError: The model does not support an option.
     """
     if (model / MANIFEST).is_file():
-        if Bundle.open(model).manifest.prompt is None:
-            matcher = Matcher.load(model, backend=options.backend, threads=options.threads)
+        check_threads(options.threads)
+        bundle = Bundle.open(model, require_signature=options.require_signature)
+        if bundle.manifest.prompt is None:
+            matcher = Matcher(bundle, options.backend, options.threads)
             return EvaluatedModel(matcher=BundleMatcher(matcher, options))
-        captioner = Captioner.load(model, backend=options.backend, threads=options.threads)
+        captioner = Captioner(bundle, options.backend, options.threads)
         return EvaluatedModel(captioner=BundleCaptioner(captioner, options))
     if (model / "config.json").is_file():
+        if options.require_signature is not None:
+            raise UsageError(
+                f"{option('require_signature')} works with bundles only, but {model} is a checkpoint",
+                "export the checkpoint, and sign the bundle",
+            )
         # Imported here: it needs torch, which a machine that only runs bundles does not have.
         from blip2edge.training.evaluation.checkpoint_models import open_checkpoint_model
 

@@ -45,6 +45,7 @@ def evaluate(
     backend: BackendName = "auto",
     threads: int | None = None,
     batch_size: int = 16,
+    require_signature: str | Path | None = None,
     progress: ProgressCallback | None = None,
     **generation: Unpack[CaptionOptions],
 ) -> Figures:
@@ -69,6 +70,7 @@ def evaluate(
         backend: Name of a bundle's backend, or ``auto``.
         threads: CPU threads; None for all cores.
         batch_size: Number of pictures in one batch.
+        require_signature: A public key that a bundle must be signed for.
         progress: Called with ("scoring", pictures done, all pictures).
         **generation: Fields of ``GenerationOptions``; a checkpoint supports ``max_new_tokens`` only.
 
@@ -88,7 +90,7 @@ def evaluate(
             raise UsageError(f"expected {option('count')} to be at least 2 pictures, got {count}")
     else:
         entries = _read(str(data), images, annotations, max_broken, count)
-    opened = open_model(Path(model), ModelOptions(backend, threads, batch_size, dict(generation)))
+    opened = open_model(Path(model), ModelOptions(backend, threads, batch_size, dict(generation), require_signature))
     if predictions and (entries is None or opened.captioner is None):
         raise UsageError(
             f"{option('predictions')} needs a captioner and a data set from files", f"leave {option('predictions')} out"

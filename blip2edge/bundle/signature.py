@@ -1,0 +1,189 @@
+"""Reads signatures of bundles, in the model-signing format of the OpenSSF, and checks them with a public key.
+
+A signature is one file beside the signed ones. It holds the name and the SHA-256 of every file (an in-toto statement in
+a DSSE envelope), signed with an elliptic-curve key (https://github.com/sigstore/model-transparency). The package
+model-signing makes and checks signatures, and its own command reads them. Keys are files: nothing is sent anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from blip2edge.bundle.integrity import STAMPS
+from blip2edge.bundle.schema import DERIVED
+from blip2edge.errors import BundleSignatureError, MissingPackageError, UsageError, one_line
+from blip2edge.packages import require
+
+SIGNATURE = "model.sig"
+"""Name of the signature in a bundle: the default of the command ``model_signing``."""
+
+SIGN = "sign it: blip2edge sign {} --key KEY"
+CURVES = "elliptic curve P-256, P-384 or P-521"
+MAKE_KEYS = (
+    "make a pair of keys: openssl ecparam -name prime256v1 -genkey -noout -out KEY && "
+    "openssl ec -in KEY -pubout -out PUBLIC_KEY"
+)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a signature lists, after it was checked with the public key.
+
+    Attributes:
+        path: The file of the signature.
+        files: SHA-256 of each signed file in hexadecimal, by its path in the bundle.
+        ignored: Paths that the signature leaves out: itself, and the stamps of checked files.
+    """
+
+    path: Path
+    files: Mapping[str, str]
+    ignored: frozenset[str] = field(default_factory=frozenset)
+
+    def require(self, files: Mapping[str, str]) -> None:
+        """Checks that files are signed with these hashes.
+
+        Args:
+            files: SHA-256 in hexadecimal by the path in the bundle.
+
+        Raises:
+            BundleSignatureError: A file is not signed, or with another hash.
+        """
+        for name, sha256 in files.items():
+            signed = self.files.get(name)
+            if signed != sha256:
+                difference = "does not list it" if signed is None else f"lists the SHA-256 {signed}, got {sha256}"
+                raise BundleSignatureError(
+                    f"{name} is not the file that was signed: {self.path} {difference}",
+                    "copy the bundle again, or sign it again if the change is yours",
+                )
+
+
+class _Listed:
+    """Takes the place of model_signing's hashing in a verification: records what is signed, and hashes nothing.
+
+    The package checks the signature first, then asks for the hashes of the files, and compares both lists.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+        self.ignored: frozenset[str] = frozenset()
+
+    def add_ignored_paths(self, *, model_path: object, paths: Any) -> None:  # noqa: ARG002 - as the package calls it
+        """Called with the paths that the signature leaves out."""
+        self.ignored = frozenset(str(path) for path in paths)
+
+    def hash(self, model_path: object, *, files_to_hash: object = None) -> _Listed:  # noqa: ARG002 - as above
+        """Called for the hashes of the files."""
+        return self
+
+    def __eq__(self, signed: object) -> bool:
+        """Called to compare the hashes with the signed ones."""
+        manifest: Any = signed
+        for one in manifest.resource_descriptors():
+            if one.digest.algorithm != "sha256" or manifest.serialization_type["method"] != "files":
+                raise ValueError(f"expected the SHA-256 of whole files, got {one.digest.algorithm} of {one.identifier}")
+            self.files[str(one.identifier)] = one.digest.digest_hex
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def find_signature(bundle: Path) -> Path:
+    """Returns the signature of a bundle: ``model.sig`` in it, or else the file ``BUNDLE.sig`` beside it.
+
+    Raises:
+        BundleSignatureError: There is neither.
+    """
+    places = (bundle / SIGNATURE, bundle.with_name(f"{bundle.name}.sig"))
+    for place in places:
+        if place.is_file():
+            return place
+    raise BundleSignatureError(
+        f"{bundle} has no signature: neither {places[0]} nor {places[1]} is a file", SIGN.format(bundle)
+    )
+
+
+def read_signature(path: Path, public_key: Path) -> Signature:
+    """Reads a signature and checks it with a public key; the signed files are not read.
+
+    Args:
+        path: The signature.
+        public_key: A public key in PEM format, or a file of certificates that the signer's certificate leads to.
+
+    Raises:
+        BundleSignatureError: The signature is of another key, or is damaged.
+        MissingPackageError: The package ``model-signing`` is not installed.
+        UsageError: ``public_key`` is not such a file.
+    """
+    package = model_signing()
+    listed = _Listed()
+    verifier = package.verifying.Config().set_hashing_config(listed)
+    with reading_key(public_key, "public key"):
+        if b"BEGIN CERTIFICATE" in public_key.read_bytes():
+            verifier.use_certificate_verifier(certificate_chain=[public_key])
+        else:
+            verifier.use_elliptic_key_verifier(public_key=public_key)
+    try:
+        with redirect_stdout(sys.stderr):  # the package prints warnings to standard output
+            verifier.verify(path.parent, path)
+    except Exception as error:  # the exceptions of the package share no base class but Exception
+        reason = one_line(error)
+        raise BundleSignatureError(
+            f"{path} is not a signature of the key {public_key} ({reason})",
+            "check the key, or get the bundle and its signature again from their author",
+        ) from error
+    return Signature(path, listed.files, listed.ignored)
+
+
+def unsigned_paths(bundle: Path, signature: Signature) -> list[str]:
+    """Returns the files of a bundle that its signature neither lists nor leaves out, as paths in the bundle.
+
+    A derived folder without any signed file is one path.
+    """
+    left_out = {SIGNATURE, *signature.ignored}
+    found: list[str] = []
+    for folder, folders, names in os.walk(bundle):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in sorted([*names, *links]):
+            path = Path(folder, name).relative_to(bundle)
+            known = path.as_posix() in signature.files or name == STAMPS
+            if not known and not left_out & {one.as_posix() for one in (path, *path.parents)}:
+                found.append(path.as_posix())
+    signed = {folder.as_posix() for name in signature.files for folder in PurePosixPath(name).parents}
+    shown = (str(next((one for one in _derived_parts(name) if one not in signed), name)) for name in found)
+    return list(dict.fromkeys(shown))
+
+
+def _derived_parts(name: str) -> Iterator[str]:
+    """The derived folder of a file: ``optimized/cpu`` for ``optimized/cpu/decoder.onnx``."""
+    parts = PurePosixPath(name).parts
+    if len(parts) > 2 and parts[0] in DERIVED:
+        yield "/".join(parts[:2])
+
+
+def model_signing() -> Any:
+    """Imports the package ``model_signing``; raises MissingPackageError without it."""
+    return require("model_signing", "a signature", MissingPackageError)
+
+
+@contextmanager
+def reading_key(path: Path, kind: str) -> Iterator[None]:
+    """Turns every exception of reading a key into UsageError.
+
+    Args:
+        path: The file of the key.
+        kind: What the file should contain, such as ``public key``.
+    """
+    try:
+        yield
+    except Exception as error:  # the exceptions of the package share no base class but Exception
+        raise UsageError(
+            f"expected a {kind} in PEM format ({CURVES}), but {path} cannot be read as one ({one_line(error)})",
+            MAKE_KEYS,
+        ) from error
