@@ -23,6 +23,8 @@ MANIFEST_BYTES = 64 << 20
 DATA_BYTES = 4 << 30
 """Largest JSON file of a data set; the annotations of VQA have 0.4 GB."""
 
+CHUNK = 16 << 20  # bytes read at a time
+
 MAX_DEPTH = 100
 """Most levels of lists and objects in a JSON value. More would exhaust the stack of code that walks through them."""
 
@@ -106,11 +108,15 @@ def read_bytes(path: Path, limit: int) -> bytes:
         ValueError: The file is larger than ``limit`` bytes.
         OSError: The file cannot be read.
     """
+    parts: list[bytes] = []
+    rest = limit
     with path.open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"expected at most {limit} bytes, got more")
-    return content
+        while part := file.read(CHUNK):  # not the limit at once, which would take as much memory
+            parts.append(part)
+            rest -= len(part)
+            if rest < 0:
+                raise ValueError(f"expected at most {limit} bytes, got more")
+    return b"".join(parts)
 
 
 def parse_json(content: bytes | str, *, strict: bool = False) -> Any:

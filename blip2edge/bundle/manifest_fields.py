@@ -162,7 +162,7 @@ MANIFEST_FIELDS = record(
                 closed=True,
             )
         ),
-        "calibration": either("method", CALIBRATION, any_object),
+        "calibration": lambda value, where: CALIBRATION(value, where) if value else any_object(value, where),
         "merging": nullable(
             record(
                 {"merge_tokens": _TOKEN, "embeds": _TOKEN, "embeds_before": _TOKEN},
