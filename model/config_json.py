@@ -17,7 +17,7 @@ from blip2edge.model.layers import ACTIVATIONS
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1000
 MAX_INTEGER = 2**31 - 1
 MAX_NUMBER = 1e300  # NaN, and integers that are no float, are above it
 

@@ -425,7 +425,7 @@ TARGETS: dict[str, Target] = {
         packages=("torch",),
         share=3,
     ),
-    "config.json": Target(_file("config.json"), mutations.of_json, config, packages=("torch",), share=0.2),
+    "config.json": Target(_file("config.json"), mutations.of_json, config, seconds=20, packages=("torch",), share=0.2),
     "preprocessor_config.json": Target(
         _json(
             {
