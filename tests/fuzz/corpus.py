@@ -58,7 +58,7 @@ CHAT = {
     "stop": ["\n"],
     "stream": True,
     "stream_options": {"include_usage": True},
-    "logit_bias": {"5": 1.0},
+    "logit_bias": {},
 }
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 from tests.fuzz.corpus import Corpus
 from tests.fuzz.mutations import of_bytes
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.targets import TARGETS, Read, Target
 
 MEMORY = 3 << 30  # bytes that an input may take besides what the process has
 STATE = struct.Struct("<qqqd")  # number of the input, accepted, refused, time of its start
@@ -133,6 +133,13 @@ def _on_alarm(number: int, frame: Any) -> None:
     raise _TooLong
 
 
+def warm(read: Read, seeds: Sequence[bytes], errors: tuple[type[Exception], ...]) -> None:
+    """Reads the seeds without a limit, which imports what the reader needs."""
+    for content in seeds:
+        with contextlib.suppress(*errors):
+            read(content)
+
+
 def _work(
     name: str, corpus: Corpus, seeds: Sequence[bytes], span: range, seed: int, state: mmap.mmap, out: int
 ) -> None:
@@ -144,9 +151,7 @@ def _work(
     accepted, refused = 0, 0
     try:
         read = target.prepare(corpus, folder)
-        for content in seeds:  # imports what the reader needs, without a limit
-            with contextlib.suppress(*target.errors):
-                read(content)
+        warm(read, seeds, target.errors)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         for number in span:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Target:
         share: Share of the inputs, relative to the other readers.
         seconds: Longest time for one input.
         errors: Exceptions that the reader may raise.
+        refuses: Whether the reader refuses broken files; False if it ignores them.
         packages: Modules without which the target is skipped.
     """
 
@@ -38,6 +39,7 @@ class Target:
     share: float = 1.0
     seconds: float = 2.0
     errors: tuple[type[Exception], ...] = (Blip2EdgeError,)
+    refuses: bool = True
     packages: tuple[str, ...] = ()
 
 
@@ -362,6 +364,14 @@ def chats(corpus: Corpus) -> list[bytes]:
     return [json.dumps(CHAT).replace('"url": ""', f'"url": "{url}"').encode()]
 
 
+def _finish(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Runs a coroutine that waits for nothing outside it."""
+    with contextlib.suppress(StopIteration):
+        coroutine.send(None)
+        coroutine.close()
+        raise RuntimeError("the request waits for something")
+
+
 BOUNDARY = b"b2e"
 
 
@@ -373,7 +383,7 @@ def forms(corpus: Corpus) -> list[bytes]:
         )  # fmt: skip
 
     picture = corpus.pictures[0][:300]
-    return [part("file", picture, "a.png") + part("prompt", b"a photo") + part("max_tokens", b"5") + b"--b2e--\r\n"]
+    return [part("file", picture, "a.png") + part("prompt", b"a photo") + part("max_new_tokens", b"5") + b"--b2e--\r\n"]
 
 
 def form(corpus: Corpus, folder: Path) -> Read:
@@ -382,10 +392,7 @@ def form(corpus: Corpus, folder: Path) -> Read:
     from blip2edge.runtime.serving.picture_forms import read_caption_request
 
     headers = Headers({"content-type": "multipart/form-data; boundary=b2e"})
-    loop = asyncio.new_event_loop()
-    return lambda content: (
-        loop.run_until_complete(read_caption_request(content, headers, QueryParams("max_tokens=3"), "prompt")) and None
-    )
+    return lambda content: _finish(read_caption_request(content, headers, QueryParams("seed=3"), "prompt"))
 
 
 def caption_json(corpus: Corpus, folder: Path) -> Read:
@@ -394,10 +401,7 @@ def caption_json(corpus: Corpus, folder: Path) -> Read:
     from blip2edge.runtime.serving.picture_forms import read_caption_request
 
     headers = Headers({"content-type": "application/json"})
-    loop = asyncio.new_event_loop()
-    return lambda content: (
-        loop.run_until_complete(read_caption_request(content, headers, QueryParams(""), "question")) and None
-    )
+    return lambda content: _finish(read_caption_request(content, headers, QueryParams(""), "question"))
 
 
 TARGETS: dict[str, Target] = {
@@ -409,6 +413,7 @@ TARGETS: dict[str, Target] = {
         mutations.of_json,
         stamps,
         share=1,
+        refuses=False,
     ),
     "token table": Target(quantized_tables, mutations.of_safetensors, token_table, share=11),
     "safetensors": Target(
@@ -453,14 +458,12 @@ TARGETS: dict[str, Target] = {
         _json(
             {
                 "eos_token_id": [2],
-                "do_sample": True,
-                "temperature": 0.5,
                 "num_beams": 3,
                 "max_new_tokens": 20,
-                "bad_words_ids": [[1, 2]],
-                "suppress_tokens": [3],
-                "forced_eos_token_id": 2,
-            }
+                "bad_words_ids": [[1, 3]],
+                "length_penalty": 0.5,
+            },
+            {"eos_token_id": 2, "do_sample": True, "temperature": 0.5, "top_k": 5, "suppress_tokens": [3]},
         ),
         mutations.of_json,
         generation,
@@ -510,7 +513,9 @@ TARGETS: dict[str, Target] = {
     "chat request": Target(chats, mutations.of_json, chat, packages=("starlette",), share=8),
     "form request": Target(forms, mutations.of_bytes, form, packages=("starlette", "python_multipart"), share=4),
     "JSON request": Target(
-        _json({"image": ["data:image/png;base64,iVBORw0KGgo="], "question": "what?", "max_tokens": 3, "stop": ["x"]}),
+        _json(
+            {"image": ["data:image/png;base64,iVBORw0KGgo="], "question": "what?", "max_new_tokens": 3, "stop": ["x"]}
+        ),
         mutations.of_json,
         caption_json,
         packages=("starlette",),
