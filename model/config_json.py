@@ -22,7 +22,6 @@ MAX_INTEGER = 2**31 - 1
 MAX_NUMBER = 1e300  # NaN, and integers that are no float, are above it
 
 
-
 def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
     """Combines several JSON objects into one: a key has the value of the first object that has the key.
 

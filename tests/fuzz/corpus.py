@@ -47,7 +47,6 @@ learning_rate = 1e-3
 CHAT = {
     "model": "m",
     "messages": [
-        {"role": "system", "content": "be short"},
         {
             "role": "user",
             "content": [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": ""}}],
@@ -247,9 +246,10 @@ class Corpus:
             "cosine": 1.0, "milliseconds": [2.0, 1.0],
         }  # fmt: skip
         bundle = hashlib.sha256((self.bundle / "bundle.json").read_bytes()).hexdigest()
+        body = hashlib.sha256(b"x").hexdigest()
         document = {
             "schema_version": 2, "backend": "cpu", "bundle_sha256": bundle, "graphs": {"bridge": graph},
-            "left": {"decoder": "why"}, "files": {"bridge.onnx": {"sha256": hashlib.sha256(b"x").hexdigest(), "size": 1}},
+            "left": {"decoder": "why"}, "files": {"bridge.onnx": {"sha256": body, "size": 1}},
             "versions": {"onnxruntime": version("onnxruntime")}, "machine": "any",
         }  # fmt: skip
         return json.dumps(document).encode()

@@ -22,8 +22,8 @@ Mutate = Callable[[bytes, random.Random], bytes]
 INTEGERS = (0, 1, -1, 2, 7, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32,
             2**53, 2**60, 2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
 DEEP = 3000  # levels; json of CPython 3.11 raises RecursionError from about 1000
-TEXTS = ("", "\0", "../../etc/passwd", "/etc/passwd", "a" * 5000, "\ud800", "\u2028", "-1", "1e999", "é" * 300, "{image}",
-         "{prompt}", "%s%n", "nan", "\x1b[31m", "C:\\x", ".", "..")  # fmt: skip
+TEXTS = ("", "\0", "../../etc/passwd", "/etc/passwd", "a" * 5000, "\ud800", "\u2028", "-1", "1e999", "é" * 300,
+         "{image}", "{prompt}", "%s%n", "nan", "\x1b[31m", "C:\\x", ".", "..")  # fmt: skip
 
 
 def values() -> tuple[Any, ...]:
