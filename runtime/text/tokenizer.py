@@ -150,7 +150,7 @@ class Tokenizer:
         """Converts a text to token ids, by default with the special tokens of the tokenizer's template.
 
         Raises:
-            PromptError: The text holds half a surrogate pair, which is no character, or the vocabulary does not cover it.
+            PromptError: The text holds half a surrogate pair, or the vocabulary does not cover it.
         """
         _check_characters(text)
         with reading("the text", "tokens of this model", PromptError, "change the text, or export the model again"):

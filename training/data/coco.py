@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import DataError
-from blip2edge.reading import DATA_BYTES, read_json
 from blip2edge.picture_files import is_file
+from blip2edge.reading import DATA_BYTES, read_json
 from blip2edge.training.data.entries import (
     BrokenSamples,
     Entry,
