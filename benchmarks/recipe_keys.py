@@ -75,6 +75,8 @@ def document() -> str:
     blocks = ", ".join(f"`[model.{name}]`" for name in BLOCKS)
     parts += [f"{blocks}:\n", table(recipes.BlockSizes)]
     parts += [f"`[loop]`: {summary(types['loop'])}\n", table(types["loop"])]
+    own = table(types["validation"], recipes.DataConfig)
+    parts += [f"`[validation]`: {summary(types['validation'])} Its keys are those of `[data]` and these:\n", own]
     names = ", ".join(f"`[{name}]`" for name in PHASES)
     parts += [f"Each of {names}:\n", table(recipes.OptimizerConfig)]
     for name in PHASES:

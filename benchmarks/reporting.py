@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from blip2edge.bundle.locks import write_file
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINT = ROOT / "examples" / "checkpoint"
@@ -105,8 +107,7 @@ def command(*words: str) -> str:
 def write_json(path: Path | None, document: Any) -> None:
     """Writes a result as JSON; None writes nothing."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_file(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def write_result(path: Path | None, **document: Any) -> None:

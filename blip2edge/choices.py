@@ -32,6 +32,10 @@ TRAINING_STAGES = ("stage1", "stage2", "instruct")
 
 METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval")
 
+Ranking = Literal["probability", "lavis"]
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
+"""How the matching head ranks candidates in retrieval."""
+
 Split = Literal["heldout", "train"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 """Splits of the generated scenes: pairs of objects that no training shows, and the others."""

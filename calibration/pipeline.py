@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from typing import Any
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
-from blip2edge.bundle.publishing import check_not_source, staged
+from blip2edge.bundle.publishing import check_not_source, scratch, staged
 from blip2edge.bundle.schema import BRIDGE, VISION
 from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
 from blip2edge.calibration.activations.quantize import quantize_activations
@@ -123,14 +122,12 @@ def calibrate(
     with MemoryMeter() as meter, staged(target, force) as staging:
         pictures = choose_pictures(images, count, partial(report, "read the pictures"))
         warnings = _warnings(pictures)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            feeds = Feeds(Path(folder) / "feeds")
-            context = CalibrationContext(
-                parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256
-            )
-            limit = None if drop_limit is None else DropLimit(drop_limit, cider)
-            title = target.resolve().name
-            graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
+        feeds = Feeds(scratch(staging, "feeds"))
+        context = CalibrationContext(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
+        limit = None if drop_limit is None else DropLimit(drop_limit, cider)
+        title = target.resolve().name
+        graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
+        parent.check_unchanged()
     summaries = {name: graph.summary for name, graph in graphs.items()}
     warnings += _difference_warnings(summaries, agreement, limited=drop_limit is not None)
     seconds = time.perf_counter() - start

@@ -11,10 +11,12 @@ import mmap
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.locks import BusyError, write_file
 from blip2edge.choices import DECODER_CACHES
 from blip2edge.engine.build_errors import build_error
 from blip2edge.engine.decoder.cache_forms import AUTO
@@ -174,7 +176,8 @@ def build_engine(
         raise build_error(plan, options.target, options.workspace, messages)
     output.write_bytes(memoryview(engine))
     if cache is not None and options.timing_cache is not None:
-        options.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        with suppress(BusyError):  # another build writes it at this moment
+            write_file(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
     seconds = time.perf_counter() - start
     warnings = tuple(dict.fromkeys(messages))
     return BuiltEngine(output, output.stat().st_size, seconds, tuple(names), warnings, asked)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError, one_line
+from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.runtime.text.prompt import Dialog
 
 FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
-"""Files in which a checkpoint may hold a chat template."""
+"""Files in which a checkpoint may hold a chat template, besides those of :data:`NAMED_TEMPLATES`."""
+
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 Turn = tuple[str, str]
 """A message: its kind, one of ``system``, ``picture``, ``user`` and ``assistant``, and its text."""
@@ -25,43 +29,106 @@ TRIALS: tuple[tuple[Turn, ...], ...] = (
 """Conversations with which the texts of messages are checked, with and without a system message."""
 
 
-def chat_format(directory: Path, image_token: str, otherwise: str) -> tuple[str, dict[str, str]]:
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a prompt is made.
+
+    Attributes:
+        template: Text with one ``{image}`` and one ``{prompt}``.
+        turns: ``PromptSpec.turns``; empty for a bundle without conversations.
+        framed: Whether the tokenizer adds its special tokens. If not, the template has them.
+        warnings: What a checkpoint's chat template says and the bundle does not do.
+    """
+
+    template: str
+    turns: dict[str, str] = field(default_factory=dict)
+    framed: bool = True
+    warnings: tuple[str, ...] = ()
+
+
+def template_file(directory: Path) -> Path | None:
+    """The first file of a checkpoint that holds a chat template."""
+    paths = [*(directory / name for name in FILES), *sorted(directory.glob(NAMED_TEMPLATES))]
+    return next((path for path in paths if _holds_template(path)), None)
+
+
+def unused_template(directory: Path, reason: str) -> tuple[str, ...]:
+    """A warning that a checkpoint's chat template is not used; empty without a chat template."""
+    path = template_file(directory)
+    return (f"{path}: the chat template is not used: {reason}",) if path else ()
+
+
+def chat_format(directory: Path, image_token: str, otherwise: str) -> ChatFormat:
     """Renders a checkpoint's chat template, with placeholders for picture and prompt.
 
     Args:
         directory: The checkpoint.
         image_token: The placeholder of a picture in the chat template.
-        otherwise: The family's template, for a checkpoint without a chat template, or with one for text only.
-
-    Returns:
-        Text with one ``{image}`` and one ``{prompt}``, without the BOS that the tokenizer adds; and
-        ``PromptSpec.turns``.
+        otherwise: The family's template. It is used for a checkpoint without a chat template, or with one that has no
+            place for a picture or that transformers' processor does not read.
 
     Raises:
-        CheckpointError: The chat template cannot be rendered.
+        CheckpointError: The chat template cannot be rendered, or changes the text of a message.
     """
-    if not any(_mentions_template(directory / name) for name in FILES):
-        return otherwise, {}
+    path = template_file(directory)
+    if path is None:
+        return ChatFormat(otherwise)
     from transformers import AutoProcessor
 
+    prompts = f"prompts have the form {otherwise!r}"
     try:
         processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]  # transformers has none
+        if processor.chat_template is None:
+            reason = f"transformers' processor does not read it from there; {prompts}"
+            return ChatFormat(otherwise, warnings=unused_template(directory, reason))
         render = _renderer(processor, image_token)
         text = render([("picture", "{prompt}")], True)
+        spaced = render([("picture", _SPACED)], True)
     except Exception as error:  # jinja2 and transformers raise a dozen kinds
         raise CheckpointError(
             f"the chat template of {directory} could not be rendered ({one_line(error)})",
             "save the processor again, or remove its chat template",
         ) from error
-    if not _holds(text, image=1, prompt=1):
-        return otherwise, {}
-    return text, conversation_texts(render)
+    if text.count("{image}") != 1:
+        reason = f"it has no place for one picture; {prompts}"
+        return ChatFormat(otherwise, warnings=unused_template(directory, reason))
+    if text.count("{prompt}") != 1:
+        raise CheckpointError(
+            f"{path}: the chat template changes the text of a message: expected one {{prompt}} in {text!r}",
+            "write the text as it is, {{ part['text'] }}",
+        )
+    warnings = []
+    if spaced != text.replace("{prompt}", _SPACED):
+        warnings.append(f"{path}: the chat template removes spaces around a text; the bundle keeps them")
+    if "strftime_now" in str(processor.chat_template):
+        warnings.append(f"{path}: the chat template writes the date; the bundle keeps the date of this export")
+    bos = _written_bos(processor, text)
+    if bos and _same_with_added_bos(processor.tokenizer, text, bos):
+        render, text, bos = _without(render, bos), text.removeprefix(bos), ""
+    return ChatFormat(text, conversation_texts(render), not bos, tuple(warnings))
+
+
+_SPACED = " a \n"
+
+
+def _written_bos(processor: Any, text: str) -> str:
+    """The BOS token at the start of a rendered text. transformers adds no special tokens to a text that has it."""
+    bos = processor.tokenizer.bos_token or ""
+    return bos if text.startswith(bos) else ""
+
+
+def _same_with_added_bos(tokenizer: Any, text: str, bos: str) -> bool:
+    """Whether the tokenizer makes the same ids of the text without BOS, with the special tokens that it adds."""
+    filled = text.replace("{prompt}", "a photo").replace("{image}", " ")
+    written = tokenizer(filled, add_special_tokens=False)["input_ids"]
+    return bool(written == tokenizer(filled.removeprefix(bos))["input_ids"])
+
+
+def _without(render: Render, bos: str) -> Render:
+    return lambda turns, begin: render(turns, begin).removeprefix(bos)
 
 
 def _renderer(processor: Any, image_token: str) -> Render:
-    adds_bos = processor.tokenizer("")["input_ids"][:1] == [processor.tokenizer.bos_token_id]
-    bos = (processor.tokenizer.bos_token or "") if adds_bos else ""
-
     def render(turns: Sequence[Turn], begin: bool) -> str:
         messages = []
         for kind, text in turns:
@@ -69,7 +136,7 @@ def _renderer(processor: Any, image_token: str) -> Render:
             role = "user" if kind == "picture" else kind
             messages.append({"role": role, "content": [*picture, {"type": "text", "text": text}]})
         text = str(processor.apply_chat_template(messages, add_generation_prompt=begin, tokenize=False))
-        return text.removeprefix(bos).replace(image_token, "{image}")
+        return text.replace(image_token, "{image}")
 
     return render
 
@@ -136,5 +203,7 @@ def _holds(text: str, *, image: int, prompt: int) -> bool:
     return text.count("{image}") == image and text.count("{prompt}") == prompt
 
 
-def _mentions_template(path: Path) -> bool:
-    return path.is_file() and (path.suffix == ".jinja" or "chat_template" in path.read_text(encoding="utf-8"))
+def _holds_template(path: Path) -> bool:
+    if path.suffix == ".jinja":
+        return path.is_file()
+    return path.is_file() and bool(read_json(path).get("chat_template"))

@@ -10,8 +10,8 @@ from typing import Any
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, PromptSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.export.chat import chat_format
-from blip2edge.model.checkpoint.config_keys import check_config
+from blip2edge.export.chat import chat_format, unused_template
+from blip2edge.model.checkpoint.config_keys import TRANSFORMERS_TYPES, check_config
 from blip2edge.model.checkpoint.generation import read_generation
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused
@@ -56,12 +56,15 @@ class SideFiles:
             CheckpointError: A file is missing, does not fit the model, or has a value that would change captions and
                 is not supported.
         """
+        warnings = check_config(directory)
         tokenizer = read_tokenizer(directory)
-        preprocessing, warnings = _preprocessing(directory, config)
-        warnings = [*check_config(directory), *_check_processor(directory, config), *warnings]
+        warnings += _check_processor(directory, config)
+        preprocessing, more = _preprocessing(directory, config)
+        warnings += more
         content, flags = tokenizer.content, tokenizer.flags
         if isinstance(config, RetrievalConfig):
             _check_tokenizer(tokenizer, config.text.vocab_size, "the text side")
+            warnings += unused_template(directory, "this model matches texts and writes none")
             return cls(preprocessing, None, {}, content, flags, warnings=tuple(warnings))
         family = FAMILIES[config.family]
         slot = "" if family.around_image else family.image_token
@@ -89,8 +92,11 @@ class SideFiles:
             instruction = qformer.content
         prompt = prompt_spec(config)
         if slot:
-            template, turns = chat_format(directory, slot, family.template)
-            prompt = replace(prompt, template=template, turns=turns)
+            chat = chat_format(directory, slot, family.template)
+            prompt = replace(prompt, template=chat.template, turns=chat.turns, framed=chat.framed)
+            warnings += chat.warnings
+        else:
+            warnings += unused_template(directory, f"prompts of {family.title} have the form {family.template!r}")
         generation, more = read_generation(directory, config)
         draft = _draft_tokenizer(directory, config)
         warnings += more
@@ -209,7 +215,8 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
     """Checks the keys of ``processor_config.json`` outside its parts against the model; returns warnings.
 
     Raises:
-        CheckpointError: A key makes transformers write another number of visual tokens than the model has.
+        CheckpointError: A key makes transformers write another number of visual tokens than the model has, or names
+            the processor of another model.
     """
     path = directory / "processor_config.json"
     values = read_json(path) if path.is_file() else {}
@@ -226,4 +233,20 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
             raise refused(str(path), "num_additional_image_tokens", added, (wanted,))
     elif config.family == "blip-2-itm":  # transformers would put placeholders of the picture into the text
         accepted |= {"num_query_tokens": ()}
+    _check_processor_class(directory)
     return check_keys(replace(PROCESSOR, checked={**PROCESSOR.checked, **accepted}), values, str(path))
+
+
+def _check_processor_class(directory: Path) -> None:
+    """Raises CheckpointError where the first file that names a processor names that of another model."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    model_type = read_json(directory / "config.json")["model_type"]
+    wanted = PROCESSOR_MAPPING_NAMES.get(TRANSFORMERS_TYPES.get(model_type, model_type))
+    paths = [directory / f"{name}_config.json" for name in ("processor", "preprocessor", "tokenizer")]
+    for path in paths:
+        named = read_json(path).get("processor_class") if path.is_file() else None
+        if named is not None:
+            if wanted is not None and named != wanted:
+                raise refused(str(path), "processor_class", named, (wanted,))
+            return

@@ -271,7 +271,9 @@ class CaptionerConfig:
 
     Attributes:
         bos_token_id: Token that begins every text after the visual tokens.
-        eos_token_ids: End tokens; each of them ends a caption.
+        eos_token_ids: End tokens of the language model, from ``config.json``.
+        end_token_ids: Tokens that end a generated text, from ``generation_config.json``, where the family follows
+            that file and it names some; else empty, and the text ends at `eos_token_ids`. See :attr:`ends`.
         image_token_id: Token id that stands for a visual token in transformers' ``input_ids``; the repetition penalty
             applies to this id.
         decoder_start_token_id: First token of the decoder of an encoder-decoder model.
@@ -291,6 +293,7 @@ class CaptionerConfig:
     family: str = "blip-2"
     frames: int = 1
     draft: DraftConfig | None = None
+    end_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.draft is not None and (self.bridge.kind != "qformer" or self.frames != 1):
@@ -299,6 +302,13 @@ class CaptionerConfig:
                 "plain Q-Former (bridge of kind qformer, one picture)",
                 "remove draft.json and draft.safetensors from the checkpoint",
             )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end a generated text. The first one is the last label of a training text."""
+        if not self.end_token_ids:
+            return self.eos_token_ids
+        return tuple(sorted(self.end_token_ids, key=lambda token: token not in self.eos_token_ids))
 
     @property
     def instruction_positions(self) -> int:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.disk_errors import disk_is_full
 from blip2edge.bundle.integrity import FileRecord
-from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.publishing import scratch, staged
 from blip2edge.bundle.schema import TEXT_ENCODER
 from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.graph_files import load_graph
@@ -27,7 +28,7 @@ from blip2edge.optimization.by_rule import RULED_PRECISIONS, ruled
 from blip2edge.optimization.checks import CopyTask, agreement, fault_of, probe_session, references, run_graph
 from blip2edge.optimization.compiled import compile_to
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
-from blip2edge.optimization.storage import optimize_offline, scratch_directory, write_copy
+from blip2edge.optimization.storage import optimize_offline, write_copy
 from blip2edge.packages import installed, require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.open_graph import KIND, OptimizedGraph, OptimizedRecord
@@ -104,19 +105,20 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
     opened = Bundle.open(bundle)
     opened.require_graphs("an optimized copy")
     directory = opened.derive(KIND) / backend
-    with staged(directory, force=True, marker=None) as staging, scratch_directory(staging) as folder:
+    with staged(directory, force=True, marker=None) as staging:
         task = CopyTask(
             bundle=opened,
             context=PassContext(
                 opened.manifest.cache, opened.manifest.max_positions, TEXT_ENCODER in opened.manifest.graphs
             ),
-            scratch=Path(folder),
+            scratch=scratch(staging, "tried"),
             target=staging,
             within=str(directory.relative_to(opened.path)) if directory.is_relative_to(opened.path) else None,
             upstream={},
         )
         record = _record(task, backend, progress or (lambda stage, done, total: None))
         record.write(staging)
+        opened.check_unchanged()
     return OptimizedReport(directory, record, time.perf_counter() - start)
 
 
@@ -202,6 +204,8 @@ def _candidates(
             file = optimize_offline(model, task.scratch, f"{name}.{number}")
             result = run_graph(task, name, file, applied)
         except BackendError as error:  # a kernel that does not support these sizes
+            if disk_is_full(error):
+                raise
             fault = f"{' + '.join(passes)}: {error}"
             continue
         difference = fault_of(result, portable, exact, tolerance)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -127,8 +126,3 @@ def _same(one: ir.Value, other: ir.Value) -> bool:
     if first is None or second is None or first.dtype != second.dtype or first.shape != second.shape:
         return False
     return np.array_equal(np.asarray(first.numpy()), np.asarray(second.numpy()))
-
-
-def scratch_directory(beside: Path) -> tempfile.TemporaryDirectory[str]:
-    """Makes a temporary directory inside ``beside``, so that it is on the file system of the copy."""
-    return tempfile.TemporaryDirectory(prefix=".trying.", dir=beside)

@@ -20,6 +20,8 @@ from blip2edge.reading import parse_json, read_text, reading
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, at_least, one_of, read_section
 
+VALIDATION_METRICS = ("exact_match", "cider_d", "bleu_4", "rouge_l", "vqa_accuracy")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig(RecipeSection):
@@ -30,7 +32,7 @@ class OptimizerConfig(RecipeSection):
     batch_size: Annotated[int, POSITIVE] = 32
     """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
     accumulate: Annotated[int, POSITIVE] = 1
-    """Forward passes whose gradients are accumulated for one step."""
+    """Forward passes whose gradients are accumulated for one step. In stage 1, negatives come from one pass alone."""
     learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 1e-5
@@ -124,6 +126,12 @@ class LoopConfig(RecipeSection):
 
     autocast: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
     """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with loss scaling)."""
+    frozen_dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
+    """Type in which the frozen picture encoder and the frozen language model are held and computed. The checkpoint
+    holds their rounded weights, because the bridge was trained with them."""
+    recompute_activations: bool = False
+    """Save memory (activation checkpointing): the backward pass runs each layer of the language model again, instead of
+    keeping what the forward pass computed. Losses and gradients stay the same."""
     snapshot_every: Annotated[int, POSITIVE] = 500
     """Steps between two snapshots. An interrupted run resumes from the newest."""
     log_every: Annotated[int, NOT_NEGATIVE] = 0
@@ -136,6 +144,31 @@ class LoopConfig(RecipeSection):
     """Threads that open the pictures of the next batch during the current step; 0: none."""
     tensorboard: bool = False
     """Also write event files of TensorBoard; needs the package tensorboard."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig(DataConfig):
+    """Validation while `stage2` or `instruct` trains: captions of held-out pictures are scored.
+
+    The keys of `[data]` name the pictures. With `kind = "scenes"` they are scenes with pairs of objects that training
+    never shows.
+    """
+
+    every: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between two validations; the last step is validated too. 0: no validation."""
+    pictures: Annotated[int, at_least(2)] = 200
+    """Largest number of pictures, taken from the beginning of the data."""
+    metric: Annotated[str, one_of("", *VALIDATION_METRICS)] = ""
+    """The score that decides which weights are best: "exact_match" (scenes), "cider_d", "bleu_4", "rouge_l" (captions)
+    or "vqa_accuracy" (questions). Empty: exact_match, cider_d or vqa_accuracy, by the data."""
+    keep_best: bool = True
+    """Whether the phase ends with the weights of its best validation, instead of those of its last step."""
+    patience: Annotated[int, NOT_NEGATIVE] = 0
+    """Stop the phase after this many validations in a row without a better score; 0: never."""
+    batch_size: Annotated[int, POSITIVE] = 16
+    """Pictures that are captioned together."""
+    max_new_tokens: Annotated[int, POSITIVE] = 30
+    """Longest generated text in tokens."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +262,7 @@ class TrainingConfig(RecipeSection):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     vision: VisionPhase = field(default_factory=VisionPhase)
     language: LanguagePhase = field(default_factory=LanguagePhase)
     stage1: Stage1Phase = field(default_factory=Stage1Phase)
@@ -239,6 +273,12 @@ class TrainingConfig(RecipeSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bridge == "flamingo" and self.loop.frozen_dtype != "float32":
+            raise ConfigError(
+                f"[loop] frozen_dtype = {self.loop.frozen_dtype!r} does not work with bridge = 'flamingo', which trains"
+                " layers inside the language model",
+                "leave frozen_dtype out; autocast = 'bfloat16' saves time, and recompute_activations saves memory",
+            )
         if self.model.is_miniature and self.data.kind != "scenes":
             raise ConfigError(
                 "[model] names no trained parts, so the recipe trains the miniature model, which supports the data kind"

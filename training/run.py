@@ -7,9 +7,9 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from blip2edge import __version__
-from blip2edge.bundle.publishing import publish
+from blip2edge.bundle.disk_errors import output_error
+from blip2edge.bundle.locks import NEW, locked
+from blip2edge.bundle.publishing import check_target, publish
 from blip2edge.errors import ConfigError, OutputError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
@@ -78,16 +80,40 @@ def train(
     config = load_config(config_path)
     target = Path(out_dir)
     phases_of(stage, config)  # refuses a stage without steps
-    if target.exists() and not force:
-        raise OutputError(
-            f"{target} exists already",
-            f"give another directory, or replace it with {option('force', on=True)}",
-        )
+    check_target(target, force, None)
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config)
     first = accelerator.is_main_process
+    with locked(target) if first else contextlib.nullcontext(target) as part:
+        check_target(target, force, None)
+        options = _Options(config_path, target, part, resume, force, evaluation_scenes)
+        return _train(stage, config, accelerator, options, log, progress)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of :func:`train`, and the directory ``part`` for the files that are renamed to ``target``."""
+
+    config_path: str | Path
+    target: Path
+    part: Path
+    resume: bool
+    force: bool
+    evaluation_scenes: int
+
+
+def _train(
+    stage: str,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    options: _Options,
+    log: Callable[[str], None] | None,
+    progress: ProgressCallback | None,
+) -> dict[str, Any]:
+    """Runs the phases and publishes the checkpoint."""
+    first, target, config_path = accelerator.is_main_process, options.target, options.config_path
     snapshots = Snapshots(target.with_name(f"{target.name}{_RUN_SUFFIX}"))
-    snapshot = _snapshot_to_resume(snapshots, stage, config, resume=resume, force=force, first=first)
+    snapshot = _snapshot_to_resume(snapshots, stage, config, resume=options.resume, force=options.force, first=first)
     accelerator.wait_for_everyone()
     journal = Journal(snapshots.directory if first else None, tensorboard=config.loop.tensorboard)
     base = Path(config_path).resolve().parent
@@ -96,11 +122,13 @@ def train(
     if first:
         run.log, run.progress = log or run.log, progress
     start, cpu_start = time.monotonic(), time.process_time()
+    if config.validation.every and stage == "stage1":
+        run.log("stage1: [validation] is not used: stage 1 generates no captions")
     with contextlib.closing(run), contextlib.closing(journal):
         _run_phases(run, snapshot)
     record = _record(run, config_path, time.monotonic() - start, time.process_time() - cpu_start)
     if first:
-        _publish(run, target, record, evaluation_scenes, force)
+        _publish(run, options, record)
         snapshots.clear()
     accelerator.wait_for_everyone()
     return record
@@ -154,11 +182,13 @@ def _phase_figures(run: TrainingRun, phase: Phase, seconds: float) -> dict[str, 
     """Figures of a phase for the record; losses are means over the last twentieth of its log."""
     lines = [line for line in run.journal.lines if line["phase"] == phase.name]
     last = lines[-max(1, len(lines) // 20) :]
+    validated = {} if phase.validation is None else {"validation": phase.validation.figures()}
     return {
-        "steps": phase.config.steps,
+        "steps": last[-1]["step"],
         "final_loss": round(sum(line["loss"] for line in last) / len(last), 5),
         "losses": {key: round(sum(line["losses"][key] for line in last) / len(last), 5) for key in last[-1]["losses"]},
         "seconds": round(seconds, 1),
+        **validated,
     }
 
 
@@ -191,6 +221,8 @@ def _snapshot_to_resume(
         if first:
             snapshots.clear()
         return None
+    if first:
+        snapshots.remove_incomplete()
     snapshot = snapshots.newest()
     if snapshot is None:
         if resume:
@@ -241,34 +273,30 @@ def _record(run: TrainingRun, config_path: str | Path, seconds: float, cpu_secon
     }
 
 
-def _publish(run: TrainingRun, target: Path, record: dict[str, Any], evaluation_scenes: int, force: bool) -> None:
-    """Writes the checkpoint to a temporary sibling, scores it there, and renames it to `target`."""
-    beside = run.snapshots.directory
+def _publish(run: TrainingRun, options: _Options, record: dict[str, Any]) -> None:
+    """Writes the checkpoint beside its place, scores it there, and renames it to the target."""
+    beside, target, fresh = run.snapshots.directory, options.target, options.part / NEW
     config, parts = run.config, run.parts
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-            fresh = Path(temporary) / "checkpoint"
-            fresh.mkdir()
-            if run.stage == "stage1" and run.stage1 is not None:
-                write_stage1(parts, run.stage1, fresh)
-            else:
-                parts.write(fresh, config.weights_dtype)
-                if evaluation_scenes and config.data.kind == "scenes" and parts.model.config.family == "blip-2":
-                    scores = evaluate_scenes(open_captioner(fresh, ModelOptions()), evaluation_scenes)
-                    record["heldout"] = scores
-                    run.log(f"heldout: exact match {scores['exact_match']:.4f}")
-            (fresh / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            shutil.copyfile(beside / LOG, fresh / LOG)
-            if (beside / BOARD).is_dir():
-                shutil.copytree(beside / BOARD, fresh / BOARD)
-            draw_curve(run.journal.lines, fresh / CURVE)
-            if os.path.lexists(target) and not force:
-                raise OutputError(
-                    f"{target} appeared while the run was training",
-                    f"move {target} away and run the command again: the run resumes from its last snapshot",
-                )
-            publish(fresh, target, replace=force)
+        fresh.mkdir()
+        if run.stage == "stage1" and run.stage1 is not None:
+            write_stage1(parts, run.stage1, fresh)
+        else:
+            parts.write(fresh, config.weights_dtype)
+            if options.evaluation_scenes and config.data.kind == "scenes" and parts.model.config.family == "blip-2":
+                scores = evaluate_scenes(open_captioner(fresh, ModelOptions()), options.evaluation_scenes)
+                record["heldout"] = scores
+                run.log(f"heldout: exact match {scores['exact_match']:.4f}")
+        (fresh / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(beside / LOG, fresh / LOG)
+        if (beside / BOARD).is_dir():
+            shutil.copytree(beside / BOARD, fresh / BOARD)
+        draw_curve(run.journal.lines, fresh / CURVE)
+        if os.path.lexists(target) and not options.force:
+            raise OutputError(
+                f"{target} appeared while the run was training",
+                f"move {target} away and run the command again: the run resumes from its last snapshot",
+            )
+        publish(fresh, target, replace=options.force)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"cannot write {target}: {reason}", "give a directory on a disk with free space") from error
+        raise output_error(target, error, "give a directory on a disk with free space") from error

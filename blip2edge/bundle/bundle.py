@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 from blip2edge.bundle.integrity import check_files, sha256_of
+from blip2edge.bundle.locks import recover, recover_in
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import Blip2EdgeError, BundleError, OutputError, UsageError, option
 from blip2edge.progress import ProgressCallback
+
+RECORDS = (MANIFEST, "optimized.json", "engine.json")
+MOST_REPLACED = 8
+"""Attempts to load a bundle that other runs replace meanwhile."""
+
+Loaded = TypeVar("Loaded")
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """Something that holds files or memory until it is closed."""
+
+    def close(self) -> None:
+        """Releases the files and the memory."""
 
 
 class Bundle:
@@ -24,6 +41,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._status = _status(path)
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, {self.manifest.family}, {self.manifest.precision})"
@@ -40,15 +58,7 @@ class Bundle:
             BundleIntegrityError: A file is missing or was changed.
             UsageError: ``path`` is not a str or a path object.
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise UsageError(
-                f"expected {option('bundle')} to be the path of a directory, got {type(path).__name__}",
-                "give a str or a pathlib.Path",
-            )
-        directory = Path(path)
-        bundle = cls(directory, read_manifest(directory))
-        bundle._check(use_stamps=True)
-        return bundle
+        return load_whole(path, lambda bundle: bundle)
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
         """Hashes every file, also those that did not change since the last check.
@@ -60,6 +70,15 @@ class Bundle:
             BundleIntegrityError: A file is missing or was changed.
         """
         self._check(use_stamps=False, progress=progress)
+
+    def check_unchanged(self) -> None:
+        """Checks that the bundle was not replaced since it was opened.
+
+        Raises:
+            BundleError: Another bundle has its name now.
+        """
+        if self._status != _status(self.path):
+            raise BundleError(f"{self.path} was replaced by another run while it was read", "run the command again")
 
     def _check(self, *, use_stamps: bool, progress: ProgressCallback | None = None) -> None:
         check_files(
@@ -107,6 +126,8 @@ class Bundle:
             kind: Kind of the derived files, ``engines`` or ``optimized``.
         """
         places = self._derived(kind)
+        for place in places:
+            recover_in(place)
         return next((place for place in places if place.is_dir()), places[0])
 
     def derive(self, kind: str) -> Path:
@@ -153,3 +174,57 @@ class Bundle:
                 "command",
             )
         return self.manifest.graphs[name]
+
+
+def load_whole(path: str | Path, load: Callable[[Bundle], Loaded]) -> Loaded:
+    """Opens a bundle and loads from it: all of it from one bundle, also if a run replaces it meanwhile.
+
+    Args:
+        path: The directory of the bundle.
+        load: Function that loads something from the opened bundle. It is called again if the bundle was replaced.
+
+    Raises:
+        BundleError, BundleVersionError, BundleIntegrityError, UsageError: As :meth:`Bundle.open`; and the errors of
+            ``load``.
+    """
+    _check_path(path)
+    directory = Path(path)
+    recover(directory)
+    for _ in range(MOST_REPLACED):
+        before = _whole_status(directory)
+        try:
+            bundle = Bundle(directory, read_manifest(directory))
+            bundle._check(use_stamps=True)
+            loaded = load(bundle)
+        except (Blip2EdgeError, OSError):
+            if before == _whole_status(directory):
+                raise
+            continue
+        if before == _whole_status(directory):
+            return loaded
+        if isinstance(loaded, Closable):
+            loaded.close()
+    raise BundleError(f"{directory} is replaced again and again while it is read", "wait until other runs have ended")
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(
+            f"expected {option('bundle')} to be the path of a directory, got {type(path).__name__}",
+            "give a str or a pathlib.Path",
+        )
+
+
+def _whole_status(directory: Path) -> list[tuple[int, ...]]:
+    """Identifies ``bundle.json``, and the records of the engines and optimized copies in the bundle."""
+    return [_status(path) for path in (directory, *sorted(directory.glob("*/[!.]*")))]
+
+
+def _status(directory: Path) -> tuple[int, ...]:
+    """Identifies the record of a directory, ``bundle.json`` or another one; empty if there is none."""
+    try:
+        record = next(path for path in (directory / name for name in RECORDS) if path.is_file())
+        status = record.stat()
+    except (OSError, ValueError, StopIteration):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -5,23 +5,26 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blip2edge.bundle.disk_errors import error_number, output_error
+from blip2edge.bundle.locks import NEW, OLD, check_free, check_name, locked, remove
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.errors import OutputError, option
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+AT_FDCWD = -100  # linux/fcntl.h
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # the last: a sandbox forbids the call
 
 
 @contextmanager
 def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator[Path]:
     """Makes a temporary directory, which is renamed to ``target`` when the ``with`` block ends without an error.
 
-    After an error the temporary directory is removed and ``target`` stays as it was.
+    After an error the temporary directory is removed and ``target`` stays as it was. One run at a time writes a target;
+    files of a killed run are removed first (:mod:`blip2edge.bundle.locks`).
 
     Args:
         target: The directory to publish.
@@ -29,24 +32,37 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
         marker: A file that an existing directory must hold to be replaced; None to replace any directory.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is False, ``target`` has files but no ``marker``, or ``target``
-            cannot be written.
+        OutputError: ``target`` exists and ``force`` is False, ``target`` has files but no ``marker``, another run
+            writes it, a file in it or a directory around it, or it cannot be written.
     """
-    _check_target(target, force, marker)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise output_error(target, error) from error
-    try:
-        staging.chmod(0o755)
-        yield staging
-        _check_target(target, force, marker)  # another program may have written there in the meantime
-        publish(staging, target, replace=force)
-    except OSError as error:
-        raise output_error(target, error) from error
-    finally:
-        _remove(staging)
+    check_name(target)
+    if target.name in ("", ".."):
+        target = target.resolve()
+    check_target(target, force, marker)
+    with locked(target) as part:
+        check_target(target, force, marker)  # a killed run's directory has got its name back
+        _check_around(target)
+        staging = part / NEW
+        try:
+            staging.mkdir()
+            yield staging
+            publish(staging, target, replace=force, marker=marker)
+        except OutputError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) or error_number(error) is not None:
+                raise output_error(target, error) from error
+            raise
+
+
+def scratch(staging: Path, name: str) -> Path:
+    """Makes a directory for files that are not published, beside the one that :func:`staged` made.
+
+    It is removed with the other files of the run.
+    """
+    folder = staging.with_name(name)
+    folder.mkdir()
+    return folder
 
 
 def check_not_source(target: Path, source: Path) -> None:
@@ -60,35 +76,89 @@ def check_not_source(target: Path, source: Path) -> None:
         raise OutputError(f"{target} would replace {source}, which it is made from", "give another output directory")
 
 
-def publish(fresh: Path, target: Path, *, replace: bool) -> None:
+def check_target(target: Path, force: bool, marker: str | None) -> None:
+    """Raises OutputError if a directory must not be published as ``target``."""
+    if os.path.lexists(target) and not force:
+        raise _exists(target)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file, but the output is a directory", "give another output directory")
+    if not _replaceable(target, marker):
+        raise _not_replaced(target, marker)
+    for owner in target.glob("*/.*.part/owner") if target.is_dir() else ():  # `optimize` or `build` writes into it
+        part = owner.parent
+        check_free(part.with_name(part.name.removeprefix(".").removesuffix(".part")))
+
+
+def publish(fresh: Path, target: Path, *, replace: bool, marker: str | None = None) -> None:
     """Renames a finished directory to its final name.
 
-    An old directory of that name is exchanged for the new one in a single step (``renameat2`` of Linux), so that after
-    a crash one of the two is there, complete. On other systems the old directory is renamed first; if the new one then
-    cannot be renamed, the old one gets its name back.
+    Nothing that came to the name meanwhile is replaced, unless ``replace`` is True and it holds ``marker``: the rename
+    fails where the name is taken (``renameat2`` of Linux), and what an exchange gave back is checked, and given its
+    name back if it must not be replaced.
+
+    An old directory of that name is exchanged for the new one in a single step, so that at any moment one of the two
+    is there, complete. Where the system or the file system cannot exchange names, the old directory is renamed to
+    ``.NAME.part/old`` first. After a kill between the two renames, the next run and ``Bundle.open`` give it its name
+    back.
 
     Args:
-        fresh: The finished directory, on the same file system as ``target``.
+        fresh: The finished directory, in the directory that :func:`locked` made for ``target``.
         target: The directory's final name.
         replace: Whether an existing directory of that name is removed.
+        marker: A file that the existing directory must hold; None to replace any directory.
 
     Raises:
-        OutputError: ``target`` exists, and ``replace`` is False.
+        OutputError: ``target`` exists, and must not be replaced.
         OSError: ``fresh`` cannot be renamed; ``target`` stays as it was.
     """
     _flush(fresh)
-    if not os.path.lexists(target):
-        fresh.rename(target)  # fails on a directory with files that another program makes in this moment
-    elif not replace:
-        raise OutputError(
-            f"{target} exists",
-            f"give another output directory, or replace it with {option('force', on=True)}",
-        )
-    elif _exchange(fresh, target):
-        _remove(fresh)
-    else:
-        _rename_twice(fresh, target)
-    _flush_names(target.parent)
+    while True:
+        check_target(target, replace, marker)
+        if replace and os.path.lexists(target):
+            if not (_exchange(fresh, target) or _rename_twice(fresh, target)):
+                continue  # it was removed at this moment
+            replaced = fresh if os.path.lexists(fresh) else fresh.with_name(OLD)
+            if not _replaceable(replaced, marker):
+                _give_back(replaced, target, fresh)
+                raise _not_replaced(target, marker)
+            _flush_names(target.parent)
+            remove(replaced)
+            return
+        try:
+            _rename_to_free(fresh, target)
+        except FileExistsError:  # it came at this moment
+            continue
+        _flush_names(target.parent)
+        return
+
+
+def _check_around(target: Path) -> None:
+    """Raises OutputError if another run replaces a directory around ``target``, such as its bundle."""
+    for folder in target.absolute().parents[:2]:
+        if folder.name:
+            check_free(folder)
+
+
+def _replaceable(directory: Path, marker: str | None) -> bool:
+    """Whether ``--force`` may replace what has a name: nothing, a link, an empty directory, or one with the marker."""
+    if directory.is_symlink() or not directory.exists():
+        return True
+    if not directory.is_dir():
+        return False
+    return marker is None or (directory / marker).is_file() or not any(directory.iterdir())
+
+
+def _exists(target: Path) -> OutputError:
+    return OutputError(
+        f"{target} exists", f"give another output directory, or replace it with {option('force', on=True)}"
+    )
+
+
+def _not_replaced(target: Path, marker: str | None) -> OutputError:
+    return OutputError(
+        f"{target} contains files but no {marker}, so {option('force', on=True)} does not replace it",
+        "give another output directory",
+    )
 
 
 def _flush(directory: Path) -> None:
@@ -115,63 +185,71 @@ def _flush_names(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchanges the names of two directories in one step; False if the system or the file system cannot."""
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Calls ``renameat2``; False if the system or the file system does not have it, or not with these flags.
+
+    Raises:
+        OSError: The system has it, and it failed.
+    """
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        function = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):  # not Linux, or a C library before glibc 2.28
         return False
-    names = os.fsencode(first), os.fsencode(second)
-    return bool(renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
+    names = os.fsencode(source), os.fsencode(target)
+    if function(AT_FDCWD, names[0], AT_FDCWD, names[1], flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(source), None, str(target))
 
 
-def _rename_twice(fresh: Path, target: Path) -> None:
-    """Replaces a directory; after a crash between the two renames the old one is in ``TARGET.replaced.*``."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced.", dir=target.parent))
-    old = folder / target.name
+def _exchange(fresh: Path, target: Path) -> bool:
+    """Exchanges the names of two directories in one step; False if that is not possible here."""
+    try:
+        return _renameat2(fresh, target, RENAME_EXCHANGE)
+    except FileNotFoundError:  # the old directory was removed at this moment
+        return False
+
+
+def _rename_to_free(fresh: Path, target: Path) -> None:
+    """Renames a directory to a name that nothing has; raises FileExistsError if something has it."""
+    if _renameat2(fresh, target, RENAME_NOREPLACE):
+        return
+    try:
+        fresh.rename(target)  # replaces nothing but an empty directory
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        raise
+
+
+def _rename_twice(fresh: Path, target: Path) -> bool:
+    """Renames the old directory, then the new one; False if there is no old one. After an error the old one is back."""
+    old = fresh.with_name(OLD)
     try:
         target.rename(old)
-        try:
-            fresh.rename(target)
-        except BaseException:  # Ctrl-C too: the old directory comes back
-            old.rename(target)
-            raise
-        _remove(old)
-    finally:
-        if not os.path.lexists(old):
-            folder.rmdir()
-
-
-def _remove(path: Path) -> None:
-    """Removes a directory, or a link to one; files that cannot be removed stay."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _check_target(target: Path, force: bool, marker: str | None) -> None:
-    """Raises OutputError if a directory must not be published as ``target``."""
-    if os.path.lexists(target) and not force:
+    except FileNotFoundError:
+        return False
+    try:
+        _rename_to_free(fresh, target)
+    except FileExistsError as error:  # another program has made it between the two renames
+        kept = target.with_name(f"{target.name}.replaced")
+        old.rename(kept)
         raise OutputError(
-            f"{target} exists",
-            f"give another output directory, or replace it with {option('force', on=True)}",
-        )
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file, but the output is a directory", "give another output directory")
-    if marker is None or not target.exists() or (target / marker).is_file():
-        return
-    if any(target.iterdir()):
-        raise OutputError(
-            f"{target} contains files but no {marker}, so {option('force', on=True)} does not replace it",
+            f"another program made {target} at this moment; what it was before is in {kept}",
             "give another output directory",
-        )
+        ) from error
+    except BaseException:  # Ctrl-C too
+        old.rename(target)
+        raise
+    return True
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
-    """Makes the error for an output path that the operating system refused to write; ``error`` is the reason."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            f"the disk is full: {path} could not be written", "free space, or give another output directory"
-        )
-    return OutputError(f"{path} could not be written ({error.strerror or error})", "check the path and its permissions")
+def _give_back(replaced: Path, target: Path, fresh: Path) -> None:
+    """Gives a directory its name back that must not be replaced."""
+    if replaced == fresh:
+        _renameat2(fresh, target, RENAME_EXCHANGE)
+        return
+    target.rename(fresh)
+    replaced.rename(target)

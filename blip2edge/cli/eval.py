@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2edge.choices import METRICS, SPLITS
+from blip2edge.choices import METRICS, RANKINGS, SPLITS
 from blip2edge.cli.files import write
 from blip2edge.cli.flag_groups import (
     DATA,
@@ -62,10 +62,17 @@ def add_arguments(parser: Parser) -> None:
     add_number(
         parser,
         "--top",
-        "retrieval: number of nearest candidates that the matching head ranks again; 0: none",
-        16,
+        "retrieval: number of nearest candidates that the matching head ranks again; 0: none (default: 16, or 128 with "
+        "--ranking lavis)",
         kind=non_negative_int,
         metavar="K",
+    )
+    parser.add_argument(
+        "--ranking",
+        choices=RANKINGS,
+        default="probability",
+        help="retrieval: how the matching head ranks candidates: probability, or lavis: its logit plus the cosine, as "
+        "in BLIP-2's published figures (default: probability)",
     )
     parser.add_argument(
         "--ask",
@@ -103,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
             metrics=options.metrics or (),
             prompt=options.prompt,
             top=options.top,
+            ranking=options.ranking,
             ask=options.ask,
             predictions=options.predictions is not None,
             backend=options.backend,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blip2edge.errors import OutputError
+from blip2edge.bundle.disk_errors import output_error
+from blip2edge.bundle.locks import write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +23,6 @@ def write(path: Path, contents: str | bytes, flag: str) -> None:
         OutputError: It cannot be written.
     """
     try:
-        path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        write_file(path, contents.encode() if isinstance(contents, str) else contents)
     except OSError as error:
-        raise OutputError(f"{path} could not be written ({error.strerror or error})", f"give another {flag}") from error
+        raise output_error(path, error, f"give another {flag}") from error

@@ -12,12 +12,14 @@ import json
 import math
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.locks import BusyError, write_file
 from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.calibration.activations.histogram import BINS, Histogram
@@ -89,7 +91,7 @@ def _check_sizes(body: bytes) -> None:
 
 
 def save_observations(path: Path, observations: Observations) -> None:
-    """Writes a cache file under a temporary name, then renames it, so that other processes never read half a file."""
+    """Writes a cache file as a whole; does nothing if another process writes the same file at this moment."""
     arrays: dict[str, Any] = {"names": np.frombuffer(json.dumps(list(observations)).encode(), np.uint8)}
     for index, observation in enumerate(observations.values()):
         histogram = observation.histogram
@@ -101,10 +103,8 @@ def save_observations(path: Path, observations: Observations) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     body = buffer.getvalue()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(body + hashlib.sha256(body).digest())
-    part.replace(path)
+    with suppress(BusyError):
+        write_file(path, body + hashlib.sha256(body).digest())
 
 
 def _restored(arrays: Any, index: int) -> Observation:

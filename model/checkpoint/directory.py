@@ -17,6 +17,7 @@ from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, DRAFT_PREFIX, write_draft
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.adapters.folder import base_of, has_adapter, merged_tensors
+from blip2edge.model.checkpoint.generation import end_tokens
 from blip2edge.model.checkpoint.stored.files import (
     CHECKPOINT_FILES,
     copy_side_files,
@@ -78,6 +79,9 @@ class Checkpoint:
         self.files = TensorFiles(self.directory, rename)
         self.ties: tuple[Tie, ...] = ties_of(self._read)
         add_tied_names(self.files, self.ties)
+        if isinstance(self._read, CaptionerConfig):
+            ends = end_tokens(given, self._read) or end_tokens(self.directory, self._read)
+            self._read = replace(self._read, end_token_ids=ends)
         if isinstance(self._read, CaptionerConfig) and (self.directory / DRAFT_CONFIG).is_file():
             draft = DraftConfig.from_json(read_json(self.directory / DRAFT_CONFIG))
             self._read = replace(self._read, draft=draft)

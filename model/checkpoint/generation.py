@@ -10,6 +10,7 @@ from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.model.checkpoint.side_keys import GENERATION, check_keys
 from blip2edge.model.checkpoint.stored.files import read_json
 from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.reading import reading
 from blip2edge.runtime.decoding.options import GenerationOptions
@@ -53,6 +54,14 @@ TRANSFORMERS_LENGTH = 20
 """transformers' default of ``max_length``."""
 
 
+def end_tokens(directory: Path, config: CaptionerConfig) -> tuple[int, ...]:
+    """The tokens that end a text in ``generation_config.json``, if the family follows that file; else none."""
+    path = directory / FILE
+    if not FAMILIES[config.family].generation or not path.is_file():
+        return ()
+    return Fields(str(path), read_json(path)).token_ids("eos_token_id", None)
+
+
 def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str, Any], list[str]]:
     """The manifest's ``generation``, and warnings.
 
@@ -89,9 +98,7 @@ def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str,
     warnings = check_keys(GENERATION, values, str(path))
     if "max_new_tokens" not in values and values.get("max_length", TRANSFORMERS_LENGTH) != TRANSFORMERS_LENGTH:
         warnings.append(f"{path}: max_length is not used; texts have at most {MAX_NEW_TOKENS} new tokens by default")
-    eos = values.get("eos_token_id")
-    if eos is not None:
-        generation["eos_token_ids"] = list(eos) if isinstance(eos, list) else [eos]
+    generation["eos_token_ids"] = list(end_tokens(directory, config) or config.eos_token_ids)
     return generation | _options(values, generation["eos_token_ids"], path), warnings
 
 

@@ -19,14 +19,16 @@ from blip2edge.runtime.images.preprocess import (
     Preprocessing,
 )
 
-SOURCES = (
-    ("processor_config.json", "image_processor"),
+SOURCES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
+"""Where the settings are: a file and a key in it (empty: the whole file); the first that exists is used, as in
+transformers."""
+
+VIDEO_SOURCES = (
     ("processor_config.json", "video_processor"),
-    ("preprocessor_config.json", ""),
     ("video_preprocessor_config.json", ""),
+    ("preprocessor_config.json", ""),
 )
-"""Where the settings are: a file and a key in it (empty: the whole file); the first that exists is used. A nested
-``image_processor`` comes first, as in transformers."""
+"""The same for a model of videos."""
 
 SAVE_PROCESSOR = "save the processor too: AutoProcessor.from_pretrained(NAME).save_pretrained(DIRECTORY)"
 
@@ -79,7 +81,6 @@ _BLIP = ImageProcessorClass(SQUARE_384, None, do_crop=False, square=True)
 CLASSES: dict[str, ImageProcessorClass] = {
     "Blip": _BLIP,
     "InstructBlipVideo": _BLIP,
-    "InstructBlipVideoVideo": _BLIP,
     "CLIP": _CLIP,
     "ChineseCLIP": _CLIP,
     "Llava": _CLIP,
@@ -91,9 +92,18 @@ CLASSES: dict[str, ImageProcessorClass] = {
 }
 """By the name without its ending (``ImageProcessor``, ``ImageProcessorFast``, ``FeatureExtractor`` …)."""
 
+NAMES = ("image_processor_type", "feature_extractor_type")
+"""Keys that name the class; the first that has a value is used."""
+
+VIDEO_NAMES = ("video_processor_type", "image_processor_type")
+"""The same for a model of videos."""
+
 _ENDINGS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor", "VideoProcessor")
 
-FAMILY_CLASSES = {"clip": "CLIP", "llava": "Llava", "idefics": "Idefics"}
+VIDEO = "InstructBlipVideo"
+"""Key of the class of videos in :data:`CLASSES`."""
+
+FAMILY_CLASSES = {"clip": "CLIP", "llava": "Llava", "idefics": "Idefics", "instructblipvideo": VIDEO}
 """Class of a file that names none, by the ``model_type`` of ``config.json``; for all others it is ``Blip``."""
 
 
@@ -120,17 +130,20 @@ def load_preprocessing(directory: Path) -> LoadedPreprocessing:
     Raises:
         CheckpointError: There is none, or it has a value that is not supported.
     """
-    for name, part in SOURCES:
+    config = directory / "config.json"
+    model_type = read_json(config).get("model_type") if config.is_file() else None
+    otherwise = FAMILY_CLASSES.get(str(model_type), "Blip")
+    for name, part in VIDEO_SOURCES if otherwise == VIDEO else SOURCES:
         path = directory / name
-        values = read_json(path) if path.is_file() else {}
+        values: Any = read_json(path) if path.is_file() else None
         where = f"{path}, {part}" if part else str(path)
-        values = values.get(part) or {} if part else values
+        if values is not None and part:
+            values = values.get(part)
+        if values is None:
+            continue
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{where} must be an object, not {type(values).__name__}")
-        if values:
-            config = directory / "config.json"
-            model_type = read_json(config).get("model_type") if config.is_file() else None
-            return read_image_processor(values, where, FAMILY_CLASSES.get(str(model_type), "Blip"))
+        return read_image_processor(values, where, otherwise)
     raise CheckpointError(f"{directory} has no processor_config.json and no preprocessor_config.json", SAVE_PROCESSOR)
 
 
@@ -142,14 +155,14 @@ def read_image_processor(
     Args:
         values: The parsed JSON. An absent key takes the default of the class that is named.
         where: Name of the file, for errors.
-        otherwise: Key of :data:`CLASSES`, where no class is named.
+        otherwise: Key of :data:`CLASSES`, where no class is named. :data:`VIDEO` is the class of a video model's file
+            also where it names a class of pictures.
 
     Raises:
         CheckpointError: The class is not supported, a value is outside its range, or a key selects a step that is
             not supported.
     """
-    named = _class_name(values)
-    kind = next((named.removesuffix(ending) for ending in _ENDINGS if named.endswith(ending)), named) or otherwise
+    named, kind = _class_of(values, otherwise)
     row = CLASSES.get(kind)
     if row is None:
         raise CheckpointError(
@@ -190,10 +203,14 @@ def read_image_processor(
     return LoadedPreprocessing(preprocessing, values, where, warnings)
 
 
-def _class_name(values: Mapping[str, Any]) -> str:
-    """The class that a file names; empty if it names none."""
-    keys = ("image_processor_type", "feature_extractor_type", "video_processor_type")
-    return next((str(values[key]) for key in keys if values.get(key)), "")
+def _class_of(values: Mapping[str, Any], otherwise: str) -> tuple[str, str]:
+    """The class that a file names (empty if it names none), and the key of the class that is used."""
+    names = VIDEO_NAMES if otherwise == VIDEO else NAMES
+    named = next((str(values[key]) for key in names if values.get(key)), "")
+    kind = next((named.removesuffix(ending) for ending in _ENDINGS if named.endswith(ending)), named) or otherwise
+    if otherwise == VIDEO and kind in CLASSES and not values.get(VIDEO_NAMES[0]):
+        kind = VIDEO  # transformers has no form for videos of the classes here, and takes the model's own
+    return named, kind
 
 
 def _flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
-from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.schema import BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
@@ -84,7 +84,7 @@ class Captioner(LoadedBundle):
             UsageError: ``bundle`` is not a path, ``threads`` is below 1, or the bundle does not have this draft model.
         """
         check_threads(threads)
-        return cls(Bundle.open(bundle), backend, threads, draft)
+        return load_whole(bundle, lambda opened: cls(opened, backend, threads, draft))
 
     def caption(
         self,

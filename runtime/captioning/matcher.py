@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import (
     DECODER,
@@ -101,7 +101,7 @@ class Matcher(LoadedBundle):
             UsageError: ``bundle`` is not a path, or ``threads`` is below 1.
         """
         check_threads(threads)
-        return cls(Bundle.open(bundle), backend, threads)
+        return load_whole(bundle, lambda opened: cls(opened, backend, threads))
 
     def match(self, image: ImageSource, text: str, *, channels: Channels = "rgb") -> MatchResult:
         """Compares a picture with a text.
@@ -181,6 +181,7 @@ class Matcher(LoadedBundle):
         *,
         batch_size: int = 1,
         channels: Channels = "rgb",
+        logits: bool = False,
     ) -> list[list[float]]:
         """Computes the probability that a picture and a text match, for each picture with its own texts.
 
@@ -189,9 +190,10 @@ class Matcher(LoadedBundle):
             texts: A list of texts for each picture, of any length.
             batch_size: Number of pairs in one batch of the matching head.
             channels: As in :meth:`match`.
+            logits: Return the head's logits of "match" instead, the means over the queries of a picture.
 
         Returns:
-            For each picture, the probabilities of its texts.
+            For each picture, the probabilities (or logits) of its texts.
 
         Raises:
             ImageError, PromptError: As in :meth:`match`.
@@ -211,7 +213,9 @@ class Matcher(LoadedBundle):
         for at in _starts(len(pairs), batch_size):
             part = pairs[at : at + batch_size]
             feeds = {"image_embeds": embeds[[row for row, _ in part]], **_padded([ids for _, ids in part])}
-            values = self.head.run(feeds, ["probability"])["probability"]
+            output = "match_logits" if logits else "probability"
+            values = self.head.run(feeds, [output])[output]
+            values = values[:, 1] if logits else values
             for (row, _), value in zip(part, values, strict=True):
                 found[row].append(float(value))
         return found

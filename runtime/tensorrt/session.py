@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.locks import BusyError, write_file
 from blip2edge.bundle.schema import TensorSpec
 from blip2edge.errors import EngineError, option
 from blip2edge.packages import require
@@ -203,8 +204,8 @@ class Device:
             lane.close()
         if self._compiled is not None and self._kernels is not None:
             content = self._compiled.serialize()
-            with suppress(OSError):  # the bundle may be read-only; the kernels are compiled again then
-                self._kernels.write_bytes(memoryview(content))
+            with suppress(OSError, BusyError):  # the bundle may be read-only; the kernels are compiled again then
+                write_file(self._kernels, memoryview(content))
 
 
 def _reader(trt: Any, file: BinaryIO) -> Any:

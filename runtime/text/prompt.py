@@ -194,7 +194,8 @@ class PromptBuilder:
     def _around_placeholders(self, text: PromptText | None, _images: int) -> Prompt:
         """Tokenizes the whole text, as transformers' processor does; then splits the ids at the placeholders."""
         segments: list[list[int]] = [[]]
-        for token_id in self.tokenizer.encode(self.spec.image_token.join(self._parts(text))):
+        whole = self.spec.image_token.join(self._parts(text))
+        for token_id in self.tokenizer.encode(whole, add_special_tokens=self.spec.framed):
             if token_id == self.spec.image_token_id:
                 segments.append([])
             else:

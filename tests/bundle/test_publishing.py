@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from blip2edge.bundle import publishing
-from blip2edge.bundle.publishing import publish, staged
-from blip2edge.errors import OutputError
+from blip2edge.bundle.bundle import Bundle, load_whole
+from blip2edge.bundle.locks import part_of, remove
+from blip2edge.bundle.publishing import publish, scratch, staged
+from blip2edge.errors import BundleError, OutputError
 
 MARK = "bundle.json"
 
@@ -28,7 +29,7 @@ def holding(path: Path, text: str) -> Path:
 def out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A name in an empty folder; both ways of replacing a directory."""
     if request.param == "two renames":
-        monkeypatch.setattr(publishing, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(publishing, "_renameat2", lambda *arguments: False)
     elif not _exchanges(tmp_path):
         pytest.skip("this file system exchanges no names")
     return tmp_path / "out"
@@ -39,7 +40,7 @@ def _exchanges(folder: Path) -> bool:
     done = publishing._exchange(first, second)
     assert (first / MARK).read_text() == ("b" if done else "a")
     for path in (first, second):
-        publishing._remove(path)
+        remove(path)
     return done
 
 
@@ -97,7 +98,7 @@ def test_without_a_marker_any_directory_is_replaced(out: Path) -> None:
 
 def test_publish_refuses_an_existing_name(out: Path) -> None:
     with pytest.raises(OutputError, match="exists"):
-        publish(holding(out.parent / "fresh", "new"), holding(out, "old"), replace=False)
+        publish(holding(out.parent / "part" / "fresh", "new"), holding(out, "old"), replace=False)
     assert (out / MARK).read_text() == "old"
 
 
@@ -114,7 +115,7 @@ def test_the_old_directory_comes_back_when_a_rename_fails(
             raise error
         return rename(self, target)
 
-    monkeypatch.setattr(publishing, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(publishing, "_renameat2", lambda *arguments: False)
     monkeypatch.setattr(Path, "rename", second_fails)
     with pytest.raises((OutputError, KeyboardInterrupt)), staged(out, force=True) as staging:
         holding(staging, "new")
@@ -123,36 +124,153 @@ def test_the_old_directory_comes_back_when_a_rename_fails(
     assert os.listdir(tmp_path) == ["out"]
 
 
-KILLED_BEFORE_A_RENAME = """
-import os, signal, sys
-from pathlib import Path
-from blip2edge.bundle import publishing
+def come(out: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """Another program makes the directory at the last moment: after the check, before the rename."""
+    check = publishing.check_target
+    calls: list[Path] = []
 
-out, fatal, in_one_step = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
-rename, calls = Path.rename, []
+    def checked(target: Path, force: bool, marker: str | None) -> None:
+        check(target, force, marker)
+        calls.append(target)
+        if len(calls) == 3:  # before the lock, with the lock, before the rename
+            remove(out)
+            holding(out, "theirs").joinpath(MARK).rename(out / file)
 
-def dies(self, target):
-    calls.append(self)
-    if len(calls) == fatal:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(self, target)
-
-Path.rename = dies
-if not in_one_step:
-    publishing._exchange = lambda first, second: False
-with publishing.staged(out, force=True) as staging:
-    (staging / "bundle.json").write_text("new")
-"""
+    monkeypatch.setattr(publishing, "check_target", checked)
 
 
-@pytest.mark.parametrize(("fatal", "in_one_step"), [(1, False), (2, False), (1, True)])
-def test_a_kill_leaves_the_old_or_the_new_directory(fatal: int, in_one_step: bool, tmp_path: Path) -> None:
-    """As by a power cut; after two renames cut short, the old directory stands beside its name."""
+def test_what_comes_after_the_last_look_is_kept(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    come(out, monkeypatch, "precious.txt")
+    with pytest.raises(OutputError, match="exists"), staged(out, force=False) as staging:
+        holding(staging, "new")
+    assert (out / "precious.txt").read_text() == "theirs"
+    assert os.listdir(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_force_gives_back_what_it_must_not_replace(there: bool, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if there:
+        holding(out, "old")
+    come(out, monkeypatch, "precious.txt")
+    with pytest.raises(OutputError, match=r"no bundle\.json"), staged(out, force=True) as staging:
+        holding(staging, "new")
+    assert (out / "precious.txt").read_text() == "theirs"
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_what_comes_between_two_renames_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = holding(tmp_path / "out", "old")
-    words = [sys.executable, "-c", KILLED_BEFORE_A_RENAME, str(out), str(fatal), str(in_one_step)]
-    done = subprocess.run(words, check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL or in_one_step
-    beside = list(tmp_path.glob(f"out.replaced.*/out/{MARK}"))
-    found = [out / MARK] if out.exists() else beside
-    assert found
-    assert found[0].read_text() == ("new" if done.returncode == 0 else "old")
+    rename = publishing._rename_to_free
+
+    def comes(fresh: Path, target: Path) -> None:
+        (holding(target, "theirs") / "precious.txt").touch()
+        rename(fresh, target)
+
+    monkeypatch.setattr(publishing, "_renameat2", lambda *arguments: False)
+    monkeypatch.setattr(publishing, "_rename_to_free", comes)
+    with pytest.raises(OutputError, match=r"another program made .*out\.replaced"), staged(out, force=True) as staging:
+        holding(staging, "new")
+    assert (out / MARK).read_text() == "theirs"
+    assert (tmp_path / "out.replaced" / MARK).read_text() == "old"
+
+
+def kill_in(out: Path, call: str, *, in_one_step: bool) -> int:
+    """Replaces ``out`` in a process that is killed as it calls a function of ``publishing``; returns its status."""
+    child = os.fork()
+    if not child:
+        try:
+            setattr(publishing, call, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+            if not in_one_step:
+                publishing._renameat2 = lambda *arguments: False  # type: ignore[assignment]
+            with staged(out, force=True) as staging:
+                holding(staging, "new")
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed process is forked")
+@pytest.mark.parametrize("next_run", ["load", "force", "no force"])
+@pytest.mark.parametrize(
+    ("call", "in_one_step", "left"),
+    [
+        ("_flush", True, "old"),
+        ("_exchange", True, "old"),
+        ("_flush_names", True, "old"),  # while the files are written to the disk
+        ("remove", True, "new"),
+        ("_rename_to_free", False, ""),  # between two renames
+        ("remove", False, "new"),
+    ],
+)
+def test_a_kill_leaves_the_old_or_the_new_directory(
+    call: str, in_one_step: bool, left: str, next_run: str, tmp_path: Path
+) -> None:
+    out = holding(tmp_path / "out", "old")
+    assert kill_in(out, call, in_one_step=in_one_step) == signal.SIGKILL
+    assert (out.exists() and (out / MARK).read_text()) == (left or False)
+    assert part_of(out).is_dir()
+    if next_run == "load":
+        with pytest.raises(BundleError, match="cannot be read as JSON"):  # our bundle.json says "old"
+            Bundle.open(out)
+        assert (out / MARK).read_text() == left or "old"
+        return
+    if next_run == "no force":
+        with pytest.raises(OutputError, match="exists"), staged(out, force=False):
+            pass
+        assert (out / MARK).read_text() == left or "old"
+    with staged(out, force=True) as staging:
+        holding(staging, "newest")
+    assert (out / MARK).read_text() == "newest"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_scratch_files_are_removed_with_the_run(out: Path) -> None:
+    with staged(out, force=False) as staging:
+        (scratch(staging, "feeds") / "1.npz").touch()
+        holding(staging, "new")
+    assert os.listdir(out.parent) == ["out"]
+    assert os.listdir(out) == [MARK]
+
+
+@pytest.mark.parametrize("folder", ["optimized", "engines"])
+def test_a_bundle_is_not_replaced_while_a_run_writes_into_it(folder: str, out: Path) -> None:
+    holding(out, "old")
+    with (
+        staged(out / folder / "cpu", force=True, marker=None),
+        pytest.raises(OutputError, match=f"another run writes {out}/{folder}/cpu"),
+        staged(out, force=True),
+    ):
+        pytest.fail("it began")
+    with (
+        staged(out, force=True) as staging,
+        pytest.raises(OutputError, match=f"another run writes {out}: process {os.getpid()}"),
+        staged(out / folder / "cpu", force=True, marker=None),
+    ):
+        pytest.fail(f"it began beside {staging}")
+
+
+def test_a_bundle_is_not_replaced_between_reading_and_writing(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    opened = Bundle.open(copy)
+    opened.check_unchanged()
+    with staged(copy, force=True) as staging:
+        shutil.copytree(tiny_bundle, staging, dirs_exist_ok=True)
+    with pytest.raises(BundleError, match="was replaced by another run"):
+        opened.check_unchanged()
+
+
+def test_what_is_loaded_comes_from_one_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    tries: list[str] = []
+
+    def load(bundle: Bundle) -> int:
+        if not tries:  # it is replaced while it is loaded
+            with staged(copy, force=True) as staging:
+                shutil.copytree(tiny_bundle, staging, dirs_exist_ok=True)
+        tries.append(bundle.sha256)
+        if len(tries) == 1:
+            raise BundleError("a file of the other bundle", "none")
+        return (copy / MARK).stat().st_ino
+
+    assert load_whole(copy, load) == (copy / MARK).stat().st_ino
+    assert len(tries) == 2

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AddedToken,
     AutoConfig,
+    AutoTokenizer,
     BlipImageProcessorPil,
+    CLIPImageProcessorPil,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
@@ -164,19 +167,37 @@ def draw_instructblip(
 class VideoOracle:
     """What ``InstructBlipVideoProcessor`` does, without torchvision, which its video processor needs.
 
-    Frames go through the picture processor, one by one; the text is the processor's own code, step by step.
+    Frames go through a picture processor, one by one; the text is the processor's own code, step by step.
+
+    Args:
+        directory: A checkpoint.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.images = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
-        self.tokenizer = tokenizer(kind, "<video>")
-        self.qformer_tokenizer = qformer_tokenizer()
+    def __init__(self, directory: Path) -> None:
+        values = _read(directory / "processor_config.json")
+        settings = values.get("video_processor")
+        for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+            settings = _read(directory / name) or None if settings is None else settings
+        if settings is None:
+            raise OSError(f"{directory} has no settings of a video processor")
+        if settings.get("video_processor_type", VIDEO_PROCESSOR) != VIDEO_PROCESSOR:
+            raise ValueError(f"unrecognized video processor {settings['video_processor_type']!r}")
+        if settings.get("do_sample_frames"):
+            raise ValueError("sampling needs the metadata of a video")
+        self.images = CLIPImageProcessorPil(**VIDEO_DEFAULTS | settings)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+        self.qformer_tokenizer: Any = AutoTokenizer.from_pretrained(directory, subfolder="qformer_tokenizer")
+        self.queries = values.get("num_query_tokens")
+        self.video_token = getattr(self.tokenizer, "video_token", "<video>")
+        if not hasattr(self.tokenizer, "video_token"):
+            token = AddedToken(self.video_token, normalized=False, special=True)
+            self.tokenizer.add_tokens([token], special_tokens=True)
 
-    def __call__(self, images: list[Any], text: str) -> dict[str, torch.Tensor]:
+    def __call__(self, images: list[Any], text: str, return_tensors: str = "pt") -> dict[str, torch.Tensor]:
         qformer = self.qformer_tokenizer(text, return_token_type_ids=False)
-        slots = self.tokenizer("<video>" * QUERIES * FRAMES, add_special_tokens=False)
+        slots = self.tokenizer(self.video_token * self.queries * FRAMES, add_special_tokens=False)
         language = self.tokenizer(text, return_token_type_ids=False)
-        pixels = torch.stack([self.images(frame, return_tensors="pt")["pixel_values"][0] for frame in images])
+        pixels = torch.stack([self.images(frame, return_tensors=return_tensors)["pixel_values"][0] for frame in images])
         return {
             "pixel_values": pixels[None],
             "qformer_input_ids": torch.tensor([qformer["input_ids"]]),
@@ -185,18 +206,28 @@ class VideoOracle:
             "attention_mask": torch.tensor([slots["attention_mask"] + language["attention_mask"]]),
         }
 
-    def save_pretrained(self, directory: Path) -> None:
-        """The files that the processor writes."""
-        self.tokenizer.save_pretrained(directory)
-        self.qformer_tokenizer.save_pretrained(directory / "qformer_tokenizer")
-        video = self.images.to_dict() | {"video_processor_type": "InstructBlipVideoVideoProcessor"}
-        video.pop("image_processor_type", None)
-        values = {
-            "processor_class": "InstructBlipVideoProcessor",
-            "num_query_tokens": QUERIES,
-            "video_processor": video,
-        }
-        (directory / "processor_config.json").write_text(json.dumps(values))
+
+VIDEO_PROCESSOR = "InstructBlipVideoVideoProcessor"
+VIDEO_DEFAULTS = {"size": {"height": 384, "width": 384}, "default_to_square": True, "do_center_crop": None}
+"""What the video processor's defaults change in those of :class:`CLIPImageProcessorPil`."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def save_video_processor(directory: Path, kind: str) -> None:
+    """The files that ``InstructBlipVideoProcessor`` writes."""
+    tokenizer(kind, "<video>").save_pretrained(directory)
+    qformer_tokenizer().save_pretrained(directory / "qformer_tokenizer")
+    video = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}).to_dict()
+    video.pop("image_processor_type", None)
+    values = {
+        "processor_class": "InstructBlipVideoProcessor",
+        "num_query_tokens": QUERIES,
+        "video_processor": video | {"video_processor_type": VIDEO_PROCESSOR},
+    }
+    (directory / "processor_config.json").write_text(json.dumps(values))
 
 
 def draw_instructblipvideo(
@@ -208,6 +239,5 @@ def draw_instructblipvideo(
     model = InstructBlipVideoForConditionalGeneration(config).eval()
     randomize(model)
     model.save_pretrained(directory)
-    oracle = VideoOracle(kind)
-    oracle.save_pretrained(directory)
-    return model, oracle
+    save_video_processor(directory, kind)
+    return model, VideoOracle(directory)

@@ -18,8 +18,11 @@ from blip2edge import Captioner
 from blip2edge.errors import CheckpointError, PromptError, UnsupportedModelError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.model.checkpoint.directory import load_checkpoint, save_checkpoint
+from blip2edge.model.checkpoint.tokenizer import read_tokenizer
 from blip2edge.model.families.registry import read_config
 from blip2edge.runtime.serving.openai_api import read_request
+from blip2edge.training.data.sources import Sample
+from blip2edge.training.loading.caption_texts import CaptionTexts
 from tests.families import drawing_llama as drawing
 
 FULL = {
@@ -88,6 +91,25 @@ def test_eos_comes_from_generation_config(tmp_path: Path) -> None:
     assert captioner.options().eos_token_ids == (7, 9)
     with pytest.raises(PromptError, match="<image>, which marks a picture"):
         captioner.caption(drawing.pictures(0)[0], prompt="two <image> of a dog")
+
+
+def test_training_texts_and_evaluation_end_as_the_bundle_does(tmp_path: Path) -> None:
+    """The last label is a token at which generation stops; config.json's own end token is preferred among them."""
+    directory = tmp_path / "checkpoint"
+    drawing.draw_llava(directory, 0)
+    path = directory / "generation_config.json"
+    values = json.loads(path.read_text())
+    own = load_checkpoint(directory).config.eos_token_ids[0]
+    samples = [Sample("0", "0", lambda: drawing.pictures(0)[0], "a red dog", "what is it ?")]
+    for ends, last in (([7, 9], 7), ([7, own], own), (9, 9), (None, own)):
+        path.write_text(json.dumps(values | {"eos_token_id": ends}))
+        model = load_checkpoint(directory)
+        assert model.config.eos_token_ids == (own,)
+        assert set(model.config.ends) == {*(ends if isinstance(ends, list) else [last])}
+        labels = CaptionTexts(model.config, read_tokenizer(directory).open(), 16)(samples).labels
+        assert labels[0, -1] == last
+    path.unlink()
+    assert load_checkpoint(directory).config.ends == (own,)
 
 
 VICUNA = (

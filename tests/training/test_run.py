@@ -106,7 +106,7 @@ def test_a_directory_that_exists_is_kept_unless_forced(path: Path, tmp_path: Pat
     out = tmp_path / "taken"
     out.mkdir()
     (out / "note").write_text("mine")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="taken exists"):
         train("stage2", path, out)
     assert (out / "note").read_text() == "mine"
     train("stage2", path, out, force=True, evaluation_scenes=0)
@@ -216,7 +216,7 @@ def test_a_snapshot_stays_until_its_successor_is_there(tmp_path: Path, monkeypat
 
 def test_an_output_that_cannot_be_written_is_told(path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="could not be written"):
         train("stage2", path, tmp_path / "file" / "below", evaluation_scenes=0)
 
 

@@ -44,12 +44,15 @@ class DataConfig(RecipeSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind != "scenes" and not self.path:
-            raise ConfigError(f"[data] kind = {self.kind!r} expects a path, got none", 'add path = "…" to [data]')
+            raise ConfigError(
+                f"[{self.section}] kind = {self.kind!r} expects a path, got none", f'add path = "…" to [{self.section}]'
+            )
         if self.question.count("{}") != 1:
             raise ConfigError(
-                f"[data] question must contain {{}} once, in the place of the question, not {self.question!r}"
+                f"[{self.section}] question must contain {{}} once, in the place of the question, not {self.question!r}"
             )
         if self.prompt_share > 0 and not self.prompts:
             raise ConfigError(
-                "[data] prompts is empty, but prompt_share is above 0", "set prompts, or set prompt_share to 0"
+                f"[{self.section}] prompts is empty, but prompt_share is above 0",
+                "set prompts, or set prompt_share to 0",
             )

@@ -102,6 +102,11 @@ class CheckpointCaptioner:
             max_new_tokens=options.generation.get("max_new_tokens", _MAX_NEW_TOKENS),
         )
 
+    @property
+    def _device(self) -> torch.device:
+        """The device that the model is on now."""
+        return next(self._model.bridge.parameters()).device
+
     def question(self, text: str) -> str:
         """Makes the prompt that asks a question."""
         return self._prompts.question(text)
@@ -126,13 +131,21 @@ class CheckpointCaptioner:
 
     def _visual_tokens(self, pictures: list[Image.Image], prompts: list[str | None]) -> Tensor:
         """Encodes pictures: float32 [B, Q, D]."""
-        pixels = torch.from_numpy(self._preprocessing.batch(pictures))
+        vision, bridge = (next(part.parameters()) for part in (self._model.vision, self._model.bridge))
+        pixels = torch.from_numpy(self._preprocessing.batch(pictures)).to(vision)
         instruction = self._instructions(prompts).values() if self._instructions is not None else ()
-        return self._model.visual_tokens(pixels, *(torch.from_numpy(array) for array in instruction))
+        given = [torch.from_numpy(array).to(self._device) for array in instruction]
+        tokens: Tensor = self._model.bridge(self._model.vision(pixels).to(bridge.dtype), *given)
+        return tokens
 
     def _generate(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
         """Generates token ids greedily, up to the end token."""
-        ends = torch.tensor(self._model.config.eos_token_ids)
+        with self._device:  # where new tensors are made
+            return self._generate_here(visual_tokens, prompts)
+
+    def _generate_here(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
+        """:meth:`_generate`, with the model's device as the default one."""
+        ends = torch.tensor(self._model.config.ends)
         step = self._step(visual_tokens, prompts)
         rows = torch.zeros((len(prompts), 0), dtype=torch.int64)
         finished = torch.zeros(len(prompts), dtype=torch.bool)
@@ -259,16 +272,20 @@ class CheckpointMatcher:
         return vectors
 
     @torch.inference_mode()
-    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Computes the probabilities of the matching head; see :class:`MatchModel`."""
+    def probabilities(
+        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, logits: bool = False
+    ) -> list[list[float]]:
+        """Computes the probabilities or logits of the matching head; see :class:`MatchModel`."""
         found: list[list[float]] = [[] for _ in pictures]
         pairs = [(row, text) for row, own in enumerate(texts) for text in own]
         embeds = self._image_embeds(pictures)
         for at in range(0, len(pairs), self._batch_size):
             part = pairs[at : at + self._batch_size]
             ids, mask = self._padded([text for _, text in part])
-            logits = self._matcher.match(embeds[[row for row, _ in part]], ids, mask)
-            for (row, _), value in zip(part, logits.softmax(dim=-1)[:, 1].tolist(), strict=True):
+            scores: Tensor = self._matcher.match(embeds[[row for row, _ in part]], ids, mask)  # [n, 2]
+            if not logits:
+                scores = scores.softmax(dim=-1)
+            for (row, _), value in zip(part, scores[:, 1].tolist(), strict=True):
                 found[row].append(value)
         return found
 

@@ -52,8 +52,13 @@ class MatchModel(Protocol):
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
         """Computes unit vectors of texts: float32 [M, F]."""
 
-    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Computes the match probability of each picture with each of its own texts, by the matching head."""
+    def probabilities(
+        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, logits: bool = False
+    ) -> list[list[float]]:
+        """Computes the match probability of each picture with each of its own texts, by the matching head.
+
+        With `logits`, computes the head's logit of "match" instead, the mean over the queries of the picture.
+        """
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,11 @@ class BundleMatcher:
         """Computes the vectors of texts; see :class:`MatchModel`."""
         return self._matcher.embed_texts(texts, batch_size=self._batch_size)
 
-    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Computes the probabilities of the matching head; see :class:`MatchModel`."""
-        return self._matcher.probabilities(list(pictures), texts, batch_size=self._batch_size)
+    def probabilities(
+        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, logits: bool = False
+    ) -> list[list[float]]:
+        """Computes the probabilities or logits of the matching head; see :class:`MatchModel`."""
+        return self._matcher.probabilities(list(pictures), texts, batch_size=self._batch_size, logits=logits)
 
 
 def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:

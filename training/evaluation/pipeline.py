@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.bundle.schema import BackendName
-from blip2edge.choices import Split
+from blip2edge.choices import Ranking, Split
 from blip2edge.errors import UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.data.detect import detect_data
@@ -15,7 +15,7 @@ from blip2edge.training.data.entries import BrokenSamples, Entry, by_picture
 from blip2edge.training.data.registry import read_entries
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_model
-from blip2edge.training.evaluation.scoring import TOP, Figures, ScoringOptions, score_entries, score_scenes
+from blip2edge.training.evaluation.scoring import Figures, ScoringOptions, score_entries, score_scenes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +38,8 @@ def evaluate(
     count: int | None = None,
     metrics: Sequence[str] = (),
     prompt: str | None = None,
-    top: int = TOP,
+    top: int | None = None,
+    ranking: Ranking = "probability",
     ask: bool = False,
     predictions: bool = False,
     backend: BackendName = "auto",
@@ -60,7 +61,9 @@ def evaluate(
         count: Number of pictures; None for 1000 scenes, or for all pictures of a file.
         metrics: Names of metrics; empty for all that the model and the data support.
         prompt: Prompt of the captions; None for the model's default prompt.
-        top: Number of nearest texts and pictures that the matching head ranks again in retrieval; 0: none.
+        top: Number of nearest texts and pictures that the matching head ranks again in retrieval; 0: none; None: 16,
+            or 128 with the ranking ``lavis``.
+        ranking: How the matching head ranks: ``probability``, or ``lavis``, its logit plus the cosine.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         predictions: Whether the figures contain ``predictions``, the generated texts in COCO's result format.
         backend: Name of a bundle's backend, or ``auto``.
@@ -91,7 +94,9 @@ def evaluate(
             f"{option('predictions')} needs a captioner and a data set from files", f"leave {option('predictions')} out"
         )
     report = progress or (lambda stage, done, total: None)
-    wanted = ScoringOptions(tuple(metrics), prompt, top, ask, lambda done, total: report("scoring", done, total))
+    wanted = ScoringOptions(
+        tuple(metrics), prompt, top, ranking, ask, lambda done, total: report("scoring", done, total)
+    )
     if entries is None:
         return score_scenes(opened, count or SCENES_COUNT, split, wanted)
     figures = score_entries(opened, *entries, wanted)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from blip2edge.choices import Split
+from blip2edge.choices import Ranking, Split
 from blip2edge.errors import ImageError, UsageError
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
 from blip2edge.training.data.scenes import Scene, scenes
@@ -33,7 +33,9 @@ from blip2edge.training.metrics.retrieval import (
 from blip2edge.training.metrics.vqa import vqa_scores
 
 CountProgress = Callable[[int, int], None]
-TOP = 16  # nearest candidates that the matching head ranks again
+TOP: dict[Ranking, int] = {"probability": 16, "lavis": 128}
+"""Number of nearest candidates that the matching head ranks again. 128 is LAVIS' ``k_test`` for BLIP-2 on COCO."""
+
 YES = 0.5  # probability of the matching head from which a picture and a text match
 
 
@@ -44,14 +46,18 @@ class ScoringOptions:
     Attributes:
         metrics: Names of metrics; empty for all that the model and the data support.
         prompt: Prompt of captions; None for the model's default.
-        top: Number of nearest candidates that the matching head ranks again; with 0, only the cosine ranks.
+        top: Number of nearest candidates that the matching head ranks again; with 0, only the cosine ranks. None
+            for the number in :data:`TOP`.
+        ranking: How the matching head ranks candidates: by its ``probability``, or as ``lavis``, by its logit plus the
+            cosine.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         progress: Called with (pictures done, all pictures).
     """
 
     metrics: tuple[str, ...] = ()
     prompt: str | None = None
-    top: int = TOP
+    top: int | None = None
+    ranking: Ranking = "probability"
     ask: bool = False
     progress: CountProgress = field(default=lambda done, total: None)
 
@@ -283,17 +289,21 @@ def _retrieval(
 ) -> Figures:
     """Recalls. Pictures for the matching head are opened a second time."""
     scores = similarities(gallery.vectors, matcher.text_vectors(texts))
-    top = options.top if matcher.has_head else 0
+    top = TOP[options.ranking] if options.top is None else options.top
+    top = top if matcher.has_head else 0
+    lavis = options.ranking == "lavis"
     matched = {}
     if top:
         pairs = pairs_to_match(scores, top)
 
         def match(image: int, numbers: Sequence[int]) -> Sequence[float]:
             options.progress(image + 1, len(pairs))
-            return matcher.probabilities([gallery.open(image)], [[texts[number] for number in numbers]])[0]
+            chosen = [[texts[number] for number in numbers]]
+            (values,) = matcher.probabilities([gallery.open(image)], chosen, logits=lavis)
+            return (scores[image, list(numbers)] + values).tolist() if lavis else values
 
         matched = match_pairs(pairs, match)
-    return {**retrieval_scores(scores, owners, top=top, matched=matched), "reranked": top}
+    return {**retrieval_scores(scores, owners, top=top, matched=matched), "reranked": top, "ranking": options.ranking}
 
 
 def _as_in_data(name: str, entry: Entry) -> int | str:

@@ -59,7 +59,7 @@ class CaptionTexts:
         joined = self.prompt(sample) and not self._adds_space and not self._config.language.is_encoder_decoder
         text = f" {sample.text}" if joined else sample.text
         ids = self._tokenizer.encode(text, add_special_tokens=False)[: room - 1]
-        return [*ids, self._config.eos_token_ids[0]]
+        return [*ids, self._config.ends[0]]
 
     def __call__(self, samples: Sequence[Sample]) -> CaptionBatch:
         """Makes a batch, padded to its longest text.

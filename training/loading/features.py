@@ -43,7 +43,7 @@ def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> 
     digest = hashlib.sha256(json.dumps([preprocessing.to_json(), kind], sort_keys=True).encode())
     for name, tensor in vision.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
 
 
@@ -97,14 +97,23 @@ class FeatureCache:
         """Adds the features of a batch: ``rows [B, P, D]`` for the pictures ``names``.
 
         Raises:
+            DataError: A feature is too large for the cache's dtype, or not finite.
             OutputError: The disk is full or not writable; features of earlier batches remain usable.
         """
         fresh = {name: number for number, name in enumerate(names) if name not in self._places}
         if not fresh:
             return
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(rows[list(fresh.values())].astype(self._dtype))
+        for name, row, kept in zip(fresh, rows[list(fresh.values())], stored, strict=True):
+            if not np.isfinite(kept).all():
+                raise DataError(
+                    f"the features of {name} do not fit into {self._dtype}: the largest is {np.abs(row).max():.4g}",
+                    "set features_dtype = 'float32' in [loop]",
+                )
         try:
             file, index, path = self._files()
-            file.write(np.ascontiguousarray(rows[list(fresh.values())].astype(self._dtype)).tobytes())
+            file.write(stored.tobytes())
             file.flush()
             index.write(json.dumps(list(fresh)) + "\n")
             index.flush()
@@ -200,7 +209,8 @@ class FrozenEncoder:
             for sample, each in zip(samples, pixels, strict=True)
         ]
         with self._accelerator.autocast():
-            embeds: Tensor = self.vision(torch.from_numpy(np.stack(opened)).to(device))
+            pixels_in = torch.from_numpy(np.stack(opened)).to(device, next(self.vision.parameters()).dtype)
+            embeds: Tensor = self.vision(pixels_in)
         embeds = embeds.float()
         if self.cache is None:
             return embeds

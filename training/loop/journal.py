@@ -22,7 +22,8 @@ class Journal:
 
     A line is an object with `phase`, `step` (steps done), `losses` by name, `loss` (the minimised sum) and `grad_norm`
     (means over the interval and over the processes), `rate` (learning rate), `gauges` (values of the phase, such as a
-    temperature or a gate), and `seconds` (since this process began the phase).
+    temperature or a gate), `validation` (scores by name, only after a validation), and `seconds` (since this process
+    began the phase).
 
     Args:
         directory: Directory of `log.jsonl`; None writes nothing (for all processes except the first).
@@ -90,7 +91,14 @@ class Journal:
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._count += 1
 
-    def write(self, phase: str, step: int, rate: float, gauges: Mapping[str, float]) -> dict[str, Any]:
+    def write(
+        self,
+        phase: str,
+        step: int,
+        rate: float,
+        gauges: Mapping[str, float],
+        validation: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
         """Writes the line of an interval and starts the next one.
 
         Args:
@@ -98,6 +106,7 @@ class Journal:
             step: Steps done in the phase.
             rate: Learning rate of the last step.
             gauges: Current values of the phase's gauges.
+            validation: Scores of a validation after this step.
 
         Returns:
             The written line.
@@ -110,6 +119,8 @@ class Journal:
         whole = {key: means.pop(key) for key in WHOLE if key in means}
         seconds = round(time.monotonic() - self._started, 2)
         line = {"phase": phase, "step": step, **whole, "losses": means, "rate": rate, "gauges": dict(gauges)}
+        if validation:
+            line["validation"] = dict(validation)
         line["seconds"] = seconds
         self.lines.append(line)
         if self._path is not None:
@@ -122,7 +133,7 @@ class Journal:
                     "free some space and run the command again: it resumes from the last snapshot",
                 ) from error
         if self._board is not None:
-            for key, value in {**whole, **means, "rate": rate, **gauges}.items():
+            for key, value in {**whole, **means, "rate": rate, **gauges, **(validation or {})}.items():
                 self._board.add_scalar(f"{phase}/{key}", value, step)
         return line
 

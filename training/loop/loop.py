@@ -25,6 +25,7 @@ from blip2edge.training.loop.journal import LINES
 from blip2edge.training.loop.optim import learning_rate, make_optimizer
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.loop.training_run import TrainingRun
+from blip2edge.training.loop.validation import Validation
 
 Batch_co = TypeVar("Batch_co", covariant=True)
 _NAMED = 3  # samples named in a message
@@ -68,6 +69,7 @@ class Phase:
         config: Steps, learning rates and clipping.
         seed: Seed of dropout and of drawn negatives.
         gauges: Returns values to log in addition to the losses.
+        validation: Scores the model during the phase; None for no validation.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Phase:
     config: OptimizerConfig
     seed: int = 0
     gauges: Callable[[], Mapping[str, float]] = field(default=dict)
+    validation: Validation | None = None
 
 
 def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | None = None) -> None:
@@ -95,7 +98,12 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
     optimizer = make_optimizer([phase.module], config)
     module, optimizer = accelerator.prepare(phase.module, optimizer)
     first = 0
+    validation = phase.validation
+    if validation is not None:
+        validation.check(module)
     if snapshot is not None:
+        if validation is not None:
+            validation.restore(snapshot)
         first = int(snapshot.facts["step"])
         phase_state.restore(accelerator, module, optimizer, snapshot)
         phase.batches.load_state_dict(snapshot.facts["batches"])
@@ -110,15 +118,29 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
             group["lr"] = rate
         run.journal.add(_step(run, phase, module, optimizer, step))
         finished = step + 1
-        if finished % log_every == 0 or finished == config.steps:
-            line = run.journal.write(phase.name, finished, rate, phase.gauges())
+        scores: dict[str, float] = {}
+        if validation is not None and validation.due(finished, config.steps):
+            scores = validation.run(finished, phase.module)
+        if finished % log_every == 0 or finished == config.steps or scores:
+            line = run.journal.write(phase.name, finished, rate, phase.gauges(), scores)
             run.log(f"{phase.name}: step {finished}/{config.steps} loss {line['loss']:.4f} rate {rate:.1e}")
+        if validation is not None and scores:
+            best = "best so far" if validation.best_step == finished else f"best at step {validation.best_step}"
+            run.log(f"{phase.name}: step {finished} {validation.metric} {scores[validation.metric]:.4f} ({best})")
         if run.progress is not None:
             run.progress(phase.name, finished, config.steps)
         if finished % loop.snapshot_every == 0 and finished < config.steps:
             _save(run, phase, module, optimizer, finished, done)
+        if validation is not None and validation.exhausted:
+            run.log(
+                f"{phase.name}: stops at step {finished}; the last {validation.config.patience} validations"
+                " brought no better score"
+            )
+            break
     phase_state.gather_parameters(accelerator, module, phase.module)
     accelerator.free_memory()
+    if validation is not None:
+        validation.finish(phase.module)
 
 
 def _step(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
@@ -187,7 +209,11 @@ def _save(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, ste
     """Writes a snapshot within a phase. All processes gather the tensors, the first one writes."""
     accelerator = run.accelerator
     tensors = phase_state.capture(accelerator, module, optimizer)
+    facts: dict[str, Any] = {}
+    if phase.validation is not None:
+        best, facts = phase.validation.state()
+        tensors |= best
     if accelerator.is_main_process:
-        kept = run.snapshot(phase=phase.name, step=step, batches=phase.batches.state_dict())
+        kept = run.snapshot(phase=phase.name, step=step, batches=phase.batches.state_dict(), **facts)
         run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, kept.facts))
     accelerator.wait_for_everyone()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from blip2edge.training.config import OptimizerConfig
 
@@ -59,6 +61,19 @@ def make_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> tor
     given = [group for group in groups if group["params"]]
     # Fused: one pass over the memory of each tensor. On a CPU this is four times as fast as single operations.
     return torch.optim.AdamW(given, lr=config.learning_rate, betas=betas, fused=True)
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Makes layers run again in the backward pass, instead of keeping their activations.
+
+    The method is activation checkpointing (Chen et al., arXiv 1604.06174), by ``torch.utils.checkpoint``.
+    A layer is an entry of a list named ``layers`` or ``cross_layers`` in any submodule. Dropout draws the same mask
+    again. Without gradients nothing changes.
+    """
+    for name, layers in list(module.named_modules()):
+        if isinstance(layers, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "cross_layers"):
+            for layer in layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def freeze(module: nn.Module) -> None:

@@ -95,9 +95,15 @@ class Snapshots:
                 f"cannot write a snapshot to {self.directory}: {error.strerror or error}",
                 "free some space and run the command again: it resumes from the previous snapshot",
             ) from error
-        for path in [*self._whole(), *self.directory.glob(f".{_PREFIX}*")]:
+        for path in self._whole():
             if path != target:
                 shutil.rmtree(path, ignore_errors=True)
+        self.remove_incomplete()
+
+    def remove_incomplete(self) -> None:
+        """Removes the snapshots that killed runs did not finish."""
+        for path in self.directory.glob(f".{_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
         """Removes all snapshots, and the log in the same directory."""

@@ -1,7 +1,8 @@
 """Recall of texts by pictures and of pictures by texts.
 
 Candidates are ranked by the cosine of vectors (ITC). The matching head (ITM), which reads picture and text together and
-is too slow for all pairs, can rank the first k again (Li et al., arXiv 2107.07651, section 4.2).
+is too slow for all pairs, can rank the first k again (Li et al., arXiv 2107.07651, section 4.2), by its probability or,
+as LAVIS does, by its logit plus the cosine.
 """
 
 from __future__ import annotations
@@ -67,24 +68,24 @@ def pairs_to_match(scores: Scores, top: int) -> dict[int, list[int]]:
 def match_pairs(
     pairs: Mapping[int, Sequence[int]], match: Callable[[int, Sequence[int]], Sequence[float]]
 ) -> dict[tuple[int, int], float]:
-    """Scores all pairs with the matching head.
+    """Scores the chosen pairs with the matching head.
 
     Args:
         pairs: Result of `pairs_to_match`: the numbers of texts, by the picture's number.
-        match: Maps the number of a picture and the numbers of some texts to their match probabilities.
+        match: Maps the number of a picture and the numbers of some texts to their scores.
 
     Returns:
-        The match probability of each pair, by (picture, text).
+        The score of each pair, by (picture, text).
     """
     return {
-        (image, text): float(probability)
+        (image, text): float(score)
         for image, texts in pairs.items()
-        for text, probability in zip(texts, match(image, texts), strict=True)
+        for text, score in zip(texts, match(image, texts), strict=True)
     }
 
 
 def _order(scores: Scores, top: int, matched: Mapping[tuple[int, int], float]) -> list[list[int]]:
-    """The columns of each row, best first; the first `top` by probability, then by score."""
+    """The columns of each row, best first; the first `top` by the matching head, then by the cosine."""
     rows: list[list[int]] = top_columns(scores, max(top, *RANKS)).tolist()
     for row, columns in enumerate(rows):
         head = [column for column in columns[:top] if (row, column) in matched]
@@ -113,8 +114,8 @@ def retrieval_scores(
     Args:
         scores: Cosines of N pictures and M texts [N, M].
         image_of_text: Number of each text's picture; a picture may have several texts.
-        top: Number of nearest candidates that the match probability ranks again.
-        matched: Match probabilities by (picture, text); None or empty to rank only by the cosine.
+        top: Number of nearest candidates that `matched` ranks again.
+        matched: Scores of the matching head by (picture, text); None or empty to rank only by the cosine.
 
     Returns:
         `text_r1`, `text_r5`, `text_r10`: share of pictures with one of their texts among the first 1, 5, 10;

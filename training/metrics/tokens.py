@@ -4,13 +4,16 @@ The evaluation server runs Stanford's PTBTokenizer (CoreNLP 3.4.1) and then drop
 Penn Treebank as that tokenizer applies it to English captions: clitics are split off ("it 's", "is n't"), hyphens and
 slashes inside a word are not, an abbreviation keeps its full stop, brackets get names. They were derived by comparison
 with its output on COCO's captions; the tests contain some of them. As in a lexer, the longest match of all rules is
-used, and of equally long ones the first.
+used, and of equally long ones the first. Characters outside English (emoji, combining marks, new scripts) follow the
+tables of ``characters.py``, made with that tokenizer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from blip2edge.training.metrics.characters import DELETED, LETTERS, SIGNS
 
 DROPPED = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
@@ -35,8 +38,25 @@ _OPENERS = (
     "She Since So Some Such That The Their Then There These They This We What When While Yet You"
 )
 
-_L = r"[^\W\d_]"  # a letter
-_W = r"[^\W_]"  # a letter or digit
+
+def _ranges(table: str) -> Iterator[tuple[int, int]]:
+    """The first and last code points of a table's ranges."""
+    for part in table.split():
+        first, _, last = part.partition("-")
+        yield int(first, 16), int(last or first, 16)
+
+
+def _class(table: str) -> str:
+    """A table as the inside of a character class."""
+    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in _ranges(table))
+
+
+_SEPARATOR = "\x1c"  # white space, and in no rule
+_DELETED = re.compile(f"[{_class(DELETED)}\U00010000-\U0010ffff]")
+_SOFT_HYPHEN = "\xad"  # vanishes inside a word, and is dropped as a hyphen elsewhere
+
+_L = rf"(?:[^\W\d_{_class(SIGNS)}]|[{_class(LETTERS)}])"  # a letter
+_W = rf"(?:[^\W_{_class(SIGNS)}]|[{_class(LETTERS)}])"  # a letter or digit
 _APOS = "['’‘]"
 _END = rf"(?!{_W})"  # the word ends here
 
@@ -53,7 +73,7 @@ _RULES = tuple(
         r"https?://[^\s\"<>|()]+[^\s\"<>|.!?(){},;:\-]",
         r"www\.[^\s\"<>|()]+[^\s\"<>|.!?(){},;:\-]",
         r"[a-z0-9][^\s\"<>|()\\@]*@[^\s\"<>|()\\@.,]+(?:\.[^\s\"<>|()\\@.,]+)*",
-        rf"[@#]{_L}\w*",
+        r"[@#][a-z_][a-z0-9_]*",
         # Words that contain an apostrophe, and clitics.
         rf"{_L}+n{_APOS}ts?{_END}",
         rf"n{_APOS}t{_END}",
@@ -77,6 +97,7 @@ _RULES = tuple(
         rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)+",
         rf"{_W}+(?:[-_/]{_W}+)*",
         r"(?-i:[A-Z]+&[A-Z]+)",
+        r"c\+\+|[cf]#",  # programming languages
         # Everything else: punctuation, emoticons, single signs.
         r"(?-i:US)\$",
         r"\(\d{3}\) ?\d{3}-\d{4}",
@@ -103,7 +124,21 @@ _TWO_WORDS = {  # the length of the first of two words written as one
     "'twas": 2,
 }
 _NOT = re.compile("n't(?:s?)$")
-_SIGNS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "–": "--", "—": "--", "£": "#", "€": "$"})
+_SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("’‘‛‹›\x91\x92", "'"),
+        **dict.fromkeys("“”«»\x93\x94", '"'),
+        **dict.fromkeys("–—―\x96\x97", "--"),
+        **dict.fromkeys("€₠¤\x80", "$"),
+        "£": "#",
+        "…": "...",
+        "¼": "1/4",
+        "½": "1/2",
+        "¾": "3/4",
+        "⅓": "1/3",
+        "⅔": "2/3",
+    }
+)
 _NAMES = {
     '"': "''",
     "[": "-lsb-",
@@ -145,6 +180,7 @@ def tokens(text: str) -> list[str]:
     Returns:
         Tokens in lower case.
     """
+    text = _DELETED.sub(_SEPARATOR, text.replace(_SOFT_HYPHEN, ""))
     found: list[str] = []
     at = 0
     while at < len(text):

@@ -19,13 +19,16 @@ from blip2edge.training.config import Stage2Phase, TrainingConfig
 from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.data.scenes import Scene
 from blip2edge.training.data.sources import Sample
+from blip2edge.training.evaluation.checkpoint_models import CheckpointCaptioner
+from blip2edge.training.evaluation.validation import validation_scores
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel_values
 from blip2edge.training.loading.caption_texts import CaptionTexts
 from blip2edge.training.loading.features import FeatureCache, FrozenEncoder, encoder_hash
 from blip2edge.training.loading.loader import Loader, TextMakers
 from blip2edge.training.loop.loop import Phase
-from blip2edge.training.loop.optim import freeze
+from blip2edge.training.loop.optim import freeze, recompute_activations
 from blip2edge.training.loop.training_run import TrainingRun
+from blip2edge.training.loop.validation import Validation
 from blip2edge.training.phases.pretrain import (
     DenseBatch,
     LanguagePretraining,
@@ -36,7 +39,7 @@ from blip2edge.training.phases.stage1 import RepresentationStage
 from blip2edge.training.phases.stage1_checkpoint import begin_stage2
 from blip2edge.training.phases.stage2 import TRAINED, GenerativeStage, match_scale
 from blip2edge.training.setup.build import new_stage1_model
-from blip2edge.training.setup.model_parts import ModelParts
+from blip2edge.training.setup.model_parts import DTYPES, ModelParts
 
 MakeSceneBatch = Callable[[list[Scene], list[str]], Any]
 """Makes a batch of scenes and their names."""
@@ -61,6 +64,7 @@ def _loader(run: TrainingRun, phase: str, rows: int, texts: TextMakers) -> Loade
     """Batches of the recipe's data, encoded by the frozen picture encoder."""
     vision, loop, preprocessing = run.parts.model.vision, run.config.loop, run.parts.preprocessing
     freeze(vision)
+    vision.to(DTYPES[loop.frozen_dtype])
     cache = None
     if loop.cache_features:
         name = encoder_hash(vision, preprocessing, f"{loop.features_dtype} from {loop.autocast}")
@@ -129,6 +133,10 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
         match_scale(model)
         parts.new_projection = False
     module = GenerativeStage(model, config.bridge, phase.itg_weight, unfreeze_language=phase.unfreeze_language)
+    if not phase.unfreeze_language:
+        model.language.to(DTYPES[config.loop.frozen_dtype])
+    if config.loop.recompute_activations:
+        recompute_activations(model.language)
     captions = CaptionTexts(model.config, parts.runtime_tokenizer, phase.max_tokens)
     texts = TextMakers(
         captions,
@@ -136,7 +144,27 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
         _instruction(parts, captions) if model.config.instruction_positions else None,
     )
     batches = _loader(run, name, phase.batch_size, texts)
-    return Phase(name, module, batches, phase, _seed(run, name), module.gauges)
+    return Phase(name, module, batches, phase, _seed(run, name), module.gauges, _validation(run))
+
+
+def _validation(run: TrainingRun) -> Validation | None:
+    """The validation of a phase that trains the captioner; None if the recipe has none."""
+    config, parts = run.config.validation, run.parts
+    if not config.every:
+        return None
+    instructions = None
+    if parts.model.config.instruction_positions and parts.qformer_texts is not None:
+        instructions = Tokenizer(parts.qformer_texts.tokenizer)
+    captioner = CheckpointCaptioner(
+        parts.model,
+        parts.runtime_tokenizer,
+        parts.preprocessing,
+        instructions,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    score, metric = validation_scores(config, run.base, captioner)
+    return Validation(config, score, metric, run.accelerator)
 
 
 def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequence[Sample]], tuple[Tensor, Tensor]]:

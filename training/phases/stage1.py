@@ -39,8 +39,13 @@ Draw = Callable[[Tensor], Tensor]
 
 
 def draw_negative(weights: Tensor) -> Tensor:
-    """Draws one column for each row of `weights`, with these probabilities, from torch's global random generator."""
-    return torch.multinomial(weights, 1)[:, 0]
+    """Draws one column for each row of `weights`, with these probabilities, from torch's global random generator.
+
+    A row with a value that is not finite draws from all columns equally: its losses are not finite either, so the
+    training loop stops with an error that names the samples.
+    """
+    finite = weights.isfinite().all(dim=1, keepdim=True)
+    return torch.multinomial(weights.where(finite, 1.0), 1)[:, 0]
 
 
 def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:

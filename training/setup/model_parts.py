@@ -16,7 +16,7 @@ from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.loading.qformer_texts import QFormerTexts
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ModelParts:
             directory: An empty directory.
             dtype: dtype of the stored tensors: "float16", "bfloat16" or "float32".
         """
-        save_checkpoint(self.model, directory, dtype=_DTYPES[dtype])
+        save_checkpoint(self.model, directory, dtype=DTYPES[dtype])
         for name, content in self.files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)

@@ -82,29 +82,32 @@ def test_a_checkpoint_says_what_its_bundle_does(tiny_checkpoint: Drawn, tiny_bun
     assert bundle.question("how?") == checkpoint.question("how?")
 
 
-def scored(kind: str, model: Any, processor: Any, picture: Any, text: str) -> tuple[float, float]:
-    """Probability and cosine in transformers."""
+def scored(kind: str, model: Any, processor: Any, picture: Any, text: str) -> tuple[float, float, float]:
+    """Probability, cosine and the logit of "match" in transformers."""
     inputs = processor(images=picture, text=text, return_tensors="pt")
     flag = "use_itm_head" if kind == "blip-itm" else "use_image_text_matching_head"
     with torch.no_grad():
         match, cosine = (model(**inputs, **{flag: head}) for head in (True, False))
     name = "itm_score" if kind == "blip-itm" else "logits_per_image"
-    return float(getattr(match, name).softmax(dim=1)[0, 1]), float(getattr(cosine, name))
+    logits = getattr(match, name)
+    return float(logits.softmax(dim=1)[0, 1]), float(getattr(cosine, name)), float(logits[0, 1])
 
 
-def check_scores(matcher: MatchModel, wanted: dict[tuple[int, int], tuple[float, float]]) -> None:
+def check_scores(matcher: MatchModel, wanted: dict[tuple[int, int], tuple[float, float, float]]) -> None:
     pictures = draw_pictures(3, 1)
     vectors = matcher.image_vectors(pictures)
     vectors = vectors[:, None] if vectors.ndim == 2 else vectors
     cosines = (vectors @ matcher.text_vectors(TEXTS).T).max(axis=1)
     ragged = [TEXTS, [], TEXTS[1:]]
     probabilities = matcher.probabilities(pictures, ragged)
+    logits = matcher.probabilities(pictures, ragged, logits=True)
     assert [len(row) for row in probabilities] == [3, 0, 2]
-    for (row, column), (probability, cosine) in wanted.items():
+    for (row, column), (probability, cosine, logit) in wanted.items():
         assert cosines[row, column] == pytest.approx(cosine, abs=1e-4)
         if TEXTS[column] in ragged[row]:
             at = ragged[row].index(TEXTS[column])
             assert probabilities[row][at] == pytest.approx(probability, abs=1e-4)
+            assert logits[row][at] == pytest.approx(logit, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["blip-itm", "blip-2-itm"])
@@ -121,7 +124,7 @@ def test_a_checkpoint_scores_as_transformers_does(kind: str, tmp_path: Path) -> 
         for row, picture in enumerate(pictures)
         for column, text in enumerate(TEXTS)
     }
-    assert np.std([probability for probability, _ in wanted.values()]) > 0.01
+    assert np.std([probability for probability, _, _ in wanted.values()]) > 0.01
     check_scores(open_matcher(tmp_path / "checkpoint", OPTIONS), wanted)
 
 

@@ -63,9 +63,12 @@ class Seeing:
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
         return self.text_vectors(self.known(pictures))
 
-    def probabilities(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    def probabilities(
+        self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, logits: bool = False
+    ) -> list[list[float]]:
         captions = self.known(pictures)
-        return [[float(text == caption) for text in own] for own, caption in zip(texts, captions, strict=True)]
+        most = 20.0 if logits else 1.0
+        return [[most * (text == caption) for text in own] for own, caption in zip(texts, captions, strict=True)]
 
 
 def test_one_who_knows_the_scenes() -> None:
@@ -92,6 +95,12 @@ def test_one_who_sees_things_and_no_relation() -> None:
     assert figures["reranked"] == 10
     assert figures["pope"]["by"] == "matching"
     assert figures["pope"]["adversarial"]["accuracy"] == 1.0
+
+
+def test_lavis_ranks_128_candidates_by_logit_and_cosine() -> None:
+    figures = score_scenes(EvaluatedModel(matcher=Seeing(80)), 80, "heldout", ScoringOptions(ranking="lavis"))
+    assert (figures["ranking"], figures["reranked"]) == ("lavis", 128)
+    assert figures["text_r1"] == figures["image_r1"] == 1.0
 
 
 def test_metrics_that_cannot_be_had() -> None:

@@ -177,6 +177,23 @@ def test_what_was_torn_is_not_read(tmp_path: Path) -> None:
     again.close()
 
 
+def test_features_that_overflow_are_refused(tmp_path: Path) -> None:
+    rows = np.ones((2, 3, 4), np.float32)
+    rows[1, 2, 3] = 70000.0
+    cache = FeatureCache(tmp_path, (3, 4), "float16")
+    with pytest.raises(DataError, match=r"features of b do not fit into float16: the largest is 7e\+04; set feat"):
+        cache.add(["a", "b"], rows)
+    assert "a" not in cache
+    cache.close()
+    wide = FeatureCache(tmp_path / "wide", (3, 4), "float32")
+    wide.add(["a", "b"], rows)
+    assert wide.read(["b"])[0, 2, 3] == 70000.0
+    rows[0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="features of c"):
+        wide.add(["c"], rows[:1])
+    wide.close()
+
+
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FeatureCache(tmp_path, (3, 4), "float32")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from blip2edge.errors import DataError
 from blip2edge.training.metrics.retrieval import (
@@ -64,3 +65,28 @@ def test_equal_probabilities_leave_the_order_of_the_cosines() -> None:
 def test_a_picture_without_a_text_is_refused() -> None:
     with pytest.raises(DataError, match="at least one text for each of 2"):
         retrieval_scores(np.zeros((2, 2), np.float32), [0, 0])
+
+
+def test_ranking_of_lavis() -> None:
+    """The first `top` candidates by logit plus cosine, as LAVIS' compute_sim_matrix and report_metrics."""
+    generator = np.random.default_rng(0)
+    count, each, top = 60, 3, 8
+    owners = np.repeat(np.arange(count), each)
+    cosines = generator.normal(0.2, 0.1, (count, count * each)).astype(np.float32)
+    cosines[owners, np.arange(count * each)] += 0.2
+    logits = generator.normal(0, 2, cosines.shape).astype(np.float32)
+    logits[owners, np.arange(count * each)] += 3
+
+    def lavis(rows: NDArray[np.float32], head: NDArray[np.float32]) -> list[int]:
+        scores = np.full(rows.shape, -100.0)
+        for row in range(len(rows)):
+            nearest = np.argsort(-rows[row], kind="stable")[:top]
+            scores[row, nearest] = head[row, nearest] + rows[row, nearest]
+        return scores.argmax(axis=1).tolist()
+
+    pairs = pairs_to_match(cosines, top)
+    matched = match_pairs(pairs, lambda image, texts: (logits + cosines)[image, list(texts)].tolist())
+    figures = retrieval_scores(cosines, owners.tolist(), top=top, matched=matched)
+    assert figures["text_r1"] == np.mean([owners[best] == row for row, best in enumerate(lavis(cosines, logits))])
+    assert figures["image_r1"] == np.mean([owners[row] == best for row, best in enumerate(lavis(cosines.T, logits.T))])
+    assert 0.2 < figures["text_r1"] < 1.0

@@ -131,6 +131,16 @@ def test_negatives_are_drawn_by_similarity_and_never_of_the_same_picture() -> No
     torch.testing.assert_close(counts, seen[0][2], atol=0.1, rtol=0)
 
 
+def test_similarities_that_are_not_finite_reach_the_loss() -> None:
+    """The training loop then stops with an error that names the samples; drawing negatives does not fail before."""
+    assert draw_negative(torch.tensor([[float("nan")] * 3, [0.0, 0.0, 1.0]]))[1] == 2
+    model = draw_stage1()
+    with torch.no_grad():
+        model.temperature.fill_(float("nan"))
+        losses = model(*draw_batch(3))
+    assert not torch.isfinite(losses["itc"])
+
+
 def test_a_batch_of_one() -> None:
     model = draw_stage1()
     prepare_stage1(model)

@@ -1,0 +1,373 @@
+"""Locks of outputs: one run at a time writes an output, and the next run removes the files of a killed one.
+
+While a run writes ``NAME``, its files are in the directory ``.NAME.part`` beside it:
+
+    .NAME.part/owner   the lock: a file that the run holds with ``flock``, with its process and start time as JSON
+    .NAME.part/new     the output, until it is complete and renamed to NAME
+    .NAME.part/old     what NAME was before, between two renames (only where names cannot be exchanged in one step)
+    .NAME.part/...     scratch files
+
+The system releases the lock when the process ends, also after a kill or a power cut. So a directory whose lock is free
+belongs to a run that is dead: the next run of the same output gives ``old`` its name back and removes the rest.
+
+Where the file system has no locks, or where it is shared over a network and the other run was on another machine, it
+is not known whether that run is alive. Its files are then kept, and a warning names them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import stat
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.disk_errors import output_error
+from blip2edge.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+OWNER, NEW, OLD = "owner", "new", "old"
+SUFFIX = ".part"
+NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fuse.")  # begin the type's name
+LONGEST = 255 - len(f".{SUFFIX}-12345678")  # bytes of a name on Linux, without what is added here
+WAIT_S = 2.0  # for another process that is between two renames
+PROBE_S = 0.1  # longer than another process needs to ask whether a lock is free
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF)
+_held: set[int] = set()  # descriptors of the locks of this process
+
+
+class BusyError(OutputError):
+    """Another run writes the output."""
+
+
+class LeftFilesWarning(UserWarning):
+    """Files of another run were not removed, because it is not known whether that run has ended."""
+
+
+def part_of(target: Path) -> Path:
+    """The directory of the files of a run that writes ``target``."""
+    name = target.name
+    if len(os.fsencode(name)) > LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return target.with_name(f".{name}{SUFFIX}")
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[Path]:
+    """Locks an output, and makes a directory beside it for the files of this run.
+
+    Files that a killed run of the same output left are removed first. Forked processes do not inherit the lock.
+
+    Args:
+        target: The file or directory that will be written.
+
+    Yields:
+        A directory on the file system of ``target``, empty but for the lock. It is removed at the end.
+
+    Raises:
+        BusyError: Another run writes ``target``.
+        OutputError: The directory cannot be made.
+    """
+    try:
+        part, descriptor = _acquire(target)
+    except OSError as error:
+        raise output_error(target, error) from error
+    try:
+        yield part
+    finally:
+        _end(part, target, descriptor)
+
+
+def check_name(target: Path) -> None:
+    """Raises OutputError for a name that no file can have."""
+    if "\0" in str(target):
+        raise OutputError(f"{str(target)!r} is not a usable file name: it contains a NUL", "give another name")
+
+
+def recover(target: Path) -> None:
+    """Gives an output its name back that a killed run had renamed; does nothing if it has its name.
+
+    The run was killed between the two renames of a replacement. A run that is between them now is waited for.
+    """
+    part = part_of(target)
+    end = time.monotonic() + WAIT_S
+    while not os.path.lexists(target) and os.path.lexists(part / OLD) and fcntl is not None:
+        try:
+            descriptor = os.open(part / OWNER, os.O_RDWR)
+        except OSError:  # finished at this moment, or not ours to write
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _recover_old(part, target)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return
+            time.sleep(0.01)
+        except OSError:
+            return
+        finally:
+            os.close(descriptor)
+
+
+def recover_in(directory: Path) -> None:
+    """Calls :func:`recover` for every output in a directory that a killed run has renamed."""
+    if directory.is_dir():
+        for old in directory.glob(f".*{SUFFIX}/{OLD}"):
+            recover(directory / old.parent.name.removeprefix(".").removesuffix(SUFFIX))
+
+
+def _recover_old(part: Path, target: Path) -> None:
+    """Renames ``old`` back to ``target`` if nothing has that name."""
+    if os.path.lexists(part / OLD) and not os.path.lexists(target):
+        with contextlib.suppress(OSError):  # the directory is read-only now: `old` is kept
+            (part / OLD).rename(target)
+
+
+def check_free(target: Path) -> None:
+    """Raises BusyError if another run writes ``target`` at this moment."""
+    owner = part_of(target) / OWNER
+    if fcntl is None or not owner.is_file():
+        return
+    try:
+        descriptor = os.open(owner, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _busy(target, _read_owner(descriptor)) from None
+    except OSError:  # no locks here
+        return
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file so that it holds either its old content or all of the new one, also after a kill.
+
+    The file is written under a temporary name, flushed to the disk and renamed, so other hard links of the old file
+    keep their content. A symbolic link is followed. Pipes and devices are written directly.
+
+    Raises:
+        BusyError: Another run writes the file.
+        OSError: The file cannot be written.
+    """
+    check_name(path)
+    path = Path(os.path.realpath(path))
+    mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    alone = stat.S_IMODE(mode) and path.stat().st_nlink == 1
+    if not stat.S_ISREG(mode) or (alone and not os.access(path.parent, os.W_OK)):
+        _write_into(path, content)
+        return
+    part, descriptor = _acquire(path)
+    try:
+        fresh = part / NEW
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if stat.S_IMODE(mode):
+            fresh.chmod(stat.S_IMODE(mode))
+        os.replace(fresh, path)
+    finally:
+        _end(part, path, descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a directory or a link; files that cannot be removed are kept."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _write_into(path: Path, content: bytes | memoryview) -> None:
+    """Writes to a pipe, a device, or a file in a read-only directory; a pipe that no process reads is an error."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(descriptor, "wb") as file:
+        os.set_blocking(descriptor, True)
+        file.write(content)
+
+
+def _acquire(target: Path) -> tuple[Path, int | None]:
+    """Makes the directory of a run, with its lock; the descriptor is None where there are no locks."""
+    check_name(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(target)
+    end = time.monotonic() + PROBE_S
+    while fcntl is not None:
+        with contextlib.suppress(FileExistsError):
+            part.mkdir()
+        if part.is_symlink():
+            raise OutputError(f"{part} is a link", "remove it, or give another output")
+        try:
+            descriptor = os.open(part / OWNER, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # a run that ended has just removed the directory
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner = _read_owner(descriptor)
+            if not _same_file(descriptor, part / OWNER):  # a run that ended has just removed the file
+                os.close(descriptor)
+                continue
+            _check_ours(part, owner)
+            if owner.get("machine", _machine()) != _machine() and _on_network(part):
+                os.close(descriptor)
+                break
+            _recover_old(part, target)
+            _clean(part, target, keep=(OWNER,))
+            _write_owner(descriptor)
+        except BlockingIOError:  # also for a moment while another process asks whether the lock is free
+            owner = _read_owner(descriptor)
+            os.close(descriptor)
+            if time.monotonic() > end:
+                raise _busy(target, owner) from None
+            time.sleep(PROBE_S / 10)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                os.close(descriptor)
+                break
+            _end(part, target, descriptor)
+            raise
+        except BaseException:
+            os.close(descriptor)
+            raise
+        else:
+            _held.add(descriptor)
+            return part, descriptor
+    return _without_lock(target, part), None
+
+
+def _without_lock(target: Path, part: Path) -> Path:
+    """A directory with a name of its own, beside those of other runs, which are not touched."""
+    if part.is_dir():
+        with contextlib.suppress(OSError):  # nothing but the lock that was tried here
+            if set(os.listdir(part)) <= {OWNER} and not (part / OWNER).stat().st_size:
+                remove(part)
+    others = sorted(str(path) for path in part.parent.glob(f"{_escaped(part.name)}*"))
+    if others:
+        warnings.warn(
+            f"{', '.join(others)}: files of another run, which may still be running; this file system does not tell, "
+            f"so remove them yourself if no other run writes {target}",
+            LeftFilesWarning,
+            stacklevel=4,
+        )
+    return Path(tempfile.mkdtemp(prefix=f"{part.name}-", dir=part.parent))
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
+    """Removes what is in a directory, the lock last; keeps ``old`` where it could not get its name back."""
+    with contextlib.suppress(OSError):
+        names = set(os.listdir(part)) - set(keep)
+        if OLD in names and not os.path.lexists(target):
+            names -= {OLD, OWNER}
+        for name in sorted(names, key=lambda name: name == OWNER):
+            remove(part / name)
+
+
+def _check_ours(part: Path, owner: dict[str, Any]) -> None:
+    """Raises OutputError if a directory of this name was not made by this module: nothing in it is removed."""
+    if not owner and set(os.listdir(part)) - {OWNER}:
+        raise OutputError(f"{part} exists, and was not made by blip2edge", "move it away, or give another output")
+
+
+def _busy(target: Path, owner: dict[str, Any]) -> BusyError:
+    pid, started = owner.get("pid", "unknown"), owner.get("started", "unknown")
+    what = f" ({owner['command']})" if owner.get("command") else ""
+    return BusyError(
+        f"another run writes {target}: process {pid}{what}, started {started}",
+        f"wait until it ends, stop it with kill {pid}, or give another output",
+    )
+
+
+def _read_owner(descriptor: int) -> dict[str, Any]:
+    """What the owner wrote into the lock; empty if it has not written yet."""
+    try:
+        values = json.loads(os.pread(descriptor, 1 << 16, 0))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _write_owner(descriptor: int) -> None:
+    values = {
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200] if sys.argv and sys.argv[0] else "",
+        "machine": _machine(),
+    }
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(values).encode(), 0)
+
+
+def _machine() -> str:
+    """Names this machine since it was started; containers on it have the same name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
+
+
+def _on_network(path: Path) -> bool:
+    """Whether a directory is on a file system that other machines share (Linux; False elsewhere)."""
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    kinds = (line.partition(" - ")[2] for line in lines if line.split()[2:3] == [number])
+    return any(kind.startswith(NETWORK) for kind in kinds)
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _end(part: Path, target: Path, descriptor: int | None) -> None:
+    """Removes the directory of a run, and gives its lock back."""
+    _recover_old(part, target)
+    _clean(part, target, keep=())
+    with contextlib.suppress(OSError):  # another run has taken the directory over, or a file cannot be removed
+        part.rmdir()
+    if descriptor is not None:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _forget_in_child() -> None:
+    """Closes the locks in a forked process, so that a worker that outlives its parent does not hold them."""
+    while _held:
+        with contextlib.suppress(OSError):
+            os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

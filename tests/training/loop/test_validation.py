@@ -1,0 +1,147 @@
+"""Validation during stage 2: scores, the best weights, early stop, and a run that is interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+
+from accelerate import Accelerator  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+from blip2edge.errors import ConfigError  # noqa: E402
+from blip2edge.training.config import ValidationConfig, parse_config  # noqa: E402
+from blip2edge.training.evaluation.pipeline import evaluate  # noqa: E402
+from blip2edge.training.loop.snapshots import Snapshot  # noqa: E402
+from blip2edge.training.loop.validation import Validation  # noqa: E402
+from blip2edge.training.phases import registry  # noqa: E402
+from blip2edge.training.run import train  # noqa: E402
+from tests.training import recipes  # noqa: E402
+
+TOP = 'seed = 1\nweights_dtype = "float32"'
+EVERY = "every = 1\npictures = 4\nmax_new_tokens = 6\n"
+
+
+def weights(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = load_file(directory / "model.safetensors")
+    return found
+
+
+def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logged(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Validations give these scores, in order."""
+    left: Iterator[float] = iter(values)
+    monkeypatch.setattr(registry, "validation_scores", lambda *_: (lambda: {"exact_match": next(left)}, "exact_match"))
+
+
+def test_a_validation_changes_no_step_and_scores_as_eval_does(tmp_path: Path) -> None:
+    plain = recipes.write(tmp_path / "plain.toml", TOP, loop="log_every = 1")
+    train("stage2", plain, tmp_path / "plain", evaluation_scenes=0)
+    scored = recipes.write(
+        tmp_path / "scored.toml",
+        TOP,
+        loop="log_every = 1",
+        validation=f'{EVERY}keep_best = false\nmetric = "rouge_l"',
+    )
+    lines: list[str] = []
+    record = train("stage2", scored, tmp_path / "scored", evaluation_scenes=0, log=lines.append)
+    assert equal(weights(tmp_path / "plain"), weights(tmp_path / "scored"))
+    with_scores = [line for line in logged(tmp_path / "scored") if line["phase"] == "stage2"]
+    assert [line["loss"] for line in with_scores] == [
+        line["loss"] for line in logged(tmp_path / "plain") if line["phase"] == "stage2"
+    ]
+    found = record["phases"]["stage2"]["validation"]
+    assert found["steps"] == [1, 2, 3, 4]
+    assert found["metric"] == "rouge_l"
+    assert "validation" not in record["phases"]["stage1"]
+    bundle_free = evaluate(tmp_path / "scored", count=4, metrics=("exact", "captions"), max_new_tokens=6)
+    assert with_scores[-1]["validation"]["rouge_l"] == pytest.approx(bundle_free["rouge_l"], abs=1e-9)
+    assert any(line.startswith("stage2: step 4 rouge_l ") for line in lines)
+
+
+def test_the_phase_ends_with_its_best_weights_and_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, [0.2, 0.9, 0.4, 0.4])
+    path = recipes.write(tmp_path / "recipe.toml", TOP, validation=f"{EVERY}patience = 2")
+    lines: list[str] = []
+    record = train("stage2", path, tmp_path / "best", evaluation_scenes=0, log=lines.append)
+    found = record["phases"]["stage2"]
+    assert found["validation"] == {"metric": "exact_match", "best": 0.9, "best_step": 2, "steps": [1, 2, 3, 4]}
+    assert any("stops at step 4" in line for line in lines)
+    # Other later scores, the same best step: the weights are the same.
+    planned(monkeypatch, [0.2, 0.9, 0.1, 0.1])
+    record = train("stage2", path, tmp_path / "again", evaluation_scenes=0)
+    assert equal(weights(tmp_path / "best"), weights(tmp_path / "again"))
+    planned(monkeypatch, [0.2, 0.1, 0.1, 0.95])
+    train("stage2", path, tmp_path / "other", evaluation_scenes=0)
+    assert not equal(weights(tmp_path / "best"), weights(tmp_path / "other"))
+
+
+def test_an_interrupted_run_keeps_the_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipes.write(tmp_path / "recipe.toml", TOP, loop="snapshot_every = 3", validation=EVERY)
+    planned(monkeypatch, [0.2, 0.9, 0.4, 0.5])
+    whole = train("stage2", path, tmp_path / "whole", evaluation_scenes=0)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "stage2" and done == 4:
+            raise KeyboardInterrupt
+
+    planned(monkeypatch, [0.2, 0.9, 0.4, 0.5])
+    with pytest.raises(KeyboardInterrupt):
+        train("stage2", path, tmp_path / "resumed", evaluation_scenes=0, progress=interrupt)
+    planned(monkeypatch, [0.5])
+    resumed = train("stage2", path, tmp_path / "resumed", evaluation_scenes=0)
+    assert resumed["phases"]["stage2"]["validation"] == whole["phases"]["stage2"]["validation"]
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+
+
+def test_best_weights_and_state() -> None:
+    module = nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    values = iter([0.1, 0.5, 0.5])
+    validation = Validation(
+        ValidationConfig(every=2, patience=1), lambda: {"score": next(values), "text": "x"}, "score", Accelerator()
+    )
+    kept = {}
+    assert [validation.due(step, 5) for step in range(1, 6)] == [False, True, False, True, True]
+    for step in (2, 4, 5):
+        with torch.no_grad():
+            module.weight.fill_(step)
+        assert validation.run(step, module) == {"score": validation.best}
+        kept[step] = validation.exhausted
+    assert kept == {2: False, 4: False, 5: True}
+    tensors, facts = validation.state()
+    assert list(tensors) == ["best.weight"]
+    again = Validation(validation.config, dict, "score", validation.accelerator)
+    again.restore(Snapshot(tensors, json.loads(json.dumps(facts))))
+    again.finish(module)
+    assert module.weight.unique().tolist() == [4]
+    assert again.figures() == validation.figures()
+
+
+def test_a_metric_that_the_data_does_not_have(tmp_path: Path) -> None:
+    path = recipes.write(tmp_path / "recipe.toml", TOP, validation=f'{EVERY}metric = "vqa_accuracy"')
+    with pytest.raises(ConfigError, match=r"metric = 'vqa_accuracy' cannot be computed on scenes; set one of exact"):
+        train("stage2", path, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"\[validation\] kind = 'folder' expects a path"):
+        parse_config('[validation]\nkind = "folder"\nevery = 1')
+
+
+def test_stage_1_says_that_it_is_not_validated(tmp_path: Path) -> None:
+    path = recipes.write(tmp_path / "recipe.toml", TOP, validation=EVERY)
+    lines: list[str] = []
+    train("stage1", path, tmp_path / "out", log=lines.append)
+    assert lines[0] == "stage1: [validation] is not used: stage 1 generates no captions"

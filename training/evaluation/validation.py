@@ -1,0 +1,61 @@
+"""Prepares the scores of a validation: reads the held-out data once, and captions it with the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from blip2edge.errors import ConfigError
+from blip2edge.training.config import ValidationConfig
+from blip2edge.training.data.entries import by_picture
+from blip2edge.training.data.registry import read_entries
+from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel
+from blip2edge.training.evaluation.scoring import Figures, ScoringOptions, score_entries, score_scenes
+
+METRICS = {
+    "scenes": ("exact_match", "cider_d", "bleu_4", "rouge_l"),
+    "questions": ("vqa_accuracy",),
+    "captions": ("cider_d", "bleu_4", "rouge_l"),
+}
+"""Scores that a kind of data has; the first is the default."""
+
+
+def validation_scores(
+    config: ValidationConfig, base: Path, captioner: CaptionModel
+) -> tuple[Callable[[], Figures], str]:
+    """Prepares a validation.
+
+    Args:
+        config: Section ``[validation]`` of the recipe.
+        base: Directory that the recipe's relative paths start from.
+        captioner: The captioner; it is called with the weights of the moment.
+
+    Returns:
+        A function that scores the captioner, and the name of the figure that decides.
+
+    Raises:
+        ConfigError: The data does not have the wanted metric.
+        DataError: The data cannot be read.
+    """
+    model = EvaluatedModel(captioner=captioner)
+    if config.kind == "scenes":
+        metric = _metric("scenes", config)
+        wanted = ScoringOptions(metrics=("exact",) if metric == "exact_match" else ("exact", "captions"))
+        return lambda: score_scenes(model, config.pictures, "heldout", wanted), metric
+    found, broken = read_entries(config, base=base)
+    entries = [entry for shown in by_picture(list(found))[: config.pictures] for entry in shown.entries]
+    if not entries:
+        raise broken.none_usable("sample to validate with")
+    metric = _metric("questions" if entries[0].question else "captions", config)
+    return lambda: score_entries(model, entries, broken, ScoringOptions()), metric
+
+
+def _metric(data: str, config: ValidationConfig) -> str:
+    """The figure that decides."""
+    possible = METRICS[data]
+    if config.metric and config.metric not in possible:
+        raise ConfigError(
+            f"[validation] metric = {config.metric!r} cannot be computed on {data}",
+            f"set one of {', '.join(possible)}",
+        )
+    return config.metric or possible[0]

@@ -1,0 +1,127 @@
+"""Validation during a phase: scores the captioner on held-out pictures, keeps the best weights, and stops early.
+
+The first process scores; all processes get the result. Nothing here draws random numbers, so a run with validation
+makes the same steps as one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from blip2edge.errors import ConfigError
+from blip2edge.training.config import ValidationConfig
+from blip2edge.training.loop.snapshots import Snapshot
+
+_BEST = "best."  # begins the names of the best weights in a snapshot
+FACTS = "validation"  # key of a snapshot's facts
+
+
+@dataclass
+class Validation:
+    """The validation of one phase.
+
+    Attributes:
+        config: Section ``[validation]`` of the recipe.
+        score: Scores the captioner as it is now; returns figures by name, with the metric among them.
+        metric: The figure to maximise.
+        accelerator: The processes.
+        best: Largest value so far; None before the first validation.
+        best_step: Step of that value.
+        steps: Steps of all validations.
+        tensors: Trained weights at `best_step`, on the CPU, by name; empty if they are not kept.
+    """
+
+    config: ValidationConfig
+    score: Callable[[], Mapping[str, Any]]
+    metric: str
+    accelerator: Accelerator
+    best: float | None = None
+    best_step: int = 0
+    steps: list[int] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def check(self, module: nn.Module) -> None:
+        """Checks that the phase can be validated.
+
+        Raises:
+            ConfigError: The parameters are sharded over processes.
+        """
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise ConfigError(
+                "[validation] every is above 0, but the parameters are sharded over processes (FSDP)",
+                "leave [validation] out, and score the result with blip2edge eval",
+            )
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether the captioner is scored after `step` of `last` steps."""
+        return step % self.config.every == 0 or step == last
+
+    def run(self, step: int, module: nn.Module) -> dict[str, float]:
+        """Scores the captioner after a step, and keeps its trained weights if it is the best so far.
+
+        Args:
+            step: Number of steps done.
+            module: The trained module, without the wrapper of several processes.
+
+        Returns:
+            The numbers among the figures, by name.
+        """
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            training = module.training
+            module.eval()
+            with torch.no_grad():
+                figures = self.score()
+            module.train(training)
+            found = [{name: value for name, value in figures.items() if type(value) in (int, float)}]
+        values: dict[str, float] = broadcast_object_list(found)[0]
+        self.steps.append(step)
+        if self.best is None or values[self.metric] > self.best:
+            self.best, self.best_step = values[self.metric], step
+            if self.config.keep_best:
+                self.tensors = {name: tensor.detach().cpu().clone() for name, tensor in _trained(module).items()}
+        return values
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last `patience` validations brought no better value."""
+        since = sum(step > self.best_step for step in self.steps)
+        return 0 < self.config.patience <= since
+
+    def finish(self, module: nn.Module) -> None:
+        """Puts the best weights back into the module, if they are kept."""
+        trained = _trained(module)
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                trained[name].copy_(tensor)
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the entry of the phase's figures in ``training.json``."""
+        return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "steps": list(self.steps)}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns the tensors and the facts that a snapshot holds."""
+        return {f"{_BEST}{name}": tensor for name, tensor in self.tensors.items()}, {FACTS: self.figures()}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Restores what :meth:`state` returned; does nothing for a snapshot of a run without validation."""
+        facts = snapshot.facts.get(FACTS)
+        if facts is None or facts["metric"] != self.metric:
+            return
+        self.best, self.best_step, self.steps = facts["best"], int(facts["best_step"]), list(facts["steps"])
+        self.tensors = {
+            name.removeprefix(_BEST): tensor for name, tensor in snapshot.tensors.items() if name.startswith(_BEST)
+        }
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
