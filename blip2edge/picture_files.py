@@ -173,7 +173,7 @@ def _next(archive: tarfile.TarFile, file: BinaryIO, last: int) -> tarfile.TarInf
         tarfile.ReadError: A header is damaged, where tarfile ends without an error, or leads back.
     """
     member = archive.next()
-    archive.members.clear()  # tarfile keeps every header
+    archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header, and its types hide the list
     if member is None:
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):

@@ -24,7 +24,7 @@ from blip2edge.reading import MAX_DEPTH, parse_json, read_bytes, read_json, read
 settings.register_profile("offline", derandomize=True, database=None, deadline=None, max_examples=80)
 settings.load_profile("offline")
 
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
 JSON = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4), max_leaves=12

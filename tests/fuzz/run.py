@@ -272,6 +272,20 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
     return "\n".join([*rows, "| **all** | " + " | ".join(f"{value:,}" for value in total) + " |"])
 
 
+def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Outcome]:
+    """The sums of several runs, which had other seeds or first numbers; readers in the order of :data:`TARGETS`."""
+    found: dict[str, Outcome] = {}
+    for name in TARGETS:
+        for values in (document["readers"][name] for document in documents if name in document["readers"]):
+            each, one = found.setdefault(name, Outcome()), Outcome(**values)
+            for key in ("tried", "accepted", "refused", "seconds"):
+                setattr(each, key, getattr(each, key) + getattr(one, key))
+            for kind, number in one.findings.items():
+                each.findings[kind] = each.findings.get(kind, 0) + number
+            each.skipped = one.skipped
+    return found
+
+
 def counts(inputs: int, names: Sequence[str], least: int) -> Iterator[tuple[str, int]]:
     """The number of inputs of each target, by its share."""
     whole = sum(TARGETS[name].share for name in names)
@@ -301,8 +315,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="longest time of one reader")
     parser.add_argument("--corpus", type=Path, help="folder of the seeds' checkpoint and bundle, made if it is missing")
     parser.add_argument("--json", type=Path, help="write the outcome to this file")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="print the table of earlier --json files")
     parser.add_argument("--keep", type=Path, help="write the inputs of findings to this folder")
     options = parser.parse_args()
+    if options.merge:
+        print(table(merged([json.loads(path.read_text()) for path in options.merge])))
+        return 0
     names = options.only or list(TARGETS)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as own:
