@@ -113,6 +113,21 @@ class Stage2Phase(OptimizerConfig):
     text head is not trained."""
     unfreeze_language: bool = False
     """Train the language model too, as a baseline."""
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
+    """Rank of the low-rank matrices (LoRA) that are trained in the frozen language model and then added to its weights;
+    0: none. Needs the package peft."""
+    lora_alpha: Annotated[float, POSITIVE] = 16.0
+    """Scale of LoRA's product, divided by the rank."""
+    lora_targets: Annotated[str, one_of("attention", "all")] = "attention"
+    """Linear layers that get LoRA: those of the attentions, or "all", those of the feed-forward layers too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and self.unfreeze_language:
+            raise ConfigError(
+                f"[{self.section}] lora_rank is above 0 and unfreeze_language is true",
+                "set one of them: LoRA trains a frozen language model",
+            )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from blip2edge.training.phases.stage1 import RepresentationStage
 from blip2edge.training.phases.stage1_checkpoint import begin_stage2
 from blip2edge.training.phases.stage2 import TRAINED, GenerativeStage, match_scale
 from blip2edge.training.setup.build import new_stage1_model
+from blip2edge.training.setup.lora import add_lora, merge_lora
 from blip2edge.training.setup.model_parts import DTYPES, ModelParts
 
 MakeSceneBatch = Callable[[list[Scene], list[str]], Any]
@@ -132,11 +133,13 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
     if parts.new_projection:
         match_scale(model)
         parts.new_projection = False
-    module = GenerativeStage(model, config.bridge, phase.itg_weight, unfreeze_language=phase.unfreeze_language)
     if not phase.unfreeze_language:
         model.language.to(DTYPES[config.loop.frozen_dtype])
+    if phase.lora_rank:
+        add_lora(model.language, phase.lora_rank, phase.lora_alpha, phase.lora_targets)
     if config.loop.recompute_activations:
         recompute_activations(model.language)
+    module = GenerativeStage(model, config.bridge, phase.itg_weight, unfreeze_language=phase.unfreeze_language)
     captions = CaptionTexts(model.config, parts.runtime_tokenizer, phase.max_tokens)
     texts = TextMakers(
         captions,
@@ -184,6 +187,10 @@ def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequenc
     return rows
 
 
+def _merge_lora(run: TrainingRun) -> None:
+    merge_lora(run.parts.model.language)
+
+
 @dataclass(frozen=True)
 class PhaseKind:
     """How a phase is made and finished.
@@ -200,7 +207,7 @@ class PhaseKind:
 
 
 def _changed(config: TrainingConfig, phase: Stage2Phase) -> tuple[str, ...]:
-    own = ("language.",) if phase.unfreeze_language else ()
+    own = ("language.",) if phase.unfreeze_language or phase.lora_rank else ()
     # The bridge is always included: a new projection is scaled as the phase begins, even if it is not trained.
     return (*TRAINED[config.bridge], *own, "bridge.", "draft.")
 
@@ -209,8 +216,8 @@ PHASES: dict[str, PhaseKind] = {
     "vision": PhaseKind(_vision, lambda run: freeze(run.parts.model.vision), lambda config: ("vision.",)),
     "language": PhaseKind(_language, lambda run: freeze(run.parts.model.language), lambda config: ("language.",)),
     "stage1": PhaseKind(_stage1, _finish_stage1, lambda config: ("bridge.", "draft.")),
-    "stage2": PhaseKind(_stage2, lambda run: None, lambda config: _changed(config, config.stage2)),
-    "instruct": PhaseKind(_instruct, lambda run: None, lambda config: _changed(config, config.instruct)),
+    "stage2": PhaseKind(_stage2, _merge_lora, lambda config: _changed(config, config.stage2)),
+    "instruct": PhaseKind(_instruct, _merge_lora, lambda config: _changed(config, config.instruct)),
 }
 
 

@@ -22,6 +22,7 @@ from blip2edge.training.loading.loader import PictureBatch
 from blip2edge.training.loop.optim import freeze
 from blip2edge.training.phases.distributed import mean_over_ranks
 from blip2edge.training.phases.stage1 import text_loss
+from blip2edge.training.setup.lora import MARK
 
 TRAINED: Mapping[str, tuple[str, ...]] = {
     "qformer": ("bridge.",),
@@ -123,14 +124,15 @@ def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Te
 
 
 def is_trained(name: str, bridge: str, *, language: bool = False) -> bool:
-    """Decides whether stage 2 trains a parameter of the captioner.
+    """Decides whether stage 2 trains a parameter of the captioner; those that LoRA added are always trained.
 
     Args:
         name: Name of the captioner's parameter.
         bridge: Value of the recipe's key `bridge`.
         language: Whether the language model is trained too.
     """
-    return name.startswith((*TRAINED[bridge], "draft.")) or (language and name.startswith("language."))
+    trained = name.startswith((*TRAINED[bridge], "draft.")) or MARK in name
+    return trained or (language and name.startswith("language."))
 
 
 class GenerativeStage(nn.Module):
