@@ -39,7 +39,7 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
         for node in graph:
             for attribute in node.attributes.values():
-                if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
+                if attribute.type == ir.AttributeType.TENSOR:
                     yield attribute.as_tensor()
 
 

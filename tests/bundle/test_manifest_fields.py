@@ -122,8 +122,17 @@ FITS: dict[str, tuple[Change, str]] = {
     "logits": (lambda v: v.update(vocab_size=119), "vocab_size: expected the width of the decoder's output logits"),
     "heads": (lambda v: v["cache"].update(num_heads=3), "cache: expected past_key_values.0.key of 3 heads"),
     "width": (lambda v: v["cache"].update(head_dim=5), "cache: expected past_key_values.0.key of 2 heads of width 5"),
-    "layers": (lambda v: v["cache"].update(num_layers=2), "cache: expected past_key_values.1.key"),
+    "layers": (lambda v: v["cache"].update(num_layers=2), "cache: expected 4 inputs"),
     "outputs": (lambda v: v["graphs"]["decoder"]["outputs"].pop(), "cache: expected present.0.value"),
+    "fewer layers": (
+        lambda v: v["graphs"]["decoder"]["inputs"].append(tensor("past_key_values.1.key", "batch", 2, "past", 4)),
+        r"cache: expected 2 inputs past_key_values\.\* in the decoder, for 1 layers, got 3",
+    ),
+    "no embeddings": (lambda v: v["graphs"]["decoder"]["inputs"].pop(0), "expected an input inputs_embeds"),
+    "integers": (
+        lambda v: v["graphs"]["vision_encoder"]["inputs"][0].update(dtype="int64"),
+        "graphs.vision_encoder: expected an input pixel_values in floating point",
+    ),
     "no cache": (lambda v: v.update(cache=None), "cache: expected the sizes of the decoder's KV cache, got null"),
     "pixels": (
         lambda v: v["preprocessing"].update(size={"height": 32, "width": 31}),

@@ -176,7 +176,7 @@ class Corpus:
         for form, codec in (("mp4", "mpeg4"), ("avi", "mpeg4"), ("matroska", "mpeg4")):
             buffer = io.BytesIO()
             with av.open(buffer, "w", format=form) as container:
-                stream = container.add_stream(codec, rate=5)
+                stream: Any = container.add_stream(codec, rate=5)
                 stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
                 for angle in range(0, 360, 60):
                     container.mux(stream.encode(av.VideoFrame.from_image(self.picture.rotate(angle))))

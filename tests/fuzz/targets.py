@@ -85,6 +85,19 @@ def manifest(corpus: Corpus, folder: Path) -> Read:
     return _at(folder / "bundle.json", read)
 
 
+def captioner(corpus: Corpus, folder: Path) -> Read:
+    """A whole caption by a bundle whose manifest is changed, and whose files are not."""
+    from blip2edge.runtime.captioning.captioner import Captioner
+
+    bundle = Path(shutil.copytree(corpus.bundle, folder / "bundle"))
+
+    def read() -> None:
+        with Captioner.load(bundle, backend="cpu", threads=1) as found:
+            found.caption(corpus.pictures[0], prompt="a photo", max_new_tokens=2)
+
+    return _at(bundle / "bundle.json", read)
+
+
 def optimized(corpus: Corpus, folder: Path) -> Read:
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.runtime.backends.open_graph import read_copy
@@ -406,6 +419,9 @@ def caption_json(corpus: Corpus, folder: Path) -> Read:
 
 TARGETS: dict[str, Target] = {
     "bundle.json": Target(_file("bundle.json"), mutations.of_json, manifest, share=4),
+    "captioner": Target(
+        _file("bundle.json"), mutations.of_json, captioner, seconds=20, packages=("onnxruntime",), share=0.2
+    ),
     "optimized.json": Target(lambda corpus: [corpus.optimized], mutations.of_json, optimized, share=4),
     "engine.json": Target(lambda corpus: [corpus.engines], mutations.of_json, engines, share=7),
     ".verified.json": Target(
