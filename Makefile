@@ -1,15 +1,22 @@
 # The commands of README.md under short names. PYTHON chooses the interpreter, VENV the environment.
 PYTHON ?= python3
 VENV ?= .venv
+# Inputs of `make fuzz` over all readers, the seed, and the number of the first one; mutants of `make mutants`.
+N ?= 1000000
+SEED ?= 0
+START ?= 0
+MUTANTS ?= 100
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs format test test-slow faults demo clean
+.PHONY: help venv install check docs format test test-slow faults fuzz mutants demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
 	@echo "make test      install into $(VENV) and run the fast tests"
 	@echo "make test-slow install into $(VENV) and run the slow tests"
 	@echo "make faults    install into $(VENV), kill every command that writes 300 times, and check what is left"
+	@echo "make fuzz      read N mutated files with every reader (N=1000000 SEED=0 START=0), hours"
+	@echo "make mutants   change the code at MUTANTS places, and count what no test notices"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make docs      write the tables of docs/ that come from code"
 	@echo "make format    let ruff mend what it can"
@@ -37,9 +44,15 @@ test-slow: $(VENV)/.installed
 
 # KILLS and SEED choose other runs; they take about an hour on two cores.
 KILLS ?= 300
-SEED ?= 1
 faults: $(VENV)/.installed
 	$(BIN)/python -m tests.faults --kills $(KILLS) --seed $(SEED) --json benchmarks/results/faults.json
+
+# A run with another SEED or START reads other files; the tables of several runs are added by --merge.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz.run --inputs $(N) --least 2000 --seed $(SEED) --start $(START) --json fuzz.json --keep fuzz-findings
+
+mutants: $(VENV)/.installed
+	$(BIN)/python -m tests.mutants --mutants $(MUTANTS) --seed $(SEED) --json mutants.json
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
         for node in graph:
             for attribute in node.attributes.values():
-                if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
+                if attribute.type == ir.AttributeType.TENSOR:
                     yield attribute.as_tensor()
 
 
@@ -56,7 +56,7 @@ def _check_tensor(tensor: ir.TensorProtocol, path: Path) -> None:
                 f"the weight {tensor.name} of {tensor.nbytes} bytes is not whole in {location}: it has {size} bytes, "
                 f"and the weight is said to have {length} from byte {start}"
             )
-    elif isinstance(tensor, ir.TensorProtoTensor):
+    else:
         if tensor.size > VALUES_PER_BYTE * path.stat().st_size:
             raise ValueError(f"the tensor {tensor.name} has {tensor.size} values by its shape: too many")
         tensor.numpy()  # raises where the values do not fill the shape

@@ -45,6 +45,14 @@ def printable(name: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is that of a file; False for a name that the system refuses, such as one that is too long."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def visible_files(folder: Path) -> list[Path]:
     """Lists the regular files of a folder and of its subfolders, sorted by name.
 
@@ -165,7 +173,7 @@ def _next(archive: tarfile.TarFile, file: BinaryIO, last: int) -> tarfile.TarInf
         tarfile.ReadError: A header is damaged, where tarfile ends without an error, or leads back.
     """
     member = archive.next()
-    archive.members.clear()  # tarfile keeps every header
+    archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header, and its types hide the list
     if member is None:
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):

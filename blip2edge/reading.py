@@ -24,6 +24,8 @@ MANIFEST_BYTES = 64 << 20
 DATA_BYTES = 4 << 30
 """Largest JSON file of a data set; the annotations of VQA have 0.4 GB."""
 
+CHUNK = 16 << 20  # bytes read at a time
+
 MAX_DEPTH = 100
 """Most levels of lists and objects in a JSON value. More would exhaust the stack of code that walks through them."""
 
@@ -107,11 +109,15 @@ def read_bytes(path: Path, limit: int) -> bytes:
         ValueError: The file is larger than ``limit`` bytes.
         OSError: The file cannot be read.
     """
+    parts: list[bytes] = []
+    rest = limit
     with open_file(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"expected at most {limit} bytes, got more")
-    return content
+        while part := file.read(CHUNK):  # not the limit at once, which would take as much memory
+            parts.append(part)
+            rest -= len(part)
+            if rest < 0:
+                raise ValueError(f"expected at most {limit} bytes, got more")
+    return b"".join(parts)
 
 
 def parse_json(content: bytes | str, *, strict: bool = False) -> Any:

@@ -6,7 +6,6 @@ the values.
 
 from __future__ import annotations
 
-import math
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -17,6 +16,10 @@ from blip2edge.model.layers import ACTIVATIONS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+MAX_LAYERS = 1000
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e300  # NaN, and integers that are no float, are above it
 
 
 def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -58,14 +61,15 @@ class Fields:
         value = self._get(key, default)
         if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{self._where(key)} must be a positive integer, not {value!r}")
+        most = MAX_LAYERS if "layers" in key else MAX_INTEGER
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise CheckpointError(f"{self._where(key)} must be a positive integer up to {most}, not {value!r:.60}")
         return value
 
     def number(self, key: str, default: float | None) -> float:
         """A finite number; a dropout is a probability."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
             raise CheckpointError(f"{self._where(key)} must be a finite number, not {value!r}")
         if "dropout" in key and not 0 <= value <= 1:
             raise CheckpointError(f"{self._where(key)} must be from 0 to 1, not {value!r}")
@@ -81,7 +85,7 @@ class Fields:
     def activation(self, key: str, default: str) -> str:
         """Reads the name of an activation, a key of :data:`ACTIVATIONS`."""
         value = self._get(key, default)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise CheckpointError(
                 f"{self._where(key)} is {value!r}, which is not one of {', '.join(sorted(ACTIVATIONS))}"
             )

@@ -204,9 +204,9 @@ def _file_records(values: Mapping[str, Any]) -> dict[str, FileRecord]:
 
 
 def _output_size(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of a preprocessed picture; None if they vary, or are defaults."""
-    crop, size = preprocessing.get("crop"), preprocessing.get("size")
-    fixed = crop or (size if preprocessing.get("resize") and size else {})
+    """Height and width of a preprocessed picture; None if they vary. Keys have the defaults of ``Preprocessing``."""
+    size = preprocessing.get("size", {"height": 384, "width": 384})
+    fixed = preprocessing.get("crop") or (size if preprocessing.get("resize", True) else {})
     return (fixed["height"], fixed["width"]) if "height" in fixed else None
 
 

@@ -45,6 +45,8 @@ MAX_TOKENS = 1 << 24  # of a vocabulary or a context; the largest vocabularies h
 MAX_LAYERS = 4096
 MAX_WIDTH = 1 << 20
 MAX_RANK = 8
+FLOATS = ("float32", "float16", "bfloat16")
+PAST = "past_key_values."
 MAX_SIDE = 65_535  # pixels of a preprocessed picture
 
 name: Check = matching(r"[\w.+-]{1,200}", "a name of letters, digits, dots, dashes and underscores")
@@ -75,7 +77,7 @@ GRAPH = record(
     },
 )
 
-_CACHE = {"num_layers": whole(0, MAX_LAYERS), "num_heads": whole(1, MAX_LAYERS), "head_dim": whole(1, MAX_WIDTH)}
+_CACHE = {"num_layers": whole(1, MAX_LAYERS), "num_heads": whole(1, MAX_LAYERS), "head_dim": whole(1, MAX_WIDTH)}
 _TOKEN = whole(0, MAX_TOKENS)
 
 PROMPT = record(
@@ -162,7 +164,7 @@ MANIFEST_FIELDS = record(
                 closed=True,
             )
         ),
-        "calibration": either("method", CALIBRATION, any_object),
+        "calibration": lambda value, where: CALIBRATION(value, where) if value else any_object(value, where),
         "merging": nullable(
             record(
                 {"merge_tokens": _TOKEN, "embeds": _TOKEN, "embeds_before": _TOKEN},
@@ -271,6 +273,8 @@ def disagreements(
     if DECODER in graphs:
         yield from _decoder(graphs[DECODER], cache, vocab_size)
     pixels = _tensor(graphs, VISION, "pixel_values", inputs=True)
+    if VISION in graphs and (pixels is None or pixels.dtype not in FLOATS):
+        yield f"graphs.{VISION}: expected an input pixel_values in floating point"
     sides = () if pixels is None else tuple(dim for dim in pixels.dims[-2:] if isinstance(dim, int))
     if output_size is not None and len(sides) == 2 and sides != output_size:
         yield f"preprocessing: pictures of {output_size} pixels do not fit pixel_values of {sides}"
@@ -299,6 +303,12 @@ def _decoder(spec: GraphSpec, cache: CacheSpec | None, vocab_size: int) -> Itera
     if logits is None or not logits.dims or logits.dims[-1] != vocab_size:
         yield f"vocab_size: expected the width of the decoder's output logits, got {vocab_size}"
     inputs = {tensor.name: tensor for tensor in spec.inputs}
+    if "inputs_embeds" not in inputs or inputs["inputs_embeds"].dtype not in FLOATS:
+        yield f"graphs.{DECODER}: expected an input inputs_embeds in floating point"
+    past = [name for name in inputs if name.startswith(PAST)]
+    if len(past) != len(cache.past_names()):
+        expected = len(cache.past_names())
+        yield f"cache: expected {expected} inputs {PAST}* in the decoder, for {cache.num_layers} layers, got {len(past)}"
     outputs = {tensor.name: tensor for tensor in spec.outputs}
     for names, tensors in ((cache.past_names(), inputs), (cache.present_names(), outputs)):
         for each in names:

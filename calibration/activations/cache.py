@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -74,11 +75,19 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
 
 
 def _check_sizes(body: bytes) -> None:
-    """Raises ValueError if the arrays of an npz need more memory than those of any graph, before they are inflated."""
+    """Raises ValueError if the arrays of an npz need more memory than the file may have, before they are inflated."""
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         total = sum(file.file_size for file in archive.infolist())
-    if total > MAX_BYTES:
-        raise ValueError(f"expected arrays of at most {MAX_BYTES} bytes, got {total}")
+        if total > MAX_BYTES:
+            raise ValueError(f"expected arrays of at most {MAX_BYTES} bytes, got {total}")
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                version = np.lib.format.read_magic(file)
+                if version != (1, 0):
+                    raise ValueError(f"expected arrays in version 1.0 of npy, got {version}")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if math.prod(shape) * dtype.itemsize > info.file_size:
+                raise ValueError(f"{info.filename!r:.60} of shape {shape} is longer than its {info.file_size} bytes")
 
 
 def save_observations(path: Path, observations: Observations) -> None:

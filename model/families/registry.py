@@ -232,7 +232,7 @@ def _family_of(f: Fields) -> Family:
             f"supported: {', '.join(types)} with a language model of type {', '.join(bridged_languages())}",
         )
     classes = f.values.get("architectures") or []
-    if not isinstance(classes, list):
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"config.json: architectures must be a list of class names, not {classes!r}")
     for row in rows if classes else rows[:1]:
         if not classes or not row.architectures or set(classes) & set(row.architectures):

@@ -170,6 +170,7 @@ class OnnxRuntimeSession:
                 options,
                 providers=PROVIDERS,
                 disabled_optimizers=None if optimized is None else SLOW_FUSIONS,
+                enable_fallback=False,  # it would try the same again, and print that to stdout
             )
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self.input_names = tuple(value.name for value in self._session.get_inputs())

@@ -21,7 +21,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.integrity import FileRecord, Listing, check_unlisted
 from blip2edge.bundle.manifest_fields import OPTIMIZED_FIELDS
-from blip2edge.bundle.schema import DERIVED, Parity
+from blip2edge.bundle.schema import DERIVED, GraphSpec, Parity
 from blip2edge.errors import BackendError, BundleError, BundleIntegrityError, EngineError
 from blip2edge.packages import installed, missing
 from blip2edge.reading import read_json, reading
@@ -322,13 +322,32 @@ class GraphOpener:
         found = self._copy[1].graphs.get(graph) if self._copy is not None else None
         if self._copy is None or found is None:
             precisions = (self._bundle.manifest.precision, record.precision)
-            return open_session(self._bundle.file(spec.file), self.backend, self.threads, spec, precisions)
+            path = self._bundle.file(spec.file)
+            portable = open_session(path, self.backend, self.threads, spec, precisions)
+            _check_names(portable, spec, path)
+            return portable
         module = import_module(find_backend(self.backend).module)
         directory = self._copy[0]
         self.copied.append(graph)
         optimized = OptimizedFile(weights_of(self._bundle, directory), found.layout)
         session: Session = module.open_graph(directory / found.file, self.threads, optimized)
         return RowByRow(session) if found.one_by_one else session
+
+
+def _check_names(session: Session, spec: GraphSpec, path: Path) -> None:
+    """Raises BundleError if the graph has other inputs or outputs than ``bundle.json`` says."""
+    for kind, found, listed in (
+        ("inputs", session.input_names, spec.inputs),
+        ("outputs", session.output_names, spec.outputs),
+    ):
+        expected = {tensor.name for tensor in listed}
+        if set(found) != expected:
+            session.close()
+            raise BundleError(
+                f"{path} does not fit bundle.json: expected the {kind} {', '.join(sorted(expected))}, got "
+                f"{', '.join(sorted(found))}",
+                "copy the bundle again, or export the checkpoint again",
+            )
 
 
 class RowByRow:

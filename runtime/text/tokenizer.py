@@ -150,10 +150,11 @@ class Tokenizer:
         """Converts a text to token ids, by default with the special tokens of the tokenizer's template.
 
         Raises:
-            PromptError: The text holds half a surrogate pair, which is no character.
+            PromptError: The text holds half a surrogate pair, or the vocabulary does not cover it.
         """
         _check_characters(text)
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with reading("the text", "tokens of this model", PromptError, "change the text, or export the model again"):
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def check_plain(self, text: str, reserved: Sequence[str], field: str = "prompt") -> None:
         """Checks that a text holds none of the reserved ones, also after the tokenizer's own normalization.
@@ -182,9 +183,10 @@ class Tokenizer:
         return clean_up_spaces(text) if self.clean_up else text
 
     def decode_raw(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Converts token ids to text, without the clean-up of spaces."""
+        """Converts token ids to text, without the clean-up of spaces; raises BundleError if the decoder is broken."""
         kept = [int(token_id) for token_id in ids if token_id >= 0]
-        return self._backend.decode(kept, skip_special_tokens=skip_special_tokens)
+        with reading("the tokens", "a text", BundleError, "export the checkpoint again"):
+            return self._backend.decode(kept, skip_special_tokens=skip_special_tokens)
 
 
 def reserved_texts(spec: PromptSpec, tokenizer: Tokenizer) -> tuple[str, ...]:

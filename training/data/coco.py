@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import DataError
+from blip2edge.picture_files import is_file
 from blip2edge.reading import DATA_BYTES, read_json
 from blip2edge.training.data.entries import (
     BrokenSamples,
@@ -173,7 +174,8 @@ def _answers(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 def _file_name(content: Mapping[str, Any], image_id: int | str) -> str:
     """File name that COCO gives to a picture with this number."""
     number = f"{image_id:012d}" if isinstance(image_id, int) else image_id
-    return f"COCO_{content.get('data_subtype', 'val2014')}_{number}.jpg"
+    split = content.get("data_subtype")
+    return f"COCO_{split if isinstance(split, str) else 'val2014'}_{number}.jpg"
 
 
 def _annotations_of(path: Path) -> Path:
@@ -200,7 +202,7 @@ def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
     split = path.stem.rpartition("_")[2]
     places = [parent / place for place in _PICTURE_FOLDERS] + [parent.parent / place for place in (split, "images")]
     for place in places:
-        if first is not None and (place / first).is_file():
+        if first is not None and is_file(place / first):
             return place
     return parent
 
@@ -216,7 +218,7 @@ def _with_pictures(path: Path, entries: list[Entry], broken: BrokenSamples, limi
     for entry in entries:
         picture = entry.picture.path if isinstance(entry.picture, FilePicture) else path
         if picture not in files:
-            files[picture] = picture.is_file()
+            files[picture] = is_file(picture)
         if not files[picture]:
             missing[entry.sample_id] = str(picture)
     missing_pictures(str(path), missing, len(entries), broken, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import zipfile
@@ -49,13 +50,28 @@ def read_pickled(path: Path) -> dict[str, Any]:
             _check_zip(path)
             others += sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         with torch.serialization.safe_globals([(Ignored, name) for name in others]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            if zipped:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                with _BoundedReader(path) as file:
+                    content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f'{path} is no checkpoint of LAVIS: expected {{"model": tensors by name}}, found {type(content).__name__}',
             save_again(path),
         )
     return {str(name): value for name, value in content.items()}
+
+
+class _BoundedReader(io.BufferedReader):
+    """A file that never reserves memory for more than it holds, however long a text in it is said to be."""
+
+    def __init__(self, path: Path) -> None:
+        self._size = path.stat().st_size
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None or size < 0 else min(size, self._size))
 
 
 def _check_zip(path: Path) -> None:
