@@ -12,12 +12,15 @@ from blip2edge.cli.flag_groups import (
     add_batch_size,
     add_bundle_option,
     add_generation,
+    add_limits,
     add_stream_or_json,
     given_generation,
+    given_limits,
 )
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, PictureArgument, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
+from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.picture_files import printable
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle_option(parser)
     add_stream_or_json(parser)
     add_generation(parser)
+    add_limits(parser, Limits, PICTURE_LIMITS)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -201,7 +205,8 @@ def load_captioner(options: argparse.Namespace, bundle: Bundle) -> Captioner:
     """Loads the captioner of an opened bundle, on the backend that the flags name."""
     from blip2edge.runtime.captioning.captioner import Captioner
 
-    return Captioner(bundle, options.backend, options.threads, options.draft)
+    limits = given_limits(options, Limits)
+    return Captioner(bundle, options.backend, options.threads, options.draft, limits)
 
 
 def print_pieces(label: str, pieces: Iterable[str]) -> None:

@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
+from blip2edge.limits import Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
+from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span, check_text, listed, raising
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged
+from blip2edge.runtime.images.preprocess import DEFAULT_LIMITS
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 
 if TYPE_CHECKING:
@@ -54,10 +57,13 @@ class Captioner(LoadedBundle):
         backend: BackendName = "auto",
         threads: int | None = None,
         draft: DraftName = "auto",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         super().__init__(bundle, backend, threads)
         with self.graphs.closed_on_error():
-            self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=self.graphs.backend)
+            self.encoder, self.generator = load_pipeline(
+                bundle, self.graphs, draft=draft, backend=self.graphs.backend, limits=limits
+            )
         self.prompts, self.tokenizer = self.encoder.text.prompts, self.encoder.text.tokenizer
 
     @classmethod
@@ -68,6 +74,7 @@ class Captioner(LoadedBundle):
         backend: BackendName = "auto",
         threads: int | None = None,
         draft: DraftName = "auto",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Captioner:
         """Opens a bundle and loads its graphs.
 
@@ -77,6 +84,7 @@ class Captioner(LoadedBundle):
             threads: CPU threads that one operator uses; None for as many as there are cores.
             draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
+            limits: The largest picture or video that is decoded; of its fields, ``PICTURE_LIMITS`` are used.
 
         Raises:
             BundleError: The directory is not a bundle, a newer version wrote it, or its files were changed.
@@ -84,7 +92,7 @@ class Captioner(LoadedBundle):
             UsageError: ``bundle`` is not a path, ``threads`` is below 1, or the bundle does not have this draft model.
         """
         check_threads(threads)
-        return cls(Bundle.open(bundle), backend, threads, draft)
+        return cls(Bundle.open(bundle), backend, threads, draft, limits)
 
     def caption(
         self,
@@ -234,6 +242,8 @@ class Captioner(LoadedBundle):
         max_waiting: int = 64,
         trace: Callable[[Span], None] | None = None,
         encoder: EncodeBatch | None = None,
+        known_good: KnownGoodRequest | None = None,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> Scheduler:
         """Makes a scheduler, which batches requests that arrive at any time; close the scheduler after use.
 
@@ -242,6 +252,8 @@ class Captioner(LoadedBundle):
             max_waiting: Largest number of requests that wait to be encoded.
             trace: Called with every span of the trace; the function must return quickly.
             encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
+            known_good: See :class:`Scheduler`.
+            on_failure: See :class:`Scheduler`.
         """
         self._check_open()
         most = self.generator.language.decoder.max_rows
@@ -252,6 +264,8 @@ class Captioner(LoadedBundle):
             max_waiting=max_waiting,
             one_at_a_time=self.graphs.takes_all_cores,
             trace=trace,
+            known_good=known_good,
+            on_failure=on_failure,
         )
 
     def reusing(self, below: float) -> ReusingEncoder:
