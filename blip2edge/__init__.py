@@ -71,6 +71,7 @@ __all__ = [
     "DataError",
     "DeadlineError",
     "EngineError",
+    "EngineFaultError",
     "ExportError",
     "GenerationOptions",
     "ImageError",

@@ -20,6 +20,7 @@ EXTRAS = {
     ),
     "accelerate": "train",
     "av": "video",
+    "cryptography": "tls",
     "onnx_ir": "build",
     "onnxruntime": "cpu",
     "openvino": "openvino",
