@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs format test test-slow demo clean
+.PHONY: help venv install check docs format test test-slow fuzz-http soak endurance demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
 	@echo "make test      install into $(VENV) and run the fast tests"
 	@echo "make test-slow install into $(VENV) and run the slow tests"
+	@echo "make fuzz-http requests made from the OpenAPI document, for SECONDS (60)"
+	@echo "make soak      the server at twice its capacity, for MINUTES (10)"
+	@echo "make endurance CAPTIONS (100000) through one scheduler"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make docs      write the tables of docs/ that come from code"
 	@echo "make format    let ruff mend what it can"
@@ -33,6 +36,24 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
+
+# BUNDLE is the bundle of these three; the default is made from the miniature checkpoint.
+BUNDLE ?= $(VENV)/miniature
+SECONDS ?= 60
+MINUTES ?= 10
+CAPTIONS ?= 100000
+
+$(VENV)/miniature: $(VENV)/.installed
+	$(BIN)/blip2edge export examples/checkpoint -o $@
+
+fuzz-http: $(BUNDLE)
+	$(BIN)/python benchmarks/fuzz_http.py $(BUNDLE) --seconds $(SECONDS) --json benchmarks/results/fuzz-http.json
+
+soak: $(BUNDLE)
+	$(BIN)/python benchmarks/soak.py overload $(BUNDLE) --minutes $(MINUTES) --json benchmarks/results/soak.json
+
+endurance: $(BUNDLE)
+	$(BIN)/python benchmarks/soak.py endurance $(BUNDLE) --captions $(CAPTIONS) --json benchmarks/results/endurance.json
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

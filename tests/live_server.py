@@ -17,12 +17,12 @@ PATIENCE_S = 30.0  # that no test should need
 
 
 @contextmanager
-def live(captioner: Captioner, tls: dict[str, Path] | None = None, **options: Any) -> Iterator[tuple[Server, int]]:
+def live(captioner: Captioner, tls: tuple[Path, Path] | None = None, **options: Any) -> Iterator[tuple[Server, int]]:
     """The server and its port; options are those of ``Server``."""
     server = Server(captioner, **options)
     with _listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
-        thread = threading.Thread(target=_serve, args=(server, listening, tls or {}))
+        thread = threading.Thread(target=_serve, args=(server, listening, tls))
         thread.start()
         try:
             yield server, port

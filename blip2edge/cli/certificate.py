@@ -128,14 +128,15 @@ def _make(names: tuple[str, ...]) -> tuple[bytes, bytes]:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "blip2edge")])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "blip2edge")])
     now, public = datetime.now(timezone.utc), key.public_key()
     usage: list[tuple[Any, bool]] = [
         (x509.SubjectAlternativeName([_general_name(name) for name in names]), False),
         (x509.BasicConstraints(ca=False, path_length=None), True),
-        (x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH]), False),
+        (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
         (x509.SubjectKeyIdentifier.from_public_key(public), False),
         (x509.AuthorityKeyIdentifier.from_issuer_public_key(public), False),
     ]

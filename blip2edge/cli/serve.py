@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from blip2edge.cli.parser import Parser
     from blip2edge.runtime.serving.http import Server
 
+SWITCH_S = 0.0005
+"""Longest time for which one Python thread keeps another waiting. The loop of connections waits for the threads of the
+scheduler after each call of the system, which with Python's 5 ms would keep it from refusing requests at overload."""
+
 
 def add_arguments(parser: Parser) -> None:
     """Add the flags of ``serve``."""
@@ -126,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _serve(server: Server, listening: socket.socket, tls: dict[str, Path]) -> None:
+def _serve(server: Server, listening: socket.socket, tls: tuple[Path, Path] | None) -> None:
     """Runs uvicorn on the listening socket until a signal comes or the engine cannot be loaded again."""
     import asyncio
 
@@ -134,6 +138,7 @@ def _serve(server: Server, listening: socket.socket, tls: dict[str, Path]) -> No
 
     from blip2edge.runtime.serving.connections import ConnectionTable, GuardedProtocol, ServingLoop
 
+    certificate, key = tls or (None, None)
     table = ConnectionTable(server.connections, server.metrics.add_closed)
     server.metrics.open = lambda: len(table)
     config = uvicorn.Config(
@@ -146,7 +151,8 @@ def _serve(server: Server, listening: socket.socket, tls: dict[str, Path]) -> No
         server_header=False,
         proxy_headers=False,
         access_log=False,
-        **tls,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
     )
     running = uvicorn.Server(config)
 
@@ -155,11 +161,14 @@ def _serve(server: Server, listening: socket.socket, tls: dict[str, Path]) -> No
 
     server.engine.gave_up = give_up
     loop = ServingLoop(server.connections.header_s)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
     try:
         loop.run_until_complete(running.serve(sockets=[listening]))
     except (KeyboardInterrupt, interrupt.Interrupted):  # uvicorn raises the signal again when it has ended
         interrupt.forget()
     finally:
+        sys.setswitchinterval(interval)
         loop.close()
 
 
@@ -179,8 +188,8 @@ def _open_log(name: str | None, opened: ExitStack) -> TextIO | None:
         ) from error
 
 
-def _tls(options: argparse.Namespace) -> dict[str, Path]:
-    """Makes the TLS options of uvicorn.
+def _tls(options: argparse.Namespace) -> tuple[Path, Path] | None:
+    """The files of the certificate and its key; None for http.
 
     Raises:
         UsageError: One of the two flags is missing, the files are not a certificate and its key, or ``--self-signed``
@@ -194,9 +203,9 @@ def _tls(options: argparse.Namespace) -> dict[str, Path]:
 
         made = self_signed(options.host, *options.allowed_host)
         print_note(f"certificate: {made.certificate}, SHA-256 {made.fingerprint}, for {', '.join(made.names)}")
-        return {"ssl_certfile": made.certificate, "ssl_keyfile": made.key}
+        return made.certificate, made.key
     if certificate is None and key is None:
-        return {}
+        return None
     if certificate is None or key is None:
         raise UsageError(f"expected {option('tls_cert')} and {option('tls_key')}, got one of them", "give both")
     import ssl
@@ -210,7 +219,7 @@ def _tls(options: argparse.Namespace) -> dict[str, Path]:
             f"({reason})",
             "check both files",
         ) from error
-    return {"ssl_certfile": certificate, "ssl_keyfile": key}
+    return certificate, key
 
 
 def _listen(host: str, port: int) -> socket.socket:

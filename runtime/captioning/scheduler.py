@@ -63,12 +63,11 @@ class Scheduler:
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         if max_batch < 1 or max_waiting < 1:
-            raise UsageError(
-                f"{option('max_batch')} and {option('max_waiting')} must be at least 1, "
-                f"not {max_batch} and {max_waiting}"
-            )
+            names = f"{option('max_batch')} and {option('max_waiting')}"
+            raise UsageError(f"{names} must be at least 1, not {max_batch} and {max_waiting}")
         self._encoder, self._generator = encoder, generator
         self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._full_text = f"the queue is full: {max_waiting} pictures are waiting"
         self._trace = trace or (lambda span: None)
         self._one_at_a_time = one_at_a_time
         self._on_failure = on_failure or (lambda error: None)
@@ -136,9 +135,7 @@ class Scheduler:
         with self._changed:
             while self._is_full() and not self._closing:
                 if not wait:
-                    raise OverloadError(
-                        f"the queue is full: {self._max_waiting} pictures are waiting", "try again later"
-                    )
+                    raise OverloadError(self._full_text, "try again later")
                 self._changed.wait()
             if isinstance(self._failure, EngineFaultError):
                 raise EngineFaultError from self._failure
@@ -151,7 +148,6 @@ class Scheduler:
         return request
 
     def _opened(self, request: Request) -> Request:
-        """Counts a request, and keeps it until it has a result."""
         self._submitted += 1
         self._open[request.number] = request
         request.future.add_done_callback(lambda _: self._open.pop(request.number, None))
@@ -163,6 +159,12 @@ class Scheduler:
             self._waiting.appendleft(request)
             self._changed.notify_all()
         return request
+
+    def check_room(self) -> None:
+        """Raises OverloadError if the queue is full: then a picture need not be read."""
+        with self._changed:
+            if self._is_full():
+                raise OverloadError(self._full_text, "try again later")
 
     def _is_full(self) -> bool:
         """Whether the queue is full; cancelled and expired requests do not count."""

@@ -14,7 +14,7 @@ import ssl
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -105,6 +105,8 @@ class GuardedProtocol(H11Protocol):
     def handle_events(self) -> None:
         """Handles what was read; a complete header ends the wait for a request."""
         super().handle_events()
+        if self.cycle is not None and not isinstance(self.cycle.transport, GentleTransport):
+            self.cycle.transport = cast("asyncio.Transport", GentleTransport(self))
         if self.conn.their_state is not h11.IDLE:
             self._stop("header")
             self._table.waiting.pop(self, None)
@@ -160,7 +162,13 @@ class GuardedProtocol(H11Protocol):
             ]
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(content), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        # Closing a connection with unread data would discard the answer (TCP reset).
+        self.close_gently()
+
+    def close_gently(self) -> None:
+        """Closes the connection; if the client is still sending, when it has read the answer or some time later.
+
+        Closing a connection with unread data at once would discard the answer (TCP reset).
+        """
         if len(self._table.refused) < MOST_LINGERING and self.transport.can_write_eof():
             self._table.refused.add(self)
             self.transport.write_eof()
@@ -190,6 +198,28 @@ class GuardedProtocol(H11Protocol):
         timer = self._timers.pop(name, None)
         if timer is not None:
             timer.cancel()
+
+
+class GentleTransport:
+    """The transport of a connection as uvicorn's cycle of a request sees it.
+
+    Args:
+        connection: The connection; it is closed gently if its body is not read to its end.
+    """
+
+    def __init__(self, connection: GuardedProtocol) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is as of the connection's own transport."""
+        return getattr(self._connection.transport, name)
+
+    def close(self) -> None:
+        """Closes the connection after an answer."""
+        if self._connection.conn.their_state is h11.SEND_BODY:
+            self._connection.close_gently()
+        else:
+            self._connection.transport.close()
 
 
 class ServingLoop(asyncio.SelectorEventLoop):

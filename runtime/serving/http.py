@@ -39,7 +39,7 @@ from blip2edge.runtime.serving.chat_keys import NAMES, RequestError, classified,
 from blip2edge.runtime.serving.metrics import Metrics
 from blip2edge.runtime.serving.openai_api import Answer, event_lines, read_request
 from blip2edge.runtime.serving.openapi import CHAT, ENDPOINTS, document, route_name
-from blip2edge.runtime.serving.picture_forms import FORM_TYPE, media_type, read_caption_request
+from blip2edge.runtime.serving.picture_forms import FORM_TYPE, JSON_TYPE, media_type, read_caption_request
 from blip2edge.runtime.serving.request_log import RequestLog
 from blip2edge.runtime.serving.transfer import BodyMemory, BodyShare, ClientGoneError, WaitingClient, read_body
 from blip2edge.runtime.text.prompt import Dialog, PromptText
@@ -182,10 +182,10 @@ class Server:
         return await self._captioned(request, "question")
 
     async def _captioned(self, request: HttpRequest, text: str) -> Response:
+        self.engine.ready().check_room()
         body = await self._body(request)
-        wanted = await asyncio.to_thread(
-            read_caption_request, body, request.headers, request.query_params, text, self.limits
-        )
+        read = partial(read_caption_request, body, request.headers, request.query_params, text, self.limits)
+        wanted = await asyncio.to_thread(read) if media_type(request.headers) in (FORM_TYPE, JSON_TYPE) else read()
         prompt = wanted.text
         if text == "question":
             if prompt is None:
@@ -204,6 +204,7 @@ class Server:
                 code="unsupported_media_type",
                 status=415,
             )
+        self.engine.ready().check_room()
         body = await self._body(request)
         wanted = await asyncio.to_thread(read_request, body, self.captioner.prompts.spec, self.limits)
         request.state.names = wanted.names

@@ -140,7 +140,17 @@ def _nullable(schema: Schema) -> Schema:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
-DATA_URL: Schema = {"type": "string", "pattern": "^\\s*[dD][aA][tT][aA]:[^,]*,", "description": "a picture (RFC 2397)"}
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mNoaGgAAAMEAYF1LgG8AAAAAElFTkSuQmCC"
+"""A picture of one grey pixel, for the examples."""
+
+EXAMPLE_URL = f"data:image/png;base64,{PNG}"
+
+DATA_URL: Schema = {
+    "type": "string",
+    "pattern": "^data:[^,]*,",
+    "description": "a picture (RFC 2397)",
+    "examples": [EXAMPLE_URL],
+}
 
 
 def _chat_key(key: ChatKey, options: Mapping[str, Schema]) -> Schema:
@@ -199,7 +209,7 @@ def _message_schemas() -> dict[str, Schema]:
 
 
 def _answer_schemas() -> dict[str, Schema]:
-    number, text, whole = {"type": "number"}, {"type": "string"}, {"type": "integer"}
+    number, text, whole = ({"type": kind} for kind in ("number", "string", "integer"))
     times = _object(dict.fromkeys((*STAGES, "total"), number), [*STAGES, "total"])
     result: dict[str, Schema] = {
         "image": {"type": ["null", "string", "array"]},
@@ -211,9 +221,9 @@ def _answer_schemas() -> dict[str, Schema]:
         "tokens_per_s": number,
     }
     kept = [name for name in CaptionResult.__dataclass_fields__ if name not in NOT_IN_JSON]
-    model = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}
+    model: dict[str, Schema] = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}
     reference = {"$ref": "#/components/schemas/Model"}
-    completion = {
+    completion: dict[str, Schema] = {
         "id": text,
         "object": {"const": "chat.completion"},
         "created": whole,
@@ -222,7 +232,7 @@ def _answer_schemas() -> dict[str, Schema]:
         "usage": {"type": "object"},
         "timings_ms": times,
     }
-    error = {"message": text, "type": text, "param": _nullable(text), "code": _nullable(text)}
+    error: dict[str, Schema] = {"message": text, "type": text, "param": _nullable(text), "code": _nullable(text)}
     return {
         "Object": {"type": "object"},
         "Caption": _object({name: result[name] for name in kept}, kept),
@@ -245,17 +255,22 @@ def _parameters(endpoint: Endpoint, options: Mapping[str, Schema]) -> list[Schem
 def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
     """The forms of a request's body, by their media types."""
     if endpoint.body == "chat":
-        return {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
+        parts = [{"type": "image_url", "image_url": {"url": EXAMPLE_URL}}, {"type": "text", "text": "a photo of"}]
+        example = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}
+        return {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/ChatRequest"}, "example": example}}
     names = (endpoint.body, *FORM_OPTIONS, "deadline_s")
     picture = {"anyOf": [DATA_URL, {"type": "array", "items": DATA_URL, "minItems": 1}]}
     values = {name: _nullable(options[name]) for name in names}
-    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    file: Schema = {"type": "string", "contentMediaType": "application/octet-stream"}
     fields = {name: options[name] for name in names if name in TEXT_OPTIONS and name != "stop"}
     return {
         "image/*": {"schema": {}},
         "application/octet-stream": {"schema": {}},
         FORM_TYPE: {"schema": _object({**dict.fromkeys(PICTURES, file), **fields}, [], more=True)},
-        JSON_TYPE: {"schema": _object({"image": picture, **values}, ["image"])},
+        JSON_TYPE: {
+            "schema": _object({"image": picture, **values}, ["image"]),
+            "example": {"image": EXAMPLE_URL, endpoint.body: "what is this"},
+        },
     }
 
 

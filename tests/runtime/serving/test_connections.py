@@ -83,6 +83,8 @@ def test_a_declared_length_is_checked_before_the_body_is_read(usual: Live) -> No
             connection.sendall(post(b"", "Content-Length: 104857600", *more))
             status, _, error = head_and_json(one_answer(connection))
         assert (status, error["code"]) == (413, "request_too_large")
+    closing = post(b"x" * 200_000, "Content-Length: 104857600", "Connection: close")
+    assert head_and_json(answered(port, closing))[0] == 413  # no reset, although the body is not read
     assert server.memory.used == 0
 
 
