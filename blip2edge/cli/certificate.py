@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, OutputError
 from blip2edge.packages import require
 
@@ -53,7 +54,10 @@ def self_signed(*hosts: str) -> SelfSigned:
     """
     require("cryptography", "a certificate of --self-signed", BackendError)
     wanted = tuple(sorted({*LOCAL, *machine_names(), *(host.lower() for host in hosts if _is_name(host))}))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "blip2edge", "tls")
+    try:
+        folder = cache_directory() / "tls"
+    except RuntimeError as error:
+        raise OutputError("there is no home directory for the certificate", "set XDG_CACHE_HOME to a folder") from error
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     fingerprint = _usable(certificate, key, wanted)
     if fingerprint is None:

@@ -14,7 +14,7 @@ import ssl
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -105,8 +105,9 @@ class GuardedProtocol(H11Protocol):
     def handle_events(self) -> None:
         """Handles what was read; a complete header ends the wait for a request."""
         super().handle_events()
-        if self.cycle is not None and not isinstance(self.cycle.transport, GentleTransport):
-            self.cycle.transport = cast("asyncio.Transport", GentleTransport(self))
+        cycle: Any = self.cycle  # None before the first request
+        if cycle is not None and not isinstance(cycle.transport, GentleTransport):
+            cycle.transport = GentleTransport(self)
         if self.conn.their_state is not h11.IDLE:
             self._stop("header")
             self._table.waiting.pop(self, None)
