@@ -27,6 +27,7 @@ from blip2edge.errors import (
     DataError,
     DeadlineError,
     EngineError,
+    EngineFaultError,
     ExportError,
     ImageError,
     MissingPackageError,

@@ -31,6 +31,8 @@ class Faults:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
         self.place, self.loads, self.load_fails = "", 0, False
         self._bundle = bundle
+        self.loadable = threading.Event()  # loading waits for it
+        self.loadable.set()
         vision, prefill = Encoder.run_vision, TextGenerator.prefill
 
         def run_vision(*arguments: Any) -> Any:
@@ -48,6 +50,7 @@ class Faults:
 
     def load(self) -> Captioner:
         """Loads the bundle; counts the calls."""
+        assert self.loadable.wait(60)
         self.loads += 1
         if self.load_fails:
             raise OSError("the device is gone")
@@ -80,6 +83,7 @@ def test_a_broken_engine_is_loaded_again(place: str, faults: Faults) -> None:
             answer = got(ask(server, "POST", CHAT, chat(PNG, stream=streamed)), 503)
             assert answer.json["error"]["code"] == "engine_restarting"
             assert answer.headers["retry-after"] == "1"
+        until(server, lambda: server.engine.state == "restarting")
         health = got(ask(server, "GET", "/health"), 503)
         assert (health.json["status"], health.headers["retry-after"]) == ("restarting", "1")
         faults.place = ""
@@ -129,14 +133,15 @@ def test_a_server_whose_engine_stays_broken_gives_up(faults: Faults) -> None:
 
 
 def test_faults_in_a_row_count_across_restarts(faults: Faults) -> None:
-    server = faults.server(attempts=2, wait_s=0.2)
+    server = faults.server(attempts=2, wait_s=0.01)
     try:
         for restarts in (1, 2):
+            faults.loadable.clear()
             faults.place = "encoder"
             got(ask(server, "POST", "/caption", PNG), 503)
             faults.place = ""
-            until(server, lambda: server.engine.state != "restarting")
-            assert server.engine.restarts == restarts
+            faults.loadable.set()
+            until(server, lambda: server.engine.restarts == restarts and server.engine.state == "ok")  # noqa: B023
         faults.place = "encoder"  # a third fault, and no caption since the first
         got(ask(server, "POST", "/caption", PNG), 503)
         until(server, lambda: server.engine.state == "failed")
