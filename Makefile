@@ -8,7 +8,7 @@ START ?= 0
 MUTANTS ?= 100
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs format test test-slow faults fuzz mutants demo clean
+.PHONY: help venv install check docs format test test-slow faults fuzz mutants fuzz-http soak endurance demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
@@ -17,6 +17,9 @@ help:
 	@echo "make faults    install into $(VENV), kill every command that writes 300 times, and check what is left"
 	@echo "make fuzz      read N mutated files with every reader (N=1000000 SEED=0 START=0), hours"
 	@echo "make mutants   change the code at MUTANTS places, and count what no test notices"
+	@echo "make fuzz-http requests made from the OpenAPI document, for SECONDS (60)"
+	@echo "make soak      the server at twice its capacity, for MINUTES (10)"
+	@echo "make endurance CAPTIONS (100000) through one scheduler"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make docs      write the tables of docs/ that come from code"
 	@echo "make format    let ruff mend what it can"
@@ -53,6 +56,24 @@ fuzz: $(VENV)/.installed
 
 mutants: $(VENV)/.installed
 	$(BIN)/python -m tests.mutants --mutants $(MUTANTS) --seed $(SEED) --json mutants.json
+
+# BUNDLE is the bundle of these three; the default is made from the miniature checkpoint.
+BUNDLE ?= $(VENV)/miniature
+SECONDS ?= 60
+MINUTES ?= 10
+CAPTIONS ?= 100000
+
+$(VENV)/miniature: $(VENV)/.installed
+	$(BIN)/blip2edge export examples/checkpoint -o $@
+
+fuzz-http: $(BUNDLE)
+	$(BIN)/python benchmarks/fuzz_http.py $(BUNDLE) --seconds $(SECONDS) --json benchmarks/results/fuzz-http.json
+
+soak: $(BUNDLE)
+	$(BIN)/python benchmarks/soak.py overload $(BUNDLE) --minutes $(MINUTES) --json benchmarks/results/soak.json
+
+endurance: $(BUNDLE)
+	$(BIN)/python benchmarks/soak.py endurance $(BUNDLE) --captions $(CAPTIONS) --json benchmarks/results/endurance.json
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ Each error is one line: what was expected, what was found, and how to correct it
     ├── OverloadError           more requests came than the queue holds
     ├── DeadlineError           a caption was not finished in time
     └── BackendError            a backend is not installed or does not run here
+        └── EngineFaultError    the graphs fail for every request; the server loads them again
 
 An error's text names options with :func:`option`. Each interface then writes them in its own way: Python
 `max_new_tokens`, the command line `--max-new-tokens`, the HTTP server `max_tokens`.
@@ -181,6 +182,13 @@ class DeadlineError(Blip2EdgeError):
 
 class BackendError(Blip2EdgeError):
     """A backend is not installed, or does not run on this machine."""
+
+
+class EngineFaultError(BackendError):
+    """The graphs fail for every request, also for one that is known to be good."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has failed and is being loaded again", "try again later")
 
 
 def one_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ EXTRAS = {
     ),
     "accelerate": "train",
     "av": "video",
+    "cryptography": "tls",
     "model_signing": "sign",
     "onnx_ir": "build",
     "onnxruntime": "cpu",

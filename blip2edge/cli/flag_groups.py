@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from blip2edge.bundle.schema import DRAFTS, BackendName
 from blip2edge.cli.flag_types import (
@@ -16,6 +17,7 @@ from blip2edge.cli.flag_types import (
 )
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import quoted
+from blip2edge.limits import ConnectionLimits, Limits
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _ActionsContainer
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.cli.parser import Parser
+
+LimitsClass = TypeVar("LimitsClass", Limits, ConnectionLimits)
 
 MAX_BROKEN = 100
 BUNDLE = "bundle directory, written by `blip2edge export` or `calibrate`"
@@ -168,6 +172,25 @@ def given_generation(options: Namespace) -> dict[str, Any]:
     """The generation flags that were given, by their field of GenerationOptions."""
     given = {name: getattr(options, name, None) for name in GENERATION}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def add_limits(parser: ArgumentParser, kind: type[Limits | ConnectionLimits], names: Iterable[str] = ()) -> None:
+    """A flag for each limit of a class, or for those that ``names`` lists."""
+    group = parser.add_argument_group("limits" if kind is Limits else "limits of connections")
+    for one in fields(kind):
+        if names and one.name not in names:
+            continue
+        form = positive_int if isinstance(one.default, int) else positive_number
+        about = one.metadata
+        group.add_argument(
+            about["flag"], dest=f"limit_{one.name}", metavar=about["unit"], type=form, help=about["help"]
+        )
+
+
+def given_limits(options: Namespace, kind: type[LimitsClass]) -> LimitsClass:
+    """The limits by their flags; the default where a flag is not given."""
+    given = {one.name: getattr(options, f"limit_{one.name}", None) for one in fields(kind)}
+    return kind(**{name: value for name, value in given.items() if value is not None})
 
 
 def add_data_files(parser: ArgumentParser) -> None:

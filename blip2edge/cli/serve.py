@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from blip2edge.cli import interrupt
-from blip2edge.cli.flag_groups import add_backend, add_bundle, add_number, print_unsigned
+from blip2edge.cli.flag_groups import (
+    add_backend,
+    add_bundle,
+    add_limits,
+    add_number,
+    given_limits,
+    print_unsigned,
+)
 from blip2edge.cli.flag_types import port, positive_number
 from blip2edge.cli.messages import print_note
 from blip2edge.errors import BackendError, OutputError, UsageError, one_line, option
+from blip2edge.limits import ConnectionLimits, Limits
 from blip2edge.packages import require
 
 if TYPE_CHECKING:
     import socket
 
     from blip2edge.cli.parser import Parser
+    from blip2edge.runtime.serving.http import Server
+
+SWITCH_S = 0.0005
+"""Longest time for which one Python thread keeps another waiting. The loop of connections waits for the threads of the
+scheduler after each call of the system, which with Python's 5 ms would keep it from refusing requests at overload."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -60,55 +77,151 @@ def add_arguments(parser: Parser) -> None:
     )
     access.add_argument("--tls-cert", metavar="FILE", type=Path, help="certificate chain in PEM format, to serve https")
     access.add_argument("--tls-key", metavar="FILE", type=Path, help="private key of the certificate in PEM format")
+    access.add_argument(
+        "--self-signed",
+        action="store_true",
+        help="serve https with a certificate that is made for the names and addresses of this machine, and kept in the "
+        "user's cache; its fingerprint is printed",
+    )
+    parser.add_argument(
+        "--access-log",
+        metavar="FILE",
+        help="append a line of JSON for each request to this file; -: standard output. Keys, prompts and pictures are "
+        "not written",
+    )
+    add_limits(parser, Limits)
+    add_limits(parser, ConnectionLimits)
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer HTTP requests until Ctrl-C."""
     for package in ("starlette", "prometheus_client", "python_multipart"):
         require(package, "serving", BackendError)
-    uvicorn = require("uvicorn", "serving", BackendError)
-    tls = _tls(options.tls_cert, options.tls_key)
+    require("uvicorn", "serving", BackendError)
+    tls = _tls(options)
     from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.access import LOOPBACK, Access
+    from blip2edge.runtime.serving.connections import allow_files
     from blip2edge.runtime.serving.http import Server
 
-    listening = _listen(options.host, options.port)
-    captioner = Captioner.load(
-        options.bundle,
-        backend=options.backend,
-        threads=options.threads,
-        require_signature=options.require_signature,
-    )
-    print_unsigned(captioner.bundle)
-    local, key = options.host in LOOPBACK, getattr(options, "api_key", "")
-    hosts = (*LOOPBACK, *options.allowed_host) if local else tuple(options.allowed_host)
-    access = Access(key, tuple(options.cors), tuple(name.lower() for name in hosts))
-    server = Server(
-        captioner, max_batch=options.max_batch, max_waiting=options.queue, deadline=options.deadline, access=access
-    )
-    host, number = listening.getsockname()[:2]
-    print(f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{number}", flush=True)
-    if not local and not key:
-        print_note("warning: other machines can reach this server, and it has no --api-key")
-    config = uvicorn.Config(server, log_level="warning", lifespan="on", timeout_graceful_shutdown=5, **tls)
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except (KeyboardInterrupt, interrupt.Interrupted):  # uvicorn raises the signal again when it has ended
-        interrupt.forget()
-    finally:
-        server.close()
-        listening.close()
+    limits, connections = given_limits(options, Limits), given_limits(options, ConnectionLimits)
+    allowed = allow_files(connections.connections)
+    if allowed < connections.connections:
+        print_note(f"warning: the limit of open files (ulimit -n) allows {allowed} connections only")
+        connections = replace(connections, connections=allowed)
+    with ExitStack() as opened:
+        listening = opened.enter_context(_listen(options.host, options.port))
+        log = _open_log(options.access_log, opened)
+        load = partial(
+            Captioner.load,
+            options.bundle,
+            backend=options.backend,
+            threads=options.threads,
+            limits=limits,
+            require_signature=options.require_signature,
+        )
+        captioner = load()
+        print_unsigned(captioner.bundle)
+        local, key = options.host in LOOPBACK, getattr(options, "api_key", "")
+        hosts = (*LOOPBACK, *options.allowed_host) if local else tuple(options.allowed_host)
+        server = Server(
+            captioner,
+            load=load,
+            max_batch=options.max_batch,
+            max_waiting=options.queue,
+            deadline=options.deadline,
+            access=Access(key, tuple(options.cors), tuple(name.lower() for name in hosts)),
+            limits=limits,
+            connections=connections,
+            log=log,
+        )
+        opened.callback(server.close)
+        host, number = listening.getsockname()[:2]
+        print(f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{number}", flush=True)
+        if not local and not key:
+            print_note("warning: other machines can reach this server, and it has no --api-key")
+        _serve(server, listening, tls)
+    if server.engine.state == "failed":
+        raise BackendError(f"the engine could not be loaded again ({server.engine.problem})", "start the server again")
     return 0
 
 
-def _tls(certificate: Path | None, key: Path | None) -> dict[str, Path]:
-    """Makes the TLS options of uvicorn.
+def _serve(server: Server, listening: socket.socket, tls: tuple[Path, Path] | None) -> None:
+    """Runs uvicorn on the listening socket until a signal comes or the engine cannot be loaded again."""
+    import asyncio
+
+    import uvicorn
+
+    from blip2edge.runtime.serving.connections import ConnectionTable, GuardedProtocol, ServingLoop
+
+    certificate, key = tls or (None, None)
+    table = ConnectionTable(server.connections, server.metrics.add_closed)
+    server.metrics.open = lambda: len(table)
+    config = uvicorn.Config(
+        server,
+        log_level="warning",
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+        http=cast("type[asyncio.Protocol]", partial(GuardedProtocol, table)),
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        access_log=False,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+    )
+    running = uvicorn.Server(config)
+
+    def give_up() -> None:
+        running.should_exit = True
+
+    server.engine.gave_up = give_up
+    loop = ServingLoop(server.connections.header_s)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        loop.run_until_complete(running.serve(sockets=[listening]))
+    except (KeyboardInterrupt, interrupt.Interrupted):  # uvicorn raises the signal again when it has ended
+        interrupt.forget()
+    finally:
+        sys.setswitchinterval(interval)
+        loop.close()
+
+
+def _open_log(name: str | None, opened: ExitStack) -> TextIO | None:
+    """Opens the request log for appending.
 
     Raises:
-        UsageError: One of the two flags is missing, or the files are not a certificate and its key.
+        OutputError: The file cannot be written.
     """
+    if name is None or name == "-":
+        return sys.stdout if name else None
+    try:
+        return opened.enter_context(open(name, "a", encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(
+            f"{name}: the request log cannot be written ({error.strerror or error})", "give another file"
+        ) from error
+
+
+def _tls(options: argparse.Namespace) -> tuple[Path, Path] | None:
+    """The files of the certificate and its key; None for http.
+
+    Raises:
+        UsageError: One of the two flags is missing, the files are not a certificate and its key, or ``--self-signed``
+            is given as well.
+    """
+    certificate, key = options.tls_cert, options.tls_key
+    if options.self_signed:
+        if certificate is not None or key is not None:
+            raise UsageError(f"{option('self_signed')} and {option('tls_cert')} cannot be combined", "give one of them")
+        from blip2edge.cli.certificate import self_signed
+
+        made = self_signed(options.host, *options.allowed_host)
+        print_note(f"certificate: {made.certificate}, SHA-256 {made.fingerprint}, for {', '.join(made.names)}")
+        return made.certificate, made.key
     if certificate is None and key is None:
-        return {}
+        return None
     if certificate is None or key is None:
         raise UsageError(f"expected {option('tls_cert')} and {option('tls_key')}, got one of them", "give both")
     import ssl
@@ -122,7 +235,7 @@ def _tls(certificate: Path | None, key: Path | None) -> dict[str, Path]:
             f"({reason})",
             "check both files",
         ) from error
-    return {"ssl_certfile": certificate, "ssl_keyfile": key}
+    return certificate, key
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -18,13 +18,14 @@ from blip2edge.bundle.schema import (
     DraftName,
 )
 from blip2edge.errors import BundleError, UsageError, option
+from blip2edge.limits import Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.pipeline import Encoder, ImageParts, TextGenerator, TextParts
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.language_model import load_language_model, token_table
 from blip2edge.runtime.decoding.options import shown
-from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.images.preprocess import DEFAULT_LIMITS, Preprocessing
 from blip2edge.runtime.text.prompt import InstructionTokenizer, PromptBuilder
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
@@ -91,13 +92,14 @@ class LoadedBundle:
             raise UsageError(f"this {name} is closed", f"load the bundle again with {name}.load")
 
 
-def image_parts(bundle: Bundle, open_graph: OpenGraph) -> ImageParts:
+def image_parts(bundle: Bundle, open_graph: OpenGraph, limits: Limits = DEFAULT_LIMITS) -> ImageParts:
     """Loads the parts that encode pictures: preprocessing, vision encoder and, if the bundle has one, the bridge."""
     return ImageParts(
         preprocessing=Preprocessing.from_json(bundle.manifest.preprocessing),
         pixels_dtype=NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype],
         vision=open_graph(VISION),
         bridge=open_graph(BRIDGE) if BRIDGE in bundle.manifest.graphs else None,
+        limits=limits,
     )
 
 
@@ -123,7 +125,7 @@ def text_parts(bundle: Bundle) -> TextParts:
 
 
 def load_pipeline(
-    bundle: Bundle, open_graph: OpenGraph, *, draft: DraftName, backend: str
+    bundle: Bundle, open_graph: OpenGraph, *, draft: DraftName, backend: str, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[Encoder, TextGenerator]:
     """Loads a captioner's pipeline.
 
@@ -132,6 +134,7 @@ def load_pipeline(
         open_graph: Loads a graph by its name.
         draft: The default draft model; see :class:`DraftSelector`.
         backend: Name of the backend that runs the graphs.
+        limits: The largest picture or video that is decoded.
 
     Raises:
         BundleError: The bundle generates no captions, or one of its files cannot be used.
@@ -139,7 +142,7 @@ def load_pipeline(
     """
     text = text_parts(bundle)
     language = load_language_model(bundle, open_graph)
-    images = image_parts(bundle, open_graph)
+    images = image_parts(bundle, open_graph, limits)
     drafts = DraftSelector.load(bundle, open_graph, text.tokenizer, draft, backend)
     # The text head needs the queries' keys and values as well.
     needed = None if drafts.head is not None else ["visual_tokens"]

@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.schema import BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
+from blip2edge.limits import Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
+from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span, check_text, listed, raising
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged
+from blip2edge.runtime.images.preprocess import DEFAULT_LIMITS
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 
 if TYPE_CHECKING:
@@ -54,10 +57,13 @@ class Captioner(LoadedBundle):
         backend: BackendName = "auto",
         threads: int | None = None,
         draft: DraftName = "auto",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         super().__init__(bundle, backend, threads)
         with self._loading():
-            self.encoder, self.generator = load_pipeline(bundle, self.graphs, draft=draft, backend=self.graphs.backend)
+            self.encoder, self.generator = load_pipeline(
+                bundle, self.graphs, draft=draft, backend=self.graphs.backend, limits=limits
+            )
         self.prompts, self.tokenizer = self.encoder.text.prompts, self.encoder.text.tokenizer
 
     @classmethod
@@ -68,6 +74,7 @@ class Captioner(LoadedBundle):
         backend: BackendName = "auto",
         threads: int | None = None,
         draft: DraftName = "auto",
+        limits: Limits = DEFAULT_LIMITS,
         require_signature: str | Path | None = None,
     ) -> Captioner:
         """Opens a bundle and loads its graphs.
@@ -78,6 +85,7 @@ class Captioner(LoadedBundle):
             threads: CPU threads that one operator uses; None for as many as there are cores.
             draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
+            limits: The largest picture or video that is decoded; of its fields, ``PICTURE_LIMITS`` are used.
             require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
 
         Raises:
@@ -88,7 +96,7 @@ class Captioner(LoadedBundle):
         """
         check_threads(threads)
         return load_whole(
-            bundle, lambda opened: cls(opened, backend, threads, draft), require_signature=require_signature
+            bundle, lambda opened: cls(opened, backend, threads, draft, limits), require_signature=require_signature
         )
 
     def caption(
@@ -239,6 +247,8 @@ class Captioner(LoadedBundle):
         max_waiting: int = 64,
         trace: Callable[[Span], None] | None = None,
         encoder: EncodeBatch | None = None,
+        known_good: KnownGoodRequest | None = None,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> Scheduler:
         """Makes a scheduler, which batches requests that arrive at any time; close the scheduler after use.
 
@@ -247,6 +257,8 @@ class Captioner(LoadedBundle):
             max_waiting: Largest number of requests that wait to be encoded.
             trace: Called with every span of the trace; the function must return quickly.
             encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
+            known_good: See :class:`Scheduler`.
+            on_failure: See :class:`Scheduler`.
         """
         self._check_open()
         most = self.generator.language.decoder.max_rows
@@ -257,6 +269,8 @@ class Captioner(LoadedBundle):
             max_waiting=max_waiting,
             one_at_a_time=self.graphs.takes_all_cores,
             trace=trace,
+            known_good=known_good,
+            on_failure=on_failure,
         )
 
     def reusing(self, below: float) -> ReusingEncoder:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INTERLEAVED
+from blip2edge.limits import Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult
 from blip2edge.runtime.decoding.beam_search import beam_search
@@ -27,7 +28,7 @@ from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, gen
 from blip2edge.runtime.decoding.language_model import LanguageModel
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions
 from blip2edge.runtime.decoding.state import RowState
-from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.images.preprocess import DEFAULT_LIMITS, Preprocessing
 from blip2edge.runtime.images.video import ItemSource, images_of_each, pictures_of
 from blip2edge.runtime.text.prompt import (
     InstructionTokenizer,
@@ -130,12 +131,16 @@ EncodeBatch = Callable[[Sequence[ItemSource], Sequence[PromptText | None], Stage
 
 @dataclass(frozen=True)
 class ImageParts:
-    """The parts that encode images. ``pixels_dtype`` is the dtype of ``vision``'s input; ``bridge`` is optional."""
+    """The parts that encode images. ``pixels_dtype`` is the dtype of ``vision``'s input; ``bridge`` is optional.
+
+    ``limits`` is the largest picture or video that is decoded.
+    """
 
     preprocessing: Preprocessing
     pixels_dtype: np.dtype[np.generic]
     vision: Session
     bridge: Session | None
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True)
@@ -192,11 +197,11 @@ class Encoder:
                 counts = list(map(len, groups))
                 flat = [image for group in groups for image in group]
             elif spec.frames > 1 or any(isinstance(image, (list, tuple)) for image in images):
-                flat = pictures_of(images, spec.frames)
+                flat = pictures_of(images, spec.frames, self.images.limits)
             filled = [self.text.prompts.with_default(text) for text in texts]
             instruction = self.text.instructions(filled) if self.text.instructions is not None else {}
             prompts = [self.text.prompts(text, count) for text, count in zip(filled, counts, strict=True)]
-            pixels = self.images.preprocessing.batch(flat)  # type: ignore[arg-type]
+            pixels = self.images.preprocessing.batch(flat, self.images.limits)  # type: ignore[arg-type]
             pixels = pixels.astype(self.images.pixels_dtype, copy=False)
         return PreparedBatch(prompts, counts, pixels, instruction)
 

@@ -89,6 +89,9 @@ class Request:
         prompt_tokens: Length of the prompt in tokens; 0 until the request is encoded.
         future: Holds the result or the error.
         stage_ms: Milliseconds by stage so far.
+        submitted: When the request was submitted (``time.perf_counter`` seconds).
+        queue_s: Seconds from then to the beginning of its encoding; None until that.
+        first_token_s: Seconds from then to the first token (of a beam search: to the text); None until that.
         on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
             :meth:`pieces` yields nothing.
     """
@@ -104,6 +107,9 @@ class Request:
     future: Future[CaptionResult] = field(default_factory=Future)
     stage_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     on_piece: Callable[[str | None], None] | None = None
+    submitted: float = field(default_factory=time.perf_counter)
+    queue_s: float | None = None
+    first_token_s: float | None = None
     _pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     _text: TextPieces | None = None
     _finishing: threading.RLock = field(default_factory=threading.RLock)  # several threads may finish it at once
@@ -116,6 +122,8 @@ class Request:
         """Publishes the text of the last token that was generated for ``row``, the request's row of the batch."""
         if self._text is None:
             return
+        if self.first_token_s is None:
+            self.first_token_s = time.perf_counter() - self.submitted
         self.push(self._text.push(row.generated[-1]))
         if row.finish_reason is not None:
             self.push(self._text.flush())
@@ -159,6 +167,8 @@ class Request:
 
     def finish(self, result: CaptionResult) -> None:
         """Sets the result, unless the request is finished or cancelled already."""
+        if self.first_token_s is None:
+            self.first_token_s = time.perf_counter() - self.submitted
         with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_result(result)

@@ -15,42 +15,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
-from blip2edge.errors import OverloadError, UsageError, option
+from blip2edge.errors import EngineFaultError, OverloadError, UsageError, option
+from blip2edge.runtime.captioning.engine_check import EngineCheck, KnownGoodRequest
+from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, StageClock, TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span
 from blip2edge.runtime.decoding.generate import GenerationBatch
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions, check_number
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 from blip2edge.runtime.text.prompt import PromptText
-
-
-class FairLock:
-    """A lock that threads acquire in the order of their requests.
-
-    With an ordinary lock, a thread that acquires the lock in a loop can keep all other threads waiting.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._line: deque[object] = deque()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Holds the lock during the block."""
-        mark = object()
-        with self._changed:
-            self._line.append(mark)
-            self._changed.wait_for(lambda: self._line[0] is mark)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._line.popleft()
-                self._changed.notify_all()
-
 
 LONGEST_DEADLINE = 1e6
 """Largest deadline in seconds (eleven days)."""
@@ -67,6 +43,8 @@ class Scheduler:
         one_at_a_time: Whether to run one graph at a time, encoding and decoding alternately. For backends whose graphs
             use all cores: two graphs at once would cause thread oversubscription.
         trace: Called by both threads with every span; the function must return quickly.
+        known_good: Tried after an unexpected exception; if it fails too, the scheduler closes itself. None: no check.
+        on_failure: Called with the error when the scheduler has closed itself.
 
     Raises:
         UsageError: ``max_batch`` or ``max_waiting`` is below 1.
@@ -81,16 +59,19 @@ class Scheduler:
         max_waiting: int = 64,
         one_at_a_time: bool = False,
         trace: Callable[[Span], None] | None = None,
+        known_good: KnownGoodRequest | None = None,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         if max_batch < 1 or max_waiting < 1:
-            raise UsageError(
-                f"{option('max_batch')} and {option('max_waiting')} must be at least 1, "
-                f"not {max_batch} and {max_waiting}"
-            )
+            names = f"{option('max_batch')} and {option('max_waiting')}"
+            raise UsageError(f"{names} must be at least 1, not {max_batch} and {max_waiting}")
         self._encoder, self._generator = encoder, generator
         self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._full_text = f"the queue is full: {max_waiting} pictures are waiting"
         self._trace = trace or (lambda span: None)
         self._one_at_a_time = one_at_a_time
+        self._on_failure = on_failure or (lambda error: None)
+        self._check = EngineCheck(known_good, self._push_front, self._end)
         self._graph_lock = FairLock() if one_at_a_time else nullcontext
         self._waiting: deque[Request] = deque()
         self._ready: deque[tuple[list[Request], EncodedBatch]] = deque()
@@ -154,20 +135,36 @@ class Scheduler:
         with self._changed:
             while self._is_full() and not self._closing:
                 if not wait:
-                    raise OverloadError(
-                        f"the queue is full: {self._max_waiting} pictures are waiting", "try again later"
-                    )
+                    raise OverloadError(self._full_text, "try again later")
                 self._changed.wait()
+            if isinstance(self._failure, EngineFaultError):
+                raise EngineFaultError from self._failure
             if self._closing:
                 raise RuntimeError("the scheduler is closed") from self._failure
             separate = row is None and options.seed is not None and options.sampling
             request = Request(image, prompt, options, self._submitted, expires, row or 0, separate, on_piece=on_piece)
-            self._submitted += 1
-            self._open[request.number] = request
-            request.future.add_done_callback(lambda _: self._open.pop(request.number, None))
-            self._waiting.append(request)
+            self._waiting.append(self._opened(request))
             self._changed.notify_all()
         return request
+
+    def _opened(self, request: Request) -> Request:
+        self._submitted += 1
+        self._open[request.number] = request
+        request.future.add_done_callback(lambda _: self._open.pop(request.number, None))
+        return request
+
+    def _push_front(self, known_good: KnownGoodRequest) -> Request:
+        with self._changed:
+            request = self._opened(known_good.request(self._submitted))
+            self._waiting.appendleft(request)
+            self._changed.notify_all()
+        return request
+
+    def check_room(self) -> None:
+        """Raises OverloadError if the queue is full: then a picture need not be read."""
+        with self._changed:
+            if self._is_full():
+                raise OverloadError(self._full_text, "try again later")
 
     def _is_full(self) -> bool:
         """Whether the queue is full; cancelled and expired requests do not count."""
@@ -206,10 +203,15 @@ class Scheduler:
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - given to every request and to the next submit()
-            with self._changed:
-                self._closing, self._failure = True, error
-                self._drop(partial(Request.fail, error=error))
-                self._changed.notify_all()
+            self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        """Closes the scheduler; every open request fails with the error."""
+        with self._changed:
+            self._closing, self._failure = True, error
+            self._drop(partial(Request.fail, error=error))
+            self._changed.notify_all()
+        self._on_failure(error)
 
     def _drop(self, finish: Callable[[Request], None]) -> None:
         """Calls ``finish`` with every unfinished request, and empties the queues."""
@@ -236,7 +238,9 @@ class Scheduler:
                 room = self._room()
                 if self._waiting and room > 0:
                     taken = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-                    self._encoding = len(taken)
+                    self._encoding, now = len(taken), time.perf_counter()
+                    for request in taken:
+                        request.queue_s = now - request.submitted
                     self._changed.notify_all()
                     return taken
                 self._changed.wait()
@@ -265,7 +269,7 @@ class Scheduler:
                 encoded = self._encoder(images, prompts, clock)
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends this request alone
                 if len(group) == 1:
-                    group[0].fail(error)
+                    self._check.fail(group, error)
                 else:
                     groups.extend([request] for request in group)
                 continue
@@ -289,15 +293,13 @@ class Scheduler:
             try:
                 self._admit(group, encoded)
             except Exception as error:  # noqa: BLE001 - as above
-                for request in group:
-                    request.fail(error)
+                self._check.fail(group, error)
         for place, batch in enumerate(self._batches):
             rows = batch.rows
             try:
                 self._step(batch)
             except Exception as error:  # noqa: BLE001 - no row of this batch can continue
-                for request in [self._running.pop(id(row)) for row in rows if id(row) in self._running]:
-                    request.fail(error)
+                self._check.fail([self._running.pop(id(row)) for row in rows if id(row) in self._running], error)
                 self._batches[place] = GenerationBatch()
         self._batches = [self._batches[0], *(batch for batch in self._batches[1:] if batch.rows)]
 

@@ -25,13 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip2edge.errors import Blip2EdgeError, BundleError, ImageError, one_line
+from blip2edge.limits import MAX_PIXELS, Limits
 from blip2edge.runtime.images.grey16 import Grey16
-
-MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded, in pixels (256 MiB as RGB); above it, Pillow warns of a decompression bomb."""
-
-MAX_SIDE = 65_535
-"""Longest side of a picture that is decoded, in pixels: the limit of JPEG. Resizing a longer one takes much memory."""
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 """Formats that are decoded, by Pillow's names. Pillow runs other programs for some of the others (EPS: Ghostscript)."""
@@ -80,38 +75,45 @@ class DeferredImage:
 ImageSource = Union[Content, "DeferredImage"]
 
 
-def load_image(source: ImageSource) -> Image.Image:
+DEFAULT_LIMITS = Limits()
+
+_MODE_BYTES = {"1": 1, "L": 1, "P": 1, "LA": 4, "PA": 4, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
+"""Bytes of a pixel in Pillow's memory by mode; 4 for all other modes."""
+
+
+def load_image(source: ImageSource, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """Decode a picture, turn it upright and convert it to RGB; transparency is dropped, not blended.
 
     16-bit greyscale is scaled to 8 bits. transformers clips it at 255 instead, which makes most such pictures white.
 
     Args:
-        source: A path, the bytes of a picture file, a Pillow image, or a uint8 array [H,W], [H,W,1], [H,W,3]
-            (RGB) or [H,W,4] (RGBA); or a `DeferredImage`, which returns one of these.
+        source: A path, the bytes of a picture file, a Pillow image, a uint8 array [H,W], [H,W,1], [H,W,3] (RGB) or
+            [H,W,4] (RGBA), or a `DeferredImage` of one of these.
+        limits: The largest picture; checked before it is decoded.
 
     Returns:
-        The picture in mode RGB; a Pillow image that is upright RGB already is returned without a copy.
+        The picture in mode RGB; an upright RGB Pillow image is returned without a copy.
 
     Raises:
         ImageError: The file is missing, empty, broken, truncated or not a picture; the picture has no pixel or
-            more than `MAX_PIXELS`, or its pixels are 32-bit numbers; the array has another shape or dtype.
+            is larger than `limits`, or its pixels are 32-bit numbers; the array has another shape or dtype.
     """
     given = "the picture passed in"
     if isinstance(source, DeferredImage):
         given, source = source.name, source.content()
     if isinstance(source, np.ndarray):
-        return _upright_rgb(_from_array(source), "the array passed in")
+        return _upright_rgb(_from_array(source), "the array passed in", limits)
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, "the picture passed in")
+        return _upright_rgb(source, "the picture passed in", limits)
     if isinstance(source, (bytes, bytearray)):
-        return _decode(io.BytesIO(source), len(source), given)
+        return _decode(io.BytesIO(source), len(source), given, limits)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"expected a path, bytes, a Pillow image or an array, got {type(source).__name__}")
     name = os.fspath(source)
     _check_file(name)
     try:
         with open(name, "rb") as file:
-            return _decode(file, os.fstat(file.fileno()).st_size, name)
+            return _decode(file, os.fstat(file.fileno()).st_size, name, limits)
     except OSError as error:
         raise ImageError(f"{name}: cannot be opened ({error.strerror or error})") from error
 
@@ -133,15 +135,15 @@ def _check_file(name: str) -> None:
     raise ImageError(f"{name}: no such file", "check the path")
 
 
-def _decode(file: Any, size: int, name: str) -> Image.Image:
+def _decode(file: Any, size: int, name: str, limits: Limits) -> Image.Image:
     if size == 0:
         raise ImageError(f"{name}: the file is empty", "save or copy the picture again")
     with _opened(file, name) as image:
-        return _upright_rgb(image, name)
+        return _upright_rgb(image, name, limits)
 
 
 def _opened(file: Any, name: str) -> Image.Image:
-    """Read a picture's header; Pillow's own bomb warning is made an error, as the limits are the same."""
+    """Read a picture's header; Pillow's own bomb warning is made an error."""
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -162,9 +164,9 @@ def _broken(name: str, error: Exception) -> ImageError:
     return ImageError(f"{name}: the picture is broken ({reason})", "save or copy the picture again")
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, limits: Limits) -> Image.Image:
     """Apply the EXIF orientation and convert to RGB, after a check of the size and before decoding."""
-    check_pixels(image.width, image.height, name)
+    check_pixels(image.width, image.height, name, limits, _MODE_BYTES.get(image.mode, 4))
     try:
         image.load()
         grey16 = None if image.mode == "RGB" else Grey16.of(image, name)
@@ -185,13 +187,30 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise _broken(name, error) from error
 
 
-def check_pixels(width: int, height: int, name: str) -> None:
-    """Raises ImageError if a picture of this size in pixels is too large to be decoded, or empty."""
+def check_pixels(width: int, height: int, name: str, limits: Limits = DEFAULT_LIMITS, pixel_bytes: int = 4) -> None:
+    """Checks the size of a picture before it is decoded.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        name: The picture's name, for the error.
+        limits: The largest picture.
+        pixel_bytes: Bytes of a decoded pixel.
+
+    Raises:
+        ImageError: The picture is empty or too large.
+    """
     if width < 1 or height < 1:
         raise ImageError(f"{name}: expected a picture with at least one pixel, got {width}×{height}")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    if width * height > limits.pixels or max(width, height) > limits.side:
         raise ImageError(
-            f"{name}: expected at most {MAX_PIXELS} pixels and at most {MAX_SIDE} a side, got {width}×{height}",
+            f"{name}: expected at most {limits.pixels} pixels and at most {limits.side} a side, got {width}×{height}",
+            "scale the picture down",
+        )
+    if width * height * pixel_bytes > limits.decoded_bytes:
+        raise ImageError(
+            f"{name}: expected a picture of at most {limits.decoded_bytes} bytes when it is decoded, "
+            f"got {width * height * pixel_bytes}",
             "scale the picture down",
         )
 
@@ -295,23 +314,23 @@ class Preprocessing:
         """The fields as a JSON object."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
-    def __call__(self, image: ImageSource) -> NDArray[np.float32]:
+    def __call__(self, image: ImageSource, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.float32]:
         """Pixel values of one picture.
 
         Args:
             image: A Pillow image, processed as transformers' processor does it (no EXIF turning; where it
                 has transparency, blended onto white); anything else goes through `load_image` first.
+            limits: The largest picture.
 
         Returns:
             float32 [3,H,W].
 
         Raises:
-            ImageError: The picture cannot be read, or is so thin that its resized form would exceed
-                `MAX_PIXELS`.
+            ImageError: The picture cannot be read, exceeds a limit, or is too thin to be resized.
         """
         if not isinstance(image, Image.Image):
-            image = load_image(image)
-        check_pixels(image.width, image.height, "the picture passed in")
+            image = load_image(image, limits)
+        check_pixels(image.width, image.height, "the picture passed in", limits)
         try:
             return self._pixels(_blend_on_white(image))
         except MemoryError as error:
@@ -334,13 +353,13 @@ class Preprocessing:
             np.take(self._table[channel], values[:, :, channel], out=pixels[channel], mode="clip")
         return pixels
 
-    def batch(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
+    def batch(self, images: Sequence[ImageSource], limits: Limits = DEFAULT_LIMITS) -> NDArray[np.float32]:
         """Preprocesses several pictures; returns their pixel values, float32 [B,3,H,W].
 
         Raises:
             ImageError: A picture cannot be decoded, there are no pictures, or their sizes after preprocessing differ.
         """
-        pixels = [self(image) for image in images]
+        pixels = [self(image, limits) for image in images]
         if not pixels:
             raise ImageError("expected at least one picture, got none")
         shapes = {array.shape for array in pixels}

@@ -16,18 +16,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from blip2edge.errors import ImageError, UsageError, one_line
+from blip2edge.limits import Limits
 from blip2edge.packages import require
 from blip2edge.reading import reading
-from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource, check_pixels
+from blip2edge.runtime.images.preprocess import DEFAULT_LIMITS, DeferredImage, ImageSource, check_pixels
 
 ItemSource = ImageSource | Sequence[ImageSource]
 """A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
 
 Channels = Literal["rgb", "bgr"]
 """Order of an array's channels; ``bgr`` is OpenCV's."""
-
-MAX_FRAMES = 1 << 20
-"""Most frames of a video that are counted: five hours at 60 a second."""
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 
@@ -70,12 +68,13 @@ def _content_in_rgb(item: DeferredImage, channels: Channels) -> Any:
     return in_rgb(item.content(), channels)
 
 
-def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
+def pictures_of(items: Sequence[ItemSource], frames: int, limits: Limits = DEFAULT_LIMITS) -> list[ImageSource]:
     """Lists the pictures of several items, item by item.
 
     Args:
         items: Videos as in :func:`load_frames`; single pictures if ``frames`` is 1.
         frames: Number of pictures that each item gives.
+        limits: Limits the frames of a video.
 
     Raises:
         ImageError: As in :func:`load_frames`.
@@ -88,7 +87,7 @@ def pictures_of(items: Sequence[ItemSource], frames: int) -> list[ImageSource]:
                     f"expected one picture, got a list of {len(item)}", "this model takes one picture for each prompt"
                 )
         return list(items)  # type: ignore[arg-type]  # preprocessing refuses what is no picture
-    return [picture for item in items for picture in load_frames(item, frames)]
+    return [picture for item in items for picture in load_frames(item, frames, limits)]
 
 
 def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
@@ -103,29 +102,31 @@ def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
     return groups  # type: ignore[return-value]  # preprocessing refuses what is no picture
 
 
-def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
+def load_frames(item: ItemSource, count: int, limits: Limits = DEFAULT_LIMITS) -> list[ImageSource]:
     """Loads evenly spaced frames of a video.
 
     Args:
         item: Pictures; an array ``[F, H, W, 3]`` uint8; a folder of frames, which are sorted by name with numbers
             compared as numbers; a video file; or one picture, which is repeated.
         count: How many frames to select.
+        limits: Limits the frames of the video.
 
     Returns:
         ``count`` pictures.
 
     Raises:
-        ImageError: There is no frame, the video cannot be read, or the package that reads videos is missing.
+        ImageError: There is no frame, there are too many, the video cannot be read, or the package that reads
+            videos is missing.
     """
     if isinstance(item, DeferredImage):
         content = item.content()
         if not isinstance(content, (bytes, bytearray)):
-            return load_frames(content, count)
+            return load_frames(content, count, limits)
         item = DeferredImage(item.name, lambda: content)  # read once for all frames
     if isinstance(item, (str, os.PathLike)):
         path = Path(item)
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-            return _from_video(path, count)
+            return _from_video(path, count, limits)
         frames: Sequence[ImageSource] = _from_folder(path) if path.is_dir() else [item]
     elif isinstance(item, (list, tuple)) or (isinstance(item, np.ndarray) and item.ndim == 4):
         frames = list(item)
@@ -133,7 +134,13 @@ def load_frames(item: ItemSource, count: int) -> list[ImageSource]:
         frames = [item]  # type: ignore[list-item]
     if not frames:
         raise ImageError("expected a video of at least one frame, got none")
+    _check_frames(len(frames), "the video", limits)
     return [frames[index] for index in chosen(len(frames), count)]
+
+
+def _check_frames(total: int, name: str, limits: Limits) -> None:
+    if total > limits.frames:
+        raise ImageError(f"{name}: expected at most {limits.frames} frames, got {total}", "use a shorter video")
 
 
 def _from_folder(folder: Path) -> list[ImageSource]:
@@ -148,7 +155,7 @@ def _by_number(name: str) -> list[Any]:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
-def _from_video(path: Path, count: int) -> list[ImageSource]:
+def _from_video(path: Path, count: int, limits: Limits) -> list[ImageSource]:
     av = require("av", f"{path}: reading a video", ImageError)
 
     def told(error: Exception) -> ImageError:  # also for an OSError: av's errors are some
@@ -158,8 +165,9 @@ def _from_video(path: Path, count: int) -> list[ImageSource]:
     with reading(path, "a video", ImageError, explain=told):
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            check_pixels(stream.width, stream.height, str(path))
-            total = min(stream.frames, MAX_FRAMES) or sum(1 for _ in islice(container.decode(video=0), MAX_FRAMES))
+            check_pixels(stream.width, stream.height, str(path), limits)
+            total = stream.frames or sum(1 for _ in islice(container.decode(video=0), limits.frames + 1))
+            _check_frames(total, str(path), limits)
         with av.open(str(path)) as container:
             found = _pick(container, set(chosen(total, count)))
     if not found:

@@ -14,6 +14,7 @@ from typing import Any
 from blip2edge.errors import (
     Blip2EdgeError,
     DeadlineError,
+    EngineFaultError,
     ImageError,
     OverloadError,
     PromptError,
@@ -48,6 +49,7 @@ class RequestError(UsageError):
 
 
 ERRORS: tuple[tuple[type[Exception], int, str, str], ...] = (
+    (EngineFaultError, 503, "server_error", "engine_restarting"),
     (OverloadError, 503, "server_error", "overloaded"),
     (DeadlineError, 504, "server_error", "deadline_exceeded"),
     (UsageError, 400, "invalid_request_error", "invalid_value"),
@@ -61,7 +63,9 @@ ERRORS: tuple[tuple[type[Exception], int, str, str], ...] = (
 def classified(error: Exception) -> tuple[int, str, str]:
     """Status, ``type`` and ``code`` of an error."""
     status, kind, code = next(row[1:] for row in ERRORS if isinstance(error, row[0]))
-    return (error.status, kind, error.code) if isinstance(error, RequestError) else (status, kind, code)
+    if isinstance(error, RequestError):
+        return error.status, "server_error" if error.status >= 500 else kind, error.code
+    return status, kind, code
 
 
 def error_json(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str, Any]:

@@ -1,18 +1,11 @@
 """``blip2edge serve``: captions over HTTP, as a Starlette application on one scheduler.
 
-| request | answer |
-|---|---|
-| ``GET /`` | a page that captions what the camera sees |
-| ``GET /health`` | 200 and the queue's load as JSON; 503 once the scheduler has failed |
-| ``GET /metrics`` | counters in the Prometheus text format |
-| ``GET /v1/models``, ``GET /v1/models/ID`` | the bundle, in OpenAI's format |
-| ``POST /v1/chat/completions`` | OpenAI's format (``openai_api.py``); with ``"stream": true`` server-sent events |
-| ``POST /caption?prompt=…`` | a picture, in one of the forms of ``picture_forms.py``; an object of ``caption --json`` |
-| ``POST /ask?question=…`` | the same with the bundle's question template |
+The routes are in ``openapi.py``, as data. A request passes ``RequestLog`` (id, log line, time), ``AccessControl`` (key,
+names, origins) and the routes. Its body is read by ``transfer.py``, and parsed in a thread beside the event loop.
 
 An error is ``{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}``; ``param`` is the wrong key of the
-request, or null. A closed connection cancels its request at the next step. A full queue is answered with 503, a missed
-deadline with 504.
+request, or null. A closed connection cancels its request at the next step. A full queue, and an engine that is being
+loaded again, are answered with 503; a missed deadline with 504.
 """
 
 from __future__ import annotations
@@ -20,127 +13,135 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import CancelledError
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope
 
-from blip2edge.errors import (
-    Blip2EdgeError,
-    ImageError,
-    OverloadError,
-    PromptError,
-    UsageError,
-    option,
-)
+from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
+from blip2edge.limits import ConnectionLimits, Limits
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request
+from blip2edge.runtime.captioning.request import CaptionResult
+from blip2edge.runtime.captioning.restart import Backoff, RestartingCaptioner
 from blip2edge.runtime.captioning.scheduler import Scheduler
-from blip2edge.runtime.decoding.options import shown
+from blip2edge.runtime.decoding.options import GenerationOptions, shown
 from blip2edge.runtime.serving.access import Access, AccessControl
 from blip2edge.runtime.serving.chat_keys import NAMES, RequestError, classified, error_json
+from blip2edge.runtime.serving.metrics import Metrics
 from blip2edge.runtime.serving.openai_api import Answer, event_lines, read_request
-from blip2edge.runtime.serving.picture_forms import (
-    FORM_TYPE,
-    MAX_BODY_BYTES,
-    media_type,
-    read_caption_request,
-)
-from blip2edge.runtime.text.prompt import PromptText
+from blip2edge.runtime.serving.openapi import CHAT, ENDPOINTS, document, route_name
+from blip2edge.runtime.serving.picture_forms import FORM_TYPE, JSON_TYPE, media_type, read_caption_request
+from blip2edge.runtime.serving.request_log import RequestLog
+from blip2edge.runtime.serving.transfer import BodyMemory, BodyShare, ClientGoneError, WaitingClient, read_body
+from blip2edge.runtime.text.prompt import Dialog, PromptText
 
 PAGE = Path(__file__).with_name("page.html")
-CHAT = "/v1/chat/completions"
-
-MAX_REQUEST_BEAMS = 8
-"""Limit of beams per request: every beam has its own KV cache."""
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
 """``code`` of the errors that are found before a route is called."""
 
+SHARE = "blip2edge.body_share"
+"""Key of the ASGI scope: the request's share of the memory for bodies."""
 
-class _ClientGone(Exception):  # noqa: N818 - control flow: no client is left to answer
-    """The client has closed the connection."""
 
-
-class Server(Collector):
+class Server:
     """The ASGI application of ``blip2edge serve``.
 
     Args:
         captioner: A loaded bundle.
+        load: Loads the bundle again if the engine is broken; None: a broken engine stays broken.
         max_batch, max_waiting: As of :class:`Scheduler`.
         deadline: Time limit in seconds for a caption, if the request gives none; None for no limit.
         access: Rules of access; None allows all clients except web pages of other origins.
+        limits: The largest request.
+        connections: Limits of bodies; those of connections are kept by ``connections.py``.
+        backoff: Waits between attempts to load the engine again.
+        log: Where the request log goes; None for nowhere.
     """
 
     def __init__(
         self,
         captioner: Captioner,
         *,
+        load: Callable[[], Captioner] | None = None,
         max_batch: int = 8,
         max_waiting: int = 64,
         deadline: float | None = None,
         access: Access | None = None,
+        limits: Limits | None = None,
+        connections: ConnectionLimits | None = None,
+        backoff: Backoff | None = None,
+        log: TextIO | None = None,
     ) -> None:
-        self.captioner = captioner
         self.model = captioner.bundle.path.resolve().name
-        self.deadline = deadline
-        self.scheduler: Scheduler = captioner.scheduler(max_batch=max_batch, max_waiting=max_waiting)
-        self.counts = {"done": 0, "failed": 0, "refused": 0, "cancelled": 0}
-        self.tokens = 0
-        self.stage_ms = dict.fromkeys(STAGES, 0.0)
+        self.deadline, self.limits = deadline, limits or Limits()
+        self.connections = connections or ConnectionLimits()
+        self.memory = BodyMemory(self.connections.memory_bytes)
+        self.metrics = Metrics(lambda: self.scheduler.load, lambda: self.engine.restarts, lambda: self.memory.used)
+        self.engine = RestartingCaptioner(
+            captioner,
+            load,
+            backoff or Backoff(),
+            max_batch=max_batch,
+            max_waiting=max_waiting,
+            trace=self.metrics.add_span,
+        )
         self._made = int((captioner.bundle.path / "bundle.json").stat().st_mtime)
-        self._metrics_registry = CollectorRegistry()
-        self._metrics_registry.register(self)
         handlers: dict[Any, Any] = {
             Blip2EdgeError: self._refused,
             HTTPException: self._no_route,
-            ClientDisconnect: self._gone,
-            _ClientGone: self._gone,
+            ClientGoneError: self._gone,
             Exception: self._failed,
         }
-        self._app = Starlette(
-            routes=[
-                Route("/", self._page),
-                Route("/health", self._health),
-                Route("/metrics", self._metrics),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._model),
-                Route(CHAT, self._chat, methods=["POST"]),
-                Route("/caption", self._caption, methods=["POST"]),
-                Route("/ask", self._ask, methods=["POST"]),
-            ],
+        app = Starlette(
+            routes=[Route(one.route, getattr(self, f"_{one.name}"), methods=[one.method]) for one in ENDPOINTS],
             exception_handlers=handlers,
             lifespan=self._lifespan,
         )
-        self._app.router.redirect_slashes = False
-        self._guarded = AccessControl(self._app, access or Access(), PAGE.read_text(encoding="utf-8"))
+        app.router.redirect_slashes = False
+        guarded = AccessControl(app, access or Access(), PAGE.read_text(encoding="utf-8"))
+        self._app = RequestLog(guarded, log, self._observe)
+
+    @property
+    def captioner(self) -> Captioner:
+        """The captioner in use."""
+        return self.engine.captioner
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler in use."""
+        return self.engine.scheduler
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Requests by their outcome."""
+        return self.metrics.counts
 
     def close(self) -> None:
         """Cancels all open requests."""
-        self.scheduler.close()
+        self.engine.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
         """One connection, by the ASGI specification, where ``headers`` may be missing."""
-        await self._guarded({"headers": [], **scope}, receive, send)
+        with self.memory.share() as share:
+            await self._app({"headers": [], **scope, SHARE: share}, receive, send)
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         yield
         self.close()
+
+    def _observe(self, method: str, path: str, status: int, seconds: float) -> None:
+        self.metrics.add_request(route_name(method, path), status, seconds)
 
     # Routes
 
@@ -148,13 +149,16 @@ class Server(Collector):
         return HTMLResponse(PAGE.read_bytes())
 
     async def _health(self, _request: HttpRequest) -> Response:
-        failed = self.scheduler.failed
-        body = {"status": "failed" if failed else "ok", "model": self.model, "load": self.scheduler.load}
-        return JSONResponse(body, 503 if failed else 200)
+        state = self.engine.state
+        body = {"status": state, "model": self.model, "load": self.scheduler.load}
+        return JSONResponse(body, 200) if state == "ok" else JSONResponse(body, 503, {"retry-after": "1"})
 
     async def _metrics(self, request: HttpRequest) -> Response:
-        encode, kind = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self._metrics_registry), headers={"content-type": kind})
+        content, kind = self.metrics.text(request.headers.get("accept", ""))
+        return Response(content, headers={"content-type": kind})
+
+    async def _openapi(self, _request: HttpRequest) -> Response:
+        return JSONResponse(document(self.limits))
 
     async def _models(self, _request: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
@@ -178,13 +182,16 @@ class Server(Collector):
         return await self._captioned(request, "question")
 
     async def _captioned(self, request: HttpRequest, text: str) -> Response:
-        wanted = await read_caption_request(await _body(request), request.headers, request.query_params, text)
+        self.engine.ready().check_room()
+        body = await self._body(request)
+        read = partial(read_caption_request, body, request.headers, request.query_params, text, self.limits)
+        wanted = await asyncio.to_thread(read) if media_type(request.headers) in (FORM_TYPE, JSON_TYPE) else read()
         prompt = wanted.text
         if text == "question":
             if prompt is None:
                 raise RequestError("the question is missing", "send one", field=text, code="missing_required_parameter")
             prompt = self.captioner.prompts.question(prompt)
-        async with _Client(request.receive) as client:
+        async with WaitingClient(request.receive) as client:
             self._submit(client, wanted.pictures, prompt, wanted.options, wanted.deadline)
             return JSONResponse((await self._finished(client)).to_json())
 
@@ -197,11 +204,13 @@ class Server(Collector):
                 code="unsupported_media_type",
                 status=415,
             )
-        wanted = read_request(await _body(request), self.captioner.prompts.spec)
+        self.engine.ready().check_room()
+        body = await self._body(request)
+        wanted = await asyncio.to_thread(read_request, body, self.captioner.prompts.spec, self.limits)
         request.state.names = wanted.names
         prompt = self.captioner.prompts.question(str(wanted.prompt)) if wanted.ask else wanted.prompt
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self.model, wanted.include_usage)
-        client = _Client(request.receive)
+        client = WaitingClient(request.receive)
         submit = partial(self._submit, client, wanted.images, prompt, wanted.options, wanted.deadline)
         if not wanted.stream:
             async with client:
@@ -216,40 +225,65 @@ class Server(Collector):
 
     def _submit(
         self,
-        client: _Client,
+        client: WaitingClient,
         pictures: tuple[bytes, ...],
         prompt: PromptText | None,
         options: Mapping[str, Any],
         deadline: float | None,
     ) -> None:
-        beams, stop = options.get("num_beams"), options.get("stop")
-        if isinstance(beams, int) and beams > MAX_REQUEST_BEAMS:
-            raise UsageError(f"expected {option('num_beams')} of at most {MAX_REQUEST_BEAMS}, got {shown(beams)}")
+        scheduler = self.engine.ready()
+        self._check_limits(pictures, prompt, options)
+        stop = options.get("stop")
         if isinstance(stop, list):  # besides those of the bundle's template
             options = {**options, "stop": [*self.captioner.options().stop, *stop]}
-        client.caption = self.scheduler.submit(
+        client.caption = scheduler.submit(
             pictures[0] if len(pictures) == 1 else list(pictures),
-            self.captioner.options(**options),
+            self._limited(self.captioner.options(**options)),
             prompt=prompt,
             deadline=self.deadline if deadline is None else deadline,
             wait=False,
             on_piece=client.put,
         )
 
-    async def _finished(self, client: _Client) -> CaptionResult:
+    def _check_limits(self, pictures: tuple[bytes, ...], prompt: PromptText | None, options: Mapping[str, Any]) -> None:
+        limits = self.limits
+        for name, most in (("num_beams", limits.beams), ("max_new_tokens", limits.new_tokens)):
+            value = options.get(name)
+            if isinstance(value, int) and value > most:
+                raise UsageError(f"expected {option(name)} of at most {most}, got {shown(value)}")
+        if len(pictures) > limits.pictures:
+            raise RequestError(f"expected at most {limits.pictures} pictures, got {len(pictures)}", "send fewer")
+        length = sum(map(len, prompt.texts if isinstance(prompt, Dialog) else [prompt or ""]))
+        if length > limits.prompt_chars:
+            raise PromptError(
+                f"expected a prompt of at most {limits.prompt_chars} characters, got {length}", "shorten the prompt"
+            )
+
+    def _limited(self, options: GenerationOptions) -> GenerationOptions:
+        """Limits the length that the bundle or ``min_new_tokens`` gives."""
+        most = self.limits.new_tokens
+        if options.max_new_tokens <= most:
+            return options
+        return replace(options, max_new_tokens=most, min_new_tokens=min(options.min_new_tokens, most))
+
+    async def _body(self, request: HttpRequest) -> bytes:
+        share: BodyShare = request.scope[SHARE]
+        return await read_body(request.headers, request.receive, share, self.limits.body_bytes, self.connections)
+
+    async def _finished(self, client: WaitingClient) -> CaptionResult:
         while await client.next() is not None:
             pass
         return self._counted(client)
 
     async def _chunks(
-        self, client: _Client, submit: Callable[[], None], answer: Answer, names: Mapping[str, str]
+        self, client: WaitingClient, submit: Callable[[], None], answer: Answer, names: Mapping[str, str]
     ) -> AsyncGenerator[dict[str, Any]]:
         """The chunks of a streamed answer. A late error is an object as well, and the last one."""
         async with client:
             submit()
             piece = await client.next()
             if piece is None:
-                _outcome(client)
+                client.outcome()
             outcome = "cancelled"
             try:
                 yield answer.chunk({"role": "assistant", "content": ""})
@@ -264,35 +298,20 @@ class Server(Collector):
                     yield answer.usage_chunk(result)
             except Blip2EdgeError as error:
                 yield error_json(error, names)
-            except _ClientGone:
+            except ClientGoneError:
                 pass
             finally:
                 if outcome:
                     self.counts[outcome] += 1
 
-    def _counted(self, client: _Client) -> CaptionResult:
-        result = _outcome(client)
-        self.counts["done"] += 1
-        self.tokens += result.new_tokens
-        for stage in STAGES:
-            self.stage_ms[stage] += result.timings_ms[stage]
+    def _counted(self, client: WaitingClient) -> CaptionResult:
+        result = client.outcome()
+        self.metrics.add_caption(client.caption)
+        self.engine.succeeded()
         return result
 
     def _described(self) -> dict[str, Any]:
         return {"id": self.model, "object": "model", "created": self._made, "owned_by": "blip2edge"}
-
-    def collect(self) -> Iterator[Metric]:
-        """The metrics, as ``prometheus_client`` reads them."""
-        requests = CounterMetricFamily("blip2edge_requests", "Requests by their outcome", labels=["outcome"])
-        for outcome, count in self.counts.items():
-            requests.add_metric([outcome], count)
-        seconds = CounterMetricFamily("blip2edge_stage_seconds", "Seconds of each stage", labels=["stage"])
-        for stage, ms in self.stage_ms.items():
-            seconds.add_metric([stage], ms / 1e3)
-        load = GaugeMetricFamily("blip2edge_load", "Requests in each queue", labels=["where"])
-        for where, count in self.scheduler.load.items():
-            load.add_metric([where], count)
-        yield from (requests, CounterMetricFamily("blip2edge_tokens", "Generated tokens", self.tokens), seconds, load)
 
     # Errors
 
@@ -321,79 +340,3 @@ class Server(Collector):
 
     async def _gone(self, _request: HttpRequest, _error: Exception) -> None:
         self.counts["cancelled"] += 1
-
-
-class _Client:
-    """A waiting client: takes pieces of text from the scheduler's threads, and notices a closed connection.
-
-    At the end of the ``async with`` block, its caption is canceled if it is not finished.
-
-    Attributes:
-        caption: The request, once it is submitted.
-    """
-
-    caption: Request
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
-
-    async def __aenter__(self) -> _Client:  # noqa: PYI034 - typing.Self is of Python 3.11
-        self._gone = asyncio.ensure_future(self._disconnected())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._gone.cancel()
-        if hasattr(self, "caption"):
-            self.caption.cancel()
-
-    async def _disconnected(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-
-    def put(self, piece: str | None) -> None:
-        """Adds a piece; may be called from any thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-
-    async def next(self) -> str | None:
-        """The next piece, or None after the last; raises _ClientGone where the connection is closed.
-
-        A deadline ends the wait when it passes, in whichever queue the request is.
-        """
-        pending = asyncio.ensure_future(self._pieces.get())
-        try:
-            while not pending.done():
-                left = None
-                if self.caption.expires is not None and not self.caption.over:  # its end is already queued otherwise
-                    left = max(0.0, self.caption.expires - time.monotonic())
-                await asyncio.wait({self._gone, pending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if self._gone.done() and not pending.done():
-                    raise _ClientGone
-            return pending.result()
-        finally:
-            pending.cancel()
-
-
-def _outcome(client: _Client) -> CaptionResult:
-    """The result of a finished caption."""
-    try:
-        return client.caption.result(0)
-    except CancelledError as error:  # the server is closing
-        raise OverloadError("the server is closing", "try again later") from error
-
-
-async def _body(request: HttpRequest) -> bytes:
-    """A request's body."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(
-                f"expected at most {MAX_BODY_BYTES} bytes, got more",
-                "scale the picture down",
-                code="request_too_large",
-                status=413,
-            )
-    return bytes(body)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2edge.bundle.schema import INTERLEAVED, MARKERS, PromptSpec
+from blip2edge.limits import Limits
 from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import (
@@ -25,7 +26,8 @@ from blip2edge.runtime.serving.chat_keys import (
     generation_options,
     is_same,
 )
-from blip2edge.runtime.serving.picture_forms import json_object, picture_bytes
+from blip2edge.runtime.serving.json_bodies import DEFAULT_LIMITS, json_object
+from blip2edge.runtime.serving.picture_forms import picture_bytes
 from blip2edge.runtime.text.prompt import Dialog
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -94,17 +96,18 @@ class Message:
         return [part for part in self.parts if isinstance(part, bytes)]
 
 
-def read_request(body: bytes, spec: PromptSpec | None = None) -> ChatRequest:
+def read_request(body: bytes, spec: PromptSpec | None = None, limits: Limits = DEFAULT_LIMITS) -> ChatRequest:
     """Reads a request's JSON.
 
     Args:
         body: The request's body.
         spec: The bundle's prompt; None for one that has a place for one user message only.
+        limits: Limits of the JSON.
 
     Raises:
         RequestError: It is no JSON object, has no picture, or has an unknown key or a value that cannot be honored.
     """
-    values = json_object(body)
+    values = json_object(body, limits)
     check_chat_keys(values)
     options, names = generation_options(values)
     for name in ("stream", "ask"):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
@@ -19,11 +20,10 @@ from urllib.parse import unquote_to_bytes
 from starlette.datastructures import FormData, Headers, QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from blip2edge.errors import one_line
+from blip2edge.limits import Limits
 from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import FORM_OPTIONS, RequestError, check_seconds, check_type
-
-MAX_BODY_BYTES = 32 << 20  # of a request's body
+from blip2edge.runtime.serving.json_bodies import DEFAULT_LIMITS, check_structure, json_object
 
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 FILE_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -46,36 +46,6 @@ _WHITE = re.compile(r"[\t\n\f\r ]+")
 def media_type(headers: Headers) -> str:
     """A body's type in lower case, without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """A body's JSON object.
-
-    Raises:
-        RequestError: It is none, or a key is in it twice.
-    """
-    try:
-        values = json.loads(body, parse_constant=_no_number, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(
-            f"expected a JSON object, got what cannot be parsed ({one_line(error)})", code="invalid_json"
-        ) from error
-    if not isinstance(values, dict):
-        raise RequestError(f"expected a JSON object, got {type(values).__name__}", code="invalid_json")
-    return values
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} is given twice")
-    return values
 
 
 def picture_bytes(url: Any, field: str) -> bytes:
@@ -133,14 +103,17 @@ class CaptionRequest:
     deadline: float | None
 
 
-async def read_caption_request(body: bytes, headers: Headers, query: QueryParams, text: str) -> CaptionRequest:
-    """Reads a request in one of the three forms.
+def read_caption_request(
+    body: bytes, headers: Headers, query: QueryParams, text: str, limits: Limits = DEFAULT_LIMITS
+) -> CaptionRequest:
+    """Reads a request in one of the three forms; to be called in a thread that runs no event loop.
 
     Args:
         body: The body.
         headers: Of the request.
         query: Of the URL.
         text: ``prompt`` or ``question``.
+        limits: Limits of a JSON body.
 
     Raises:
         RequestError: The body's type is another, there is no picture, or an option is unknown or given twice.
@@ -149,9 +122,9 @@ async def read_caption_request(body: bytes, headers: Headers, query: QueryParams
     given = [(name, _value(name, value)) for name, value in query.multi_items()]
     pictures: list[bytes] = []
     if kind == FORM_TYPE:
-        await _read_form(body, headers, pictures, given)
+        asyncio.run(_read_form(body, headers, pictures, given))
     elif kind == JSON_TYPE:
-        values = json_object(body)
+        values = json_object(body, limits)
         urls = values.pop("image", None)
         pictures += [picture_bytes(url, "image") for url in (urls if isinstance(urls, list) else [urls])]
         given += values.items()
@@ -186,7 +159,7 @@ async def read_caption_request(body: bytes, headers: Headers, query: QueryParams
 class _FormParser(MultiPartParser):
     """Parses a form in memory; a form without its end is an error."""
 
-    spool_max_size = MAX_BODY_BYTES
+    spool_max_size = 1 << 40  # never to a file
     ended = False
 
     def on_end(self) -> None:
@@ -248,8 +221,9 @@ def _value(name: str, text: str) -> Any:
     if name in TEXT_OPTIONS:
         return text
     try:
+        check_structure(text, depth=2, nodes=200)
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RequestError):
         return text
 
 

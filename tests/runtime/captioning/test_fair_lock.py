@@ -11,8 +11,8 @@ import pytest
 
 from blip2edge.runtime.backends.probe import cores
 from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.request import Span
-from blip2edge.runtime.captioning.scheduler import FairLock
 from tests.drawing import draw_pictures
 
 

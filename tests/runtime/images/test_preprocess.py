@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from blip2edge.errors import BundleError, CheckpointError, ImageError
-from blip2edge.runtime.images import preprocess
+from blip2edge.limits import Limits
 from blip2edge.runtime.images.preprocess import Preprocessing, load_image
 
 pytest.importorskip("transformers", reason="the oracle is transformers")
@@ -263,16 +263,20 @@ def test_bad_objects() -> None:
         Preprocessing()(Image.new("RGB", (0, 4)))
 
 
-def test_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_limits() -> None:
     with pytest.raises(ImageError, match="65535 a side"):
         load_image(Image.new("RGB", (1, 70_000)))
     thin = Image.new("RGB", (1, 60_000))
     with pytest.raises(ImageError, match="too thin"):
         Preprocessing(size={"shortest_edge": 1224})(thin)
-    monkeypatch.setattr(preprocess, "MAX_PIXELS", HEIGHT * WIDTH)
-    load_image(picture())
+    limits = Limits(pixels=HEIGHT * WIDTH)
+    load_image(picture(), limits)
     with pytest.raises(ImageError, match="at most 1961 pixels"):
-        load_image(picture(3, HEIGHT + 1))
+        load_image(picture(3, HEIGHT + 1), limits)
+    with pytest.raises(ImageError, match="at most 30 a side"):
+        load_image(picture(), Limits(side=30))
+    with pytest.raises(ImageError, match="at most 7843 bytes when it is decoded, got 7844"):
+        load_image(picture(), Limits(decoded_bytes=4 * HEIGHT * WIDTH - 1))
 
 
 @pytest.mark.parametrize(

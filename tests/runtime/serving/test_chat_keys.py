@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
 from blip2edge.bundle.schema import INTERLEAVED, PromptSpec
+from blip2edge.limits import limit_table
 from blip2edge.runtime.serving.chat_keys import BY_NAME, KEYS, RequestError, key_table
 from blip2edge.runtime.serving.openai_api import MESSAGE_KEYS, ChatRequest, read_request
 from blip2edge.runtime.serving.picture_forms import picture_bytes
@@ -341,4 +342,6 @@ def test_what_is_no_data_url(url: Any, told: str) -> None:
 
 
 def test_the_table_in_the_docs_is_that_of_the_code() -> None:
-    assert key_table() in DOCS.read_text(encoding="utf-8"), "run: make docs"
+    page = DOCS.read_text(encoding="utf-8")
+    assert key_table() in page, "run: make docs"
+    assert limit_table() in page, "run: make docs"

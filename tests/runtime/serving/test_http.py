@@ -17,9 +17,9 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.errors import BackendError, OverloadError
+from blip2edge.limits import Limits
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch
-from blip2edge.runtime.serving import http as server_module
 from blip2edge.runtime.serving.http import Server
 from tests.drawing import draw_pictures
 from tests.http_calls import ask, call, chat, got, png_file
@@ -166,7 +166,7 @@ def test_other_statuses(server: Server, png: bytes, monkeypatch: pytest.MonkeyPa
         body = chat(png, stream=streamed, deadline_s=1e-6)
         assert "deadline" in got(ask(server, "POST", "/v1/chat/completions", body), 504).error
     with monkeypatch.context() as small:
-        small.setattr(server_module, "MAX_BODY_BYTES", 100)
+        small.setattr(server, "limits", Limits(body_bytes=100))
         got(ask(server, "POST", "/caption", png), 413)
 
     def full(*_: Any, **__: Any) -> Any:
@@ -216,12 +216,21 @@ def test_metrics_are_those_of_the_prometheus_format(server: Server, png: bytes) 
     answer = got(ask(server, "GET", "/metrics"))
     families = {family.name: family for family in parser.text_string_to_metric_families(answer.body.decode())}
     names = {sample.name for family in families.values() for sample in family.samples}
-    assert names == {
+    assert {name for name in names if not name.endswith(("_bucket", "_sum", "_count"))} == {
         "blip2edge_requests_total",
         "blip2edge_tokens_total",
         "blip2edge_stage_seconds_total",
         "blip2edge_load",
+        "blip2edge_engine_restarts_total",
+        "blip2edge_connections",
+        "blip2edge_body_bytes",
     }
+    for family in ("queue_seconds", "first_token_seconds", "caption_tokens"):
+        values = {sample.name: sample.value for sample in families[f"blip2edge_{family}"].samples}
+        assert values[f"blip2edge_{family}_count"] == 1
+    (answered,) = [one for one in families["blip2edge_request_seconds"].samples if one.name.endswith("_count")]
+    assert answered.labels == {"route": "/caption", "status": "200"}
+    assert {one.labels["stage"] for one in families["blip2edge_batch_rows"].samples} == {"vision", "prefill", "decode"}
     seconds = {sample.labels["stage"]: sample.value for sample in families["blip2edge_stage_seconds"].samples}
     assert seconds["vision"] > 0
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")

@@ -1,0 +1,271 @@
+"""A server at twice its capacity for minutes, and many captions through one scheduler: statuses, times, memory, files.
+
+    python benchmarks/soak.py overload BUNDLE --minutes 10 --json benchmarks/results/soak.json
+    python benchmarks/soak.py endurance BUNDLE --captions 100000 --json benchmarks/results/endurance.json
+
+*overload* starts `blip2edge serve`, measures how many captions per second it gives to 16 clients that wait for their
+answers, and then sends requests at twice that rate, whether answers come or not. Each request has its own connection.
+Expected: only the statuses 200, 429 and 503; the time of an answer is bounded by the length of the queue; resident
+memory and open files of the server are the same at the beginning and at the end.
+
+*endurance* captions pictures with one `Captioner` and one scheduler in this process. Expected: flat memory and files.
+
+The machine should do nothing else. Exit status 1 if one of the expectations is not met.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+from reporting import cpu_model, parser_of, write_json
+
+from blip2edge.runtime.captioning.captioner import Captioner
+
+ALLOWED = {200, 429, 503}
+GROWTH = 0.05  # of resident memory, from a quarter of the time to the end
+MOST_IN_FLIGHT = 800  # requests of the client, below the server's limit of connections
+TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running `blip2edge serve`."""
+
+    process: subprocess.Popen[str]
+    address: str
+
+    def answers(self) -> dict[str, int]:
+        """Answers by status, of all routes, by the server's own metrics."""
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=60) as answer:
+            text = answer.read().decode()
+        counts: Counter[str] = Counter()
+        for status, count in re.findall(r'blip2edge_request_seconds_count\{.*?status="(\d+)"\} ([\d.e+]+)', text):
+            counts[status] += int(float(count))
+        return dict(sorted(counts.items()))
+
+    def state(self) -> dict[str, int]:
+        """Resident memory in bytes and open files of the server."""
+        return process_state(self.process.pid)
+
+
+def process_state(number: int) -> dict[str, int]:
+    """Resident memory in bytes, open files and threads of a process."""
+    pages = int(Path(f"/proc/{number}/statm").read_text().split()[1])
+    files, threads = os.listdir(f"/proc/{number}/fd"), os.listdir(f"/proc/{number}/task")
+    return {"resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "files": len(files), "threads": len(threads)}
+
+
+@contextmanager
+def served(bundle: Path, *words: str) -> Iterator[Service]:
+    """Starts the server on a free port; ends it at the end of the block."""
+    command = [sys.executable, "-m", "blip2edge", "serve", str(bundle), "--port", "0", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().strip()
+            if not address:
+                raise SystemExit("the server did not start")
+            yield Service(process, address)
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def picture() -> bytes:
+    """A picture of noise, as a JPEG file."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize((320, 240)).save(file, "JPEG")
+    return file.getvalue()
+
+
+async def post(host: str, port: int, request: bytes) -> int:
+    """Sends one request on a connection of its own; returns the status, or 0 for a connection without an answer."""
+    try:
+        reader, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return 0
+    try:
+        writer.write(request)
+        await writer.drain()
+        answer = await reader.read()
+        return int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else 0
+    except OSError:
+        return 0
+    finally:
+        writer.close()
+
+
+async def capacity(host: str, port: int, request: bytes, clients: int, seconds: float) -> float:
+    """Captions per second that the server gives to clients that wait for each answer."""
+    done = 0
+    end = time.perf_counter() + seconds
+
+    async def client() -> None:
+        nonlocal done
+        while time.perf_counter() < end:
+            status = await post(host, port, request)
+            done += status == 200
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return done / seconds
+
+
+async def overload(
+    service: Service, request: bytes, rate: float, seconds: float
+) -> tuple[dict[int, list[float]], list[dict[str, Any]], int]:
+    """Sends requests at a rate.
+
+    Returns:
+        Seconds of the answers by status, samples of the server, and the number of requests that were left out because
+        too many were unanswered.
+    """
+    host, port = urlsplit(service.address).hostname or "", urlsplit(service.address).port or 0
+    times: dict[int, list[float]] = {}
+    samples: list[dict[str, Any]] = []
+    flying: set[asyncio.Task[None]] = set()
+    left_out, start = 0, time.perf_counter()
+
+    async def one() -> None:
+        began = time.perf_counter()
+        status = await post(host, port, request)
+        times.setdefault(status, []).append(time.perf_counter() - began)
+
+    due = start
+    while due < start + seconds:
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        if time.perf_counter() - start >= len(samples) * seconds / 20:
+            samples.append({"s": round(time.perf_counter() - start, 1), **service.state()})
+        if len(flying) < MOST_IN_FLIGHT:
+            task = asyncio.create_task(one())
+            flying.add(task)
+            task.add_done_callback(flying.discard)
+        else:
+            left_out += 1
+        due += 1 / rate
+    await asyncio.gather(*flying)
+    return times, samples, left_out
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, 99 % and longest, in milliseconds."""
+    return {
+        "count": len(values),
+        "p50_ms": round(float(np.quantile(values, 0.5)) * 1e3, 1),
+        "p99_ms": round(float(np.quantile(values, 0.99)) * 1e3, 1),
+        "longest_ms": round(max(values) * 1e3, 1),
+    }
+
+
+def growth(samples: list[dict[str, Any]]) -> float:
+    """Growth of resident memory from a quarter of the time to the end, as a share."""
+    first = samples[len(samples) // 4]["resident_bytes"]
+    return float(samples[-1]["resident_bytes"] / first - 1)
+
+
+async def run_overload(bundle: Path, minutes: float, measured_s: float, words: list[str]) -> dict[str, Any]:
+    content = picture()
+    head = f"POST /caption?max_new_tokens={TOKENS}&min_new_tokens={TOKENS} HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Type: image/jpeg\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    request = head.encode() + content
+    with served(bundle, *words) as service:
+        host, port = urlsplit(service.address).hostname or "", urlsplit(service.address).port or 0
+        await capacity(host, port, request, 16, measured_s / 4)  # warm-up
+        most = await capacity(host, port, request, 16, measured_s)
+        start = service.state()
+        times, samples, left_out = await overload(service, request, 2 * most, 60 * minutes)
+        await asyncio.sleep(6)  # idle connections are closed after 5 s
+        samples.append({"s": round(60 * minutes + 6, 1), **service.state()})
+        health = json.load(urllib.request.urlopen(f"{service.address}/health", timeout=60))
+        end = service.state()
+    statuses = {str(status): quantiles(values) for status, values in sorted(times.items())}
+    accepted = len(times.get(200, []))
+    return {
+        "minutes": minutes,
+        "captions_per_s_at_capacity": round(most, 2),
+        "requests_per_s": round(sum(map(len, times.values())) / (60 * minutes), 2),
+        "captions_per_s": round(accepted / (60 * minutes), 2),
+        "answers": statuses,
+        "not_sent": left_out,
+        "load_at_the_end": health["load"],
+        "start": start,
+        "end": end,
+        "memory_growth": round(growth(samples), 4),
+        "samples": samples,
+        "held": times.keys() <= ALLOWED and growth(samples) <= GROWTH and end["files"] <= start["files"] + 5,
+    }
+
+
+def run_endurance(bundle: Path, captions: int) -> dict[str, Any]:
+    """Captions pictures through one scheduler; a window of 32 requests is open at any time."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(16)]
+    samples: list[dict[str, Any]] = []
+    start, texts = time.perf_counter(), set()
+    with Captioner.load(bundle) as captioner, captioner.scheduler(max_batch=8) as scheduler:
+        options = captioner.options(max_new_tokens=TOKENS)
+        flying: deque[Any] = deque()
+        for number in range(captions):
+            if number * 20 >= len(samples) * captions:
+                samples.append({"captions": number, **process_state(os.getpid())})
+            if len(flying) == 32:
+                texts.add(flying.popleft().result().text)
+            flying.append(scheduler.submit(pictures[number % 16], options))
+        while flying:
+            texts.add(flying.popleft().result().text)
+        samples.append({"captions": captions, **process_state(os.getpid())})
+        left = {**scheduler.load, "open": len(scheduler._open)}
+    seconds = time.perf_counter() - start
+    first = samples[len(samples) // 4]
+    return {
+        "captions": captions,
+        "captions_per_s": round(captions / seconds, 2),
+        "different_texts": len(texts),
+        "left_in_queues": left,
+        "memory_growth": round(growth(samples), 4),
+        "samples": samples,
+        "held": growth(samples) <= GROWTH and samples[-1]["files"] <= first["files"] and not any(left.values()),
+    }
+
+
+def main() -> int:
+    """Runs one of the two and writes the results."""
+    parser = parser_of(__doc__)
+    parser.add_argument("kind", choices=("overload", "endurance"))
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--captions", type=int, default=100_000)
+    parser.add_argument("--measured-s", type=float, default=20.0, help="time in which the capacity is measured")
+    parser.add_argument("--serve", nargs="...", default=[], help="further flags of `blip2edge serve`")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.kind == "overload":
+        record = asyncio.run(run_overload(options.bundle, options.minutes, options.measured_s, options.serve))
+    else:
+        record = run_endurance(options.bundle, options.captions)
+    record = {"kind": options.kind, "processor": cpu_model(), "cores": os.cpu_count(), **record}
+    print(json.dumps({name: value for name, value in record.items() if name != "samples"}, indent=1))
+    if options.json:
+        write_json(options.json, record)
+    return 0 if record["held"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Decides whether an exception was caused by one request or by the engine.
+
+After an exception of an unexpected kind, a small picture that is known to be good is captioned in a batch of its own.
+If that works, only the requests of the failed batch fail. If it fails too, the engine is broken.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from blip2edge.errors import BackendError, Blip2EdgeError, EngineError, EngineFaultError
+from blip2edge.runtime.captioning.request import CaptionResult, Request
+from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.text.prompt import PromptText
+
+
+@dataclass(frozen=True)
+class KnownGoodRequest:
+    """A request that works on a healthy engine.
+
+    Attributes:
+        options: How to generate: two tokens are enough to run every graph.
+        prompt: A prompt that the model accepts.
+        image: A grey picture.
+    """
+
+    options: GenerationOptions
+    prompt: PromptText | None = None
+    image: Image.Image = field(default_factory=lambda: Image.new("RGB", (32, 32), (128, 128, 128)))
+
+    def request(self, number: int) -> Request:
+        """Makes the request."""
+        return Request(self.image, self.prompt, self.options, number, None, separate=True)
+
+
+def may_be_engine_fault(error: BaseException) -> bool:
+    """Whether an exception may come from the engine: all but the errors that the request explains."""
+    return isinstance(error, (BackendError, EngineError)) or not isinstance(error, Blip2EdgeError)
+
+
+class EngineCheck:
+    """Holds failed requests until a request that is known to be good has shown whether the engine works.
+
+    Args:
+        known_good: That request; None: exceptions fail their requests at once.
+        push_front: Puts it at the front of the queue.
+        broken: Called with an EngineFaultError, whose cause is its error, if it fails.
+    """
+
+    def __init__(
+        self,
+        known_good: KnownGoodRequest | None,
+        push_front: Callable[[KnownGoodRequest], Request],
+        broken: Callable[[BaseException], None],
+    ) -> None:
+        self._known_good, self._push_front, self._broken = known_good, push_front, broken
+        self._lock = threading.RLock()
+        self._held: list[tuple[Request, BaseException]] = []
+        self._test: Request | None = None
+
+    def fail(self, requests: list[Request], error: BaseException) -> None:
+        """Fails requests: at once, or after the engine is checked if ``error`` may come from it."""
+        if self._known_good is None or self._test in requests or not may_be_engine_fault(error):
+            for request in requests:
+                request.fail(error)
+            return
+        with self._lock:
+            self._held += [(request, error) for request in requests]
+            if self._test is not None:
+                return
+            self._test = self._push_front(self._known_good)
+            self._test.future.add_done_callback(self._judge)
+
+    def _judge(self, done: Future[CaptionResult]) -> None:
+        """Fails the held requests with their own errors if the test request worked; else reports the engine."""
+        with self._lock:
+            held, self._held, self._test = self._held, [], None
+        problem = None if done.cancelled() else done.exception()
+        for request, error in held:
+            request.fail(error if problem is None else EngineFaultError())
+        if problem is not None:
+            fault = EngineFaultError()
+            fault.__cause__ = problem
+            self._broken(fault)

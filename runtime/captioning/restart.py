@@ -1,0 +1,147 @@
+"""A captioner with its scheduler that is loaded again when the engine is broken."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from blip2edge.bundle.schema import INTERLEAVED
+from blip2edge.errors import EngineFaultError, one_line
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
+from blip2edge.runtime.captioning.scheduler import Scheduler
+from blip2edge.runtime.decoding.options import GenerationOptions
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 120.0
+"""Seconds for the caption that shows that a loaded engine works."""
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """How long to wait before the engine is loaded again: 1, 2, 4 … 60 s by default.
+
+    Attributes:
+        first_s: Seconds before the first attempt; each further one waits twice as long.
+        most_s: Longest wait in seconds.
+        attempts: Attempts in a row without a caption in between, after which the captioner gives up.
+    """
+
+    first_s: float = 1.0
+    most_s: float = 60.0
+    attempts: int = 8
+
+    def seconds(self, attempt: int) -> float:
+        """The wait before an attempt; the first one has the number 0."""
+        return min(self.first_s * 2.0**attempt, self.most_s)
+
+
+class RestartingCaptioner:
+    """A captioner and its scheduler; both are replaced when the scheduler finds the engine broken.
+
+    Args:
+        captioner: A loaded bundle.
+        load: Loads the bundle again; None: a broken engine stays broken.
+        backoff: Waits between attempts.
+        **scheduling: Arguments of ``Captioner.scheduler``.
+
+    Attributes:
+        captioner, scheduler: Those in use; a new pair after each restart.
+        state: ``ok``, ``restarting``, or ``failed`` after the last attempt.
+        restarts: How often the engine was loaded again.
+        problem: The last error of the engine in one line; empty if there was none.
+        gave_up: Called once if the state becomes ``failed``.
+    """
+
+    def __init__(
+        self, captioner: Captioner, load: Callable[[], Captioner] | None, backoff: Backoff, **scheduling: Any
+    ) -> None:
+        self._load, self._backoff, self._scheduling = load, backoff, scheduling
+        self._closed = threading.Event()
+        self._faults = 0  # in a row, without a caption in between
+        self._thread: threading.Thread | None = None
+        self.state, self.restarts, self.problem = "ok", 0, ""
+        self.gave_up: Callable[[], None] = lambda: None
+        self.captioner, self.scheduler = captioner, self._scheduled(captioner)
+
+    def _scheduled(self, captioner: Captioner) -> Scheduler:
+        return captioner.scheduler(
+            known_good=None if self._load is None else known_good(captioner),
+            on_failure=self._failed,
+            **self._scheduling,
+        )
+
+    def ready(self) -> Scheduler:
+        """The scheduler.
+
+        Raises:
+            EngineFaultError: The engine is being loaded again.
+        """
+        if self.state == "restarting":
+            raise EngineFaultError
+        return self.scheduler
+
+    def succeeded(self) -> None:
+        """Resets the count of faults in a row: the engine has made a caption."""
+        self._faults = 0
+
+    def close(self) -> None:
+        """Cancels open requests and ends a restart."""
+        self._closed.set()
+        self.scheduler.close()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _failed(self, error: BaseException) -> None:
+        """Begins a restart; called by a thread of the scheduler, which has closed itself."""
+        cause = error.__cause__ if isinstance(error, EngineFaultError) and error.__cause__ is not None else error
+        self.problem = f"{type(cause).__name__}: {one_line(cause)}"
+        if self._load is None:
+            self.state = "failed"
+            return
+        self.state = "restarting"
+        log.warning("the engine failed (%s); it is loaded again", self.problem)
+        self._thread = threading.Thread(target=self._restart, args=(self._load,), name="blip2edge-restart", daemon=True)
+        self._thread.start()
+
+    def _restart(self, load: Callable[[], Captioner]) -> None:
+        self.scheduler.close()
+        self.captioner.close()
+        while self._faults < self._backoff.attempts:
+            self._faults += 1
+            if self._closed.wait(self._backoff.seconds(self._faults - 1)):
+                return
+            try:
+                self._replace(load())
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may succeed
+                self.problem = f"{type(error).__name__}: {one_line(error)}"
+                log.warning("the engine could not be loaded (%s)", self.problem)
+                continue
+            self.restarts += 1
+            self.state = "ok"
+            log.warning("the engine is loaded again")
+            return
+        self.state = "failed"
+        self.gave_up()
+
+    def _replace(self, captioner: Captioner) -> None:
+        """Makes a captioner the one in use, after it has captioned a picture."""
+        try:
+            test = known_good(captioner)
+            with captioner.scheduler(max_batch=1) as scheduler:
+                scheduler.submit(test.image, test.options, prompt=test.prompt).result(CHECK_S)
+            self.captioner, self.scheduler = captioner, self._scheduled(captioner)
+        except BaseException:
+            captioner.close()
+            raise
+
+
+def known_good(captioner: Captioner) -> KnownGoodRequest:
+    """A request that every healthy engine of the captioner's bundle answers: two tokens for a grey picture."""
+    options: GenerationOptions = captioner.options(max_new_tokens=2, min_new_tokens=0, num_beams=1)
+    spec = captioner.prompts.spec
+    return KnownGoodRequest(options, prompt=None if spec.kind == INTERLEAVED else "a")

@@ -1,0 +1,311 @@
+"""The routes of the server as data, and the OpenAPI 3.1 document that is made from them.
+
+The document is made from :data:`ENDPOINTS`, the keys of a chat (``chat_keys.KEYS``), the options of ``/caption``
+(``chat_keys.FORM_OPTIONS``), and the fields of a caption's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blip2edge.bundle.schema import DRAFTS
+from blip2edge.limits import Limits
+from blip2edge.runtime.captioning.request import NOT_IN_JSON, STAGES, CaptionResult
+from blip2edge.runtime.captioning.scheduler import LONGEST_DEADLINE
+from blip2edge.runtime.decoding.options import MAX_SEED, MAX_STOPS, MAX_TEMPERATURE, PENALTIES
+from blip2edge.runtime.serving.chat_keys import ANY_TEXT, FORM_OPTIONS, KEYS, MIN_SEED, ChatKey
+from blip2edge.runtime.serving.picture_forms import FORM_TYPE, JSON_TYPE, PICTURES, TEXT_OPTIONS
+from blip2edge.version import __version__
+
+Schema = dict[str, Any]
+
+CHAT = "/v1/chat/completions"
+TEXT, HTML, EVENTS = "text/plain", "text/html", "text/event-stream"
+OPEN_METRICS = "application/openmetrics-text"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A route of the server.
+
+    Attributes:
+        method: ``GET`` (then ``HEAD`` as well) or ``POST``.
+        path: Its path in the OpenAPI document.
+        name: Name of the method of ``Server`` that answers, without its underscore, and the ``operationId``.
+        summary: What it does.
+        answers: Content types of an answer of status 200, and the name of the schema of each; empty for any text.
+        errors: Statuses of errors, besides :data:`COMMON_ERRORS`.
+        body: Name of the key for the text of a picture's request (``prompt``, ``question``), ``chat``, or empty.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    answers: tuple[tuple[str, str], ...] = ((JSON_TYPE, "Object"),)
+    errors: tuple[int, ...] = ()
+    body: str = ""
+
+    @property
+    def route(self) -> str:
+        """The path as Starlette writes it."""
+        return self.path.replace("{name}", "{name:path}")
+
+
+BODY_ERRORS = (400, 408, 413, 415, 500, 503, 504)
+
+ENDPOINTS = (
+    Endpoint("GET", "/", "page", "A page that captions the pictures of a camera or a file", ((HTML, ""),)),
+    Endpoint("GET", "/health", "health", "State and load; 503 while the engine does not work", errors=(503,)),
+    Endpoint("GET", "/metrics", "metrics", "Metrics for Prometheus", ((TEXT, ""), (OPEN_METRICS, ""))),
+    Endpoint("GET", "/openapi.json", "openapi", "This document"),
+    Endpoint("GET", "/v1/models", "models", "The bundle, in OpenAI's format", ((JSON_TYPE, "Models"),)),
+    Endpoint("GET", "/v1/models/{name}", "model", "The bundle by its name", ((JSON_TYPE, "Model"),), (404,)),
+    Endpoint(
+        "POST",
+        CHAT,
+        "chat",
+        "OpenAI's chat format, with the picture as a data: URL",
+        ((JSON_TYPE, "Completion"), (EVENTS, "")),
+        BODY_ERRORS,
+        "chat",
+    ),
+    Endpoint(
+        "POST", "/caption", "caption", "The caption of a picture", ((JSON_TYPE, "Caption"),), BODY_ERRORS, "prompt"
+    ),
+    Endpoint(
+        "POST",
+        "/ask",
+        "ask",
+        "The answer to a question about a picture",
+        ((JSON_TYPE, "Caption"),),
+        BODY_ERRORS,
+        "question",
+    ),
+)
+
+ERRORS = {
+    400: "The request is wrong; `param` is the key",
+    401: "The API key is missing or wrong",
+    403: "Pages of this origin may not use the server",
+    404: "There is no such path or model",
+    405: "The path has no such method",
+    408: "The body came too slowly",
+    413: "The body is too large",
+    415: "The body has another type",
+    421: "The server does not have this host name",
+    500: "The server failed",
+    503: "The queue is full, or the engine does not work; try again after `Retry-After` seconds",
+    504: "The deadline has passed",
+}
+COMMON_ERRORS = (400, 401, 403, 405, 421)
+
+_PATHS = {endpoint.path for endpoint in ENDPOINTS}
+_METHODS = {"GET", "HEAD", "POST", "OPTIONS"}
+
+
+def route_name(method: str, path: str) -> str:
+    """The route of a request for the metrics: a path of :data:`ENDPOINTS`, or ``other``."""
+    if method not in _METHODS:
+        return "other"
+    if path in _PATHS:
+        return path
+    return "/v1/models/{name}" if path.startswith("/v1/models/") else "other"
+
+
+def option_schemas(limits: Limits) -> dict[str, Schema]:
+    """The schema of each option of generation; the ranges are those of ``GenerationOptions``."""
+    penalty: Schema = {"type": "number", "minimum": PENALTIES[0], "maximum": PENALTIES[1]}
+    return {
+        "max_new_tokens": {"type": "integer", "minimum": 1, "maximum": limits.new_tokens},
+        "min_new_tokens": {"type": "integer", "minimum": 0, "maximum": limits.new_tokens},
+        "num_beams": {"type": "integer", "minimum": 1, "maximum": limits.beams},
+        "length_penalty": {"type": "number", "minimum": -10, "maximum": 10},
+        "repetition_penalty": penalty,
+        "temperature": {"type": "number", "minimum": 0, "maximum": MAX_TEMPERATURE},
+        "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+        "top_k": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+        "stop": {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+        "draft": {"enum": list(DRAFTS)},
+        "deadline_s": {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_DEADLINE},
+        "prompt": {"type": "string", "maxLength": limits.prompt_chars},
+        "question": {"type": "string", "minLength": 1, "maxLength": limits.prompt_chars},
+    }
+
+
+def _nullable(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mNoaGgAAAMEAYF1LgG8AAAAAElFTkSuQmCC"
+"""A picture of one grey pixel, for the examples."""
+
+EXAMPLE_URL = f"data:image/png;base64,{PNG}"
+
+DATA_URL: Schema = {
+    "type": "string",
+    "pattern": "^data:[^,]*,",
+    "description": "a picture (RFC 2397)",
+    "examples": [EXAMPLE_URL],
+}
+
+
+def _chat_key(key: ChatKey, options: Mapping[str, Schema]) -> Schema:
+    read: dict[str, Schema] = {
+        "messages": {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1},
+        "stream": {"type": "boolean"},
+        "ask": {"type": "boolean"},
+        "deadline_s": options["deadline_s"],
+        "stream_options": {
+            "type": "object",
+            "properties": {
+                "include_usage": _nullable({"type": "boolean"}),
+                "include_obfuscation": {"enum": [False, None]},
+            },
+            "additionalProperties": False,
+        },
+    }
+    texts: Schema = {"type": "string", "minLength": 1}
+    special: dict[str, Schema] = {
+        "stop": {"anyOf": [texts, options["stop"]]},
+        "seed": {**options["seed"], "minimum": MIN_SEED},
+    }
+    if key.name in read:
+        schema = read[key.name]
+    elif key.option:
+        schema = special.get(key.name, options[key.option])
+    elif ANY_TEXT in key.values:
+        schema = {"type": "string"}
+    else:
+        return {"enum": [*key.values, None], "description": key.meaning}
+    return {**(schema if key.name == "messages" else _nullable(schema)), "description": key.meaning}
+
+
+def _object(properties: Mapping[str, Schema], required: Sequence[str], *, more: bool = False) -> Schema:
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(required),
+        "additionalProperties": more,
+    }
+
+
+def _message_schemas() -> dict[str, Schema]:
+    text = _object({"type": {"const": "text"}, "text": {"type": "string"}}, ["type", "text"])
+    image = _object(
+        {
+            "type": {"const": "image_url"},
+            "image_url": {"anyOf": [DATA_URL, _object({"url": DATA_URL, "detail": {}}, ["url"])]},
+        },
+        ["type", "image_url"],
+    )
+    parts: Schema = {"type": "array", "items": {"anyOf": [text, image]}, "minItems": 1}
+    content: Schema = {"anyOf": [{"type": "string"}, parts]}
+    roles: Schema = {"enum": ["system", "developer", "user", "assistant"]}
+    return {"Message": _object({"role": roles, "content": content}, ["role", "content"], more=True)}
+
+
+def _answer_schemas() -> dict[str, Schema]:
+    number, text, whole = ({"type": kind} for kind in ("number", "string", "integer"))
+    times = _object(dict.fromkeys((*STAGES, "total"), number), [*STAGES, "total"])
+    result: dict[str, Schema] = {
+        "image": {"type": ["null", "string", "array"]},
+        "prompt": _nullable(text),
+        "text": text,
+        "tokens": {"type": "array", "items": whole},
+        "finish_reason": {"enum": ["eos", "length", "stop"]},
+        "timings_ms": times,
+        "tokens_per_s": number,
+    }
+    kept = [name for name in CaptionResult.__dataclass_fields__ if name not in NOT_IN_JSON]
+    model: dict[str, Schema] = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}
+    reference = {"$ref": "#/components/schemas/Model"}
+    completion: dict[str, Schema] = {
+        "id": text,
+        "object": {"const": "chat.completion"},
+        "created": whole,
+        "model": text,
+        "choices": {"type": "array", "items": {"type": "object"}},
+        "usage": {"type": "object"},
+        "timings_ms": times,
+    }
+    error: dict[str, Schema] = {"message": text, "type": text, "param": _nullable(text), "code": _nullable(text)}
+    return {
+        "Object": {"type": "object"},
+        "Caption": _object({name: result[name] for name in kept}, kept),
+        "Model": _object(model, list(model)),
+        "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": reference}}, ["data"]),
+        "Completion": _object(completion, list(completion)),
+        "Error": _object({"error": _object(error, list(error))}, ["error"]),
+    }
+
+
+def _parameters(endpoint: Endpoint, options: Mapping[str, Schema]) -> list[Schema]:
+    if "{name}" in endpoint.path:
+        return [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if not endpoint.body or endpoint.body == "chat":
+        return []
+    names = (endpoint.body, *FORM_OPTIONS, "deadline_s")
+    return [{"name": name, "in": "query", "required": False, "schema": options[name]} for name in names]
+
+
+def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
+    """The forms of a request's body, by their media types."""
+    if endpoint.body == "chat":
+        parts = [{"type": "image_url", "image_url": {"url": EXAMPLE_URL}}, {"type": "text", "text": "a photo of"}]
+        example = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}
+        return {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/ChatRequest"}, "example": example}}
+    names = (endpoint.body, *FORM_OPTIONS, "deadline_s")
+    picture = {"anyOf": [DATA_URL, {"type": "array", "items": DATA_URL, "minItems": 1}]}
+    values = {name: _nullable(options[name]) for name in names}
+    file: Schema = {"type": "string", "contentMediaType": "application/octet-stream"}
+    fields = {name: options[name] for name in names if name in TEXT_OPTIONS and name != "stop"}
+    return {
+        "image/*": {"schema": {}},
+        "application/octet-stream": {"schema": {}},
+        FORM_TYPE: {"schema": _object({**dict.fromkeys(PICTURES, file), **fields}, [], more=True)},
+        JSON_TYPE: {
+            "schema": _object({"image": picture, **values}, ["image"]),
+            "example": {"image": EXAMPLE_URL, endpoint.body: "what is this"},
+        },
+    }
+
+
+def _operation(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
+    answers = {
+        kind: {"schema": {"$ref": f"#/components/schemas/{name}"} if name else {"type": "string"}}
+        for kind, name in endpoint.answers
+    }
+    responses: Schema = {"200": {"description": endpoint.summary, "content": answers}}
+    for status in sorted({*COMMON_ERRORS, *endpoint.errors}):
+        name = "Object" if (endpoint.path, status) == ("/health", 503) else "Error"
+        content = {JSON_TYPE: {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        responses[str(status)] = {"description": ERRORS[status], "content": content}
+    made: Schema = {"operationId": endpoint.name, "summary": endpoint.summary, "responses": responses}
+    if parameters := _parameters(endpoint, options):
+        made["parameters"] = parameters
+    if endpoint.body:
+        made["requestBody"] = {"required": True, "content": _body(endpoint, options)}
+    return made
+
+
+def document(limits: Limits) -> Schema:
+    """The OpenAPI 3.1 document of a server with these limits."""
+    options = option_schemas(limits)
+    paths: dict[str, Schema] = {}
+    for endpoint in ENDPOINTS:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, options)
+    chat = _object({key.name: _chat_key(key, options) for key in KEYS}, ["messages"])
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "blip2edge", "version": __version__, "description": "Captions of pictures over HTTP."},
+        "security": [{}, {"key": []}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "schemas": {"ChatRequest": chat, **_message_schemas(), **_answer_schemas()},
+        },
+    }

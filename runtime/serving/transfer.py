@@ -1,0 +1,180 @@
+"""Bodies and clients of requests: bounded reading of a body, and pieces of text for a client that may be gone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+
+from starlette.datastructures import Headers
+from starlette.types import Receive
+
+from blip2edge.errors import OverloadError
+from blip2edge.limits import BODY_GRACE_S, ConnectionLimits
+from blip2edge.runtime.captioning.request import CaptionResult, Request
+from blip2edge.runtime.serving.chat_keys import RequestError
+
+
+class ClientGoneError(Exception):
+    """The client has closed the connection, so that no answer is needed."""
+
+
+class BodyMemory:
+    """The memory for bodies, over all requests that are not answered.
+
+    Args:
+        most: Bytes.
+
+    Attributes:
+        used: Bytes that are held.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.used = most, 0
+
+    @contextmanager
+    def share(self) -> Iterator[BodyShare]:
+        """A request's share, which is given back at the end of the block."""
+        share = BodyShare(self)
+        try:
+            yield share
+        finally:
+            self.used -= share.bytes
+
+
+class BodyShare:
+    """The bytes that one request holds."""
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory, self.bytes = memory, 0
+
+    def add(self, count: int) -> None:
+        """Takes bytes.
+
+        Raises:
+            RequestError: Other requests hold too many (status 503).
+        """
+        if self._memory.used + count > self._memory.most:
+            raise RequestError(
+                f"the bodies of open requests have {self._memory.used} bytes, at most {self._memory.most} are allowed",
+                "try again later",
+                code="overloaded",
+                status=503,
+            )
+        self._memory.used += count
+        self.bytes += count
+
+
+async def read_body(headers: Headers, receive: Receive, share: BodyShare, most: int, limits: ConnectionLimits) -> bytes:
+    """Reads a request's body. A declared length is checked before any byte is read.
+
+    Args:
+        headers: Of the request.
+        receive: Of the ASGI connection.
+        share: Counts the bytes.
+        most: Largest number of bytes.
+        limits: Total time and rate.
+
+    Raises:
+        RequestError: The body is too large (413), too slow (408), or memory for bodies is used up (503).
+        ClientGoneError: The client has closed the connection.
+    """
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > most:
+        raise _too_large(most, declared)
+    loop = asyncio.get_running_loop()
+    start, body = loop.time(), bytearray()
+    while True:
+        allowed = min(limits.body_s, BODY_GRACE_S + len(body) / limits.body_rate)
+        try:
+            message = await asyncio.wait_for(receive(), max(0.001, start + allowed - loop.time()))
+        except asyncio.TimeoutError as error:
+            raise RequestError(
+                f"expected the body within {limits.body_s:g} s and at {limits.body_rate} bytes per second, "
+                f"got {len(body)} bytes in {loop.time() - start:.0f} s",
+                "send it faster",
+                code="request_timeout",
+                status=408,
+            ) from error
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        part = message.get("body", b"")
+        if len(body) + len(part) > most:
+            raise _too_large(most, "more")
+        share.add(len(part))
+        body += part
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _too_large(most: int, got: str) -> RequestError:
+    return RequestError(
+        f"expected a body of at most {most} bytes, got {got}",
+        "scale the picture down",
+        code="request_too_large",
+        status=413,
+    )
+
+
+class WaitingClient:
+    """A waiting client: takes pieces of text from the scheduler's threads, and notices a closed connection.
+
+    At the end of the ``async with`` block, its caption is canceled if it is not finished.
+
+    Attributes:
+        caption: The request, once it is submitted.
+    """
+
+    caption: Request
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+    async def __aenter__(self) -> WaitingClient:  # noqa: PYI034 - typing.Self is of Python 3.11
+        """Begins to watch the connection."""
+        self._gone = asyncio.ensure_future(self._disconnected())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cancels the caption, if it is not finished."""
+        self._gone.cancel()
+        if hasattr(self, "caption"):
+            self.caption.cancel()
+
+    async def _disconnected(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    def put(self, piece: str | None) -> None:
+        """Adds a piece; may be called from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    async def next(self) -> str | None:
+        """The next piece, or None after the last; raises ClientGoneError where the connection is closed.
+
+        A deadline ends the wait when it passes, in whichever queue the request is.
+        """
+        pending = asyncio.ensure_future(self._pieces.get())
+        try:
+            while not pending.done():
+                left = None
+                if self.caption.expires is not None and not self.caption.over:  # its end is already queued otherwise
+                    left = max(0.0, self.caption.expires - time.monotonic())
+                await asyncio.wait({self._gone, pending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if self._gone.done() and not pending.done():
+                    raise ClientGoneError
+            return pending.result()
+        finally:
+            pending.cancel()
+
+    def outcome(self) -> CaptionResult:
+        """The result of the finished caption; raises its error."""
+        try:
+            return self.caption.result(0)
+        except CancelledError as error:  # the server is closing
+            raise OverloadError("the server is closing", "try again later") from error
