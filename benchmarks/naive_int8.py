@@ -24,8 +24,8 @@ from planted import plant
 from reporting import CHECKPOINT, RESULTS, command, parser_of, system, write_json
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import VISION
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.agreement import cosine_similarity
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.choices import RANGE_METHODS

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from reporting import parser_of
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import DECODER
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import PRECISIONS

@@ -54,8 +54,9 @@ if TYPE_CHECKING:
     from blip2edge.engine.build import build_bundle as build
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.optimization.pipeline import optimize
-    from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
-    from blip2edge.runtime.captioning.matcher import Matcher, MatchResult
+    from blip2edge.runtime.captioning.captioner import Captioner
+    from blip2edge.runtime.captioning.matcher import Matcher
+    from blip2edge.runtime.captioning.request import CaptionResult, MatchResult
     from blip2edge.runtime.decoding.options import GenerationOptions
     from blip2edge.training.evaluation.pipeline import evaluate
 
@@ -101,7 +102,7 @@ _HOMES = {
     "CaptionResult": ("blip2edge.runtime.captioning.captioner:CaptionResult", ""),
     "Captioner": ("blip2edge.runtime.captioning.captioner:Captioner", ""),
     "GenerationOptions": ("blip2edge.runtime.decoding.options:GenerationOptions", ""),
-    "MatchResult": ("blip2edge.runtime.captioning.matcher:MatchResult", ""),
+    "MatchResult": ("blip2edge.runtime.captioning.request:MatchResult", ""),
     "Matcher": ("blip2edge.runtime.captioning.matcher:Matcher", ""),
     "build": ("blip2edge.engine.build:build_bundle", "build"),
     "calibrate": ("blip2edge.calibration.pipeline:calibrate", "cpu,build"),

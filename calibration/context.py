@@ -13,9 +13,9 @@ import onnx
 import onnx_ir as ir
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.schema import EMBEDDINGS_FILE
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.agreement import Cosine, compare_graphs
 from blip2edge.calibration.batches import Feeds
 from blip2edge.calibration.results import CalibratedGraph, MatrixSummary, StagedGraph

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
-from blip2edge.bundle.publishing import check_not_source, scratch, staged
+from blip2edge.bundle.outputs.publishing import check_not_source, scratch, staged
 from blip2edge.bundle.schema import BRIDGE, VISION
+from blip2edge.bundle.trust.integrity import STAMPS, FileRecord
 from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
 from blip2edge.calibration.activations.quantize import quantize_activations
 from blip2edge.calibration.agreement import (

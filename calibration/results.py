@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.activations.qdq import ActivationPlan
 from blip2edge.calibration.agreement import CaptionAgreement, Cosine
 

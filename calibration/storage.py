@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.trust.integrity import FileRecord
 
 LARGE = 1 << 16  # bytes from which a tensor begins on a page, so that a runtime can memory-map it
 PAGE, LINE = 4096, 64  # bytes

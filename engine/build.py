@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord
-from blip2edge.bundle.publishing import check_not_source, staged
+from blip2edge.bundle.outputs.publishing import check_not_source, staged
 from blip2edge.bundle.schema import DECODER
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.engine.build_errors import LESS_MEMORY
 from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine, layers_of
 from blip2edge.engine.decoder.cache_forms import FORMS

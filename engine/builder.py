@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.locks import BusyError, write_file
+from blip2edge.bundle.outputs.locks import BusyError, write_file
 from blip2edge.choices import DECODER_CACHES
 from blip2edge.engine.build_errors import build_error
 from blip2edge.engine.decoder.cache_forms import AUTO

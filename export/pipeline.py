@@ -24,10 +24,10 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from blip2edge.bundle.integrity import FileRecord, sha256_of
 from blip2edge.bundle.manifest import GraphRecord, Manifest
-from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.outputs.publishing import staged
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, MergingRecord, Parity
+from blip2edge.bundle.trust.integrity import FileRecord, sha256_of
 from blip2edge.choices import PRECISIONS
 from blip2edge.errors import BackendError
 from blip2edge.export import verify

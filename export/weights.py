@@ -16,9 +16,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.safetensors_file import SafetensorsFile, StoredTensor, write_safetensors
 from blip2edge.bundle.schema import EMBEDDINGS_TENSOR
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import ExportError, option
 from blip2edge.export.to_onnx import Traced, WeightSlot
 

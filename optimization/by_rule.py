@@ -14,8 +14,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import DECODER, VISION
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BackendError
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization import probe

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.disk_errors import disk_is_full
-from blip2edge.bundle.integrity import FileRecord
-from blip2edge.bundle.publishing import scratch, staged
+from blip2edge.bundle.outputs.disk_errors import disk_is_full
+from blip2edge.bundle.outputs.publishing import scratch, staged
 from blip2edge.bundle.schema import TEXT_ENCODER
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization import probe

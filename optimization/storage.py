@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BackendError, one_line
 from blip2edge.graph_files import load_graph
 from blip2edge.runtime.backends.onnxruntime_cpu import PROVIDERS, SLOW_FUSIONS

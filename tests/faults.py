@@ -38,10 +38,10 @@ from typing import Any
 import torch
 import torch._dynamo  # what every optimiser would import after the fork
 
-from blip2edge.bundle import publishing
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import STAMPS
-from blip2edge.bundle.locks import part_of
+from blip2edge.bundle.outputs import publishing
+from blip2edge.bundle.outputs.locks import part_of
+from blip2edge.bundle.trust.integrity import STAMPS
 
 WAYS = ("time", "call", "system")
 NAMES = ("export", "calibrate", "optimize", "build", "capfilt", "train")
@@ -123,7 +123,7 @@ def _copy_checked(bundle: Path) -> None:
 
 
 def _shards_checked(directory: Path) -> None:
-    from blip2edge.bundle.integrity import sha256_of
+    from blip2edge.bundle.trust.integrity import sha256_of
 
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     for shard in report["shards"]:
@@ -523,7 +523,7 @@ class Trials:
 
 def _load(command: Command, out: Path) -> None:
     if command.name in ("capfilt", "train"):  # readers of these do not recover
-        from blip2edge.bundle.locks import recover
+        from blip2edge.bundle.outputs.locks import recover
 
         recover(out)
     command.check(out)

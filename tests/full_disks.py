@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from blip2edge.bundle.integrity import STAMPS
+from blip2edge.bundle.trust.integrity import STAMPS
 from blip2edge.errors import OutputError
 from tests.faults import NAMES, Trials, done, preload
 

@@ -126,7 +126,8 @@ def mutants(source: str) -> Iterator[tuple[int, str, ast.Module]]:
         if id(node) in skipped:
             continue
         for changed in _changed(node):
-            after: ast.Module = _Replace(at, copy.deepcopy(changed)).visit(ast.parse(source))
+            after = ast.parse(source)
+            _Replace(at, copy.deepcopy(changed)).visit(after)
             ast.fix_missing_locations(after)
             before = " ".join(ast.unparse(node).split())[:60]
             yield int(getattr(node, "lineno", 0)), f"{before} -> {' '.join(ast.unparse(changed).split())[:60]}", after

@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import Blip2EdgeError, PromptError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.export.side_files import SideFiles

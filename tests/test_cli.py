@@ -106,11 +106,12 @@ def captioner(monkeypatch: pytest.MonkeyPatch) -> FakeCaptioner:
     module = ModuleType("blip2edge.runtime.captioning.captioner")
     module.Captioner = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "blip2edge.runtime.captioning.captioner", module)
-    opened = staticmethod(
-        lambda path, require_signature: SimpleNamespace(path=path, manifest=SimpleNamespace(prompt=None), unsigned=[])
-    )
+
+    def opened(path: Path, require_signature: Path | None = None) -> SimpleNamespace:
+        return SimpleNamespace(path=path, manifest=SimpleNamespace(prompt=None), unsigned=[])
+
     monkeypatch.setattr(Bundle, "open", opened)
-    monkeypatch.setattr("blip2edge.bundle.bundle.load_whole", lambda path, load: load(opened(path)))
+    monkeypatch.setattr("blip2edge.bundle.bundle.load_whole", lambda path, load, **_: load(opened(path)))
     return fake
 
 

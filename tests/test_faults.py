@@ -24,12 +24,12 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge import special_files
-from blip2edge.bundle import publishing
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import STAMPS, check_files
-from blip2edge.bundle.locks import locked
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.bundle.publishing import check_not_source, staged
+from blip2edge.bundle.outputs import publishing
+from blip2edge.bundle.outputs.locks import locked
+from blip2edge.bundle.outputs.publishing import check_not_source, staged
+from blip2edge.bundle.trust.integrity import STAMPS, check_files
 from blip2edge.calibration.pictures import choose_pictures
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, BundleIntegrityError, ImageError, OutputError, PromptError
@@ -175,7 +175,7 @@ def test_unchanged_files_are_not_hashed_again(
     def refuse(path: Path) -> str:
         return "" if path.name == MANIFEST else pytest.fail(f"{path} was hashed")
 
-    monkeypatch.setattr("blip2edge.bundle.integrity.sha256_of", refuse)
+    monkeypatch.setattr("blip2edge.bundle.trust.integrity.sha256_of", refuse)
     Bundle.open(copy)
     with pytest.raises(pytest.fail.Exception, match="was hashed"):
         check_files(copy, Bundle.open(copy).manifest.files, manifest="bundle.json", fix="", use_stamps=False)

@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from blip2edge import __version__
-from blip2edge.bundle.disk_errors import output_error
-from blip2edge.bundle.locks import NEW, locked
-from blip2edge.bundle.publishing import check_target, publish
+from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.locks import NEW, locked
+from blip2edge.bundle.outputs.publishing import check_target, publish
 from blip2edge.errors import ConfigError, OutputError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
-from blip2edge.bundle.integrity import CheckedFiles, Listing
-from blip2edge.bundle.locks import recover, recover_in
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
+from blip2edge.bundle.outputs.locks import recover, recover_in
 from blip2edge.bundle.schema import DERIVED
-from blip2edge.bundle.signature import Signature, find_signature, read_signature, unsigned_paths
+from blip2edge.bundle.trust.integrity import CheckedFiles, Listing
+from blip2edge.bundle.trust.signature import Signature, find_signature, read_signature, unsigned_paths
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import Blip2EdgeError, BundleError, OutputError, UsageError, option
 from blip2edge.progress import ProgressCallback

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.manifest_fields import MANIFEST_FIELDS, disagreements
 from blip2edge.bundle.schema import (
     CacheSpec,
@@ -19,6 +18,7 @@ from blip2edge.bundle.schema import (
     Parity,
     PromptSpec,
 )
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BundleError, BundleVersionError, one_line, option
 from blip2edge.reading import read_json, reading
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blip2edge.bundle.disk_errors import output_error
-from blip2edge.bundle.locks import write_file
+from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.locks import write_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _proof(bundle: Bundle) -> list[str]:
     """What the hashes prove, and what only a signature does."""
-    from blip2edge.bundle.signature import SIGNATURE
+    from blip2edge.bundle.trust.signature import SIGNATURE
 
     path = quoted(bundle.path)
     check = f"blip2edge verify {path} --key PUBLIC_KEY"

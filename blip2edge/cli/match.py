@@ -13,7 +13,8 @@ from blip2edge.errors import Blip2EdgeError, ImageError
 if TYPE_CHECKING:
     import argparse
 
-    from blip2edge.runtime.captioning.matcher import Matcher, MatchResult
+    from blip2edge.runtime.captioning.matcher import Matcher
+    from blip2edge.runtime.captioning.request import MatchResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

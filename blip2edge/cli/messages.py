@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any
 
-from blip2edge.bundle.locks import LeftFilesWarning
+from blip2edge.bundle.outputs.locks import LeftFilesWarning
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.packages import EXTRAS, install_command
 

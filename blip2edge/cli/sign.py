@@ -43,7 +43,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Sign every file of a bundle, with its optimized copies and engines."""
-    from blip2edge.bundle.signing import sign_bundle
+    from blip2edge.bundle.trust.signing import sign_bundle
 
     report = sign_bundle(
         options.bundle, options.key, output=options.output, ask_password=lambda: _password(options.key)

@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check that a bundle has exactly the signed files, and that none was changed."""
-    from blip2edge.bundle.signing import verify_bundle
+    from blip2edge.bundle.trust.signing import verify_bundle
 
     with Progress() as progress:
         report = verify_bundle(

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.locks import BusyError, write_file
 from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.outputs.locks import BusyError, write_file
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.calibration.activations.histogram import BINS, Histogram
 from blip2edge.calibration.activations.observer import Observation, Observations

@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.locks import tidy
 from blip2edge.bundle.manifest import GraphRecord
+from blip2edge.bundle.outputs.locks import tidy
 from blip2edge.bundle.user_cache import NoHomeError
 from blip2edge.calibration.activations.cache import cache_path, load_observations, save_observations
 from blip2edge.calibration.activations.choose_ranges import choose_ranges

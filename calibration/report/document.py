@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.agreement import CaptionAgreement
 from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.pictures import CalibrationPicture

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.bundle.token_table import TokenTable
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.initializers import initializer_tensor
 from blip2edge.calibration.results import MatrixSummary, StagedGraph

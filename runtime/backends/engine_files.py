@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import CheckedFiles, FileRecord, Listing, check_unlisted
 from blip2edge.bundle.manifest_fields import ENGINES_FIELDS
 from blip2edge.bundle.schema import DECODER, DERIVED, GraphSpec
-from blip2edge.bundle.signature import SIGN
+from blip2edge.bundle.trust.integrity import CheckedFiles, FileRecord, Listing, check_unlisted
+from blip2edge.bundle.trust.signature import SIGN
 from blip2edge.errors import BackendError, EngineError, option
 from blip2edge.reading import read_json, reading
 from blip2edge.runtime.backends import probe

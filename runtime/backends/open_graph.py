@@ -19,9 +19,9 @@ import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.integrity import FileRecord, Listing, check_unlisted
 from blip2edge.bundle.manifest_fields import OPTIMIZED_FIELDS
 from blip2edge.bundle.schema import DERIVED, GraphSpec, Parity
+from blip2edge.bundle.trust.integrity import FileRecord, Listing, check_unlisted
 from blip2edge.errors import BackendError, BundleError, BundleIntegrityError, EngineError
 from blip2edge.packages import installed, missing
 from blip2edge.reading import read_json, reading

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +31,7 @@ from blip2edge.bundle.schema import (
 from blip2edge.errors import Blip2EdgeError, BundleError, PromptError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, image_parts
-from blip2edge.runtime.captioning.request import check_text, listed, raising
+from blip2edge.runtime.captioning.request import MatchResult, check_text, listed, raising
 from blip2edge.runtime.decoding.options import check_integer
 from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.images.video import Channels, in_rgb
@@ -40,28 +39,6 @@ from blip2edge.runtime.text.tokenizer import Tokenizer, check_characters_fit
 
 Vectors = NDArray[np.float32]
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class MatchResult:
-    """How well a picture and a text match.
-
-    Attributes:
-        image: The picture's path; None if it was given as an object.
-        text: The text as given.
-        probability: Probability that the text describes the picture, by the matching head; None for a model without
-            one (CLIP).
-        cosine: Cosine similarity of the picture's and the text's vectors, −1 to 1.
-    """
-
-    image: str | None
-    text: str
-    probability: float | None
-    cosine: float
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys."""
-        return dict(vars(self))
 
 
 class Matcher(LoadedBundle):

@@ -67,6 +67,28 @@ class CaptionResult:
 
 
 @dataclass(frozen=True)
+class MatchResult:
+    """How well a picture and a text match.
+
+    Attributes:
+        image: The picture's path; None if it was given as an object.
+        text: The text as given.
+        probability: Probability that the text describes the picture, by the matching head; None for a model without
+            one (CLIP).
+        cosine: Cosine similarity of the picture's and the text's vectors, −1 to 1.
+    """
+
+    image: str | None
+    text: str
+    probability: float | None
+    cosine: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the attributes as keys."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
 class Span:
     """One stage of a trace: start and end (``time.perf_counter`` seconds), and the numbers of its requests."""
 

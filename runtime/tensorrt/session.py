@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.locks import BusyError, write_file
+from blip2edge.bundle.outputs.locks import BusyError, write_file
 from blip2edge.bundle.schema import TensorSpec
 from blip2edge.errors import EngineError, option
 from blip2edge.packages import require

@@ -14,8 +14,8 @@ pytest.importorskip("onnx", reason="graphs are written with onnx")
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from blip2edge.bundle.external_data import external_locations
-from blip2edge.bundle.integrity import CheckedFiles, FileRecord, Listing
+from blip2edge.bundle.trust.external_data import external_locations
+from blip2edge.bundle.trust.integrity import CheckedFiles, FileRecord, Listing
 from blip2edge.errors import BundleIntegrityError
 
 

@@ -14,9 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blip2edge.bundle import locks
-from blip2edge.bundle.disk_errors import error_number, output_error
-from blip2edge.bundle.locks import BusyError, LeftFilesWarning, check_free, locked, part_of, recover, tidy, write_file
+from blip2edge.bundle.outputs import locks
+from blip2edge.bundle.outputs.disk_errors import error_number, output_error
+from blip2edge.bundle.outputs.locks import (
+    BusyError,
+    LeftFilesWarning,
+    check_free,
+    locked,
+    part_of,
+    recover,
+    tidy,
+    write_file,
+)
 from blip2edge.errors import OutputError
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the other run is forked")

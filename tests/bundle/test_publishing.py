@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from blip2edge.bundle import publishing
 from blip2edge.bundle.bundle import Bundle, load_whole
-from blip2edge.bundle.locks import part_of, remove
-from blip2edge.bundle.publishing import publish, scratch, staged
+from blip2edge.bundle.outputs import publishing
+from blip2edge.bundle.outputs.locks import part_of, remove
+from blip2edge.bundle.outputs.publishing import publish, scratch, staged
 from blip2edge.errors import BundleError, OutputError
 
 MARK = "bundle.json"

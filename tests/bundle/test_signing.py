@@ -23,11 +23,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from blip2edge import Bundle, BundleError, BundleIntegrityError, BundleSignatureError, Captioner, UsageError
-from blip2edge.bundle import integrity
-from blip2edge.bundle.integrity import STAMPS, FileRecord
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.bundle.signature import SIGNATURE
-from blip2edge.bundle.signing import sign_bundle, verify_bundle
+from blip2edge.bundle.trust import integrity
+from blip2edge.bundle.trust.integrity import STAMPS, FileRecord
+from blip2edge.bundle.trust.signature import SIGNATURE
+from blip2edge.bundle.trust.signing import sign_bundle, verify_bundle
 from blip2edge.cli import main
 from blip2edge.cli.sign import PASSWORD
 from blip2edge.errors import MissingPackageError

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import capacity_of, plans_of
 from blip2edge.engine.profiles import profiles_of

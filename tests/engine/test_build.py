@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("onnx_ir", reason="graphs are read with onnx_ir")
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.integrity import CheckedFiles
 from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.trust.integrity import CheckedFiles
 from blip2edge.cli import main
 from blip2edge.engine import build, builder
 from blip2edge.engine.build import build_bundle

@@ -188,7 +188,7 @@ class VideoOracle:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         self.qformer_tokenizer: Any = AutoTokenizer.from_pretrained(directory, subfolder="qformer_tokenizer")
         self.queries = values.get("num_query_tokens")
-        self.video_token = getattr(self.tokenizer, "video_token", "<video>")
+        self.video_token: Any = getattr(self.tokenizer, "video_token", "<video>")
         if not hasattr(self.tokenizer, "video_token"):
             token = AddedToken(self.video_token, normalized=False, special=True)
             self.tokenizer.add_tokens([token], special_tokens=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tests.fuzz import mutations
 from tests.fuzz.corpus import ANSWERS, CAPTIONS, CHAT, QUESTIONS, RECIPE, Corpus
 from tests.fuzz.mutations import Mutate
 
-Read = Callable[[bytes], None]
+Read = Callable[[bytes], object]
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def quantized_tables(corpus: Corpus) -> list[bytes]:
         for layout, shape, scales in (("rows", (10, 8), (10, 2)), ("columns", (8, 10), (2, 10))):
             path = Path(folder) / layout
             tensors = {"embed_tokens": StoredTensor("I8", shape), "embed_tokens.scale": StoredTensor("F32", scales)}
-            pieces = [np.ones(shape, np.int8), np.ones(scales, np.float32)]
+            pieces: list[np.ndarray[Any, Any]] = [np.ones(shape, np.int8), np.ones(scales, np.float32)]
             write_safetensors(path, tensors, pieces, {"bits": "8", "block": "4", "layout": layout})
             found.append(path.read_bytes())
     return found
@@ -377,14 +376,6 @@ def chats(corpus: Corpus) -> list[bytes]:
     return [json.dumps(CHAT).replace('"url": ""', f'"url": "{url}"').encode()]
 
 
-def _finish(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Runs a coroutine that waits for nothing outside it."""
-    with contextlib.suppress(StopIteration):
-        coroutine.send(None)
-        coroutine.close()
-        raise RuntimeError("the request waits for something")
-
-
 BOUNDARY = b"b2e"
 
 
@@ -405,7 +396,7 @@ def form(corpus: Corpus, folder: Path) -> Read:
     from blip2edge.runtime.serving.picture_forms import read_caption_request
 
     headers = Headers({"content-type": "multipart/form-data; boundary=b2e"})
-    return lambda content: _finish(read_caption_request(content, headers, QueryParams("seed=3"), "prompt"))
+    return lambda content: read_caption_request(content, headers, QueryParams("seed=3"), "prompt")
 
 
 def caption_json(corpus: Corpus, folder: Path) -> Read:
@@ -414,7 +405,7 @@ def caption_json(corpus: Corpus, folder: Path) -> Read:
     from blip2edge.runtime.serving.picture_forms import read_caption_request
 
     headers = Headers({"content-type": "application/json"})
-    return lambda content: _finish(read_caption_request(content, headers, QueryParams(""), "question"))
+    return lambda content: read_caption_request(content, headers, QueryParams(""), "question")
 
 
 TARGETS: dict[str, Target] = {

@@ -19,8 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from blip2edge.bundle.integrity import sha256_of
-from blip2edge.bundle.publishing import staged
+from blip2edge.bundle.outputs.publishing import staged
+from blip2edge.bundle.trust.integrity import sha256_of
 from blip2edge.choices import KEEP, SYNTHETIC, WEB
 from blip2edge.errors import DataError, ImageError, option
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from blip2edge.bundle.disk_errors import output_error
+from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, ImageError
 from blip2edge.picture_files import SHARD_SUFFIX, BrokenShardError, ShardFile, open_shard
 from blip2edge.reading import parse_json, reading

@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from blip2edge.bundle.disk_errors import output_error
 from blip2edge.bundle.fields import listed, text
+from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, OutputError
 from blip2edge.reading import DATA_BYTES, parse_json, read_text, reading
 from blip2edge.runtime.images.preprocess import Preprocessing

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.disk_errors import output_error
+from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import ConfigError, DataError, OutputError
 from blip2edge.reading import parse_json, read_text, reading
 

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from blip2edge.bundle.disk_errors import output_error
+from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, OutputError, option
 from blip2edge.reading import read_json, reading
 

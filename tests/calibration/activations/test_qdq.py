@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from blip2edge.bundle.integrity import FileRecord
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.activations.qdq import (
     ActivationPlan,
     QuantizedActivation,

@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
-from blip2edge.bundle.integrity import FileRecord
 from blip2edge.bundle.schema import BackendName
+from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import (
     BackendError,
     BundleError,

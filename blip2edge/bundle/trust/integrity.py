@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.external_data import external_locations
 from blip2edge.bundle.fields import is_file_name
-from blip2edge.bundle.locks import tidy, write_file
+from blip2edge.bundle.outputs.locks import tidy, write_file
+from blip2edge.bundle.trust.external_data import external_locations
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BundleError, BundleIntegrityError, OutputError
 from blip2edge.progress import ProgressCallback

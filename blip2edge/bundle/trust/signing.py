@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.disk_errors import output_error
-from blip2edge.bundle.integrity import STAMPS
 from blip2edge.bundle.manifest import MANIFEST
+from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.schema import DERIVED
-from blip2edge.bundle.signature import SIGN, SIGNATURE, Signature, model_signing, reading_key
+from blip2edge.bundle.trust.integrity import STAMPS
+from blip2edge.bundle.trust.signature import SIGN, SIGNATURE, Signature, model_signing, reading_key
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleSignatureError
 from blip2edge.progress import ProgressCallback
 from blip2edge.reading import read_json, reading

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from blip2edge.bundle.disk_errors import error_number, output_error
-from blip2edge.bundle.locks import NEW, OLD, check_free, check_name, locked, remove
 from blip2edge.bundle.manifest import MANIFEST
+from blip2edge.bundle.outputs.disk_errors import error_number, output_error
+from blip2edge.bundle.outputs.locks import NEW, OLD, check_free, check_name, locked, remove
 from blip2edge.errors import OutputError, option
 
 AT_FDCWD = -100  # linux/fcntl.h
@@ -24,7 +24,7 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
     """Makes a temporary directory, which is renamed to ``target`` when the ``with`` block ends without an error.
 
     After an error the temporary directory is removed and ``target`` stays as it was. One run at a time writes a target;
-    files of a killed run are removed first (:mod:`blip2edge.bundle.locks`).
+    files of a killed run are removed first (:mod:`blip2edge.bundle.outputs.locks`).
 
     Args:
         target: The directory to publish.

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from blip2edge.bundle.integrity import STAMPS
 from blip2edge.bundle.schema import DERIVED
+from blip2edge.bundle.trust.integrity import STAMPS
 from blip2edge.errors import BundleSignatureError, MissingPackageError, UsageError, one_line
 from blip2edge.packages import require
 

@@ -36,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.disk_errors import output_error
+from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import OutputError
 
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none

@@ -1,0 +1,1 @@
+"""Writes outputs: locks, atomic renames, errors of the disk."""
