@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,7 +127,7 @@ def mutants(source: str) -> Iterator[tuple[int, str, ast.Module]]:
         if id(node) in skipped:
             continue
         for changed in _changed(node):
-            after: ast.Module = _Replace(at, copy.deepcopy(changed)).visit(ast.parse(source))
+            after: Any = _Replace(at, copy.deepcopy(changed)).visit(ast.parse(source))
             ast.fix_missing_locations(after)
             before = " ".join(ast.unparse(node).split())[:60]
             yield int(getattr(node, "lineno", 0)), f"{before} -> {' '.join(ast.unparse(changed).split())[:60]}", after

@@ -308,7 +308,8 @@ def _decoder(spec: GraphSpec, cache: CacheSpec | None, vocab_size: int) -> Itera
     past = [name for name in inputs if name.startswith(PAST)]
     if len(past) != len(cache.past_names()):
         expected = len(cache.past_names())
-        yield f"cache: expected {expected} inputs {PAST}* in the decoder, for {cache.num_layers} layers, got {len(past)}"
+        layers = cache.num_layers
+        yield f"cache: expected {expected} inputs {PAST}* in the decoder, for {layers} layers, got {len(past)}"
     outputs = {tensor.name: tensor for tensor in spec.outputs}
     for names, tensors in ((cache.past_names(), inputs), (cache.present_names(), outputs)):
         for each in names:
