@@ -259,9 +259,7 @@ class CrossSpec:
 
 MARKERS = ("{image}", "<image>")
 """Markers of a picture's place in a prompt with several pictures; templates use the first one."""
-
-VIDEO_MARKER = "<video>"
-"""Marker of a video's place, for models of videos."""
+VIDEO_MARKER = "<video>"  # of a video's place
 
 SEGMENTS, PLACEHOLDER, INTERLEAVED = PROMPT_KINDS = ("segments", "placeholder", "interleaved")
 """How a prompt is tokenized: the texts around a picture one by one; as a whole, with a placeholder token in each
