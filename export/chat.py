@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError, one_line
-from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.runtime.text.prompt import Dialog
 
 FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
@@ -206,4 +206,4 @@ def _holds(text: str, *, image: int, prompt: int) -> bool:
 def _holds_template(path: Path) -> bool:
     if path.suffix == ".jinja":
         return path.is_file()
-    return path.is_file() and bool(read_json(path).get("chat_template"))
+    return path.is_file() and bool(read_checkpoint_json(path).get("chat_template"))

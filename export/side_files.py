@@ -22,7 +22,7 @@ from blip2edge.model.checkpoint.config_keys import TRANSFORMERS_TYPES, check_con
 from blip2edge.model.checkpoint.generation import read_generation
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused
-from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.checkpoint.tokenizer import SerializedTokenizer, read_tokenizer
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.prompts import prompt_spec
@@ -226,7 +226,7 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
             the processor of another model.
     """
     path = directory / "processor_config.json"
-    values = read_json(path) if path.is_file() else {}
+    values = read_checkpoint_json(path) if path.is_file() else {}
     accepted: dict[str, tuple[Any, ...]] = {key: (values.get(key),) for key in FROM_CONFIG}
     if isinstance(config, CaptionerConfig):
         family = FAMILIES[config.family]
@@ -249,11 +249,11 @@ def _check_processor_class(directory: Path) -> None:
     from transformers.models.auto import processing_auto
 
     classes: Any = processing_auto
-    model_type = read_json(directory / "config.json")["model_type"]
+    model_type = read_checkpoint_json(directory / "config.json")["model_type"]
     wanted = classes.PROCESSOR_MAPPING_NAMES.get(TRANSFORMERS_TYPES.get(model_type, model_type))
     paths = [directory / f"{name}_config.json" for name in ("processor", "preprocessor", "tokenizer")]
     for path in paths:
-        named = read_json(path).get("processor_class") if path.is_file() else None
+        named = read_checkpoint_json(path).get("processor_class") if path.is_file() else None
         if named is not None:
             if wanted is not None and named != wanted:
                 raise refused(str(path), "processor_class", named, (wanted,))

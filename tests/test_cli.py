@@ -24,6 +24,7 @@ from blip2edge.cli import interrupt, main
 from blip2edge.cli.messages import explain, flag
 from blip2edge.cli.parser import build_parser
 from blip2edge.errors import BundleError, UsageError, option
+from blip2edge.limits import Limits
 
 COMMANDS = (
     "export",
@@ -70,11 +71,15 @@ class FakeCaptioner:
     loaded: list[tuple[str, str, int | None]] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
     error: BaseException | None = None
+    bundle: Any = None
     prompts: Any = field(
         default_factory=lambda: SimpleNamespace(question=lambda question: f"Question: {question} Answer:")
     )
 
-    def __call__(self, bundle: SimpleNamespace, backend: str, threads: int | None, draft: str) -> FakeCaptioner:
+    def __call__(
+        self, bundle: SimpleNamespace, backend: str, threads: int | None, draft: str, limits: Limits
+    ) -> FakeCaptioner:
+        self.bundle = bundle
         if self.error is not None:
             raise self.error
         self.loaded.append((str(bundle.path), backend, threads))

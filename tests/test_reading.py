@@ -127,14 +127,14 @@ def holds(check: fields.Check, value: Any) -> bool:
 SIMPLE: dict[str, tuple[fields.Check, Callable[[Any], bool]]] = {
     "whole": (fields.whole(-3, 9), lambda value: type(value) is int and -3 <= value <= 9),
     "number": (
-        fields.number(0, 2),
+        fields.finite_number(0, 2),
         lambda value: type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 2,
     ),
     "flag": (fields.flag, lambda value: value is True or value is False),
-    "one of": (fields.one_of("a", "b"), lambda value: value in ("a", "b")),
+    "one of": (fields.one_of_texts("a", "b"), lambda value: value in ("a", "b")),
     "null": (fields.nullable(fields.flag), lambda value: value is None or isinstance(value, bool)),
     "list": (
-        fields.listed(fields.flag, 1, 2),
+        fields.list_of(fields.flag, 1, 2),
         lambda value: isinstance(value, list) and 1 <= len(value) <= 2 and all(isinstance(one, bool) for one in value),
     ),
     "object": (
@@ -167,7 +167,7 @@ def test_no_other_type_is_a_whole_number(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, True, "1", None])
 def test_no_number_is_finite_but_one(value: Any) -> None:
-    assert not holds(fields.number(), value)
+    assert not holds(fields.finite_number(), value)
 
 
 @pytest.mark.parametrize("value", ["", ".", "..", "a/b", "a\\b", "a\0", "a\n", "x" * 256, "é" * 128, 3, None])
@@ -177,7 +177,7 @@ def test_names_that_are_no_files_of_a_folder(value: Any) -> None:
 
 
 def test_the_error_names_the_key_the_value_and_what_was_expected() -> None:
-    check = fields.record({"graphs": fields.mapped(fields.text, fields.listed(fields.whole(1, 3)))})
+    check = fields.record({"graphs": fields.mapped(fields.text, fields.list_of(fields.whole(1, 3)))})
     with pytest.raises(ValueError, match=r"^graphs\.a\[1\]: expected a whole number from 1 to 3, got -5$"):
         check({"graphs": {"a": [1, -5]}}, "")
     with pytest.raises(ValueError, match=r"^graphs is missing$"):

@@ -48,7 +48,7 @@ def whole(least: int, most: int) -> Check:
     )
 
 
-def number(least: float = -math.inf, most: float = math.inf) -> Check:
+def finite_number(least: float = -math.inf, most: float = math.inf) -> Check:
     """A finite number in a range."""
     span = "" if math.isinf(least) and math.isinf(most) else f" from {least:g} to {most:g}"
     return check_that(
@@ -79,18 +79,18 @@ def is_file_name(value: Any) -> bool:
 file_name: Check = check_that(is_file_name, "the name of a file, without a folder")
 
 
-def matching(pattern: str, expected: str) -> Check:
+def full_match(pattern: str, expected: str) -> Check:
     """A text that a regular expression matches as a whole."""
     compiled = re.compile(pattern)
     return check_that(lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None, expected)
 
 
-def one_of(*choices: str) -> Check:
+def one_of_texts(*choices: str) -> Check:
     """One of some texts."""
     return check_that(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
 
 
-sha256: Check = matching("[0-9a-f]{64}", "a SHA-256, 64 hexadecimal digits")
+sha256: Check = full_match("[0-9a-f]{64}", "a SHA-256, 64 hexadecimal digits")
 
 
 def nullable(check: Check) -> Check:
@@ -98,7 +98,7 @@ def nullable(check: Check) -> Check:
     return lambda value, where: None if value is None else check(value, where)
 
 
-def listed(item: Check, least: int = 0, most: int = MAX_ITEMS) -> Check:
+def list_of(item: Check, least: int = 0, most: int = MAX_ITEMS) -> Check:
     """A list whose items pass a check."""
     whole_list = check_that(
         lambda value: isinstance(value, (list, tuple)) and least <= len(value) <= most,

@@ -14,13 +14,13 @@ from blip2edge.bundle.fields import (
     any_object,
     either,
     file_name,
+    finite_number,
     flag,
-    listed,
+    full_match,
+    list_of,
     mapped,
-    matching,
     nullable,
-    number,
-    one_of,
+    one_of_texts,
     record,
     sha256,
     text,
@@ -49,36 +49,39 @@ FLOATS = ("float32", "float16", "bfloat16")
 PAST = "past_key_values."
 MAX_SIDE = 65_535  # pixels of a preprocessed picture
 
-name: Check = matching(r"[\w.+-]{1,200}", "a name of letters, digits, dots, dashes and underscores")
+name: Check = full_match(r"[\w.+-]{1,200}", "a name of letters, digits, dots, dashes and underscores")
 token_id: Check = nullable(whole(-1, MAX_TOKENS))  # -1: LLaMA's padding
-precision: Check = matching(r"[\w-]{1,40}", "the name of a precision, such as fp32")
+precision: Check = full_match(r"[\w-]{1,40}", "the name of a precision, such as fp32")
 
 _LENGTH = whole(0, MAX_LENGTH)
 _AXIS = either(
     "size",
     record({"size": whole(1, MAX_LENGTH)}),
-    record({"name": matching(r"[\w +]{1,200}", "the name of an axis"), "min": _LENGTH, "opt": _LENGTH, "max": _LENGTH}),
+    record(
+        {"name": full_match(r"[\w +]{1,200}", "the name of an axis"), "min": _LENGTH, "opt": _LENGTH, "max": _LENGTH}
+    ),
 )
-TENSOR = record({"name": name, "dtype": one_of(*DTYPES), "axes": listed(_AXIS, most=MAX_RANK)})
-TENSORS = {"inputs": listed(TENSOR, least=1), "outputs": listed(TENSOR, least=1)}
+TENSOR = record({"name": name, "dtype": one_of_texts(*DTYPES), "axes": list_of(_AXIS, most=MAX_RANK)})
+TENSORS = {"inputs": list_of(TENSOR, least=1), "outputs": list_of(TENSOR, least=1)}
 
 PARITY = record(
-    {"output": name, "max_difference": number(0), "relative": number(0), "tolerance": number(0)},
-    {"cases": listed(text), "sample": text},
+    {"output": name, "max_difference": finite_number(0), "relative": finite_number(0), "tolerance": finite_number(0)},
+    {"cases": list_of(text), "sample": text},
 )
 
 GRAPH = record(
     {"precision": precision, **TENSORS},
     {
         "file": file_name,
-        "data_files": listed(file_name),
-        "fp32_exceptions": listed(text),
-        "parity": listed(PARITY),
+        "data_files": list_of(file_name),
+        "fp32_exceptions": list_of(text),
+        "parity": list_of(PARITY),
     },
 )
 
 _CACHE = {"num_layers": whole(1, MAX_LAYERS), "num_heads": whole(1, MAX_LAYERS), "head_dim": whole(1, MAX_WIDTH)}
 _TOKEN = whole(0, MAX_TOKENS)
+_COSINE = nullable(finite_number())
 
 PROMPT = record(
     {"template": text, "question": text, "visual_tokens": _TOKEN, "bos_token_id": token_id},
@@ -93,14 +96,14 @@ PROMPT = record(
         "around_picture": text,
         "end_token_id": token_id,
         "image_token": text,
-        "kind": one_of(*PROMPT_KINDS),
-        "turns": mapped(one_of(*TURNS), text),
+        "kind": one_of_texts(*PROMPT_KINDS),
+        "turns": mapped(one_of_texts(*TURNS), text),
     },
 )
 
 _EDGE = whole(1, MAX_SIDE)
 _SQUARE = record({"height": _EDGE, "width": _EDGE}, closed=True)
-_CHANNELS = listed(number(), 3, 3)
+_CHANNELS = list_of(finite_number(), 3, 3)
 
 PREPROCESSING = record(
     {},
@@ -110,7 +113,7 @@ PREPROCESSING = record(
         "crop": nullable(_SQUARE),
         "resample": whole(0, 5),
         "do_rescale": flag,
-        "rescale_factor": number(),
+        "rescale_factor": finite_number(),
         "do_normalize": flag,
         "mean": _CHANNELS,
         "std": _CHANNELS,
@@ -121,16 +124,16 @@ PREPROCESSING = record(
 GENERATION = record(
     {},
     {
-        "eos_token_ids": listed(whole(-1, MAX_TOKENS)),
-        "stop": listed(text),
+        "eos_token_ids": list_of(whole(-1, MAX_TOKENS)),
+        "stop": list_of(text),
         "pad_token_id": token_id,
         "decoder_start_token_id": token_id,
         "max_new_tokens": whole(1, MAX_LENGTH),
     },
 )
 
-_COSINES = mapped(text, mapped(text, record({"mean": number()})))
-_AGREEMENT = record({"same": number(0, 1), "pictures": _TOKEN})
+_COSINES = mapped(text, mapped(text, record({"mean": finite_number()})))
+_AGREEMENT = record({"same": finite_number(0, 1), "pictures": _TOKEN})
 CALIBRATION = record({"method": text, "pictures": _TOKEN, "cosine": _COSINES}, {"captions": nullable(_AGREEMENT)})
 """What `inspect` shows of a calibration."""
 
@@ -140,7 +143,7 @@ MANIFEST_FIELDS = record(
         "source": mapped(text, text),
         "precision": precision,
         "verify": text,
-        "graphs": mapped(matching(r"\w{1,100}", "the name of a graph"), GRAPH),
+        "graphs": mapped(full_match(r"\w{1,100}", "the name of a graph"), GRAPH),
         "cache": nullable(record(_CACHE, closed=True)),
         "max_positions": whole(1, MAX_TOKENS),
         "vocab_size": whole(1, MAX_TOKENS),
@@ -154,7 +157,7 @@ MANIFEST_FIELDS = record(
         "cross": nullable(
             record(
                 {**_CACHE, "source_dim": whole(1, MAX_WIDTH)},
-                {"mask": one_of(*CROSS_MASKS), "source": name},
+                {"mask": one_of_texts(*CROSS_MASKS), "source": name},
                 closed=True,
             )
         ),
@@ -168,12 +171,12 @@ MANIFEST_FIELDS = record(
         "merging": nullable(
             record(
                 {"merge_tokens": _TOKEN, "embeds": _TOKEN, "embeds_before": _TOKEN},
-                {"output": text, "cosine": nullable(number()), "lowest": nullable(number()), "pictures": _TOKEN},
+                {"output": text, "cosine": _COSINE, "lowest": _COSINE, "pictures": _TOKEN},
                 closed=True,
             )
         ),
         "tokenizer": record({}, {"clean_up_tokenization_spaces": flag, "split_special_tokens": flag}, closed=True),
-        "engines_of": matching("|[0-9a-f]{64}", "a SHA-256, or an empty text"),
+        "engines_of": full_match("|[0-9a-f]{64}", "a SHA-256, or an empty text"),
     },
 )  # fmt: skip
 """All fields of ``bundle.json`` except ``schema_version``."""
@@ -182,12 +185,12 @@ MANIFEST_FIELDS = record(
 _OPTIMIZED_GRAPH = record(
     {
         "file": file_name,
-        "passes": listed(text),
+        "passes": list_of(text),
         "one_by_one": flag,
         "layout": flag,
-        "parity": listed(PARITY),
-        "cosine": number(),
-        "milliseconds": nullable(listed(number(0), 2, 2)),
+        "parity": list_of(PARITY),
+        "cosine": finite_number(),
+        "milliseconds": nullable(list_of(finite_number(0), 2, 2)),
     }
 )
 OPTIMIZED_FIELDS = record(
@@ -209,9 +212,9 @@ _ENGINE = record(
         "sha256": sha256,
         "size": whole(0, MAX_BYTES),
         "precision": precision,
-        "profiles": listed(text),
-        "seconds": number(0),
-        "warnings": listed(text),
+        "profiles": list_of(text),
+        "seconds": finite_number(0),
+        "warnings": list_of(text),
         "asked": _COUNTS,
         "landed": nullable(_COUNTS),
         **TENSORS,
@@ -223,7 +226,7 @@ _FINGERPRINT = record(
     {
         "target": text,
         "tensorrt": text,
-        "gpus": listed(matching(r"sm\d{1,6}", "a compute capability, such as sm86")),
+        "gpus": list_of(full_match(r"sm\d{1,6}", "a compute capability, such as sm86")),
         "gpu": text,
         "multiprocessors": whole(0, MAX_LENGTH),
         "memory_gib": whole(0, MAX_LENGTH),
@@ -237,9 +240,9 @@ _FINGERPRINT = record(
 ENGINES_FIELDS = record(
     {
         "fingerprint": _FINGERPRINT,
-        "rebuild": listed(text),
+        "rebuild": list_of(text),
         "capacity": whole(0, MAX_LENGTH),
-        "engines": mapped(matching(r"\w{1,100}", "the name of a graph"), _ENGINE),
+        "engines": mapped(full_match(r"\w{1,100}", "the name of a graph"), _ENGINE),
     }
 )
 """The fields of ``engine.json``, except ``schema_version``."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.fields import Check, either, listed, mapped, one_of, record, text, whole
+from blip2edge.bundle.fields import Check, either, list_of, mapped, one_of_texts, record, text, whole
 from blip2edge.errors import Blip2EdgeError, BundleError
 from blip2edge.reading import parse_json, reading
 
@@ -118,9 +118,9 @@ def _no_tensor(path: Path, error: type[Blip2EdgeError], fix: str | None, name: s
 
 _ENTRY = record(
     {
-        "dtype": one_of(*DTYPES),
-        "shape": listed(whole(0, 1 << 40), most=16),
-        "data_offsets": listed(whole(0, 1 << 50), 2, 2),
+        "dtype": one_of_texts(*DTYPES),
+        "shape": list_of(whole(0, 1 << 40), most=16),
+        "data_offsets": list_of(whole(0, 1 << 50), 2, 2),
     }
 )
 _HEADER: Check = mapped(text, either("data_offsets", _ENTRY, mapped(text, text)))

@@ -14,7 +14,7 @@ from typing import Any
 
 from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.checkpoint.side_keys import CONFIG, refused, unread_warning
-from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.families.registry import read_config
 
 TRANSFORMERS_TYPES = {"minigpt4": "blip-2"}
@@ -68,7 +68,7 @@ def check_config(directory: Path) -> list[str]:
     from transformers import CONFIG_MAPPING
 
     path = directory / "config.json"
-    values = read_json(path)
+    values = read_checkpoint_json(path)
     recorded = RecordedObject(values)
     read_config(recorded)
     model_type = TRANSFORMERS_TYPES.get(values["model_type"], values["model_type"])

@@ -25,7 +25,7 @@ from blip2edge.model.checkpoint.stored.files import (
     find_side_files,
     joined_side_files,
     matching,
-    read_json,
+    read_checkpoint_json,
 )
 from blip2edge.model.checkpoint.stored.quantized import refuse_quantized
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles, has_weights, no_weights, shards
@@ -73,7 +73,7 @@ class Checkpoint:
         self.laid_over: Path | None = None
         if not (self.directory / "config.json").is_file() and not has_weights(self.directory):
             raise no_weights(self.directory)
-        values = read_json(self.directory / "config.json")
+        values = read_checkpoint_json(self.directory / "config.json")
         self._read = read_config(values)
         rename = partial(canonical_name, self._read)
         self.files = TensorFiles(self.directory, rename)
@@ -83,7 +83,7 @@ class Checkpoint:
             ends = end_tokens(given, self._read) or end_tokens(self.directory, self._read)
             self._read = replace(self._read, end_token_ids=ends)
         if isinstance(self._read, CaptionerConfig) and (self.directory / DRAFT_CONFIG).is_file():
-            draft = DraftConfig.from_json(read_json(self.directory / DRAFT_CONFIG))
+            draft = DraftConfig.from_json(read_checkpoint_json(self.directory / DRAFT_CONFIG))
             self._read = replace(self._read, draft=draft)
             self.files.add(self.directory / DRAFT_FILE, DRAFT_PREFIX.__add__)
         refuse_quantized(values, self.files, self._used(self._read))

@@ -8,7 +8,7 @@ from typing import Any
 
 from blip2edge.errors import CheckpointError, UsageError
 from blip2edge.model.checkpoint.side_keys import GENERATION, check_keys
-from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
@@ -59,7 +59,7 @@ def end_tokens(directory: Path, config: CaptionerConfig) -> tuple[int, ...]:
     path = directory / FILE
     if not FAMILIES[config.family].generation or not path.is_file():
         return ()
-    return Fields(str(path), read_json(path)).token_ids("eos_token_id", None)
+    return Fields(str(path), read_checkpoint_json(path)).token_ids("eos_token_id", None)
 
 
 def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str, Any], list[str]]:
@@ -83,7 +83,7 @@ def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str,
     path = directory / FILE
     if not path.is_file():
         return generation, []
-    values = {key: value for key, value in read_json(path).items() if value is not None}
+    values = {key: value for key, value in read_checkpoint_json(path).items() if value is not None}
     if not family.generation:
         defaults = {"do_sample": False, **SAMPLING, **NO_EFFECT}
         changed = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.checkpoint.side_keys import IMAGE_PROCESSOR, check_keys, unread_warning
-from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.reading import reading
 from blip2edge.runtime.images.preprocess import (
     BICUBIC,
@@ -131,11 +131,11 @@ def load_preprocessing(directory: Path) -> LoadedPreprocessing:
         CheckpointError: There is none, or it has a value that is not supported.
     """
     config = directory / "config.json"
-    model_type = read_json(config).get("model_type") if config.is_file() else None
+    model_type = read_checkpoint_json(config).get("model_type") if config.is_file() else None
     otherwise = FAMILY_CLASSES.get(str(model_type), "Blip")
     for name, part in VIDEO_SOURCES if otherwise == VIDEO else SOURCES:
         path = directory / name
-        values: Any = read_json(path) if path.is_file() else None
+        values: Any = read_checkpoint_json(path) if path.is_file() else None
         where = f"{path}, {part}" if part else str(path)
         if values is not None and part:
             values = values.get(part)

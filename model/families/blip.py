@@ -33,7 +33,7 @@ def read_vision(f: Fields) -> VisionConfig:
     return VisionConfig.from_hf(layered(values, BLIP_VISION_DEFAULTS))
 
 
-def read_text(f: Fields, vision: VisionConfig) -> tuple[BertConfig, dict[str, int | None]]:
+def read_text_config(f: Fields, vision: VisionConfig) -> tuple[BertConfig, dict[str, int | None]]:
     """Reads the ``text_config`` of a BLIP ``config.json``; returns the config and the ids of the special tokens."""
     text = Fields("text_config", f.values.get("text_config", {}))
     # As in transformers, encoder_hidden_size of text_config is ignored.
@@ -50,7 +50,7 @@ def read_blip(f: Fields, family: str = "blip", reads_question: bool = False) -> 
     A text ends with the separator token. ``reads_question``: whether an encoder reads a question first (VQA).
     """
     vision = read_vision(f)
-    language, ids = read_text(f, vision)
+    language, ids = read_text_config(f, vision)
     sep = ids["sep_token_id"]
     return CaptionerConfig(
         family=family,

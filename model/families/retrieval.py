@@ -9,7 +9,7 @@ from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.config import VisionConfig
 from blip2edge.model.config_json import Fields
-from blip2edge.model.families.blip import BLIP_TOKEN_DEFAULTS, read_text, read_vision
+from blip2edge.model.families.blip import BLIP_TOKEN_DEFAULTS, read_text_config, read_vision
 from blip2edge.model.language.clip_text import ClipTextConfig
 from blip2edge.model.retrieval import RetrievalConfig
 
@@ -17,7 +17,7 @@ from blip2edge.model.retrieval import RetrievalConfig
 def read_blip_itm(f: Fields) -> RetrievalConfig:
     """Reads the config of ``BlipForImageTextRetrieval``."""
     vision = read_vision(f)
-    text, _ = read_text(f, vision)
+    text, _ = read_text_config(f, vision)
     return RetrievalConfig(
         family="blip-itm",
         vision=vision,

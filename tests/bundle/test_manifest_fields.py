@@ -126,7 +126,7 @@ FITS: dict[str, tuple[Change, str]] = {
     "outputs": (lambda v: v["graphs"]["decoder"]["outputs"].pop(), "cache: expected present.0.value"),
     "fewer layers": (
         lambda v: v["graphs"]["decoder"]["inputs"].append(tensor("past_key_values.1.key", "batch", 2, "past", 4)),
-        r"cache: expected 2 inputs past_key_values\.\* in the decoder, for 1 layers, got 3",
+        r"cache: expected 2 inputs past_key_values\.\* of the decoder for 1 layers, got 3",
     ),
     "no embeddings": (lambda v: v["graphs"]["decoder"]["inputs"].pop(0), "expected an input inputs_embeds"),
     "integers": (

@@ -201,11 +201,11 @@ def generation(corpus: Corpus, folder: Path) -> Read:
     from dataclasses import replace
 
     from blip2edge.model.checkpoint.generation import read_generation
-    from blip2edge.model.checkpoint.stored.files import read_json
+    from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
     from blip2edge.model.config import CaptionerConfig
     from blip2edge.model.families.registry import read_config
 
-    found = read_config(read_json(corpus.checkpoint / "config.json"))
+    found = read_config(read_checkpoint_json(corpus.checkpoint / "config.json"))
     assert isinstance(found, CaptionerConfig)
     follows = replace(found, family="llava")  # a family that follows the file
     return _at(folder / "generation_config.json", lambda: read_generation(folder, follows))

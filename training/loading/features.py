@@ -22,14 +22,14 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from blip2edge.bundle.fields import listed, text
+from blip2edge.bundle.fields import list_of, text
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, OutputError
 from blip2edge.reading import DATA_BYTES, parse_json, read_text, reading
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.sources import Sample
 
-_LINE = listed(text)
+_LINE = list_of(text)
 _ROWS, _INDEX = ".rows", ".index.jsonl"
 
 

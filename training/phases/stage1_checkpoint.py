@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blip2edge.bundle.fields import number, record
+from blip2edge.bundle.fields import finite_number, record
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.qformer import QFormerBase
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, TEXT_HEAD_RULES, write_draft
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_model, save_checkpoint
-from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_json
+from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_checkpoint_json
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.config import DraftConfig, QFormerConfig
 from blip2edge.model.retrieval import RetrievalModel
@@ -191,7 +191,7 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
     directory = find_checkpoint(source)
     has_draft = (directory / DRAFT_CONFIG).is_file()
     if has_draft:
-        draft = DraftConfig.from_json(read_json(directory / DRAFT_CONFIG))
+        draft = DraftConfig.from_json(read_checkpoint_json(directory / DRAFT_CONFIG))
     given = load_model(directory)
     if isinstance(given, CaptionerModel) and given.draft is not None:
         return _of_captioner(given, directory).eval()
@@ -220,9 +220,9 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
 
 
 def _temperature(path: Path) -> float:
-    values = read_json(path)
+    values = read_checkpoint_json(path)
     with reading(path, "the record of stage 1", CheckpointError):
-        record({"temperature": number(0, 1e6)})(values, "")
+        record({"temperature": finite_number(0, 1e6)})(values, "")
     return float(values["temperature"])
 
 

@@ -14,7 +14,7 @@ from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
 from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
-from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.training.config import TrainingConfig
@@ -155,7 +155,7 @@ def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: St
         return kept.draft_config
     if not config.model.bert:
         return own.draft_config()
-    values = read_json(pretrained.resolve(config.model.bert, base) / "config.json")
+    values = read_checkpoint_json(pretrained.resolve(config.model.bert, base) / "config.json")
     return own.draft_config(Fields("config.json", values).integer("max_position_embeddings", 512))
 
 

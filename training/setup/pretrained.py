@@ -20,7 +20,7 @@ from blip2edge.model.checkpoint.adapters.folder import ADAPTER_CONFIG, has_adapt
 from blip2edge.model.checkpoint.directory import load_checkpoint, load_model
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.stored import files
-from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_json
+from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_checkpoint_json
 from blip2edge.model.checkpoint.stored.quantized import refuse_quantized
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.checkpoint.stored.tied import add_tied_names, all_equal, repeated_names
@@ -110,7 +110,7 @@ def load_language(name: str, base: Path) -> LanguagePart:
         UnsupportedModelError: This kind of language model does not work with a bridge.
     """
     directory = resolve(name, base)
-    values = read_json(directory / "config.json")
+    values = read_checkpoint_json(directory / "config.json")
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     if values.get("model_type") not in LANGUAGES:
         model = load_checkpoint(directory)

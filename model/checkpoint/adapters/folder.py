@@ -27,7 +27,7 @@ from blip2edge.model.checkpoint.adapters.layers import (
     check_each_kind,
     replaced_tensors,
 )
-from blip2edge.model.checkpoint.stored.files import cached_checkpoint, read_json
+from blip2edge.model.checkpoint.stored.files import cached_checkpoint, read_checkpoint_json
 from blip2edge.model.checkpoint.stored.pickled import read_pickled
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles, has_weights, open_safetensors
 from blip2edge.model.weights.rules import some
@@ -96,7 +96,7 @@ def base_of(directory: Path, base: Path | None) -> Path:
 
 
 def _named_base(directory: Path) -> Path:
-    name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = read_checkpoint_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
     places = [Path(str(name)).expanduser(), directory / str(name)] if name else []
     for place in places:
         if place.is_dir() and place.resolve() != directory.resolve():
@@ -169,7 +169,7 @@ def _adapter_config(path: Path) -> Any:
     from peft import PeftConfig, PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    values = read_json(path)
+    values = read_checkpoint_json(path)
     kind = str(values.get("peft_type")).upper()
     if kind not in MERGED_TYPES:
         raise cannot_merge(path, f"its peft_type is {values.get('peft_type')!r}; merged are {', '.join(MERGED_TYPES)}")

@@ -125,7 +125,7 @@ def _snapshot(name: str, local_files_only: bool = False) -> Path:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_checkpoint_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blip2edge.bundle.fields import is_file_name
 from blip2edge.errors import CheckpointError
-from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.weights.rules import some
 from blip2edge.reading import reading
 
@@ -195,7 +195,7 @@ def shards(directory: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise no_weights(directory)
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_checkpoint_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files", "copy or download it again")
     outside = [name for name in weight_map.values() if not is_file_name(name)]
