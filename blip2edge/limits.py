@@ -36,7 +36,7 @@ class Limits:
     """
 
     side: int = limit(MAX_SIDE, "--max-side", "PIXELS", "longest side of a picture")
-    pixels: int = limit(MAX_PIXELS, "--max-pixels", "PIXELS", "largest area of a picture (at most the default)")
+    pixels: int = limit(MAX_PIXELS, "--max-pixels", "PIXELS", "largest area of a picture; not above the default")
     decoded_bytes: int = limit(512 << 20, "--max-decoded-bytes", "BYTES", "most memory of one decoded picture")
     frames: int = limit(100_000, "--max-frames", "N", "largest number of frames of a video or a folder of frames")
     pictures: int = limit(64, "--max-pictures", "N", "largest number of pictures in a request")
@@ -62,7 +62,7 @@ class ConnectionLimits:
         header_s: Seconds from the first byte of a request, or from the connection, to the end of the header.
         body_s: Seconds for a whole body.
         body_rate: Bytes per second that a body needs on average, after :data:`BODY_GRACE_S`.
-        write_s: Seconds in which a client must take data that the server has sent.
+        write_s: Seconds in which a client must read data that was sent to it; then its connection is closed.
         memory_bytes: Bytes of bodies in memory, over all requests that are not answered.
     """
 
@@ -70,7 +70,12 @@ class ConnectionLimits:
     header_s: float = limit(10.0, "--header-timeout", "SECONDS", "time for the header of a request")
     body_s: float = limit(120.0, "--body-timeout", "SECONDS", "time for the body of a request")
     body_rate: int = limit(1024, "--min-body-rate", "BYTES", "bytes per second that a body must have on average")
-    write_s: float = limit(60.0, "--write-timeout", "SECONDS", "time in which a client must take what is sent to it")
+    write_s: float = limit(
+        60.0,
+        "--write-timeout",
+        "SECONDS",
+        "time in which a client must read what was sent to it",
+    )
     memory_bytes: int = limit(256 << 20, "--body-memory", "BYTES", "memory for the bodies of all open requests")
 
 

@@ -94,9 +94,10 @@ def capacity_of(manifest: Manifest, wanted: int | None) -> int:
 
 
 def prompt_of(manifest: Manifest) -> int:
-    """Returns the usual number of tokens in a prefill of the decoder.
+    """Estimates the number of tokens in the decoder's prompt: :data:`PROMPT_TEXT` text tokens and the visual tokens.
 
-    Visual tokens are part of the decoder's prompt, unless the decoder attends to them by cross-attention.
+    Visual tokens are not counted if the decoder attends to them by cross-attention. A bundle without a prompt gets
+    :data:`PROMPT`.
     """
     if manifest.prompt is None:
         return PROMPT

@@ -19,7 +19,7 @@ def pictures_axis(config: Config) -> Axis:
 
 
 def image_embeds(config: Config) -> TensorSpec:
-    """The vision encoder's output, which the bridge reads."""
+    """Describes the tensor ``image_embeds``: the vision encoder's output, float32 ``[B, P, Dv]``."""
     return TensorSpec(
         "image_embeds",
         "float32",

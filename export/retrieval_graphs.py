@@ -20,63 +20,63 @@ TEXT_STACKS = ("matcher.encoder.layers", "matcher.qformer.layers", "matcher.text
 
 
 class ImageFeaturesGraph(nn.Module):
-    """image_embeds → image_features."""
+    """The graph of the picture's projection. Maps the vision encoder's output to K unit vectors of each picture."""
 
     def __init__(self, model: RetrievalModel) -> None:
         super().__init__()
         self.matcher = model.matcher
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """``[B, P, Dv]`` to ``[B, K, F]``."""
+        """Maps ``image_embeds [B, P, Dv]`` to ``image_features [B, K, F]``."""
         return self.matcher.image_features(image_embeds)
 
 
 class TextEmbedsGraph(nn.Module):
-    """input_ids, attention_mask → text_embeds."""
+    """The graph of the text encoder. Maps token ids and their mask to one unit vector of each text."""
 
     def __init__(self, model: RetrievalModel) -> None:
         super().__init__()
         self.matcher = model.matcher
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 ``[B, S]`` twice to ``[B, F]``."""
+        """Maps ids and mask, int64 ``[B, S]`` each, to ``text_embeds [B, F]``."""
         return self.matcher.text_embeds(input_ids, attention_mask)
 
 
 class MatchGraph(nn.Module):
-    """image_embeds, input_ids, attention_mask → probability, match_logits."""
+    """The graph of the matching head. Maps pictures and texts to match probabilities and logits."""
 
     def __init__(self, model: RetrievalModel) -> None:
         super().__init__()
         self.matcher = model.matcher
 
     def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, P, Dv]`` and int64 ``[B, S]`` twice to ``[B]`` and ``[B, 2]``."""
+        """Maps pictures ``[B, P, Dv]``, ids and mask (int64 ``[B, S]``) to probability ``[B]`` and logits ``[B, 2]``."""
         logits = self.matcher.match(image_embeds, input_ids, attention_mask)
         return logits.softmax(dim=-1)[:, 1], logits
 
 
 def text_tensors(config: RetrievalConfig) -> tuple[TensorSpec, TensorSpec]:
-    """Token ids and attention mask of texts."""
+    """Describes the tensors of texts: token ids and attention mask, int64 ``[B, S]`` each."""
     longest = config.max_positions
     dims = (batch_axis(), Axis("text", 1, min(16, longest), longest))
     return TensorSpec("input_ids", "int64", dims), TensorSpec("attention_mask", "int64", dims)
 
 
 def image_features_spec(config: RetrievalConfig) -> GraphSpec:
-    """Tensors of the picture side of contrastive matching."""
+    """Describes the inputs and outputs of :class:`ImageFeaturesGraph`."""
     features = TensorSpec("image_features", "float32", (batch_axis(), config.num_features, config.embed_dim))
     return GraphSpec(IMAGE_FEATURES, (image_embeds(config),), (features,))
 
 
 def text_embeds_spec(config: RetrievalConfig) -> GraphSpec:
-    """Tensors of the text side of contrastive matching."""
+    """Describes the inputs and outputs of :class:`TextEmbedsGraph`."""
     embeds = TensorSpec("text_embeds", "float32", (batch_axis(), config.embed_dim))
     return GraphSpec(TEXT_EMBEDS, text_tensors(config), (embeds,))
 
 
 def match_spec(config: RetrievalConfig) -> GraphSpec:
-    """Tensors of the matching head."""
+    """Describes the inputs and outputs of :class:`MatchGraph`."""
     scores = (
         TensorSpec("probability", "float32", (batch_axis(),)),
         TensorSpec("match_logits", "float32", (batch_axis(), 2)),

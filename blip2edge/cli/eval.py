@@ -45,8 +45,8 @@ def add_arguments(parser: Parser) -> None:
         "--split",
         choices=SPLITS,
         default="heldout",
-        help="with --data scenes: show pairs of objects that training never shows (heldout), or the other "
-        "pairs (train)",
+        help="with --data scenes: heldout: pictures with pairs of objects that no training picture has; train: "
+        "pictures with the other pairs (default: heldout)",
     )
     add_number(parser, "--count", "largest number of pictures (default: 1000 scenes, or all pictures of a data set)")
     parser.add_argument(
@@ -54,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         choices=METRICS,
         metavar="METRIC",
-        help=f"metrics to compute, of {', '.join(METRICS)} (default: all that fit the model and the data)",
+        help=f"one or more metrics to compute: {', '.join(METRICS)} (default: all that fit the model and the data)",
     )
     parser.add_argument(
         "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         choices=VERIFICATIONS,
-        help="how the graphs are compared with torch. full: the whole model; sample: some of its layers and shapes "
-        "(default: full below 1 GiB, sample from there on)",
+        help="how the graphs are compared with torch. full: the whole model; sample: some of its layers, with fewer "
+        "sizes of inputs (default: full if the weights have at most 1 GiB, otherwise sample)",
     )
     add_number(
         parser,

@@ -183,7 +183,11 @@ def add_limits(parser: ArgumentParser, kind: type[Limits | ConnectionLimits], na
         form = positive_int if isinstance(one.default, int) else positive_number
         about = one.metadata
         group.add_argument(
-            about["flag"], dest=f"limit_{one.name}", metavar=about["unit"], type=form, help=about["help"]
+            about["flag"],
+            dest=f"limit_{one.name}",
+            metavar=about["unit"],
+            type=form,
+            help=f"{about['help']} (default: {one.default})",
         )
 
 
@@ -198,14 +202,14 @@ def add_data_files(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         metavar="DIR",
-        help="directory of the pictures of a COCO JSON file (default: searched in and next to the directory "
-        "of the file)",
+        help="directory of the pictures of a COCO JSON file (default: the directory of the file, or one of COCO's "
+        "picture folders in it or beside it)",
     )
     parser.add_argument(
         "--annotations",
         metavar="FILE",
-        help="JSON file with the answers to VQA questions (default: searched by name in the directory of "
-        "the questions)",
+        help="JSON file with the answers to VQA questions (default: the file beside the questions that has annotations "
+        "in place of questions in its name)",
     )
     add_number(
         parser,

@@ -59,7 +59,12 @@ class BlockFormat:
 
     @classmethod
     def for_width(cls, width: int, bits: int) -> BlockFormat | None:
-        """Returns the preferred format for a matrix with ``width`` rows; None if no block size divides ``width``."""
+        """Returns the preferred format for a matrix ``[K, N]``; None if no block size divides K.
+
+        Args:
+            width: K, the number of rows, which are divided into blocks.
+            bits: Bits of an integer: 4 or 8.
+        """
         fitting = [block for block in BLOCKS[bits] if width % block == 0]
         return cls(bits, fitting[0]) if fitting else None
 

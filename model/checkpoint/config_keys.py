@@ -81,7 +81,9 @@ def check_config(directory: Path) -> list[str]:
             for part in (values, recorded.read_part())
         )
     except Exception as error:  # each config class raises its own
-        raise CheckpointError(f"transformers cannot read {path} ({one_line(error)})") from error
+        raise CheckpointError(
+            f"transformers cannot read {path} ({one_line(error)})", "correct the value, or download the file again"
+        ) from error
     return _check_section(str(path), recorded, whole, without)
 
 

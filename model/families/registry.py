@@ -229,7 +229,8 @@ def _family_of(f: Fields) -> Family:
         types = dict.fromkeys(family.model_type or name for name, family in FAMILIES.items())
         raise UnsupportedModelError(
             f"the checkpoint's model_type is {model_type!r}, which is not supported",
-            f"supported: {', '.join(types)} with a language model of type {', '.join(bridged_languages())}",
+            f"supported: {', '.join(types)}; where the language model has a model_type of its own, it must be one of "
+            f"{', '.join(bridged_languages())}",
         )
     classes = f.values.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):

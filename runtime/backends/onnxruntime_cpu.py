@@ -201,11 +201,11 @@ FLOATS: Mapping[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "t
 
 
 class HostBuffers:
-    """Buffers of a KV cache in the memory of the host; they follow :class:`CacheBuffers` of ``base.py``.
+    """Buffers of a KV cache in CPU memory. Implements the protocol :class:`CacheBuffers` (``base.py``).
 
     Args:
-        session: ONNX Runtime's own session.
-        pairs: Names of outputs, each with the name of the input whose buffer the output is written to.
+        session: An ``onnxruntime.InferenceSession``.
+        pairs: Maps the name of an output to the name of an input. The output is written to the buffer of that input.
         value_of: Wraps an array, without a copy, as ONNX Runtime's ``OrtValue``.
     """
 

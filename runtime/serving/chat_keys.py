@@ -278,7 +278,7 @@ FORM_OPTIONS = tuple(
 
 
 def key_table() -> str:
-    """The table of keys in ``docs/serving.md``, in Markdown."""
+    """Makes the Markdown table of the JSON keys of a chat request, for ``docs/serving.md``."""
     rows = ["| key | | meaning |", "|---|---|---|"]
     rows += [f"| `{key.name}`{' (own)' if key.own else ''} | {key.effect} | {key.meaning} |" for key in KEYS]
     return "\n".join(rows) + "\n"

@@ -150,7 +150,7 @@ class WaitingClient:
             pass
 
     def put(self, piece: str | None) -> None:
-        """Adds a piece; may be called from any thread."""
+        """Adds a piece of the caption's text for the client; None: the caption is finished. Any thread may call it."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 

@@ -245,7 +245,11 @@ class NewestFrame:
             return frame, at, dropped
 
     def close(self) -> None:
-        """Ends the thread: at once where the frames are a :class:`Source`, or else with the next frame."""
+        """Stops the thread that reads the frames.
+
+        If the frames come from a :class:`Source`, it is closed and the thread stops at once. Otherwise the thread stops
+        when the next frame arrives.
+        """
         with self._changed:
             self._closed = True
         if isinstance(self._frames, Source):

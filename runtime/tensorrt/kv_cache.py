@@ -55,7 +55,14 @@ class DeviceCache:
                 self.cuda.zero(half.address, half.size, self.lane.stream)
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """Runs the engine on the cache; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`."""
+        """Runs the engine once, and updates the cache.
+
+        Args:
+            inputs: The inputs that are not the cache, by name.
+
+        Returns:
+            The logits, float32 ``[B, K, V]``.
+        """
         lane, space = self.lane, self.workspace
         steps, asked = inputs["inputs_embeds"].shape[1], inputs["logits_indices"].shape[1]
         profile = "verify" if asked > 1 else "decode" if steps == 1 else "prefill"

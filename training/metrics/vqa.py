@@ -85,7 +85,10 @@ def answer_accuracy(answer: str, truths: Sequence[str]) -> float:
         DataError: There is no true answer.
     """
     if not truths:
-        raise DataError("expected at least one true answer to a question, got none")
+        raise DataError(
+            "a question has no true answer, and VQA accuracy needs at least one",
+            "remove the question, or add its answers to the annotations",
+        )
     if len(truths) == 1:
         return float(normalise_answer(answer) == normalise_answer(truths[0]))
     answer, truths = _unspaced(answer), [_unspaced(truth) for truth in truths]

@@ -174,7 +174,8 @@ def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequenc
     """Makes the Q-Former's ids and mask of the prompts, with the runtime's own code."""
     if parts.qformer_texts is None:
         raise ConfigError(
-            "instruct: the Q-Former has no tokenizer", "set bert in [model], or a checkpoint that has qformer_tokenizer"
+            "train instruct needs a tokenizer for the Q-Former, but found none",
+            "in [model], set bert to a BERT (directory or hub name), or checkpoint to one that has qformer_tokenizer/",
         )
     longest = parts.model.config.instruction_positions
     instructor = InstructionTokenizer(Tokenizer(parts.qformer_texts.tokenizer), longest, 1)

@@ -114,12 +114,13 @@ def read_signature(path: Path, public_key: Path) -> Signature:
 
     Args:
         path: The signature.
-        public_key: A public key in PEM format, or a file of certificates that the signer's certificate leads to.
+        public_key: A public key in PEM format, or a PEM file with the certificates of the authority that issued the
+            signer's certificate.
 
     Raises:
         BundleSignatureError: The signature is of another key, or is damaged.
         MissingPackageError: The package ``model-signing`` is not installed.
-        UsageError: ``public_key`` is not such a file.
+        UsageError: ``public_key`` is neither.
     """
     package = model_signing()
     listed = _Listed()

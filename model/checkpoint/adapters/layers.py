@@ -142,8 +142,8 @@ def adapted_layers(
                 readers[name] = files.reader(names[name])
             else:
                 raise CheckpointError(
-                    f"the adapter changes {names[name]}, which its base {files.directory} does not have",
-                    "check that config.json belongs to the weights",
+                    f"the adapter changes {names[name]}, but the base checkpoint {files.directory} has no such tensor",
+                    f"check that {files.directory} is the adapter's base, and that its config.json fits its weights",
                 )
         yield AdaptedLayer(path, layer, readers, names, init)
 
