@@ -51,7 +51,7 @@ class MatchGraph(nn.Module):
         self.matcher = model.matcher
 
     def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps pictures ``[B, P, Dv]``, ids and mask (int64 ``[B, S]``) to probability ``[B]`` and logits ``[B, 2]``."""
+        """Maps pictures ``[B, P, Dv]``, ids, mask (int64 ``[B, S]``) to probability ``[B]`` and logits ``[B, 2]``."""
         logits = self.matcher.match(image_embeds, input_ids, attention_mask)
         return logits.softmax(dim=-1)[:, 1], logits
 
