@@ -26,10 +26,11 @@ from blip2edge.model.checkpoint.image_processor import CLASSES, load_preprocessi
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, GENERATION, IMAGE_PROCESSOR, PROCESSOR, KeyTable
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.tokenizer import Tokenizer
+from tests import side_file_kinds
 from tests.drawing import Drawn
 from tests.families.drawing_llama import draw_llava, draw_minigpt4
 from tests.families.test_pool import save_pool
-from tests.side_file_draws import Draws
+from tests.side_file_draws import Base, Draws, judge, state_of
 from tests.side_file_kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -339,3 +340,22 @@ def test_drawn_keys_and_values_give_no_silent_difference(
     assert seen["equal"] > count / 4
     assert seen["equal, changed"] > 0
     assert seen["refused"] > 0
+
+
+def test_a_difference_is_a_tie_only_where_two_scores_nearly_agree(
+    tiny_checkpoint: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, kind = tiny_checkpoint.directory, KINDS["blip-2, opt"]
+    with side_file_kinds.recorded_scores() as steps:
+        answers = side_file_kinds.theirs(directory, kind)
+    first, second = steps[2][0].topk(2)[1].tolist()
+    place = len(answers[0]) - side_file_kinds.NEW_TOKENS + 2
+    assert answers[0][place] == first
+    planted = [[*answers[0][:place], second, *answers[0][place + 1 :]], *answers[1:]]
+    base = Base(kind, directory, directory, planted, state_of(directory))
+    assert judge(base, directory, "").startswith("different: ")
+    monkeypatch.setattr(side_file_kinds, "TIE", 1.1)  # more than the range of all scores
+    assert judge(base, directory, "").startswith("tie: ")
+    shorter = dataclasses.replace(base, answers=[answers[0][:-1], *answers[1:]])
+    assert judge(shorter, directory, "").startswith("different: ")
+    assert judge(dataclasses.replace(base, answers=answers), directory, "") == "equal"
