@@ -65,6 +65,7 @@ class SideFiles:
         """
         warnings = check_config(directory)
         tokenizer = read_tokenizer(directory)
+        warnings += tokenizer.warnings
         warnings += _check_processor(directory, config)
         preprocessing, more = _preprocessing(directory, config)
         warnings += more
@@ -91,6 +92,7 @@ class SideFiles:
         instruction = None
         if config.instruction_positions:
             qformer = read_tokenizer(directory / "qformer_tokenizer")
+            warnings += qformer.warnings
             _check_tokenizer(qformer, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
             if "split_special_tokens" in qformer.flags:  # the manifest has flags for the main tokenizer only
                 raise refused(

@@ -85,9 +85,10 @@ class Draws:
             if not bundle.is_dir():
                 kind.save(directory / "checkpoint")
                 export_checkpoint(directory / "checkpoint", bundle, verify="sample")
-            answers = theirs(directory / "checkpoint", kind)
+            answers, state = theirs(directory / "checkpoint", kind), state_of(directory / "checkpoint")
             assert same(ours(bundle, kind), answers), name
-            self.bases[name] = Base(kind, directory / "checkpoint", bundle, answers, state_of(directory / "checkpoint"))
+            assert not any("transformers does not read" in warning for warning in state[1].warnings), state[1].warnings
+            self.bases[name] = Base(kind, directory / "checkpoint", bundle, answers, state)
         return self.bases[name]
 
     def run(self, count: int) -> Iterator[tuple[str, str]]:
@@ -101,7 +102,7 @@ class Draws:
                 shutil.copytree(base.directory, directory)
                 file, section, key, value = change(directory, rng)
                 told = f"{name}: {file} {section}{key} = {json.dumps(value)}"
-                yield judge(base, directory, must_name(file, key)), told
+                yield judge(base, directory, must_name(key)), told
 
 
 def state_of(directory: Path) -> tuple[Any, SideFiles, Any]:
@@ -113,11 +114,11 @@ def state_of(directory: Path) -> tuple[Any, SideFiles, Any]:
     return checkpoint.config, side, sources
 
 
-def must_name(file: str, key: str) -> str:
+def must_name(key: str) -> str:
     """A text that a warning must hold where the change does not change the export."""
     if key == "chat_template":
         return "chat template"
-    return key if key == "favourite" and "tokenizer" not in file else ""
+    return key if key.startswith("favourite") else ""
 
 
 def judge(base: Base, directory: Path, named: str) -> str:

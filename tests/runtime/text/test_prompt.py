@@ -73,7 +73,18 @@ def test_a_typed_special_token_is_refused(family: str) -> None:
 @pytest.mark.parametrize("family", BUILDERS)
 def test_what_only_resembles_one_is_text(family: str) -> None:
     builder = BUILDERS[family]
-    for text in ("two {prompt} cats", "1 < 2 > 0", "<imag>", "[sep]", "< /s>", "</ s>", "DOG", "a\n<b>", "<video", "video>"):
+    for text in (
+        "two {prompt} cats",
+        "1 < 2 > 0",
+        "<imag>",
+        "[sep]",
+        "< /s>",
+        "</ s>",
+        "DOG",
+        "a\n<b>",
+        "<video",
+        "video>",
+    ):
         ids = builder(text).ids
         special = builder.tokenizer.special_ids - {builder.tokenizer.token_to_id(unk) for unk in ("<unk>", "[UNK]")}
         plain = builder("").ids if family != "BLIP" else builder(None).ids
