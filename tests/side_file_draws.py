@@ -87,7 +87,7 @@ class Draws:
                 export_checkpoint(directory / "checkpoint", bundle, verify="sample")
             answers, state = theirs(directory / "checkpoint", kind), state_of(directory / "checkpoint")
             assert same(ours(bundle, kind), answers), name
-            assert not any("transformers does not read" in warning for warning in state[1].warnings), state[1].warnings
+            assert name == "pool" or not state[1].warnings, state[1].warnings
             self.bases[name] = Base(kind, directory / "checkpoint", bundle, answers, state)
         return self.bases[name]
 

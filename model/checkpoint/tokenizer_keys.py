@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.model.checkpoint.side_keys import TOKENIZER, unread_warning
-from blip2edge.model.checkpoint.stored.files import read_json
+from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 
 CONFIG_FILE, MAP_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
@@ -44,7 +44,7 @@ def check_tokenizer_keys(directory: Path, tokenizer: Any) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_checkpoint_json(path) if path.is_file() else {}
 
 
 def _known_keys(tokenizer: Any) -> set[str]:

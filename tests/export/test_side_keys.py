@@ -102,7 +102,14 @@ def test_every_argument_of_the_processors_is_in_the_table() -> None:
 def test_a_nested_image_processor_goes_before_the_other_file(copied: Path) -> None:
     nested = json.loads((copied / "processor_config.json").read_text())["image_processor"]
     edit(copied / "preprocessor_config.json", **nested | {"image_mean": [0.5, 0.5, 0.5]})
-    assert list(load_preprocessing(copied).preprocessing.mean) == list(nested["image_mean"])
+    loaded = load_preprocessing(copied)
+    assert list(loaded.preprocessing.mean) == list(nested["image_mean"])
+    assert [warning.partition(": ")[2] for warning in loaded.warnings] == [
+        f"not used, as {copied / 'processor_config.json'}, image_processor goes before it, as in transformers"
+    ]
+    edit(copied / "preprocessor_config.json", image_mean=nested["image_mean"])
+    assert load_preprocessing(copied).warnings == []
+    edit(copied / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
     edit(copied / "processor_config.json", image_processor=None)
     assert load_preprocessing(copied).preprocessing.mean == (0.5, 0.5, 0.5)
 
@@ -164,11 +171,13 @@ def test_a_key_that_transformers_does_not_read_is_named_in_a_warning(copied: Pat
     assert read(copied).warnings == ()
     edit(copied / "config.json", "text_config", favourite=3, dropout=0.9, colour=None)
     edit(copied / "processor_config.json", "image_processor", crop_pct=0.9)
-    edit(copied / "generation_config.json", num_beams=3, temperature=0.5)
-    config, processor, generation = read(copied).warnings
+    edit(copied / "generation_config.json", num_beams=3, temperature=0.5, eos_token_id=7)
+    edit(copied / "processor_config.json", video_processor={"size": 24})
+    config, video, processor, generation = read(copied).warnings
+    assert video.endswith("processor_config.json: not used, as transformers does not read it either: video_processor")
     assert config.endswith("config.json, text_config: not used, as transformers does not read it either: favourite")
     assert processor.endswith("image_processor: not used, as transformers does not read it either: crop_pct")
-    assert generation.endswith("not used for BLIP-2, as in transformers: num_beams, temperature")
+    assert generation.endswith("not used for BLIP-2, as in transformers: eos_token_id, num_beams, temperature")
 
 
 @pytest.mark.parametrize("video", [False, True])
