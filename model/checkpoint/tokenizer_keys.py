@@ -49,7 +49,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _known_keys(tokenizer: Any) -> set[str]:
     """The keys of ``tokenizer_config.json`` that have a reader, whatever their value."""
-    arguments = {name for kind in type(tokenizer).__mro__ for name in inspect.signature(kind.__init__).parameters}
+    readers = [vars(kind)["__init__"] for kind in type(tokenizer).__mro__ if "__init__" in vars(kind)]
+    arguments = {name for reader in readers for name in inspect.signature(reader).parameters}
     return {*TOKENIZER.honoured, *TOKENIZER.neutral, *vars(tokenizer), *arguments} - {"self", "args", "kwargs"}
 
 

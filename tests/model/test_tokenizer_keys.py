@@ -17,6 +17,7 @@ from blip2edge.model.checkpoint.tokenizer import read_tokenizer
 from tests.families import drawing_blip, drawing_idefics, drawing_instruct, drawing_llama
 
 BYTES: dict[str, int] = {letter: at for at, letter in enumerate(["<|startoftext|>", "<|endoftext|>", "a", "b", "ab"])}
+MERGES: Any = [("a", "b")]
 WORDS = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"])}
 PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), ("a", -2.0), ("b", -2.0)]
 LLAMA = {piece: at for at, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a"])}
@@ -29,9 +30,9 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "Q-Former": drawing_instruct.qformer_tokenizer,
     "LLaVA": drawing_llama.tokenizer,
     "Bert": lambda: transformers.BertTokenizer(vocab=WORDS),
-    "GPT2": lambda: transformers.GPT2Tokenizer(vocab=BYTES, merges=[("a", "b")]),
-    "CLIP": lambda: transformers.CLIPTokenizer(vocab=BYTES, merges=[("a", "b")]),
-    "Qwen2": lambda: transformers.Qwen2Tokenizer(vocab=BYTES, merges=[("a", "b")]),
+    "GPT2": lambda: transformers.GPT2Tokenizer(vocab=BYTES, merges=MERGES),
+    "CLIP": lambda: transformers.CLIPTokenizer(vocab=BYTES, merges=MERGES),
+    "Qwen2": lambda: transformers.Qwen2Tokenizer(vocab=BYTES, merges=MERGES),
     "T5": lambda: transformers.T5Tokenizer(vocab=PIECES, extra_ids=2),
     "Llama": lambda: transformers.LlamaTokenizer(vocab=LLAMA, merges=[("▁", "a")]),
 }
