@@ -16,7 +16,7 @@ from blip2edge.model.checkpoint import side_keys
 from blip2edge.model.checkpoint.side_keys import KeyTable
 
 NOTES = Path(__file__).with_name("side_files_notes.md")
-TABLES = ("IMAGE_PROCESSOR", "PROCESSOR", "GENERATION", "CONFIG")
+TABLES = ("IMAGE_PROCESSOR", "PROCESSOR", "TOKENIZER", "GENERATION", "CONFIG")
 
 
 def table(keys: KeyTable) -> str:

@@ -21,7 +21,7 @@ from blip2edge.export.chat import chat_format, unused_template
 from blip2edge.model.checkpoint.config_keys import TRANSFORMERS_TYPES, check_config
 from blip2edge.model.checkpoint.generation import read_generation
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
-from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused
+from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused, unread_warning
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.checkpoint.tokenizer import SerializedTokenizer, read_tokenizer
 from blip2edge.model.config import CaptionerConfig
@@ -65,6 +65,7 @@ class SideFiles:
         """
         warnings = check_config(directory)
         tokenizer = read_tokenizer(directory)
+        warnings += tokenizer.warnings
         warnings += _check_processor(directory, config)
         preprocessing, more = _preprocessing(directory, config)
         warnings += more
@@ -91,6 +92,7 @@ class SideFiles:
         instruction = None
         if config.instruction_positions:
             qformer = read_tokenizer(directory / "qformer_tokenizer")
+            warnings += qformer.warnings
             _check_tokenizer(qformer, getattr(config.bridge, "vocab_size", 0), "the Q-Former", whole=True)
             if "split_special_tokens" in qformer.flags:  # the manifest has flags for the main tokenizer only
                 raise refused(
@@ -241,7 +243,10 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
     elif config.family == "blip-2-itm":  # transformers would put placeholders of the picture into the text
         accepted |= {"num_query_tokens": ()}
     _check_processor_class(directory)
-    return check_keys(replace(PROCESSOR, checked={**PROCESSOR.checked, **accepted}), values, str(path))
+    warnings = check_keys(replace(PROCESSOR, checked={**PROCESSOR.checked, **accepted}), values, str(path))
+    of_videos = isinstance(config, CaptionerConfig) and config.frames > 1
+    unread = "image_processor" if of_videos else "video_processor"
+    return warnings + unread_warning(str(path), [unread] if values.get(unread) is not None else [])
 
 
 def _check_processor_class(directory: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,55 @@ from tests.families import drawing_blip, drawing_idefics, drawing_instruct, draw
 from tests.families import test_t5 as drawing_t5
 
 NEW_TOKENS = 8
+TIE = 1e-4  # of the range of a step's scores; float32 gives differences of 1e-6 to 1e-5
 PICTURES = [picture.convert("RGB") for picture in drawing_llama.pictures(1)]
 TORCHVISION = transformers.utils.import_utils.is_torchvision_available()
 Answers = list[list[float]]
 Answer = Callable[[Any], list[float]]
 """A picture to transformers' ids, or scores."""
+
+
+@contextmanager
+def recorded_scores() -> Iterator[list[torch.Tensor]]:
+    """Records the scores ``[B, V]`` of each step of transformers' ``generate``, after all of its processors."""
+    steps: list[torch.Tensor] = []
+    mixin: Any = transformers.GenerationMixin
+    original = mixin._get_logits_processor
+
+    def record(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        steps.append(scores.detach().clone())
+        return scores
+
+    def with_record(*args: Any, **kwargs: Any) -> Any:
+        processors = original(*args, **kwargs)
+        processors.append(record)
+        return processors
+
+    mixin._get_logits_processor = with_record
+    try:
+        yield steps
+    finally:
+        mixin._get_logits_processor = original
+
+
+def tied(directory: Path, kind: Kind, picture: int, found: list[float]) -> bool:
+    """Whether the ids for a picture differ from transformers' by a tie of floating-point numbers.
+
+    Compared is the first id that differs; the later ones follow from it. It is a tie if the scores of the two
+    candidates differ by less than :data:`TIE` of the range of all scores. Searches with beams have no ties here.
+    """
+    with torch.no_grad(), recorded_scores() as steps:
+        wanted = kind.answer(directory, kind)(kind.pictures[picture])
+    place = next((at for at, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
+    step = None if place is None else place - len(wanted) + len(steps)
+    if place is None or step is None or not 0 <= step < len(steps) or len(steps[step]) != 1:
+        return False
+    scores = steps[step][0]
+    if int(scores.argmax()) != wanted[place]:
+        return False
+    finite = scores[scores.isfinite()]
+    gap = scores[int(wanted[place])] - scores[int(found[place])]
+    return bool(gap < TIE * (finite.max() - finite.min()))
 
 
 def load_theirs(directory: Path) -> Any:

@@ -46,6 +46,8 @@ TOKENIZER_KEYS: dict[str, tuple[Any, ...]] = {
     "use_default_system_prompt": (True,),
     "spaces_between_special_tokens": (True, False),
     "processor_class": ("Blip2Processor", "LlavaProcessor"),
+    "favourite": (1,),
+    "favourite_token_kind": ("<image>",),
 }
 
 PROCESSOR_KEYS: dict[str, tuple[Any, ...]] = {

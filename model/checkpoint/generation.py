@@ -90,7 +90,7 @@ def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str,
             key
             for key, value in values.items()
             if GENERATION.effect(key) != "neutral"
-            and key != "eos_token_id"
+            and not (key == "eos_token_id" and _as_list(value) == list(config.eos_token_ids))
             and value not in (defaults.get(key), *GENERATION.checked.get(key, ()))
         ]
         warning = f"{path}: not used for {family.title}, as in transformers: {', '.join(changed)}"
@@ -100,6 +100,10 @@ def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str,
         warnings.append(f"{path}: max_length is not used; texts have at most {MAX_NEW_TOKENS} new tokens by default")
     generation["eos_token_ids"] = list(end_tokens(directory, config) or config.eos_token_ids)
     return generation | _options(values, generation["eos_token_ids"], path), warnings
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _options(values: Mapping[str, Any], eos: list[Any], path: Path) -> dict[str, Any]:

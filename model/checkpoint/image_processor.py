@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class LoadedPreprocessing:
         preprocessing: The settings.
         values: The JSON object that they were read from, with the class where it names none.
         where: Its file, for errors.
-        warnings: Keys that are not used, as one sentence; empty without any.
+        warnings: Keys that are not used, and other settings of the checkpoint that differ and are not used either.
     """
 
     preprocessing: Preprocessing
@@ -133,18 +133,44 @@ def load_preprocessing(directory: Path) -> LoadedPreprocessing:
     config = directory / "config.json"
     model_type = read_checkpoint_json(config).get("model_type") if config.is_file() else None
     otherwise = FAMILY_CLASSES.get(str(model_type), "Blip")
-    for name, part in VIDEO_SOURCES if otherwise == VIDEO else SOURCES:
+    found = _sources(directory, VIDEO_SOURCES if otherwise == VIDEO else SOURCES)
+    if not found:
+        raise CheckpointError(
+            f"{directory} has no processor_config.json and no preprocessor_config.json", SAVE_PROCESSOR
+        )
+    (where, values), *others = found.items()
+    loaded = read_image_processor(values, where, otherwise)
+    ignored = [name for name, other in others if not _same_steps(loaded.preprocessing, other, name, otherwise)]
+    told = [f"{name}: not used, as {where} goes before it, as in transformers" for name in ignored]
+    return replace(loaded, warnings=loaded.warnings + told)
+
+
+def _sources(directory: Path, places: Sequence[tuple[str, str]]) -> dict[str, Mapping[str, Any]]:
+    """The settings that a checkpoint has, by the name of their place; the first are used.
+
+    Raises:
+        CheckpointError: The first ones are no object.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, part in places:
         path = directory / name
         values: Any = read_checkpoint_json(path) if path.is_file() else None
         where = f"{path}, {part}" if part else str(path)
         if values is not None and part:
             values = values.get(part)
-        if values is None:
-            continue
-        if not isinstance(values, Mapping):
+        if isinstance(values, Mapping):
+            found[where] = values
+        elif values is not None and not found:
             raise CheckpointError(f"{where} must be an object, not {type(values).__name__}")
-        return read_image_processor(values, where, otherwise)
-    raise CheckpointError(f"{directory} has no processor_config.json and no preprocessor_config.json", SAVE_PROCESSOR)
+    return found
+
+
+def _same_steps(used: Preprocessing, values: Mapping[str, Any], where: str, otherwise: str) -> bool:
+    """Whether other settings describe the preprocessing that is used."""
+    try:
+        return read_image_processor(values, where, otherwise).preprocessing == used
+    except CheckpointError:
+        return False
 
 
 def read_image_processor(

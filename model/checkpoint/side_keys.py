@@ -185,6 +185,72 @@ GENERATION = KeyTable(
     },
 )
 
+TOKENIZER = KeyTable(
+    "tokenizer_config.json",
+    honoured=(
+        "tokenizer_class",
+        "init_inputs",
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "model_specific_special_tokens",
+        "clean_up_tokenization_spaces",
+        "split_special_tokens",
+        "post_processor",
+        "chat_template",
+    ),
+    neutral=(
+        "model_max_length",  # a prompt that is too long is refused, never cut
+        "max_len",
+        "model_input_names",
+        "padding_side",  # prompts are padded by the runtime
+        "truncation_side",
+        "tokenizer_truncation",
+        "tokenizer_padding",
+        "max_length",
+        "stride",
+        "truncation_strategy",
+        "pad_to_multiple_of",
+        "pad_token_type_id",
+        "token_type_ids_pattern",
+        "token_type_ids_include_special_tokens",
+        "special_tokens_pattern",  # of tokenizers in Python, which are refused
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+        "spaces_between_special_tokens",
+        "response_template",
+        "response_schema",
+        "chat_control_tokens",
+        "processor_class",
+        "_processor_class",
+        "auto_map",
+        "_commit_hash",
+        "backend",
+        "files_loaded",
+        "is_local",
+        "local_files_only",
+        "name_or_path",
+        "verbose",
+        "transformers_version",
+        "special_tokens_map_file",  # these were written by older versions of transformers
+        "tokenizer_file",
+        "vocab_file",
+        "merges_file",
+        "use_fast",
+        "from_slow",
+        "device_map",
+        "trust_remote_code",
+        "slow_tokenizer_class",
+        "sp_model_kwargs",
+        "legacy",
+        "errors",
+        "do_basic_tokenize",
+        "never_split",
+        "trim_offsets",
+        "use_default_system_prompt",
+    ),
+)
+"""For keys that are neither an argument of the tokenizer's class nor a token; see ``tokenizer_keys.py``."""
+
 CONFIG = KeyTable(
     "config.json, and its sections",
     neutral=(

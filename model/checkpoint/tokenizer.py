@@ -9,6 +9,7 @@ from typing import Any
 from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.checkpoint.image_processor import SAVE_PROCESSOR
+from blip2edge.model.checkpoint.tokenizer_keys import check_tokenizer_keys
 from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.text.tokenizer import TOKENIZER_BYTES, Tokenizer, parse_tokenizer
 
@@ -28,12 +29,14 @@ class SerializedTokenizer:
         content: A ``tokenizer.json``.
         flags: Those of :data:`FLAGS` that are on: arguments of :class:`~blip2edge.runtime.text.tokenizer.Tokenizer`.
         bos_token_id: Id of the token that ``tokenizer_config.json`` names as BOS; None if it names none.
+        warnings: Keys of the tokenizer's files that are not used.
     """
 
     where: Path
     content: bytes
     flags: dict[str, bool] = field(default_factory=dict)
     bos_token_id: int | None = None
+    warnings: tuple[str, ...] = ()
 
     def open(self) -> Tokenizer:
         """The runtime's tokenizer.
@@ -74,7 +77,9 @@ def read_tokenizer(directory: Path) -> SerializedTokenizer:
             f"the tokenizer of {directory}, a {type(tokenizer).__name__}, has no form as {TOKENIZER_FILE}",
             "save it with a class that has one",
         )
+    with reading(directory, "a tokenizer", CheckpointError, SAVE_PROCESSOR, explain=told):
+        unread = check_tokenizer_keys(directory, tokenizer)
     backend.no_truncation()
     backend.no_padding()
     flags = {name: True for name in FLAGS if getattr(tokenizer, name, False)}
-    return SerializedTokenizer(plain, str(backend.to_str()).encode(), flags, tokenizer.bos_token_id)
+    return SerializedTokenizer(plain, str(backend.to_str()).encode(), flags, tokenizer.bos_token_id, tuple(unread))

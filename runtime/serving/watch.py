@@ -25,14 +25,23 @@ from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 
 POLL_S = 0.2  # between two listings of a folder
+SETTLED_POLLS = 10  # listings that show a broken picture unchanged before its error is reported
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture and its name: a file's name, or seconds into the video."""
+    """A picture.
+
+    Attributes:
+        name: A file's name, or seconds into the video.
+        image: The picture, or its path.
+        retry: Gives the frame back to its source, which tries it again: for a file that may still be written. None
+            if it is complete.
+    """
 
     name: str
     image: Any
+    retry: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,17 +141,29 @@ def open_source(source: str, *, follow: bool = True) -> Source:
 
 
 def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
-    """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged."""
+    """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged.
+
+    With `follow`, a frame can be given back: its file is tried again when it changes, and a last time when
+    :data:`SETTLED_POLLS` listings show it unchanged.
+    """
     taken: set[_Version] = set()
     before: set[_Version] = set()
+    broken: dict[_Version, int] = {}  # listings that showed each picture that was given back
     while not closed.is_set():
         found = _pictures(path)
         ready = found & before if follow else found
         for version in sorted(ready - taken):
             taken.add(version)
-            yield Frame(version.name, path / version.name)
+            retry = partial(broken.__setitem__, version, 0) if follow else None
+            yield Frame(version.name, path / version.name, retry)
         if not follow:
             return
+        for version in sorted(broken):
+            broken[version] += 1
+            if version not in found or broken[version] == SETTLED_POLLS:
+                del broken[version]
+                if version in found:
+                    yield Frame(version.name, path / version.name)
         taken &= found
         before = found
         closed.wait(POLL_S)
@@ -303,7 +324,10 @@ def watch(
                 result, problem = None, ""
                 try:
                     result = request.result()
-                except ImageError as error:  # perhaps still being written: continue with the next
+                except ImageError as error:
+                    if frame.retry is not None:  # perhaps still being written
+                        frame.retry()
+                        continue
                     problem = str(error)
                 age_ms = (time.monotonic() - arrived) * 1e3
                 reused = encoder is not None and result is not None and encoder.reused

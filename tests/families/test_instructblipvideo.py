@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from blip2edge.cli import main
-from blip2edge.errors import ImageError, UsageError
+from blip2edge.errors import ImageError, PromptError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.images.preprocess import Preprocessing
@@ -117,6 +117,9 @@ def test_the_order_of_frames_matters_and_a_picture_stands_still(exported: Export
 def test_the_bundle_says_how_many_frames(exported: Exported) -> None:
     spec = exported.captioner.prompts.spec
     assert spec.frames == FRAMES
+    for token in ("<video>", "<image>", "</s>"):
+        with pytest.raises(PromptError, match=f"the prompt contains {token}, which"):
+            exported.captioner.caption(draw_video(0), prompt=f"a {token} of")
     assert spec.visual_tokens == FRAMES * QUERIES
     axis = exported.captioner.bundle.graph("vision_encoder").spec.axes()["batch"]
     assert (axis.min, axis.opt, axis.max) == (1, FRAMES, 8 * FRAMES)

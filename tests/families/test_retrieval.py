@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,10 @@ def test_what_does_not_fit_is_told_in_a_line(half: Path) -> None:
         matcher.match(picture, "a " * 41)
     with pytest.raises(PromptError, match="the text is empty"):
         matcher.match(picture, " ")
+    for token, does in (("<image>", "marks a picture"), ("[SEP]", "is a special token of this model")):
+        for call in (matcher.embed_text, lambda text: matcher.match(picture, text)):
+            with pytest.raises(PromptError, match=f"the text contains {re.escape(token)}, which {does}; remove it"):
+                call(f"two {token} cats")
     with pytest.raises(UsageError, match="batch_size"):
         list(matcher.match_many([picture], ["a"], batch_size=0))
     with pytest.raises(BundleError, match="cannot caption them; use match or embed instead"):

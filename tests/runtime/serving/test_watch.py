@@ -18,7 +18,7 @@ from blip2edge.cli import main
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving import watch as watch_module
-from blip2edge.runtime.serving.watch import Frame, Frames, NewestFrame, Source, open_source, watch
+from blip2edge.runtime.serving.watch import Frame, Frames, NewestFrame, Source, _folder, open_source, watch
 from tests.drawing import draw_pictures
 
 
@@ -116,6 +116,33 @@ def test_picture_is_taken_when_two_listings_show_it_unchanged(tmp_path: Path) ->
 
     taken = [frame.image.stat().st_size for frame in watch_module._folder(tmp_path, True, Closing())]
     assert taken == [20, 30]  # 10 was never seen twice; a file that is written again is taken again
+
+
+def test_a_half_written_picture_is_tried_again_and_a_broken_one_is_reported_once(
+    captioner: Captioner, tmp_path: Path
+) -> None:
+    draw_pictures(1)[0].save(tmp_path / "whole.bin", format="PNG")
+    whole = (tmp_path / "whole.bin").read_bytes()
+    writes = iter([0.3, 0.3, None, None, 0.6, None, None, None, 1.0, *[None] * (watch_module.SETTLED_POLLS + 4)])
+
+    class Closing(threading.Event):
+        """An event whose wait writes a part of the picture."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            part = next(writes, 0.0)
+            if part == 0.0:
+                self.set()
+            elif part is not None:
+                (tmp_path / "slow.png").write_bytes(whole[: int(part * len(whole))])
+            return self.is_set()
+
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    closing = Closing()
+    source = Source(lambda _: _folder(tmp_path, True, closing), is_queue=True)
+    seen = list(watch(captioner, source, max_new_tokens=2))
+    assert [one.frame for one in seen] == ["slow.png", "broken.png"]
+    assert [one.result is None for one in seen] == [False, True]
+    assert "broken.png" in seen[1].error
 
 
 def test_a_picture_that_is_removed_while_it_is_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ BUILDERS = {
         300,
         400,
     ),
+    "video": PromptBuilder(PromptSpec("{image}{prompt}", "", 12, 2, IMAGE_ID, frames=4), BYTES, 300, 400),
     "T5": PromptBuilder(PromptSpec("{image}{prompt}", "", 3, None), T5, 300, 400),
     "BLIP": PromptBuilder(PromptSpec("{prompt}", "", 0, 2, framed=False), BERT, 300, 400),
     "Idefics": PromptBuilder(
@@ -52,6 +53,7 @@ TYPED = {
     "BLIP-2": ("<image>", "</s>", "<pad>", "<s>"),
     "BLIP-2 without <image>": ("<image>", "</s>", "<s>"),
     "LLaVA": ("<image>", "</s>", "<pad>"),
+    "video": ("<video>", "<image>", "</s>", "<pad>"),
     "T5": ("<image>", "</s>", "<pad>", "＜/s＞"),  # the tokenizer reads the last one, full-width, as </s>
     "BLIP": ("<image>", "[SEP]", "[CLS]", "[PAD]"),
     "Idefics": ("<pad>", "<s>"),
@@ -71,11 +73,31 @@ def test_a_typed_special_token_is_refused(family: str) -> None:
 @pytest.mark.parametrize("family", BUILDERS)
 def test_what_only_resembles_one_is_text(family: str) -> None:
     builder = BUILDERS[family]
-    for text in ("two {prompt} cats", "1 < 2 > 0", "<imag>", "[sep]", "< /s>", "</ s>", "DOG", "a\n<b>"):
+    for text in (
+        "two {prompt} cats",
+        "1 < 2 > 0",
+        "<imag>",
+        "[sep]",
+        "< /s>",
+        "</ s>",
+        "DOG",
+        "a\n<b>",
+        "<video",
+        "video>",
+    ):
         ids = builder(text).ids
         special = builder.tokenizer.special_ids - {builder.tokenizer.token_to_id(unk) for unk in ("<unk>", "[UNK]")}
         plain = builder("").ids if family != "BLIP" else builder(None).ids
         assert [token for token in ids if token in special] == [token for token in plain if token in special]
+
+
+def test_a_video_marker_is_text_for_models_of_pictures() -> None:
+    for family in set(BUILDERS) - {"video"}:
+        assert BUILDERS[family]("a <video> of").ids
+    with pytest.raises(PromptError, match="the prompt contains <video>, which marks a picture; remove it"):
+        BUILDERS["video"]("a <video> of")
+    with pytest.raises(PromptError, match="the prompt contains <image>, which marks a picture; remove it"):
+        BUILDERS["video"]("an <image> of")
 
 
 def test_prompts_with_several_pictures_declare_their_markers() -> None:
