@@ -48,6 +48,8 @@ class Limits:
     json_nodes: int = limit(100_000, "--max-json-nodes", "N", "largest number of keys and values in a JSON body")
 
 
+DEFAULT_LIMITS = Limits()
+
 PICTURE_LIMITS = ("side", "pixels", "decoded_bytes", "frames")
 """The limits that hold for pictures from files as well."""
 

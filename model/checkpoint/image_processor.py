@@ -176,10 +176,10 @@ def read_image_processor(
     if kind == "Idefics" and values.get("image_size") is not None:
         settings["size"] = values["image_size"]
 
-    def told(error: Exception) -> CheckpointError:
+    def explain(error: Exception) -> CheckpointError:
         return CheckpointError(f"{where}: {one_line(error)}")
 
-    with reading(where, "the settings of an image processor", CheckpointError, explain=told):
+    with reading(where, "the settings of an image processor", CheckpointError, explain=explain):
         steps = {key: _flag(settings, key) for key in settings if key.startswith("do_")}
         needed = {"size": "do_resize", "crop_size": "do_center_crop", "rescale_factor": "do_rescale"}
         for key, step in {**needed, "image_mean": "do_normalize", "image_std": "do_normalize"}.items():

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.bundle.outputs.disk_errors import error_number, output_error
-from blip2edge.bundle.outputs.locks import NEW, OLD, check_free, check_name, locked, remove
-from blip2edge.errors import OutputError, option
+from blip2edge.bundle.outputs.disk_errors import disk_is_full, error_number, output_error
+from blip2edge.bundle.outputs.locks import NEW, OLD, OWNER, SUFFIX, check_free, check_name, locked, remove, target_of
+from blip2edge.errors import Blip2EdgeError, OutputError, option
 
 AT_FDCWD = -100  # linux/fcntl.h
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
@@ -47,9 +47,9 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
             staging.mkdir()
             yield staging
             publish(staging, target, replace=force, marker=marker)
-        except OutputError:
-            raise
         except Exception as error:
+            if isinstance(error, Blip2EdgeError) and (isinstance(error, OutputError) or not disk_is_full(error)):
+                raise
             if isinstance(error, OSError) or error_number(error) is not None:
                 raise output_error(target, error) from error
             raise
@@ -84,9 +84,8 @@ def check_target(target: Path, force: bool, marker: str | None) -> None:
         raise OutputError(f"{target} is a file, but the output is a directory", "give another output directory")
     if not _replaceable(target, marker):
         raise _not_replaced(target, marker)
-    for owner in target.glob("*/.*.part/owner") if target.is_dir() else ():  # `optimize` or `build` writes into it
-        part = owner.parent
-        check_free(part.with_name(part.name.removeprefix(".").removesuffix(".part")))
+    for owner in target.glob(f"*/.*{SUFFIX}/{OWNER}") if target.is_dir() else ():  # of `optimize` or `build`
+        check_free(target_of(owner.parent))
 
 
 def publish(fresh: Path, target: Path, *, replace: bool, marker: str | None = None) -> None:
