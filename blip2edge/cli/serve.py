@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from contextlib import ExitStack
@@ -101,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
     for package in ("starlette", "prometheus_client", "python_multipart"):
         require(package, "serving", BackendError)
     require("uvicorn", "serving", BackendError)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
     tls = _tls(options)
     from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.access import LOOPBACK, Access

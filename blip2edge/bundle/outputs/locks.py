@@ -100,9 +100,9 @@ def check_name(target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Gives an output its name back that a killed run had renamed; does nothing if it has its name.
+    """Restores the name of an output that a killed run had renamed; does nothing if the name exists.
 
-    The run was killed between the two renames of a replacement. A run that is between them now is waited for.
+    The run was killed between the two renames of a replacement. If a living run is between them, this function waits.
     """
     part = part_of(target)
     end = time.monotonic() + WAIT_S
@@ -126,7 +126,7 @@ def recover(target: Path) -> None:
 
 
 def tidy(target: Path) -> None:
-    """Removes what a killed run left that had finished ``target`` already, where no later run writes it again."""
+    """Removes the files of a killed run that had already written ``target``, which no later run writes again."""
     if part_of(target).is_dir():
         with contextlib.suppress(OutputError), locked(target):
             pass
@@ -272,7 +272,7 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
 def _without_lock(target: Path, part: Path) -> Path:
     """A directory with a name of its own, beside those of other runs, which are not touched."""
     if part.is_dir():
-        with contextlib.suppress(OSError):  # nothing but the lock that was tried here
+        with contextlib.suppress(OSError):  # only the lock file that _acquire made
             if set(os.listdir(part)) <= {OWNER} and not (part / OWNER).stat().st_size:
                 remove(part)
     others = sorted(str(path) for path in part.parent.glob(f"{_escaped(part.name)}*"))
@@ -298,7 +298,7 @@ def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
             names -= {OLD, OWNER}
         for name in names - {OWNER}:
             remove(part / name)
-        if OWNER in names and os.listdir(part) == [OWNER]:  # what could not be removed stays a run's of ours
+        if OWNER in names and os.listdir(part) == [OWNER]:  # the lock stays with files that could not be removed
             remove(part / OWNER)
 
 
@@ -372,7 +372,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _end(part: Path, target: Path, descriptor: int | None) -> None:
-    """Removes the directory of a run, and gives its lock back."""
+    """Removes the directory of a run, and releases its lock."""
     _recover_old(part, target)
     _clean(part, target, keep=())
     with contextlib.suppress(OSError):  # another run has taken the directory over, or a file cannot be removed
