@@ -99,7 +99,7 @@ __all__ = [
 # Public name -> where it is defined, and the extra with the packages that it needs (empty: blip2edge's own).
 _HOMES = {
     "Bundle": ("blip2edge.bundle.bundle:Bundle", ""),
-    "CaptionResult": ("blip2edge.runtime.captioning.captioner:CaptionResult", ""),
+    "CaptionResult": ("blip2edge.runtime.captioning.request:CaptionResult", ""),
     "Captioner": ("blip2edge.runtime.captioning.captioner:Captioner", ""),
     "GenerationOptions": ("blip2edge.runtime.decoding.options:GenerationOptions", ""),
     "MatchResult": ("blip2edge.runtime.captioning.request:MatchResult", ""),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from blip2edge.errors import UsageError, option
+
 MAX_PIXELS = 89_478_485
 """Default area of the largest picture in pixels (256 MiB as RGB); above it, Pillow warns of a decompression bomb."""
 
@@ -33,6 +35,9 @@ class Limits:
         body_bytes: Size of a request's body.
         json_depth: Objects and lists inside each other in a JSON body.
         json_nodes: Values, keys and escaped quotes in a JSON body.
+
+    Raises:
+        UsageError: ``pixels`` is above :data:`MAX_PIXELS`, which Pillow refuses in any case.
     """
 
     side: int = limit(MAX_SIDE, "--max-side", "PIXELS", "longest side of a picture")
@@ -47,6 +52,12 @@ class Limits:
     json_depth: int = limit(32, "--max-json-depth", "N", "deepest nesting of a JSON body")
     json_nodes: int = limit(100_000, "--max-json-nodes", "N", "largest number of keys and values in a JSON body")
 
+    def __post_init__(self) -> None:
+        if self.pixels > MAX_PIXELS:
+            raise UsageError(f"expected {option('max_pixels')} of at most {MAX_PIXELS}, got {self.pixels}")
+
+
+DEFAULT_LIMITS = Limits()
 
 PICTURE_LIMITS = ("side", "pixels", "decoded_bytes", "frames")
 """The limits that hold for pictures from files as well."""

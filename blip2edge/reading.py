@@ -67,11 +67,11 @@ def reading(
     except Blip2EdgeError:
         raise
     except Exception as found:
-        told = missing if isinstance(found, FileNotFoundError) else None
-        if told is None and explain is not None:
-            told = explain(found)
-        if told is not None:
-            raise told from found
+        better = missing if isinstance(found, FileNotFoundError) else None
+        if better is None and explain is not None:
+            better = explain(found)
+        if better is not None:
+            raise better from found
         if isinstance(found, OSError) and found.errno is not None:
             raise _unreadable(path, error, found) from found
         raise error(f"{_shown(path)} cannot be read as {form} ({_reason(found)})", fix) from found
@@ -135,7 +135,7 @@ def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
     """
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
     if strict:
-        values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        values = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
     else:
         values = json.loads(text)
     _check_depth(values)
@@ -144,16 +144,18 @@ def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
     return values
 
 
-def _no_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """Refuses NaN and Infinity: ``parse_constant`` of ``json.loads``."""
     raise ValueError(f"expected a number, got {name}")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object, and refuses a key that is given twice: ``object_pairs_hook`` of ``json.loads``."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = sorted(name for name, _ in pairs)
         twice = next(one for one, other in pairwise(names) if one == other)
-        raise ValueError(f"the key {twice!r:.60} is there twice")
+        raise ValueError(f"the key {twice!r:.60} is given twice")
     return values
 
 

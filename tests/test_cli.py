@@ -51,6 +51,15 @@ ROOT = Path(__file__).resolve().parent.parent
 JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]
 
 
+def test_a_key_of_the_environment_is_not_in_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BLIP2EDGE_API_KEY", "s3cret")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["serve", "--help"])
+    assert "s3cret" not in capsys.readouterr().out
+
+
 @dataclass
 class FakeResult:
     """Looks like a CaptionResult."""

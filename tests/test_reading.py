@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from blip2edge.bundle import fields
 from blip2edge.errors import BundleError, DataError, UsageError
-from blip2edge.reading import MAX_DEPTH, parse_json, read_bytes, read_json, read_text, reading
+from blip2edge.reading import MAX_DEPTH, parse_json, read_bytes, read_json, read_text, reading, unique_keys
 
 settings.register_profile("offline", derandomize=True, database=None, deadline=None, max_examples=80)
 settings.load_profile("offline")
@@ -106,8 +106,15 @@ def test_the_depth_of_json(depth: int) -> None:
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", "-Infinity", '{"a": 1, "b": 2, "a": 3}'])
 def test_what_is_refused_in_files_of_our_own(text: str) -> None:
     parse_json(text)
-    with pytest.raises(ValueError, match=r"expected a number|is there twice"):
+    with pytest.raises(ValueError, match=r"expected a number|is given twice"):
         parse_json(text, strict=True)
+
+
+def test_many_keys_are_compared_in_little_time() -> None:
+    pairs = [(f"key {number}", 0) for number in range(200_000)]
+    assert len(unique_keys(pairs)) == len(pairs)
+    with pytest.raises(ValueError, match="the key 'key 199999' is given twice"):
+        unique_keys([*pairs, pairs[-1]])
 
 
 def test_half_a_surrogate_pair_is_refused_and_a_whole_one_is_not() -> None:

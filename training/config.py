@@ -316,10 +316,10 @@ def parse_config(text: str, *, is_json: bool = False) -> TrainingConfig:
         ConfigError: The text cannot be parsed, a key is unknown, or a value has the wrong type or range.
     """
 
-    def told(error: Exception) -> ConfigError:
+    def explain(error: Exception) -> ConfigError:
         return ConfigError(f"expected {'JSON' if is_json else 'TOML'}: {one_line(error)}")
 
-    with reading("the recipe", "a recipe", ConfigError, explain=told):
+    with reading("the recipe", "a recipe", ConfigError, explain=explain):
         table = parse_json(text, strict=True) if is_json else tomllib.loads(text)
     if not isinstance(table, dict):
         raise ConfigError(f"expected a JSON object, not {type(table).__name__}")

@@ -39,6 +39,7 @@ from blip2edge.bundle.schema import (
     PromptSpec,
     TensorSpec,
 )
+from blip2edge.limits import MAX_SIDE
 
 MAX_LENGTH = 1 << 31  # of an axis: ONNX Runtime and TensorRT count with 32 bits in places
 MAX_TOKENS = 1 << 24  # of a vocabulary or a context; the largest vocabularies have 2^18, the longest contexts 2^23
@@ -47,7 +48,6 @@ MAX_WIDTH = 1 << 20
 MAX_RANK = 8
 FLOATS = ("float32", "float16", "bfloat16")
 PAST = "past_key_values."
-MAX_SIDE = 65_535  # pixels of a preprocessed picture
 
 name: Check = full_match(r"[\w.+-]{1,200}", "a name of letters, digits, dots, dashes and underscores")
 token_id: Check = nullable(whole(-1, MAX_TOKENS))  # -1: LLaMA's padding

@@ -147,18 +147,23 @@ class TokenTable:
 
 
 def _open(file: SafetensorsFile, tensor: str) -> _Rows:
-    """The table of a file; raises KeyError or ValueError if it has none of the three forms."""
+    """The table of a file; raises ValueError if it has none of the three forms."""
     table, dtype = file.array(tensor), file.stored(tensor).dtype
-    if file.metadata.get("layout", ROWS) == ROWS and (table.ndim != 2 or not table.size):
+    layout = file.metadata.get("layout", ROWS)
+    if layout == ROWS and (table.ndim != 2 or not table.size):
         raise ValueError(f"expected a tensor of two dimensions, got the shape {table.shape}")
     if "bits" not in file.metadata:
         if table.dtype.itemsize == 1:
             raise ValueError("expected the metadata bits and block for a table of integers, got neither")
         return _Floats(table, dtype == "BF16")
+    kinds: Mapping[str, type[_Blocks | _Columns]] = {ROWS: _Blocks, COLUMNS: _Columns}
+    if "block" not in file.metadata or "layout" not in file.metadata or layout not in kinds:
+        raise ValueError(
+            f"expected the metadata block, and layout {ROWS} or {COLUMNS}, got {dict(file.metadata)!r:.60}"
+        )
     bits, block = int(file.metadata["bits"]), int(file.metadata["block"])
     if bits not in (4, 8) or table.dtype != DTYPES["I8" if bits == 8 else "U8"]:
         raise ValueError(f"expected 8 bits in I8 or 4 bits in U8, got {bits} bits in {dtype}")
     if block < 1:
         raise ValueError(f"expected a block of at least one value, got {block}")
-    kinds: Mapping[str, type[_Blocks | _Columns]] = {ROWS: _Blocks, COLUMNS: _Columns}
-    return kinds[file.metadata["layout"]](table, file.array(tensor + SCALE), bits, block)
+    return kinds[layout](table, file.array(tensor + SCALE), bits, block)

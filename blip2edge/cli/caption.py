@@ -208,11 +208,12 @@ def load_captioner(options: argparse.Namespace, bundle: Bundle) -> Captioner:
     from blip2edge.runtime.captioning.captioner import Captioner
 
     limits = given_limits(options, Limits)
-    captioner = load_whole(
-        bundle.path,
-        lambda opened: Captioner(opened, options.backend, options.threads, options.draft, limits),
-        require_signature=options.require_signature,
-    )
+
+    def load(opened: Bundle) -> Captioner:
+        return Captioner(opened, options.backend, options.threads, options.draft, limits)
+
+    # With a signature, every file of the opened bundle is hashed already; opening it again would hash it again.
+    captioner = load_whole(bundle.path, load) if options.require_signature is None else load(bundle)
     print_unsigned(captioner.bundle)
     return captioner
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from contextlib import ExitStack
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from blip2edge.cli.parser import Parser
     from blip2edge.runtime.serving.http import Server
 
+API_KEY = "BLIP2EDGE_API_KEY"
+"""Environment variable with the API key."""
+
 SWITCH_S = 0.0005
 """Longest time for which one Python thread keeps another waiting. The loop of connections waits for the threads of the
 scheduler after each call of the system, which with Python's 5 ms would keep it from refusing requests at overload."""
@@ -56,9 +60,9 @@ def add_arguments(parser: Parser) -> None:
     access.add_argument(
         "--api-key",
         metavar="KEY",
-        default=os.environ.get("BLIP2EDGE_API_KEY", argparse.SUPPRESS),
+        default=argparse.SUPPRESS,  # a default of the environment would be shown by --help
         help="key that requests must send as Authorization: Bearer KEY (default: the environment variable "
-        "BLIP2EDGE_API_KEY, else none)",
+        f"{API_KEY}, else none); other users of this machine can see a key on the command line",
     )
     access.add_argument(
         "--cors",
@@ -98,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
     for package in ("starlette", "prometheus_client", "python_multipart"):
         require(package, "serving", BackendError)
     require("uvicorn", "serving", BackendError)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
     tls = _tls(options)
     from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.access import LOOPBACK, Access
@@ -122,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
         )
         captioner = load()
         print_unsigned(captioner.bundle)
-        local, key = options.host in LOOPBACK, getattr(options, "api_key", "")
+        local, key = options.host in LOOPBACK, getattr(options, "api_key", os.environ.get(API_KEY, ""))
         hosts = (*LOOPBACK, *options.allowed_host) if local else tuple(options.allowed_host)
         server = Server(
             captioner,

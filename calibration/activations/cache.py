@@ -112,8 +112,11 @@ def _restored(arrays: Any, index: int) -> Observation:
     counts = arrays[f"{index}.counts"]
     if counts.shape != (BINS,) or counts.dtype.kind not in "iuf":
         raise ValueError(f"expected a histogram of {BINS} bins, got {counts.dtype} {list(counts.shape)}")
+    scale = arrays[f"{index}.scale"]
+    if scale.shape != (2,) or scale.dtype.kind not in "if":
+        raise ValueError(f"expected a width and a maximum, got {scale.dtype} {list(scale.shape)}")
     histogram.counts = counts
-    histogram.width, histogram.maximum = map(float, arrays[f"{index}.scale"])
+    histogram.width, histogram.maximum = map(float, scale)
     channel_max, rows, largest = (arrays[f"{index}.{name}"] for name in ("channel_max", "rows", "largest"))
     dtypes, widths = (channel_max.dtype, rows.dtype, largest.dtype), {rows.shape[1:], largest.shape[1:]}
     if dtypes != (np.float32, np.float16, np.float16) or widths != {channel_max.shape} or channel_max.ndim != 1:

@@ -202,10 +202,10 @@ def read_image_processor(
     if kind == "Idefics" and values.get("image_size") is not None:
         settings["size"] = values["image_size"]
 
-    def told(error: Exception) -> CheckpointError:
+    def explain(error: Exception) -> CheckpointError:
         return CheckpointError(f"{where}: {one_line(error)}")
 
-    with reading(where, "the settings of an image processor", CheckpointError, explain=told):
+    with reading(where, "the settings of an image processor", CheckpointError, explain=explain):
         steps = {key: _flag(settings, key) for key in settings if key.startswith("do_")}
         needed = {"size": "do_resize", "crop_size": "do_center_crop", "rescale_factor": "do_rescale"}
         for key, step in {**needed, "image_mean": "do_normalize", "image_std": "do_normalize"}.items():
@@ -219,10 +219,10 @@ def read_image_processor(
             crop=_size("crop_size", settings["crop_size"], square=True) if steps["do_center_crop"] else None,
             resample=BILINEAR if settings["resample"] is None else settings["resample"],
             do_rescale=steps["do_rescale"],
-            rescale_factor=float(settings["rescale_factor"]),
+            rescale_factor=_number("rescale_factor", settings["rescale_factor"]),
             do_normalize=steps["do_normalize"],
-            mean=_channels(settings["image_mean"]),
-            std=_channels(settings["image_std"]),
+            mean=_channels("image_mean", settings["image_mean"]),
+            std=_channels("image_std", settings["image_std"]),
         )
     if not named:
         values = {"image_processor_type": f"{kind}ImageProcessor", **values}
@@ -260,8 +260,17 @@ def _size(key: str, value: Any, square: bool) -> dict[str, int]:
     return size
 
 
-def _channels(value: Any) -> tuple[float, float, float]:
-    if isinstance(value, (int, float)):
-        return (float(value),) * 3
-    red, green, blue = (float(channel) for channel in value)
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{key}: expected a number, got {value!r:.60}")
+    return float(value)
+
+
+def _channels(key: str, value: Any) -> tuple[float, float, float]:
+    """A number for each channel, from a list of three or from one number for all."""
+    if not isinstance(value, (list, tuple)):
+        return (_number(key, value),) * 3
+    if len(value) != 3:
+        raise ValueError(f"{key}: expected three numbers, got {len(value)}")
+    red, green, blue = (_number(key, channel) for channel in value)
     return red, green, blue

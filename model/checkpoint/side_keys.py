@@ -87,7 +87,6 @@ PROCESSOR = KeyTable(
     "processor_config.json",
     honoured=("image_processor", "video_processor", "chat_template"),
     neutral=(
-        "processor_class",
         "_processor_class",
         "auto_map",
         "tokenizer",

@@ -64,12 +64,12 @@ def read_tokenizer(directory: Path) -> SerializedTokenizer:
             return SerializedTokenizer(plain, read_bytes(plain, TOKENIZER_BYTES))
     from transformers import AutoTokenizer
 
-    def told(error: Exception) -> CheckpointError:  # also for an OSError: transformers raises it for any fault
+    def explain(error: Exception) -> CheckpointError:  # also for an OSError: transformers raises it for any fault
         return CheckpointError(
             f"transformers cannot load the tokenizer of {directory} ({one_line(error)})", SAVE_PROCESSOR
         )
 
-    with reading(directory, "a tokenizer", CheckpointError, SAVE_PROCESSOR, explain=told):
+    with reading(directory, "a tokenizer", CheckpointError, SAVE_PROCESSOR, explain=explain):
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

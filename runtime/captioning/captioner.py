@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.schema import BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
-from blip2edge.limits import Limits
+from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
 from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
@@ -29,7 +29,6 @@ from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request,
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged
-from blip2edge.runtime.images.preprocess import DEFAULT_LIMITS
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INTERLEAVED
-from blip2edge.limits import Limits
+from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.captioning.request import STAGES, CaptionResult
 from blip2edge.runtime.decoding.beam_search import beam_search
@@ -28,7 +28,7 @@ from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, gen
 from blip2edge.runtime.decoding.language_model import LanguageModel
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions
 from blip2edge.runtime.decoding.state import RowState
-from blip2edge.runtime.images.preprocess import DEFAULT_LIMITS, Preprocessing
+from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource, images_of_each, pictures_of
 from blip2edge.runtime.text.prompt import (
     InstructionTokenizer,

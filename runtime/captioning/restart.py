@@ -92,9 +92,9 @@ class RestartingCaptioner:
     def close(self) -> None:
         """Cancels open requests and ends a restart."""
         self._closed.set()
-        self.scheduler.close()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join()  # it may be putting another scheduler in place
+        self.scheduler.close()
 
     def _failed(self, error: BaseException) -> None:
         """Begins a restart; called by a thread of the scheduler, which has closed itself."""

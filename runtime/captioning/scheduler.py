@@ -206,8 +206,10 @@ class Scheduler:
             self._end(error)
 
     def _end(self, error: BaseException) -> None:
-        """Closes the scheduler; every open request fails with the error."""
+        """Closes the scheduler; every open request fails with the error. A second error changes nothing."""
         with self._changed:
+            if self._failure is not None:
+                return
             self._closing, self._failure = True, error
             self._drop(partial(Request.fail, error=error))
             self._changed.notify_all()

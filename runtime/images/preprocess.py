@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip2edge.errors import Blip2EdgeError, BundleError, ImageError, one_line
-from blip2edge.limits import MAX_PIXELS, Limits
+from blip2edge.limits import DEFAULT_LIMITS, MAX_PIXELS, Limits
 from blip2edge.runtime.images.grey16 import Grey16
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -74,8 +74,6 @@ class DeferredImage:
 
 ImageSource = Union[Content, "DeferredImage"]
 
-
-DEFAULT_LIMITS = Limits()
 
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "LA": 4, "PA": 4, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
 """Bytes of a pixel in Pillow's memory by mode; 4 for all other modes."""

@@ -16,10 +16,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from blip2edge.errors import ImageError, UsageError, one_line
-from blip2edge.limits import Limits
+from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.packages import require
 from blip2edge.reading import reading
-from blip2edge.runtime.images.preprocess import DEFAULT_LIMITS, DeferredImage, ImageSource, check_pixels
+from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource, check_pixels
 
 ItemSource = ImageSource | Sequence[ImageSource]
 """A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
@@ -158,30 +158,30 @@ def _by_number(name: str) -> list[Any]:
 def _from_video(path: Path, count: int, limits: Limits) -> list[ImageSource]:
     av = require("av", f"{path}: reading a video", ImageError)
 
-    def told(error: Exception) -> ImageError:  # also for an OSError: av's errors are some
+    def explain(error: Exception) -> ImageError:  # also for an OSError: av's errors are some
         reason = "it has no picture stream" if isinstance(error, IndexError) else one_line(error)
         return ImageError(f"{path}: cannot be read as a video ({reason})", "convert the video to MP4")
 
-    with reading(path, "a video", ImageError, explain=told):
+    with reading(path, "a video", ImageError, explain=explain):
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             check_pixels(stream.width, stream.height, str(path), limits)
             total = stream.frames or sum(1 for _ in islice(container.decode(video=0), limits.frames + 1))
             _check_frames(total, str(path), limits)
         with av.open(str(path)) as container:
-            found = _pick(container, set(chosen(total, count)))
+            found = _pick(container, set(chosen(total, count)), limits)
     if not found:
         raise ImageError(f"{path}: expected a video of at least one frame, got none")
     last = found[max(found)]  # in place of frames that the header counts but the file does not have
     return [found.get(index, last) for index in chosen(total, count)]
 
 
-def _pick(container: Any, wanted: set[int]) -> dict[int, ImageSource]:
+def _pick(container: Any, wanted: set[int], limits: Limits) -> dict[int, ImageSource]:
     """The selected frames as Pillow pictures; decoding stops after the last one."""
     found: dict[int, ImageSource] = {}
     for index, frame in enumerate(container.decode(video=0)):
         if index in wanted:
-            check_pixels(frame.width, frame.height, f"frame {index} of the video")
+            check_pixels(frame.width, frame.height, f"frame {index} of the video", limits)
             found[index] = frame.to_image()
         if index >= max(wanted):
             break

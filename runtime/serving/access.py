@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope
 
+from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import RequestError, error_json
 
 Send = Callable[[Any], Awaitable[None]]
@@ -92,16 +93,16 @@ class AccessControl:
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> RequestError | None:
         """Returns the error of a request that breaks a rule; None for an allowed request."""
-        host = host_name(headers.get("host", ""))
-        if self._access.hosts and host and host not in self._access.hosts:
+        host = headers.get("host", "")
+        if self._access.hosts and host and host_name(host) not in self._access.hosts:
             return RequestError(
-                f"expected a Host header with a name of this server, got {host}",
+                f"expected a Host header with a name of this server, got {host_name(host) or shown(host)}",
                 "start the server with --allowed-host and this name, or use one of its own names",
                 code="host_not_allowed",
                 status=421,
             )
         origin = headers.get("origin", "")
-        own = re.sub(r"^\w+://", "", origin) == headers.get("host", "")
+        own = re.sub(r"^\w+://", "", origin) == host
         if origin and not own and not {origin, "*"} & set(self._access.origins):
             return RequestError(
                 f"pages of the origin {origin} may not use this server",
@@ -122,7 +123,10 @@ class AccessControl:
 
 
 def host_name(host: str) -> str:
-    """Returns the name in a ``Host`` header, without the port, in lower case: ``[::1]:8000`` is ``::1``."""
+    """Returns the name in a ``Host`` header, in lower case and without the port: ``[::1]:8000`` is ``::1``.
+
+    A malformed header gives an empty text.
+    """
     found = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host.strip())
     return "" if found is None else (found[1] or found[2] or "").lower()
 

@@ -7,11 +7,9 @@ import re
 from typing import Any
 
 from blip2edge.errors import one_line
-from blip2edge.limits import Limits
-from blip2edge.runtime.decoding.options import shown
+from blip2edge.limits import DEFAULT_LIMITS, Limits
+from blip2edge.reading import refuse_constant, unique_keys
 from blip2edge.runtime.serving.chat_keys import RequestError
-
-DEFAULT_LIMITS = Limits()
 
 _STRUCTURE = re.compile(r'["\[\]{},:]')
 
@@ -29,7 +27,7 @@ def json_object(body: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     try:
         text = body.decode(json.detect_encoding(body))
         check_structure(text, limits.json_depth, limits.json_nodes)
-        values = json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_duplicates)
+        values = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise RequestError(
             f"expected a JSON object, got what cannot be parsed ({one_line(error)})", code="invalid_json"
@@ -82,16 +80,3 @@ def _string_end(text: str, start: int, most: int) -> tuple[int, int]:
             return quote + 1, escaped
         at, escaped = quote + 1, escaped + 1
     return len(text), escaped
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} is given twice")
-    return values

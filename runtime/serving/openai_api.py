@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2edge.bundle.schema import INTERLEAVED, MARKERS, PromptSpec
-from blip2edge.limits import Limits
+from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import (
@@ -26,7 +26,7 @@ from blip2edge.runtime.serving.chat_keys import (
     generation_options,
     is_same,
 )
-from blip2edge.runtime.serving.json_bodies import DEFAULT_LIMITS, json_object
+from blip2edge.runtime.serving.json_bodies import json_object
 from blip2edge.runtime.serving.picture_forms import picture_bytes
 from blip2edge.runtime.text.prompt import Dialog
 

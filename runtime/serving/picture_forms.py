@@ -20,10 +20,10 @@ from urllib.parse import unquote_to_bytes
 from starlette.datastructures import FormData, Headers, QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from blip2edge.limits import Limits
+from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import FORM_OPTIONS, RequestError, check_seconds, check_type
-from blip2edge.runtime.serving.json_bodies import DEFAULT_LIMITS, check_structure, json_object
+from blip2edge.runtime.serving.json_bodies import check_structure, json_object
 
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 FILE_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -248,8 +248,3 @@ def _unique(given: list[tuple[str, Any]], text: str) -> dict[str, Any]:
         else:
             options[name] = value
     return options
-
-
-def single(pictures: tuple[bytes, ...]) -> bytes | list[bytes]:
-    """The picture as ``Captioner.caption`` takes it: one, or a list of several."""
-    return pictures[0] if len(pictures) == 1 else list(pictures)

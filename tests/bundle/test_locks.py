@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +242,23 @@ def test_a_directory_of_that_name_that_is_not_ours_is_kept(tmp_path: Path) -> No
     with pytest.raises(OutputError, match="is a link"), locked(tmp_path / "linked"):
         pytest.fail("it began")
     assert os.listdir(tmp_path / "victim") == []
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "owner").symlink_to(victim)
+    with pytest.raises(OutputError, match="could not be written"), locked(tmp_path / "out"):
+        pytest.fail("it began")
+    check_free(tmp_path / "out")
+    assert victim.read_text() == "precious"
+
+
+def test_no_flag_of_the_command_is_written_into_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/blip2edge", "serve", "BUNDLE", "--api-key", "s3cret"])
+    with locked(tmp_path / "out") as part:
+        assert json.loads((part / "owner").read_text())["command"] == "blip2edge serve"
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ä" * 127, "*[a]?"])

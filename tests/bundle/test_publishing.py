@@ -14,7 +14,7 @@ from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.outputs import publishing
 from blip2edge.bundle.outputs.locks import part_of, remove
 from blip2edge.bundle.outputs.publishing import publish, scratch, staged
-from blip2edge.errors import BundleError, OutputError
+from blip2edge.errors import Blip2EdgeError, BundleError, OutputError
 
 MARK = "bundle.json"
 
@@ -212,16 +212,25 @@ def test_a_kill_leaves_the_old_or_the_new_directory(
     if next_run == "load":
         with pytest.raises(BundleError, match="cannot be read as JSON"):  # our bundle.json says "old"
             Bundle.open(out)
-        assert (out / MARK).read_text() == left or "old"
+        assert (out / MARK).read_text() == (left or "old")
         return
     if next_run == "no force":
         with pytest.raises(OutputError, match="exists"), staged(out, force=False):
             pass
-        assert (out / MARK).read_text() == left or "old"
+        assert (out / MARK).read_text() == (left or "old")
     with staged(out, force=True) as staging:
         holding(staging, "newest")
     assert (out / MARK).read_text() == "newest"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOENT, BundleError), (errno.ENOSPC, OutputError)])
+def test_only_a_full_disk_makes_an_error_of_an_input_one_of_the_output(
+    number: int, kind: type[Blip2EdgeError], out: Path
+) -> None:
+    with pytest.raises(Blip2EdgeError) as raised, staged(out, force=False):
+        raise BundleError("a file cannot be read", "copy it again") from OSError(number, os.strerror(number))
+    assert type(raised.value) is kind
 
 
 def test_scratch_files_are_removed_with_the_run(out: Path) -> None:

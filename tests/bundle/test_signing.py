@@ -474,6 +474,10 @@ def test_every_file_is_hashed_once(signed: Path, keys: Key, monkeypatch: pytest.
         caption(signed, keys[1])
         assert sorted(hashed) == everything
     hashed.clear()
+    words = ["caption", "examples/pictures/scene-1.png", "-b", str(signed), "--backend", "cpu"]
+    assert main([*words, "--max-new-tokens", "2", "--require-signature", str(keys[1])]) == 0
+    assert sorted(hashed) == everything
+    hashed.clear()
     verify_bundle(signed, keys[1])
     assert sorted(hashed) == everything
     assert not (signed / STAMPS).exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import pytest
 pytest.importorskip("torch", reason="the checkpoint and the bundle are made here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
+from blip2edge.bundle import fields
+from blip2edge.errors import DataError
+from blip2edge.reading import parse_json, reading
 from tests.drawing import Drawn
 from tests.fuzz.corpus import Corpus
-from tests.fuzz.run import Outcome, counts, fuzz, mutated, table
+from tests.fuzz.run import Outcome, counts, fuzz, mutated, own_fault, table
 from tests.fuzz.targets import TARGETS
 
 FEW, MANY = 6, 40  # inputs of a slow reader, and of the others
@@ -82,6 +86,20 @@ def test_what_does_not_hold_is_counted(corpus: Corpus, monkeypatch: pytest.Monke
     assert (found.tried, found.accepted, found.refused, found.failed) == (12, 9, 0, 3)
     kinds = {kind.split(" ")[0].rstrip(":"): numbers for kind, numbers in found.examples.items()}
     assert kinds == {"KeyError": [7], "crash": [8], "longer": [9]}
+
+
+def test_a_fault_of_our_own_code_is_not_hidden_by_the_guard(tmp_path: Path) -> None:
+    def refused(read: Callable[[], object]) -> DataError:
+        with pytest.raises(DataError) as raised, reading("a", "a shard", DataError):
+            read()
+        return raised.value
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fields, "MAX_ITEMS", None)
+        hidden = own_fault(refused(lambda: fields.any_object({}, "")))
+    assert hidden.startswith("hidden by the guard: TypeError at fields.py:")
+    assert not own_fault(refused(lambda: parse_json("[")))
+    assert not own_fault(refused(lambda: {}["a test's own"]))
 
 
 def test_the_table_and_the_shares() -> None:

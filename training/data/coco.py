@@ -37,7 +37,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
         DataError: The file is missing, cannot be parsed (the error names the line), or does not contain an object.
     """
 
-    def told(error: Exception) -> DataError | None:
+    def explain(error: Exception) -> DataError | None:
         if isinstance(error, json.JSONDecodeError):
             return DataError(
                 f"{path}, line {error.lineno}, column {error.colno}: expected JSON: {error.msg}",
@@ -45,7 +45,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
             )
         return None
 
-    return read_json(path, DataError, "give a file in COCO's or VQA's form", explain=told, limit=DATA_BYTES)
+    return read_json(path, DataError, "give a file in COCO's or VQA's form", explain=explain, limit=DATA_BYTES)
 
 
 def rows_of(content: Mapping[str, Any], key: str, fields: Mapping[str, _Kind], path: Path) -> list[Any]:

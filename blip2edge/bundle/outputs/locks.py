@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import shutil
 import stat
 import sys
@@ -47,6 +46,7 @@ NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fu
 LONGEST = 255 - len(f".{SUFFIX}-12345678")  # bytes of a name on Linux, without what is added here
 WAIT_S = 2.0  # for another process that is between two renames
 PROBE_S = 0.1  # longer than another process needs to ask whether a lock is free
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a link in place of a lock would name a file to overwrite
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF)
 _held: set[int] = set()  # descriptors of the locks of this process
 
@@ -100,15 +100,15 @@ def check_name(target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Gives an output its name back that a killed run had renamed; does nothing if it has its name.
+    """Restores the name of an output that a killed run had renamed; does nothing if the name exists.
 
-    The run was killed between the two renames of a replacement. A run that is between them now is waited for.
+    The run was killed between the two renames of a replacement. If a living run is between them, this function waits.
     """
     part = part_of(target)
     end = time.monotonic() + WAIT_S
     while not os.path.lexists(target) and os.path.lexists(part / OLD) and fcntl is not None:
         try:
-            descriptor = os.open(part / OWNER, os.O_RDWR)
+            descriptor = os.open(part / OWNER, os.O_RDWR | NO_LINK)
         except OSError:  # finished at this moment, or not ours to write
             return
         try:
@@ -126,17 +126,22 @@ def recover(target: Path) -> None:
 
 
 def tidy(target: Path) -> None:
-    """Removes what a killed run left that had finished ``target`` already, where no later run writes it again."""
+    """Removes the files of a killed run that had already written ``target``, which no later run writes again."""
     if part_of(target).is_dir():
         with contextlib.suppress(OutputError), locked(target):
             pass
+
+
+def target_of(part: Path) -> Path:
+    """The output whose run made a directory; the inverse of :func:`part_of` for names that are not too long."""
+    return part.with_name(part.name.removeprefix(".").removesuffix(SUFFIX))
 
 
 def recover_in(directory: Path) -> None:
     """Calls :func:`recover` for every output in a directory that a killed run has renamed."""
     if directory.is_dir():
         for old in directory.glob(f".*{SUFFIX}/{OLD}"):
-            recover(directory / old.parent.name.removeprefix(".").removesuffix(SUFFIX))
+            recover(target_of(old.parent))
 
 
 def _recover_old(part: Path, target: Path) -> None:
@@ -152,7 +157,7 @@ def check_free(target: Path) -> None:
     if fcntl is None or not owner.is_file():
         return
     try:
-        descriptor = os.open(owner, os.O_RDONLY)
+        descriptor = os.open(owner, os.O_RDONLY | NO_LINK)
     except OSError:
         return
     try:
@@ -227,7 +232,7 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
         if part.is_symlink():
             raise OutputError(f"{part} is a link", "remove it, or give another output")
         try:
-            descriptor = os.open(part / OWNER, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(part / OWNER, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
         except FileNotFoundError:  # a run that ended has just removed the directory
             continue
         try:
@@ -267,14 +272,14 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
 def _without_lock(target: Path, part: Path) -> Path:
     """A directory with a name of its own, beside those of other runs, which are not touched."""
     if part.is_dir():
-        with contextlib.suppress(OSError):  # nothing but the lock that was tried here
+        with contextlib.suppress(OSError):  # only the lock file that _acquire made
             if set(os.listdir(part)) <= {OWNER} and not (part / OWNER).stat().st_size:
                 remove(part)
     others = sorted(str(path) for path in part.parent.glob(f"{_escaped(part.name)}*"))
     if others:
         warnings.warn(
-            f"{', '.join(others)}: files of another run, which may still be running; this file system does not tell, "
-            f"so remove them yourself if no other run writes {target}",
+            f"{', '.join(others)}: files of another run, which may still be running; if no other "
+            f"run writes {target}, remove them yourself",
             LeftFilesWarning,
             stacklevel=4,
         )
@@ -293,7 +298,7 @@ def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
             names -= {OLD, OWNER}
         for name in names - {OWNER}:
             remove(part / name)
-        if OWNER in names and os.listdir(part) == [OWNER]:  # what could not be removed stays a run's of ours
+        if OWNER in names and os.listdir(part) == [OWNER]:  # the lock stays with files that could not be removed
             remove(part / OWNER)
 
 
@@ -325,11 +330,18 @@ def _write_owner(descriptor: int) -> None:
     values = {
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200] if sys.argv and sys.argv[0] else "",
+        "command": _command(),
         "machine": _machine(),
     }
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(values).encode(), 0)
+
+
+def _command() -> str:
+    """The program and its command, without other arguments: an API key may be among them."""
+    if not sys.argv or not sys.argv[0]:
+        return ""
+    return " ".join([Path(sys.argv[0]).name, *(word for word in sys.argv[1:2] if word.isalnum())])[:200]
 
 
 def _machine() -> str:
@@ -360,7 +372,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _end(part: Path, target: Path, descriptor: int | None) -> None:
-    """Removes the directory of a run, and gives its lock back."""
+    """Removes the directory of a run, and releases its lock."""
     _recover_old(part, target)
     _clean(part, target, keep=())
     with contextlib.suppress(OSError):  # another run has taken the directory over, or a file cannot be removed

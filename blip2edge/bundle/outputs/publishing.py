@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.bundle.outputs.disk_errors import error_number, output_error
-from blip2edge.bundle.outputs.locks import NEW, OLD, check_free, check_name, locked, remove
-from blip2edge.errors import OutputError, option
+from blip2edge.bundle.outputs.disk_errors import disk_is_full, error_number, output_error
+from blip2edge.bundle.outputs.locks import NEW, OLD, OWNER, SUFFIX, check_free, check_name, locked, remove, target_of
+from blip2edge.errors import Blip2EdgeError, OutputError, option
 
 AT_FDCWD = -100  # linux/fcntl.h
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
@@ -40,16 +40,16 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
         target = target.resolve()
     check_target(target, force, marker)
     with locked(target) as part:
-        check_target(target, force, marker)  # a killed run's directory has got its name back
+        check_target(target, force, marker)  # the lock may have restored the directory of a killed run
         _check_around(target)
         staging = part / NEW
         try:
             staging.mkdir()
             yield staging
             publish(staging, target, replace=force, marker=marker)
-        except OutputError:
-            raise
         except Exception as error:
+            if isinstance(error, Blip2EdgeError) and (isinstance(error, OutputError) or not disk_is_full(error)):
+                raise
             if isinstance(error, OSError) or error_number(error) is not None:
                 raise output_error(target, error) from error
             raise
@@ -84,17 +84,16 @@ def check_target(target: Path, force: bool, marker: str | None) -> None:
         raise OutputError(f"{target} is a file, but the output is a directory", "give another output directory")
     if not _replaceable(target, marker):
         raise _not_replaced(target, marker)
-    for owner in target.glob("*/.*.part/owner") if target.is_dir() else ():  # `optimize` or `build` writes into it
-        part = owner.parent
-        check_free(part.with_name(part.name.removeprefix(".").removesuffix(".part")))
+    for owner in target.glob(f"*/.*{SUFFIX}/{OWNER}") if target.is_dir() else ():  # of `optimize` or `build`
+        check_free(target_of(owner.parent))
 
 
 def publish(fresh: Path, target: Path, *, replace: bool, marker: str | None = None) -> None:
     """Renames a finished directory to its final name.
 
-    Nothing that came to the name meanwhile is replaced, unless ``replace`` is True and it holds ``marker``: the rename
-    fails where the name is taken (``renameat2`` of Linux), and what an exchange gave back is checked, and given its
-    name back if it must not be replaced.
+    A directory that appeared under the name meanwhile is replaced only if ``replace`` is True and it holds ``marker``.
+    The rename fails if the name exists (``renameat2`` of Linux). After an exchange, the old directory is checked; if it
+    must not be replaced, it gets its name back.
 
     An old directory of that name is exchanged for the new one in a single step, so that at any moment one of the two
     is there, complete. Where the system or the file system cannot exchange names, the old directory is renamed to
@@ -116,7 +115,7 @@ def publish(fresh: Path, target: Path, *, replace: bool, marker: str | None = No
         check_target(target, replace, marker)
         if replace and os.path.lexists(target):
             if not (_exchange(fresh, target) or _rename_twice(fresh, target)):
-                continue  # it was removed at this moment
+                continue  # another program has just removed it
             replaced = fresh if os.path.lexists(fresh) else fresh.with_name(OLD)
             if not _replaceable(replaced, marker):
                 _give_back(replaced, target, fresh)
@@ -126,7 +125,7 @@ def publish(fresh: Path, target: Path, *, replace: bool, marker: str | None = No
             return
         try:
             _rename_to_free(fresh, target)
-        except FileExistsError:  # it came at this moment
+        except FileExistsError:  # another program has just made it
             continue
         _flush_names(target.parent)
         return
@@ -208,7 +207,7 @@ def _exchange(fresh: Path, target: Path) -> bool:
     """Exchanges the names of two directories in one step; False if that is not possible here."""
     try:
         return _renameat2(fresh, target, RENAME_EXCHANGE)
-    except FileNotFoundError:  # the old directory was removed at this moment
+    except FileNotFoundError:  # another program has just removed the old directory
         return False
 
 
@@ -237,7 +236,7 @@ def _rename_twice(fresh: Path, target: Path) -> bool:
         kept = target.with_name(f"{target.name}.replaced")
         old.rename(kept)
         raise OutputError(
-            f"another program made {target} at this moment; what it was before is in {kept}",
+            f"another program made {target} while it was replaced; the old directory is {kept}",
             "give another output directory",
         ) from error
     except BaseException:  # Ctrl-C too
@@ -247,7 +246,7 @@ def _rename_twice(fresh: Path, target: Path) -> bool:
 
 
 def _give_back(replaced: Path, target: Path, fresh: Path) -> None:
-    """Gives a directory its name back that must not be replaced."""
+    """Restores the name of a directory that must not be replaced."""
     if replaced == fresh:
         _renameat2(fresh, target, RENAME_EXCHANGE)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.locks import write_file
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import STAMPS
 from blip2edge.bundle.trust.signature import SIGN, SIGNATURE, Signature, model_signing, reading_key
@@ -68,9 +68,9 @@ def sign_bundle(
         password = ask_password().encode() if protected and ask_password is not None else None
         signer.use_elliptic_key_signer(private_key=private, password=password)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             signer.sign(opened.path, written := Path(folder, target.name))
-            os.replace(written, target)
+            write_file(target, written.read_bytes())
     except OSError as error:
         raise output_error(target, error) from error
     return SigningReport(target, hashing.files)

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from blip2edge.errors import BundleError, CheckpointError, ImageError
+from blip2edge.errors import BundleError, CheckpointError, ImageError, UsageError
 from blip2edge.limits import Limits
 from blip2edge.runtime.images.preprocess import Preprocessing, load_image
 
@@ -273,6 +273,8 @@ def test_size_limits() -> None:
     load_image(picture(), limits)
     with pytest.raises(ImageError, match="at most 1961 pixels"):
         load_image(picture(3, HEIGHT + 1), limits)
+    with pytest.raises(UsageError, match="expected max_pixels of at most 89478485, got 89478486"):
+        Limits(pixels=89_478_486)
     with pytest.raises(ImageError, match="at most 30 a side"):
         load_image(picture(), Limits(side=30))
     with pytest.raises(ImageError, match="at most 7843 bytes when it is decoded, got 7844"):

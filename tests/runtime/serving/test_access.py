@@ -65,6 +65,7 @@ def test_api_key(make: Make) -> None:
     ("host", "status"),
     [
         ("localhost:8000", 200),
+        ("evil.example:port", 421),
         ("LOCALHOST", 200),
         ("127.0.0.1:8000", 200),
         ("[::1]:8000", 200),

@@ -169,8 +169,7 @@ def test_bodies_share_a_memory(strict: Live) -> None:
         slow = [opened.enter_context(connected(port)) for _ in range(2)]
         for connection in slow:
             connection.sendall(post(b"x" * 1400, "Content-Length: 1900"))
-        while server.memory.used < 2800:
-            time.sleep(0.005)
+        wait_until(lambda: server.memory.used == 2800)
         status, head, error = head_and_json(
             answered(port, post(b"x" * 1000, "Content-Length: 1000", "Connection: close"))
         )

@@ -164,6 +164,15 @@ def test_waiting_requests_fail_with_the_engine(faults: Faults) -> None:
         server.close()
 
 
+def test_a_scheduler_fails_once(faults: Faults) -> None:
+    reported: list[BaseException] = []
+    captioner = faults.load()
+    with captioner, captioner.scheduler(on_failure=reported.append) as scheduler:
+        for _ in range(2):
+            scheduler._end(EngineFaultError())
+    assert len(reported) == 1
+
+
 def test_back_off() -> None:
     assert [Backoff().seconds(attempt) for attempt in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
