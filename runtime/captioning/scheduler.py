@@ -181,11 +181,10 @@ class Scheduler:
     def load(self) -> dict[str, int]:
         """Numbers of requests that are ``waiting``, ``encoding``, ``ready`` to be decoded, and ``running``."""
         with self._changed:
-            ready = sum(len(requests) for requests, _ in self._ready)
             return {
                 "waiting": len(self._waiting),
                 "encoding": self._encoding,
-                "ready": ready,
+                "ready": sum(len(requests) for requests, _ in self._ready),
                 "running": len(self._running),
             }
 
@@ -356,8 +355,7 @@ class Scheduler:
         for options in dict.fromkeys(request.options for request in requests):
             places = [at for at, request in enumerate(requests) if request.options == options]
             same, clock, start = [requests[at] for at in places], StageClock(), time.perf_counter()
-            numbers = [request.row for request in same]
-            texts = self._generator.complete(part.part(places), options, numbers, clock)
+            texts = self._generator.complete(part.part(places), options, [request.row for request in same], clock)
             self._trace(Span("decode", start, time.perf_counter(), _numbers(same)))
             _charge(same, clock)
             for request, generated in zip(same, texts, strict=True):
