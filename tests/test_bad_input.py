@@ -225,7 +225,7 @@ def test_a_file_that_cannot_grow(small: Drawn, out: Path) -> None:
         "export", small.directory, "-o", out / "bundle",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT)),
     )  # fmt: skip
-    last_line(done.stderr, "could not be written (File too large)")
+    last_line(done.stderr, "could not be written; raise the limit (ulimit -f)")
     assert (done.returncode, done.stdout, os.listdir(out)) == (1, "", [])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TYPE_CHECKING
 
 from blip2edge.bundle.outputs.disk_errors import output_error
@@ -23,6 +25,8 @@ def write(path: Path, contents: str | bytes, flag: str) -> None:
         OutputError: It cannot be written.
     """
     try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
         write_file(path, contents.encode() if isinstance(contents, str) else contents)
     except OSError as error:
         raise output_error(path, error, f"give another {flag}") from error

@@ -166,10 +166,14 @@ class _FormParser(MultiPartParser):
         self.ended = True
 
     async def parse(self) -> FormData:
-        form = await super().parse()
-        if not self.ended:
-            await form.close()
-            raise MultiPartException("the last boundary is missing")
+        try:
+            form = await super().parse()
+            if not self.ended:
+                raise MultiPartException("the last boundary is missing")
+        except BaseException:  # starlette closes the files after its own errors only
+            for file in self._files_to_close_on_error:
+                file.close()
+            raise
         return form
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from blip2edge.errors import Blip2EdgeError
 from tests.fuzz import mutations
-from tests.fuzz.corpus import ANSWERS, CAPTIONS, CHAT, QUESTIONS, RECIPE, Corpus
+from tests.fuzz.corpus import ANSWERS, CAPTIONS, CHAT, OPTIMIZED_GRAPH, QUESTIONS, RECIPE, Corpus
 from tests.fuzz.mutations import Mutate
 
 Read = Callable[[bytes], object]
@@ -104,7 +104,7 @@ def optimized(corpus: Corpus, folder: Path) -> Read:
     bundle = Bundle.open(shutil.copytree(corpus.bundle, folder / "bundle"))
     copy = folder / "bundle" / "optimized" / "cpu"
     copy.mkdir(parents=True)
-    (copy / "bridge.onnx").write_bytes(b"x")
+    (copy / "bridge.onnx").write_bytes(OPTIMIZED_GRAPH)
     return _at(copy / "optimized.json", lambda: read_copy(bundle, "cpu"))
 
 

@@ -99,7 +99,8 @@ def test_a_fault_of_our_own_code_is_not_hidden_by_the_guard(tmp_path: Path) -> N
         hidden = own_fault(refused(lambda: fields.any_object({}, "")))
     assert hidden.startswith("hidden by the guard: TypeError at fields.py:")
     assert not own_fault(refused(lambda: parse_json("[")))
-    assert not own_fault(refused(lambda: {}["a test's own"]))
+    empty: dict[str, int] = {}
+    assert not own_fault(refused(lambda: empty["a test's own"]))
 
 
 def test_the_table_and_the_shares() -> None:

@@ -186,7 +186,7 @@ def test_a_full_disk_is_told_in_one_line(path: Path, tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(snapshots, "_write", full)
-    with pytest.raises(OutputError, match=r"cannot write a snapshot .*: No space left on device; free some space"):
+    with pytest.raises(OutputError, match=r"the disk is full: .*\.run could not be written; free some space"):
         train("stage2", path, tmp_path / "out", evaluation_scenes=0)
     assert not (tmp_path / "out").exists()
     assert [each.name for each in (tmp_path / "out.run").iterdir()] == ["log.jsonl"]

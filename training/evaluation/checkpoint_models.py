@@ -105,7 +105,12 @@ class CheckpointCaptioner:
     @property
     def _device(self) -> torch.device:
         """The device that the model is on now."""
-        return next(self._model.bridge.parameters()).device
+        return self._vision_weight.device
+
+    @property
+    def _vision_weight(self) -> Tensor:
+        """A weight of the picture encoder, whose device and dtype the pixel values need."""
+        return next(self._model.vision.parameters())
 
     def question(self, text: str) -> str:
         """Makes the prompt that asks a question."""
@@ -131,11 +136,12 @@ class CheckpointCaptioner:
 
     def _visual_tokens(self, pictures: list[Image.Image], prompts: list[str | None]) -> Tensor:
         """Encodes pictures: float32 [B, Q, D]."""
-        vision, bridge = (next(part.parameters()) for part in (self._model.vision, self._model.bridge))
-        pixels = torch.from_numpy(self._preprocessing.batch(pictures)).to(vision)
+        pixels = torch.from_numpy(self._preprocessing.batch(pictures)).to(self._vision_weight)
         instruction = self._instructions(prompts).values() if self._instructions is not None else ()
         given = [torch.from_numpy(array).to(self._device) for array in instruction]
-        tokens: Tensor = self._model.bridge(self._model.vision(pixels).to(bridge.dtype), *given)
+        embeds = self._model.vision(pixels)
+        bridge = next(self._model.bridge.parameters(), embeds)  # BLIP's bridge has no weights
+        tokens: Tensor = self._model.bridge(embeds.to(bridge.dtype), *given)
         return tokens
 
     def _generate(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 pytest.importorskip("onnxruntime", reason="this is about ONNX Runtime")
 
+import onnx
 import onnxruntime
 
 from blip2edge.bundle.bundle import Bundle
@@ -32,7 +33,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
     def open_with(path: Path, threads: int | None, provider: str, providers: list[Any], *_: Any) -> SimpleNamespace:
         seen.append((path, providers))
-        return SimpleNamespace(close=lambda: None)
+        graph = onnx.load(path, load_external_data=False).graph
+        names = ([value.name for value in values] for values in (graph.input, graph.output))
+        return SimpleNamespace(close=lambda: None, **dict(zip(("input_names", "output_names"), names, strict=True)))
 
     monkeypatch.setattr(onnxruntime_cuda, "open_with", open_with)
     return seen

@@ -201,7 +201,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache, "_files", full)
-    with pytest.raises(OutputError, match=r"cannot write features to .*: No space left on device; free some space"):
+    with pytest.raises(OutputError, match=r"the disk is full: .* could not be written; free some space"):
         cache.add(["a"], np.zeros((1, 3, 4), np.float32))
     assert "a" not in cache
 
